@@ -128,9 +128,9 @@ def _value(configs: Sequence[dict[str, Any]], name: str) -> Any:
     return next((part[name] for part in parts if part.get(name) is not None), None)
 
 
-def _tokens(value: Any) -> list[int]:
+def _tokens(value: Any) -> tuple[int, ...]:
     tokens = value if isinstance(value, list) else [value]
-    return [token for token in tokens if isinstance(token, int) and token >= 0]
+    return tuple(token for token in tokens if isinstance(token, int) and token >= 0)
 
 
 def _number(value: Any, neutral: float) -> float:

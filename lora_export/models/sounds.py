@@ -71,8 +71,11 @@ def read_wav(path: Path, rate: int) -> NDArray[np.float32]:
 
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> Arrays:
     """What an extractor makes of sounds (samples,), one row each. Raises InputRefused where it refuses them."""
+    # Whisper's extractor makes every sound as long as the model needs it. Others pad where they are told to.
+    same_length = len({len(sound) for sound in sounds}) == 1
+    padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
     try:
-        made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="np")
+        made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="np", **padding)
     except (ValueError, TypeError) as error:
         raise InputRefused(f"the sounds cannot be read by the model's extractor: {error}") from error
     return {name: np.asarray(value) for name, value in made.items()}

@@ -148,6 +148,15 @@ class EncoderDecoderRunner:
             }
         return {LOGITS: np.concatenate(logits, axis=1), ENCODER_OUTPUT: hidden}
 
+    def outputs_by_graph(self, length: int) -> dict[str, tuple[str, slice]]:
+        """The file of each graph -> the output that it makes in a run over `length` tokens, and at which positions."""
+        (_, first), *_ = _steps(length)
+        return {
+            ENCODER_FILE: (ENCODER_OUTPUT, slice(None)),
+            DECODER_FILE: (LOGITS, slice(first)),
+            WITH_PAST_FILE: (LOGITS, slice(first, length)),
+        }
+
     @property
     def takes_rows(self) -> bool:
         """Whether each row of a batch chooses its adapter, and the ids are not set."""

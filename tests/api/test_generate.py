@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
+from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from support.exporters import optimum_python
-from support.generators import DECODERS, PROMPTS, decoder_adapter, expected_tokens, small_decoder
+from support.generators import (
+    DECODERS,
+    PROMPTS,
+    decoder_adapter,
+    encoder_decoder_adapter,
+    expected_texts,
+    expected_tokens,
+    small_decoder,
+    small_encoder_decoder,
+    sounds,
+)
 
 MERGED = ("qwen3", "gemma3", "gpt2")
 
@@ -120,6 +136,102 @@ def test_folder_runs_in_optimum_as_it_is(llama: Path, tmp_path: Path, fuse: str 
     line = [python, "-c", OPTIMUM, folder, ",".join(map(str, PROMPTS[0]))]
     made = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
     assert [int(token) for token in made] == expected_tokens(llama / "base", PROMPTS[:1], llama / "fr", count=32)[0]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder for each encoder-decoder: its `base`, its adapters `fr` and `de`, and `served` with both by row."""
+
+    @functools.cache
+    def serve(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        base = small_encoder_decoder(name, folder / "base")
+        adapters = [encoder_decoder_adapter(base, folder / own, seed=seed) for seed, own in enumerate(("fr", "de"), 1)]
+        le.export_onnx(base, folder / "served", adapters=adapters, lora="rows", with_cache=True, verify=False)
+        return folder
+
+    return serve
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)])
+def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Callable[[str], Path]) -> None:
+    folder = served(name)
+    prompts = sounds() if name == "whisper" else PROMPTS
+    expected = {own: expected_texts(folder / "base", folder / own if own else None) for own in (None, "fr", "de")}
+    assert expected[None] != expected["fr"] != expected["de"] != expected[None]
+    for own, right in expected.items():
+        results = le.generate(folder / "served", prompts, adapters=own, max_new_tokens=64)
+        assert [list(result.tokens) for result in results] == right
+    chosen = ["de", None, "fr"]
+    mixed = le.generate(folder / "served" / "encoder_model.onnx", prompts, adapters=chosen, max_new_tokens=64)
+    assert [list(result.tokens) for result in mixed] == [expected[own][row] for row, own in enumerate(chosen)]
+
+
+def test_speech_model_tells_the_language_or_is_told(served: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(served("whisper") / "served", tmp_path / "served")
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**config, "lang_to_id": {"<|en|>": 11, "<|de|>": 12}, "task_to_id": {"transcribe": 21}})
+    )
+    by_language = {
+        name: [result.tokens for result in le.generate(folder, sounds(), language=name, max_new_tokens=8)]
+        for name in ("en", "de")
+    }
+    assert by_language["en"] != by_language["de"]
+    heard = [result.tokens for result in le.generate(folder, sounds(), max_new_tokens=8)]
+    starts = np.array([[1]] * 3)
+    logits = EncoderDecoder(folder).start({"input_features": np.stack(sounds())}).step(starts, starts, starts)
+    names = np.where(logits[:, 11] > logits[:, 12], "en", "de")
+    assert heard == [by_language[name][row] for row, name in enumerate(names)]
+    with pytest.raises(InputRefused, match="no token of the language 'fr'"):
+        le.generate(folder, sounds(), language="fr")
+    with pytest.raises(InputRefused, match="no token for translating"):
+        le.generate(folder, sounds(), translate=True)
+    with pytest.raises(WrongUsage, match="for multilingual speech models"):
+        le.generate(served("whisper") / "served", sounds(), language="en")
+
+
+def test_what_a_generation_config_asks_for_and_is_not_done_is_said(
+    served: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(served("t5") / "served", tmp_path / "served")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
+    said: list[str] = []
+    le.generate(folder, PROMPTS, max_new_tokens=1, on_message=said.append)
+    assert said == ["note: not done: num_beams 4, which generation_config.json asks for"]
+
+
+def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = served("t5")
+    adapters = [folder / "fr", folder / "de"]
+    assert le.verify(folder / "served", folder / "base", adapters=adapters[1:], adapter_id=2)
+    wrong = shutil.copytree(folder / "served", tmp_path / "wrong")
+    graph = onnx.load(wrong / "decoder_with_past_model.onnx")
+    weight = next(tensor for tensor in graph.graph.initializer if "lm_head" in tensor.name)
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * np.float32(1.01)).tobytes()
+    onnx.save(graph, wrong / "decoder_with_past_model.onnx")
+    result = le.verify(wrong, folder / "base", adapters=adapters[1:], adapter_id=2)
+    assert not result
+    assert "The first graph whose outputs differ: decoder_with_past_model.onnx" in str(result)
+    assert set(result.as_document()["about"]["candidate"]["sha256"]) >= set(GRAPH_FILES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": "inputs"}, "--lora inputs is not for text2text-generation: merged, nodes and rows are"),
+        ({"fuse": "cpu"}, "--fuse is for decoders alone, not for text2text-generation"),
+    ],
+)
+def test_what_encoder_decoders_do_not_have_is_refused(
+    served: Callable[[str], Path], tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    folder = served("t5")
+    with pytest.raises(WrongUsage, match=message):
+        le.export_onnx(folder / "base", tmp_path / "out", adapters=[folder / "fr"], with_cache=True, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_are_passed_on_piece_by_piece(swapped: Path) -> None:

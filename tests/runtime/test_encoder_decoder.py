@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.runner import Arrays
 from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
+
+
+class PlainGraph:
+    """What is asked of a graph in which no row chooses its adapter."""
+
+    adapters_by_row, takes_rows = None, False
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +137,8 @@ def test_graphs_with_other_adapters_are_refused(folder: Path, tmp_path: Path) ->
         _ = EncoderDecoderRunner.open(copy).adapters_by_row
 
 
-def test_merged_graphs_take_no_rows(folder: Path, tmp_path: Path) -> None:
-    adapters = [folder / "decoder"]
-    le.export_onnx(folder / "base", tmp_path / "merged", adapters=adapters, with_cache=True, verify=False)
-    merged = EncoderDecoderRunner.open(tmp_path / "merged")
+def test_graphs_without_adapters_by_row_take_no_ids(runner: EncoderDecoderRunner) -> None:
+    merged = replace(runner, **{name: PlainGraph() for name in ("encoder", "decoder", "with_past")})
     assert not merged.takes_rows
     with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
         merged.with_rows([1])

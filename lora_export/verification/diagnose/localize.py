@@ -11,11 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from lora_export.errors import EscapedLines, InputRefused, escaped_lines
-from lora_export.graph.cache_names import IDS
+from lora_export.graph.cache_names import IDS, LOGITS
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.compare_calls import MODULE_FACTOR, ComparedCall, compare_calls
@@ -36,6 +38,10 @@ def diagnose(case: DiagnosisCase, *, every: bool = False) -> Diagnosis:
     with a cache is traced at the case's prompt, with an empty cache. Raises InputRefused and RuntimeRefused where
     nothing can be compared.
     """
+    if isinstance(case.candidate, EncoderDecoderRunner):
+        graph = first_wrong_graph(case.outputs, case.candidate)
+        first = f"The first graph whose outputs differ: {graph}" if graph else "No graph's outputs differ"
+        raise InputRefused(f"those of an encoder-decoder's graphs are not traced. {first}")
     if not isinstance(case.candidate, CacheRunner):
         return _diagnose(case, every=every)
     at_prompt = _at_prompt(case, case.candidate)
@@ -62,6 +68,19 @@ def _at_prompt(case: DiagnosisCase, candidate: CacheRunner) -> DiagnosisCase:
         attached=None,
     )
     return replace(case, inputs=inputs, outputs=outputs)
+
+
+def first_wrong_graph(case: parity.Case, candidate: EncoderDecoderRunner) -> str:
+    """The file of the first graph of an encoder-decoder whose outputs differ in a case; empty where none does."""
+    for file, (output, positions) in candidate.outputs_by_graph(case.reference[LOGITS].shape[1]).items():
+        own: dict[str, Any] = {
+            role: {output: values[output][:, positions]}
+            for role in ("reference", "deployed", "candidate", "base", "scaled", "attached")
+            if (values := getattr(case, role)) is not None and output in values
+        }
+        if "candidate" in own and _differs(replace(case, unjudged=None, **own)):
+            return file
+    return ""
 
 
 def _differs(case: parity.Case) -> bool:

@@ -1,0 +1,86 @@
+"""Prompts of an encoder: texts that are padded, sounds, arrays, and what it does not read."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import transformers as hf
+
+from lora_export.api.generation_prompts import encoder_inputs, token_ids
+from lora_export.api.generation_settings import GenerationSettings
+from lora_export.errors import InputRefused
+from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+
+TEXTS: dict[str, Any] = {"takes": {"input_ids": (None, None)}, "takes_mask": True}
+SPEECH: dict[str, Any] = {"takes": {"input_features": (None, 8, 40)}, "takes_mask": False}
+WAVES: dict[str, Any] = {"takes": {"input_values": (None, None)}, "takes_mask": True}
+IMAGES: dict[str, Any] = {"takes": {"pixel_values": (None, 3, 4, 4)}, "takes_mask": False}
+
+
+def inputs(folder: Path, encoder: dict[str, Any], prompts: list[Any], tokenizer: Any = None) -> dict[str, np.ndarray]:
+    model = cast(EncoderDecoder, SimpleNamespace(**encoder))
+    return encoder_inputs(prompts, model, GenerationSettings(folder), tokenizer, chat=False)
+
+
+def test_texts_are_padded_behind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": 9, "vocab_size": 20}))
+    made = inputs(tmp_path, TEXTS, ["5 6 7", [4]], lambda text: {"input_ids": [int(word) for word in text.split()]})
+    assert made["input_ids"].tolist() == [[5, 6, 7], [4, 9, 9]]
+    assert made["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs(tmp_path, {**TEXTS, "takes_mask": False}, [[4]]).keys() == {"input_ids"}
+    with pytest.raises(InputRefused, match="a prompt has the token 20"):
+        inputs(tmp_path, TEXTS, [[4, 20]])
+
+
+def test_features_are_taken_as_they_are(tmp_path: Path) -> None:
+    own = [np.full((8, 40), number, np.float64) for number in (1, 2)]
+    made = inputs(tmp_path, SPEECH, own)["input_features"]
+    assert made.dtype == np.float32
+    np.testing.assert_array_equal(made, np.stack(own))
+
+
+def test_sounds_go_through_the_extractor(tmp_path: Path) -> None:
+    extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False, return_attention_mask=True)
+    extractor.save_pretrained(tmp_path)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setsampwidth(2)
+        file.setnchannels(1)
+        file.setframerate(8000)
+        file.writeframes(np.full(5, 8192, "<i2").tobytes())
+    made = inputs(tmp_path, WAVES, [tmp_path / "a.wav", np.array([0.5, -0.5, 0.5])])
+    assert made["input_values"].tolist() == [[0.25] * 5, [0.5, -0.5, 0.5, 0, 0]]
+    assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "prompts", "message"),
+    [
+        (TEXTS, [np.zeros((8, 40))], "the model reads texts: a prompt is a text, or a list of token ids"),
+        (TEXTS, [Path("a.wav")], "the model reads texts"),
+        (SPEECH, ["a.wav"], r"the model reads sounds: a prompt is the path of a \.wav, or an array"),
+        (SPEECH, [[1, 2]], "the model reads sounds"),
+        (SPEECH, [np.zeros((8, 41), np.float32)], r"the shape \[8, 41\]; the graph takes input_features of \[8, 40\]"),
+        (WAVES, [np.zeros((8, 41), np.float32)], r"the shape \[8, 41\]; the graph takes input_values of \[any\]"),
+        (SPEECH, [np.zeros((8, 40)), np.zeros((8, 39))], "have to be arrays of one shape, or sounds all of them"),
+        (SPEECH, [np.zeros((8, 40)), np.zeros(40)], "have to be arrays of one shape"),
+        (SPEECH, [np.zeros(40)], r"has no preprocessor_config\.json"),
+        (IMAGES, [Path("a.png")], "the model reads images: a prompt is an array"),
+        (IMAGES, [np.zeros((3, 5, 4))], r"the graph takes pixel_values of \[3, 4, 4\]"),
+        (IMAGES, [np.zeros(4)], "have to be arrays of one shape"),
+    ],
+)
+def test_other_prompts_are_refused(tmp_path: Path, encoder: dict[str, Any], prompts: list[Any], message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
+        inputs(tmp_path, encoder, prompts)
+
+
+def test_token_ids_are_python_numbers(tmp_path: Path) -> None:
+    found = token_ids(tuple(np.array([3, 4])), None, GenerationSettings(tmp_path), chat=False)
+    assert found == [3, 4]
+    assert all(type(token) is int for token in found)

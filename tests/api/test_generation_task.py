@@ -1,0 +1,62 @@
+"""The task of a model, before and after it is loaded, and the file of its first graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_export.api.generation_task import first_file, generating_model, task_of
+from lora_export.api.onnx_options import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.models.load import load_model
+from support.generators import DECODERS, ENCODER_DECODERS, small_decoder, small_encoder_decoder
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, TEXT_GENERATION),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, TEXT_TO_TEXT),
+        ({"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True}, SPEECH_TO_TEXT),
+        ({"architectures": ["VisionEncoderDecoderModel"], "is_encoder_decoder": True}, IMAGE_TO_TEXT),
+        ({"architectures": ["NoSuchModel"], "is_encoder_decoder": True}, TEXT_TO_TEXT),
+        ({"architectures": [7], "is_encoder_decoder": True}, TEXT_TO_TEXT),
+        ({"architectures": "T5", "is_encoder_decoder": True}, TEXT_TO_TEXT),
+    ],
+)
+def test_config_tells_the_task(tmp_path: Path, config: object, task: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert task_of(tmp_path) == task_of(str(tmp_path)) == task
+
+
+def test_module_tells_its_task() -> None:
+    assert task_of((ENCODER_DECODERS["whisper"](), {})) == SPEECH_TO_TEXT
+    assert task_of((DECODERS["llama"](), {})) == TEXT_GENERATION
+    assert task_of((torch.nn.Linear(2, 2), {})) == TEXT_GENERATION
+    assert task_of("model.py:factory") == TEXT_GENERATION, "a factory is not called"
+
+
+def test_first_file_is_in_the_folder(tmp_path: Path) -> None:
+    assert first_file(tmp_path / "out", TEXT_GENERATION) == tmp_path / "out" / "model.onnx"
+    assert first_file(tmp_path / "out.onnx", TEXT_GENERATION) == tmp_path / "out.onnx"
+    assert first_file(tmp_path / "out", TEXT_TO_TEXT) == tmp_path / "out" / "encoder_model.onnx"
+    with pytest.raises(WrongUsage, match=r"becomes three graphs: -o .*out\.onnx has to name a folder"):
+        first_file(tmp_path / "out.onnx", TEXT_TO_TEXT)
+
+
+def test_model_that_does_another_task_is_refused(tmp_path: Path) -> None:
+    llama = load_model(str(small_decoder("llama", tmp_path / "llama")))
+    bart = load_model(str(small_encoder_decoder("bart", tmp_path / "bart")))
+    said: list[str] = []
+    assert generating_model(bart, TEXT_TO_TEXT, said.append) is bart
+    assert said == ["task: text2text-generation, BartForConditionalGeneration with its key/value cache"]
+    for model, task, message in (
+        (llama, TEXT_TO_TEXT, "LlamaForCausalLM does text-generation, not text2text-generation"),
+        (bart, TEXT_GENERATION, "BartForConditionalGeneration does text2text-generation, not text-generation"),
+        (bart, SPEECH_TO_TEXT, "does text2text-generation, not automatic-speech-recognition: --task text2text-gen"),
+    ):
+        with pytest.raises(InputRefused, match=message):
+            generating_model(model, task, said.append)
