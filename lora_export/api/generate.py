@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.generation_files import GENAI_CONFIG
-from lora_export.api.generation_prompts import Prompt, encoder_inputs, token_ids
+from lora_export.api.generation_prompts import Prompt, encoder_inputs, refuse_other_kinds, token_ids
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
 from lora_export.errors import InputRefused, WrongUsage
@@ -85,16 +85,18 @@ def generate(
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
     if settings.not_done:
         on_message(f"note: not done: {', '.join(settings.not_done)}, which generation_config.json asks for")
-    tokenizer = _tokenizer(settings.folder, needed=any(isinstance(prompt, str) for prompt in prompts))
     require_provider(provider)
+    model = EncoderDecoder(graph, provider) if graph.is_dir() else Decoder(graph, provider)
+    if isinstance(model, EncoderDecoder):
+        refuse_other_kinds(prompts, model)
+    tokenizer = _tokenizer(settings.folder, needed=any(isinstance(prompt, str) for prompt in prompts))
     limits = TextLimits(settings.end_tokens, max_new_tokens, settings.padding, settings.rules)
     streams = [_TextStream(number, tokenizer, on_text) for number in range(len(prompts))]
 
     def on_token(number: int, token: int) -> None:
         streams[number].add(token)
 
-    if graph.is_dir():
-        model = EncoderDecoder(graph, provider)
+    if isinstance(model, EncoderDecoder):
         _refuse_options_of_speech(settings, language, translate=translate)
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
         run = model.start(inputs, _chosen_rows(model.rows, graph, adapters, len(prompts)))
@@ -103,9 +105,7 @@ def generate(
     else:
         if language is not None or translate:
             raise WrongUsage("a language and translating are for speech models")
-        generated = _after_prompts(
-            Decoder(graph, provider), prompts, settings, tokenizer, adapters, limits, sampling, on_token, chat=chat
-        )
+        generated = _after_prompts(model, prompts, settings, tokenizer, adapters, limits, sampling, on_token, chat=chat)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
 

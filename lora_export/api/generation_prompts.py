@@ -56,10 +56,8 @@ def encoder_inputs(
         ids = np.array([[*row, *[settings.padding] * (longest - len(row))] for row in rows], np.int64)
         mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)
         return {IDS: ids, MASK: mask} if model.takes_mask else {IDS: ids}
+    refuse_other_kinds(prompts, model)
     ((name, sizes),) = model.takes.items()
-    reads = "sounds: a prompt is the path of a .wav, or an array" if name in SOUNDS else "images: a prompt is an array"
-    if not all(isinstance(prompt, np.ndarray | (Path if name in SOUNDS else np.ndarray)) for prompt in prompts):
-        raise InputRefused(f"the model reads {reads}")
     arrays = [prompt for prompt in prompts if isinstance(prompt, np.ndarray) and prompt.ndim > 1]
     if not arrays and name in SOUNDS:
         extractor = open_extractor(settings.folder)
@@ -70,6 +68,18 @@ def encoder_inputs(
         raise InputRefused("the prompts of one batch have to be arrays of one shape, or sounds all of them")
     _refuse_other_shape(shapes.pop(), sizes[1:], name)
     return {name: np.stack(arrays).astype(np.float32)}
+
+
+def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None:
+    """Raise InputRefused where a model that reads sounds or images is given anything else."""
+    if IDS in model.takes:
+        return
+    reads_sounds = not model.takes.keys().isdisjoint(SOUNDS)
+    if not all(isinstance(prompt, np.ndarray) or (reads_sounds and isinstance(prompt, Path)) for prompt in prompts):
+        reads = (
+            "sounds: a prompt is the path of a .wav, or an array" if reads_sounds else "images: a prompt is an array"
+        )
+        raise InputRefused(f"the model reads {reads}")
 
 
 def _samples(prompt: Prompt, rate: int) -> NDArray[np.float32]:

@@ -39,7 +39,7 @@ JOBS = {
         "unmerge": "Make the base of a merge again, bit for bit.",
         "onnx": "Export to ONNX: adapters merged, as nodes, as inputs, or per row.",
         "torchscript": "Export to TorchScript: adapters merged or as nodes.",
-        "generate": "Generate texts with the graph of a decoder.",
+        "generate": "Generate texts with the graphs of a model.",
     },
     "Proof": {
         "verify": "Prove that a file computes what the PyTorch model computes.",

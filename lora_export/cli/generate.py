@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_export.cli.arguments import Command, json_option, print_document, print_message, provider_option
 from lora_export.cli.paths import FilePath
 from lora_export.errors import WrongUsage, one_line, printable
+
+if TYPE_CHECKING:
+    from lora_export.api.generate import Generation
 
 EXAMPLE = """\b
 Examples:
@@ -68,7 +72,7 @@ def command(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Generate a text for each prompt with the graphs in FOLDER, under onnxruntime.
+    """Generate a text for each prompt, or for each sound, with the graphs in FOLDER, under onnxruntime.
 
     FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graphs, or an .onnx. A single
     text is shown while it is generated. The same seed gives the same text.
@@ -103,11 +107,16 @@ def command(
             ]
         )
     elif streams:
-        click.echo()
+        click.echo("" if results[0].text is not None else _text(results[0]))
     else:
         for number, result in enumerate(results, 1):
             click.echo(f"{number}. {one_line(str(result.prompt))}")
-            click.echo(shown_text(result.text or ""))
+            click.echo(shown_text(_text(result)))
+
+
+def _text(result: Generation) -> str:
+    """The text; the token ids where there is no tokenizer."""
+    return f"tokens {' '.join(map(str, result.tokens))}" if result.text is None else result.text
 
 
 def _by_prompt(chosen: tuple[str, ...]) -> str | list[str | None] | None:

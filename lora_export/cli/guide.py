@@ -21,7 +21,7 @@ TOPICS = {
     "onnx": "Export to ONNX: the modes merged, nodes, inputs and rows.",
     "torchscript": "Export to TorchScript.",
     "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
-    "generation": "Decoders with a key/value cache: export, generate, fuse.",
+    "generation": "Models with a key/value cache: export, generate, fuse.",
     "genai": "Adapters in graphs of onnxruntime-genai.",
     "quantised": "Graphs with 4-bit and 8-bit weights.",
     "verdict": "What `verify` runs, and how it decides.",

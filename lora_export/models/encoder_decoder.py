@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -166,11 +166,21 @@ class _DecoderExporter:
         for value in list(program.graph.inputs):
             if not value.uses():
                 program.graph.inputs.remove(value)
+        _order_by_layer(program.graph.inputs)
+        _order_by_layer(program.graph.outputs)
         name_axes(program, axes)
 
 
 def _cache_name(begin: str, found: re.Match[str]) -> str:
     return f"{begin}.{found[2]}.{PART[found[1]]}.{found[3]}"
+
+
+def _order_by_layer(values: MutableSequence[ir.Value]) -> None:
+    """Order the cache's tensors as optimum counts them: layer by layer, the decoder's before the encoder's."""
+    tensors = [value for value in values if (value.name or "").startswith((f"{PAST}.", f"{PRESENT}."))]
+    others = [value for value in values if value not in tensors]
+    tensors.sort(key=lambda value: (int((value.name or "").split(".")[1]), (value.name or "").split(".")[2:]))
+    values[:] = [*others, *tensors]
 
 
 def _keep_outputs(program: ir.Model, names: dict[str, str]) -> None:

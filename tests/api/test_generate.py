@@ -234,6 +234,34 @@ def test_what_encoder_decoders_do_not_have_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+OPTIMUM_ENCODED = """
+import json, sys, numpy as np, torch
+from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTModelForSpeechSeq2Seq
+given = {name: torch.tensor(value) for name, value in np.load(sys.argv[3]).items()}
+model = {"t5": ORTModelForSeq2SeqLM, "whisper": ORTModelForSpeechSeq2Seq}[sys.argv[1]].from_pretrained(sys.argv[2])
+made = model.generate(**given, max_new_tokens=32, do_sample=False)
+print(json.dumps(made.tolist()))
+"""
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_graphs_of_an_encoder_decoder_run_in_optimum(name: str, served: Callable[[str], Path], tmp_path: Path) -> None:
+    python = optimum_python()
+    base, adapter = served(name) / "base", served(name) / "fr"
+    le.export_onnx(base, tmp_path / "merged", adapters=[adapter], with_cache=True, verify=False)
+    if name == "t5":
+        given = {"input_ids": np.array([PROMPTS[0]]), "attention_mask": np.ones((1, len(PROMPTS[0])), np.int64)}
+    else:
+        given = {"input_features": sounds()[0][None]}
+    np.savez(tmp_path / "given.npz", **given)
+    line = [python, "-c", OPTIMUM_ENCODED, name, tmp_path / "merged", tmp_path / "given.npz"]
+    run = subprocess.run(line, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (made,) = json.loads(run.stdout.splitlines()[-1])
+    expected = expected_texts(base, adapter, count=32)[0]
+    assert made[-len(expected) :] == expected
+
+
 def test_texts_are_passed_on_piece_by_piece(swapped: Path) -> None:
     pieces: list[tuple[int, str]] = []
     results = le.generate(

@@ -54,6 +54,11 @@ def test_graphs_take_and_return_what_optimum_expects(name: str, exported: Export
     assert set(decoder[1]) == {"logits"} | cache("present", "decoder", "encoder")
     assert set(with_past[0]) == {"input_ids", *mask} | cache("past_key_values", "decoder", "encoder")
     assert set(with_past[1]) == {"logits"} | cache("present", "decoder")
+    past = [name for name in with_past[0] if name.startswith("past")]
+    assert past[:5] == [
+        *(f"past_key_values.0.{part}.{half}" for part in ("decoder", "encoder") for half in ("key", "value")),
+        "past_key_values.1.decoder.key",
+    ]
 
 
 def test_axes_vary_and_have_names(exported: Exported) -> None:
