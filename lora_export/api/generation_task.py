@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lora_export.models.model import Model
 
-DECODER_FILE = "model.onnx"  # the name under which other programs look for a decoder's graph
+SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 # The main input of a model with an encoder -> its task
 TASK_BY_INPUT = {
     "input_ids": TEXT_TO_TEXT,
@@ -58,7 +58,7 @@ def first_file(output: Path, task: str) -> Path:
     Raises WrongUsage for a file where there are three graphs.
     """
     if task == TEXT_GENERATION:
-        return output if output.suffix else output / DECODER_FILE
+        return output if output.suffix else output / SINGLE_GRAPH
     if output.suffix:
         raise WrongUsage(f"a model with an encoder becomes three graphs: -o {output} has to name a folder")
     return output / ENCODER_FILE

@@ -19,7 +19,14 @@ from lora_export.api.load import (
     refuse_pt2,
     refuse_weights_alone,
 )
-from lora_export.api.onnx_options import FUSED_FOR, TASKS, TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.onnx_options import (
+    CACHED_TASKS,
+    FUSED_FOR,
+    TEXT_GENERATION,
+    OnnxOptions,
+    OnnxResult,
+    check_adapters,
+)
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
@@ -106,8 +113,8 @@ def export_onnx(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
-    if task not in (None, *TASKS):
-        raise WrongUsage(f"--task {task} is unknown; the tasks with a cache are {', '.join(TASKS)}")
+    if task not in (None, *CACHED_TASKS):
+        raise WrongUsage(f"--task {task} is unknown; the tasks with a cache are {', '.join(CACHED_TASKS)}")
     if with_cache and task is None:
         task = TEXT_GENERATION if is_graph else task_of(model)
     options = OnnxOptions(

@@ -22,7 +22,7 @@ from lora_export.verification.proof import Proof
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
 FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
 # What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
-TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = TASKS = (
+TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS = (
     *("text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"),
 )
 
@@ -40,7 +40,7 @@ class OnnxOptions:
     target: str | Sequence[str] | None = None
     dora: bool = False
     names: str = "olive"
-    task: str | None = None  # one of TASKS; None: forward as it is, without a cache
+    task: str | None = None  # one of CACHED_TASKS; None: forward as it is, without a cache
     fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
     inputs: Path | None = None
     provider: str = "cpu"

@@ -11,6 +11,7 @@ BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a 
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
+DECODER_IDS = "decoder_input_ids"  # of a model with an encoder; its decoder's graphs take them as `input_ids`
 # Of an encoder-decoder: what the encoder returns, and the names by which the decoder takes it and its mask.
 LAST_HIDDEN, HIDDEN, ENCODER_MASK = "last_hidden_state", "encoder_hidden_states", "encoder_attention_mask"
 

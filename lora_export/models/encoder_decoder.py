@@ -23,8 +23,24 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import ENCODER_MASK, HIDDEN, IDS, LAST_HIDDEN, LOGITS, MASK, PAST, PRESENT
-from lora_export.models.cached_decoder import BATCH_SYMBOL, PAST_SYMBOL, SEQUENCE_SYMBOL
+from lora_export.graph.cache_names import (
+    DECODER_IDS,
+    ENCODER_MASK,
+    HIDDEN,
+    IDS,
+    LAST_HIDDEN,
+    LOGITS,
+    MASK,
+    PAST,
+    PRESENT,
+)
+from lora_export.models.cached_decoder import (
+    BATCH_SYMBOL,
+    PAST_SYMBOL,
+    SEQUENCE_SYMBOL,
+    TRACED_PAST,
+    TRACED_SEQUENCE,
+)
 from lora_export.models.export import (
     exported_by_transformers,
     exporter_refusals,
@@ -40,11 +56,9 @@ from lora_export.models.model import Model, ModelInputs
 from lora_export.models.simplify import simplify
 
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
-DECODER_IDS, ENCODER_OUTPUTS, CACHE = "decoder_input_ids", "encoder_outputs", "past_key_values"  # keywords of forward
-CACHE_TENSOR = re.compile(r"\.(self|cross)_attention_cache\.layers\.(\d+)\.(key|value)s$")
+ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward
+TENSOR_OF_PART = re.compile(r"\.(self|cross)_attention_cache\.layers\.(\d+)\.(key|value)s$")
 PART = {"self": "decoder", "cross": "encoder"}  # of a cache, as transformers and as exporters name it
-# Sizes to trace with: see `cached_decoder`.
-TRACED_PAST, TRACED_SEQUENCE = 5, 3
 
 
 class EncoderDecoderGraphs(NamedTuple):
@@ -106,13 +120,13 @@ class _DecoderExporter:
         cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
         tokens = self._tokens(TRACED_PAST)
         with self._tracing(), named_failures(self.module, tokens, "first tokens"):
-            own = getattr(self.module(**self.given, **tokens, **{USE_CACHE: True}), CACHE, None)
+            own = getattr(self.module(**self.given, **tokens, **{USE_CACHE: True}), PAST, None)
             if not isinstance(own, transformers.EncoderDecoderCache):
                 raise InputRefused(
                     f"{type(self.module).__name__} has a cache of {type(own).__name__}: graphs with a cache are made "
                     "of models that keep a key and a value for each attention, and nothing else"
                 )
-            self.module(**self.given, **tokens, **{CACHE: cache, USE_CACHE: True})
+            self.module(**self.given, **tokens, **{PAST: cache, USE_CACHE: True})
         return cache
 
     def graph(self, cache: Any) -> ir.Model:
@@ -124,11 +138,11 @@ class _DecoderExporter:
             **({MASK: self._dynamic(ENCODER_MASK)} if MASK in self.given else {}),
         }
         if cache is not None:
-            inputs[CACHE] = cache
+            inputs[PAST] = cache
             own = dict.fromkeys((0, 2), Dim.DYNAMIC)
             cross = dict.fromkeys(self.cross_axes, Dim.DYNAMIC)
             layers = (cache.self_attention_cache.layers, cache.cross_attention_cache.layers)
-            dynamic[CACHE] = [own] * (2 * len(layers[0])) + [cross] * (2 * len(layers[1]))
+            dynamic[PAST] = [own] * (2 * len(layers[0])) + [cross] * (2 * len(layers[1]))
         with self._tracing(), exporter_refusals(self.module):
             program = exported_by_transformers(self.module, inputs, dynamic, self.opset)
             simplify(program)
@@ -152,13 +166,13 @@ class _DecoderExporter:
         axes: dict[str, dict[int, str]] = dict(self.axes)
         names = {f"{ENCODER_OUTPUTS}.{LAST_HIDDEN}": HIDDEN, DECODER_IDS: IDS, MASK: ENCODER_MASK}
         for value in program.graph.inputs:
-            found = CACHE_TENSOR.search(value.name or "")
+            found = TENSOR_OF_PART.search(value.name or "")
             value.name = _cache_name(PAST, found) if found else names[value.name or ""]
             if found:
                 axes[value.name] = self.cross_axes if found[1] == "cross" else {0: BATCH_SYMBOL, 2: PAST_SYMBOL}
         kept = {LOGITS: LOGITS}
         for value in program.graph.outputs:
-            found = CACHE_TENSOR.search(value.name or "")
+            found = TENSOR_OF_PART.search(value.name or "")
             if found and not (has_past and found[1] == "cross"):  # behind a past they are what was given
                 kept[value.name or ""] = _cache_name(PRESENT, found)
         _keep_outputs(program, kept)

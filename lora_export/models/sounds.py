@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.runtime.runner import Arrays
 from lora_export.storage import input_files
 
 EXTRACTOR_FILE = "preprocessor_config.json"
 # Bytes of a sample of a .wav -> how NumPy reads it, and the number that stands for no sound
-SAMPLES = {1: ("u1", 128), 2: ("<i2", 0), 4: ("<i4", 0)}
+WAV_SAMPLES = {1: ("u1", 128), 2: ("<i2", 0), 4: ("<i4", 0)}
 
 
 def open_extractor(folder: Path) -> Any:
@@ -27,7 +26,7 @@ def open_extractor(folder: Path) -> Any:
     """
     if not (folder / EXTRACTOR_FILE).is_file():
         raise InputRefused(
-            f"{folder} has no {EXTRACTOR_FILE}: it says how a sound becomes the features that the encoder reads",
+            f"{folder} has no {EXTRACTOR_FILE}: it states how a sound becomes what the encoder reads",
             "The features themselves may be given: lora_export.generate takes arrays",
         )
     try:
@@ -62,16 +61,16 @@ def read_wav(path: Path, rate: int) -> NDArray[np.float32]:
             f"{path} has {own_rate} samples a second, and the model takes {rate}. "
             f"ffmpeg -i {path} -ar {rate} -ac 1 sound.wav converts it"
         )
-    if width not in SAMPLES:
+    if width not in WAV_SAMPLES:
         raise InputRefused(f"{path} has {8 * width} bits for each sample; 8, 16 and 32 can be read")
-    kind, silence = SAMPLES[width]
+    kind, silence = WAV_SAMPLES[width]
     samples = np.frombuffer(data, kind).astype(np.float32) - silence
     return np.asarray(samples.reshape(-1, channels).mean(axis=1) / 2.0 ** (8 * width - 1), np.float32)
 
 
-def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> Arrays:
+def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:
     """What an extractor makes of sounds (samples,), one row each. Raises InputRefused where it refuses them."""
-    # Whisper's extractor makes every sound as long as the model needs it. Others pad where they are told to.
+    # Whisper's extractor makes every sound as long as the model needs it. Others pad by an option.
     same_length = len({len(sound) for sound in sounds}) == 1
     padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
     try:

@@ -16,13 +16,23 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
-from lora_export.graph.cache_names import ENCODER_MASK, HIDDEN, IDS, LAST_HIDDEN, LOGITS, MASK, PAST, PRESENT
+from lora_export.graph.cache_names import (
+    DECODER_IDS,
+    ENCODER_MASK,
+    HIDDEN,
+    IDS,
+    LAST_HIDDEN,
+    LOGITS,
+    MASK,
+    PAST,
+    PRESENT,
+)
 from lora_export.runtime.encoder_decoder_files import DECODER_FILE, ENCODER_FILE, GRAPH_FILES, WITH_PAST_FILE
 from lora_export.runtime.kv_cache import DECODE_STEPS
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
 
-DECODER_IDS, ENCODER_OUTPUT = "decoder_input_ids", "encoder_last_hidden_state"  # of the model in PyTorch
+ENCODER_OUTPUT = "encoder_last_hidden_state"  # of the model in PyTorch
 
 
 @dataclass(frozen=True, eq=False)

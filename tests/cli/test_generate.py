@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers as hf
 
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
-from support.generators import decoder_adapter, small_decoder
+from support.generators import FRAMES, MELS, decoder_adapter, small_decoder, small_encoder_decoder
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,32 @@ def test_model_that_generates_nothing_is_refused_before_the_export(
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
     assert shown_text("a\tb\nc\x1b[2J\r\x07d") == "a\tb\nc\\x1b[2J\\r\\x07d"
+
+
+def test_speech_model_reads_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = small_encoder_decoder("whisper", tmp_path / "base")
+    assert call("onnx", base, "--with-cache", "--no-verify", "-o", tmp_path / "speech") == 0
+    extractor = hf.WhisperFeatureExtractor(
+        feature_size=MELS, sampling_rate=640, hop_length=16, chunk_length=640 // 16 // FRAMES, n_fft=64
+    )
+    extractor.save_pretrained(tmp_path / "speech")
+    with wave.open(str(tmp_path / "call.wav"), "wb") as file:
+        file.setparams((1, 2, 640, 0, "NONE", ""))
+        file.writeframes((np.sin(np.arange(600) / 3) * 9000).astype("<i2").tobytes())
+    command = ("generate", tmp_path / "speech", "--audio", tmp_path / "call.wav", "--max-new-tokens", "6")
+    _, (document,) = answer(capsys, *command)
+    assert document["prompt"] == str(tmp_path / "call.wav")
+    assert len(document["tokens"]) == 6
+    capsys.readouterr()
+    assert call(*command) == 0
+    assert capsys.readouterr().out == f"tokens {' '.join(map(str, document['tokens']))}\n"
+    assert call("generate", tmp_path / "speech", "--prompt", "w5") == 3
+    assert "the model reads sounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [(), ("--prompt", "w5", "--audio", "call.wav")])
+def test_either_texts_or_sounds_are_given(
+    place: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("generate", place / "served", *given) == 2
+    assert "give --prompt TEXT, or --audio FILE.wav for a speech model" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import transformers as hf
 import lora_export as le
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.runner import Arrays
 from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
 
@@ -110,14 +110,6 @@ def test_inputs_without_tokens_of_the_decoder_are_refused(runner: EncoderDecoder
     inputs = {name: value for name, value in arrays().items() if name != "decoder_input_ids"}
     with pytest.raises(RuntimeRefused, match="the graphs take decoder_input_ids; the model takes input_ids, attention"):
         runner.with_rows([0]).run(inputs)
-
-
-def test_folder_needs_all_three_graphs(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder / "served", tmp_path / "copy")
-    assert is_encoder_decoder_folder(copy)
-    (copy / GRAPH_FILES[2]).unlink()
-    assert not is_encoder_decoder_folder(copy)
-    assert not is_encoder_decoder_folder(copy / GRAPH_FILES[0])
 
 
 def test_graphs_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class TokenRules:
     ) -> NDArray[np.floating]:
         """The logits [batch, vocabulary] by which the new token `number`, from 0 on, is chosen.
 
-        `texts` has the tokens of each row so far. `is_last` says that no token may follow.
+        `texts` has the tokens of each row so far. With `is_last`, no token may follow.
         """
         logits = logits.copy()
         for row, text in enumerate(texts):
