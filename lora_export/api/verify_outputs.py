@@ -24,11 +24,11 @@ from lora_export.errors import (
     LoraExportError,
     Undecided,
 )
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
 from lora_export.verification.companion_files import ComparedFiles, compare_files
-from lora_export.verification.loaded_files import loaded_files
+from lora_export.verification.loaded_files import LoadedFiles, files_of_graphs, loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def judge_outputs(
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
             release_memory()
             proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
-            has_weights = candidate.is_dir() and not is_encoder_decoder_folder(candidate)
-            files = loaded_files(candidate) if has_weights else None
+            files = _files_in(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
                 proof = replace(proof, verdict=_with_files(proof.verdict, each))
@@ -140,6 +139,15 @@ def _prove(
     if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.takes_rows:
         return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
     return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+
+
+def _files_in(folder: Path) -> LoadedFiles:
+    from lora_export.runtime.open_artifact import candidate_files
+
+    if not is_encoder_decoder_folder(folder):
+        return loaded_files(folder)
+    graphs = {name: path for graph in GRAPH_FILES for name, path in candidate_files(folder / graph).items()}
+    return files_of_graphs(folder, graphs)
 
 
 def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:

@@ -28,6 +28,9 @@ NAMES_OF_LOADERS = re.compile(
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # of a tokenizer, among others
 OTHER_FILE = "transformers_weights"  # of a config: the file that transformers loads in place of the model's
 SHOWN_FILES = 8
+MERGED_DECODER = (
+    "decoder_model_merged.onnx"  # optimum's graph with a branch for the first tokens and one for the others
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,22 @@ def loaded_files(candidate: Path) -> LoadedFiles:
     return LoadedFiles({name: files[name] for name in sorted(judged)}, found)
 
 
+def files_of_graphs(folder: Path, graphs: Mapping[str, Path]) -> LoadedFiles:
+    """The files of an encoder-decoder's graphs and their data, `graphs`, and those that a loader reads beside them."""
+    files = {path.relative_to(folder).as_posix(): path for path in input_files.regular_files(folder)}
+    judged = dict(graphs) | {name: files[name] for name in (*READERS, *VOCABULARIES, CHAT_TEMPLATE) if name in files}
+    others = sorted(set(files) - set(judged) - {MANIFEST})
+    leftovers = [name for name in others if Path(name).name == MERGED_DECODER]
+    differences = [
+        f"{name} is not what was judged, and a loader takes it before the two decoders. Remove it" for name in leftovers
+    ]
+    notes = _notes_on(name for name in others if name not in leftovers)
+    return LoadedFiles(judged, ComparedFiles(tuple(map(one_line, differences)), notes=notes))
+
+
 def _notes_on(names: Iterable[str]) -> tuple[str, ...]:
     """A note on other weights, which no loader takes by their names, and on texts."""
-    weights, texts = (".safetensors", *OTHER_WEIGHTS), TEXTS
+    weights, texts = (".safetensors", ".onnx", *OTHER_WEIGHTS), TEXTS
     shown = sorted((not name.endswith(weights), name) for name in names if name.endswith((*weights, *texts)))
     more = f" and {len(shown) - SHOWN_FILES} more" if len(shown) > SHOWN_FILES else ""
     text = f"not compared: {', '.join(name for _, name in shown[:SHOWN_FILES])}{more}"

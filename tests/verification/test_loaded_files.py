@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_export.verification.loaded_files import loaded_files
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
+from lora_export.verification.loaded_files import files_of_graphs, loaded_files
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter
 
@@ -53,6 +54,19 @@ def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFi
     code, document = answer(capsys, *audit(merged))
     assert code == 0 and document["about"]["judged_files"] == ["config.json", "model.safetensors"]
     assert "not compared: optimizer.pt, sub/model.safetensors, training_args.bin, notes.txt" in document["notes"]
+
+
+def test_a_merged_decoder_beside_the_graphs_of_an_encoder_decoder_is_different(tmp_path: Path) -> None:
+    for name in (*GRAPH_FILES, "config.json", "tokenizer.json", "quantised.onnx", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    graphs = {name: tmp_path / name for name in GRAPH_FILES}
+    found = files_of_graphs(tmp_path, graphs)
+    assert set(found.judged) == {*GRAPH_FILES, "config.json", "tokenizer.json"}
+    assert found.others.differences == ()
+    assert found.others.notes == ("not compared: model.safetensors, quantised.onnx",)
+    (tmp_path / "decoder_model_merged.onnx").write_bytes(b"")
+    (line,) = files_of_graphs(tmp_path, graphs).others.differences
+    assert line.startswith("decoder_model_merged.onnx is not what was judged, and a loader takes it before")
 
 
 def test_a_config_that_names_other_weights_is_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
