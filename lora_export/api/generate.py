@@ -19,7 +19,7 @@ from lora_export.models.tokenizer import open_tokenizer
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
-from lora_export.runtime.generation.loop import OnToken, TextLimits, generate_from_encoder, generate_tokens
+from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
 from lora_export.runtime.generation.sampling import Sampling
 from lora_export.storage import input_files, json_files
 
@@ -105,27 +105,11 @@ def generate(
     else:
         if language is not None or translate:
             raise WrongUsage("a language and translating are for speech models")
-        generated = _after_prompts(model, prompts, settings, tokenizer, adapters, limits, sampling, on_token, chat=chat)
+        tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+        name, ids = _chosen_adapters(model, adapters, len(prompts))
+        generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
-
-
-def _after_prompts(
-    decoder: Decoder,
-    prompts: Sequence[Prompt],
-    settings: GenerationSettings,
-    tokenizer: Any,
-    adapters: str | Sequence[str | None] | None,
-    limits: TextLimits,
-    sampling: Sampling,
-    on_token: OnToken,
-    *,
-    chat: bool,
-) -> list[list[int]]:
-    """The new tokens of a decoder alone."""
-    tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
-    adapter, adapter_ids = _chosen_adapters(decoder, adapters, len(prompts))
-    return generate_tokens(decoder, tokens, limits, sampling, on_token, adapter=adapter, adapter_ids=adapter_ids)
 
 
 def _refuse_options_of_speech(settings: GenerationSettings, language: str | None, *, translate: bool) -> None:
