@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder
@@ -191,11 +191,13 @@ def write_graphs(
     plans, beside = [], []
     for name in list(graphs):
         own = replace(options, output=options.output.with_name(name))
-        located, files = write_with_adapters(graphs.pop(name), own, future, folder, whole=whole)
+        program = graphs.pop(name)
+        located, files = write_with_adapters(program, own, future, folder, whole=whole)
         plans.append(located.plan if located else None)
         beside += [*files, *([] if own.output == options.output else [name])]
-        del located  # its sites refer to the graph
-        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+        drop_tensors(program)
+        del program, located  # the sites refer to the graph
+        release_memory()
     if not whole or not options.adapters:
         return plans[0], beside
     plan = options.plan(whole)

@@ -12,6 +12,15 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
     return (value for graph in model.graphs() for value in graph.initializers.values())
 
 
+def drop_tensors(model: ir.Model) -> None:
+    """Take the tensors of all initializers out of a graph that is no longer used, whoever keeps the graph.
+
+    onnxscript's rules keep the last graph that they were applied to.
+    """
+    for value in initializers(model):
+        value.const_value = None
+
+
 def initializer_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """The tensors of all initializers, except strings, which have no bytes of their own."""
     for value in initializers(model):

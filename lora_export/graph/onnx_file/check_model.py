@@ -9,6 +9,7 @@ import onnx
 from onnx import defs
 
 from lora_export.errors import OutputFailed
+from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
 
 FLOAT_TYPES = ["tensor(bfloat16)", "tensor(double)", "tensor(float)", "tensor(float16)"]
 
@@ -16,14 +17,20 @@ FLOAT_TYPES = ["tensor(bfloat16)", "tensor(double)", "tensor(float)", "tensor(fl
 def check_file(path: Path) -> None:
     """Check an ONNX file with `onnx.checker`. Accepts graphs that onnxruntime or its tools have fused.
 
+    The weights inside the file are not read: the checker would hold them twice.
+
     Raises OutputFailed for a path that is not UTF-8, which neither the checker nor onnxruntime takes.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise OutputFailed(f"{path} is not UTF-8, and ONNX's libraries take no such path. Name it otherwise") from error
-    _register_schemas()
-    onnx.checker.check_model(str(path))
+    message = without_large_tensors(path, path.name)
+    if _names_other_files(message, path.name):
+        _register_schemas()
+        onnx.checker.check_model(str(path))
+    else:
+        check_message(message)
 
 
 def check_message(message: bytes) -> None:
@@ -36,6 +43,12 @@ def innermost_error(error: BaseException) -> BaseException:
     """The error that caused this one, or this one itself."""
     inner = error.__cause__ or error.__context__
     return innermost_error(inner) if inner is not None else error
+
+
+def _names_other_files(message: bytes, own: str) -> bool:
+    """Whether a tensor of the model is in a file of another name."""
+    external = (one for one in _tensors(onnx.ModelProto.FromString(message)) if one.data_location == one.EXTERNAL)
+    return any(entry.value != own for one in external for entry in one.external_data if entry.key == "location")
 
 
 def _without_external_data(message: bytes) -> onnx.ModelProto:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.exporter_metadata import remove_exporter_notes
 from lora_export.graph.onnx_file.check_model import check_file, check_message, innermost_error
 from lora_export.graph.onnx_file.external_data import moved_to
-from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
+from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256
@@ -29,8 +31,8 @@ def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[st
 
     `metadata` is added to the model's properties. Weights of 1 GiB and more go into a file beside the graph that is
     named by its content (`atomic_output.data_name`), so that an old graph never reads new weights. Removes exporter
-    notes from `model`. Raises RuntimeRefused where the graph without its weights is too long, or where ONNX's checker
-    rejects it.
+    notes from `model`. Takes memory for the graph without its weights, and for one of them. Raises RuntimeRefused where
+    the graph without its weights is too long, or where ONNX's checker rejects it.
     """
     remove_exporter_notes(model)
     model.metadata_props.update(metadata or {})
@@ -43,11 +45,7 @@ def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[st
             f"must have less than {MAX_MESSAGE_BYTES:,} bytes"
         )
     if constants + sum(tensor.nbytes for tensor in initializer_tensors(model)) < MAX_INLINE_BYTES:
-        ir.external_data.load_to_model(model)
-        try:
-            ir.save(model, path)
-        except ir.serde.SerdeError as error:  # of a graph from another tool: a field that protobuf cannot hold
-            raise RuntimeRefused(f"the graph cannot be written as ONNX: {innermost_error(error)}") from error
+        _save_in_one_file(model, path)
     else:
         written.insert(0, _save_with_external_data(model, path))
     try:
@@ -55,6 +53,56 @@ def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[st
     except (onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
     return written
+
+
+def _save_in_one_file(model: ir.Model, path: Path) -> None:
+    """Write the graph with its weights inside. Protobuf would hold them three times; here each is written by itself."""
+    with _weights_apart(model) as (location, weights):
+        message = message_of(model, check=False)
+    pieces = split_at_tensors(message, location, [weight.nbytes for weight in weights])
+    with path.open("wb") as file:
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                file.write(piece)
+            else:
+                _write_tensor(weights[piece], file)
+
+
+def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    """Write the bytes of a tensor. Raises RuntimeRefused where their number is not what the graph says."""
+    start = file.tell()
+    if hasattr(tensor, "tofile"):
+        tensor.tofile(file)
+    else:
+        file.write(tensor.tobytes())
+    if file.tell() - start != tensor.nbytes:
+        raise RuntimeRefused(
+            f"{tensor.name} has {file.tell() - start:,} bytes, and the graph declares {tensor.nbytes:,}"
+        )
+
+
+@contextlib.contextmanager
+def _weights_apart(model: ir.Model) -> Iterator[tuple[str, list[ir.TensorProtocol]]]:
+    """A location, and the large tensors and those of other files. The model's initializers name both meanwhile."""
+    location = secrets.token_hex(8)  # no graph can contain this name
+    apart = [value for value in initializers(model) if _is_apart(value.const_value)]
+    tensors = [tensor for value in apart if (tensor := value.const_value) is not None]
+    try:
+        for number, (value, tensor) in enumerate(zip(apart, tensors, strict=True)):
+            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+            value.const_value = ir.ExternalTensor(
+                location, number, tensor.nbytes, tensor.dtype, shape=shape, name=name, doc_string=tensor.doc_string
+            )
+        yield location, tensors
+    finally:
+        for value, tensor in zip(apart, tensors, strict=True):
+            value.const_value = tensor
+
+
+def _is_apart(tensor: ir.TensorProtocol | None) -> bool:
+    if tensor is None or tensor.dtype.is_string():
+        return False
+    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= MIN_EXTERNAL_BYTES
 
 
 def _save_with_external_data(model: ir.Model, path: Path) -> Path:

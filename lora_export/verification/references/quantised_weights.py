@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
@@ -32,6 +33,7 @@ from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
 from lora_export.models.model import Model
+from lora_export.models.stored_parameter import StoredParameter, state_of
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
@@ -167,7 +169,7 @@ def _dequantised(
     sites: Mapping[str, Site], model: Model, executed: Collection[tuple[str, str]]
 ) -> dict[str, DequantisedWeight]:
     parameters = {spec.name: spec for spec in layers.specs(model.module)}
-    tensors = model.module.state_dict()
+    tensors = state_of(model.module)
     found = {}
     for name, site in sites.items():
         if name not in parameters:
@@ -238,10 +240,16 @@ def with_dequantised_weights(model: Model, weights: Mapping[str, DequantisedWeig
     if not weights:
         return model
     module = copy.deepcopy(model.module)
-    tensors = module.state_dict()  # shares the module's memory
-    with torch.no_grad():
-        for name, weight in weights.items():
-            tensors[name].copy_(torch.from_numpy(weight.values if weight.merge is None else weight.merge.base))
+    tensors = state_of(module)  # shares the module's memory
+    loaded: dict[int, nn.Parameter] = {}  # in place of parameters that are read from a file
+    for name, weight in weights.items():
+        values = torch.from_numpy(weight.values if weight.merge is None else weight.merge.base)
+        if isinstance(tensors[name], StoredParameter):
+            loaded[id(tensors[name])] = nn.Parameter(values.to(tensors[name].dtype), requires_grad=False)
+        else:
+            tensors[name].copy_(values)
+    for parameters in (owner._parameters for owner in module.modules()):
+        parameters.update({name: loaded[id(one)] for name, one in parameters.items() if id(one) in loaded})
     return replace(model, module=module)
 
 
@@ -322,7 +330,7 @@ def _merges(
     weights: Mapping[str, DequantisedWeight], before: Mapping[str, DequantisedWeight], model: Model, changes: Plan
 ) -> Iterator[tuple[str, QuantisedMerge]]:
     """The sum that each quantised weight would be, and how near the weight is to it."""
-    tensors = model.module.state_dict()
+    tensors = state_of(model.module)
     for step in changes.low_rank:
         if step.weight in weights:
             known = before.get(step.weight)

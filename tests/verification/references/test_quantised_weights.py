@@ -33,6 +33,7 @@ from lora_export.models import factory
 from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
+from lora_export.models.stored_parameter import StoredParameter
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -88,6 +89,38 @@ def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
         assert weight.distance == pytest.approx(np.linalg.norm(weight.values - original) / np.linalg.norm(original))
         assert 0.04 < weight.distance < 0.2
     assert f"{max(weight.distance for weight in weights.values()):.1%} from the model's weights" in note
+
+
+def in_file(model: Model, read: list[str]) -> Model:
+    """The model with weights that are read when they are needed; `read` gets the name of each that is."""
+    module = copy.deepcopy(model.module)
+
+    def read_again(name: str, values: torch.Tensor) -> torch.Tensor:
+        read.append(name)
+        return values.detach().clone()
+
+    for path, owner in module.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                make = functools.partial(read_again, f"{path}.{name}", parameter)
+                owner._parameters[name] = StoredParameter(parameter.shape, make)
+    return replace(model, module=module)
+
+
+def test_weights_in_a_file_give_way_to_the_quantised_ones(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    path = beside(exact(quantised(graph.clone()), 0), adapter_for_wide(4.0), tmp_path)
+    model = in_file(wide, [])
+    assert prove(OnnxRunner(path), PyTorchReferences(model, [adapter_for_wide(4.0)])).verdict.same
+    found = quantised_weights.find(path, model)
+    module = quantised_weights.with_dequantised_weights(model, found).module
+    assert torch.equal(module.get_parameter("up.weight"), torch.from_numpy(found["up.weight"].values))
+    assert isinstance(model.module.get_parameter("up.weight"), StoredParameter)
+
+
+def test_graph_of_floats_is_compared_with_no_weight(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    read: list[str] = []
+    assert not quantised_weights.find(saved(graph.clone(), tmp_path), in_file(wide, read))
+    assert not read
 
 
 def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
