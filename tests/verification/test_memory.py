@@ -19,6 +19,7 @@ from lora_export import cli
 from lora_export.api import memory_needs, onnx_from_model
 from lora_export.api.onnx_options import OnnxProofs
 from lora_export.api.verify import Verification
+from lora_export.graph.values import initializer_tensors
 from lora_export.models import export, stored_parameter
 from lora_export.models.stored_parameter import MOST_WIDENED_WEIGHTS
 from lora_export.models.streamed_folder import is_streamed
@@ -156,21 +157,23 @@ def test_large_model_has_the_verdict_of_a_small_one(
 def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
     small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported, judged = [], []
+    exported, graphs, judged = [], [], []
     to_onnx, prove_all = export.to_onnx, onnx_from_model.prove_all
 
     def exporting(module: torch.nn.Module, *rest: object, **options: object) -> object:
         exported.append(weakref.ref(module))
-        return to_onnx(module, *rest, **options)
+        graphs.append(to_onnx(module, *rest, **options))
+        return graphs[-1]
 
     def proving(path: Path, references: PyTorchReferences, *rest: object) -> OnnxProofs:
-        judged.append((references.model.module, exported[0]()))
+        judged.append((references.model.module, exported[0](), list(initializer_tensors(graphs[0]))))
         return prove_all(path, references, *rest)
 
     monkeypatch.setattr(export, "to_onnx", exporting)
     monkeypatch.setattr(onnx_from_model, "prove_all", proving)
     made = lora_export.export_onnx(small_base / "base", tmp_path / "m.onnx", adapters=[small_base / "adapter"])
     assert made.proof.verdict
-    [(module, whole)] = judged
+    [(module, whole, tensors)] = judged
     assert is_streamed(module)
     assert whole is None  # the module that was exported is gone
+    assert not tensors  # and the weights of its graph, whoever keeps that

@@ -22,14 +22,16 @@ from lora_export.graph.values import attribute_tensors, initializer_tensors, ini
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256
 
-MAX_INLINE_BYTES = 1 << 30  # of a graph's tensors; with more, the weights go into a file beside the graph
+# Of a graph's tensors. With more, the weights go into a file beside the graph: onnxruntime maps it, and holds weights
+# that are inside twice.
+MAX_INLINE_BYTES = 1 << 29
 MIN_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
 def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
     """Write a graph into a folder that the caller publishes. Returns the files, the graph last.
 
-    `metadata` is added to the model's properties. Weights of 1 GiB and more go into a file beside the graph that is
+    `metadata` is added to the model's properties. Weights of 512 MiB and more go into a file beside the graph that is
     named by its content (`atomic_output.data_name`), so that an old graph never reads new weights. Removes exporter
     notes from `model`. Takes memory for the graph without its weights, and for one of them. Raises RuntimeRefused where
     the graph without its weights is too long, or where ONNX's checker rejects it.

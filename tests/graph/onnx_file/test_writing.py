@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -70,8 +71,9 @@ def test_invalid_graph_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(36)
-def test_weights_leave_graph_before_serialisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", 40)
+@pytest.mark.parametrize("inline", [40, 1000], ids=["beside", "inside"])
+def test_weights_leave_graph_before_serialisation(inline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", inline)
     monkeypatch.setattr(writing, "MIN_EXTERNAL_BYTES", 16)
     serialised: list[int] = []
     serialise = ir.serde.serialize_model
@@ -85,8 +87,26 @@ def test_weights_leave_graph_before_serialisation(tmp_path: Path, monkeypatch: p
     model = a_graph(LINEAR)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(np.float32(LINEAR_WEIGHT))
     model.graph.initializers["m.bias"].const_value = ir.Tensor(np.float32([5, 6, 7, 8, 9])[:2])
-    save_graph(model, tmp_path, "model.onnx", metadata={"x": "y" * 40})
+    files = save_graph(model, tmp_path, "model.onnx", metadata={"x": "y" * 40})
+    assert len(files) == (2 if inline == 40 else 1)
     assert serialised and max(serialised) <= 16
+    assert model.graph.initializers["m.weight"].const_value.numpy().tolist() == LINEAR_WEIGHT
+    assert np.array_equal(stored(load_graph(files[-1]), "m.weight"), LINEAR_WEIGHT)
+
+
+class _Short(ir.Tensor[Any]):
+    """A tensor that writes too few bytes."""
+
+    def tofile(self, file: BinaryIO) -> None:
+        file.write(self.tobytes()[1:])
+
+
+def test_tensor_of_too_few_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MIN_EXTERNAL_BYTES", 16)
+    model = a_graph(LINEAR)
+    model.graph.initializers["m.weight"].const_value = _Short(np.float32(LINEAR_WEIGHT), name="m.weight")
+    with pytest.raises(RuntimeRefused, match=r"m\.weight has 23 bytes, and the graph declares 24"):
+        save_graph(model, tmp_path, "model.onnx")
 
 
 @pytest.mark.fault(36)
