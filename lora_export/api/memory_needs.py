@@ -17,12 +17,13 @@ from lora_export.runtime.memory import require_memory
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.streamable import is_streamable
 
-PROGRAM = 500 << 20  # bytes: Python, PyTorch and onnxruntime
+PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:
 WIDENED = 32  # of a model that is widened to fp64 as a whole
 MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
-VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ = 4.0, 12.0  # where weights are read when something computes with them
+# Where weights are read when something computes with them:
+VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ, EXPORT_READ = 2.7, 6.0, 7.5
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
@@ -43,10 +44,11 @@ def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "
     require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
 
 
-def require_memory_to_export(model: ModelSource) -> None:
+def require_memory_to_export(model: ModelSource, dtype: str = "float32") -> None:
     """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
     count = _parameters(model)
-    require_memory(_needed(count, EXPORT), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
+    each = EXPORT_READ if dtype == "float32" and _is_streamable(model) else EXPORT
+    require_memory(_needed(count, each), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
 
 
 def is_large_folder(model: ModelSource) -> bool:

@@ -44,7 +44,7 @@ from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_roundin
 def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, opset: int | None) -> OnnxResult:
     """See `export_onnx`."""
     with options.staged(model_paths(source)) as folder:
-        require_memory_to_export(source)
+        require_memory_to_export(source, dtype)
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
         if options.task:

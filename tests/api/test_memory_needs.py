@@ -44,17 +44,19 @@ def test_the_need_grows_with_the_model_and_depends_on_the_candidate(
 ) -> None:
     """Weights that can stay in their files are not counted."""
     graph = tmp_path / "m.onnx"
-    for candidate, need in ((large, 4.6), (tmp_path, 16.9), (tmp_path / "m.safetensors", 16.9), (graph, 12.8)):
+    for candidate, need in ((large, 3.4), (tmp_path, 17.1), (tmp_path / "m.safetensors", 17.1), (graph, 6.8)):
         refused = missing(monkeypatch, need - 0.1, require_memory_to_verify, large, candidate)
         assert f"1.10 billion parameters needs about {need} GiB" in refused
         assert ("`verify MERGED --base BASE`" in refused) == (candidate.suffix != ".onnx")
         assert not missing(monkeypatch, need + 0.1, require_memory_to_verify, large, candidate)
-    assert "16.9 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large, "float16")
+    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large, "float16")
+    assert "`lora-export merge`" in missing(monkeypatch, 8.3, require_memory_to_export, large)
+    assert not missing(monkeypatch, 8.5, require_memory_to_export, large)
+    assert "21.2 GiB" in missing(monkeypatch, 1, require_memory_to_export, large, "float16")
     (large / "config.json").write_text('{"model_type": "mixtral"}')
-    assert "16.9 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large)
-    assert "14.8 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, graph)
-    assert "`lora-export merge`" in missing(monkeypatch, 20.8, require_memory_to_export, large)
-    assert not missing(monkeypatch, 21.1, require_memory_to_export, large)
+    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large)
+    assert "15.0 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, graph)
+    assert "21.2 GiB" in missing(monkeypatch, 1, require_memory_to_export, large)
 
 
 def test_a_model_of_unknown_size_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +72,10 @@ def test_commands_end_with_6_before_the_model_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(load, "load_model", never)
-    monkeypatch.setenv(AVAILABLE, str(4 << 30))
+    monkeypatch.setenv(AVAILABLE, str(3 << 30))
     assert call("verify", large, "--model", large, "--report", tmp_path / "verdict.json") == 6
-    assert "needs about 4.6 GiB of memory, and 4.0 GiB are available" in capsys.readouterr().err
-    assert "4.6 GiB" in (tmp_path / "verdict.json").read_text()
+    assert "needs about 3.4 GiB of memory, and 3.0 GiB are available" in capsys.readouterr().err
+    assert "3.4 GiB" in (tmp_path / "verdict.json").read_text()
     assert call("onnx", large, "-o", tmp_path / "model.onnx") == 6
-    assert "needs about 21.0 GiB" in capsys.readouterr().err
+    assert "needs about 8.4 GiB" in capsys.readouterr().err
     assert not list(tmp_path.glob("model*"))
