@@ -41,3 +41,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--keep", action="store_true", help="write the tables that tests make into tests/README.md")
+    billions = "billions of parameters, of 0.15, 0.5, 1.1 and 3, that bench_scale.py measures"
+    parser.addoption("--sizes", default="0.15,0.5,1.1,3", help=f"{billions}: merge and verify --base")
+    parser.addoption("--loaded-sizes", default="0.15,0.5,1.1", help=f"{billions}: verify --model and onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -22,13 +23,45 @@ README = Path(__file__).with_name("README.md")
 # has our files compiled anew in each run (0.06 s), which an installed package is once.
 GIVEN_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
 
+# Prints each stage of a command and its seconds. The last stage includes the end of the process's own work.
+STAGES = """
+import sys, time
+begun = time.perf_counter()
+from lora_export import cli
+from lora_export.cli import progress
+import contextlib
+marks = []
+@contextlib.contextmanager
+def shown():
+    yield lambda event: marks.append((event.stage, time.perf_counter()))
+progress.shown = shown  # before the command imports it
+code = cli.run(sys.argv[1:])
+marks = [("Python and imports", begun), *marks, ("", time.perf_counter())]
+for (what, start), (_, end) in zip(marks, marks[1:]):
+    print(f"{what}\\t{end - start}", file=sys.stderr)
+sys.exit(code)
+"""
+
 
 def run(*commands: Sequence[object]) -> Run:
     """Run commands one after the other, as whole processes: the seconds of all, the peak of the largest."""
     environment = {name: value for name, value in os.environ.items() if name not in GIVEN_BACK}
     runs = [peak.run(command, environment) for command in commands]
     assert not any(run.code for run in runs), f"{commands} ended with {[run.code for run in runs]}"
-    return Run(0, sum(run.seconds for run in runs), max(run.peak for run in runs))
+    used = sum(run.used for run in runs)
+    return Run(0, sum(run.seconds for run in runs), max(run.peak for run in runs), used)
+
+
+def stages(*line: object) -> dict[str, float]:
+    """Seconds of each stage of one of our commands; stages of one kind are summed."""
+    command = [sys.executable, "-c", STAGES, *map(str, line)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found: dict[str, float] = {}
+    for row in filter(lambda row: "\t" in row, printed.splitlines()):
+        stage, seconds = row.split("\t")
+        kind = stage.removeprefix("verifying, ").partition(" batch")[0]
+        found[kind] = found.get(kind, 0.0) + float(seconds)
+    return found
 
 
 def settle(inputs: Path, size: int, files: str = "*.safetensors") -> None:

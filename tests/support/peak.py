@@ -1,4 +1,4 @@
-"""Run a command as a whole process: `peak.py COMMAND...` prints its exit code, seconds and peak memory as JSON.
+"""Run a command as a whole process: `peak.py COMMAND...` prints its exit code, times and peak memory as JSON.
 
 From a small process of its own: what a large one forks counts the large one's memory as having been its own.
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Run:
     code: int
     seconds: float
     peak: float  # MiB, of the largest process
+    used: float = 0.0  # seconds of processor time, which a busy machine stretches less
 
 
 def run(command: Sequence[object], environment: Mapping[str, str] = os.environ) -> Run:
@@ -34,7 +35,8 @@ def main() -> None:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - begun
-    print(json.dumps({"code": process.returncode, "seconds": seconds, "peak": usage.ru_maxrss / 1024}))
+    found = Run(process.returncode, seconds, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
+    print(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":
