@@ -7,6 +7,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
     switched_pairs.py      single pairs switched off: whether their absence would be detected
     single_pairs.py        PyTorch in fp64 without single pairs
+    recorded_blocks.py     outputs of a module's blocks, in place of computing them again
     deployed_module.py     PyTorch as deployed, and with its adapters merged
     half_graphs.py         graphs that compute in half precision and return fp32
     candidate_weights.py   how a candidate rounds or quantises its weights

@@ -8,6 +8,7 @@ they detect nothing, all errors of the candidate together show whether it lacks 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -18,6 +19,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
 from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.references.recorded_blocks import RecordedBlocks
 from lora_export.verification.references.switched_pairs import (
     JudgeWithout,
     grouped,
@@ -25,6 +27,8 @@ from lora_export.verification.references.switched_pairs import (
     too_many,
     with_difference,
 )
+
+LEAST_RECORDED = 8  # groups of pairs for which it pays to record the outputs of blocks
 
 
 def control_pairs(
@@ -42,10 +46,17 @@ def control_pairs(
     unreached, `detected` the names of those that are known to be detected.
     """
     runner = Fp64Runner(module)
+    recorded: dict[str, RecordedBlocks] = {}  # of the first case, in which all groups are switched off
 
     def run_without(off: Sequence[Branch], case: parity.Case) -> Arrays:
-        with layers.without_branches(module, off):
-            outputs = runner.run(inputs[case.name])
+        run = functools.partial(runner.run, inputs[case.name])
+        if not recorded and len(groups) >= LEAST_RECORDED:
+            recorded[case.name] = RecordedBlocks(module, run)
+        if case.name in recorded:
+            outputs = recorded[case.name].run_without(off)
+        else:
+            with layers.without_branches(module, off):
+                outputs = run()
         return outputs if case.attached is None else with_difference(case, outputs, case.attached)
 
     pairs = [branch for branch in _pairs_with_effect(module) if branch.module not in skip]

@@ -13,10 +13,16 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter, LoraPair
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
-from lora_export.verification.references import switched_pairs
+from lora_export.verification.references import single_pairs, switched_pairs
 from lora_export.verification.references.single_pairs import control_pairs
 
 INPUTS = {"long": {"x": np.ones((4, 2))}, "short": {"x": np.ones((1, 2))}}
+
+
+@pytest.fixture(autouse=True, params=[1, 100], ids=["recorded", "computed"])
+def least_recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with outputs of blocks that are recorded, too: nothing that is found depends on it."""
+    monkeypatch.setattr(single_pairs, "LEAST_RECORDED", request.param)
 
 
 class Chain(nn.Module):
