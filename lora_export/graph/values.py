@@ -13,9 +13,9 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def drop_tensors(model: ir.Model) -> None:
-    """Take the tensors of all initializers out of a graph that is no longer used, whoever keeps the graph.
+    """Take the tensors of all initializers out of a graph that is no longer used.
 
-    onnxscript's rules keep the last graph that they were applied to.
+    onnxscript's rules hold the last graph that they were applied to, and with it all weights.
     """
     for value in initializers(model):
         value.const_value = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ
+from lora_export.verification.compare_outputs import aligned, candidate_errors, differ, same_bits
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.kept_outputs import kept
 
@@ -59,7 +59,7 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     changed = changed_outputs(candidate, inputs)
     first, arrays = next(iter(inputs.cases.items()))
     repeated = candidate.run(arrays)
-    if _same_bits(by_case[first], repeated):
+    if same_bits(by_case[first], repeated):
         return CandidateOutputs(by_case, changed=changed)
     note = f"the candidate returns other bits when it runs {first} again"
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
@@ -79,10 +79,6 @@ def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> t
         return ()
     expected = changed_outputs(peer, inputs)
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
-
-
-def _same_bits(one: Arrays, other: Arrays) -> bool:
-    return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
 
 
 @dataclass(frozen=True)

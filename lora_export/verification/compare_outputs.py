@@ -109,6 +109,11 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
 
 
+def same_bits(one: Arrays, other: Arrays) -> bool:
+    """Whether two runs return the same outputs, bit for bit."""
+    return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
+
+
 def differ(one: Arrays, other: Arrays) -> bool:
     """Whether any output differs."""
     return any(not np.array_equal(value, other[name]) for name, value in one.items())

@@ -129,7 +129,7 @@ def test_proof_of_1_billion_parameters_takes_at_most_6_gib(billion: Path) -> Non
 
 
 @pytest.mark.soak
-def test_graph_of_1_billion_parameters_is_made_and_proven_in_twice_its_file(billion: Path) -> None:
+def test_graph_of_1_billion_parameters_takes_twice_its_file(billion: Path) -> None:
     """Where the bare exporter takes more than 2.2 times the file, making the graph may take a tenth more than that."""
     base, adapter, graph = (billion / name for name in ("base", "adapter", "m.onnx"))
     made = measured("-m", "lora_export", "onnx", base, "-a", adapter, "-o", graph)
@@ -231,4 +231,4 @@ def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
     [(module, whole, tensors)] = judged
     assert is_streamed(module)
     assert whole is None  # the module that was exported is gone
-    assert not tensors  # and the weights of its graph, whoever keeps that
+    assert not tensors  # and the weights of its graph, which the test holds

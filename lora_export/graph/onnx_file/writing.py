@@ -71,7 +71,7 @@ def _save_in_one_file(model: ir.Model, path: Path) -> None:
 
 
 def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
-    """Write the bytes of a tensor. Raises RuntimeRefused where their number is not what the graph says."""
+    """Write the bytes of a tensor. Raises RuntimeRefused where their number is not what the graph declares."""
     start = file.tell()
     if hasattr(tensor, "tofile"):
         tensor.tofile(file)

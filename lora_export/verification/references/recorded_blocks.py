@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lora_export import layers
 from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.compare_outputs import bits
+from lora_export.verification.compare_outputs import same_bits
 
 MOST_RECORDED = 1 << 28  # bytes of all outputs of blocks
 
@@ -68,7 +68,7 @@ class RecordedBlocks:
     def _can_be_left_out(self, outputs: Arrays) -> bool:
         """Whether runs that begin in the middle, at the last block and behind it return the same bits."""
         count = len(self._calls)
-        return all(_same_bits(outputs, self._run_from(first)) for first in {count // 2, count - 1, count})
+        return all(same_bits(outputs, self._run_from(first)) for first in {count // 2, count - 1, count})
 
     def _first_call(self, off: Collection[Branch]) -> int:
         """How many calls of blocks come before the first that computes one of these branches."""
@@ -126,7 +126,3 @@ def _branches(block: nn.Module) -> set[Branch]:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _same_bits(one: Arrays, other: Arrays) -> bool:
-    return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
