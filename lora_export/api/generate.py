@@ -99,14 +99,14 @@ def generate(
     if isinstance(model, EncoderDecoder):
         _refuse_options_of_speech(settings, language, translate=translate)
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
-        run = model.start(inputs, _chosen_rows(model.rows, graph, adapters, len(prompts)))
+        run = model.start(inputs, *_chosen_adapters(model, graph, adapters, len(prompts)))
         starts = _start_tokens(run, settings, len(prompts), language, translate=translate)
         generated = generate_from_encoder(run, starts, limits, sampling, on_token)
     else:
         if language is not None or translate:
             raise WrongUsage("a language and translating are for speech models")
         tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
-        name, ids = _chosen_adapters(model, adapters, len(prompts))
+        name, ids = _chosen_adapters(model, graph, adapters, len(prompts))
         generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
@@ -213,26 +213,18 @@ def _by_prompt(adapters: str | Sequence[str | None] | None, count: int) -> list[
     return names
 
 
-def _chosen_rows(
-    rows: Sequence[str], graph: Path, adapters: str | Sequence[str | None] | None, count: int
-) -> list[int] | None:
-    """The id of each row's adapter; None where the graph has no adapters by row. Raises InputRefused for others."""
-    names = _by_prompt(adapters, count)
-    unknown = sorted({name for name in names if name is not None} - set(rows))
-    if unknown:
-        raise InputRefused(f"{graph} has no adapter {', '.join(unknown)}; it has {', '.join(rows) or 'none'}")
-    return [0 if name is None else 1 + rows.index(name) for name in names] if rows else None
-
-
 def _chosen_adapters(
-    decoder: Decoder, adapters: str | Sequence[str | None] | None, count: int
+    model: Decoder | EncoderDecoder, source: Path, adapters: str | Sequence[str | None] | None, count: int
 ) -> tuple[str | None, list[int] | None]:
-    """The name of the adapter to load, or the ids of each row's adapter."""
-    if decoder.rows:
-        return None, _chosen_rows(decoder.rows, decoder.graph, adapters, count)
-    names = _by_prompt(adapters, count)
+    """The name of the adapter, which is loaded, or the ids of the rows' adapters. Raises InputRefused for unknown ones."""
+    names, rows = _by_prompt(adapters, count), model.rows
+    if rows:
+        unknown = sorted({name for name in names if name is not None} - set(rows))
+        if unknown:
+            raise InputRefused(f"{source} has no adapter {', '.join(unknown)}; it has {', '.join(rows)}")
+        return None, [0 if name is None else 1 + rows.index(name) for name in names]
     if len(set(names)) > 1:
-        raise InputRefused(f"{decoder.graph} runs one adapter at a time: a graph of --lora rows mixes them in a batch")
+        raise InputRefused(f"{source} runs one adapter at a time: a graph of --lora rows mixes them in a batch")
     if names[0] is not None:
-        decoder.load(names[0])
+        model.load(names[0])
     return names[0], None

@@ -182,8 +182,8 @@ def _check_usage(
         raise WrongUsage("--lora rows needs the adapters that rows may choose from (-a)")
     if is_graph and not adapters and target is None:
         raise WrongUsage("MODEL is a graph already: name the adapters to put into it (-a)")
-    if options.has_encoder and options.lora == "inputs":
-        raise WrongUsage(f"--lora inputs is not for {options.task}: merged, nodes and rows are")
+    if options.has_encoder and target is not None:
+        raise WrongUsage(f"--target is not for {options.task}: inputs are where the adapters of -a are")
     if options.has_encoder and options.fuse:
         raise WrongUsage(f"--fuse is for decoders alone, not for {options.task}")
     if options.fuse not in (None, *FUSED_FOR):

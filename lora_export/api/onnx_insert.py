@@ -92,12 +92,16 @@ def _with_inputs(
     parts = [name for name in changed if name not in sites.by_name]
     weights = [*(name for name in sites.by_name if name in wanted), *parts]
     contract = insert_inputs(program, sites, weights, names=options.names, dora=dora)
+    names = []
     for adapter in options.adapters:
         assert steps is not None
         factors = contract_dora_factors(program, contract, steps, adapter.name)
-        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors)
-        onnx_adapter.write(folder / adapter_file(adapter), parameters, contract, sha256=adapter.sha256)
-    return [*(adapter_file(adapter) for adapter in options.adapters), *write_graph(program, options, folder)]
+        # One of several graphs may have nothing of this adapter. Its file then has a pair of zeros.
+        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.slots[0].zeros()
+        path = folder / adapter_file(adapter, options)
+        onnx_adapter.write(path, parameters, contract, sha256=adapter.sha256)
+        names.append(path.name)
+    return [*names, *write_graph(program, options, folder)]
 
 
 def write_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:

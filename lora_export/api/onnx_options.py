@@ -13,8 +13,10 @@ from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.api.shared_head import Stored, without_shared_head
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
+from lora_export.runtime.encoder_decoder_files import file_for_graph
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
@@ -122,13 +124,16 @@ class OnnxResult:
         return self.proofs.whole if self.proofs else None
 
 
-def adapter_file(adapter: Adapter) -> str:
-    """The name of an adapter's file beside the graph. Raises InputRefused where it would be no file's name."""
+def adapter_file(adapter: Adapter, options: OnnxOptions) -> str:
+    """The name of an adapter's file beside the output; each graph of an encoder-decoder has its own.
+
+    Raises InputRefused where it would be no file's name.
+    """
     if adapter.name.startswith(".") or "/" in adapter.name:
         raise InputRefused(
             f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: -a NAME=ADAPTER"
         )
-    return adapter.name + onnx_adapter.SUFFIX
+    return file_for_graph(adapter.name, options.output.name) if options.has_encoder else adapter.name + SUFFIX
 
 
 def check_adapters(options: OnnxOptions) -> None:
@@ -140,4 +145,4 @@ def check_adapters(options: OnnxOptions) -> None:
         onnx_adapter.refuse_beyond_low_rank(others)
     if options.lora == "inputs":
         for adapter in options.adapters:
-            adapter_file(adapter)
+            adapter_file(adapter, options)

@@ -96,8 +96,9 @@ def _by_adapter(runner: Graphs, options: OnnxOptions) -> list[Graphs]:
     """The graph without an adapter, and with each."""
     if options.lora == "rows":
         return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
-    assert isinstance(runner, OnnxRunner), "refused for encoder-decoders"
-    files = [runner.path.with_name(adapter_file(adapter)) for adapter in options.adapters]
+    if isinstance(runner, EncoderDecoderRunner):
+        return [runner, *(runner.with_adapter(adapter.name) for adapter in options.adapters)]
+    files = [runner.path.with_name(adapter_file(adapter, options)) for adapter in options.adapters]
     return [runner, *(runner.with_adapter(file) for file in files)]
 
 

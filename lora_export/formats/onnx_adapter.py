@@ -89,7 +89,13 @@ class AdapterSlot:
         A convolution's A and B have one rank of zeros: onnxruntime's convolution over no channels does not set its
         output.
         """
-        rank = 1 if len(self.shape) > 2 else 0
+        return self._neutral(rank=1 if len(self.shape) > 2 else 0)
+
+    def zeros(self) -> dict[str, NDArray[Any]]:
+        """Return the values of an adapter that changes nothing: A and B of rank one, and a factor of ones."""
+        return self._neutral(rank=1)
+
+    def _neutral(self, *, rank: int) -> dict[str, NDArray[Any]]:
         sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.input_shapes.items()}
         return {name: (np.ones if name == self.factor else np.zeros)(size, self.dtype) for name, size in sizes.items()}
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused, RuntimeRefused, one_line
+from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.graph.cache_names import (
     DECODER_IDS,
@@ -27,7 +28,14 @@ from lora_export.graph.cache_names import (
     PAST,
     PRESENT,
 )
-from lora_export.runtime.encoder_decoder_files import DECODER_FILE, ENCODER_FILE, GRAPH_FILES, WITH_PAST_FILE
+from lora_export.runtime.encoder_decoder_files import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    GRAPH_FILES,
+    WITH_PAST_FILE,
+    adapter_of_file,
+    file_for_graph,
+)
 from lora_export.runtime.kv_cache import DECODE_STEPS
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
@@ -126,6 +134,26 @@ class EncoderDecoderRunner:
         if self.adapters_by_row is None:
             raise InputRefused(f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with --lora rows")
         return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids))
+
+    def with_adapter(self, name: str) -> EncoderDecoderRunner:
+        """The same sessions with an adapter's files in every run (see `OnnxRunner.with_adapter`).
+
+        Raises InputRefused where no graph takes an adapter, and where a graph that does lacks its file.
+        """
+        if not any(graph.lacks_adapter for graph in self.graphs):
+            raise InputRefused(f"{self.path}: no graph takes an adapter: they were not made with --lora inputs")
+        return self._each(
+            lambda graph: graph.with_adapter(self.adapter_file(name, graph)) if graph.lacks_adapter else graph
+        )
+
+    def adapter_file(self, name: str, graph: OnnxRunner) -> Path:
+        """The path of an adapter's file for a graph. Raises InputRefused where there is none."""
+        path = self.path / file_for_graph(name, graph.path.name)
+        if not path.is_file():
+            others = {adapter_of_file(other) for other in self.path.glob(f"*{onnx_adapter.SUFFIX}")} - {"", name}
+            known = f"; the adapters there: {', '.join(sorted(others))}" if others else ""
+            raise InputRefused(f"there is no {one_line(path.name)} in {self.path}{known}")
+        return path
 
     def with_provider_defaults(self) -> EncoderDecoderRunner:
         """The same graphs with the provider's own settings."""

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_export.formats.onnx_adapter import SUFFIX
+
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
+
+
+def file_for_graph(adapter: str, graph: str) -> str:
+    """The name of an adapter's file for one of the graphs: `fr.encoder_model.onnx_adapter`."""
+    return f"{adapter}.{Path(graph).stem}{SUFFIX}"
+
+
+def adapter_of_file(path: Path) -> str:
+    """The name of the adapter of such a file; empty where the file has another name."""
+    names = (path.name.removesuffix(file_for_graph("", graph)) for graph in GRAPH_FILES)
+    return next((name for name in names if name != path.name), "")
 
 
 def is_encoder_decoder_folder(path: Path) -> bool:

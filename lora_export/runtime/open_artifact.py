@@ -15,7 +15,12 @@ from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
+from lora_export.runtime.encoder_decoder_files import (
+    ENCODER_FILE,
+    adapter_of_file,
+    file_for_graph,
+    is_encoder_decoder_folder,
+)
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Runner
@@ -81,7 +86,13 @@ def _open_graph(runner: OnnxRunner, onnx_adapter: Path | None, adapter_id: int |
 
 def _open_graphs(runner: EncoderDecoderRunner, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
     if onnx_adapter is not None:
-        raise InputRefused(f"{runner.path}: the graphs of an encoder-decoder take no .onnx_adapter")
+        name = adapter_of_file(onnx_adapter)
+        if not name or not onnx_adapter.is_file() or not onnx_adapter.parent.samefile(runner.path):
+            raise InputRefused(
+                f"{onnx_adapter} is no adapter of the graphs in {runner.path}: name one of its files there, such as "
+                f"{file_for_graph('NAME', ENCODER_FILE)}"
+            )
+        return runner.with_adapter(name)
     return runner if adapter_id is None else runner.with_rows([adapter_id])
 
 

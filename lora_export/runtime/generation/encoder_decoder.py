@@ -9,11 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS, array_of_ort_value
-from lora_export.graph.cache_names import ENCODER_MASK, HIDDEN, IDS, LAST_HIDDEN, LOGITS, MASK, PAST, PRESENT
+from lora_export.graph.cache_names import (
+    DECODER_IDS,
+    ENCODER_MASK,
+    HIDDEN,
+    IDS,
+    LAST_HIDDEN,
+    LOGITS,
+    MASK,
+    PAST,
+    PRESENT,
+)
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.ort_session import raising_refusals
 from lora_export.runtime.runner import Arrays
+from lora_export.runtime.session import Session
 
 
 class EncoderDecoder:
@@ -28,21 +40,36 @@ class EncoderDecoder:
         self.path, self.provider = folder, provider
         self.graphs = EncoderDecoderRunner.open(folder, provider)
         self.rows: list[str] = self.graphs.adapters_by_row or []
-        inputs = self.graphs.encoder.axes.items()
+        inputs = self.graphs.axes.items()
         # The sizes of what the encoder reads: token ids, sounds or pixels. None where they vary
-        self.takes = {name: sizes for name, sizes in inputs if name not in (MASK, ADAPTER_IDS)}
+        self.takes = {name: sizes for name, sizes in inputs if name not in (MASK, DECODER_IDS)}
         self.takes_mask = MASK in self.graphs.encoder.axes
+        # Graph -> the session that binds adapters, of graphs that take one
+        self.sessions = {
+            graph: Session(graph.path, provider=provider, session=graph.session)
+            for graph in self.graphs.graphs
+            if graph.lacks_adapter
+        }
 
-    def start(self, inputs: Arrays, adapter_ids: Sequence[int] | None = None) -> EncoderDecoderRun:
-        """Run the encoder. `adapter_ids` has the adapter of each row by its id."""
-        return EncoderDecoderRun(self, inputs, adapter_ids)
+    def load(self, name: str) -> None:
+        """Load an adapter's files in the folder. Raises InputRefused where they are missing or do not fit."""
+        if not self.sessions:
+            raise InputRefused(f"{self.path} takes no adapter: it was not made with --lora inputs or rows")
+        for graph, session in self.sessions.items():
+            session.load(name, self.graphs.adapter_file(name, graph))
+
+    def start(
+        self, inputs: Arrays, adapter: str | None = None, adapter_ids: Sequence[int] | None = None
+    ) -> EncoderDecoderRun:
+        """Run the encoder, with a loaded adapter, or with the adapter of each row by its id."""
+        return EncoderDecoderRun(self, inputs, adapter, adapter_ids)
 
 
 class EncoderDecoderRun:
     """The state of one batch: what the encoder returned, and the cache of the decoder."""
 
-    def __init__(self, model: EncoderDecoder, inputs: Arrays, adapter_ids: Sequence[int] | None):
-        self.model = model
+    def __init__(self, model: EncoderDecoder, inputs: Arrays, adapter: str | None, adapter_ids: Sequence[int] | None):
+        self.model, self.adapter = model, adapter
         batch = len(next(iter(inputs.values())))
         self.ids = np.array(adapter_ids or [0] * batch, np.int64)
         encoder = model.graphs.encoder
@@ -81,6 +108,8 @@ class EncoderDecoderRun:
     def _run(self, graph: Any, feeds: Arrays, kept: dict[str, Any], outputs: list[str]) -> list[Any]:
         """The values of outputs, given arrays and values of onnxruntime. What a graph does not take is left out."""
         binding = graph.session.io_binding()
+        if graph in self.model.sessions:
+            self.model.sessions[graph].bind(binding, adapter=self.adapter)
         if graph.takes_rows:
             feeds = {**feeds, ADAPTER_IDS: self.ids}
         for name, value in feeds.items():
