@@ -1,4 +1,4 @@
-"""The adapters that `train` starts from: new ones as they were asked for, or a trained one that is continued."""
+"""The adapters that `train` starts from: new ones as requested, or a trained one that is continued."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_A_NEW_ADAPTER = "--continue-from takes rank, alpha and layers of the adapter 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRequest:
-    """What `train` was asked to train. Raises WrongUsage for options that exclude each other."""
+    """What `train` is to train. Raises WrongUsage for options that exclude each other."""
 
     ranks: tuple[int, ...] = ()  # empty: DEFAULT_RANK
     alpha: float | None = None  # None: twice the rank

@@ -27,7 +27,10 @@ from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
-ROWS, ROW_INDICES = "lora_rows", "lora_row_indices"  # a parameter and a buffer: rows of a table that are trained alone
+TRAINED_ROWS, ROW_INDICES = (
+    "lora_rows",
+    "lora_row_indices",
+)  # a parameter and a buffer: rows of a table that are trained alone
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
@@ -142,7 +145,7 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
 
 def _rows(owner: nn.Module) -> tuple[Tensor, Tensor]:
     """The rows that are trained (count, width), and their indices (count,)."""
-    rows, indices = owner._parameters[ROWS], owner._buffers[ROW_INDICES]
+    rows, indices = owner._parameters[TRAINED_ROWS], owner._buffers[ROW_INDICES]
     assert rows is not None and indices is not None
     return rows, indices
 

@@ -22,7 +22,7 @@ from lora_export.layers.adapted_layers import (
     ATTACHMENT,
     BRANCH_PARTS,
     ROW_INDICES,
-    ROWS,
+    TRAINED_ROWS,
     Attachment,
     Branch,
     ReplacedTensor,
@@ -107,7 +107,7 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
         raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {owner.groups} groups")
     if step.terms and isinstance(owner, nn.Embedding) and owner.max_norm is not None:
         raise InputRefused(f"{step.weight}: an embedding with max_norm changes its rows whenever it is used")
-    clashes = [name for name in (*BRANCH_PARTS, "lora_shift", ROWS) if hasattr(owner, name)]
+    clashes = [name for name in (*BRANCH_PARTS, "lora_shift", TRAINED_ROWS) if hasattr(owner, name)]
     if not step.is_replacement and clashes:
         raise InputRefused(
             f"{target.name}: its {type(owner).__name__} already has {', '.join(clashes)}; "
@@ -234,7 +234,7 @@ def _train_rows(module: nn.Module, target: ModuleTensor, plan: Plan, step: Step)
         _begin_attachment(twin.owner)
         _adapt_class(twin.owner)
         attachment_of(twin.owner).rows = TrainedRows(adapter, name)
-        twin.owner.register_parameter(ROWS, rows)
+        twin.owner.register_parameter(TRAINED_ROWS, rows)
         twin.owner.register_buffer(ROW_INDICES, indices, persistent=False)
 
 
@@ -254,7 +254,7 @@ def detach(module: nn.Module) -> None:
             registry[replaced.attribute] = _converted(replaced.base, registry[replaced.attribute])
         for part in BRANCH_PARTS:
             owner._modules.pop(part, None)
-        owner._parameters.pop(ROWS, None)
+        owner._parameters.pop(TRAINED_ROWS, None)
         for buffer in ("lora_shift", ROW_INDICES):
             owner._buffers.pop(buffer, None)
             owner._non_persistent_buffers_set.discard(buffer)
@@ -302,9 +302,11 @@ def scale_adapters(
             current = current.double() if in_fp64 and current.is_floating_point() else current
             registry[replaced.attribute] = scaled_replacement(replaced, current, factor)
         if attachment.rows is not None and factor == 0 and not keep_replaced:
-            rows, weight = owner._parameters[ROWS], cast(Tensor, owner._parameters["weight"])
-            tensors_before.append((owner._parameters, ROWS, cast(Tensor, rows)))
-            owner._parameters[ROWS] = nn.Parameter(weight[owner._buffers[ROW_INDICES]].detach(), requires_grad=False)
+            rows, weight = owner._parameters[TRAINED_ROWS], cast(Tensor, owner._parameters["weight"])
+            tensors_before.append((owner._parameters, TRAINED_ROWS, cast(Tensor, rows)))
+            owner._parameters[TRAINED_ROWS] = nn.Parameter(
+                weight[owner._buffers[ROW_INDICES]].detach(), requires_grad=False
+            )
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_export.errors import InputRefused, listed
 from lora_export.layers.adapted_layers import (
     BRANCH_PARTS,
-    ROWS,
+    TRAINED_ROWS,
     Branch,
     attached_modules,
     attachment_of,
@@ -45,7 +45,7 @@ def refuse_trainable_base(module: nn.Module) -> None:
     for owner in attached_modules(module):
         parts = [owner._modules[part] for part in BRANCH_PARTS if part in owner._modules]
         allowed.update(id(parameter) for part in parts if part is not None for parameter in part.parameters())
-        if (rows := owner._parameters.get(ROWS)) is not None:
+        if (rows := owner._parameters.get(TRAINED_ROWS)) is not None:
             allowed.add(id(rows))
         for tensor in attachment_of(owner).replaced:
             allowed.add(id(tensor_registry(owner, tensor.attribute)[tensor.attribute]))
@@ -76,7 +76,7 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
                 replaced[tensor.name] = as_array(tensor_registry(owner, tensor.attribute)[tensor.attribute])
                 found = True
         if attachment.rows is not None and attachment.rows.adapter == like.name:
-            name, values = attachment.rows.name, owner._parameters[ROWS]
+            name, values = attachment.rows.name, owner._parameters[TRAINED_ROWS]
             assert values is not None
             token_rows[name] = dataclasses.replace(token_rows[name], values=as_array(values))
             found = True

@@ -172,7 +172,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         layers.create_adapter(moe, targets=[], target_parameters=["down_proj"], rank=1, alpha=1, seed=0, dora=True)
     with pytest.raises(InputRefused, match="the one table of input embeddings; the module has 0, 1"):
         layers.create_adapter(net, targets="all-linear", rank=1, alpha=1, seed=0, token_indices=[1])
-    with pytest.raises(InputRefused, match="no row 11 in bert.embeddings.word_embeddings, which has 11 rows"):
+    with pytest.raises(InputRefused, match=r"no row 11 in bert\.embeddings\.word_embeddings, which has 11 rows"):
         layers.create_adapter(a_classifier(), targets=["query"], rank=1, alpha=1, seed=0, token_indices=[11])
 
 
