@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.frozen_linear import is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
 from lora_export.plan import Layout, StoredRegion
 
@@ -280,6 +281,18 @@ def _drops(owner: nn.Module) -> bool:
     return owner.training and attachment_of(owner).dropout > 0
 
 
+def _trained_alone(owner: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and the scale of the one pair of a linear layer in training; None where more than it is computed."""
+    attachment = attachment_of(owner)
+    if len(attachment.branches) != 1 or not attachment.factor or is_recording() or _drops(owner):
+        return None
+    (branch,) = attachment.branches
+    a, b = low_rank_factors(owner, branch)
+    if branch.dora or not is_plain(x, weight, a):
+        return None
+    return a, b, attachment.factor * branch.scale
+
+
 class _AdaptedLayer(nn.Module):
     """For any layer with a weight: its own `forward` reads W + ΔW."""
 
@@ -298,6 +311,8 @@ class _LinearBranches(_AdaptedLayer):
             y = F.linear(input, weight, bias)
             own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
             return y.index_copy(-1, indices, own.to(y.dtype))
+        if (trained := _trained_alone(self, input, weight)) is not None:
+            return linear_with_pair(input, weight, bias, *trained)
         return _forward_with_branches(
             self,
             input,
@@ -312,6 +327,8 @@ class _Conv1DBranches(_AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
+        if (trained := _trained_alone(self, x, weight)) is not None:
+            return linear_with_pair(x, weight.T, self.bias, *trained)
 
         def layer(x: Tensor, bias: Tensor | None) -> Tensor:
             rows = x.view(-1, x.size(-1))
