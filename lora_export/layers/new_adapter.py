@@ -147,7 +147,9 @@ def _refuse_numbers(
     if not 0 <= dropout < 1:
         raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
     wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
-    wrong += [f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf]
+    wrong = wrong or [
+        f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
+    ]
     if wrong:
         raise InputRefused(f"{', '.join(wrong)}: it must be positive")
 
