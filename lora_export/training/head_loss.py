@@ -24,7 +24,7 @@ from lora_export.training.losses import Batch, CrossEntropy, module_outputs, sco
 # Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth
 # longer than with 2²⁴.
 SCORES_AT_ONCE = 1 << 24
-LEAST_ROWS = 16
+LEAST_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        size = max(LEAST_ROWS, SCORES_AT_ONCE // weight.shape[0])
+        size = max(LEAST_ROWS_AT_ONCE, SCORES_AT_ONCE // weight.shape[0])
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(states), size):

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("bias", [True, False])
 def test_loss_and_gradient_are_those_of_pytorch(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "SCORES_AT_ONCE", 11 * 3)
-    monkeypatch.setattr(subject, "LEAST_ROWS", 3)  # 7 rows in three parts
+    monkeypatch.setattr(subject, "LEAST_ROWS_AT_ONCE", 3)  # 7 rows in three parts
     torch.manual_seed(0)
     head = nn.Linear(6, 11, bias=bias).requires_grad_(False)
     states, labels = torch.randn(2, 4, 6), torch.tensor([[1, 10, -100, 3], [0, 5, 6, 7]])
