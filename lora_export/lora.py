@@ -240,16 +240,40 @@ def is_power_of_two(factor: float | np.float32) -> bool:
     return abs(math.frexp(factor)[0]) == 0.5
 
 
-def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
-    """A new pair for a weight of this (out, in) shape: A Kaiming-uniform with a = √5, B zero.
+def new_pair(
+    shape: tuple[int, ...],
+    *,
+    rank: int,
+    scale: float,
+    rng: np.random.Generator,
+    magnitude: NDArray[np.float32] | None = None,
+) -> LoraPair:
+    """A new pair for a weight of this (out, in, ...) shape: A Kaiming-uniform with a = √5, B zero.
 
-    Kaiming-uniform with negative slope √5 is U(-1/√in, 1/√in) (He et al. 2015, eq. 10, and the
-    initialisation of Hu et al. 2021). With B zero the pair is the identity.
+    Kaiming-uniform with negative slope √5 is U(-1/√in, 1/√in), where a kernel counts among the inputs (He et al. 2015,
+    eq. 10, and the initialisation of Hu et al. 2021). With B zero the pair is the identity, and so is one with the
+    magnitude of the weight.
     """
-    out_features, in_features = shape
-    bound = 1 / math.sqrt(in_features)
-    a = rng.uniform(-bound, bound, size=(rank, in_features)).astype(np.float32)
-    return LoraPair(a=a, b=np.zeros((out_features, rank), np.float32), scale=scale)
+    out_features, in_features, *kernel = shape
+    bound = 1 / math.sqrt(in_features * math.prod(kernel))
+    a = rng.uniform(-bound, bound, size=(rank, in_features, *kernel)).astype(np.float32)
+    b = np.zeros((out_features, rank, *[1] * len(kernel)), np.float32)
+    return LoraPair(a=a, b=b, scale=scale, magnitude=magnitude)
+
+
+def new_embedding_pair(
+    shape: tuple[int, ...],
+    *,
+    rank: int,
+    scale: float,
+    rng: np.random.Generator,
+    magnitude: NDArray[np.float32] | None = None,
+) -> LoraPair:
+    """A new pair for a table of this (rows, width) shape: A zero, B normal, as in Hu et al.'s own code and in PEFT."""
+    rows, width = shape
+    b = rng.standard_normal((width, rank)).astype(np.float32)
+    a = np.zeros((rank, rows), np.float32)
+    return LoraPair(a=a, b=b, scale=scale, magnitude=magnitude, embedding=True)
 
 
 PerName = TypeVar("PerName")

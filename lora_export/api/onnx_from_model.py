@@ -153,7 +153,8 @@ def future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
     targets: Any = options.targets
     if targets is None:
         return []
-    return [layers.create_adapter(base.module, targets=targets, rank=1, alpha=1.0, seed=0, name="--target")]
+    linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": "--target", "linear_only": True}
+    return [layers.create_adapter(base.module, targets=targets, **linear)]
 
 
 def check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from lora_export import __version__, formats, layers
+from lora_export import __version__, formats
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
 from lora_export.api.load import model_paths, refuse_pt2
+from lora_export.api.requested_adapter import AdapterRequest
 from lora_export.api.training_data import encoded_data, read_training_data
 from lora_export.api.training_modules import (
-    chosen_targets,
     heads_of,
     note_on_other_names,
     note_on_untrained,
@@ -30,6 +30,7 @@ from lora_export.api.training_output import (
 )
 from lora_export.api.training_strategies import ComparedStrategy, Trainer, TrainingRun
 from lora_export.errors import OutputFailed, WrongUsage
+from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
 from lora_export.models.load import load_model
 from lora_export.report.comparison import require_matplotlib
@@ -78,11 +79,20 @@ def train(
     data: str | Path,
     output: str | Path,
     *,
-    rank: int | Sequence[int] = 8,
+    rank: int | Sequence[int] | None = None,
     alpha: float | None = None,
     rslora: bool = False,
-    target: str | Sequence[str] = "all-linear",
+    dora: bool = False,
+    dropout: float | None = None,
+    bias: TrainedBiases = "none",
+    target: str | Sequence[str] | None = None,
+    target_pattern: str = "",
+    target_parameters: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    token_indices: Sequence[int] = (),
     heads: Sequence[str] = (),
+    continue_from: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     max_length: int = 128,
@@ -119,9 +129,18 @@ def train(
     it; `columns` renames them (name here -> name in the data). `max_length` is in tokens; with `packing`, several
     short texts share a row.
 
-    A has `rank` rows and B has `rank` columns; B·A is scaled by alpha/rank, or by alpha/√rank with `rslora`. `alpha` is
-    twice the rank unless it is given. `target` is "all-linear" or endings of layer names. `heads` are modules that are
-    trained and saved whole. Several ranks give a folder of adapters, `rank-4` and so on. With several, and with
+    A has `rank` rows (8 unless it is given) and B has `rank` columns; B·A is scaled by alpha/rank, or by alpha/√rank
+    with `rslora`. `alpha` is twice the rank unless it is given. `rank_pattern` and `alpha_pattern` map regular
+    expressions for ends of layer names to others. `dora` trains the length of each output too, `bias` also the biases
+    of the adapted layers ("lora_only") or all; `dropout` is the part of the inputs of A that is dropped.
+
+    `target` is "all-linear" (the default where nothing else chooses layers) or endings of layer names: linear layers,
+    convolutions, embeddings, nn.MultiheadAttention. `target_pattern` is a regular expression for whole names,
+    `target_parameters` are endings of stacked parameters of experts. `token_indices` are rows of the input embeddings
+    that are trained alone. `heads` are modules that are trained and saved whole. With `continue_from`, an adapter in
+    any format is trained further, with a new optimiser: its layers, ranks and scales stay.
+
+    Several ranks give a folder of adapters, `rank-4` and so on. With several, and with
     `compare` ("full": all weights; "frozen": the head alone), all are trained from the same seed and data, and
     `comparison.json`, `.png` and `.html` in the output have the table.
 
@@ -138,10 +157,15 @@ def train(
     nothing new is left behind but the checkpoint, where there is one.
     """
     refuse_pt2(model)
-    ranks = (rank,) if isinstance(rank, int) else tuple(rank)
-    is_comparison = len(ranks) > 1 or bool(compare)
-    if len(set(ranks)) < len(ranks) or not ranks:
-        raise WrongUsage("each --rank is given once")
+    source = None if continue_from is None else Path(locate(continue_from, on_message, download))
+    wanted = AdapterRequest(
+        ranks=(rank,) if isinstance(rank, int) else tuple(rank or ()), alpha=alpha, rslora=rslora, dora=dora,
+        dropout=dropout, bias=bias, target=target, target_pattern=target_pattern,
+        target_parameters=tuple(target_parameters), rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}), token_indices=tuple(token_indices),
+        continue_from=source,
+    )  # fmt: skip
+    is_comparison = len(wanted.ranks) > 1 or bool(compare)
     if resume and is_comparison:
         raise WrongUsage("a comparison is not continued: --resume is for the training of one adapter")
     if is_comparison:
@@ -164,7 +188,8 @@ def train(
     folder = checkpoint_folder(output)
     if process_rank() == 0 and folder.exists() and not (resume or overwrite):
         raise OutputFailed(f"{folder} has the checkpoint of a training that did not end: add --resume, or --overwrite")
-    inputs = [*filter(Path.exists, [Path(data)]), *(path for path in model_paths(model) if path.is_dir())]
+    given = [Path(data), *([wanted.continue_from] if wanted.continue_from else [])]
+    inputs = [*filter(Path.exists, given), *(path for path in model_paths(model) if path.is_dir())]
     with staged_output(output, inputs, overwrite=overwrite, on_message=on_message) as stage:
         torch.manual_seed(seed)  # the first values of a new head depend on it
         loaded = load_model(str(model), head=learnt.head, may_add=True)
@@ -174,21 +199,17 @@ def train(
         heads = with_new_modules(loaded, heads or heads_of(loaded))
         base_hash = loaded.fingerprint()
         trainer = Trainer(loaded.module, data_in, held_out, settings, heads, device, on_progress)
-        new = {
-            rank: layers.create_adapter(
-                loaded.module, targets=chosen_targets(target), rank=rank, alpha=alpha or 2.0 * rank, rslora=rslora,
-                seed=seed, modules_to_save=heads,
-            )
-            for rank in ranks
-        }  # fmt: skip
-        for adapter in new.values():
-            refuse_rank_beyond_layers(adapter, named=target != "all-linear", on_message=on_message)
-        if misfit := note_on_other_names(loaded, new[ranks[0]]):
+        new = wanted.adapters(loaded, heads, seed=seed)
+        first = next(iter(new.values()))
+        for adapter in () if wanted.continue_from else new.values():
+            refuse_rank_beyond_layers(adapter, named=wanted.names_layers, on_message=on_message)
+        if misfit := note_on_other_names(loaded, first):
             on_message(misfit)
         identity = {
             "base": base_hash, "data": learnt.sha256, **settings.recorded, "holdout": holdout, "max_length": max_length,
-            "packing": packing, "rank": ranks[0], "alpha": alpha or 2.0 * ranks[0], "rslora": rslora,
-            "targets": list(new[ranks[0]].pairs), "heads": list(heads), "columns": dict(columns or {}), "task": task,
+            "packing": packing, "rank": first.metadata["r"], "alpha": first.metadata["lora_alpha"], **wanted.recorded,
+            "targets": list(first.pairs), "heads": list(heads), "columns": dict(columns or {}), "task": task,
+            "continued_from": first.sha256,
         }  # fmt: skip
         checkpoints = None if is_comparison else Checkpoints(folder, identity)
         runs: list[TrainingRun] = []
@@ -201,7 +222,7 @@ def train(
                 on_message(note)
             runs.append(run)
             facts = facts_for_card(loaded, learnt, run, base_hash, str(data))
-            place = stage / f"rank-{one_rank}" if len(ranks) > 1 else stage
+            place = stage / f"rank-{one_rank}" if len(new) > 1 else stage
             write_trained_adapter(place, loaded, learnt, run, new[one_rank], facts)
         runs += trainer.compared(compare)
         if is_comparison:
@@ -218,5 +239,5 @@ def train(
             "note: PEFT reads adapters of nn.MultiheadAttention in another way: it ignores the output projection of "
             "this adapter, and adds it twice in its own. lora-export and this adapter agree with each other"
         )
-    places = [output / f"rank-{rank}" for rank in ranks] if len(ranks) > 1 else [output]
+    places = [output / f"rank-{one_rank}" for one_rank in new] if len(new) > 1 else [output]
     return TrainResult(output, tuple(map(formats.load, places)), tuple(runs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_export import layers, plan
 from lora_export.api.callbacks import OnMessage
@@ -26,13 +25,6 @@ def refuse_rank_beyond_layers(adapter: Adapter, *, named: bool, on_message: OnMe
     if named or len(small) == len(adapter.pairs):
         raise InputRefused(f"{message}. Lower it, or choose other layers:", listed(small))
     on_message(f"note: {message}, such as {small[0]}")
-
-
-def chosen_targets(target: str | Sequence[str]) -> Any:
-    """`all-linear`, or endings of layer names, which may be separated by commas."""
-    if target == "all-linear":
-        return target
-    return [name for name in (target.split(",") if isinstance(target, str) else target) if name]
 
 
 def heads_of(loaded: Model) -> tuple[str, ...]:
@@ -78,7 +70,7 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
 def note_on_untrained(run: TrainingRun) -> str:
     """A note on the layers that the loss does not depend on; empty where there are none."""
     assert run.adapter is not None
-    names = [f"`{name}`" for name, pair in run.adapter.pairs.items() if not pair.b.any()]
+    names = [f"`{name}`" for name, pair in run.adapter.pairs.items() if not (pair.a.any() and pair.b.any())]
     more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
     listing = ", ".join(names[:SHOWN_PROBLEMS])
     return f"note: {listing}{more} got no gradient, so that the adapter does not change them" if names else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from lora_export import __version__
 from lora_export.api.callbacks import OnMessage
 from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, losses_of
-from lora_export.formats import peft
+from lora_export.formats.read_options import DEFAULTS
+from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.report.comparison import comparison_page, draw_losses
@@ -54,13 +56,13 @@ def write_trained_adapter(
     folder: Path, loaded: Model, learnt: TrainingData, run: TrainingRun, new: Adapter, facts: Mapping[str, Any]
 ) -> None:
     """Write an adapter with its card and its metrics."""
-    assert run.adapter is not None and run.rank is not None
+    assert run.adapter is not None
     folder.mkdir(exist_ok=True)
-    shape = new.metadata
-    base = hub_name(Path(loaded.source)) or loaded.source
-    fields: dict[str, Any] = {"use_rslora": shape["use_rslora"], "base_model_name_or_path": base}
-    fields |= {"task_type": learnt.peft_task} if learnt.peft_task and loaded.is_huggingface else {}
-    peft.write(run.adapter, folder, rank=run.rank, alpha=shape["lora_alpha"], targets=new.targets, **fields)
+    facts_of_base = {"base_model_name_or_path": hub_name(Path(loaded.source)) or loaded.source}
+    facts_of_base |= {"task_type": learnt.peft_task} if learnt.peft_task and loaded.is_huggingface else {}
+    written = dataclasses.replace(run.adapter, metadata={**new.metadata, **facts_of_base}, targets=new.targets)
+    reading = DEFAULTS.for_base(loaded.source) if loaded.is_huggingface else DEFAULTS
+    peft.write(written, folder, WriteOptions(reading))
     if loaded.is_huggingface:
         # The head's class and labels: PEFT's own files do not name the labels.
         config: Any = loaded.module.config

@@ -89,7 +89,7 @@ class Trainer:
         Raises InputRefused where a parameter of the base would be trained.
         """
         parts = plan.make([new], layers.specs(self.module), identity_ok=True)
-        layers.attach(self.module, parts, trainable=True)
+        layers.attach(self.module, parts, trainable=True, dropout=new.metadata.get("lora_dropout", 0.0))
         try:
             layers.refuse_trainable_base(self.module)
             count = layers.count_parameters(self.module)

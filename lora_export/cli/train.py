@@ -65,6 +65,20 @@ def _read_columns(_context: click.Context, _parameter: click.Parameter, texts: t
     return columns
 
 
+def _read_patterns(_context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
+    """REGEX=NUMBER... as a table. The last equals sign counts."""
+    patterns: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            patterns[pattern] = int(number) if parameter.name == "rank_pattern" else float(number)
+        except ValueError:
+            raise click.BadParameter(f"{text} is not {parameter.metavar}, such as q_proj=4") from None
+        if not pattern:
+            raise click.BadParameter(f"{text} has no pattern before the equals sign")
+    return patterns
+
+
 EXAMPLE = """\b
 Example:
   lora-export train base --data texts.jsonl -o adapter --rank 8 --target query,value"""
@@ -98,7 +112,6 @@ Example:
     "ranks",
     type=click.IntRange(min=1),
     multiple=True,
-    default=(8,),
     show_default="8",
     help="Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
 )
@@ -109,15 +122,64 @@ Example:
     help="B·A is multiplied by alpha/rank.",
 )
 @click.option("--rslora", is_flag=True, help="Multiply by alpha/√rank instead.")
+@click.option("--dora", is_flag=True, help="Also train the length of each output of a weight.")
 @click.option(
     "--target",
-    default="all-linear",
-    show_default=True,
+    show_default="all-linear",
     metavar="NAMES|all-linear",
     help="Layers to adapt: endings of their names, separated by commas.",
 )
+@click.option("--target-pattern", default="", metavar="REGEX", help="Regular expression for whole names of layers.")
+@click.option(
+    "--target-parameter",
+    "target_parameters",
+    multiple=True,
+    metavar="NAME",
+    help="Stacked parameter of experts, each of which gets a pair. May be repeated.",
+)
+@click.option(
+    "--rank-pattern",
+    multiple=True,
+    callback=_read_patterns,
+    metavar="REGEX=RANK",
+    help="Another rank for layers whose names end so. The first match counts. May be repeated.",
+)
+@click.option(
+    "--alpha-pattern",
+    multiple=True,
+    callback=_read_patterns,
+    metavar="REGEX=ALPHA",
+    help="Another alpha for layers whose names end so. May be repeated.",
+)
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    show_default="0",
+    help="Part of the inputs of A that is dropped in a step.",
+)
+@click.option(
+    "--bias",
+    type=click.Choice(["none", "all", "lora_only"]),
+    default="none",
+    show_default=True,
+    help="Biases to train: all, or those of the adapted layers.",
+)
+@click.option(
+    "--token-index",
+    "token_indices",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="N",
+    help="Row of the input embeddings to train alone. May be repeated.",
+)
 @click.option(
     "--head", "heads", multiple=True, metavar="NAME", help="Module to train and save as a whole. May be repeated."
+)
+@click.option(
+    "--continue-from",
+    type=Source(),
+    metavar="ADAPTER",
+    help="Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
@@ -246,7 +308,7 @@ def command(model: str, data: str, output: Path, ranks: tuple[int, ...], as_json
     """
     from lora_export.api.train import train
 
-    one_or_more = ranks[0] if len(ranks) == 1 else ranks
+    one_or_more = ranks[0] if len(ranks) == 1 else ranks or None
     try:
         with shown() as on_progress:
             result = train(

@@ -116,6 +116,8 @@ def metadata_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     names = ("task_type", "base_model_name_or_path", "peft_version")
     metadata = {name: config.get(name) for name in names if config.get(name)}
     metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    metadata |= {"bias": config["bias"]} if config.get("bias") not in (None, "none") else {}
+    metadata |= {"lora_dropout": config["lora_dropout"]} if config.get("lora_dropout") else {}
     model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter
     if model_config.is_file():
         model = json_files.read_model_config(model_config)

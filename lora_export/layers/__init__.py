@@ -7,7 +7,7 @@ from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_spelling import respelled_for, with_loaded_names
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
-from lora_export.layers.new_adapter import create_adapter, full_rank_layers
+from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
 from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie, with_shared_ties
 from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back, refuse_trainable_base
 
@@ -32,6 +32,7 @@ __all__ = [
     "respelled_for",
     "scale_adapters",
     "specs",
+    "tensors_of",
     "untie",
     "with_loaded_names",
     "with_shared_ties",

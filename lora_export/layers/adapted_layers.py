@@ -22,11 +22,16 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.frozen_linear import is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
 from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
+TRAINED_ROWS, ROW_INDICES = (
+    "lora_rows",
+    "lora_row_indices",
+)  # a parameter and a buffer: rows of a table that are trained alone
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
@@ -54,6 +59,14 @@ class ReplacedTensor:
     base: Tensor  # the tensor that it replaces
 
 
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of a table that are trained alone."""
+
+    adapter: str
+    name: str  # the adapter's own name for the table
+
+
 @dataclass
 class Attachment:
     """All that `attach` changed in one module, for `detach` to undo."""
@@ -61,7 +74,9 @@ class Attachment:
     original: type[nn.Module]
     branches: tuple[Branch, ...] = ()
     replaced: tuple[ReplacedTensor, ...] = ()
+    rows: TrainedRows | None = None
     factor: float = 1.0  # `scale_adapters` changes it
+    dropout: float = 0.0  # of what A gets, in train mode
 
 
 # The functions below read the owner's dictionaries. An AttributeError inside a property would make
@@ -102,6 +117,9 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once."""
     weight = owner._parameters[attribute]
     attachment = attachment_of(owner)
+    if weight is not None and attachment.rows is not None:  # never with branches
+        rows, indices = _rows(owner)
+        return weight.index_copy(0, indices, rows.to(weight.dtype))
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
@@ -124,6 +142,13 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
         a, b = low_rank_factors(owner, branch)
         part_of(total, branch.region).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
     return total
+
+
+def _rows(owner: nn.Module) -> tuple[Tensor, Tensor]:
+    """The rows that are trained (count, width), and their indices (count,)."""
+    rows, indices = owner._parameters[TRAINED_ROWS], owner._buffers[ROW_INDICES]
+    assert rows is not None and indices is not None
+    return rows, indices
 
 
 def part_of(tensor: Tensor, region: StoredRegion) -> Tensor:
@@ -193,35 +218,79 @@ def adapted_bias(owner: nn.Module) -> Tensor | None:
 def _forward_with_branches(
     owner: nn.Module,
     x: Tensor,
-    layer: Callable[[Tensor | None], Tensor],
+    layer: Callable[[Tensor, Tensor | None], Tensor],
     pair: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     bias: Tensor | None = None,
     output_axis: int = 1,
 ) -> Tensor:
-    """`layer(bias) + Σ factor * scale * pair(x, A, B)`, computed in the dtype of A and returned in that of the layer.
+    """`layer(x, bias) + Σ factor * scale * pair(x, A, B)`, computed in the dtype of A and returned in the layer's.
 
     DoRA rescales both before the bias is added. `output_axis` is the axis of the outputs, counted from the last: 1
-    is the last.
+    is the last. In train mode, entries of the x of the pairs are dropped.
     """
     attachment = attachment_of(owner)
     if not attachment.factor or not attachment.branches:
-        return layer(bias)
-    dora = any(branch.dora for branch in attachment.branches)
-    y = layer(None if dora else bias)
+        return layer(x, bias)
+    if any(branch.dora for branch in attachment.branches):
+        return _forward_with_dora(owner, x, layer, pair, bias, output_axis)
+    y = layer(x, bias)
     total = y
     for branch in attachment.branches:
         if x.numel():
             record_branch(branch)
         a, b = low_rank_factors(owner, branch)
-        total = total + pair(x.to(a.dtype) if x.is_floating_point() else x, a, b) * (attachment.factor * branch.scale)
-    if dora:
-        (branch,) = attachment.branches  # a plan allows no other branch beside DoRA's
-        weight = cast(Tensor, owner._parameters[branch.weight])
-        factor = _dora_factor(owner, branch, _weight_sum(owner, weight, [branch]))
-        total = total * per_output(factor, output_axis)
-        total = total if bias is None else total + per_output(bias, output_axis)
+        total = total + pair(_pair_input(owner, x, a), a, b) * (attachment.factor * branch.scale)
     return total.to(y.dtype)
+
+
+def _forward_with_dora(
+    owner: nn.Module,
+    x: Tensor,
+    layer: Callable[[Tensor, Tensor | None], Tensor],
+    pair: Callable[[Tensor, Tensor, Tensor], Tensor],
+    bias: Tensor | None,
+    output_axis: int,
+) -> Tensor:
+    attachment = attachment_of(owner)
+    (branch,) = attachment.branches  # a plan allows no other branch beside DoRA's
+    if x.numel():
+        record_branch(branch)
+    a, b = low_rank_factors(owner, branch)
+    weight = cast(Tensor, owner._parameters[branch.weight])
+    factor = per_output(_dora_factor(owner, branch, _weight_sum(owner, weight, [branch])), output_axis)
+    y, kept = layer(x, None), _pair_input(owner, x, a)
+    change = pair(kept, a, b) * (attachment.factor * branch.scale)
+    if _drops(owner) and x.is_floating_point():
+        # As in PEFT: the share of W x in the change gets the dropped x, too.
+        total = y + (factor - 1) * layer(kept.to(x.dtype), None) + factor * change
+    else:
+        total = (y + change) * factor
+    return (total if bias is None else total + per_output(bias, output_axis)).to(y.dtype)
+
+
+def _pair_input(owner: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+    """The x of a pair: in the dtype of A, without dropped entries. Token ids as they are."""
+    if not x.is_floating_point():
+        return x
+    wide = x.to(a.dtype)
+    return F.dropout(wide, attachment_of(owner).dropout) if _drops(owner) else wide
+
+
+def _drops(owner: nn.Module) -> bool:
+    return owner.training and attachment_of(owner).dropout > 0
+
+
+def _trained_alone(owner: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and the scale of the one pair of a linear layer in training; None where more than it is computed."""
+    attachment = attachment_of(owner)
+    if len(attachment.branches) != 1 or not attachment.factor or is_recording() or _drops(owner):
+        return None
+    (branch,) = attachment.branches
+    a, b = low_rank_factors(owner, branch)
+    if branch.dora or not is_plain(x, weight, a):
+        return None
+    return a, b, attachment.factor * branch.scale
 
 
 class _AdaptedLayer(nn.Module):
@@ -236,13 +305,20 @@ class _LinearBranches(_AdaptedLayer):
 
     # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
     def forward(self, input: Tensor) -> Tensor:
-        weight = cast(Tensor, self._parameters["weight"])
+        weight, bias = cast(Tensor, self._parameters["weight"]), self.bias
+        if attachment_of(self).rows is not None:
+            rows, indices = _rows(self)
+            y = F.linear(input, weight, bias)
+            own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
+            return y.index_copy(-1, indices, own.to(y.dtype))
+        if (trained := _trained_alone(self, input, weight)) is not None:
+            return linear_with_pair(input, weight, bias, *trained)
         return _forward_with_branches(
             self,
             input,
-            lambda bias: F.linear(input, weight, bias),
+            lambda x, bias: F.linear(x, weight, bias),
             lambda x, a, b: F.linear(F.linear(x, a), b),
-            bias=self.bias,
+            bias=bias,
         )
 
 
@@ -251,8 +327,10 @@ class _Conv1DBranches(_AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
+        if (trained := _trained_alone(self, x, weight)) is not None:
+            return linear_with_pair(x, weight.T, self.bias, *trained)
 
-        def layer(bias: Tensor | None) -> Tensor:
+        def layer(x: Tensor, bias: Tensor | None) -> Tensor:
             rows = x.view(-1, x.size(-1))
             # As in Conv1D, to the last bit.
             y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
@@ -270,7 +348,7 @@ class _ConvolutionBranches(_AdaptedLayer):
         return _forward_with_branches(
             self,
             input,
-            lambda bias: convolve(input, weight, bias),
+            lambda x, bias: convolve(x, weight, bias),
             lambda x, a, b: CONVOLVE[b.ndim](convolve(x, a, None), b),
             bias=self.bias,
             output_axis=weight.ndim - 1,
@@ -283,12 +361,25 @@ class _EmbeddingBranches(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
         pad = self.padding_idx  # whose row gets no gradient
+        if attachment_of(self).rows is not None:
+            return _embedded_with_rows(self, input, F.embedding(input, weight, pad))
         return _forward_with_branches(
             self,
             input,
-            lambda _: F.embedding(input, weight, pad),
+            lambda x, _: F.embedding(x, weight, pad),
             lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b),
         )
+
+
+def _embedded_with_rows(owner: nn.Embedding, ids: Tensor, y: Tensor) -> Tensor:
+    """y (..., width) of the frozen table, with the trained rows in place of theirs."""
+    rows, indices = _rows(owner)
+    matches = ids[..., None] == indices  # (..., count)
+    is_trained = matches.any(-1)
+    if owner.padding_idx is not None:
+        is_trained = is_trained & (ids != owner.padding_idx)
+    own = F.embedding(matches.byte().argmax(-1), rows)
+    return torch.where(is_trained[..., None], own.to(y.dtype), y)
 
 
 class _AdaptedAttention(nn.Module):
@@ -313,6 +404,11 @@ def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
         else:
             _CLASSES[original] = type(name, (_adapted_base(original), original), {})
     return _CLASSES[original]
+
+
+def has_own_branches(original: type[nn.Module]) -> bool:
+    """Whether pairs of this class are branches beside W x. Otherwise its code reads W + ΔW."""
+    return issubclass(original, nn.Embedding) or _adapted_base(original) not in (_AdaptedAttention, _AdaptedLayer)
 
 
 def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:

@@ -16,17 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.layers.adapted_experts import adapted_experts_class
 from lora_export.layers.adapted_layers import (
     ATTACHMENT,
     BRANCH_PARTS,
+    ROW_INDICES,
+    TRAINED_ROWS,
     Attachment,
     Branch,
     ReplacedTensor,
+    TrainedRows,
     adapted_class,
     attached_modules,
     attachment_of,
+    has_own_branches,
 )
 from lora_export.layers.folding import folded_tensor, replacement_tensor
 from lora_export.layers.module_tensors import (
@@ -45,19 +49,25 @@ NO_WORD = re.compile(r"\W+", re.ASCII)
 # --- Attach ---
 
 
-def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
+def attach(module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: float = 0.0) -> None:
     """Attach a plan's adapters, in place: pairs and bias shifts as branches, replaced tensors in place of the base's.
 
     A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`, DoRA's magnitude as `X.lora_magnitude.NAME`;
     all other names stay. A convolution's A has its stride, padding and dilation, so that the branch is W + ΔW
     (PEFT gives it no dilation, and cannot run it then). With `trainable`, the base is frozen, and A, B, the
-    magnitudes and the replaced tensors require gradients.
+    magnitudes and the replaced tensors require gradients. Rows of a table are then a parameter `X.lora_rows` of their
+    own, which all names of a tied table share; and a pair may be trained on one name of a tied weight, since W does
+    not change. `dropout` is the part of the inputs of A that is dropped in train mode. An embedding has none.
     Raises InputRefused, with the module untouched: tied weights, adapters that are attached already,
-    tensors that the module lacks, values that the module's dtype cannot hold.
+    tensors that the module lacks, values that the module's dtype cannot hold, dropout where W + ΔW is used whole.
     """
-    targets = target_tensors(module, plan)
+    targets = target_tensors(module, plan, may_tie=trainable)
     for step in plan.steps:
         _refuse_unattachable(step, targets[step.spec.stored_name])
+        if trainable:
+            _refuse_untrainable(step)
+    if dropout:
+        _refuse_dropout(module, plan, targets)
     replacements = {
         step.weight: replacement_tensor(step, targets[step.weight].tensor)
         for step in plan.steps
@@ -69,7 +79,9 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
     for step in plan.steps:
         target = targets[step.spec.stored_name]
         _begin_attachment(target.owner)
-        if step.replaces_only_rows:
+        if step.replaces_only_rows and trainable:
+            _train_rows(module, target, plan, step)
+        elif step.replaces_only_rows:
             _replace_rows(module, target, replacements[step.weight])
         elif step.weight in replacements:
             _replace(target, plan, step, replacements[step.weight], trainable=trainable and not step.terms)
@@ -79,6 +91,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
         if step.terms:
             _adapt_class(target.owner, of_parts=step.spec.region is not None)
             _add_branches(target, step, names, trainable=trainable)
+            attachment_of(target.owner).dropout = dropout
 
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
@@ -94,7 +107,7 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
         raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {owner.groups} groups")
     if step.terms and isinstance(owner, nn.Embedding) and owner.max_norm is not None:
         raise InputRefused(f"{step.weight}: an embedding with max_norm changes its rows whenever it is used")
-    clashes = [name for name in (*BRANCH_PARTS, "lora_shift") if hasattr(owner, name)]
+    clashes = [name for name in (*BRANCH_PARTS, "lora_shift", TRAINED_ROWS) if hasattr(owner, name)]
     if not step.is_replacement and clashes:
         raise InputRefused(
             f"{target.name}: its {type(owner).__name__} already has {', '.join(clashes)}; "
@@ -102,6 +115,32 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
         )
     if step.magnitude is not None:
         folded_tensor(step, target.tensor)  # refuses an output of norm zero, which DoRA would turn into NaN
+
+
+def _refuse_untrainable(step: Step) -> None:
+    if step.shift is not None:
+        raise InputRefused(
+            f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
+            "--bias lora_only"
+        )
+
+
+def _refuse_dropout(module: nn.Module, plan: Plan, targets: Mapping[str, ModuleTensor]) -> None:
+    """Raise InputRefused for layers that use W + ΔW: dropping entries of x would change W x too."""
+    of_attention = {
+        part for owner in module.modules() if isinstance(owner, nn.MultiheadAttention) for part in owner.children()
+    }
+    whole = []
+    for step in plan.steps:
+        owner = targets[step.spec.stored_name].owner
+        if step.terms and (step.spec.region is not None or owner in of_attention or not has_own_branches(type(owner))):
+            whole.append(step.spec.stored_name)
+    if whole:
+        raise InputRefused(
+            "dropout is not possible where a layer uses its weight as a whole (nn.MultiheadAttention, experts, a "
+            "forward of its own):",
+            listed(sorted(set(whole))),
+        )
 
 
 def _begin_attachment(owner: nn.Module) -> None:
@@ -176,6 +215,29 @@ def _replace_rows(module: nn.Module, target: ModuleTensor, value: Tensor) -> Non
         tensor_registry(twin.owner, twin.attribute)[twin.attribute] = table
 
 
+def _train_rows(module: nn.Module, target: ModuleTensor, plan: Plan, step: Step) -> None:
+    """Make rows of a table one parameter, which every name of the table reads."""
+    assert step.token_rows is not None
+    twins = [twin for twin in named_tensors(module) if twin.tensor is target.tensor]
+    for twin in twins:
+        if not isinstance(twin.owner, nn.Linear | nn.Embedding) or not has_own_branches(type(twin.owner)):
+            raise InputRefused(f"{twin.name}: rows of a {type(twin.owner).__name__} cannot be trained alone")
+    adapter, name = next(
+        (adapter.name, name)
+        for adapter in plan.adapters
+        for name in adapter.token_rows
+        if f".{step.weight}".endswith(f".{name}") or f".{name}".endswith(f".{step.weight}")
+    )
+    rows = nn.Parameter(_adapter_tensor(target.tensor, step.token_rows.values.astype(np.float32)))
+    indices = torch.from_numpy(step.token_rows.indices).to(target.tensor.device)
+    for twin in twins:
+        _begin_attachment(twin.owner)
+        _adapt_class(twin.owner)
+        attachment_of(twin.owner).rows = TrainedRows(adapter, name)
+        twin.owner.register_parameter(TRAINED_ROWS, rows)
+        twin.owner.register_buffer(ROW_INDICES, indices, persistent=False)
+
+
 # --- Detach ---
 
 
@@ -192,7 +254,10 @@ def detach(module: nn.Module) -> None:
             registry[replaced.attribute] = _converted(replaced.base, registry[replaced.attribute])
         for part in BRANCH_PARTS:
             owner._modules.pop(part, None)
-        owner._buffers.pop("lora_shift", None)
+        owner._parameters.pop(TRAINED_ROWS, None)
+        for buffer in ("lora_shift", ROW_INDICES):
+            owner._buffers.pop(buffer, None)
+            owner._non_persistent_buffers_set.discard(buffer)
         del owner.__dict__[ATTACHMENT]
 
 
@@ -236,6 +301,12 @@ def scale_adapters(
             current = registry[replaced.attribute]
             current = current.double() if in_fp64 and current.is_floating_point() else current
             registry[replaced.attribute] = scaled_replacement(replaced, current, factor)
+        if attachment.rows is not None and factor == 0 and not keep_replaced:
+            rows, weight = owner._parameters[TRAINED_ROWS], cast(Tensor, owner._parameters["weight"])
+            tensors_before.append((owner._parameters, TRAINED_ROWS, cast(Tensor, rows)))
+            owner._parameters[TRAINED_ROWS] = nn.Parameter(
+                weight[owner._buffers[ROW_INDICES]].detach(), requires_grad=False
+            )
     try:
         yield
     finally:

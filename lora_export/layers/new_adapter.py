@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.module_tensors import as_array, named_tensors, specs
-from lora_export.lora import Adapter, LoraPair, new_pair
-from lora_export.plan import Layout, TensorSpec
+from lora_export.formats.patterns import Patterns
+from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
+from lora_export.layers.module_tensors import as_array, named_tensors, oriented, wide_dtype
+from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
+from lora_export.plan import Layout
+
+TrainedBiases = Literal["none", "all", "lora_only"]
 
 
 def create_adapter(
@@ -24,101 +29,199 @@ def create_adapter(
     alpha: float,
     seed: int,
     name: str = "default",
+    target_pattern: str = "",
+    target_parameters: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     rslora: bool = False,
+    dora: bool = False,
+    dropout: float = 0.0,
+    bias: TrainedBiases = "none",
     modules_to_save: Sequence[str] = (),
+    token_indices: Sequence[int] = (),
     exclude: Sequence[str] = (),
+    linear_only: bool = False,
 ) -> Adapter:
-    """Create an adapter for this module: A is Kaiming-uniform and B is zero, so that it changes nothing until trained.
+    """Create an adapter for this module that changes nothing until it is trained.
+
+    A is Kaiming-uniform and B is zero; of an embedding, A is zero and B is normal, as in PEFT.
 
     `targets` are module names or their endings (`query` matches every `….query`), or "all-linear": every
-    linear layer and packed attention projection, except a Hugging Face model's output embeddings.
+    linear layer and packed attention projection, except a Hugging Face model's output embeddings. Convolutions and
+    embeddings are adapted where they are named, unless `linear_only`. `target_pattern` is a regular expression for
+    whole names. `target_parameters` are endings of stacked parameters (experts, ., .): each expert gets a pair.
     `modules_to_save` names modules, such as a classification head, that are trained and saved in full; `exclude`
-    names layers that get no pair. The scale is alpha / rank, or alpha / √rank with `rslora`.
+    names layers that get no pair. `token_indices` are rows of the input embeddings that are trained alone.
+
+    The scale is alpha / rank, or alpha / √rank with `rslora`. `rank_pattern` and `alpha_pattern` map regular
+    expressions to other ranks and alphas: the first that matches the end of a layer's name counts, as in PEFT. With
+    `dora`, each pair gets the lengths of its weight's outputs. `bias` names the biases that are trained: those of the
+    adapted layers, or all. `dropout` is recorded for `attach`.
     Raises InputRefused with every name that matches nothing, and the nearest names that would.
     """
-    if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
-        raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
-    linear = {_pair_name(spec.name): spec for spec in specs(module) if _is_linear(spec)}
+    _refuse_numbers(rank, alpha, dropout, rank_pattern or {}, alpha_pattern or {})
+    weights = AdaptableWeights(module)
     wanted = () if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets)
-    modules = [path for path, _ in module.named_modules() if path]
-    _refuse_unmatched(wanted, linear, "linear layer", modules)
-    _refuse_unmatched(modules_to_save, modules, "module", modules)
-    _refuse_unmatched(exclude, modules, "module", modules)
-
-    saved, excluded = _prefixes(modules_to_save, modules), _prefixes(exclude, modules)
-    matched = [path for path in linear if targets == "all-linear" or _matches(path, wanted)]
-    left_out = _output_embeddings(module) if targets == "all-linear" else set()
-    chosen = [
-        path for path in matched if path not in left_out and not linear[path].name.startswith((*saved, *excluded))
-    ]
-    if not chosen:
-        raise InputRefused("no linear layer is left to adapt")
-    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-    saved_tensors = (entry for entry in named_tensors(module) if entry.name.startswith(saved))
+    weights.refuse_unmatched(modules_to_save, weights.modules, "module")
+    weights.refuse_unmatched(exclude, weights.modules, "module")
+    matched = weights.chosen(
+        "all-linear" if targets == "all-linear" else wanted, target_pattern, target_parameters, linear_only=linear_only
+    )
+    saved, excluded = _prefixes(modules_to_save, weights.modules), _prefixes(exclude, weights.modules)
+    chosen = {path: one for path, one in matched.items() if not one.spec.name.startswith((*saved, *excluded))}
+    if not chosen and not token_indices:
+        raise InputRefused("no layer is left to adapt")
+    _refuse_dora(chosen, dora=dora)
+    shapes = _Shapes(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora=rslora)
+    shapes.refuse_unmatched(chosen)
+    trained = _trained_tensors(module, chosen, saved, bias)
+    named_alone = wanted and chosen.keys() == matched.keys() and not (target_pattern or target_parameters)
+    recorded: dict[str, Any] = {"bias": bias} if bias != "none" else {}
+    recorded |= {"lora_dropout": dropout} if dropout else {}
     return Adapter(
         name=name,
         format="new",
-        pairs=_new_pairs({path: linear[path] for path in chosen}, rank=rank, scale=scale, seed=seed),
-        replaced={entry.name: as_array(entry.tensor) for entry in saved_tensors},
-        layouts={path: linear[path].layout.value for path in chosen},
-        targets=wanted if wanted and chosen == matched else tuple(chosen),
-        metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora},
+        pairs=dict(_new_pairs(chosen, shapes, seed=seed, dora=dora)),
+        replaced=trained,
+        token_rows=_token_rows(module, token_indices) if token_indices else {},
+        layouts={path: one.spec.layout.value for path, one in chosen.items() if one.is_linear},
+        targets=wanted if named_alone else tuple(chosen),
+        metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora, **recorded},
     )
 
 
 def full_rank_layers(adapter: Adapter) -> list[str]:
     """The layers with fewer rows or columns than their rank, in words: A and B have more numbers than they need."""
     return [
-        f"`{name}` is {pair.shape[0]} × {pair.shape[1]}, its rank {pair.rank}"
+        f"`{name}` is {pair.shape[0]} × {math.prod(pair.shape[1:])}, its rank {pair.rank}"
         for name, pair in adapter.pairs.items()
-        if pair.rank > min(pair.shape)
+        if pair.rank > min(pair.shape[0], math.prod(pair.shape[1:]))
     ]
 
 
-def _new_pairs(linear: dict[str, TensorSpec], *, rank: int, scale: float, seed: int) -> dict[str, LoraPair]:
+def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """All tensors of the modules that these names, or their endings, match."""
+    return _tensors_below(module, _prefixes(names, [path for path, _ in module.named_modules() if path]))
+
+
+def _tensors_below(module: nn.Module, prefixes: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    return {entry.name: as_array(entry.tensor) for entry in named_tensors(module) if entry.name.startswith(prefixes)}
+
+
+class _Shapes:
+    """The rank and the scale of each layer."""
+
+    def __init__(self, rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float], *, rslora: bool):
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.tables = {
+            what: (Patterns(table, source=f"the {what} pattern"), table)
+            for what, table in {"rank": ranks, "alpha": alphas}.items()
+        }
+
+    def refuse_unmatched(self, names: Iterable[str]) -> None:
+        names = list(names)
+        problems = [
+            f"the {what} pattern `{pattern}` matches the name of no adapted layer; the nearest: "
+            f"{nearest(pattern, names)}"
+            for what, (_, table) in self.tables.items()
+            for pattern in table
+            if not any(Patterns({pattern: 0}, source=f"the {what} pattern").values(name) for name in names)
+        ]
+        if problems:
+            raise InputRefused("; ".join(problems))
+
+    def of(self, name: str) -> tuple[int, float]:
+        rank = int(self._value("rank", name, self.rank))
+        alpha = self._value("alpha", name, self.alpha)
+        return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def _value(self, what: str, name: str, default: float) -> float:
+        return float(next(iter(self.tables[what][0].values(name)), default))
+
+
+def _refuse_numbers(
+    rank: int, alpha: float, dropout: float, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> None:
+    if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
+        raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
+    if not 0 <= dropout < 1:
+        raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
+    wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
+    wrong = wrong or [
+        f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
+    ]
+    if wrong:
+        raise InputRefused(f"{', '.join(wrong)}: it must be positive")
+
+
+def _refuse_dora(chosen: Mapping[str, AdaptableWeight], *, dora: bool) -> None:
+    if dora and (stacked := [name for name, one in chosen.items() if one.is_stacked]):
+        raise InputRefused(f"DoRA has no meaning for stacked parameters: {', '.join(stacked)}")
+
+
+def _new_pairs(
+    chosen: Mapping[str, AdaptableWeight], shapes: _Shapes, *, seed: int, dora: bool
+) -> Iterator[tuple[str, LoraPair]]:
     rng = np.random.default_rng(seed)
-    pairs: dict[str, LoraPair] = {}
-    for path, spec in linear.items():
-        out_features, in_features = spec.matrix
-        pairs[path] = new_pair((out_features, in_features), rank=rank, scale=scale, rng=rng)
-    return pairs
+    for path, one in chosen.items():
+        rank, scale = shapes.of(path)
+        options: dict[str, Any] = {"rank": rank, "scale": scale, "rng": rng}
+        if one.is_stacked:
+            for expert in range(one.spec.shape[0]):
+                yield expert_name(path, expert), _expert_pair(one, options)
+            continue
+        lengths = _lengths(one) if dora else None
+        if one.spec.layout is Layout.EMBEDDING:
+            yield path, new_embedding_pair(one.spec.shape, **options, magnitude=lengths)
+        else:
+            yield path, new_pair(one.spec.matrix, **options, magnitude=lengths)
 
 
-def _is_linear(spec: TensorSpec) -> bool:
-    return spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(spec.shape) == 2  # a convolution has more dimensions
+def _expert_pair(one: AdaptableWeight, options: Mapping[str, Any]) -> LoraPair:
+    """As stored. Some classes of transformers store an expert (in, out); PEFT's A is the factor of its inputs too."""
+    first, second = one.spec.shape[1:]
+    transposed = bool(getattr(one.owner, "is_transposed", False))
+    pair = new_pair((second, first) if transposed else (first, second), **options)
+    a, b = (pair.b.T, pair.a.T) if transposed else (pair.a, pair.b)
+    return LoraPair(a=a, b=b, scale=pair.scale, as_stored=True)
 
 
-def _pair_name(weight: str) -> str:
-    """The name of a pair for this weight: its module's name, or the weight's own where a module has several."""
-    return weight.removesuffix(".weight").removesuffix(".in_proj_weight")
+def _lengths(one: AdaptableWeight) -> NDArray[np.float32]:
+    """The norm of each output of the weight, (out,)."""
+    weight = oriented(one.tensor.detach(), one.spec.layout).to(wide_dtype(one.tensor.dtype))
+    return as_array(torch.linalg.vector_norm(weight.flatten(1), dim=1)).astype(np.float32)
 
 
-def _matches(path: str, names: Iterable[str]) -> bool:
-    return any(f".{path}".endswith(f".{name}") for name in names)
+def _trained_tensors(
+    module: nn.Module, chosen: Mapping[str, AdaptableWeight], saved: tuple[str, ...], bias: TrainedBiases
+) -> dict[str, NDArray[Any]]:
+    """The tensors of saved modules, and the biases. As in PEFT, "all" is each parameter with `bias` in its name."""
+    owners = {id(one.owner) for one in chosen.values()}
+    return _tensors_below(module, saved) | {
+        entry.name: as_array(entry.tensor)
+        for entry in named_tensors(module)
+        if (isinstance(entry.tensor, nn.Parameter) and bias == "all" and "bias" in entry.name)
+        or (bias == "lora_only" and id(entry.owner) in owners and entry.attribute == "bias")
+    }
+
+
+def _token_rows(module: nn.Module, indices: Sequence[int]) -> dict[str, TokenRows]:
+    """Rows of the input embeddings: those of a Hugging Face model, or the only table of another module."""
+    tables = {path: part for path, part in module.named_modules() if isinstance(part, nn.Embedding)}
+    if callable(getattr(module, "get_input_embeddings", None)):
+        own = module.get_input_embeddings()  # type: ignore[operator]
+        tables = {path: part for path, part in tables.items() if part is own}
+    if len(tables) != 1:
+        found = ", ".join(tables) or "none"
+        raise InputRefused(f"rows of tokens are trained in the one table of input embeddings; the module has {found}")
+    ((path, table),) = tables.items()
+    rows = table.weight.shape[0]
+    if outside := [index for index in indices if not 0 <= index < rows]:
+        raise InputRefused(f"there is no row {outside[0]} in {path}, which has {rows} rows")
+    values = as_array(table.weight[list(indices)].float())
+    return {f"{path}.weight": TokenRows(np.array(indices, np.int64), values)}
 
 
 def _prefixes(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The prefixes of all tensor names in the modules that these names match."""
-    return tuple(f"{path}." for path in modules if _matches(path, names))
-
-
-def _refuse_unmatched(names: Iterable[str], paths: Iterable[str], what: str, modules: Sequence[str]) -> None:
-    paths = list(paths)
-    endings = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
-    problems = []
-    for name in names:
-        if any(_matches(path, [name]) for path in paths):
-            continue
-        nearest = difflib.get_close_matches(name, endings, n=3, cutoff=0.5) or endings[:3]
-        exists = "is no" if any(_matches(path, [name]) for path in modules) else "matches no"
-        problems.append(f"`{name}` {exists} {what}; the nearest: {', '.join(nearest) or 'none'}")
-    if problems:
-        raise InputRefused("; ".join(problems))
-
-
-def _output_embeddings(module: nn.Module) -> set[str]:
-    """The names of a Hugging Face model's output embeddings, which PEFT's "all-linear" leaves out too."""
-    if not callable(getattr(module, "get_output_embeddings", None)):
-        return set()
-    head = module.get_output_embeddings()  # type: ignore[operator]
-    return {path for path, child in module.named_modules() if head is not None and child is head}
+    return tuple(f"{path}." for path in modules if matches_ending(path, names))

@@ -15,8 +15,10 @@ from lora_export.plan.match_names import BaseTensors, find_prefix
 from lora_export.plan.ties import shared
 
 
-def target_tensors(module: nn.Module, plan: Plan) -> dict[str, ModuleTensor]:
+def target_tensors(module: nn.Module, plan: Plan, *, may_tie: bool = False) -> dict[str, ModuleTensor]:
     """The module's tensors by name, among them the target of every step of the plan.
+
+    With `may_tie`, a pair on one name of a tied weight is allowed.
 
     Raises InputRefused for what neither `attach` nor `fold` can do: adapters that are already attached,
     tensors that the module lacks, and tied weights.
@@ -25,7 +27,8 @@ def target_tensors(module: nn.Module, plan: Plan) -> dict[str, ModuleTensor]:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the module has no {', '.join(added)}: load it with the head that the adapter was made for")
-    refuse_tied(module, plan)
+    if not may_tie:
+        refuse_tied(module, plan)
     return {target.name: target for target in named_tensors(module)}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lora_export.errors import InputRefused, listed
 from lora_export.layers.adapted_layers import (
     BRANCH_PARTS,
+    TRAINED_ROWS,
     Branch,
     attached_modules,
     attachment_of,
@@ -44,6 +45,8 @@ def refuse_trainable_base(module: nn.Module) -> None:
     for owner in attached_modules(module):
         parts = [owner._modules[part] for part in BRANCH_PARTS if part in owner._modules]
         allowed.update(id(parameter) for part in parts if part is not None for parameter in part.parameters())
+        if (rows := owner._parameters.get(TRAINED_ROWS)) is not None:
+            allowed.add(id(rows))
         for tensor in attachment_of(owner).replaced:
             allowed.add(id(tensor_registry(owner, tensor.attribute)[tensor.attribute]))
     trained = [
@@ -56,11 +59,11 @@ def refuse_trainable_base(module: nn.Module) -> None:
 
 
 def read_back(module: nn.Module, like: Adapter) -> Adapter:
-    """The adapter `like` with the A, B, magnitudes and replaced tensors that the module now holds, as after training.
+    """The adapter `like` with the A, B, magnitudes, rows and replaced tensors that the module now holds.
 
     The arrays are copies. Raises InputRefused where that adapter is not attached, or a value is not finite.
     """
-    pairs, replaced = dict(like.pairs), dict(like.replaced)
+    pairs, replaced, token_rows = dict(like.pairs), dict(like.replaced), dict(like.token_rows)
     found = False
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
@@ -72,9 +75,14 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
             if tensor.name and tensor.adapter == like.name:
                 replaced[tensor.name] = as_array(tensor_registry(owner, tensor.attribute)[tensor.attribute])
                 found = True
+        if attachment.rows is not None and attachment.rows.adapter == like.name:
+            name, values = attachment.rows.name, owner._parameters[TRAINED_ROWS]
+            assert values is not None
+            token_rows[name] = dataclasses.replace(token_rows[name], values=as_array(values))
+            found = True
     if not found:
         raise InputRefused(f"the adapter {like.name} is not attached to this module")
-    return dataclasses.replace(like, pairs=pairs, replaced=replaced, sha256="")
+    return dataclasses.replace(like, pairs=pairs, replaced=replaced, token_rows=token_rows, sha256="")
 
 
 def _read_pair(owner: nn.Module, branch: Branch, like: LoraPair) -> LoraPair:

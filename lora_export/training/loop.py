@@ -22,6 +22,7 @@ from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
 from lora_export.training.evaluation import evaluate
+from lora_export.training.head_loss import HeadLoss, head_loss
 from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
 from lora_export.training.losses import Batch, module_outputs
 from lora_export.training.memory import PeakMemory, SavedActivations, memory_use
@@ -66,9 +67,13 @@ def fit(
     accelerator = accelerator_for(device, settings.precision)
     refuse_unknown_inputs(module, data)
     module.to(accelerator.device)
-    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(module, settings), weight_decay=settings.weight_decay))
+    adamw = torch.optim.AdamW(
+        _groups(module, settings), weight_decay=settings.weight_decay, fused=True if device == "cpu" else None
+    )
+    optimizer = accelerator.prepare(adamw)
     history = TrainingHistory(str(accelerator.device))
-    run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history)
+    head = head_loss(module, data, accelerator.device)
+    run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head)
     devices = [accelerator.device] if device == "cuda" else []
     with torch.random.fork_rng(devices=devices), _train_mode(module, settings), _explained_memory():
         try:
@@ -96,6 +101,7 @@ class _Run:
     held_out: Data | None
     checkpoints: Checkpoints | None
     history: TrainingHistory
+    head: HeadLoss | None
 
     def begin(self, *, resume: bool) -> None:
         self.order = ShuffledOrder(len(self.data), self.settings.batch_size, self.settings.seed)
@@ -103,6 +109,7 @@ class _Run:
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.peak, self.activations = PeakMemory(self.accelerator.device), SavedActivations(self.module)
         self.best: dict[str, Tensor] = {}
+        self.loss = self.head or self.data.loss
         if self.checkpoints is None:
             return
         if resume:
@@ -156,15 +163,15 @@ class _Run:
         rows = self.order.rows_of(step)
         parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
         batches = [batch_on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
-        loss = self.data.loss
-        own_count = sum(loss.count(batch.labels) for batch in batches)
+        own_count = sum(self.data.loss.count(batch.labels) for batch in batches)
         (count,) = sum_over_processes([float(own_count)], self.accelerator.device)
         total = 0.0
         for batch in batches:
             with self.activations.counted() if not self.activations.bytes else contextlib.nullcontext():
-                with self.accelerator.autocast():
+                as_states = self.head.hidden_states() if self.head else contextlib.nullcontext()
+                with self.accelerator.autocast(), as_states:
                     outputs = module_outputs(self.module, batch.inputs)
-                value = loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
+                value = self.loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
             total += value.item()
             self.peak.measure()
             if math.isfinite(total):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,8 +71,8 @@ def test_a_base_that_would_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch
     work = trainer([], heads=())
     real = layers.attach
 
-    def forgetful(module: nn.Module, plan: object, *, trainable: bool = False) -> None:
-        real(module, plan, trainable=trainable)  # type: ignore[arg-type]
+    def forgetful(module: nn.Module, plan: object, **options: Any) -> None:
+        real(module, plan, **options)  # type: ignore[arg-type]
         module.get_parameter("head.bias").requires_grad_(True)
 
     monkeypatch.setattr(layers, "attach", forgetful)

@@ -74,6 +74,29 @@ def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: pytest
     assert "has no column none; it has body, kind" in capsys.readouterr().err
 
 
+def test_patterns_are_read_and_wrong_ones_are_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("train", MODEL, "--data", data, "--epochs", "1", "--rank", "2", "-o", data.parent / "ad")
+    assert call(*line, "--target-pattern", "d.*e", "--rank-pattern", "d[e]nse=3", "--alpha-pattern", "dense=4.5") == 0
+    (pair,) = formats.load(data.parent / "ad").pairs.values()
+    assert (pair.rank, pair.scale) == (3, 1.5)
+    capsys.readouterr()
+    for option, code, message in (
+        (("--rank-pattern", "dense"), 2, "dense is not REGEX=RANK, such as q_proj=4"),
+        (("--rank-pattern", "dense=1.5"), 2, "dense=1.5 is not REGEX=RANK"),
+        (("--rank-pattern", "=2"), 2, "=2 has no pattern before the equals sign"),
+        (("--rank-pattern", "dense=0"), 3, "the rank of `dense` is 0: it must be positive"),
+        (("--rank-pattern", "dens=2"), 3, "`dens` matches the name of no adapted layer; the nearest: dense"),
+        (("--rank-pattern", "dense=9"), 3, "the rank is larger than 1 of 1 layers"),
+        (("--target-pattern", "dens"), 3, "`dens` matches the whole name of no layer to adapt; the nearest: dense"),
+        (("--target-parameter", "dense"), 3, "`dense` is no stacked parameter (experts, ., .); the nearest: none"),
+        (("--token-index", "1"), 3, "in the one table of input embeddings; the module has none"),
+        (("--continue-from", data.parent / "ad"), 2, "--rank cannot be given beside it"),
+    ):  # fmt: skip
+        assert call(*line[:-1], data.parent / "none", *option) == code
+        assert message in " ".join(capsys.readouterr().err.split()), option
+        assert not (data.parent / "none").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_and_an_interrupted_training_end_with_the_same_bits(
     data: Path, capfd: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lora_export import layers
 from lora_export.errors import InputRefused
+from support import experts
 from support.small_layers import TARGETS, Everything, a_linear, a_model, an_encoder_layer, base_of, equal, plan_for
 
 
@@ -103,27 +104,101 @@ def test_a_bare_layer_gets_an_adapter() -> None:
     assert layers.count_parameters(model).trained == 5
 
 
-def test_convolutions_and_embeddings_are_no_linear_targets():
+def test_convolutions_and_embeddings_are_adapted_where_they_are_named():
     base = base_of(Everything)
     fresh = layers.create_adapter(base, targets="all-linear", rank=1, alpha=1, seed=0)
     assert fresh.pairs.keys() == {"fc", "fan"}
+    named = layers.create_adapter(base, targets=["words", "two"], rank=2, alpha=1, seed=0)
+    assert {key: (pair.a.shape, pair.b.shape) for key, pair in named.pairs.items()} == {
+        "words": ((2, 11), (6, 2)),
+        "two": ((2, 1, 2, 3), (4, 2, 1, 1)),
+    }
+    assert named.pairs["words"].embedding and named.pairs["words"].b.any() and not named.pairs["words"].a.any()
+    assert 0.3 < np.abs(named.pairs["two"].a).max() <= 1 / np.sqrt(6)
     for target in ("words", "one"):
         with pytest.raises(InputRefused, match=f"`{target}` is no linear layer"):
-            layers.create_adapter(base, targets=[target], rank=1, alpha=1, seed=0)
+            layers.create_adapter(base, targets=[target], rank=1, alpha=1, seed=0, linear_only=True)
+
+
+def test_patterns_decide_rank_and_alpha_of_the_layers_whose_names_end_so() -> None:
+    options = {"rank_pattern": {r"0\..*query": 4, "query": 1}, "alpha_pattern": {r"layer\.1\..*": 6.0}}
+    adapter = layers.create_adapter(
+        a_classifier(), targets=[], target_pattern=r".*\.(query|key)", rank=2, alpha=4, seed=0, rslora=True, **options
+    )
+    found = {name.removeprefix("bert.encoder.layer."): pair for name, pair in adapter.pairs.items()}
+    assert {name: (pair.rank, pair.scale) for name, pair in found.items()} == {
+        "0.attention.self.query": (4, 4 / 2.0),
+        "0.attention.self.key": (2, 4 / np.sqrt(2)),
+        "1.attention.self.query": (1, 6.0),
+        "1.attention.self.key": (2, 6 / np.sqrt(2)),
+    }
+    assert adapter.targets == tuple(adapter.pairs)  # no ending stands for them
+
+
+def test_dora_starts_with_the_lengths_of_the_outputs() -> None:
+    base = base_of(Everything)
+    adapter = layers.create_adapter(base, targets=["words", "fan", "one"], rank=1, alpha=1, seed=0, dora=True)
+    lengths = {name: pair.magnitude for name, pair in adapter.pairs.items()}
+    expected = {"words": base.words.weight.norm(dim=0), "fan": base.fan.weight.norm(dim=0)}
+    expected["one"] = base.one.weight.flatten(1).norm(dim=1)
+    assert all(np.allclose(lengths[name], value.detach().numpy(), rtol=1e-6) for name, value in expected.items())
+
+
+def test_biases_and_rows_of_tokens_are_trained_on_request() -> None:
+    model = a_classifier()
+    few = layers.create_adapter(model, targets=["query"], rank=1, alpha=1, seed=0, bias="lora_only")
+    assert list(few.replaced) == [f"bert.encoder.layer.{n}.attention.self.query.bias" for n in (0, 1)]
+    every = layers.create_adapter(model, targets=["query"], rank=1, alpha=1, seed=0, bias="all", token_indices=[7, 2])
+    assert every.replaced.keys() == {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    ((name, rows),) = every.token_rows.items()
+    assert name == "bert.embeddings.word_embeddings.weight" and rows.indices.tolist() == [7, 2]
+    assert (rows.values == model.get_input_embeddings().weight[[7, 2]].detach().numpy()).all()
+
+
+def test_new_experts_start_with_pefts_factors_of_their_inputs() -> None:
+    for name, zero in (("mixtral", "b"), ("gpt_oss", "a")):  # gpt_oss stores (in, out)
+        model = experts.tiny_model(name)
+        adapter = layers.create_adapter(
+            model, targets=[], target_parameters=["experts.down_proj"], rank=2, alpha=2, seed=0
+        )
+        assert list(adapter.pairs) == [f"model.layers.0.mlp.experts.down_proj[{n}]" for n in range(experts.COUNT)]
+        for pair in adapter.pairs.values():
+            assert pair.as_stored and not getattr(pair, zero).any() and (pair.a.any() or pair.b.any())
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    moe, net = experts.tiny_model("mixtral"), nn.Sequential(nn.Embedding(5, 4), nn.Embedding(5, 4), nn.Linear(4, 4))
+    with pytest.raises(InputRefused, match=r"DoRA has no meaning for stacked parameters: .*\.down_proj"):
+        layers.create_adapter(moe, targets=[], target_parameters=["down_proj"], rank=1, alpha=1, seed=0, dora=True)
+    with pytest.raises(InputRefused, match="the one table of input embeddings; the module has 0, 1"):
+        layers.create_adapter(net, targets="all-linear", rank=1, alpha=1, seed=0, token_indices=[1])
+    with pytest.raises(InputRefused, match=r"no row 11 in bert\.embeddings\.word_embeddings, which has 11 rows"):
+        layers.create_adapter(a_classifier(), targets=["query"], rank=1, alpha=1, seed=0, token_indices=[11])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ["qurey"]}, r"`qurey` matches no linear layer; the nearest: query"),
-        ({"targets": ["embeddings"]}, r"`embeddings` is no linear layer; the nearest: "),
+        ({"targets": ["qurey"]}, r"`qurey` matches no layer to adapt; the nearest: query"),
+        ({"targets": ["embeddings"]}, r"`embeddings` is no layer to adapt; the nearest: .*word_embeddings"),
+        ({"targets": [], "target_pattern": "query"}, r"`query` matches the whole name of no layer .*: query"),
+        ({"targets": [], "target_pattern": "que(ry"}, r"`que\(ry` is not a regular expression: missing \)"),
+        ({"targets": [], "target_parameters": ["query"]}, r"`query` is no stacked parameter"),
+        (
+            {"targets": ["query"], "rank_pattern": {"valeu": 2}},
+            r"the rank pattern `valeu` matches the name of no adapted layer; the nearest: .*query",
+        ),
+        ({"targets": ["query"], "alpha_pattern": {"key": 2}}, "the alpha pattern `key` matches the name of no adapted"),
+        ({"targets": ["query"], "rank_pattern": {"query": 0}}, "the rank of `query` is 0: it must be positive"),
+        ({"targets": ["query"], "alpha_pattern": {"query": -1.0}}, r"the alpha of `query` is -1\.0: it must be posit"),
+        ({"targets": ["query"], "dropout": 1.0}, r"dropout 1\.0: it must be from 0 to below 1"),
         (
             {"targets": ["query"], "modules_to_save": ["classifer"]},
             r"`classifer` matches no module; the nearest: classifier",
         ),
         ({"targets": "all-linear", "exclude": ["dense2"]}, r"`dense2` matches no module; the nearest: dense"),
-        ({"targets": ["a", "b"]}, r"`a` matches no linear layer.*; `b` matches no linear layer"),
-        ({"targets": ["classifier"], "modules_to_save": ["classifier"]}, "no linear layer is left to adapt"),
+        ({"targets": ["a", "b"]}, r"`a` matches no layer to adapt.*; `b` matches no layer"),
+        ({"targets": ["classifier"], "modules_to_save": ["classifier"]}, "no layer is left to adapt"),
         ({"targets": ["query"], "rank": 0}, "rank 0 and alpha 1: both must be positive"),
         ({"targets": ["query"], "alpha": float("nan")}, "rank 1 and alpha nan: both must be positive"),
     ],

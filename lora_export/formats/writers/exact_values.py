@@ -26,16 +26,19 @@ def smallest_dtype(arrays: Iterable[NDArray[np.float32]]) -> np.dtype[np.generic
     return np.dtype(np.float32)
 
 
-def alpha_of(scale: float, rank: int) -> float:
-    """The alpha for which alpha / rank is the scale, to the last bit where a float has it, else the nearest."""
-    nearest = scale * rank
-    candidates = [nearest]
+def alpha_of(scale: float, divisor: float) -> float:
+    """The alpha for which alpha / divisor is the scale, to the last bit where a float has it, else the nearest.
+
+    The divisor is the rank, or its root. An alpha that is a whole number is preferred.
+    """
+    nearest = scale * divisor
+    candidates = [float(round(nearest)), nearest]
     for direction in (-math.inf, math.inf):
         value = nearest
         for _ in range(NEIGHBOURS):
             value = math.nextafter(value, direction)
             candidates.append(value)
-    return min(candidates, key=lambda alpha: abs(alpha / rank - scale))
+    return min(candidates, key=lambda alpha: abs(alpha / divisor - scale))
 
 
 def pair_factors(pairs: Iterable[LoraPair]) -> Iterator[NDArray[np.float32]]:

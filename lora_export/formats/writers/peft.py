@@ -7,6 +7,7 @@ of experts that have a tensor for each expert in transformers 4 are written so, 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -189,7 +190,11 @@ def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[st
 
 def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:
     """The config, with what the most pairs have as its rank and alpha, and patterns for the others."""
-    kinds = {name: (pair.rank, alpha_of(pair.scale, pair.rank)) for name, pair in pairs.items()}
+    rslora = bool(adapter.metadata.get("use_rslora"))
+    kinds = {
+        name: (pair.rank, alpha_of(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank))
+        for name, pair in pairs.items()
+    }
     rank, alpha = Counter(kinds.values()).most_common(1)[0][0] if kinds else (1, 1.0)
     # A whole name, so that a pattern matches no other module.
     patterns = {f"^{re.escape(name)}": kind for name, kind in sorted(kinds.items()) if kind != (rank, alpha)}
@@ -205,9 +210,10 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
         "target_modules": sorted(ends) if known else modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,
-        "bias": "none",
+        "bias": adapter.metadata.get("bias", "none"),
         "fan_in_fan_out": any(layout == "in_out" for layout in adapter.layouts.values()),
-        "use_rslora": False,
+        "use_rslora": rslora,
+        "lora_dropout": adapter.metadata.get("lora_dropout", 0.0),
         "use_dora": dora,
         "ensure_weight_tying": bool(adapter.tied),
         "inference_mode": True,
@@ -226,12 +232,16 @@ def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArra
     saved = set()
     for name, value in adapter.replaced.items():
         module, _, kind = name.rpartition(".")
-        if module in adapter.pairs:
+        attention = module.removesuffix(".out_proj")
+        if module != attention and attention in adapter.pairs:  # PEFT wraps both layers of an attention
+            tensors[f"{WRAPPER}{attention}{OUT_PROJ}.base_layer.{kind}"] = value
+        elif module in adapter.pairs:
             tensors[f"{WRAPPER}{module}.base_layer.{kind}"] = value
-            fields["bias"] = "lora_only" if kind == "bias" else fields["bias"]
         else:
-            saved.add(module)
+            saved |= set() if "bias" in name and fields["bias"] == "all" else {module}
             tensors[WRAPPER + name] = value
+        if module in adapter.pairs and kind == "bias" and fields["bias"] == "none":
+            fields["bias"] = "lora_only"
     fields["modules_to_save"] = sorted(saved) or None
     table: dict[str, list[int]] = {}
     for name, rows in adapter.token_rows.items():

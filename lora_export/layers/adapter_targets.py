@@ -1,0 +1,139 @@
+"""The weights of a module that a new adapter changes: by names, by a regular expression, or every linear layer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lora_export.errors import InputRefused
+from lora_export.layers.module_tensors import named_tensors, specs
+from lora_export.plan import Layout, TensorSpec
+
+NEAREST = 3  # names that a message shows
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptableWeight:
+    """A weight that can get a pair, or a stacked parameter whose slices (experts) can."""
+
+    name: str  # of its pair: its module's name, or its own where a module has several
+    spec: TensorSpec
+    owner: nn.Module
+    tensor: Tensor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a linear layer or of a packed attention projection."""
+        return self.spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(self.spec.shape) == 2
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is a bare parameter (experts, ., .)."""
+        return self.spec.layout is Layout.OTHER
+
+
+class AdaptableWeights:
+    """The weights of one module that can get pairs, and its modules by name."""
+
+    def __init__(self, module: nn.Module):
+        self.modules = [path for path, _ in module.named_modules() if path]
+        found = [
+            AdaptableWeight(_pair_name(spec.name), spec, entry.owner, entry.tensor)
+            for entry, spec in zip(named_tensors(module), specs(module), strict=True)
+        ]
+        self.layers = {one.name: one for one in found if spec_takes_pair(one.spec)}
+        self.linear = {name: one for name, one in self.layers.items() if one.is_linear}
+        self.stacked = {
+            one.name: one
+            for one in found
+            if one.is_stacked and len(one.spec.shape) == 3 and isinstance(one.tensor, nn.Parameter)
+        }
+        self._left_out = _output_embeddings(module)
+
+    def chosen(
+        self,
+        targets: Literal["all-linear"] | Sequence[str],
+        pattern: str,
+        parameters: Sequence[str],
+        *,
+        linear_only: bool = False,
+    ) -> dict[str, AdaptableWeight]:
+        """The weights that endings of names, a regular expression for whole names, and parameters choose.
+
+        Raises InputRefused with everything that matches nothing, and the nearest names.
+        """
+        layers, what = (self.linear, "linear layer") if linear_only else (self.layers, "layer to adapt")
+        names = () if targets == "all-linear" else tuple(targets)
+        self.refuse_unmatched(names, layers, what)
+        self.refuse_unmatched(parameters, self.stacked, "stacked parameter (experts, ., .)")
+        matched = [name for name in layers if matches_ending(name, names)]
+        if targets == "all-linear":
+            matched = [name for name in self.linear if name not in self._left_out]
+        if pattern:
+            matched += [name for name in self._matching(pattern, layers) if name not in matched]
+        stacked = [name for name in self.stacked if matches_ending(name, parameters)]
+        return {name: layers[name] for name in layers if name in set(matched)} | {
+            name: self.stacked[name] for name in stacked
+        }
+
+    def _matching(self, pattern: str, layers: Mapping[str, AdaptableWeight]) -> list[str]:
+        try:
+            whole = re.compile(pattern)
+        except re.error as error:
+            raise InputRefused(f"`{pattern}` is not a regular expression: {error}") from error
+        found = [name for name in layers if whole.fullmatch(name)]
+        if not found:
+            raise InputRefused(
+                f"the pattern `{pattern}` matches the whole name of no layer to adapt; "
+                f"the nearest: {nearest(pattern, layers)}"
+            )
+        return found
+
+    def refuse_unmatched(self, names: Iterable[str], paths: Iterable[str], what: str) -> None:
+        """Raise InputRefused with all names that are the end of no path, and the nearest."""
+        paths = list(paths)
+        problems = []
+        for name in names:
+            if any(matches_ending(path, [name]) for path in paths):
+                continue
+            exists = "is no" if any(matches_ending(path, [name]) for path in self.modules) else "matches no"
+            problems.append(f"`{name}` {exists} {what}; the nearest: {nearest(name, paths)}")
+        if problems:
+            raise InputRefused("; ".join(problems))
+
+
+def nearest(name: str, paths: Iterable[str]) -> str:
+    """The names or endings that are the most like this one, in words."""
+    paths = list(paths)
+    endings = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    found = difflib.get_close_matches(name, endings, n=NEAREST, cutoff=0.5) or endings[:NEAREST]
+    return ", ".join(found) or "none"
+
+
+def matches_ending(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path or its end after a dot."""
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def spec_takes_pair(spec: TensorSpec) -> bool:
+    """Whether the weight is that of a linear layer, a convolution, an embedding or a packed attention projection."""
+    return spec.layout is Layout.EMBEDDING or (
+        spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and 2 <= len(spec.shape) <= 5
+    )
+
+
+def _pair_name(weight: str) -> str:
+    return weight.removesuffix(".weight").removesuffix(".in_proj_weight")
+
+
+def _output_embeddings(module: nn.Module) -> set[str]:
+    """The names of a Hugging Face model's output embeddings, which PEFT's "all-linear" leaves out too."""
+    if not callable(getattr(module, "get_output_embeddings", None)):
+        return set()
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return {path for path, child in module.named_modules() if head is not None and child is head}

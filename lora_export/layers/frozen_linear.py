@@ -1,0 +1,59 @@
+"""A frozen linear layer with one trained pair beside it, as one step of autograd.
+
+Composed of its parts, `W x + scale * (B A x)` takes four passes over the outputs and two over the gradient of x. Here
+the pair's product is added into the output of W in place, and so is its share of the gradient. Saved are x and A x:
+W x needs nothing saved, and B A x is not made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether the step may be taken: all in one dtype, a frozen W, and something to train."""
+    return (
+        torch.is_grad_enabled()
+        and a.requires_grad
+        and not weight.requires_grad
+        and x.dtype is weight.dtype is a.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`x Wᵀ + bias + scale * x Aᵀ Bᵀ` for x (..., in), W (out, in), A (rank, in) and B (out, rank)."""
+    y: Tensor = _FrozenLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ a.T  # (rows, rank)
+        y = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        rows, inner, weight, a, b = ctx.saved_tensors
+        of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
+        g = gradient.reshape(-1, gradient.shape[-1])
+        through_b = g @ b if of_x or of_a else None  # (rows, rank)
+        found_x = found_a = None
+        if of_x:
+            found_x = (g @ weight).addmm_(through_b, a, alpha=ctx.scale).view(ctx.shape)
+        if of_a:
+            assert through_b is not None
+            found_a = (through_b.T @ rows).mul_(ctx.scale)
+        found_b = (inner.T @ g).mul_(ctx.scale).T if of_b else None  # faster than gᵀ inner, by a third
+        return found_x, None, g.sum(0) if of_bias else None, found_a, found_b, None

@@ -1,0 +1,143 @@
+"""The adapters that `train` starts from: new ones, and trained ones that are continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import lora_export as le
+from lora_export.api.requested_adapter import AdapterRequest
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.training.order import ShuffledOrder
+from support.api import MODEL
+from support.small_models import small_model, words_tokenizer
+
+LINES = [f"very {'good' if n % 2 else 'bad'} film the {'a' if n % 3 else 'very'} film" for n in range(16)]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    words_tokenizer(small_model("llama", tmp_path / "base"))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    return tmp_path
+
+
+def pefts_losses(model: Any, base: Path) -> list[float]:
+    """A loop written here, in the order that ours has."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    order, found = ShuffledOrder(16, 4, 0), []
+    for step in range(8):
+        batch = tokenizer([LINES[row] for row in order.rows_of(step)], return_tensors="pt")
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        found.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def test_what_peft_trained_is_continued_with_its_losses(texts: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(texts / "base")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 2}
+    )
+    torch.manual_seed(3)
+    start = peft.get_peft_model(base, config)
+    for parameter in start.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    start.save_pretrained(texts / "theirs")
+    settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2, "warmup": 0.0, "holdout": 0.0}
+    settings |= {"schedule": "constant"}
+    ours = le.train(texts / "base", texts / "data.jsonl", texts / "ad", continue_from=texts / "theirs", **settings)
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(texts / "base"), texts / "theirs", is_trainable=True
+    ).train()
+    expected = pefts_losses(model, texts / "base")
+    assert ours.history.losses == pytest.approx(expected, abs=1e-5)
+    assert {(pair.rank, round(pair.scale, 6)) for pair in ours.adapter.pairs.values()} == {
+        (4, 4.0),
+        (2, round(8 / 2**0.5, 6)),
+    }
+    written = json.loads((texts / "ad/adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, 8, True)
+    again = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(texts / "base"), texts / "ad"
+    )
+    ids = torch.arange(24).reshape(3, 8) % 9
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_continued_classifier_keeps_its_head_and_its_classes(texts: Path) -> None:
+    rows = [{"text": line, "label": "xy"[n % 2]} for n, line in enumerate(LINES)]
+    (texts / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"epochs": 6, "batch_size": 4, "learning_rate": 3e-2}
+    first = le.train(texts / "base", texts / "labelled.jsonl", texts / "first", rank=2, bias="all", **settings)
+    second = le.train(
+        texts / "base", texts / "labelled.jsonl", texts / "second", continue_from=texts / "first", **settings
+    )
+    assert second.history.losses[0] < first.history.losses[0] - 0.05
+    assert second.adapter.replaced.keys() == first.adapter.replaced.keys()
+    assert any(name.endswith("score.weight") for name in second.adapter.replaced)
+    other = [{**row, "label": row["label"].replace("y", "z")} for row in rows]
+    (texts / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    with pytest.raises(InputRefused, match="was trained on the classes x, y, and the data has x, z"):
+        le.train(texts / "base", texts / "other.jsonl", texts / "third", continue_from=texts / "first", **settings)
+
+
+def test_every_option_of_a_new_adapter_reaches_the_file(texts: Path) -> None:
+    result = le.train(
+        texts / "base", texts / "data.jsonl", texts / "ad", rank=2, target="q_proj,v_proj", dora=True, dropout=0.1,
+        rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 3.0}, token_indices=[3, 5], epochs=1, learning_rate=1e-2,
+    )  # fmt: skip
+    config = json.loads((texts / "ad/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_dora"], config["lora_dropout"]) == (2, 4, True, 0.1)
+    assert set(config["rank_pattern"].values()) == {1} and set(config["alpha_pattern"].values()) == {3}
+    assert config["trainable_token_indices"] == {"model.embed_tokens": [3, 5]}
+    assert {(pair.rank, pair.scale) for pair in result.adapter.pairs.values()} == {(2, 2.0), (1, 3.0)}
+    before = transformers.AutoModelForCausalLM.from_pretrained(texts / "base").get_input_embeddings().weight
+    (rows,) = result.adapter.token_rows.values()
+    assert (rows.values != before[[3, 5]].detach().numpy()).any()
+    le.merge(texts / "base", texts / "ad", texts / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(texts / "merged").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(texts / "base"), texts / "ad"
+    ).eval()
+    ids = torch.arange(24).reshape(3, 8) % 9
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": (2, 2)}, "each --rank is given once"),
+        ({"continue_from": Path("ad"), "ranks": (4,), "target": "q"}, "--rank, --target cannot be given beside it"),
+        ({"continue_from": Path("ad"), "token_indices": (4,)}, "--token-index cannot be given beside it"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        AdapterRequest(**options)
+
+
+def test_a_change_of_biases_is_not_continued(texts: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(texts / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(texts / "theirs")
+    with pytest.raises(InputRefused, match=r"adds to vectors, which is not trained further: model\.layers\.0"):
+        le.train(texts / "base", texts / "data.jsonl", texts / "ad", continue_from=texts / "theirs")
+    assert not (texts / "ad").exists()
+
+
+def test_dropout_is_refused_where_a_weight_is_used_whole(data: Path, tmp_path: Path) -> None:
+    assert le.train(MODEL, data, tmp_path / "ad", rank=2, dropout=0.5, epochs=1).adapter.metadata["lora_dropout"] == 0.5

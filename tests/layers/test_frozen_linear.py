@@ -1,0 +1,85 @@
+"""A frozen linear layer with a trained pair, as one step of autograd: values, gradients, and what is saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import layers
+from lora_export.layers import adapted_layers
+from lora_export.layers.frozen_linear import is_plain, linear_with_pair
+from support.small_layers import count_calls, plan_for
+
+TENSORS = ("x", "bias", "a", "b")
+
+
+def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"x": (2, 3, 5), "weight": (4, 5), "bias": (4,), "a": (2, 5), "b": (4, 2)}
+    made = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {name: tensor.requires_grad_(name != "weight") for name, tensor in made.items()}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients_are_those_of_the_sum(has_bias: bool) -> None:
+    one = operands()
+    bias = one["bias"] if has_bias else None
+
+    def step(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return linear_with_pair(x, one["weight"], bias, a, b, 0.75)
+
+    expected = F.linear(one["x"], one["weight"], bias) + 0.75 * F.linear(F.linear(one["x"], one["a"]), one["b"])
+    torch.testing.assert_close(step(one["x"], one["a"], one["b"]), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(step, (one["x"], one["a"], one["b"]))
+    wanted = [name for name in TENSORS if has_bias or name != "bias"]
+    gradients = torch.autograd.grad(expected.square().sum(), [one[name] for name in wanted])
+    own = torch.autograd.grad(step(one["x"], one["a"], one["b"]).square().sum(), [one[name] for name in wanted])
+    for ours, theirs in zip(own, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_only_x_and_its_product_with_a_are_saved() -> None:
+    one = operands()
+    saved: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        linear_with_pair(one["x"], one["weight"], None, one["a"], one["b"], 1.0)
+    assert sorted(saved) == sorted([(6, 5), (6, 2), (4, 5), (2, 5), (4, 2)])
+
+
+def test_the_step_is_for_one_dtype_and_a_frozen_weight() -> None:
+    one = operands()
+    x, weight, a = one["x"], one["weight"], one["a"]
+    assert is_plain(x, weight, a)
+    assert not is_plain(x.float(), weight, a) and not is_plain(x, weight.clone().requires_grad_(), a)
+    with torch.no_grad():
+        assert not is_plain(x, weight, a)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain(x, weight, a)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), Conv1D(4, 5)], ids=["Linear", "Conv1D"])
+def test_attached_layers_take_it_in_training_alone(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch, adapted_layers, "linear_with_pair")
+    net = nn.Sequential(copy.deepcopy(layer))
+    new = layers.create_adapter(net, targets="all-linear", rank=2, alpha=4, seed=0)
+    layers.attach(net, plan_for(net, new, identity_ok=True), trainable=True)
+    with torch.no_grad():
+        net[0].lora_B["default"].normal_()
+        x = torch.randn(3, 5)
+        expected = net(x)
+    assert not calls
+    torch.testing.assert_close(net(x), expected)
+    assert len(calls) == 1
+    with layers.recorded_branches() as recorded:
+        net(x)
+    assert len(recorded) == 1 and len(calls) == 1

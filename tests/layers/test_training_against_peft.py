@@ -1,0 +1,278 @@
+"""Every variant that PEFT trains, trained beside PEFT: the same losses, and files that each reads from the other.
+
+Both start from one folder. `PeftModel.from_pretrained` reads what we wrote, and we read what PEFT wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lora_export import formats, layers, plan
+from lora_export.formats.writers import WriteOptions
+from lora_export.formats.writers import peft as peft_writer
+from lora_export.lora import Adapter
+from support import experts
+from support.small_layers import Everything, an_encoder_layer, base_of
+
+STEPS, RATE = 4, 0.02
+IDS = torch.tensor([[1, 5, 0, 3, 3, 10, 2], [4, 1, 7, 8, 9, 1, 4]])
+KINDS = ["words", "fc", "fan", "one", "two", "three"]
+
+
+def a_llama(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).eval()
+
+
+def a_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=11, num_labels=3, **sizes, **off)).eval()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(11, 8), nn.TransformerEncoder(an_encoder_layer(), 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(self.words(ids))
+
+
+def an_encoder() -> nn.Module:
+    return base_of(Encoder)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to adapt a model: our options, and the fields of PEFT's config."""
+
+    make: Callable[[], nn.Module]
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    frozen: tuple[str, ...] = field(default=())  # what PEFT would train besides
+
+
+VARIANTS = {
+    "kinds": Variant(lambda: base_of(Everything), {"targets": KINDS}, {"target_modules": KINDS}),
+    "dora": Variant(
+        lambda: base_of(Everything), {"targets": KINDS, "dora": True}, {"target_modules": KINDS, "use_dora": True}
+    ),
+    "dropout": Variant(
+        lambda: base_of(Everything),
+        {"targets": KINDS, "dropout": 0.3},
+        {"target_modules": KINDS, "lora_dropout": 0.3},
+    ),
+    "dora with dropout": Variant(
+        lambda: base_of(Everything),
+        {"targets": KINDS, "dropout": 0.3, "dora": True},
+        {"target_modules": KINDS, "lora_dropout": 0.3, "use_dora": True},
+    ),
+    "patterns": Variant(
+        lambda: a_llama(tied=False),
+        {
+            "targets": "all-linear",
+            "rank_pattern": {r"0\..*\.q_proj": 4, "q_proj": 1},
+            "alpha_pattern": {"layers.1.mlp.*": 3},
+        },
+        {
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            "rank_pattern": {r"0\..*\.q_proj": 4, "q_proj": 1},
+            "alpha_pattern": {"layers.1.mlp.*": 3},
+        },
+    ),
+    "regex": Variant(
+        lambda: a_llama(tied=False),
+        {"targets": [], "target_pattern": r".*\.1\..*(q|v)_proj", "rslora": True},
+        {"target_modules": r".*\.1\..*(q|v)_proj", "use_rslora": True},
+    ),
+    "all biases": Variant(
+        a_bert, {"targets": ["query", "value"], "bias": "all"}, {"target_modules": ["query", "value"], "bias": "all"}
+    ),
+    "biases of layers and a head": Variant(
+        a_bert,
+        {"targets": ["query", "dense"], "bias": "lora_only", "modules_to_save": ["classifier"]},
+        {"target_modules": ["query", "dense"], "bias": "lora_only", "modules_to_save": ["classifier"]},
+    ),
+    "tokens": Variant(
+        lambda: a_llama(tied=False),
+        {"targets": ["q_proj"], "token_indices": [3, 1, 10]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 10]},
+    ),
+    "tied tokens": Variant(
+        lambda: a_llama(tied=True),
+        {"targets": ["q_proj"], "token_indices": [3, 1, 10]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 10]},
+    ),
+    "a tied table": Variant(
+        lambda: a_llama(tied=True),
+        {"targets": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "attention": Variant(
+        an_encoder,
+        {"targets": ["self_attn", "linear1", "linear2"]},
+        {"target_modules": ["self_attn", "linear1", "linear2"]},
+        frozen=("out_proj",),  # PEFT 0.21 adds its change twice
+    ),
+    **{
+        f"experts of {name}": Variant(
+            lambda name=name: experts.tiny_model(name),
+            {"targets": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+            {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        )
+        for name in ("mixtral", "gpt_oss", "llama4_text")
+    },
+}
+
+
+def outputs_of(model: nn.Module) -> Tensor:
+    outputs = model(IDS)
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def losses(model: nn.Module) -> list[float]:
+    """The losses of some steps, with the same random numbers in each run."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    model.train()
+    found = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        outputs = outputs_of(model)
+        loss = (outputs - torch.cos(torch.arange(outputs.numel()).reshape(outputs.shape))).square().mean()
+        found.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return found
+
+
+def attached(base: nn.Module, adapter: Adapter) -> nn.Module:
+    module = copy.deepcopy(base)
+    changes = plan.make([adapter], layers.specs(module), identity_ok=True)
+    layers.attach(module, changes, trainable=True, dropout=adapter.metadata.get("lora_dropout", 0.0))
+    layers.refuse_trainable_base(module)
+    return module
+
+
+def write(adapter: Adapter, folder: Path, base: nn.Module) -> Path:
+    folder.mkdir()
+    reading = WriteOptions().reading
+    if hasattr(base, "config"):
+        base.config.save_pretrained(folder.parent / "base")
+        reading = reading.for_base(folder.parent / "base")
+    peft_writer.write(adapter, folder, WriteOptions(reading))
+    return folder
+
+
+def without(frozen: tuple[str, ...], model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if any(f"{part}.lora_" in name for part in frozen):
+            parameter.requires_grad_(False)
+    return model
+
+
+def of_peft(base: nn.Module, folder: Path, variant: Variant) -> nn.Module:
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+    return without(variant.frozen, model)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_new_adapter_has_pefts_losses_and_loads_there(name: str, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    base = variant.make()
+    new = layers.create_adapter(base, rank=2, alpha=4, seed=0, **variant.ours)
+    ours, theirs = attached(base, new), of_peft(base, write(new, tmp_path / "new", base), variant)
+    own = losses(ours)
+    assert own == pytest.approx(losses(theirs), abs=1e-5)
+    assert abs(own[-1] - own[0]) > 1e-4
+    trained = layers.read_back(ours, new)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), write(trained, tmp_path / "trained", base)).eval()
+    assert (outputs_of(ours) - outputs_of(base.eval())).abs().max() > 1e-3
+    if isinstance(base, Encoder):  # PEFT 0.21 is wrong in the fast path of eval mode: it leaves adapters out
+        again.train(), ours.train()
+    torch.testing.assert_close(outputs_of(ours), outputs_of(again), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_peft_trained_is_continued_as_peft_does(name: str, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    base = variant.make()
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=2, lora_alpha=4, **variant.theirs)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if parameter.requires_grad and not any(f"{frozen}.lora_" in part for frozen in variant.frozen):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    (adapter,) = layers.respelled_for(base, [formats.load(tmp_path / "theirs")])
+    ours, theirs = without(variant.frozen, attached(base, adapter)), of_peft(base, tmp_path / "theirs", variant)
+    own = losses(ours)
+    assert own == pytest.approx(losses(theirs), abs=1e-5)
+    assert abs(own[-1] - own[0]) > 1e-4
+    trained = layers.read_back(ours, adapter)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), write(trained, tmp_path / "again", base)).eval()
+    if isinstance(base, Encoder):  # PEFT 0.21 is wrong in the fast path of eval mode: it leaves adapters out
+        again.train(), ours.train()
+    torch.testing.assert_close(outputs_of(ours), outputs_of(again), rtol=1e-5, atol=1e-5)
+
+
+# --- What PEFT cannot train: a sum by hand ---
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_transformer_encoder_is_trained_as_w_plus_change(dora: bool) -> None:
+    base = an_encoder()
+    targets = ["self_attn", "out_proj", "linear1", "linear2"]
+    new = layers.create_adapter(base, targets=targets, rank=2, alpha=4, seed=0, dora=dora)
+    ours, by_hand = attached(base, new), ByHand(base, new)
+    own = losses(ours)
+    assert own == pytest.approx(losses(by_hand), abs=1e-5)
+    assert own[-1] < own[0] - 1e-3
+    with torch.no_grad():  # the fast path
+        torch.testing.assert_close(ours(IDS), by_hand(IDS), rtol=1e-5, atol=1e-5)
+    trained = layers.read_back(ours, new)
+    assert len(trained.pairs) == 8 and all(pair.b.any() for pair in trained.pairs.values())
+
+
+class ByHand(nn.Module):
+    """W + scale * B A in place of every adapted weight; with DoRA, rescaled to the lengths."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.base = copy.deepcopy(base).requires_grad_(False)
+        self.pairs = adapter.pairs
+        self.factors = nn.ParameterDict()
+        for name, pair in adapter.pairs.items():
+            for part, value in (("a", pair.a), ("b", pair.b), ("m", pair.magnitude)):
+                if value is not None:
+                    self.factors[f"{name}/{part}".replace(".", "|")] = nn.Parameter(torch.from_numpy(np.array(value)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        changed = {}
+        for name, pair in self.pairs.items():
+            key = name.replace(".", "|")
+            weight = f"{name}.in_proj_weight" if name.endswith("self_attn") else f"{name}.weight"
+            total = self.base.get_parameter(weight) + pair.scale * self.factors[f"{key}/b"] @ self.factors[f"{key}/a"]
+            if pair.magnitude is not None:
+                total = total * (self.factors[f"{key}/m"] / total.detach().norm(dim=1))[:, None]
+            changed[weight] = total
+        return torch.func.functional_call(self.base, changed, ids)
