@@ -216,7 +216,7 @@ def _by_prompt(adapters: str | Sequence[str | None] | None, count: int) -> list[
 def _chosen_adapters(
     model: Decoder | EncoderDecoder, source: Path, adapters: str | Sequence[str | None] | None, count: int
 ) -> tuple[str | None, list[int] | None]:
-    """The name of the adapter, which is loaded, or the ids of the rows' adapters. Raises InputRefused for unknown ones."""
+    """The adapter that is loaded, or the ids of the rows' adapters. Raises InputRefused for unknown names."""
     names, rows = _by_prompt(adapters, count), model.rows
     if rows:
         unknown = sorted({name for name in names if name is not None} - set(rows))

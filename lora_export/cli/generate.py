@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Examples:
   lora-export generate served --prompt "Once upon a time"
-  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1
-  lora-export generate speech --audio call.wav --language en"""
+  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

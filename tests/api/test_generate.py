@@ -140,14 +140,20 @@ def test_folder_runs_in_optimum_as_it_is(llama: Path, tmp_path: Path, fuse: str 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder for each encoder-decoder: its `base`, its adapters `fr` and `de`, and `served` with both by row."""
+    """A folder for each encoder-decoder: its `base`, its adapters `fr` and `de`, and `served` with both.
+
+    Whisper takes them as inputs, the others by row. `de` changes the decoder alone.
+    """
 
     @functools.cache
     def serve(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         base = small_encoder_decoder(name, folder / "base")
-        adapters = [encoder_decoder_adapter(base, folder / own, seed=seed) for seed, own in enumerate(("fr", "de"), 1)]
-        le.export_onnx(base, folder / "served", adapters=adapters, lora="rows", with_cache=True, verify=False)
+        fr = encoder_decoder_adapter(base, folder / "fr")
+        targets = r".*decoder\..*\.(q|v|q_proj|v_proj|fc1)"
+        de = encoder_decoder_adapter(base, folder / "de", seed=2, targets=targets)
+        lora = "inputs" if name == "whisper" else "rows"
+        le.export_onnx(base, folder / "served", adapters=[fr, de], lora=lora, with_cache=True, verify=False)
         return folder
 
     return serve
@@ -162,9 +168,19 @@ def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Cal
     for own, right in expected.items():
         results = le.generate(folder / "served", prompts, adapters=own, max_new_tokens=64)
         assert [list(result.tokens) for result in results] == right
-    chosen = ["de", None, "fr"]
-    mixed = le.generate(folder / "served" / "encoder_model.onnx", prompts, adapters=chosen, max_new_tokens=64)
+    chosen, graph = ["de", None, "fr"], folder / "served" / "encoder_model.onnx"
+    if name == "whisper":
+        with pytest.raises(InputRefused, match="runs one adapter at a time"):
+            le.generate(graph, prompts, adapters=chosen)
+        with pytest.raises(
+            InputRefused, match=r"there is no es\.encoder_model\.onnx_adapter in .*; the .* there: de, fr"
+        ):
+            le.generate(graph, prompts, adapters="es")
+        return
+    mixed = le.generate(graph, prompts, adapters=chosen, max_new_tokens=64)
     assert [list(result.tokens) for result in mixed] == [expected[own][row] for row, own in enumerate(chosen)]
+    with pytest.raises(InputRefused, match="has no adapter es; it has fr, de"):
+        le.generate(graph, prompts, adapters="es")
 
 
 def test_speech_model_tells_the_language_or_is_told(served: Callable[[str], Path], tmp_path: Path) -> None:
@@ -192,7 +208,22 @@ def test_speech_model_tells_the_language_or_is_told(served: Callable[[str], Path
         le.generate(served("whisper") / "served", sounds(), language="en")
 
 
-def test_what_a_generation_config_asks_for_and_is_not_done_is_said(
+def test_adapters_of_an_encoder_decoder_are_verified_by_their_files(
+    served: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = served("whisper")
+    file = folder / "served" / "de.decoder_model.onnx_adapter"
+    assert le.verify(folder / "served", folder / "base", adapters=[folder / "de"], onnx_adapter=file)
+    assert not le.verify(folder / "served", folder / "base", adapters=[folder / "fr"], onnx_adapter=file)
+    copy = shutil.copytree(folder / "served", tmp_path / "copy")
+    (copy / "de.encoder_model.onnx_adapter").unlink()
+    with pytest.raises(InputRefused, match=r"there is no de\.encoder_model\.onnx_adapter"):
+        le.verify(copy, folder / "base", adapters=[folder / "de"], onnx_adapter=copy / file.name)
+    with pytest.raises(InputRefused, match=r"is no adapter of the graphs in .*NAME\.encoder_model\.onnx_adapter"):
+        le.verify(copy, folder / "base", adapters=[folder / "de"], onnx_adapter=file)
+
+
+def test_wishes_of_a_generation_config_that_are_not_done_are_named(
     served: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(served("t5") / "served", tmp_path / "served")
@@ -221,7 +252,7 @@ def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": "inputs"}, "--lora inputs is not for text2text-generation: merged, nodes and rows are"),
+        ({"lora": "inputs", "target": "q"}, "--target is not for text2text-generation"),
         ({"fuse": "cpu"}, "--fuse is for decoders alone, not for text2text-generation"),
     ],
 )

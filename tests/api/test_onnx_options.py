@@ -53,10 +53,13 @@ def test_only_swapped_adapters_may_meet_on_a_weight_with_dora() -> None:
 
 
 def test_an_adapters_file_has_its_name() -> None:
-    assert adapter_file(adapter("fr", fc=pair())) == "fr.onnx_adapter"
+    fr = adapter("fr", fc=pair())
+    assert adapter_file(fr, options(fr)) == "fr.onnx_adapter"
+    one_of_three = options(fr, task="text2text-generation", output="out/decoder_model.onnx")
+    assert adapter_file(fr, one_of_three) == "fr.decoder_model.onnx_adapter"
     for name in (".hidden", "../fr", "a/b"):
         with pytest.raises(InputRefused, match=r"cannot be the name of a file\. Name the adapter: -a NAME=ADAPTER"):
-            adapter_file(adapter(name, fc=pair()))
+            adapter_file(adapter(name, fc=pair()), options())
 
 
 def test_names_matter_only_where_they_are_files() -> None:

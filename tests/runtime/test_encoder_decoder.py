@@ -24,7 +24,7 @@ from support.generators import VOCABULARY, encoder_decoder_adapter, small_encode
 class PlainGraph:
     """What is asked of a graph in which no row chooses its adapter."""
 
-    adapters_by_row, takes_rows = None, False
+    adapters_by_row, takes_rows, lacks_adapter = None, False, False
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +134,5 @@ def test_graphs_without_adapters_by_row_take_no_ids(runner: EncoderDecoderRunner
     assert not merged.takes_rows
     with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
         merged.with_rows([1])
+    with pytest.raises(InputRefused, match="no graph takes an adapter: they were not made with --lora inputs"):
+        merged.with_adapter("fr")
