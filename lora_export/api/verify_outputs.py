@@ -64,12 +64,15 @@ def judge_outputs(
     try:
         require_provider(how.provider)
         loaded = load_adapters(adapters)
-        for note in (note for adapter in loaded for note in adapter.notes):
+        printed = {note: None for adapter in loaded for note in adapter.notes}
+        for note in printed:
             on_message(f"note: {note}")
         require_memory_to_verify(model, candidate, how.dtype)
         stage("loading the model")
         base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs, streamed=True)
         adapted = adapted_model(base, loaded, weights, application, on_message)
+        for note in (note for adapter in adapted.adapters for note in adapter.notes if note not in printed):
+            on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
         with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,13 +11,39 @@ from lora_export.layers.module_tensors import specs
 from lora_export.lora import Adapter
 from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
 from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.plan.spelling import respelled
 
 
 def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters under the names of a module. Raises as `plan.spelling.respelled`."""
+    """The adapters under the names of a module. Raises as `plan.spelling.respelled`.
+
+    Where a module is the inner part of a model (`outer_names`), names of the whole model fit it, too. Pairs on a layer
+    that it had and does not read (`unread`) are left out, with a note.
+    """
+    adapters = [_without_unread(module, _without_outer_names(module, adapter)) for adapter in adapters]
     rules = _conversion_rules(module) if adapters else None
-    return list(adapters) if rules is None else respelled(adapters, specs(module), rules)
+    return adapters if rules is None else respelled(adapters, specs(module), rules)
+
+
+def _without_outer_names(module: nn.Module, adapter: Adapter) -> Adapter:
+    outer: tuple[str, ...] = getattr(module, "outer_names", ())
+    used = {prefix: "" for prefix in outer if any(name.startswith(prefix) for name in _names(adapter))}
+    return with_prefixes([adapter], used)[0]
+
+
+def _without_unread(module: nn.Module, adapter: Adapter) -> Adapter:
+    unread: tuple[str, ...] = getattr(module, "unread", ())
+    dropped = [name for name in _names(adapter) if name.startswith(unread)] if unread else []
+    if not dropped:
+        return adapter
+    note = f"{adapter.name} changes {', '.join(dropped)}, which no output of the model reads: left out"
+    kept = adapter.renamed(lambda name: None if name.startswith(unread) else name)
+    return replace(kept, notes=(*adapter.notes, note))
+
+
+def _names(adapter: Adapter) -> list[str]:
+    return [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
 
 
 def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str, str]:

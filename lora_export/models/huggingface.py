@@ -21,6 +21,7 @@ from lora_export.lora import Adapter
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.sentence_transformer import POOLER, as_embedder, embedder_modules, encoder_fields
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
 from lora_export.models.tokenizer import open_tokenizer
@@ -92,6 +93,8 @@ def from_folder(
 
     With `streamed`, the weights of a large model are read whenever something computes with them, and cannot be changed.
 
+    A sentence-transformers folder is the whole embedding model, unless it is to be trained or has a classifier.
+
     With a head or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
 
     Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
@@ -99,12 +102,18 @@ def from_folder(
     """
     checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
     fields = _config_fields(folder, adapters, head)
+    modules = None if may_add or head else embedder_modules(folder, fields)
+    fields = fields if modules is None else encoder_fields(fields)
     _refuse_other_weights(folder, fields)
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
         weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights)
+    notes: list[str] = []
+    if modules is not None:
+        notes = as_embedder(module, modules, dtype)
+        new = tuple(name for name in new if not name.startswith(POOLER))
     if not (may_add or head):
         _refuse_random_weights(folder, module, new, adapters)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -114,18 +123,20 @@ def from_folder(
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
     module.eval()
-    return _with_inputs(module, folder, new)
+    return _with_inputs(module, folder, new, notes)
 
 
-def _with_inputs(module: Any, folder: Path, new: tuple[str, ...], *, with_images: bool = True) -> Model:
+def _with_inputs(
+    module: Any, folder: Path, new: tuple[str, ...], notes: Sequence[str], *, with_images: bool = True
+) -> Model:
     inputs = _inputs_of(module, folder, with_images=with_images)
     images = inputs.images
     return Model(
         str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, limits=inputs.limits,
         steps=inputs.steps, long=inputs.long, derive=images.derived if images else None,
-        notes=inputs.notes, not_judged=inputs.not_judged, new_weights=new,
+        notes=(*inputs.notes, *notes), not_judged=inputs.not_judged, new_weights=new,
         placeholders=(images.placeholder,) if images else (),
-        text_only=_with_inputs(module, folder, new, with_images=False) if images else None,
+        text_only=_with_inputs(module, folder, new, notes, with_images=False) if images else None,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
+from lora_export.models import sentence_transformer
 from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
@@ -86,7 +87,8 @@ def _load(
 def module_with_weights(model: Model, path: Path) -> nn.Module:
     """A copy of the model's module with the weights of a .safetensors file.
 
-    Raises InputRefused unless the file has all of the module's weights and no others.
+    Of a sentence-transformers model, this is the file of the transformer. Raises InputRefused unless the file has all
+    of the module's weights and no others.
     """
     file = safetensors_file.open_file(path)  # refuses a damaged file
     module = copy.deepcopy(model.module)
@@ -94,7 +96,7 @@ def module_with_weights(model: Model, path: Path) -> nn.Module:
         if is_streamed(module):
             load_streamed(module, file)
         else:
-            module.load_state_dict(load_file(path), strict=True)
+            module.load_state_dict(sentence_transformer.whole_state(module, load_file(path)), strict=True)
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module

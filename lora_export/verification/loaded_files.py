@@ -16,6 +16,7 @@ from lora_export.storage import input_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.verification.companion_files import CHAT_TEMPLATE, READERS, VOCABULARIES, ComparedFiles
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS, open_checkpoint
+from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
 
 # Names under which loaders look for weights in a model's folder, or for an adapter to attach.
 NAMES_OF_LOADERS = re.compile(
@@ -50,7 +51,8 @@ def loaded_files(candidate: Path) -> LoadedFiles:
     if not checkpoint.is_folder:
         return LoadedFiles({candidate.name: candidate})
     files = {path.relative_to(candidate).as_posix(): path for path in input_files.regular_files(candidate)}
-    judged = {*checkpoint.shards, checkpoint.index, *READERS, *VOCABULARIES, CHAT_TEMPLATE} & set(files)
+    judged = {*checkpoint.shards, checkpoint.index, *READERS, *VOCABULARIES, CHAT_TEMPLATE, *_of_modules(candidate)}
+    judged &= set(files)
     others = sorted(set(files) - judged - {MANIFEST})
     leftovers = [name for name in others if NAMES_OF_LOADERS.fullmatch(name)]
     differences = [f"{name} is not what was judged, and a loader may take it. Remove it" for name in leftovers]
@@ -75,6 +77,12 @@ def files_of_graphs(folder: Path, graphs: Mapping[str, Path]) -> LoadedFiles:
     ]
     notes = _notes_on(name for name in others if name not in leftovers)
     return LoadedFiles(judged, ComparedFiles(tuple(map(one_line, differences)), notes=notes))
+
+
+def _of_modules(candidate: Path) -> list[str]:
+    """The files that make an embedding model of a folder."""
+    found = [path for folder in module_folders(candidate) for path in input_files.regular_files(folder)]
+    return [MODULES_FILE, TRANSFORMER_CONFIG, *(path.relative_to(candidate).as_posix() for path in found)]
 
 
 def _notes_on(names: Iterable[str]) -> tuple[str, ...]:

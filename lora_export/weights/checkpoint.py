@@ -26,6 +26,7 @@ from lora_export.weights.quantised import (
     remedy_for,
     stated_beside,
 )
+from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.weight_files import is_index, weight_files
 
 CONFIG = "config.json"
@@ -104,16 +105,21 @@ class Checkpoint:
     def other_files(self) -> Iterator[Path]:
         """The other files of the folder (config, tokenizer, licence), without weights in other formats.
 
+        The weights of the modules of a sentence-transformers folder are among them.
+
         Raises InputRefused for a link out of the folder: its target would be published with the model.
         """
         if not self.is_folder:
             return
         home = self.path.resolve()
         ours = {*self.shards, self.index, MANIFEST}
+        modules = module_folders(self.path)
         for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or relative.as_posix() in ours or self._is_weights(path) or is_index(path.name):
+            if path.parent not in modules and (self._is_weights(path) or is_index(path.name)):
+                continue
+            if hidden or relative.as_posix() in ours:
                 continue
             if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
                 continue
@@ -124,8 +130,10 @@ class Checkpoint:
         """Weights in other formats in the same folder, which a merge does not copy."""
         if not self.is_folder:
             return []
-        found = (path.relative_to(self.path) for path in input_files.regular_files(self.path))
-        return [path.as_posix() for path in found if path.as_posix() not in self.shards and self._is_weights(path)]
+        modules = module_folders(self.path)
+        found = [path for path in input_files.regular_files(self.path) if path.parent not in modules]
+        names = [path.relative_to(self.path).as_posix() for path in found if self._is_weights(path)]
+        return [name for name in names if name not in self.shards]
 
     @staticmethod
     def _is_weights(path: Path) -> bool:
