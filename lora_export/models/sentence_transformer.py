@@ -21,7 +21,7 @@ from lora_export.weights.sentence_modules import ALONE, TRANSFORMER_CONFIG, Sent
 from lora_export.weights.task_head import CLASS_ENDINGS
 from lora_export.weights.weight_files import weight_files
 
-TOKENS, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
+TOKENS, SENTENCE, MASK_INPUT = "token_embeddings", "sentence_embedding", "attention_mask"
 # What a name of the whole model has before the name of the transformer's tensor, since release 6 and until then.
 OUTER_NAMES = ("0.model.", "0.auto_model.")
 POOLER = (
@@ -136,7 +136,7 @@ def _embedder_class(cls: Any, names: tuple[str, ...]) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Features:
         tokens = cls.forward(self, *args, **kwargs).last_hidden_state
-        mask = signature.bind_partial(self, *args, **kwargs).arguments.get(MASK)
+        mask = signature.bind_partial(self, *args, **kwargs).arguments.get(MASK_INPUT)
         if mask is None or mask.shape[-1] != tokens.shape[1]:
             mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         features = {TOKENS: tokens}
@@ -159,7 +159,7 @@ class Pooling(nn.Module):
         self.modes = modes
 
     def forward(self, features: Features, mask: Tensor) -> None:
-        features[SENTENCE] = torch.cat([MODES[mode](features[TOKENS], mask) for mode in self.modes], dim=-1)
+        features[SENTENCE] = torch.cat([POOLINGS[mode](features[TOKENS], mask) for mode in self.modes], dim=-1)
 
 
 def _sum_dtype(tokens: Tensor) -> torch.dtype:
@@ -213,7 +213,7 @@ def _weighted_mean(tokens: Tensor, mask: Tensor) -> Tensor:
     return _weighted(tokens, (mask * numbers).to(_sum_dtype(tokens)))
 
 
-MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cls": _cls,
     "max": _max,
     "mean": _mean,
@@ -291,9 +291,9 @@ def _pooling(module: SentenceModule) -> Pooling:
     config = module.config()
     stated = config.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if config.get(old)] or "mean"
     modes = tuple(stated) if isinstance(stated, list) else (stated,)
-    if unknown := [mode for mode in modes if not isinstance(mode, str) or mode not in MODES]:
+    if unknown := [mode for mode in modes if not isinstance(mode, str) or mode not in POOLINGS]:
         raise InputRefused(
-            f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(MODES)}"
+            f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(POOLINGS)}"
         )
     return Pooling(modes)
 
