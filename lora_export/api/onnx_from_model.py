@@ -25,7 +25,10 @@ from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.errors import MatchError, RuntimeRefused
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.precision import precision_of
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.models import export
@@ -71,14 +74,16 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         with _naming(why_text_only):
             plan, companions = write_graphs(base, graphs, options, future, folder)
         path = folder / options.output.name
+        precision = precision_of(find_sites(load_graph(path)))
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
+        settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         settings |= {name: value for name, value in (("task", options.task), ("fuse", options.fuse)) if value}
         record = record_of_model(base, given.adapters, given.weights, settings)
         for name in names:
             record_in(folder / name, record, proofs)
     files = (options.output, *(options.output.parent / name for name in (*companions, *beside)))
-    return OnnxResult(options.output, files, plan, proofs)
+    return OnnxResult(options.output, files, plan, proofs, precision)
 
 
 def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why_text_only: str) -> Model | None:

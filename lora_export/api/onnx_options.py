@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export import plan
 from lora_export.api.application import Application
@@ -20,6 +21,9 @@ from lora_export.runtime.encoder_decoder_files import file_for_graph
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
+
+if TYPE_CHECKING:
+    from lora_export.graph.precision import Precision
 
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
 FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
@@ -117,6 +121,7 @@ class OnnxResult:
     files: tuple[Path, ...]  # the graph first, then what is stored beside it: weights, adapters
     plan: Plan | None  # None: no adapter
     proofs: OnnxProofs | None  # None: `verify=False`
+    precision: Precision | None = None  # of its weights; None: no linear layer
 
     @property
     def proof(self) -> Proof | None:

@@ -132,7 +132,7 @@ provider_option = click.option(
 )
 dtype_option = click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
     help="Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,10 @@ def command(
         )
     if as_json:
         files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
-        print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **files})
+        stated = {"precision": dataclasses.asdict(result.precision)} if result.precision else {}
+        print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **stated, **files})
         return
     show_onnx_proofs(result.proofs)
+    if result.precision and not result.precision.is_full:
+        click.echo(str(result.precision))
     show_files(result.files)

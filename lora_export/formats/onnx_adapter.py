@@ -287,7 +287,7 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
         raise InputRefused(f"the adapter has {size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
     ort = import_onnxruntime()
     file = ort.AdapterFormat()
-    ort_values = {name: _ort_value(ort, array) for name, array in values.items()}
+    ort_values = {name: ort_value_of_array(ort, array) for name, array in values.items()}
     file.set_adapter_version(version_of(sha256 or "0"))
     file.set_model_version(contract.version)
     file.set_parameters(ort_values)
@@ -385,7 +385,8 @@ def array_of_ort_value(value: Any) -> NDArray[Any]:
     return halves.reshape(shape)
 
 
-def _ort_value(ort: Any, array: NDArray[Any]) -> Any:
+def ort_value_of_array(ort: Any, array: NDArray[Any]) -> Any:
+    """An OrtValue with the contents of an array, bfloat16 included."""
     if array.dtype == ml_dtypes.bfloat16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ONNX_TYPES["bfloat16"])
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -27,7 +28,11 @@ from lora_export.runtime.runner import Arrays, Placement
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
 # Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are.
 COUNTS_THE_MASK, BIAS = "GroupQueryAttention", 10  # the operator, and the place of its bias among its inputs
-CACHE_DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CACHE_DTYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+}
 
 
 class CacheTensor(NamedTuple):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lora_export import __version__
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import import_onnxruntime
+from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
@@ -38,7 +38,8 @@ class OnnxRunner:
 
     `optimise=False` turns off all of onnxruntime's graph optimisations. `low_memory` frees memory as soon as it is
     unused. `provider_defaults` leaves the provider's own settings; those of CUDA multiply fp32 in TF32. A run that does
-    not finish within `timeout` seconds is stopped.
+    not finish within `timeout` seconds is stopped. ONNX's reference evaluator runs a graph in bfloat16 for the CPU
+    provider, which has no kernels for it; `placement` names it.
 
     Raises EnvironmentLacking where the provider is missing or does not load, and RuntimeRefused where onnxruntime
     refuses the graph.
@@ -66,6 +67,7 @@ class OnnxRunner:
         }
         self.names_known = True
         self.timeout = timeout
+        self._adapter_values: Arrays = {}  # where it is given as inputs
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
         self._adapter_ids: NDArray[np.int64] | None = None
@@ -97,6 +99,7 @@ class OnnxRunner:
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
+        runner._adapter_values = self._adapter_values
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids.tolist())
 
     @property
@@ -147,6 +150,9 @@ class OnnxRunner:
             raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
         runner = copy.copy(self)
         runner._adapter, runner._run_options = adapter, _run_options(adapter)
+        if self._takes_values:
+            runner._run_options = _run_options()
+            runner._adapter_values = {name: array_of_ort_value(value) for name, value in file.values.items()}
         return runner
 
     def with_rows(self, ids: Sequence[int]) -> OnnxRunner:
@@ -198,13 +204,36 @@ class OnnxRunner:
             inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._adapter_ids, batch)}
         try:
             with deadline(self.timeout, functools.partial(_terminate, self._run_options)) as expired:
-                return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
+                return dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             if expired.is_set():
                 raise TooSlow(self.path, self.timeout) from error
             raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
         finally:
             self._run_options.terminate = False
+
+    @property
+    def _takes_values(self) -> bool:
+        """Whether an adapter is given as inputs: run options do not reach such a run."""
+        return not _is_onnxruntimes(self.session) or self._has_bfloat16
+
+    @functools.cached_property
+    def _has_bfloat16(self) -> bool:
+        """Whether an input or output is in bfloat16, which onnxruntime does not exchange with NumPy."""
+        values = [*self.session.get_inputs(), *self.session.get_outputs(), *self.session.get_overridable_initializers()]
+        return any(value.type == "tensor(bfloat16)" for value in values)
+
+    def _outputs(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        if not (_is_onnxruntimes(self.session) and self._has_bfloat16):
+            outputs: list[NDArray[Any]] = self.session.run(names, inputs, self._run_options)
+            return outputs
+        ort = import_onnxruntime()
+        values = {
+            name: onnx_adapter.ort_value_of_array(ort, np.ascontiguousarray(array)) for name, array in inputs.items()
+        }
+        return [
+            array_of_ort_value(value) for value in self.session.run_with_ort_values(names, values, self._run_options)
+        ]
 
 
 def _terminate(run_options: Any) -> None:
@@ -233,11 +262,19 @@ def _run_options(adapter: Any = None) -> Any:
 
 
 def _placement(session: Any, provider: str, provider_options: Mapping[str, str]) -> Placement:
+    if not _is_onnxruntimes(session):
+        placement: Placement = session.placement()
+        return placement
     by_provider: dict[str, list[tuple[str, str]]] = {}
     for part in session.get_provider_graph_assignment_info():
         by_provider.setdefault(part.ep_name, []).extend((node.name, node.op_type) for node in part.get_nodes())
     nodes = {name: tuple(nodes) for name, nodes in by_provider.items()}
     return Placement(PROVIDERS[provider], nodes, dict(provider_options), import_onnxruntime().__version__)
+
+
+def _is_onnxruntimes(session: Any) -> bool:
+    """False for the session of a graph that ONNX's reference evaluator runs."""
+    return isinstance(session, import_onnxruntime().InferenceSession)
 
 
 def describe_ort_environment() -> dict[str, Any]:

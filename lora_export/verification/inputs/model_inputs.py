@@ -13,7 +13,7 @@ from lora_export.lora import Adapter
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.storage.npz import read_arrays
 
 
@@ -62,7 +62,7 @@ def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:
 
 def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
     """Seeded inputs of the model; without padding for a candidate that takes none."""
-    arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
+    arrays = {name: to_numpy(value) for name, value in model.inputs(sizes, seed=seed).items()}
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
         return candidate.without_padding(arrays)
     return arrays
@@ -91,8 +91,9 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
         raise InputRefused(
             f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
-    dtypes = {name: value.numpy().dtype for name, value in model.example_inputs().items()}
-    halves = {name for name, dtype in dtypes.items() if dtype == np.float16 and arrays[name].dtype.kind == "f"}
+    dtypes = {name: to_numpy(value).dtype for name, value in model.example_inputs().items()}
+    halves = {name for name, dtype in dtypes.items() if dtype.name in ("float16", "bfloat16")}
+    halves = {name for name in halves if arrays[name].dtype.kind == "f"}
     return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 
 

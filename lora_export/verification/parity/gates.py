@@ -29,7 +29,9 @@ FEW_ELEMENTS = 10
 LARGEST_ERROR = 0.1  # relative to the adapter's effect
 LARGEST_LOSS = 1.0  # relative to the adapter's effect: what rounding the weights may cost
 SPIKED = 10  # rms / median of PyTorch's error above which a few elements hold most of it
+# The factor on every value in the control of an output without an adapter. One step of bfloat16 is 0.8 %.
 CONTROL_VALUE_FACTOR = 1.01
+CONTROL_VALUE_FACTOR_OF = {"bfloat16": 1.1}
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,10 @@ CONTROLS = {
     "adapter_off": ControlKind("adapter off", "the model without its adapters"),
     "scale_1.1": ControlKind("scale × 1.1", "the model with every adapter scale × 1.1"),
     "values_1.01": ControlKind("values × 1.01", "the model with every value × 1.01"),
+    "values_1.1": ControlKind("values × 1.1", "the model with every value × 1.1"),
     "tolerance": ControlKind("tolerance, adapter off", "the model without its adapters"),
 }
+VALUE_CONTROLS = ("values_1.01", "values_1.1")
 DISTANCES = {"adapter_off": 1.0, "scale_1.1": 0.1}  # of the wrong reference from the right one, in effects
 
 
@@ -176,17 +180,20 @@ def controls_of(
     base: Array | None,
     scaled: Array | None,
     *,
+    dtype: str,
     allowed: Allowance | None,
     effect: float | None,
     tolerance: Tolerance | None,
 ) -> Iterator[Control]:
-    """Compare the candidate with references that are wrong on purpose.
+    """Compare the candidate with references that are wrong on purpose. `dtype` is the coarsest of the computation.
 
     Each must be detected in every float output that the adapter reaches. An integer output is not required: its
     gate has no limit that could be too wide. It counts when the whole set is checked for power.
     """
+    factor = CONTROL_VALUE_FACTOR_OF.get(dtype, CONTROL_VALUE_FACTOR)
+    of_values = f"values_{factor}"
     if base is None or scaled is None:
-        wrong = {"values_1.01": wide(r) * CONTROL_VALUE_FACTOR if is_float(r) else np.zeros_like(r)}
+        wrong = {of_values: wide(r) * factor if is_float(r) else np.zeros_like(r)}
         required = is_float(o) and bool(np.any(r))
     else:
         wrong = {"adapter_off": base, "scale_1.1": scaled}
@@ -195,8 +202,8 @@ def controls_of(
         yield Control(name, rms(difference(o, truth)), not _passes(o, truth, allowed), required)
     if base is not None and is_float(o) and not effect and np.any(r):
         # No adapter reaches it. The control is then the one of a model without any adapter.
-        truth = wide(r) * CONTROL_VALUE_FACTOR
-        yield Control("values_1.01", rms(difference(o, truth)), not _passes(o, truth, allowed), required=True)
+        truth = wide(r) * factor
+        yield Control(of_values, rms(difference(o, truth)), not _passes(o, truth, allowed), required=True)
     if tolerance and required and "adapter_off" in wrong:
         detected = not tolerance_gate(o, wrong["adapter_off"], tolerance).passed
         yield Control("tolerance", rms(difference(o, wrong["adapter_off"])), detected, required)

@@ -198,7 +198,9 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         deployed_errors=histogram(difference(p, r)),
         effects=None if base is None else histogram(difference(r, base)),
         gates=tuple(gates_of(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
-        controls=tuple(controls_of(o, r, base, scaled, allowed=allowed, effect=effect, tolerance=tolerance)),
+        controls=tuple(
+            controls_of(o, r, base, scaled, dtype=finest, allowed=allowed, effect=effect, tolerance=tolerance)
+        ),
         peer=case.peer,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_export.verification.parity.gates import CONTROLS, DISTANCES, LARGEST_ERROR
+from lora_export.verification.parity.gates import CONTROLS, DISTANCES, LARGEST_ERROR, VALUE_CONTROLS
 from lora_export.verification.parity.verdict import Control, Figures, Outcome, Reason, count, percent
 
 
@@ -100,8 +100,9 @@ def _remedies(f: Figures) -> dict[str, str]:
     remedies = {
         "loss": "weights in a finer type (merge --dtype float32, or a graph of more bits), or the adapter beside the "
         "weights (onnx --lora nodes)",
-        "values_1.01": f"inputs on which {f.peer}'s own error is smaller relative to the values (--inputs)",
     }
+    text = f"inputs on which {f.peer}'s own error is smaller relative to the values (--inputs)"
+    remedies |= dict.fromkeys(VALUE_CONTROLS, text)
     for control in f.controls:
         if control.name == "tolerance":
             # The largest error of an element is at least the rmse.
@@ -119,7 +120,7 @@ def _factor_of_effect(f: Figures) -> float | None:
     allowed = error.allowed if error else 0.0
     factors = [f.relative_to_effect / LARGEST_ERROR] if f.relative_to_effect else []
     for control in f.controls:
-        if control.name not in ("tolerance", "values_1.01") and f.effect and control.is_missed:
+        if control.name not in ("tolerance", *VALUE_CONTROLS) and f.effect and control.is_missed:
             # The candidate's own error and the distance of the wrong reference add up as squares.
             distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
             factors.append(distance / (f.effect * DISTANCES[control.name]))

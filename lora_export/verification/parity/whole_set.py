@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.gates import CONTROLS
+from lora_export.verification.parity.gates import CONTROL_VALUE_FACTOR, CONTROL_VALUE_FACTOR_OF, CONTROLS
 from lora_export.verification.parity.verdict import Comparison, Figures, Outcome, Reason, Sensitivity
 
 
@@ -80,7 +80,9 @@ def notes_on_scope(
     reached = {output for output, f in measured if f.effect}
     unreached = [name for name in dict.fromkeys(output for output, _ in measured) if name not in reached]
     if not adapted and comparisons:
-        yield "there is no adapter: the effect gate was not applied, and the control is every value × 1.01"
+        controls = {control.name for _, f in measured for control in f.controls}
+        factor = CONTROL_VALUE_FACTOR_OF["bfloat16"] if "values_1.1" in controls else CONTROL_VALUE_FACTOR
+        yield f"there is no adapter: the effect gate was not applied, and the control is every value × {factor}"
     elif unreached:
         yield f"the adapter does not reach {', '.join(unreached)}: the effect gate was not applied there"
     for each in sensitivity:
