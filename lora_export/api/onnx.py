@@ -72,8 +72,8 @@ def export_onnx(
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory` or `(module, example_inputs)`: it is
     exported once, in `dtype` ("float32", "float16" or "bfloat16"), with dynamic batch and sequence. Or it is an
     existing .onnx, quantised ones included: then PyTorch is not needed, and the graph itself is the reference of the
-    proof unless `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights
-    whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
+    proof unless `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names
+    weights whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
 
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading` states what the files of
     adapters do not record. `combination` and `tied` are those of `merge`.

@@ -23,7 +23,7 @@ from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
-    from lora_export.graph.precision import Precision
+    from lora_export.graph.precision import WeightPrecision
 
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
 FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
@@ -121,7 +121,7 @@ class OnnxResult:
     files: tuple[Path, ...]  # the graph first, then what is stored beside it: weights, adapters
     plan: Plan | None  # None: no adapter
     proofs: OnnxProofs | None  # None: `verify=False`
-    precision: Precision | None = None  # of its weights; None: no linear layer
+    precision: WeightPrecision | None = None  # of its weights; None: no linear layer
 
     @property
     def proof(self) -> Proof | None:

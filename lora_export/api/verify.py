@@ -140,13 +140,13 @@ def verify(
     was made from.
 
     `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
-    as for `merge`; so are `reading`, `combination` and `tied`. `onnx_adapter` is the adapter file to run a graph
-    of `--lora inputs` with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None
+    as for `merge`; so are `reading`, `combination` and `tied`. `onnx_adapter` is the adapter file to run a graph of
+    `--lora inputs` with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None
     proves the base, every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the
     model, "float32", "float16" or "bfloat16". `inputs` is an .npz of further inputs; `seed` is that of the generated
     ones (default 0). `atol` and `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates.
-    `cache` is a folder for the outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of the
-    candidate is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128},
+    `cache` is a folder for the outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A
+    run of the candidate is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128},
     that the file was made for on purpose; another axis that it fixes and the model does not makes the verdict
     `undecided`. With `strict`, a part of the candidate that was not judged does so too. Each path in `reports` gets a
     report (.json, .xml or .html); `about` adds facts.

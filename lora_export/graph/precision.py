@@ -13,7 +13,7 @@ FULL = "float32"
 
 
 @dataclass(frozen=True)
-class Precision:
+class WeightPrecision:
     """The precision of most entries of the matrices that linear layers and convolutions read."""
 
     stored: str  # a dtype, or how it is quantised: `4 bits in blocks of 32`
@@ -28,10 +28,10 @@ class Precision:
         return self.stored == self.computed == FULL
 
 
-def precision_of(sites: Sites) -> Precision | None:
+def precision_of(sites: Sites) -> WeightPrecision | None:
     """The precision of a graph with these sites; None for a graph without linear layers. Reads no tensor data."""
-    entries: Counter[Precision] = Counter()
+    entries: Counter[WeightPrecision] = Counter()
     for site in (*sites.linear, *sites.unnamed):
         stored = stored_dtype(site.value) if site.quantised is None else site.quantised.kind
-        entries[Precision(stored, site.dtype)] += math.prod(site.shape)
+        entries[WeightPrecision(stored, site.dtype)] += math.prod(site.shape)
     return max(entries, key=lambda each: entries[each], default=None)

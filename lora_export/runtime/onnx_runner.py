@@ -30,6 +30,7 @@ from lora_export.storage.json_files import parse_json
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
+NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a provider does not compute with
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
 
@@ -57,7 +58,7 @@ class OnnxRunner:
     ):
         provider_options = CUDA_OPTIONS if provider == "cuda" and not provider_defaults else {}
         options = _session_options(optimise=optimise, low_memory=low_memory)
-        self._held = HeldSession(functools.partial(open_session, source, provider, options, provider_options))
+        self._held = HeldSession(functools.partial(_opened, source, provider, options, provider_options))
         self.source = source  # an in-memory graph's tensors must live as long as its session
         self.path, self.provider = Path(source.name if isinstance(source, InMemoryGraph) else source), provider
         self.placement = _placement(self.session, provider, provider_options)
@@ -179,7 +180,7 @@ class OnnxRunner:
             runner = copy.copy(self)
             provider_options = dict(self.placement.options)
             runner._held = HeldSession(
-                functools.partial(open_session, self.source, self.provider, options, provider_options)
+                functools.partial(_opened, self.source, self.provider, options, provider_options)
             )
             run(runner)
             events = json.loads(Path(runner.session.end_profiling()).read_bytes())
@@ -234,6 +235,19 @@ class OnnxRunner:
         return [
             array_of_ort_value(value) for value in self.session.run_with_ort_values(names, values, self._run_options)
         ]
+
+
+def _opened(source: Path | InMemoryGraph, provider: str, options: Any, provider_options: Mapping[str, str]) -> Any:
+    """onnxruntime's session; that of ONNX's reference evaluator where the CPU provider has no kernels for bfloat16."""
+    try:
+        return open_session(source, provider, options, provider_options)
+    except RuntimeRefused as refusal:
+        from lora_export.runtime.reference_session import open_reference  # hardly a graph needs it
+
+        reference = open_reference(source) if provider == "cpu" and NO_KERNEL in str(refusal) else None
+        if reference is None:
+            raise
+        return reference
 
 
 def _terminate(run_options: Any) -> None:

@@ -1,7 +1,4 @@
-"""Open an onnxruntime session on the requested provider and on no other.
-
-Needs no PyTorch, and onnx for graphs in bfloat16 alone.
-"""
+"""Open an onnxruntime session on the requested provider and on no other. Needs neither PyTorch nor onnx."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.runtime.providers import PROVIDERS
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's log severity levels
-NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a provider does not compute with
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -39,9 +35,6 @@ def open_session(
     graph: Path | InMemoryGraph, provider: str, options: Any, provider_options: Mapping[str, str] = NO_OPTIONS
 ) -> Any:
     """An onnxruntime InferenceSession on `provider` (`cpu` or `cuda`).
-
-    A graph in bfloat16, for which the CPU provider has no kernels, is run by ONNX's reference evaluator in its place.
-
     `options` are onnxruntime's SessionOptions; the tensors of an in-memory graph are added to them, and must live as
     long as the session. Raises InputRefused for an unknown provider and for what is no file, EnvironmentLacking where
     the provider is missing or does not load, and RuntimeRefused where onnxruntime refuses the graph.
@@ -55,24 +48,13 @@ def open_session(
     name = graph.name if isinstance(graph, InMemoryGraph) else graph
     with raising_refusals(name), contextlib.redirect_stdout(sys.stderr):
         source = _with_tensors(graph, options) if isinstance(graph, InMemoryGraph) else str(graph.resolve())
-        try:
-            session = ort.InferenceSession(source, options, providers=[(full_name, dict(provider_options))])
-        except Exception as error:
-            if provider == "cpu" and NO_KERNEL in str(error) and (reference := _by_evaluator(graph)):
-                return reference
-            raise
+        session = ort.InferenceSession(source, options, providers=[(full_name, dict(provider_options))])
     if full_name not in session.get_providers():
         raise EnvironmentLacking(
             f"{full_name} was requested and could not be loaded; onnxruntime would have used "
             f"{', '.join(session.get_providers())}. `lora-export doctor --provider {provider}` reports what is missing"
         )
     return session
-
-
-def _by_evaluator(graph: Path | InMemoryGraph) -> Any:
-    from lora_export.runtime.reference_session import open_reference  # needs onnx
-
-    return open_reference(graph)
 
 
 class HeldSession:
