@@ -22,6 +22,7 @@ from lora_export.api.load import (
 from lora_export.api.onnx_options import (
     CACHED_TASKS,
     FUSED_FOR,
+    QUANTISED_KINDS,
     TEXT_GENERATION,
     OnnxOptions,
     OnnxResult,
@@ -55,6 +56,7 @@ def export_onnx(
     fuse: str | None = None,
     opset: int | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     checkpoint: str | Path | None = None,
     reference: ModelSource | None = None,
     inputs: str | Path | None = None,
@@ -93,6 +95,9 @@ def export_onnx(
     onnxruntime's own operators for that provider into the graph, such as GroupQueryAttention; it then runs in
     onnxruntime only.
 
+    `quantize` ("int4" or "int8") stores the weights of linear layers in 4 or 8 bits, in blocks of 32 with a scale each.
+    Adapters beside the weights stay floats; a merged graph is quantised after the merge.
+
     With "inputs" and "rows", `ignore_head` leaves out a task head that the adapters save whole, where it is equal to
     the model's own.
 
@@ -129,6 +134,7 @@ def export_onnx(
         names=names,
         task=task,
         fuse=fuse,
+        quantize=quantize,
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
         ignore_head=ignore_head,
@@ -188,6 +194,19 @@ def _check_usage(
         raise WrongUsage(f"--fuse is for decoders alone, not for {options.task}")
     if options.fuse not in (None, *FUSED_FOR):
         raise WrongUsage(f"--fuse {options.fuse} is unknown; graphs are fused for {', '.join(FUSED_FOR)}")
+    if options.has_encoder and options.quantize:
+        raise WrongUsage(f"--quantize is for single graphs, not for {options.task}")
+    if options.quantize not in (None, *QUANTISED_KINDS):
+        raise WrongUsage(
+            f"--quantize {options.quantize} is unknown; weights are quantised to {', '.join(QUANTISED_KINDS)}"
+        )
+    if options.quantize and dtype == "bfloat16" and options.provider == "cpu":
+        raise WrongUsage("--quantize needs onnxruntime, which does not run --dtype bfloat16 on the CPU")
+    if is_graph and options.quantize:
+        raise WrongUsage(
+            "--quantize is for models that are exported; MODEL is a graph already. A graph that other tools quantised "
+            "is a MODEL, too"
+        )
     if is_graph and options.task:
         raise WrongUsage("--task and --with-cache are for models that are exported; MODEL is a graph already")
     if is_graph and options.fuse:

@@ -29,6 +29,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.precision import precision_of
+from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.models import export
@@ -64,6 +65,10 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         options.stage("exporting the base")
         base, graphs, why_text_only = _exported(base, options, opset)
         beside = _write_generation_files(base, graphs, options, folder) if options.task else []
+        if options.lora != "merged":
+            for program in graphs.values():
+                quantise(program, options)
+            del program
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(list(graphs.values()), references, options)
         if read := _read_when_needed(source, given, dtype, why_text_only):
@@ -78,7 +83,8 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
-        settings |= {name: value for name, value in (("task", options.task), ("fuse", options.fuse)) if value}
+        chosen = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
+        settings |= {name: value for name, value in chosen.items() if value}
         record = record_of_model(base, given.adapters, given.weights, settings)
         for name in names:
             record_in(folder / name, record, proofs)
@@ -226,6 +232,8 @@ def write_with_adapters(
     `whole` are the weights of the model where the graph has some of them only.
     """
     if not options.adapters and not future:
+        if options.lora == "merged":
+            quantise(program, options)
         return None, write_graph(program, options, folder)
     located = locate_steps(program, options, None, whole=whole)
     if located.plan is not None and not located.plan.steps:  # all that the adapters change is in other graphs
@@ -234,9 +242,19 @@ def write_with_adapters(
         assert located.plan is not None
         options.stage("folding the adapters in")
         refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
+        quantise(program, options)
         return located, write_graph(program, options, folder)
     targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
     return located, insert_and_save(program, located, options, targets, folder)
+
+
+def quantise(program: ir.Model, options: OnnxOptions) -> None:
+    """Quantise the linear layers of the graph where the options name a kind."""
+    if options.quantize is None:
+        return
+    options.stage(f"quantising to {options.quantize}")
+    for note in quantise_graph(program, options.quantize):
+        options.on_message(f"note: {note}")
 
 
 def _dtype_of(base: Model) -> str:

@@ -31,6 +31,7 @@ FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph c
 TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS = (
     *("text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"),
 )
+QUANTISED_KINDS = ("int4", "int8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class OnnxOptions:
     dora: bool = False
     names: str = "olive"
     task: str | None = None  # one of CACHED_TASKS; None: forward as it is, without a cache
+    quantize: str | None = None  # "int4" or "int8"; None: the weights stay floats
     fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
     inputs: Path | None = None
     provider: str = "cpu"

@@ -74,6 +74,12 @@ Examples:
     type=click.Choice(["cpu", "cuda", "webgpu"]),
     help="Use onnxruntime's own operators for this provider, such as GroupQueryAttention.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["int4", "int8"]),
+    help="Store the weights of linear layers in 4 or 8 bits (onnxruntime's MatMulNBits). Adapters beside them stay "
+    "floats; a merged graph is quantised after the merge.",
+)
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set (default: the exporter's).")
 @click.option(
     "--base",
@@ -110,6 +116,7 @@ def command(
     task: str | None,
     with_cache: bool,
     fuse: str | None,
+    quantize: str | None,
     opset: int | None,
     checkpoint: Path | None,
     reference: str | None,
@@ -152,6 +159,7 @@ def command(
             task=task,
             with_cache=with_cache,
             fuse=fuse,
+            quantize=quantize,
             opset=opset,
             dtype=dtype,
             checkpoint=checkpoint,

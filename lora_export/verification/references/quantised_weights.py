@@ -12,6 +12,7 @@ model's weight where the sum was quantised once. The verdict's merge loss is wha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,7 +28,7 @@ from torch import nn
 
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
-from lora_export.graph.find_sites import find_sites
+from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
@@ -139,11 +140,10 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
     """
     if not any(node.op_type in QUANTISED_OPERATORS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
         return {}
-    base = open_checkpoint(Path(model.source)) if model.is_huggingface and not origin_sites else None
-    try:
-        sites = find_sites(graph, base)
-    except InputRefused:  # content contradicts a name: the adapters may be in it
-        sites = find_sites(graph)
+    sites = find_sites(graph)
+    if model.is_huggingface and not origin_sites and not _names_are_the_models(sites, model):
+        with contextlib.suppress(InputRefused):  # content contradicts a name: the adapters may be in it
+            sites = find_sites(graph, open_checkpoint(Path(model.source)))
     found = {name: site for name, readers in sites.by_name.items() for site in readers if site.quantised is not None}
     if origin_sites:
         by_initializer = {
@@ -163,6 +163,13 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
             "into (--base BASE.onnx beside --model), whose weights are matched with the model's by their content"
         )
     return found
+
+
+def _names_are_the_models(sites: Sites, model: Model) -> bool:
+    """Whether every quantised weight has the name of a tensor of the model. A checkpoint may have older names."""
+    tensors = {spec.name for spec in layers.specs(model.module)}
+    found = (name for name, readers in sites.by_name.items() if any(site.quantised is not None for site in readers))
+    return tensors.issuperset(found) and all(site.quantised is None for site in sites.unnamed)
 
 
 def _dequantised(
