@@ -398,3 +398,12 @@ def import_onnxruntime() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
+
+
+def import_quantiser() -> Any:
+    """The class of onnxruntime that quantises weights to MatMulNBits. Raises EnvironmentLacking without it."""
+    import_onnxruntime()
+    try:
+        return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer
+    except ImportError as error:
+        raise EnvironmentLacking(f"onnxruntime's quantiser cannot be imported ({error})") from error

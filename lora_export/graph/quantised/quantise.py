@@ -7,7 +7,6 @@ message nor a second copy of the graph limits the model. A layer keeps its node'
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,8 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-from lora_export.errors import EnvironmentLacking, InputRefused, one_line
+from lora_export.errors import InputRefused, one_line
+from lora_export.formats.onnx_adapter import import_quantiser
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
 from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
@@ -25,9 +25,9 @@ from lora_export.graph.site import Site
 BITS = {"int4": 4, "int8": 8}  # of a weight, by the name of the kind
 BLOCK_SIZE = 32  # entries of a row that share a scale
 ACCURACY_LEVEL = 1  # products in fp32: at level 4 onnxruntime would round the inputs to int8, too
-SHOWN = 5  # layers of a note
+SHOWN_LAYERS = 5  # layers of a note
 # Endings of the names of a weight's parts, in the order of MatMulNBits' inputs. Symmetric weights have no zero points.
-PARTS = ("", "_scales")
+PART_ENDINGS = ("", "_scales")
 
 
 def quantise_graph(model: ir.Model, kind: str) -> list[str]:
@@ -64,7 +64,11 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
             model.graph.initializers.pop(value.name or "")
     model.opset_imports.setdefault(MICROSOFT, 1)
     left = [site.name or site.location for site in layers.values() if site not in suited]
-    return [one_line(f"not quantised: {', '.join(left[:SHOWN])}{' and more' if left[SHOWN:] else ''}")] if left else []
+    return (
+        [one_line(f"not quantised: {', '.join(left[:SHOWN_LAYERS])}{' and more' if left[SHOWN_LAYERS:] else ''}")]
+        if left
+        else []
+    )
 
 
 def _read_otherwise(sites: Sites) -> set[str]:
@@ -95,7 +99,7 @@ def _is_suited(site: Site) -> bool:
 
 
 def _quantised(site: Site, bits: int) -> dict[str, Any]:
-    """What onnxruntime's quantiser makes of a layer: its attributes, and its tensors by their place in PARTS."""
+    """What onnxruntime's quantiser makes of a layer: its attributes, and its tensors by their place in PART_ENDINGS."""
     weight = site.matrix.T  # (in, out)
     kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
     graph = helper.make_graph(
@@ -107,20 +111,15 @@ def _quantised(site: Site, bits: int) -> dict[str, Any]:
     )
     layer = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     with _silence():
-        tool = _quantiser()(layer, bits=bits, block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=ACCURACY_LEVEL)
+        tool = import_quantiser()(
+            layer, bits=bits, block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=ACCURACY_LEVEL
+        )
         tool.process()
     made: onnx.ModelProto = tool.model.model
     (node,) = made.graph.node
     tensors = {tensor.name: ir.from_proto(tensor) for tensor in made.graph.initializer}
     attributes = [ir.from_proto(attribute) for attribute in node.attribute]
     return {"attributes": attributes, "tensors": [tensors[name] for name in node.input[1:]]}
-
-
-def _quantiser() -> Any:
-    try:
-        return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer
-    except ImportError as error:
-        raise EnvironmentLacking(f"onnxruntime's quantiser cannot be imported ({error})") from error
 
 
 @contextlib.contextmanager
@@ -156,7 +155,7 @@ def _replace(model: ir.Model, site: Site, bits: int, made: dict[str, Any]) -> No
 
 def _parts(model: ir.Model, site: Site, bits: int, made: dict[str, Any]) -> Iterator[ir.Value]:
     name = f"{site.name or site.value.name}_Q{bits}"
-    for ending, tensor in zip(PARTS, made["tensors"], strict=True):
+    for ending, tensor in zip(PART_ENDINGS, made["tensors"], strict=True):
         own = name + ending
         if own not in model.graph.initializers:
             tensor.name = own

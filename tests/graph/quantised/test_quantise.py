@@ -60,8 +60,8 @@ def test_a_layer_computes_with_the_quantised_weight(kind: str, node: str, weight
 def test_a_head_that_is_tied_to_the_words_stays_in_floats() -> None:
     model = a_graph("""g (int64[N] i) => (float[N,2] y)
         <float[2,2] words.weight = {1,2,3,4}, float[2,2] m.weight = {1,1,2,2}>
-        { e = Gather(words.weight, i)  h = MatMul(e, m.weight)  y = Gemm <transB = 1> (h, words.weight) }""")
-    assert quantise_graph(model, "int4") == ["not quantised: words.weight"]
+        { e = Gather(words.weight, i)  h = MatMul(e, m.weight)  [head] y = Gemm <transB = 1> (h, words.weight) }""")
+    assert quantise_graph(model, "int4") == ["not quantised: Gemm `head`"]
     assert "words.weight" in model.graph.initializers and "m.weight" not in model.graph.initializers
 
 
