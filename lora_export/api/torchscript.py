@@ -1,10 +1,11 @@
-"""`lora_export.export_torchscript`: a model with its adapters into one TorchScript file."""
+"""`lora_export.export_torchscript`: a model with its adapters into one TorchScript file, or a .pt2 of torch.export."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +31,22 @@ from lora_export.api.load import (
 )
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
-from lora_export.errors import RuntimeRefused
+from lora_export.errors import RuntimeRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.export import save_torchscript, to_torchscript
+from lora_export.models.export_program import load_own_program, save_program, to_program
 from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Model
 from lora_export.models.output_names import named_outputs
+from lora_export.runtime.runner import Runner
+from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import atomic_output
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
+PT2 = "pt2"
+FILE_FORMATS = ("torchscript", PT2)
 TRACE_TOLERANCE = 1e-2  # the proof decides; this finds a trace that repeats the layout of its example
 
 
@@ -64,6 +70,7 @@ def export_torchscript(
     combination: str | Combination = "cat",
     tied: str = "error",
     lora: str = "merged",
+    format: str | None = None,
     inputs: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -71,7 +78,10 @@ def export_torchscript(
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> TorchScriptResult:
-    """Trace a model with its adapters to TorchScript, prove the file against PyTorch, and only then publish it.
+    """Export a model with its adapters to TorchScript or to a .pt2, prove the file, and only then publish it.
+
+    `format` is "torchscript" (a trace) or "pt2" (a program of torch.export, with dynamic batch and sequence, which
+    `torch.export.load` reads). None chooses by the suffix of `output`: .pt2, or else TorchScript.
 
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`. `lora`
     is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each adapter.
@@ -90,7 +100,11 @@ def export_torchscript(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     application = Application.of(combination, tied)
-    output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
+    if format not in (None, *FILE_FORMATS):
+        raise WrongUsage(f"--format {format} is unknown; the formats are {', '.join(FILE_FORMATS)}")
+    is_program = format == PT2 or (format is None and Path(output).suffix == ".pt2")
+    suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
+    output, stage = with_suffix(output, *suffixes), in_stages(on_progress)
     loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
@@ -105,38 +119,66 @@ def export_torchscript(
             for note in notes:
                 on_message(f"note: {note}")
             (layers.fold if lora == "merged" else layers.attach)(module, steps)
-        stage("tracing")
-        base, script = _traced(base, module, on_message)
+        stage("exporting" if is_program else "tracing")
+        base, save = (_exported if is_program else _traced)(base, module, on_message)
         record = record_of_model(base, loaded, weights, {"lora": lora, **application.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
-        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+        save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
         proof = None
         if verify:
-            candidate = ScriptRunner(folder / output.name, base.input_names)
+            candidate = _candidate(folder / output.name, base, is_program=is_program)
             further = None if inputs is None else Path(inputs)
             references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
             proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
         record["verdict"] = recorded_verdict(proof)
-        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+        save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
 
 
-def _traced(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, torch.jit.ScriptModule]:
-    """The trace, and the model with its inputs: without the images of its texts where the trace fixes their number."""
-    why = ""
+def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
+    """The file that was written, as its users load it."""
+    if not is_program:
+        return ScriptRunner(path, base.input_names)
+    axes = {
+        name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
+        for name, value in base.example_inputs().items()
+    }
+    return ModuleRunner(load_own_program(path), axes=axes, path=path)
+
+
+def _exported(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
+    """How to write the program, and the model with its inputs: without the images of its texts if they are refused."""
+    try:
+        program = to_program(module, base.example_inputs(), axes=base.axes)
+    except RuntimeRefused as error:
+        if base.text_only is None:
+            raise
+        base = _without_images(base, str(error).splitlines()[0], on_message)
+        program = to_program(module, base.example_inputs(), axes=base.axes)
+    return base, functools.partial(save_program, program)
+
+
+def _traced(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
+    """How to write the trace, and the model with its inputs: without the images of its texts where their number is
+    fixed.
+    """
     try:
         script = to_torchscript(module, base.example_inputs())
         if base.text_only is None or _follows(script, module, base):
-            return base, script
+            return base, functools.partial(save_torchscript, script)
         why = "the trace is right for one number and one size of images alone"
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
-    base = base.without_images(why)
+    base = _without_images(base, why, on_message)
+    return base, functools.partial(save_torchscript, to_torchscript(module, base.example_inputs()))
+
+
+def _without_images(base: Model, why: str, on_message: OnMessage) -> Model:
     on_message(f"note: the file takes texts without images. With images, {why}")
-    return base, to_torchscript(module, base.example_inputs())
+    return base.without_images(why)
 
 
 def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:

@@ -1,4 +1,4 @@
-"""`lora-export torchscript`: a model with its adapters into one TorchScript file."""
+"""`lora-export torchscript`: a model with its adapters into one TorchScript or .pt2 file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
-Example:
-  lora-export torchscript base -a adapter -o model.pt"""
+Examples:
+  lora-export torchscript base -a adapter -o model.pt
+  lora-export torchscript base -a adapter -o model.pt2"""
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
@@ -23,13 +24,20 @@ Example:
     "--output",
     required=True,
     type=FilePath(),
-    metavar="OUT.pt",
+    metavar="OUT.pt|OUT.pt2",
     help="File to publish after its proof.",
+)
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["torchscript", "pt2"]),
+    help="TorchScript, or a program of torch.export with dynamic sizes. Default: by the suffix of OUT, .pt or .pt2.",
 )
 @publishing_options("merged", "nodes")
 def command(
     model: str,
     output: Path,
+    file_format: str | None,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
@@ -43,7 +51,7 @@ def command(
     download: bool,
     as_json: bool,
 ) -> None:
-    """Trace MODEL with its adapters to TorchScript, prove the file, and only then publish it.
+    """Export MODEL with its adapters to TorchScript or a .pt2, prove the file, and only then publish it.
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The extra file `lora_export.json` in
     the output has the names of the inputs.
@@ -64,6 +72,7 @@ def command(
             combination=Combination(**combination),
             tied=tied,
             lora=mode,
+            format=file_format,
             inputs=inputs_file,
             verify=not no_verify,
             overwrite=overwrite,

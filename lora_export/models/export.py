@@ -47,7 +47,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     Raises RuntimeRefused when the exporter refuses the module, fixes an axis that should vary, or
     drops an input.
     """
-    _check_axes(inputs, axes)
+    check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
     with tracing(module), _without_cache(module):
@@ -61,7 +61,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     return model
 
 
-def _check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
+def check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
     sizes: dict[str, int] = {}
     for name, symbols in axes.items():
         if name not in inputs:

@@ -25,7 +25,7 @@ from lora_export.graph.site import Site
 BITS = {"int4": 4, "int8": 8}  # of a weight, by the name of the kind
 BLOCK_SIZE = 32  # entries of a row that share a scale
 ACCURACY_LEVEL = 1  # products in fp32: at level 4 onnxruntime would round the inputs to int8, too
-LISTED_LAYERS = 5  # layers of a note
+NAMED_LAYERS = 5  # layers of a note
 # Endings of the names of a weight's parts, in the order of MatMulNBits' inputs. Symmetric weights have no zero points.
 PART_ENDINGS = ("", "_scales")
 
@@ -65,7 +65,7 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     model.opset_imports.setdefault(MICROSOFT, 1)
     left = [site.name or site.location for site in layers.values() if site not in suited]
     return (
-        [one_line(f"not quantised: {', '.join(left[:LISTED_LAYERS])}{' and more' if left[LISTED_LAYERS:] else ''}")]
+        [one_line(f"not quantised: {', '.join(left[:NAMED_LAYERS])}{' and more' if left[NAMED_LAYERS:] else ''}")]
         if left
         else []
     )

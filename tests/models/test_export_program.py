@@ -1,0 +1,144 @@
+"""Programs of torch.export."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import lora_export as le
+from lora_export.errors import RuntimeRefused, WrongUsage
+from lora_export.models.export_program import load_own_program, save_program, to_program
+from lora_export.models.factory import from_module
+
+# Run by a Python that knows neither this package nor transformers, and turns every warning into an error.
+LOADS_ALONE = """
+import sys, warnings
+sys.modules["lora_export"] = sys.modules["transformers"] = None
+import numpy, torch
+arrays = dict(numpy.load(sys.argv[2]))
+with warnings.catch_warnings(action="error"):
+    program = torch.export.load(sys.argv[1], extra_files={"lora_export.json": ""}).module()
+    outputs = program(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+assert type(outputs) is dict
+numpy.savez(sys.argv[3], **{name: value.detach().numpy() for name, value in outputs.items()})
+"""
+
+
+class Net(nn.Module):
+    """Returns nested outputs; the batch and the sequence may vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> Any:
+        hidden = self.up(x).tanh()
+        return self.out(hidden) * scale, [hidden.sum(1)]
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return from_module(Net(), {"x": torch.randn(3, 5, 4), "scale": torch.tensor(2.0)})
+
+
+def test_a_program_takes_other_sizes_than_it_was_exported_with(tmp_path: Path) -> None:
+    model = net()
+    save_program(to_program(model.module, model.example_inputs(), axes=model.axes), tmp_path / "m.pt2", extra={})
+    x, scale = torch.randn(7, 9, 4), torch.tensor(3.0)
+    found, wanted = load_own_program(tmp_path / "m.pt2")(x=x, scale=scale), model.module(x, scale)
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1][0], wanted[1][0])
+
+
+def test_the_same_module_gives_the_same_bytes_without_paths(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model = net()
+        program = to_program(model.module, model.example_inputs(), axes=model.axes)
+        save_program(program, tmp_path / f"{name}.pt2", extra={"lora_export.json": "{}"})
+    content = (tmp_path / "a.pt2").read_bytes()
+    assert content == (tmp_path / "b.pt2").read_bytes()
+    for own in (b".py", b"site-packages", str(Path(__file__).parent).encode(), b"self.up("):
+        assert own not in content
+
+
+def test_the_module_itself_is_not_changed() -> None:
+    model = net()
+    cls, before = type(model.module), {name: value.clone() for name, value in model.module.state_dict().items()}
+    to_program(model.module, model.example_inputs(), axes=model.axes)
+    assert type(model.module) is cls and all(value.requires_grad for value in model.module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+
+
+class Fixed(nn.Module):
+    """Its code needs a batch of three."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(3, -1)
+
+
+def test_an_axis_that_the_code_fixes_is_refused() -> None:
+    with pytest.raises(RuntimeRefused, match="the exporter refused Fixed"):
+        to_program(Fixed(), {"x": torch.randn(3, 4)}, axes={"x": {0: "batch"}})
+
+
+# --- Whole exports ---
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    hf.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    model = hf.LlamaForCausalLM.from_pretrained(folder / "base")
+    options = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    peft.get_peft_model(model, options).save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_a_fresh_process_computes_what_peft_does(llama: Path, tmp_path: Path) -> None:
+    result = le.export_torchscript(llama / "base", tmp_path / "m.pt2", adapters=llama / "adapter", lora="nodes")
+    assert result.proof is not None and result.proof.verdict.same
+    ids = np.array([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 0, 0]])
+    np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=np.array([[1] * 6, [1] * 4 + [0] * 2]))
+    command = [sys.executable, "-I", "-c", LOADS_ALONE, "m.pt2", "in.npz", "out.npz"]
+    ran = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    adapted = peft.PeftModel.from_pretrained(hf.LlamaForCausalLM.from_pretrained(llama / "base"), llama / "adapter")
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(tmp_path / "in.npz").items()}
+    with torch.no_grad():
+        wanted = adapted.eval()(**arrays).logits.numpy()
+        with adapted.disable_adapter():
+            without = adapted(**arrays).logits.numpy()
+    found = np.load(tmp_path / "out.npz")["logits"]
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    assert abs(wanted - without).max() > 0.01
+    assert le.verify(result.output, llama / "base", adapters=llama / "adapter")
+    assert le.verify(result.output, llama / "base").exit_code == 4
+
+
+def test_a_merged_program_is_proven(llama: Path, tmp_path: Path) -> None:
+    result = le.export_torchscript(llama / "base", tmp_path / "m", adapters=llama / "adapter", format="pt2")
+    assert result.output == tmp_path / "m.pt2" and result.proof is not None and result.proof.verdict.same
+
+
+def test_formats_and_suffixes_that_do_not_fit_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(WrongUsage, match="--format onnx is unknown"):
+        le.export_torchscript(llama / "base", tmp_path / "m", format="onnx")
+    with pytest.raises(WrongUsage, match=r"the output is a \.pt2 file"):
+        le.export_torchscript(llama / "base", tmp_path / "m.pt", format="pt2")
+    with pytest.raises(WrongUsage, match=r"the output is a \.pt file"):
+        le.export_torchscript(llama / "base", tmp_path / "m.pt2", format="torchscript")
+    assert list(tmp_path.iterdir()) == []
