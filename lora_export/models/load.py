@@ -18,6 +18,7 @@ from torch import nn
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
+from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
@@ -68,6 +69,8 @@ def _load(
     may_add: bool,
     streamed: bool,
 ) -> Model:
+    if Path(source).is_dir() and is_diffusion_model(Path(source)):
+        return from_diffusers(Path(source), dtype)
     if Path(source).is_dir():
         return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed)
     if source.endswith(".pt2"):
