@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from lora_export.errors import RuntimeRefused
 from lora_export.models.export import check_axes, exporter_refusals, is_hugging_face, silence, tracing
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 
+UNWRITABLE = torch.ops.higher_order.flat_apply
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # of every member: a zip's first
 MACHINES_OWN = ("stack_trace", "from_node", "custom")  # what a node records of the code that was traced, and where
 
@@ -44,6 +46,7 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     without_cache = cache_disabled(copied) if is_hugging_face(copied) else silence()
     with tracing(copied), without_cache, exporter_refusals(module):
         program = _exported(copied, inputs, dynamic)
+    _refuse_unwritable(module, program)
     _remove_records(program)
     return program
 
@@ -70,6 +73,15 @@ def _return_dictionaries(module: nn.Module) -> None:
         return named_outputs(outputs) if isinstance(outputs, Mapping) else outputs
 
     module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
+    """Raise RuntimeRefused for a call of a Python function, which no file can contain."""
+    if any(node.target is UNWRITABLE for node in program.graph.nodes):
+        raise RuntimeRefused(
+            f"torch.export cannot write the program of {type(module).__name__}: it calls a function of Python "
+            "(flat_apply)"
+        )
 
 
 def _remove_records(program: ExportedProgram) -> None:

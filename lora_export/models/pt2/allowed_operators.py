@@ -97,6 +97,14 @@ def _batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps), None, None
 
 
+def _all_true(self: Tensor) -> Tensor:
+    return torch.all(self)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def _zeros(size: Any, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     return torch.zeros(size, dtype=dtype, device=device)
 
@@ -121,6 +129,8 @@ REPLACEMENTS: dict[str, Function] = {
     "_scaled_dot_product_flash_attention_for_cpu.default": _attention,
     "native_group_norm.default": _group_norm,
     "_native_batch_norm_legit_no_training.default": _batch_norm,
+    "_is_all_true.default": _all_true,
+    "_weight_norm.default": _weight_norm,
     "_unsafe_view.default": lambda self, size: self.reshape(size),
     "empty.memory_format": _zeros,
     "empty_like.default": _zeros_like,

@@ -79,3 +79,16 @@ def test_no_listed_operator_uses_files_or_raw_memory() -> None:
                 str(argument.type) for argument in getattr(getattr(torch.ops.aten, name), overload)._schema.arguments
             }
             assert not kinds & {"Storage", "Stream", "Any", "__torch__.torch.classes"}, target
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("_weight_norm", {"v": torch.arange(24.0).reshape(2, 3, 4) - 7, "g": torch.ones(1, 1, 4) * 3, "dim": 2}),
+        ("_is_all_true", {"self": torch.tensor([True, False])}),
+        ("_is_all_true", {"self": torch.tensor([True, True])}),
+    ],
+)
+def test_a_replacement_computes_what_the_operator_does(name: str, arguments: dict[str, Any]) -> None:
+    found = allowed_operators.resolve(f"torch.ops.aten.{name}.default", "here").run(**arguments)
+    torch.testing.assert_close(found, getattr(torch.ops.aten, name)(*arguments.values()))
