@@ -101,7 +101,7 @@ def export_torchscript(
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     application = Application.of(combination, tied)
     if format not in (None, *FILE_FORMATS):
-        raise WrongUsage(f"--format {format} is unknown; the formats are {', '.join(FILE_FORMATS)}")
+        raise WrongUsage(f"the format {format} is unknown; the formats are {', '.join(FILE_FORMATS)}")
     is_program = format == PT2 or (format is None and Path(output).suffix == ".pt2")
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
     output, stage = with_suffix(output, *suffixes), in_stages(on_progress)

@@ -25,19 +25,12 @@ Examples:
     required=True,
     type=FilePath(),
     metavar="OUT.pt|OUT.pt2",
-    help="File to publish after its proof.",
-)
-@click.option(
-    "--format",
-    "file_format",
-    type=click.Choice(["torchscript", "pt2"]),
-    help="TorchScript, or a program of torch.export with dynamic sizes. Default: by the suffix of OUT, .pt or .pt2.",
+    help="File to publish after its proof: TorchScript, or with .pt2 a program of torch.export with dynamic sizes.",
 )
 @publishing_options("merged", "nodes")
 def command(
     model: str,
     output: Path,
-    file_format: str | None,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
@@ -72,7 +65,6 @@ def command(
             combination=Combination(**combination),
             tied=tied,
             lora=mode,
-            format=file_format,
             inputs=inputs_file,
             verify=not no_verify,
             overwrite=overwrite,

@@ -58,6 +58,8 @@ from lora_export.models.simplify import simplify
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
 ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward
 TENSOR_OF_PART = re.compile(r"\.(self|cross)_attention_cache\.layers\.(\d+)\.(key|value)s$")
+# What encoders return; their decoders read the first of it.
+ENCODER_RETURNS = frozenset({LAST_HIDDEN, "pooler_output", "hidden_states", "attentions"})
 PART = {"self": "decoder", "cross": "encoder"}  # of a cache, as transformers and as exporters name it
 
 
@@ -81,14 +83,21 @@ def export_encoder_decoder(model: Model, *, opset: int | None = None) -> Encoder
     """Export a model of transformers with an encoder, in eval mode, with its cache. Writes no file.
 
     Weights are as `to_onnx` leaves them. Raises InputRefused for a model whose cache has other parts than a key and a
-    value for each attention of a layer, and RuntimeRefused where the exporter refuses the model.
+    value for each attention of a layer, or whose decoder reads more of its encoder than the hidden states, and
+    RuntimeRefused where the exporter refuses the model.
     """
     module: Any = model.module
     axes = {name: own for name, own in model.axes.items() if not name.startswith("decoder_")}
     inputs = {name: value for name, value in model.example_inputs().items() if name in axes}
     encoder: Any = module.get_encoder()
     with tracing(module), named_failures(module, inputs, "example inputs"):
-        hidden = encoder(**inputs).last_hidden_state
+        outputs = encoder(**inputs)
+    if more := sorted({name for name, value in outputs.items() if value is not None} - ENCODER_RETURNS):
+        raise InputRefused(
+            f"{type(module).__name__}: its decoder may read {', '.join(more)} of its encoder, too. Graphs with a cache "
+            f"are made of models whose decoder reads {LAST_HIDDEN} alone"
+        )
+    hidden = outputs.last_hidden_state
     graph = to_onnx(encoder, inputs, axes=axes, opset=opset)
     _keep_outputs(graph, {LAST_HIDDEN: LAST_HIDDEN})
     _name_by_model(graph, module, encoder)

@@ -110,8 +110,19 @@ class EncoderDecoderRunner:
 
     @property
     def notes(self) -> list[str]:
-        """How the graphs ran."""
-        return [f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one"]
+        """How the graphs ran, and what was not tried."""
+        return [
+            f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one",
+            "no token of padding among the decoder's: with a cache it counts as a position, without one it may not",
+        ]
+
+    @staticmethod
+    def without_padding(inputs: Arrays, padding: int | None) -> Arrays:
+        """The inputs with another token in place of the decoder's padding."""
+        if padding is None or DECODER_IDS not in inputs:
+            return inputs
+        ids = inputs[DECODER_IDS]
+        return {**inputs, DECODER_IDS: np.where(ids == padding, padding - 1 if padding else 1, ids)}
 
     @property
     def adapters_by_row(self) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from lora_export.cli import cli
+from lora_export.cli import COMMANDS, cli
 from lora_export.cli.arguments import MODES, Command, TakesAdapters, command_line, publishing_options, wrote
 from lora_export.errors import WrongUsage
 
@@ -117,3 +117,10 @@ def test_what_was_written_is_told_with_its_size(tmp_path: Path, capsys: pytest.C
     path.write_bytes(bytes(1234))
     wrote(path, ": an adapter")
     assert capsys.readouterr().out == f"wrote {tmp_path}/m\\n.bin (1,234 bytes): an adapter\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_has_an_option_twice(name: str) -> None:
+    parameters = command_of(name).params
+    spelled = [spelling for parameter in parameters for spelling in (*parameter.opts, *parameter.secondary_opts)]
+    assert sorted(spelled) == sorted(set(spelled))

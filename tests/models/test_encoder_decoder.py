@@ -98,6 +98,21 @@ def test_export_leaves_the_model_as_it_was(exported: Exported, tmp_path: Path) -
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in module.state_dict().items())
 
 
+def test_decoder_that_reads_more_of_its_encoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(small_encoder_decoder("bart", tmp_path)))
+    encoder: Any = model.module.get_encoder()  # type: ignore[operator]
+    forward = encoder.forward
+
+    def with_mask(*args: object, **rest: object) -> Any:
+        outputs = forward(*args, **rest)
+        outputs["mask"] = outputs.last_hidden_state[..., 0]
+        return outputs
+
+    monkeypatch.setattr(encoder, "forward", with_mask)
+    with pytest.raises(InputRefused, match="its decoder may read mask of its encoder, too"):
+        export_encoder_decoder(model)
+
+
 def test_kinds_of_models_are_told_apart() -> None:
     assert is_encoder_decoder(ENCODER_DECODERS["bart"]())
     assert not is_encoder_decoder(DECODERS["llama"]())

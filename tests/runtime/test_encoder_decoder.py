@@ -95,7 +95,17 @@ def test_graphs_tell_what_they_take(runner: EncoderDecoderRunner) -> None:
     counts = [graph.placement.compute_nodes for graph in runner.graphs]
     assert min(counts) > 0
     assert runner.placement.compute_nodes == sum(counts)
-    assert runner.notes == ["run with its cache: encoder, first tokens, then 4 tokens one by one"]
+    assert runner.notes[0] == "run with its cache: encoder, first tokens, then 4 tokens one by one"
+    assert runner.notes[1].startswith("no token of padding among the decoder's")
+
+
+def test_padding_of_the_decoder_becomes_another_token() -> None:
+    inputs = {"input_ids": np.array([[1, 0]]), "decoder_input_ids": np.array([[3, 1, 0], [1, 5, 6]])}
+    found = EncoderDecoderRunner.without_padding(inputs, 1)
+    assert found["decoder_input_ids"].tolist() == [[3, 0, 0], [0, 5, 6]]
+    assert found["input_ids"] is inputs["input_ids"]
+    assert EncoderDecoderRunner.without_padding(inputs, 0)["decoder_input_ids"].tolist() == [[3, 1, 1], [1, 5, 6]]
+    assert EncoderDecoderRunner.without_padding(inputs, None) is inputs
 
 
 def test_sessions_are_opened_again(runner: EncoderDecoderRunner) -> None:

@@ -80,6 +80,7 @@ class PageRun:
             self.printed = self.capsys.readouterr().out
         elif block.language == "python" and block.info:
             Path(block.info).write_text(block.text, encoding="utf-8")
+            sys.modules.pop(Path(block.info).stem, None)  # a test may have imported another module of this name
         elif block.language == "python":
             self._run_python(block)
         elif block.info == "output":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
@@ -61,10 +63,13 @@ def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:
 
 
 def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
-    """Seeded inputs of the model; without padding for a candidate that takes none."""
+    """Seeded inputs of the model; without padding where the candidate takes none."""
     arrays = {name: to_numpy(value) for name, value in model.inputs(sizes, seed=seed).items()}
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
         return candidate.without_padding(arrays)
+    if isinstance(candidate, EncoderDecoderRunner):
+        module: Any = model.module
+        return candidate.without_padding(arrays, getattr(module.config, "pad_token_id", None))
     return arrays
 
 
