@@ -103,7 +103,8 @@ def export_encoder_decoder(model: Model, *, opset: int | None = None) -> Encoder
     _name_by_model(graph, module, encoder)
     varies = any(symbol != BATCH_SYMBOL for own in axes.values() for symbol in own.values())
     exporter = _DecoderExporter(module, hidden, inputs.get(MASK), varies, opset)
-    return EncoderDecoderGraphs(graph, exporter.graph(None), exporter.graph(exporter.cache()))
+    cache = exporter.cache()  # runs the model: what it refuses is named before the exporter refuses it
+    return EncoderDecoderGraphs(graph, exporter.graph(None), exporter.graph(cache))
 
 
 class _DecoderExporter:
