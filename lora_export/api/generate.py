@@ -84,7 +84,7 @@ def generate(
     graph = _graph_in(Path(source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
     if settings.not_done:
-        on_message(f"note: not done: {', '.join(settings.not_done)}, which generation_config.json asks for")
+        on_message(f"note: not done: {', '.join(settings.not_done)}, which the generation config asks for")
     require_provider(provider)
     model = EncoderDecoder(graph, provider) if graph.is_dir() else Decoder(graph, provider)
     if isinstance(model, EncoderDecoder):

@@ -37,10 +37,7 @@ def task_of(source: ModelSource) -> str:
     from lora_export.models.model import Model
 
     if isinstance(source, Model | tuple):
-        module: Any = source.module if isinstance(source, Model) else source[0]
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            return TASK_BY_INPUT.get(module.main_input_name, TEXT_TO_TEXT)
-        return TEXT_GENERATION
+        return _own_task(source.module if isinstance(source, Model) else source[0])
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):
@@ -80,6 +77,6 @@ def generating_model(base: Model, task: str, on_message: OnMessage) -> Model:
 
 def _own_task(module: nn.Module) -> str:
     model: Any = module
-    if not model.config.is_encoder_decoder:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return TEXT_GENERATION
     return TASK_BY_INPUT.get(model.main_input_name, TEXT_TO_TEXT)

@@ -25,6 +25,11 @@ def present_by_past(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, 
     return {name: by_rest[rest] for name in inputs if (rest := _without_first_part(name)) in by_rest}
 
 
+def past_of(present: str) -> str:
+    """The input of the next call that an output is: `past_key_values.0.key` for `present.0.key`."""
+    return f"{PAST}.{present.removeprefix(f'{PRESENT}.')}"
+
+
 def _without_first_part(name: str) -> str:
     """A name without its first part; the whole name where it has one part."""
     return re.sub(r"^\w+[./]", "", name)

@@ -27,6 +27,7 @@ from lora_export.graph.cache_names import (
     MASK,
     PAST,
     PRESENT,
+    past_of,
 )
 from lora_export.runtime.encoder_decoder_files import (
     DECODER_FILE,
@@ -67,7 +68,7 @@ class EncoderDecoderRunner:
         return runner
 
     def _check(self) -> None:
-        present = {f"{PAST}.{name.removeprefix(f'{PRESENT}.')}" for name in self._outputs(self.decoder)}
+        present = set(map(past_of, self._outputs(self.decoder)))
         past = {name for name in self.with_past.axes if name.startswith(f"{PAST}.")}
         lacking = [
             *([] if LAST_HIDDEN in self._outputs(self.encoder) else [f"{ENCODER_FILE} has no output {LAST_HIDDEN}"]),
@@ -190,11 +191,8 @@ class EncoderDecoderRunner:
             feeds = {IDS: ids[:, start:stop], **given, **cache}
             outputs = graph.run({name: value for name, value in feeds.items() if name in graph.axes})
             logits.append(outputs[LOGITS])
-            cache |= {
-                f"{PAST}.{name.removeprefix(f'{PRESENT}.')}": value
-                for name, value in outputs.items()
-                if name.startswith(f"{PRESENT}.")
-            }
+            present = {name: value for name, value in outputs.items() if name.startswith(f"{PRESENT}.")}
+            cache |= {past_of(name): value for name, value in present.items()}
         return {LOGITS: np.concatenate(logits, axis=1), ENCODER_OUTPUT: hidden}
 
     def outputs_by_graph(self, length: int) -> dict[str, tuple[str, slice]]:

@@ -231,7 +231,7 @@ def test_wishes_of_a_generation_config_that_are_not_done_are_named(
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
     said: list[str] = []
     le.generate(folder, PROMPTS, max_new_tokens=1, on_message=said.append)
-    assert said == ["note: not done: num_beams 4, which generation_config.json asks for"]
+    assert said == ["note: not done: num_beams 4, which the generation config asks for"]
 
 
 def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], tmp_path: Path) -> None:

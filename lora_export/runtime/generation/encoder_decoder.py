@@ -19,8 +19,8 @@ from lora_export.graph.cache_names import (
     LAST_HIDDEN,
     LOGITS,
     MASK,
-    PAST,
     PRESENT,
+    past_of,
 )
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.ort_session import raising_refusals
@@ -100,8 +100,7 @@ class EncoderDecoderRun:
         kept = {**self.cache, **{name: value for name, value in self.given.items() if name not in feeds}}
         present = [output.name for output in graph.session.get_outputs() if output.name.startswith(f"{PRESENT}.")]
         logits, *values = self._run(graph, feeds, kept, [LOGITS, *present])
-        own = dict(zip(present, values, strict=True))
-        self.cache |= {f"{PAST}.{name.removeprefix(f'{PRESENT}.')}": value for name, value in own.items()}
+        self.cache |= dict(zip(map(past_of, present), values, strict=True))
         last: NDArray[np.floating] = array_of_ort_value(logits)[:, -1]
         return last
 
