@@ -28,10 +28,7 @@ from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
-TRAINED_ROWS, ROW_INDICES = (
-    "lora_rows",
-    "lora_row_indices",
-)  # a parameter and a buffer: rows of a table that are trained alone
+TRAINED_ROWS, ROW_INDICES = "lora_rows", "lora_row_indices"  # of a table: a parameter, and a buffer of their indices
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
