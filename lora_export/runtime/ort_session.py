@@ -35,6 +35,7 @@ def open_session(
     graph: Path | InMemoryGraph, provider: str, options: Any, provider_options: Mapping[str, str] = NO_OPTIONS
 ) -> Any:
     """An onnxruntime InferenceSession on `provider` (`cpu` or `cuda`).
+
     `options` are onnxruntime's SessionOptions; the tensors of an in-memory graph are added to them, and must live as
     long as the session. Raises InputRefused for an unknown provider and for what is no file, EnvironmentLacking where
     the provider is missing or does not load, and RuntimeRefused where onnxruntime refuses the graph.
