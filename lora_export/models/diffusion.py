@@ -6,13 +6,11 @@ A graph of it has the names that optimum gives its inputs and its output: `sampl
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
+from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
 from lora_export.storage import json_files
@@ -68,7 +67,7 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
     except ImportError as error:
         raise EnvironmentLacking(f"a model of diffusers needs diffusers ({error}): pip install diffusers") from error
     try:
-        with _silence():
+        with silence():
             module = getattr(diffusers, name).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
             )
@@ -133,16 +132,6 @@ def _flatten_arguments(module: Any, wanted: tuple[Wanted, ...]) -> None:
     parameters += [inspect.Parameter(each.name, keyword) for each in wanted]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
 
 
 # --- Inputs by class ---
