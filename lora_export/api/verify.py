@@ -32,7 +32,7 @@ from lora_export.provenance import adapter_records
 from lora_export.report.json_document import verdict_document
 from lora_export.report.verdict_screen import screen
 from lora_export.report.write import check_report_path, write_report
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
+from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hashes import file_sha256
@@ -236,7 +236,8 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 
 
 def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: HowToRun) -> None:
-    """Raise WrongUsage for options that do not go together."""
+    """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
+    refuse_missing_graph(candidate)
     is_graph = candidate.suffix == ".onnx" or is_encoder_decoder_folder(candidate)
     if model is None and origin is None:
         raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
