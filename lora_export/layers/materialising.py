@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor
 # How a tensor is rounded: to a dtype, or by a function, as to the nearest value that a quantised weight can hold.
 Rounding = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]
 FP32_SUM_ERROR = 2.0**-18  # of W + ΔW in fp32, relative to the size of its terms: 64 products, half an eps each
+BLOCK = 1 << 16  # numbers that are rounded at once: what is computed on the way stays in a core's cache
 
 
 def materialise(
@@ -58,8 +60,8 @@ def materialise(
             stored = value.detach()
             if name in rounding:
                 how = rounding[name]
-                stored = _rounded_sum(stored, registry[attribute], how, preferred.get(name))
-                stored = stored.to(getattr(torch, how)) if in_fp64 and isinstance(how, str) else stored
+                dtype = getattr(torch, how) if in_fp64 and isinstance(how, str) else stored.dtype
+                stored = _rounded_sum(stored, registry[attribute], how, preferred.get(name), dtype)
             registry[attribute] = nn.Parameter(stored.detach(), requires_grad=False)
     detach(module)
     _round_tensors(module, rounding)
@@ -98,22 +100,47 @@ def _merged_tensors(owner: nn.Module, replacement_factor: float | None) -> dict[
     return {attribute: value for attribute, value in merged.items() if value is not None}
 
 
-def _rounded_sum(value: Tensor, base: Tensor, rounding: Rounding, preferred: Tensor | None) -> Tensor:
-    """W + ΔW rounded, or the `preferred` values where fp32 could have computed them from W (`base`) and ΔW."""
-    rounded = _rounded(value, rounding)
+def _rounded_sum(
+    value: Tensor, base: Tensor, rounding: Rounding, preferred: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """W + ΔW rounded, as a `dtype`, or the `preferred` values where fp32 could have computed them from W and ΔW.
+
+    W is `base`. A rounding function gets the whole sum.
+    """
+    if not isinstance(rounding, str):
+        # A quantised value is an offset from a zero point: the largest sum has the error of all.
+        nearest = _rounded(value, rounding)
+        return _with_preferred(value, nearest, preferred, lambda _: (value.abs() + base.abs()).max()).to(dtype)
+    exact, rounded = value.reshape(-1), torch.empty(value.numel(), dtype=dtype, device=value.device)
+    wanted = None if preferred is None else preferred.reshape(-1)
+    base_values = functools.cache(lambda: base.reshape(-1))  # read where a preferred value differs
+    for start in range(0, value.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        rounded[block] = _with_preferred(
+            exact[block],
+            _rounded(exact[block], rounding),
+            None if wanted is None else wanted[block],
+            lambda at, block=block: exact[block][at].abs() + base_values()[block][at].abs(),  # type: ignore[misc]
+        )
+    return rounded.view(value.shape)
+
+
+def _with_preferred(
+    exact: Tensor, nearest: Tensor, preferred: Tensor | None, sizes: Callable[[tuple[Tensor, ...]], Tensor]
+) -> Tensor:
+    """The nearest values, or the preferred ones that are as near as fp32 can tell.
+
+    `sizes` returns the size of the terms of the sums at some indices.
+    """
     if preferred is None:
-        return rounded
-    other = preferred.to(value.dtype)
-    differing = other != rounded
-    if not differing.any():
-        return rounded
-    if isinstance(rounding, str):
-        size = value[differing].abs() + base[differing].abs()
-    else:
-        size = (value.abs() + base.abs()).max()  # a quantised value is an offset from a zero point
-    wanted, nearest, exact = other[differing], rounded[differing], value[differing]
-    as_near = (wanted - exact).abs() <= (nearest - exact).abs() + FP32_SUM_ERROR * size
-    return rounded.masked_scatter(differing, torch.where(as_near, wanted, nearest))
+        return nearest
+    other = preferred.to(nearest.dtype)
+    at = torch.nonzero(other != nearest, as_tuple=True)
+    if len(at[0]):
+        errors = (other[at] - exact[at]).abs(), (nearest[at] - exact[at]).abs()
+        chosen = torch.where(errors[0] <= errors[1] + FP32_SUM_ERROR * sizes(at), other[at], nearest[at])
+        return nearest.index_put(at, chosen)  # `nearest` may be the weight itself
+    return nearest
 
 
 def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:

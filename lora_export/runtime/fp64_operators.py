@@ -34,7 +34,9 @@ MOVES_NUMBERS = frozenset({
 })
 # fmt: on
 IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
-MOST_WIDENED = 64 << 20  # bytes in fp64 of a linear layer's weight that are there at once
+# Bytes in fp64 of a linear layer's weight that are there at once. A core's cache holds most of them, and the memory is
+# used again: with new memory for each weight, the kernel takes longer to provide it than the layer to compute.
+MOST_WIDENED = 16 << 20
 
 
 class Fp64Operators(TorchFunctionMode):
@@ -48,6 +50,7 @@ class Fp64Operators(TorchFunctionMode):
         tensors = itertools.chain(module.parameters(), module.buffers())
         self._stored = {_memory(tensor) for tensor in tensors if tensor.dtype in NARROW_DTYPES and tensor.numel()}
         self._narrow = narrow
+        self._scratch = torch.empty(0, dtype=torch.float64)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -78,15 +81,21 @@ class Fp64Operators(TorchFunctionMode):
         """A linear layer in fp64, so many outputs at a time that few of its weights are there in fp64."""
         bias = None if bias is None else bias.double()
         rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
-        if rows >= len(weight):
-            return F.linear(x, weight.double(), bias)
         with self._narrow.paused():
             parts = weight.split(rows)
+        if len(parts) == 1:
+            return F.linear(x, self._in_scratch(weight), bias)
         products = x.new_empty(*x.shape[:-1], len(weight))
         for number, part in enumerate(parts):
             own = slice(number * rows, number * rows + len(part))
-            products[..., own] = F.linear(x, part.double(), None if bias is None else bias[own])
+            products[..., own] = F.linear(x, self._in_scratch(part), None if bias is None else bias[own])
         return products
+
+    def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
+        """The values in fp64, until the next call."""
+        if self._scratch.numel() < values.numel() or self._scratch.device != values.device:
+            self._scratch = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
+        return self._scratch[: values.numel()].view(values.shape).copy_(values)
 
     def _is_stored(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and _memory(value) in self._stored

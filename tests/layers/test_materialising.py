@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_export import layers
+from lora_export.layers import materialising
 from lora_export.lora import LoraPair
 from support.small_layers import PAIR, a_linear, a_model, an_adapter, equal, plan_for
 
@@ -41,6 +42,21 @@ def test_a_preferred_value_is_taken_only_within_fp32_error() -> None:
         layers.attach(model, plan_for(model, adapter))
         layers.materialise(model, {"0.weight": "bfloat16"}, preferred={"0.weight": torch.full((1, 3), preferred)})
         assert model[0].weight.tolist() == [[preferred, preferred, 258.0]]
+
+
+def test_a_large_weight_is_rounded_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(5, 7, bias=False)).double()
+    pair = LoraPair(a=torch.randn(2, 5).double().numpy(), b=torch.randn(7, 2).double().numpy(), scale=0.5)
+    exact = holder[0].weight.detach() + 0.5 * torch.from_numpy(pair.b @ pair.a)
+    in_fp32 = exact.float().bfloat16().double()
+    preferred = in_fp32.clone()
+    preferred[3, 1] *= 1.5  # too far away to be taken
+    monkeypatch.setattr(materialising, "BLOCK", 3)
+    layers.attach(holder, plan_for(holder, an_adapter({"0": pair})))
+    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": preferred}, in_fp64=True)
+    assert holder[0].weight.dtype == torch.bfloat16
+    assert equal(holder[0].weight.detach().double(), in_fp32)
 
 
 def test_a_bare_layer_takes_preferred_values_too() -> None:

@@ -100,3 +100,13 @@ def test_products_of_narrow_experts_are_computed_in_fp64() -> None:
     output = Fp64Runner(experts).run({"x": rows, "ends": ends})["output_0"]
     weights = experts.weights.detach().double().numpy()
     np.testing.assert_allclose(output, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-13)
+
+
+def test_memory_of_widened_weights_is_used_again() -> None:
+    operators = fp64_operators.Fp64Operators(nn.Linear(1, 1), fp64_operators.NarrowOperators(set()))
+    values = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    first = operators._in_scratch(values)
+    assert first.dtype == torch.float64 and first.equal(values.double())
+    second = operators._in_scratch(-values[:1])
+    assert second.equal(-values[:1].double()) and second.data_ptr() == first.data_ptr()
+    assert operators._in_scratch(torch.ones(4, 3)).equal(torch.ones(4, 3, dtype=torch.float64))
