@@ -216,7 +216,9 @@ class PyTorchReferences:
         """
         model, adapters = self.model, self.adapters
         changes = plan.make(adapters, layers.specs(model.module), strengths=self.strengths) if adapters else None
-        quantised = quantised_weights_of(candidate, model, changes, self.origin, inputs.cases)
+        quantised = quantised_weights_of(
+            candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
+        )
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
         rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})

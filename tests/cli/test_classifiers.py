@@ -274,3 +274,19 @@ def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(
     code, found = answer(capsys, "onnx", tmp_path / "bare", *words)
     assert code == 3 and "fr, classifier.weight" in found["error"] and "--only-head" in found["error"]
     assert not (tmp_path / "rows.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [3, 4])
+def test_heads_by_row_stay_floats_in_a_quantised_graph(
+    labels: int, equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, graph = ("-a", equal_heads / ("fr" if labels == 3 else "more")), tmp_path / "rows.onnx"
+    assert call("onnx", equal_heads / "base", *words, "--lora", "rows", "--quantize", "int8", "-o", graph) == 0
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(graph).graph.initializer}
+    assert stored["classifier.modules_to_save.weight"] == onnx.TensorProto.FLOAT
+    capsys.readouterr()
+    code, verdict = answer(capsys, "verify", graph, "--model", equal_heads / "base", *words)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, verdict = answer(capsys, "verify", graph, "--model", equal_heads / "base", "-a", equal_heads / "de")
+    assert code in (4, 5)

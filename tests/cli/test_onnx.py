@@ -584,6 +584,28 @@ def test_convert_pads_to_the_fixed_rank_of_a_graph(
     assert not (tmp_path / "large.onnx_adapter").exists()
 
 
+# --- plain inputs ---
+
+
+def test_a_graph_of_plain_inputs_is_proven_and_takes_other_adapters(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, made = tmp_path / "plain.onnx", tmp_path / "fr.onnx_adapter"
+    words = ("-a", place / "legal", "--target", "all-linear", "--required-inputs", "-o", graph)
+    code, found = answer(capsys, "onnx", MODEL, *words, "--lora", "inputs")
+    assert (code, found["proof"]["outcome"], found["bits_of_base"]) == (0, "same", True)
+    model = onnx.load(graph)
+    assert not {value.name for value in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
+    assert call("convert", place / "fr", "-o", made, "--for", graph) == 0
+    capsys.readouterr()
+    code, verdict = answer(capsys, "verify", graph, "--model", MODEL, "-a", place / "fr", "--onnx-adapter", made)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, verdict = answer(capsys, "verify", graph, "--model", MODEL)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, found = answer(capsys, "onnx", MODEL, *words, "--lora", "rows", "--overwrite")
+    assert code == 2 and "--required-inputs is for --lora inputs" in found["error"]
+
+
 # --- several adapters on a row ---
 
 

@@ -56,7 +56,7 @@ def sizes_of(value: ir.Value) -> list[Dim]:
     return list(value.shape)
 
 
-def features_of(value: ir.Value) -> int:
+def last_size(value: ir.Value) -> int:
     """The size of a value's last dimension, which is no symbol."""
     size = sizes_of(value)[-1]
     assert isinstance(size, int)

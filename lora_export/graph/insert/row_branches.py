@@ -10,7 +10,7 @@ from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, layer_input
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.insert.node_list import NodeList, features_of, sizes_of
+from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
 from lora_export.graph.insert.row_scales import RowScales
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
@@ -64,7 +64,7 @@ class RowBranches:
         shape = product.shape and [*product.shape[:-1], len(outputs)]
         a, b = nodes.cast_to_site(site, a), nodes.padded_to(site, b, outputs, 0.0)
         x = self._looked_up(nodes, site, batch, a) if site.is_lookup else layer_input(site)
-        x = self.separate_batch(nodes, x, batch, features_of(x))
+        x = self.separate_batch(nodes, x, batch, last_size(x))
         x, back = self.batch_first(nodes, x, batch)
         if site.is_lookup:
             x = self._scaled(nodes, x)
@@ -78,7 +78,7 @@ class RowBranches:
         if batch.axis:
             x = nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in back], perm=back)
         if batch.is_flat:
-            x = nodes.add("Reshape", [x, self.constant(-1, features_of(x))], shape)
+            x = nodes.add("Reshape", [x, self.constant(-1, last_size(x))], shape)
         elif batch.rank == 2:
             x = nodes.add("Squeeze", [x, self.constant(1)], shape)
         return BranchNodes(nodes.nodes, x, b.path)
@@ -135,7 +135,7 @@ class RowBranches:
         is_negative = nodes.add("Less", [tokens, self.constant(0)], sizes, ir.DataType.BOOL)
         from_end = nodes.add("Add", [tokens, self.constant(count)], sizes)
         tokens = nodes.add("Where", [is_negative, from_end, tokens], sizes, ir.DataType.INT64)
-        looked_up, rank = [], features_of(table.value)
+        looked_up, rank = [], last_size(table.value)
         for position in range(self.per_row):
             ids = self.ids
             if self.per_row > 1:
@@ -225,7 +225,7 @@ class RowBranches:
         """Whether the products of all adapters are cheaper for this x. Computed once for all layers that read it."""
         if x in self.conditions:
             return self.conditions[x]
-        made, features, producer = NodeList(self.factory, f"/{ADAPTER_IDS}"), features_of(x), x.producer()
+        made, features, producer = NodeList(self.factory, f"/{ADAPTER_IDS}"), last_size(x), x.producer()
         rows = made.add("Mul", [self.row_count, self.constant(COPY_COST * features * self.per_row)], [1])
         limit = made.add("Sub", [rows, self.constant(READ_COST * self.adapters * features)], [1])
         size = made.add("Size", [x], [], ir.DataType.INT64)
@@ -245,7 +245,7 @@ class RowBranches:
         The matrices are made of the stacks. A runtime that folds constants does so when it loads the graph.
         """
         slots, features, rank = map(int, sizes_of(a.value))  # type: ignore[arg-type]
-        all_ranks, out = slots * rank, features_of(b.value)
+        all_ranks, out = slots * rank, last_size(b.value)
         transposed = nodes.add("Transpose", [a.value], [features, slots, rank], perm=[1, 0, 2])
         all_a = nodes.add("Reshape", [transposed, self.constant(features, all_ranks)], [features, all_ranks])
         all_b = nodes.add("Reshape", [b.value, self.constant(all_ranks, out)], [all_ranks, out])

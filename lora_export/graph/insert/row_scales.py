@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import Dim
-from lora_export.graph.insert.node_list import NodeList, features_of, sizes_of
+from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
 
 
 class RowScales:
@@ -49,7 +49,7 @@ class RowScales:
 
     def of_positions(self, nodes: NodeList, x: ir.Value) -> ir.Value:
         """x (batch, ..., ranks of a row's adapters side by side), each rank times the factor of its adapter."""
-        ranks = features_of(x)
+        ranks = last_size(x)
         factors = self._of_ranks(self.scales, np.repeat(np.arange(self.per_row), ranks // self.per_row))
         return self._product(nodes, x, factors, feature_axis=-1)[0]
 
@@ -84,7 +84,7 @@ class RowScales:
         if ones:
             sizes = [
                 1 if axis in ones else size
-                for axis, size in enumerate([self.batch, *[features_of(factors)] * (rank - 1)])
+                for axis, size in enumerate([self.batch, *[last_size(factors)] * (rank - 1)])
             ]
             factors = nodes.add("Unsqueeze", [factors, self.constant(*ones)], sizes)
         sizes, dtype = sizes_of(factors), x.dtype

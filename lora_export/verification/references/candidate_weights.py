@@ -26,18 +26,28 @@ from lora_export.verification.references.quantised_weights import DequantisedWei
 
 
 def quantised_weights_of(
-    candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
+    candidate: Runner,
+    model: Model,
+    changes: Plan | None,
+    origin: Path | None,
+    inputs: Mapping[str, Arrays],
+    *,
+    has_own_heads: bool = False,
 ) -> dict[str, DequantisedWeight]:
     """The quantised weights of an ONNX candidate, of all graphs of an encoder-decoder; none of any other candidate.
+
+    With `has_own_heads`, the whole tensors of adapters are not in the candidate's own weights, which are then left out.
 
     Raises InputRefused where `origin` names a quantised graph and the candidate has no quantised weights, and Different
     where two graphs store a weight with other numbers.
     """
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
     quantised = {}
+    steps = changes.steps if changes is not None and has_own_heads else ()
+    heads = [step.weight for step in steps if step.is_replacement]
     if isinstance(runner, OnnxRunner):
         executed = functools.partial(_executed_nodes, candidate, runner, next(iter(inputs.values())))
-        quantised = quantised_weights.find(runner.path, model, changes, origin, executed)
+        quantised = quantised_weights.find(runner.path, model, changes, origin, executed, skip=heads)
     if isinstance(runner, EncoderDecoderRunner):
         for graph in runner.graphs:
             own = quantised_weights.find(graph.path, model, changes)

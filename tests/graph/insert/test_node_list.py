@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lora_export.graph.insert.node_factory import NodeFactory
-from lora_export.graph.insert.node_list import NodeList, features_of, sizes_of
+from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
 from support.graphs import a_graph
 from support.small_graphs import GEMM
 
@@ -19,5 +19,5 @@ def test_nodes_keep_their_order_and_outputs_have_shape_and_type() -> None:
     assert [node.op_type for node in nodes.nodes] == ["Cast", "Transpose"]
     assert [node.name for node in nodes.nodes] == ["/m/Cast", "/m/Transpose"]
     assert turned.dtype == ir.DataType.FLOAT16 and nodes.add("Relu", [turned], None).shape is None
-    assert [str(size) for size in sizes_of(turned)] == ["3", "N"] and features_of(halves) == 3
+    assert [str(size) for size in sizes_of(turned)] == ["3", "N"] and last_size(halves) == 3
     assert list(nodes.nodes[1].attributes.get_ints("perm") or ()) == [1, 0]
