@@ -174,6 +174,8 @@ def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
         start, stop = map(operator.index, entry["block"])
         block = start, stop
     max_rank = operator.index(entry.get("max_rank", 0))
+    if max_rank < 0:
+        raise ValueError(f"a rank of {max_rank}")
     return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, max_rank=max_rank, **texts)
 
 
