@@ -43,6 +43,11 @@ def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str =
     return escaped_lines(*(f"{indent}{problem}" for problem in problems[:most]), *more)
 
 
+def count(number: int, what: str) -> str:
+    """`1 case`, `2 cases`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _no_command(line: str) -> str:
     """Escape commands of GitHub's runner: it executes `::` at the start of a line and `##[` anywhere in one."""
     line = line.replace("##[", "##\\x5b")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_export import report
 from lora_export.adapters.combination import Combination
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.application import Application
@@ -16,6 +15,7 @@ from lora_export.api.load import AdapterSources, ModelSource, load_adapters, res
 from lora_export.errors import InputRefused
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.model import Model
+from lora_export.report.verdict_screen import screen
 from lora_export.runtime.open_artifact import open_candidate
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -30,7 +30,7 @@ class ParityFailed(AssertionError):
 
     def __init__(self, proof: Proof):
         self.proof = proof
-        super().__init__(report.screen(proof.verdict, proof.placement, proof.diagnosis))
+        super().__init__(screen(proof.verdict, proof.placement, proof.diagnosis))
 
 
 def assert_parity(

@@ -16,7 +16,7 @@ from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.tokenizer import open_tokenizer
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
@@ -184,6 +184,7 @@ def _graph_in(source: Path) -> Path:
     folder = source.parent if source.name in GRAPH_FILES else source
     if is_encoder_decoder_folder(folder):
         return folder
+    refuse_missing_graph(folder)
     if not source.is_dir():
         input_files.must_exist(source, "graph")
         return source

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import report
 from lora_export.adapters.combination import Combination
 from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
@@ -30,7 +29,10 @@ from lora_export.api.verify_weights import judge_weights
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
+from lora_export.report.json_document import verdict_document
+from lora_export.report.verdict_screen import screen
+from lora_export.report.write import check_report_path, write_report
+from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hashes import file_sha256
@@ -67,13 +69,13 @@ class Verification:
     def __str__(self) -> str:
         if isinstance(self.proof, Audit):
             return str(self.proof)
-        return report.screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
+        return screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
 
     def as_document(self) -> dict[str, Any]:
         """Every figure, as the JSON document that `lora-export verify --json` prints."""
         if isinstance(self.proof, Audit):
-            return report.document(self.proof, about=self.about)
-        return report.document(
+            return verdict_document(self.proof, about=self.about)
+        return verdict_document(
             self.proof.verdict,
             self.proof.placement,
             self.about,
@@ -84,9 +86,9 @@ class Verification:
     def write_report(self, path: str | Path) -> None:
         """Write a report: .json (every figure), .xml (JUnit) or .html (to read). An existing file is replaced."""
         if isinstance(self.proof, Audit):
-            report.write(Path(path), self.proof, about=self.about, seconds=self.seconds)
+            write_report(Path(path), self.proof, about=self.about, seconds=self.seconds)
             return
-        report.write(
+        write_report(
             Path(path),
             self.proof.verdict,
             placement=self.proof.placement,
@@ -184,7 +186,7 @@ def verify(
         raise WrongUsage("--layout is for --base without --model: a model determines the layout of its weights")
     sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
-        report.check_path(Path(path), [source for source in sources if source is not None])
+        check_report_path(Path(path), [source for source in sources if source is not None])
     reading = reading.for_base(origin if model is None else model)
     of_pipeline = model is None and origin is not None and is_pipeline(origin)
     if prefixes or reading != DEFAULTS or of_pipeline:
@@ -234,7 +236,8 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 
 
 def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: HowToRun) -> None:
-    """Raise WrongUsage for options that do not go together."""
+    """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
+    refuse_missing_graph(candidate)
     is_graph = candidate.suffix == ".onnx" or is_encoder_decoder_folder(candidate)
     if model is None and origin is None:
         raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")

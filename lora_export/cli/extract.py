@@ -58,8 +58,10 @@ def command(
     cannot hold is refused by name. PyTorch is not needed, and memory does not grow with the size of the model.
     """
     with shown() as on_progress:
-        from lora_export import report
         from lora_export.api.extract import extract
+        from lora_export.report.console import console
+        from lora_export.report.json_document import as_dict
+        from lora_export.report.shares import print_shares
 
         result = extract(
             base,
@@ -75,6 +77,6 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
-        print_document(report.as_dict(result))
+        print_document(as_dict(result))
         return
-    report.print_shares(report.console(), output, result.layers, result.whole, whole=verbosity() is Verbosity.FULL)
+    print_shares(console(), output, result.layers, result.whole, whole=verbosity() is Verbosity.FULL)

@@ -204,11 +204,11 @@ def _facts(error: BaseException) -> dict[str, Any]:
         ]
         return {"misfits": misfits}
     if isinstance(error, NotTheSame) and error.proof is not None:
-        from lora_export import report
+        from lora_export.report.json_document import verdict_document
 
         proof = error.proof
         facts = (proof.verdict, proof.placement, proof.about, proof.diagnosis, proof.exit_code)
-        return {"proof": report.document(*facts)}
+        return {"proof": verdict_document(*facts)}
     return {}
 
 
@@ -258,9 +258,9 @@ def _write_reports(failure: Failure, invocation: Invocation) -> None:
     """Write the failure into every report that was requested. A report that cannot be written is a message."""
     for path in (invocation.context.params.get("reports") or ()) if invocation.context else ():
         try:
-            from lora_export import report
+            from lora_export.report.write import write_error_report
 
-            report.write_error(path, invocation.document(failure), seconds=time.perf_counter() - invocation.begun)
+            write_error_report(path, invocation.document(failure), seconds=time.perf_counter() - invocation.begun)
         except InputRefused:
             continue  # another suffix: that, or something before it, is the failure itself
         except (LoraExportError, OSError, ImportError) as error:

@@ -49,10 +49,11 @@ def command(
     was published with. Reads headers, and the tensors of an adapter. With --base, the weights of both are read. Runs
     nothing.
     """
-    from lora_export import report
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
     from lora_export.formats.read_options import ReadOptions
+    from lora_export.report.adapter_screen import print_adapter
+    from lora_export.report.console import console
     from lora_export.runtime.expectations import Expectations
 
     found = inspect(
@@ -67,7 +68,7 @@ def command(
     if as_json:
         print_document(inspection_document(found))
     elif found.adapter is not None and every:
-        report.print_adapter(report.console(), found.adapter)
+        print_adapter(console(), found.adapter)
     else:
         lines = list(inspection_lines(found, every=every))
         shown = lines[:1] if verbosity() is Verbosity.QUIET else lines

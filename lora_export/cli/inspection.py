@@ -6,15 +6,14 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_export import report
+from lora_export.errors import count
 from lora_export.graph.interface import Port
 from lora_export.plan import TensorSpec
 from lora_export.report.adapter_facts import adapter_facts
-from lora_export.report.json_document import plain
+from lora_export.report.adapter_screen import contents_of, kind_of_pair
+from lora_export.report.json_document import as_dict, plain
 from lora_export.report.layer_kinds import by_kind, title
-from lora_export.report.terminal import contents_of, kind_of_pair
 from lora_export.storage.hashes import SHORT_HASH
-from lora_export.verification.parity import count
 
 if TYPE_CHECKING:
     from lora_export.api.inspect import Inspection
@@ -43,7 +42,7 @@ def inspection_lines(found: Inspection, *, every: bool) -> Iterator[str]:
 def inspection_document(found: Inspection) -> dict[str, Any]:
     """Everything that was found, as JSON."""
     if found.adapter is not None:
-        return report.as_dict(found.adapter) | {
+        return as_dict(found.adapter) | {
             "bytes": found.adapter_bytes,
             "parameters": found.adapter.parameters,
             "facts": [list(fact) for fact in adapter_facts(found.adapter)],
@@ -67,7 +66,7 @@ def inspection_document(found: Inspection) -> dict[str, Any]:
         layers = {"linear_layers": len(found.linear)}
         return made | interface | {"opsets": dict(found.interface.opsets)} | layers | _graph_as_document(found.graph)
     assert found.checkpoint is not None
-    return made | {"tensors": [report.as_dict(spec) for spec in found.checkpoint.specs]}
+    return made | {"tensors": [as_dict(spec) for spec in found.checkpoint.specs]}
 
 
 def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bool) -> Iterator[str]:
@@ -134,11 +133,11 @@ def _lines_of_graph(found: Sites) -> Iterator[str]:
 
 
 def _graph_as_document(found: Sites) -> dict[str, Any]:
-    from lora_export import report
     from lora_export.graph.names.exporter_names import naming_attempts
+    from lora_export.report.json_document import as_dict
 
     return {
-        "tensors": [report.as_dict(spec) for spec in found.specs],
+        "tensors": [as_dict(spec) for spec in found.specs],
         "sites": [_site(site) for sites in found.by_name.values() for site in sites],
         "unnamed": [
             _site(site) | {"tried": list(naming_attempts(site)), "equals": list(site.equal_tensors)}

@@ -166,10 +166,11 @@ def command(
     """
     # A process that imports torch is not made faster by what `brisk` does.
     with startup.brisk() if device == "cpu" else contextlib.nullcontext(), shown() as on_progress:
-        from lora_export import report
         from lora_export.adapters.combination import Combination
         from lora_export.api.merge import merge
         from lora_export.formats.read_options import ReadOptions
+        from lora_export.report.console import console
+        from lora_export.report.merge_screen import print_merge_report, print_merge_summary, print_plan
 
         result = merge(
             base,
@@ -199,19 +200,21 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
+        from lora_export.report.json_document import as_dict  # which imports the verdicts
+
         facts: dict[str, Any] = {} if result.report is None else {"output": str(result.output)}
         if result.residual_bytes is not None:
             facts["residual"] = {"path": str(keep_residual), "bytes": result.residual_bytes}
-        print_document(facts | report.as_dict(result.report or result.plan))
+        print_document(facts | as_dict(result.report or result.plan))
     elif result.report is None:
         most = {Verbosity.QUIET: 0, Verbosity.SHORT: PLANNED, Verbosity.FULL: None}[verbosity()]
-        report.print_plan(report.console(), result.plan, most)
+        print_plan(console(), result.plan, most)
     elif verbosity() is Verbosity.QUIET:
         click.echo(f"wrote {one_line(str(result.output))}")
     elif verbosity() is Verbosity.FULL:
-        report.print_merge_report(report.console(), result.report, result.output)
+        print_merge_report(console(), result.report, result.output)
     else:
-        report.print_merge_summary(report.console(), result.report, result.output)
+        print_merge_summary(console(), result.report, result.output)
 
 
 def _one_way(arguments: tuple[str, ...], options: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,9 +48,11 @@ def command(
     The share of each layer's change that is left is reported. The output is a PEFT adapter. No base and no PyTorch
     are needed.
     """
-    from lora_export import report
     from lora_export.api.resize import resize
     from lora_export.formats.read_options import ReadOptions
+    from lora_export.report.console import console
+    from lora_export.report.json_document import as_dict
+    from lora_export.report.shares import print_shares
 
     result = resize(
         adapter,
@@ -63,6 +65,6 @@ def command(
         on_message=print_message,
     )
     if as_json:
-        print_document(report.as_dict(result))
+        print_document(as_dict(result))
     else:
-        report.print_shares(report.console(), output, result.layers, whole=verbosity() is Verbosity.FULL)
+        print_shares(console(), output, result.layers, whole=verbosity() is Verbosity.FULL)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export import report
 from lora_export.cli.arguments import print_message, wrote
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.report import github
+from lora_export.report.console import console
+from lora_export.report.json_document import verdict_document
+from lora_export.report.verdict_screen import print_headline, print_summary, print_verdict
 from lora_export.verification.against_checkpoint import Audit
 
 MOST_ADAPTERS = 4  # of the short screen
@@ -28,7 +30,7 @@ def proof_document(proof: Proof | None) -> dict[str, Any] | None:
     """The proof as JSON; None where no proof was requested."""
     if proof is None:
         return None
-    return report.document(
+    return verdict_document(
         proof.verdict, proof.placement, proof.about, diagnosis=proof.diagnosis, exit_code=proof.exit_code
     )
 
@@ -42,11 +44,11 @@ def show_proof(proof: Proof | None, name: str = "") -> None:
     if chosen is Verbosity.FULL:
         if name:
             click.echo(f"{name}:")
-        report.print_verdict(report.console(), verdict, proof.placement, proof.diagnosis)
+        print_verdict(console(), verdict, proof.placement, proof.diagnosis)
     elif name or chosen is Verbosity.QUIET:
-        report.print_headline(report.console(), verdict, proof.placement, name)
+        print_headline(console(), verdict, proof.placement, name)
     else:
-        report.print_summary(report.console(), verdict, proof.placement, proof.diagnosis)
+        print_summary(console(), verdict, proof.placement, proof.diagnosis)
 
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
@@ -101,11 +103,11 @@ def show_verification(result: Verification) -> None:
     if not isinstance(result.proof, Audit):
         show_proof(result.proof)
     elif verbosity() is Verbosity.QUIET:
-        report.print_headline(report.console(), result.proof)
+        print_headline(console(), result.proof)
     elif verbosity() is Verbosity.SHORT:
-        report.print_summary(report.console(), result.proof)
+        print_summary(console(), result.proof)
     else:
-        report.print_verdict(report.console(), result.proof)
+        print_verdict(console(), result.proof)
 
 
 def annotate_github(result: Verification, title: str) -> None:

@@ -28,7 +28,7 @@ def require_jinja2() -> Any:
         raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
 
 
-def page(document: Mapping[str, Any]) -> str:
+def html_page(document: Mapping[str, Any]) -> str:
     """A verdict's document, or that of a checkpoint's audit, as an HTML page that needs no other file."""
     is_checkpoint = "weights" in document
     template = _template("checkpoint.html.j2" if is_checkpoint else "verdict.html.j2")

@@ -32,7 +32,7 @@ def as_dict(record: Any) -> dict[str, Any]:
     return {"schema": _schema(record), **_members(record)}
 
 
-def document(
+def verdict_document(
     verdict: Verdict | Audit,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,

@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_export.adapters.low_rank import LayerShare, total_share
-from lora_export.errors import one_line
-from lora_export.report.terminal import print_table
-from lora_export.verification.parity import count
+from lora_export.errors import count, one_line
+from lora_export.report.console import print_table
 
 LISTED_LAYERS = 5
 

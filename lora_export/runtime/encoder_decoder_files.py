@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import SUFFIX
 
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
@@ -24,3 +25,19 @@ def adapter_of_file(path: Path) -> str:
 def is_encoder_decoder_folder(path: Path) -> bool:
     """Whether a folder has the three graphs of an encoder-decoder."""
     return path.is_dir() and all((path / name).is_file() for name in GRAPH_FILES)
+
+
+def refuse_missing_graph(path: Path) -> None:
+    """Raise InputRefused for a folder that has one or two of the three graphs, and no other model.
+
+    Exporters write such a folder where the cache is switched off.
+    """
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return
+    missing = [name for name in GRAPH_FILES if not (path / name).is_file()]
+    if 0 < len(missing) < len(GRAPH_FILES):
+        found = ", ".join(name for name in GRAPH_FILES if name not in missing)
+        raise InputRefused(
+            f"{path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its cache, by all "
+            f"three graphs: lora-export onnx MODEL --with-cache -o FOLDER"
+        )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_export.errors import InputRefused
 from lora_export.storage import input_files
 
@@ -19,6 +17,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises InputRefused for text that is not YAML, that is no table with names, and above MAX_YAML. Values may share
     parts with each other, and be larger than the file when they are printed.
     """
+    import yaml  # here, because most adapters have no such file, and importing it takes 8 ms of each merge
+
     text = input_files.read_text(path, MAX_YAML)
     try:
         content = yaml.safe_load(text)

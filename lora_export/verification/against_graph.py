@@ -22,6 +22,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import plan
+from lora_export.errors import count
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
@@ -276,7 +277,7 @@ def _sums_and_quantised_branches(model: ir.Model, sites: Sites, steps: Plan) -> 
 
 def _branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
     if number := branches_where_possible(model, sites, steps):
-        return [f"{parity.count(number, 'weight')} cannot have a branch: W + ΔW is computed where it is read"]
+        return [f"{count(number, 'weight')} cannot have a branch: W + ΔW is computed where it is read"]
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lora_export.errors import count
 from lora_export.verification import parity
 
 SHOWN_PAIRS = 5
@@ -66,7 +67,7 @@ class PairControls:
     def _counted(self, found: Sequence[str]) -> str:
         if self.by_layer:
             return f"the pairs of {len(found)} of the {len(self.names)} layers"
-        return f"{len(found)} of the {parity.count(len(self.names), 'pair')} of the adapters"
+        return f"{len(found)} of the {count(len(self.names), 'pair')} of the adapters"
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export import report
 from lora_export.report import plots
+from lora_export.report.html import html_page
+from lora_export.report.json_document import verdict_document
+from lora_export.report.write import write_report
 from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
@@ -74,7 +76,7 @@ class Read(HTMLParser):
 
 
 def read(verdict: Verdict, placement: Any = None, about: Any = ABOUT, diagnosis: Any = None) -> Read:
-    return Read(report.page(report.document(verdict, placement, about, diagnosis)))
+    return Read(html_page(verdict_document(verdict, placement, about, diagnosis)))
 
 
 # --- Verdicts ---
@@ -174,7 +176,7 @@ def test_long_case_names_are_wrapped_in_their_column() -> None:
 
 @pytest.mark.parametrize("verdict", [SAME, DIFFERENT, UNDECIDED, NOTHING], ids=lambda verdict: str(verdict.outcome))
 def test_page_loads_nothing_and_runs_nothing(verdict: Verdict) -> None:
-    page = report.page(report.document(verdict, ON_CPU, ABOUT, AS_DOCUMENT))
+    page = html_page(verdict_document(verdict, ON_CPU, ABOUT, AS_DOCUMENT))
     found = Read(page)
     assert {"script", "link", "img", "iframe", "object", "a", "form"}.isdisjoint(tag for tag, _ in found.elements)
     attributes = [(name, value or "") for _, attrs in found.elements for name, value in attrs.items()]
@@ -202,7 +204,7 @@ def test_hostile_name_is_text_everywhere(tmp_path: Path) -> None:
     }
     placement = Placement("CPUExecutionProvider", {HOSTILE: ((HOSTILE, "MatMul"),)}, {"a": HOSTILE}, HOSTILE)
     diagnosis: Any = {"first": HOSTILE, "why": HOSTILE, "layers": [{**LAYERS[1], "name": HOSTILE}]}
-    report.write(tmp_path / "page.html", verdict, placement=placement, about=about, diagnosis=diagnosis)
+    write_report(tmp_path / "page.html", verdict, placement=placement, about=about, diagnosis=diagnosis)
     page = Read((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "script" not in {tag for tag, _ in page.elements}
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
@@ -231,7 +233,7 @@ AUDITED = {**ABOUT, "candidate": "merged", "base": "base", "command": ["lora-exp
 def audited(*weights: against_checkpoint.AuditedWeight, about: Any = AUDITED) -> Read:
     is_wrong = any(weight.outcome is parity.Outcome.DIFFERENT for weight in weights)
     found = against_checkpoint.Audit(parity.Outcome.DIFFERENT if is_wrong else parity.Outcome.SAME, weights)
-    return Read(report.page(report.document(found, about=about)))
+    return Read(html_page(verdict_document(found, about=about)))
 
 
 def test_audit_has_the_figures_of_every_weight() -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export import report
+from lora_export.report.json_document import as_dict, verdict_document
+from lora_export.report.write import write_report
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.verdicts import DIFFERENT, SAME, STRAYED
 
 
 def test_verdict_is_read_back_from_its_json(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
-    report.write(path, DIFFERENT, placement=STRAYED, about={"candidate": "model.onnx", "seed": 7})
+    write_report(path, DIFFERENT, placement=STRAYED, about={"candidate": "model.onnx", "seed": 7})
     back = json.loads(path.read_text())
     assert back["schema"] == "lora-export/verdict/2"
     assert (back["outcome"], back["exit_code"], back["dtype"]) == ("different", 4, "float32")
@@ -45,33 +46,33 @@ def test_verdict_is_read_back_from_its_json(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_null_and_text() -> None:
     merged = a_merge_report(a_result("w", math.nan, relative_change=np.float32("inf")))
-    result = report.as_dict(merged)["results"][0]
+    result = as_dict(merged)["results"][0]
     assert result["retention"] is None and result["retention_text"] == "nan"
     assert result["relative_change"] is None and result["relative_change_text"] == "inf"
     assert "noise_text" not in result
-    about = report.document(SAME, about={"loss": [1.0, -math.inf]})["about"]
+    about = verdict_document(SAME, about={"loss": [1.0, -math.inf]})["about"]
     assert about == {"loss": [1.0, None], "loss_text": "[1.0, -inf]"}
-    json.dumps([report.as_dict(merged), about], allow_nan=False)
+    json.dumps([as_dict(merged), about], allow_nan=False)
 
 
 def test_every_record_names_its_schema() -> None:
-    adapter = json.loads(json.dumps(report.as_dict(ADAPTER), allow_nan=False))
+    adapter = json.loads(json.dumps(as_dict(ADAPTER), allow_nan=False))
     assert adapter["schema"] == "lora-export/adapter/1"
     assert adapter["pairs"]["q"]["a"] == {"shape": [1, 3], "dtype": "float32"}, "an array is described, not dumped"
     assert adapter["pairs"]["q"]["scale"] == 2.0
-    made = json.loads(json.dumps(report.as_dict(a_plan()), allow_nan=False))
+    made = json.loads(json.dumps(as_dict(a_plan()), allow_nan=False))
     assert made["schema"] == "lora-export/plan/1"
     assert made["steps"][0]["spec"]["layout"] == "out_in"
     assert "by_weight" not in made, "an index over the steps"
-    merged = report.as_dict(a_merge_report(replaced=("score.weight",)))
+    merged = as_dict(a_merge_report(replaced=("score.weight",)))
     assert merged["schema"] == "lora-export/merge-report/1"
     assert (merged["replaced"], merged["replaced_weights"]) == (1, ["score.weight"])
 
 
 def test_values_of_other_types_are_converted_or_refused() -> None:
     about = {"path": Path("a/b"), "dtype": np.dtype("int8"), "count": np.int64(3), "names": {"b", "a"}, "on": np.True_}
-    assert report.document(SAME, about=about)["about"] == {
+    assert verdict_document(SAME, about=about)["about"] == {
         "path": "a/b", "dtype": "int8", "count": 3, "names": ["a", "b"], "on": True,
     }  # fmt: skip
     with pytest.raises(TypeError, match="a report cannot hold a function"):
-        report.document(SAME, about={"what": a_result})
+        verdict_document(SAME, about={"what": a_result})

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_export import report
-from lora_export.report.junit_xml import junit_of_weights
+from lora_export.report.json_document import verdict_document
+from lora_export.report.junit_xml import junit, junit_of_weights
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
 from support import junit_schema
@@ -18,7 +18,7 @@ from support.verdicts import DIAGNOSIS, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYE
 
 
 def parsed(verdict: Verdict, placement: Any = None, **more: Any) -> ElementTree.Element:
-    return checked(report.junit(verdict, placement, **more))
+    return checked(junit(verdict, placement, **more))
 
 
 def checked(text: str) -> ElementTree.Element:
@@ -40,7 +40,7 @@ def checked(text: str) -> ElementTree.Element:
     }.items(),
 )
 def test_schema_of_junit_finds_faults(right: str, wrong: str) -> None:
-    text = report.junit(DIFFERENT, STRAYED, {"torch": "2.13"}, seconds=1.5)
+    text = junit(DIFFERENT, STRAYED, {"torch": "2.13"}, seconds=1.5)
     assert junit_schema.faults(ElementTree.fromstring(text)) == []
     assert right in text
     assert junit_schema.faults(ElementTree.fromstring(text.replace(right, wrong, 1)))
@@ -154,7 +154,7 @@ def test_missing_output_and_nan_are_failures() -> None:
     messages = [failure.attrib["message"] for failure in parsed(verdict).iter("failure")]
     assert "the candidate has 1 value not finite, the first at [0, 3]: nan" in messages[0]
     assert messages[1] == "logits in case lost: the candidate lacks this output"
-    assert '"figures": null' in json.dumps(report.document(verdict), allow_nan=False)
+    assert '"figures": null' in json.dumps(verdict_document(verdict), allow_nan=False)
 
 
 def test_characters_that_xml_cannot_hold_are_replaced() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export import report
 from lora_export.report import plots
+from lora_export.report.json_document import as_dict
 from lora_export.verification import parity
 from support.verdicts import LAYERS
 
 
 def counted(*numbers: float) -> dict[str, Any]:
-    return report.as_dict(parity.histogram(np.array(numbers)))
+    return as_dict(parity.histogram(np.array(numbers)))
 
 
 def heights(path: str) -> list[float]:

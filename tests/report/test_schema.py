@@ -12,7 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lora_export import cli, report
+from lora_export import cli
+from lora_export.report.json_document import verdict_document
 from lora_export.runtime import torch_runners
 from lora_export.verification.parity import Verdict, judge
 from support import FACTORIES
@@ -37,7 +38,7 @@ def validate(document: Any) -> None:
 
 def test_schema_is_valid_and_describes_every_field() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["properties"]["schema"]["const"] == report.document(SAME)["schema"]
+    assert SCHEMA["properties"]["schema"]["const"] == verdict_document(SAME)["schema"]
     assert list(undescribed(SCHEMA, "verdict")) == ["verdict.schema"]
 
 
@@ -57,13 +58,13 @@ def undescribed(part: Any, path: str) -> Iterator[str]:
 @pytest.mark.parametrize("verdict", [SAME, DIFFERENT, UNDECIDED, NOTHING], ids=lambda verdict: str(verdict.outcome))
 @pytest.mark.parametrize("placement", [None, ON_CPU, STRAYED])
 def test_document_follows_the_schema(verdict: Verdict, placement: Any) -> None:
-    validate(json.loads(json.dumps(report.document(verdict, placement, ABOUT, AS_DOCUMENT), allow_nan=False)))
-    validate(report.document(verdict, placement, torch_runners.describe_environment()))
+    validate(json.loads(json.dumps(verdict_document(verdict, placement, ABOUT, AS_DOCUMENT), allow_nan=False)))
+    validate(verdict_document(verdict, placement, torch_runners.describe_environment()))
 
 
 def test_values_that_are_not_finite_follow_the_schema() -> None:
     lost = {**AS_DOCUMENT, "layers": [{**LAYERS[0], "error": float("inf")}]}
-    document = report.document(judge([case(1e38)]), diagnosis=lost)
+    document = verdict_document(judge([case(1e38)]), diagnosis=lost)
     layer = document["diagnosis"]["layers"][0]
     assert (layer["error"], layer["error_text"]) == (None, "inf")
     validate(document)
@@ -83,7 +84,7 @@ def test_values_that_are_not_finite_follow_the_schema() -> None:
     ],
 )
 def test_schema_refuses_other_documents(harm: Any) -> None:
-    document = copy.deepcopy(report.document(SAME, ON_CPU, ABOUT))
+    document = copy.deepcopy(verdict_document(SAME, ON_CPU, ABOUT))
     validate(document)
     harm(document)
     with pytest.raises(jsonschema.ValidationError):
@@ -91,7 +92,7 @@ def test_schema_refuses_other_documents(harm: Any) -> None:
 
 
 def test_schema_permits_further_fields() -> None:
-    document = report.document(SAME, ON_CPU, ABOUT) | {"unheard_of": 1}
+    document = verdict_document(SAME, ON_CPU, ABOUT) | {"unheard_of": 1}
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
 
 

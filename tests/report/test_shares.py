@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from lora_export import report
 from lora_export.adapters.low_rank import LayerShare
+from lora_export.report.console import console
+from lora_export.report.shares import print_shares
 
 
 def printed(*shares: float, whole: bool = False, rank: int = 4) -> list[str]:
     file = io.StringIO()
     layers = [LayerShare(f"layer.{n}", (8, 8), rank - n % 2, 8, share, 1.0) for n, share in enumerate(shares)]
-    report.print_shares(report.console(file), Path("out\nsame: forged"), layers, whole=whole)
+    print_shares(console(file), Path("out\nsame: forged"), layers, whole=whole)
     return file.getvalue().splitlines()
 
 

@@ -7,16 +7,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_export import report
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.report import html
+from lora_export.report.write import check_report_path, write_report
 from support.verdicts import DIFFERENT, ON_CPU, SAME
 
 
 def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "junit.xml"
-    report.write(path, DIFFERENT)
-    report.write(path, SAME, placement=ON_CPU, seconds=2)
+    write_report(path, DIFFERENT)
+    write_report(path, SAME, placement=ON_CPU, seconds=2)
     root = ElementTree.parse(path).getroot()
     assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("9", "0", "2.000")
     assert [each.name for each in tmp_path.iterdir()] == ["junit.xml"]
@@ -26,21 +26,21 @@ def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path)
 def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, name: str) -> None:
     message = r"unknown report format. Name it \.json .*, \.xml .* or \.html"
     with pytest.raises(InputRefused, match=message):
-        report.check_path(tmp_path / name)
+        check_report_path(tmp_path / name)
     with pytest.raises(InputRefused, match=message):
-        report.write(tmp_path / name, SAME)
+        write_report(tmp_path / name, SAME)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
-    report.write(tmp_path / "no" / "such" / "report.json", SAME)
+    write_report(tmp_path / "no" / "such" / "report.json", SAME)
     assert (tmp_path / "no/such/report.json").is_file()
 
 
 def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFailed, match="is not a folder"):
-        report.write(tmp_path / "file" / "report.json", SAME)
+        write_report(tmp_path / "file" / "report.json", SAME)
 
 
 def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,5 +49,5 @@ def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(html.importlib, "import_module", missing)
     with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
-        report.check_path(tmp_path / "page.html")
-    report.check_path(tmp_path / "page.json")
+        check_report_path(tmp_path / "page.html")
+    check_report_path(tmp_path / "page.json")

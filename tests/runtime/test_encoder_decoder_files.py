@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from lora_export import cli
+from lora_export.errors import InputRefused
 from lora_export.runtime.encoder_decoder_files import (
     GRAPH_FILES,
     adapter_of_file,
     file_for_graph,
     is_encoder_decoder_folder,
+    refuse_missing_graph,
 )
 
 
@@ -36,3 +39,24 @@ def test_folder_that_lacks_one_is_none(tmp_path: Path, name: str) -> None:
         (tmp_path / other).touch()
     (tmp_path / name).unlink()
     assert not is_encoder_decoder_folder(tmp_path)
+
+
+def test_folder_with_some_of_the_graphs_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    refuse_missing_graph(tmp_path)
+    for name in GRAPH_FILES[:2]:
+        (tmp_path / name).touch()
+        with pytest.raises(InputRefused, match=f"and no {GRAPH_FILES[2]}. An encoder-decoder is run with its cache"):
+            refuse_missing_graph(tmp_path)
+    (tmp_path / GRAPH_FILES[2]).touch()
+    refuse_missing_graph(tmp_path)
+    (tmp_path / GRAPH_FILES[2]).unlink()
+    (tmp_path / "model.safetensors").touch()  # it is the folder of a model
+    refuse_missing_graph(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["generate FOLDER --prompt x", "verify FOLDER --model base"])
+def test_commands_name_the_graph_that_is_missing(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in GRAPH_FILES[1:]:
+        (tmp_path / name).touch()
+    assert cli.run(line.replace("FOLDER", str(tmp_path)).split()) == 3
+    assert f"and no {GRAPH_FILES[0]}. " in capsys.readouterr().err

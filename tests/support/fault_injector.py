@@ -21,7 +21,12 @@ from typing import Any
 
 MOMENTS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "truncate")  # of os
 LOADED = [
-    *("lora_export.cli.merge", "lora_export.weights.merge", "lora_export.report", "lora_export.cli.progress"),
+    *(
+        "lora_export.cli.merge",
+        "lora_export.weights.merge",
+        "lora_export.report.merge_screen",
+        "lora_export.cli.progress",
+    ),
     *(
         "lora_export.graph.onnx_file.reading",
         "lora_export.graph.onnx_file.writing",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from lora_export.errors import escaped_lines, one_line
+from lora_export.errors import count, escaped_lines, one_line
 from lora_export.plan import Step
 from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement, count
+from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement
 
 SHOWN_WEIGHTS = 8  # weights that are printed; the object holds all of them
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import count
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, coarser, is_float, wide
 from lora_export.verification.parity.gates import ratio_limit
-from lora_export.verification.parity.verdict import Outcome, Reason, count
+from lora_export.verification.parity.verdict import Outcome, Reason
 
 LEAST_FILL = 1e3  # the smallest magnitude of a fill value
 GAP = 100  # times as large as the largest other value

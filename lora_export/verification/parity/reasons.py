@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from lora_export.errors import count
 from lora_export.verification.parity.gates import CONTROLS, DISTANCES, LARGEST_ERROR, VALUE_CONTROLS
-from lora_export.verification.parity.verdict import Control, Figures, Outcome, Reason, count, percent
+from lora_export.verification.parity.verdict import Control, Figures, Outcome, Reason, percent
 
 
 def reasons_of(case: str, output: str, f: Figures) -> list[Reason]:

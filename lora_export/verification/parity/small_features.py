@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from lora_export.errors import count
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, Wide, coarser, difference, is_float, rms, wide
 from lora_export.verification.parity.gates import gate_of, ratio_limit
-from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, count
+from lora_export.verification.parity.verdict import Comparison, Outcome, Reason
 
 LEAST_VALUES = 5  # of a feature; with fewer, its size and PyTorch's error in it are a matter of chance
 

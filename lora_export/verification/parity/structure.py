@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lora_export.errors import count
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import Array, Outputs, is_float
-from lora_export.verification.parity.verdict import Outcome, Reason, count
+from lora_export.verification.parity.verdict import Outcome, Reason
 
 CANDIDATE, REFERENCE, DEPLOYED = "the candidate", "the reference", "the deployed model"  # as in `Case.runs`
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import count
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, Array, coarser, difference, is_float, wide
 from lora_export.verification.parity.gates import allowance, ratio_limit
-from lora_export.verification.parity.verdict import count
 
 
 @dataclass(frozen=True, eq=False)

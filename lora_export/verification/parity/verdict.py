@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from lora_export.errors import Different, EscapedLines, Undecided, escaped_lines, one_line
+from lora_export.errors import Different, EscapedLines, Undecided, count, escaped_lines, one_line
 
 PYTORCH = "PyTorch"
 DECIDES = "what would decide it"  # introduces a remedy
@@ -390,8 +390,3 @@ def percent(fraction: float) -> str:
 def multiple(factor: float) -> str:
     """Two significant digits, and whole numbers from 10 on: `1.3`, `840`."""
     return f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}" if factor < 1e6 else f"{factor:.2g}"
-
-
-def count(number: int, what: str) -> str:
-    """`1 case`, `2 cases`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
