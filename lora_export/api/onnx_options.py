@@ -127,8 +127,8 @@ class OnnxProofs:
     whole: Proof  # with the adapters that are in it; where they are swapped, without any
     adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
     mixed: Proof | None = None  # batches in which each row has its own adapter
-    several: Proof | None = None  # batches in which each row has several adapters
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
+    several: Proof | None = None  # batches in which each row has several adapters
 
 
 @dataclass(frozen=True, eq=False)

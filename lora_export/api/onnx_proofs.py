@@ -79,7 +79,7 @@ def prove_all(
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
     mixed = _prove_mixed(runner, references, options, [whole, *adapters.values()]) if options.lora == "rows" else None
     several = _prove_several(runner, references, options) if options.per_row > 1 else None
-    return OnnxProofs(whole, adapters, mixed, several, unlike)
+    return OnnxProofs(whole, adapters, mixed, unlike, several)
 
 
 def _prove(runner: Graphs, references: References, options: OnnxOptions, what: str) -> Proof:
