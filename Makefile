@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow matrix test-optimum soak defects names check bench clean
+.PHONY: help demo test test-slow matrix test-optimum test-node soak defects names check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,11 @@ matrix: $(VENV)/dev.stamp ## export small models of every architecture, and othe
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
 	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/graph/test_exporters.py tests/api/test_generate.py
+
+# The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
+test-node: $(VENV)/dev.stamp ## the JavaScript sample; needs node and npm
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(VENV)/node onnxruntime-web onnxruntime-node
+	$(BIN)/python -m pytest -rs -k javascript tests/house/test_samples.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m "soak and not matrix"

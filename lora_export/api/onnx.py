@@ -51,6 +51,9 @@ def export_onnx(
     target: str | Sequence[str] | None = None,
     dora: bool = False,
     names: str = "olive",
+    max_rank: int | None = None,
+    required_inputs: bool = False,
+    per_row: int = 1,
     task: str | None = None,
     with_cache: bool = False,
     fuse: str | None = None,
@@ -86,6 +89,14 @@ def export_onnx(
     factor for each adapter. With "inputs", `target` adds inputs at further layers for future adapters ("all-linear" or
     endings of layer names), `dora` lets these have DoRA, and `names` is the naming convention of the inputs: "olive",
     "genai" or "peft".
+
+    With "inputs" and "rows", `max_rank` pads the rank of every adapter to this number with zeros, so that no shape of
+    an adapter is dynamic. An adapter of a larger rank is refused.
+
+    With "inputs" and `required_inputs`, the inputs have no default: every run has to feed them, as JavaScript does.
+
+    With "rows" and `per_row` above 1, each row has so many adapters: `adapter_ids` is [batch, per_row], and so is the
+    input `adapter_scales` (float32), with a factor for each.
 
     `task` "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for a
     prompt and for every token after it. "text2text-generation", "automatic-speech-recognition" and "image-to-text" make
@@ -132,6 +143,9 @@ def export_onnx(
         target=target,
         dora=dora,
         names=names,
+        max_rank=max_rank,
+        required_inputs=required_inputs,
+        per_row=per_row,
         task=task,
         fuse=fuse,
         quantize=quantize,
@@ -174,6 +188,16 @@ def _check_usage(
         raise WrongUsage("--dora is for --lora inputs: other graphs contain the adapters of -a and no others")
     if lora != "inputs" and target is not None:
         raise WrongUsage("--target is for --lora inputs: other graphs contain the adapters of -a and no others")
+    if options.required_inputs and lora != "inputs":
+        raise WrongUsage("--required-inputs is for --lora inputs")
+    if options.per_row != 1 and options.lora != "rows":
+        raise WrongUsage("--adapters-per-row is for --lora rows")
+    if options.per_row < 1:
+        raise WrongUsage(f"--adapters-per-row {options.per_row}: the smallest is 1")
+    if options.max_rank is not None and not options.is_swapped:
+        raise WrongUsage("--max-rank is for --lora inputs and rows: in other graphs an adapter has its own rank")
+    if options.max_rank is not None and options.max_rank < 1:
+        raise WrongUsage(f"--max-rank {options.max_rank}: the smallest is 1")
     if options.ignore_head and not options.is_swapped:
         raise WrongUsage("--ignore-head is for --lora inputs and rows: other graphs contain the head of the adapter")
     if options.is_swapped and not options.application.combination.is_exact:
@@ -194,8 +218,6 @@ def _check_usage(
         raise WrongUsage(f"--fuse is for decoders alone, not for {options.task}")
     if options.fuse not in (None, *FUSED_FOR):
         raise WrongUsage(f"--fuse {options.fuse} is unknown; graphs are fused for {', '.join(FUSED_FOR)}")
-    if options.has_encoder and options.quantize:
-        raise WrongUsage(f"--quantize is for single graphs, not for {options.task}")
     if options.quantize not in (None, *QUANTISED_KINDS):
         raise WrongUsage(
             f"--quantize {options.quantize} is unknown; weights are quantised to {', '.join(QUANTISED_KINDS)}"

@@ -16,11 +16,11 @@ from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import ModelSource, resolve_model
-from lora_export.api.onnx_insert import insert_and_save, locate_steps
+from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.merge.merge_graph import write_merged
@@ -54,6 +54,8 @@ def export_from_graph(
         options = _without_head(program, names, options)
         before = base_outputs([program], references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
+        if options.verify and reference is None:
+            _refuse_other_labels(located)
         if located.plan:
             provenance.refuse_second_merge(given.adapters, graph.path, graph.history)
         if options.lora == "merged":
@@ -123,10 +125,29 @@ def _references(
     from lora_export.verification.against_pytorch import PyTorchReferences
 
     options.stage("loading the model")
-    model = resolve_model(reference, options.adapters, dtype=dtype, inputs=options.inputs)
+    model = resolve_model(reference, options.without_own_heads, dtype=dtype, inputs=options.inputs)
     application = replace(options.application, combination=Combination())  # the adapters are combined already
     model = adapted_model(model, options.adapters, options.weights, application, options.on_message).model
-    return PyTorchReferences(model, user_inputs=options.inputs, device=options.provider)
+    return PyTorchReferences(
+        model, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
+    )
+
+
+def _refuse_other_labels(located: Located) -> None:
+    """Raise InputRefused for heads with other numbers of labels than the graph: it shows no reference for them."""
+    shapes = {spec.name: spec.shape for spec in located.sites.specs}
+    others = [
+        f"{name}: {own.shape[0]} labels, the graph's has {shapes[name][0]}"
+        for head in located.heads
+        for name, own in head.items()
+        if own.shape != shapes[name]
+    ]
+    if others:
+        raise InputRefused(
+            "the graph alone shows no reference for heads with other labels than its own:",
+            listed(others),
+            "Name the PyTorch model that it was exported from (--model MODEL). Nothing was written.",
+        )
 
 
 def _targets(sites: Sites, options: OnnxOptions) -> list[str]:
@@ -187,4 +208,6 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
     settings = {"lora": options.lora, **options.application.settings}
+    settings |= {"max_rank": options.max_rank} if options.max_rank else {}
+    settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

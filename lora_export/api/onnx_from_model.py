@@ -50,7 +50,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     with options.staged(model_paths(source)) as folder:
         require_memory_to_export(source, dtype)
         options.stage("loading the model")
-        base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
+        base = resolve_model(source, options.without_own_heads, dtype=dtype, inputs=options.inputs, export=True)
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         given = options
@@ -69,7 +69,9 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
             for program in graphs.values():
                 quantise(program, options)
             del program
-        references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
+        references = PyTorchReferences(
+            base, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
+        )
         before = base_outputs(list(graphs.values()), references, options)
         if read := _read_when_needed(source, given, dtype, why_text_only):
             base = without_changed_ties(read, replace(options, on_message=ignore))
@@ -83,7 +85,9 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
-        chosen = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
+        chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
+        chosen |= {"max_rank": options.max_rank}
+        chosen |= {"per_row": options.per_row if options.per_row > 1 else None}
         settings |= {name: value for name, value in chosen.items() if value}
         record = record_of_model(base, given.adapters, given.weights, settings)
         for name in names:
@@ -99,7 +103,8 @@ def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why
     """
     if not options.verify or not is_large_folder(source):
         return None
-    base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True, streamed=True)
+    taken = options.without_own_heads
+    base = resolve_model(source, taken, dtype=dtype, inputs=options.inputs, export=True, streamed=True)
     if not is_streamed(base.module):
         return None
     base = adapted_model(base, options.adapters, options.weights, options.application, ignore).model
@@ -237,6 +242,8 @@ def write_with_adapters(
         return None, write_graph(program, options, folder)
     located = locate_steps(program, options, None, whole=whole)
     if located.plan is not None and not located.plan.steps:  # all that the adapters change is in other graphs
+        if options.lora == "merged":
+            quantise(program, options)
         return located, write_graph(program, options, folder)
     if options.lora == "merged":
         assert located.plan is not None

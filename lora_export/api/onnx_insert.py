@@ -21,6 +21,7 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
 from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.plan import Plan, TensorSpec
+from lora_export.plan.own_heads import Head, own_heads
 from lora_export.weights.checkpoint import Checkpoint
 
 
@@ -29,6 +30,7 @@ class Located(NamedTuple):
 
     sites: Sites
     plan: Plan | None
+    heads: Sequence[Head] = ()  # the layers that each adapter brings whole, where rows choose them
 
 
 def locate_steps(
@@ -60,7 +62,8 @@ def locate_steps(
     notes = [note for adapter in options.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         options.on_message(f"note: {note}")
-    return Located(sites, steps)
+    heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
+    return Located(sites, steps, heads)
 
 
 def insert_and_save(
@@ -75,7 +78,14 @@ def insert_and_save(
     assert located.plan is not None
     options.stage("inserting the adapters")
     if options.lora == "rows":
-        insert_rows(program, located.sites, located.plan)
+        insert_rows(
+            program,
+            located.sites,
+            located.plan,
+            max_rank=options.max_rank or 0,
+            heads=located.heads,
+            per_row=options.per_row,
+        )
     else:
         insert_nodes(program, located.sites, located.plan)
     return write_graph(program, options, folder)
@@ -85,13 +95,21 @@ def _with_inputs(
     program: ir.Model, located: Located, options: OnnxOptions, targets: Sequence[str], folder: Path
 ) -> list[str]:
     options.stage("inserting inputs for adapters")
-    sites, steps = located
+    sites, steps = located.sites, located.plan
     changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
     wanted = changed.keys() | set(targets)
     dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
     parts = [name for name in changed if name not in sites.by_name]
     weights = [*(name for name in sites.by_name if name in wanted), *parts]
-    contract = insert_inputs(program, sites, weights, names=options.names, dora=dora)
+    contract = insert_inputs(
+        program,
+        sites,
+        weights,
+        names=options.names,
+        dora=dora,
+        max_rank=options.max_rank or 0,
+        required=options.required_inputs,
+    )
     names = []
     for adapter in options.adapters:
         assert steps is not None

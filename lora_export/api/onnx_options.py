@@ -17,6 +17,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
+from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.encoder_decoder_files import file_for_graph
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
@@ -47,6 +48,9 @@ class OnnxOptions:
     target: str | Sequence[str] | None = None
     dora: bool = False
     names: str = "olive"
+    per_row: int = 1  # with "rows": how many adapters a row has
+    required_inputs: bool = False  # with "inputs": whether adapter inputs have no default
+    max_rank: int | None = None  # to which the ranks of adapters are padded; None: their own
     task: str | None = None  # one of CACHED_TASKS; None: forward as it is, without a cache
     quantize: str | None = None  # "int4" or "int8"; None: the weights stay floats
     fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
@@ -90,9 +94,20 @@ class OnnxOptions:
             return self
         return replace(self, adapters=without_shared_head(self.adapters, specs, stored))
 
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each row of a batch has the head that its adapter saves whole."""
+        is_taken = self.lora == "rows" and not self.ignore_head and not self.has_encoder
+        return is_taken and any(map(head_names, self.adapters))
+
+    @property
+    def without_own_heads(self) -> list[Adapter]:
+        """The adapters, without the heads that rows choose from."""
+        return [without_own_head(adapter) if self.has_own_heads else adapter for adapter in self.adapters]
+
     def plan(self, specs: Iterable[plan.TensorSpec]) -> Plan:
         """The weights on which the adapters land. Adapters that are swapped are never active together."""
-        return plan.make(self.adapters, specs, strengths=self.weights, one_at_a_time=self.is_swapped)
+        return plan.make(self.without_own_heads, specs, strengths=self.weights, one_at_a_time=self.is_swapped)
 
     def stage(self, name: str) -> None:
         """Report the start of a stage."""
@@ -113,6 +128,7 @@ class OnnxProofs:
     adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
     mixed: Proof | None = None  # batches in which each row has its own adapter
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
+    several: Proof | None = None  # batches in which each row has several adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +162,7 @@ def adapter_file(adapter: Adapter, options: OnnxOptions) -> str:
 def check_adapters(options: OnnxOptions) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
     if options.is_swapped:
-        others = options.adapters
+        others = options.without_own_heads
         if options.ignore_head:  # its tensors are compared with the base's when those are known
             others = [replace(adapter, replaced={}) for adapter in options.adapters]
         onnx_adapter.refuse_beyond_low_rank(others)

@@ -19,7 +19,16 @@ from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import BASE, MIXED, Proof, prove, prove_by_origin, prove_mixed
+from lora_export.verification.proof import (
+    BASE,
+    MIXED,
+    SEVERAL,
+    Proof,
+    prove,
+    prove_by_origin,
+    prove_mixed,
+    prove_several,
+)
 from lora_export.verification.references import References
 
 Graphs = OnnxRunner | EncoderDecoderRunner
@@ -69,7 +78,8 @@ def prove_all(
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
     mixed = _prove_mixed(runner, references, options, [whole, *adapters.values()]) if options.lora == "rows" else None
-    return OnnxProofs(whole, adapters, mixed, unlike)
+    several = _prove_several(runner, references, options) if options.per_row > 1 else None
+    return OnnxProofs(whole, adapters, mixed, unlike, several)
 
 
 def _prove(runner: Graphs, references: References, options: OnnxOptions, what: str) -> Proof:
@@ -90,6 +100,12 @@ def _prove_mixed(runner: Graphs, references: References, options: OnnxOptions, p
     options.stage(f"verifying {MIXED}")
     ids = [*range(1, len(proofs)), 0]
     return require_same(prove_mixed(references.as_run(runner.with_rows(ids)), proofs, ids), MIXED)
+
+
+def _prove_several(runner: Graphs, references: References, options: OnnxOptions) -> Proof:
+    """Prove batches whose rows have several adapters."""
+    own = references.with_adapters(options.adapters, options.strengths)
+    return require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
 
 
 def _by_adapter(runner: Graphs, options: OnnxOptions) -> list[Graphs]:
@@ -119,4 +135,6 @@ def _summary(proofs: OnnxProofs | None) -> dict[str, Any]:
         verdict["adapters"] = {name: recorded_verdict(proof) for name, proof in proofs.adapters.items()}
     if proofs and proofs.mixed:
         verdict["mixed"] = recorded_verdict(proofs.mixed)
+    if proofs and proofs.several:
+        verdict["several"] = recorded_verdict(proofs.several)
     return verdict

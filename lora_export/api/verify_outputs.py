@@ -24,6 +24,9 @@ from lora_export.errors import (
     LoraExportError,
     Undecided,
 )
+from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
@@ -33,8 +36,8 @@ from lora_export.verification.parity import Outcome, Reason, outcome_of
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
-    from lora_export.models.model import Model
     from lora_export.runtime.runner import Runner
+    from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.parity import Verdict
     from lora_export.verification.proof import Proof
 
@@ -54,6 +57,7 @@ def judge_outputs(
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
+    from lora_export.verification.against_pytorch import PyTorchReferences
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
@@ -69,7 +73,9 @@ def judge_outputs(
             on_message(f"note: {note}")
         require_memory_to_verify(model, candidate, how.dtype)
         stage("loading the model")
-        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs, streamed=True)
+        has_heads = _has_own_heads(candidate, loaded)
+        taken = [without_own_head(adapter) for adapter in loaded] if has_heads else loaded
+        base = resolve_model(model, taken, dtype=how.dtype, inputs=how.inputs, streamed=True)
         adapted = adapted_model(base, loaded, weights, application, on_message)
         for note in (note for adapter in adapted.adapters for note in adapter.notes if note not in printed):
             on_message(f"note: {note}")
@@ -86,7 +92,18 @@ def judge_outputs(
             )
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
             release_memory()
-            proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
+            references = PyTorchReferences(
+                base,
+                seed=how.seed or 0,
+                user_inputs=how.inputs,
+                device=how.provider,
+                cache=how.cache,
+                origin=origin,
+                fixed=how.fixed,
+                has_own_heads=has_heads,
+                say=on_message,
+            )
+            proof = _prove(runner, references, adapted.adapters, adapted.strengths, how, stage)
             files = _files_in(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
@@ -111,37 +128,32 @@ def judge_outputs(
 
 def _prove(
     runner: Runner,
-    base: Model,
+    references: PyTorchReferences,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    origin: Path | None,
     how: HowToRun,
     stage: Callable[[str], None],
-    on_message: OnMessage,
 ) -> Proof:
     """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
     from lora_export.api.publish import stage_of_proof
     from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
     from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.proof import prove, prove_rows
 
-    references = PyTorchReferences(
-        base,
-        adapters,
-        weights,
-        seed=how.seed or 0,
-        user_inputs=how.inputs,
-        device=how.provider,
-        cache=how.cache,
-        origin=origin,
-        fixed=how.fixed,
-        say=on_message,
-    )
     step = stage_of_proof(stage)
     if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.takes_rows:
+        references = replace(references, adapters=adapters, strengths=weights)
         return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+    references = references.with_adapters(adapters, weights)
     return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+
+
+def _has_own_heads(candidate: Path, adapters: Sequence[Adapter]) -> bool:
+    """Whether each row of the candidate has the head that its adapter saves whole."""
+    if candidate.suffix != ".onnx" or not any(map(head_names, adapters)):
+        return False
+    record = read_row_adapters(load_graph(candidate).metadata_props, str(candidate))
+    return record is not None and bool(record.labels)
 
 
 def _files_in(folder: Path) -> LoadedFiles:

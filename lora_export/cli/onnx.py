@@ -57,6 +57,27 @@ Examples:
     help="With --lora inputs: naming convention of the inputs.",
 )
 @click.option(
+    "--max-rank",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --lora inputs and rows: pad the rank of every adapter to N with zeros, so that adapters have static "
+    "shapes. A larger rank is refused.",
+)
+@click.option(
+    "--required-inputs",
+    is_flag=True,
+    help="With --lora inputs: give adapter inputs no default, for runtimes that pass no optional inputs (JavaScript).",
+)
+@click.option(
+    "--adapters-per-row",
+    "per_row",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="K",
+    help="With --lora rows: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
+    "[batch, K].",
+)
+@click.option(
     "--ignore-head",
     is_flag=True,
     help="With --lora inputs and rows: leave out the task head that the adapters save whole. MODEL has to contain the "
@@ -112,6 +133,9 @@ def command(
     target: str | None,
     dora: bool,
     names: str,
+    max_rank: int | None,
+    required_inputs: bool,
+    per_row: int,
     ignore_head: bool,
     task: str | None,
     with_cache: bool,
@@ -135,7 +159,8 @@ def command(
     compares with that graph unless --model names the PyTorch model.
 
     With --lora inputs, each adapter becomes a file NAME.onnx_adapter beside the graph. With --lora rows, the graph has
-    the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter.
+    the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter. With
+    --adapters-per-row, a row has several.
     """
     from lora_export.adapters.combination import Combination
     from lora_export.api.onnx import export_onnx
@@ -156,6 +181,9 @@ def command(
             target=target,
             dora=dora,
             names=names,
+            max_rank=max_rank,
+            required_inputs=required_inputs,
+            per_row=per_row,
             task=task,
             with_cache=with_cache,
             fuse=fuse,

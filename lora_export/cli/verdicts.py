@@ -59,6 +59,8 @@ def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
         document["adapters"] = {name: proof_document(proof) for name, proof in proofs.adapters.items()}
     if proofs and proofs.mixed:
         document["mixed"] = proof_document(proofs.mixed)
+    if proofs and proofs.several:
+        document["several"] = proof_document(proofs.several)
     return document
 
 
@@ -78,6 +80,8 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         click.echo(f"and {more} adapters more, each the same and farther from its limits (-v)")
     if proofs.mixed:
         show_proof(proofs.mixed, "mixed batches")
+    if proofs.several:
+        show_proof(proofs.several, "several adapters on a row")
 
 
 def largest_limit_used(proof: Proof) -> float:

@@ -37,7 +37,10 @@ SHARE_ONE_HEAD = (
     "If all adapters share one head, merge it into the model once (lora-export merge BASE ADAPTER -o with-head "
     "--only-head), and export with-head with --ignore-head."
 )
+HEADS_BY_ROW = "A graph of --lora rows takes adapters with heads of their own."
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
+ADAPTER_SCALES = "adapter_scales"  # its input where a row has several adapters: a factor for each
+ROW_INPUTS = (ADAPTER_IDS, ADAPTER_SCALES)
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
 # ONNX's numbers of the types that a weight may have
@@ -66,6 +69,7 @@ class AdapterSlot:
     value: str = ""  # the graph's initializer that holds the weight
     block: tuple[int, int] | None = None  # the weight's output features, where the initializer holds others too
     quantised: str = ""  # how the weight is quantised, in words; empty where it is not
+    max_rank: int = 0  # the rank of A and B, to which smaller ones are padded; 0: any rank
 
     @property
     def spec(self) -> TensorSpec:
@@ -74,20 +78,20 @@ class AdapterSlot:
 
     @property
     def input_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The shape of each input, by its name. The size of the rank is None."""
+        """The shape of each input, by its name. The size of the rank is None, unless it is fixed."""
         out, inner, *kernel = self.shape
-        ones = (1,) * len(kernel)
+        ones, rank = (1,) * len(kernel), self.max_rank or None
         shapes: dict[str, tuple[int | None, ...]]
-        shapes = {self.a: (None, inner, *kernel), self.b: (out, None, *ones)}
+        shapes = {self.a: (rank, inner, *kernel), self.b: (out, rank, *ones)}
         if not kernel:
-            shapes = {self.a: (inner, None), self.b: (None, out)}
+            shapes = {self.a: (inner, rank), self.b: (rank, out)}
         return shapes | ({self.factor: (out, *ones)} if self.factor else {})
 
     def without_adapter(self) -> dict[str, NDArray[Any]]:
         """Return each input's value when there is no adapter: A and B of rank zero, and a factor of ones.
 
-        A convolution's A and B have one rank of zeros: onnxruntime's convolution over no channels does not set its
-        output.
+        A fixed rank is that of zeros. A convolution's A and B have one rank of zeros: onnxruntime's convolution over no
+        channels does not set its output.
         """
         return self._neutral(rank=1 if len(self.shape) > 2 else 0)
 
@@ -101,7 +105,14 @@ class AdapterSlot:
 
     def rank_axis(self, name: str) -> int:
         """The axis of an input that is the rank."""
-        return self.input_shapes[name].index(None)
+        is_a, is_linear = name == self.a, len(self.shape) == 2
+        return int(is_a == is_linear)
+
+    def padded(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Return A or B with zeros up to the fixed rank; unchanged where any rank fits."""
+        sizes, axis = [(0, 0)] * array.ndim, self.rank_axis(name)
+        sizes[axis] = (0, max(0, self.max_rank - array.shape[axis]))
+        return np.pad(array, sizes) if self.max_rank else array
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Contract:
     base: str  # fingerprint of all the base's weights, as hex
     names: str  # a hash of their names alone
     slots: tuple[AdapterSlot, ...]
+    required: bool = False  # whether the inputs have no default, so that every run has to feed them
 
     @property
     def version(self) -> int:
@@ -122,11 +134,16 @@ class Contract:
         """The slot of each input, by the input's name."""
         return {name: slot for slot in self.slots for name in slot.input_shapes}
 
+    def without_adapter(self) -> dict[str, NDArray[Any]]:
+        """Return the values of all inputs when there is no adapter."""
+        return {name: value for slot in self.slots for name, value in slot.without_adapter().items()}
+
     def __str__(self) -> str:
         """The JSON that a graph's metadata holds."""
         defaults = {one.name: one.default for one in fields(AdapterSlot)}
         records = [{key: value for key, value in asdict(slot).items() if value != defaults[key]} for slot in self.slots]
-        return json.dumps({"base": self.base, "names": self.names, "places": records})
+        required = {"required": True} if self.required else {}
+        return json.dumps({"base": self.base, "names": self.names, **required, "places": records})
 
 
 def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
@@ -139,7 +156,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
     record = json_files.parse_json(metadata[CONTRACT_KEY].encode(), f"{source}, {CONTRACT_KEY}")
     try:
         slots = tuple(_slot(entry) for entry in record["places"])
-        contract = Contract(str(record["base"]), str(record["names"]), slots)
+        contract = Contract(str(record["base"]), str(record["names"]), slots, bool(record.get("required")))
         version_of(contract.base)
     except (KeyError, TypeError, ValueError) as error:
         raise InputRefused(f"{source}: its record of adapter inputs ({CONTRACT_KEY}) is damaged: {error!r}") from error
@@ -156,7 +173,10 @@ def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
     if "block" in entry:
         start, stop = map(operator.index, entry["block"])
         block = start, stop
-    return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
+    max_rank = operator.index(entry.get("max_rank", 0))
+    if max_rank < 0:
+        raise ValueError(f"a rank of {max_rank}")
+    return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, max_rank=max_rank, **texts)
 
 
 def version_of(fingerprint: str) -> int:
@@ -183,7 +203,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
             "only low-rank pairs can be swapped while a graph runs; these cannot:",
             listed(problems),
             "Merge such an adapter into a graph of its own (--lora merged).",
-            *([SHARE_ONE_HEAD] if any(adapter.replaced for adapter in adapters) else []),
+            *([HEADS_BY_ROW, SHARE_ONE_HEAD] if any(adapter.replaced for adapter in adapters) else []),
             "Nothing was written.",
         )
 
@@ -220,17 +240,39 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
         )
 
 
+def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
+    """Raise InputRefused for adapters whose rank is larger than fits. Lists every weight.
+
+    `max_ranks` has the fixed rank of each weight; 0 and a weight that it lacks: any rank fits.
+    """
+    larger = []
+    for step in plan.low_rank:
+        ranks: dict[str, int] = {}
+        for term in step.terms:
+            ranks[term.adapter] = ranks.get(term.adapter, 0) + term.pair.rank
+        limit = max_ranks.get(step.weight, 0)
+        larger += [f"{name}, {step.weight}: rank {rank} > {limit}" for name, rank in ranks.items() if 0 < limit < rank]
+    if larger:
+        raise InputRefused(
+            "the graph has a fixed rank (--max-rank), and these adapters have a larger one:",
+            listed(larger),
+            "Export with a larger --max-rank, or make the adapter smaller (lora-export resize). Nothing was written.",
+        )
+
+
 def input_values(
     contract: Contract, plan: Plan, adapter: str, factors: AdapterArrays = NO_ARRAYS
 ) -> dict[str, NDArray[Any]]:
     """Return the values of the graph's inputs for one adapter of a plan: A, B times its scale, and DoRA's factors.
 
-    Two pairs of one adapter that change one weight are concatenated along the rank. `factors` holds, by weight,
-    what `graph.insert.dora` computed from the adapter's magnitudes; a pair without a magnitude gets ones. Raises
-    InputRefused where the graph's dtype cannot hold a value, and for DoRA where the graph does not take it.
+    Two pairs of one adapter that change one weight are concatenated along the rank, and padded with zeros to a fixed
+    rank. `factors` holds, by weight, what `graph.insert.dora` computed from the adapter's magnitudes; a pair without a
+    magnitude gets ones. Raises InputRefused where the graph's dtype cannot hold a value, for a rank larger than the
+    fixed one, and for DoRA where the graph does not take it.
     """
     refuse_dora_without_factor(contract, plan)
     slots = {slot.weight: slot for slot in contract.slots}
+    refuse_larger_ranks(plan, {weight: slot.max_rank for weight, slot in slots.items()})
     values: dict[str, NDArray[Any]] = {}
     for step in plan.low_rank:
         own = step.for_adapter(adapter)
@@ -238,7 +280,7 @@ def input_values(
             continue
         slot = slots[step.weight]
         arrays: dict[str, NDArray[Any]] = {
-            name: np.concatenate(parts, axis=slot.rank_axis(name))
+            name: slot.padded(name, np.concatenate(parts, axis=slot.rank_axis(name)))
             for name, *parts in zip((slot.a, slot.b), *(term.factors for term in own.terms), strict=True)
         }
         if slot.factor:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import ADAPTER_IDS
+from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_INPUTS
 from lora_export.graph.cache_names import (
     DECODER_IDS,
     ENCODER_MASK,
@@ -96,7 +96,7 @@ class EncoderDecoderRunner:
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:
         """The sizes of the encoder's inputs and of the decoder's tokens."""
-        own = {name: sizes for name, sizes in self.encoder.axes.items() if name != ADAPTER_IDS}
+        own = {name: sizes for name, sizes in self.encoder.axes.items() if name not in ROW_INPUTS}
         return {**own, DECODER_IDS: self.decoder.axes[IDS]}
 
     @property
@@ -138,14 +138,21 @@ class EncoderDecoderRunner:
         for graph in self.graphs:
             graph.close()
 
-    def with_rows(self, ids: Sequence[int]) -> EncoderDecoderRunner:
+    @property
+    def adapters_per_row(self) -> int:
+        """How many adapters a row of a batch has."""
+        return max(graph.adapters_per_row for graph in self.graphs)
+
+    def with_rows(
+        self, ids: Sequence[int] | Sequence[Sequence[int]], scales: Sequence[Sequence[float]] | None = None
+    ) -> EncoderDecoderRunner:
         """The same sessions with these adapter ids for the rows of every batch (see `OnnxRunner.with_rows`).
 
         A graph that no adapter changes has none. Raises InputRefused where this is so for all.
         """
         if self.adapters_by_row is None:
             raise InputRefused(f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with --lora rows")
-        return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids))
+        return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids, scales))
 
     def with_adapter(self, name: str) -> EncoderDecoderRunner:
         """The same sessions with an adapter's files in every run (see `OnnxRunner.with_adapter`).

@@ -22,11 +22,11 @@ from lora_export import __version__
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
+from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
-from lora_export.storage.json_files import parse_json
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
@@ -69,9 +69,16 @@ class OnnxRunner:
         self.names_known = True
         self.timeout = timeout
         self._adapter_values: Arrays = {}  # where it is given as inputs
+        self._has_required_inputs = False  # whether every run has to have them
+        if onnx_adapter.CONTRACT_KEY in self._metadata:
+            contract = onnx_adapter.read_contract(self._metadata, self.path)
+            self._has_required_inputs = contract.required
+            self._adapter_values = contract.without_adapter() if contract.required else {}
+            self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
-        self._adapter_ids: NDArray[np.int64] | None = None
+        self._adapter_ids: NDArray[np.int64] | None = None  # [rows], or [rows, adapters of a row]
+        self._adapter_scales: NDArray[np.float32] | None = None  # [rows, adapters of a row]
 
     @property
     def session(self) -> Any:
@@ -101,19 +108,19 @@ class OnnxRunner:
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
         runner._adapter_values = self._adapter_values
-        return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids.tolist())
+        return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
     @property
     def adapter_ids(self) -> tuple[int, ...] | None:
-        """The adapter ids of every batch's rows; None where they are not set."""
-        return None if self._adapter_ids is None else tuple(self._adapter_ids.tolist())
+        """The adapter ids of every batch's rows; None where they are not set, or a row has several."""
+        is_single = self._adapter_ids is not None and self._adapter_ids.ndim == 1
+        return tuple(self._adapter_ids.tolist()) if is_single and self._adapter_ids is not None else None
 
     @property
     def adapters_by_row(self) -> list[str] | None:
         """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
-        record = self._metadata.get(onnx_adapter.ROW_ADAPTERS_KEY)
-        names = None if record is None else parse_json(record.encode(), str(self.path)).get("adapters", [])
-        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+        record = read_row_adapters(self._metadata, str(self.path))
+        return None if record is None else list(record.names)
 
     @property
     def takes_rows(self) -> bool:
@@ -153,11 +160,26 @@ class OnnxRunner:
         runner._adapter, runner._run_options = adapter, _run_options(adapter)
         if self._takes_values:
             runner._run_options = _run_options()
-            runner._adapter_values = {name: array_of_ort_value(value) for name, value in file.values.items()}
+            # Copies: the memory of these values is the file's, which ends here.
+            values = {name: array_of_ort_value(value).copy() for name, value in file.values.items()}
+            runner._adapter_values = {**self._adapter_values, **values}
         return runner
 
-    def with_rows(self, ids: Sequence[int]) -> OnnxRunner:
+    @property
+    def adapters_per_row(self) -> int:
+        """How many adapters a row of a batch has."""
+        record = read_row_adapters(self._metadata, str(self.path))
+        return 1 if record is None else record.per_row
+
+    def with_rows(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
+        scales: Sequence[Sequence[float]] | NDArray[np.float32] | None = None,
+    ) -> OnnxRunner:
         """The same session with these adapter ids for the rows of every batch, repeated as often as needed.
+
+        `ids` have one adapter for each row. With `scales`, both are [rows, adapters of a row], for a graph whose rows
+        have several.
 
         The batch is the first dimension of the first input. Raises InputRefused for a graph without the input
         `adapter_ids`.
@@ -166,7 +188,8 @@ class OnnxRunner:
             raise InputRefused(f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with --lora rows")
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.ADAPTER_IDS}
+        runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
         return runner
 
     def executed_nodes(self, run: Callable[[OnnxRunner], object]) -> frozenset[tuple[str, str]]:
@@ -190,6 +213,8 @@ class OnnxRunner:
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs to compute, all where it is None.
 
+        Where all rows have one id, the outputs lack the labels that the head of its adapter does not have.
+
         Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
         not have: they were folded away.
         """
@@ -202,10 +227,13 @@ class OnnxRunner:
         names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
         if self._adapter_ids is not None:
             batch = len(next(iter(inputs.values())))
-            inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._adapter_ids, batch)}
+            rows = np.arange(batch) % len(self._adapter_ids)
+            scales = None if self._adapter_scales is None else self._adapter_scales[rows]
+            inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
         try:
             with deadline(self.timeout, functools.partial(_terminate, self._run_options)) as expired:
-                return dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
+                outputs = dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
+                return self._with_own_labels(outputs)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             if expired.is_set():
                 raise TooSlow(self.path, self.timeout) from error
@@ -213,10 +241,15 @@ class OnnxRunner:
         finally:
             self._run_options.terminate = False
 
+    def _with_own_labels(self, outputs: Arrays) -> Arrays:
+        ids = set(self.adapter_ids or ())
+        record = read_row_adapters(self._metadata, str(self.path)) if len(ids) == 1 else None
+        return outputs if record is None or not record.labels else record.own_labels(outputs, ids.pop())
+
     @property
     def _takes_values(self) -> bool:
         """Whether an adapter is given as inputs: run options do not reach such a run."""
-        return not _is_onnxruntimes(self.session) or self._has_bfloat16
+        return self._has_required_inputs or not _is_onnxruntimes(self.session) or self._has_bfloat16
 
     @functools.cached_property
     def _has_bfloat16(self) -> bool:

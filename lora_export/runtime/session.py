@@ -72,9 +72,7 @@ class Session:
         self.session = session
         contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
         self.contract = _checked(contract, self.session, self.model)
-        self._base_values = {
-            name: _owned_copy(array) for slot in self.contract.slots for name, array in slot.without_adapter().items()
-        }
+        self._base_values = {name: _owned_copy(array) for name, array in self.contract.without_adapter().items()}
         self._loaded: dict[str, OrtValues] = {}
         for name, path in adapters.items():
             self.load(name, path)
@@ -99,7 +97,7 @@ class Session:
         """Load the weighted sum of loaded adapters as one more adapter, whose rank is the sum of theirs.
 
         Raises InputRefused for an adapter that is not loaded, a strength that is not finite, a DoRA adapter that
-        cannot be mixed, and where the graph's dtype cannot hold a value.
+        cannot be mixed, a sum of ranks above the graph's fixed one, and where the graph's dtype cannot hold a value.
         """
         parts = [(self._values_of(part), np.float32(strength)) for part, strength in strengths.items()]
         if not parts or not all(np.isfinite(strength) for _, strength in parts):
@@ -138,6 +136,7 @@ class Session:
             for name, value in feeds.items()
         }
         names = list(outputs) if outputs is not None else [output.name for output in self.session.get_outputs()]
+        values |= self._base_values if self.contract.required else {}
         values.update({} if adapter is None else self._values_of(adapter))
         with raising_refusals(self.model):
             results = self.session.run_with_ort_values(names, values, options)
@@ -199,7 +198,8 @@ def _default_options() -> Any:
 
 def _checked(contract: Contract, session: Any, model: Path) -> Contract:
     """The contract with the dtypes that the graph has now. Raises InputRefused where the graph no longer fits it."""
-    optional = {value.name: value for value in session.get_overridable_initializers()}
+    own = session.get_inputs() if contract.required else session.get_overridable_initializers()
+    optional = {value.name: value for value in own}
     lost = [name for name in contract.inputs if name not in optional or optional[name].type not in ADAPTER_DTYPES]
     if lost:
         raise InputRefused(f"{model} has lost {len(lost)} of its adapter inputs, the first of them {lost[0]}")
@@ -224,8 +224,24 @@ def _concatenated(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValue
         [array_of_ort_value(values[slot.b]).astype(np.float32) * strength for values, strength in present],
         axis=slot.rank_axis(slot.b),
     )
+    if slot.max_rank:
+        a, b = _with_fixed_rank(name, slot, a, b)
     factors = {slot.a: a, slot.b: onnx_adapter.cast_factor(f"{name}, {slot.weight}", slot.b, b, slot.dtype)}
     return factors | {key: array_of_ort_value(present[0][0][key]) for key in slot.input_shapes if key == slot.factor}
+
+
+def _with_fixed_rank(
+    name: str, slot: AdapterSlot, a: NDArray[Any], b: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A and B without the ranks that are zeros, which adapters were padded with, and padded to the fixed rank again."""
+    axis, other = slot.rank_axis(slot.b), slot.rank_axis(slot.a)
+    used = np.flatnonzero(b.any(axis=tuple(each for each in range(b.ndim) if each != axis)))
+    if len(used) > slot.max_rank:
+        raise InputRefused(
+            f"{name}, {slot.weight}: the mix has the rank {len(used)}, and the graph takes at most {slot.max_rank} "
+            "(--max-rank)"
+        )
+    return slot.padded(slot.a, a.take(used, axis=other)), slot.padded(slot.b, b.take(used, axis=axis))
 
 
 def _refuse_dora(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValues, np.float32]]) -> None:

@@ -79,6 +79,7 @@ from lora_export.verification.references.module_copies import (
     to_double,
     widened,
 )
+from lora_export.verification.references.own_heads import with_labels
 from lora_export.verification.references.single_pairs import control_pairs
 
 MERGED_MODULE = (
@@ -117,6 +118,9 @@ class PyTorchReferences:
     Where it takes one size of another axis that the model has free, nothing is decided. `further_seeds` are those of
     further generated inputs.
 
+    With `has_own_heads`, each adapter has a head of its own in the candidate, with labels of its own: where these are
+    not as many as the model's, the model gets as many.
+
     `origin` is the quantised graph that an ONNX candidate was made from. Adapters may have been merged into its
     weights. Its bits decide about a candidate without an adapter where fp64 cannot.
     """
@@ -131,6 +135,7 @@ class PyTorchReferences:
     origin: Path | None = None
     fixed: Mapping[str, int] | None = None
     further_seeds: Sequence[int] = ()
+    has_own_heads: bool = False
     say: Callable[[str], None] = _no_message
 
     def __post_init__(self) -> None:
@@ -138,7 +143,8 @@ class PyTorchReferences:
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
         """The same references with other adapters."""
-        return replace(self, adapters=adapters, strengths=strengths)
+        own = replace(self, adapters=adapters, strengths=strengths)
+        return replace(own, model=with_labels(self.model, own.adapters)) if self.has_own_heads else own
 
     def check(self) -> None:
         """Do nothing: inputs can be made for every model."""
@@ -210,7 +216,9 @@ class PyTorchReferences:
         """
         model, adapters = self.model, self.adapters
         changes = plan.make(adapters, layers.specs(model.module), strengths=self.strengths) if adapters else None
-        quantised = quantised_weights_of(candidate, model, changes, self.origin, inputs.cases)
+        quantised = quantised_weights_of(
+            candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
+        )
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
         rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})
@@ -373,12 +381,14 @@ class PreparedPyTorch:
         """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
 
         The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
-        moved by one rounding changes the outputs as much as that.
+        moved by one rounding changes the outputs as much as that. Where a graph rounds what enters its layers to int8,
+        there are none: the weights are then not what decides its error.
         """
-        if self.quantised or self.dtype is not torch.float32:
+        rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
+        if rounds_inputs or self.dtype is not torch.float32:
             return
         device = self.references.device
-        if self.changes is not None and self.attached.has_pairs and not self.attached.rounding:
+        if not self.quantised and self.changes is not None and self.attached.has_pairs and not self.attached.rounding:
             step("PyTorch, the adapters merged")
             merged = on_device(merged_module(self.attached.module, self.changes), device)
             yield self._peer(merged, MERGED_MODULE)

@@ -39,6 +39,8 @@ from lora_export.verification.references import FurtherPeer, ReferenceOutputs, R
 
 BASE = "the base"
 MIXED = "mixed batches"
+SEVERAL = "several adapters on a row"
+SCALES_OF_SEVERAL = (0.75, -0.5, 0.375)  # of the adapters on one row, over and over
 ORIGIN = "fp64 cannot decide about this quantised graph; the graph that it was made from can (--base BASE.onnx)"
 
 
@@ -273,6 +275,31 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
     return Proof(parity.judge(cases, dtype=last.verdict.dtype), first.placement, last.about, first.inputs, cases)
 
 
+def several_rows(adapters: int, per_row: int) -> tuple[list[int], list[float]]:
+    """Ids and scales of the adapters on one row: each id once, as far as the row reaches; the first ids again then."""
+    numbers = range(per_row)
+    return [1 + n % adapters for n in numbers], [SCALES_OF_SEVERAL[n % len(SCALES_OF_SEVERAL)] for n in numbers]
+
+
+def prove_several(
+    candidate: OnnxRunner | EncoderDecoderRunner,
+    references: References,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    trace: bool = False,
+    step: OnProofStep = no_step,
+) -> Proof:
+    """Judge a graph whose rows have several adapters, by the sum of these. Options and errors are those of `prove`."""
+    ids, scales = several_rows(len(references.adapters), candidate.adapters_per_row)
+    strengths = references.strengths or (1.0,) * len(references.adapters)
+    total = [sum(scale for each, scale in zip(ids, scales, strict=True) if each == one) for one in sorted(set(ids))]
+    used = [strengths[one - 1] * factor for one, factor in zip(sorted(set(ids)), total, strict=True)]
+    own = references.with_adapters([references.adapters[one - 1] for one in sorted(set(ids))], used)
+    runner = candidate.with_rows([ids], [scales])
+    return prove(references.as_run(runner), own, atol=atol, rtol=rtol, trace=trace, step=step)
+
+
 def prove_rows(
     candidate: OnnxRunner | EncoderDecoderRunner,
     references: References,
@@ -308,14 +335,19 @@ def prove_rows(
                 step=functools.partial(_step_of, role, step),
             )
         )
+    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
     step(MIXED)
     ids = [*range(1, len(roles)), 0]
     mixed = prove_mixed(references.as_run(candidate.with_rows(ids)), alone, ids)
-    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
-    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
+    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True)) | {MIXED: mixed.verdict}
+    if candidate.adapters_per_row > 1:
+        several = prove_several(
+            candidate, references, atol=atol, rtol=rtol, trace=trace, step=functools.partial(_step_of, SEVERAL, step)
+        )
+        alone, verdicts = [*alone, several], verdicts | {SEVERAL: several.verdict}
     return replace(
         alone[0],
-        verdict=parity.joint_verdict(verdicts | {MIXED: mixed.verdict}),
+        verdict=parity.joint_verdict(verdicts),
         about=about,
         diagnosis=next((proof.diagnosis for proof in alone if proof.diagnosis), None),
     )

@@ -99,6 +99,20 @@ def test_rows_of_a_batch_have_adapters_of_their_own(llama: Path) -> None:
         tokens(llama / "rows", adapters="es")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"lora": "rows", "per_row": 2}, {"lora": "inputs", "required_inputs": True, "max_rank": 9}]
+)
+def test_graphs_of_several_adapters_and_of_plain_inputs_generate(
+    llama: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    adapters = [f"{name}={llama / name}" for name in ("fr", "de")]
+    le.export_onnx(llama / "base", tmp_path / "out", adapters=adapters, with_cache=True, verify=False, **options)  # type: ignore[arg-type]
+    for name in (None, "fr", "de"):
+        expected = expected_tokens(llama / "base", PROMPTS, llama / name if name else None, count=16)
+        assert tokens(tmp_path / "out", adapters=name, count=16) == expected
+
+
 def test_folder_runs_in_onnxruntime_genai_as_it_is(llama: Path, swapped: Path) -> None:
     import onnxruntime_genai as og
 

@@ -70,13 +70,27 @@ def test_names_matter_only_where_they_are_files() -> None:
         check_adapters(options(hidden, lora="inputs"))
 
 
-@pytest.mark.parametrize("lora", ["inputs", "rows"])
-def test_whole_tensors_cannot_be_swapped(lora: str) -> None:
+@pytest.mark.parametrize(("lora", "task"), [("inputs", None), ("rows", "text2text-generation")])
+def test_whole_tensors_cannot_be_swapped(lora: str, task: str | None) -> None:
     head = holding("fr", pairs={"fc": pair()}, replaced={"head.weight": np.ones((2, 3), np.float32)})
-    check_adapters(options(head, lora="merged"))
+    check_adapters(options(head, lora="merged", task=task))
     with pytest.raises(InputRefused, match="head"):
-        check_adapters(options(head, lora=lora))
-    check_adapters(options(head, lora=lora, ignore_head=True))
+        check_adapters(options(head, lora=lora, task=task))
+    check_adapters(options(head, lora=lora, task=task, ignore_head=True))
+
+
+def test_rows_may_choose_heads_and_no_biases() -> None:
+    replaced = {"head.weight": np.ones((2, 3), np.float32), "fc.weight": np.ones((2, 3), np.float32)}
+    head = holding("fr", pairs={"fc": pair()}, replaced=replaced)
+    taken = options(head, lora="rows")
+    check_adapters(taken)
+    assert taken.has_own_heads and not options(head, lora="rows", ignore_head=True).has_own_heads
+    assert not options(head, lora="inputs").has_own_heads
+    (without,) = taken.without_own_heads
+    assert without.replaced.keys() == {"fc.weight"} and options(head, lora="inputs").without_own_heads == [head]
+    shifted = holding("fr", pairs={"fc": pair()}, replaced=replaced, biases={"fc": np.ones(2, np.float32)})
+    with pytest.raises(InputRefused, match="fr, fc: a change of a bias"):
+        check_adapters(options(shifted, lora="rows"))
 
 
 def test_nothing_is_published_when_the_work_fails(tmp_path: Path) -> None:

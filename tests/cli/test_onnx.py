@@ -12,19 +12,24 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
 from lora_export.api import onnx_insert, onnx_proofs
 from lora_export.formats import onnx_adapter
+from lora_export.graph.insert import row_branches
+from lora_export.graph.insert.row_scales import RowScales
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references.attached_module import attached_copy
 from support.cli import answer, call
 from support.handmade import peft_adapter
+from support.small_models import small_adapter, small_model
 from support.swapping import MODEL
 
 PACKED, OUT = "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.out_proj"
@@ -525,3 +530,137 @@ def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place
     verdict = record(tmp_path / "rows.onnx")["verdict"]
     assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
+
+
+# --- a fixed rank ---
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+def test_a_fixed_rank_leaves_no_dynamic_shape_of_an_adapter(
+    mode: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "fixed.onnx", ("-a", place / "fr", "-a", place / "legal")
+    code, found = answer(capsys, "onnx", MODEL, *words, "-o", out, "--lora", mode, "--max-rank", "6")
+    assert (code, found["proof"]["outcome"], found["bits_of_base"]) == (0, "same", True)
+    assert {name: proof["outcome"] for name, proof in found["adapters"].items()} == {"fr": "same", "legal": "same"}
+    assert record(out)["settings"]["max_rank"] == 6
+    graph = onnx.load(out).graph
+    factors = [tensor for tensor in graph.initializer if tensor.name.endswith(("lora_A.weight", "lora_B.weight"))]
+    assert factors and all(6 in tensor.dims for tensor in factors)
+    inputs = [value for value in graph.input if "lora_" in value.name]
+    assert len(inputs) == (len(factors) if mode == "inputs" else 0)
+    assert not any(size.dim_param for value in inputs for size in value.type.tensor_type.shape.dim)
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+def test_a_rank_above_the_fixed_one_is_refused_with_both(
+    mode: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("-o", tmp_path / "out.onnx", "--lora", mode, "--max-rank", "3")
+    code, found = answer(capsys, "onnx", place / "base.onnx", "-a", place / "fr", *words)
+    assert code == 3 and "fr, head.weight: rank 4 > 3" in found["error"] and not list(tmp_path.iterdir())
+    code, found = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--max-rank", "4")
+    assert code == 2 and "--max-rank is for --lora inputs and rows" in found["error"]
+
+
+def test_convert_pads_to_the_fixed_rank_of_a_graph(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = tmp_path / "fixed.onnx"
+    words = ("--lora", "inputs", "--target", "linear2", "--max-rank", "3")
+    assert call("onnx", MODEL, "-a", place / "legal", *words, "-o", graph) == 0
+    rng = np.random.default_rng(3)
+    peft_adapter(tmp_path / "small", {"head": a_pair(rng, 3, 16, 1)})
+    peft_adapter(tmp_path / "large", {"head": a_pair(rng, 3, 16, 5)})
+    made = tmp_path / "small.onnx_adapter"
+    assert call("convert", tmp_path / "small", "-o", made, "--for", graph) == 0
+    shapes = {name: value.shape() for name, value in onnx_adapter.read(made).values.items()}
+    assert shapes == {"head.lora_A.weight": [16, 3], "head.lora_B.weight": [3, 3]}
+    capsys.readouterr()
+    code, verdict = answer(capsys, "verify", graph, "--model", MODEL, "-a", tmp_path / "small", "--onnx-adapter", made)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, found = answer(capsys, "convert", tmp_path / "large", "-o", tmp_path / "large.onnx_adapter", "--for", graph)
+    assert code == 3 and "large, head.weight: rank 5 > 3" in found["error"]
+    assert not (tmp_path / "large.onnx_adapter").exists()
+
+
+# --- plain inputs ---
+
+
+def test_a_graph_of_plain_inputs_is_proven_and_takes_other_adapters(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, made = tmp_path / "plain.onnx", tmp_path / "fr.onnx_adapter"
+    words = ("-a", place / "legal", "--target", "all-linear", "--required-inputs", "-o", graph)
+    code, found = answer(capsys, "onnx", MODEL, *words, "--lora", "inputs")
+    assert (code, found["proof"]["outcome"], found["bits_of_base"]) == (0, "same", True)
+    model = onnx.load(graph)
+    assert not {value.name for value in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
+    assert call("convert", place / "fr", "-o", made, "--for", graph) == 0
+    capsys.readouterr()
+    code, verdict = answer(capsys, "verify", graph, "--model", MODEL, "-a", place / "fr", "--onnx-adapter", made)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, verdict = answer(capsys, "verify", graph, "--model", MODEL)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, found = answer(capsys, "onnx", MODEL, *words[:2], *words[4:], "--lora", "rows", "--overwrite")
+    assert code == 2 and "--required-inputs is for --lora inputs" in found["error"]
+
+
+# --- several adapters on a row ---
+
+
+@pytest.fixture(scope="module")
+def berts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT, `base`, and two adapters of PEFT."""
+    folder = tmp_path_factory.mktemp("berts")
+    base = small_model("bert", folder / "base")
+    for seed, name in enumerate(("fr", "de"), 1):
+        small_adapter("bert", base, folder / name, seed=seed)
+    return folder
+
+
+def test_a_row_of_several_adapters_is_what_peft_adds_up(
+    berts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, words = tmp_path / "rows.onnx", ("-a", berts / "fr", "-a", berts / "de")
+    code, found = answer(
+        capsys, "onnx", berts / "base", *words, "--lora", "rows", "--adapters-per-row", "2", "-o", graph
+    )
+    assert (code, found["several"]["outcome"], found["mixed"]["outcome"]) == (0, "same", "same")
+    assert record(graph)["settings"]["per_row"] == 2 and record(graph)["verdict"]["several"]["outcome"] == "same"
+    model = peft.PeftModel.from_pretrained(transformers.BertModel.from_pretrained(berts / "base"), berts / "fr", "fr")
+    model.load_adapter(berts / "de", "de")
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    chosen, scales = [[1, 2], [2, 0], [2, 1]], [[0.5, -1.5], [2.0, 9.0], [1.0, 1.0]]
+    feeds = {name: value.numpy() for name, value in texts.items()}
+    feeds |= {"adapter_ids": np.array(chosen), "adapter_scales": np.float32(scales)}
+    output = onnxruntime.InferenceSession(graph).run(["last_hidden_state"], feeds)[0]
+    names = ["", "fr", "de"]
+    for row, (own, factors) in enumerate(zip(chosen, scales, strict=True)):
+        used = [(names[one], factor) for one, factor in zip(own, factors, strict=True) if one]
+        model.add_weighted_adapter(
+            [name for name, _ in used], [factor for _, factor in used], f"sum{row}", combination_type="cat"
+        )
+        model.set_adapter(f"sum{row}")
+        with torch.no_grad():
+            expected = model.eval()(**texts).last_hidden_state[row].numpy()
+        np.testing.assert_allclose(output[row], expected, rtol=1e-4, atol=1e-5)
+    code, verdict = answer(capsys, "verify", graph, "--model", berts / "base", *words)
+    assert (code, verdict["outcome"]) == (0, "same")
+    code, verdict = answer(capsys, "verify", graph, "--model", berts / "base", *words[:2], "--adapter-id", "1")
+    assert (code, verdict["outcome"]) == (0, "same")
+
+
+def test_a_graph_that_adds_up_wrongly_is_never_published(
+    berts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = RowScales.of_positions
+    monkeypatch.setattr(RowScales, "of_positions", lambda self, nodes, x: x)
+    words = ("-a", berts / "fr", "--lora", "rows", "--adapters-per-row", "2", "-o", tmp_path / "rows.onnx")
+    monkeypatch.setattr(row_branches, "COPY_COST", 0)  # always by copies
+    assert call("onnx", berts / "base", *words) == 4
+    assert "several adapters on a row: different" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    monkeypatch.setattr(RowScales, "of_positions", right)
+    code, found = answer(capsys, "onnx", berts / "base", *words[:2], *words[4:])
+    assert code == 2 and "--adapters-per-row is for --lora rows" in found["error"]

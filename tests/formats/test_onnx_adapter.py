@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,13 @@ def test_onnxruntime_reads_a_file_with_a_hash(tmp_path: Path) -> None:
     values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     assert values.keys() == {"a", "b"}
     assert np.array_equal(values["a"].numpy(), A) and np.array_equal(values["b"].numpy(), B)
+
+
+@pytest.mark.parametrize("max_rank", [-1, "4", 2.5])
+def test_a_record_with_a_damaged_rank_is_refused(max_rank: Any) -> None:
+    slot = replace(SLOTS[0], max_rank=4)
+    right = str(Contract("ffffffff00", "00", (slot,), required=True))
+    assert onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: right}, "g").slots == (slot,)
+    wrong = right.replace('"max_rank": 4', f'"max_rank": {json.dumps(max_rank)}')
+    with pytest.raises(InputRefused, match="g: its record of adapter inputs"):
+        onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: wrong}, "g")

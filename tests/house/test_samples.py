@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -25,6 +27,7 @@ import lora_export as le
 from lora_export import cli
 from support import ROOT
 from support.handmade import peft_adapter
+from support.small_models import small_adapter, small_model
 
 SAMPLES = ROOT / "samples"
 
@@ -389,3 +392,51 @@ def test_every_sample_is_in_the_readme() -> None:
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
     assert len(names) == 12
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
+
+
+# --- JavaScript ---
+
+NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
+
+
+def javascript(runtime: str, graph: Path, adapter: Path) -> dict[str, list[float]]:
+    """What the sample prints; the test is skipped, with the reason, where it cannot run."""
+    if shutil.which("node") is None or not (NODE / "node_modules" / runtime).is_dir():
+        pytest.skip(f"{'no node' if shutil.which('node') is None else f'no {runtime} in {NODE}'}: make test-node")
+    command = ["node", SAMPLES / "adapter_inputs.mjs", graph, adapter, "5,7,9", runtime]
+    run = subprocess.run(command, check=False, cwd=NODE, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    printed: dict[str, list[float]] = json.loads(run.stdout)
+    return printed
+
+
+@pytest.fixture(scope="module")
+def plain_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT `base`, its adapter `fr`, and `model.onnx` that takes A and B as plain inputs."""
+    folder = tmp_path_factory.mktemp("javascript")
+    small_adapter("bert", small_model("bert", folder / "base"), folder / "fr")
+    options = {"lora": "inputs", "names": "peft", "required_inputs": True, "verify": False}
+    le.export_onnx(folder / "base", folder / "model.onnx", adapters=folder / "fr", **options)
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime-web", "onnxruntime-node"])
+def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path) -> None:
+    printed = javascript(runtime, plain_inputs / "model.onnx", plain_inputs / "fr")
+    model = transformers.BertModel.from_pretrained(plain_inputs / "base").eval()
+    ids = torch.tensor([[5, 7, 9]])
+    with torch.no_grad():
+        base = model(ids).last_hidden_state.numpy().ravel()
+        adapted = (
+            peft.PeftModel.from_pretrained(model, plain_inputs / "fr").eval()(ids).last_hidden_state.numpy().ravel()
+        )
+    np.testing.assert_allclose(printed["base"], base, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(printed["adapter"], adapted, rtol=1e-4, atol=1e-5)
+    assert np.abs(adapted - base).max() > 1e-2
+
+
+def test_the_graph_of_the_javascript_sample_needs_every_input(plain_inputs: Path) -> None:
+    session = le.Session(plain_inputs / "model.onnx").session
+    assert not session.get_overridable_initializers()
+    names = {value.name for value in session.get_inputs()}
+    assert {name for name in names if ".lora_A." in name} and "input_ids" in names

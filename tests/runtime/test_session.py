@@ -25,10 +25,11 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, array_of_ort_value
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
-from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage import hash_ending
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import a_graph, an_adapter, quantised
@@ -490,3 +491,53 @@ def test_adapter_of_one_block_in_packed_four_bit_weights(tmp_path: Path) -> None
     off, on = session.run({"x": x})["y"], session.run({"x": x}, adapter="k")["y"]
     assert on[:, :4].tobytes() == off[:, :4].tobytes()
     np.testing.assert_allclose(on[:, 4:], off[:, 4:] + x @ k.pairs["k"].delta().T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mix_in_a_graph_of_fixed_rank_drops_the_padding(tmp_path: Path) -> None:
+    model = a_graph(BODY.format(dtype="float"))
+    contract = insert_inputs(model, find_sites(model), ["m.weight", "n.weight"], max_rank=3)
+    save_graph(model, tmp_path, "model.onnx")
+    slots = contract.inputs
+    for name, adapter in (("one", ONE), ("two", TWO)):
+        padded = {key: slots[key].padded(key, array) for key, array in adapter.items()}
+        onnx_adapter.write(tmp_path / name, padded, contract, sha256="1")
+    session = Session(tmp_path / "model.onnx", {name: tmp_path / name for name in ("one", "two")})
+    session.mix("sum", {"one": 1.0, "two": 1.0})
+    assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
+    change = sum(each["m.lora_A.weight"] @ each["m.lora_B.weight"] for each in (ONE, TWO))
+    second = N + TWO["n.lora_A.weight"] @ TWO["n.lora_B.weight"]
+    assert np.array_equal(session.run({"x": X}, adapter="sum")["y"], X @ (M + change) @ second)
+    with pytest.raises(InputRefused, match=r"more, m.weight: the mix has the rank 5, and the graph takes at most 3"):
+        session.mix("more", {"sum": 1.0, "two": 1.0})
+    assert session.adapters == ("one", "two", "sum")
+
+
+def test_an_adapter_of_another_rank_than_the_fixed_one_is_refused(tmp_path: Path) -> None:
+    model = a_graph(BODY.format(dtype="float"))
+    contract = insert_inputs(model, find_sites(model), ["m.weight"], max_rank=2)
+    save_graph(model, tmp_path, "model.onnx")
+    onnx_adapter.write(tmp_path / "one", ONE, contract, sha256="1")
+    with pytest.raises(InputRefused, match=r"m.lora_A.weight: \[3, 1\], the graph takes \[3, 2\]"):
+        Session(tmp_path / "model.onnx", {"one": tmp_path / "one"})
+
+
+def test_a_graph_of_required_inputs_runs_its_base_and_its_adapters(tmp_path: Path) -> None:
+    model = a_graph(BODY.format(dtype="float"))
+    contract = insert_inputs(model, find_sites(model), ["m.weight", "n.weight"], required=True)
+    save_graph(model, tmp_path, "model.onnx")
+    for name, adapter in (("one", ONE), ("two", TWO)):
+        onnx_adapter.write(tmp_path / name, adapter, contract, sha256="1")
+    session = Session(tmp_path / "model.onnx", {name: tmp_path / name for name in ("one", "two")})
+    assert np.array_equal(session.run({"x": X})["y"], X @ M @ N)
+    assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))  # the other layer has none
+    assert np.array_equal(session.run({"x": X}, adapter="two")["y"], expected(TWO))
+    binding = session.io_binding(adapter="one")
+    binding.bind_cpu_input("x", X)
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    assert np.array_equal(binding.copy_outputs_to_cpu()[0], expected(ONE))
+    runner = OnnxRunner(tmp_path / "model.onnx")
+    assert runner.axes.keys() == {"x"} and np.array_equal(runner.run({"x": X})["y"], X @ M @ N)
+    gc.collect()
+    assert np.array_equal(runner.with_adapter(tmp_path / "one").run({"x": X})["y"], expected(ONE))
+    assert checked_contract(load_graph(tmp_path / "model.onnx"), tmp_path).required

@@ -81,10 +81,12 @@ def with_inputs(model: ir.Model, *weights: str, **options: Any) -> Contract:
     return contract
 
 
-def with_rows(model: ir.Model, *adapters: Adapter, batch: str = "N", **options: Any) -> None:
+def with_rows(
+    model: ir.Model, *adapters: Adapter, batch: str = "N", max_rank: int = 0, per_row: int = 1, **options: Any
+) -> None:
     """Insert adapters that `adapter_ids` selects per row, and check the graph."""
     sites, steps = planned(model, *adapters, **options)
-    insert_rows(model, sites, steps, batch=batch)
+    insert_rows(model, sites, steps, batch=batch, max_rank=max_rank, per_row=per_row)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 

@@ -29,10 +29,12 @@ import lora_export as le
 from lora_export.errors import LoraExportError
 from lora_export.models.load import load_model
 from support.genai import build_genai_graph
+from support.model_folders import MODEL_FOLDERS, saved_module
 from support.more_models import MORE_MODELS
 from support.small_models import MODELS, words_tokenizer
 
 EVERY_MODEL = {**MODELS, **MORE_MODELS}
+NAMES = (*EVERY_MODEL, *MODEL_FOLDERS)
 MODES = ("merged", "nodes")
 TRANSFORMERS, GENAI = "transformers' exporter", "genai builder"
 COLUMNS = ("pairs", *MODES, TRANSFORMERS, GENAI)
@@ -70,12 +72,15 @@ class Subject:
 
 def subject(name: str, folder: Path) -> Subject:
     """All linear layers have a pair, but for the head over the words; in networks of convolutions these have one."""
-    architecture, config = EVERY_MODEL[name]
-    cls = getattr(hf, architecture)
     torch.manual_seed(0)
     with _quiet():
-        cls(config()).save_pretrained(folder / "base")
-        module = cls.from_pretrained(folder / "base")
+        if name in MODEL_FOLDERS:
+            module: Any = saved_module(name, folder / "base")
+        else:
+            architecture, config = EVERY_MODEL[name]
+            cls = getattr(hf, architecture)
+            cls(config()).save_pretrained(folder / "base")
+            module = cls.from_pretrained(folder / "base")
         targets = _targets(name, module)
         options = peft.LoraConfig(
             target_modules=targets, r=4, lora_alpha=8, init_lora_weights=False,
@@ -87,10 +92,10 @@ def subject(name: str, folder: Path) -> Subject:
 
 
 def _targets(name: str, module: Any) -> list[str]:
-    head = module.get_output_embeddings()
+    head = getattr(module, "get_output_embeddings", lambda: None)()
     pattern = LEFT_OUT.get(name, ("$^", ""))[0]
     pattern += f"|{TOWERS}" if name in TEXTS_ALONE else ""
-    for kinds in ((nn.Linear, Conv1D), (nn.Linear, nn.Conv2d)):
+    for kinds in ((nn.Linear, Conv1D), (nn.Linear, nn.Conv1d, nn.Conv2d)):
         found = [path for path, part in module.named_modules() if isinstance(part, kinds) and part is not head]
         found = [path for path in found if not re.search(pattern, path)]
         if len(found) >= 4:
@@ -103,7 +108,7 @@ def row(name: str, folder: Path) -> dict[str, str]:
     made = subject(name, folder)
     cells = {"pairs": str(made.pairs)}
     cells |= {mode: cell(lambda mode=mode: export(made, mode, folder)) for mode in MODES}
-    cells[TRANSFORMERS] = cell(lambda: by_transformers(made, folder))
+    cells[TRANSFORMERS] = NOT_RUN if name in MODEL_FOLDERS else cell(lambda: by_transformers(made, folder))
     has_builder = name in GENAI_BUILDS and importlib.util.find_spec("onnxruntime_genai") is not None
     cells[GENAI] = cell(lambda: by_genai(made, folder)) if has_builder else NOT_RUN
     return cells

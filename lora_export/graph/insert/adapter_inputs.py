@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -29,16 +30,24 @@ MIN_IR_VERSION = 4  # before it, every initializer had to be an input, and no in
 
 
 def insert_inputs(
-    model: ir.Model, sites: Sites, weights: Iterable[str], *, names: str = "olive", dora: Iterable[str] = ()
+    model: ir.Model,
+    sites: Sites,
+    weights: Iterable[str],
+    *,
+    names: str = "olive",
+    dora: Iterable[str] = (),
+    max_rank: int = 0,
+    required: bool = False,
 ) -> Contract:
     """Give the layers of these weights A and B as optional inputs, in memory. See `AdapterSlot` for the shapes.
 
     Each input has an initializer of the same name as its default. The default has rank 0 (a convolution's has one rank
     of zeros), so that without an adapter the layer gains zeros and the graph computes what it did. The rank of each
-    layer has a symbol of its own, so that an adapter's ranks may differ. The weights in `dora` also get an input for
-    the factor of each output, by default ones, which multiplies the sum before the bias is added. `names` is one of
-    CONVENTIONS. The returned contract lists the inputs, their positions and the base's fingerprint. It is stored in the
-    graph's metadata too. `sites` is invalid afterwards.
+    layer has a symbol of its own, so that an adapter's ranks may differ. With `max_rank` every rank is this one, and
+    the default is zeros: no shape of an adapter is dynamic. With `required` there is no default. The weights in `dora`
+    also get an input for the factor of each output, by default ones, which multiplies the sum before the bias is added.
+    `names` is one of CONVENTIONS. The returned contract lists the inputs, their positions and the base's fingerprint.
+    It is stored in the graph's metadata too. `sites` is invalid afterwards.
 
     Reads all weights of the base for their fingerprint. Raises InputRefused where a weight has a reader beside which no
     branch can be inserted, where the graph has an input of that name already, and for a graph in an IR version without
@@ -57,16 +66,18 @@ def insert_inputs(
         readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
         is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
         own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
-        slot = _slot(
-            weight, own_sites, CONVENTIONS[names], digests[weight], embedding=is_embedding, dora=weight in with_dora
-        )
+        has_dora, name_of = weight in with_dora, CONVENTIONS[names]
+        slot = _slot(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
+        slot = replace(slot, max_rank=max_rank)
         a, b, *factor = _add_inputs(inserter.factory, slot)
         for site in own_sites:
             rescaling = common_rescaling(inserter.factory, site, factor[0]) if factor else None
             inserter.insert(site, [(a, b)], rescaling)
         slots.append(slot)
     inserter.finish()
-    contract = Contract(fingerprint(digests), names_digest(sites), tuple(slots))
+    contract = Contract(fingerprint(digests), names_digest(sites), tuple(slots), required)
+    for name in contract.inputs if required else ():
+        model.graph.initializers.pop(name).const_value = None
     model.metadata_props[CONTRACT_KEY] = str(contract)
     return contract
 

@@ -15,7 +15,6 @@ weights for each row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -23,32 +22,52 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.formats.onnx_adapter import (
     ADAPTER_IDS,
+    ADAPTER_SCALES,
     ROW_ADAPTERS_KEY,
     refuse_beyond_low_rank,
+    refuse_larger_ranks,
     refuse_new_tables,
 )
+from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_stacks import AdapterStacks
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
 from lora_export.graph.insert.dora import dora_factors_by_weight
 from lora_export.graph.insert.inserter import Inserter
 from lora_export.graph.insert.row_branches import RowBranches
+from lora_export.graph.insert.row_heads import RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
 from lora_export.plan import Plan
+from lora_export.plan.own_heads import Head
 
 MIN_ROWS_OPSET = 15  # from here on, Shape has `start` and `end`
 
 
-def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batch") -> None:
+def insert_rows(
+    model: ir.Model,
+    sites: Sites,
+    plan: Plan,
+    *,
+    batch: str = "batch",
+    max_rank: int = 0,
+    heads: Sequence[Head] = (),
+    per_row: int = 1,
+) -> None:
     """Insert every adapter of the plan beside its layers, in memory, selected by the new input `adapter_ids`.
 
     `adapter_ids` is int64 [batch]: 0 is the base, 1 the plan's first adapter, and so on. Their names are stored in the
     graph's metadata. Any other id, and a count that differs from the batch, ends a run with an error. Shorter ranks are
     padded with zeros, and an adapter without a pair for a weight is zeros there. B contains the scale. The base's
-    weights keep their bytes.
+    weights keep their bytes. With `max_rank` every layer has this rank.
+
+    With `per_row` above 1, each row has so many adapters: `adapter_ids` is [batch, per_row], and the input
+    `adapter_scales`, float32 [batch, per_row], has a factor for each. The row's change is their sum.
+
+    `heads` has, for each adapter, the layers that it brings whole: see `row_heads`. The graph's metadata then has the
+    number of labels of each id.
 
     `batch` is the symbol of the first dimension of the graph's inputs. Where no input has it, the symbol that all
     inputs have there is used, or else the only one that enters every layer. The factors of DoRA (adapters + 1, out) are
@@ -56,9 +75,9 @@ def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batc
     is invalid afterwards.
 
     Raises InputRefused, with every such layer, where no dimension of a layer's input is the batch for certain; for
-    adapters with more than low-rank pairs; where a weight has a reader beside which no branch can be inserted; where an
-    adapter overflows the weights' dtype; and for an opset below 15. The graph is then partly changed and must not be
-    used.
+    adapters with more than low-rank pairs and linear layers; where a weight has a reader beside which no branch can be
+    inserted; where an adapter overflows the weights' dtype or has a rank above `max_rank`; for DoRA and heads where a
+    row has several adapters; and for an opset below 15. The graph is then partly changed and must not be used.
     """
     if model.opset_imports.get("", 0) < MIN_ROWS_OPSET:
         raise InputRefused(
@@ -67,30 +86,50 @@ def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batc
         )
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
+    refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
+    if per_row > 1:
+        _refuse_without_sum(plan, heads)
     inserter = Inserter(model)
-    if ADAPTER_IDS in inserter.factory.value_names:
-        raise InputRefused(
-            f"the graph has an input or value {ADAPTER_IDS} already: start from the graph without adapters"
-        )
+    for name in (ADAPTER_IDS, *([ADAPTER_SCALES] if per_row > 1 else [])):
+        if name in inserter.factory.value_names:
+            raise InputRefused(f"the graph has an input or value {name} already: start from the graph without adapters")
     sites_by_weight = {
         step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding)
         for step in plan.low_rank
     }
+    brought = head_layers(inserter, sites, heads)
     layers = [(weight, site) for weight, own_sites in sites_by_weight.items() for site in own_sites]
+    layers += [(layer.module, site) for layer in brought for site in layer.sites]
     if any(layer_input(site).shape is None for _, site in layers):
         infer_shapes(model)
     first_input, batch = batch_input(model, batch, [site for _, site in layers])
     axes = batch_axes(layers, batch)
-    branches = RowBranches(inserter.factory, first_input, len(plan.adapters))
+    branches = RowBranches(inserter.factory, first_input, len(plan.adapters), per_row)
     names = [adapter.name for adapter in plan.adapters]
     dora = {name: dora_factors_by_weight(plan.low_rank, name, sites_by_weight.__getitem__) for name in names}
     for step in plan.low_rank:
         own_sites = sites_by_weight[step.weight]
-        stacks = AdapterStacks(inserter.factory, step, names, common_dtype(own_sites))
+        stacks = AdapterStacks(inserter.factory, step, names, common_dtype(own_sites), max_rank=max_rank)
         factors = [dora[name].get(step.weight) for name in names]
         _insert_stacks(inserter, branches, stacks, factors, own_sites, axes)
+    row_heads = RowHeads(inserter, branches, axes)
+    for layer in brought:
+        row_heads.insert(layer)
     inserter.finish()
-    model.metadata_props[ROW_ADAPTERS_KEY] = json.dumps({"adapters": names})
+    model.metadata_props[ROW_ADAPTERS_KEY] = str(RowAdapters(names, row_heads.labels(), per_row))
+
+
+def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
+    """Raise InputRefused for what adapters on one row cannot add up: DoRA, and whole layers."""
+    found = [f"{term.adapter}, {step.weight}: DoRA" for step in plan.low_rank if step.has_dora for term in step.terms]
+    for adapter, head in zip(plan.adapters, heads, strict=bool(heads)):
+        found += [f"{adapter.name}, {name}: a whole tensor" for name in head]
+    if found:
+        raise InputRefused(
+            "several adapters on one row (--adapters-per-row) are summed, and these have no sum:",
+            listed(found),
+            "Export them with one adapter for each row. Nothing was written.",
+        )
 
 
 def _insert_stacks(

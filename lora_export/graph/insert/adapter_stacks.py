@@ -17,14 +17,19 @@ from lora_export.plan import Step
 class AdapterStacks:
     """Makes initializers of the factors that a plan's adapters have for one weight.
 
-    `adapters` are the adapters' names in the order of their ids, `dtype` is that of the weight's readers.
+    `adapters` are the adapters' names in the order of their ids, `dtype` is that of the weight's readers. Each adapter
+    with a pair has at least the rank `max_rank`: zeros fill it.
     """
 
-    def __init__(self, factory: NodeFactory, step: Step, adapters: Sequence[str], dtype: str):
+    def __init__(self, factory: NodeFactory, step: Step, adapters: Sequence[str], dtype: str, *, max_rank: int = 0):
         self.factory, self.step, self.dtype = factory, step, dtype
         own_steps = [step.for_adapter(name) for name in adapters]
         self.factors = [[] if own is None else [term.factors for term in own.terms] for own in own_steps]
-        self.ranks = [0 if own is None else sum(term.pair.rank for term in own.terms) for own in own_steps]
+        ranks = [0 if own is None else sum(term.pair.rank for term in own.terms) for own in own_steps]
+        for factors, rank in zip(self.factors, ranks, strict=True):
+            if factors and rank < max_rank:
+                factors.append(self._zeros(*factors[0], max_rank - rank))
+        self.ranks = [max(rank, max_rank) if rank else 0 for rank in ranks]
 
     def pairs(self) -> tuple[Factor, Factor]:
         """A (adapters + 1, in, rank) and B (adapters + 1, rank, out), padded with zeros to the largest rank.
@@ -62,6 +67,12 @@ class AdapterStacks:
         for row, factor in zip(stack[1:], factors, strict=True):
             row[:] = 1 if factor is None else factor.reshape(-1)
         return self._initializer(DORA_FACTOR, stack)
+
+    def _zeros(self, a: NDArray[Any], b: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A and B of this rank in the shapes of others, all zeros."""
+        if a.ndim > 2:  # A (rank, in, kernel) and B (out, rank, 1...) of a convolution
+            return np.zeros((rank, *a.shape[1:]), a.dtype), np.zeros((len(b), rank, *b.shape[2:]), b.dtype)
+        return np.zeros((len(a), rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype)
 
     def _initializer(self, part: str, array: NDArray[Any]) -> Factor:
         in_dtype = cast_factor(self.step.weight, part, array, self.dtype)

@@ -114,11 +114,12 @@ def _input_problems(model: ir.Model, contract: Contract) -> list[str]:
     for slot in contract.slots:
         values = {name: inputs[name] for name in slot.input_shapes if name in inputs}
         problems += [f"{name}: no optional input of that name" for name in slot.input_shapes if name not in inputs]
-        problems += _shape_problems(slot, values) if len(values) == len(slot.input_shapes) else []
+        if len(values) == len(slot.input_shapes):
+            problems += _shape_problems(slot, values, is_required=contract.required)
     return problems
 
 
-def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value]) -> list[str]:
+def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_required: bool) -> list[str]:
     weight, first = " x ".join(map(str, slot.shape)), values[slot.a]
     problems = []
     for name, value in values.items():
@@ -127,7 +128,9 @@ def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value]) -> list[s
         pairs = list(zip(wanted, sizes, strict=False))
         if len(sizes) != len(wanted) or any(size is not None and size != actual for size, actual in pairs):
             problems.append(f"{name}: has the shape {value.shape}, its weight is {weight}")
-        elif not value.is_initializer() or any(size is None and isinstance(actual, int) for size, actual in pairs):
+        elif (not value.is_initializer() and not is_required) or any(
+            size is None and isinstance(actual, int) for size, actual in pairs
+        ):
             problems.append(f"{name}: its rank is fixed, or it has no default")
         elif value.dtype != first.dtype:
             problems.append(f"{name}: is {value.dtype}, {first.name} is {first.dtype}")

@@ -112,9 +112,9 @@ class Inserter:
         site.node.graph.insert_after(site.node, nodes)
         for node, index in uses:
             node.replace_input_with(index, total)
-        self._replace_graph_outputs(product, total)
+        self.replace_graph_outputs(product, total)
 
-    def _replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
+    def replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
         """Make `new` the graph's output in place of `old`, under the same name."""
         for graph in self.factory.model.graphs():
             for index, output in enumerate(graph.outputs):

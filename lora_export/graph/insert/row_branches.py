@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.formats.onnx_adapter import ADAPTER_IDS
-from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, Dim, layer_input
-from lora_export.graph.insert.branches import BranchNodes, Rescaling, cast_to_site, padded
-from lora_export.graph.insert.node_factory import NO_ATTRIBUTES, Attributes, Factor, NodeFactory
+from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
+from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, layer_input
+from lora_export.graph.insert.branches import BranchNodes, Rescaling
+from lora_export.graph.insert.node_factory import Factor, NodeFactory
+from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
+from lora_export.graph.insert.row_scales import RowScales
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 
@@ -24,63 +24,79 @@ READ_COST, COPY_COST = 16, 32
 class RowBranches:
     """Makes the input `adapter_ids`, and the nodes of branches that follow it.
 
-    `first_input` is an input of the graph whose first dimension is the batch.
+    `first_input` is an input of the graph whose first dimension is the batch. With `per_row` above 1, each row has so
+    many adapters: `adapter_ids` is [batch, per_row], and so is the input `adapter_scales`, their factors.
     """
 
-    def __init__(self, factory: NodeFactory, first_input: ir.Value, adapters: int):
+    def __init__(self, factory: NodeFactory, first_input: ir.Value, adapters: int, per_row: int = 1):
         assert first_input.shape is not None
         self.factory, self.batch = factory, first_input.shape[0]
-        self.adapters = adapters
+        self.adapters, self.per_row = adapters, per_row
         self.constants: dict[tuple[int, ...], ir.Value] = {}
         self.rank_masks: dict[int, ir.Value] = {}  # by rank
+        self.scales: RowScales | None = None  # None: each row has one adapter
         self.conditions: dict[ir.Value, ir.Value] = {}  # by layer input
         graph = factory.model.graph
-        ids = ir.Value(name=ADAPTER_IDS, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
+        sizes = [self.batch] if per_row == 1 else [self.batch, per_row]
+        ids = ir.Value(name=ADAPTER_IDS, shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.INT64))
         graph.inputs.append(ids)
-        nodes = _NodeList(factory, f"/{ADAPTER_IDS}")
-        self.row_count = nodes.add("Shape", [first_input], [1], ir.DataType.INT64, start=0, end=1)
+        nodes = NodeList(factory, f"/{ADAPTER_IDS}")
+        shape = self.row_count = nodes.add("Shape", [first_input], [1], ir.DataType.INT64, start=0, end=1)
         # Gather counts negative ids from the end, and rejects ids that are too large.
-        is_negative = nodes.add("Less", [ids, self._constant(0)], [self.batch], ir.DataType.BOOL)
-        choices = [is_negative, self._constant(adapters + 1), ids]
-        valid_ids = nodes.add("Where", choices, [self.batch], ir.DataType.INT64)
+        is_negative = nodes.add("Less", [ids, self.constant(0)], sizes, ir.DataType.BOOL)
+        choices = [is_negative, self.constant(adapters + 1), ids]
+        valid_ids = nodes.add("Where", choices, sizes, ir.DataType.INT64)
+        if per_row > 1:
+            shape = nodes.add("Concat", [self.row_count, self.constant(per_row)], [2], axis=0)
         # A single id would be broadcast over the batch. Only as many ids as rows can be reshaped.
-        self.ids = nodes.add("Reshape", [valid_ids, self.row_count], [self.batch])
+        self.ids = nodes.add("Reshape", [valid_ids, shape], sizes)
+        if per_row > 1:
+            factors = ir.Value(name=ADAPTER_SCALES, shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.FLOAT))
+            graph.inputs.append(factors)
+            scales = nodes.add("Reshape", [factors, shape], sizes)
+            self.scales = RowScales(nodes, self.ids, scales, adapters, self.constant)
         graph.insert_before(graph[0], nodes.nodes)
 
     def branch(self, site: Site, batch: BatchAxis, a: Factor, b: Factor, outputs: range) -> BranchNodes:
         """x·A·B with A and B by row, in the shape of these outputs of the site's node."""
-        nodes = _NodeList(self.factory, a.path)
+        nodes = NodeList(self.factory, a.path)
         product = site.node.outputs[0]
         shape = product.shape and [*product.shape[:-1], len(outputs)]
         a, b = nodes.cast_to_site(site, a), nodes.padded_to(site, b, outputs, 0.0)
         x = self._looked_up(nodes, site, batch, a) if site.is_lookup else layer_input(site)
-        x = self._separate_batch(nodes, x, batch, _features(x))
-        x, back = self._batch_first(nodes, x, batch)
-        if site.is_lookup or self.adapters >= COPY_COST or site.dtype != "float32":
-            for factor in (b,) if site.is_lookup else (a, b):
-                nodes.path = factor.path
-                x = self._product_by_row(nodes, x, factor.value)
+        x = self.separate_batch(nodes, x, batch, last_size(x))
+        x, back = self.batch_first(nodes, x, batch)
+        if site.is_lookup:
+            x = self._scaled(nodes, x)
+        if site.is_lookup or self.adapters >= COPY_COST * self.per_row or site.dtype != "float32":
+            if not site.is_lookup:
+                x = self._scaled(nodes, self.product_by_row(nodes, x, a.value, to_ranks=True))
+            nodes.path = b.path
+            x = self.product_by_row(nodes, x, b.value)
         else:
             x = self._cheaper_product(nodes, x, a, b)
         if batch.axis:
-            x = nodes.add("Transpose", [x], [_sizes(x)[axis] for axis in back], perm=back)
+            x = nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in back], perm=back)
         if batch.is_flat:
-            x = nodes.add("Reshape", [x, self._constant(-1, _features(x))], shape)
+            x = nodes.add("Reshape", [x, self.constant(-1, last_size(x))], shape)
         elif batch.rank == 2:
-            x = nodes.add("Squeeze", [x, self._constant(1)], shape)
+            x = nodes.add("Squeeze", [x, self.constant(1)], shape)
         return BranchNodes(nodes.nodes, x, b.path)
 
     def convolution_branch(
         self, site: Site, a: Factor, b: Factor, rank_mask: NDArray[np.bool_], _: range
     ) -> BranchNodes:
         """A convolution by the A of all adapters, of which each row keeps its own ranks, and one by all their B."""
-        nodes = _NodeList(self.factory, a.path)
+        nodes = NodeList(self.factory, a.path)
         a, b = nodes.cast_to_site(site, a), nodes.cast_to_site(site, b)
         product, ranks = site.node.outputs[0], rank_mask.shape[1]
         shape = product.shape and [product.shape[0], ranks, *product.shape[2:]]
         inner = nodes.add("Conv", [layer_input(site), a.value], shape, None, site.node.attributes)
-        mask = self.factory.constant(a.path, "rows", rank_mask)
-        own = self._of_rows(nodes, mask, len(site.shape), batch_axis=0, feature_axis=1)
+        if self.scales is None:
+            mask = self.factory.constant(a.path, "rows", rank_mask)
+            own = self.of_rows(nodes, mask, len(site.shape), batch_axis=0, feature_axis=1)
+        else:
+            inner, own = self.scales.of_all_adapters(nodes, inner, rank_mask.argmax(axis=0), feature_axis=1)
         # Selected, not multiplied: NaN and infinity of another adapter must not reach this row.
         zero = self.factory.constant(a.path, "nothing", np.zeros((), np.dtype(site.dtype)))
         inner = nodes.add("Where", [own, inner, zero], shape, inner.dtype)
@@ -91,111 +107,131 @@ class RowBranches:
         """The multiplication of each row by the factors of its own adapter."""
 
         def rescaling_nodes(total: ir.Value) -> list[ir.Node]:
-            nodes = _NodeList(self.factory, factors.path)
+            nodes = NodeList(self.factory, factors.path)
             features = site.node_outputs
             stack = nodes.padded_to(site, factors, range(features), 1.0).value
             shape = site.node.outputs[0].shape
             if site.is_convolution:
-                own = self._of_rows(nodes, stack, batch.rank, batch_axis=0, feature_axis=1)
+                own = self.of_rows(nodes, stack, batch.rank, batch_axis=0, feature_axis=1)
             else:
-                own = self._of_rows(nodes, stack, 4 if batch.is_flat else batch.rank, batch_axis=batch.axis)
+                own = self.of_rows(nodes, stack, 4 if batch.is_flat else batch.rank, batch_axis=batch.axis)
             if not batch.is_flat:
                 nodes.add("Mul", [total, own], shape)
                 return nodes.nodes
-            separated = self._separate_batch(nodes, total, batch, features)
-            separated = nodes.add("Mul", [separated, own], _sizes(separated))
-            nodes.add("Reshape", [separated, self._constant(-1, features)], shape)
+            separated = self.separate_batch(nodes, total, batch, features)
+            separated = nodes.add("Mul", [separated, own], sizes_of(separated))
+            nodes.add("Reshape", [separated, self.constant(-1, features)], shape)
             return nodes.nodes
 
         return Rescaling(rescaling_nodes, factors.path)
 
-    def _looked_up(self, nodes: _NodeList, site: Site, batch: BatchAxis, table: Factor) -> ir.Value:
+    def _looked_up(self, nodes: NodeList, site: Site, batch: BatchAxis, table: Factor) -> ir.Value:
         """The rows of A that are looked up, each batch row in its own adapter's part of the table."""
         tokens, count = layer_input(site), site.stored_shape[0]
-        sizes = _sizes(tokens)
+        sizes = sizes_of(tokens)
         if tokens.dtype != ir.DataType.INT64:
             tokens = nodes.add("Cast", [tokens], sizes, ir.DataType.INT64, to=int(ir.DataType.INT64))
         # Negative tokens count from the end of the adapter's own part.
-        is_negative = nodes.add("Less", [tokens, self._constant(0)], sizes, ir.DataType.BOOL)
-        from_end = nodes.add("Add", [tokens, self._constant(count)], sizes)
+        is_negative = nodes.add("Less", [tokens, self.constant(0)], sizes, ir.DataType.BOOL)
+        from_end = nodes.add("Add", [tokens, self.constant(count)], sizes)
         tokens = nodes.add("Where", [is_negative, from_end, tokens], sizes, ir.DataType.INT64)
-        first = nodes.add("Mul", [self.ids, self._constant(count)], [self.batch])
-        other_axes = [axis for axis in range(len(sizes)) if axis != batch.axis]
-        if other_axes:
-            shape = [self.batch if axis == batch.axis else 1 for axis in range(len(sizes))]
-            first = nodes.add("Unsqueeze", [first, self._constant(*other_axes)], shape)
-        rows = nodes.add("Add", [tokens, first], sizes)
-        return nodes.add("Gather", [table.value, rows], [*sizes, _features(table.value)], table.value.dtype)
+        looked_up, rank = [], last_size(table.value)
+        for position in range(self.per_row):
+            ids = self.ids
+            if self.per_row > 1:
+                ids = nodes.add("Gather", [ids, self.constant(position)], [self.batch, 1], axis=1)
+                ids = nodes.add("Squeeze", [ids, self.constant(1)], [self.batch])
+            first = nodes.add("Mul", [ids, self.constant(count)], [self.batch])
+            other_axes = [axis for axis in range(len(sizes)) if axis != batch.axis]
+            if other_axes:
+                shape = [self.batch if axis == batch.axis else 1 for axis in range(len(sizes))]
+                first = nodes.add("Unsqueeze", [first, self.constant(*other_axes)], shape)
+            rows = nodes.add("Add", [tokens, first], sizes)
+            looked_up.append(nodes.add("Gather", [table.value, rows], [*sizes, rank], table.value.dtype))
+        if self.per_row == 1:
+            return looked_up[0]
+        return nodes.add("Concat", looked_up, [*sizes, rank * self.per_row], axis=-1)
 
-    def _of_rows(
-        self, nodes: _NodeList, stack: ir.Value, rank: int, *, batch_axis: int, feature_axis: int = -1
+    def of_rows(
+        self, nodes: NodeList, stack: ir.Value, rank: int, *, batch_axis: int, feature_axis: int = -1
     ) -> ir.Value:
         """Each batch row's own entry of a stack (adapters + 1, n), in `rank` dimensions."""
-        width = _sizes(stack)[1]
+        width = sizes_of(stack)[1]
         own = nodes.add("Gather", [stack, self.ids], [self.batch, width], axis=0)
         sizes = {batch_axis: self.batch, feature_axis % rank: width}
         ones = [axis for axis in range(rank) if axis not in sizes]
         if not ones:
             return own
         shape = [sizes.get(axis, 1) for axis in range(rank)]
-        return nodes.add("Unsqueeze", [own, self._constant(*ones)], shape)
+        return nodes.add("Unsqueeze", [own, self.constant(*ones)], shape)
 
-    def _separate_batch(self, nodes: _NodeList, x: ir.Value, batch: BatchAxis, features: int) -> ir.Value:
+    def separate_batch(self, nodes: NodeList, x: ir.Value, batch: BatchAxis, features: int) -> ir.Value:
         """x with a dimension for the batch, and at least one between it and the features."""
         if batch.is_flat:
-            last = self._constant(batch.inner, features)
-            shape = nodes.add("Concat", [self._constant(batch.outer), self.row_count, last], [4], axis=0)
+            last = self.constant(batch.inner, features)
+            shape = nodes.add("Concat", [self.constant(batch.outer), self.row_count, last], [4], axis=0)
             outer, inner = (ir.SymbolicDim(None) if size == UNKNOWN else size for size in (batch.outer, batch.inner))
             return nodes.add("Reshape", [x, shape], [outer, self.batch, inner, features])
         if batch.rank == 2:
-            return nodes.add("Unsqueeze", [x, self._constant(1)], [self.batch, 1, features])
+            return nodes.add("Unsqueeze", [x, self.constant(1)], [self.batch, 1, features])
         return x
 
-    def _batch_first(self, nodes: _NodeList, x: ir.Value, batch: BatchAxis) -> tuple[ir.Value, list[int]]:
+    def batch_first(self, nodes: NodeList, x: ir.Value, batch: BatchAxis) -> tuple[ir.Value, list[int]]:
         """x with the batch as its first dimension, and the permutation that undoes it."""
-        order = [batch.axis, *(axis for axis in range(len(_sizes(x))) if axis != batch.axis)]
+        order = [batch.axis, *(axis for axis in range(len(sizes_of(x))) if axis != batch.axis)]
         if batch.axis:
-            x = nodes.add("Transpose", [x], [_sizes(x)[axis] for axis in order], perm=order)
+            x = nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in order], perm=order)
         return x, [order.index(axis) for axis in range(len(order))]
 
-    def _product_by_row(self, nodes: _NodeList, x: ir.Value, stack: ir.Value) -> ir.Value:
-        """x (batch, ..., in) by each row's own matrix of the stack (adapters + 1, in, out)."""
-        between, matrix = _sizes(x)[1:-1], _sizes(stack)[1:]
-        own = nodes.add("Gather", [stack, self.ids], [self.batch, *matrix], axis=0)
+    def _scaled(self, nodes: NodeList, x: ir.Value) -> ir.Value:
+        """x (batch, ..., ranks), each rank times the factor of its adapter, where a row has several."""
+        return x if self.scales is None else self.scales.of_positions(nodes, x)
+
+    def product_by_row(self, nodes: NodeList, x: ir.Value, stack: ir.Value, *, to_ranks: bool = False) -> ir.Value:
+        """x (batch, ..., in) by each row's own matrix of the stack (adapters + 1, in, out).
+
+        The ranks of several adapters are side by side: the columns of their A (`to_ranks`), the rows of their B.
+        """
+        between, matrix = sizes_of(x)[1:-1], sizes_of(stack)[1:]
+        if self.scales is None:
+            own = nodes.add("Gather", [stack, self.ids], [self.batch, *matrix], axis=0)
+        else:
+            own = self.scales.side_by_side(nodes, stack, to_ranks=to_ranks)
+            matrix = sizes_of(own)[1:]
         if len(between) > 1:
             ones = range(1, len(between))
-            own = nodes.add("Unsqueeze", [own, self._constant(*ones)], [self.batch, *(1 for _ in ones), *matrix])
+            own = nodes.add("Unsqueeze", [own, self.constant(*ones)], [self.batch, *(1 for _ in ones), *matrix])
         return nodes.add("MatMul", [x, own], [self.batch, *between, matrix[-1]])
 
     # --- the products of all adapters, where they are cheaper ---
 
-    def _cheaper_product(self, nodes: _NodeList, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
+    def _cheaper_product(self, nodes: NodeList, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
         """x (batch, ..., in) by each row's own A and B: by copies of them, or by those of all adapters."""
         nodes.path = b.path
         condition = self._is_all_cheaper(nodes, x)
-        copies, all_adapters = _NodeList(self.factory, a.path), _NodeList(self.factory, a.path)
-        by_copies = self._product_by_row(copies, x, a.value)
+        copies, all_adapters = NodeList(self.factory, a.path), NodeList(self.factory, a.path)
+        by_copies = self._scaled(copies, self.product_by_row(copies, x, a.value, to_ranks=True))
         by_all = self._product_by_all(nodes, all_adapters, x, a, b)
         copies.path = b.path
-        by_copies = self._product_by_row(copies, by_copies, b.value)
+        by_copies = self.product_by_row(copies, by_copies, b.value)
         alternatives = {"then_branch": (all_adapters, by_all), "else_branch": (copies, by_copies)}
         graphs = {
             name: ir.AttrGraph(name, ir.Graph([], [output], nodes=made.nodes, name=f"{b.path}/{name}"))
             for name, (made, output) in alternatives.items()
         }
-        return nodes.add("If", [condition], _sizes(by_copies), a.value.dtype, graphs)
+        return nodes.add("If", [condition], sizes_of(by_copies), a.value.dtype, graphs)
 
-    def _is_all_cheaper(self, nodes: _NodeList, x: ir.Value) -> ir.Value:
+    def _is_all_cheaper(self, nodes: NodeList, x: ir.Value) -> ir.Value:
         """Whether the products of all adapters are cheaper for this x. Computed once for all layers that read it."""
         if x in self.conditions:
             return self.conditions[x]
-        made, features, producer = _NodeList(self.factory, f"/{ADAPTER_IDS}"), _features(x), x.producer()
-        rows = made.add("Mul", [self.row_count, self._constant(COPY_COST * features)], [1])
-        limit = made.add("Sub", [rows, self._constant(READ_COST * self.adapters * features)], [1])
+        made, features, producer = NodeList(self.factory, f"/{ADAPTER_IDS}"), last_size(x), x.producer()
+        rows = made.add("Mul", [self.row_count, self.constant(COPY_COST * features * self.per_row)], [1])
+        limit = made.add("Sub", [rows, self.constant(READ_COST * self.adapters * features)], [1])
         size = made.add("Size", [x], [], ir.DataType.INT64)
-        cost = made.add("Mul", [size, self._constant(self.adapters)], [1])
+        cost = made.add("Mul", [size, self.constant(self.adapters)], [1])
         is_cheaper = made.add("LessOrEqual", [cost, limit], [1], ir.DataType.BOOL)
-        is_cheaper = made.add("Squeeze", [is_cheaper, self._constant(0)], [])
+        is_cheaper = made.add("Squeeze", [is_cheaper, self.constant(0)], [])
         if producer is not None and producer.graph is not None:  # before the first of these layers
             producer.graph.insert_after(producer, made.nodes)
             self.conditions[x] = is_cheaper
@@ -203,25 +239,29 @@ class RowBranches:
             nodes.nodes += made.nodes
         return is_cheaper
 
-    def _product_by_all(self, nodes: _NodeList, inner_nodes: _NodeList, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
+    def _product_by_all(self, nodes: NodeList, inner_nodes: NodeList, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
         """x by all A side by side, of which each row keeps its own ranks, by all B one below the other.
 
         The matrices are made of the stacks. A runtime that folds constants does so when it loads the graph.
         """
-        slots, features, rank = map(int, _sizes(a.value))  # type: ignore[arg-type]
-        all_ranks, out = slots * rank, _features(b.value)
+        slots, features, rank = map(int, sizes_of(a.value))  # type: ignore[arg-type]
+        all_ranks, out = slots * rank, last_size(b.value)
         transposed = nodes.add("Transpose", [a.value], [features, slots, rank], perm=[1, 0, 2])
-        all_a = nodes.add("Reshape", [transposed, self._constant(features, all_ranks)], [features, all_ranks])
-        all_b = nodes.add("Reshape", [b.value, self._constant(all_ranks, out)], [all_ranks, out])
-        own = self._own_ranks(rank)
-        between = _sizes(x)[1:-1]
-        if len(between) > 1:
+        all_a = nodes.add("Reshape", [transposed, self.constant(features, all_ranks)], [features, all_ranks])
+        all_b = nodes.add("Reshape", [b.value, self.constant(all_ranks, out)], [all_ranks, out])
+        own = self._own_ranks(rank) if self.scales is None else None
+        between = sizes_of(x)[1:-1]
+        if own is not None and len(between) > 1:
             ones = range(1, len(between))
             shape = [self.batch, *(1 for _ in between), all_ranks]
-            own = inner_nodes.add("Unsqueeze", [own, self._constant(*ones)], shape)
+            own = inner_nodes.add("Unsqueeze", [own, self.constant(*ones)], shape)
         dtype = a.value.dtype
         assert dtype is not None
         product = inner_nodes.add("MatMul", [x, all_a], [self.batch, *between, all_ranks], dtype)
+        if self.scales is not None:
+            owners = np.repeat(np.arange(slots), rank)
+            product, own = self.scales.of_all_adapters(inner_nodes, product, owners, feature_axis=-1)
+        assert own is not None
         # Selected, not multiplied: NaN and infinity of another adapter must not reach this row.
         zero = self.factory.constant(a.path, "nothing", np.zeros((), dtype.numpy()))
         selected = inner_nodes.add("Where", [own, product, zero], [self.batch, *between, all_ranks], dtype)
@@ -233,68 +273,19 @@ class RowBranches:
         if rank not in self.rank_masks:
             slots = self.adapters + 1
             mask = np.repeat(np.eye(slots, dtype=bool), rank, axis=1)
-            nodes = _NodeList(self.factory, f"/{ADAPTER_IDS}")
+            nodes = NodeList(self.factory, f"/{ADAPTER_IDS}")
             table = self.factory.constant(f"/{ADAPTER_IDS}", f"owners.{rank}", mask)
             own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
-            self.rank_masks[rank] = nodes.add("Unsqueeze", [own, self._constant(1)], [self.batch, 1, slots * rank])
+            self.rank_masks[rank] = nodes.add("Unsqueeze", [own, self.constant(1)], [self.batch, 1, slots * rank])
             producer = self.ids.producer()
             assert producer is not None
             self.factory.model.graph.insert_after(producer, nodes.nodes)
         return self.rank_masks[rank]
 
-    def _constant(self, *numbers: int) -> ir.Value:
+    def constant(self, *numbers: int) -> ir.Value:
         """An int64 initializer, one for all nodes that need it."""
         if numbers not in self.constants:
             name = unused_name(f"{ADAPTER_IDS}.{'_'.join(map(str, numbers))}", self.factory.value_names)
             tensor = ir.Tensor(np.array(numbers, np.int64))
             self.constants[numbers] = new_initializer(self.factory.model, name, tensor)
         return self.constants[numbers]
-
-
-class _NodeList:
-    """New nodes in the order in which they run. Their names begin with `path`."""
-
-    def __init__(self, factory: NodeFactory, path: str):
-        self.factory, self.path = factory, path
-        self.nodes: list[ir.Node] = []
-
-    def cast_to_site(self, site: Site, factor: Factor) -> Factor:
-        """As `branches.cast_to_site`."""
-        casts, factor = cast_to_site(self.factory, site, factor)
-        self.nodes += casts
-        return factor
-
-    def padded_to(self, site: Site, factor: Factor, outputs: range, number: float) -> Factor:
-        """As `branches.padded`, after `branches.cast_to_site`."""
-        factor = self.cast_to_site(site, factor)
-        padding, factor = padded(self.factory, site, factor, outputs, number)
-        self.nodes += padding
-        return factor
-
-    def add(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        shape: Iterable[Dim] | None,
-        dtype: ir.DataType | None = None,
-        copied: Attributes = NO_ATTRIBUTES,
-        **attributes: int | Sequence[int],
-    ) -> ir.Value:
-        """Add a node. Its output has the type of the first input where `dtype` is None."""
-        known_shape = None if shape is None else ir.Shape(shape)
-        node = self.factory.node(op_type, inputs, self.path, known_shape, {**copied, **attributes})
-        if dtype is not None:
-            node.outputs[0].type = ir.TensorType(dtype)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-
-def _sizes(value: ir.Value) -> list[Dim]:
-    assert value.shape is not None
-    return list(value.shape)
-
-
-def _features(value: ir.Value) -> int:
-    size = _sizes(value)[-1]
-    assert isinstance(size, int)
-    return size

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, CONTRACT_KEY, array_of_ort_value, import_onnxruntime
+from lora_export.formats.onnx_adapter import (
+    ADAPTER_IDS,
+    CONTRACT_KEY,
+    ROW_INPUTS,
+    array_of_ort_value,
+    import_onnxruntime,
+)
+from lora_export.formats.row_adapters import row_inputs
 from lora_export.graph.cache_names import BRANCH, IDS, LOGITS, MASK, POSITIONS
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -34,9 +41,10 @@ class Decoder:
             )
         self.graph, self.provider, self.cache = graph, provider, runner.cache
         self.takes = frozenset(runner.inner.axes)
-        unknown = self.takes - {IDS, MASK, *POSITIONS, BRANCH, ADAPTER_IDS, *(tensor.past for tensor in self.cache)}
+        unknown = self.takes - {IDS, MASK, *POSITIONS, BRANCH, *ROW_INPUTS, *(tensor.past for tensor in self.cache)}
         self.takes_padding = runner.takes_padding
         self.rows: list[str] = runner.inner.adapters_by_row or []
+        self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
         self.adapters: Session | None = None
         if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
@@ -74,7 +82,9 @@ class DecoderRun:
         if decoder.adapters is not None:
             decoder.adapters.bind(self.binding, adapter=adapter)
         if ADAPTER_IDS in decoder.takes:
-            self.binding.bind_cpu_input(ADAPTER_IDS, np.array(adapter_ids or [0] * batch, np.int64))
+            ids = np.array(adapter_ids or [0] * batch, np.int64)
+            for name, value in row_inputs(ids, None, decoder.adapters_per_row).items():
+                self.binding.bind_cpu_input(name, value)
         for tensor in decoder.cache:
             empty = ort.OrtValue.ortvalue_from_shape_and_type(
                 tensor.empty_sizes(batch), tensor.dtype, decoder.provider, 0

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, array_of_ort_value
+from lora_export.formats.onnx_adapter import array_of_ort_value
+from lora_export.formats.row_adapters import row_inputs
 from lora_export.graph.cache_names import (
     DECODER_IDS,
     ENCODER_MASK,
@@ -110,7 +111,7 @@ class EncoderDecoderRun:
         if graph in self.model.sessions:
             self.model.sessions[graph].bind(binding, adapter=self.adapter)
         if graph.takes_rows:
-            feeds = {**feeds, ADAPTER_IDS: self.ids}
+            feeds = {**feeds, **row_inputs(self.ids, None, graph.adapters_per_row)}
         for name, value in feeds.items():
             if name in graph.axes:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))

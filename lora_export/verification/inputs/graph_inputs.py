@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ADAPTER_IDS
+from lora_export.formats.onnx_adapter import ROW_INPUTS
 from lora_export.graph.operators import head_size
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.npz import read_arrays
@@ -130,7 +130,7 @@ class InputGenerator:
 def _required_inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs without a default value. Adapter ids are not among them: the runner provides those."""
     optional = set(model.graph.initializers.values())
-    return [value for value in model.graph.inputs if value not in optional and value.name != ADAPTER_IDS]
+    return [value for value in model.graph.inputs if value not in optional and value.name not in ROW_INPUTS]
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -6,6 +6,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
     switched_pairs.py      single pairs switched off: whether their absence would be detected
+    own_heads.py           the model with as many labels as the head of an adapter
     single_pairs.py        PyTorch in fp64 without single pairs
     recorded_blocks.py     outputs of a module's blocks, in place of computing them again
     deployed_module.py     PyTorch as deployed, and with its adapters merged

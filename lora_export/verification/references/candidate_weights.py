@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from lora_export import layers
-from lora_export.errors import InputRefused
+from lora_export.errors import Different, InputRefused
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import state_of
 from lora_export.plan import Plan
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
@@ -24,23 +26,48 @@ from lora_export.verification.references.quantised_weights import DequantisedWei
 
 
 def quantised_weights_of(
-    candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
+    candidate: Runner,
+    model: Model,
+    changes: Plan | None,
+    origin: Path | None,
+    inputs: Mapping[str, Arrays],
+    *,
+    has_own_heads: bool = False,
 ) -> dict[str, DequantisedWeight]:
-    """The quantised weights of an ONNX candidate; none of any other candidate.
+    """The quantised weights of an ONNX candidate, of all graphs of an encoder-decoder; none of any other candidate.
 
-    Raises InputRefused where `origin` names a quantised graph and the candidate has no quantised weights.
+    With `has_own_heads`, the whole tensors of adapters are not in the candidate's own weights, which are then left out.
+
+    Raises InputRefused where `origin` names a quantised graph and the candidate has no quantised weights, and Different
+    where two graphs store a weight with other numbers.
     """
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
     quantised = {}
+    steps = changes.steps if changes is not None and has_own_heads else ()
+    heads = [step.weight for step in steps if step.is_replacement]
     if isinstance(runner, OnnxRunner):
         executed = functools.partial(_executed_nodes, candidate, runner, next(iter(inputs.values())))
-        quantised = quantised_weights.find(runner.path, model, changes, origin, executed)
+        quantised = quantised_weights.find(runner.path, model, changes, origin, executed, skip=heads)
+    if isinstance(runner, EncoderDecoderRunner):
+        for graph in runner.graphs:
+            own = quantised_weights.find(graph.path, model, changes)
+            _refuse_other_numbers(quantised, own, graph.path)
+            quantised |= own
     if origin is not None and not quantised:
         raise InputRefused(
             f"the candidate has no quantised weights, so it was not made from {origin}. Leave out --base, or name the "
             "graph that the candidate was made from"
         )
     return quantised
+
+
+def _refuse_other_numbers(
+    known: Mapping[str, DequantisedWeight], own: Mapping[str, DequantisedWeight], graph: Path
+) -> None:
+    """Raise Different for a weight whose numbers in a graph are not those of the graphs before it."""
+    others = [name for name in own if name in known and not np.array_equal(own[name].values, known[name].values)]
+    if others:
+        raise Different(f"{graph.name} has other numbers in {', '.join(others)} than the graphs beside it")
 
 
 def _executed_nodes(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset[tuple[str, str]]:

@@ -100,11 +100,14 @@ def find(
     changes: Plan | None = None,
     origin: Path | None = None,
     executed: Callable[[], Collection[tuple[str, str]]] = frozenset,
+    *,
+    skip: Collection[str] = (),
 ) -> dict[str, DequantisedWeight]:
     """The quantised weights of a graph by the model's names; an empty dict for a graph of floats.
 
     `changes` are what adapters do to the model. `origin` is the quantised graph that they were merged into.
-    `executed` returns the (node, operator) pairs that onnxruntime runs; it is called only where they matter.
+    `executed` returns the (node, operator) pairs that onnxruntime runs; it is called only where they matter. Weights in
+    `skip` are left out.
     Reads the quantised weights, and what identifies them. Raises Different where a weight is no rounding of the
     model's. Raises Undecided where a weight seems to contain an adapter already and its base is unknown. Raises
     InputRefused where `origin` has no quantised weights of the model.
@@ -125,7 +128,8 @@ def find(
         node.op_type in QUANTISED_OPERATORS - {MATMUL_NBITS}
         for node in ir.traversal.RecursiveGraphIterator(graph.graph)
     )
-    weights = _dequantised(_quantised_sites(graph, model, origin_sites), model, executed() if may_fuse else ())
+    found = {name: site for name, site in _quantised_sites(graph, model, origin_sites).items() if name not in skip}
+    weights = _dequantised(found, model, executed() if may_fuse else ())
     weights = _with_merges(weights, before, model, changes, origin)
     _refuse_unrelated(weights, "the graph")
     return weights

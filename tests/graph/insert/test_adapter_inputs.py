@@ -16,7 +16,7 @@ from lora_export.formats.onnx_adapter import AdapterSlot, Contract
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
 from support.graphs import a_graph, an_adapter, contents, linear_specs, run
-from support.insertion import X, adapter_inputs, with_inputs
+from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, X, adapter_inputs, with_inputs
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
 
 
@@ -201,3 +201,54 @@ def test_factors_of_adapter_without_dora_are_ones() -> None:
     fed = adapter_inputs(with_inputs(model, "m.weight", dora=["m.weight"]), an_adapter({"m": PAIR}))
     assert fed["m.lora_magnitude_vector.weight"].tolist() == [1, 1]
     assert np.array_equal(run(model, x=X, **fed)["y"], [[7, 17], [7, 17]])
+
+
+def test_fixed_rank_makes_every_shape_static_and_computes_the_same() -> None:
+    model = a_graph(LINEAR)
+    before = run(model, x=X)["y"]
+    contract = with_inputs(model, "m.weight", max_rank=3)
+    assert [str(value.shape) for value in model.graph.inputs[-2:]] == ["[3,3]", "[3,2]"]
+    assert run(model, x=X)["y"].tobytes() == before.tobytes()
+    fed = adapter_inputs(contract, an_adapter({"m": PAIR}))
+    assert np.array_equal(fed["m.lora_A.weight"], [[1, 0, 0], [0, 0, 0], [-1, 0, 0]])
+    assert np.array_equal(fed["m.lora_B.weight"], [[2, 4], [0, 0], [0, 0]])
+    assert np.array_equal(run(model, x=X, **fed)["y"], before + np.float32([[-2 * 7, -4 * 8]] * 2))
+    assert onnx_adapter.read_contract(model.metadata_props, "") == contract
+
+
+def test_larger_rank_than_the_fixed_one_is_refused_with_both_numbers() -> None:
+    contract = with_inputs(a_graph(LINEAR), "m.weight", max_rank=1)
+    both = {"m": PAIR, "m.weight": PAIR}
+    with pytest.raises(InputRefused, match=r"default, m.weight: rank 2 > 1\n.*larger --max-rank"):
+        adapter_inputs(contract, an_adapter(both))
+    assert adapter_inputs(contract, an_adapter({"m": PAIR}))["m.lora_A.weight"].shape == (3, 1)
+
+
+def test_fixed_rank_of_convolution_is_its_first_axis() -> None:
+    model = a_graph(CONVOLUTION.replace("ATTRIBUTES", "strides = [1]"))
+    contract = with_inputs(model, "c.weight", max_rank=2)
+    assert [str(value.shape) for value in model.graph.inputs[-2:]] == ["[2,2,2]", "[3,2,1]"]
+    pair = LoraPair(a=CONVOLUTION_PAIR.a, b=CONVOLUTION_PAIR.b, scale=0.5)
+    fed = adapter_inputs(contract, an_adapter({"c": pair}))
+    assert (
+        fed["c.lora_A.weight"][1:].tolist() == [[[0, 0], [0, 0]]] and fed["c.lora_B.weight"][:, 1].tolist() == [[0]] * 3
+    )
+    x, weight = np.float32([[[1, 2, 3], [0, 1, -1]]]), model.graph.initializers["c.weight"].const_value.numpy()
+    changed = weight + 0.5 * np.einsum("or,rik->oik", pair.b[:, :, 0], pair.a)
+    windows = np.stack([x[0, :, :2], x[0, :, 1:]])  # (position, in, kernel)
+    expected = np.einsum("oik,pik->op", changed, windows) + np.float32([[10], [20], [30]])
+    assert np.array_equal(run(model, x=x, **fed)["y"][0], expected)
+
+
+def test_required_inputs_have_no_default() -> None:
+    model, plain = a_graph(LINEAR), a_graph(LINEAR)
+    contract = with_inputs(model, "m.weight", required=True)
+    assert contract.required and not {"m.lora_A.weight", "m.lora_B.weight"} & model.graph.initializers.keys()
+    with pytest.raises(Exception, match="Required inputs"):
+        run(model, x=X)
+    assert run(model, x=X, **contract.without_adapter())["y"].tobytes() == run(plain, x=X)["y"].tobytes()
+    fed = adapter_inputs(contract, an_adapter({"m": PAIR}))
+    with_default = with_inputs(plain, "m.weight")
+    assert not with_default.required
+    assert np.array_equal(run(model, x=X, **fed)["y"], run(plain, x=X, **fed)["y"])
+    assert onnx_adapter.read_contract(model.metadata_props, "") == contract

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.lora import Adapter, LoraPair
 from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
 from support.graphs import a_graph, an_adapter, contents, linear_specs, run, stored
-from support.insertion import OTHER_PAIR, TWO_LAYERS, X, row_ids, with_rows
+from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, OTHER_PAIR, TWO_LAYERS, X, row_ids, with_rows
 from support.small_graphs import GEMM, PAIR, SHARED, SQUARE
 
 
@@ -140,3 +141,33 @@ def test_mixed_batch_of_export_equals_pytorch_row_by_row(name: str) -> None:
             assert np.abs(expected - before[key]).max() > 1e-2
         off = run(made.graph, **arrays, adapter_ids=row_ids(*[0] * batch))
         assert all(off[key].tobytes() == value.tobytes() for key, value in before.items())
+
+
+def test_fixed_rank_pads_every_stack() -> None:
+    model, plain = a_graph(TWO_LAYERS), a_graph(TWO_LAYERS)
+    adapters = an_adapter({"a": SQUARE}, name="one"), an_adapter({"a": SQUARE, "b": SQUARE}, name="two")
+    with_rows(model, *adapters, max_rank=4)
+    with_rows(plain, *adapters)
+    shapes = {name: stored(model, f"{name}.weight").shape for name in ("a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B")}
+    assert shapes == {"a.lora_A": (3, 2, 4), "a.lora_B": (3, 4, 2), "b.lora_A": (3, 2, 4), "b.lora_B": (3, 4, 2)}
+    x = np.float32([[1, 2], [3, 4], [5, 6]])
+    assert np.array_equal(
+        run(model, x=x, adapter_ids=row_ids(2, 0, 1))["y"], run(plain, x=x, adapter_ids=row_ids(2, 0, 1))["y"]
+    )
+    with pytest.raises(InputRefused, match=r"two, m.weight: rank 2 > 1"):
+        with_rows(
+            a_graph(GEMM), an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"), max_rank=1
+        )
+
+
+def test_fixed_rank_of_convolutions_is_that_of_each_adapter() -> None:
+    body = CONVOLUTION.replace("ATTRIBUTES", "strides = [1]")
+    model, plain = a_graph(body), a_graph(body)
+    pair = LoraPair(a=CONVOLUTION_PAIR.a, b=CONVOLUTION_PAIR.b, scale=0.5)
+    adapters = an_adapter({"c": pair}, name="one"), an_adapter({"c": replace(pair, scale=-3.0)}, name="two")
+    with_rows(model, *adapters, max_rank=2)
+    with_rows(plain, *adapters)
+    assert stored(model, "c.lora_A.weight").shape == (4, 2, 2) and stored(plain, "c.lora_A.weight").shape == (2, 2, 2)
+    x = np.arange(18, dtype=np.float32).reshape(3, 2, 3)
+    outputs = [run(graph, x=x, adapter_ids=row_ids(2, 0, 1))["y"] for graph in (model, plain)]
+    assert np.array_equal(*outputs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import peft
 import pytest
@@ -18,6 +19,8 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.quantised.quantise import quantise_graph
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
+from support.generators import encoder_decoder_adapter, small_encoder_decoder, sounds
 from support.graphs import a_graph, run
 
 # Multiples of a power of two, with the largest magnitude in each block: 4 bits hold them exactly.
@@ -135,6 +138,37 @@ def test_a_wrong_integer_of_the_merge_is_found(adapted, tmp_path):
     value.const_value = ir.Tensor(integers, name=value.name)
     ir.save(graph, tmp_path / "wrong.onnx")
     assert le.verify(tmp_path / "wrong.onnx", model, adapters=adapter).exit_code == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lora", "kind"),
+    [("t5", "merged", "int8"), ("bart", "nodes", "int4"), ("t5", "rows", "int4"), ("whisper", "inputs", "int8")],
+)
+def test_all_graphs_of_an_encoder_decoder_are_quantised_and_proven(name, lora, kind, tmp_path):
+    base = small_encoder_decoder(name, tmp_path / "base")
+    # This adapter is in the decoder alone: the encoder's graph is quantised without a merge.
+    adapter = encoder_decoder_adapter(base, tmp_path / "fr", targets=r".*decoder.*(q|v|q_proj|v_proj)")
+    out = tmp_path / "served"
+    result = le.export_onnx(base, out, adapters=adapter, lora=lora, quantize=kind, with_cache=True)
+    assert result.proof.verdict.same and result.precision.stored == f"{kind[3:]} bits in blocks of 32"
+    assert len([note for note in result.proof.verdict.notes if "weights are quantised" in note]) == 1
+    for file in GRAPH_FILES:
+        assert any(node.op_type == "MatMulNBits" for node in load_graph(out / file).graph), file
+    assert len(le.generate(out, [[5, 9, 11]] if name != "whisper" else sounds()[:1], max_new_tokens=4)[0].tokens) == 4
+    if lora == "inputs":
+        return
+    assert le.verify(out, base, adapters=adapter)
+    other = encoder_decoder_adapter(base, tmp_path / "de", seed=5, targets=r".*decoder.*(q|v|q_proj|v_proj)")
+    assert le.verify(out, base, adapters=other).exit_code in (4, 5)
+    model = onnx.load(out / GRAPH_FILES[2])
+    stored = next(each for each in model.graph.initializer if each.name.endswith(("_Q8", "_Q4")))
+    integers = onnx.numpy_helper.to_array(stored).copy()
+    integers.flat[:40] ^= 0x10
+    stored.CopyFrom(onnx.numpy_helper.from_array(integers, stored.name))
+    onnx.save(model, out / GRAPH_FILES[2])
+    wrong = le.verify(out, base, adapters=adapter)
+    assert wrong.exit_code == 4 and f"{GRAPH_FILES[2]} has other numbers in" in str(wrong.verdict)
 
 
 def test_options_that_do_not_go_together_are_refused(adapted, tmp_path):

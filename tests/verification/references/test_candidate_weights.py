@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import Different, InputRefused
 from lora_export.graph.quantised.quantised_weights import Steps
 from lora_export.models.factory import from_module
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.parity import Wide
@@ -56,13 +57,13 @@ def test_weights_in_half_precision_are_rounded_by_name(
     assert preferred.keys() == candidate.module.state_dict().keys()
 
 
-def a_quantised_graph(folder: Path) -> Path:
+def a_quantised_graph(folder: Path, *, name: str = "quantised.onnx", shift: float = 0.0) -> Path:
     model = a_graph("g (float[N,32] x) => (float[N,16] y) <float[1] fc.weight = {0}> { [n] y = MatMul(x, fc.weight) }")
     value = model.graph.initializers["fc.weight"]
-    weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32) + np.float32(shift)
     value.const_value, value.shape = ir.Tensor(weight, name="fc.weight"), ir.Shape([32, 16])
-    ir.save(quantised(model, bits=4), folder / "quantised.onnx")
-    return folder / "quantised.onnx"
+    ir.save(quantised(model, bits=4), folder / name)
+    return folder / name
 
 
 def test_only_a_graph_has_quantised_weights(tmp_path: Path) -> None:
@@ -113,3 +114,20 @@ def test_a_merged_quantised_weight_is_rounded_as_the_graph_rounds_it(tmp_path: P
     assert list(rounding) == list(preferred) == ["merged"]
     assert callable(rounding["merged"]) and rounding["merged"](np.array([[1.7, 2.2]])).tolist() == [[1, 2]]
     assert preferred["merged"].tolist() == values.tolist()
+
+
+def test_the_graphs_of_an_encoder_decoder_have_the_same_numbers(tmp_path: Path) -> None:
+    float_graph = tmp_path / "float.onnx"
+    ir.save(a_graph("g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }"), float_graph)
+    weight = torch.from_numpy(np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32).T.copy())
+    module = nn.Sequential()
+    module.add_module("fc", nn.Linear(32, 16, bias=False))
+    module.fc.weight.data = weight
+    model = from_module(module, torch.ones(2, 32))
+    first, again = a_quantised_graph(tmp_path), a_quantised_graph(tmp_path, name="again.onnx")
+    runners = [OnnxRunner(path) for path in (float_graph, first, again)]
+    found = quantised_weights_of(EncoderDecoderRunner(tmp_path, *runners), model, None, None, {})
+    assert found.keys() == {"fc.weight"} and found["fc.weight"].error is not None
+    runners[2] = OnnxRunner(a_quantised_graph(tmp_path, name="other.onnx", shift=0.01))
+    with pytest.raises(Different, match=r"other\.onnx has other numbers in fc\.weight than the graphs beside it"):
+        quantised_weights_of(EncoderDecoderRunner(tmp_path, *runners), model, None, None, {})
