@@ -162,7 +162,7 @@ def test_adapters_by_row_of_a_graph_are_what_pytorch_computes(
     np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bits", "pairs"])
+@pytest.mark.parametrize("name", ["bits", slow("pairs")])
 def test_an_adapter_stands_beside_four_bits(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +263,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder, factory
 
 
-@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("mode", [slow("inputs"), "rows"])
 @pytest.mark.parametrize("with_model", [False, True])
 def test_an_int8_base_is_judged_by_its_origin(
     rounded: tuple[Path, str], tmp_path: Path, mode: str, with_model: bool, capsys: pytest.CaptureFixture[str]
@@ -282,7 +282,7 @@ def test_an_int8_base_is_judged_by_its_origin(
     assert all(("against" in proof["about"]) != with_model for proof in told["adapters"].values())
 
 
-@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("mode", [slow("inputs"), "rows"])
 def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
     rounded: tuple[Path, str], tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

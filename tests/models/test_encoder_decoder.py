@@ -20,7 +20,7 @@ from lora_export.models.model import Model
 from lora_export.plan import Layout
 from support.generators import DECODERS, ENCODER_DECODERS, FRAMES, MELS, small_encoder_decoder
 
-KINDS = ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)]
+KINDS = ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("whisper", "bart"))]
 Exported = Callable[[str], tuple[Model, EncoderDecoderGraphs]]
 
 
