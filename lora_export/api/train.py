@@ -30,6 +30,7 @@ from lora_export.api.training_output import (
 )
 from lora_export.api.training_strategies import ComparedStrategy, Trainer, TrainingRun
 from lora_export.errors import OutputFailed, WrongUsage
+from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
 from lora_export.models.load import load_model
@@ -83,6 +84,7 @@ def train(
     alpha: float | None = None,
     rslora: bool = False,
     dora: bool = False,
+    init: Init = "default",
     dropout: float | None = None,
     bias: TrainedBiases = "none",
     target: str | Sequence[str] | None = None,
@@ -132,7 +134,8 @@ def train(
     A has `rank` rows (8 unless it is given) and B has `rank` columns; B·A is scaled by alpha/rank, or by alpha/√rank
     with `rslora`. `alpha` is twice the rank unless it is given. `rank_pattern` and `alpha_pattern` map regular
     expressions for ends of layer names to others. `dora` trains the length of each output too, `bias` also the biases
-    of the adapted layers ("lora_only") or all; `dropout` is the part of the inputs of A that is dropped.
+    of the adapted layers ("lora_only") or all; `dropout` is the part of the inputs of A that is dropped. With `init`
+    "pissa" or "olora", A and B start from the weights themselves, and the saved adapter has twice the rank.
 
     `target` is "all-linear" (the default where nothing else chooses layers) or endings of layer names: linear layers,
     convolutions, embeddings, nn.MultiheadAttention. `target_pattern` is a regular expression for whole names,
@@ -160,7 +163,7 @@ def train(
     source = None if continue_from is None else Path(locate(continue_from, on_message, download))
     wanted = AdapterRequest(
         ranks=(rank,) if isinstance(rank, int) else tuple(rank or ()), alpha=alpha, rslora=rslora, dora=dora,
-        dropout=dropout, bias=bias, target=target, target_pattern=target_pattern,
+        init=init, dropout=dropout, bias=bias, target=target, target_pattern=target_pattern,
         target_parameters=tuple(target_parameters), rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}), token_indices=tuple(token_indices),
         continue_from=source,
@@ -215,7 +218,7 @@ def train(
         runs: list[TrainingRun] = []
         for one_rank, adapter in new.items():
             with noted_checkpoint(folder):
-                run = trainer.adapter(adapter, one_rank, checkpoints=checkpoints, resume=resume)
+                run = trainer.adapter(adapter, one_rank, init=init, checkpoints=checkpoints, resume=resume)
             on_message(f"{run.parameters}")
             on_message(str(run.history))
             if note := note_on_untrained(run):

@@ -12,12 +12,15 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.api.callbacks import OnProgress, Progress
+from lora_export.layers.adapted_layers import branch_tensors
+from lora_export.layers.initial_factors import Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import Device, fit
+from lora_export.training.processes import take_from_first
 from lora_export.training.settings import TrainingSettings
 
 ComparedStrategy = Literal["full", "frozen"]
@@ -82,20 +85,33 @@ class Trainer:
     on_progress: OnProgress
 
     def adapter(
-        self, new: Adapter, rank: int, *, checkpoints: Checkpoints | None = None, resume: bool = False
+        self,
+        new: Adapter,
+        rank: int,
+        *,
+        init: Init = "default",
+        checkpoints: Checkpoints | None = None,
+        resume: bool = False,
     ) -> TrainingRun:
         """Train a new adapter. The base is as before afterwards, to the last bit.
 
-        Raises InputRefused where a parameter of the base would be trained.
+        An adapter that starts from the weights (`init`) is returned as a plain one, of twice the rank. Raises
+        InputRefused where a parameter of the base would be trained, and for weights that cannot be started from.
         """
-        parts = plan.make([new], layers.specs(self.module), identity_ok=True)
-        layers.attach(self.module, parts, trainable=True, dropout=new.metadata.get("lora_dropout", 0.0))
+        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, self.on_progress))
+        frozen = [] if init == "default" else [frozen_start(start)]
+        parts = plan.make([start, *frozen], layers.specs(self.module), identity_ok=True)
+        dropout = new.metadata.get("lora_dropout", 0.0)
+        layers.attach(self.module, parts, trainable=True, dropout=dropout, frozen={one.name for one in frozen})
         try:
+            # Decompositions on another processor may have other signs.
+            take_from_first(branch_tensors(self.module) if frozen else [], self.device)
             layers.refuse_trainable_base(self.module)
             count = layers.count_parameters(self.module)
             stage = f"training, rank {rank}"
             history = self._fit(self.module, self.settings, stage, checkpoints=checkpoints, resume=resume)
-            trained = layers.read_back(self.module, new)
+            trained = layers.read_back(self.module, start)
+            trained = as_plain_lora(trained, start) if frozen else trained
             score = self._score(self.module)
             with layers.scale_adapters(self.module, 0, keep_replaced=True):
                 without = self._score(self.module)
@@ -154,6 +170,10 @@ def _step_progress(stage: str, on_progress: OnProgress) -> Callable[[StepRecord,
         on_progress(Progress(stage, record.step, steps, "steps", detail))
 
     return report
+
+
+def _layer_progress(init: str, on_progress: OnProgress) -> Callable[[int, int], None]:
+    return lambda done, layers: on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
 
 
 def _duration(seconds: float) -> str:

@@ -124,6 +124,13 @@ Example:
 @click.option("--rslora", is_flag=True, help="Multiply by alpha/√rank instead.")
 @click.option("--dora", is_flag=True, help="Also train the length of each output of a weight.")
 @click.option(
+    "--init",
+    type=click.Choice(["default", "pissa", "olora"]),
+    default="default",
+    show_default=True,
+    help="First values of A and B: random and zero, or from the weights. Then the saved rank is twice --rank.",
+)
+@click.option(
     "--target",
     show_default="all-linear",
     metavar="NAMES|all-linear",
