@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -18,6 +19,7 @@ from lora_export.lora import Adapter
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.event_log import EventLog
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import Device, fit
 from lora_export.training.processes import take_from_first
@@ -83,6 +85,7 @@ class Trainer:
     heads: tuple[str, ...]
     device: Device
     on_progress: OnProgress
+    tensorboard: Path | None = None  # the folder of event files, with a folder for each run
 
     def adapter(
         self,
@@ -109,7 +112,8 @@ class Trainer:
             layers.refuse_trainable_base(self.module)
             count = layers.count_parameters(self.module)
             stage = f"training, rank {rank}"
-            history = self._fit(self.module, self.settings, stage, checkpoints=checkpoints, resume=resume)
+            more = {"checkpoints": checkpoints, "resume": resume}
+            history = self._fit(self.module, self.settings, stage, f"rank-{rank}", **more)
             trained = layers.read_back(self.module, start)
             trained = as_plain_lora(trained, start) if frozen else trained
             score = self._score(self.module)
@@ -142,12 +146,15 @@ class Trainer:
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         count = layers.count_parameters(module)
-        history = self._fit(module, settings, stage) if count.trained else TrainingHistory(self.device)
+        history = self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.device)
         return TrainingRun(strategy, None, count, history, settings, self._score(module))
 
-    def _fit(self, module: nn.Module, settings: TrainingSettings, stage: str, **more: Any) -> TrainingHistory:
+    def _fit(
+        self, module: nn.Module, settings: TrainingSettings, stage: str, name: str, **more: Any
+    ) -> TrainingHistory:
+        more |= {"held_out": self.held_out, "log": self.tensorboard and EventLog(self.tensorboard / name)}
         on_step = _step_progress(stage, self.on_progress)
-        return fit(module, self.data, settings, device=self.device, held_out=self.held_out, on_step=on_step, **more)
+        return fit(module, self.data, settings, device=self.device, on_step=on_step, **more)
 
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:

@@ -248,6 +248,9 @@ Example:
     help="Compute activations again in the backward pass: less memory, more time.",
 )
 @click.option(
+    "--compile", is_flag=True, help="Compute the steps with torch.compile: it takes long to begin, and is faster then."
+)
+@click.option(
     "--max-length",
     type=click.IntRange(min=1),
     default=128,
@@ -284,6 +287,12 @@ Example:
     show_default=True,
     metavar="STEPS",
     help="Write a checkpoint to OUTPUT.training every so many steps.",
+)
+@click.option(
+    "--tensorboard",
+    type=FilePath(),
+    metavar="FOLDER",
+    help="Also write the metrics of each run to a folder there, for TensorBoard.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted training.")
 @click.option(

@@ -195,13 +195,13 @@ def recorded_branches() -> Iterator[set[Branch]]:
 
 
 def is_recording() -> bool:
-    """Whether a context asks for the branches that are computed."""
-    return _RECORDED.get() is not None
+    """Whether a context asks for the branches that are computed. In a module that torch.compile traces, none does."""
+    return not torch.compiler.is_compiling() and _RECORDED.get() is not None
 
 
 def record_branch(branch: Branch) -> None:
     """Add a branch to the recorded ones, where a context asks for them."""
-    if (recorded := _RECORDED.get()) is not None:
+    if not torch.compiler.is_compiling() and (recorded := _RECORDED.get()) is not None:
         recorded.add(branch)
 
 
