@@ -247,9 +247,7 @@ Example:
     is_flag=True,
     help="Compute activations again in the backward pass: less memory, more time.",
 )
-@click.option(
-    "--compile", is_flag=True, help="Compute the steps with torch.compile: it takes long to begin, and is faster then."
-)
+@click.option("--compile", is_flag=True, help="Compute the steps with torch.compile. The first step takes long.")
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
