@@ -9,13 +9,31 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow matrix test-optimum test-node soak defects names check bench clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects names check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real model
 	$(BIN)/python samples/demo.py
+
+# In this order: the later ones take what the earlier ones made.
+SAMPLE = OMP_NUM_THREADS=1 $(BIN)/python samples
+OUT := samples-output
+samples: $(VENV)/dev.stamp ## run all samples
+	rm -rf $(OUT) && mkdir $(OUT)
+	$(SAMPLE)/lora_layer.py
+	$(SAMPLE)/all_linear_layers.py
+	$(SAMPLE)/unfrozen_base.py
+	$(SAMPLE)/rank_4_or_64.py $(OUT)/curves.png
+	$(SAMPLE)/three_strategies.py $(OUT)/strategies
+	$(SAMPLE)/count_shapes.py $(OUT)/shapes
+	$(SAMPLE)/small_gpt.py $(OUT)/gpt
+	$(SAMPLE)/generate_with_adapter.py $(OUT)/gpt/base $(OUT)/gpt/adapter $(OUT)/genai "Return the "
+	$(SAMPLE)/python_api.py $(OUT)/gpt/base $(OUT)/gpt/adapter $(OUT)/api
+	$(SAMPLE)/swap_image_styles.py $(OUT)/styles
+	$(BIN)/python -m pytest -q samples/parity_test.py
+	$(SAMPLE)/demo.py $(OUT)/demo
 
 test: $(VENV)/dev.stamp ## the test suite, without what takes long
 	$(PYTEST) -m "not slow and not soak"
@@ -55,7 +73,7 @@ bench: $(VENV)/dev.stamp ## measure, and hold the promised figures
 	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
 
 clean: ## remove .venv and all that was built
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo-output samples-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find lora_export tests samples -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp stands for an installation that succeeded; a changed pyproject.toml makes it stale.

@@ -10,12 +10,14 @@ from typing import Any
 
 from lora_export import formats, layers
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 
 DEFAULT_RANK = 8
 ALPHA_PER_RANK = 2.0
+WITHOUT_INIT = ("dora", "target_parameters")  # what excludes a start from the weights
 OF_A_NEW_ADAPTER = "--continue-from takes rank, alpha and layers of the adapter that it names"
 
 
@@ -32,6 +34,7 @@ class AdapterRequest:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    init: Init = "default"
     dropout: float | None = None  # None: 0, or that of the continued adapter
     bias: TrainedBiases = "none"
     token_indices: tuple[int, ...] = ()
@@ -44,6 +47,11 @@ class AdapterRequest:
         given = [name for name in names if getattr(self, name) != _default_of(name)]
         if self.continue_from is not None and given:
             raise WrongUsage(f"{OF_A_NEW_ADAPTER}; {_as_options(given)} cannot be given beside it")
+        if self.init != "default" and (given := [name for name in WITHOUT_INIT if getattr(self, name)]):
+            raise WrongUsage(
+                f"--init {self.init} trains one pair beside a frozen one of the same layer. This is not possible "
+                f"with {_as_options(given)}"
+            )
 
     @property
     def names_layers(self) -> bool:
@@ -65,6 +73,7 @@ class AdapterRequest:
         return {
             "rslora": self.rslora,
             "dora": self.dora,
+            "init": self.init,
             "dropout": self.dropout or 0.0,
             "bias": self.bias,
             "rank_pattern": dict(self.rank_pattern),

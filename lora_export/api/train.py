@@ -30,6 +30,7 @@ from lora_export.api.training_output import (
 )
 from lora_export.api.training_strategies import ComparedStrategy, Trainer, TrainingRun
 from lora_export.errors import OutputFailed, WrongUsage
+from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
 from lora_export.models.load import load_model
@@ -39,7 +40,9 @@ from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches
 from lora_export.training.checkpoint import Checkpoints, checkpoint_folder
+from lora_export.training.compiling import refuse_without_compiler
 from lora_export.training.evaluation import Score
+from lora_export.training.event_log import require_tensorboard
 from lora_export.training.history import TrainingHistory
 from lora_export.training.loop import accelerator_for
 from lora_export.training.processes import rank as process_rank
@@ -83,6 +86,7 @@ def train(
     alpha: float | None = None,
     rslora: bool = False,
     dora: bool = False,
+    init: Init = "default",
     dropout: float | None = None,
     bias: TrainedBiases = "none",
     target: str | Sequence[str] | None = None,
@@ -108,6 +112,7 @@ def train(
     max_gradient_norm: float = 1.0,
     precision: Precision = "no",
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     holdout: float = 0.2,
     evaluate_every: int = 0,
     patience: int = 0,
@@ -115,6 +120,7 @@ def train(
     save_every: int = 100,
     resume: bool = False,
     compare: Sequence[ComparedStrategy] = (),
+    tensorboard: str | Path | None = None,
     seed: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
     overwrite: bool = False,
@@ -132,7 +138,8 @@ def train(
     A has `rank` rows (8 unless it is given) and B has `rank` columns; B·A is scaled by alpha/rank, or by alpha/√rank
     with `rslora`. `alpha` is twice the rank unless it is given. `rank_pattern` and `alpha_pattern` map regular
     expressions for ends of layer names to others. `dora` trains the length of each output too, `bias` also the biases
-    of the adapted layers ("lora_only") or all; `dropout` is the part of the inputs of A that is dropped.
+    of the adapted layers ("lora_only") or all; `dropout` is the part of the inputs of A that is dropped. With `init`
+    "pissa" or "olora", A and B start from the weights themselves, and the saved adapter has twice the rank.
 
     `target` is "all-linear" (the default where nothing else chooses layers) or endings of layer names: linear layers,
     convolutions, embeddings, nn.MultiheadAttention. `target_pattern` is a regular expression for whole names,
@@ -147,7 +154,8 @@ def train(
     The other settings are those of `TrainingSettings`. `holdout` (0 to 1) is the part of the examples that is not
     trained on. The base is frozen. The same arguments give the same adapter on the same machine. A checkpoint is
     written to `OUTPUT.training` every `save_every` steps and when training is interrupted; with `resume`, training
-    continues from it, with the same results to the last bit on a CPU.
+    continues from it, with the same results to the last bit on a CPU. With `tensorboard`, the metrics of each run are
+    also written to a folder there while it runs; this folder stays after an error.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
     Then EnvironmentLacking is raised without a connection.
@@ -160,7 +168,7 @@ def train(
     source = None if continue_from is None else Path(locate(continue_from, on_message, download))
     wanted = AdapterRequest(
         ranks=(rank,) if isinstance(rank, int) else tuple(rank or ()), alpha=alpha, rslora=rslora, dora=dora,
-        dropout=dropout, bias=bias, target=target, target_pattern=target_pattern,
+        init=init, dropout=dropout, bias=bias, target=target, target_pattern=target_pattern,
         target_parameters=tuple(target_parameters), rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}), token_indices=tuple(token_indices),
         continue_from=source,
@@ -171,7 +179,11 @@ def train(
     if is_comparison:
         require_matplotlib()
         require_jinja2()
+    if tensorboard is not None:
+        require_tensorboard()
     accelerator_for(device, precision)  # before anything is read: a missing device ends the command at once
+    if compile:
+        refuse_without_compiler(device)
     if process_rank() > 0:  # one process speaks, and writes the files
         on_message, on_progress = ignore, ignore
     model = locate(model, on_message, download)
@@ -180,7 +192,7 @@ def train(
     on_message(f"{data}: {learnt}")
     settings = TrainingSettings(
         epochs, learning_rate, 1 if isinstance(learnt.content, ReadyBatches) else batch_size, seed, accumulate,
-        schedule, warmup, weight_decay, max_gradient_norm, b_ratio, precision, gradient_checkpointing,
+        schedule, warmup, weight_decay, max_gradient_norm, b_ratio, precision, gradient_checkpointing, compile,
         evaluate_every, patience, keep_best, save_every,
     )  # fmt: skip
     if settings.evaluates and not holdout:
@@ -198,7 +210,16 @@ def train(
         )
         heads = with_new_modules(loaded, heads or heads_of(loaded))
         base_hash = loaded.fingerprint()
-        trainer = Trainer(loaded.module, data_in, held_out, settings, heads, device, on_progress)
+        trainer = Trainer(
+            loaded.module,
+            data_in,
+            held_out,
+            settings,
+            heads,
+            device,
+            on_progress,
+            Path(tensorboard) if tensorboard else None,
+        )
         new = wanted.adapters(loaded, heads, seed=seed)
         first = next(iter(new.values()))
         for adapter in () if wanted.continue_from else new.values():
@@ -215,7 +236,7 @@ def train(
         runs: list[TrainingRun] = []
         for one_rank, adapter in new.items():
             with noted_checkpoint(folder):
-                run = trainer.adapter(adapter, one_rank, checkpoints=checkpoints, resume=resume)
+                run = trainer.adapter(adapter, one_rank, init=init, checkpoints=checkpoints, resume=resume)
             on_message(f"{run.parameters}")
             on_message(str(run.history))
             if note := note_on_untrained(run):
@@ -224,6 +245,8 @@ def train(
             facts = facts_for_card(loaded, learnt, run, base_hash, str(data))
             place = stage / f"rank-{one_rank}" if len(new) > 1 else stage
             write_trained_adapter(place, loaded, learnt, run, new[one_rank], facts)
+            if not facts["plot"]:
+                on_message("note: the losses are not drawn: matplotlib is missing (pip install 'lora-export[plot]')")
         runs += trainer.compared(compare)
         if is_comparison:
             table = {"model": str(model), "data": f"{data}: {learnt}", "settings": settings.recorded}

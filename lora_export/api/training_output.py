@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from lora_export.storage.json_files import write_json
 from lora_export.training.history import METRICS
 from lora_export.training.processes import rank as process_rank
 
+LOSSES = "losses.png"
 COMPARISON = "comparison"  # the name of the table's files: .json, .png and .html
 SHOWN_VERSIONS = ("torch", "transformers", "accelerate")
 
@@ -55,7 +57,7 @@ def noted_checkpoint(folder: Path) -> Iterator[None]:
 def write_trained_adapter(
     folder: Path, loaded: Model, learnt: TrainingData, run: TrainingRun, new: Adapter, facts: Mapping[str, Any]
 ) -> None:
-    """Write an adapter with its card and its metrics."""
+    """Write an adapter with its card, its metrics, and their plot where the card has one."""
     assert run.adapter is not None
     folder.mkdir(exist_ok=True)
     facts_of_base = {"base_model_name_or_path": hub_name(Path(loaded.source)) or loaded.source}
@@ -69,6 +71,9 @@ def write_trained_adapter(
         config.architectures = [type(loaded.module).__name__]
         config.save_pretrained(folder)
     run.history.write(folder / METRICS)
+    if facts["plot"]:
+        held_out = {record.step: record.held_out_loss for record in run.history.evaluations}
+        draw_losses({"training": run.history.losses}, folder / facts["plot"], held_out=held_out)
     (folder / MODEL_CARD).write_text(model_card(facts), encoding="utf-8", newline="\n")
 
 
@@ -90,6 +95,7 @@ def facts_for_card(loaded: Model, learnt: TrainingData, run: TrainingRun, base_h
         "settings": {name.replace("_", " "): value for name, value in run.settings.recorded.items()},
         "figures": {"training": str(run.history), **{name: str(score) for name, score in scores.items() if score}},
         "versions": versions,
+        "plot": LOSSES if importlib.util.find_spec("matplotlib") else "",
     }
 
 

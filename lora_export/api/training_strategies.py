@@ -6,18 +6,23 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from lora_export import layers, plan
 from lora_export.api.callbacks import OnProgress, Progress
+from lora_export.layers.adapted_layers import branch_tensors
+from lora_export.layers.initial_factors import Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.event_log import EventLog
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import Device, fit
+from lora_export.training.processes import take_from_first
 from lora_export.training.settings import TrainingSettings
 
 ComparedStrategy = Literal["full", "frozen"]
@@ -80,22 +85,37 @@ class Trainer:
     heads: tuple[str, ...]
     device: Device
     on_progress: OnProgress
+    tensorboard: Path | None = None  # the folder of event files, with a folder for each run
 
     def adapter(
-        self, new: Adapter, rank: int, *, checkpoints: Checkpoints | None = None, resume: bool = False
+        self,
+        new: Adapter,
+        rank: int,
+        *,
+        init: Init = "default",
+        checkpoints: Checkpoints | None = None,
+        resume: bool = False,
     ) -> TrainingRun:
         """Train a new adapter. The base is as before afterwards, to the last bit.
 
-        Raises InputRefused where a parameter of the base would be trained.
+        An adapter that starts from the weights (`init`) is returned as a plain one, of twice the rank. Raises
+        InputRefused where a parameter of the base would be trained, and for weights that cannot be started from.
         """
-        parts = plan.make([new], layers.specs(self.module), identity_ok=True)
-        layers.attach(self.module, parts, trainable=True, dropout=new.metadata.get("lora_dropout", 0.0))
+        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, self.on_progress))
+        frozen = [] if init == "default" else [frozen_start(start)]
+        parts = plan.make([start, *frozen], layers.specs(self.module), identity_ok=True)
+        dropout = new.metadata.get("lora_dropout", 0.0)
+        layers.attach(self.module, parts, trainable=True, dropout=dropout, frozen={one.name for one in frozen})
         try:
+            # Decompositions on another processor may have other signs.
+            take_from_first(branch_tensors(self.module) if frozen else [], self.device)
             layers.refuse_trainable_base(self.module)
             count = layers.count_parameters(self.module)
             stage = f"training, rank {rank}"
-            history = self._fit(self.module, self.settings, stage, checkpoints=checkpoints, resume=resume)
-            trained = layers.read_back(self.module, new)
+            more = {"checkpoints": checkpoints, "resume": resume}
+            history = self._fit(self.module, self.settings, stage, f"rank-{rank}", **more)
+            trained = layers.read_back(self.module, start)
+            trained = as_plain_lora(trained, start) if frozen else trained
             score = self._score(self.module)
             with layers.scale_adapters(self.module, 0, keep_replaced=True):
                 without = self._score(self.module)
@@ -126,12 +146,15 @@ class Trainer:
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         count = layers.count_parameters(module)
-        history = self._fit(module, settings, stage) if count.trained else TrainingHistory(self.device)
+        history = self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.device)
         return TrainingRun(strategy, None, count, history, settings, self._score(module))
 
-    def _fit(self, module: nn.Module, settings: TrainingSettings, stage: str, **more: Any) -> TrainingHistory:
+    def _fit(
+        self, module: nn.Module, settings: TrainingSettings, stage: str, name: str, **more: Any
+    ) -> TrainingHistory:
+        more |= {"held_out": self.held_out, "log": self.tensorboard and EventLog(self.tensorboard / name)}
         on_step = _step_progress(stage, self.on_progress)
-        return fit(module, self.data, settings, device=self.device, held_out=self.held_out, on_step=on_step, **more)
+        return fit(module, self.data, settings, device=self.device, on_step=on_step, **more)
 
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:
@@ -154,6 +177,10 @@ def _step_progress(stage: str, on_progress: OnProgress) -> Callable[[StepRecord,
         on_progress(Progress(stage, record.step, steps, "steps", detail))
 
     return report
+
+
+def _layer_progress(init: str, on_progress: OnProgress) -> Callable[[int, int], None]:
+    return lambda done, layers: on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
 
 
 def _duration(seconds: float) -> str:

@@ -124,6 +124,13 @@ Example:
 @click.option("--rslora", is_flag=True, help="Multiply by alpha/√rank instead.")
 @click.option("--dora", is_flag=True, help="Also train the length of each output of a weight.")
 @click.option(
+    "--init",
+    type=click.Choice(["default", "pissa", "olora"]),
+    default="default",
+    show_default=True,
+    help="First values of A and B: random and zero, or from the weights. Then the saved rank is twice --rank.",
+)
+@click.option(
     "--target",
     show_default="all-linear",
     metavar="NAMES|all-linear",
@@ -240,6 +247,7 @@ Example:
     is_flag=True,
     help="Compute activations again in the backward pass: less memory, more time.",
 )
+@click.option("--compile", is_flag=True, help="Compute the steps with torch.compile. The first step takes long.")
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
@@ -277,6 +285,12 @@ Example:
     show_default=True,
     metavar="STEPS",
     help="Write a checkpoint to OUTPUT.training every so many steps.",
+)
+@click.option(
+    "--tensorboard",
+    type=FilePath(),
+    metavar="FOLDER",
+    help="Also write the metrics of each run to a folder there, for TensorBoard.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted training.")
 @click.option(

@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.frozen_linear import is_plain, linear_with_pair
+from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
 from lora_export.plan import Layout, StoredRegion
 
@@ -44,6 +44,7 @@ class Branch:
     layout: Layout
     dora: bool
     region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
+    frozen: bool = False  # not trained; its x is not dropped
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,12 @@ def branch_parameter(owner: nn.Module, part: str, branch: Branch) -> Tensor:
 def low_rank_factors(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
     """A (rank, in, ...) and B (out, rank, 1...)."""
     return branch_parameter(owner, "lora_A", branch), branch_parameter(owner, "lora_B", branch)
+
+
+def branch_tensors(module: nn.Module) -> list[Tensor]:
+    """The A, B and magnitudes of all branches below a module, trained or frozen."""
+    parts = [owner._modules.get(part) for owner in attached_modules(module) for part in BRANCH_PARTS]
+    return [parameter.data for part in parts if part is not None for parameter in part.parameters()]
 
 
 def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
@@ -188,13 +195,13 @@ def recorded_branches() -> Iterator[set[Branch]]:
 
 
 def is_recording() -> bool:
-    """Whether a context asks for the branches that are computed."""
-    return _RECORDED.get() is not None
+    """Whether a context asks for the branches that are computed. In a module that torch.compile traces, none does."""
+    return not torch.compiler.is_compiling() and _RECORDED.get() is not None
 
 
 def record_branch(branch: Branch) -> None:
     """Add a branch to the recorded ones, where a context asks for them."""
-    if (recorded := _RECORDED.get()) is not None:
+    if not torch.compiler.is_compiling() and (recorded := _RECORDED.get()) is not None:
         recorded.add(branch)
 
 
@@ -237,7 +244,7 @@ def _forward_with_branches(
         if x.numel():
             record_branch(branch)
         a, b = low_rank_factors(owner, branch)
-        total = total + pair(_pair_input(owner, x, a), a, b) * (attachment.factor * branch.scale)
+        total = total + pair(_pair_input(owner, x, a, branch), a, b) * (attachment.factor * branch.scale)
     return total.to(y.dtype)
 
 
@@ -256,7 +263,7 @@ def _forward_with_dora(
     a, b = low_rank_factors(owner, branch)
     weight = cast(Tensor, owner._parameters[branch.weight])
     factor = per_output(_dora_factor(owner, branch, _weight_sum(owner, weight, [branch])), output_axis)
-    y, kept = layer(x, None), _pair_input(owner, x, a)
+    y, kept = layer(x, None), _pair_input(owner, x, a, branch)
     change = pair(kept, a, b) * (attachment.factor * branch.scale)
     if _drops(owner) and x.is_floating_point():
         # As in PEFT: the share of W x in the change gets the dropped x, too.
@@ -266,28 +273,32 @@ def _forward_with_dora(
     return (total if bias is None else total + per_output(bias, output_axis)).to(y.dtype)
 
 
-def _pair_input(owner: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+def _pair_input(owner: nn.Module, x: Tensor, a: Tensor, branch: Branch) -> Tensor:
     """The x of a pair: in the dtype of A, without dropped entries. Token ids as they are."""
     if not x.is_floating_point():
         return x
     wide = x.to(a.dtype)
-    return F.dropout(wide, attachment_of(owner).dropout) if _drops(owner) else wide
+    return F.dropout(wide, attachment_of(owner).dropout) if _drops(owner) and not branch.frozen else wide
 
 
 def _drops(owner: nn.Module) -> bool:
     return owner.training and attachment_of(owner).dropout > 0
 
 
-def _trained_alone(owner: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """A, B and the scale of the one pair of a linear layer in training; None where more than it is computed."""
+def _output_in_training(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The output of a linear layer W (out, in) of which one pair is trained; None where more than this is computed."""
     attachment = attachment_of(owner)
-    if len(attachment.branches) != 1 or not attachment.factor or is_recording() or _drops(owner):
+    trained = [branch for branch in attachment.branches if not branch.frozen]
+    if len(trained) != 1 or not attachment.factor or is_recording() or _drops(owner):
         return None
-    (branch,) = attachment.branches
-    a, b = low_rank_factors(owner, branch)
-    if branch.dora or not is_plain(x, weight, a):
+    a, b = low_rank_factors(owner, trained[0])
+    if trained[0].dora or not is_plain(x, weight, a):
         return None
-    return a, b, attachment.factor * branch.scale
+    y = linear_with_pair(x, weight, bias, a, b, attachment.factor * trained[0].scale)
+    for branch in attachment.branches:
+        if branch.frozen:
+            y = add_frozen_pair(y, x, *low_rank_factors(owner, branch), attachment.factor * branch.scale)
+    return y
 
 
 class _AdaptedLayer(nn.Module):
@@ -308,8 +319,8 @@ class _LinearBranches(_AdaptedLayer):
             y = F.linear(input, weight, bias)
             own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
             return y.index_copy(-1, indices, own.to(y.dtype))
-        if (trained := _trained_alone(self, input, weight)) is not None:
-            return linear_with_pair(input, weight, bias, *trained)
+        if (trained := _output_in_training(self, input, weight, bias)) is not None:
+            return trained
         return _forward_with_branches(
             self,
             input,
@@ -324,8 +335,8 @@ class _Conv1DBranches(_AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
-        if (trained := _trained_alone(self, x, weight)) is not None:
-            return linear_with_pair(x, weight.T, self.bias, *trained)
+        if (trained := _output_in_training(self, x, weight.T, self.bias)) is not None:
+            return trained
 
         def layer(x: Tensor, bias: Tensor | None) -> Tensor:
             rows = x.view(-1, x.size(-1))

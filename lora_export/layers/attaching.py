@@ -49,7 +49,14 @@ NO_WORD = re.compile(r"\W+", re.ASCII)
 # --- Attach ---
 
 
-def attach(module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: float = 0.0) -> None:
+def attach(
+    module: nn.Module,
+    plan: Plan,
+    *,
+    trainable: bool = False,
+    dropout: float = 0.0,
+    frozen: Collection[str] = (),
+) -> None:
     """Attach a plan's adapters, in place: pairs and bias shifts as branches, replaced tensors in place of the base's.
 
     A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`, DoRA's magnitude as `X.lora_magnitude.NAME`;
@@ -58,6 +65,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: f
     magnitudes and the replaced tensors require gradients. Rows of a table are then a parameter `X.lora_rows` of their
     own, which all names of a tied table share; and a pair may be trained on one name of a tied weight, since W does
     not change. `dropout` is the part of the inputs of A that is dropped in train mode. An embedding has none.
+    The pairs of the adapters with a name in `frozen` are not trained, and their inputs are not dropped.
     Raises InputRefused, with the module untouched: tied weights, adapters that are attached already,
     tensors that the module lacks, values that the module's dtype cannot hold, dropout where W + ΔW is used whole.
     """
@@ -90,7 +98,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: f
             target.owner.register_buffer("lora_shift", _adapter_tensor(target.tensor, step.shift))
         if step.terms:
             _adapt_class(target.owner, of_parts=step.spec.region is not None)
-            _add_branches(target, step, names, trainable=trainable)
+            _add_branches(target, step, names, trainable=trainable, frozen=frozen)
             attachment_of(target.owner).dropout = dropout
 
 
@@ -161,11 +169,13 @@ def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
     return torch.tensor(array, dtype=wide_dtype(base.dtype), device=base.device)
 
 
-def _add_branches(target: ModuleTensor, step: Step, names: Mapping[str, str], *, trainable: bool) -> None:
+def _add_branches(
+    target: ModuleTensor, step: Step, names: Mapping[str, str], *, trainable: bool, frozen: Collection[str]
+) -> None:
     owner = target.owner
     region = step.spec.region
     for term in step.terms:
-        name = names[term.adapter]
+        name, is_frozen = names[term.adapter], term.adapter in frozen
         if region is not None:
             name = f"{NO_WORD.sub('_', region.written)}_{name}"
         if target.attribute not in ("weight", "in_proj_weight"):  # q, k and v of one attention
@@ -175,10 +185,11 @@ def _add_branches(target: ModuleTensor, step: Step, names: Mapping[str, str], *,
                 continue
             if part not in owner._modules:
                 owner.register_module(part, nn.ParameterDict())
-            parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable)
+            parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable and not is_frozen)
             cast(nn.ParameterDict, owner._modules[part])[name] = parameter
         scale, dora = term.scale, term.pair.magnitude is not None
-        branch = Branch(term.adapter, term.module, target.attribute, name, scale, step.spec.layout, dora, region)
+        layout = step.spec.layout
+        branch = Branch(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen)
         attachment_of(owner).branches += (branch,)
 
 

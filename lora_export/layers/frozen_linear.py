@@ -32,6 +32,12 @@ def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, 
     return y
 
 
+def add_frozen_pair(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`y + scale * x Aᵀ Bᵀ` in one pass over y (..., out), for an A and a B that are not trained. Saves nothing."""
+    inner = F.linear(x.reshape(-1, x.shape[-1]), a)  # (rows, rank)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.T, alpha=scale).view(y.shape)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -52,14 +52,22 @@ def require_matplotlib() -> Any:
         raise EnvironmentLacking(f"a plot needs matplotlib ({error}): pip install 'lora-export[plot]'") from error
 
 
-def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the loss of each step as a PNG: label -> losses. Raises EnvironmentLacking without matplotlib."""
+def draw_losses(
+    losses: Mapping[str, Sequence[float]], path: Path, *, held_out: Mapping[int, float] | None = None
+) -> None:
+    """Draw the loss of each step as a PNG: label -> losses. Raises EnvironmentLacking without matplotlib.
+
+    `held_out` are losses on held-out examples: step -> loss.
+    """
     figure = require_matplotlib()(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (label, values) in enumerate(losses.items()):
         style = {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linestyle": LINES[number % len(LINES)]}
         axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1.8, **style)
-    axes.set(xlabel="step", ylabel="training loss")
+    if held_out:
+        colour, line = LINE_COLOURS[1], LINES[1]
+        axes.plot(list(held_out), list(held_out.values()), label="held out", color=colour, linestyle=line, marker=".")
+    axes.set(xlabel="step", ylabel="loss" if held_out else "training loss")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

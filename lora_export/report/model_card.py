@@ -11,7 +11,8 @@ MODEL_CARD = "README.md"
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown. `facts` has base, base_sha256, data, data_sha256, examples, adapter, settings, figures,
-    versions. Tables are by name; names from outside are written as JSON strings in the header, and as code below.
+    versions, and plot: the name of an image, or "". Tables are by name; names from outside are written as JSON
+    strings in the header, and as code below.
     """
     header = ["---", f"base_model: {json.dumps(facts['base'])}", "library_name: peft", "tags: [lora]", "---"]
     made_from = {
@@ -27,6 +28,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     for title, table in sections:
         rows = [f"| {name} | {_code(value)} |" for name, value in table.items()]
         lines += ["", f"## {title}", "", "| | |", "|---|---|", *rows]
+        if title == "Figures" and facts["plot"]:
+            lines += ["", f"![The loss of each step]({facts['plot']})"]
     return "\n".join(lines) + "\n"
 
 

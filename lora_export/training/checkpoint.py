@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import InputRefused, OutputFailed, listed
-from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory, json_line
+from lora_export.training.history import METRICS, TrainingHistory, json_line
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
@@ -76,11 +76,8 @@ class Checkpoints:
 
     def record(self, history: TrainingHistory) -> None:
         """Append the last step, and an evaluation after it, to the file of metrics."""
-        step = history.steps[-1]
-        records: list[StepRecord | EvaluationRecord] = [step]
-        records += (record for record in history.evaluations[-1:] if record.step == step.step)
         with (self.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(map(json_line, records))
+            file.writelines(map(json_line, history.latest))
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory) -> None:
         """Write the state after the last step. Raises InputRefused for values that are not finite, OutputFailed."""

@@ -69,6 +69,12 @@ class TrainingHistory:
         """The evaluation with the lowest held-out loss, the first of equal ones."""
         return min(self.evaluations, key=lambda record: record.held_out_loss, default=None)
 
+    @property
+    def latest(self) -> list[StepRecord | EvaluationRecord]:
+        """The last step, and the evaluation after it where there is one."""
+        step = self.steps[-1]
+        return [step, *(record for record in self.evaluations[-1:] if record.step == step.step)]
+
     def without_improvement(self) -> int:
         """How many evaluations have followed the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0

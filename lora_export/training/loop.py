@@ -21,7 +21,9 @@ from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
+from lora_export.training.compiling import compiled
 from lora_export.training.evaluation import evaluate
+from lora_export.training.event_log import EventLog
 from lora_export.training.head_loss import HeadLoss, head_loss
 from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
 from lora_export.training.losses import Batch, module_outputs
@@ -47,6 +49,7 @@ def fit(
     held_out: Data | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
+    log: EventLog | None = None,
     on_step: OnStep | None = None,
 ) -> TrainingHistory:
     """Train, in place, the parameters of `module` that require gradients, by AdamW.
@@ -73,7 +76,7 @@ def fit(
     optimizer = accelerator.prepare(adamw)
     history = TrainingHistory(str(accelerator.device))
     head = head_loss(module, data, accelerator.device)
-    run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head)
+    run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head, log)
     devices = [accelerator.device] if device == "cuda" else []
     with torch.random.fork_rng(devices=devices), _train_mode(module, settings), _explained_memory():
         try:
@@ -85,6 +88,10 @@ def fit(
         finally:
             if checkpoints is not None and rank() == 0:
                 checkpoints.remove_if_empty()
+            if log is not None:
+                log.close()
+            if settings.compile:
+                torch.compiler.reset()  # graphs of this module, and their count, which has a limit
             accelerator.free_memory()
     return history
 
@@ -102,6 +109,7 @@ class _Run:
     checkpoints: Checkpoints | None
     history: TrainingHistory
     head: HeadLoss | None
+    log: EventLog | None
 
     def begin(self, *, resume: bool) -> None:
         self.order = ShuffledOrder(len(self.data), self.settings.batch_size, self.settings.seed)
@@ -110,6 +118,7 @@ class _Run:
         self.peak, self.activations = PeakMemory(self.accelerator.device), SavedActivations(self.module)
         self.best: dict[str, Tensor] = {}
         self.loss = self.head or self.data.loss
+        self.forward = compiled(self.module) if self.settings.compile else self.module
         if self.checkpoints is None:
             return
         if resume:
@@ -140,6 +149,8 @@ class _Run:
             self._evaluate_after(step + 1)
             if self.checkpoints is not None and rank() == 0:
                 self.checkpoints.record(self.history)
+            if self.log is not None and rank() == 0:
+                self.log.write(self.history.latest)
             if (step + 1) % self.settings.save_every == 0 and step + 1 < self.total:
                 self.save()
             if on_step is not None:
@@ -170,7 +181,7 @@ class _Run:
             with self.activations.counted() if not self.activations.bytes else contextlib.nullcontext():
                 as_states = self.head.hidden_states() if self.head else contextlib.nullcontext()
                 with self.accelerator.autocast(), as_states:
-                    outputs = module_outputs(self.module, batch.inputs)
+                    outputs = module_outputs(self.module, batch.inputs, self.forward)
                 value = self.loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
             total += value.item()
             self.peak.measure()

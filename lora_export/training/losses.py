@@ -139,10 +139,13 @@ def loss_for(labels: Tensor) -> Loss:
     return SquaredError() if labels.is_floating_point() else CrossEntropy()
 
 
-def module_outputs(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The outputs of a module on these inputs. Raises RuntimeRefused where its own code fails on them."""
+def module_outputs(module: nn.Module, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None) -> Any:
+    """The outputs of a module on these inputs, or of its compiled `forward`.
+
+    Raises RuntimeRefused where its own code fails on them.
+    """
     with named_failures(module, inputs, "examples"):
-        return module(**inputs)
+        return (forward or module)(**inputs)
 
 
 def scores_of(outputs: Any) -> Tensor:

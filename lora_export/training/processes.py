@@ -51,6 +51,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+def take_from_first(tensors: Iterable[torch.Tensor], device: torch.device | str) -> None:
+    """Copy the values of process 0 into these tensors of every process, in place, by way of the training's device."""
+    if world_size() > 1:
+        for tensor in tensors:
+            moved = tensor.to(device)
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
+
+
 def wait_for_all() -> None:
     """Wait until every process has come here."""
     if world_size() > 1:

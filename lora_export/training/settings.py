@@ -29,6 +29,7 @@ class TrainingSettings:
     b_ratio: float = 1.0  # the learning rate of B divided by that of A (LoRA+, Hayou et al. 2024)
     precision: Precision = "no"  # of autocast
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, and do not store them
+    compile: bool = False  # compute the steps with torch.compile
     evaluate_every: int = 0  # steps; 0: at the end of each epoch, where an evaluation is needed
     patience: int = 0  # evaluations without a lower loss, after which training stops; 0: never
     keep_best: bool = False  # end with the parameters of the lowest held-out loss

@@ -117,12 +117,68 @@ def test_every_option_of_a_new_adapter_reaches_the_file(texts: Path) -> None:
         torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_weights_is_saved_for_the_unchanged_base(init: Any, texts: Path) -> None:
+    files = {path: path.read_bytes() for path in sorted((texts / "base").rglob("*")) if path.is_file()}
+    settings = {"rank": 2, "init": init, "rslora": True, "dropout": 0.1, "rank_pattern": {"v_proj": 1}}
+    settings |= {"target": "q_proj,v_proj,down_proj", "epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
+    result = le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings)
+    assert {path: path.read_bytes() for path in sorted((texts / "base").rglob("*")) if path.is_file()} == files
+    assert result.scores["adapter"].loss < result.scores["adapter_off"].loss - 0.01
+    config = json.loads((texts / "ad/adapter_config.json").read_text())
+    assert (config["r"], set(config["rank_pattern"].values()), config["init_lora_weights"]) == (4, {2}, True)
+    assert f"`{init} of rank 2`" in (texts / "ad/README.md").read_text()
+    le.merge(texts / "base", texts / "ad", texts / "merged")
+    merged, base = (
+        transformers.AutoModelForCausalLM.from_pretrained(texts / name).eval() for name in ("merged", "base")
+    )
+    ids = torch.arange(24).reshape(3, 8) % 9
+    with torch.no_grad():
+        before = base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, texts / "ad").eval()
+        assert (merged(ids).logits - before).abs().max() > 1e-2
+        torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_start_from_the_weights_is_resumed_to_the_last_bit(texts: Path) -> None:
+    settings = {"rank": 2, "init": "pissa", "epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
+    whole = le.train(texts / "base", texts / "data.jsonl", texts / "whole", **settings)
+
+    def interrupt(event: Any) -> None:
+        if event.unit == "steps" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings, on_progress=interrupt)
+    with pytest.raises(InputRefused, match="init was pissa, and is olora"):
+        le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings | {"init": "olora"}, resume=True)
+    resumed = le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings, resume=True)
+    assert resumed.history.losses == whole.history.losses
+    assert resumed.adapter.sha256 == whole.adapter.sha256
+
+
+def test_each_rank_starts_from_the_weights(texts: Path) -> None:
+    settings = {"rank": (1, 2), "init": "olora", "target": "q_proj", "epochs": 1}
+    result = le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings)
+    assert [{pair.rank for pair in adapter.pairs.values()} for adapter in result.adapters] == [{2}, {4}]
+    assert [run.rank for run in result.runs] == [1, 2]
+    with pytest.raises(InputRefused, match=r"too few directions for their rank \(--init pissa\)"):
+        le.train(texts / "base", texts / "data.jsonl", texts / "no", rank_pattern={"q_proj": 17}, init="pissa")
+    assert not (texts / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ranks": (2, 2)}, "each --rank is given once"),
         ({"continue_from": Path("ad"), "ranks": (4,), "target": "q"}, "--rank, --target cannot be given beside it"),
         ({"continue_from": Path("ad"), "token_indices": (4,)}, "--token-index cannot be given beside it"),
+        ({"continue_from": Path("ad"), "init": "pissa"}, "--init cannot be given beside it"),
+        ({"init": "pissa", "dora": True}, "--init pissa trains one pair beside .* not possible with --dora"),
+        (
+            {"init": "olora", "target_parameters": ("down_proj",)},
+            "--init olora trains one pair beside .* not possible with --target-parameter",
+        ),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:

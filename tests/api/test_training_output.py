@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from PIL import Image
 
 import lora_export as le
-from support.api import MODEL
+from support.api import MODEL, Recorder
 
 
 def test_ranks_and_strategies_are_compared_in_a_table(data: Path, tmp_path: Path) -> None:
@@ -36,3 +39,69 @@ def test_the_card_and_the_metrics_tell_what_was_trained(data: Path, tmp_path: Pa
     lines = [json.loads(line) for line in (tmp_path / "ad/metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == list(result.history.losses)
     assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4, 6]
+    assert Image.open(tmp_path / "ad/losses.png").format == "PNG" and "(losses.png)" in card
+
+
+def test_without_matplotlib_no_plot_is_promised(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    seen = Recorder()
+    le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1, **seen.callbacks)
+    assert not (tmp_path / "ad/losses.png").exists() and "![" not in (tmp_path / "ad/README.md").read_text()
+    assert [line for line in seen.messages if "the losses are not drawn: matplotlib is missing" in line]
+
+
+# --- TensorBoard ---
+
+
+class FakeTracker:
+    """accelerate's tracker, without TensorBoard."""
+
+    made: ClassVar[list[FakeTracker]] = []
+
+    def __init__(self, run_name: str, logging_dir: str, **options: Any) -> None:
+        self.folder, self.options, self.logged, self.state = Path(logging_dir, run_name), options, [], "new"
+        self.made.append(self)
+
+    def start(self) -> None:
+        self.state = "started"
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.state = "finished"
+
+
+@pytest.fixture
+def trackers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTracker]:
+    monkeypatch.setattr(FakeTracker, "made", [])
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker", FakeTracker)
+    monkeypatch.setattr("lora_export.api.train.require_tensorboard", lambda: None)
+    return FakeTracker.made
+
+
+def test_every_run_is_logged_while_it_trains(data: Path, tmp_path: Path, trackers: list[FakeTracker]) -> None:
+    options = {"epochs": 2, "batch_size": 8, "evaluate_every": 2, "compare": ["full"], "tensorboard": tmp_path / "log"}
+    result = le.train(MODEL, data, tmp_path / "out", rank=[2, 4], **options)
+    assert [one.folder for one in trackers] == [tmp_path / "log" / name for name in ("rank-2", "rank-4", "full")]
+    for tracker, run in zip(trackers, result.runs, strict=True):
+        assert (tracker.state, tracker.options) == ("finished", {"purge_step": 1})
+        assert [values["loss"] for _, values in tracker.logged if "loss" in values] == list(run.history.losses)
+        evaluations = [(step, values["held_out_loss"]) for step, values in tracker.logged if "loss" not in values]
+        assert evaluations == [(one.step, one.held_out_loss) for one in run.history.evaluations]
+        assert not any("step" in values or None in values.values() for _, values in tracker.logged)
+
+
+def test_a_resumed_log_replaces_the_steps_after_the_checkpoint(
+    data: Path, tmp_path: Path, trackers: list[FakeTracker]
+) -> None:
+    def interrupt(event: Any) -> None:
+        if event.done == 5:
+            raise KeyboardInterrupt
+
+    options = {"rank": 2, "epochs": 3, "batch_size": 8, "tensorboard": tmp_path / "log"}
+    with pytest.raises(KeyboardInterrupt):
+        le.train(MODEL, data, tmp_path / "ad", **options, on_progress=interrupt)
+    le.train(MODEL, data, tmp_path / "ad", **options, resume=True)
+    assert [one.options["purge_step"] for one in trackers] == [1, 6]
+    assert [one.state for one in trackers] == ["finished", "finished"]

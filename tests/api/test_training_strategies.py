@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_export import layers
+from lora_export import layers, plan
 from lora_export.api.callbacks import Progress
 from lora_export.api.training_strategies import Trainer, losses_of
 from lora_export.errors import InputRefused
+from lora_export.layers.initial_factors import Init
 from lora_export.training.batches import ArrayData
+from lora_export.training.evaluation import evaluate
 from lora_export.training.settings import TrainingSettings
 
 
@@ -58,6 +60,27 @@ def test_each_way_trains_what_its_name_says() -> None:
     assert {event.stage for event in events} == {
         *("training, rank 2", "training all weights", "training the head alone")
     }
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_weights_becomes_a_plain_adapter(init: Init) -> None:
+    events: list[Progress] = []
+    work = trainer(events)
+    before = copy.deepcopy(work.module.state_dict())
+    new = layers.create_adapter(work.module, targets=["body"], rank=2, alpha=4, seed=0, modules_to_save=["head"])
+    run, plain = work.adapter(new, 2, init=init), work.adapter(new, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in work.module.state_dict().items())
+    assert run.parameters.trained == plain.parameters.trained == 2 * 12 + 18
+    assert run.history.losses[0] == pytest.approx(plain.history.losses[0], abs=1e-6)
+    assert run.history.losses[1:] != pytest.approx(plain.history.losses[1:], abs=1e-4)
+    assert run.score_without is not None and run.adapter is not None and run.score is not None
+    pair = run.adapter.pairs["body"]
+    assert (pair.rank, pair.scale) == (4, 2.0) and run.rank == 2
+    changes = plan.make([run.adapter], layers.specs(work.module))
+    deployed = copy.deepcopy(work.module)
+    layers.attach(deployed, changes)
+    assert evaluate(deployed, some_data(1)).loss == pytest.approx(run.score.loss, abs=1e-6)
+    assert Progress(f"factors of the weights ({init})", 1, 1, "layers") in events
     assert "tokens/s" in events[-1].detail and events[-1].detail.endswith("0 s left")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -218,6 +219,90 @@ def test_exercise_3_prints_the_memory_that_training_takes() -> None:
     assert run.megabytes == taken / 1e6
 
 
+# --- Whole models: a GPT, a vision transformer, and MiniLM in four ways ---
+
+
+@pytest.mark.slow
+def test_the_gpt_learns_code_then_english_and_generates_as_pytorch(tmp_path: Path) -> None:
+    import small_gpt
+
+    result = small_gpt.main(tmp_path / "out")
+    assert result.history.losses[-1] < result.history.losses[0] - 2
+    assert result.loss < result.loss_without - 0.5
+    for name, folder in (("base", "base"), ("adapted", "merged")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / folder).eval()
+        for prompt, text in zip(small_gpt.PROMPTS, result.texts[name], strict=True):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            made = model.generate(input_ids=ids, do_sample=False, max_new_tokens=small_gpt.NEW_TOKENS)
+            assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == text
+    assert result.texts["base"] != result.texts["adapted"]
+
+
+def test_the_code_that_the_gpt_learns_has_no_english() -> None:
+    import small_gpt
+
+    tree = ast.parse('"""Module."""\n\ndef f():\n    "Only this."\n\nclass C:\n    """It."""\n    x = "text"  # why\n')
+    assert ast.unparse(small_gpt.Bare().visit(tree)) == "def f():\n    pass\n\nclass C:\n    x = 'text'"
+    tokenizer = small_gpt.make_tokenizer(["return value\n"] * 50)
+    assert tokenizer.decode(tokenizer("return é\n")["input_ids"]) == "return é\n"
+
+
+@pytest.mark.slow
+def test_lora_counts_shapes_better_than_a_head_alone(tmp_path: Path) -> None:
+    import count_shapes
+
+    result = count_shapes.main(tmp_path / "out")
+    assert result.adapter > result.head_alone + 0.1
+    assert result.graph == pytest.approx(result.adapter, abs=0.1)
+
+
+def test_the_shapes_of_an_image_do_not_overlap() -> None:
+    import count_shapes
+
+    rng = np.random.default_rng(0)
+    for number, expected in enumerate((1, 2, 3)):
+        for _ in range(20):
+            pixels = np.asarray(count_shapes.some_shapes(number, rng))
+            assert parts_of(pixels.min(axis=2) > 128) == expected
+
+
+def parts_of(mask: np.ndarray) -> int:
+    """How many connected parts a mask has."""
+    left, found = {tuple(place) for place in np.argwhere(mask)}, 0
+    while left:
+        found, edge = found + 1, [left.pop()]
+        while edge:
+            row, column = edge.pop()
+            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+    return found
+
+
+@pytest.mark.slow
+def test_three_strategies_are_compared_on_minilm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import three_strategies
+
+    result = three_strategies.main(tmp_path / "out")
+    runs = {run.label: run for run in result.runs}
+    assert list(runs) == ["LoRA, rank 4", "LoRA, rank 16", "all weights", "head alone"]
+    accuracies = {label: run.score.accuracy for label, run in runs.items()}
+    assert accuracies["head alone"] < min(accuracies["LoRA, rank 4"], accuracies["all weights"])
+    assert runs["LoRA, rank 4"].memory.total < runs["all weights"].memory.total / 2
+    printed = capsys.readouterr().out
+    assert all(f"{run.parameters.trained:,}" in printed for run in result.runs)
+    assert {"comparison.html", "comparison.png"} <= {path.name for path in result.output.iterdir()}
+
+
+def test_make_runs_every_sample() -> None:
+    _, _, recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nsamples: ")
+    lines = recipe.partition("\n\n")[0]
+    programs = {path.name for path in SAMPLES.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+    assert {name for name in programs if f"/{name}" not in lines} == {"docstrings.py"}
+    assert "samples/parity_test.py" in lines
+
+
 # --- The API ---
 
 
@@ -390,7 +475,7 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 12
+    assert len(names) == 15
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
 
 

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from lora_export import formats, layers, plan
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers import peft as peft_writer
+from lora_export.layers.initial_factors import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from support import experts
 from support.small_layers import Everything, an_encoder_layer, base_of
@@ -233,6 +234,69 @@ def test_what_peft_trained_is_continued_as_peft_does(name: str, tmp_path: Path) 
     if isinstance(base, Encoder):  # PEFT 0.21 is wrong in the fast path of eval mode: it leaves adapters out
         again.train(), ours.train()
     torch.testing.assert_close(outputs_of(ours), outputs_of(again), rtol=1e-5, atol=1e-5)
+
+
+# --- Starts from the weights ---
+
+BROKEN = ("conv1d", "olora")
+LLAMA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"mlp.*": 3}}
+STARTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "linear": (lambda: a_llama(tied=False), {}, LLAMA),
+    "rslora": (lambda: a_llama(tied=False), {"rslora": True}, {**LLAMA, "use_rslora": True}),
+    "patterns": (lambda: a_llama(tied=False), PATTERNS, {**LLAMA, **PATTERNS}),
+    "rslora and patterns": (
+        lambda: a_llama(tied=False),
+        {"rslora": True, **PATTERNS},
+        {**LLAMA, **PATTERNS, "use_rslora": True},
+    ),
+    "dropout": (lambda: a_llama(tied=False), {"dropout": 0.3}, {**LLAMA, "lora_dropout": 0.3}),
+    "conv1d": (
+        lambda: base_of(Everything),
+        {"targets": ["fan"]},
+        {"target_modules": ["fan"], "fan_in_fan_out": True},
+    ),
+}
+
+
+def trained_from_weights(base: nn.Module, new: Adapter, init: Init) -> tuple[nn.Module, Adapter]:
+    """A module with an adapter that starts from the weights of its base, and that start."""
+    start = started_from_weights(base, new, init)
+    module = copy.deepcopy(base)
+    changes = plan.make([start, frozen_start(start)], layers.specs(module), identity_ok=True)
+    dropout = new.metadata.get("lora_dropout", 0.0)
+    layers.attach(module, changes, trainable=True, dropout=dropout, frozen={STARTING_POINT})
+    return module, start
+
+
+# PEFT 0.21 decomposes the stored (in, out) matrix of a Conv1D for OLoRA: test_initial_factors.py has that sum.
+@pytest.mark.parametrize(
+    ("name", "init"), [(name, init) for name in STARTS for init in ("pissa", "olora") if (name, init) != BROKEN]
+)
+def test_a_start_from_the_weights_has_pefts_losses(name: str, init: Init, tmp_path: Path) -> None:
+    make, options, theirs_options = STARTS[name]
+    base = make()
+    new = layers.create_adapter(base, **{"rank": 2, "alpha": 4, "seed": 0, "targets": "all-linear", **options})
+    ours, start = trained_from_weights(base, new, init)
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=init, **theirs_options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path / "start")
+    torch.testing.assert_close(outputs_of(ours), outputs_of(base), rtol=1e-5, atol=1e-5)
+    own = losses(ours)
+    assert own == pytest.approx(losses(theirs), abs=1e-5)
+    assert abs(own[-1] - own[0]) > 1e-4
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in base.state_dict().items())
+
+    saved = as_plain_lora(layers.read_back(ours, start), start)
+    assert {key: pair.rank for key, pair in saved.pairs.items()} == {k: 2 * p.rank for k, p in new.pairs.items()}
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), write(saved, tmp_path / "saved", base)).eval()
+    for trained in (ours, theirs):
+        torch.testing.assert_close(outputs_of(again), outputs_of(trained), rtol=1e-5, atol=1e-5)
+    if name != "rslora and patterns":  # PEFT refuses to convert these together
+        theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        converted = formats.load(tmp_path / "theirs")
+        for key, pair in converted.pairs.items():
+            np.testing.assert_allclose(saved.pairs[key].delta(), pair.delta(), rtol=1e-4, atol=1e-5)
 
 
 # --- What PEFT cannot train: a sum by hand ---

@@ -44,7 +44,13 @@ def test_the_page_escapes_names_and_shows_every_cell() -> None:
 def test_the_losses_are_drawn(tmp_path: Path) -> None:
     draw_losses({"one": [1.0, 0.5], "two": [1.0, 0.1]}, tmp_path / "a.png")
     draw_losses({"one": [1.0, 0.5]}, tmp_path / "b.png")
+    draw_losses({"one": [1.0, 0.5]}, tmp_path / "c.png", held_out={1: 0.9, 2: 0.7})
     assert Image.open(tmp_path / "a.png").size == (1200, 675)
+    colours = {
+        name: set(Image.open(tmp_path / name).convert("RGB").get_flattened_data()) for name in ("b.png", "c.png")
+    }
+    orange = (0xD5, 0x5E, 0x00)
+    assert [orange in colours[name] for name in ("b.png", "c.png")] == [False, True]
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 

@@ -225,8 +225,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         "t = u.module_from_spec(spec); spec.loader.exec_module(t)\n"
         "data = t.some_data(50)\ndata.labels[::3] = -100\nmodule = t.plain()\n"
         "history = t.fitted(module, data, epochs=3, held_out=t.some_data(31), evaluate_every=5)\n"
-        "from lora_export.training.processes import rank\n"
-        "import torch\nrank() or torch.save((history, module.state_dict()), sys.argv[3])\n"
+        "from lora_export.training.processes import rank, take_from_first\n"
+        "import torch\nvalue = torch.full((2,), 7.0 + rank())\ntake_from_first([value], 'cpu')\n"
+        "assert value.tolist() == [7, 7]\n"
+        "rank() or torch.save((history, module.state_dict()), sys.argv[3])\n"
     )
     results = []
     for number in (1, 2):

@@ -1,0 +1,46 @@
+"""torch.compile for the steps of a training, and a clear error where it does not work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_export.errors import EnvironmentLacking
+from lora_export.models.failures import innermost_cause
+
+
+def refuse_without_compiler(device: str) -> None:
+    """Compile a function of one tensor. Raises EnvironmentLacking where this machine cannot: it has no C++ compiler."""
+    with _explained("any function"):
+        torch.compile(_doubled)(torch.ones(2, device=device))
+
+
+def compiled(module: nn.Module) -> Any:
+    """A callable like `module`, with its parameters. It is compiled when it is first called, and for new shapes."""
+    made = torch.compile(module)
+
+    def forward(**inputs: Any) -> Any:
+        with _explained(type(module).__name__):
+            return made(**inputs)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise EnvironmentLacking(
+            f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without --compile"
+        ) from error
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return 2 * x

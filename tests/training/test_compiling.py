@@ -1,0 +1,72 @@
+"""Steps that torch.compile computes: the same losses, in one graph, and a clear error where it cannot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_export as le
+from lora_export import layers, plan
+from lora_export.errors import EnvironmentLacking
+from lora_export.training.batches import ArrayData
+from lora_export.training.compiling import compiled, refuse_without_compiler
+from lora_export.training.loop import fit
+from lora_export.training.settings import TrainingSettings
+from support.api import MODEL
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    from torch._inductor import config
+
+    torch.compiler.reset()
+    with config.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_compiled_steps_have_the_losses_of_the_others() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+    new = layers.create_adapter(base, targets="all-linear", rank=2, alpha=4, seed=0)
+    ids = (torch.arange(9) + torch.arange(24)[:, None]) % 60  # each token follows from the one before it
+    histories, modules = [], []
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for compile in (False, True):
+        module = copy.deepcopy(base)
+        layers.attach(module, plan.make([new], layers.specs(module), identity_ok=True), trainable=True)
+        settings = TrainingSettings(epochs=3, learning_rate=0.05, batch_size=8, seed=0, compile=compile)
+        data = ArrayData({"input_ids": ids[:, :-1]}, ids[:, 1:].contiguous())
+        histories.append(fit(module, data, settings))
+        modules.append(module)
+    plain, fast = histories
+    assert fast.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert fast.losses[-1] < fast.losses[0] - 0.1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]  # one graph: nothing of an adapter breaks it
+    for name, value in modules[0].state_dict().items():
+        torch.testing.assert_close(modules[1].state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_machine_without_a_compiler_is_refused_before_the_data_are_read(tmp_path: Path, no_compiler: None) -> None:
+    with pytest.raises(EnvironmentLacking, match=r"cannot compile any function here: .*\. Train without --compile$"):
+        le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", compile=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_compiled_is_named(no_compiler: None) -> None:
+    with pytest.raises(EnvironmentLacking, match="cannot compile Linear here: "):
+        compiled(torch.nn.Linear(2, 2))(input=torch.ones(1, 2))
+
+
+def test_a_machine_with_a_compiler_is_not() -> None:
+    torch.compiler.reset()
+    refuse_without_compiler("cpu")
