@@ -26,7 +26,7 @@ from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor
 # How a tensor is rounded: to a dtype, or by a function, as to the nearest value that a quantised weight can hold.
 Rounding = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]
 FP32_SUM_ERROR = 2.0**-18  # of W + ΔW in fp32, relative to the size of its terms: 64 products, half an eps each
-BLOCK = 1 << 16  # numbers that are rounded at once: what is computed on the way stays in a core's cache
+ROUNDED_AT_ONCE = 1 << 16  # numbers that are rounded at once: what is computed on the way stays in a core's cache
 
 
 def materialise(
@@ -114,8 +114,8 @@ def _rounded_sum(
     exact, rounded = value.reshape(-1), torch.empty(value.numel(), dtype=dtype, device=value.device)
     wanted = None if preferred is None else preferred.reshape(-1)
     base_values = functools.cache(lambda: base.reshape(-1))  # read where a preferred value differs
-    for start in range(0, value.numel(), BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, value.numel(), ROUNDED_AT_ONCE):
+        block = slice(start, start + ROUNDED_AT_ONCE)
         rounded[block] = _with_preferred(
             exact[block],
             _rounded(exact[block], rounding),

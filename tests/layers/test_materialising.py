@@ -52,7 +52,7 @@ def test_a_large_weight_is_rounded_block_by_block(monkeypatch: pytest.MonkeyPatc
     in_fp32 = exact.float().bfloat16().double()
     preferred = in_fp32.clone()
     preferred[3, 1] *= 1.5  # too far away to be taken
-    monkeypatch.setattr(materialising, "BLOCK", 3)
+    monkeypatch.setattr(materialising, "ROUNDED_AT_ONCE", 3)
     layers.attach(holder, plan_for(holder, an_adapter({"0": pair})))
     layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={"0.weight": preferred}, in_fp64=True)
     assert holder[0].weight.dtype == torch.bfloat16
