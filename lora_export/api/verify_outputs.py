@@ -25,7 +25,6 @@ from lora_export.errors import (
     Undecided,
 )
 from lora_export.formats.row_adapters import read_row_adapters
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
@@ -150,6 +149,8 @@ def _prove(
 
 def _has_own_heads(candidate: Path, adapters: Sequence[Adapter]) -> bool:
     """Whether each row of the candidate has the head that its adapter saves whole."""
+    from lora_export.graph.onnx_file.reading import load_graph
+
     if candidate.suffix != ".onnx" or not any(map(head_names, adapters)):
         return False
     record = read_row_adapters(load_graph(candidate).metadata_props, str(candidate))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import CONTRACT_KEY
+from lora_export.formats.onnx_adapter import CONTRACT_KEY, Contract
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, judge_by_origin
@@ -34,7 +34,7 @@ ROUNDED = np.float64([[0, 0.5], [1.25, -0.75]])
 def graph(folder: Path, name: str, text: str) -> Path:
     path, model = folder / name, a_graph(text)
     if "fr" in {value.name for value in model.graph.inputs}:
-        model.metadata_props[CONTRACT_KEY] = "{}"  # declares adapters
+        model.metadata_props[CONTRACT_KEY] = str(Contract("0" * 16, "", ()))  # declares adapters
     ir.save(model, path)
     return path
 
