@@ -84,6 +84,8 @@ def plot(measured: Measured) -> None:
         axes[1].plot(list(runs), [each.peak / 1024 for each in runs.values()], "o-", label=name)
     for each, label in zip(axes, ("seconds", "peak memory, GiB"), strict=True):
         each.set(xlabel="billions of parameters", ylabel=label, xscale="log", yscale="log")
+        each.set_xticks(list(measured["merge"]), [f"{size:.2g}" for size in measured["merge"]])
+        each.set_xticks([], minor=True)
         each.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(PLOT, metadata={"Date": None})
