@@ -120,9 +120,14 @@ def _rounded_sum(
             exact[block],
             _rounded(exact[block], rounding),
             None if wanted is None else wanted[block],
-            lambda at, block=block: exact[block][at].abs() + base_values()[block][at].abs(),  # type: ignore[misc]
+            functools.partial(_term_sizes, exact, base_values, block),
         )
     return rounded.view(value.shape)
+
+
+def _term_sizes(exact: Tensor, base: Callable[[], Tensor], block: slice, at: tuple[Tensor, ...]) -> Tensor:
+    """|W + ΔW| + |W| at some indices of a block."""
+    return exact[block][at].abs() + base()[block][at].abs()
 
 
 def _with_preferred(

@@ -56,8 +56,13 @@ def sizes_of(value: ir.Value) -> list[Dim]:
     return list(value.shape)
 
 
+def fixed_sizes(value: ir.Value, *axes: int) -> list[int]:
+    """The sizes of some dimensions of a value, which are no symbols."""
+    sizes = [size for axis in axes if isinstance(size := sizes_of(value)[axis], int)]
+    assert len(sizes) == len(axes)
+    return sizes
+
+
 def last_size(value: ir.Value) -> int:
     """The size of a value's last dimension, which is no symbol."""
-    size = sizes_of(value)[-1]
-    assert isinstance(size, int)
-    return size
+    return fixed_sizes(value, -1)[0]

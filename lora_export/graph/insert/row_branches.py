@@ -10,7 +10,7 @@ from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, layer_input
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
+from lora_export.graph.insert.node_list import NodeList, fixed_sizes, last_size, sizes_of
 from lora_export.graph.insert.row_scales import RowScales
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
@@ -244,7 +244,7 @@ class RowBranches:
 
         The matrices are made of the stacks. A runtime that folds constants does so when it loads the graph.
         """
-        slots, features, rank = map(int, sizes_of(a.value))  # type: ignore[arg-type]
+        slots, features, rank = fixed_sizes(a.value, 0, 1, 2)
         all_ranks, out = slots * rank, last_size(b.value)
         transposed = nodes.add("Transpose", [a.value], [features, slots, rank], perm=[1, 0, 2])
         all_a = nodes.add("Reshape", [transposed, self.constant(features, all_ranks)], [features, all_ranks])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import Dim
-from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
+from lora_export.graph.insert.node_list import NodeList, fixed_sizes, last_size, sizes_of
 
 
 class RowScales:
@@ -24,8 +24,7 @@ class RowScales:
         self, nodes: NodeList, ids: ir.Value, scales: ir.Value, adapters: int, constant: Callable[..., ir.Value]
     ):
         self.factory, self.ids, self.scales, self.constant = nodes.factory, ids, scales, constant
-        self.batch, per_row = sizes_of(scales)
-        self.per_row, slots = int(per_row), adapters + 1  # type: ignore[arg-type]
+        self.batch, self.per_row, slots = sizes_of(scales)[0], last_size(scales), adapters + 1
         self.made: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
         # The factor of each adapter on each row (batch, adapters + 1): the sum over the positions that have its id.
         table = self.factory.constant(f"/{ADAPTER_SCALES}", "owners", np.eye(slots, dtype=np.float32))
@@ -39,7 +38,7 @@ class RowScales:
 
         For A (`to_ranks`) their columns are side by side: (batch, in, ranks); for B their rows: (batch, ranks, out).
         """
-        _, into, out = map(int, sizes_of(stack))  # type: ignore[arg-type]
+        into, out = fixed_sizes(stack, 1, 2)
         own = nodes.add("Gather", [stack, self.ids], [self.batch, self.per_row, into, out], axis=0)
         matrix = [self.per_row * into, out]
         if to_ranks:
