@@ -134,6 +134,7 @@ def test_a_step_takes_no_more_than_pefts(name: str) -> None:
     import torch
 
     from benchmarks.measure import keep, machine
+    from lora_export.errors import count
 
     own, other = (Steps(*steps) for steps in child("both", name))
     peaks = {"lora-export": child("ours", name), "PEFT": child("peft", name)}
@@ -144,7 +145,7 @@ def test_a_step_takes_no_more_than_pefts(name: str) -> None:
         wall = f"{1000 * median(steps.wall):.0f} ms ({1000 * min(steps.wall):.0f})"
         used = f"{1000 * median(steps.used):.0f} ms"
         lines.append(f"| {who} | {wall} | {used} | {ratios[who]:.2f} | {peaks[who]:.0f} MiB |")
-    threads = f"{len(own.wall)} steps each, {torch.get_num_threads()} thread"
+    threads = f"{len(own.wall)} steps each, {count(torch.get_num_threads(), 'thread')}"
     keep(f"training step, {name}", "\n".join([*lines, "", f"{threads}. {machine()}"]))
     assert ratios["lora-export"] <= MOST
     assert peaks["lora-export"] <= MOST * peaks["PEFT"]
