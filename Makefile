@@ -42,8 +42,8 @@ test-slow: $(VENV)/dev.stamp ## the tests that take long
 	$(PYTEST) -m "slow and not soak"
 
 # One after another: each is about a minute, and writes its row of the table. Some of them: make matrix ONLY="llama or vit"
-matrix: $(VENV)/dev.stamp ## export small models of every architecture, and other tools beside; writes tests/README.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix --keep -k "$(ONLY)" tests/matrix
+matrix: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## export small models of every architecture, and other tools beside; writes tests/README.md
+	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix --keep -k "$(ONLY)" tests/matrix
 
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it

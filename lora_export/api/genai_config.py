@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export.graph.cache_names import IDS, KEY_VALUE, LOGITS, MASK, PAST, POSITIONS, PRESENT
+from lora_export.graph.cache_names import IDS, KEY_VALUE, LOGITS, MASK, PAST, POSITION_IDS, PRESENT
 
 # Any decoder with this layout of its cache. The names of single models change nothing for it.
 DECODER = "decoder"
@@ -43,7 +43,7 @@ def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) 
                 "num_key_value_heads": heads,
                 "num_hidden_layers": sum(name.endswith(".key") for name in inputs if name and name.startswith(PAST)),
                 "inputs": {
-                    **{name: name for name in (IDS, MASK, POSITIONS[0]) if name in inputs},
+                    **{name: name for name in (IDS, MASK, POSITION_IDS) if name in inputs},
                     **{f"past_{part}_names": f"{PAST}.%d.{part}" for part in KEY_VALUE},
                 },
                 "outputs": {LOGITS: LOGITS, **{f"present_{part}_names": f"{PRESENT}.%d.{part}" for part in KEY_VALUE}},

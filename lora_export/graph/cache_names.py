@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 IDS, MASK = "input_ids", "attention_mask"
-POSITIONS = ("position_ids", "cache_position")  # [batch, tokens] and [tokens]
+POSITION_IDS, CACHE_POSITION = "position_ids", "cache_position"  # [batch, tokens] and [tokens]
 BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`

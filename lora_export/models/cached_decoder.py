@@ -19,7 +19,7 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
+from lora_export.graph.cache_names import IDS, LOGITS, MASK, PAST, POSITION_IDS, PRESENT
 from lora_export.models.export import (
     exported_by_transformers,
     exporter_refusals,
@@ -34,7 +34,6 @@ from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.simplify import simplify
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
-POSITION_IDS = POSITIONS[0]
 # The keyword of forward that takes the cache, in the order of transformers' generations.
 CACHE_KEYWORDS = ("cache", "past_key_values")
 CACHE_TENSOR = re.compile(r"\.layers\.(\d+)\.(key|value)s$")

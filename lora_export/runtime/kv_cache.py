@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.cache_names import BRANCH, IDS, MASK, POSITIONS, present_by_past
+from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, MASK, POSITION_IDS, present_by_past
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import head_size
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -157,8 +157,8 @@ class CacheRunner:
         derived = {
             IDS: ids[:, start:stop],
             MASK: inputs.get(MASK, np.ones_like(ids))[:, :stop],
-            POSITIONS[0]: np.broadcast_to(positions, (len(ids), len(positions))),
-            POSITIONS[1]: positions,
+            POSITION_IDS: np.broadcast_to(positions, (len(ids), len(positions))),
+            CACHE_POSITION: positions,
             BRANCH: np.array([start > 0]),
         }
         others = {name: value for name, value in inputs.items() if name not in derived}

@@ -23,6 +23,7 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
+from lora_export.graph.cache_names import IDS, POSITION_IDS
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
@@ -213,11 +214,13 @@ class OnnxRunner:
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs to compute, all where it is None.
 
+        A graph that takes positions gets 0, 1, 2, ... where the inputs have none, as the model takes them by itself.
         Where all rows have one id, the outputs lack the labels that the head of its adapter does not have.
 
         Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
         not have: they were folded away.
         """
+        inputs = self._with_positions(inputs)
         problems = [f"the graph has no input {name}" for name in inputs if name not in self.axes]
         problems += [
             f"the graph needs {name}, which the model does not take" for name in self.axes if name not in inputs
@@ -240,6 +243,13 @@ class OnnxRunner:
             raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
         finally:
             self._run_options.terminate = False
+
+    def _with_positions(self, inputs: Arrays) -> Arrays:
+        lacks_them = POSITION_IDS in self.axes and POSITION_IDS not in inputs
+        if not lacks_them or IDS not in inputs:
+            return inputs
+        rows, tokens = inputs[IDS].shape
+        return {**inputs, POSITION_IDS: np.broadcast_to(np.arange(tokens), (rows, tokens))}
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())

@@ -24,7 +24,11 @@ def kept() -> dict[str, dict[str, str]]:
 def keep(name: str, cells: dict[str, str]) -> None:
     """Put one row into the table. The rows have the sequence of the models."""
     rows = {**kept(), name: cells}
-    ordered = {each: rows[each] for each in matrix.NAMES if each in rows}
+    ordered = {
+        each: {column: rows[each].get(column, matrix.NOT_RUN) for column in matrix.COLUMNS}
+        for each in matrix.NAMES
+        if each in rows
+    }
     tables.put(README, TABLE, tables.table(ordered, "architecture"))
 
 

@@ -51,6 +51,21 @@ def test_inputs_that_the_graph_lacks_are_named(a_graph: Path) -> None:
         runner.run({})
 
 
+def test_positions_are_counted_where_the_inputs_have_none(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (int64[batch, length] input_ids, int64[batch, length] position_ids) => (int64[batch, length] y)
+    { y = Add (input_ids, position_ids) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "positions.onnx")
+    runner = OnnxRunner(tmp_path / "positions.onnx")
+    ids = np.array([[10, 10, 10], [20, 20, 20]])
+    assert runner.run({"input_ids": ids})["y"].tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert runner.run({"input_ids": ids, "position_ids": ids})["y"].tolist() == (2 * ids).tolist()
+    with pytest.raises(RuntimeRefused, match="the graph needs position_ids"):
+        OnnxRunner(tmp_path / "positions.onnx").run({})
+
+
 def test_file_without_a_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "noise.onnx"
     path.write_bytes(b"this is no graph")

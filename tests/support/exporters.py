@@ -144,7 +144,19 @@ def transformers_fused(name: str, path: Path) -> None:
 
 TASKS = {"llama": "text-generation", "gpt2": "text-generation", "bert": "text-classification"}
 
-OPTIMUM = "from optimum.exporters.onnx import main_export; import sys; main_export(*sys.argv[1:3], task=sys.argv[3])"
+# A task is found for a class; for a folder it must be given.
+OPTIMUM = """
+import json, pathlib, sys, transformers
+from optimum.exporters.onnx import main_export
+from optimum.exporters.tasks import TasksManager
+model, target, *tasks = sys.argv[1:]
+config = json.loads(pathlib.Path(model, "config.json").read_text())
+task = tasks[0] if tasks else TasksManager.infer_task_from_model(getattr(transformers, config["architectures"][0]))
+with_past = task + "-with-past"
+possible = TasksManager.get_supported_tasks_for_model_type(config["model_type"].replace("_", "-"), "onnx")
+task = with_past if not tasks and with_past in possible else task
+main_export(model, target, task=task, no_post_process=not tasks)  # which adds a graph of both decoders
+"""
 
 
 def optimum_python() -> str:
@@ -156,10 +168,18 @@ def optimum_python() -> str:
 
 
 def optimum(name: str, path: Path) -> None:
-    python = optimum_python()
     save_tokenizer(checkpoint_of(name))
-    line = [python, "-c", OPTIMUM, checkpoint_of(name), path.parent, TASKS[name]]
-    subprocess.run(line, check=True, capture_output=True, cwd=path.parent)
+    export_by_optimum(checkpoint_of(name), path.parent, TASKS[name])
+
+
+def export_by_optimum(checkpoint: Path, target: Path, task: str | None = None) -> None:
+    """Write optimum's graphs of a checkpoint into a folder, which may exist.
+
+    Without a task it is that of the checkpoint's class, with a key/value cache where optimum has one for it.
+    """
+    target.mkdir(exist_ok=True)
+    line = [optimum_python(), "-c", OPTIMUM, checkpoint, target, *([task] if task else [])]
+    subprocess.run(line, check=True, capture_output=True, cwd=target)
 
 
 EXPORTERS: dict[str, Callable[[str, Path], None]] = {

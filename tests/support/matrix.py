@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_export as le
 from lora_export.errors import LoraExportError
 from lora_export.models.load import load_model
+from support.exporters import export_by_optimum
 from support.genai import build_genai_graph
 from support.model_folders import MODEL_FOLDERS, saved_module
 from support.more_models import MORE_MODELS
@@ -36,8 +37,8 @@ from support.small_models import MODELS, words_tokenizer
 EVERY_MODEL = {**MODELS, **MORE_MODELS}
 NAMES = (*EVERY_MODEL, *MODEL_FOLDERS)
 MODES = ("merged", "nodes")
-TRANSFORMERS, GENAI = "transformers' exporter", "genai builder"
-COLUMNS = ("pairs", *MODES, TRANSFORMERS, GENAI)
+TRANSFORMERS, OPTIMUM, GENAI = "transformers' exporter", "optimum-onnx", "genai builder"
+COLUMNS = ("pairs", *MODES, TRANSFORMERS, OPTIMUM, GENAI)
 SAME, NOT_RUN = "same", "-"
 SHOWN_WORDS = 6  # of a refusal
 
@@ -109,6 +110,8 @@ def row(name: str, folder: Path) -> dict[str, str]:
     cells = {"pairs": str(made.pairs)}
     cells |= {mode: cell(lambda mode=mode: export(made, mode, folder)) for mode in MODES}
     cells[TRANSFORMERS] = NOT_RUN if name in MODEL_FOLDERS else cell(lambda: by_transformers(made, folder))
+    has_optimum = name not in MODEL_FOLDERS and "OPTIMUM_PYTHON" in os.environ
+    cells[OPTIMUM] = cell(lambda: by_optimum(made, folder)) if has_optimum else NOT_RUN
     has_builder = name in GENAI_BUILDS and importlib.util.find_spec("onnxruntime_genai") is not None
     cells[GENAI] = cell(lambda: by_genai(made, folder)) if has_builder else NOT_RUN
     return cells
@@ -165,16 +168,38 @@ def by_transformers(made: Subject, folder: Path) -> str:
 
 def by_genai(made: Subject, folder: Path) -> str:
     """PEFT's merge, as the builder of onnxruntime-genai exports it."""
-    with _quiet():
-        cls = getattr(hf, EVERY_MODEL[made.name][0])
-        merged = peft.PeftModel.from_pretrained(cls.from_pretrained(made.base), str(made.adapter)).merge_and_unload()
-        merged.save_pretrained(folder / "peft")
-        words_tokenizer(folder / "peft")
+    merged = _merged_by_peft(made, folder / "peft")
+    words_tokenizer(merged)
     try:
-        return _judged(build_genai_graph(folder / "peft", folder / "genai", "fp32"), made)
+        return _judged(build_genai_graph(merged, folder / "genai", "fp32"), made)
     except Exception as error:  # noqa: BLE001  whatever it refuses a model with
-        lines = getattr(error, "stderr", b"").decode().strip().splitlines()
-        return f"refused: {_first_words(lines[-1]) if lines else _short(error)}"
+        return _refusal(error)
+
+
+def by_optimum(made: Subject, folder: Path) -> str:
+    """PEFT's merge, as optimum-onnx exports it, by the task that it finds in the config."""
+    merged, target = _merged_by_peft(made, folder / "peft"), folder / "optimum"
+    try:
+        export_by_optimum(merged, target)
+    except Exception as error:  # noqa: BLE001  whatever it refuses a model with
+        return _refusal(error)
+    graphs = sorted(target.glob("*.onnx"))
+    return _judged(graphs[0] if len(graphs) == 1 else target, made)
+
+
+def _merged_by_peft(made: Subject, folder: Path) -> Path:
+    if not folder.exists():
+        with _quiet():
+            base = getattr(hf, EVERY_MODEL[made.name][0]).from_pretrained(made.base)
+            merged = peft.PeftModel.from_pretrained(base, str(made.adapter)).merge_and_unload()
+            merged.save_pretrained(folder)
+    return folder
+
+
+def _refusal(error: Exception) -> str:
+    """Of another tool, which may run in a process of its own: the last line there."""
+    lines = getattr(error, "stderr", b"").decode().strip().splitlines()
+    return f"refused: {_first_words(lines[-1]) if lines else _short(error)}"
 
 
 def _judged(path: Path, made: Subject) -> str:
@@ -182,7 +207,13 @@ def _judged(path: Path, made: Subject) -> str:
         result = le.verify(path, made.base, adapters=made.adapter)
     except LoraExportError as error:
         return f"not judged: {_short(error)}"
-    return str(result.proof.verdict.outcome) if result.proof else "not judged"
+    if result.proof is None:
+        return "not judged"
+    verdict = result.proof.verdict
+    lacking = {reason.output for reason in verdict.reasons if reason.text == "the candidate lacks this output"}
+    if lacking and all(reason.output in lacking for reason in verdict.reasons):
+        return f"{SAME} (without {', '.join(sorted(lacking))})"
+    return str(verdict.outcome)
 
 
 def _short(error: BaseException) -> str:

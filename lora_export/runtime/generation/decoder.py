@@ -18,7 +18,7 @@ from lora_export.formats.onnx_adapter import (
     import_onnxruntime,
 )
 from lora_export.formats.row_adapters import row_inputs
-from lora_export.graph.cache_names import BRANCH, IDS, LOGITS, MASK, POSITIONS
+from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, LOGITS, MASK, POSITION_IDS
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import raising_refusals
@@ -41,7 +41,15 @@ class Decoder:
             )
         self.graph, self.provider, self.cache = graph, provider, runner.cache
         self.takes = frozenset(runner.inner.axes)
-        unknown = self.takes - {IDS, MASK, *POSITIONS, BRANCH, *ROW_INPUTS, *(tensor.past for tensor in self.cache)}
+        unknown = self.takes - {
+            IDS,
+            MASK,
+            POSITION_IDS,
+            CACHE_POSITION,
+            BRANCH,
+            *ROW_INPUTS,
+            *(tensor.past for tensor in self.cache),
+        }
         self.takes_padding = runner.takes_padding
         self.rows: list[str] = runner.inner.adapters_by_row or []
         self.adapters_per_row = runner.inner.adapters_per_row
@@ -100,7 +108,7 @@ class DecoderRun:
         """
         decoder, binding = self.decoder, self.binding
         has_past = np.array([mask.shape[1] > ids.shape[1]])
-        feeds = {IDS: ids, MASK: mask, POSITIONS[0]: positions, POSITIONS[1]: positions[0], BRANCH: has_past}
+        feeds = {IDS: ids, MASK: mask, POSITION_IDS: positions, CACHE_POSITION: positions[0], BRANCH: has_past}
         for name, value in feeds.items():
             if name in decoder.takes:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
