@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
-from lora_export.graph.values import initializers
+from lora_export.graph.values import drop_tensors, initializers
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
@@ -67,8 +66,8 @@ def export_from_graph(
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
         companions += copy_generation_files(path, options.output, folder, options.on_message)
         plan = located.plan
-        del program, located  # the sites refer to the graph
-        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+        drop_tensors(program)  # a graph contains cycles: with them its weights would stay in memory during the proof
+        del program, located
         written = folder / options.output.name
         proofs = prove_all(written, references, options, before, existing=path) if references else None
         record_in(written, _record(graph, hashes, given), proofs)

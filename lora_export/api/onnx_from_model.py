@@ -42,6 +42,7 @@ from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.references.module_copies import fp64_bytes
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
@@ -214,7 +215,7 @@ def write_graphs(
         beside += [*files, *([] if own.output == options.output else [name])]
         drop_tensors(program)
         del program, located  # the sites refer to the graph
-        release_memory()
+        release_memory(of=fp64_bytes(base.module))
     if not whole or not options.adapters:
         return plans[0], beside
     plan = options.plan(whole)

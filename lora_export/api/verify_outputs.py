@@ -32,6 +32,7 @@ from lora_export.storage import input_files
 from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.loaded_files import LoadedFiles, files_of_graphs, loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
+from lora_export.verification.references.module_copies import fp64_bytes
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -90,7 +91,7 @@ def judge_outputs(
                 timeout=how.timeout,
             )
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
-            release_memory()
+            release_memory(of=fp64_bytes(base.module))
             references = PyTorchReferences(
                 base,
                 seed=how.seed or 0,

@@ -14,6 +14,7 @@ from lora_export.storage.c_library import c_function
 
 AVAILABLE = "LORA_EXPORT_AVAILABLE_MEMORY"  # bytes: what the user states in place of what the system reports
 GIB = 1 << 30
+WORTH_A_COLLECTION = 1 << 28
 # Of a control group: its limit, its use, and the file with its cached files, which can be dropped.
 _VERSION_2 = ("memory.max", "memory.current", "memory.stat")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
@@ -35,8 +36,14 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min([machine, *_left_in_groups(root)])
 
 
-def release_memory() -> None:
-    """Give the memory of what is no longer used back to the system, where that is possible."""
+def release_memory(of: int | None = None) -> None:
+    """Give the memory of what is no longer used back to the system, where that is possible.
+
+    Visits every object of the process, for up to half a second. `of` is the size in bytes of what was used: nothing is
+    done for less than 256 MiB.
+    """
+    if of is not None and of < WORTH_A_COLLECTION:
+        return
     gc.collect()
     trim = c_function("malloc_trim")  # of glibc
     if trim is not None:

@@ -94,5 +94,7 @@ def test_freed_memory_is_given_back() -> None:
     last = np.ones(60_000, np.uint8)
     del blocks
     before = resident()
-    release_memory()
+    release_memory(of=1000)
+    assert abs(before - resident()) < 10_000_000
+    release_memory(of=1 << 30)
     assert before - resident() > 60_000_000 and last.all()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file.writing import in_memory
+from lora_export.graph.values import drop_tensors
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import TIMEOUT, Arrays
@@ -47,10 +47,10 @@ def open_in_fp64(
 
     `parts` are inputs that weights are computed from. The graph is changed and of no further use.
     """
-    gc.collect()  # graphs are cyclic: without this the previous one, with the weights made for it, stays in memory
     narrow_operators = frozenset(widen(model, inferred_types))
     compute_weights_late(model, parts)
     graph = InMemoryGraph("the graph in fp64", *in_memory(model))
+    drop_tensors(model)  # graphs are cyclic: with them, the weights made for this one would stay in memory
     return OnnxRunner(graph, optimise=False, low_memory=True, timeout=timeout), narrow_operators
 
 
