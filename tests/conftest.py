@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -24,6 +25,13 @@ def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    # The garbage collector need not visit thousands of tests and all modules each time: a sixth of the time of exports.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
