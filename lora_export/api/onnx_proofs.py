@@ -19,17 +19,9 @@ from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import (
-    BASE,
-    MIXED,
-    SEVERAL,
-    Proof,
-    prove,
-    prove_by_origin,
-    prove_mixed,
-    prove_several,
-)
+from lora_export.verification.proof import Proof, prove, prove_by_origin
 from lora_export.verification.references import References
+from lora_export.verification.row_proofs import BASE, MIXED, SEVERAL, prove_mixed, prove_several
 
 Graphs = OnnxRunner | EncoderDecoderRunner
 
@@ -77,8 +69,9 @@ def prove_all(
     for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
-    mixed = _prove_mixed(runner, references, options, [whole, *adapters.values()]) if options.lora == "rows" else None
     several = _prove_several(runner, references, options) if options.per_row > 1 else None
+    proofs = [whole, *adapters.values()]
+    mixed = _prove_mixed(runner, references, options, proofs, several) if options.lora == "rows" else None
     return OnnxProofs(whole, adapters, mixed, unlike, several)
 
 
@@ -95,11 +88,12 @@ def _prove_base(runner: Graphs, references: References, options: OnnxOptions, ex
     return require_same(proof, BASE)
 
 
-def _prove_mixed(runner: Graphs, references: References, options: OnnxOptions, proofs: Sequence[Proof]) -> Proof:
+def _prove_mixed(
+    runner: Graphs, references: References, options: OnnxOptions, proofs: Sequence[Proof], several: Proof | None
+) -> Proof:
     """Prove batches that contain every adapter and the base."""
     options.stage(f"verifying {MIXED}")
-    ids = [*range(1, len(proofs)), 0]
-    return require_same(prove_mixed(references.as_run(runner.with_rows(ids)), proofs, ids), MIXED)
+    return require_same(prove_mixed(runner, references, proofs, several), MIXED)
 
 
 def _prove_several(runner: Graphs, references: References, options: OnnxOptions) -> Proof:

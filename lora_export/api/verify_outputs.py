@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,6 @@ from lora_export.storage import input_files
 from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.loaded_files import LoadedFiles, files_of_graphs, loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
-from lora_export.verification.references.module_copies import fp64_bytes
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -58,6 +58,7 @@ def judge_outputs(
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
     from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.references.module_copies import fp64_bytes
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
@@ -138,14 +139,15 @@ def _prove(
     from lora_export.api.publish import stage_of_proof
     from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
     from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.verification.proof import prove, prove_rows
+    from lora_export.verification.proof import prove
+    from lora_export.verification.row_proofs import prove_rows
 
     step = stage_of_proof(stage)
+    prove_one: Callable[..., Proof] = functools.partial(prove, atol=how.atol, rtol=how.rtol, trace=how.trace)
     if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.takes_rows:
         references = replace(references, adapters=adapters, strengths=weights)
-        return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
-    references = references.with_adapters(adapters, weights)
-    return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+        return prove_rows(runner, references, prove=prove_one, step=step)
+    return prove_one(runner, references.with_adapters(adapters, weights), step=step)
 
 
 def _has_own_heads(candidate: Path, adapters: Sequence[Adapter]) -> bool:

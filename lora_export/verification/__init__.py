@@ -4,6 +4,7 @@
     against_pytorch.py    references: a PyTorch model with its adapters attached
     against_graph.py      references: the graph that the candidate was made from
     against_origin.py     a graph without an adapter, by the bits of the graph that it was made from
+    row_proofs.py         proofs of graphs whose rows choose their adapters
     mixed_batches.py      batches that mix adapters, by the proofs of batches with one adapter
     candidate_outputs.py  runs of the candidate
     compare_outputs.py    what the outputs of two runs have in common

@@ -16,22 +16,29 @@ from lora_export.verification.compare_outputs import named_as
 
 
 def mixed_cases(
-    candidate: Runner, inputs: Mapping[str, Arrays], by_id: Sequence[Sequence[parity.Case]], ids: Sequence[int]
+    candidate: Runner,
+    inputs: Mapping[str, Arrays],
+    whole: Sequence[Sequence[parity.Case]],
+    order: Sequence[int],
+    labels: Sequence[str] | None = None,
 ) -> tuple[parity.Case, ...]:
-    """Run a candidate whose rows have the adapters `ids`, over and over along the batch.
+    """Run a candidate whose rows have different adapters, over and over along the batch.
 
-    `by_id` holds for each id, the base's first, the cases of whole batches with this adapter on the same inputs.
-    Raises Undecided where no output has a row for each row of the batch.
+    `whole` holds the cases of whole batches whose rows all have the same adapters, on the same inputs, the base's
+    first. `order` has for each row its place there, and `labels` may name the places. Raises Undecided where no output
+    has a row for each row of the batch.
     """
     cases = []
     for number, (name, arrays) in enumerate(inputs.items()):
-        alone = [own[number] for own in by_id]
+        alone = [own[number] for own in whole]
         batch = len(next(iter(arrays.values())))
         by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
         if not by_row:
             raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
         outputs = named_as(alone[0].reference, candidate.run(arrays))
-        cases.append(_mixed(alone, np.resize(np.array(ids), batch), {key: outputs[key] for key in by_row}))
+        places = np.resize(np.array(order), batch)
+        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
+        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
     return tuple(cases)
 
 
@@ -53,7 +60,7 @@ def _without_adapter(base: parity.Case, case: parity.Case) -> parity.Outputs:
     }
 
 
-def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays) -> parity.Case:
+def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, label: str) -> parity.Case:
     """A case in which every row of every run is the row of the case of its adapter."""
     groups = {key: _by_labels(key, [alone[chosen].reference[key] for chosen in ids]) for key in outputs}
     unjudged = alone[0].unjudged
@@ -78,7 +85,7 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays) -> 
         return judged(without_absent(outputs[key][group], labels), group, is_whole=is_whole)
 
     return parity.Case(
-        name=f"{alone[0].name}, adapters {', '.join(map(str, ids))}",
+        name=f"{alone[0].name}, adapters {label}",
         inputs_summary=alone[0].inputs_summary,
         reference=rows([case.reference for case in alone]),
         deployed=rows([case.deployed for case in alone]),

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import RuntimeRefused
 from lora_export.provenance import adapter_records
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
@@ -33,14 +32,9 @@ from lora_export.verification.compare_outputs import (
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, describe_arrays
-from lora_export.verification.mixed_batches import mixed_cases
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
-BASE = "the base"
-MIXED = "mixed batches"
-SEVERAL = "several adapters on a row"
-SCALES_OF_SEVERAL = (0.75, -0.5, 0.375)  # of the adapters on one row, over and over
 ORIGIN = "fp64 cannot decide about this quantised graph; the graph that it was made from can (--base BASE.onnx)"
 
 
@@ -244,7 +238,7 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
     return prove_by_origin(proof, graph, references.origin, references.as_run)
 
 
-# --- proofs that rest on others ----------------------------------------------------------------
+# --- a proof that rests on another -------------------------------------------------------------
 
 
 def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: Callable[[OnnxRunner], Runner]) -> Proof:
@@ -262,96 +256,3 @@ def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: C
         return proof
     verdict, cases = decided
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
-
-
-def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
-    """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch.
-
-    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. Each row
-    has to be what it is there. Raises Undecided where no output has a row for each row of the batch.
-    """
-    first, last = proofs[0], proofs[-1]
-    cases = mixed_cases(candidate, first.inputs, [proof.cases for proof in proofs], ids)
-    return Proof(parity.judge(cases, dtype=last.verdict.dtype), first.placement, last.about, first.inputs, cases)
-
-
-def several_rows(adapters: int, per_row: int) -> tuple[list[int], list[float]]:
-    """Ids and scales of the adapters on one row: each id once, as far as the row reaches; the first ids again then."""
-    numbers = range(per_row)
-    return [1 + n % adapters for n in numbers], [SCALES_OF_SEVERAL[n % len(SCALES_OF_SEVERAL)] for n in numbers]
-
-
-def prove_several(
-    candidate: OnnxRunner | EncoderDecoderRunner,
-    references: References,
-    *,
-    atol: float | None = None,
-    rtol: float | None = None,
-    trace: bool = False,
-    step: OnProofStep = no_step,
-) -> Proof:
-    """Judge a graph whose rows have several adapters, by the sum of these. Options and errors are those of `prove`."""
-    ids, scales = several_rows(len(references.adapters), candidate.adapters_per_row)
-    strengths = references.strengths or (1.0,) * len(references.adapters)
-    total = [sum(scale for each, scale in zip(ids, scales, strict=True) if each == one) for one in sorted(set(ids))]
-    used = [strengths[one - 1] * factor for one, factor in zip(sorted(set(ids)), total, strict=True)]
-    own = references.with_adapters([references.adapters[one - 1] for one in sorted(set(ids))], used)
-    runner = candidate.with_rows([ids], [scales])
-    return prove(references.as_run(runner), own, atol=atol, rtol=rtol, trace=trace, step=step)
-
-
-def prove_rows(
-    candidate: OnnxRunner | EncoderDecoderRunner,
-    references: References,
-    *,
-    atol: float | None = None,
-    rtol: float | None = None,
-    trace: bool = False,
-    step: OnProofStep = no_step,
-) -> Proof:
-    """Judge a graph whose rows choose their adapter: the base, each adapter alone, and all of them in one batch.
-
-    The adapters of `references` are those of the graph, in the order of their ids. Options and errors are those of
-    `prove`. Raises InputRefused, too, where the graph holds another number of adapters.
-    """
-    adapters, strengths = references.adapters, references.strengths
-    names = candidate.adapters_by_row
-    if names is not None and len(names) != len(adapters):
-        raise InputRefused(
-            f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
-            "them in that order, or prove one by --adapter-id"
-        )
-    roles = [BASE, *(adapter.name for adapter in adapters)]
-    alone = []
-    for number, role in enumerate(roles):
-        own = slice(number - 1, number) if number else slice(0)
-        alone.append(
-            prove(
-                references.as_run(candidate.with_rows([number])),
-                references.with_adapters(adapters[own], strengths[own] if strengths else None),
-                atol=atol,
-                rtol=rtol,
-                trace=trace,
-                step=functools.partial(_step_of, role, step),
-            )
-        )
-    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
-    step(MIXED)
-    ids = [*range(1, len(roles)), 0]
-    mixed = prove_mixed(references.as_run(candidate.with_rows(ids)), alone, ids)
-    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True)) | {MIXED: mixed.verdict}
-    if candidate.adapters_per_row > 1:
-        several = prove_several(
-            candidate, references, atol=atol, rtol=rtol, trace=trace, step=functools.partial(_step_of, SEVERAL, step)
-        )
-        alone, verdicts = [*alone, several], verdicts | {SEVERAL: several.verdict}
-    return replace(
-        alone[0],
-        verdict=parity.joint_verdict(verdicts),
-        about=about,
-        diagnosis=next((proof.diagnosis for proof in alone if proof.diagnosis), None),
-    )
-
-
-def _step_of(role: str, step: OnProofStep, name: str) -> None:
-    step(f"{role}, {name}")

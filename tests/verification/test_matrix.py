@@ -45,8 +45,9 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import prove, prove_mixed
+from lora_export.verification.proof import prove
 from lora_export.verification.references.attached_module import attached_copy
+from lora_export.verification.row_proofs import judge_mixed
 from support import FACTORIES
 from support.exported_models import eager
 from support.exporters import VOCABULARY_SIZE, a_bert, a_gpt2, a_llama
@@ -292,9 +293,9 @@ def test_combination_is_proven_or_refused_by_name(name: str, mode: str, variant:
     is_too_coarse = subject.dtype is torch.float16 and off.verdict.outcome is Outcome.UNDECIDED
     assert off.verdict.same or is_too_coarse, str(off.verdict)
     if graph.mixed is not None:
-        mixed = prove_mixed(graph.mixed, [off, proof], [1, 0])
+        mixed = judge_mixed(graph.mixed, [off, proof], [1, 0])
         assert mixed.verdict.same, str(mixed.verdict)
-        assert not prove_mixed(graph.mixed, [proof, off], [1, 0]).verdict.same
+        assert not judge_mixed(graph.mixed, [proof, off], [1, 0]).verdict.same
 
 
 def check_bits_of_the_base(name: str, variant: str, off: OnnxRunner) -> None:

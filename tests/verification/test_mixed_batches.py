@@ -11,7 +11,8 @@ from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
-from lora_export.verification.proof import Proof, prove_mixed
+from lora_export.verification.proof import Proof
+from lora_export.verification.row_proofs import judge_mixed
 
 
 @pytest.mark.parametrize(("position", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])
@@ -44,8 +45,8 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(
             return {"logits": logits}
 
     absent = ABSENT_LABEL
-    verdict = prove_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
+    verdict = judge_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
     assert verdict.outcome is outcome, str(verdict)
     absent = 0.0  # such a label is no longer absent
-    verdict = prove_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
+    verdict = judge_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
     assert verdict.outcome is (parity.Outcome.DIFFERENT if len(set(labels)) > 1 else outcome)
