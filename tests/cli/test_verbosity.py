@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_export.cli import COMMANDS
+from lora_export.runtime import environment_probes
 from support.api import MODEL, an_adapter, base_weights
 from support.cli import call
 from support.handmade import peft_adapter
 
+probed_once = functools.cache(environment_probes.run_in_child)
 SHORT = 10  # lines of the short screen when all is well
 
 
@@ -78,6 +81,7 @@ def test_quiet_is_verdict_and_paths_and_short_is_short(
     quiet: list[str],
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(environment_probes, "run_in_child", probed_once)  # each takes seconds; the screens are tested
 
     def to(name: str) -> list[str]:
         return [word.replace("OUT", str(tmp_path / name)) for word in words]
