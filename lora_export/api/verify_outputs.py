@@ -91,7 +91,8 @@ def judge_outputs(
                 adapter_id=how.adapter_id,
                 timeout=how.timeout,
             )
-            base = base.taking(runner.axes or getattr(runner, "input_names", ()))
+            takes = runner.axes or getattr(runner, "input_names", ())
+            base = base.taking(takes).without_token_types(takes)
             release_memory(of=fp64_bytes(base.module))
             references = PyTorchReferences(
                 base,

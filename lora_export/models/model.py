@@ -23,6 +23,8 @@ MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
 
 Derive = Callable[[Sizes], Sizes]
 
+TOKEN_TYPES = "token_type_ids"
+
 # Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
 TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7, "images": 3}
 
@@ -77,6 +79,24 @@ class Model:
         """
         takes_all = not names or set(self.axes) <= set(names)
         return self if takes_all or self.text_only is None else replace(self.text_only, module=self.module)
+
+    def without_token_types(self, names: Collection[str]) -> Model:
+        """The model for a candidate with these inputs: without token types, where only these are missing.
+
+        Many graphs of BERT and its relatives take none. A model of transformers counts them as 0 then.
+        """
+        if not self.is_huggingface or set(self.axes) - set(names) != {TOKEN_TYPES}:
+            return self
+
+        def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+            return {name: value for name, value in self.make_inputs(sizes, generator).items() if name != TOKEN_TYPES}
+
+        return replace(
+            self,
+            axes={name: axes for name, axes in self.axes.items() if name != TOKEN_TYPES},
+            make_inputs=make,
+            not_judged=(*self.not_judged, f"{TOKEN_TYPES}: the candidate does not take them; all are 0"),
+        )
 
     def without_images(self, why: str) -> Model:
         """The model without the images of its texts. Its verdicts list them, and why they are not judged."""

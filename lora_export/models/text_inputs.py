@@ -11,7 +11,7 @@ import torch
 
 from lora_export.models.image_forms import PATCHES
 from lora_export.models.images_in_text import ImagesInText, is_token
-from lora_export.models.model import Axes, ModelInputs, Sizes
+from lora_export.models.model import TOKEN_TYPES, Axes, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
 
@@ -74,7 +74,7 @@ def text_part(
             ids = _with_end(ids, mask, ends)
         made = {"input_ids": ids, "attention_mask": mask}
         if token_types > 1:
-            made["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
+            made[TOKEN_TYPES] = torch.randint(0, token_types, shape, generator=generator)
         if positions:
             made["bbox"] = _boxes(shape, positions, generator)
         if has_fractions:
@@ -82,7 +82,7 @@ def text_part(
         return images.put_into(made, sizes, padding or 0, generator) if images else made
 
     names = ["input_ids", "attention_mask"]
-    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions or has_fractions else [])
+    names += ([TOKEN_TYPES] if token_types > 1 else []) + (["bbox"] if positions or has_fractions else [])
     axes: Axes = {name: {0: "batch", 1: "sequence"} for name in names if name in takes}
     left_out = _left_out(module, takes, has_images=images is not None, why=why) if avoided else ""
     if images is None:
