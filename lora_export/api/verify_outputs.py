@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def judge_outputs(
                 adapter_id=how.adapter_id,
                 timeout=how.timeout,
             )
-            takes = runner.axes or getattr(runner, "input_names", ())
+            takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
             base = base.taking(takes).without_token_types(takes)
             release_memory(of=fp64_bytes(base.module))
             references = PyTorchReferences(
