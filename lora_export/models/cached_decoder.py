@@ -19,7 +19,7 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import IDS, LOGITS, MASK, PAST, POSITION_IDS, PRESENT
+from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS, PRESENT
 from lora_export.models.export import (
     exported_by_transformers,
     exporter_refusals,
@@ -31,6 +31,7 @@ from lora_export.models.export import (
 from lora_export.models.failures import named_failures
 from lora_export.models.key_value_cache import USE_CACHE
 from lora_export.models.model import Axes, ModelInputs
+from lora_export.models.positions import counts_by_mask, takes_positions
 from lora_export.models.simplify import simplify
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
@@ -108,21 +109,10 @@ def _inputs(module: nn.Module) -> tuple[ModelInputs, Axes]:
         MASK: torch.ones((TRACED_BATCH, total), dtype=torch.int64),
     }
     axes = {IDS: {0: BATCH_SYMBOL, 1: SEQUENCE_SYMBOL}, MASK: {0: BATCH_SYMBOL, 1: TOTAL_SYMBOL}}
-    if POSITION_IDS in inspect.signature(module.forward).parameters and not _counts_by_mask(module):
+    if takes_positions(module) and not counts_by_mask(module):
         inputs[POSITION_IDS] = torch.arange(TRACED_PAST, total).expand(TRACED_BATCH, -1)
         axes[POSITION_IDS] = {0: BATCH_SYMBOL, 1: SEQUENCE_SYMBOL}
     return inputs, axes
-
-
-def _counts_by_mask(module: nn.Module) -> bool:
-    """Whether the model finds the positions of tokens by the mask (OPT), so that the graph must do so, too."""
-    ids = torch.arange(TRACED_SEQUENCE).expand(TRACED_BATCH, -1)
-    padded = {IDS: ids, MASK: (ids > 0).long()}  # the first position is padding
-    with tracing(module), named_failures(module, padded, "padded prompt"):
-        without, given = (
-            module(**padded, **positions)[LOGITS][:, -1] for positions in ({}, {POSITION_IDS: ids.contiguous()})
-        )
-    return not torch.allclose(without, given)
 
 
 def _remove_unread_positions(program: ir.Model) -> None:

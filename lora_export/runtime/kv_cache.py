@@ -24,6 +24,7 @@ from lora_export.graph.operators import head_size
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Placement
+from lora_export.runtime.token_positions import token_positions
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
 # Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are.
@@ -153,12 +154,12 @@ class CacheRunner:
 
     def _step_inputs(self, inputs: Arrays, start: int, stop: int) -> Arrays:
         ids = inputs[IDS]
-        positions = np.arange(start, stop)
+        mask = inputs.get(MASK, np.ones_like(ids))
         derived = {
             IDS: ids[:, start:stop],
-            MASK: inputs.get(MASK, np.ones_like(ids))[:, :stop],
-            POSITION_IDS: np.broadcast_to(positions, (len(ids), len(positions))),
-            CACHE_POSITION: positions,
+            MASK: mask[:, :stop],
+            POSITION_IDS: token_positions(mask, by_mask=self.inner.positions_by_mask)[:, start:stop],
+            CACHE_POSITION: np.arange(start, stop),
             BRANCH: np.array([start > 0]),
         }
         others = {name: value for name, value in inputs.items() if name not in derived}

@@ -23,11 +23,12 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
-from lora_export.graph.cache_names import IDS, POSITION_IDS
+from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
+from lora_export.runtime.token_positions import token_positions
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
@@ -68,6 +69,7 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
+        self.positions_by_mask = False  # whether the model counts the ones of the mask to find the positions of tokens
         self.timeout = timeout
         self._adapter_values: Arrays = {}  # where it is given as inputs
         self._has_required_inputs = False  # whether every run has to have them
@@ -108,7 +110,7 @@ class OnnxRunner:
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
-        runner._adapter_values = self._adapter_values
+        runner._adapter_values, runner.positions_by_mask = self._adapter_values, self.positions_by_mask
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
     @property
@@ -214,7 +216,7 @@ class OnnxRunner:
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs to compute, all where it is None.
 
-        A graph that takes positions gets 0, 1, 2, ... where the inputs have none, as the model takes them by itself.
+        A graph that takes positions gets those that the model finds by itself, where the inputs have none.
         Where all rows have one id, the outputs lack the labels that the head of its adapter does not have.
 
         Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
@@ -248,8 +250,8 @@ class OnnxRunner:
         lacks_them = POSITION_IDS in self.axes and POSITION_IDS not in inputs
         if not lacks_them or IDS not in inputs:
             return inputs
-        rows, tokens = inputs[IDS].shape
-        return {**inputs, POSITION_IDS: np.broadcast_to(np.arange(tokens), (rows, tokens))}
+        mask = inputs.get(MASK, np.ones_like(inputs[IDS]))
+        return {**inputs, POSITION_IDS: token_positions(mask, by_mask=self.positions_by_mask)}
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())

@@ -10,9 +10,11 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import POSITION_IDS
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
+from lora_export.models.positions import counts_by_mask, takes_positions
 from lora_export.models.pt2 import program
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.encoder_decoder_files import (
@@ -53,7 +55,10 @@ def open_candidate(
     if not path.is_dir():
         input_files.must_be_regular(path)
     if path.suffix == ".onnx":
-        return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
+        runner = OnnxRunner(path, provider, timeout=timeout)
+        if POSITION_IDS in runner.axes and POSITION_IDS not in base.axes and takes_positions(base.module):
+            runner.positions_by_mask = base.is_huggingface and counts_by_mask(base.module)
+        return _open_graph(runner, onnx_adapter, adapter_id)
     if is_encoder_decoder_folder(path):
         return _open_graphs(EncoderDecoderRunner.open(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import file_hashes, open_candidate
 from lora_export.runtime.runner import TooSlow
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from support.generators import small_decoder
 from support.small_models import small_model
 
 TEXT = """
@@ -51,6 +53,19 @@ def test_every_kind_of_candidate_has_a_time_limit(tmp_path: Path) -> None:
         assert open_candidate(tmp_path / name, base).run(inputs)
         with pytest.raises(TooSlow, match=rf"{name} did not finish within 1e-09 seconds"):
             open_candidate(tmp_path / name, base, timeout=1e-9).run(inputs)
+
+
+@pytest.mark.parametrize(("name", "positions"), [("llama", [0, 1, 2]), ("opt", [-1, 0, 1])])
+def test_a_graph_gets_the_positions_that_the_model_finds(name: str, positions: list[int], tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (int64[n, t] input_ids, int64[n, t] attention_mask, int64[n, t] position_ids) => (int64[n, t] y)
+    { y = Identity (position_ids) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    base = load_model(str(small_decoder(name, tmp_path / "base")))
+    inputs = {"input_ids": np.array([[5, 5, 5]]), "attention_mask": np.array([[0, 1, 1]])}
+    assert open_candidate(tmp_path / "m.onnx", base).run(inputs)["y"].tolist() == [positions]
 
 
 def test_hashes_include_external_data_and_all_files_of_a_folder(tmp_path: Path) -> None:
