@@ -11,8 +11,6 @@ from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.models.export import tracing
 from lora_export.models.failures import named_failures
 
-ROWS, TOKENS = 2, 3
-
 
 def takes_positions(module: nn.Module) -> bool:
     """Whether positions are a parameter of the model's forward."""
@@ -21,7 +19,7 @@ def takes_positions(module: nn.Module) -> bool:
 
 def counts_by_mask(module: nn.Module) -> bool:
     """Whether the model counts the ones of the mask (OPT), and not all positions. Runs it twice."""
-    ids = torch.arange(TOKENS).expand(ROWS, -1)
+    ids = torch.arange(3).expand(2, -1)
     padded = {IDS: ids, MASK: (ids > 0).long()}  # the first position is padding
     with tracing(module), named_failures(module, padded, "padded prompt"):
         without, given = (
