@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_export.errors import LoraExportError, RuntimeRefused
@@ -65,19 +65,23 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
 
 
-def changed_outputs(runner: Runner, inputs: Inputs) -> dict[str, bool]:
-    """Input -> whether another draw of it, with the other inputs held, changes an output."""
+def changed_outputs(runner: Runner, inputs: Inputs, returned: Collection[str] = ()) -> dict[str, bool]:
+    """Input -> whether another draw of it, with the other inputs held, changes an output.
+
+    Outputs that are not among the `returned` do not count, if any are.
+    """
     if not inputs.perturbed:
         return {}
     before = runner.run(inputs.varied)
+    before = {name: value for name, value in before.items() if name in returned} or before
     return {name: differ(before, runner.run(arrays)) for name, arrays in inputs.perturbed.items()}
 
 
 def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> tuple[parity.Sensitivity, ...]:
-    """Whether each input changes the outputs of the peer and of the candidate."""
+    """Whether each input changes the outputs of the peer and of the candidate, of those that the candidate returns."""
     if not outputs.changed:
         return ()
-    expected = changed_outputs(peer, inputs)
+    expected = changed_outputs(peer, inputs, next(iter(outputs.by_case.values())))
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 

@@ -212,7 +212,8 @@ def _judged(path: Path, made: Subject) -> str:
     verdict = result.proof.verdict
     lacking = {reason.output for reason in verdict.reasons if reason.text == "the candidate lacks this output"}
     if lacking and all(reason.output in lacking for reason in verdict.reasons):
-        return f"{SAME} (without {', '.join(sorted(lacking))})"
+        what = next(iter(lacking)) if len(lacking) == 1 else f"{len(lacking)} outputs"
+        return f"{SAME} (without {what})"
     return str(verdict.outcome)
 
 

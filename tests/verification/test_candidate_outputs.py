@@ -57,6 +57,14 @@ def without_z() -> FakeRunner:
     return FakeRunner(lambda inputs, _: {"y": inputs["x"]})
 
 
+def test_an_output_that_the_candidate_lacks_shows_no_input() -> None:
+    peer = FakeRunner(lambda inputs, _: {"y": inputs["x"], "more": inputs["z"]})
+    found = run_candidate(without_z(), INPUTS, no_step)
+    assert sensitivity_of(found, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", False, False))
+    renamed = run_candidate(FakeRunner(lambda inputs, _: {"0": inputs["x"]}), INPUTS, no_step)
+    assert sensitivity_of(renamed, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
+
+
 def test_every_case_is_run_and_every_step_named() -> None:
     steps: list[str] = []
     found = run_candidate(sums(), INPUTS, steps.append)
