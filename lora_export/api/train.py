@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 
-from lora_export import __version__, formats
+from lora_export import __version__, formats, layers
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
 from lora_export.api.load import model_paths, refuse_pt2
 from lora_export.api.requested_adapter import AdapterRequest
 from lora_export.api.training_data import encoded_data, read_training_data
 from lora_export.api.training_modules import (
+    HEADS,
     heads_of,
     note_on_other_names,
     note_on_untrained,
@@ -29,10 +30,11 @@ from lora_export.api.training_output import (
     write_trained_adapter,
 )
 from lora_export.api.training_strategies import ComparedStrategy, Trainer, TrainingRun
-from lora_export.errors import OutputFailed, WrongUsage
+from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
+from lora_export.models.four_bit_base import BaseQuantization, TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.report.comparison import require_matplotlib
 from lora_export.report.html import require_jinja2
@@ -97,6 +99,7 @@ def train(
     token_indices: Sequence[int] = (),
     heads: Sequence[str] = (),
     continue_from: str | Path | None = None,
+    quantize_base: BaseQuantization | None = None,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     max_length: int = 128,
@@ -147,6 +150,10 @@ def train(
     that are trained alone. `heads` are modules that are trained and saved whole. With `continue_from`, an adapter in
     any format is trained further, with a new optimiser: its layers, ranks and scales stay.
 
+    With `quantize_base` "nf4", the linear layers of a Hugging Face folder have frozen weights of 4 bits, with double
+    quantisation (QLoRA, by bitsandbytes). A folder that bitsandbytes has stored in nf4 or fp4 is trained beside as it
+    is. Heads, embeddings and norms are fp32.
+
     Several ranks give a folder of adapters, `rank-4` and so on. With several, and with
     `compare` ("full": all weights; "frozen": the head alone), all are trained from the same seed and data, and
     `comparison.json`, `.png` and `.html` in the output have the table.
@@ -181,6 +188,9 @@ def train(
         require_jinja2()
     if tensorboard is not None:
         require_tensorboard()
+    if quantize_base:
+        _refuse_full_training(compare)
+        require_bitsandbytes()
     accelerator_for(device, precision)  # before anything is read: a missing device ends the command at once
     if compile:
         refuse_without_compiler(device)
@@ -204,7 +214,14 @@ def train(
     inputs = [*filter(Path.exists, given), *(path for path in model_paths(model) if path.is_dir())]
     with staged_output(output, inputs, overwrite=overwrite, on_message=on_message) as stage:
         torch.manual_seed(seed)  # the first values of a new head depend on it
-        loaded = load_model(str(model), head=learnt.head, may_add=True)
+        floats = (*heads, *HEADS)
+        loaded = load_model(str(model), head=learnt.head, may_add=True, base=TrainedBase(quantize_base, floats))
+        layers.compute_in_input_dtype(loaded.module)
+        if quantised := layers.four_bit_layers(loaded.module):
+            _refuse_full_training(compare)
+            on_message(f"base: {quantised}")
+        elif quantize_base:
+            raise InputRefused(f"{model} has no linear layer to quantise (--quantize-base)")
         data_in, held_out = encoded_data(
             loaded, learnt, holdout=holdout, seed=seed, max_length=max_length, packing=packing
         )
@@ -230,7 +247,7 @@ def train(
             "base": base_hash, "data": learnt.sha256, **settings.recorded, "holdout": holdout, "max_length": max_length,
             "packing": packing, "rank": first.metadata["r"], "alpha": first.metadata["lora_alpha"], **wanted.recorded,
             "targets": list(first.pairs), "heads": list(heads), "columns": dict(columns or {}), "task": task,
-            "continued_from": first.sha256,
+            "continued_from": first.sha256, "quantize_base": quantize_base,
         }  # fmt: skip
         checkpoints = None if is_comparison else Checkpoints(folder, identity)
         runs: list[TrainingRun] = []
@@ -242,7 +259,7 @@ def train(
             if note := note_on_untrained(run):
                 on_message(note)
             runs.append(run)
-            facts = facts_for_card(loaded, learnt, run, base_hash, str(data))
+            facts = facts_for_card(loaded, learnt, run, base_hash, str(data), quantised)
             place = stage / f"rank-{one_rank}" if len(new) > 1 else stage
             write_trained_adapter(place, loaded, learnt, run, new[one_rank], facts)
             if not facts["plot"]:
@@ -252,7 +269,7 @@ def train(
             table = {"model": str(model), "data": f"{data}: {learnt}", "settings": settings.recorded}
             write_comparison(stage, table | {"runs": [run.document for run in runs]}, runs)
         made = {"made_by": f"lora-export {__version__}", "model": str(model), "settings": settings.recorded}
-        write_manifest(stage, made)
+        write_manifest(stage, made | ({"base_quantization": quantised} if quantised else {}))
     if checkpoints is not None and process_rank() == 0:
         checkpoints.remove()
     wait_for_all()
@@ -264,3 +281,8 @@ def train(
         )
     places = [output / f"rank-{one_rank}" for one_rank in new] if len(new) > 1 else [output]
     return TrainResult(output, tuple(map(formats.load, places)), tuple(runs))
+
+
+def _refuse_full_training(compare: Sequence[ComparedStrategy]) -> None:
+    if "full" in compare:
+        raise WrongUsage("--compare full trains all weights, and those of a base in 4 bits are frozen. Leave it out")

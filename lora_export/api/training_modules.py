@@ -55,7 +55,7 @@ def note_on_other_names(loaded: Model, new: Adapter) -> str:
     if not loaded.is_huggingface:
         return ""
     try:
-        checkpoint = open_checkpoint(Path(loaded.source))
+        checkpoint = open_checkpoint(Path(loaded.source), dequantise=True)
         plan.make([new], checkpoint.specs, identity_ok=True, may_add=True, rules=checkpoint.rules)
     except MatchError as error:
         example = min(misfit.key for misfit in error.misfits)

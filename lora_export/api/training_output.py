@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -26,6 +27,7 @@ from lora_export.storage.hub_cache import hub_name
 from lora_export.storage.json_files import write_json
 from lora_export.training.history import METRICS
 from lora_export.training.processes import rank as process_rank
+from lora_export.weights.quantised import QUANTIZATION
 
 LOSSES = "losses.png"
 COMPARISON = "comparison"  # the name of the table's files: .json, .png and .html
@@ -69,7 +71,10 @@ def write_trained_adapter(
         # The head's class and labels: PEFT's own files do not name the labels.
         config: Any = loaded.module.config
         config.architectures = [type(loaded.module).__name__]
-        config.save_pretrained(folder)
+        own = copy.deepcopy(config)
+        if hasattr(own, QUANTIZATION):  # the adapter fits the float base as well
+            delattr(own, QUANTIZATION)
+        own.save_pretrained(folder)
     run.history.write(folder / METRICS)
     if facts["plot"]:
         held_out = {record.step: record.held_out_loss for record in run.history.evaluations}
@@ -77,17 +82,20 @@ def write_trained_adapter(
     (folder / MODEL_CARD).write_text(model_card(facts), encoding="utf-8", newline="\n")
 
 
-def facts_for_card(loaded: Model, learnt: TrainingData, run: TrainingRun, base_hash: str, data: str) -> dict[str, Any]:
-    """What the card of an adapter contains."""
+def facts_for_card(
+    loaded: Model, learnt: TrainingData, run: TrainingRun, base_hash: str, data: str, quantised: str = ""
+) -> dict[str, Any]:
+    """What the card of an adapter contains. `quantised` describes a base in 4 bits."""
     assert run.adapter is not None
     scores = {"held out": run.score, "held out, adapter off": run.score_without}
     versions = {"lora-export": __version__}
-    for package in SHOWN_VERSIONS:
+    for package in (*SHOWN_VERSIONS, *(["bitsandbytes"] if quantised else [])):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "base": hub_name(Path(loaded.source)) or loaded.source,
         "base_sha256": base_hash,
+        "base_quantization": quantised,
         "data": data,
         "data_sha256": learnt.sha256,
         "examples": str(learnt),

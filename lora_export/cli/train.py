@@ -188,6 +188,11 @@ Example:
     metavar="ADAPTER",
     help="Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
 )
+@click.option(
+    "--quantize-base",
+    type=click.Choice(["nf4"]),
+    help="Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option(

@@ -3,6 +3,7 @@
 from lora_export.layers.adapted_layers import recorded_branches
 from lora_export.layers.attaching import attach, detach, scale_adapters, without_branches
 from lora_export.layers.folding import fold
+from lora_export.layers.four_bit_weights import compute_in_input_dtype, four_bit_layers
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_spelling import respelled_for, with_loaded_names
@@ -17,11 +18,13 @@ __all__ = [
     "ParameterCount",
     "Rounding",
     "attach",
+    "compute_in_input_dtype",
     "count_parameters",
     "create_adapter",
     "detach",
     "find_matrix_weights",
     "fold",
+    "four_bit_layers",
     "full_rank_layers",
     "has_changed_ties",
     "materialise",

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
 from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
 from lora_export.plan import Layout, StoredRegion
@@ -169,7 +170,7 @@ def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) ->
         product = b.flatten(1) @ a.flatten(1)
         changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (attachment_of(owner).factor * branch.scale))
     change = sum(changes[1:], start=changes[0])
-    total: Tensor = oriented(weight, branches[0].layout).to(change.dtype) + change
+    total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
     return total
 
 
@@ -319,15 +320,28 @@ class _LinearBranches(_AdaptedLayer):
             y = F.linear(input, weight, bias)
             own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
             return y.index_copy(-1, indices, own.to(y.dtype))
-        if (trained := _output_in_training(self, input, weight, bias)) is not None:
-            return trained
-        return _forward_with_branches(
-            self,
-            input,
-            lambda x, bias: F.linear(x, weight, bias),
-            lambda x, a, b: F.linear(F.linear(x, a), b),
-            bias=bias,
-        )
+        return _linear_with_branches(self, input, weight, bias)
+
+
+def _linear_with_branches(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if (trained := _output_in_training(owner, x, weight, bias)) is not None:
+        return trained
+    return _forward_with_branches(
+        owner,
+        x,
+        lambda x, bias: linear(x, weight, bias),
+        lambda x, a, b: F.linear(F.linear(x, a), b),
+        bias=bias,
+    )
+
+
+class _FourBitBranches(nn.Module):
+    """For `FourBitLayer.forward` and bitsandbytes' own. `.weight` stays the packed parameter, which they read."""
+
+    bias = property(adapted_bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _linear_with_branches(self, input, cast(Tensor, self._parameters["weight"]), self.bias)
 
 
 class _Conv1DBranches(_AdaptedLayer):
@@ -424,6 +438,8 @@ def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
         return _AdaptedAttention
     if original.forward is nn.Linear.forward:
         return _LinearBranches
+    if original.forward is FourBitLayer.forward or has_four_bit_forward(original):
+        return _FourBitBranches
     if any(original.forward is known.forward for known in conv1d()):
         return _Conv1DBranches
     if any(original.forward is known.forward for known in CONVOLUTION_TYPES):

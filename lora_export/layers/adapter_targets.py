@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.four_bit_weights import float_weight
 from lora_export.layers.module_tensors import named_tensors, specs
 from lora_export.plan import Layout, TensorSpec
 
@@ -25,6 +26,11 @@ class AdaptableWeight:
     spec: TensorSpec
     owner: nn.Module
     tensor: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The weight without gradients, as floats where it is in 4 bits."""
+        return float_weight(self.tensor).detach()
 
     @property
     def is_linear(self) -> bool:

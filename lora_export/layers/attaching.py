@@ -33,6 +33,7 @@ from lora_export.layers.adapted_layers import (
     has_own_branches,
 )
 from lora_export.layers.folding import folded_tensor, replacement_tensor
+from lora_export.layers.four_bit_weights import float_weight, four_bit_linear, is_4bit
 from lora_export.layers.module_tensors import (
     CONVOLUTION_TYPES,
     ModuleTensor,
@@ -104,6 +105,7 @@ def attach(
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     owner = target.owner
+    _refuse_packed(step, target)
     if step.spec.region is not None and (target.tensor.ndim < 3 or isinstance(owner, CONVOLUTION_TYPES)):
         raise InputRefused(f"{step.weight} is a part of a layer's weight; only a merge into a checkpoint can change it")
     if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES, *conv1d())):
@@ -122,7 +124,17 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
             "give the model without its LoRA layers"
         )
     if step.magnitude is not None:
-        folded_tensor(step, target.tensor)  # refuses an output of norm zero, which DoRA would turn into NaN
+        # Refuses an output of norm zero, which DoRA would turn into NaN.
+        folded_tensor(step, float_weight(target.tensor))
+
+
+def _refuse_packed(step: Step, target: ModuleTensor) -> None:
+    """Raise InputRefused for new values of a weight in 4 bits, and for one that is not packed yet."""
+    if is_4bit(target.tensor):
+        if step.replace is not None or step.token_rows is not None:
+            raise InputRefused(f"{step.weight} is in 4 bits: a pair can be trained beside it, but not its values")
+    elif isinstance(target.owner, four_bit_linear()) and target.attribute == "weight":
+        raise InputRefused(f"{step.weight} is not quantised yet: move the Linear4bit to its device first")
 
 
 def _refuse_untrainable(step: Step) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import sums
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.layers.adapted_layers import part_of, per_output
+from lora_export.layers.four_bit_weights import is_4bit
 from lora_export.layers.module_tensors import as_tensor, named_tensors, oriented, wide_dtype
 from lora_export.layers.plan_targets import target_tensors, untie
 from lora_export.plan import Plan, Step
@@ -22,6 +23,8 @@ def fold(module: nn.Module, plan: Plan) -> None:
     checked before anything is changed. Raises InputRefused as `attach` does, and for results that are not finite.
     """
     targets = target_tensors(module, plan)
+    if packed := [step.weight for step in plan.steps if is_4bit(targets[step.spec.stored_name].tensor)]:
+        raise InputRefused("nothing is folded into weights in 4 bits:", listed(packed))
     for step in plan.steps:
         folded_tensor(step, _changed_part(step, targets[step.spec.stored_name].tensor))
     untie(module, plan, keep_equal=True)

@@ -2,7 +2,7 @@
 
 Composed of its parts, `W x + scale * (B A x)` takes four passes over the outputs and two over the gradient of x. Here
 the pair's product is added into the output of W in place, and so is its share of the gradient. Saved are x and A x:
-W x needs nothing saved, and B A x is not made.
+W x needs nothing saved, and B A x is not made. Of a W in 4 bits, the floats are made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_export.layers.four_bit_weights import is_4bit, state_of_4bit, values_of
+
 
 def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     """Whether the step may be taken: all in one dtype, a frozen W, and something to train."""
@@ -21,7 +23,8 @@ def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
         torch.is_grad_enabled()
         and a.requires_grad
         and not weight.requires_grad
-        and x.dtype is weight.dtype is a.dtype
+        and x.dtype is a.dtype
+        and (weight.dtype is a.dtype or is_4bit(weight))
         and not torch.is_autocast_enabled(x.device.type)
     )
 
@@ -43,9 +46,10 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T  # (rows, rank)
-        y = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scale)
+        state = state_of_4bit(weight)
+        y = F.linear(rows, values_of(weight, state, x.dtype), bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.scale, ctx.shape, ctx.state = scale, x.shape, state
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -57,7 +61,8 @@ class _FrozenLinear(torch.autograd.Function):
         through_b = g @ b if of_x or of_a else None  # (rows, rank)
         found_x = found_a = None
         if of_x:
-            found_x = (g @ weight).addmm_(through_b, a, alpha=ctx.scale).view(ctx.shape)
+            assert through_b is not None
+            found_x = (g @ values_of(weight, ctx.state, g.dtype)).addmm_(through_b, a, alpha=ctx.scale).view(ctx.shape)
         if of_a:
             assert through_b is not None
             found_a = (through_b.T @ rows).mul_(ctx.scale)

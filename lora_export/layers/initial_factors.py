@@ -56,7 +56,7 @@ def started_from_weights(
 
 
 def _started(layer: AdaptableWeight, pair: LoraPair, factors_of: Callable[..., tuple[Tensor, Tensor]]) -> LoraPair:
-    weight = oriented(layer.tensor.detach(), layer.spec.layout).float().flatten(1)  # (out, in * kernel)
+    weight = oriented(layer.values, layer.spec.layout).float().flatten(1)  # (out, in * kernel)
     if not weight.isfinite().all():
         raise InputRefused(f"{layer.spec.name} has values that are not finite, and has no singular values then")
     a, b = factors_of(weight, pair.rank, pair.scale)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.four_bit_weights import float_shape, is_4bit
 from lora_export.plan import Layout, TensorSpec
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +45,7 @@ def tensor_name(path: str, attribute: str) -> str:
 def specs(module: nn.Module) -> list[TensorSpec]:
     """Name, shape, dtype and layout of every tensor in the module's state_dict. A tied tensor has one spec per name.
 
+    A weight in 4 bits is the matrix of fp32 that its layer computes with.
     Raises InputRefused for a lazy module that has not been run: its tensors have no shapes.
     """
     found = []
@@ -53,8 +55,8 @@ def specs(module: nn.Module) -> list[TensorSpec]:
         found.append(
             TensorSpec(
                 name=name,
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=float_shape(tensor),
+                dtype="float32" if is_4bit(tensor) else str(tensor.dtype).removeprefix("torch."),
                 layout=layout_of(owner, attribute),
                 nbytes=tensor.nbytes,
             )

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.formats.patterns import Patterns
 from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
-from lora_export.layers.module_tensors import as_array, named_tensors, oriented, wide_dtype
+from lora_export.layers.four_bit_weights import is_4bit
+from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, wide_dtype
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
 from lora_export.plan import Layout
 
@@ -84,10 +85,15 @@ def create_adapter(
         pairs=dict(_new_pairs(chosen, shapes, seed=seed, dora=dora)),
         replaced=trained,
         token_rows=_token_rows(module, token_indices) if token_indices else {},
-        layouts={path: one.spec.layout.value for path, one in chosen.items() if one.is_linear},
+        layouts={path: _stored_layout(one) for path, one in chosen.items() if one.is_linear},
         targets=wanted if named_alone else tuple(chosen),
         metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora, **recorded},
     )
+
+
+def _stored_layout(one: AdaptableWeight) -> str:
+    """The layout in the files of a model. transformers makes a Linear4bit, (out, in), of a Conv1D, (in, out)."""
+    return (Layout.IN_OUT if getattr(one.owner, "source_cls", None) in conv1d() else one.spec.layout).value
 
 
 def full_rank_layers(adapter: Adapter) -> list[str]:
@@ -105,7 +111,10 @@ def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, NDArray[Any
 
 
 def _tensors_below(module: nn.Module, prefixes: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    return {entry.name: as_array(entry.tensor) for entry in named_tensors(module) if entry.name.startswith(prefixes)}
+    found = {entry.name: entry.tensor for entry in named_tensors(module) if entry.name.startswith(prefixes)}
+    if packed := [name for name, tensor in found.items() if is_4bit(tensor)]:
+        raise InputRefused("weights in 4 bits are not trained as a whole:", listed(packed))
+    return {name: as_array(tensor) for name, tensor in found.items()}
 
 
 class _Shapes:
@@ -188,7 +197,7 @@ def _expert_pair(one: AdaptableWeight, options: Mapping[str, Any]) -> LoraPair:
 
 def _lengths(one: AdaptableWeight) -> NDArray[np.float32]:
     """The norm of each output of the weight, (out,)."""
-    weight = oriented(one.tensor.detach(), one.spec.layout).to(wide_dtype(one.tensor.dtype))
+    weight = oriented(one.values, one.spec.layout).to(wide_dtype(one.tensor.dtype))
     return as_array(torch.linalg.vector_norm(weight.flatten(1), dim=1)).astype(np.float32)
 
 

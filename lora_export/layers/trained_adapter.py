@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,6 +18,7 @@ from lora_export.layers.adapted_layers import (
     branch_parameter,
     low_rank_factors,
 )
+from lora_export.layers.four_bit_weights import float_shape
 from lora_export.layers.module_tensors import as_array, tensor_registry
 from lora_export.lora import Adapter, LoraPair
 
@@ -35,7 +37,7 @@ class ParameterCount:
 
 def count_parameters(module: nn.Module) -> ParameterCount:
     """Count the parameters that require gradients, and all of them. A tied tensor counts once."""
-    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
+    sizes = [(parameter.requires_grad, math.prod(float_shape(parameter))) for parameter in module.parameters()]
     return ParameterCount(sum(size for trained, size in sizes if trained), sum(size for _, size in sizes))
 
 

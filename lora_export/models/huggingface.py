@@ -11,13 +11,16 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.layers.four_bit_weights import scales_of_4bit
 from lora_export.lora import Adapter
+from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
@@ -88,6 +91,7 @@ def from_folder(
     *,
     may_add: bool = False,
     streamed: bool = False,
+    base: TrainedBase | None = None,
 ) -> Model:
     """Load the model of a folder, with the task head that the adapters bring, or this one.
 
@@ -95,12 +99,15 @@ def from_folder(
 
     A sentence-transformers folder is the whole embedding model, unless it is to be trained or has a classifier.
 
+    With `base`, weights in 4 bits of bitsandbytes stay so, and those of a float folder may be quantised.
+
     With a head or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
 
     Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
     EnvironmentLacking without transformers.
     """
-    checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
+    # Refuses what is damaged, quantised or pickled before anything is built.
+    checkpoint = open_checkpoint(folder, dequantise=base is not None)
     fields = _config_fields(folder, adapters, head)
     modules = None if may_add or head else embedder_modules(folder, fields)
     fields = fields if modules is None else encoder_fields(fields)
@@ -109,19 +116,22 @@ def from_folder(
     transformers = _transformers()
     with _quiet(transformers):
         weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
-        module, new = _pretrained(transformers, checkpoint, fields, dtype, weights)
+        module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
     notes: list[str] = []
     if modules is not None:
         notes = as_embedder(module, modules, dtype)
         new = tuple(name for name in new if not name.startswith(POOLER))
     if not (may_add or head):
         _refuse_random_weights(folder, module, new, adapters)
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
+    scales = itertools.chain.from_iterable(map(scales_of_4bit, module.parameters()))
+    for tensor in itertools.chain(module.parameters(), module.buffers(), list(scales)):
         if isinstance(tensor, StoredParameter):
             continue
         # Copied out of the mapped file: truncating that would end this process. Also, a verification that widens the
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
+    if checkpoint.quantised:
+        widen_floats(module, dtype)
     module.eval()
     return _with_inputs(module, folder, new, notes)
 
@@ -248,6 +258,7 @@ def _pretrained(
     fields: dict[str, Any],
     dtype: torch.dtype,
     weights: StreamedFolder | None,
+    base: TrainedBase,
 ) -> tuple[Any, tuple[str, ...]]:
     """The module, and the names of its weights that the folder lacks. `weights` are left out where they do not fit."""
     folder = checkpoint.path
@@ -264,10 +275,11 @@ def _pretrained(
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
     _refuse_larger_model(cls, config, checkpoint)
+    quantisation = loading_options(transformers, base, checkpoint, config, lambda: _built(cls, config))
     try:
         load = functools.partial(
             cls.from_pretrained, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False,
-            output_loading_info=True,
+            output_loading_info=True, **quantisation,
         )  # fmt: skip
         if weights is not None:
             module, loading = load(None, state_dict=dict(weights.empty))
@@ -275,7 +287,7 @@ def _pretrained(
                 return module, tuple(sorted(loading["missing_keys"]))
             del module
         module, loading = load(folder)
-        return module, tuple(sorted(loading["missing_keys"]))
+        new = tuple(sorted(loading["missing_keys"]))
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
@@ -283,6 +295,12 @@ def _pretrained(
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
+    trained = quantised_modules(module, new)
+    if not set(trained) <= set(base.floats):  # their values are new, and are trained: they must be floats
+        del module
+        floats = replace(base, floats=(*base.floats, *trained))
+        return _pretrained(transformers, checkpoint, fields, dtype, None, floats)
+    return module, new
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.factory import find_factory, from_factory
+from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pt2.program_model import from_program
@@ -36,6 +37,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     may_add: bool = False,
     streamed: bool = False,
+    base: TrainedBase | None = None,
 ) -> Model:
     """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
@@ -43,11 +45,12 @@ def load_model(
     folder lacks get random values, to be trained (`new_weights` of the model names them). In another `dtype`,
     transformers loads the model in it, or a factory's module is converted to it; so are the float inputs. With
     `streamed`, the weights of a large folder are read whenever something computes with them: to run it, not to change.
+    With `base`, linear layers of a Hugging Face model may have frozen weights of 4 bits.
 
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, head, dtype, may_add=may_add, streamed=streamed)
+    loaded = _load(source, adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -68,11 +71,18 @@ def _load(
     *,
     may_add: bool,
     streamed: bool,
+    base: TrainedBase | None,
 ) -> Model:
-    if Path(source).is_dir() and is_diffusion_model(Path(source)):
+    is_diffusion = Path(source).is_dir() and is_diffusion_model(Path(source))
+    if base and base.quantization and (is_diffusion or not Path(source).is_dir()):
+        raise InputRefused(
+            f"--quantize-base is for Hugging Face folders of transformers, and {source} is none. A factory may return "
+            "a module with layers of bitsandbytes.nn.Linear4bit"
+        )
+    if is_diffusion:
         return from_diffusers(Path(source), dtype)
     if Path(source).is_dir():
-        return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed)
+        return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")

@@ -11,13 +11,14 @@ MODEL_CARD = "README.md"
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """The card as Markdown. `facts` has base, base_sha256, data, data_sha256, examples, adapter, settings, figures,
-    versions, and plot: the name of an image, or "". Tables are by name; names from outside are written as JSON
-    strings in the header, and as code below.
+    versions; base_quantization, or ""; and plot: the name of an image, or "". Tables are by name; names from outside
+    are written as JSON strings in the header, and as code below.
     """
     header = ["---", f"base_model: {json.dumps(facts['base'])}", "library_name: peft", "tags: [lora]", "---"]
     made_from = {
         "base": facts["base"],
         "SHA-256 of all weights before training": facts["base_sha256"],
+        **({"quantisation of the base": quantised} if (quantised := facts["base_quantization"]) else {}),
         "data": facts["data"],
         "SHA-256 of the data": facts["data_sha256"],
         "examples": facts["examples"],

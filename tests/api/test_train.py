@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -11,10 +12,11 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import lora_export as le
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, WrongUsage
 from support.api import MODEL, Recorder, base_weights
 from support.small_models import small_model, words_tokenizer
 
@@ -62,10 +64,18 @@ TASKS: dict[str, tuple[str, list[dict[str, object]], str, dict[str, object]]] = 
     "packed": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"packing": True}),
     "conv1d": ("gpt2", [{"body": words(n, 5)} for n in range(12)], "ForCausalLM", {"columns": {"text": "body"}}),
     "completion": ("llama", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForCausalLM", {}),
+    "4 bits": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"quantize_base": "nf4"}),
+    "conv1d in 4 bits": ("gpt2", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"quantize_base": "nf4"}),
     "seq2seq": ("t5", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForSeq2SeqLM", {}),
     "classes": ("bert", labelled(lambda n: ["x", "y"][n % 2]), "ForSequenceClassification", {}),
     "several": ("bert", labelled(lambda n: ["x", "y", "z"][: n % 4]), "ForSequenceClassification", {}),
     "values": ("bert", labelled(lambda n: n / 8), "ForSequenceClassification", {}),
+    "classes in 4 bits": (
+        "bert",
+        labelled(lambda n: ["x", "y"][n % 2]),
+        "ForSequenceClassification",
+        {"quantize_base": "nf4", "init": "pissa"},
+    ),
     "tags": ("bert", [{"tokens": ["a", "bad"], "tags": ["x", "y"]}] * 8, "ForTokenClassification", {}),
     "pairs": ("bert", [{"sentence1": "a", "sentence2": words(n, 3), "score": n / 9} for n in range(9)], "", {}),
 }
@@ -83,6 +93,7 @@ def test_what_is_trained_loads_in_peft_and_merges(name: str, tmp_path: Path) -> 
     assert untrained == (["pooler.dense"] if name == "pairs" else [])  # their vectors are not those of the pooler
     assert any("`pooler.dense` got no gradient" in line for line in seen.messages) is bool(untrained)
     assert {pair.scale for pair in result.adapter.pairs.values()} == {2.0}  # alpha is twice the rank
+    assert set(result.adapter.layouts.values()) == {"in_out" if "conv1d" in name else "out_in"}  # of the float base
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
     auto = getattr(transformers, f"AutoModel{kind}")
     merged = auto.from_pretrained(tmp_path / "merged").eval()
@@ -124,7 +135,8 @@ def test_batches_and_a_loss_of_the_users_train_any_module(tmp_path: Path) -> Non
     assert result.scores["adapter"].accuracy is None
 
 
-def test_the_loss_curve_is_pefts_from_the_same_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantised", [None, "nf4"])
+def test_the_loss_curve_is_pefts_from_the_same_start(quantised: Any, tmp_path: Path) -> None:
     """transformers' own loss, PEFT's layers and a loop written here, in the order that the loop has."""
     from lora_export.training.order import ShuffledOrder
 
@@ -132,9 +144,11 @@ def test_the_loss_curve_is_pefts_from_the_same_start(tmp_path: Path) -> None:
     lines = [words(n, 7) for n in range(16)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     options = {"rank": 4, "batch_size": 4, "epochs": 3, "learning_rate": 1e-2, "warmup": 0.0, "holdout": 0.0}
-    losses = le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", schedule="constant", **options).history.losses
+    result = le.train(
+        base, tmp_path / "data.jsonl", tmp_path / "ad", schedule="constant", quantize_base=quantised, **options
+    )
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = in_4_bits(base) if quantised else transformers.AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     theirs = peft.get_peft_model(model, config).train()
     start = le.create_adapter(
@@ -154,7 +168,72 @@ def test_the_loss_curve_is_pefts_from_the_same_start(tmp_path: Path) -> None:
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert losses == pytest.approx(expected, abs=1e-5)
+    assert result.history.losses == pytest.approx(expected, abs=1e-5)
+    again = in_4_bits(base) if quantised else transformers.AutoModelForCausalLM.from_pretrained(base)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "ad")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.train()(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def in_4_bits(base: Path) -> Any:
+    """A model with a base in nf4, as QLoRA's authors and PEFT load it."""
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": "cpu"})
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def test_a_base_in_4_bits_is_recorded_and_its_training_continued(tmp_path: Path) -> None:
+    base = words_tokenizer(small_model("llama", tmp_path / "base"))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": words(n, 7)}) + "\n" for n in range(16)))
+    options: dict[str, Any] = {"rank": 2, "batch_size": 4, "quantize_base": "nf4", "bias": "all"}
+    seen = Recorder()
+    expected = le.train(base, tmp_path / "data.jsonl", tmp_path / "whole", **options, **seen.callbacks)
+    described = "14 layers in 4 bits (nf4, double quantisation)"
+    assert f"base: {described}" in seen.messages
+    assert f"| quantisation of the base | `{described}` |" in (tmp_path / "whole/README.md").read_text()
+    assert json.loads((tmp_path / "whole/lora_export.json").read_text())["base_quantization"] == described
+    assert "quantization_config" not in (tmp_path / "whole/config.json").read_text()
+
+    def interrupt(event: Any) -> None:
+        if event.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, on_progress=interrupt)
+    with pytest.raises(InputRefused, match="quantize_base was nf4, and is None"):
+        le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **(options | {"quantize_base": None}), resume=True)
+    result = le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, resume=True)
+    assert result.history.losses == expected.history.losses
+    assert result.adapter.sha256 == expected.adapter.sha256
+    stored = tmp_path / "stored"
+    in_4_bits(base).save_pretrained(stored)
+    words_tokenizer(stored)
+    again = le.train(stored, tmp_path / "data.jsonl", tmp_path / "of_stored", **(options | {"quantize_base": None}))
+    assert again.history.losses == expected.history.losses
+    with pytest.raises(WrongUsage, match="--compare full trains all weights"):
+        le.train(stored, tmp_path / "data.jsonl", tmp_path / "no", rank=2, compare=["full"])
+    merged = le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ad")
+    for name, value in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(value, theirs.merge_and_unload().state_dict()[name], atol=1e-7, rtol=1e-6)
+    assert len(merged.plan.steps) == 14
+
+
+@pytest.mark.slow
+def test_what_was_trained_in_4_bits_goes_beside_a_graph_in_4_bits(tmp_path: Path) -> None:
+    base = words_tokenizer(small_model("llama", tmp_path / "base"))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": words(n, 7)}) + "\n" for n in range(16)))
+    options: dict[str, Any] = {"rank": 2, "batch_size": 4, "learning_rate": 3e-2, "epochs": 8}
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", quantize_base="nf4", **options)
+    result = le.export_onnx(base, tmp_path / "m.onnx", adapters=tmp_path / "ad", lora="nodes", quantize="int4")
+    assert result.proof.verdict.same and result.precision.stored == "4 bits in blocks of 32"
+    stored = tmp_path / "nf4"  # which is no graph's quantisation: its weights become floats first
+    in_4_bits(base).save_pretrained(stored)
+    merged = le.merge(stored, tmp_path / "ad", tmp_path / "merged", dequantize=True)
+    assert len(merged.plan.steps) == 14
+    made = le.export_onnx(tmp_path / "merged", tmp_path / "merged.onnx", quantize="int4")
+    assert made.proof.verdict.same
 
 
 # --- Interruptions and refusals ---

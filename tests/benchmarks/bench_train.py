@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 WARM, STEPS, RANK = 2, 7, 16
-MODELS = ("minilm", "llama", "vit")
+MODELS = ("minilm", "llama", "llama-nf4", "vit")
 MOST = 1.0  # of PEFT's time and memory
 
 
@@ -53,7 +53,22 @@ def model_and_batch(name: str, width: int = 768, blocks: int = 16) -> tuple[Any,
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     config = hf.LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **sizes, **heads)
     ids = torch.randint(0, 32000, (2, 256))
-    return hf.LlamaForCausalLM(config), {"input_ids": ids}, ids
+    model = hf.LlamaForCausalLM(config)
+    return in_4_bits(model) if name == "llama-nf4" else model, {"input_ids": ids}, ids
+
+
+def in_4_bits(model: Any) -> Any:
+    """The model with linear layers in nf4 with double quantisation, as transformers loads it for QLoRA."""
+    import bitsandbytes as bnb
+
+    for name, part in list(model.model.named_modules()):
+        if hasattr(part, "in_features"):
+            sizes = (part.in_features, part.out_features)
+            packed = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", device="meta")
+            packed.weight = bnb.nn.Params4bit(part.weight.data, quant_type="nf4", module=packed).to("cpu")
+            model.model.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
 
 
 def run_ours(model: Any, inputs: dict[str, Any], labels: Any, between: Callable[[], None]) -> Steps:
@@ -65,6 +80,7 @@ def run_ours(model: Any, inputs: dict[str, Any], labels: Any, between: Callable[
     from lora_export.training.loop import fit
     from lora_export.training.settings import TrainingSettings
 
+    layers.compute_in_input_dtype(model)
     heads = heads_of(model)
     new = layers.create_adapter(
         model, targets="all-linear", rank=RANK, alpha=2 * RANK, seed=0, modules_to_save=heads, exclude=heads

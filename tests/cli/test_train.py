@@ -139,6 +139,18 @@ def test_rslora_divides_by_the_root_of_the_rank(data: Path) -> None:
     assert {pair.scale for pair in formats.load(out).pairs.values()} == {3.0}
 
 
+def test_a_base_in_4_bits_needs_bitsandbytes_and_a_folder(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", MODEL, "-o", data.parent / "ad", "--quantize-base", "nf4")
+    assert call(*line, "--data", data) == 3
+    assert "--quantize-base is for Hugging Face folders of transformers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert call(*line, "--data", data.parent / "none.npz") == 6  # before the data are read
+    assert "pip install 'lora-export[qlora]'" in capsys.readouterr().err
+    assert [path.name for path in data.parent.iterdir()] == ["data.npz"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -149,6 +161,8 @@ def test_rslora_divides_by_the_root_of_the_rank(data: Path) -> None:
         (("--compare", "frozen,half"), "half is none of full, frozen"),
         (("--patience", "2", "--holdout", "0"), "--keep-best need held-out examples"),
         (("--column", "text"), "text is not NAME=COLUMN"),
+        (("--quantize-base", "nf4", "--compare", "full"), "--compare full trains all weights"),
+        (("--quantize-base", "int4"), "Invalid value for '--quantize-base'"),
         (("--rank", "2", "--rank", "2"), "each --rank is given once"),
         (("--rank", "2", "--rank", "4", "--resume"), "a comparison is not continued"),
         (("--packing",), "--packing is for texts that a causal language model continues"),

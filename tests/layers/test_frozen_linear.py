@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers
 from lora_export.layers import adapted_layers
+from lora_export.layers.four_bit_weights import float_weight
 from lora_export.layers.frozen_linear import is_plain, linear_with_pair
 from support.small_layers import count_calls, plan_for
 
@@ -41,6 +43,19 @@ def test_values_and_gradients_are_those_of_the_sum(has_bias: bool) -> None:
     own = torch.autograd.grad(step(one["x"], one["a"], one["b"]).square().sum(), [one[name] for name in wanted])
     for ours, theirs in zip(own, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_in_4_bits_is_taken_by_its_values() -> None:
+    packed = bnb.nn.Linear4bit(6, 4, bias=False, quant_type="nf4").to("cpu").weight
+    own = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6), (2, 6), (4, 2))]
+    assert is_plain(own[0], packed, own[1]) and not is_plain(own[0].double(), packed, own[1])
+
+    def step(weight: Tensor) -> tuple[Tensor, ...]:
+        y = linear_with_pair(own[0], weight, None, *own[1:], 0.75)
+        return y, *torch.autograd.grad(y.sin().sum(), own)
+
+    for of_packed, of_floats in zip(step(packed), step(float_weight(packed)), strict=True):
+        assert torch.equal(of_packed, of_floats)
 
 
 def test_only_x_and_its_product_with_a_are_saved() -> None:

@@ -6,6 +6,7 @@ Both start from one folder. `PeftModel.from_pretrained` reads what we wrote, and
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_export import formats, layers, plan
 from lora_export.formats.writers import WriteOptions
@@ -36,6 +37,19 @@ def a_llama(*, tied: bool) -> LlamaForCausalLM:
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).eval()
+
+
+def in_4_bits(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model as transformers quantises it when it loads a folder: nf4, with double quantisation."""
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = BitsAndBytesConfig(load_in_4bit=True, **options)
+        made = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    for part in made.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False  # with it, bitsandbytes rounds to bf16 in eval mode
+    return made.eval()
 
 
 def a_bert() -> BertForSequenceClassification:
@@ -124,6 +138,16 @@ VARIANTS = {
         lambda: a_llama(tied=True),
         {"targets": ["embed_tokens", "q_proj"]},
         {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "4 bits": Variant(
+        lambda: in_4_bits(a_llama(tied=False)),
+        {"targets": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only"},
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only", "task_type": "CAUSAL_LM"},
+    ),
+    "dora and dropout in 4 bits": Variant(
+        lambda: in_4_bits(a_llama(tied=False)),
+        {"targets": "all-linear", "dora": True, "dropout": 0.3},
+        {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.3, "task_type": "CAUSAL_LM"},
     ),
     "attention": Variant(
         an_encoder,

@@ -12,7 +12,12 @@ from lora_export.report.model_card import model_card
 
 def facts(**changes: Any) -> dict[str, Any]:
     known: dict[str, Any] = {"base": "owner/model", "base_sha256": "ab", "data": "texts.jsonl", "data_sha256": "cd"}
-    known |= {"examples": "9 examples", "adapter": {"r": 4}, "settings": {"learning rate": 0.001}}
+    known |= {
+        "base_quantization": "",
+        "examples": "9 examples",
+        "adapter": {"r": 4},
+        "settings": {"learning rate": 0.001},
+    }
     return known | {"figures": {"held out": "loss 0.3"}, "versions": {"torch": "2.10"}, "plot": ""} | changes
 
 
@@ -27,6 +32,12 @@ def test_a_plot_is_shown_below_the_figures() -> None:
     with_plot, without = model_card(facts(plot="losses.png")), model_card(facts())
     assert "| held out | `loss 0.3` |\n\n![The loss of each step](losses.png)\n\n## Versions" in with_plot
     assert "![" not in without
+
+
+def test_a_base_in_4_bits_is_named() -> None:
+    card = model_card(facts(base_quantization="2 layers in 4 bits"))
+    assert "| quantisation of the base | `2 layers in 4 bits` |" in card
+    assert "quantisation" not in model_card(facts())
 
 
 def test_no_name_leaves_its_cell_or_the_header() -> None:

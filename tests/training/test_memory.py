@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -36,6 +37,14 @@ def test_shared_weights_count_once() -> None:
     module = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
     module[1].weight = module[0].weight
     assert memory_use(module, torch.optim.AdamW(module.parameters()), 0).weights == 4 * 64
+
+
+def test_a_weight_in_4_bits_counts_with_its_scales() -> None:
+    layer = bnb.nn.Linear4bit(256, 512, bias=False, quant_type="nf4").to("cpu")
+    use = memory_use(layer, torch.optim.AdamW([nn.Parameter(torch.ones(1))]), 0)
+    blocks = 256 * 512 // 64
+    tables = 4 * 16 + 4 * 256  # of the values, and of the scales
+    assert use.weights == 256 * 512 // 2 + blocks + 4 * blocks // 256 + 4 + tables
 
 
 def test_the_peak_is_the_largest_measured() -> None:
