@@ -15,12 +15,14 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.factory import find_factory
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
+from lora_export.models.sounds import open_extractor
 from lora_export.models.text_lengths import text_lengths
 from lora_export.storage.hashes import file_sha256
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
 from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches
 from lora_export.training.encoders.classified import LabelEncoder, SimilarityEncoder, TagEncoder, TextEncoder
 from lora_export.training.encoders.pictures import ImageEncoder
+from lora_export.training.encoders.speech import FrameEncoder, SoundReader, TranscriptEncoder
 from lora_export.training.encoders.texts import (
     AnswerEncoder,
     Tokenise,
@@ -31,11 +33,14 @@ from lora_export.training.encoders.texts import (
 from lora_export.training.own_batches import batches_sha256, read_own_batches
 from lora_export.training.records.opening import open_records
 from lora_export.training.records.rows import Records
-from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, survey
+from lora_export.training.records.sound_files import sha256_with_sounds
+from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.splitting import RowNumbers, split_rows
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead
 
+CTC_ENDING = "ForCTC"
+SPEECH_INPUTS = ("input_features", "input_values")
 MASKED_ENDING = "ForMaskedLM"
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 PROBLEM_TYPES = {LabelKind.CLASSES: "multi_label_classification", LabelKind.VALUE: "regression"}
@@ -113,7 +118,8 @@ def read_training_data(
         return TrainingData(read_labelled_arrays(path), file_sha256(path))
     records = open_records(path, columns)
     form = form_of(records, RowForm(task) if task else None)
-    return TrainingData(CheckedRows(records, survey(records, form)), records.sha256)
+    checked = CheckedRows(records, survey(records, form))
+    return TrainingData(checked, sha256_with_sounds(records) if form is RowForm.SPEECH else records.sha256)
 
 
 def encoded_data(
@@ -166,6 +172,8 @@ class _Encoders:
         if form is RowForm.IMAGE:
             return self._rows(rows, ImageEncoder(load_image_processor(self.loaded), labels))
         tokenizer = load_tokenizer(self.loaded)
+        if form is RowForm.SPEECH:
+            return self._rows(rows, self._speech(tokenizer))
         self._set_padding(tokenizer)
         most = min(self.max_length, tokenizer.model_max_length)
         most = min(most, text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
@@ -176,6 +184,40 @@ class _Encoders:
         if form is RowForm.SIMILARITY:
             return self._rows(rows, SimilarityEncoder(tokenizer, most))
         return self._language(rows, tokenizer, most)
+
+    def _speech(self, tokenizer: Any) -> TranscriptEncoder | FrameEncoder:
+        """The encoder of sounds with transcripts. Raises InputRefused with all rows that the model cannot take."""
+        module: Any = self.loaded.module
+        config, name = module.config, type(module).__name__
+        sounds = SoundReader(self.content.records, open_extractor(Path(self.loaded.source)))
+        encoder: TranscriptEncoder | FrameEncoder
+        if name.endswith(CTC_ENDING):
+            if hasattr(module, "freeze_feature_encoder"):
+                module.freeze_feature_encoder()  # otherwise it asks for gradients of the sound itself
+            frames = getattr(module, "_get_feat_extract_output_lengths", None)
+            encoder = FrameEncoder(
+                sounds,
+                tokenizer,
+                None if config.ctc_zero_infinity or frames is None else lambda samples: int(frames(samples)),
+                is_mean=config.ctc_loss_reduction == "mean",
+            )
+        elif config.is_encoder_decoder and module.main_input_name in SPEECH_INPUTS:
+            most = min(self.max_length, getattr(config, "max_target_positions", None) or self.max_length)
+            encoder = TranscriptEncoder(sounds, tokenizer, most, config.decoder_start_token_id)
+        else:
+            raise InputRefused(
+                f"{self.loaded.source} is a {name}: rows of {RowForm.SPEECH} need a speech model with a decoder, such "
+                f"as Whisper, or one whose class ends with {CTC_ENDING}"
+            )
+        refuse_rows(self.content.records, lambda row: self._problem(encoder, row))
+        return encoder
+
+    def _problem(self, encoder: TranscriptEncoder | FrameEncoder, row: int) -> str:
+        try:
+            encoder.check(self.content.records[row])
+        except InputRefused as error:
+            return f"{self.content.records.where(row)}: {error}"
+        return ""
 
     def _rows(self, rows: RowNumbers, encoder: Any) -> EncodedRows:
         return EncodedRows(self.content.records, rows, encoder)

@@ -34,7 +34,7 @@ WIDEST_TABLE = 200  # characters
 # As in training.row_forms, which would load NumPy
 TASK_NAMES = (
     *("chat", "completion", "tags", "similarity"),
-    *("image-classification", "classification", "language-modelling"),
+    *("image-classification", "automatic-speech-recognition", "classification", "language-modelling"),
 )
 
 

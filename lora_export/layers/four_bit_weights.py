@@ -95,6 +95,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def in_shape(y: Tensor, x: Tensor) -> Tensor:
+    """The rows of y (rows, out) as (..., out), for an x (..., in). It counts as no view, so that models may change it.
+
+    y must not be used afterwards.
+    """
+    made: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return made
+
+
 class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +112,9 @@ class _FourBitProduct(torch.autograd.Function):
         ctx.state = state_of_4bit(weight)
         ctx.save_for_backward(weight)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        return F.linear(x.to(dtype), values_of(weight, ctx.state, dtype), None if bias is None else bias.to(dtype))
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        y = F.linear(rows, values_of(weight, ctx.state, dtype), None if bias is None else bias.to(dtype))
+        return in_shape(y, x)
 
     @staticmethod
     @once_differentiable

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_export.layers.four_bit_weights import is_4bit, state_of_4bit, values_of
+from lora_export.layers.four_bit_weights import in_shape, is_4bit, state_of_4bit, values_of
 
 
 def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
@@ -50,7 +50,7 @@ class _FrozenLinear(torch.autograd.Function):
         y = F.linear(rows, values_of(weight, state, x.dtype), bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale, ctx.shape, ctx.state = scale, x.shape, state
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return in_shape(y, x)
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -78,7 +79,7 @@ def fit(
     head = head_loss(module, data, accelerator.device)
     run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head, log)
     devices = [accelerator.device] if device == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _train_mode(module, settings), _explained_memory():
+    with _restored_random_numbers(devices), _train_mode(module, settings), _explained_memory():
         try:
             run.begin(resume=resume)
             run.steps(on_step)
@@ -170,7 +171,9 @@ class _Run:
     def _gradients_of(self, step: int) -> tuple[float, int, float]:
         """Compute a step's gradients. Returns its loss, its tokens, and its learning rate."""
         settings, epoch = self.settings, self.order.epoch_of(step) + 1
-        torch.manual_seed((settings.seed * 1_000_003 + step * 1009 + rank()) % 2**63)  # of dropout
+        seed = settings.seed * 1_000_003 + step * 1009 + rank()
+        torch.manual_seed(seed % 2**63)  # of dropout
+        np.random.seed(seed % 2**32)  # of the parts of a sound that speech models of transformers mask
         rows = self.order.rows_of(step)
         parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
         batches = [batch_on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
@@ -265,6 +268,17 @@ def _groups(module: nn.Module, settings: TrainingSettings) -> list[dict[str, Any
     groups: Sequence[tuple[list[nn.Parameter], float]] = ((others, 1.0), (factors, settings.b_ratio))
     rate = settings.learning_rate
     return [{"params": params, "ratio": ratio, "lr": rate * ratio} for params, ratio in groups if params]
+
+
+@contextlib.contextmanager
+def _restored_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
+    """Leave the random numbers of PyTorch and NumPy as they were."""
+    state = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(state)
 
 
 @contextlib.contextmanager

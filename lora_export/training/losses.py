@@ -114,6 +114,25 @@ class CosineError:
 
 
 @dataclass(frozen=True)
+class LossOfTheModel:
+    """For models that get the labels (rows, ...) among their inputs, and return `loss`."""
+
+    is_mean: bool  # over the rows of a batch; otherwise it is their sum
+
+    def total(self, outputs: Any, batch: Batch) -> Tensor:
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise InputRefused("the model returns no `loss` for its `labels`")
+        return value.reshape(()).float() * (len(batch.labels) if self.is_mean else 1)
+
+    def count(self, labels: Any) -> int:
+        return len(labels)
+
+    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
+        return None
+
+
+@dataclass(frozen=True)
 class OwnLoss:
     """A function of the user: the model's outputs and the labels of a batch -> the batch's loss, a scalar."""
 

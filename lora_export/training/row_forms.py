@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
 from lora_export.training.records.rows import Records, Row
+from lora_export.training.records.sound_files import AUDIO, sound_problem
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -28,6 +29,7 @@ class RowForm(StrEnum):
     TAGS = "tags"
     SIMILARITY = "similarity"
     IMAGE = "image-classification"
+    SPEECH = "automatic-speech-recognition"
     LABELLED = "classification"
     TEXT = "language-modelling"
 
@@ -38,6 +40,7 @@ COLUMNS: Mapping[RowForm, tuple[str, ...]] = {
     RowForm.TAGS: ("tokens", "tags"),
     RowForm.SIMILARITY: ("sentence1", "sentence2", "score"),
     RowForm.IMAGE: ("image", "label"),
+    RowForm.SPEECH: (AUDIO, "text"),
     RowForm.LABELLED: ("text", "label"),  # `text_pair` is optional
     RowForm.TEXT: ("text",),
 }
@@ -91,18 +94,23 @@ def survey(records: Records, form: RowForm) -> Survey:
     Raises InputRefused with the places of rows that are wrong: values of another type, empty texts, labels of several
     types, scores out of range; and where all labels are the same.
     """
+    labels = _Labels()
+    refuse_rows(records, lambda row: _row_problem(records, row, form, labels))
+    return _with_labels(records, form, labels)
+
+
+def refuse_rows(records: Records, problem_of: Callable[[int], str]) -> None:
+    """Raise InputRefused where rows have a problem, with the first of them."""
     problems: list[str] = []
     more = 0
-    labels = _Labels()
     for row in range(len(records)):
-        problem = _row_problem(records, row, form, labels)
+        problem = problem_of(row)
         if problem and len(problems) < SHOWN_PROBLEMS:
             problems.append(problem)
         elif problem:
             more += 1
     if problems:
         raise InputRefused(f"{records.path}:", listed(problems), *([f"  and {more} more"] if more else []))
-    return _with_labels(records, form, labels)
 
 
 class _Labels:
@@ -128,6 +136,8 @@ def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> 
         return str(error).removeprefix(f"{records.path}, ").removeprefix(f"{records.path}/")
     missing = [f"no `{name}`" for name in COLUMNS[form] if name not in values]
     problem = ", ".join(missing) or CHECKS[form](values)
+    if form is RowForm.SPEECH and not problem:
+        problem = sound_problem(records, values[AUDIO])
     if problem:
         return f"{records.where(row)}: {problem}"
     if form in (RowForm.LABELLED, RowForm.IMAGE):
@@ -229,6 +239,7 @@ CHECKS: Mapping[RowForm, Callable[[Row], str]] = {
     RowForm.TAGS: _tagged,
     RowForm.SIMILARITY: _compared,
     RowForm.IMAGE: _image,
+    RowForm.SPEECH: _texts("text"),
     RowForm.LABELLED: _labelled,
     RowForm.TEXT: _texts("text"),
 }

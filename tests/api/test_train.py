@@ -19,6 +19,7 @@ import lora_export as le
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, WrongUsage
 from support.api import MODEL, Recorder, base_weights
 from support.small_models import small_model, words_tokenizer
+from support.sounds import small_ctc, small_whisper, write_sound
 
 
 def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +118,31 @@ def test_images_in_folders_train_a_classifier(tmp_path: Path) -> None:
     assert result.scores["adapter"].accuracy == 1.0
     config = json.loads((tmp_path / "ad/config.json").read_text())
     assert sorted(config["label2id"]) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize(("make", "texts"), [(small_whisper, ["good film", "bad"]), (small_ctc, ["abba", "cd"])])
+def test_sounds_with_transcripts_train_a_speech_model(make: Any, texts: list[str], tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    (tmp_path / "sounds").mkdir()
+    lines = [f"{write_sound(tmp_path / f'sounds/{n}.wav', seed=n % 2).name},{texts[n % 2]}\n" for n in range(8)]
+    (tmp_path / "sounds/metadata.csv").write_text("file_name,transcription\n" + "".join(lines))
+    options: dict[str, Any] = {"rank": 4, "epochs": 12, "batch_size": 3, "learning_rate": 2e-2, "holdout": 0.25}
+    np.random.seed(5)
+    result = le.train(base, tmp_path / "sounds", tmp_path / "ad", **options)
+    drawn = np.random.random()
+    np.random.seed(5)
+    assert drawn == np.random.random()
+    assert result.history.losses[-1] < result.history.losses[0]
+    assert result.scores["adapter"].loss < result.scores["adapter_off"].loss
+    # A speech model of transformers masks parts of a sound by NumPy's random numbers.
+    assert le.train(base, tmp_path / "sounds", tmp_path / "again", **options).history.losses == result.history.losses
+    le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+    theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "ad").eval()
+    inputs = le.load_model(str(base)).example_inputs()
+    with torch.no_grad():
+        merged = kind.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
+        torch.testing.assert_close(merged, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_batches_and_a_loss_of_the_users_train_any_module(tmp_path: Path) -> None:
@@ -221,7 +247,7 @@ def test_a_base_in_4_bits_is_recorded_and_its_training_continued(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_what_was_trained_in_4_bits_goes_beside_a_graph_in_4_bits(tmp_path: Path) -> None:
+def test_qlora_goes_beside_a_graph_in_4_bits(tmp_path: Path) -> None:
     base = words_tokenizer(small_model("llama", tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": words(n, 7)}) + "\n" for n in range(16)))
     options: dict[str, Any] = {"rank": 2, "batch_size": 4, "learning_rate": 3e-2, "epochs": 8}

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers
 from lora_export.layers import adapted_layers
-from lora_export.layers.four_bit_weights import float_weight
+from lora_export.layers.four_bit_weights import float_weight, linear
 from lora_export.layers.frozen_linear import is_plain, linear_with_pair
 from support.small_layers import count_calls, plan_for
 
@@ -56,6 +56,19 @@ def test_a_weight_in_4_bits_is_taken_by_its_values() -> None:
 
     for of_packed, of_floats in zip(step(packed), step(float_weight(packed)), strict=True):
         assert torch.equal(of_packed, of_floats)
+
+
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_the_output_may_be_changed_in_place(in_4_bits: bool) -> None:
+    """Speech models of transformers overwrite frames."""
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(6, 4, quant_type="nf4").to("cpu") if in_4_bits else nn.Linear(6, 4)
+    weight = layer.weight.requires_grad_(False)
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6), (2, 6), (4, 2)))
+    for y in (linear_with_pair(x, weight, None, a, b, 0.75), linear(x, weight, None)):
+        y[:, 1] = 0
+        (of_x,) = torch.autograd.grad(y.sum(), x)
+        assert not of_x[:, 1].any() and of_x[:, 0].any()
 
 
 def test_only_x_and_its_product_with_a_are_saved() -> None:

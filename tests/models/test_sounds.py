@@ -10,7 +10,7 @@ import pytest
 import transformers as hf
 
 from lora_export.errors import InputRefused
-from lora_export.models.sounds import features_of, open_extractor, read_wav
+from lora_export.models.sounds import features_of, open_extractor, read_wav, wav_header
 
 RATE = 16000
 
@@ -51,6 +51,17 @@ def test_file_that_is_no_wav_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(InputRefused, match=r"is no \.wav of integers .* makes one"):
         read_wav(tmp_path / "a.wav", RATE)
+
+
+def test_a_header_is_read_alone_from_a_file_or_bytes(tmp_path: Path) -> None:
+    a_wav(tmp_path / "a.wav", channels=2, rate=8000)
+    content = (tmp_path / "a.wav").read_bytes()
+    header = wav_header(tmp_path / "a.wav")
+    assert (header.samples, header.rate, header.channels, header.width, header.seconds) == (400, 8000, 2, 2, 0.05)
+    assert wav_header(content).name == "the sound" and wav_header(content[:50]).samples == 400
+    np.testing.assert_array_equal(read_wav(content, 8000), read_wav(tmp_path / "a.wav", 8000))
+    with pytest.raises(InputRefused, match=r"the sound is no \.wav of integers"):
+        wav_header(b"RIFF")
 
 
 def test_wav_of_24_bits_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lora_export.errors import InputRefused
 from lora_export.training.records.opening import open_records
 from lora_export.training.records.rows import Records
 from lora_export.training.row_forms import COLUMNS, LabelKind, RowForm, Survey, form_of, label_value, survey
+from support.sounds import write_sound
 
 
 def jsonl(folder: Path, *rows: dict[str, Any]) -> Records:
@@ -41,6 +42,7 @@ GOOD = {
     RowForm.TAGS: {"tokens": ["a", "b"], "tags": ["x", "y"]},
     RowForm.SIMILARITY: {"sentence1": "a", "sentence2": "b", "score": -1},
     RowForm.IMAGE: {"image": "a", "label": ["x", "y"]},
+    RowForm.SPEECH: {"audio": "a.wav", "text": "a"},
     RowForm.LABELLED: {"text": "a", "label": 0.5, "other": 1},
     RowForm.TEXT: {"text": "a", "tags": []},
 }
@@ -49,6 +51,7 @@ GOOD = {
 @pytest.mark.parametrize("form", list(RowForm))
 def test_columns_decide_the_form(form: RowForm, tmp_path: Path) -> None:
     records = jsonl(tmp_path, GOOD[form])
+    write_sound(tmp_path / "a.wav")
     assert form_of(records) is form
     assert survey(records, form).count == 1
     assert set(COLUMNS) == set(GOOD)

@@ -33,7 +33,7 @@ def text_tokens(tokenizer: Any, *, ends: bool) -> Tokenise:
 
     def tokenise(row: Row) -> Tokens:
         ids = list(tokenizer(row["text"])["input_ids"])
-        ids = _ended(tokenizer, ids) if ends else ids
+        ids = ended(tokenizer, ids) if ends else ids
         return Tokens(ids, [True] * len(ids))
 
     return tokenise
@@ -49,7 +49,7 @@ def completion_tokens(tokenizer: Any) -> Tokenise:
         prompt = list(tokenizer(row["prompt"])["input_ids"])
         if prompt and prompt[-1] == tokenizer.eos_token_id:
             prompt.pop()
-        answer = _ended(tokenizer, list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]))
+        answer = ended(tokenizer, list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]))
         return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
     return tokenise
@@ -107,9 +107,22 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
     return tokenise
 
 
-def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The tokens of a text, with the tokenizer's end of text behind them."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def decoder_tensors(
+    rows: Sequence[Sequence[int]], start_token: int, pad_token: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a decoder reads, and what it is to predict: each (rows, longest). A token is predicted from those before."""
+    longest = max(map(len, rows))
+    decoder, labels = torch.full((len(rows), longest), pad_token), torch.full((len(rows), longest), IGNORED)
+    for row, ids in enumerate(rows):
+        labels[row, : len(ids)] = torch.tensor(ids)
+        decoder[row, : len(ids)] = torch.tensor([start_token, *ids[:-1]])
+    return decoder, labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +140,9 @@ class AnswerEncoder:
     def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
         prompt = dict(self.tokenizer(row["prompt"], truncation=True, max_length=self.max_length))
         target = self.tokenizer(text_target=row["completion"], truncation=True, max_length=self.max_length)
-        return prompt, _ended(self.tokenizer, list(target["input_ids"]))
+        return prompt, ended(self.tokenizer, list(target["input_ids"]))
 
     def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
         inputs = padded_tokens(self.tokenizer, [prompt for prompt, _ in encoded])
-        longest = max(len(ids) for _, ids in encoded)
-        labels = torch.full((len(encoded), longest), IGNORED)
-        decoder = torch.full((len(encoded), longest), self.tokenizer.pad_token_id)
-        for row, (_, ids) in enumerate(encoded):
-            labels[row, : len(ids)] = torch.tensor(ids)
-            decoder[row, : len(ids)] = torch.tensor([self.start_token, *ids[:-1]])
+        decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
         return Batch({**inputs, "decoder_input_ids": decoder}, labels)

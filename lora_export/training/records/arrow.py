@@ -70,6 +70,9 @@ class SavedDataset:
                     f"{path} has no split `{TRAINING_SPLIT}`; give one of {', '.join(loaded)} as a folder"
                 )
             loaded = loaded[TRAINING_SPLIT]
+        for name, feature in loaded.features.items():
+            if isinstance(feature, datasets.Audio):  # its bytes: `datasets` would need one more package to decode them
+                loaded = loaded.cast_column(name, datasets.Audio(decode=False))
         self._dataset = loaded
         self._names = {
             name: feature for name, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)

@@ -1,16 +1,20 @@
-"""Folders as data: each text file is a row, or each image, whose class is the name of its folder."""
+"""Folders as data: each text file is a row, or each image, whose class is the name of its folder; or sounds."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.errors import InputRefused, listed
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import open_regular, regular_files
+from lora_export.training.records.comma_separated import CsvRows
+from lora_export.training.records.json_lines import JsonLines
 from lora_export.training.records.rows import MAX_ROW, Row
 
+SOUND_SUFFIXES = frozenset({".aac", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
+SOUND_METADATA: Mapping[str, type[CsvRows | JsonLines]] = {"metadata.csv": CsvRows, "metadata.jsonl": JsonLines}
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -58,15 +62,46 @@ class ImagesByClass:
         return str(self.files[row].relative_to(self.path))
 
 
-def open_folder(path: Path) -> TextFiles | ImagesByClass:
-    """The images of a folder by class, or its text files. Hidden files are left out.
+class DescribedSounds:
+    """The sounds of a folder, which its metadata.csv or .jsonl names. A row has the path of one in `audio`.
 
-    Raises InputRefused for a folder with both, and for an empty one.
+    As in `datasets`, the path is in `file_name`. The transcript is in `transcription`, `text`, or a column of the user.
+    """
+
+    def __init__(self, path: Path):
+        """Raises InputRefused without the metadata."""
+        found = [name for name in SOUND_METADATA if (path / name).is_file()]
+        if not found:
+            raise InputRefused(
+                f"{path} has sounds, and no {' or '.join(SOUND_METADATA)} with the columns file_name and transcription"
+            )
+        self.path, self.metadata = path, found[0]
+        self.rows: CsvRows | JsonLines = SOUND_METADATA[self.metadata](path / self.metadata)
+        self.sha256 = self.rows.sha256
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        values = self.rows[row]
+        names = {"file_name": "audio"} | ({} if "text" in values else {"transcription": "text"})
+        return {names.get(name, name): value for name, value in values.items()}
+
+    def where(self, row: int) -> str:
+        return f"{self.metadata}, {self.rows.where(row)}"
+
+
+def open_folder(path: Path) -> TextFiles | ImagesByClass | DescribedSounds:
+    """The images of a folder by class, its sounds with their metadata, or its text files. Hidden files are left out.
+
+    Raises InputRefused for images beside other files, for sounds without metadata, and for an empty folder.
     """
     files = [file for file in regular_files(path) if not any(part[0] == "." for part in file.relative_to(path).parts)]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise InputRefused(f"{path} contains no files")
+    if any(file.suffix.lower() in SOUND_SUFFIXES for file in files):
+        return DescribedSounds(path)
     if not images:
         return TextFiles(path, files)
     if others := sorted(set(files) - set(images)):

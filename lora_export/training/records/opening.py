@@ -16,7 +16,8 @@ from lora_export.training.records.rows import Records, with_columns
 ROW_READERS: Mapping[str, Callable[[Path], Records]] = {".jsonl": JsonLines, ".csv": CsvRows, ".parquet": ParquetRows}
 DATA_FORMATS = (
     ".jsonl, .csv and .parquet (with columns such as `text` and `label`), .npz (with the model's inputs and `labels`), "
-    "a folder of text files, of images by class, or of a saved `datasets` data set, and `file.py:factory`"
+    "a folder of text files, of images by class, of sounds with metadata.csv, or of a saved `datasets` data set, and "
+    "`file.py:factory`"
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.training.records import folders
-from lora_export.training.records.folders import ImagesByClass, open_folder
+from lora_export.training.records.folders import DescribedSounds, ImagesByClass, open_folder
 
 
 def files(folder: Path, **contents: bytes) -> Path:
@@ -35,11 +35,29 @@ def test_images_have_the_class_of_their_folder(tmp_path: Path) -> None:
     assert rows[1]["image"] == tmp_path / "dog/old/2.jpg"
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_sounds_are_named_by_their_metadata(name: str, tmp_path: Path) -> None:
+    metadata = b"file_name,transcription\na.wav,one\nsub/b.flac,two\n"
+    if name.endswith("jsonl"):
+        metadata = b'{"file_name": "a.wav", "text": "one"}\n{"file_name": "sub/b.flac", "text": "two"}\n'
+    rows = open_folder(files(tmp_path, a_dot_wav=b"", sub__b_dot_flac=b"", **{name.replace(".", "_dot_"): metadata}))
+    assert isinstance(rows, DescribedSounds) and rows.path == tmp_path
+    assert [rows[row] for row in range(len(rows))] == [
+        {"audio": "a.wav", "text": "one"},
+        {"audio": "sub/b.flac", "text": "two"},
+    ]
+    assert rows.where(1) == f"{name}, line {3 if name.endswith('csv') else 2}"
+    before = rows.sha256
+    (tmp_path / name).write_bytes(metadata.replace(b"two", b"too"))
+    assert open_folder(tmp_path).sha256 != before
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
         ({}, "contains no files"),
         ({"a_dot_png": b""}, r"in no folder of a class:\n  a\.png"),
+        ({"a_dot_wav": b""}, r"has sounds, and no metadata\.csv or metadata\.jsonl with the columns file_name and"),
         ({"cat__a_dot_png": b"", "cat__b_dot_txt": b""}, r"has 1 images, and other files:\n  cat/b\.txt"),
     ],
 )
