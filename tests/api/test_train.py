@@ -134,7 +134,7 @@ def test_sounds_with_transcripts_train_a_speech_model(make: Any, texts: list[str
     assert drawn == np.random.random()
     assert result.history.losses[-1] < result.history.losses[0]
     assert result.scores["adapter"].loss < result.scores["adapter_off"].loss
-    # A speech model of transformers masks parts of a sound by NumPy's random numbers.
+    np.random.seed(6)  # a speech model of transformers masks parts of a sound by NumPy's random numbers
     assert le.train(base, tmp_path / "sounds", tmp_path / "again", **options).history.losses == result.history.losses
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
     kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
