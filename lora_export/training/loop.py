@@ -30,7 +30,7 @@ from lora_export.training.history import EvaluationRecord, StepRecord, TrainingH
 from lora_export.training.losses import Batch, module_outputs
 from lora_export.training.memory import PeakMemory, SavedActivations, memory_use
 from lora_export.training.order import ShuffledOrder, parts_of
-from lora_export.training.processes import rank, sum_gradients, sum_over_processes, world_size
+from lora_export.training.processes import rank, refuse_sharding, sum_gradients, sum_over_processes, world_size
 from lora_export.training.schedule import learning_rate_factor
 from lora_export.training.settings import Precision, TrainingSettings
 
@@ -243,8 +243,9 @@ class _Run:
 def accelerator_for(device: Device, precision: Precision = "no") -> Any:
     """accelerate's Accelerator on this device. Joins the other processes, where a launcher started several.
 
-    Raises EnvironmentLacking without accelerate or the device.
+    Raises EnvironmentLacking without accelerate or the device, WrongUsage where it would distribute the base.
     """
+    refuse_sharding()
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLacking("PyTorch finds no CUDA device; train with --device cpu, or see `lora-export doctor`")
     try:

@@ -6,11 +6,33 @@ no wrapper for that.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from lora_export.errors import WrongUsage
+
+# Variables of a launcher -> how it would distribute a model, which only accelerate's wrappers can train then
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def refuse_sharding() -> None:
+    """Raise WrongUsage where a launcher asks for a base that is distributed over the processes."""
+    wanted = [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("true", "1")]
+    if wanted:
+        raise WrongUsage(
+            f"accelerate is configured for {', '.join(wanted)}: here every process holds the whole base, and the "
+            "examples of a step are shared. Launch without it (--multi_gpu, or torchrun). A base of 4 bits takes an "
+            "eighth of the memory: --quantize-base nf4"
+        )
 
 
 def world_size() -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from lora_export.errors import WrongUsage
+from lora_export.training.loop import accelerator_for
 from lora_export.training.processes import (
+    SHARDING,
     rank,
     sum_gradients,
     sum_over_processes,
@@ -28,3 +32,13 @@ def test_one_process_is_alone() -> None:
         [1.5, 2],
         [3, 3],
     )
+
+
+@pytest.mark.parametrize("variable", SHARDING)
+def test_a_base_in_parts_is_refused_by_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --use_fsdp` and its like set these variables."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(WrongUsage, match=f"accelerate is configured for {SHARDING[variable]}: here every process"):
+        accelerator_for("cpu")
+    monkeypatch.setenv(variable, "false")
+    accelerator_for("cpu")
