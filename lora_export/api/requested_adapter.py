@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_export import formats, layers
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.peft_attention import as_peft_computes
 from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter
@@ -115,7 +116,7 @@ class AdapterRequest:
 
     def _continued(self, loaded: Model, heads: Sequence[str]) -> Adapter:
         assert self.continue_from is not None
-        (adapter,) = layers.respelled_for(loaded.module, [formats.load(self.continue_from)])
+        (adapter,) = layers.respelled_for(loaded.module, [as_peft_computes(formats.load(self.continue_from))])
         if adapter.added or adapter.biases:
             what = ", ".join((*adapter.added, *adapter.biases))
             raise InputRefused(f"{self.continue_from} adds to vectors, which is not trained further: {what}")

@@ -239,6 +239,8 @@ def train(
         )
         new = wanted.adapters(loaded, heads, seed=seed)
         first = next(iter(new.values()))
+        for note in first.notes:  # on how an adapter that is continued was read
+            on_message(f"note: {note}")
         for adapter in () if wanted.continue_from else new.values():
             refuse_rank_beyond_layers(adapter, named=wanted.names_layers, on_message=on_message)
         if misfit := note_on_other_names(loaded, first):

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "--alpha": "--lora-alpha",
     "--rslora": "--use-rslora",
     "--data": "--dataset --train-file --training-data --train --dataset-path",
+    "--quantize-base": "--load-in-4bit --quantization-bit --qlora --use-4bit --bnb-4bit-quant-type",
     "--epochs": "--num-epochs --num-train-epochs --n-epochs",
     "--learning-rate": "--lr",
     "--batch-size": "--batch --per-device-train-batch-size --bs",

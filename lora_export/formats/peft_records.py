@@ -23,16 +23,19 @@ LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" 
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
 
 
+def attention_note(module: str) -> str:
+    """How the output projection of an nn.MultiheadAttention is read."""
+    return (
+        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
+        "attention; here it is added once"
+    )
+
+
 def notes_of(
     keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], tied: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Choices of this reader that may surprise the user."""
-    notes = [
-        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
-        "attention; here it is added once"
-        for module, key in keys[A].items()
-        if OUT_PROJ in key
-    ]
+    notes = [attention_note(module) for module, key in keys[A].items() if OUT_PROJ in key]
     # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
     notes += [
         f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import lora_export as le
+from lora_export import formats
 from lora_export.api.requested_adapter import AdapterRequest
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.training.order import ShuffledOrder
@@ -197,3 +198,30 @@ def test_a_change_of_biases_is_not_continued(texts: Path) -> None:
 
 def test_dropout_is_refused_where_a_weight_is_used_whole(data: Path, tmp_path: Path) -> None:
     assert le.train(MODEL, data, tmp_path / "ad", rank=2, dropout=0.5, epochs=1).adapter.metadata["lora_dropout"] == 0.5
+
+
+def test_how_a_continued_adapter_was_read_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "own_net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.attn = nn.MultiheadAttention(4, 2)\n\n"
+        "    def forward(self, x):\n        return self.attn(x, x, x)[0]\n\n\n"
+        "def make():\n    torch.manual_seed(0)\n    return Net(), {'x': torch.randn(3, 2, 4)}\n\n\n"
+        "def data():\n    x = torch.randn(4, 3, 2, 4)\n"
+        "    return [({'x': rows}, rows) for rows in x], lambda outputs, wanted: (outputs - wanted).square().mean()\n"
+    )
+    net = le.load_model(f"{tmp_path}/own_net.py:make").module
+    options = peft.LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)
+    peft.get_peft_model(net, options).save_pretrained(tmp_path / "theirs")
+    seen: list[str] = []
+    le.train(
+        f"{tmp_path}/own_net.py:make",
+        f"{tmp_path}/own_net.py:data",
+        tmp_path / "ad",
+        continue_from=tmp_path / "theirs",
+        holdout=0.0,
+        on_message=seen.append,
+    )
+    assert any(line.startswith("note: attn.out_proj: PEFT up to 0.21 adds the output projection's") for line in seen)
+    pairs = formats.load(tmp_path / "ad").pairs
+    assert pairs["attn.out_proj"].scale == 2 * pairs["attn"].scale

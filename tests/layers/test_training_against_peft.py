@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_export import formats, layers, plan
+from lora_export.formats.peft_attention import as_peft_computes
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers import peft as peft_writer
 from lora_export.layers.initial_factors import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
@@ -258,6 +259,27 @@ def test_what_peft_trained_is_continued_as_peft_does(name: str, tmp_path: Path) 
     if isinstance(base, Encoder):  # PEFT 0.21 is wrong in the fast path of eval mode: it leaves adapters out
         again.train(), ours.train()
     torch.testing.assert_close(outputs_of(ours), outputs_of(again), rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_that_peft_trained_is_continued_as_peft_does(tmp_path: Path) -> None:
+    """With its output projection, whose change PEFT up to 0.21 adds twice."""
+    base = an_encoder()
+    torch.manual_seed(2)
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["self_attn"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = as_peft_computes(formats.load(tmp_path / "theirs"))
+    ours = attached(base, adapter)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    own = losses(ours)
+    assert own == pytest.approx(losses(theirs), abs=1e-5)
+    assert abs(own[-1] - own[0]) > 1e-3
+    (saved,) = layers.respelled_for(base, [formats.load(write(layers.read_back(ours, adapter), tmp_path / "ad", base))])
+    again = attached(base, saved)
+    torch.testing.assert_close(outputs_of(again.train()), outputs_of(theirs.train()), rtol=1e-4, atol=1e-4)
 
 
 # --- Starts from the weights ---
