@@ -108,19 +108,38 @@ def _run_exporter(
     # Not optimised here: see simplify.
     if is_hugging_face(module):
         return exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
-    exported = torch.onnx.export(
-        module,
-        kwargs=dict(inputs),
-        input_names=list(inputs),  # torch.export changes names: `X` to `x`, `pixelValues` to `pixelvalues`
-        output_names=outputs,
-        dynamic_shapes=dynamic,
-        opset_version=opset,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
+    with _forgotten_kernels():
+        exported = torch.onnx.export(
+            module,
+            kwargs=dict(inputs),
+            input_names=list(inputs),  # torch.export changes names: `X` to `x`, `pixelValues` to `pixelvalues`
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert exported is not None
     return exported.model
+
+
+@contextlib.contextmanager
+def _forgotten_kernels() -> Iterator[None]:
+    """Let PyTorch look up again, before and after, what computes an LSTM or a GRU.
+
+    For an export it puts a loop into the graph's operators in place of one in Python, which has one number of steps.
+    Once such an operator has run, PyTorch keeps what computed it, and does not see the exchange: the second export of a
+    process would have the loop in Python (torch 2.13, torch/export/_patches.py).
+    """
+    kernels: list[Any] = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
+    try:
+        for kernel in kernels:
+            kernel._dispatch_cache.clear()
+        yield
+    finally:
+        for kernel in kernels:
+            kernel._dispatch_cache.clear()
 
 
 def exported_by_transformers(
@@ -129,7 +148,12 @@ def exported_by_transformers(
     """The graph that transformers' exporter makes, not simplified yet. `inputs` may contain a cache."""
     transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
-    program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
+    own = set(vars(module))
+    try:
+        program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
+    finally:
+        for name in vars(module).keys() - own:  # `forward`, which the class has already
+            delattr(module, name)
     assert isinstance(program, ir.Model)
     return program
 

@@ -42,6 +42,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
 
 ENCODER_OUTPUT = "encoder_last_hidden_state"  # of the model in PyTorch
+OUTPUTS = (LOGITS, ENCODER_OUTPUT)  # of the three graphs as one model
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.encoder_decoder import OUTPUTS, EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.memory import GIB, available_memory, release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -33,7 +33,7 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
-from lora_export.verification.compare_outputs import aligned, before_first_token, error_of
+from lora_export.verification.compare_outputs import aligned, before_first_token
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
@@ -59,6 +59,12 @@ from lora_export.verification.references import (
     quantised_weights,
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.beyond_rounding import (
+    Positions,
+    notes_on_padding,
+    outputs_beyond_rounding,
+    padding_beyond_rounding,
+)
 from lora_export.verification.references.cached_outputs import CachedOutputs
 from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
 from lora_export.verification.references.deployed_module import (
@@ -75,6 +81,7 @@ from lora_export.verification.references.module_copies import (
     converted_copy,
     fp64_bytes,
     is_large,
+    limit_outputs,
     shared_copy,
     to_double,
     widened,
@@ -93,9 +100,6 @@ DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
 HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
-# PyTorch's own error, relative to the output, that rounding can explain: so many eps, and never more than half. Deep
-# models have 10 to 100 eps; chains of adapters that outweigh their weights have some thousands.
-EPS_OF_ROUNDING, LARGEST_ROUNDING = 2**14, 0.5
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
@@ -221,6 +225,8 @@ class PyTorchReferences:
         )
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
+        if isinstance(candidate, EncoderDecoderRunner):
+            limit_outputs(module, OUTPUTS)  # T5Gemma returns its decoder's last hidden states, too
         rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})
         has_pairs = any(adapter.pairs for adapter in adapters)
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
@@ -302,8 +308,12 @@ class PreparedPyTorch:
             del deployed, self.deployed
         by_role, narrow_operators, _ = self._in_fp64(step)
         self.attached.ready = None
+        unjudged: Positions = {}
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
-            doubts = [*doubts, *_beyond_rounding(own, by_role["reference"], dtype_name(self.dtype))]
+            reference, dtype = by_role["reference"], dtype_name(self.dtype)
+            if model.is_huggingface:
+                unjudged = padding_beyond_rounding(own, reference, cases, dtype)
+            doubts = [*doubts, *outputs_beyond_rounding(own, reference, unjudged, dtype)]
         notes = [
             note_on_fp64(narrow_operators),
             *model.notes,
@@ -312,6 +322,7 @@ class PreparedPyTorch:
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
             *([HALF] if self._is_unstated_half(outputs, own, names_known=names_known) else []),
+            *notes_on_padding(unjudged),
             *quantised_weights.notes_on(self.quantised),
         ]
         return ReferenceOutputs(
@@ -326,6 +337,7 @@ class PreparedPyTorch:
             unreached=pairs.unreached,
             doubts=tuple(doubts),
             faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
+            unjudged=unjudged,
         )
 
     def _is_unstated_half(
@@ -456,24 +468,6 @@ class PreparedPyTorch:
             case,
             keep_replaced=self.attached.has_pairs,
         )
-
-
-def _beyond_rounding(deployed: Mapping[str, Arrays], reference: Mapping[str, Arrays], dtype: str) -> Iterator[str]:
-    """The outputs in which PyTorch's own error is more than rounding can explain: such an error allows any other."""
-    limit = min(EPS_OF_ROUNDING * parity.EPS[dtype], LARGEST_ROUNDING)
-    for case, truths in reference.items():
-        for name, truth in truths.items():
-            own = deployed[case].get(name)
-            if own is None or own.shape != truth.shape or not parity.is_float(own):
-                continue
-            is_value = ~parity.fill_mask(truth, own)  # the least float of fp64 is not that of fp32
-            error, size = error_of(truth[is_value], own[is_value]), parity.rms(truth[is_value])
-            if error > limit * size:
-                yield (
-                    f"{name} in case {case}: PyTorch's own error is {error:.3g}, and rounding in {dtype} explains at "
-                    f"most {limit * size:.3g}. It does not compute what the reference computes, so it cannot say how "
-                    "large an error is allowed"
-                )
 
 
 def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:

@@ -98,4 +98,15 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays, lab
         scaled=rows([case.scaled or case.reference for case in alone]),
         peer=alone[-1].peer,
         unjudged=unjudged,
+        unjudged_by_output=_unjudged_rows(alone, ids),
     )
+
+
+def _unjudged_rows(alone: Sequence[parity.Case], ids: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
+    """Output -> the positions that are not judged: of every row, those of the case of its adapter."""
+    by_output: dict[str, NDArray[np.bool_]] = {}
+    for number, case in enumerate(alone):
+        for name, positions in case.unjudged_by_output.items():
+            own = by_output.setdefault(name, np.zeros_like(positions))
+            own[ids == number] = positions[ids == number]
+    return by_output

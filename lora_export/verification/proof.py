@@ -132,6 +132,7 @@ def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs
             candidate=own,
             peer=expected.peer,
             unjudged=inputs.unjudged.get(name),
+            unjudged_by_output=expected.unjudged.get(name, {}),
             **by_role,
         )
         cases.append(case)

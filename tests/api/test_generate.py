@@ -173,6 +173,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return serve
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5gemma", "longt5"])
+def test_graphs_of_an_encoder_decoder_are_proven(name: str, tmp_path: Path) -> None:
+    base = small_encoder_decoder(name, tmp_path / "base")
+    adapter = encoder_decoder_adapter(base, tmp_path / "fr")
+    result = le.export_onnx(base, tmp_path / "served", adapters=adapter, with_cache=True)
+    assert result.proof is not None and result.proof.verdict.same
+    assert any("at positions of padding" in note for note in result.proof.verdict.notes) == (name == "longt5")
+    made = le.generate(tmp_path / "served", PROMPTS, max_new_tokens=64)
+    assert [list(text.tokens) for text in made] == expected_texts(base, adapter)
+    assert le.verify(tmp_path / "served", base, adapters=adapter, weights=[0.5]).exit_code == 4
+
+
 @pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)])
 def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Callable[[str], Path]) -> None:
     folder = served(name)

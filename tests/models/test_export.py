@@ -168,6 +168,29 @@ def test_nothing_is_printed_warned_or_logged(
 # --- refusals ---
 
 
+class Recurrent(nn.Module):
+    """Outputs at every step, of an LSTM or a GRU."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = kind(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_network_is_exported_a_second_time_in_one_process(kind: type[nn.RNNBase]) -> None:
+    module, axes = Recurrent(kind), {"x": {0: "batch", 1: "steps"}}
+    for _ in range(2):
+        graph = export.to_onnx(module, {"x": torch.ones(2, 5, 3)}, axes=axes)
+    x = torch.randn(3, 9, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = module(x).numpy()
+    np.testing.assert_allclose(run(graph, x=x.numpy())["output_0"], expected, rtol=0, atol=1e-6)
+
+
 def test_a_branch_on_values_is_refused_with_its_line() -> None:
     class Branching(Linear):
         def forward(self, x: Tensor) -> Any:

@@ -66,6 +66,7 @@ BART_LIKE: dict[str, Any] = {
     "decoder_ffn_dim": 48,
 }
 FRAMES, MELS = 40, 8
+GEMMA: dict[str, Any] = {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "initializer_range": 0.3}
 T5: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
     "t5": lambda: hf.T5ForConditionalGeneration(
@@ -73,6 +74,13 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
     ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(**BART_LIKE, max_position_embeddings=128, forced_eos_token_id=7)
+    ),
+    "t5gemma": lambda: hf.T5GemmaForConditionalGeneration(
+        hf.T5GemmaConfig(encoder=GEMMA, decoder=GEMMA, vocab_size=VOCABULARY)
+    ),
+    # Its encoder attends to blocks of 5 tokens: at positions of padding all is masked.
+    "longt5": lambda: hf.LongT5ForConditionalGeneration(
+        hf.LongT5Config(**T5, initializer_factor=3.0, decoder_start_token_id=0, local_radius=4)
     ),
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(

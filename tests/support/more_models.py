@@ -58,6 +58,11 @@ def _parakeet() -> Any:
     return hf.ParakeetCTCConfig(encoder_config=encoder, vocab_size=20, pad_token_id=19)
 
 
+def _t5gemma() -> Any:
+    part = {**HEADS, "num_hidden_layers": 2, "sliding_window": 8}
+    return hf.T5GemmaConfig(encoder=part, decoder=part, vocab_size=60)
+
+
 SERIES = {"context_length": 16, "patch_length": 4, "patch_stride": 4, "num_input_channels": 3, "d_model": 16}
 CHARACTERS = {name: value for name, value in TEXT.items() if name != "vocab_size"}
 MOONSHINE = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, **IDS, "decoder_start_token_id": 1}
@@ -82,6 +87,14 @@ MORE_MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "pegasus": (
         "PegasusForConditionalGeneration",
         _of("Pegasus", **ENCODER_DECODER, vocab_size=60, max_position_embeddings=64, **IDS, decoder_start_token_id=0),
+    ),
+    "t5gemma": ("T5GemmaForConditionalGeneration", _t5gemma),
+    "longt5": (
+        "LongT5ForConditionalGeneration",
+        _of(
+            "LongT5", vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, local_radius=4,
+            decoder_start_token_id=0,
+        ),
     ),
     # Decoders
     "gpt_neox": ("GPTNeoXForCausalLM", _of("GPTNeoX", **TEXT)),

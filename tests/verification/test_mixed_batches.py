@@ -11,8 +11,24 @@ from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
+from lora_export.verification.mixed_batches import mixed_cases
 from lora_export.verification.proof import Proof
 from lora_export.verification.row_proofs import judge_mixed
+
+
+def test_positions_that_an_output_does_not_judge_are_those_of_each_rows_adapter() -> None:
+    truth = np.ones((3, 2, 2))
+    masks = [np.array([[True, False]] * 3), np.array([[False, True]] * 3)]
+    cases = [
+        parity.Case("a", "", {"y": truth}, {"y": truth}, {"y": truth}, unjudged_by_output={"y": own}) for own in masks
+    ]
+
+    class Same(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            return {"y": truth}
+
+    (mixed,) = mixed_cases(Same(nn.Identity()), {"a": {"ids": np.zeros((3, 2))}}, [[case] for case in cases], [1, 0])
+    assert mixed.unjudged_by_output["y"].tolist() == [[False, True], [True, False], [False, True]]
 
 
 @pytest.mark.parametrize(("position", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])

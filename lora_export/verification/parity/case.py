@@ -26,7 +26,8 @@ class Case:
     the merge loss. `base` is rounded too, because the rounding of the base's own weights is no effect of the adapter.
 
     `unjudged` are positions whose outputs mean nothing: a decoder attends to nothing before a row's first token, and
-    with a cache it computes other numbers there than without. They are left out of every figure (`judged`).
+    with a cache it computes other numbers there than without. They are left out of every figure (`judged`), and so are
+    those of `unjudged_by_output`, in these outputs alone.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     attached: Outputs | None = None
     peer: str = PYTORCH  # the implementation that computed `deployed`
     unjudged: NDArray[np.bool_] | None = None  # [batch, sequence]
+    unjudged_by_output: Mapping[str, NDArray[np.bool_]] = field(default_factory=lambda: MappingProxyType({}))
     filled: frozenset[str] = frozenset()  # the outputs whose fill values are set to zero, see `fill_values`
     positions: Mapping[str, NDArray[np.intp]] = field(default_factory=lambda: MappingProxyType({}))  # see `judged`
 
@@ -66,7 +68,7 @@ class Case:
         Such an output becomes (positions, …), and `positions` has the batch and sequence of each. Positions where a
         run is not finite stay.
         """
-        if self.unjudged is None:
+        if self.unjudged is None and not self.unjudged_by_output:
             return self
         judged = {name: found for name in self.reference if (found := self._judged_positions(name)) is not None}
         runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
@@ -77,17 +79,18 @@ class Case:
             if outputs is not None
         }
         positions = {name: np.argwhere(mask) for name, mask in judged.items()}
-        return replace(self, **reduced, unjudged=None, positions=positions)
+        return replace(self, **reduced, unjudged=None, unjudged_by_output={}, positions=positions)
 
     def _judged_positions(self, output: str) -> NDArray[np.bool_] | None:
         """Bool (batch, sequence); None where the output has other axes, or not the same shape in every run."""
-        assert self.unjudged is not None
         arrays = [outputs[output] for outputs in self.runs.values() if output in outputs]
         shape = self.reference[output].shape
-        if len(shape) <= 2 or shape[:2] != self.unjudged.shape or any(array.shape != shape for array in arrays):
+        given = (self.unjudged, self.unjudged_by_output.get(output))
+        unjudged = [positions for positions in given if positions is not None and positions.shape == shape[:2]]
+        if len(shape) <= 2 or not unjudged or any(array.shape != shape for array in arrays):
             return None
         finite = np.all([np.isfinite(array).reshape(*shape[:2], -1).all(-1) for array in arrays], axis=0)
-        judged: NDArray[np.bool_] = ~(self.unjudged & finite)
+        judged: NDArray[np.bool_] = ~(np.any(unjudged, axis=0) & finite)
         return judged
 
     def index(self, output: str, index: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 implement both, in `against_pytorch.py` and `against_graph.py`.
 
     module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
+    beyond_rounding.py     where the error of PyTorch itself is more than rounding
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
     switched_pairs.py      single pairs switched off: whether their absence would be detected
     own_heads.py           the model with as many labels as the head of an adapter
@@ -26,9 +27,12 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.lora import Adapter
 from lora_export.runtime.runner import Arrays, Runner
@@ -123,6 +127,8 @@ class ReferenceOutputs:
     unreached: tuple[str, ...] = ()  # pairs that no input reaches, by the adapter's names of their modules
     doubts: tuple[str, ...] = ()  # each makes the verdict undecided
     faults: tuple[str, ...] = ()  # each makes the verdict different
+    # Case -> output -> positions, bool [batch, sequence], that cannot be judged
+    unjudged: Mapping[str, Mapping[str, NDArray[np.bool_]]] = field(default_factory=dict)
 
 
 class FurtherPeer(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,12 +13,26 @@ import torch
 from torch import nn
 
 from lora_export.models import stored_parameter
+from lora_export.models.output_names import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
     """A copy with the very same parameters and buffers; where the original's move, the copy's move too."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+
+
+def limit_outputs(module: nn.Module, names: Sequence[str]) -> None:
+    """Let a module return these of its outputs alone, from now on; what it lacks of them stays away."""
+    # A class in place of a method of the module: copies of the module are of this class, too.
+    cls = type(module)
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+        outputs = named_outputs(cls.forward(self, *args, **inputs))
+        return {name: outputs[name] for name in names if name in outputs}
+
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def converted_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

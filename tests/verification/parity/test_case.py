@@ -39,6 +39,17 @@ def test_positions_that_are_not_judged_are_left_out_of_every_run() -> None:
     assert judged.unjudged is None and judged.judged() is judged
 
 
+def test_positions_of_one_output_are_left_out_of_it_alone() -> None:
+    other = np.array([[False, False, True], [False, False, False]])
+    runs = {"hidden": HIDDEN, "logits": HIDDEN}
+    every = dict.fromkeys(("reference", "deployed", "candidate", "base", "scaled"), runs)
+    judged = a_case(**every, unjudged_by_output={"hidden": other}).judged()
+    assert judged.candidate["hidden"].shape == (4, 2) and judged.candidate["logits"].shape == (5, 2)
+    assert judged.index("hidden", (1, 0)) == (1, 0, 0) and judged.judged() is judged
+    alone = a_case(**every, unjudged=None, unjudged_by_output={"hidden": other}).judged()
+    assert alone.reference["hidden"].shape == (5, 2) and alone.reference["logits"] is HIDDEN
+
+
 def test_an_index_is_that_of_the_output_as_it_was_computed() -> None:
     judged = a_case().judged()
     assert judged.index("hidden", (0, 1)) == (0, 1, 1) and judged.index("hidden", (2, 0)) == (1, 0, 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_export.models import stored_parameter
-from lora_export.verification.references.module_copies import is_large, shared_copy, widened
+from lora_export.verification.references.module_copies import is_large, limit_outputs, shared_copy, widened
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -29,6 +29,18 @@ def test_widening_keeps_shared_tensors_and_restores_every_bit(dtype: torch.dtype
         assert all(torch.equal(bits[name], value) for name, value in each.state_dict().items())
         assert {value.dtype for value in each.parameters()} == {dtype}
     assert module[0].weight.data_ptr() == module[2].weight.data_ptr()
+
+
+def test_outputs_of_a_copy_are_limited_and_those_of_the_module_are_not() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": x, "hidden": x + 1}
+
+    module, x = Both(), torch.ones(2)
+    copy = shared_copy(module)
+    limit_outputs(copy, ("logits", "lacking"))
+    assert list(copy(x)) == list(shared_copy(copy)(x=x)) == ["logits"] and isinstance(copy, Both)
+    assert list(module(x)) == ["logits", "hidden"]
 
 
 def test_a_large_module_keeps_its_weights_unless_a_part_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
