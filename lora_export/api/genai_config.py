@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
-from lora_export.graph.cache_names import IDS, KEY_VALUE, LOGITS, MASK, PAST, POSITION_IDS, PRESENT
+from lora_export.graph.cache_names import (
+    IDS,
+    KEY_VALUE,
+    LOGITS,
+    MASK,
+    PAST,
+    PAST_CONV,
+    PAST_RECURRENT,
+    POSITION_IDS,
+    PRESENT,
+    PRESENT_CONV,
+)
 
-# Any decoder with this layout of its cache. The names of single models change nothing for it.
-DECODER = "decoder"
+# Any decoder with this layout of its cache, or one whose other layers keep the last inputs of a short convolution. The
+# names of single models change nothing for it.
+DECODER, WITH_CONVOLUTIONS = "decoder", "lfm2"
 SEARCH_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) -> dict[str, Any] | None:
     """The config of a graph with a cache, made from a model's config and generation config of transformers.
 
-    None where onnxruntime-genai has no way to state the cache: its tensors have different sizes.
+    None where onnxruntime-genai has no way to state the cache: its tensors have different sizes, or there are recurrent
+    states, with which the graph takes one token at once.
     """
-    inputs = {value.name: value for value in graph.graph.inputs}
-    sizes = {_heads_and_features(value) for name, value in inputs.items() if name and name.startswith(f"{PAST}.")}
+    inputs = {value.name or "": value for value in graph.graph.inputs}
+    if any(name.startswith(f"{PAST_RECURRENT}.") for name in inputs):
+        return None
+    sizes = {_heads_and_features(value) for name, value in inputs.items() if name.startswith(f"{PAST}.")}
     if len(sizes) != 1:
         return None
     ((heads, features),) = sizes
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or generation.max_length
+    convolutions = [value for name, value in inputs.items() if name.startswith(f"{PAST_CONV}.")]
+    layers = sum(name.endswith(".key") for name in inputs) + len(convolutions)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: value for name in names if (value := getattr(generation, name, None)) is not None}
     return {
         "model": {
-            "type": DECODER,
+            "type": WITH_CONVOLUTIONS if convolutions else DECODER,
             "vocab_size": text.vocab_size,
             "context_length": longest,
             **tokens,
@@ -41,12 +58,18 @@ def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) 
                 "head_size": features,
                 "num_attention_heads": text.num_attention_heads,
                 "num_key_value_heads": heads,
-                "num_hidden_layers": sum(name.endswith(".key") for name in inputs if name and name.startswith(PAST)),
+                "num_hidden_layers": layers,
+                **_layers(inputs, layers, convolutions),
                 "inputs": {
                     **{name: name for name in (IDS, MASK, POSITION_IDS) if name in inputs},
                     **{f"past_{part}_names": f"{PAST}.%d.{part}" for part in KEY_VALUE},
+                    **({f"{PAST_CONV}_names": f"{PAST_CONV}.%d"} if convolutions else {}),
                 },
-                "outputs": {LOGITS: LOGITS, **{f"present_{part}_names": f"{PRESENT}.%d.{part}" for part in KEY_VALUE}},
+                "outputs": {
+                    LOGITS: LOGITS,
+                    **{f"present_{part}_names": f"{PRESENT}.%d.{part}" for part in KEY_VALUE},
+                    **({f"{PRESENT_CONV}_names": f"{PRESENT_CONV}.%d"} if convolutions else {}),
+                },
             },
         },
         "search": {
@@ -55,6 +78,15 @@ def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) 
             "past_present_share_buffer": False,  # the graph returns a longer cache: it does not write into the past
         },
     }
+
+
+def _layers(inputs: Mapping[str, ir.Value], count: int, convolutions: Sequence[ir.Value]) -> dict[str, Any]:
+    """What each layer keeps, and how many inputs a convolution does; nothing where all keep keys and values."""
+    if not convolutions:
+        return {}
+    assert convolutions[0].shape is not None
+    kinds = ["conv" if f"{PAST_CONV}.{layer}" in inputs else "full_attention" for layer in range(count)]
+    return {"layer_types": kinds, "conv_cache_size": convolutions[0].shape[2]}
 
 
 def _heads_and_features(value: ir.Value) -> tuple[Any, Any]:

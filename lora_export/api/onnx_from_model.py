@@ -33,7 +33,7 @@ from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.models import export
-from lora_export.models.cached_decoder import export_decoder
+from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.streamed_folder import is_streamed
@@ -143,9 +143,13 @@ def _write_generation_files(
     if not options.has_encoder:
         name = options.output.name
         genai = genai_config(graphs[name], module.config, module.generation_config, name)
+        if takes_one_token(graphs[name]):
+            options.on_message(
+                "note: the graph takes one token of each text in a run, also of a prompt: it keeps a state"
+            )
     if genai is None and not options.has_encoder:
         options.on_message(
-            f"note: no {GENAI_CONFIG} is written: the cache's tensors have different sizes, which it cannot state"
+            f"note: no {GENAI_CONFIG} is written: it cannot state such a cache, whose tensors have different sizes"
         )
     return write_generation_files(
         Path(base.source), options.output, folder, genai, options.on_message, overwrite=options.overwrite

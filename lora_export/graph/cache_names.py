@@ -11,18 +11,28 @@ BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a 
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
+# Of states that do not grow with the text: `past_conv.0`, as in transformers.js
+PAST_CONV, PRESENT_CONV = "past_conv", "present_conv"
+PAST_RECURRENT, PRESENT_RECURRENT = "past_recurrent", "present_recurrent"
 DECODER_IDS = "decoder_input_ids"  # of a model with an encoder; its decoder's graphs take them as `input_ids`
 # Of an encoder-decoder: what the encoder returns, and the names by which the decoder takes it and its mask.
 LAST_HIDDEN, HIDDEN, ENCODER_MASK = "last_hidden_state", "encoder_hidden_states", "encoder_attention_mask"
 
 
 def present_by_past(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]:
-    """The output that each input's next value is read from: the same name but for its first part.
+    """The output that each input's next value is read from: `present_conv.0` for `past_conv.0`.
 
-    Such as `present.0.key` for `past_key_values.0.key`. Inputs without one are left out.
+    Otherwise that of the same name but for its first part, such as `present.0.key` for `past_key_values.0.key`. Inputs
+    without one are left out.
     """
-    by_rest = {_without_first_part(name): name for name in outputs}
-    return {name: by_rest[rest] for name in inputs if (rest := _without_first_part(name)) in by_rest}
+    exact = list(outputs)
+    by_rest = {_without_first_part(name): name for name in exact}
+    found = {}
+    for name in inputs:
+        same = re.sub("^past", "present", name)
+        if (output := same if same in exact else by_rest.get(_without_first_part(name))) is not None:
+            found[name] = output
+    return found
 
 
 def past_of(present: str) -> str:

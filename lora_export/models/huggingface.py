@@ -20,6 +20,7 @@ import torch
 from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, escaped_lines, listed
 from lora_export.layers.four_bit_weights import scales_of_4bit
 from lora_export.lora import Adapter
+from lora_export.models.config_numbers import with_numbers
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
@@ -264,7 +265,7 @@ def _pretrained(
     folder = checkpoint.path
     path = folder / CONFIG
     try:
-        config = transformers.AutoConfig.for_model(**fields)
+        config = transformers.AutoConfig.for_model(**with_numbers(fields))
     except Exception as error:  # values of the wrong type raise any type
         raise InputRefused(f"{path}: transformers does not know this model ({_first_line(error)})") from error
     architecture = (fields.get("architectures") or ["AutoModel"])[0]

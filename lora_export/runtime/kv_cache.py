@@ -44,6 +44,11 @@ class CacheTensor(NamedTuple):
     sizes: tuple[int | None, ...]  # [batch, heads, length, features] and the like; None where they vary
     dtype: Any
 
+    @property
+    def grows(self) -> bool:
+        """Whether it has an entry for each position; a state of a convolution or of linear attention has not."""
+        return self.sizes.count(None) > 1
+
     def empty_sizes(self, batch: int) -> list[int]:
         """The shape without a position: the first varying dimension is the batch, the other ones are 0."""
         varying = [axis for axis, size in enumerate(self.sizes) if size is None]
@@ -79,15 +84,22 @@ class CacheRunner:
     @property
     def takes_padding(self) -> bool:
         """Whether positions of a sequence may be masked out."""
-        return MASK in self.inner.axes and not self.counts_mask
+        return MASK in self.inner.axes and not self.counts_mask and not self.has_unmasked_state
+
+    @property
+    def has_unmasked_state(self) -> bool:
+        """Whether each token changes a state: of one token at once, transformers' models mask none."""
+        return self.tokens_at_once == 1 and not all(tensor.grows for tensor in self.cache)
 
     @property
     def notes(self) -> list[str]:
         """How the graph ran, and what was not tried."""
         notes = [f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one"]
-        if self._tokens_at_once == 1:
+        if self.tokens_at_once == 1:
             notes = ["run with its cache: token by token"]
-        if MASK not in self.inner.axes:
+        if self.has_unmasked_state:
+            notes.append("every token changes the state of the graph, padding too: none was tried")
+        elif MASK not in self.inner.axes:
             notes.append(f"the graph has no {MASK}: no padding was tried")
         elif not self.takes_padding:
             notes.append(f"its {COUNTS_THE_MASK} takes no padding within a sequence: none was tried")
@@ -141,12 +153,13 @@ class CacheRunner:
         return {name: value for name, value in outputs.items() if name not in present}
 
     @property
-    def _tokens_at_once(self) -> int | None:
+    def tokens_at_once(self) -> int | None:
+        """How many tokens of each row a run takes; None for any number."""
         return self.inner.axes[IDS][1]
 
     def _steps(self, length: int) -> Iterator[tuple[int, int]]:
         """[start, stop) of each run."""
-        most = self._tokens_at_once
+        most = self.tokens_at_once
         prompt = most if most is not None else max(1, length - DECODE_STEPS)
         yield 0, prompt
         for start in range(prompt, length, most or 1):

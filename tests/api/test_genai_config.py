@@ -54,3 +54,27 @@ def test_tokens_and_the_choice_of_tokens_are_those_of_the_generation_config() ->
 
 def test_cache_of_different_sizes_has_no_config() -> None:
     assert genai_config(a_graph((8, 16)), CONFIG, GenerationConfig(), "m.onnx") is None
+
+
+def with_states(*names: str) -> ir.Model:
+    graph = a_graph((8,), ("input_ids", "attention_mask"))
+    for value in graph.graph.inputs:
+        value.name = (value.name or "").replace(".0.", ".1.")
+    graph.graph.inputs.extend(ir.Value(name=name, shape=ir.Shape(["b", 32, 4])) for name in names)
+    return graph
+
+
+def test_layers_of_short_convolutions_are_listed() -> None:
+    model = config_of(with_states("past_conv.0", "past_conv.2"))["model"]
+    assert model["type"] == "lfm2"
+    decoder = model["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["conv_cache_size"]) == (3, 4)
+    assert decoder["layer_types"] == ["conv", "full_attention", "conv"]
+    assert decoder["inputs"]["past_conv_names"] == "past_conv.%d"
+    assert decoder["outputs"]["present_conv_names"] == "present_conv.%d"
+    plain = config_of(a_graph((8,)))["model"]
+    assert plain["type"] == "decoder" and "layer_types" not in plain["decoder"]
+
+
+def test_graph_that_takes_one_token_has_no_config() -> None:
+    assert genai_config(with_states("past_conv.0", "past_recurrent.0"), CONFIG, GenerationConfig(), "m.onnx") is None

@@ -21,6 +21,7 @@ from support.exporters import optimum_python
 from support.generators import (
     DECODERS,
     PROMPTS,
+    STEPWISE,
     decoder_adapter,
     encoder_decoder_adapter,
     expected_texts,
@@ -30,7 +31,7 @@ from support.generators import (
     sounds,
 )
 
-MERGED = ("qwen3", "gemma3", "gpt2")
+MERGED = ("qwen3", "gemma3", "gpt2", "lfm2")
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,31 @@ def test_merged_and_fused_graphs_give_the_tokens_of_transformers(name: str, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {*MERGED, "llama", "mamba"}))
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {*MERGED, "llama"}))
 def test_other_decoders_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
-    base = small_decoder(name, tmp_path / "base")
-    le.export_onnx(base, tmp_path / "served", with_cache=True)
+    base, said = small_decoder(name, tmp_path / "base"), list[str]()
+    le.export_onnx(base, tmp_path / "served", with_cache=True, on_message=said.append)
     assert tokens(tmp_path / "served") == expected_tokens(base, PROMPTS)
+    assert any("takes one token of each text in a run" in text for text in said) == (name in STEPWISE)
+    assert (tmp_path / "served" / "genai_config.json").exists() == (name not in STEPWISE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["inputs", "rows"])
+def test_adapters_of_a_model_with_a_state_are_proven(lora: str, tmp_path: Path) -> None:
+    base = small_decoder("mamba2", tmp_path / "base")
+    adapter = decoder_adapter(base, tmp_path / "fr", targets=["in_proj"])
+    le.export_onnx(base, tmp_path / "served", adapters=f"fr={adapter}", lora=lora, with_cache=True)
+    for name in (None, "fr"):
+        expected = expected_tokens(base, PROMPTS, adapter if name else None, count=32)
+        assert tokens(tmp_path / "served", adapters=name, count=32) == expected
+
+
+@pytest.mark.slow
+def test_short_convolutions_run_in_onnxruntime_genai(tmp_path: Path) -> None:
+    base = small_decoder("lfm2", tmp_path / "base")
+    le.export_onnx(base, tmp_path / "served", with_cache=True, verify=False)
+    assert by_genai(tmp_path / "served") == expected_tokens(base, PROMPTS[:1], count=32)[0]
 
 
 def test_rows_of_a_batch_have_adapters_of_their_own(llama: Path) -> None:
@@ -114,22 +135,28 @@ def test_graphs_of_several_adapters_and_of_plain_inputs_generate(
 
 
 def test_folder_runs_in_onnxruntime_genai_as_it_is(llama: Path, swapped: Path) -> None:
+    for name in (None, "fr"):
+        expected = expected_tokens(llama / "base", PROMPTS[:1], llama / name if name else None, count=32)
+        assert by_genai(swapped, name) == expected[0]
+
+
+def by_genai(folder: Path, adapter: str | None = None) -> list[int]:
+    """32 tokens after the first prompt."""
     import onnxruntime_genai as og
 
-    base = og.Model(str(swapped))
-    adapters = og.Adapters(base)
-    adapters.load(str(swapped / "fr.onnx_adapter"), "fr")
-    for name in (None, "fr"):
-        parameters = og.GeneratorParams(base)
-        parameters.set_search_options(max_length=len(PROMPTS[0]) + 32)
-        generator = og.Generator(base, parameters)
-        if name:
-            generator.set_active_adapter(adapters, name)
-        generator.append_tokens(np.array([PROMPTS[0]], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        expected = expected_tokens(llama / "base", PROMPTS[:1], llama / name if name else None, count=32)
-        assert generator.get_sequence(0)[len(PROMPTS[0]) :].tolist() == expected[0]
+    model = og.Model(str(folder))
+    adapters = og.Adapters(model) if adapter else None
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(PROMPTS[0]) + 32)
+    generator = og.Generator(model, parameters)
+    if adapters is not None:
+        adapters.load(str(folder / f"{adapter}.onnx_adapter"), adapter)
+        generator.set_active_adapter(adapters, adapter)
+    generator.append_tokens(np.array([PROMPTS[0]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    made: list[int] = generator.get_sequence(0)[len(PROMPTS[0]) :].tolist()
+    return made
 
 
 OPTIMUM = """

@@ -15,5 +15,10 @@ def test_names_are_paired_without_their_first_part() -> None:
     }
 
 
+def test_states_of_one_layer_are_told_apart() -> None:
+    inputs, outputs = ["past_conv.0", "past_recurrent.0"], ["present_recurrent.0", "present_conv.0"]
+    assert present_by_past(inputs, outputs) == dict(zip(inputs, reversed(outputs), strict=True))
+
+
 def test_state_of_one_name_is_its_own_next_value() -> None:
     assert present_by_past(["state", "x"], ["state", "y"]) == {"state": "state"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,10 +15,10 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
-from support.generators import DECODERS, VOCABULARY, assert_same_logits
+from support.generators import DECODERS, STEPWISE, VOCABULARY, assert_same_logits
 
 QUICK = ("gemma3", "opt")  # a window that slides; positions by the mask
-OTHERS = sorted(DECODERS.keys() - {*QUICK, "mamba"})
+OTHERS = sorted(DECODERS.keys() - {*QUICK, *STEPWISE})
 
 
 def decoder(name: str) -> Any:
@@ -68,9 +69,20 @@ def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
     assert module.config.use_cache is False
 
 
-def test_state_that_is_no_key_and_value_is_refused_by_name() -> None:
-    with pytest.raises(InputRefused, match="MambaForCausalLM has a cache of LinearAttentionLayer"):
-        export_decoder(decoder("mamba"))
+def test_graph_with_a_recurrent_state_takes_one_token_at_once(tmp_path: Path) -> None:
+    module = decoder("mamba2")
+    *_, path = save_graph(export_decoder(module), tmp_path, "model.onnx")
+    states = [f"{kind}.{layer}" for layer in range(2) for kind in ("conv", "recurrent")]
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["input_ids", *(f"past_{name}" for name in states)]
+    assert [value.name for value in graph.output] == ["logits", *(f"present_{name}" for name in states)]
+    runner = with_cache(OnnxRunner(path))
+    assert isinstance(runner, CacheRunner) and runner.tokens_at_once == 1
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (3, 12))
+    with torch.no_grad():
+        expected = module(input_ids=torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(runner.run({"input_ids": ids})["logits"], expected, rtol=0, atol=2e-6)
+    assert np.abs(expected).max() > 0.1
 
 
 def test_what_is_no_decoder_of_texts_is_refused() -> None:

@@ -24,7 +24,7 @@ from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 from support import FACTORIES
-from support.decoders import FEATURES, WORDS, a_graph, export_with_cache
+from support.decoders import FEATURES, WORDS, a_graph, a_graph_with_a_state, export_with_cache
 
 
 def an_adapter() -> Adapter:
@@ -101,6 +101,16 @@ def test_model_without_token_ids_is_refused(sums: model.Model, tmp_path: Path) -
     runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
     with pytest.raises(RuntimeRefused, match="the graph takes input_ids; the model takes pixels"):
         runner.run({"pixels": np.ones((1, 7), np.float32)})
+
+
+def test_graph_with_a_state_runs_token_by_token_without_padding(tmp_path: Path) -> None:
+    runner = with_cache(OnnxRunner(a_graph_with_a_state(tmp_path / "m.onnx")))
+    assert isinstance(runner, CacheRunner) and not runner.takes_padding and not runner.cache[0].grows
+    assert runner.run({"input_ids": np.array([[1, 2, 3, 4]])})["logits"].ravel().tolist() == [1, 3, 6, 10]
+    assert runner.notes == [
+        "run with its cache: token by token",
+        "every token changes the state of the graph, padding too: none was tried",
+    ]
 
 
 def test_graph_without_a_cache_is_returned_unchanged(tmp_path: Path) -> None:

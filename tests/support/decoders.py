@@ -40,8 +40,22 @@ sums (int64[batch, tokens] input_ids, int64[batch, total] attention_mask, float[
 }
 """
 
+# It takes one token, and returns the sum of all numbers so far, which is its state.
+RUNNING_SUM = """
+<ir_version: 8, opset_import: ["" : 17]>
+running (int64[batch, 1] input_ids, float[batch, 1, 1] past_state)
+=> (float[batch, 1, 1] logits, float[batch, 1, 1] present_state)
+<int64[1] two = {2}> {
+  number = Cast <to = 1> (input_ids)
+  row = Unsqueeze (number, two)
+  present_state = Add (past_state, row)
+  logits = Identity (present_state)
+}
+"""
+
 # What exporters call them, which ONNX's text form cannot say.
 CALLED = {"past_key": "past_key_values.0.key", "present_key": "present.0.key"}
+CALLED |= {"past_state": "past_recurrent.0", "present_state": "present_recurrent.0"}
 
 
 def a_graph(
@@ -52,12 +66,7 @@ def a_graph(
     if adapter is not None:
         layers.fold(module, plan.make([adapter], layers.specs(module)))
     assert change[0] in SUMS
-    graph = onnx.parser.parse_model(SUMS.replace(*change))
-    for node in graph.graph.node:
-        node.input[:] = [CALLED.get(name, name) for name in node.input]
-        node.output[:] = [CALLED.get(name, name) for name in node.output]
-    for value in (*graph.graph.input, *graph.graph.output):
-        value.name = CALLED.get(value.name, value.name)
+    graph = _parsed(SUMS.replace(*change))
     weights = {
         "table": module.table.weight.detach().numpy(),
         "turned": module.dense.weight.detach().numpy().T.copy(),
@@ -65,6 +74,22 @@ def a_graph(
     graph.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
     onnx.save(graph, path)
     return path
+
+
+def a_graph_with_a_state(path: Path) -> Path:
+    """The graph of RUNNING_SUM."""
+    onnx.save(_parsed(RUNNING_SUM), path)
+    return path
+
+
+def _parsed(text: str) -> onnx.ModelProto:
+    graph = onnx.parser.parse_model(text)
+    for node in graph.graph.node:
+        node.input[:] = [CALLED.get(name, name) for name in node.input]
+        node.output[:] = [CALLED.get(name, name) for name in node.output]
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.name = CALLED.get(value.name, value.name)
+    return graph
 
 
 class Cached(nn.Module):

@@ -30,6 +30,20 @@ LLAMA_LIKE: dict[str, Any] = {
 }
 GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 OPT: dict[str, Any] = {**LLAMA_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32}
+STATES = {**LLAMA_LIKE, "num_hidden_layers": 3}
+MAMBA: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+MAMBA |= {"tie_word_embeddings": False}
+LINEAR: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+HEADS_OF_STATES: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 2}
+
+
+def around_attention(kind: str) -> list[str]:
+    """Kinds of three layers: attention between two others."""
+    return [kind, "full_attention", kind]
+
 
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_LIKE)),
@@ -49,10 +63,39 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA_LIKE)),
-    "mamba": lambda: hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+    "lfm2": lambda: hf.Lfm2ForCausalLM(
+        hf.Lfm2Config(**STATES, tie_word_embeddings=False, initializer_range=0.3, layer_types=around_attention("conv"))
     ),
-}
+    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**MAMBA, state_size=4)),
+    "mamba2": lambda: hf.Mamba2ForCausalLM(hf.Mamba2Config(**MAMBA, state_size=4, num_heads=8, head_dim=8, n_groups=2)),
+    "falcon_mamba": lambda: hf.FalconMambaForCausalLM(hf.FalconMambaConfig(**MAMBA, state_size=4)),
+    "qwen3_next": lambda: hf.Qwen3NextForCausalLM(
+        hf.Qwen3NextConfig(**STATES, **LINEAR, **EXPERTS, head_dim=8, layer_types=around_attention("linear_attention"))
+    ),
+    "olmo_hybrid": lambda: hf.OlmoHybridForCausalLM(
+        hf.OlmoHybridConfig(
+            **STATES, **LINEAR | {"linear_num_key_heads": 4}, layer_types=around_attention("linear_attention")
+        )
+    ),
+    "jamba": lambda: hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **LLAMA_LIKE, attn_layer_period=2, attn_layer_offset=1, num_experts=4, mamba_d_state=4, mamba_dt_rank=4
+        )
+    ),
+    "bamba": lambda: hf.BambaForCausalLM(hf.BambaConfig(**STATES, **HEADS_OF_STATES, attn_layer_indices=[1])),
+    "falcon_h1": lambda: hf.FalconH1ForCausalLM(
+        hf.FalconH1Config(**STATES, **HEADS_OF_STATES, head_dim=8, mamba_d_ssm=64)
+    ),
+    "granite_hybrid": lambda: hf.GraniteMoeHybridForCausalLM(
+        hf.GraniteMoeHybridConfig(
+            **STATES, **HEADS_OF_STATES, layer_types=["mamba", "attention", "mamba"], num_local_experts=4,
+            num_experts_per_tok=2, shared_intermediate_size=16,
+        )
+    ),
+}  # fmt: skip
+# Those whose graph takes one token of each row at once
+STEPWISE = {"mamba", "mamba2", "falcon_mamba", "qwen3_next", "olmo_hybrid", "jamba", "bamba", "falcon_h1"}
+STEPWISE |= {"granite_hybrid"}
 # Weights of this size give texts that vary.
 BART_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -163,10 +206,10 @@ def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) 
     return own
 
 
-def decoder_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:
-    """A PEFT adapter on all linear layers that changes the texts."""
+def decoder_adapter(base: Path, folder: Path, *, seed: int = 1, targets: str | list[str] = "all-linear") -> Path:
+    """A PEFT adapter on all linear layers, or on these, that changes the texts."""
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     model = hf.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, config).save_pretrained(folder)
     return folder

@@ -16,6 +16,7 @@ from lora_export.formats.onnx_adapter import (
     ROW_INPUTS,
     array_of_ort_value,
     import_onnxruntime,
+    ort_value_of_array,
 )
 from lora_export.formats.row_adapters import row_inputs
 from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, LOGITS, MASK, POSITION_IDS
@@ -51,6 +52,7 @@ class Decoder:
             *(tensor.past for tensor in self.cache),
         }
         self.takes_padding = runner.takes_padding
+        self.tokens_at_once = runner.tokens_at_once
         self.rows: list[str] = runner.inner.adapters_by_row or []
         self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
@@ -94,9 +96,11 @@ class DecoderRun:
             for name, value in row_inputs(ids, None, decoder.adapters_per_row).items():
                 self.binding.bind_cpu_input(name, value)
         for tensor in decoder.cache:
-            empty = ort.OrtValue.ortvalue_from_shape_and_type(
-                tensor.empty_sizes(batch), tensor.dtype, decoder.provider, 0
-            )
+            sizes = tensor.empty_sizes(batch)
+            if tensor.grows:
+                empty = ort.OrtValue.ortvalue_from_shape_and_type(sizes, tensor.dtype, decoder.provider, 0)
+            else:  # whose numbers are read
+                empty = ort_value_of_array(ort, np.zeros(sizes, tensor.dtype))
             self.binding.bind_ortvalue_input(tensor.past, empty)
 
     def step(
@@ -104,8 +108,19 @@ class DecoderRun:
     ) -> NDArray[np.floating]:
         """Run the next tokens; return the logits of the last one, [batch, vocabulary].
 
-        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far].
+        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far]. A graph that takes so many
+        tokens at once runs as often as needed.
         """
+        count, past = ids.shape[1], mask.shape[1] - ids.shape[1]
+        most = self.decoder.tokens_at_once or count
+        for start in range(0, count, most):
+            now = slice(start, start + most)
+            last = self._run(ids[:, now], mask[:, : past + start + most], positions[:, now])
+        return last
+
+    def _run(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.floating]:
         decoder, binding = self.decoder, self.binding
         has_past = np.array([mask.shape[1] > ids.shape[1]])
         feeds = {IDS: ids, MASK: mask, POSITION_IDS: positions, CACHE_POSITION: positions[0], BRANCH: has_past}

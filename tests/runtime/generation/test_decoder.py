@@ -12,7 +12,7 @@ from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder
 from support import FACTORIES
-from support.decoders import WORDS, a_graph
+from support.decoders import WORDS, a_graph, a_graph_with_a_state
 
 
 @pytest.fixture
@@ -37,6 +37,17 @@ def test_runs_do_not_share_a_cache(sums: Path) -> None:
     ids, mask, positions = np.array([[3, 5]]), np.ones((1, 2), np.int64), np.array([[0, 1]])
     first = decoder.start(1).step(ids, mask, positions)
     np.testing.assert_array_equal(decoder.start(1).step(ids, mask, positions), first)
+
+
+def test_graph_with_a_state_takes_a_prompt_token_by_token(tmp_path: Path) -> None:
+    decoder = Decoder(a_graph_with_a_state(tmp_path / "m.onnx"))
+    assert decoder.tokens_at_once == 1 and not decoder.takes_padding
+    for _ in range(3):  # with memory that was used before
+        run = decoder.start(2)
+        last = run.step(np.array([[1, 2, 3], [4, 5, 6]]), np.ones((2, 3), np.int64), np.zeros((2, 3), np.int64))
+        assert last.tolist() == [[6], [15]]
+        last = run.step(np.array([[7], [8]]), np.ones((2, 4), np.int64), np.zeros((2, 1), np.int64))
+        assert last.tolist() == [[13], [23]]
 
 
 def test_graph_without_a_cache_is_refused(tmp_path: Path) -> None:
