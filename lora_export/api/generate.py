@@ -59,9 +59,9 @@ def generate(
 
     `source` is the folder of the graphs, or a decoder's .onnx, with the tokenizer and the configs beside it. Prompts
     are texts, or lists of token ids, which need no tokenizer. Those of a speech model are the paths of .wav files, or
-    arrays: samples (samples,) or features (features, frames). Those of a model that reads images are arrays (channels,
-    height, width). With `chat`, each text is the message of a user, in the tokenizer's template. All prompts run as one
-    batch.
+    arrays: samples (samples,) or features (features, frames). Those of a model that reads images are the paths of image
+    files, or arrays (channels, height, width). With `chat`, each text is the message of a user, in the tokenizer's
+    template. All prompts run as one batch.
 
     `adapters` is the name of one adapter for all prompts, or one name, or None for the base, for each prompt: then the
     graph has to be made with `--lora rows`. With `--lora inputs`, NAME.onnx_adapter is beside the graph.

@@ -15,6 +15,7 @@ GENAI_CONFIG = "genai_config.json"
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model", "preprocessor_config.json"),
+    "processor_config.json",
 )
 MODEL_CONFIGS = ("config.json", "generation_config.json")
 

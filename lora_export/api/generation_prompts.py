@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK
+from lora_export.models.pictures import PIXELS, pixels_of
 from lora_export.models.sounds import features_of, open_extractor, read_wav
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
 
-# A text, token ids, the path of a sound, or an array: samples (samples,), features (features, frames) or pixels
+# A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or
+# pixels (channels, height, width)
 Prompt = str | Sequence[int] | Path | NDArray[Any]
 SOUNDS = ("input_features", "input_values")  # what the encoder of a speech model reads
 
@@ -24,7 +26,7 @@ SOUNDS = ("input_features", "input_values")  # what the encoder of a speech mode
 def token_ids(prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool) -> list[int]:
     """A text or token ids as token ids.
 
-    Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound.
+    Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
     """
     if isinstance(prompt, Path | np.ndarray):
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
@@ -63,9 +65,13 @@ def encoder_inputs(
         extractor = open_extractor(settings.folder)
         made = features_of([_samples(prompt, extractor.sampling_rate) for prompt in prompts], extractor)
         return {key: value for key, value in made.items() if key in (*model.takes, MASK)}
+    if not arrays and name == PIXELS:
+        paths = [prompt for prompt in prompts if isinstance(prompt, Path)]
+        arrays = list(pixels_of(paths, settings.folder)) if len(paths) == len(prompts) else []
     shapes = {array.shape for array in arrays}
     if len(arrays) < len(prompts) or len(shapes) > 1:
-        raise InputRefused("the prompts of one batch have to be arrays of one shape, or sounds all of them")
+        files = "images" if name == PIXELS else "sounds"
+        raise InputRefused(f"the prompts of one batch have to be arrays of one shape, or {files} all of them")
     _refuse_other_shape(shapes.pop(), sizes[1:], name)
     return {name: np.stack(arrays).astype(np.float32)}
 
@@ -74,12 +80,11 @@ def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None
     """Raise InputRefused where a model that reads sounds or images is given anything else."""
     if IDS in model.takes:
         return
-    reads_sounds = not model.takes.keys().isdisjoint(SOUNDS)
-    if not all(isinstance(prompt, np.ndarray) or (reads_sounds and isinstance(prompt, Path)) for prompt in prompts):
-        reads = (
-            "sounds: a prompt is the path of a .wav, or an array" if reads_sounds else "images: a prompt is an array"
-        )
-        raise InputRefused(f"the model reads {reads}")
+    what = "sounds: a prompt is the path of a .wav, or an array"
+    if model.takes.keys().isdisjoint(SOUNDS):
+        what = "images: a prompt is the path of an image, or an array"
+    if not all(isinstance(prompt, np.ndarray | Path) for prompt in prompts):
+        raise InputRefused(f"the model reads {what}")
 
 
 def _samples(prompt: Prompt, rate: int) -> NDArray[np.float32]:

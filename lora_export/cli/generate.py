@@ -28,6 +28,9 @@ Examples:
 @click.option(
     "--audio", "sounds", multiple=True, type=FilePath(), metavar="FILE.wav", help="Sound that a speech model reads."
 )
+@click.option(
+    "--image", "images", multiple=True, type=FilePath(), metavar="FILE", help="Image that an image-to-text model reads."
+)
 @click.option("--language", metavar="en", help="Language of the sounds. Default: as the model hears it.")
 @click.option("--translate", is_flag=True, help="Let a speech model write English.")
 @click.option(
@@ -60,6 +63,7 @@ def command(
     source: Path,
     texts: tuple[str, ...],
     sounds: tuple[Path, ...],
+    images: tuple[Path, ...],
     language: str | None,
     translate: bool,
     chosen: tuple[str, ...],
@@ -71,16 +75,18 @@ def command(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Generate a text for each prompt, or for each sound, with the graphs in FOLDER, under onnxruntime.
+    """Generate a text for each prompt, sound or image, with the graphs in FOLDER, under onnxruntime.
 
     FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graphs, or an .onnx. A single
     text is shown while it is generated. The same seed gives the same text.
     """
     from lora_export.api.generate import generate
 
-    if bool(texts) == bool(sounds):
-        raise WrongUsage("give --prompt TEXT, or --audio FILE.wav for a speech model")
-    prompts: tuple[str | Path, ...] = texts or sounds
+    if [bool(texts), bool(sounds), bool(images)].count(True) != 1:
+        raise WrongUsage(
+            "give --prompt TEXT, --audio FILE.wav for a speech model, or --image FILE for a model that reads images"
+        )
+    prompts: tuple[str | Path, ...] = texts or sounds or images
     streams = len(prompts) == 1 and not as_json
     results = generate(
         source,

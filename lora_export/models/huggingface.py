@@ -25,10 +25,12 @@ from lora_export.models.four_bit_base import TrainedBase, loading_options, quant
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.pictures import open_image_processor
 from lora_export.models.sentence_transformer import POOLER, as_embedder, embedder_modules, encoder_fields
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
 from lora_export.models.tokenizer import open_tokenizer
+from lora_export.models.unread_pooler import without_unread_pooler
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
@@ -53,16 +55,8 @@ def load_image_processor(model: Model) -> Any:
     """The image processor in a Hugging Face model's folder. Raises InputRefused where there is none."""
     if not model.is_huggingface:
         raise InputRefused(f"{model.source} has no image processor: it is no Hugging Face folder. Give arrays (.npz)")
-    transformers = _transformers()
-    with _quiet(transformers):
-        try:
-            return transformers.AutoImageProcessor.from_pretrained(
-                model.source, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # a damaged processor raises any type
-            raise InputRefused(
-                f"{model.source} has no image processor (preprocessor_config.json): {_first_line(error)}"
-            ) from error
+    with _quiet(_transformers()):
+        return open_image_processor(Path(model.source))
 
 
 def set_padding_token(model: Model, tokenizer: Any) -> None:
@@ -119,6 +113,7 @@ def from_folder(
         weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
     notes: list[str] = []
+    new = without_unread_pooler(module, new)
     if modules is not None:
         notes = as_embedder(module, modules, dtype)
         new = tuple(name for name in new if not name.startswith(POOLER))

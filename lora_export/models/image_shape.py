@@ -65,9 +65,10 @@ def _refuse_many_patches(config: Any, path: Path, height: int, width: int) -> No
 
 
 def _fields(config: Any, field: str) -> Iterator[Any]:
-    """The values of a field in a config, then in that of its vision model or backbone."""
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
-        yield getattr(part, field, None)
+    """The values of a field in a config, then in that of its vision model, backbone or encoder."""
+    yield getattr(config, field, None)
+    for part in ("vision_config", "backbone_config", "encoder"):
+        yield getattr(getattr(config, part, None), field, None)
 
 
 def _processor_size(folder: Path) -> Any:

@@ -26,6 +26,7 @@ from support.generators import (
     encoder_decoder_adapter,
     expected_texts,
     expected_tokens,
+    images,
     small_decoder,
     small_encoder_decoder,
     sounds,
@@ -198,6 +199,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return serve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trocr", "vit-gpt2", "donut"])
+def test_graphs_of_an_image_to_text_model_are_proven(name: str, tmp_path: Path) -> None:
+    base = small_encoder_decoder(name, tmp_path / "base")
+    adapter = encoder_decoder_adapter(base, tmp_path / "fr", targets=r".*\.(q_proj|v_proj|query|value|fc1|c_attn)")
+    lora = "inputs" if name == "donut" else "rows"  # in windows of an image the batch is no dimension of its own
+    result = le.export_onnx(base, tmp_path / "served", adapters=f"fr={adapter}", lora=lora, task="image-to-text")
+    assert result.proof is not None and result.proof.verdict.same
+    for own in (None, "fr"):
+        made = le.generate(tmp_path / "served", images(), adapters=own, max_new_tokens=64)
+        assert [list(text.tokens) for text in made] == expected_texts(base, adapter if own else None)
 
 
 @pytest.mark.slow

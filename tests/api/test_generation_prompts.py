@@ -11,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import transformers as hf
+from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_export.api.generation_prompts import encoder_inputs, token_ids
 from lora_export.api.generation_settings import GenerationSettings
@@ -58,6 +60,13 @@ def test_sounds_go_through_the_extractor(tmp_path: Path) -> None:
     assert made["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 
 
+def test_image_files_go_through_the_processor(tmp_path: Path) -> None:
+    ViTImageProcessorPil(size={"height": 4, "width": 4}).save_pretrained(tmp_path)
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(tmp_path / "a.png")
+    made = inputs(tmp_path, IMAGES, [tmp_path / "a.png"])["pixel_values"]
+    assert made.shape == (1, 3, 4, 4) and made[0, :, 0, 0].tolist() == [1, -1, -1]
+
+
 @pytest.mark.parametrize(
     ("encoder", "prompts", "message"),
     [
@@ -70,7 +79,9 @@ def test_sounds_go_through_the_extractor(tmp_path: Path) -> None:
         (SPEECH, [np.zeros((8, 40)), np.zeros((8, 39))], "have to be arrays of one shape, or sounds all of them"),
         (SPEECH, [np.zeros((8, 40)), np.zeros(40)], "have to be arrays of one shape"),
         (SPEECH, [np.zeros(40)], r"has no preprocessor_config\.json"),
-        (IMAGES, [Path("a.png")], "the model reads images: a prompt is an array"),
+        (IMAGES, ["a.png"], "the model reads images: a prompt is the path of an image, or an array"),
+        (IMAGES, [Path("a.png")], r"has no image processor \(preprocessor_config\.json\)"),
+        (IMAGES, [np.zeros((3, 4, 4)), Path("a.png")], "have to be arrays of one shape, or images all of them"),
         (IMAGES, [np.zeros((3, 5, 4))], r"the graph takes pixel_values of \[3, 4, 4\]"),
         (IMAGES, [np.zeros(4)], "have to be arrays of one shape"),
     ],

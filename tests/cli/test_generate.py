@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import transformers as hf
+from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
@@ -125,9 +128,30 @@ def test_speech_model_reads_sounds(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the model reads sounds" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [(), ("--prompt", "w5", "--audio", "call.wav")])
-def test_either_texts_or_sounds_are_given(
+def test_image_to_text_model_reads_image_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = small_encoder_decoder("trocr", tmp_path / "base")
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    processor.save_pretrained(base)
+    drawn = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in drawn]
+    options: list[object] = []
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+        options += ["--image", tmp_path / f"{number}.png"]
+    assert call("onnx", base, "--with-cache", "--no-verify", "-o", tmp_path / "reads") == 0
+    _, document = answer(capsys, "generate", tmp_path / "reads", *options, "--max-new-tokens", "64")
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    module: Any = hf.VisionEncoderDecoderModel.from_pretrained(base).eval()
+    expected = module.generate(pixel_values=pixels, max_new_tokens=64, do_sample=False)[:, 1:].tolist()
+    assert [part["tokens"] for part in document] == expected
+    assert expected[0] != expected[1]
+    assert call("generate", tmp_path / "reads", "--prompt", "w5") == 3
+    assert "the model reads images: a prompt is the path of an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [(), ("--prompt", "w5", "--audio", "call.wav"), ("--image", "a", "--audio", "b")])
+def test_either_texts_or_sounds_or_images_are_given(
     place: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("generate", place / "served", *given) == 2
-    assert "give --prompt TEXT, or --audio FILE.wav for a speech model" in capsys.readouterr().err
+    assert "give --prompt TEXT, --audio FILE.wav for a speech model, or --image FILE" in capsys.readouterr().err

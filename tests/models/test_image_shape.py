@@ -28,6 +28,7 @@ def shape(folder: Path, processor: dict[str, Any] | None = None, **config: Any) 
         ({}, {"image_size": (30, 40)}, (3, 30, 40)),
         ({"size": 20}, {"image_size": [30, 40]}, (3, 30, 40)),
         ({}, {"vision_config": SimpleNamespace(image_size=12, num_channels=2)}, (2, 12, 12)),
+        ({}, {"encoder": SimpleNamespace(image_size=[10, 14])}, (3, 10, 14)),
         ({"size": 20}, {}, (3, 20, 20)),
         ({"size": {"height": 20, "width": 24}}, {}, (3, 20, 24)),
         ({"size": {"shortest_edge": 32}}, {}, (3, 32, 32)),

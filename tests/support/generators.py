@@ -140,6 +140,37 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
         )
     ),
 }
+VIT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+VIT |= {"image_size": 16, "patch_size": 4, "initializer_range": 0.3}
+OF_ENCODER: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
+MBART: dict[str, Any] = {name: value for name, value in BART_LIKE.items() if not name.startswith("encoder")}
+MBART |= {"max_position_embeddings": 128, "pad_token_id": 0, **OF_ENCODER}
+
+
+def _image_to_text(encoder: Any, decoder: Any) -> Any:
+    module = hf.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for config in (module.config, module.generation_config):
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return module
+
+
+ENCODER_DECODERS |= {
+    "trocr": lambda: _image_to_text(
+        hf.ViTModel(hf.ViTConfig(**VIT)), hf.TrOCRForCausalLM(hf.TrOCRConfig(**MBART, cross_attention_hidden_size=32))
+    ),
+    "vit-gpt2": lambda: _image_to_text(
+        hf.ViTModel(hf.ViTConfig(**VIT)), hf.GPT2LMHeadModel(hf.GPT2Config(**GPT, initializer_range=0.3, **OF_ENCODER))
+    ),
+    "donut": lambda: _image_to_text(
+        hf.DonutSwinModel(
+            hf.DonutSwinConfig(
+                image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4,
+                initializer_range=0.3,
+            )
+        ),
+        hf.MBartForCausalLM(hf.MBartConfig(**MBART, is_encoder_decoder=False)),
+    ),
+}  # fmt: skip
 PROMPTS = ([5, 9, 11, 30], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [42])  # one batch of three lengths
 
 
@@ -187,6 +218,11 @@ def sounds() -> list[NDArray[np.float32]]:
     return list(drawn.astype(np.float32))
 
 
+def images() -> list[NDArray[np.float32]]:
+    """Pixels of three images: [3, 16, 16]."""
+    return list(np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32))
+
+
 def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) -> list[list[int]]:
     """What transformers generates for PROMPTS, or for the sounds, one batch, taking the most probable tokens."""
     module = _encoder_decoder(base)
@@ -201,6 +237,11 @@ def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) 
         made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
         tokens: list[list[int]] = made[:, 1:].tolist()
         return tokens
+    if module.main_input_name == "pixel_values":
+        shown: list[list[int]] = model.generate(
+            pixel_values=torch.tensor(np.stack(images())), max_new_tokens=count, do_sample=False
+        )[:, 1:].tolist()
+        return shown
     features = torch.tensor(np.stack(sounds()))
     own: list[list[int]] = model.generate(input_features=features, max_new_tokens=count, do_sample=False).tolist()
     return own

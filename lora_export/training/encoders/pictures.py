@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.models.pictures import read_image
 from lora_export.training.encoders.classified import LabelEncoder
 from lora_export.training.losses import Batch, Loss
 from lora_export.training.records.rows import Row
@@ -27,23 +26,9 @@ class ImageEncoder:
         return self.labels.loss
 
     def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
-        prepared = self.processor(_opened(row["image"]), return_tensors="pt")
+        prepared = self.processor(read_image(row["image"]), return_tensors="pt")
         return prepared["pixel_values"][0], row["label"]  # (channels, height, width)
 
     def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
         pixels = torch.stack([pixels for pixels, _ in encoded])
         return Batch({"pixel_values": pixels}, self.labels.tensor([label for _, label in encoded]))
-
-
-def _opened(image: Any) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise EnvironmentLacking(f"images need Pillow ({error}): pip install 'lora-export[data]'") from error
-    if not isinstance(image, Path):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputRefused(f"no image that can be read ({error})") from error
