@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK
-from lora_export.models.pictures import PIXELS, pixels_of
+from lora_export.models.image_forms import PIXELS
+from lora_export.models.pictures import pixels_of
 from lora_export.models.sounds import features_of, open_extractor, read_wav
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.models.image_forms import PIXELS
 from lora_export.models.image_shape import PROCESSOR
 from lora_export.storage import input_files
-
-PIXELS = "pixel_values"
 
 
 def open_image_processor(folder: Path) -> Any:

@@ -60,7 +60,7 @@ from lora_export.verification.references import (
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
 from lora_export.verification.references.beyond_rounding import (
-    Positions,
+    UnjudgedPositions,
     notes_on_padding,
     outputs_beyond_rounding,
     padding_beyond_rounding,
@@ -308,7 +308,7 @@ class PreparedPyTorch:
             del deployed, self.deployed
         by_role, narrow_operators, _ = self._in_fp64(step)
         self.attached.ready = None
-        unjudged: Positions = {}
+        unjudged: UnjudgedPositions = {}
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
             reference, dtype = by_role["reference"], dtype_name(self.dtype)
             if model.is_huggingface:

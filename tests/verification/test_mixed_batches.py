@@ -16,7 +16,7 @@ from lora_export.verification.proof import Proof
 from lora_export.verification.row_proofs import judge_mixed
 
 
-def test_positions_that_an_output_does_not_judge_are_those_of_each_rows_adapter() -> None:
+def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:
     truth = np.ones((3, 2, 2))
     masks = [np.array([[True, False]] * 3), np.array([[False, True]] * 3)]
     cases = [

@@ -11,7 +11,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import error_of
 
-Positions = Mapping[str, Mapping[str, NDArray[np.bool_]]]  # case -> output -> bool [batch, sequence]
+UnjudgedPositions = Mapping[str, Mapping[str, NDArray[np.bool_]]]  # case -> output -> bool [batch, sequence]
 
 # PyTorch's own error, relative to the output, that rounding can explain: so many eps, and never more than half. Deep
 # models have 10 to 100 eps; chains of adapters that outweigh their weights have some thousands.
@@ -20,7 +20,7 @@ EPS_OF_ROUNDING, LARGEST_ROUNDING = 2**14, 0.5
 
 def padding_beyond_rounding(
     deployed: Mapping[str, Arrays], reference: Mapping[str, Arrays], inputs: Mapping[str, Arrays], dtype: str
-) -> Positions:
+) -> UnjudgedPositions:
     """The positions of padding at which rounding is not PyTorch's only error.
 
     LongT5 masks with -1e10 all that a position of padding attends to. In fp32 its scores are lost in this number, and
@@ -43,7 +43,7 @@ def padding_beyond_rounding(
     return found
 
 
-def notes_on_padding(unjudged: Positions) -> list[str]:
+def notes_on_padding(unjudged: UnjudgedPositions) -> list[str]:
     """What a verdict notes about such positions."""
     names = sorted({name for by_output in unjudged.values() for name in by_output})
     return [
@@ -61,7 +61,7 @@ def _largest_rounding(dtype: str) -> float:
 def outputs_beyond_rounding(
     deployed: Mapping[str, Arrays],
     reference: Mapping[str, Arrays],
-    unjudged: Positions,
+    unjudged: UnjudgedPositions,
     dtype: str,
 ) -> Iterator[str]:
     """The outputs in which PyTorch's own error is more than rounding can explain: such an error allows any other."""

@@ -31,7 +31,7 @@ def test_widening_keeps_shared_tensors_and_restores_every_bit(dtype: torch.dtype
     assert module[0].weight.data_ptr() == module[2].weight.data_ptr()
 
 
-def test_outputs_of_a_copy_are_limited_and_those_of_the_module_are_not() -> None:
+def test_outputs_of_a_copy_are_limited() -> None:
     class Both(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"logits": x, "hidden": x + 1}
