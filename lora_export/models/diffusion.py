@@ -28,7 +28,9 @@ CLASS = "_class_name"
 OUT_SAMPLE = "out_sample"
 NESTED = "added_cond_kwargs"  # the argument of a UNet that has SDXL's further inputs
 NOISE_STEPS = 1000  # of a schedule of noise
-TRACED = {"batch": 2, "sequence": 7}
+POSITIONS_OF_IDS = 64  # of a patch in an image, or of a token in a text, in drawn inputs
+TRACED = {"batch": 2, "sequence": 7, "patches": 12}
+Draw = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 SIDES = ("height", "width")
 
 
@@ -40,6 +42,7 @@ class Wanted:
     shape: tuple[int | str, ...]
     below: int = 0  # an integer input has values from 0 to this; 0: normal numbers
     is_nested: bool = False
+    draw: Draw | None = None  # other values
 
 
 def is_diffusion_model(folder: Path) -> bool:
@@ -105,8 +108,10 @@ def _made_of(wanted: tuple[Wanted, ...]) -> Callable[[Sizes, torch.Generator], M
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         made: ModelInputs = {}
         for each in wanted:
-            shape = [sizes[size] if isinstance(size, str) else size for size in each.shape]
-            if each.below:
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in each.shape)
+            if each.draw is not None:
+                made[each.name] = each.draw(shape, generator)
+            elif each.below:
                 made[each.name] = torch.randint(0, each.below, shape, generator=generator)
             else:
                 made[each.name] = torch.randn(shape, generator=generator)
@@ -180,8 +185,31 @@ def _sd3(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
     )
 
 
+def _flux(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
+    # Patches of an image of any size, and where each of them is
+    axes = len(config["axes_dims_rope"])
+    inputs = [
+        Wanted("hidden_states", ("batch", "patches", config["in_channels"])),
+        Wanted("encoder_hidden_states", ("batch", "sequence", config["joint_attention_dim"])),
+        Wanted("pooled_projections", ("batch", config["pooled_projection_dim"])),
+        Wanted("timestep", ("batch",), draw=_fractions),
+        Wanted("img_ids", ("patches", axes), draw=_positions),
+        Wanted("txt_ids", ("sequence", axes), draw=_positions),
+    ]
+    return (*inputs, *([Wanted("guidance", ("batch",), draw=_fractions)] if config["guidance_embeds"] else []))
+
+
+def _fractions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, generator=generator)
+
+
+def _positions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, POSITIONS_OF_IDS, shape, generator=generator).float()
+
+
 INPUTS: dict[str, Callable[[Mapping[str, Any]], tuple[Wanted, ...]]] = {
     "UNet2DConditionModel": _unet,
     "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
 }

@@ -39,8 +39,26 @@ def sd3() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-MODELS = {"unet": unet, "sdxl": lambda: unet(like_sdxl=True), "dit": dit, "sd3": sd3}
+def flux(*, has_guidance: bool = True) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=12, guidance_embeds=has_guidance, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+
+
+MODELS = {
+    "flux": flux,
+    "schnell": lambda: flux(has_guidance=False),
+    "unet": unet,
+    "sdxl": lambda: unet(like_sdxl=True),
+    "dit": dit,
+    "sd3": sd3,
+}
 NESTED = ("text_embeds", "time_ids")
+OF_POSITIONS = ("img_ids", "txt_ids")  # without a batch
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,7 +73,7 @@ def test_a_model_computes_what_diffusers_computes(name: str, tmp_path: Path) -> 
     with torch.no_grad():
         found, wanted = model.module(**inputs), theirs(**given).sample
     assert list(found) == ["out_sample"] and torch.equal(found["out_sample"], wanted)
-    assert all(inputs[key].shape[0] == 3 for key in inputs)
+    assert all(inputs[key].shape[0] == 3 for key in inputs if key not in OF_POSITIONS)
 
 
 def test_the_sides_of_an_image_can_be_halved(tmp_path: Path) -> None:
@@ -74,6 +92,21 @@ def test_a_graph_with_an_adapter_is_proven_and_has_optimums_names(tmp_path: Path
     session = ort.InferenceSession(result.output)
     assert [value.name for value in session.get_inputs()] == ["hidden_states", "timestep", "class_labels"]
     assert [value.name for value in session.get_outputs()] == ["out_sample"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["merged", "nodes"])
+def test_flux_with_an_adapter_is_proven(lora: str, tmp_path: Path) -> None:
+    module = flux()
+    module.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    options = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(module, options).save_pretrained(tmp_path / "adapter")
+    result = le.export_onnx(tmp_path / "base", tmp_path / "m", adapters=tmp_path / "adapter", lora=lora)
+    assert result.proof is not None and result.proof.verdict.same
+    shapes = {value.name: value.shape for value in ort.InferenceSession(result.output).get_inputs()}
+    assert shapes["hidden_states"] == ["batch", "patches", 8] and shapes["img_ids"] == ["patches", 3]
+    assert shapes["guidance"] == ["batch"]
 
 
 def changed(folder: Path, **fields: Any) -> Path:
