@@ -30,7 +30,7 @@ NESTED = "added_cond_kwargs"  # the argument of a UNet that has SDXL's further i
 NOISE_STEPS = 1000  # of a schedule of noise
 POSITIONS_OF_IDS = 64  # of a patch in an image, or of a token in a text, in drawn inputs
 TRACED = {"batch": 2, "sequence": 7, "patches": 12}
-Draw = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+DrawValues = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 SIDES = ("height", "width")
 
 
@@ -42,7 +42,7 @@ class Wanted:
     shape: tuple[int | str, ...]
     below: int = 0  # an integer input has values from 0 to this; 0: normal numbers
     is_nested: bool = False
-    draw: Draw | None = None  # other values
+    draw: DrawValues | None = None  # other values
 
 
 def is_diffusion_model(folder: Path) -> bool:
