@@ -271,7 +271,6 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
         ("test", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m not slow and not soak"),
         ("test-slow", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m slow and not soak"),
         ("soak", "dev", "-m pytest -s -m soak and not matrix"),
-        ("matrix", "dev", "-m pytest -q -m matrix --keep -k  tests/matrix"),
         ("demo", "demo", "samples/demo.py"),
     ],
 )
@@ -285,6 +284,16 @@ def test_make_installs_once_and_again_when_pyproject_changes(target, extra, work
     os.utime(checkout / "pyproject.toml", (later, later))
     assert make(checkout, target).returncode == 0
     assert logged(checkout) == [install, works]
+
+
+def test_make_gives_optimum_an_environment_of_its_own(checkout):
+    works = "-m pytest -q -m matrix --keep -k  tests/matrix"
+    assert make(checkout, "matrix").returncode == 0
+    assert logged(checkout)[3:] == [
+        "-m venv .venv/optimum", "-m pip install --disable-pip-version-check optimum-onnx[onnxruntime]>=0.1", works
+    ]  # fmt: skip
+    assert make(checkout, "matrix").returncode == 0
+    assert logged(checkout) == [works]
 
 
 def test_make_repeats_a_failed_installation(checkout):
