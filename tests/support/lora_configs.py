@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 import re
 import warnings
@@ -410,15 +409,9 @@ _graphs: dict[str, Path] = {}
 
 @contextmanager
 def graphs_in(folder: Path) -> Iterator[None]:
-    """The folder of the exported bases.
-
-    What is loaded by now is frozen: every export collects garbage, which takes a second among PEFT's objects.
-    """
+    """The folder of the exported bases."""
     _graphs["folder"] = folder
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     _graphs.clear()
 
 
@@ -483,6 +476,7 @@ RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 # Why a combination that no field refuses may be refused, by holder.
 REASONS = {
     "inputs|rows": r"only low-rank pairs can be swapped while a graph runs",
+    "rows": r"only linear layers can be chosen by row; these whole tensors cannot|a layer that has a pair, too",
     "graph": r"the adapter changes rows of tokens, which input and output embedding may share",
     "attached|folded": r"kernel \(6, 6\) is not the weight of a linear layer|is a part of a layer's weight",
     "nodes|inputs|rows": r"with the weights of all experts, beside which no branch can be inserted",

@@ -33,6 +33,7 @@ from lora_export.formats.onnx_adapter import (
 )
 from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_stacks import AdapterStacks
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
 from lora_export.graph.insert.dora import dora_factors_by_weight
@@ -87,6 +88,7 @@ def insert_rows(
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
     refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
+    _refuse_pairs_of_heads(plan, heads)
     if per_row > 1:
         _refuse_without_sum(plan, heads)
     inserter = Inserter(model)
@@ -117,6 +119,21 @@ def insert_rows(
         row_heads.insert(layer)
     inserter.finish()
     model.metadata_props[ROW_ADAPTERS_KEY] = str(RowAdapters(names, row_heads.labels(), per_row))
+
+
+def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
+    """Raise InputRefused for an adapter that has a pair for a layer and a tensor of it, such as its bias."""
+    found = []
+    for adapter, head in zip(plan.adapters, heads, strict=bool(heads)):
+        own = {name.removesuffix(".bias").removesuffix(".weight"): name for name in head}
+        paired = [step for step in plan.low_rank if any(term.adapter == adapter.name for term in step.terms)]
+        found += [f"{adapter.name}, {own[name]}" for step in paired if (name := module_of(step.weight)) in own]
+    if found:
+        raise InputRefused(
+            "a whole layer can be chosen by row, and not one tensor of a layer that has a pair, too:",
+            listed(found),
+            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
+        )
 
 
 def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:

@@ -77,6 +77,19 @@ def test_an_adapter_without_a_head_uses_the_base_s() -> None:
     assert json.loads(model.metadata_props[ROW_ADAPTERS_KEY])["labels"] == {"logits": [3, 3, 2]}
 
 
+def test_a_pair_beside_a_bias_of_the_same_adapter_is_refused() -> None:
+    model = a_graph(CLASSIFIER)
+    pair = LoraPair(a=np.float32([[1, 2]]), b=np.float32([[1], [0], [3]]), scale=1.0)
+    adapters = an_adapter({"head": pair}, name="one"), an_adapter({"a": SQUARE}, name="two")
+    message = r"not one tensor of a layer that has a pair, too:\s+one, head\.bias\s+Merge such an adapter"
+    with pytest.raises(InputRefused, match=message):
+        with_heads(model, [{"head.bias": np.float32([1, 1, 1])}, {}], *adapters)
+    with_heads(model, [{}, {"head.bias": np.float32([1, 1, 1])}], *adapters)
+    logits = run(model, x=ROWS, adapter_ids=row_ids(1, 2, 0))["logits"]
+    assert np.array_equal(logits[0], ROWS[0] @ A @ (HEAD + pair.delta().T) + BIAS)
+    assert np.array_equal(logits[1], ROWS[1] @ (A + CHANGE) @ HEAD + [1, 1, 1])
+
+
 def test_one_adapter_has_a_pair_where_another_has_the_layer() -> None:
     model = a_graph(CLASSIFIER)
     pair = LoraPair(a=[[1, -1]], b=[[1], [2], [3]], scale=2.0)
