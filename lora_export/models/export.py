@@ -52,7 +52,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     _refuse_name_of_weight(module, inputs)
     with tracing(module), _without_cache(module):
         names = _output_names(module, inputs)
-        with exporter_refusals(module):
+        with exporter_refusals(module, *_ways_with_state(module)):
             model = _run_exporter(module, inputs, dynamic, names, opset)
             simplify(model)
     refuse_other_opset(model, opset)
@@ -287,14 +287,20 @@ def silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _ways_with_state(module: nn.Module) -> list[str]:
+    is_stateful = getattr(module, "_is_stateful", False)  # Mamba and hybrids, in transformers
+    return ["A decoder that keeps a state is exported token by token: --with-cache."] if is_stateful else []
+
+
 @contextlib.contextmanager
-def exporter_refusals(module: nn.Module) -> Iterator[None]:
-    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence."""
+def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
     try:
         yield
     except Exception as error:
         raise RuntimeRefused(
             f"the exporter refused {type(module).__name__}: {innermost_cause(error)}",
+            *ways,
             "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
             "export only the part of the model that a graph can contain.",
         ) from error
