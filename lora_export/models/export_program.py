@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
@@ -26,6 +27,7 @@ from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 
 UNWRITABLE = torch.ops.higher_order.flat_apply
+PYTORCHS_OWN = frozenset({"aten", "prim", "prims"})  # namespaces of operators
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # of every member: a zip's first
 MACHINES_OWN = ("stack_trace", "from_node", "custom")  # what a node records of the code that was traced, and where
 
@@ -76,8 +78,16 @@ def _return_dictionaries(module: nn.Module) -> None:
 
 
 def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
-    """Raise RuntimeRefused for a call of a Python function, which no file can contain."""
-    if any(node.target is UNWRITABLE for node in program.graph.nodes):
+    """Raise RuntimeRefused for a call of a Python function, which no file can contain, and of a package's operator."""
+    targets = [node.target for node in program.graph.nodes]
+    others = {each.name() for each in targets if isinstance(each, OpOverload) and each.namespace not in PYTORCHS_OWN}
+    if others:
+        raise RuntimeRefused(
+            f"the program of {type(module).__name__} calls {', '.join(sorted(others))}, which is no operator of "
+            "PyTorch: PyTorch alone could not load it",
+            "Export an ONNX graph: lora-export onnx.",
+        )
+    if UNWRITABLE in targets:
         raise RuntimeRefused(
             f"torch.export cannot write the program of {type(module).__name__}: it calls a function of Python "
             "(flat_apply)"

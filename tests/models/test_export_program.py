@@ -90,6 +90,28 @@ def test_an_axis_that_the_code_fixes_is_refused() -> None:
         to_program(Fixed(), {"x": torch.randn(3, 4)}, axes={"x": {0: "batch"}})
 
 
+@torch.library.custom_op("lora_export_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(nn.Module):
+    """It calls an operator of a package, as the experts of transformers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(x)
+
+
+def test_an_operator_of_another_package_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeRefused, match="Foreign calls lora_export_tests::twice, which is no operator"):
+        to_program(Foreign(), {"x": torch.randn(3, 4)}, axes={"x": {0: "batch"}})
+
+
 # --- Whole exports ---
 
 

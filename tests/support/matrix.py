@@ -38,7 +38,8 @@ EVERY_MODEL = {**MODELS, **MORE_MODELS}
 NAMES = (*EVERY_MODEL, *MODEL_FOLDERS)
 MODES = ("merged", "nodes")
 TRANSFORMERS, OPTIMUM, GENAI = "transformers' exporter", "optimum-onnx", "genai builder"
-COLUMNS = ("pairs", *MODES, TRANSFORMERS, OPTIMUM, GENAI)
+PROGRAM = "program (`.pt2`)"
+COLUMNS = ("pairs", *MODES, PROGRAM, TRANSFORMERS, OPTIMUM, GENAI)
 SAME, NOT_RUN = "same", "-"
 SHOWN_WORDS = 6  # of a refusal
 
@@ -109,6 +110,7 @@ def row(name: str, folder: Path) -> dict[str, str]:
     made = subject(name, folder)
     cells = {"pairs": str(made.pairs)}
     cells |= {mode: cell(lambda mode=mode: export(made, mode, folder)) for mode in MODES}
+    cells[PROGRAM] = cell(lambda: program(made, folder))
     cells[TRANSFORMERS] = NOT_RUN if name in MODEL_FOLDERS else cell(lambda: by_transformers(made, folder))
     has_optimum = name not in MODEL_FOLDERS and "OPTIMUM_PYTHON" in os.environ
     cells[OPTIMUM] = cell(lambda: by_optimum(made, folder)) if has_optimum else NOT_RUN
@@ -141,6 +143,15 @@ def export(made: Subject, mode: str, folder: Path) -> str:
         return f"{type(error).__name__}: {_short(error)}"
     assert result.proof is not None and result.proof.verdict.same
     return SAME + (" (texts alone)" if made.name in TEXTS_ALONE else "")
+
+
+def program(made: Subject, folder: Path) -> str:
+    """A program of torch.export, written by us and read by `verify`, which does not use `torch.export.load`."""
+    try:
+        path = le.export_torchscript(made.base, folder / "m.pt2", adapters=made.adapter, verify=False).output
+    except LoraExportError as error:
+        return f"refused: {_short(error)}"
+    return _judged(path, made)
 
 
 def by_transformers(made: Subject, folder: Path) -> str:

@@ -29,7 +29,7 @@ HIGHER_ORDER = "torch.ops.higher_order."
 ARITHMETIC = """
     abs acos acosh add addcdiv addcmul amax amin argmax argmin argsort asin asinh atan atan2 atanh bitwise_and
     bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh count_nonzero cumprod cumsum
-    deg2rad diff div eq erf erfc erfinv exp exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt hypot isfinite
+    deg2rad diff div eq erf erfc erfinv exp exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt histc hypot isfinite
     isinf isnan isneginf isposinf le lerp lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or
     logical_xor logit logsumexp lt max maximum mean median min minimum mul nan_to_num nanmean nansum ne neg norm pow
     prod rad2deg reciprocal remainder round rsqrt rsub sgn sign signbit sin sinc sinh sort sqrt square std std_mean
