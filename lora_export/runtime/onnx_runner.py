@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
-from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
+from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
@@ -248,7 +248,7 @@ class OnnxRunner:
 
     def _with_positions(self, inputs: Arrays) -> Arrays:
         lacks_them = POSITION_IDS in self.axes and POSITION_IDS not in inputs
-        if not lacks_them or IDS not in inputs:
+        if not lacks_them or IDS not in inputs or any(name.startswith(PAST) for name in inputs):  # where do they begin?
             return inputs
         mask = inputs.get(MASK, np.ones_like(inputs[IDS]))
         return {**inputs, POSITION_IDS: token_positions(mask, by_mask=self.positions_by_mask)}

@@ -64,6 +64,8 @@ def test_positions_are_counted_where_the_inputs_have_none(tmp_path: Path) -> Non
     assert runner.run({"input_ids": ids, "position_ids": ids})["y"].tolist() == (2 * ids).tolist()
     with pytest.raises(RuntimeRefused, match="the graph needs position_ids"):
         OnnxRunner(tmp_path / "positions.onnx").run({})
+    with pytest.raises(RuntimeRefused, match="the graph needs position_ids"):
+        runner.run({"input_ids": ids, "past_key_values.0.key": np.zeros((2, 1, 4, 8), np.float32)})
 
 
 def test_file_without_a_graph_is_refused(tmp_path: Path) -> None:
