@@ -279,5 +279,6 @@ def assert_same_logits(runner: Runner, module: Any) -> None:
     with torch.no_grad():
         expected = module(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
     found = runner.run({"input_ids": ids, "attention_mask": mask})["logits"]
-    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], rtol=0, atol=2e-6)
-    assert np.abs(expected).max() > 0.1
+    size = np.abs(expected).max()  # LFM2's logits reach 6.6, and PyTorch's own error is 7e-6 there
+    assert size > 0.1
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], rtol=0, atol=2e-6 * max(1, size))
