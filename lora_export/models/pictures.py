@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.image_shape import PROCESSOR
+from lora_export.models.processors import open_processor
 from lora_export.storage import input_files
 
 
@@ -21,15 +21,8 @@ def open_image_processor(folder: Path) -> Any:
 
     Raises InputRefused where it is missing or damaged, and EnvironmentLacking without transformers.
     """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking("images need transformers: pip install 'lora-export[hf]'") from error
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged processor raises any type
-        first = str(error).strip().split("\n")[0]
-        raise InputRefused(f"{folder} has no image processor ({PROCESSOR}): {first}") from error
+    failure = f"{folder} has no image processor ({PROCESSOR})"
+    return open_processor("AutoImageProcessor", folder, needs="images need", failure=failure)
 
 
 def read_image(image: Path | Any) -> Any:

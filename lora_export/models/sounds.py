@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import wave
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.errors import InputRefused
+from lora_export.models.processors import open_processor
 from lora_export.storage import input_files
 
 EXTRACTOR_FILE = "preprocessor_config.json"
@@ -33,15 +33,9 @@ def open_extractor(folder: Path) -> Any:
             f"{folder} has no {EXTRACTOR_FILE}: it states how a sound becomes what the encoder reads",
             "The features themselves may be given: lora_export.generate takes arrays",
         )
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking("sounds need transformers: pip install 'lora-export[hf]'") from error
-    try:
-        return transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged config raises any type
-        first = str(error).strip().split("\n")[0]
-        raise InputRefused(f"{folder}: {EXTRACTOR_FILE} cannot be read: {first}") from error
+    return open_processor(
+        "AutoFeatureExtractor", folder, needs="sounds need", failure=f"{folder}: {EXTRACTOR_FILE} cannot be read"
+    )
 
 
 @dataclass(frozen=True)

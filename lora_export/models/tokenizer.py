@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.errors import InputRefused
+from lora_export.models.processors import open_processor
 
 # One of them is in every folder that transformers reads a tokenizer from.
 TOKENIZER_FILES = (
@@ -28,12 +28,5 @@ def open_tokenizer(folder: Path, *, needed: bool) -> Any:
         if needed:
             raise InputRefused(f"{folder} has no tokenizer (tokenizer.json and the like)")
         return None
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking("a tokenizer needs transformers: pip install 'lora-export[hf]'") from error
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer raises any type
-        first = str(error).strip().split("\n")[0]
-        raise InputRefused(f"{folder}: the tokenizer cannot be read: {first}") from error
+    failure = f"{folder}: the tokenizer cannot be read"
+    return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)
