@@ -21,16 +21,19 @@ from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
-from lora_export.graph.insert.adapter_names import module_of
+from lora_export.graph.insert.adapter_names import dotted, module_of
+from lora_export.graph.insert.batch_axis import unclear_inputs
 from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import drop_tensors, initializers
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
+from lora_export.runtime.measured_shapes import set_measured_shapes
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
 from lora_export.verification.against_graph import GraphReferences
+from lora_export.verification.inputs.graph_inputs import NoGeneratedInputs
 from lora_export.verification.references import References
 from lora_export.verification.references.base_graph import BaseGraph
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -49,7 +52,8 @@ def export_from_graph(
         program = _copy_of(graph)
         given = options
         options = _respelled(options, program, names)
-        references = _references(graph, names, options, reference, dtype) if options.verify else None
+        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
+        references = _references(base, options, reference, dtype) if options.verify else None
         options = _without_head(program, names, options)
         before = base_outputs([program], references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
@@ -62,6 +66,8 @@ def export_from_graph(
             options.stage("folding the adapters in")
             hashes, companions = _merge(graph, program, located.sites, located.plan, folder, options.output.name)
         else:
+            if options.lora == "rows":
+                _measure_unclear_shapes(program, located, base, options)
             targets = _targets(located.sites, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
         companions += copy_generation_files(path, options.output, folder, options.on_message)
@@ -110,13 +116,10 @@ def _copy_of(graph: GraphFile) -> ir.Model:
     return program
 
 
-def _references(
-    graph: GraphFile, names: Checkpoint | None, options: OnnxOptions, reference: ModelSource | None, dtype: str
-) -> References:
+def _references(base: BaseGraph, options: OnnxOptions, reference: ModelSource | None, dtype: str) -> References:
     """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
     if reference is None:
         options.stage("running the base")
-        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
         references = GraphReferences(base, options.lora)
         references.check()
         return references
@@ -130,6 +133,24 @@ def _references(
     return PyTorchReferences(
         model, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
     )
+
+
+def _measure_unclear_shapes(program: ir.Model, located: Located, base: BaseGraph, options: OnnxOptions) -> None:
+    """Set the shapes that tell which dimension of a layer's input is the batch, where only a run can tell it."""
+    assert located.plan is not None
+    heads = {dotted(module_of(name.removesuffix(".bias")), "weight") for head in located.heads for name in head}
+    changed = [*(step.weight for step in located.plan.low_rank), *heads]
+    sites = [site for name in changed for site in located.sites.by_name.get(name, ())]
+    values = unclear_inputs(program, sites)
+    if not values:
+        return
+    options.stage("measuring shapes")
+    try:
+        cases = base.inputs.cases
+    except NoGeneratedInputs as refusal:
+        options.on_message(f"note: the graph was not run to find the batch: {refusal.problem}")
+        return
+    set_measured_shapes(program, values, cases, timeout=options.timeout)
 
 
 def _refuse_other_labels(located: Located) -> None:

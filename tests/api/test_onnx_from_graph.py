@@ -727,6 +727,46 @@ def test_graphs_of_every_maker(
         assert {proof["outcome"] for proof in told["adapters"].values()} == {"same"}
 
 
+@pytest.mark.parametrize("proof", ["", "--no-verify"])
+def test_rows_in_a_fused_graph_that_lost_its_shapes(
+    proof: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    EXPORTERS["dynamo"]("gpt2", tmp_path / "model.onnx")
+    OPTIMISERS["extended"](tmp_path / "model.onnx", tmp_path / "fused.onnx")
+    graph = onnx.load(tmp_path / "fused.onnx")
+    assert "FastGelu" in {node.op_type for node in graph.graph.node}
+    del graph.graph.value_info[:]
+    onnx.save(graph, tmp_path / "lost.onnx")
+    adapter = save_adapter("gpt2", tmp_path / "a")
+    words = ["-a", adapter, "--lora", "rows", "--base", checkpoint_of("gpt2"), "-o", out, *([proof] if proof else [])]
+    code, told = answer(capsys, "onnx", tmp_path / "lost.onnx", *words)
+    assert code == 0 and (bool(proof) or told["mixed"]["outcome"] == "same")
+    assert_computes_merged_model(out, "gpt2", adapter, adapter_ids=torch.ones(3, dtype=torch.int64))
+
+
+def test_what_keeps_a_graph_from_showing_its_shapes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[batch, 3] x, int64[batch] kind) => (float[batch, 2] y)
+    <float[3, 2] "fc.weight" = {1, 2, 3, 4, 5, 6}, float[3] none = {0, 0, 0}> {
+        k = Cast <to: int = 1> (kind)
+        last = Constant <value_ints: ints = [1]> ()
+        column = Unsqueeze (k, last)
+        f = Add (x, column)
+        h = com.microsoft.FastGelu (f, none)
+        y = MatMul (h, "fc.weight")
+    }"""
+    onnx.save(onnx.parser.parse_model(body), tmp_path / "m.onnx")
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    words = ["onnx", tmp_path / "m.onnx", "-a", tmp_path / "adapter", "-o", tmp_path / "o.onnx", "--lora", "rows"]
+    assert call(*words, "--no-verify") == 3
+    told = capsys.readouterr().err
+    assert "note: the graph was not run to find the batch: inputs for" in told
+    assert "the valid values of kind (int64 [batch]) are unknown" in told
+    assert "fc.weight (MatMul" in told and "the shape of its input is unknown" in told
+    assert not list(tmp_path.glob("*o.onnx*"))
+
+
 @pytest.mark.parametrize("mode", ["merged", slow("nodes")])
 def test_a_graph_in_half_precision_is_judged_by_what_it_can_hold(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -342,14 +342,14 @@ def save_adapter(name: str, folder: Path) -> Path:
     )
 
 
-def assert_computes_merged_model(path: Path, name: str, adapter: Path) -> None:
-    """The graph computes what PyTorch computes with W + ΔW."""
+def assert_computes_merged_model(path: Path, name: str, adapter: Path, **more: Tensor) -> None:
+    """The graph computes, also from these inputs of its own, what PyTorch computes with W + ΔW."""
     changes = {}
     for module, pair in formats.load(adapter).pairs.items():
         change = pair.scale * pair.b.astype(np.float64) @ pair.a
         linear = isinstance(model_of(name).get_submodule(module), torch.nn.Linear)
         changes[f"{module}.weight"] = change if linear else change.T
     expected = eager(with_changes(model_of(name), changes), token_inputs(3, 11))["logits"]
-    actual = logits_of(run_file(path, token_inputs(3, 11)))
+    actual = logits_of(run_file(path, {**token_inputs(3, 11), **more}))
     np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
     assert np.abs(expected - eager(model_of(name), token_inputs(3, 11))["logits"]).max() > 1e-2

@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, count, listed
 from lora_export.graph.quantised import quantised_weights
 from lora_export.graph.site import Site
+from lora_export.graph.values import is_stored
 
 UNKNOWN = -1  # a size that only a run knows
 
@@ -54,6 +55,21 @@ def batch_input(model: ir.Model, batch: str, layers: Sequence[Site]) -> tuple[ir
     raise InputRefused(f"no input of the graph has the batch, `{batch}`, as its first dimension: {', '.join(inputs)}")
 
 
+def unclear_inputs(model: ir.Model, layers: Sequence[Site]) -> list[ir.Value]:
+    """The values whose shapes do not tell where the batch is: inputs of layers, and what was reshaped to them.
+
+    Empty for layers of which every input has the first dimension of a graph's input. Sets the shapes that ONNX infers.
+    """
+    if any(layer_input(site).shape is None for site in layers):
+        infer_shapes(model)
+    firsts = [value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)]
+    batches = {size.value for size in firsts if isinstance(size, ir.SymbolicDim) and size.value}
+    unclear = [site for site in layers if all(isinstance(_batch_axis(site, name), str) for name in batches)]
+    inputs = [layer_input(site) for site in unclear if site.node.graph is model.graph]
+    values = dict.fromkeys(value for x in inputs for value in (x, _before_reshape(x)))
+    return [value for value in values if value is not None and value.producer() is not None and not is_stored(value)]
+
+
 def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.Node, int], BatchAxis]:
     """The batch axis of each layer, by node and input.
 
@@ -69,7 +85,7 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
             axes[site.node_input] = axis
     if problems:
         raise InputRefused(
-            f"{len(problems)} layers cannot have an adapter for each row of the batch, `{batch}`:",
+            f"{count(len(problems), 'layer')} cannot have an adapter for each row of the batch, `{batch}`:",
             listed(problems),
             "Remove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written.",
         )
@@ -147,10 +163,7 @@ def _batch_axis(site: Site, batch: str) -> BatchAxis | str:
 def _axis_before_reshape(x: ir.Value, batch: str) -> BatchAxis | None:
     """The batch axis of rows that a Reshape made of several dimensions. None where it is not certain."""
     assert x.shape is not None
-    node, features = x.producer(), x.shape[-1]
-    while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    before = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+    before, features = _before_reshape(x), x.shape[-1]
     if len(x.shape) != 2 or before is None or before.shape is None or not isinstance(features, int):
         return None
     rows, columns = list(before.shape), 1
@@ -161,6 +174,14 @@ def _axis_before_reshape(x: ir.Value, batch: str) -> BatchAxis | None:
         return None
     outer, inner = _product(rows[: axes[0]]), _product(rows[axes[0] + 1 :])
     return None if outer == inner == UNKNOWN else BatchAxis(2, 1, outer, inner)
+
+
+def _before_reshape(x: ir.Value) -> ir.Value | None:
+    """What a Reshape made this value of. None where there is no Reshape."""
+    node = x.producer()
+    while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
 
 
 def _product(sizes: Sequence[Dim]) -> int:

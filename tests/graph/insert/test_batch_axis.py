@@ -11,6 +11,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.batch_axis import unclear_inputs
 from lora_export.lora import LoraPair
 from support.exported_models import exported
 from support.graphs import a_graph, an_adapter, run
@@ -104,6 +105,21 @@ def test_all_uncertain_layers_are_listed() -> None:
         with_rows(model, an_adapter({"a": SQUARE, "b": SQUARE}))
     assert str(refusal.value).startswith("2 layers cannot have an adapter for each row of the batch, `N`:\n  a.weight")
     assert "\n  b.weight (MatMul `b`): its input has the shape [K,2]" in str(refusal.value)
+
+
+def test_unclear_inputs_are_those_whose_shapes_would_tell_the_batch() -> None:
+    two = """
+        g (float[N,S,2] x, float[M,2] z) => (y)
+        <float[2,2] a.weight = {1,2,3,4}, float[2,2] b.weight = {1,0,1,1}, int64[2] flat = {-1,2}>
+        { h = MatMul(x, a.weight)
+          t = Relu(h)
+          r = Reshape(t, flat)
+          y = MatMul(r, b.weight) }"""
+    for domain, unclear in {"": [], "other": ["r", "t"]}.items():
+        model = a_graph(two)
+        model.graph[1].domain = domain
+        layers = find_sites(model).linear
+        assert len(layers) == 2 and [value.name for value in unclear_inputs(model, layers)] == unclear
 
 
 RNG = np.random.default_rng(0)
