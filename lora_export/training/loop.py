@@ -30,7 +30,14 @@ from lora_export.training.history import EvaluationRecord, StepRecord, TrainingH
 from lora_export.training.losses import Batch, module_outputs
 from lora_export.training.memory import PeakMemory, SavedActivations, memory_use
 from lora_export.training.order import ShuffledOrder, parts_of
-from lora_export.training.processes import rank, refuse_sharding, sum_gradients, sum_over_processes, world_size
+from lora_export.training.processes import (
+    leave_at_exit,
+    rank,
+    refuse_sharding,
+    sum_gradients,
+    sum_over_processes,
+    world_size,
+)
 from lora_export.training.schedule import learning_rate_factor
 from lora_export.training.settings import Precision, TrainingSettings
 
@@ -253,9 +260,11 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
     except ImportError as error:
         raise EnvironmentLacking("training needs accelerate: pip install 'lora-export[train]'") from error
     try:
-        return accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
     except ValueError as error:  # its state is one per process
         raise EnvironmentLacking(f"accelerate cannot train on {device} in precision {precision}: {error}") from error
+    leave_at_exit()
+    return accelerator
 
 
 def _groups(module: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:

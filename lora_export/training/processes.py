@@ -6,6 +6,7 @@ no wrapper for that.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lora_export.errors import WrongUsage
+
+if dist.is_available():
+    # Its functions take the group as their default, if there is one when it is imported, and keep it alive.
+    import torch.distributed.nn.functional
 
 # Variables of a launcher -> how it would distribute a model, which only accelerate's wrappers can train then
 SHARDING = {
@@ -33,6 +38,18 @@ def refuse_sharding() -> None:
             "examples of a step are shared. Launch without it (--multi_gpu, or torchrun). A base of 4 bits takes an "
             "eighth of the memory: --quantize-base nf4"
         )
+
+
+def leave_at_exit() -> None:
+    """Leave the group of processes when this one ends: a process in which its threads still run is aborted."""
+    if dist.is_available() and dist.is_initialized():
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # the user's own program may have left it
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
