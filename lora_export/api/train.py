@@ -51,6 +51,8 @@ from lora_export.training.processes import rank as process_rank
 from lora_export.training.processes import wait_for_all
 from lora_export.training.settings import Precision, TrainingSettings
 
+BaseDtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
@@ -100,6 +102,7 @@ def train(
     heads: Sequence[str] = (),
     continue_from: str | Path | None = None,
     quantize_base: BaseQuantization | None = None,
+    base_dtype: BaseDtype = "float32",
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     max_length: int = 128,
@@ -152,7 +155,8 @@ def train(
 
     With `quantize_base` "nf4", the linear layers of a Hugging Face folder have frozen weights of 4 bits, with double
     quantisation (QLoRA, by bitsandbytes). A folder that bitsandbytes has stored in nf4 or fp4 is trained beside as it
-    is. Heads, embeddings and norms are fp32.
+    is. Heads, embeddings and norms are fp32. With `base_dtype` "bfloat16" or "float16", all frozen weights are in this
+    dtype, and the steps are computed in it (`precision`); A, B and heads are fp32.
 
     Several ranks give a folder of adapters, `rank-4` and so on. With several, and with
     `compare` ("full": all weights; "frozen": the head alone), all are trained from the same seed and data, and
@@ -191,6 +195,7 @@ def train(
     if quantize_base:
         _refuse_full_training(compare)
         require_bitsandbytes()
+    _refuse_wider_steps(base_dtype, precision)
     accelerator_for(device, precision)  # before anything is read: a missing device ends the command at once
     if compile:
         refuse_without_compiler(device)
@@ -215,7 +220,13 @@ def train(
     with staged_output(output, inputs, overwrite=overwrite, on_message=on_message) as stage:
         torch.manual_seed(seed)  # the first values of a new head depend on it
         floats = (*heads, *HEADS)
-        loaded = load_model(str(model), head=learnt.head, may_add=True, base=TrainedBase(quantize_base, floats))
+        loaded = load_model(
+            str(model),
+            head=learnt.head,
+            dtype=getattr(torch, base_dtype),
+            may_add=True,
+            base=TrainedBase(quantize_base, floats),
+        )
         layers.compute_in_input_dtype(loaded.module)
         if quantised := layers.four_bit_layers(loaded.module):
             _refuse_full_training(compare)
@@ -249,7 +260,7 @@ def train(
             "base": base_hash, "data": learnt.sha256, **settings.recorded, "holdout": holdout, "max_length": max_length,
             "packing": packing, "rank": first.metadata["r"], "alpha": first.metadata["lora_alpha"], **wanted.recorded,
             "targets": list(first.pairs), "heads": list(heads), "columns": dict(columns or {}), "task": task,
-            "continued_from": first.sha256, "quantize_base": quantize_base,
+            "continued_from": first.sha256, "quantize_base": quantize_base, "base_dtype": base_dtype,
         }  # fmt: skip
         checkpoints = None if is_comparison else Checkpoints(folder, identity)
         runs: list[TrainingRun] = []
@@ -261,7 +272,7 @@ def train(
             if note := note_on_untrained(run):
                 on_message(note)
             runs.append(run)
-            facts = facts_for_card(loaded, learnt, run, base_hash, str(data), quantised)
+            facts = facts_for_card(loaded, learnt, run, base_hash, str(data), quantised, base_dtype)
             place = stage / f"rank-{one_rank}" if len(new) > 1 else stage
             write_trained_adapter(place, loaded, learnt, run, new[one_rank], facts)
             if not facts["plot"]:
@@ -283,6 +294,15 @@ def train(
         )
     places = [output / f"rank-{one_rank}" for one_rank in new] if len(new) > 1 else [output]
     return TrainResult(output, tuple(map(formats.load, places)), tuple(runs))
+
+
+def _refuse_wider_steps(base_dtype: BaseDtype, precision: Precision) -> None:
+    """Raise WrongUsage where the steps would be computed in another dtype than that of the frozen weights."""
+    fitting = {"bfloat16": "bf16", "float16": "fp16"}.get(base_dtype, precision)
+    if precision != fitting:
+        raise WrongUsage(
+            f"with --base-dtype {base_dtype} the steps are computed in {base_dtype}, too: add --precision {fitting}"
+        )
 
 
 def _refuse_full_training(compare: Sequence[ComparedStrategy]) -> None:

@@ -83,9 +83,18 @@ def write_trained_adapter(
 
 
 def facts_for_card(
-    loaded: Model, learnt: TrainingData, run: TrainingRun, base_hash: str, data: str, quantised: str = ""
+    loaded: Model,
+    learnt: TrainingData,
+    run: TrainingRun,
+    base_hash: str,
+    data: str,
+    quantised: str = "",
+    base_dtype: str = "float32",
 ) -> dict[str, Any]:
-    """What the card of an adapter contains. `quantised` describes a base in 4 bits."""
+    """What the card of an adapter contains. `quantised` describes a base in 4 bits.
+
+    `base_dtype` is that of the other frozen weights.
+    """
     assert run.adapter is not None
     scores = {"held out": run.score, "held out, adapter off": run.score_without}
     versions = {"lora-export": __version__}
@@ -100,7 +109,9 @@ def facts_for_card(
         "data_sha256": learnt.sha256,
         "examples": str(learnt),
         "adapter": {**run.adapter.metadata, "layers": len(run.adapter.pairs), "trained": str(run.parameters)},
-        "settings": {name.replace("_", " "): value for name, value in run.settings.recorded.items()},
+        "settings": {
+            name.replace("_", " "): value for name, value in {**run.settings.recorded, "base_dtype": base_dtype}.items()
+        },
         "figures": {"training": str(run.history), **{name: str(score) for name, score in scores.items() if score}},
         "versions": versions,
         "plot": LOSSES if importlib.util.find_spec("matplotlib") else "",

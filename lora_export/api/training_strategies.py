@@ -110,6 +110,7 @@ class Trainer:
             # Decompositions on another processor may have other signs.
             take_from_first(branch_tensors(self.module) if frozen else [], self.device)
             layers.refuse_trainable_base(self.module)
+            layers.widen_trained(self.module)
             count = layers.count_parameters(self.module)
             stage = f"training, rank {rank}"
             more = {"checkpoints": checkpoints, "resume": resume}
@@ -145,6 +146,7 @@ class Trainer:
         return [runs[strategy]() for strategy in strategies]
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
+        layers.widen_trained(module)
         count = layers.count_parameters(module)
         history = self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.device)
         return TrainingRun(strategy, None, count, history, settings, self._score(module))
@@ -161,7 +163,8 @@ class Trainer:
             return None
         # A user's own batches are one row each.
         size = min(self.settings.batch_size, 64)
-        return evaluate(module, self.held_out, batch_size=size, device=self.device)
+        precision = self.settings.precision
+        return evaluate(module, self.held_out, batch_size=size, device=self.device, precision=precision)
 
 
 def _step_progress(stage: str, on_progress: OnProgress) -> Callable[[StepRecord, int], None]:

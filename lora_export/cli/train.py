@@ -193,6 +193,13 @@ Example:
     type=click.Choice(["nf4"]),
     help="Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
 )
+@click.option(
+    "--base-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Dtype of the frozen weights while training. A half precision needs the same --precision.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option(

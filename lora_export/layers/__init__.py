@@ -10,7 +10,13 @@ from lora_export.layers.module_spelling import respelled_for, with_loaded_names
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
 from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie, with_shared_ties
-from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back, refuse_trainable_base
+from lora_export.layers.trained_adapter import (
+    ParameterCount,
+    count_parameters,
+    read_back,
+    refuse_trainable_base,
+    widen_trained,
+)
 
 __all__ = [
     "CONVOLUTION_TYPES",
@@ -37,6 +43,7 @@ __all__ = [
     "specs",
     "tensors_of",
     "untie",
+    "widen_trained",
     "with_loaded_names",
     "with_shared_ties",
     "without_branches",

@@ -2,7 +2,8 @@
 
 Composed of its parts, `W x + scale * (B A x)` takes four passes over the outputs and two over the gradient of x. Here
 the pair's product is added into the output of W in place, and so is its share of the gradient. Saved are x and A x:
-W x needs nothing saved, and B A x is not made. Of a W in 4 bits, the floats are made again in the backward pass.
+W x needs nothing saved, and B A x is not made. A W in 4 bits or in another dtype is converted again in the backward
+pass: nothing of its size is kept.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from lora_export.layers.four_bit_weights import in_shape, is_4bit, state_of_4bit
 
 
 def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether the step may be taken: all in one dtype, a frozen W, and something to train."""
-    return (
-        torch.is_grad_enabled()
-        and a.requires_grad
-        and not weight.requires_grad
-        and x.dtype is a.dtype
-        and (weight.dtype is a.dtype or is_4bit(weight))
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    """Whether the step may be taken: a frozen W, something to train, and one dtype, of all or of autocast."""
+    if not torch.is_grad_enabled() or weight.requires_grad or not a.requires_grad:
+        return False
+    if torch.is_autocast_enabled(x.device.type):  # which leaves fp64 as it is
+        return x.dtype is not torch.float64 and x.is_floating_point()
+    return x.dtype is a.dtype and (weight.dtype is a.dtype or is_4bit(weight))
 
 
 def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`x Wᵀ + bias + scale * x Aᵀ Bᵀ` for x (..., in), W (out, in), A (rank, in) and B (out, rank)."""
+    """`x Wᵀ + bias + scale * x Aᵀ Bᵀ` for x (..., in), W (out, in), A (rank, in) and B (out, rank).
+
+    Under autocast all are computed in its dtype. A W in another one is converted again in the backward pass.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     y: Tensor = _FrozenLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
     return y
 
@@ -47,7 +52,7 @@ class _FrozenLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T  # (rows, rank)
         state = state_of_4bit(weight)
-        y = F.linear(rows, values_of(weight, state, x.dtype), bias).addmm_(inner, b.T, alpha=scale)
+        y = F.linear(rows, values_of(weight, state, x.dtype).to(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale, ctx.shape, ctx.state = scale, x.shape, state
         return in_shape(y, x)
@@ -62,7 +67,11 @@ class _FrozenLinear(torch.autograd.Function):
         found_x = found_a = None
         if of_x:
             assert through_b is not None
-            found_x = (g @ values_of(weight, ctx.state, g.dtype)).addmm_(through_b, a, alpha=ctx.scale).view(ctx.shape)
+            found_x = (
+                (g @ values_of(weight, ctx.state, g.dtype).to(g.dtype))
+                .addmm_(through_b, a, alpha=ctx.scale)
+                .view(ctx.shape)
+            )
         if of_a:
             assert through_b is not None
             found_a = (through_b.T @ rows).mul_(ctx.scale)

@@ -19,7 +19,7 @@ from lora_export.layers.adapted_layers import (
     low_rank_factors,
 )
 from lora_export.layers.four_bit_weights import float_shape
-from lora_export.layers.module_tensors import as_array, tensor_registry
+from lora_export.layers.module_tensors import as_array, tensor_registry, wide_dtype
 from lora_export.lora import Adapter, LoraPair
 
 
@@ -58,6 +58,21 @@ def refuse_trainable_base(module: nn.Module) -> None:
     ]
     if trained:
         raise InputRefused("the base must be frozen, but these of its parameters would be trained:", listed(trained))
+
+
+def widen_trained(module: nn.Module) -> None:
+    """Convert the parameters that are trained from half precision to fp32, in place. Then the module needs autocast.
+
+    A step of training is often smaller than what half precision can add to a weight. A norm computes in one dtype: it
+    is converted as a whole.
+    """
+    for owner in module.modules():
+        own = list(owner.parameters(recurse=False))
+        is_norm = all(parameter.ndim == 1 for parameter in own)
+        is_trained = any(parameter.requires_grad for parameter in own)
+        for parameter in own:
+            if parameter.requires_grad or (is_norm and is_trained):
+                parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
 
 
 def read_back(module: nn.Module, like: Adapter) -> Adapter:

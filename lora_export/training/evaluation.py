@@ -11,6 +11,7 @@ from lora_export.errors import InputRefused
 from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
 from lora_export.training.losses import module_outputs
 from lora_export.training.processes import rank, sum_over_processes, world_size
+from lora_export.training.settings import Precision, autocast
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,18 @@ class Score:
         return loss if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %, {loss}"
 
 
-def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str | torch.device = "cpu") -> Score:
+def evaluate(
+    module: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    precision: Precision = "no",
+) -> Score:
     """Measure loss and accuracy, without dropout and without gradients. Several processes share the examples.
 
-    Moves the module to the device; its train or eval mode is restored afterwards. Raises InputRefused where every
-    label is ignored, and for inputs that forward does not take.
+    `precision` is that of autocast. Moves the module to the device; its train or eval mode is restored afterwards.
+    Raises InputRefused where every label is ignored, and for inputs that forward does not take.
     """
     if not len(data):
         raise InputRefused("there is no labelled example to evaluate on")
@@ -42,7 +50,8 @@ def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str
         with torch.no_grad():
             for made in batches_in_order(data, batch_size, range(rank(), len(data), world_size())):
                 batch = batch_on_device(made, device)
-                outputs = module_outputs(module, batch.inputs)
+                with autocast(device, precision):
+                    outputs = module_outputs(module, batch.inputs)
                 total += float(data.loss.total(outputs, batch))
                 count += data.loss.count(batch.labels)
                 right = data.loss.correct(outputs, batch)

@@ -20,6 +20,7 @@ from lora_export.errors import InputRefused
 from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Data, batch_on_device
 from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
+from lora_export.training.settings import Precision, autocast
 
 # Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth
 # longer than with 2²⁴.
@@ -58,10 +59,11 @@ class HeadLoss:
         return total
 
 
-def head_loss(module: nn.Module, data: Data, device: torch.device) -> HeadLoss | None:
+def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Precision = "no") -> HeadLoss | None:
     """The loss in parts, where the module's scores are exactly what its frozen output embeddings return.
 
-    One example shows it: some models scale or cap their scores. Leaves the module in eval mode.
+    One example shows it, under autocast in this precision: some models scale or cap their scores. Leaves the module in
+    eval mode.
     """
     if type(data.loss) is not CrossEntropy or not callable(getattr(module, "get_output_embeddings", None)):
         return None
@@ -72,7 +74,7 @@ def head_loss(module: nn.Module, data: Data, device: torch.device) -> HeadLoss |
     hook = head.register_forward_hook(lambda _module, _inputs, output: made.append(output))
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             outputs = module_outputs(module, batch_on_device(data.batch([0]), device).inputs)
     finally:
         hook.remove()

@@ -39,7 +39,7 @@ from lora_export.training.processes import (
     world_size,
 )
 from lora_export.training.schedule import learning_rate_factor
-from lora_export.training.settings import Precision, TrainingSettings
+from lora_export.training.settings import Precision, TrainingSettings, autocast
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)
@@ -83,7 +83,7 @@ def fit(
     )
     optimizer = accelerator.prepare(adamw)
     history = TrainingHistory(str(accelerator.device))
-    head = head_loss(module, data, accelerator.device)
+    head = head_loss(module, data, accelerator.device, settings.precision)
     run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history, head, log)
     devices = [accelerator.device] if device == "cuda" else []
     with _restored_random_numbers(devices), _train_mode(module, settings), _explained_memory():
@@ -190,7 +190,7 @@ class _Run:
         for batch in batches:
             with self.activations.counted() if not self.activations.bytes else contextlib.nullcontext():
                 as_states = self.head.hidden_states() if self.head else contextlib.nullcontext()
-                with self.accelerator.autocast(), as_states:
+                with autocast(self.accelerator.device, settings.precision), as_states:
                     outputs = module_outputs(self.module, batch.inputs, self.forward)
                 value = self.loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
             total += value.item()
@@ -236,7 +236,13 @@ class _Run:
         if self.held_out is None or not self.settings.evaluates or not is_due or is_made:
             return
         batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
-        score = evaluate(self.module, self.held_out, batch_size=batch_size, device=self.accelerator.device)
+        score = evaluate(
+            self.module,
+            self.held_out,
+            batch_size=batch_size,
+            device=self.accelerator.device,
+            precision=self.settings.precision,
+        )
         self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
         if self.history.best is self.history.evaluations[-1]:
             self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
@@ -260,7 +266,10 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
     except ImportError as error:
         raise EnvironmentLacking("training needs accelerate: pip install 'lora-export[train]'") from error
     try:
-        accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        # Its precision is one for the whole process. bf16 is autocast alone; fp16 has a scale of the loss.
+        accelerator = accelerate.Accelerator(
+            cpu=device == "cpu", mixed_precision="fp16" if precision == "fp16" else "no"
+        )
     except ValueError as error:  # its state is one per process
         raise EnvironmentLacking(f"accelerate cannot train on {device} in precision {precision}: {error}") from error
     leave_at_exit()
@@ -298,15 +307,15 @@ def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]
         if isinstance(part, _NormBase) and not any(parameter.requires_grad for parameter in part.parameters()):
             part.eval()
     if settings.gradient_checkpointing:
-        if not hasattr(module, "gradient_checkpointing_enable"):
+        if not hasattr(module, "activation_checkpointing_enable"):
             raise InputRefused("gradient checkpointing needs a model of transformers: only that knows its blocks")
         whole: Any = module
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
+        whole.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         if settings.gradient_checkpointing:
-            whole.gradient_checkpointing_disable()
+            whole.activation_checkpointing_disable()
         module.eval()
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 WARM, STEPS, RANK = 2, 7, 16
-MODELS = ("minilm", "llama", "llama-nf4", "vit")
+MODELS = ("minilm", "llama", "llama-nf4", "llama-bf16", "vit")
 MOST = 1.0  # of PEFT's time and memory
 
 
@@ -54,6 +54,8 @@ def model_and_batch(name: str, width: int = 768, blocks: int = 16) -> tuple[Any,
     config = hf.LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **sizes, **heads)
     ids = torch.randint(0, 32000, (2, 256))
     model = hf.LlamaForCausalLM(config)
+    if name == "llama-bf16":
+        model.bfloat16()
     return in_4_bits(model) if name == "llama-nf4" else model, {"input_ids": ids}, ids
 
 
@@ -98,8 +100,9 @@ def run_ours(model: Any, inputs: dict[str, Any], labels: Any, between: Callable[
         clocks[:] = time.perf_counter(), time.process_time()
 
     settings = TrainingSettings(
-        epochs=WARM + STEPS, learning_rate=1e-4, batch_size=len(labels), seed=0, schedule="constant", warmup=0.0
-    )
+        epochs=WARM + STEPS, learning_rate=1e-4, batch_size=len(labels), seed=0, schedule="constant", warmup=0.0,
+        precision="bf16" if is_half(model) else "no",
+    )  # fmt: skip
     history = fit(model, ArrayData(inputs, labels), settings, on_step=after_step)
     return Steps(wall, used, history.losses[-1])
 
@@ -123,8 +126,11 @@ class PeftLoop:
         self.steps = Steps([], [], 0.0)
 
     def step(self) -> None:
+        import torch
+
         wall, clock = time.perf_counter(), time.process_time()
-        loss = self.model(**self.inputs, labels=self.labels).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half(self.model)):
+            loss = self.model(**self.inputs, labels=self.labels).loss
         loss.backward()
         self.clip(self.trained, 1.0)
         self.optimizer.step()
@@ -132,6 +138,11 @@ class PeftLoop:
         self.steps = self.steps._replace(loss=loss.item())
         self.steps.wall.append(time.perf_counter() - wall)
         self.steps.used.append(time.process_time() - clock)
+
+
+def is_half(model: Any) -> bool:
+    """Whether the frozen weights are in bfloat16."""
+    return str(next(model.parameters()).dtype) == "torch.bfloat16"
 
 
 def heads_of(model: Any) -> list[str]:

@@ -92,7 +92,32 @@ def test_the_step_is_for_one_dtype_and_a_frozen_weight() -> None:
     with torch.no_grad():
         assert not is_plain(x, weight, a)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_plain(x, weight, a)
+        assert not is_plain(x, weight, a)  # autocast leaves fp64 as it is
+        assert is_plain(x.float(), weight.bfloat16(), a.float())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype_and_keeps_nothing_of_the_size_of_w(stored: torch.dtype) -> None:
+    one = {name: tensor.detach().float().requires_grad_() for name, tensor in operands().items()}
+    weight = one.pop("weight").detach().to(stored)
+    saved: dict[tuple[int, ...], torch.dtype] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tuple(tensor.shape)] = tensor.dtype
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        y = linear_with_pair(one["x"], weight, one["bias"], one["a"], one["b"], 0.75)
+    gradients = torch.autograd.grad(y.float().square().sum(), list(one.values()))
+    assert y.dtype is torch.bfloat16 and saved[4, 5] is stored and saved[6, 5] is torch.bfloat16
+    wide = {name: tensor.detach().bfloat16().double().requires_grad_() for name, tensor in one.items()}
+    exact = F.linear(wide["x"], weight.bfloat16().double(), wide["bias"])
+    exact = exact + 0.75 * F.linear(F.linear(wide["x"], wide["a"]), wide["b"])
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7)
+    wanted = torch.autograd.grad(exact.square().sum(), list(wide.values()))
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert ours.dtype is torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-4, atol=2**-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), Conv1D(4, 5)], ids=["Linear", "Conv1D"])

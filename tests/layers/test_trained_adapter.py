@@ -78,3 +78,29 @@ def test_a_trainable_base_is_refused_and_adapters_and_heads_are_not() -> None:
     module[0]._parameters["weight"].requires_grad_(True)
     with pytest.raises(InputRefused, match=r"these of its parameters would be trained:\n  0\.weight"):
         layers.refuse_trainable_base(module)
+
+
+def test_what_is_trained_is_widened_and_the_frozen_rest_is_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4), nn.Linear(4, 2)).bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = layers.create_adapter(
+        model, targets=["0"], rank=1, alpha=2, seed=0, modules_to_save=["3"], bias="all", exclude=["3"]
+    )
+    layers.attach(model, plan_for(model, adapter, identity_ok=True), trainable=True)
+    model[2].requires_grad_(False)
+    layers.widen_trained(model)
+    wide = {name for name, tensor in model.named_parameters() if tensor.dtype is torch.float32}
+    assert wide == {
+        *("0.lora_A.default", "0.lora_B.default", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    assert model[1].bias.grad.dtype is torch.float32
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name].to(tensor.dtype), tensor)
+
+
+def test_fp64_is_no_half_precision() -> None:
+    model = nn.Linear(2, 2).double()
+    layers.widen_trained(model)
+    assert model.weight.dtype is torch.float64
