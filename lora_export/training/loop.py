@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
 from lora_export.training.compiling import compiled
@@ -39,7 +40,7 @@ from lora_export.training.processes import (
     world_size,
 )
 from lora_export.training.schedule import learning_rate_factor
-from lora_export.training.settings import Precision, TrainingSettings, autocast
+from lora_export.training.settings import Precision, TrainingSettings
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from lora_export.errors import InputRefused
 from lora_export.training.schedule import SCHEDULES
 
 Precision = Literal["no", "fp16", "bf16"]
-AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,3 @@ class TrainingSettings:
     def recorded(self) -> dict[str, Any]:
         """What a manifest contains. How often a checkpoint is written changes no result."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "save_every"}
-
-
-def autocast(device: str | torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """PyTorch's autocast on a device in this precision; with "no", a context that does nothing."""
-    if precision == "no":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[precision])

@@ -97,7 +97,7 @@ def test_the_step_is_for_one_dtype_and_a_frozen_weight() -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_autocast_computes_in_its_dtype_and_keeps_nothing_of_the_size_of_w(stored: torch.dtype) -> None:
+def test_autocast_decides_the_dtype_and_w_is_kept_as_stored(stored: torch.dtype) -> None:
     one = {name: tensor.detach().float().requires_grad_() for name, tensor in operands().items()}
     weight = one.pop("weight").detach().to(stored)
     saved: dict[tuple[int, ...], torch.dtype] = {}
