@@ -6,6 +6,8 @@ import functools
 import gc
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -45,6 +47,16 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
     from support.programs import ProgramFiles
 
     return ProgramFiles(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of processes with this one alone in it."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -48,7 +48,7 @@ from lora_export.training.event_log import require_tensorboard
 from lora_export.training.history import TrainingHistory
 from lora_export.training.loop import accelerator_for
 from lora_export.training.processes import rank as process_rank
-from lora_export.training.processes import wait_for_all
+from lora_export.training.processes import wait_for_all, world_size
 from lora_export.training.settings import Precision, TrainingSettings
 
 BaseDtype = Literal["float32", "bfloat16", "float16"]
@@ -103,6 +103,7 @@ def train(
     continue_from: str | Path | None = None,
     quantize_base: BaseQuantization | None = None,
     base_dtype: BaseDtype = "float32",
+    shard_base: bool = False,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     max_length: int = 128,
@@ -156,7 +157,8 @@ def train(
     With `quantize_base` "nf4", the linear layers of a Hugging Face folder have frozen weights of 4 bits, with double
     quantisation (QLoRA, by bitsandbytes). A folder that bitsandbytes has stored in nf4 or fp4 is trained beside as it
     is. Heads, embeddings and norms are fp32. With `base_dtype` "bfloat16" or "float16", all frozen weights are in this
-    dtype, and the steps are computed in it (`precision`); A, B and heads are fp32.
+    dtype, and the steps are computed in it (`precision`); A, B and heads are fp32. With `shard_base`, each of several
+    processes holds a share of the frozen weights alone (FSDP).
 
     Several ranks give a folder of adapters, `rank-4` and so on. With several, and with
     `compare` ("full": all weights; "frozen": the head alone), all are trained from the same seed and data, and
@@ -196,7 +198,14 @@ def train(
         _refuse_full_training(compare)
         require_bitsandbytes()
     _refuse_wider_steps(base_dtype, precision)
+    if shard_base and (is_comparison or compile):
+        raise WrongUsage("--shard-base trains one adapter: leave out --compare, --compile and further ranks")
     accelerator_for(device, precision)  # before anything is read: a missing device ends the command at once
+    if shard_base and world_size() == 1:
+        raise WrongUsage(
+            "--shard-base gives each of several processes a share of the base, and this is the only one. Start them "
+            "with `torchrun --nproc-per-node N -m lora_export train ...`, or leave it out"
+        )
     if compile:
         refuse_without_compiler(device)
     if process_rank() > 0:  # one process speaks, and writes the files
@@ -225,6 +234,7 @@ def train(
             head=learnt.head,
             dtype=getattr(torch, base_dtype),
             may_add=True,
+            streamed=shard_base,
             base=TrainedBase(quantize_base, floats),
         )
         layers.compute_in_input_dtype(loaded.module)
@@ -246,6 +256,7 @@ def train(
             heads,
             device,
             on_progress,
+            shard_base,
             Path(tensorboard) if tensorboard else None,
         )
         new = wanted.adapters(loaded, heads, seed=seed)

@@ -24,6 +24,7 @@ from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import Device, fit
 from lora_export.training.processes import take_from_first
 from lora_export.training.settings import TrainingSettings
+from lora_export.training.sharding import shard_base
 
 ComparedStrategy = Literal["full", "frozen"]
 FULL_RATE = 0.1  # of the adapter's learning rate: all weights are trained with about a tenth of it
@@ -85,6 +86,7 @@ class Trainer:
     heads: tuple[str, ...]
     device: Device
     on_progress: OnProgress
+    shard_base: bool = False  # whether each process holds a share of the frozen weights alone
     tensorboard: Path | None = None  # the folder of event files, with a folder for each run
 
     def adapter(
@@ -112,6 +114,8 @@ class Trainer:
             layers.refuse_trainable_base(self.module)
             layers.widen_trained(self.module)
             count = layers.count_parameters(self.module)
+            if self.shard_base:
+                shard_base(self.module, self.device)
             stage = f"training, rank {rank}"
             more = {"checkpoints": checkpoints, "resume": resume}
             history = self._fit(self.module, self.settings, stage, f"rank-{rank}", **more)

@@ -200,6 +200,11 @@ Example:
     show_default=True,
     help="Dtype of the frozen weights while training. A half precision needs the same --precision.",
 )
+@click.option(
+    "--shard-base",
+    is_flag=True,
+    help="With several processes: each holds a share of the frozen weights alone (FSDP).",
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option(

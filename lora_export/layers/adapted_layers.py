@@ -25,6 +25,7 @@ from lora_export.errors import InputRefused
 from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
 from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
+from lora_export.layers.sharded_weights import is_in_shares
 from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
@@ -119,8 +120,13 @@ def branch_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
-    """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once."""
+    """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once.
+
+    Of a W in shares, the share: PyTorch reads it here, and nothing computes with it.
+    """
     weight = owner._parameters[attribute]
+    if weight is not None and is_in_shares(weight):
+        return weight
     attachment = attachment_of(owner)
     if weight is not None and attachment.rows is not None:  # never with branches
         rows, indices = _rows(owner)

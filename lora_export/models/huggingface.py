@@ -110,7 +110,7 @@ def from_folder(
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
-        weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
+        weights = streamed_folder(checkpoint, dtype) if streamed and (may_add or dtype is torch.float32) else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
     notes: list[str] = []
     new = without_unread_pooler(module, new)

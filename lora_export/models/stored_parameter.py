@@ -87,6 +87,18 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value if isinstance(value, StoredParameter) else value.detach() for name, value in tensors.items()}
 
 
+def read_stored(module: nn.Module) -> None:
+    """Read every stored parameter below a module into memory, in place, in its own dtype. Tied ones stay tied."""
+    read: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if isinstance(parameter, StoredParameter):
+                if id(parameter) not in read:
+                    values = parameter.stored().to(parameter.dtype)
+                    read[id(parameter)] = nn.Parameter(values, requires_grad=False)
+                owner._parameters[name] = read[id(parameter)]
+
+
 def packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in another dtype: as a parameter that is converted when something computes with it."""
     kept = tensor.detach()

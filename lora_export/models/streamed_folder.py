@@ -26,9 +26,9 @@ from lora_export.weights.streamable import is_streamable
 class StreamedFolder:
     """The weights of a folder, each beside an empty tensor that takes its place while the module is built."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         self._files = {name: shard for shard in checkpoint.shards.values() for name in shard.entries}
-        self.empty = {name: _empty(file.entries[name].shape) for name, file in self._files.items()}
+        self.empty = {name: _empty(file.entries[name].shape, dtype) for name, file in self._files.items()}
         self._names = {tensor.data_ptr(): name for name, tensor in self.empty.items()}
 
     def fill(self, module: nn.Module, missing: frozenset[str]) -> bool:
@@ -64,13 +64,14 @@ class StreamedFolder:
         return nn.Parameter(read().to(like.dtype), requires_grad=False)
 
 
-def streamed_folder(checkpoint: Checkpoint) -> StreamedFolder | None:
-    """The folder's weights, to be read when they are needed; None for a small model, and for weights that transformers
-    converts while it loads them.
+def streamed_folder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> StreamedFolder | None:
+    """The folder's weights, to be read in this dtype when they are needed.
+
+    None for a small model, and for weights that transformers converts while it loads them.
     """
     shapes = [entry.shape for shard in checkpoint.shards.values() for entry in shard.entries.values()]
     is_small = 8 * sum(map(math.prod, shapes)) <= stored_parameter.MOST_WIDENED_WEIGHTS
-    return None if is_small or not is_streamable(checkpoint) else StreamedFolder(checkpoint)
+    return None if is_small or not is_streamable(checkpoint) else StreamedFolder(checkpoint, dtype)
 
 
 def is_streamed(module: nn.Module) -> bool:
@@ -97,11 +98,11 @@ def load_streamed(module: nn.Module, file: TensorFile) -> None:
     module.load_state_dict({**state, **others}, strict=True, assign=True)
 
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of this shape in little memory. Each axis has a stride of its own: no other order looks alike."""
     strides = range(len(shape))
     needed = 1 + sum(stride * max(size - 1, 0) for stride, size in zip(strides, shape, strict=True))
-    return torch.full((needed,), torch.nan).as_strided(shape, tuple(strides))
+    return torch.full((needed,), torch.nan, dtype=dtype).as_strided(shape, tuple(strides))
 
 
 def _is_same_view(tensor: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from lora_export.training.batches import Data, batch_on_device, batches_in_order
 from lora_export.training.losses import module_outputs
 from lora_export.training.processes import rank, sum_over_processes, world_size
 from lora_export.training.settings import Precision
+from lora_export.training.sharding import is_sharded, move
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ def evaluate(
     if not len(data):
         raise InputRefused("there is no labelled example to evaluate on")
     refuse_unknown_inputs(module, data)
+    own_rows = range(rank(), len(data), world_size())
     modes = {part: part.training for part in module.modules()}
-    module.to(device).eval()
+    move(module, device)
+    module.eval()
     total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for made in batches_in_order(data, batch_size, range(rank(), len(data), world_size())):
+            for made in batches_in_order(data, batch_size, own_rows):
                 batch = batch_on_device(made, device)
                 with autocast(device, precision):
                     outputs = module_outputs(module, batch.inputs)
@@ -58,6 +62,9 @@ def evaluate(
                 right = data.loss.correct(outputs, batch)
                 has_accuracy = has_accuracy and right is not None
                 correct += right or 0
+            for _ in range(_idle_runs(module, len(data), len(own_rows), batch_size)):
+                with autocast(device, precision):
+                    module_outputs(module, batch_on_device(data.batch([0]), device).inputs)
     finally:
         for part, training in modes.items():
             part.training = training
@@ -65,3 +72,11 @@ def evaluate(
     if not counted:
         raise InputRefused("there is no labelled example to evaluate on")
     return Score(total / counted, right_ones / counted if has_accuracy else None, int(counted))
+
+
+def _idle_runs(module: nn.Module, rows: int, own: int, batch_size: int) -> int:
+    """How often a process runs a base in shares beyond its own batches: as often as the first one, which has most."""
+    if not is_sharded(module):
+        return 0
+    most = math.ceil(rows / world_size())
+    return math.ceil(most / batch_size) - math.ceil(own / batch_size)

@@ -41,6 +41,7 @@ from lora_export.training.processes import (
 )
 from lora_export.training.schedule import learning_rate_factor
 from lora_export.training.settings import Precision, TrainingSettings
+from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)
@@ -78,7 +79,7 @@ def fit(
         raise InputRefused("evaluation, early stopping and the best checkpoint need held-out examples")
     accelerator = accelerator_for(device, settings.precision)
     refuse_unknown_inputs(module, data)
-    module.to(accelerator.device)
+    move(module, accelerator.device)
     adamw = torch.optim.AdamW(
         _groups(module, settings), weight_decay=settings.weight_decay, fused=True if device == "cpu" else None
     )
@@ -126,6 +127,7 @@ class _Run:
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.peak, self.activations = PeakMemory(self.accelerator.device), SavedActivations(self.module)
         self.best: dict[str, Tensor] = {}
+        self.is_sharded = is_sharded(self.module)
         self.loss = self.head or self.data.loss
         self.forward = compiled(self.module) if self.settings.compile else self.module
         if self.checkpoints is None:
@@ -188,15 +190,16 @@ class _Run:
         own_count = sum(self.data.loss.count(batch.labels) for batch in batches)
         (count,) = sum_over_processes([float(own_count)], self.accelerator.device)
         total = 0.0
-        for batch in batches:
+        for number, batch in enumerate([*batches, *self._idle_batches(rows, len(parts), epoch)]):
             with self.activations.counted() if not self.activations.bytes else contextlib.nullcontext():
                 as_states = self.head.hidden_states() if self.head else contextlib.nullcontext()
                 with autocast(self.accelerator.device, settings.precision), as_states:
                     outputs = module_outputs(self.module, batch.inputs, self.forward)
                 value = self.loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
+            value = value if number < len(batches) else 0 * value
             total += value.item()
             self.peak.measure()
-            if math.isfinite(total):
+            if math.isfinite(total) or self.is_sharded:  # the others are in their backward pass, too
                 self.accelerator.backward(value)
             del outputs, value
         total, tokens = sum_over_processes([total, float(sum(map(_tokens_in, batches)))], self.accelerator.device)
@@ -207,6 +210,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         return total, int(tokens), rate
+
+    def _idle_batches(self, rows: Sequence[int], parts: int, epoch: int) -> list[Batch]:
+        """Batches that do not count, so that every process runs a base in shares equally often."""
+        if not self.is_sharded:
+            return []
+        most = len(parts_of(rows, self.settings.accumulate, rank=0, processes=world_size()))  # no process has more
+        batch = batch_on_device(self.data.batch(rows[:1], epoch), self.accelerator.device)
+        return [batch] * (most - parts)
 
     def _update(self) -> None:
         sum_gradients(self.trained)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lora_export.layers.four_bit_weights import scales_of_4bit
+from lora_export.layers.sharded_weights import own_share
 from lora_export.training.history import MemoryUse
 
 
@@ -33,8 +34,9 @@ def _weights_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _bytes_of(tensors: Iterator[Tensor] | list[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    own = [own_share(tensor).untyped_storage() for tensor in tensors]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in own}
     return sum(storages.values())
 
 
@@ -43,7 +45,7 @@ class SavedActivations:
 
     def __init__(self, module: nn.Module):
         owned = itertools.chain(module.parameters(), module.buffers())
-        self._weights = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        self._weights = {own_share(tensor).untyped_storage().data_ptr() for tensor in owned}
         self._storages: dict[int, int] = {}
 
     @property
@@ -56,7 +58,8 @@ class SavedActivations:
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
+            # A weight that was gathered from its shares is dropped after its block, and gathered again.
+            if storage.data_ptr() not in self._weights and not isinstance(tensor, nn.Parameter):
                 self._storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 

@@ -34,9 +34,9 @@ def refuse_sharding() -> None:
     wanted = [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("true", "1")]
     if wanted:
         raise WrongUsage(
-            f"accelerate is configured for {', '.join(wanted)}: here every process holds the whole base, and the "
-            "examples of a step are shared. Launch without it (--multi_gpu, or torchrun). A base of 4 bits takes an "
-            "eighth of the memory: --quantize-base nf4"
+            f"accelerate is configured for {', '.join(wanted)}, which this training does not use. Launch without it "
+            "(--multi_gpu, or torchrun). --shard-base shares the frozen weights among the processes (FSDP), and a base "
+            "in 4 bits takes an eighth of the memory: --quantize-base nf4"
         )
 
 

@@ -111,6 +111,19 @@ def test_what_is_trained_loads_in_peft_and_merges(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(merged(**inputs)[0], theirs(**inputs)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rank": [2, 4]}, "--shard-base trains one adapter"), ({"compile": True}, "--shard-base trains one adapter"),
+     ({}, "this is the only one. Start them with `torchrun")],
+)  # fmt: skip
+def test_a_base_is_shared_among_several_processes_for_one_adapter(
+    options: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        le.train(MODEL, data, tmp_path / "ad", shard_base=True, **options)
+    assert not list(tmp_path.glob("ad*"))
+
+
 def test_a_base_in_half_precision_takes_half_the_memory(tmp_path: Path) -> None:
     base = words_tokenizer(small_model("bert", tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled(lambda n: f"{n % 2}")))

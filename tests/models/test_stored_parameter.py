@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
-from lora_export.models.stored_parameter import StoredParameter, packed, state_of
+from lora_export.models.stored_parameter import StoredParameter, packed, read_stored, state_of
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
@@ -120,3 +120,19 @@ def test_fp64_and_fp32_runs_are_those_of_a_module_in_memory(dtype: torch.dtype) 
     narrow: set[str] = set()
     Fp64Runner(read, narrow).run(inputs)
     assert not narrow
+
+
+def test_stored_parameters_are_read_into_memory_once() -> None:
+    made = []
+
+    def values() -> torch.Tensor:
+        made.append(1)
+        return torch.arange(6.0).reshape(2, 3).bfloat16()
+
+    module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2))
+    module[0].weight = module[1].weight = StoredParameter((2, 3), values)
+    bias = module[1].bias
+    read_stored(module)
+    assert made == [1] and module[0].weight is module[1].weight and module[1].bias is bias
+    assert type(module[0].weight) is nn.Parameter and not module[0].weight.requires_grad
+    assert torch.equal(module[0].weight, torch.arange(6.0).reshape(2, 3))

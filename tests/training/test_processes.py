@@ -64,7 +64,7 @@ def test_a_group_is_gone_before_the_process_ends(tmp_path: Path) -> None:
 def test_a_base_in_parts_is_refused_by_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch --use_fsdp` and its like set these variables."""
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(WrongUsage, match=f"accelerate is configured for {SHARDING[variable]}: here every process"):
+    with pytest.raises(WrongUsage, match=f"accelerate is configured for {SHARDING[variable]}, which this training"):
         accelerator_for("cpu")
     monkeypatch.setenv(variable, "false")
     accelerator_for("cpu")
