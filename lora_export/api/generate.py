@@ -58,7 +58,7 @@ def generate(
     """Generate a text for each prompt with the graphs of `export_onnx(..., with_cache=True)`, or others like them.
 
     `source` is the folder of the graphs, or a decoder's .onnx, with the tokenizer and the configs beside it. Prompts
-    are texts, or lists of token ids, which need no tokenizer. Those of a speech model are the paths of .wav files, or
+    are texts, or lists of token ids, which need no tokenizer. Those of a speech model are the paths of sounds, or
     arrays: samples (samples,) or features (features, frames). Those of a model that reads images are the paths of image
     files, or arrays (channels, height, width). With `chat`, each text is the message of a user, in the tokenizer's
     template. All prompts run as one batch.

@@ -14,7 +14,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.pictures import pixels_of
-from lora_export.models.sounds import features_of, open_extractor, read_wav
+from lora_export.models.sounds import features_of, open_extractor, read_sound
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
 
@@ -81,7 +81,7 @@ def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None
     """Raise InputRefused where a model that reads sounds or images is given anything else."""
     if IDS in model.takes:
         return
-    what = "sounds: a prompt is the path of a .wav, or an array"
+    what = "sounds: a prompt is the path of a sound, or an array"
     if model.takes.keys().isdisjoint(SOUNDS):
         what = "images: a prompt is the path of an image, or an array"
     if not all(isinstance(prompt, np.ndarray | Path) for prompt in prompts):
@@ -90,7 +90,7 @@ def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None
 
 def _samples(prompt: Prompt, rate: int) -> NDArray[np.float32]:
     """The samples of a sound (samples,)."""
-    return read_wav(prompt, rate) if isinstance(prompt, Path) else np.asarray(prompt, np.float32)
+    return read_sound(prompt, rate) if isinstance(prompt, Path) else np.asarray(prompt, np.float32)
 
 
 def _refuse_other_shape(shape: tuple[int, ...], sizes: tuple[int | None, ...], name: str) -> None:

@@ -26,7 +26,12 @@ Examples:
     "--prompt", "texts", multiple=True, help="Text to go on from, or to translate or sum up. Several run as one batch."
 )
 @click.option(
-    "--audio", "sounds", multiple=True, type=FilePath(), metavar="FILE.wav", help="Sound that a speech model reads."
+    "--audio",
+    "sounds",
+    multiple=True,
+    type=FilePath(),
+    metavar="FILE",
+    help="Sound for a speech model: .wav, .flac, .ogg, .mp3.",
 )
 @click.option(
     "--image", "images", multiple=True, type=FilePath(), metavar="FILE", help="Image that an image-to-text model reads."
@@ -84,7 +89,7 @@ def command(
 
     if [bool(texts), bool(sounds), bool(images)].count(True) != 1:
         raise WrongUsage(
-            "give --prompt TEXT, --audio FILE.wav for a speech model, or --image FILE for a model that reads images"
+            "give --prompt TEXT, --audio FILE for a speech model, or --image FILE for a model that reads images"
         )
     prompts: tuple[str | Path, ...] = texts or sounds or images
     streams = len(prompts) == 1 and not as_json

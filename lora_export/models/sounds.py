@@ -1,10 +1,13 @@
-"""Sounds as a speech model takes them: .wav files, and the features that its folder's extractor makes."""
+"""Sounds as a speech model takes them: samples of files, and the features that its folder's extractor makes.
+
+libsndfile reads .wav, .flac, .ogg, .mp3 and others. A sound of another rate is resampled.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
-import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.models.processors import open_processor
 from lora_export.storage import input_files
 
 EXTRACTOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"  # of transformers 5: the extractor is a part of it
-# Bytes of a sample of a .wav -> how NumPy reads it, and the number that stands for no sound
-WAV_SAMPLES = {1: ("u1", 128), 2: ("<i2", 0), 4: ("<i4", 0)}
 
 
 def open_extractor(folder: Path) -> Any:
@@ -39,65 +40,66 @@ def open_extractor(folder: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class WavHeader:
-    """What the header of a .wav states."""
+class SoundHeader:
+    """What the header of a sound states."""
 
-    name: str  # of the file, for messages
     samples: int  # of each channel
     rate: int  # samples a second
     channels: int
-    width: int  # bytes of a sample
 
     @property
     def seconds(self) -> float:
         return self.samples / self.rate
 
-    def refuse_other_rate(self, rate: int) -> None:
-        """Raise InputRefused for another number of samples a second."""
-        if self.rate != rate:
-            raise InputRefused(
-                f"{self.name} has {self.rate} samples a second, and the model takes {rate}. "
-                f"ffmpeg -i {self.name} -ar {rate} -ac 1 sound.wav converts it"
-            )
+    def samples_at(self, rate: int) -> int:
+        """How many samples of each channel the sound has at another rate."""
+        return self.samples * rate // self.rate
 
 
-def wav_header(source: Path | bytes) -> WavHeader:
-    """The header of a .wav: a file, or its bytes. Raises InputRefused for what is no .wav of integers."""
-    with _opened_wav(source) as (file, header):
-        del file
-        return header
+def sound_header(source: Path | bytes) -> SoundHeader:
+    """The header of a sound: of a file, or of its bytes. Raises as `read_sound`."""
+    with _opened(source) as sound:
+        return SoundHeader(sound.frames, sound.samplerate, sound.channels)
 
 
-def read_wav(source: Path | bytes, rate: int) -> NDArray[np.float32]:
-    """The samples of a .wav between -1 and 1, (samples,); the mean of its channels.
+def read_sound(source: Path | bytes, rate: int) -> NDArray[np.float32]:
+    """The samples of a sound, mostly between -1 and 1, (samples,): the mean of its channels, at this rate.
 
-    Raises InputRefused for a file that is no .wav of integers, and for one with another number of samples a second
-    than `rate`.
+    Raises InputRefused for what libsndfile does not read and for samples that are not finite, and EnvironmentLacking
+    without soundfile, or without soxr for a sound of another rate.
     """
-    with _opened_wav(source, f"-ar {rate} ") as (file, header):
-        header.refuse_other_rate(rate)
-        data = file.readframes(header.samples)
-    kind, silence = WAV_SAMPLES[header.width]
-    samples = np.frombuffer(data, kind).astype(np.float32) - silence
-    return np.asarray(samples.reshape(-1, header.channels).mean(axis=1) / 2.0 ** (8 * header.width - 1), np.float32)
+    with _opened(source) as sound:
+        samples: NDArray[np.float32] = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+        own_rate = sound.samplerate
+    if not np.isfinite(samples).all():
+        raise InputRefused(f"{_name(source)} has samples that are not finite")
+    return samples if own_rate == rate else _package("soxr").resample(samples, own_rate, rate)
 
 
 @contextlib.contextmanager
-def _opened_wav(source: Path | bytes, option: str = "") -> Iterator[tuple[wave.Wave_read, WavHeader]]:
-    name = "the sound" if isinstance(source, bytes) else str(source)
+def _opened(source: Path | bytes) -> Iterator[Any]:
+    soundfile = _package("soundfile")
     if isinstance(source, Path):
         input_files.must_be_regular(source)
     try:
-        with wave.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "rb") as file:
-            header = WavHeader(name, file.getnframes(), file.getframerate(), file.getnchannels(), file.getsampwidth())
-            if header.width not in WAV_SAMPLES:
-                raise InputRefused(f"{name} has {8 * header.width} bits for each sample; 8, 16 and 32 can be read")
-            yield file, header
-    except (wave.Error, EOFError) as error:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as sound:
+            yield sound
+    except soundfile.LibsndfileError as error:
+        name = _name(source)
         raise InputRefused(
-            f"{name} is no .wav of integers ({str(error) or 'it ends early'}). "
-            f"ffmpeg -i {name} {option}-ac 1 sound.wav makes one"
+            f"{name} is damaged, or no sound that libsndfile reads. ffmpeg -i {name} sound.flac makes one"
         ) from error
+
+
+def _name(source: Path | bytes) -> str:
+    return "the sound" if isinstance(source, bytes) else str(source)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: libsndfile itself is missing
+        raise EnvironmentLacking(f"sounds need {name} ({error}): pip install 'lora-export[audio]'") from error
 
 
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:

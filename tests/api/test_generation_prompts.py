@@ -72,7 +72,7 @@ def test_image_files_go_through_the_processor(tmp_path: Path) -> None:
     [
         (TEXTS, [np.zeros((8, 40))], "the model reads texts: a prompt is a text, or a list of token ids"),
         (TEXTS, [Path("a.wav")], "the model reads texts"),
-        (SPEECH, ["a.wav"], r"the model reads sounds: a prompt is the path of a \.wav, or an array"),
+        (SPEECH, ["a.wav"], r"the model reads sounds: a prompt is the path of a sound, or an array"),
         (SPEECH, [[1, 2]], "the model reads sounds"),
         (SPEECH, [np.zeros((8, 41), np.float32)], r"the shape \[8, 41\]; the graph takes input_features of \[8, 40\]"),
         (WAVES, [np.zeros((8, 41), np.float32)], r"the shape \[8, 41\]; the graph takes input_values of \[any\]"),

@@ -154,4 +154,4 @@ def test_either_texts_or_sounds_or_images_are_given(
     place: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("generate", place / "served", *given) == 2
-    assert "give --prompt TEXT, --audio FILE.wav for a speech model, or --image FILE" in capsys.readouterr().err
+    assert "give --prompt TEXT, --audio FILE for a speech model, or --image FILE" in capsys.readouterr().err

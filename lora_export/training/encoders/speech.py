@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.models.sounds import features_of, read_wav, wav_header
+from lora_export.models.sounds import features_of, read_sound, sound_header
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import decoder_tensors, ended
 from lora_export.training.losses import Batch, CrossEntropy, Loss, LossOfTheModel
@@ -30,17 +30,16 @@ class SoundReader:
     extractor: Any  # transformers' feature extractor
 
     def samples(self, row: Row) -> NDArray[np.float32]:
-        """(samples,). Raises InputRefused for another number of samples a second, and a sound that is cut."""
+        """(samples,), at the extractor's rate. Raises InputRefused for a sound that is longer than the model hears."""
         found = sound_in(self.records, row[AUDIO])
-        self._refuse_longer(wav_header(found).seconds)
-        return read_wav(found, self.extractor.sampling_rate)
+        self._refuse_longer(sound_header(found).seconds)
+        return read_sound(found, self.extractor.sampling_rate)
 
     def check(self, row: Row) -> int:
-        """How many samples a sound has, from its header. Raises InputRefused as `samples`."""
-        header = wav_header(sound_in(self.records, row[AUDIO]))
-        header.refuse_other_rate(self.extractor.sampling_rate)
+        """How many samples a sound has at the extractor's rate, from its header. Raises InputRefused as `samples`."""
+        header = sound_header(sound_in(self.records, row[AUDIO]))
         self._refuse_longer(header.seconds)
-        return header.samples
+        return header.samples_at(self.extractor.sampling_rate)
 
     def _refuse_longer(self, seconds: float) -> None:
         most = getattr(self.extractor, "n_samples", None)  # of Whisper, which cuts what is longer

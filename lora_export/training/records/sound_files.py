@@ -1,4 +1,4 @@
-"""Sounds that rows of data name: files beside the data, or bytes in them. Only .wav is read."""
+"""Sounds that rows of data name: files beside the data, or bytes in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.models.sounds import wav_header
+from lora_export.models.sounds import sound_header
 from lora_export.storage.hashes import file_sha256
 from lora_export.training.records.rows import Records
 
@@ -25,7 +25,7 @@ def sound_in(records: Records, value: Any) -> Path | bytes:
             return content
         value = value.get("path")
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise InputRefused(f"`{AUDIO}` is {value!r:.80}; it must be the path of a .wav")
+        raise InputRefused(f"`{AUDIO}` is {value!r:.80}; it must be the path of a sound")
     home = records.path if records.path.is_dir() else records.path.parent
     return home / value
 
@@ -36,7 +36,7 @@ def sound_problem(records: Records, value: Any) -> str:
         found = sound_in(records, value)
         if isinstance(found, Path) and not found.is_file():
             return f"there is no file {found}"
-        return "" if wav_header(found).samples else "the sound has no samples"
+        return "" if sound_header(found).samples else "the sound has no samples"
     except InputRefused as error:
         return str(error)
 
