@@ -296,12 +296,13 @@ def _output_in_training(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tenso
     """The output of a linear layer W (out, in) of which one pair is trained; None where more than this is computed."""
     attachment = attachment_of(owner)
     trained = [branch for branch in attachment.branches if not branch.frozen]
-    if len(trained) != 1 or not attachment.factor or is_recording() or _drops(owner):
+    if len(trained) != 1 or not attachment.factor or is_recording():
         return None
     a, b = low_rank_factors(owner, trained[0])
     if trained[0].dora or not is_plain(x, weight, a):
         return None
-    y = linear_with_pair(x, weight, bias, a, b, attachment.factor * trained[0].scale)
+    dropout = attachment.dropout if owner.training else 0.0
+    y = linear_with_pair(x, weight, bias, a, b, attachment.factor * trained[0].scale, dropout)
     for branch in attachment.branches:
         if branch.frozen:
             y = add_frozen_pair(y, x, *low_rank_factors(owner, branch), attachment.factor * branch.scale)

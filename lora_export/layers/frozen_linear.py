@@ -27,16 +27,20 @@ def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     return x.dtype is a.dtype and (weight.dtype is a.dtype or is_4bit(weight))
 
 
-def linear_with_pair(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def linear_with_pair(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
     """`x Wᵀ + bias + scale * x Aᵀ Bᵀ` for x (..., in), W (out, in), A (rank, in) and B (out, rank).
 
-    Under autocast all are computed in its dtype. A W in another one is converted again in the backward pass.
+    `dropout` is the part of the x of the pair that is dropped. Under autocast all are computed in its dtype. A W in
+    another one is converted again in the backward pass.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    y: Tensor = _FrozenLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    kept = F.dropout(x, dropout) if dropout else None
+    y: Tensor = _FrozenLinear.apply(x, kept, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -48,32 +52,42 @@ def add_frozen_pair(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) ->
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor | None,  # the x of the pair, where that is another one
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ a.T  # (rows, rank)
+        of_pair = rows if kept is None else kept.reshape(rows.shape)
+        inner = of_pair @ a.T  # (rows, rank)
         state = state_of_4bit(weight)
         y = F.linear(rows, values_of(weight, state, x.dtype).to(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(rows, inner, weight, a, b)
-        ctx.scale, ctx.shape, ctx.state = scale, x.shape, state
+        ctx.save_for_backward(of_pair, inner, weight, a, b)
+        ctx.scale, ctx.shape, ctx.state, ctx.is_one = scale, x.shape, state, kept is None
         return in_shape(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, inner, weight, a, b = ctx.saved_tensors
-        of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
+        of_pair, inner, weight, a, b = ctx.saved_tensors
+        of_x, of_kept, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        through_b = g @ b if of_x or of_a else None  # (rows, rank)
-        found_x = found_a = None
+        through_b = g @ b if of_x or of_kept or of_a else None  # (rows, rank)
+        found_x = found_kept = found_a = None
         if of_x:
             assert through_b is not None
-            found_x = (
-                (g @ values_of(weight, ctx.state, g.dtype).to(g.dtype))
-                .addmm_(through_b, a, alpha=ctx.scale)
-                .view(ctx.shape)
-            )
+            found_x = g @ values_of(weight, ctx.state, g.dtype).to(g.dtype)
+            found_x = (found_x.addmm_(through_b, a, alpha=ctx.scale) if ctx.is_one else found_x).view(ctx.shape)
+        if of_kept:
+            assert through_b is not None
+            found_kept = (through_b @ a).mul_(ctx.scale).view(ctx.shape)
         if of_a:
             assert through_b is not None
-            found_a = (through_b.T @ rows).mul_(ctx.scale)
+            found_a = (through_b.T @ of_pair).mul_(ctx.scale)
         found_b = (inner.T @ g).mul_(ctx.scale).T if of_b else None  # faster than gᵀ inner, by a third
-        return found_x, None, g.sum(0) if of_bias else None, found_a, found_b, None
+        return found_x, found_kept, None, g.sum(0) if of_bias else None, found_a, found_b, None

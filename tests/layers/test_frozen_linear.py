@@ -45,6 +45,21 @@ def test_values_and_gradients_are_those_of_the_sum(has_bias: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_entries_of_the_pairs_input_are_dropped() -> None:
+    one = operands()
+    wanted = [one[name] for name in TENSORS]
+    torch.manual_seed(1)
+    own = linear_with_pair(one["x"], one["weight"], one["bias"], one["a"], one["b"], 0.75, 0.4)
+    gradients = torch.autograd.grad(own.square().sum(), wanted)
+    torch.manual_seed(1)
+    kept = F.dropout(one["x"], 0.4)
+    assert 0 < (kept == 0).sum() < kept.numel()
+    expected = F.linear(one["x"], one["weight"], one["bias"]) + 0.75 * F.linear(F.linear(kept, one["a"]), one["b"])
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_weight_in_4_bits_is_taken_by_its_values() -> None:
     packed = bnb.nn.Linear4bit(6, 4, bias=False, quant_type="nf4").to("cpu").weight
     own = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6), (2, 6), (4, 2))]
@@ -136,3 +151,6 @@ def test_attached_layers_take_it_in_training_alone(layer: nn.Module, monkeypatch
     with layers.recorded_branches() as recorded:
         net(x)
     assert len(recorded) == 1 and len(calls) == 1
+    adapted_layers.attachment_of(net[0]).dropout = 0.5
+    assert not torch.equal(net(x), net(x)) and len(calls) == 3
+    torch.testing.assert_close(net.eval()(x), expected)
