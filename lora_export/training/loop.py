@@ -46,7 +46,8 @@ from lora_export.training.sharding import is_sharded, move
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)
 SMALLER = (
-    "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing or --precision bf16"
+    "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing, --precision bf16, "
+    "--base-dtype bfloat16 or --quantize-base nf4"
 )
 
 
