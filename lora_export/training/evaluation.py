@@ -63,8 +63,9 @@ def evaluate(
                 has_accuracy = has_accuracy and right is not None
                 correct += right or 0
             for _ in range(_idle_runs(module, len(data), len(own_rows), batch_size)):
+                batch = batch_on_device(data.batch([0]), device)
                 with autocast(device, precision):
-                    module_outputs(module, batch_on_device(data.batch([0]), device).inputs)
+                    module_outputs(module, batch.inputs)
     finally:
         for part, training in modes.items():
             part.training = training

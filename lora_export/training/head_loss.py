@@ -74,9 +74,10 @@ def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Pr
     made: list[Any] = []
     hook = head.register_forward_hook(lambda _module, _inputs, output: made.append(output))
     module.eval()
+    example = batch_on_device(data.batch([0]), device)  # not under autocast, which is for the model alone
     try:
         with torch.no_grad(), autocast(device, precision):
-            outputs = module_outputs(module, batch_on_device(data.batch([0]), device).inputs)
+            outputs = module_outputs(module, example.inputs)
     finally:
         hook.remove()
     return HeadLoss(head) if len(made) == 1 and scores_of(outputs) is made[0] else None

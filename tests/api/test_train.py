@@ -162,6 +162,9 @@ def test_sounds_with_transcripts_train_a_speech_model(make: Any, texts: list[str
     lines = [f"{write_sound(tmp_path / f'sounds/{n}.wav', seed=n % 2).name},{texts[n % 2]}\n" for n in range(8)]
     (tmp_path / "sounds/metadata.csv").write_text("file_name,transcription\n" + "".join(lines))
     options: dict[str, Any] = {"rank": 4, "epochs": 12, "batch_size": 3, "learning_rate": 2e-2, "holdout": 0.25}
+    narrow = le.train(
+        base, tmp_path / "sounds", tmp_path / "narrow", **options, base_dtype="bfloat16", precision="bf16"
+    )
     np.random.seed(5)
     result = le.train(base, tmp_path / "sounds", tmp_path / "ad", **options)
     drawn = np.random.random()
@@ -169,6 +172,7 @@ def test_sounds_with_transcripts_train_a_speech_model(make: Any, texts: list[str
     assert drawn == np.random.random()
     assert result.history.losses[-1] < result.history.losses[0]
     assert result.scores["adapter"].loss < result.scores["adapter_off"].loss
+    assert narrow.history.losses == pytest.approx(result.history.losses, rel=0.03)
     np.random.seed(6)  # a speech model of transformers masks parts of a sound by NumPy's random numbers
     assert le.train(base, tmp_path / "sounds", tmp_path / "again", **options).history.losses == result.history.losses
     le.merge(base, tmp_path / "ad", tmp_path / "merged")
