@@ -11,6 +11,7 @@ from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.models.model_names import refuse_no_model
 from lora_export.plan.diffusion.components import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
@@ -135,6 +136,12 @@ def model_paths(source: ModelSource) -> list[Path]:
         return []
     paths = [Path(source), Path(str(source).rpartition(":")[0])]  # a folder or file, or the file of a factory
     return [path for path in paths if path.exists() and path != Path()]
+
+
+def refuse_no_source(source: ModelSource) -> None:
+    """Raise InputRefused for what names no model, before anything else is read."""
+    if isinstance(source, str | Path):
+        refuse_no_model(source)
 
 
 def refuse_pt2(model: ModelSource) -> None:

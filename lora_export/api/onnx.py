@@ -16,6 +16,7 @@ from lora_export.api.load import (
     load_adapters,
     locate_adapters,
     locate_model,
+    refuse_no_source,
     refuse_pt2,
     refuse_weights_alone,
 )
@@ -127,7 +128,9 @@ def export_onnx(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
-    model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
+    model = locate_model(model, on_message, download)
+    refuse_no_source(model)
+    adapters = locate_adapters(adapters, on_message, download)
     is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
     if task not in (None, *CACHED_TASKS):
         raise WrongUsage(f"--task {task} is unknown; the tasks with a cache are {', '.join(CACHED_TASKS)}")

@@ -25,6 +25,7 @@ from lora_export.api.load import (
     locate_adapters,
     locate_model,
     model_paths,
+    refuse_no_source,
     refuse_pt2,
     refuse_weights_alone,
     resolve_model,
@@ -98,7 +99,9 @@ def export_torchscript(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
-    model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
+    model = locate_model(model, on_message, download)
+    refuse_no_source(model)
+    adapters = locate_adapters(adapters, on_message, download)
     application = Application.of(combination, tied)
     if format not in (None, *FILE_FORMATS):
         raise WrongUsage(f"the format {format} is unknown; the formats are {', '.join(FILE_FORMATS)}")

@@ -11,7 +11,7 @@ import torch
 
 from lora_export import __version__, formats, layers
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
-from lora_export.api.load import model_paths, refuse_pt2
+from lora_export.api.load import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.requested_adapter import AdapterRequest
 from lora_export.api.training_data import encoded_data, read_training_data
 from lora_export.api.training_modules import (
@@ -211,6 +211,7 @@ def train(
     if process_rank() > 0:  # one process speaks, and writes the files
         on_message, on_progress = ignore, ignore
     model = locate(model, on_message, download)
+    refuse_no_source(model)
     output = Path(output)
     learnt = read_training_data(data, columns=columns, task=task)
     on_message(f"{data}: {learnt}")

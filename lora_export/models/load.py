@@ -23,6 +23,7 @@ from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.model_names import refuse_no_model
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.streamed_folder import is_streamed, load_streamed
 from lora_export.storage import safetensors_file
@@ -87,12 +88,8 @@ def _load(
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
         return from_program(Path(source))
-    location, separator, name = source.rpartition(":")
-    if not separator or not location or not name:
-        raise InputRefused(
-            f"{source!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
-            "`file.py:factory` or a .pt2 file"
-        )
+    refuse_no_model(source)
+    location, _, name = source.rpartition(":")
     loaded = from_factory(source, find_factory(location, name))
     return replace(loaded, module=loaded.module.to(dtype))
 

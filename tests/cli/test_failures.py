@@ -281,3 +281,20 @@ def test_every_exit_code_of_an_error_has_a_kind() -> None:
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
     assert codes <= set(cli.failures.FAILURE_KINDS)
     assert len(set(cli.failures.FAILURE_KINDS.values())) == len(cli.failures.FAILURE_KINDS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("onnx", "nowhere", "-a", "nothing", "-o", "o.onnx"),
+        ("torchscript", "nowhere", "-a", "nothing", "-o", "o.pt"),
+        ("train", "nowhere", "--data", "nothing.jsonl", "-o", "ad"),
+    ],
+)
+def test_a_wrong_model_is_named_before_anything_is_read(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 3
+    assert "'nowhere' is no model: give a Hugging Face folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
