@@ -24,12 +24,12 @@ from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.models.decoder_cache import DecoderCache, cache_after_prompt, name_cache
 from lora_export.models.export import (
     exported_by_transformers,
-    exporter_refusals,
     is_hugging_face,
     name_axes,
     refuse_other_opset,
     tracing,
 )
+from lora_export.models.exporter_refusals import exporter_refusals
 from lora_export.models.key_value_cache import USE_CACHE
 from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.positions import counts_by_mask, takes_positions

@@ -43,13 +43,13 @@ from lora_export.models.cached_decoder import (
 )
 from lora_export.models.export import (
     exported_by_transformers,
-    exporter_refusals,
     is_hugging_face,
     name_axes,
     refuse_other_opset,
     to_onnx,
     tracing,
 )
+from lora_export.models.exporter_refusals import exporter_refusals
 from lora_export.models.failures import named_failures
 from lora_export.models.key_value_cache import USE_CACHE, cache_enabled
 from lora_export.models.model import Model, ModelInputs

@@ -27,7 +27,8 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.failures import innermost_cause, named_failures
+from lora_export.models.exporter_refusals import exporter_refusals
+from lora_export.models.failures import named_failures
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
@@ -290,17 +291,3 @@ def silence() -> Iterator[None]:
 def _ways_with_state(module: nn.Module) -> list[str]:
     is_stateful = getattr(module, "_is_stateful", False)  # Mamba and hybrids, in transformers
     return ["A decoder that keeps a state is exported token by token: --with-cache."] if is_stateful else []
-
-
-@contextlib.contextmanager
-def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
-    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeRefused(
-            f"the exporter refused {type(module).__name__}: {innermost_cause(error)}",
-            *ways,
-            "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
-            "export only the part of the model that a graph can contain.",
-        ) from error

@@ -21,7 +21,8 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.export import check_axes, exporter_refusals, is_hugging_face, silence, tracing
+from lora_export.models.export import check_axes, is_hugging_face, silence, tracing
+from lora_export.models.exporter_refusals import exporter_refusals
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
