@@ -19,10 +19,7 @@ DEPENDS_ON_VALUES = (
     "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
     "export only the part of the model that a graph can contain."
 )
-NOT_IN_ONNX = (
-    "Compute it there with operators that ONNX has, or export only the part of the model before it. A TorchScript or "
-    ".pt2 file keeps PyTorch's own operators: lora-export torchscript."
-)
+NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
 @contextlib.contextmanager
