@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from lora_export.runtime.runner import TIMEOUT, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import input_files
-from lora_export.storage.hashes import file_sha256
+from lora_export.storage.hashes import HASH_BLOCK, file_sha256
 from lora_export.weights.checkpoint import open_checkpoint
 
 LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
@@ -119,9 +118,8 @@ def _external_data(path: Path) -> list[Path]:
     if path.suffix != ".onnx" or not path.stat().st_size:
         return []
     refuse_no_message(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(LOCATION) < 0:  # and onnx need not be imported
-            return []
+    if not _contains(path, LOCATION):  # and onnx need not be imported
+        return []
     from lora_export.graph.onnx_file.reading import open_graph
 
     graph = open_graph(path)
@@ -130,3 +128,14 @@ def _external_data(path: Path) -> list[Path]:
 
 def _stored_dtypes(path: Path, module: nn.Module) -> dict[str, str]:
     return layers.with_loaded_names(module, {spec.name: spec.dtype for spec in open_checkpoint(path).specs})
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
+    end = b""
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            if text in (both := end + block):
+                return True
+            end = both[-len(text) :]
+    return False

@@ -15,6 +15,7 @@ from torch import nn
 from lora_export.models import stored_parameter
 from lora_export.models.output_names import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
+from lora_export.runtime.memory import release_memory
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
@@ -84,6 +85,8 @@ def widened(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _convert_in_place(before)
+        if before:  # the gaps between the narrow tensors stay with the allocator otherwise
+            release_memory(fp64_bytes(module))
 
 
 def is_large(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_export.models import stored_parameter
+from lora_export.verification.references import module_copies
 from lora_export.verification.references.module_copies import is_large, limit_outputs, shared_copy, widened
 
 
@@ -47,8 +48,11 @@ def test_a_large_module_keeps_its_weights_unless_a_part_is_compiled(monkeypatch:
     linear = torch.nn.Linear(3, 3)  # 12 numbers, 96 bytes in fp64
     compiled = torch.nn.Sequential(linear, torch.jit.script(torch.nn.Linear(3, 3)))
     assert not is_large(linear)
+    released = []
+    monkeypatch.setattr(module_copies, "release_memory", released.append)
     for most, large in [(95, True), (96, False)]:
         monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", most)
         assert (is_large(linear), is_large(compiled)) == (large, False)
         with widened(linear):
             assert linear.weight.dtype is (torch.float32 if large else torch.float64)
+        assert released == ([] if large else [96])  # the memory that fp64 took is given back
