@@ -90,6 +90,36 @@ def test_other_decoders_give_the_tokens_of_transformers(name: str, tmp_path: Pat
     assert (tmp_path / "served" / "genai_config.json").exists() == (name not in STEPWISE)
 
 
+OF_STATES = {"lfm2": ["in_proj", "q_proj"], "mamba": ["x_proj"]}
+OF_STATES |= {"jamba": ["in_proj", "q_proj"], "qwen3_next": ["in_proj_qkvz", "q_proj"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lora", "kind"), [("merged", "int4"), ("nodes", "int8")])
+@pytest.mark.parametrize("name", list(OF_STATES))
+def test_models_with_states_are_fused_and_quantised(name: str, lora: str, kind: str, tmp_path: Path) -> None:
+    base = small_decoder(name, tmp_path / "base")
+    adapter = decoder_adapter(base, tmp_path / "fr", targets=OF_STATES[name])
+
+    def made(fuse: str | None, quantize: str | None) -> tuple[list[list[int]], set[str]]:
+        """The tokens of a proven graph, and its operators that are not ONNX's own."""
+        folder = tmp_path / f"{fuse} {quantize}"
+        options = {"lora": lora, "fuse": fuse, "quantize": quantize}
+        le.export_onnx(base, folder, adapters=[adapter], with_cache=True, **options)  # type: ignore[arg-type]
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+        return tokens(folder, count=16), {node.op_type for node in graph.node if node.domain}
+
+    fused, operators = made("cpu", None)
+    assert fused == [expected_tokens(base, [prompt], adapter, count=16)[0] for prompt in PROMPTS]
+    assert "SkipSimplifiedLayerNormalization" in operators
+    assert ("GroupQueryAttention" in operators) == (name in ("lfm2", "qwen3_next"))  # the others rotate nothing
+    quantised, operators = made(None, kind)
+    assert operators == {"MatMulNBits"}
+    both, operators = made("cpu", kind)
+    assert both == quantised
+    assert {"MatMulNBits", "SkipSimplifiedLayerNormalization"} <= operators
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["inputs", "rows"])
 def test_adapters_of_a_model_with_a_state_are_proven(lora: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
+from lora_export.models.fused_operators import fuse_operators
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import DECODERS, STEPWISE, VOCABULARY, assert_same_logits
@@ -71,18 +72,23 @@ def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
 
 def test_graph_with_a_recurrent_state_takes_one_token_at_once(tmp_path: Path) -> None:
     module = decoder("mamba2")
-    *_, path = save_graph(export_decoder(module), tmp_path, "model.onnx")
+    program = export_decoder(module)
+    *_, path = save_graph(program, tmp_path, "model.onnx")
     states = [f"{kind}.{layer}" for layer in range(2) for kind in ("conv", "recurrent")]
     graph = onnx.load(path).graph
     assert [value.name for value in graph.input] == ["input_ids", *(f"past_{name}" for name in states)]
     assert [value.name for value in graph.output] == ["logits", *(f"present_{name}" for name in states)]
-    runner = with_cache(OnnxRunner(path))
-    assert isinstance(runner, CacheRunner) and runner.tokens_at_once == 1
+    fuse_operators(program, "cpu")
+    assert "SkipSimplifiedLayerNormalization" in {node.op_type for node in program.graph}
+    *_, fused = save_graph(program, tmp_path, "fused.onnx")
     ids = np.random.default_rng(0).integers(3, VOCABULARY, (3, 12))
     with torch.no_grad():
         expected = module(input_ids=torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(runner.run({"input_ids": ids})["logits"], expected, rtol=0, atol=2e-6)
     assert np.abs(expected).max() > 0.1
+    for file in (path, fused):
+        runner = with_cache(OnnxRunner(file))
+        assert isinstance(runner, CacheRunner) and runner.tokens_at_once == 1
+        np.testing.assert_allclose(runner.run({"input_ids": ids})["logits"], expected, rtol=0, atol=2e-6)
 
 
 def test_what_is_no_decoder_of_texts_is_refused() -> None:
