@@ -11,10 +11,18 @@ import numpy as np
 
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.generation_files import GENAI_CONFIG
-from lora_export.api.generation_prompts import Prompt, encoder_inputs, refuse_other_kinds, token_ids
+from lora_export.api.generation_prompts import (
+    Prompt,
+    Starts,
+    encoder_inputs,
+    first_tokens,
+    refuse_other_kinds,
+    token_ids,
+)
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.models.image_forms import PIXELS
 from lora_export.models.tokenizer import open_tokenizer
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.generation.decoder import Decoder
@@ -51,6 +59,7 @@ def generate(
     chat: bool = False,
     language: str | None = None,
     translate: bool = False,
+    starts: Starts = (),
     provider: str = "cpu",
     on_text: OnText = _no_text,
     on_message: OnMessage = ignore,
@@ -70,7 +79,9 @@ def generate(
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
     probabilities add up to `top_p`. Tokens that generation_config.json forces, suppresses or penalises are so here.
     What else it asks for, such as beams, is a message. `language` ("en") is that of a multilingual speech model's
-    sounds, None to let the model tell; with `translate` it writes English. `on_text` receives each piece of a text as
+    sounds, None to let the model tell; with `translate` it writes English. `starts` are the first tokens of the texts
+    of a model that reads images, one text or list of token ids for all or one for each: the task's token of a Donut.
+    They are no part of the result. `on_text` receives each piece of a text as
     soon as it is known. `provider` is "cpu" or "cuda".
 
     Raises InputRefused for a folder without such graphs or tokenizer and for unknown adapters, WrongUsage for values
@@ -89,7 +100,10 @@ def generate(
     model = EncoderDecoder(graph, provider) if graph.is_dir() else Decoder(graph, provider)
     if isinstance(model, EncoderDecoder):
         refuse_other_kinds(prompts, model)
-    tokenizer = _tokenizer(settings.folder, needed=any(isinstance(prompt, str) for prompt in prompts))
+    if starts:
+        _refuse_starts(model, chat=chat)
+    texts_in = any(isinstance(given, str) for given in (*prompts, starts, *starts))
+    tokenizer = _tokenizer(settings.folder, needed=texts_in)
     limits = TextLimits(settings.end_tokens, max_new_tokens, settings.padding, settings.rules)
     streams = [_TextStream(number, tokenizer, on_text) for number in range(len(prompts))]
 
@@ -99,9 +113,10 @@ def generate(
     if isinstance(model, EncoderDecoder):
         _refuse_options_of_speech(settings, language, translate=translate)
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
+        first = first_tokens(starts, len(prompts), tokenizer, settings) if starts else None
         run = model.start(inputs, *_chosen_adapters(model, graph, adapters, len(prompts)))
-        starts = _start_tokens(run, settings, len(prompts), language, translate=translate)
-        generated = generate_from_encoder(run, starts, limits, sampling, on_token)
+        first = first or _start_tokens(run, settings, len(prompts), language, translate=translate)
+        generated = generate_from_encoder(run, first, limits, sampling, on_token)
     else:
         if language is not None or translate:
             raise WrongUsage("a language and translating are for speech models")
@@ -110,6 +125,14 @@ def generate(
         generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
+
+
+def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
+    """Raise WrongUsage where a text has no first tokens of its own."""
+    if not isinstance(model, EncoderDecoder) or PIXELS not in model.takes:
+        raise WrongUsage("the first tokens of a text (--prompt beside --image) are for models that read images")
+    if chat:
+        raise WrongUsage("a chat template is for prompts, not for the first tokens behind an image")
 
 
 def _refuse_options_of_speech(settings: GenerationSettings, language: str | None, *, translate: bool) -> None:

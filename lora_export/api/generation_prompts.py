@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.api.generation_settings import GenerationSettings
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.pictures import pixels_of
@@ -21,11 +21,14 @@ from lora_export.runtime.runner import Arrays
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or
 # pixels (channels, height, width)
 Prompt = str | Sequence[int] | Path | NDArray[Any]
+Starts = str | Sequence[str | Sequence[int]]  # a text for all, or texts or token ids: one for all, or one for each
 SOUNDS = ("input_features", "input_values")  # what the encoder of a speech model reads
 
 
-def token_ids(prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool) -> list[int]:
-    """A text or token ids as token ids.
+def token_ids(
+    prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool, special: bool = True
+) -> list[int]:
+    """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
 
     Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
     """
@@ -37,7 +40,7 @@ def token_ids(prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, c
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
             )
         else:
-            ids = tokenizer(prompt)["input_ids"]
+            ids = tokenizer(prompt, **({} if special else {"add_special_tokens": False}))["input_ids"]
     else:
         ids = [int(token) for token in prompt]
     if not ids:
@@ -47,6 +50,18 @@ def token_ids(prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, c
     if size is not None and unknown:
         raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
     return list(ids)
+
+
+def first_tokens(starts: Starts, count: int, tokenizer: Any, settings: GenerationSettings) -> list[list[int]]:
+    """The tokens with which each of `count` texts starts, as transformers begins with its `decoder_input_ids`.
+
+    Raises WrongUsage for another number of starts than 1 or `count`, and InputRefused as `token_ids` does.
+    """
+    given = [starts] if isinstance(starts, str) else list(starts)
+    if len(given) not in (1, count):
+        raise WrongUsage(f"there are {len(given)} prompts for {count} images: give one for all, or one for each")
+    found = [settings.first_tokens(token_ids(start, tokenizer, settings, chat=False, special=False)) for start in given]
+    return found * (count // len(found))
 
 
 def encoder_inputs(

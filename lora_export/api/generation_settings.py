@@ -88,6 +88,16 @@ class GenerationSettings:
                 return found[0]
         raise InputRefused(f"no config in {self.folder} has a decoder_start_token_id: with it every text starts")
 
+    def first_tokens(self, given: Sequence[int]) -> list[int]:
+        """The first tokens of a decoder behind an encoder, where some are given: the start token is before them.
+
+        Donut has none: each of its tasks starts with a token of its own.
+        """
+        encoders = (config.get("encoder") for config in self.configs)
+        kinds = [str(encoder.get("model_type")) for encoder in encoders if isinstance(encoder, dict)]
+        is_whole = any("donut" in kind for kind in kinds) or given[0] == self.start_token
+        return [*([] if is_whole else [self.start_token]), *given]
+
     def language_token(self, language: str) -> int:
         """The token of a language, such as "en", of a multilingual speech model. Raises InputRefused without one."""
         known = self.languages

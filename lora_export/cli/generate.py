@@ -23,7 +23,11 @@ Examples:
 @click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("source", type=FilePath(), metavar="FOLDER")
 @click.option(
-    "--prompt", "texts", multiple=True, help="Text to go on from, or to translate or sum up. Several run as one batch."
+    "--prompt",
+    "texts",
+    multiple=True,
+    help="Text to go on from, or to translate or sum up. Several run as one batch. With --image: the first tokens of "
+    "the text, such as the token of a Donut's task, once for all images or once for each.",
 )
 @click.option(
     "--audio",
@@ -87,11 +91,12 @@ def command(
     """
     from lora_export.api.generate import generate
 
-    if [bool(texts), bool(sounds), bool(images)].count(True) != 1:
+    if [bool(texts), bool(sounds), bool(images)].count(True) != 1 and not (texts and images and not sounds):
         raise WrongUsage(
-            "give --prompt TEXT, --audio FILE for a speech model, or --image FILE for a model that reads images"
+            "give --prompt TEXT, --audio FILE for a speech model, or --image FILE for a model that reads images, "
+            "with or without --prompt"
         )
-    prompts: tuple[str | Path, ...] = texts or sounds or images
+    prompts: tuple[str | Path, ...] = images or sounds or texts
     streams = len(prompts) == 1 and not as_json
     results = generate(
         source,
@@ -104,6 +109,7 @@ def command(
         chat=chat,
         language=language,
         translate=translate,
+        starts=texts if images else (),
         provider=provider,
         on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else lambda _, __: None,
         on_message=print_message,

@@ -242,6 +242,10 @@ def test_graphs_of_an_image_to_text_model_are_proven(name: str, tmp_path: Path) 
     for own in (None, "fr"):
         made = le.generate(tmp_path / "served", images(), adapters=own, max_new_tokens=64)
         assert [list(text.tokens) for text in made] == expected_texts(base, adapter if own else None)
+        for first in ([9, 8, 7], [1, 9]):
+            made = le.generate(tmp_path / "served", images(), adapters=own, starts=[first], max_new_tokens=16)
+            right = expected_texts(base, adapter if own else None, count=16, first=first)
+            assert [list(text.tokens) for text in made] == [text[-16:] for text in right]
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import transformers as hf
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from lora_export.api.generation_prompts import encoder_inputs, token_ids
+from lora_export.api.generation_prompts import encoder_inputs, first_tokens, token_ids
 from lora_export.api.generation_settings import GenerationSettings
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from support.generators import small_tokenizer
 
 TEXTS: dict[str, Any] = {"takes": {"input_ids": (None, None)}, "takes_mask": True}
 SPEECH: dict[str, Any] = {"takes": {"input_features": (None, 8, 40)}, "takes_mask": False}
@@ -89,6 +91,22 @@ def test_image_files_go_through_the_processor(tmp_path: Path) -> None:
 def test_other_prompts_are_refused(tmp_path: Path, encoder: dict[str, Any], prompts: list[Any], message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         inputs(tmp_path, encoder, prompts)
+
+
+def test_first_tokens_are_those_of_one_text_or_of_each(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"decoder_start_token_id": 1, "vocab_size": 20}))
+    own, tokenizer = GenerationSettings(tmp_path), small_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="w3 $A w3", special_tokens=[("w3", 3)])
+    assert tokenizer("w5")["input_ids"] == [3, 5, 3]  # special tokens are not added to the first tokens
+    assert first_tokens("w5 w6", 2, tokenizer, own) == [[1, 5, 6]] * 2
+    assert first_tokens(["w5 w6"], 2, tokenizer, own) == [[1, 5, 6]] * 2
+    assert first_tokens(["w5", [6, 7]], 2, tokenizer, own) == [[1, 5], [1, 6, 7]]
+    with pytest.raises(WrongUsage, match="there are 2 prompts for 3 images: give one for all, or one for each"):
+        first_tokens(["w5", "w6"], 3, tokenizer, own)
+    with pytest.raises(InputRefused, match="a prompt has the token 20"):
+        first_tokens([[20]], 1, None, own)
+    with pytest.raises(InputRefused, match="a prompt has no token"):
+        first_tokens([""], 1, tokenizer, own)
 
 
 def test_token_ids_are_python_numbers(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def test_first_config_that_has_a_value_counts(tmp_path: Path) -> None:
     assert (own.end_tokens, own.padding, own.vocabulary, own.value("bos_token_id")) == (frozenset({3}), 5, 60, 7)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "given", "first"),
+    [("vit", [7, 8], [1, 7, 8]), ("vit", [1, 7], [1, 7]), ("donut-swin", [7, 8], [7, 8])],
+)
+def test_the_start_token_is_before_given_ones(encoder: str, given: list[int], first: list[int], tmp_path: Path) -> None:
+    model = {"decoder_start_token_id": 1, "encoder": {"model_type": encoder}}
+    assert settings(tmp_path, model=model).first_tokens(given) == first
+
+
 def test_texts_end_as_the_first_config_says(tmp_path: Path) -> None:
     assert settings(tmp_path, generation={"eos_token_id": [3, 9]}, model={"eos_token_id": 4}).end_tokens == {3, 9}
     assert settings(tmp_path, generation={}, model={"eos_token_id": 4}).end_tokens == frozenset()

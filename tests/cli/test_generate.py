@@ -9,13 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers as hf
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_export.cli.generate import shown_text
 from support.cli import answer, call
-from support.generators import FRAMES, MELS, decoder_adapter, small_decoder, small_encoder_decoder
+from support.generators import (
+    FRAMES,
+    MELS,
+    decoder_adapter,
+    small_decoder,
+    small_encoder_decoder,
+    small_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,7 @@ def test_image_to_text_model_reads_image_files(tmp_path: Path, capsys: pytest.Ca
     base = small_encoder_decoder("trocr", tmp_path / "base")
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
     processor.save_pretrained(base)
+    small_tokenizer().save_pretrained(base)
     drawn = np.random.default_rng(0).integers(0, 255, (2, 20, 30, 3), np.uint8)
     pictures = [Image.fromarray(pixels) for pixels in drawn]
     options: list[object] = []
@@ -147,9 +156,42 @@ def test_image_to_text_model_reads_image_files(tmp_path: Path, capsys: pytest.Ca
     assert expected[0] != expected[1]
     assert call("generate", tmp_path / "reads", "--prompt", "w5") == 3
     assert "the model reads images: a prompt is the path of an image" in capsys.readouterr().err
+    begun = ["--prompt", "w22 w30", "--prompt", "w9", "--max-new-tokens", "16"]  # of two lengths
+    _, document = answer(capsys, "generate", tmp_path / "reads", *options, *begun)
+    for row, (given, part) in enumerate(zip(([22, 30], [9]), document, strict=True)):
+        made = module.generate(
+            pixel_values=pixels[row : row + 1], decoder_input_ids=torch.tensor([given]), max_new_tokens=16,
+            do_sample=False,
+        )  # fmt: skip
+        assert part["tokens"] == made[0, 1 + len(given) :].tolist() != expected[row][:16]
+        assert part["prompt"] == str(tmp_path / f"{row}.png")
+    for words, code, message in [
+        (["--prompt", "w5"] * 3, 2, "there are 3 prompts for 2 images: give one for all, or one for each"),
+        (["--prompt", "w5", "--chat"], 2, "a chat template is for prompts, not for the first tokens"),
+        (["--prompt", ""], 3, "a prompt has no token"),
+    ]:
+        assert call("generate", tmp_path / "reads", *options, *words) == code
+        assert message in capsys.readouterr().err
+    for file in (tmp_path / "reads").glob("tokenizer*"):
+        file.unlink()
+    assert call("generate", tmp_path / "reads", *options, "--prompt", "w5") == 3
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [(), ("--prompt", "w5", "--audio", "call.wav"), ("--image", "a", "--audio", "b")])
+def test_a_model_that_reads_no_images_has_no_first_tokens(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("generate", place / "served", "--image", place / "a.png", "--prompt", "w5") == 2
+    assert "(--prompt beside --image) are for models that read images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        ("--prompt", "w5", "--audio", "call.wav"),
+        ("--image", "a", "--audio", "b"),
+        ("--image", "a", "--audio", "b", "--prompt", "c"),
+    ],
+)
 def test_either_texts_or_sounds_or_images_are_given(
     place: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,13 +181,18 @@ def small_decoder(name: str, folder: Path) -> Path:
     module.generation_config.eos_token_id = None
     module.generation_config.pad_token_id = 0
     module.save_pretrained(folder)
-    words = {"<pad>": 0} | {f"w{number}": number for number in range(1, VOCABULARY)}
-    tokens = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>")
+    tokenizer = small_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_tokenizer() -> Any:
+    """A tokenizer whose words are w1, w2 and so on, by their ids."""
+    words = {"<pad>": 0} | {f"w{number}": number for number in range(1, VOCABULARY)}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>")
 
 
 def small_encoder_decoder(name: str, folder: Path) -> Path:
@@ -223,8 +228,13 @@ def images() -> list[NDArray[np.float32]]:
     return list(np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32))
 
 
-def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) -> list[list[int]]:
-    """What transformers generates for PROMPTS, or for the sounds, one batch, taking the most probable tokens."""
+def expected_texts(
+    base: Path, adapter: Path | None = None, *, count: int = 64, first: Sequence[int] = ()
+) -> list[list[int]]:
+    """What transformers generates for PROMPTS, or for the sounds, one batch, taking the most probable tokens.
+
+    `first` are the first tokens of the decoder behind images, which are in the result.
+    """
     module = _encoder_decoder(base)
     reads_texts = module.main_input_name == "input_ids"
     pad, model = module.generation_config.pad_token_id, module
@@ -239,8 +249,9 @@ def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) 
         return tokens
     if module.main_input_name == "pixel_values":
         shown: list[list[int]] = model.generate(
-            pixel_values=torch.tensor(np.stack(images())), max_new_tokens=count, do_sample=False
-        )[:, 1:].tolist()
+            pixel_values=torch.tensor(np.stack(images())), max_new_tokens=count, do_sample=False,
+            **({"decoder_input_ids": torch.tensor([first] * 3)} if first else {}),
+        )[:, 1:].tolist()  # fmt: skip
         return shown
     features = torch.tensor(np.stack(sounds()))
     own: list[list[int]] = model.generate(input_features=features, max_new_tokens=count, do_sample=False).tolist()

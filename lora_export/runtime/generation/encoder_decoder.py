@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ class EncoderDecoderRun:
         if MASK in inputs:
             self.given[ENCODER_MASK] = inputs[MASK]
         self.cache: dict[str, Any] = {}  # names of the past -> values of onnxruntime
+
+    def of_rows(self, rows: Sequence[int]) -> EncoderDecoderRun:
+        """A run of these rows alone, before their first token. The encoder is not run again."""
+        made, chosen = copy.copy(self), list(rows)
+        made.ids, made.cache = self.ids[chosen], {}
+        made.given = {
+            name: (value if isinstance(value, np.ndarray) else array_of_ort_value(value))[chosen]
+            for name, value in self.given.items()
+        }
+        return made
 
     def restart(self) -> None:
         """Forget all tokens of the texts."""

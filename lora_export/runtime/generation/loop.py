@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,15 +54,9 @@ def generate_tokens(
     The prompts run as one batch, padded on the left, or, where the graph takes no padding, in batches of one length.
     """
     ids = list(adapter_ids or [0] * len(prompts))
-    generators = sampling.generators(len(prompts))
-    texts: list[list[int]] = [[] for _ in prompts]
-    for rows in _batches(prompts, takes_padding=decoder.takes_padding):
-        run = decoder.start(len(rows), adapter, [ids[row] for row in rows])
-        given = [prompts[row] for row in rows]
-        own = _Texts(run, given, limits, sampling, [generators[row] for row in rows])
-        for row, text in zip(rows, own.generate(_of_rows(rows, on_token)), strict=True):
-            texts[row] = text
-    return texts
+    batches = _batches(prompts, takes_padding=decoder.takes_padding)
+    runs = ((rows, decoder.start(len(rows), adapter, [ids[row] for row in rows])) for rows in batches)
+    return _in_batches(runs, prompts, limits, sampling, on_token)
 
 
 def generate_from_encoder(
@@ -72,8 +66,35 @@ def generate_from_encoder(
     sampling: Sampling,
     on_token: OnToken,
 ) -> list[list[int]]:
-    """The new tokens of each row that the encoder has read, after the tokens with which its text starts."""
-    return _Texts(run, starts, limits, sampling, sampling.generators(len(starts))).generate(on_token)
+    """The new tokens of each row that the encoder has read, after the tokens with which its text starts.
+
+    Texts that start with as many tokens run as one batch: the decoder takes no padding.
+    """
+    batches = _batches(starts, takes_padding=False)
+    return _in_batches(
+        [(rows, run if len(batches) == 1 else run.of_rows(rows)) for rows in batches],
+        starts,
+        limits,
+        sampling,
+        on_token,
+    )
+
+
+def _in_batches(
+    runs: Iterable[tuple[Sequence[int], Run]],
+    given: Sequence[Sequence[int]],
+    limits: TextLimits,
+    sampling: Sampling,
+    on_token: OnToken,
+) -> list[list[int]]:
+    """The new tokens of each text. `runs` has the numbers of the texts of each batch, and its run."""
+    generators = sampling.generators(len(given))
+    texts: list[list[int]] = [[] for _ in given]
+    for rows, run in runs:
+        own = _Texts(run, [given[row] for row in rows], limits, sampling, [generators[row] for row in rows])
+        for row, text in zip(rows, own.generate(_of_rows(rows, on_token)), strict=True):
+            texts[row] = text
+    return texts
 
 
 class _Texts:

@@ -15,8 +15,8 @@ class TokenRules:
 
     `repetition_penalty` divides the logits of tokens that a text contains, or multiplies negative ones.
     `no_repeat_ngram_size` n forbids a token that would end a sequence of n tokens that the text contains. `forced_bos`
-    and `forced_eos` are the first new token and the last. `suppress` is never chosen, and `begin_suppress` not as the
-    first.
+    is the token after a single given one, and `forced_eos` the last. `suppress` is never chosen, and `begin_suppress`
+    not as the first.
     """
 
     repetition_penalty: float = 1.0
@@ -37,11 +37,12 @@ class TokenRules:
         for row, text in enumerate(texts):
             self._penalise(logits[row], text)
         first = number == 0
-        if first and self.forced_bos is not None:
-            logits = _only(logits, self.forced_bos)
+        forced_bos = self.forced_bos if max(map(len, texts)) - number == 1 else None
+        if first and forced_bos is not None:
+            logits = _only(logits, forced_bos)
         if is_last and self.forced_eos is not None:
             logits = _only(logits, self.forced_eos)
-        begins = first if self.forced_bos is None else number == 1
+        begins = first if forced_bos is None else number == 1
         for token in (*self.suppress, *(self.begin_suppress if begins else ())):
             if token < logits.shape[1]:
                 logits[:, token] = -np.inf

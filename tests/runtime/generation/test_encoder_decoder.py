@@ -45,7 +45,11 @@ def test_steps_give_the_logits_of_the_model(whisper: Path) -> None:
         found = run.step(step, np.ones_like(step), np.zeros_like(step))
         np.testing.assert_allclose(found, right, rtol=0, atol=2e-4 * np.abs(right).max())
         done = stop
+    rows, one = [2, 0], np.ones((2, 1), np.int64)
+    of_two = run.of_rows(rows)
+    right = logits(whisper / "base", tokens[:, :1])
+    found = of_two.step(tokens[rows, :1], one, one)
+    np.testing.assert_allclose(found, right[rows], rtol=0, atol=2e-4 * np.abs(right).max())
     run.restart()
     again = run.step(tokens[:, :1], np.ones((3, 1), np.int64), np.zeros((3, 1), np.int64))
-    right = logits(whisper / "base", tokens[:, :1])
     np.testing.assert_allclose(again, right, rtol=0, atol=2e-4 * np.abs(right).max())

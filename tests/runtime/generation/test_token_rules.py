@@ -39,6 +39,9 @@ def test_first_and_last_tokens_are_forced() -> None:
     rules = TokenRules(forced_bos=5, forced_eos=8)
     first = rules.apply(LOGITS, [[1], [2]], 0, is_last=False)
     np.testing.assert_array_equal(first, right(hf.ForcedBOSTokenLogitsProcessor(5), [[1], [2]]))
+    given = [[1, 2], [3, 4]]  # behind several given tokens, none is forced
+    np.testing.assert_array_equal(rules.apply(LOGITS, given, 0, is_last=False), LOGITS)
+    np.testing.assert_array_equal(LOGITS, right(hf.ForcedBOSTokenLogitsProcessor(5), given))
     last = rules.apply(LOGITS, TEXTS, 4, is_last=True)
     np.testing.assert_array_equal(last, right(hf.ForcedEOSTokenLogitsProcessor(6, 8, device="cpu")))
     np.testing.assert_array_equal(rules.apply(LOGITS, TEXTS, 2, is_last=False), LOGITS)
@@ -51,7 +54,9 @@ def test_tokens_are_suppressed_at_the_begin() -> None:
     assert np.isneginf(first[:, [1, 3]]).all()
     np.testing.assert_array_equal(rules.apply(LOGITS, TEXTS, 1, is_last=False), LOGITS)
     behind = TokenRules(begin_suppress=(1, 3), forced_bos=5)
-    assert np.isneginf(behind.apply(LOGITS, TEXTS, 1, is_last=False)[:, [1, 3]]).all(), "after the forced one"
+    forced = [[2, 5], [2, 5]]
+    assert np.isneginf(behind.apply(LOGITS, forced, 1, is_last=False)[:, [1, 3]]).all(), "after the forced one"
+    np.testing.assert_array_equal(behind.apply(LOGITS, TEXTS, 0, is_last=False), first)
 
 
 def test_tokens_that_the_model_lacks_are_ignored() -> None:
