@@ -19,15 +19,22 @@ from lora_export.graph.cache_names import (
     PRESENT,
     PRESENT_CONV,
 )
+from lora_export.models.past_length import takes_shared_buffer
 
 # Any decoder with this layout of its cache, or one whose other layers keep the last inputs of a short convolution. The
 # names of single models change nothing for it.
 DECODER, WITH_CONVOLUTIONS = "decoder", "lfm2"
+LARGEST_BUFFER = 2 << 30  # bytes, of the keys and values of one text
 SEARCH_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
-def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) -> dict[str, Any] | None:
+def genai_config(
+    graph: ir.Model, config: Any, generation: Any, file_name: str, *, may_share: bool = False
+) -> dict[str, Any] | None:
     """The config of a graph with a cache, made from a model's config and generation config of transformers.
+
+    With `may_share`, past and present are one buffer where the graph takes that, and where one for a text of the
+    model's maximum length is no larger than LARGEST_BUFFER: onnxruntime-genai makes it as large.
 
     None where onnxruntime-genai has no way to state the cache: its tensors have different sizes, or there are recurrent
     states, with which the graph takes one token at once.
@@ -43,6 +50,8 @@ def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) 
     longest = getattr(text, "max_position_embeddings", None) or generation.max_length
     convolutions = [value for name, value in inputs.items() if name.startswith(f"{PAST_CONV}.")]
     layers = sum(name.endswith(".key") for name in inputs) + len(convolutions)
+    buffer = 2 * layers * heads * features * (longest or 0) * _bytes_of_number(inputs)
+    shares = may_share and not convolutions and takes_shared_buffer(graph) and 0 < buffer <= LARGEST_BUFFER
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: value for name in names if (value := getattr(generation, name, None)) is not None}
     return {
@@ -75,9 +84,15 @@ def genai_config(graph: ir.Model, config: Any, generation: Any, file_name: str) 
         "search": {
             **_search(generation),
             "max_length": longest,
-            "past_present_share_buffer": False,  # the graph returns a longer cache: it does not write into the past
+            "past_present_share_buffer": shares,
         },
     }
+
+
+def _bytes_of_number(inputs: Mapping[str, ir.Value]) -> float:
+    """The size of a number in the cache."""
+    dtypes = (value.dtype for name, value in inputs.items() if name.startswith(f"{PAST}."))
+    return next((dtype.itemsize for dtype in dtypes if dtype is not None), 4)
 
 
 def _layers(inputs: Mapping[str, ir.Value], count: int, convolutions: Sequence[ir.Value]) -> dict[str, Any]:

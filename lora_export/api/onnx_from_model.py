@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
         base, graphs, why_text_only = _exported(base, options, opset)
-        beside = _write_generation_files(base, graphs, options, folder) if options.task else []
         if options.lora != "merged":
             for program in graphs.values():
                 quantise(program, options)
@@ -82,7 +81,9 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         with _naming(why_text_only):
             plan, companions = write_graphs(base, graphs, options, future, folder)
         path = folder / options.output.name
-        precision = precision_of(find_sites(load_graph(path)))
+        written = load_graph(path)
+        beside = _write_generation_files(base, written, options, folder) if options.task else []
+        precision = precision_of(find_sites(written))
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
@@ -134,16 +135,15 @@ def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Mod
     return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)}, why
 
 
-def _write_generation_files(
-    base: Model, graphs: Mapping[str, ir.Model], options: OnnxOptions, folder: Path
-) -> list[str]:
-    """Write what is needed to generate with the graphs; return the names."""
+def _write_generation_files(base: Model, written: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+    """Write what is needed to generate with the graphs, of which the first is given; return the names."""
     module: Any = base.module
     genai = None
     if not options.has_encoder:
+        may_share = options.fuse == "cpu"  # the only provider for which a fused graph was run with a shared buffer
         name = options.output.name
-        genai = genai_config(graphs[name], module.config, module.generation_config, name)
-        if takes_one_token(graphs[name]):
+        genai = genai_config(written, module.config, module.generation_config, name, may_share=may_share)
+        if takes_one_token(written):
             options.on_message(
                 "note: the graph takes one token of each text in a run, also of a prompt: it keeps a state"
             )

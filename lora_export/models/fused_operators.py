@@ -16,13 +16,16 @@ from lora_export.errors import RuntimeRefused
 from lora_export.models.cached_decoder import BATCH_SYMBOL
 from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
+from lora_export.models.past_length import read_past_length_from_mask
 from lora_export.models.simplify import is_nearly_neutral
 
 
 def fuse_operators(graph: ir.Model, provider: str) -> None:
     """Rewrite a graph for a provider of onnxruntime: "cpu", "cuda" or "webgpu". It then runs in onnxruntime only.
 
-    Behind a past, GroupQueryAttention takes one token of each row at once, or several of a single row.
+    Behind a past, GroupQueryAttention takes one token of each row at once, or several of a single row. For "cpu", the
+    past may be a buffer that is longer than what it contains, where this operator alone reads it: the mask then has the
+    length of the past and the new tokens.
 
     Raises RuntimeRefused where the rewrites fail on the graph.
     """
@@ -38,6 +41,8 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
                 for_any_batch = is_attention and _runs_on(provider, graph)
                 with _batch_of_one(graph) if for_any_batch else contextlib.nullcontext():
                     step(graph)
+            if provider == "cpu":
+                read_past_length_from_mask(graph)
     except Exception as error:
         raise RuntimeRefused(
             f"the graph's operators cannot be fused for {provider}: {innermost_cause(error)}",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
+import pytest
 from transformers import GenerationConfig, LlamaConfig
 
+from lora_export.api import genai_config as genai_config_module
 from lora_export.api.genai_config import genai_config
 
 CONFIG = LlamaConfig(vocab_size=60, hidden_size=32, num_attention_heads=4, max_position_embeddings=99)
@@ -54,6 +56,22 @@ def test_tokens_and_the_choice_of_tokens_are_those_of_the_generation_config() ->
 
 def test_cache_of_different_sizes_has_no_config() -> None:
     assert genai_config(a_graph((8, 16)), CONFIG, GenerationConfig(), "m.onnx") is None
+
+
+@pytest.mark.parametrize(("longest", "shares"), [(99, True), (1 << 24, True), ((1 << 24) + 1, False)])
+def test_past_and_present_share_a_buffer_that_is_not_too_large(
+    longest: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(genai_config_module, "takes_shared_buffer", lambda _: True)
+    config = LlamaConfig(vocab_size=60, hidden_size=32, num_attention_heads=4, max_position_embeddings=longest)
+    graph = a_graph((8,))  # a key and a value of 2 x 8 numbers of 4 bytes: 128 bytes for each token
+    found = [genai_config(graph, config, GenerationConfig(), "m.onnx", may_share=may) for may in (False, True)]
+    assert [own and own["search"]["past_present_share_buffer"] for own in found] == [False, shares]
+
+
+def test_graph_that_derives_its_positions_from_the_past_shares_no_buffer() -> None:
+    config = genai_config(a_graph((8,)), CONFIG, GenerationConfig(), "m.onnx", may_share=True)
+    assert config is not None and config["search"]["past_present_share_buffer"] is False
 
 
 def with_states(*names: str) -> ir.Model:

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,12 @@ def test_merged_and_fused_graphs_give_the_tokens_of_transformers(name: str, tmp_
     adapter = decoder_adapter(base, tmp_path / "fr")
     le.export_onnx(base, tmp_path / "served", adapters=[adapter], with_cache=True, fuse="cpu", verify=False)
     assert tokens(tmp_path / "served") == expected_tokens(base, PROMPTS, adapter)
+    search = json.loads((tmp_path / "served" / "genai_config.json").read_text())["search"]
+    assert search["past_present_share_buffer"] == (name != "lfm2")
+    if search["past_present_share_buffer"]:
+        expected = expected_tokens(base, PROMPTS[1:2], adapter, count=32)[0]
+        assert by_genai(tmp_path / "served", prompt=PROMPTS[1]) == expected
+        assert by_genai(tmp_path / "served", prompt=PROMPTS[1], pieces=(3, 7)) == expected
 
 
 @pytest.mark.slow
@@ -171,22 +177,36 @@ def test_folder_runs_in_onnxruntime_genai_as_it_is(llama: Path, swapped: Path) -
         assert by_genai(swapped, name) == expected[0]
 
 
-def by_genai(folder: Path, adapter: str | None = None) -> list[int]:
-    """32 tokens after the first prompt."""
+@pytest.mark.slow
+def test_adapters_run_in_onnxruntime_genai_with_a_shared_buffer(llama: Path, tmp_path: Path) -> None:
+    adapters, folder = [f"{name}={llama / name}" for name in ("fr", "de")], tmp_path / "served"
+    options = {"lora": "inputs", "with_cache": True, "fuse": "cpu"}
+    le.export_onnx(llama / "base", folder, adapters=adapters, **options)  # type: ignore[arg-type]
+    assert json.loads((folder / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is True
+    for name in (None, "fr", "de"):
+        expected = expected_tokens(llama / "base", PROMPTS[:1], llama / name if name else None, count=32)
+        assert by_genai(folder, name) == expected[0]
+
+
+def by_genai(
+    folder: Path, adapter: str | None = None, prompt: Sequence[int] = PROMPTS[0], pieces: Sequence[int] = ()
+) -> list[int]:
+    """32 tokens after a prompt, which is given at once, or in pieces that begin at these places."""
     import onnxruntime_genai as og
 
     model = og.Model(str(folder))
     adapters = og.Adapters(model) if adapter else None
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(PROMPTS[0]) + 32)
+    parameters.set_search_options(max_length=len(prompt) + 32)
     generator = og.Generator(model, parameters)
     if adapters is not None:
         adapters.load(str(folder / f"{adapter}.onnx_adapter"), adapter)
         generator.set_active_adapter(adapters, adapter)
-    generator.append_tokens(np.array([PROMPTS[0]], np.int32))
+    for piece in np.split(np.array(prompt, np.int32), pieces):
+        generator.append_tokens(piece[None])
     while not generator.is_done():
         generator.generate_next_token()
-    made: list[int] = generator.get_sequence(0)[len(PROMPTS[0]) :].tolist()
+    made: list[int] = generator.get_sequence(0)[len(prompt) :].tolist()
     return made
 
 

@@ -13,6 +13,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.cached_decoder import export_decoder
 from lora_export.models.fused_operators import fuse_operators
+from lora_export.models.past_length import takes_shared_buffer
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import DECODERS, assert_same_logits
@@ -32,6 +33,7 @@ def test_fused_graph_computes_the_same_in_batches_with_padding(provider: str, tm
     fuse_operators(graph, provider)
     assert {"RotaryEmbedding", "SkipSimplifiedLayerNormalization"} <= operators(graph)
     assert ("GroupQueryAttention" in operators(graph)) == (provider == "cpu")  # CUDA has it in half precision only
+    assert takes_shared_buffer(graph) == (provider == "cpu")
     assert [value.shape for value in (*graph.graph.inputs, *graph.graph.outputs)] == declared
     *_, path = save_graph(graph, tmp_path, "model.onnx")
     runner = with_cache(OnnxRunner(path))
