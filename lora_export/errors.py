@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 SHOWN_PROBLEMS = 5  # problems that a message lists
+ALLOCATION_FAILED = "can't allocate memory"  # in the message of PyTorch's allocator on the CPU
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,7 @@ import click
 from lora_export.cli import verbosity
 from lora_export.cli.verbosity import Verbosity
 from lora_export.errors import (
+    ALLOCATION_FAILED,
     EnvironmentLacking,
     InputRefused,
     LoraExportError,
@@ -50,7 +51,6 @@ FAILURE_KINDS = {
 # Packages that commands import. A missing one ends with a message, not with a traceback.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
-ALLOCATION_FAILED = "can't allocate memory"  # of PyTorch's allocator on the CPU
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_export.errors import EnvironmentLacking, InputRefused, listed
+from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
 from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
@@ -172,6 +172,9 @@ class _Run:
             with torch.no_grad():
                 for name, tensor in trained_tensors(self.module).items():
                     tensor.copy_(self.best[name])
+        # No loss follows the last update, which a gradient that is not finite would have spoilt.
+        if not all(torch.isfinite(parameter).all() for parameter in self.trained):
+            raise self._divergence("weights are not finite after", len(self.history.steps))
 
     def save(self) -> None:
         """Write a checkpoint of the last whole step, where there is one."""
@@ -226,14 +229,15 @@ class _Run:
         self.optimizer.step()
 
     def _refuse_divergence(self, loss: float, step: int) -> None:
-        if math.isfinite(loss):
-            return
+        if not math.isfinite(loss):
+            raise self._divergence(f"the loss is {loss} at", step)
+
+    def _divergence(self, what: str, step: int) -> InputRefused:
         kept = "Nothing was written."
         if self.checkpoints is not None and self.checkpoints.exists:
             kept = f"The last checkpoint is in {self.checkpoints.folder}: --resume continues from it."
-        raise InputRefused(
-            f"the loss is {loss} at step {step} of {self.total}: training has diverged. "
-            f"Try a lower learning rate. {kept}"
+        return InputRefused(
+            f"{what} step {step} of {self.total}: training has diverged. Try a lower learning rate. {kept}"
         )
 
     def _refuse_gradients_of_the_base(self) -> None:
@@ -336,7 +340,10 @@ def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]
 def _explained_memory() -> Iterator[None]:
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or ALLOCATION_FAILED in str(error)
+        if not is_short:
+            raise
         raise EnvironmentLacking(f"there is not enough memory to train. What helps: {SMALLER}") from error
 
 

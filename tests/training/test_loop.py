@@ -351,6 +351,16 @@ def test_the_checkpoint_before_a_divergence_is_kept(tmp_path: Path) -> None:
     assert len(history.losses) == 4 and history.steps[1].step == 2
 
 
+def test_a_last_gradient_that_is_not_finite_is_a_divergence(tmp_path: Path) -> None:
+    def own(scores: Tensor, labels: Tensor) -> Tensor:
+        return scores.mean() + torch.sqrt(0 * scores).sum()  # finite, and its gradient is not
+
+    data = ReadyBatches(diverging(some_data(), at=0).batches[:1], OwnLoss(own))
+    with pytest.raises(InputRefused, match=r"^weights are not finite after step 1 of 1: .* Nothing was written\.$"):
+        fitted(adapted(), data, epochs=1, batch_size=1, checkpoints=Checkpoints(tmp_path / "a.training", {}))
+    assert not (tmp_path / "a.training").exists()
+
+
 def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:
     class Unfreezing(Net):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -377,9 +387,12 @@ def test_gradient_checkpointing_needs_a_model_that_knows_its_blocks() -> None:
         fitted(adapted(), gradient_checkpointing=True)
 
 
-def test_short_memory_names_what_helps() -> None:
+@pytest.mark.parametrize("on_the_cpu", [False, True])
+def test_short_memory_names_what_helps(on_the_cpu: bool) -> None:
     class Hungry(Net):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            if on_the_cpu:
+                torch.empty(2**60, dtype=torch.uint8)
             raise torch.OutOfMemoryError
 
     with pytest.raises(EnvironmentLacking, match=r"not enough memory to train\. What helps: a smaller --batch-size"):
