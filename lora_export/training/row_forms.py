@@ -81,10 +81,10 @@ def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
     for form in forms:
         if present >= set(COLUMNS[form]):
             return form
-    needed = "; ".join(f"{form}: {', '.join(COLUMNS[form])}" for form in forms)
     raise InputRefused(
-        f"{records.path}, {records.where(0)} has the columns {', '.join(sorted(present)) or '(none)'}. Needed are ",
-        f"  {needed}. Name the columns of your data: --column text=body",
+        f"{records.path}, {records.where(0)} has the columns {', '.join(sorted(present)) or '(none)'}. Needed are:",
+        *(f"  {form}: {', '.join(COLUMNS[form])}" for form in forms),
+        "Name the columns of your data, such as --column text=body",
     )
 
 
@@ -153,7 +153,7 @@ def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> 
 def _text_problem(values: Row, name: str) -> str:
     text = values[name]
     if not isinstance(text, str) or not text.strip():
-        return f"`{name}` is {text!r}"
+        return f"`{name}` is {text!r:.80}; it must be a text that is not empty"
     return HALF_A_CHARACTER.format(name) if _has_surrogates(text) else ""
 
 
@@ -263,9 +263,12 @@ def _with_labels(records: Records, form: RowForm, labels: _Labels) -> Survey:
     distinct = set(labels.distinct)
     several = {isinstance(label, tuple) for label in distinct}
     if len(several) > 1:
-        raise InputRefused(f"{records.path}: some labels are lists and some are not; make them all the same")
+        raise InputRefused(
+            f"{records.path}: some labels are lists and some are not{_first_of_each(records, labels, tuple)}; "
+            "make them all the same"
+        )
     members = {label for group in distinct for label in group} if True in several else distinct
-    members, kind = _typed(records, members)
+    members, kind = _typed(records, members, labels)
     if True in several:
         kind = LabelKind.CLASS if form is RowForm.TAGS else LabelKind.CLASSES
     elif kind is LabelKind.VALUE:
@@ -282,7 +285,15 @@ def _with_labels(records: Records, form: RowForm, labels: _Labels) -> Survey:
     return Survey(form, kind, count, classes, np.fromiter(indices, np.int64, count))
 
 
-def _typed(records: Records, members: set[Any]) -> tuple[set[Any], LabelKind]:
+def _first_of_each(records: Records, labels: _Labels, kind: type) -> str:
+    """Where the first label of this type is, and the first of another; empty where no row has either alone."""
+    are = [isinstance(label, kind) for label in labels.of_rows]
+    if all(are) or not any(are):
+        return ""
+    return f" ({records.where(are.index(True))} and {records.where(are.index(False))})"
+
+
+def _typed(records: Records, members: set[Any], labels: _Labels) -> tuple[set[Any], LabelKind]:
     """The labels in one type, and what that makes of them. 007 is a name, and not a number."""
     types = {type(label) for label in members}
     if types == {str}:
@@ -295,5 +306,8 @@ def _typed(records: Records, members: set[Any]) -> tuple[set[Any], LabelKind]:
     if types <= {int, float} and float in types:
         return members, LabelKind.VALUE
     if len(types) > 1:
-        raise InputRefused(f"{records.path}: some labels are strings and some are numbers; make them all the same")
+        raise InputRefused(
+            f"{records.path}: some labels are strings and some are numbers{_first_of_each(records, labels, str)}; "
+            "make them all the same"
+        )
     return members, LabelKind.CLASS

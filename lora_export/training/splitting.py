@@ -27,5 +27,9 @@ def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple
         held_out.append(rows[:count])
         trained_on.append(rows[count:])
     if not sum(map(len, held_out)):
-        raise InputRefused(f"{len(groups)} examples are too few to hold out {holdout:g} of them")
+        of_what = "each class" if len(held_out) > 1 else "them"
+        raise InputRefused(
+            f"{len(groups)} examples are too few to hold out {holdout:g} of {of_what}. "
+            "Give more examples, or train on all of them (--holdout 0)"
+        )
     return np.sort(np.concatenate(trained_on)), np.sort(np.concatenate(held_out))

@@ -59,10 +59,13 @@ def test_columns_decide_the_form(form: RowForm, tmp_path: Path) -> None:
 
 def test_a_wanted_form_comes_first_and_needs_its_columns(tmp_path: Path) -> None:
     assert form_of(jsonl(tmp_path, GOOD[RowForm.LABELLED]), RowForm.TEXT) is RowForm.TEXT
-    with pytest.raises(InputRefused, match=r"line 1 has the columns label, other, text. Needed are \n  tags: tokens"):
+    with pytest.raises(
+        InputRefused, match=r"line 1 has the columns label, other, text. Needed are:\n  tags: tokens, tags\n"
+    ):
         form_of(jsonl(tmp_path, GOOD[RowForm.LABELLED]), RowForm.TAGS)
-    with pytest.raises(InputRefused, match=r"has the columns body(.|\n)*--column text=body"):
+    with pytest.raises(InputRefused, match=r"has the columns body(.|\n)*--column text=body$") as refused:
         form_of(jsonl(tmp_path, {"body": "a"}))
+    assert len(str(refused.value).splitlines()) == len(COLUMNS) + 2
 
 
 def test_labels_of_one_class_each_are_sorted_and_numbered(tmp_path: Path) -> None:
@@ -98,15 +101,15 @@ def test_strings_of_a_csv_may_be_numbers(tmp_path: Path) -> None:
         ([{"text": "a", "label": 1}, {"text": "b"}], r"a\.jsonl:\n  line 2: no `label`"),
         ([{"text": "a", "label": 1}, {"label": 1}], "line 2: no `text`"),
         ([{"text": " ", "label": 1}], "line 1: `text` is ' '"),
-        ([{"text": 3, "label": 1}], "line 1: `text` is 3"),
+        ([{"text": 3, "label": 1}], "line 1: `text` is 3; it must be a text that is not empty"),
         ([{"text": "\ud800", "label": 1}], "line 1: `text` contains half a surrogate pair"),
         ([{"text": "a", "text_pair": "", "label": 1}], "line 1: `text_pair` is ''"),
         ([{"text": "a", "label": True}], "line 1: `label` is True"),
         ([{"text": "a", "label": ""}], "line 1: `label` is ''"),
         ([{"text": "a", "label": [0.5]}], r"line 1: `label` is \[0\.5\]; a list of labels"),
         ([{"text": "a", "label": float("nan")}], "line 1: `label` is nan"),
-        ([{"text": "a", "label": "1"}, {"text": "a", "label": 1}], "some labels are strings and some are numbers"),
-        ([{"text": "a", "label": ["1"]}, {"text": "a", "label": "1"}], "some labels are lists and some are not"),
+        ([{"text": "a", "label": "1"}, {"text": "a", "label": 1}], r"some are numbers \(line 1 and line 2\)"),
+        ([{"text": "a", "label": ["1"]}, {"text": "a", "label": "1"}], r"some are not \(line 1 and line 2\)"),
         ([{"text": "a", "label": []}], "no example has a label"),
         ([{"text": "a", "label": 1}] * 2, "all 2 examples have the same label"),
         ([{"text": "a", "label": 1}, *[{"text": "a"}] * 7], r"line 6: no `label`\n  and 2 more"),

@@ -33,8 +33,18 @@ def test_a_split_repeats_by_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("holdout", "message"), [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (0.01, "10 examples are too few")]
+    ("holdout", "message"),
+    [
+        (0.0, "between 0 and 1"),
+        (1.0, "between 0 and 1"),
+        (0.01, r"10 examples are too few to .* of each class.*--holdout 0"),
+    ],
 )
 def test_a_holdout_that_leaves_nothing_is_refused(holdout: float, message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         split_rows(groups(5, 5), holdout, seed=0)
+
+
+def test_without_classes_no_class_is_named() -> None:
+    with pytest.raises(InputRefused, match=r"^2 examples are too few to hold out 0\.2 of them\. "):
+        split_rows(groups(2), 0.2, seed=0)

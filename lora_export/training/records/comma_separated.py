@@ -51,6 +51,8 @@ class CsvRows:
         self.sha256 = digest.hexdigest()
 
     def _refuse_header(self) -> None:
+        if not self.columns:
+            raise InputRefused(f"{self.path} has no header: its first line must name the columns")
         repeated = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if repeated or not any(self.columns):
             names = ", ".join(self.columns) or "nothing"

@@ -39,6 +39,11 @@ class JsonLines:
             line = file.readline(MAX_ROW)
         try:
             values: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            column = min(error.pos, len(error.doc.rstrip())) + 1  # its own line and column count from this line
+            raise InputRefused(f"{self.path}, {self.where(row)}: not JSON ({error.msg}: column {column})") from error
+        except UnicodeDecodeError as error:
+            raise InputRefused(f"{self.path}, {self.where(row)}: not UTF-8: byte {error.start + 1}") from error
         except (ValueError, RecursionError) as error:
             raise InputRefused(f"{self.path}, {self.where(row)}: not JSON ({error})") from error
         if not isinstance(values, dict):

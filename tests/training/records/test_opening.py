@@ -35,11 +35,15 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.txt", r"a\.txt: data are read from \.jsonl, \.csv and"),
         ("empty.jsonl", "contains no examples"),
         ("empty.csv", "contains no examples"),
+        ("tables", r"tables contains files of rows\. Name one of them as the data:\n  .*tables/a\.jsonl\n  .*b\.csv"),
     ],
 )
 def test_what_is_no_data_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "a.txt").touch()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "tables").mkdir()
+    for table in ("a.jsonl", "b.csv", "c.txt"):
+        (tmp_path / "tables" / table).write_text("text\n")
     with pytest.raises(InputRefused, match=message):
         open_records(tmp_path / name)

@@ -47,7 +47,7 @@ def test_every_row_is_checked_with_its_line(tmp_path: Path) -> None:
         f"  line 2: there is no file {tmp_path / 'none.wav'}",
         f"  line 3: {tmp_path / 'b.mp3'} is damaged, or no sound that libsndfile reads. "
         f"ffmpeg -i {tmp_path / 'b.mp3'} sound.flac makes one",
-        "  line 4: `text` is ' '",
+        "  line 4: `text` is ' '; it must be a text that is not empty",
         "  line 5: `audio` is 7; it must be the path of a sound",
         "  line 6: no `audio`",
         "  and 1 more",
