@@ -17,14 +17,19 @@ HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of
 
 
 def refuse_rank_beyond_layers(adapter: Adapter, *, named: bool, on_message: OnMessage) -> None:
-    """Raise InputRefused for a rank that is larger than a named layer, or than all layers. Others get a note."""
+    """Raise InputRefused for a rank that is larger than a named layer, or than all layers. Others get a note.
+
+    A pattern that gives a layer a rank of its own names it.
+    """
     small = layers.full_rank_layers(adapter)
     if not small:
         return
     message = f"the rank is larger than {len(small)} of {len(adapter.pairs)} layers"
-    if named or len(small) == len(adapter.pairs):
-        raise InputRefused(f"{message}. Lower it, or choose other layers:", listed(small))
-    on_message(f"note: {message}, such as {small[0]}")
+    of_pattern = [name for name in small if adapter.pairs[name].rank != adapter.metadata["r"]]
+    if named or of_pattern or len(small) == len(adapter.pairs):
+        first = sorted(small, key=lambda name: name not in of_pattern)
+        raise InputRefused(f"{message}. Lower it, or choose other layers:", listed([small[name] for name in first]))
+    on_message(f"note: {message}, such as {next(iter(small.values()))}")
 
 
 def heads_of(loaded: Model) -> tuple[str, ...]:

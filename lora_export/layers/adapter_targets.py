@@ -76,7 +76,7 @@ class AdaptableWeights:
         layers, what = (self.linear, "linear layer") if linear_only else (self.layers, "layer to adapt")
         names = () if targets == "all-linear" else tuple(targets)
         self.refuse_unmatched(names, layers, what)
-        self.refuse_unmatched(parameters, self.stacked, "stacked parameter (experts, ., .)")
+        self.refuse_unmatched(parameters, self.stacked, "stacked parameter of experts")
         matched = [name for name in layers if matches_ending(name, names)]
         if targets == "all-linear":
             matched = [name for name in self.linear if name not in self._left_out]
@@ -108,7 +108,9 @@ class AdaptableWeights:
             if any(matches_ending(path, [name]) for path in paths):
                 continue
             exists = "is no" if any(matches_ending(path, [name]) for path in self.modules) else "matches no"
-            problems.append(f"`{name}` {exists} {what}; the nearest: {nearest(name, paths)}")
+            inside = [path for path in paths if f".{name}." in f".{path}"]
+            near = f"in it are: {_first_of(inside)}" if inside else f"the nearest: {nearest(name, paths)}"
+            problems.append(f"`{name}` {exists} {what}; {near if paths else 'the model has none'}")
         if problems:
             raise InputRefused("; ".join(problems))
 
@@ -117,8 +119,14 @@ def nearest(name: str, paths: Iterable[str]) -> str:
     """The names or endings that are the most like this one, in words."""
     paths = list(paths)
     endings = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
-    found = difflib.get_close_matches(name, endings, n=NEAREST, cutoff=0.5) or endings[:NEAREST]
+    close = difflib.get_close_matches(name, endings, n=NEAREST, cutoff=0.5)
+    found = close or difflib.get_close_matches(name, endings, n=NEAREST, cutoff=0)
     return ", ".join(found) or "none"
+
+
+def _first_of(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - NEAREST} more" if len(paths) > NEAREST else ""
+    return ", ".join(paths[:NEAREST]) + more
 
 
 def matches_ending(path: str, names: Iterable[str]) -> bool:

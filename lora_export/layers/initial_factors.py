@@ -42,7 +42,9 @@ def started_from_weights(
     if init == "default":
         return adapter
     if small := full_rank_layers(adapter):
-        raise InputRefused(f"the weights have too few directions for their rank (--init {init}):", listed(small))
+        raise InputRefused(
+            f"the weights have too few directions for their rank (--init {init}):", listed(list(small.values()))
+        )
     layers = AdaptableWeights(module).layers
     if stacked := [name for name in adapter.pairs if name not in layers]:
         raise InputRefused(f"only layers start from their weights (--init {init}), not parts of:", listed(stacked))

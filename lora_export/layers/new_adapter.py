@@ -96,13 +96,16 @@ def _stored_layout(one: AdaptableWeight) -> str:
     return (Layout.IN_OUT if getattr(one.owner, "source_cls", None) in conv1d() else one.spec.layout).value
 
 
-def full_rank_layers(adapter: Adapter) -> list[str]:
-    """The layers with fewer rows or columns than their rank, in words: A and B have more numbers than they need."""
-    return [
-        f"`{name}` is {pair.shape[0]} × {math.prod(pair.shape[1:])}, its rank {pair.rank}"
+def full_rank_layers(adapter: Adapter) -> dict[str, str]:
+    """The layers with fewer rows or columns than their rank, each in words.
+
+    A and B have more numbers than they need.
+    """
+    return {
+        name: f"`{name}` is {pair.shape[0]} × {math.prod(pair.shape[1:])}, its rank {pair.rank}"
         for name, pair in adapter.pairs.items()
         if pair.rank > min(pair.shape[0], math.prod(pair.shape[1:]))
-    ]
+    }
 
 
 def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -134,6 +137,7 @@ class _Shapes:
             f"{nearest(pattern, names)}"
             for what, (_, table) in self.tables.items()
             for pattern in table
+            if not (what == "alpha" and pattern in self.tables["rank"][1])  # named once
             if not any(Patterns({pattern: 0}, source=f"the {what} pattern").values(name) for name in names)
         ]
         if problems:

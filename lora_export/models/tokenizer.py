@@ -26,7 +26,10 @@ def open_tokenizer(folder: Path, *, needed: bool) -> Any:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         if needed:
-            raise InputRefused(f"{folder} has no tokenizer (tokenizer.json and the like)")
+            raise InputRefused(
+                f"{folder} has no tokenizer (tokenizer.json and the like). Save it there: "
+                f"transformers.AutoTokenizer.from_pretrained(NAME).save_pretrained({str(folder)!r})"
+            )
         return None
     failure = f"{folder}: the tokenizer cannot be read"
     return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)

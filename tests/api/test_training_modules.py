@@ -65,3 +65,7 @@ def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) 
     assert "note: the rank is larger than 1 of 2 layers, such as `1` is 2 × 6, its rank 4" in seen.messages
     with pytest.raises(InputRefused, match="larger than 1 of 1 layers"):
         le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, target="1")
+    with pytest.raises(InputRefused, match=r"larger than 2 of 2 layers.*\n  `0` is 6 × 8, its rank 9\n  `1` is 2 × 6"):
+        le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, rank_pattern={"0": 9})
+    with pytest.raises(InputRefused, match=r"larger than 1 of 2 layers.*\n  `1` is 2 × 6, its rank 3"):
+        le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=2, epochs=1, rank_pattern={"1": 3})

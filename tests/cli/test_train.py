@@ -88,7 +88,7 @@ def test_patterns_are_read_and_wrong_ones_are_refused(data: Path, capsys: pytest
         (("--rank-pattern", "dens=2"), 3, "`dens` matches the name of no adapted layer; the nearest: dense"),
         (("--rank-pattern", "dense=9"), 3, "the rank is larger than 1 of 1 layers"),
         (("--target-pattern", "dens"), 3, "`dens` matches the whole name of no layer to adapt; the nearest: dense"),
-        (("--target-parameter", "dense"), 3, "`dense` is no stacked parameter (experts, ., .); the nearest: none"),
+        (("--target-parameter", "dense"), 3, "`dense` is no stacked parameter of experts; the model has none"),
         (("--token-index", "1"), 3, "in the one table of input embeddings; the module has none"),
         (("--continue-from", data.parent / "ad"), 2, "--rank cannot be given beside it"),
     ):  # fmt: skip

@@ -25,7 +25,7 @@ def test_names_and_a_pattern_choose_together() -> None:
     weights = AdaptableWeights(base_of(Everything))
     assert list(weights.chosen(["three", "fc"], "t.*", ())) == ["fc", "two", "three"]
     assert list(weights.chosen([], "f.+", ())) == ["fc", "fan"]
-    with pytest.raises(InputRefused, match="`fou` matches no linear layer; the nearest: fan, fc"):
+    with pytest.raises(InputRefused, match="`fou` matches no linear layer; the nearest: fc, fan"):
         weights.chosen(["fou"], "", (), linear_only=True)
 
 
@@ -34,3 +34,4 @@ def test_names_match_whole_parts_of_a_path() -> None:
     assert not matches_ending("a.my_query", ["query"]) and not matches_ending("a.query", [])
     assert nearest("qury", ["a.query", "a.key"]) == "query, a.query"
     assert nearest("zzz", []) == "none"
+    assert nearest("LayerNorm", ["a", "b", "c", "normal"]).startswith("normal, ")  # none is close

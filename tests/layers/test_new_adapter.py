@@ -180,7 +180,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     ("options", "message"),
     [
         ({"targets": ["qurey"]}, r"`qurey` matches no layer to adapt; the nearest: query"),
-        ({"targets": ["embeddings"]}, r"`embeddings` is no layer to adapt; the nearest: .*word_embeddings"),
+        ({"targets": ["embeddings"]}, r"`embeddings` is no layer to adapt; in it are: .*word_embeddings"),
         ({"targets": [], "target_pattern": "query"}, r"`query` matches the whole name of no layer .*: query"),
         ({"targets": [], "target_pattern": "que(ry"}, r"`que\(ry` is not a regular expression: missing \)"),
         ({"targets": [], "target_parameters": ["query"]}, r"`query` is no stacked parameter"),
@@ -188,6 +188,11 @@ def test_what_has_no_meaning_is_refused() -> None:
             {"targets": ["query"], "rank_pattern": {"valeu": 2}},
             r"the rank pattern `valeu` matches the name of no adapted layer; the nearest: .*query",
         ),
+        (
+            {"targets": ["query"], "rank_pattern": {"valeu": 2}, "alpha_pattern": {"valeu": 4}},
+            r"^the rank pattern `valeu` matches the name of no adapted layer; the nearest: [^;]*$",
+        ),
+        ({"targets": ["layer.0"]}, r"`layer\.0` is no layer to adapt; in it are: (bert\.encoder\.layer\.0\S+ ){2}"),
         ({"targets": ["query"], "alpha_pattern": {"key": 2}}, "the alpha pattern `key` matches the name of no adapted"),
         ({"targets": ["query"], "rank_pattern": {"query": 0}}, "the rank of `query` is 0: it must be positive"),
         ({"targets": ["query"], "alpha_pattern": {"query": -1.0}}, r"the alpha of `query` is -1\.0: it must be posit"),
@@ -213,8 +218,8 @@ def test_layers_that_are_smaller_than_the_rank_are_found() -> None:
     fitting, beyond = (
         layers.create_adapter(module, targets="all-linear", rank=rank, alpha=4, seed=0) for rank in (3, 4)
     )
-    assert layers.full_rank_layers(fitting) == []
-    assert layers.full_rank_layers(beyond) == ["`1` is 3 × 8, its rank 4"]
+    assert layers.full_rank_layers(fitting) == {}
+    assert layers.full_rank_layers(beyond) == {"1": "`1` is 3 × 8, its rank 4"}
 
 
 @pytest.mark.parametrize(

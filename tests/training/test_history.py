@@ -18,6 +18,7 @@ def test_the_first_of_equal_evaluations_is_the_best() -> None:
     history = a_history()
     assert history.best is history.evaluations[1] and history.without_improvement() == 1
     assert TrainingHistory("cpu").best is None and TrainingHistory("cpu").without_improvement() == 0
+    assert str(TrainingHistory("cpu", history.steps[:1])).startswith("1 step on cpu in ")
     assert str(history) == "3 steps on cpu in 1.5 s, loss 1 -> 0.3333, peak memory 2 MiB"
     assert history.memory.total == 10
 
