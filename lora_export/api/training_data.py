@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_export.models.model import Model
 from lora_export.models.sounds import open_extractor
 from lora_export.models.text_lengths import text_lengths
 from lora_export.storage.hashes import file_sha256
+from lora_export.storage.json_files import read_json
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
 from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches
 from lora_export.training.encoders.classified import LabelEncoder, SimilarityEncoder, TagEncoder, TextEncoder
@@ -37,7 +38,8 @@ from lora_export.training.records.sound_files import sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.splitting import RowNumbers, split_rows
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
-from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead
+from lora_export.weights.checkpoint import CONFIG
+from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
 
 CTC_ENDING = "ForCTC"
 SPEECH_INPUTS = ("input_features", "input_values")
@@ -89,6 +91,21 @@ class TrainingData:
             return None
         tasks = {RowForm.LABELLED: "SEQ_CLS", RowForm.TAGS: "TOKEN_CLS", RowForm.SIMILARITY: "FEATURE_EXTRACTION"}
         return tasks.get(self.content.survey.form)
+
+    def for_base(self, model: str | Path) -> TrainingData:
+        """The same data, with the classes of the base's classifier in its order, where that names all of theirs."""
+        head, config = self.head, Path(model) / CONFIG
+        if head is None or not isinstance(self.content, CheckedRows) or not config.is_file():
+            return self
+        found = self.content.survey
+        names, own = (
+            label_names(read_json(config), head.ending),
+            dict(zip(found.class_names, found.classes, strict=True)),
+        )
+        if not own or not set(own) <= set(names) or (len(own) < len(names) and isinstance(found.classes[0], int)):
+            return self
+        classes = tuple(own.get(name, name) for name in names)
+        return replace(self, content=replace(self.content, survey=replace(found, classes=classes)))
 
     @property
     def groups(self) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from lora_export import __version__
 from lora_export.api.callbacks import OnMessage
 from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, losses_of
+from lora_export.errors import OutputFailed
 from lora_export.formats.read_options import DEFAULTS
 from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
@@ -25,6 +26,7 @@ from lora_export.report.model_card import MODEL_CARD, model_card
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name
 from lora_export.storage.json_files import write_json
+from lora_export.training.checkpoint import TRAINING_STATE, checkpoint_folder
 from lora_export.training.history import METRICS
 from lora_export.training.processes import rank as process_rank
 from lora_export.weights.quantised import QUANTIZATION
@@ -36,13 +38,22 @@ SHOWN_VERSIONS = ("torch", "transformers", "accelerate")
 
 @contextlib.contextmanager
 def staged_output(output: Path, inputs: Sequence[Path], *, overwrite: bool, on_message: OnMessage) -> Iterator[Path]:
-    """A folder that becomes the output. Of several processes one writes it; the files of the others are dropped."""
+    """A folder that becomes the output. Of several processes one writes it; the files of the others are dropped.
+
+    The message of an output that could not be written names the checkpoint, where there is one.
+    """
     if process_rank() > 0:
         with tempfile.TemporaryDirectory(prefix="lora-export-") as dropped:
             yield Path(dropped)
         return
-    with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as stage:
-        yield stage
+    try:
+        with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as stage:
+            yield stage
+    except OutputFailed as error:
+        folder = checkpoint_folder(output)
+        if not (folder / TRAINING_STATE).is_file() or "--resume" in str(error):
+            raise
+        raise OutputFailed(error.lines, f"The last checkpoint is in {folder}: --resume continues from it.") from error
 
 
 @contextlib.contextmanager

@@ -61,6 +61,15 @@ def number_of_labels(config: Mapping[str, Any], ending: str = CLASS_ENDINGS["SEQ
     return None
 
 
+def label_names(config: Mapping[str, Any], ending: str) -> tuple[str, ...]:
+    """The names of the labels of a config's classifier, in their order; empty where it has none with this ending."""
+    table = config.get("id2label")
+    if number_of_labels(config, ending) is None or not isinstance(table, Mapping):
+        return ()
+    names = [table.get(str(number)) for number in range(len(table))]
+    return tuple(map(str, names)) if None not in names else ()
+
+
 def _architecture(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     recorded = adapter.metadata.get("model_config", {}).get("architectures")
     ending = CLASS_ENDINGS.get(str(adapter.metadata.get("task_type")))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.api.training_data import encoded_data, read_training_data
+from lora_export.api.training_data import CheckedRows, encoded_data, read_training_data
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
 from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
@@ -92,6 +92,31 @@ def test_labels_decide_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
     tags = read_training_data(rows(tmp_path, {"tokens": ["a"], "tags": ["x"]}, {"tokens": ["a"], "tags": ["y"]}))
     assert tags.head is not None and (tags.head.ending, tags.peft_task) == ("ForTokenClassification", "TOKEN_CLS")
     assert read_training_data(rows(tmp_path, *TEXTS)).head is None
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["y", "x"], ["x", "y"], ("y", "x")),
+        (["y", "z", "x"], ["x", "y"], ("y", "z", "x")),  # the data may lack some
+        (["y", "z", "x"], [["x"], ["y", "x"]], ("y", "z", "x")),
+        (["1", "0"], [0, 1], (1, 0)),
+        (["a", "b"], ["x", "y"], ("x", "y")),
+        (["2", "1", "0"], [0, 1], (0, 1)),
+        (["y", "y"], ["x", "y"], ("x", "y")),
+    ],
+)
+def test_a_classifier_keeps_the_order_of_its_labels(
+    names: list[str], labels: list[Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    base = {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    read = read_training_data(rows(tmp_path, *({"text": "a", "label": label} for label in labels)))
+    found = read.for_base(tmp_path)
+    assert isinstance(found.content, CheckedRows) and found.content.survey.classes == expected
+    assert found.head is not None and found.head.labels == tuple(map(str, expected))
+    assert found.groups.tolist() == read.groups.tolist()  # the split into training and held-out rows stays
+    assert read.for_base("net.py:make") is read
 
 
 def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_path: Path) -> None:

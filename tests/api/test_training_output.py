@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 import lora_export as le
+from lora_export.api.training_output import staged_output
+from lora_export.errors import OutputFailed
 from support.api import MODEL, Recorder
 
 
@@ -105,3 +108,17 @@ def test_a_resumed_log_replaces_the_steps_after_the_checkpoint(
     le.train(MODEL, data, tmp_path / "ad", **options, resume=True)
     assert [one.options["purge_step"] for one in trackers] == [1, 6]
     assert [one.state for one in trackers] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_failed_output_names_the_checkpoint_where_there_is_one(has_checkpoint: bool, tmp_path: Path) -> None:
+    if has_checkpoint:
+        (tmp_path / "ad.training").mkdir()
+        (tmp_path / "ad.training/state.safetensors").touch()
+    with pytest.raises(OutputFailed) as failed, staged_output(tmp_path / "ad", [], overwrite=False, on_message=print):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    lines = str(failed.value).splitlines()
+    assert lines[0].endswith("ad could not be written: No space left on device")
+    checkpoint = f"The last checkpoint is in {tmp_path}/ad.training: --resume continues from it."
+    assert lines[1:] == ([checkpoint] if has_checkpoint else [])
+    assert not (tmp_path / "ad").exists()

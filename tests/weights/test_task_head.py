@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_export.lora import Adapter
-from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
+from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, label_names, number_of_labels
 
 BASE = {"architectures": ["BertModel"], "hidden_size": 4}
 LABELS_OF_3 = {
@@ -164,3 +164,20 @@ def test_padding_of_the_head_is_taken_where_the_base_has_none():
     assert config_with_heads(base | {"pad_token_id": 3}, [head])["pad_token_id"] == 3
     whole = adapter(None, model_config={"architectures": ["LlamaForCausalLM"], "pad_token_id": 7})
     assert config_with_heads(base, [whole])["pad_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ({"1": "b", "0": "a"}, ("a", "b")),
+        ({"0": "a", "2": "b"}, ()),
+        ({"0": None}, ()),
+        ({}, ()),
+        (["a"], ()),
+        (None, ()),
+    ],
+)
+def test_names_of_labels_are_those_of_the_classifier_in_order(table: Any, names: tuple[str, ...]) -> None:
+    config = {"architectures": ["BertForTokenClassification"], "num_labels": 1, "id2label": table}
+    assert label_names(config, "ForTokenClassification") == names
+    assert label_names(config, "ForSequenceClassification") == ()
