@@ -49,7 +49,7 @@ def run(rank: int) -> Run:
     losses = [evaluate(module, held_out).loss]
     epochs = small_task.SETTINGS.epochs
 
-    def on_step(record: StepRecord, steps: int) -> None:
+    def on_step(record: StepRecord, steps: int, _peak: int) -> None:
         if record.step % (steps // epochs) == 0:
             losses.append(evaluate(module, held_out).loss)
 

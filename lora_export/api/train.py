@@ -282,6 +282,8 @@ def train(
                 run = trainer.adapter(adapter, one_rank, init=init, checkpoints=checkpoints, resume=resume)
             on_message(f"{run.parameters}")
             on_message(str(run.history))
+            if (settings.keep_best or settings.patience) and (best := run.history.best):
+                on_message(f"kept: step {best.step}, with the lowest held-out loss ({best.held_out_loss:.4g})")
             if note := note_on_untrained(run):
                 on_message(note)
             runs.append(run)

@@ -21,7 +21,7 @@ from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.event_log import EventLog
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
-from lora_export.training.loop import Device, fit
+from lora_export.training.loop import Device, OnStep, fit
 from lora_export.training.processes import take_from_first
 from lora_export.training.settings import TrainingSettings
 from lora_export.training.sharding import shard_base
@@ -171,16 +171,17 @@ class Trainer:
         return evaluate(module, self.held_out, batch_size=size, device=self.device, precision=precision)
 
 
-def _step_progress(stage: str, on_progress: OnProgress) -> Callable[[StepRecord, int], None]:
-    """Report each step with its loss, the speed of the last one, and the time left at that speed."""
+def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
+    """Report each step with its loss, the speed of the last one, the peak memory, and the time left at that speed."""
     taken: list[float] = []
 
-    def report(record: StepRecord, steps: int) -> None:
+    def report(record: StepRecord, steps: int, peak: int) -> None:
         taken.append(record.seconds)
         recent = taken[-20:]
         left = statistics.median(recent) * (steps - record.step)
         speed = record.tokens / record.seconds if record.seconds else 0.0
-        detail = f"loss {record.loss:.3f}, {speed:,.0f} tokens/s, {_duration(left)} left"
+        memory = f"{peak / 2**20:,.0f} MiB"
+        detail = f"loss {record.loss:.3f}, {speed:,.0f} tokens/s, {memory}, {_duration(left)} left"
         on_progress(Progress(stage, record.step, steps, "steps", detail))
 
     return report

@@ -44,7 +44,7 @@ from lora_export.training.settings import Precision, TrainingSettings
 from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]
-OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)
+OnStep = Callable[[StepRecord, int, int], None]  # (the step, steps in all, peak memory in bytes)
 SMALLER = (
     "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing, --precision bf16, "
     "--base-dtype bfloat16 or --quantize-base nf4"
@@ -166,7 +166,7 @@ class _Run:
             if (step + 1) % self.settings.save_every == 0 and step + 1 < self.total:
                 self.save()
             if on_step is not None:
-                on_step(self.history.steps[-1], self.total)
+                on_step(self.history.steps[-1], self.total, self.peak.peak)
         self.history.memory = replace(self.history.memory, peak=self.peak.peak)
         if self.settings.keep_best or self.settings.patience:
             with torch.no_grad():

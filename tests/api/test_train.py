@@ -36,6 +36,17 @@ def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsy
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_step_that_is_kept_is_reported(data: Path, tmp_path: Path) -> None:
+    seen = Recorder()
+    options: dict[str, Any] = {"rank": 2, "epochs": 9, "patience": 1, "learning_rate": 0.5}
+    history = le.train(MODEL, data, tmp_path / "ad", **options, **seen.callbacks).history
+    assert history.best is not None and history.best.step < len(history.steps)
+    kept = f"kept: step {history.best.step}, with the lowest held-out loss ({history.best.held_out_loss:.4g})"
+    assert seen.messages.count(kept) == 1
+    le.train(MODEL, data, tmp_path / "other", rank=2, epochs=1, **seen.callbacks)
+    assert sum("kept:" in message for message in seen.messages) == 1
+
+
 def test_the_adapter_records_layouts_so_that_a_merge_needs_no_option(data: Path, tmp_path: Path) -> None:
     trained = le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1).adapter
     assert trained.layouts == {"dense": "out_in"}

@@ -175,9 +175,11 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_progress_is_reported_at_every_step() -> None:
-    reported: list[tuple[StepRecord, int]] = []
+    reported: list[tuple[StepRecord, int, int]] = []
     history = fitted(adapted(), epochs=2, on_step=lambda *step: reported.append(step))
-    assert [record for record, _ in reported] == history.steps and {steps for _, steps in reported} == {8}
+    assert [record for record, *_ in reported] == history.steps and {steps for _, steps, _ in reported} == {8}
+    peaks = [peak for *_, peak in reported]
+    assert peaks == sorted(peaks) and peaks[0] > 2**20 and peaks[-1] == history.memory.peak
     assert [record.step for record in history.steps] == list(range(1, 9))
     assert [record.epoch for record in history.steps] == [1] * 4 + [2] * 4
     assert {record.tokens for record in history.steps} == {16}  # examples, since they are no tokens
@@ -268,7 +270,7 @@ def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
     whole, continued = adapted(), adapted()
     expected = fitted(whole, **options)
 
-    def interrupt(record: StepRecord, _: int) -> None:
+    def interrupt(record: StepRecord, *_: int) -> None:
         if record.step == 7:
             raise KeyboardInterrupt
 
@@ -278,7 +280,7 @@ def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
     continued = adapted()  # of another process
     steps: list[int] = []
     history = fitted(
-        continued, **options, checkpoints=checkpoints, resume=True, on_step=lambda step, _: steps.append(step.step)
+        continued, **options, checkpoints=checkpoints, resume=True, on_step=lambda step, *_: steps.append(step.step)
     )
     assert steps[0] == 8
     assert history.losses == expected.losses and history.evaluations == expected.evaluations
