@@ -347,10 +347,14 @@ def command(model: str, data: str, output: Path, ranks: tuple[int, ...], as_json
             )
     except KeyboardInterrupt:
         from lora_export.training.checkpoint import checkpoint_folder
+        from lora_export.training.processes import rank, world_size
 
-        if checkpoint_folder(output).exists():
+        if checkpoint_folder(output).exists() and rank() == 0:
             words = [word for word in command_line() if word not in ("--resume", "--overwrite")]
-            print_message(f"to continue: {shlex.join([*words, '--resume'])}")
+            if world_size() == 1:
+                print_message(f"to continue: {shlex.join([*words, '--resume'])}")
+            else:  # what a launcher was given is unknown here
+                print_message(f"to continue, launch as before: -m lora_export {shlex.join([*words[1:], '--resume'])}")
         raise
     from lora_export.training.processes import rank
 

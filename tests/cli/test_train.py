@@ -152,6 +152,35 @@ def test_a_base_in_4_bits_needs_bitsandbytes_and_a_folder(
 
 
 @pytest.mark.parametrize(
+    ("rank", "count", "printed"),
+    [
+        (0, 1, "to continue: lora-export train"),
+        (0, 2, "to continue, launch as before: -m lora_export train"),
+        (1, 2, ""),
+    ],
+)
+def test_the_command_that_continues_is_printed_by_one_process(
+    rank: int,
+    count: int,
+    printed: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (data.parent / "ad.training").mkdir()
+    monkeypatch.setattr("lora_export.api.train.train", interrupted)
+    monkeypatch.setattr("lora_export.training.processes.rank", lambda: rank)
+    monkeypatch.setattr("lora_export.training.processes.world_size", lambda: count)
+    assert call("train", MODEL, "--data", data, "-o", data.parent / "ad") == 130
+    lines = [line for line in capsys.readouterr().err.splitlines() if "to continue" in line]
+    assert len(lines) == bool(printed)
+    assert all(line.startswith(f"{printed} {MODEL} ") and line.endswith(" --resume") for line in lines)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--rank", "0"), "Invalid value for '--rank'"),
