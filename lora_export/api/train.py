@@ -216,6 +216,8 @@ def train(
     learnt = read_training_data(data, columns=columns, task=task)
     on_message(f"{data}: {learnt}")
     learnt = learnt.for_base(model)
+    if note := learnt.note_on_labels(model):
+        on_message(note)
     settings = TrainingSettings(
         epochs, learning_rate, 1 if isinstance(learnt.content, ReadyBatches) else batch_size, seed, accumulate,
         schedule, warmup, weight_decay, max_gradient_norm, b_ratio, precision, gradient_checkpointing, compile,

@@ -107,6 +107,20 @@ class TrainingData:
         classes = tuple(own.get(name, name) for name in names)
         return replace(self, content=replace(self.content, survey=replace(found, classes=classes)))
 
+    def note_on_labels(self, model: str | Path) -> str:
+        """A note where the labels of the base's classifier get other names; empty where they keep theirs, or had none.
+
+        transformers calls labels without a name LABEL_0, LABEL_1 and so on.
+        """
+        config = Path(model) / CONFIG
+        if self.head is None or not config.is_file():
+            return ""
+        before, now = label_names(read_json(config), self.head.ending), tuple(map(str, self.head.labels))
+        is_unnamed = all(name.startswith("LABEL_") for name in before)
+        if is_unnamed or before == now or len(before) != len(now):
+            return ""
+        return f"note: the base's labels {', '.join(before)} are called {', '.join(now)} from now on, as in the data"
+
     @property
     def groups(self) -> NDArray[np.int64]:
         """A number for each example: of each group, the same part is held out."""

@@ -378,7 +378,8 @@ def command(model: str, data: str, output: Path, ranks: tuple[int, ...], as_json
         print_comparison([run.document for run in result.runs])
     elif verbosity() is not Verbosity.QUIET:
         for name, score in result.scores.items():
-            click.echo(f"{MEASURED[name]}: {score}")
+            what = MEASURED[name] if result.adapter.replaced else MEASURED[name].replace("same head, ", "")
+            click.echo(f"{what}: {score}")
     for adapter, run in zip(result.adapters, result.runs, strict=False):
         where = output if len(result.adapters) == 1 else output / f"rank-{run.rank}"
         click.echo(f"wrote {one_line(str(where))} ({adapter.parameters:,} numbers)")

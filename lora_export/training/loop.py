@@ -168,13 +168,18 @@ class _Run:
             if on_step is not None:
                 on_step(self.history.steps[-1], self.total, self.peak.peak)
         self.history.memory = replace(self.history.memory, peak=self.peak.peak)
+        if self._is_finite():
+            self.save()  # the output may fail to be written
         if self.settings.keep_best or self.settings.patience:
             with torch.no_grad():
                 for name, tensor in trained_tensors(self.module).items():
                     tensor.copy_(self.best[name])
         # No loss follows the last update, which a gradient that is not finite would have spoilt.
-        if not all(torch.isfinite(parameter).all() for parameter in self.trained):
+        if not self._is_finite():
             raise self._divergence("weights are not finite after", len(self.history.steps))
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.trained)
 
     def save(self) -> None:
         """Write a checkpoint of the last whole step, where there is one."""

@@ -119,6 +119,22 @@ def test_a_classifier_keeps_the_order_of_its_labels(
     assert read.for_base("net.py:make") is read
 
 
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (["no", "yes"], "note: the base's labels no, yes are called bad, good from now on, as in the data"),
+        (["bad", "good"], ""),
+        (["LABEL_0", "LABEL_1"], ""),
+    ],
+)
+def test_labels_that_get_other_names_are_a_note(names: list[str], note: str, tmp_path: Path) -> None:
+    base = {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    read = read_training_data(rows(tmp_path, *({"text": "a", "label": label} for label in ("good", "bad"))))
+    assert read.for_base(tmp_path).note_on_labels(tmp_path) == note
+    assert read.note_on_labels("net.py:make") == ""
+
+
 def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_path: Path) -> None:
     data, _ = encoded(
         bases["bert"], rows(tmp_path, *({"text": "a " * 200, "label": label} for label in "xyxy")), max_length=500

@@ -265,6 +265,21 @@ def test_training_stops_early_and_ends_with_the_best() -> None:
     assert evaluate(last, noise()).loss > history.evaluations[0].held_out_loss
 
 
+def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
+    """The output may fail to be written."""
+    module, again = adapted(), adapted()
+    checkpoints = Checkpoints(tmp_path / "a.training", {"any": 1})
+    options = {"held_out": noise(), "keep_best": True, "epochs": 2, "save_every": 100}
+    history = fitted(module, **options, checkpoints=checkpoints)
+    steps: list[int] = []
+    continued = fitted(
+        again, **options, checkpoints=checkpoints, resume=True, on_step=lambda record, *_: steps.append(record.step)
+    )
+    assert not steps and continued.losses == history.losses
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
 def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
     options = {"held_out": noise(), "keep_best": True, "epochs": 4, "save_every": 3, "evaluate_every": 2}
     whole, continued = adapted(), adapted()
