@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from lora_export.cli import configuration, failures, foreign_options, verbosity
+from lora_export.cli import configuration, failures, foreign_options, help_sections, verbosity
 from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
@@ -156,11 +157,19 @@ inputs_option = click.option(
 
 
 class Command(click.Command):
-    """A command whose Python function may refuse its arguments: that is shown as click shows its own usage errors."""
+    """A command whose Python function may refuse its arguments: that is shown as click shows its own usage errors.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    `sections` are those of its `--help` that no other command has.
+    """
+
+    def __init__(self, *args: Any, sections: help_sections.Sections = MappingProxyType({}), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params += verbosity.options()
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does, in sections."""
+        help_sections.write_options(self.get_params(ctx), self.sections, ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, with defaults from the environment and from pyproject.toml.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_export.cli import startup
+from lora_export.cli import help_sections, startup
 from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.arguments import (
     Command,
@@ -34,7 +34,7 @@ Example:
   lora-export merge base adapter -o merged"""
 
 
-@click.command(cls=Command, epilog=EXAMPLE)
+@click.command(cls=Command, epilog=EXAMPLE, sections=help_sections.OF_MERGE)
 @click.argument("base", type=FilePath())
 @click.argument("adapters", nargs=-1, type=Source(), metavar="[NAME=]ADAPTER...")
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lora_export.cli import help_sections
 from lora_export.cli.arguments import (
     TakesAdapters,
     dtype_option,
@@ -27,7 +28,7 @@ Examples:
   lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o served.onnx"""
 
 
-@click.command(cls=TakesAdapters, epilog=EXAMPLE)
+@click.command(cls=TakesAdapters, epilog=EXAMPLE, sections=help_sections.OF_ONNX)
 @click.argument("model", type=Source())
 @click.option(
     "-o",

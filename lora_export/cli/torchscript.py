@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_export.cli import help_sections
 from lora_export.cli.arguments import TakesAdapters, print_document, print_message, publishing_options, wrote
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
@@ -17,7 +18,7 @@ Examples:
   lora-export torchscript base -a adapter -o model.pt2"""
 
 
-@click.command(cls=TakesAdapters, epilog=EXAMPLE)
+@click.command(cls=TakesAdapters, epilog=EXAMPLE, sections=help_sections.OF_TORCHSCRIPT)
 @click.argument("model", type=Source())
 @click.option(
     "-o",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lora_export.cli import help_sections
 from lora_export.cli.arguments import (
     Command,
     command_line,
@@ -84,7 +85,7 @@ Example:
   lora-export train base --data texts.jsonl -o adapter --rank 8 --target query,value"""
 
 
-@click.command(cls=Command, epilog=EXAMPLE)
+@click.command(cls=Command, epilog=EXAMPLE, sections=help_sections.OF_TRAIN)
 @click.argument("model", type=Source())
 @click.option(
     "--data",

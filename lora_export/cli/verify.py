@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_export.cli import help_sections
 from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.arguments import (
     TakesAdapters,
@@ -37,7 +38,7 @@ Examples:
   lora-export verify merged --base base -a adapter"""
 
 
-@click.command(cls=TakesAdapters, epilog=EXAMPLE)
+@click.command(cls=TakesAdapters, epilog=EXAMPLE, sections=help_sections.OF_VERIFY)
 @click.argument("candidate", type=FilePath())
 @click.option("--model", type=Source(), metavar="MODEL", help="PyTorch model that CANDIDATE was made from.")
 @click.option(
