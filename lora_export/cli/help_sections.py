@@ -70,7 +70,8 @@ def write_options(
 ) -> None:
     """Write a command's options: those of no section first, then its own sections, then the shared ones.
 
-    Of an option that is in several, the first section counts. Inside of a section the order is that of the command.
+    For an option that is in both kinds, the command's own section counts. The order inside of a section is that of the
+    command.
     """
     headings = {name: heading for sections in (SHARED, own) for heading in sections for name in sections[heading]}
     rows: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (OF_NO_SECTION, *own, *SHARED)}

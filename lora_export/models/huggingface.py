@@ -109,6 +109,8 @@ def from_folder(
     _refuse_other_weights(folder, fields)
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
+    if head:
+        _refuse_missing_class(transformers, folder, fields)
     with _quiet(transformers):
         weights = streamed_folder(checkpoint, dtype) if streamed and (may_add or dtype is torch.float32) else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights, base or TrainedBase())
@@ -233,6 +235,17 @@ def _refuse_other_head(folder: Path, fields: dict[str, Any], head: TaskHead) -> 
         "with the labels of the model, or a base without a classifier: "
         f"transformers.AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER), with the tokenizer"
     )
+
+
+def _refuse_missing_class(transformers: Any, folder: Path, fields: Mapping[str, Any]) -> None:
+    """Raise InputRefused where transformers has no such model with the head that the data need."""
+    wanted = fields["architectures"][0]
+    if not hasattr(transformers, wanted):
+        own = json_files.read_json(folder / CONFIG)["architectures"][0]
+        raise InputRefused(
+            f"{folder} is a {own}, and these data need a {wanted}, which transformers does not have. Give data of "
+            "another kind, or another base"
+        )
 
 
 def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapters: Sequence[Adapter]) -> None:

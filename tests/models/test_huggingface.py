@@ -240,3 +240,10 @@ def test_adapters_bring_all_new_weights_or_none(headless: Path) -> None:
     with pytest.raises(InputRefused, match=r"and no adapter brings them\. [^:]*:\n  pre_classifier.bias\n  pre_class"):
         load_model(str(headless), [head(*names)])
     load_model(str(headless), [head(*names, "pre_classifier.weight", "pre_classifier.bias")])
+
+
+def test_data_of_a_kind_that_the_model_has_no_head_for_are_refused(tmp_path: Path) -> None:
+    base = small_model("bert", tmp_path / "base")
+    message = "base is a BertModel, and these data need a BertForImageClassification, which transformers does not have"
+    with pytest.raises(InputRefused, match=message):
+        load_model(str(base), head=TaskHead("ForImageClassification", ("red", "blue")), may_add=True)
