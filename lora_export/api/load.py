@@ -139,8 +139,8 @@ def model_paths(source: ModelSource) -> list[Path]:
 
 
 def refuse_no_source(source: ModelSource) -> None:
-    """Raise InputRefused for what names no model, before anything else is read."""
-    if isinstance(source, str | Path):
+    """Raise InputRefused for what names neither a model nor a graph, before anything else is read."""
+    if isinstance(source, str | Path) and not str(source).endswith(".onnx"):
         refuse_no_model(source)
 
 

@@ -242,7 +242,7 @@ def test_adapters_bring_all_new_weights_or_none(headless: Path) -> None:
     load_model(str(headless), [head(*names, "pre_classifier.weight", "pre_classifier.bias")])
 
 
-def test_data_of_a_kind_that_the_model_has_no_head_for_are_refused(tmp_path: Path) -> None:
+def test_data_for_which_no_class_has_a_head_are_refused(tmp_path: Path) -> None:
     base = small_model("bert", tmp_path / "base")
     message = "base is a BertModel, and these data need a BertForImageClassification, which transformers does not have"
     with pytest.raises(InputRefused, match=message):
