@@ -10,9 +10,17 @@ from lora_export.errors import InputRefused
 from lora_export.models.model_names import refuse_no_model
 
 
-def test_folders_factories_and_programs_name_models(tmp_path: Path) -> None:
-    for source in (tmp_path, "m.pt2", "package.module:factory", "f.py:make"):
+def is_refused(source: str | Path) -> bool:
+    try:
         refuse_no_model(source)
+    except InputRefused:
+        return True
+    return False
+
+
+def test_folders_factories_and_programs_name_models(tmp_path: Path) -> None:
+    sources = (tmp_path, "m.pt2", "package.module:factory", "f.py:make", tmp_path / "no folder")
+    assert list(map(is_refused, sources)) == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("source", ["nothing", "nothing/", "m.py:", ":make", "m.safetensors", "m.onnx"])
