@@ -23,6 +23,7 @@ import click
 from lora_export import __version__
 from lora_export.cli import failures, startup
 from lora_export.cli.failures import Invocation, Terminated
+from lora_export.options.spelling import as_command_line
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
 JOBS = {
@@ -138,7 +139,8 @@ def run(arguments: list[str] | None = None) -> int:
     if "lora_export.storage.atomic_output" in sys.modules:  # an earlier run in this process
         sys.modules["lora_export.storage.atomic_output"].published.clear()
     try:
-        result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
+        with as_command_line():
+            result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
     except SystemExit as end:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
         if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):

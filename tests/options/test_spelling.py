@@ -1,0 +1,42 @@
+"""Messages name options as the door spells them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_export.options.spelling import as_command_line, command, named
+
+SPELLINGS = [
+    (lambda: named("dtype"), "dtype=", "--dtype"),
+    (lambda: named("dtype", "float32"), 'dtype="float32"', "--dtype float32"),
+    (lambda: named("max_length"), "max_length=", "--max-length"),
+    (lambda: named("rtol", 0), "rtol=0", "--rtol 0"),
+    (lambda: named("verify", False), "verify=False", "--no-verify"),
+    (lambda: named("requantize", True), "requantize=True", "--requantize"),
+    (lambda: named("weights"), "weights=", "--weight"),
+    (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
+    (
+        lambda: command("onnx", "GRAPH", lora="nodes"),
+        'export_onnx("GRAPH", lora="nodes")',
+        "lora-export onnx GRAPH --lora nodes",
+    ),
+    (lambda: command("merge", requantize=True), "merge(requantize=True)", "lora-export merge --requantize"),
+    (
+        lambda: command("doctor", provider="cuda"),
+        "lora-export doctor --provider cuda",
+        "lora-export doctor --provider cuda",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "in_python", "on_the_command_line"), SPELLINGS)
+def test_each_door_spells_an_option_its_own_way(text, in_python, on_the_command_line):
+    assert text() == in_python
+    with as_command_line():
+        assert text() == on_the_command_line
+
+
+def test_the_spelling_of_python_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), as_command_line():
+        _ = 1 / 0
+    assert named("dtype") == "dtype="
