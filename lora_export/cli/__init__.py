@@ -20,10 +20,10 @@ from types import FrameType
 
 import click
 
-from lora_export import __version__
 from lora_export.cli import failures, startup
 from lora_export.cli.failures import Invocation, Terminated
 from lora_export.options.spelling import as_command_line
+from lora_export.version import __version__
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
 JOBS = {

@@ -14,24 +14,10 @@ a function.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
-# Python name -> flag, where the flag is not the name with dashes
-FLAGS = {
-    "adapters": "-a",
-    "as_json": "--json",
-    "checkpoint": "--base",
-    "columns": "--column",
-    "expect_adapter_sha256": "--expect-adapter-sha256",
-    "hashing": "--hash",
-    "heads": "--head",
-    "prefixes": "--prefix",
-    "reports": "--report",
-    "seed_of_combination": "--combine-seed",
-    "target_parameters": "--target-parameter",
-    "token_indices": "--token-index",
-    "weights": "--weight",
-}
+KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
 FUNCTIONS = {"onnx": "export_onnx", "torchscript": "export_torchscript"}  # command -> function, where the names differ
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
@@ -67,13 +53,23 @@ def command(name: str, *arguments: str, **options: object) -> str:
 
 
 def _flag(name: str, value: object) -> str:
-    flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
+    flag = _declared_flags().get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 
+@functools.cache
+def _declared_flags() -> dict[str, str]:
+    """The flags of options by their Python names, where they are not the names with dashes."""
+    from lora_export.options.commands import RECORDS
+    from lora_export.options.declaring import options_of
+
+    declared = [one for record in RECORDS.values() for one in options_of(record)]
+    return {one.name: one.option.flags[0] for one in declared if one.option.flags}
+
+
 def _keyword(name: str, value: object) -> str:
     if value is _UNSET:
-        return f"{name}="
-    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}"
+        return f"{KEYWORDS.get(name, name)}="
+    return f'{KEYWORDS.get(name, name)}="{value}"' if isinstance(value, str) else f"{KEYWORDS.get(name, name)}={value}"
