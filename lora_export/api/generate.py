@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_export.api.generation_files import GENAI_CONFIG
 from lora_export.api.generation_prompts import (
-    Prompt,
     encoder_inputs,
     first_tokens,
     refuse_other_kinds,
@@ -23,7 +22,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.tokenizer import open_tokenizer
 from lora_export.options.declaring import takes
-from lora_export.options.generate import GenerateOptions, OnText
+from lora_export.options.generate import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.generation.decoder import Decoder

@@ -37,7 +37,7 @@ def task_of(source: ModelSource) -> str:
     from lora_export.models.model import Model
 
     if isinstance(source, Model | tuple):
-        return _own_task(source.module if isinstance(source, Model) else source[0])
+        return _own_task(source[0] if isinstance(source, tuple) else source.module)
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):

@@ -124,7 +124,10 @@ def resolve_model(
         return loaded.taking(read_arrays(Path(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
-    return source if isinstance(source, Model) else from_module(*source)
+    if isinstance(source, tuple):
+        return from_module(*source)
+    assert isinstance(source, Model)
+    return source
 
 
 def model_paths(source: ModelSource) -> list[Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import MISSING
 from typing import Any
 
@@ -36,6 +37,17 @@ class Separated(click.ParamType[tuple[str, ...]]):
         if unknown := [word for word in words if word not in self.known]:
             self.fail(f"{', '.join(unknown)} is none of {', '.join(self.known)}", param, ctx)
         return tuple(dict.fromkeys(words))
+
+
+def command_line_spelling() -> AbstractContextManager[None]:
+    """Let messages spell options as flags within the block. All records are imported when the first one is spelled."""
+
+    def flags() -> Mapping[str, str]:
+        from lora_export.options.commands import declared_flags
+
+        return declared_flags()
+
+    return as_command_line(flags)
 
 
 def parameters_of(record: type[Options]) -> list[click.Parameter]:
@@ -94,7 +106,7 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
     elif declared.multiple and not option.separated:
         settings["multiple"] = True
     settings |= _default(declared)
-    with as_command_line():
+    with command_line_spelling():
         help_text = option.help_text()
     name = _switch(declared) or name
     return SectionedOption([*declared.flags, name], section=option.section, help=help_text, **settings)

@@ -180,8 +180,8 @@ class Weighted(Options):
 
 
 TIED = Option(
-    "Tied embeddings of which an adapter changes one. error: refuse the adapter; untie: give each a tensor of its own, as "
-    "the adapter was trained; both: change both.",
+    "Tied embeddings of which an adapter changes one. error: refuse the adapter; untie: give each a tensor of its own, "
+    "as the adapter was trained; both: change both.",
     section=SECTION,
 )
 

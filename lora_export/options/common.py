@@ -3,15 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
 from lora_export.options.declaring import Option, Options
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lora_export.models.model import Model
 
 FILES = "Files and messages"
 PROOF = "The proof"
@@ -19,7 +14,20 @@ TIMEOUT = 600.0  # seconds
 
 Provider = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-ModelSource: TypeAlias = "str | Path | Model | tuple[nn.Module, Any]"  # the last: a module and its example inputs
+
+
+class LoadedModel(Protocol):
+    """What `load_model` returns: a PyTorch module, and what is known of it."""
+
+    @property
+    def module(self) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of its weights."""
+        ...
+
+
+ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
 
 
 def read_layouts(texts: Iterable[str]) -> dict[str, str]:

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.options.common import PROVIDER, Provider
 from lora_export.options.declaring import Option, Options, Positional
 
 if TYPE_CHECKING:
-    from lora_export.api.generation_prompts import Prompt, Starts
+    from numpy.typing import NDArray
 
 OnText: TypeAlias = Callable[[int, str], None]  # receives the number of a prompt, and the text of its next tokens
+Prompt: TypeAlias = "str | Sequence[int] | Path | NDArray[Any]"
 Prompts: TypeAlias = "Sequence[Prompt]"
+Starts: TypeAlias = str | Sequence[str | Sequence[int]]  # a text or token ids: one for all, or one for each
 
 
 def no_text(_: int, __: str) -> None:
@@ -44,7 +46,7 @@ class GenerateOptions(Options):
         ),
     ] = None
     starts: Annotated[
-        "Starts",
+        Starts,
         Option(
             "The first tokens of the texts that are made of images: one for all or one for each.",
             python_only=True,
