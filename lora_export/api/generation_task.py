@@ -17,8 +17,6 @@ from lora_export.weights.checkpoint import CONFIG
 if TYPE_CHECKING:
     from torch import nn
 
-    from lora_export.models.model import Model
-
 SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 # The main input of a model with an encoder -> its task
 TASK_BY_INPUT = {
@@ -34,9 +32,7 @@ def task_of(source: ModelSource) -> str:
 
     A factory is not called. Raises InputRefused for a config that cannot be read.
     """
-    from lora_export.models.model import Model
-
-    if isinstance(source, Model | tuple):
+    if not isinstance(source, str | Path):
         return _own_task(source[0] if isinstance(source, tuple) else source.module)
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}

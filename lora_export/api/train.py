@@ -34,7 +34,7 @@ from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
-from lora_export.options.declaring import part_of, takes
+from lora_export.options.declaring import narrowed, takes
 from lora_export.options.spelling import named
 from lora_export.options.train import TrainingSettings, TrainOptions
 from lora_export.report.comparison import require_matplotlib
@@ -122,7 +122,7 @@ def train(options: TrainOptions) -> TrainResult:
     output, on_message = Path(options.output), options.on_message
     learnt = _read_data(options)
     rows = {"batch_size": 1} if isinstance(learnt.content, ReadyBatches) else {}
-    settings = part_of(options, TrainingSettings, **rows)
+    settings = narrowed(options, TrainingSettings, **rows)
     folder = _place_of_checkpoint(options)
     given = [Path(path) for path in (options.data, options.continue_from) if path is not None]
     inputs = [*filter(Path.exists, given), *(path for path in model_paths(options.model) if path.is_dir())]

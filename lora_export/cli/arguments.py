@@ -49,7 +49,7 @@ class Command(click.Command):
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
             return
-        for name, option in configuration.options_of(self).items():
+        for name, option in configuration.options_by_name(self).items():
             option.envvar = f"{ctx.auto_envvar_prefix}_{name.replace('-', '_').upper()}"
         ctx.default_map, ctx.meta[CONFIGURATION] = configuration.defaults_of(self, str(ctx.info_name))
 
@@ -57,7 +57,7 @@ class Command(click.Command):
         """As click does. A note names the defaults that pyproject.toml changed."""
         changed = [
             f"{name} = {ctx.default_map[option.name]}"
-            for name, option in configuration.options_of(self).items()
+            for name, option in configuration.options_by_name(self).items()
             if ctx.default_map and ctx.get_parameter_source(str(option.name)) is ParameterSource.DEFAULT_MAP
         ]
         if changed:

@@ -12,13 +12,14 @@ import click
 
 from lora_export.cli.paths import FilePath, Source
 from lora_export.options.declaring import Declared, Options, Positional, nested_in, options_of
+from lora_export.options.sections import Section
 from lora_export.options.spelling import as_command_line
 
 
 class SectionedOption(click.Option):
     """An option with the heading of `--help` under which it is shown."""
 
-    def __init__(self, *args: Any, section: str = "", **kwargs: Any):
+    def __init__(self, *args: Any, section: Section = Section.OPTIONS, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.section = section
 

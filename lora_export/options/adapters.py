@@ -14,7 +14,7 @@ from lora_export.options.spelling import named
 from lora_export.options.verify import Expectations
 
 TO_GRAPH = Only("to", ("onnx_adapter",))
-AdapterFormat = Literal["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers"]
+WrittenFormat = Literal["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers"]
 NamesOf = Literal["transformers4", "transformers5", "vllm", "sglang"]
 
 
@@ -29,7 +29,7 @@ class ConvertOptions(Output):
         str | Path,
         Option("File or folder to write.", flags=("-o", "--output"), metavar="OUT", kind="path"),
     ] = field(kw_only=False)
-    to: Annotated[AdapterFormat, Option("Format to write.")] = "onnx_adapter"
+    to: Annotated[WrittenFormat, Option("Format to write.")] = "onnx_adapter"
     graph: Annotated[
         str | Path | None,
         Option(

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import Nested, Option, Options
-from lora_export.options.reading import SECTION as READING
 from lora_export.options.reading import ReadOptions
+from lora_export.options.sections import Section
 from lora_export.options.spelling import named
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
 
-SECTION = "How adapters are combined"
 Method = Literal[
     "cat",
     "linear",
@@ -60,7 +59,7 @@ class Combination(Options):
         Method,
         Option(
             "How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
-            section=SECTION,
+            section=Section.COMBINING,
             flags=("--combine",),
         ),
     ] = "cat"
@@ -68,7 +67,7 @@ class Combination(Options):
         float | None,
         Option(
             "Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
-            section=SECTION,
+            section=Section.COMBINING,
             metavar="D",
             above=0,
             at_most=1,
@@ -77,18 +76,24 @@ class Combination(Options):
     majority_sign: Annotated[
         Literal["total", "frequency"] | None,
         Option(
-            "Sign that ties and dare_ties elect: that of the sum, or of most values (default: total).", section=SECTION
+            "Sign that ties and dare_ties elect: that of the sum, or of most values (default: total).",
+            section=Section.COMBINING,
         ),
     ] = None
     svd_rank: Annotated[
         int | None,
-        Option("Rank after an SVD (default: the largest of the adapters).", section=SECTION, metavar="R", at_least=1),
+        Option(
+            "Rank after an SVD (default: the largest of the adapters).",
+            section=Section.COMBINING,
+            metavar="R",
+            at_least=1,
+        ),
     ] = None
     seed: Annotated[
         int | None,
         Option(
             "Random seed for the entries that dare_* keeps (default: 0).",
-            section=SECTION,
+            section=Section.COMBINING,
             flags=("--combine-seed", "--seed"),
             metavar="N",
         ),
@@ -148,7 +153,7 @@ class Weighted(Options):
         Sequence[float],
         Option(
             "Factor on an adapter's scale. Once per adapter, in the same order (default: 1.0).",
-            section=SECTION,
+            section=Section.COMBINING,
             flags=("--weight",),
             metavar="W",
         ),
@@ -159,7 +164,7 @@ class Weighted(Options):
         Option(
             "Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
             "base. May be repeated.",
-            section=READING,
+            section=Section.READING,
             flags=("--prefix",),
             metavar="FROM=TO",
             read=read_prefixes,
@@ -179,10 +184,10 @@ class Weighted(Options):
         return self.combination
 
 
-TIED = Option(
+TIED_OPTION = Option(
     "Tied embeddings of which an adapter changes one. error: refuse the adapter; untie: give each a tensor of its own, "
     "as the adapter was trained; both: change both.",
-    section=SECTION,
+    section=Section.COMBINING,
 )
 
 
@@ -190,7 +195,7 @@ TIED = Option(
 class Applied(Weighted):
     """How adapters are applied to a base: options that merges, exports and proofs share."""
 
-    tied: Annotated[TiedEmbeddings, TIED] = "error"
+    tied: Annotated[TiedEmbeddings, TIED_OPTION] = "error"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
 from lora_export.options.declaring import Option, Options
+from lora_export.options.sections import Section
 
-FILES = "Files and messages"
-PROOF = "The proof"
-TIMEOUT = 600.0  # seconds
+TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error
 
-Provider = Literal["cpu", "cuda"]
+ProviderName = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -42,7 +41,7 @@ def read_layouts(texts: Iterable[str]) -> dict[str, str]:
     return layouts
 
 
-PROVIDER = Option("Execution provider on which onnxruntime must run.", section=PROOF)
+PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
     "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
@@ -66,7 +65,7 @@ class Download(Options):
 
     download: Annotated[
         bool,
-        Option("Download models and adapters named as on the Hugging Face Hub, if not cached.", section=FILES),
+        Option("Download models and adapters named as on the Hugging Face Hub, if not cached.", section=Section.FILES),
     ] = False
 
 
@@ -74,7 +73,7 @@ class Download(Options):
 class Output(Download, Reported):
     """What a function that writes takes."""
 
-    overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=FILES)] = False
+    overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=Section.FILES)] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class ProofInputs(Options):
         Option(
             "Further inputs for the proof: one array for each input of the model, by its name. They are the example "
             "where the inputs of a Hugging Face model cannot be generated.",
-            section=PROOF,
+            section=Section.PROOF,
             metavar="FILE.npz",
         ),
     ] = None
@@ -96,18 +95,19 @@ class ProofInputs(Options):
 class Running(ProofInputs):
     """How a graph is run in its proof, and in which precision the model is deployed."""
 
-    provider: Annotated[Provider, PROVIDER] = "cpu"
+    provider: Annotated[ProviderName, PROVIDER] = "cpu"
     dtype: Annotated[
         Dtype,
         Option(
-            "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.", section=PROOF
+            "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
+            section=Section.PROOF,
         ),
     ] = "float32"
     timeout: Annotated[
         float,
         Option(
             "Stop a run of CANDIDATE or of a graph that takes longer than this.",
-            section=PROOF,
+            section=Section.PROOF,
             metavar="SECONDS",
             above=0,
         ),
@@ -118,7 +118,7 @@ class Running(ProofInputs):
 class Published(ProofInputs, Output):
     """What a function takes that proves a file before it publishes it."""
 
-    verify: Annotated[bool, Option("Publish without a proof. The file records that.", section=PROOF)] = True
+    verify: Annotated[bool, Option("Publish without a proof. The file records that.", section=Section.PROOF)] = True
 
 
 LORA_MODES = {

@@ -27,6 +27,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from lora_export.errors import WrongUsage
+from lora_export.options.sections import Section
 from lora_export.options.spelling import named
 
 _P = ParamSpec("_P")
@@ -36,7 +37,7 @@ _T = TypeVar("_T")
 # What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
 Kind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
 KIND_OF_TYPE: Mapping[Any, Kind] = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
-REFERENCE = re.compile(r"\{(\w+)(?:=([^}]*))?\}")  # `{lora=inputs}` in a help text names an option
+OPTION_IN_TEXT = re.compile(r"\{(\w+)(?:=([^}]*))?\}")  # `{lora=inputs}` in a help text names an option
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Option:
     """The meaning of a field: what `--help` and Python's `help` show of it, and which values it may have."""
 
     help: str
-    section: str = ""  # of `--help`
+    section: Section = Section.OPTIONS
     flags: tuple[str, ...] = ()  # by default the name, with dashes
     metavar: str = ""
     shown_default: str = ""  # where the default itself does not tell
@@ -185,7 +186,7 @@ class Options:
 
 def spelled(text: str) -> str:
     """A text in which `{lora=inputs}` names an option, as the interface spells it."""
-    return REFERENCE.sub(lambda found: named(found[1]) if found[2] is None else named(found[1], found[2]), text)
+    return OPTION_IN_TEXT.sub(lambda found: named(found[1]) if found[2] is None else named(found[1], found[2]), text)
 
 
 def extended(options: Options, record: Callable[..., _R], **more: Any) -> _R:
@@ -193,7 +194,7 @@ def extended(options: Options, record: Callable[..., _R], **more: Any) -> _R:
     return record(**{one.name: getattr(options, one.name) for one in dataclasses.fields(options)} | more)  # type: ignore[arg-type]
 
 
-def part_of(options: Options, record: Callable[..., _R], **others: Any) -> _R:
+def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
     """The options of one concern: a record from which that of `options` inherits, with other values where given."""
     own = (one.name for one in dataclasses.fields(record))  # type: ignore[arg-type]
     return record(**{name: getattr(options, name) for name in own} | others)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, get_args
 from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import ModelSource, Published, Running, modes
 from lora_export.options.declaring import Only, Option, Positional
+from lora_export.options.sections import Section
 
-GRAPH = "The graph"
 CachedTask = Literal["text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"]
 # What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
 CACHED_TASKS: tuple[str, ...] = get_args(CachedTask)
@@ -54,14 +54,14 @@ class OnnxOptions(GivenAdapters, Running, Published):
 
     lora: Annotated[
         Literal["merged", "nodes", "inputs", "rows"],
-        Option(modes("merged", "nodes", "inputs", "rows"), section=GRAPH),
+        Option(modes("merged", "nodes", "inputs", "rows"), section=Section.GRAPH),
     ] = "merged"
     target: Annotated[
         str | Sequence[str] | None,
         Option(
             "With {lora=inputs}: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
             "separated by commas, or all linear layers except the output head.",
-            section=GRAPH,
+            section=Section.GRAPH,
             metavar="NAMES|all-linear",
             multiple=False,
             only=(Only("lora", ("inputs",), OF_ADAPTERS),),
@@ -71,20 +71,20 @@ class OnnxOptions(GivenAdapters, Running, Published):
         bool,
         Option(
             "With {lora=inputs}: let future adapters have DoRA at all these layers.",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(Only("lora", ("inputs",), OF_ADAPTERS),),
         ),
     ] = False
     names: Annotated[
         Literal["olive", "genai", "peft"],
-        Option("With {lora=inputs}: naming convention of the inputs.", section=GRAPH),
+        Option("With {lora=inputs}: naming convention of the inputs.", section=Section.GRAPH),
     ] = "olive"
     max_rank: Annotated[
         int | None,
         Option(
             "With {lora=inputs} and rows: pad the rank of every adapter to N with zeros, so that adapters have static "
             "shapes. A larger rank is refused.",
-            section=GRAPH,
+            section=Section.GRAPH,
             metavar="N",
             at_least=1,
             only=(Only("lora", SWAPPED, "in other graphs an adapter has its own rank"),),
@@ -95,7 +95,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=inputs}: give adapter inputs no default, for runtimes that pass no optional inputs "
             "(JavaScript).",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(Only("lora", ("inputs",)),),
         ),
     ] = False
@@ -104,7 +104,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=rows}: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
             "[batch, K].",
-            section=GRAPH,
+            section=Section.GRAPH,
             flags=("--adapters-per-row",),
             metavar="K",
             at_least=1,
@@ -116,7 +116,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=inputs} and rows: leave out the task head that the adapters save whole. MODEL has to contain "
             "the same head (merge {only_head}).",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
         ),
     ] = False
@@ -125,16 +125,18 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "
             "and, of a decoder, onnxruntime-genai run.",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(EXPORTED,),
         ),
     ] = None
-    with_cache: Annotated[bool, Option("Choose {task} by the model's class.", section=GRAPH, only=(EXPORTED,))] = False
+    with_cache: Annotated[
+        bool, Option("Choose {task} by the model's class.", section=Section.GRAPH, only=(EXPORTED,))
+    ] = False
     fuse: Annotated[
         Literal["cpu", "cuda", "webgpu"] | None,
         Option(
             "Use onnxruntime's own operators for this provider, such as GroupQueryAttention.",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(EXPORTED,),
         ),
     ] = None
@@ -143,7 +145,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "Store the weights of linear layers in 4 or 8 bits (onnxruntime's MatMulNBits). Adapters beside them stay "
             "floats; a merged graph is quantised after the merge.",
-            section=GRAPH,
+            section=Section.GRAPH,
             only=(
                 Only(
                     *("model", ("module",)),
@@ -155,7 +157,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
     ] = None
     opset: Annotated[
         int | None,
-        Option("ONNX operator set (default: the exporter's).", section=GRAPH, at_least=18, only=(EXPORTED,)),
+        Option("ONNX operator set (default: the exporter's).", section=Section.GRAPH, at_least=18, only=(EXPORTED,)),
     ] = None
 
 

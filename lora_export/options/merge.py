@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lora_export.options.combining import TIED, AdapterSources, Applied, TiedEmbeddings
+from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
 from lora_export.options.common import LAYOUT, Output
 from lora_export.options.declaring import Only, Option, Positional
 from lora_export.options.reading import AllowPickle
+from lora_export.options.sections import Section
 
-BASE = "The base"
-OUTPUT = "The output"
 OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
 
 
@@ -42,7 +41,7 @@ class MergeOptions(Applied, Output):
         str | Path | None,
         Option(
             "Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
-            section=BASE,
+            section=Section.BASE,
             flags=("--base",),
             metavar="CHECKPOINT",
             only=graphs("the weights of a checkpoint have their names"),
@@ -53,7 +52,7 @@ class MergeOptions(Applied, Output):
         Option(
             "Weights to merge into, of a BASE folder with several sets: fp16 for model.fp16.safetensors, none for "
             "model.safetensors.",
-            section=BASE,
+            section=Section.BASE,
             metavar="NAME",
             only=(
                 Only(
@@ -67,7 +66,7 @@ class MergeOptions(Applied, Output):
         Mapping[str, str] | None,
         replace(
             LAYOUT,
-            section=BASE,
+            section=Section.BASE,
             only=checkpoints("a graph's operators determine the layout of its weights", "pipeline"),
         ),
     ] = None
@@ -75,7 +74,7 @@ class MergeOptions(Applied, Output):
         bool,
         Option(
             "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
-            section=BASE,
+            section=Section.BASE,
             only=checkpoints("{requantize} merges into the quantised weights of a graph"),
         ),
     ] = False
@@ -83,7 +82,7 @@ class MergeOptions(Applied, Output):
         bool,
         Option(
             "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
-            section=BASE,
+            section=Section.BASE,
             only=graphs("merging into a quantised checkpoint is not supported"),
         ),
     ] = False
@@ -92,7 +91,7 @@ class MergeOptions(Applied, Output):
         Option(
             "Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation "
             "error.",
-            section=BASE,
+            section=Section.BASE,
             metavar="CHECKPOINT",
             only=(
                 Only(
@@ -107,7 +106,7 @@ class MergeOptions(Applied, Output):
         Literal["keep", "float32", "bfloat16", "float16"],
         Option(
             "Type in which every float tensor is stored.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
         ),
     ] = "keep"
@@ -115,7 +114,7 @@ class MergeOptions(Applied, Output):
         bool,
         Option(
             "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
         ),
     ] = False
@@ -123,7 +122,7 @@ class MergeOptions(Applied, Output):
         float,
         Option(
             "Least part of a weight's change that has to survive rounding. Less is refused.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             at_least=0,
             at_most=1,
         ),
@@ -132,7 +131,7 @@ class MergeOptions(Applied, Output):
         str | Path | None,
         Option(
             "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             metavar="FILE",
             only=(
                 *checkpoints("a graph is its own base: keep it"),
@@ -148,7 +147,7 @@ class MergeOptions(Applied, Output):
         Literal["xxh3_128", "sha256"],
         Option(
             "Hash that identifies base and output. sha256 takes longer than the merge.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             flags=("--hash",),
         ),
     ] = "xxh3_128"
@@ -156,15 +155,17 @@ class MergeOptions(Applied, Output):
         Literal["cpu", "cuda"],
         Option(
             "Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
-            section=OUTPUT,
+            section=Section.OUTPUT,
             only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
         ),
     ] = "cpu"
     tied: Annotated[
         TiedEmbeddings,
-        replace(TIED, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
+        replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
     ] = "error"
-    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.", section=OUTPUT)] = False
+    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.", section=Section.OUTPUT)] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.declaring import Option, Options
+from lora_export.options.sections import Section
 from lora_export.options.spelling import command, named
 
-SECTION = "How adapters are read"
-Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
+PipelineComponent = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 ColumnOrder = Literal["rank_major", "grouped_by_expert"]
 
 
@@ -34,7 +34,8 @@ class AllowPickle(Options):
     allow_pickle: Annotated[
         bool,
         Option(
-            "Also read pickles of PyTorch (.bin, .pt, .pth), by torch.load with weights_only=True.", section=SECTION
+            "Also read pickles of PyTorch (.bin, .pt, .pth), by torch.load with weights_only=True.",
+            section=Section.READING,
         ),
     ] = False
 
@@ -47,23 +48,23 @@ class ReadOptions(AllowPickle):
         str,
         Option(
             "Format of the adapters, where several formats fit. `lora-export guide adapters` lists them.",
-            section=SECTION,
+            section=Section.READING,
             metavar="NAME",
         ),
     ] = ""
     lora_rank: Annotated[
         int | None,
-        Option("Rank, for formats that do not record it.", section=SECTION, metavar="R", at_least=1),
+        Option("Rank, for formats that do not record it.", section=Section.READING, metavar="R", at_least=1),
     ] = None
     lora_alpha: Annotated[
         float | None,
-        Option("Alpha, for formats that do not record it.", section=SECTION, metavar="ALPHA", above=0),
+        Option("Alpha, for formats that do not record it.", section=Section.READING, metavar="ALPHA", above=0),
     ] = None
     enable_lora: Annotated[
         Mapping[str, tuple[bool, ...]],
         Option(
             "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
-            section=SECTION,
+            section=Section.READING,
             metavar="NAME=1,0,1",
             read=read_parts,
         ),
@@ -73,15 +74,15 @@ class ReadOptions(AllowPickle):
         Option(
             "config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
             "needed where the command has the base, or the adapter a config.json beside it.",
-            section=SECTION,
+            section=Section.READING,
             metavar="PATH",
         ),
     ] = None
     component: Annotated[
-        Component | Literal[""],
+        PipelineComponent | Literal[""],
         Option(
             "Use only the changes of this model, of an adapter for several models of a diffusion pipeline.",
-            section=SECTION,
+            section=Section.READING,
         ),
     ] = ""
     moe_b_layout: Annotated[
@@ -89,7 +90,7 @@ class ReadOptions(AllowPickle):
         Option(
             "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
             "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
-            section=SECTION,
+            section=Section.READING,
         ),
     ] = ""
 

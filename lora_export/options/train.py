@@ -8,13 +8,8 @@ from typing import Annotated, Any, Literal
 from lora_export.errors import WrongUsage
 from lora_export.options.common import Output
 from lora_export.options.declaring import Option, Options, Positional, options_of
+from lora_export.options.sections import Section
 from lora_export.options.spelling import named
-
-DATA = "Data"
-ADAPTER = "The adapter"
-FROZEN_BASE = "The frozen base"
-STEPS = "The steps"
-MEASUREMENTS = "Measurements and checkpoints"
 
 LearntTask = Literal[
     "chat",
@@ -75,58 +70,69 @@ def _read_patterns(texts: Iterable[str], number: Any, form: str) -> dict[str, An
 class TrainingSettings(Options):
     """The settings of the loop and of its optimiser, AdamW."""
 
-    epochs: Annotated[int, Option("Passes over the data.", section=STEPS, at_least=1)] = 3
-    batch_size: Annotated[int, Option("Examples per step, of all processes together.", section=STEPS, at_least=1)] = 32
+    epochs: Annotated[int, Option("Passes over the data.", section=Section.STEPS, at_least=1)] = 3
+    batch_size: Annotated[
+        int, Option("Examples per step, of all processes together.", section=Section.STEPS, at_least=1)
+    ] = 32
     accumulate: Annotated[
         int,
-        Option("Parts of a step's examples that are computed one after the other.", section=STEPS, at_least=1),
+        Option("Parts of a step's examples that are computed one after the other.", section=Section.STEPS, at_least=1),
     ] = 1
-    learning_rate: Annotated[float, Option("Peak step size of AdamW.", section=STEPS, above=0)] = 1e-3
+    learning_rate: Annotated[float, Option("Peak step size of AdamW.", section=Section.STEPS, above=0)] = 1e-3
     b_ratio: Annotated[
         float,
         # Hayou et al. 2024
-        Option("Learning rate of B divided by that of A (LoRA+).", section=STEPS, above=0),
+        Option("Learning rate of B divided by that of A (LoRA+).", section=Section.STEPS, above=0),
     ] = 1.0
     schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Option("Learning rate after the warm-up.", section=STEPS)
+        Literal["linear", "cosine", "constant"], Option("Learning rate after the warm-up.", section=Section.STEPS)
     ] = "linear"
     warmup: Annotated[
         float,
-        Option("Part of all steps in which the learning rate rises.", section=STEPS, at_least=0, below=1),
+        Option("Part of all steps in which the learning rate rises.", section=Section.STEPS, at_least=0, below=1),
     ] = 0.1
-    weight_decay: Annotated[float, Option("Weight decay of AdamW.", section=STEPS, at_least=0)] = 0.01
-    max_gradient_norm: Annotated[float, Option("Norm to which gradients are clipped.", section=STEPS, above=0)] = 1.0
-    precision: Annotated[Precision, Option("Precision of autocast.", section=STEPS)] = "no"
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", section=Section.STEPS, at_least=0)] = 0.01
+    max_gradient_norm: Annotated[
+        float, Option("Norm to which gradients are clipped.", section=Section.STEPS, above=0)
+    ] = 1.0
+    precision: Annotated[Precision, Option("Precision of autocast.", section=Section.STEPS)] = "no"
     gradient_checkpointing: Annotated[
         bool,
-        Option("Compute activations again in the backward pass: less memory, more time.", section=STEPS),
+        Option("Compute activations again in the backward pass: less memory, more time.", section=Section.STEPS),
     ] = False
     compile: Annotated[
-        bool, Option("Compute the steps with torch.compile. The first step takes long.", section=STEPS)
+        bool, Option("Compute the steps with torch.compile. The first step takes long.", section=Section.STEPS)
     ] = False
-    seed: Annotated[int, Option("Random seed for the split, the initial values and the order.", section=STEPS)] = 0
+    seed: Annotated[
+        int, Option("Random seed for the split, the initial values and the order.", section=Section.STEPS)
+    ] = 0
     evaluate_every: Annotated[
         int,
-        Option("Measure on the held-out data every so many steps.", section=MEASUREMENTS, metavar="STEPS", at_least=0),
+        Option(
+            "Measure on the held-out data every so many steps.",
+            section=Section.MEASUREMENTS,
+            metavar="STEPS",
+            at_least=0,
+        ),
     ] = 0
     patience: Annotated[
         int,
         Option(
             "Stop after N evaluations without a lower held-out loss, and keep the best adapter.",
-            section=MEASUREMENTS,
+            section=Section.MEASUREMENTS,
             metavar="N",
             at_least=0,
         ),
     ] = 0
     keep_best: Annotated[
         bool,
-        Option("Save the adapter of the lowest held-out loss, not the last one.", section=MEASUREMENTS),
+        Option("Save the adapter of the lowest held-out loss, not the last one.", section=Section.MEASUREMENTS),
     ] = False
     save_every: Annotated[
         int,
         Option(
             "Write a checkpoint to OUTPUT.training every so many steps.",
-            section=MEASUREMENTS,
+            section=Section.MEASUREMENTS,
             metavar="STEPS",
             at_least=1,
         ),
@@ -152,7 +158,7 @@ class AdapterChoice(Options):
         int | Sequence[int] | None,
         Option(
             "Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             shown_default="8",
             at_least=1,
         ),
@@ -161,25 +167,25 @@ class AdapterChoice(Options):
         float | None,
         Option(
             "B·A is multiplied by alpha/rank.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             shown_default="twice the rank",
             above=0,
         ),
     ] = None
-    rslora: Annotated[bool, Option("Multiply by alpha/√rank instead.", section=ADAPTER)] = False
-    dora: Annotated[bool, Option("Also train the length of each output of a weight.", section=ADAPTER)] = False
+    rslora: Annotated[bool, Option("Multiply by alpha/√rank instead.", section=Section.ADAPTER)] = False
+    dora: Annotated[bool, Option("Also train the length of each output of a weight.", section=Section.ADAPTER)] = False
     init: Annotated[
         Init,
         Option(
             "First values of A and B: random and zero, or from the weights. Then the saved rank is twice {rank}.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
         ),
     ] = "default"
     target: Annotated[
         str | Sequence[str] | None,
         Option(
             "Layers to adapt: endings of their names, separated by commas.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             metavar="NAMES|all-linear",
             shown_default="all-linear",
             multiple=False,
@@ -187,13 +193,13 @@ class AdapterChoice(Options):
     ] = None
     target_pattern: Annotated[
         str,
-        Option("Regular expression for whole names of layers.", section=ADAPTER, metavar="REGEX"),
+        Option("Regular expression for whole names of layers.", section=Section.ADAPTER, metavar="REGEX"),
     ] = ""
     target_parameters: Annotated[
         Sequence[str],
         Option(
             "Stacked parameter of experts, each of which gets a pair. May be repeated.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             flags=("--target-parameter",),
             metavar="NAME",
         ),
@@ -202,7 +208,7 @@ class AdapterChoice(Options):
         Mapping[str, int] | None,
         Option(
             "Another rank for layers whose names end so. The first match counts. May be repeated.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             metavar="REGEX=RANK",
             read=read_ranks,
         ),
@@ -211,7 +217,7 @@ class AdapterChoice(Options):
         Mapping[str, float] | None,
         Option(
             "Another alpha for layers whose names end so. May be repeated.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             metavar="REGEX=ALPHA",
             read=read_alphas,
         ),
@@ -220,7 +226,7 @@ class AdapterChoice(Options):
         float | None,
         Option(
             "Part of the inputs of A that is dropped in a step.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             shown_default="0",
             at_least=0,
             below=1,
@@ -228,13 +234,13 @@ class AdapterChoice(Options):
     ] = None
     bias: Annotated[
         TrainedBiases,
-        Option("Biases to train: all, or those of the adapted layers.", section=ADAPTER),
+        Option("Biases to train: all, or those of the adapted layers.", section=Section.ADAPTER),
     ] = "none"
     token_indices: Annotated[
         Sequence[int],
         Option(
             "Row of the input embeddings to train alone. May be repeated.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             flags=("--token-index",),
             metavar="N",
             at_least=0,
@@ -244,7 +250,7 @@ class AdapterChoice(Options):
         Sequence[str],
         Option(
             "Module to train and save as a whole. May be repeated.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             flags=("--head",),
             metavar="NAME",
         ),
@@ -253,7 +259,7 @@ class AdapterChoice(Options):
         str | Path | None,
         Option(
             "Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
-            section=ADAPTER,
+            section=Section.ADAPTER,
             metavar="ADAPTER",
             kind="source",
         ),
@@ -334,7 +340,7 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
         Mapping[str, str] | None,
         Option(
             "Column of the data that is read as NAME, such as text=body. May be repeated.",
-            section=DATA,
+            section=Section.DATA,
             flags=("--column",),
             metavar="NAME=COLUMN",
             read=read_columns,
@@ -342,41 +348,46 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
     ] = None
     task: Annotated[
         LearntTask | None,
-        Option("What is learnt from the columns, where they would fit several tasks.", section=DATA),
+        Option("What is learnt from the columns, where they would fit several tasks.", section=Section.DATA),
     ] = None
-    max_length: Annotated[int, Option("Maximum number of tokens per text.", section=DATA, at_least=1)] = 128
+    max_length: Annotated[int, Option("Maximum number of tokens per text.", section=Section.DATA, at_least=1)] = 128
     packing: Annotated[
-        bool, Option("Put several short texts into one row. For causal language models.", section=DATA)
+        bool, Option("Put several short texts into one row. For causal language models.", section=Section.DATA)
     ] = False
     holdout: Annotated[
         float,
-        Option("Part of the data that is held out of training and measured on.", section=DATA, at_least=0, below=1),
+        Option(
+            "Part of the data that is held out of training and measured on.", section=Section.DATA, at_least=0, below=1
+        ),
     ] = 0.2
 
     quantize_base: Annotated[
         BaseQuantization | None,
         Option(
             "Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
-            section=FROZEN_BASE,
+            section=Section.FROZEN_BASE,
         ),
     ] = None
     base_dtype: Annotated[
         BaseDtype,
         Option(
             "Dtype of the frozen weights while training. A half precision needs the same {precision}.",
-            section=FROZEN_BASE,
+            section=Section.FROZEN_BASE,
         ),
     ] = "float32"
     shard_base: Annotated[
         bool,
-        Option("With several processes: each holds a share of the frozen weights alone (FSDP).", section=FROZEN_BASE),
+        Option(
+            "With several processes: each holds a share of the frozen weights alone (FSDP).",
+            section=Section.FROZEN_BASE,
+        ),
     ] = False
 
     compare: Annotated[
         Sequence[ComparedStrategy],
         Option(
             "Also train all weights, or the head alone on the frozen base, and write a table.",
-            section=MEASUREMENTS,
+            section=Section.MEASUREMENTS,
             metavar="full,frozen",
             separated=True,
         ),
@@ -385,15 +396,15 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
         str | Path | None,
         Option(
             "Also write the metrics of each run to a folder there, for TensorBoard.",
-            section=MEASUREMENTS,
+            section=Section.MEASUREMENTS,
             metavar="FOLDER",
         ),
     ] = None
     resume: Annotated[
         bool,
-        Option("Continue from the checkpoint of an interrupted training.", section=MEASUREMENTS),
+        Option("Continue from the checkpoint of an interrupted training.", section=Section.MEASUREMENTS),
     ] = False
-    device: Annotated[Literal["cpu", "cuda"], Option("Device to train on.", section=STEPS)] = "cpu"
+    device: Annotated[Literal["cpu", "cuda"], Option("Device to train on.", section=Section.STEPS)] = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

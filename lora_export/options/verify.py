@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, GivenAdapters
-from lora_export.options.common import LAYOUT, PROOF, Download, ModelSource, Reported, Running
+from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
 from lora_export.options.declaring import Nested, Option, Options, Positional
+from lora_export.options.sections import Section
 from lora_export.options.spelling import named
 
-EXPECTED = "What the adapter and the base must be"
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 
 
@@ -38,7 +38,7 @@ class Expectations(Options):
         Sequence[str],
         Option(
             "End with exit code 4 unless this is the SHA-256 of the adapter. Once for each of several adapters.",
-            section=EXPECTED,
+            section=Section.EXPECTED,
             flags=("--expect-adapter-sha256",),
             metavar="HEX",
         ),
@@ -47,7 +47,7 @@ class Expectations(Options):
         int | None,
         Option(
             "The same for the rank of every pair.",
-            section=EXPECTED,
+            section=Section.EXPECTED,
             flags=("--expect-rank",),
             metavar="R",
             at_least=1,
@@ -57,7 +57,7 @@ class Expectations(Options):
         float | None,
         Option(
             "The same for alpha: scale x rank, with rsLoRA x its root.",
-            section=EXPECTED,
+            section=Section.EXPECTED,
             flags=("--expect-alpha",),
             metavar="ALPHA",
         ),
@@ -66,7 +66,7 @@ class Expectations(Options):
         Sequence[str],
         Option(
             "The same for the SHA-256 of the base's weights. Once for each of its files.",
-            section=EXPECTED,
+            section=Section.EXPECTED,
             flags=("--expect-base-sha256",),
             metavar="HEX",
         ),
@@ -106,28 +106,30 @@ class Judging(Running):
     ] = None
     atol: Annotated[
         float | None,
-        Option("Also require |candidate - reference| <= atol + rtol·|reference|.", section=PROOF, at_least=0),
+        Option("Also require |candidate - reference| <= atol + rtol·|reference|.", section=Section.PROOF, at_least=0),
     ] = None
-    rtol: Annotated[float | None, Option("See {atol}.", section=PROOF, at_least=0)] = None
-    seed: Annotated[int | None, Option("Random seed for the generated inputs.  [default: 0]", section=PROOF)] = None
+    rtol: Annotated[float | None, Option("See {atol}.", section=Section.PROOF, at_least=0)] = None
+    seed: Annotated[
+        int | None, Option("Random seed for the generated inputs.  [default: 0]", section=Section.PROOF)
+    ] = None
     cache: Annotated[
         str | Path | None,
         Option(
             "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
-            section="Files and messages",
+            section=Section.FILES,
             metavar="FOLDER",
             kind="folder",
         ),
     ] = None
     trace: Annotated[
-        bool, Option("Compare every module (always done when the verdict is `different`).", section=PROOF)
+        bool, Option("Compare every module (always done when the verdict is `different`).", section=Section.PROOF)
     ] = False
     fixed: Annotated[
         Mapping[str, int] | None,
         Option(
             "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
             "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
-            section=PROOF,
+            section=Section.PROOF,
             metavar="AXIS=SIZE",
             read=read_sizes,
         ),
@@ -153,7 +155,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     ] = None
     layout: Annotated[
         Mapping[str, str] | None,
-        replace(LAYOUT, section=PROOF),
+        replace(LAYOUT, section=Section.PROOF),
     ] = None
     combination: Annotated[str | Combination, Nested(Combination, {"seed": ("--combine-seed",)})] = field(
         default_factory=Combination
@@ -162,7 +164,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         Sequence[str | Path],
         Option(
             "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
-            section="Files and messages",
+            section=Section.FILES,
             flags=("--report",),
             metavar="FILE.json|.xml|.html",
             kind="path",
@@ -173,7 +175,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         bool,
         Option(
             "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
-            section=PROOF,
+            section=Section.PROOF,
             flags=("--strict/--no-strict",),
         ),
     ] = False

@@ -9,7 +9,7 @@ import pytest
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, Weighted
 from lora_export.options.commands import declared_flags
-from lora_export.options.declaring import documentation, extended, nested_in, options_of, part_of, takes
+from lora_export.options.declaring import documentation, extended, narrowed, nested_in, options_of, takes
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import as_command_line
@@ -114,7 +114,7 @@ def test_records_are_extended_and_parts_of_them_taken():
         pass
 
     options = TrainOptions("base", "data", "out", epochs=5)
-    assert part_of(options, TrainingSettings, batch_size=1) == TrainingSettings(epochs=5, batch_size=1)
+    assert narrowed(options, TrainingSettings, batch_size=1) == TrainingSettings(epochs=5, batch_size=1)
     assert extended(Weighted(weights=(2.0,)), More, prefixes={"a": "b"}).weights == (2.0,)
     assert options.chosen() == {"model": "base", "data": "data", "output": "out", "epochs": 5}
     assert options.chosen_of(TrainingSettings) == {"epochs": 5}
