@@ -17,6 +17,8 @@ from lora_export.weights.checkpoint import CONFIG
 if TYPE_CHECKING:
     from torch import nn
 
+    from lora_export.models.model import Model
+
 SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 # The main input of a model with an encoder -> its task
 TASK_BY_INPUT = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_export.cli import COMMANDS, command_named
-from lora_export.cli.configuration import options_of
+from lora_export.cli.configuration import options_by_name
 from support.cli import call
 from support.handmade import base_file, peft_adapter
 from support.pages import blocks
@@ -134,7 +134,7 @@ def test_the_table_of_the_guide_is_valid(place: Path, monkeypatch: pytest.Monkey
     assert merged_with()["settings"]["min_retention"] == 0.8  # type: ignore[index]
     tables = tomllib.loads(text)["tool"]["lora-export"]
     for name in COMMANDS:
-        assert set(tables.get(name, {})) <= set(options_of(command_named(name)))
+        assert set(tables.get(name, {})) <= set(options_by_name(command_named(name)))
 
 
 @pytest.mark.parametrize(
