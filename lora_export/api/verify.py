@@ -70,7 +70,7 @@ class Verification:
         return screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
 
     def as_document(self) -> dict[str, Any]:
-        """Every figure, as the JSON document that `lora-export verify --json` prints."""
+        """Every figure, as the JSON document that the command line prints."""
         if isinstance(self.proof, Audit):
             return verdict_document(self.proof, about=self.about)
         return verdict_document(

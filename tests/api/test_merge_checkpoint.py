@@ -45,5 +45,5 @@ def test_a_residual_is_kept_beside_the_output(place: Path) -> None:
 
 
 def test_only_a_quantised_base_is_dequantised(place: Path) -> None:
-    with pytest.raises(InputRefused, match=r"is not quantised\. Leave --dequantize out"):
+    with pytest.raises(InputRefused, match=r"is not quantised\. Leave dequantize= out"):
         le.merge(place / "base", place / "adapter", place / "out", dequantize=True)

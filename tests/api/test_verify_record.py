@@ -33,7 +33,7 @@ def test_a_wrong_weight_of_a_merged_file_is_named(place: Path, tmp_path: Path) -
         weights=[0.5],
         reports=[report],
     )
-    sentence = "You gave `adapter` the weight 0.5; this file contains it with the weight 1 (--weight 1)."
+    sentence = "You gave `adapter` the weight 0.5; this file contains it with the weight 1 (weight= 1)."
     assert str(result).splitlines()[1] == f"  {sentence}" and sentence in report.read_text()
 
 
