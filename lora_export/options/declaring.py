@@ -187,6 +187,11 @@ class Options:
             raise WrongUsage(*(f"{', '.join(names)} {problem}" for problem, names in problems.items()))
 
 
+def spelled(text: str) -> str:
+    """A text in which `{lora=inputs}` names an option, as the interface spells it."""
+    return OPTION_IN_TEXT.sub(lambda found: named(found[1]) if found[2] is None else named(found[1], found[2]), text)
+
+
 def extended(options: Options, record: Callable[..., _R], **more: Any) -> _R:
     """A record that inherits from that of `options`: its values, and more or others."""
     return record(**{one.name: getattr(options, one.name) for one in dataclasses.fields(options)} | more)  # type: ignore[arg-type]
