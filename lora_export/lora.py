@@ -100,6 +100,11 @@ class LoraPair:
         """The pair of the transposed weight, for weights that are stored (in, out). It has no magnitude."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
 
+    @property
+    def turned(self) -> LoraPair:
+        """The pair of the transpose of an expert; all else of it stays."""
+        return replace(self, a=self.b.T, b=self.a.T)
+
     def of_layer(self, *, transposed: bool, embedding: bool) -> LoraPair:
         """A pair `as_stored`, as the pair of a layer that is stored so; any other pair itself."""
         if not self.as_stored:

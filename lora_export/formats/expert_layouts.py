@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.lora import ExpertAxes, LoraPair
+from lora_export.names.families import column
 from lora_export.options.spelling import named
 
 # The order in which every class of transformers registers the stacked parameters of its experts. PEFT wraps a module
@@ -27,12 +28,7 @@ EXPERTS = "experts"  # the name of a module that holds stacked parameters
 SWAPPED_SINCE = Version("0.19")  # PEFT takes the last axis of a stacked parameter as the inputs since then
 
 # Unsloth patches these families, so that B is ordered by expert first. It did not always record that.
-UNSLOTH_FAMILIES = frozenset(
-    {
-        *("deepseek_v3", "ernie4_5_moe", "ernie4_5_vl_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "gpt_oss"),
-        *("lfm2_moe", "mixtral", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe"),
-    }
-)
+UNSLOTH_FAMILIES = frozenset(column("unsloth"))
 FAMILY = re.compile(r"transformers\.models\.(\w+)")
 UNSLOTH_LAYOUTS = "unsloth_fused_expert_lora"
 B_LAYOUT = "lora_B_layout"

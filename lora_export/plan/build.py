@@ -12,10 +12,10 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
+from lora_export.names.architecture import ArchitectureRules
 from lora_export.options.spelling import named
 from lora_export.plan.attempts import SpelledAdapter, Spelling
 from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
-from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.diffusion.components import components_of, joined_components, of_component, only_component
 from lora_export.plan.diffusion.models_in_file import prefixes_of_models, tensors_of_model
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, split_part
+from lora_export.names.diffusion_layouts import OtherLayout
+from lora_export.names.loaded_names import LoadedNames
 from lora_export.options.spelling import named
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.diffusion.other_layout import OtherLayout
 from lora_export.plan.types import Layout, TensorSpec
 
 NUMBER = re.compile(r"\d+")

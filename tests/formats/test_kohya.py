@@ -12,7 +12,7 @@ from lora_export import formats, merge
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import kohya
 from lora_export.formats.read_options import ReadOptions
-from lora_export.plan.diffusion.other_layout import other_layouts
+from lora_export.names.diffusion_layouts import other_layouts
 from support.diffusion import (
     PIPELINES,
     adapter_file,

@@ -167,7 +167,8 @@ def test_the_base_is_needed_and_its_config_is_enough(tmp_path: Path) -> None:
     (tmp_path / "base/config.json").write_text(json.dumps(CONFIG))
     assert load(folder, base_config=tmp_path / "base").pairs
     wrong = CONFIG | {"num_attention_heads": 2}
-    assert "B is (16, 2); the base has 2 heads of 4 rows there" in refusal(saved(tmp_path / "two", tensors(), wrong))
+    told = refusal(saved(tmp_path / "two", tensors(), wrong))
+    assert "its 16 rows are not those of the base's 2 heads of 4 rows" in told
     unknown = CONFIG | {"model_type": "mllama"}
     assert "how torchtune converts models of the type 'mllama' is not known; known: gemma," in refusal(
         saved(tmp_path / "three", tensors(), unknown)

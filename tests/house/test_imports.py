@@ -20,7 +20,19 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: an entry of the package imports only entries that stand before it. `plan` stands low because
 # every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 ORDER = (
-    *("errors", "options", "lora", "structured_pairs", "plan", "sums", "adapters", "storage", "provenance", "formats"),
+    *(
+        "errors",
+        "options",
+        "lora",
+        "structured_pairs",
+        "names",
+        "plan",
+        "sums",
+        "adapters",
+        "storage",
+        "provenance",
+        "formats",
+    ),
     *("weights", "layers", "graph", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
@@ -35,6 +47,7 @@ NUMPY_CORE = (
         "options",
         "lora",
         "structured_pairs",
+        "names",
         "plan",
         "sums",
         "adapters",
@@ -140,7 +153,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
 def test_a_plan_knows_no_holder_of_weights(module):
-    assert layers_below(module) <= {"errors", "lora", "options", "plan"}
+    assert layers_below(module) <= {"errors", "lora", "names", "options", "plan"}
 
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if within(module, DOERS)])

@@ -34,13 +34,12 @@ from lora_export.formats.writers.exact_values import (
 )
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.names.experts import PROJECTIONS, is_turned, model_types
 from lora_export.options.spelling import named
-from lora_export.plan.expert_axes import STORED_IN_OUT, TRANSPOSED_CLASSES, model_types
 
 SUFFIX = ""
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
 KEPT_FACTS = ("task_type", "base_model_name_or_path")
-SGLANG_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that are written
 
 
@@ -114,30 +113,21 @@ def _split(
             module, _, last = owner.rpartition(".")
             plain[f"{module}.{index}.{last}"] = replace(pair, as_stored=False)
         else:
-            turned = _turned_for_peft(adapter.experts.get(owner, ExpertAxes.STORED), types)
+            axes = adapter.experts.get(owner, ExpertAxes.STORED)
+            # An older PEFT's own axes stay: its version is written too.
+            own_axes = ExpertAxes.BY_CLASS if axes is ExpertAxes.TRANSPOSED else axes
+            turned = is_turned(own_axes, ExpertAxes.BY_CLASS, types)
             if turned is None:
                 problems.append(
                     f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
                 )
                 continue
-            own = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
-            parameters.setdefault(owner, {})[int(index)] = own
+            parameters.setdefault(owner, {})[int(index)] = pair.turned if turned else pair
     for name, pairs in parameters.items():
         kinds = {(pair.rank, pair.scale, pair.shape) for pair in pairs.values()}
         if sorted(pairs) != list(range(len(pairs))) or len(kinds) != 1:
             problems.append(f"{name}: experts of different shapes, ranks or scales, or without a pair")
     return plain, {name: [pairs[n] for n in sorted(pairs)] for name, pairs in parameters.items()}
-
-
-def _turned_for_peft(axes: ExpertAxes, types: set[str]) -> bool | None:
-    """Whether a pair is transposed for PEFT from 0.19; None where the type of the base decides it and is unknown."""
-    if axes in (ExpertAxes.BY_CLASS, ExpertAxes.TRANSPOSED):
-        return False  # PEFT's own, written with the version that trained it
-    if axes is ExpertAxes.UNKNOWN or not types:
-        return None
-    if axes is ExpertAxes.OUT_IN:
-        return not (STORED_IN_OUT - TRANSPOSED_CLASSES).isdisjoint(types)
-    return not TRANSPOSED_CLASSES.isdisjoint(types)
 
 
 def _nested(parameters: Mapping[str, list[LoraPair]], problems: list[str]) -> dict[str, str]:
@@ -170,7 +160,7 @@ def _stacked(adapter: Adapter, problems: list[str]) -> tuple[dict[str, LoraPair]
         if found.arrays((owner, kind)) is None or len({pair.scale for pair in pairs.values()}) != 1:
             problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
             continue
-        stacks[f"{owner}.{SGLANG_NAMES[kind]}"] = [pairs[number] for number in sorted(pairs)]
+        stacks[f"{owner}.{PROJECTIONS[kind][0]}"] = [pairs[number] for number in sorted(pairs)]
     return found.plain, stacks
 
 

@@ -1,1 +1,1 @@
-"""The two layouts of diffusion models: that of their authors, which most trainers and ComfyUI use, and diffusers'."""
+"""Adapters for the models of a diffusion pipeline: their components, and the families of pipelines."""

@@ -95,7 +95,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
         (
             {"model.layers.0.self_attn.q_proj": low_rank(3, 2, 1)},
             {"model_type": "llama"},
-            "q_proj has 3 rows, which are not those of 2 heads",
+            "q_proj: its 3 rows are not those of the base's 2 heads",
         ),
     ],
 )

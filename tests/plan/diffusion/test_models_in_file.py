@@ -63,7 +63,7 @@ def test_every_model_of_a_file_is_changed(tmp_path):
 
 def test_a_unet_with_the_names_of_diffusers_fits_the_original_file(tmp_path):
     """Stable Diffusion 1: kohya writes diffusers' names, and the file has those of the authors."""
-    from lora_export.plan.diffusion.other_layout import other_layouts
+    from lora_export.names.diffusion_layouts import other_layouts
 
     (layout,) = other_layouts(unet().state_dict())
     arrays = arrays_of(unet())
