@@ -18,7 +18,7 @@ from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.writers import OF_PIPELINES, WriteOptions, writer_of
+from lora_export.formats.writers import WriteOptions, holds_pipelines, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
@@ -85,11 +85,11 @@ def convert(
     (adapter,) = locate_adapters(adapter, on_message, download)
     base = None if base is None else locate(base, on_message, download)
     reading = _with_config_beside(reading.for_base(base), adapter)
-    (loaded,) = load_adapters(adapter, reading=reading, of_models=to in OF_PIPELINES)
+    (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
     if graph is not None:
         return _for_graph(adapter, loaded, output, Path(graph), weight, ignore_head, overwrite, on_message)
     loaded = _scaled(loaded, weight)
-    if base is not None and to in OF_PIPELINES:
+    if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
@@ -98,7 +98,7 @@ def convert(
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     stage = atomic_output.stage_file if writer.SUFFIX else atomic_output.stage_folder
     family = Family.UNKNOWN
-    if to in OF_PIPELINES:
+    if holds_pipelines(to):
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
     options = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]

@@ -19,7 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import FamilyNames, read_rows
 from lora_export.names.row_orders import Heads
@@ -61,9 +61,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
     pairs, spelling = read_pairs(file, modules, build, others=others)
     pairs, spelling = model.names.with_joined(pairs, spelling, weights, model.heads)
-    sha256 = hash_of_files([settings_file, config_file, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
         name=name,
         format="litgpt",
@@ -71,7 +68,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         spelling=spelling,
         scale_source=f"lora_alpha / lora_r in {HYPERPARAMETERS}",
         metadata={"r": model.rank, "lora_alpha": model.alpha, "model": model.name},
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, settings_file, config_file),
     )
 
 

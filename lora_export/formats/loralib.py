@@ -22,7 +22,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.fused_pairs import fuse_outputs
 from lora_export.names.model_types import is_embedding
@@ -61,9 +61,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         return {module: _pair(module, file.read(sides["a"]), file.read(sides["b"]), rank, scale, parts)}
 
     pairs, spelling = read_pairs(file, modules, build, others=[key for key in others if key not in biases])
-    sha256 = hash_of_files([path])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     replaced = {key: _finite(file, key) for key in biases}
     return Adapter(
         name=name,
@@ -74,7 +71,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha},
         notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
-        sha256=sha256,
+        sha256=hash_of_unchanged(file),
     )
 
 

@@ -17,7 +17,7 @@ from lora_export.formats import expert_layouts
 from lora_export.formats.base_config import base_config
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.experts import model_types
 from lora_export.names.families import FamilyNames, column
@@ -59,9 +59,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     base = base_config(folder, options) or {}
     for row in (row for kind, row in column("mlx").items() if kind in model_types(base)):
         pairs, spelling = FamilyNames.of(row).with_joined(pairs, spelling, file.path)
-    sha256 = hash_of_files([folder / MLX_CONFIG, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     stacked = {split_part(each)[0] for each in pairs if split_part(each)[1]}
     tied = _ties(pairs, base)
     return Adapter(
@@ -74,7 +71,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"scale in {MLX_CONFIG}, as it is",
         metadata={"fine_tune_type": kind, "scale": scale}
         | {key: value for key in ("model", "num_layers") if isinstance(value := config.get(key), str | int)},
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, folder / MLX_CONFIG),
     )
 
 

@@ -45,7 +45,7 @@ from lora_export.formats.peft_records import (
     tied_heads,
 )
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
 from lora_export.storage import json_files, safetensors_file
 
@@ -83,9 +83,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
-    sha256 = hash_of_files([folder / ADAPTER_CONFIG, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
         name=name,
         format="peft",
@@ -107,7 +104,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"lora_alpha / {'√r' if config.get('use_rslora') else 'r'} in {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
     )
 
 

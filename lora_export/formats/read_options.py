@@ -18,7 +18,7 @@ from lora_export.plan.diffusion.components import COMPONENT_OPTIONS
 class ReadOptions:
     """Statements about adapters that a command reads. Raises WrongUsage for a value that does not exist."""
 
-    format: str = ""  # a key of `formats.FORMATS`, where several formats recognise an adapter
+    format: str = ""  # a key of `formats.known_formats()`, where several formats recognise an adapter
     allow_pickle: bool = False  # also read pickles of PyTorch, by `torch.load` with weights_only=True
     lora_rank: int | None = None  # for formats that do not record it
     lora_alpha: float | None = None  # for formats that do not record it

@@ -59,6 +59,14 @@ def names_in(path: Path) -> frozenset[str]:
     return torch_pickle.text_in_pickle(path) if path.suffix in PICKLES else frozenset()
 
 
+def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
+    """The SHA-256 of an adapter's files, the tensors' last. Raises InputRefused where that one changed meanwhile."""
+    sha256 = hash_of_files([*beside, file.path])
+    if not file.unchanged():
+        raise InputRefused(f"{file.path} changed while it was being read")
+    return sha256
+
+
 def hash_of_files(paths: Iterable[Path]) -> str:
     """The SHA-256 of files, one after another."""
     digest = hashlib.sha256()

@@ -19,7 +19,7 @@ from lora_export.formats.expert_layouts import stacked_pairs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.families import FamilyNames, column, read_rows
 from lora_export.names.row_orders import Heads
@@ -61,9 +61,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
     pairs, spelling = read_pairs(file, modules, build, others=others)
     pairs, spelling = model.names.with_joined(pairs, spelling, file.path, model.heads)
-    sha256 = hash_of_files([*files, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     stacked = {split_part(each)[0] for each in pairs if split_part(each)[1]}
     return Adapter(
         name=name,
@@ -75,7 +72,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         if files
         else f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha, "model_type": model.type},
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, *files),
     )
 
 

@@ -21,6 +21,7 @@ def written(tensors: dict[str, np.ndarray], folder: Path) -> Path:
     return path
 
 
+ANY_NAME = lora_file.OneFileFormat("any", lambda name: name)
 A, B = np.ones((2, 4), np.float32), np.ones((3, 2), np.float32)
 
 
@@ -172,10 +173,10 @@ def test_the_file_is_the_only_one_of_its_folder(tmp_path):
 def test_a_model_and_a_damaged_file_are_not_recognised(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"layer.weight": A}, path)
-    assert not lora_file.names_fit(path, lambda name: name)
+    assert not ANY_NAME.recognises(path)
     path.write_bytes(b"damaged")
-    assert not lora_file.names_fit(path, lambda name: name)
-    assert not lora_file.names_fit(tmp_path / "none.safetensors", lambda name: name)
+    assert not ANY_NAME.recognises(path)
+    assert not ANY_NAME.recognises(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter.pt"])

@@ -10,6 +10,7 @@ from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, 
 from lora_export.options.spelling import named
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 OF_TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
 NAMED = {
     "": "diffusion_model",

@@ -17,6 +17,7 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion.families import OF_A_UNET, T5, Family
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:

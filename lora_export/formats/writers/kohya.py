@@ -10,6 +10,7 @@ from lora_export.lora import DENOISER, TEXT_ENCODERS, Adapter, split_component
 from lora_export.plan.diffusion.families import Family
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 NUMBERED = ("lora_te1", "lora_te2", "lora_te3")
 WITH_ONE_TEXT_ENCODER = frozenset({Family.SD, Family.UNKNOWN})  # sd-scripts does not number it there
 
