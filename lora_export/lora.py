@@ -398,6 +398,15 @@ class Adapter:
             **fields,
         )
 
+    @property
+    def beyond_pairs(self) -> dict[str, list[str]]:
+        """The names of all that it has besides the plain pairs of layers, by the field that has it."""
+        return {
+            "magnitude": [module for module, pair in self.pairs.items() if pair.magnitude is not None],
+            "as_stored": [module for module, pair in self.pairs.items() if pair.as_stored],
+            **{table: list(getattr(self, table)) for table in ("replaced", "biases", "added", "token_rows", "tied")},
+        }
+
     def tied_to(self, module: str) -> list[str]:
         """The modules that repeat the pair of this one."""
         return [head for head, table in self.tied.items() if table == module]

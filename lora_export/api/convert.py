@@ -24,7 +24,7 @@ from lora_export.graph.insert.check_contract import checked_contract, contract_d
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
-from lora_export.plan.diffusion.families import Family, family_of_names
+from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export import formats, layers
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.peft_attention import as_peft_computes
+from lora_export.formats.peft_records import as_peft_computes
 from lora_export.layers.initial_factors import Init
 from lora_export.layers.new_adapter import TrainedBiases
 from lora_export.lora import Adapter

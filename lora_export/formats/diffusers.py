@@ -17,7 +17,7 @@ from lora_export.formats.peft_config import adapter_scale, checked_config, value
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
-from lora_export.plan.diffusion.families import by_role
+from lora_export.plan.diffusion import by_role
 from lora_export.storage import json_files
 
 DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"

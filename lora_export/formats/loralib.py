@@ -25,7 +25,7 @@ from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.fused_pairs import fuse_outputs
-from lora_export.names.model_types import is_embedding
+from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"

@@ -14,14 +14,13 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
-from lora_export.formats.base_config import base_config
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.read_options import DEFAULTS, ReadOptions, base_config
 from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.experts import model_types
 from lora_export.names.families import FamilyNames, column
-from lora_export.names.model_types import is_embedding
+from lora_export.names.table import is_embedding
 from lora_export.storage import json_files
 
 DESCRIPTION = "a folder with mlx-lm's adapter_config.json and adapters.safetensors"

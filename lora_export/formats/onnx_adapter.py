@@ -206,6 +206,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         found = [f"{name}: a whole tensor" for name in adapter.replaced if not _has_pair(name, adapter)]
         found += [f"{name}: a change of a bias" for name in adapter.biases]
+        found += [f"{name}: a change of a vector" for name in adapter.added]
         found += [f"{name}: rows of tokens" for name in adapter.token_rows]
         problems += [f"{adapter.name}, {line}" for line in found]
     if problems:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.errors import InputRefused
-from lora_export.formats.base_config import base_config, size_in_config
 from lora_export.formats.expert_layouts import stacked_pairs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.read_options import DEFAULTS, ReadOptions, base_config, size_in_config
 from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.families import FamilyNames, column, read_rows

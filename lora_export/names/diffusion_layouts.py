@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_export.names.diffusion_tables import TABLES, RowLayout, TableRow
+from lora_export.names.diffusion_tables import TABLES, RowLayout, TableRow, unet_table
 from lora_export.names.loaded_names import LoadedShapeOf, LoadedTensor, ShapeOf
 from lora_export.names.row_orders import swapped_halves
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, joined
-from lora_export.names.unet_names import unet_table
 
 _NUMBER = "{}"
 SUFFIXES = (".weight", ".bias")

@@ -1,7 +1,8 @@
-"""The frozen table of transformers' conversion mapping: `transformers.json`, which `make names` writes.
+"""The frozen facts of transformers: `transformers.json` and `modules.json`, which `make names` writes.
 
-A merge does not import transformers. The table holds its rules as data, the classes that each architecture is made of,
-and the tensors that it ties. `tests/names/test_table.py` compares it with the installed transformers.
+A merge does not import transformers. The first holds the rules of its conversion mapping as data, the classes that each
+architecture is made of, and the tensors that it ties. The second holds the names of its model types, and what only the
+class of a model tells of its modules. `tests/names` compares both with the installed transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).with_name("transformers.json")
+MODULES = Path(__file__).with_name("modules.json")
 LEGACY = "legacy"  # the key of the rules that apply to every model
 
 
@@ -62,3 +64,22 @@ def read_table() -> ConversionTable:
 def _as_mapping(rule: list[str] | dict[str, Any]) -> Mapping[str, Any]:
     """A rule as a mapping; in the file, a plain rename is a pair."""
     return {"from": [rule[0]], "to": [rule[1]]} if isinstance(rule, list) else rule
+
+
+# --- Modules ---
+
+_TABLE = json.loads(MODULES.read_text(encoding="utf-8"))
+
+KNOWN_MODEL_TYPES = frozenset(_TABLE["model_types"])
+# Model type -> the last parts of the names of its modules that are `Conv1D`, whose weights are stored (in, out). All
+# other linear layers of these types are `nn.Linear`, (out, in).
+CONV1D_MODULES = {name: frozenset(modules) for name, modules in _TABLE["conv1d"].items()}
+# Model type -> modules of the same names that are nn.Linear
+LINEAR_MODULES = {name: frozenset(modules) for name, modules in _TABLE["linear_of_these_names"].items()}
+# The last parts of the names of tables of embeddings. A file tells nn.Embedding from nn.Linear in no other way.
+EMBEDDING_MODULES = frozenset(_TABLE["embeddings"])
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module of this name is a table of embeddings in transformers."""
+    return module.rpartition(".")[2] in EMBEDDING_MODULES

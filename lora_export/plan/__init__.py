@@ -14,7 +14,6 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
     match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor
-    resized_tables.py  why tables of words have other sizes: new words were added before the training
     own_heads.py      whole layers that adapters bring, where rows of a batch choose them
     ties.py           tied tensors of which an adapter changes one: untied, or changed together
     conflicts.py      why two tensors of adapters cannot change the same base tensor, or one with two names

@@ -17,7 +17,7 @@ from lora_export.adapters.low_rank import LayerShare, SingularValues, Truncation
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.loaded_names import LoadedNames
-from lora_export.names.model_types import is_embedding
+from lora_export.names.table import is_embedding
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.litgpt import names_of_family
 from lora_export.lora import LoraPair
 from lora_export.names.families import FamilyNames, column, read_rows
-from lora_export.names.model_types import KNOWN_MODEL_TYPES
 from lora_export.names.row_orders import Heads, RowOrder
+from lora_export.names.table import KNOWN_MODEL_TYPES
 
 
 def numbered(rows: int, first: int = 0, scale: float = 2.0) -> LoraPair:

@@ -6,8 +6,14 @@ import re
 
 import pytest
 
-from lora_export.names import model_types
-from lora_export.names.model_types import CONV1D_MODULES, EMBEDDING_MODULES, KNOWN_MODEL_TYPES, is_embedding
+from lora_export.names.table import (
+    CONV1D_MODULES,
+    EMBEDDING_MODULES,
+    KNOWN_MODEL_TYPES,
+    LINEAR_MODULES,
+    MODULES,
+    is_embedding,
+)
 from support import transformers_names
 from support.transformers_names import LINEAR_ELSEWHERE, assigned_modules, conv1d_modules, declared_types, sources
 
@@ -32,13 +38,13 @@ def test_no_folder_of_transformers_uses_conv1d_unseen():
 
 def test_every_linear_layer_with_a_conv1d_name_is_listed():
     derived = transformers_names.linear_modules(transformers_names.with_aliases(conv1d_modules()))
-    assert {name: sorted(modules) for name, modules in model_types.LINEAR_MODULES.items()} == derived
+    assert {name: sorted(modules) for name, modules in LINEAR_MODULES.items()} == derived
 
 
 @pytest.mark.slow
 def test_the_file_is_what_make_names_writes():
     derived = transformers_names.encoded_modules(transformers_names.derive_modules())
-    assert model_types.PATH.read_text(encoding="utf-8") == derived
+    assert MODULES.read_text(encoding="utf-8") == derived
 
 
 @pytest.mark.slow

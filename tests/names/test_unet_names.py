@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_export.names.diffusion_layouts import other_layouts
-from lora_export.names.unet_names import unet_table
+from lora_export.names.diffusion_tables import unet_table
 from support.diffusion import unet
 
 

@@ -32,8 +32,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lora_export.names import model_types
-from lora_export.names.table import PATH
+from lora_export.names.table import MODULES, PATH
 
 # Classes that a part of a composite model is built as, by the type in the part's config: one table for each head.
 AUTO_TABLES = {
@@ -356,6 +355,6 @@ def _wrapped(table: Mapping[str, str]) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    model_types.PATH.write_text(encoded_modules(derive_modules()), encoding="utf-8")
+    MODULES.write_text(encoded_modules(derive_modules()), encoding="utf-8")
     PATH.write_text(encoded(derive_table()), encoding="utf-8")
-    print(f"wrote {model_types.PATH} and {PATH} from transformers {transformers.__version__}", file=sys.stderr)
+    print(f"wrote {MODULES} and {PATH} from transformers {transformers.__version__}", file=sys.stderr)

@@ -20,7 +20,7 @@ from lora_export.errors import WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
-from lora_export.plan.diffusion.families import Family
+from lora_export.plan.diffusion import Family
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
 from lora_export.options.spelling import named
-from lora_export.plan.diffusion.families import OF_A_UNET, T5, Family
+from lora_export.plan.diffusion import OF_A_UNET, T5, Family
 
 SUFFIX = ".safetensors"
 OF_PIPELINES = True

@@ -14,6 +14,14 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
 
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+BESIDES = {  # what an adapter may have besides pairs: its field -> what it is
+    "magnitude": "DoRA's magnitude",
+    "replaced": "a whole tensor",
+    "biases": "a change of a bias",
+    "added": "a change of a vector",
+    "token_rows": "rows of tokens",
+    "tied": "the repetition of the pair of another module",
+}
 NEIGHBOURS = 3  # floats beside the nearest alpha that are tried
 
 
@@ -62,17 +70,9 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         problems.append(
             f"the names of its modules, in which `_` stands for the dots: state their model by {named('base')}"
         )
-    if "magnitude" not in allowed:
-        problems += [f"{name}: DoRA's magnitude" for name, pair in adapter.pairs.items() if pair.magnitude is not None]
-    for field, what in (
-        ("replaced", "a whole tensor"),
-        ("biases", "a change of a bias"),
-        ("added", "a change of a vector"),
-        ("token_rows", "rows of tokens"),
-        ("tied", "the repetition of the pair of another module"),
-    ):
-        if field not in allowed:
-            problems += [f"{name}: {what}" for name in getattr(adapter, field)]
+    for field, names in adapter.beyond_pairs.items():
+        if field in BESIDES and field not in allowed:
+            problems += [f"{name}: {BESIDES[field]}" for name in names]
     return problems
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.formats.base_config import base_config, size_in_config
+from lora_export.formats.read_options import base_config, size_in_config
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.formats.writers.expert_stacks import expert_stacks

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, TEXT_ENCODERS, Adapter, split_component
-from lora_export.plan.diffusion.families import Family
+from lora_export.plan.diffusion import Family
 
 SUFFIX = ".safetensors"
 OF_PIPELINES = True

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.formats.base_config import base_config
 from lora_export.formats.mlx import MLX_CONFIG, MLX_WEIGHTS
+from lora_export.formats.read_options import base_config
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.formats.writers.expert_stacks import expert_stacks

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import peft
-from lora_export.formats.base_config import base_config
 from lora_export.formats.expert_layouts import REGISTRATION_ORDER
 from lora_export.formats.peft_keys import OUT_PROJ, WRAPPER
 from lora_export.formats.peft_records import LAYOUTS
+from lora_export.formats.read_options import base_config
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import (
     alpha_of,

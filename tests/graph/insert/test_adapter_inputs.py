@@ -135,6 +135,7 @@ def test_old_ir_version_is_refused() -> None:
         ),
         (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
         (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),
+        (an_adapter({"m": PAIR}, added={"n.weight": np.ones(2, np.float32)}), "n.weight: a change of a vector"),
     ],
 )
 def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: str) -> None:
