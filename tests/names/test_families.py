@@ -12,7 +12,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.litgpt import names_of_family
 from lora_export.lora import LoraPair
 from lora_export.names.families import FamilyNames, column, read_rows
-from lora_export.names.row_orders import Heads, RowOrder
+from lora_export.names.row_orders import Heads
 from lora_export.names.table import KNOWN_MODEL_TYPES
 
 
@@ -51,33 +51,6 @@ def test_the_numbers_of_layer_and_expert_are_kept(name: str, expected: str) -> N
 def test_a_class_without_a_conversion_is_refused() -> None:
     with pytest.raises(InputRefused, match="has mlp_class_name 'NewMLP', and litgpt has no conversion of it"):
         names_of_family("New-1B", "NewMLP")
-
-
-def test_the_orders_of_rows() -> None:
-    heads = Heads(4, 2, size=4)
-    halves, pairs = RowOrder.HALVES_OF_KEYS.indices(8, heads), RowOrder.PAIRS_OF_KEYS.indices(8, heads)
-    assert halves.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert pairs[halves].tolist() == list(range(8))
-    assert RowOrder.HALVES_OF_QUERIES.indices(16, heads)[:4].tolist() == [0, 2, 1, 3]
-    assert RowOrder.ALTERNATING.indices(6, None).tolist() == [0, 3, 1, 4, 2, 5]
-    # Two groups of two queries: q 0 and 1, k 4, v 6; then q 2 and 3, k 5, v 7.
-    assert RowOrder.QUERY_GROUPS.indices(8, Heads(4, 2, 1)).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
-
-
-@pytest.mark.parametrize(
-    ("order", "rows", "heads", "message"),
-    [
-        (RowOrder.HALVES_OF_QUERIES, 6, Heads(2, 1, 4), "its 6 rows are not those of the base's 2 heads of 4 rows"),
-        (RowOrder.PAIRS_OF_KEYS, 3, Heads(2, 1), "its 3 rows are not those of the base's 1 heads"),
-        (RowOrder.PAIRS_OF_KEYS, 4, Heads(0, 0), "does not state its num_attention_heads"),
-        (RowOrder.QUERY_GROUPS, 7, Heads(3, 2, 1), "3 heads are no multiple of 2 query groups"),
-    ],
-)
-def test_rows_that_are_not_those_of_the_heads_are_refused(
-    order: RowOrder, rows: int, heads: Heads, message: str
-) -> None:
-    with pytest.raises(InputRefused, match=message):
-        order.indices(rows, heads)
 
 
 def test_the_parts_of_a_layer_are_one_pair_in_its_order() -> None:

@@ -1,8 +1,7 @@
 """The names of weights in transformers, as data: which rules rename them, and which modules a model is made of.
 
 `make names` runs this file: it writes `transformers.json` and `modules.json` of `lora_export.names` from the installed
-transformers. `tests/names/test_table.py` and `test_model_types.py` compare them with `derive_table()` and
-`derive_modules()`.
+transformers. `tests/names/test_table.py` compares them with `derive_table()` and `derive_modules()`.
 """
 
 from __future__ import annotations
