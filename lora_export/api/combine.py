@@ -12,8 +12,8 @@ from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_adapters
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
-from lora_export.formats.peft_ranks import write_any_ranks
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.writers.peft import write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest

@@ -11,7 +11,7 @@ from typing import Any
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, total_share
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
-from lora_export.formats.peft_ranks import write_any_ranks
+from lora_export.formats.writers.peft import write_any_ranks
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name, locate
 from lora_export.storage.manifest import write_manifest

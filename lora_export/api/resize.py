@@ -11,8 +11,8 @@ from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, resize_adapter, total_share
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
-from lora_export.formats.peft_ranks import name_in_patterns, write_any_ranks
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.writers.peft import name_in_patterns, write_any_ranks
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
 

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lora_export import formats
-from lora_export.formats import peft as reader
-from lora_export.formats.peft_records import as_peft_computes
+from lora_export.formats.peft_records import LAYOUTS, as_peft_computes
+from lora_export.formats.writers import WriteOptions
+from lora_export.formats.writers import peft as writer
 from lora_export.lora import Adapter
 from support.handmade import peft_adapter
 from support.peft_folders import refusal, simple
@@ -88,7 +89,7 @@ def test_recorded_layouts_are_written_and_read_and_ignored_by_peft(tmp_path):
     for layouts in ({"fc": "in_out"}, {}):
         (tmp_path / str(len(layouts))).mkdir()
         made = dataclasses.replace(adapter, layouts=layouts)
-        reader.write(made, tmp_path / str(len(layouts)), rank=1, alpha=1, targets=["fc"])
+        writer.write(made, tmp_path / str(len(layouts)), WriteOptions())
         assert formats.load(tmp_path / str(len(layouts))).layouts == layouts
     base = nn.ModuleDict({"fc": nn.Linear(2, 3)})
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "1").state_dict()
@@ -101,8 +102,8 @@ def test_recorded_layouts_are_written_and_read_and_ignored_by_peft(tmp_path):
 def test_damaged_records_of_layouts_are_refused(tmp_path, text):
     folder = simple(tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(tensors, folder / "adapter_model.safetensors", {reader.LAYOUTS: text})
-    assert reader.LAYOUTS in refusal(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", {LAYOUTS: text})
+    assert LAYOUTS in refusal(folder)
 
 
 # --- Output projections of nn.MultiheadAttention, as PEFT up to 0.21 trains them ---

@@ -107,6 +107,7 @@ def cannot_untie(model: PreTrainedModel) -> bool:
     return is_read or type(model.config)(tie_word_embeddings=False).tie_word_embeddings
 
 
+@functools.cache
 def derive_rules() -> dict[str, list[dict[str, Any]]]:
     """The rules of the installed transformers, by class name or model type."""
     mapping = conversion_mapping._build_checkpoint_conversion_mapping()

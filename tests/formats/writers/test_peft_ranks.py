@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from lora_export import formats
-from lora_export.formats.peft_ranks import write_any_ranks
+from lora_export.formats.writers.peft import write_any_ranks
 from lora_export.lora import Adapter, LoraPair
 from lora_export.storage.json_files import read_json
 
