@@ -15,7 +15,7 @@ from lora_export.options.combining import AdapterSource, AdapterSources
 from lora_export.options.common import ModelSource
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.plan.diffusion.components import chosen_component, only_component
+from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.names.architecture import ArchitectureRules, rules_of
+from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,

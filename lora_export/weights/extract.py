@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from lora_export.adapters.low_rank import LayerShare, SingularValues, Truncation
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.names.table import is_embedding
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.embedding_names import is_embedding
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint that its model ties, under the names that they have or would have in its files.
 
 transformers' `tie_word_embeddings` ties the output embeddings of most language models to the input embeddings. The file
-has one tensor then, and no name for the other. Which ones they are is in the frozen table of `plan.conversion`. Other
+has one tensor then, and no name for the other. Which ones they are is in the frozen table of `names`. Other
 files may name them in their headers, as safetensors' `save_model` does.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.names.architecture import ArchitectureRules
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.names.table import read_table
 from lora_export.plan import Tied, Ties
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.conversion.table import read_table
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"

@@ -21,6 +21,13 @@ SPELLINGS = [
         'export_onnx("GRAPH", lora="nodes")',
         "lora-export onnx GRAPH --lora nodes",
     ),
+    (lambda: named("layout", {"NAME": "in_out"}), 'layout={"NAME": "in_out"}', "--layout NAME=in_out"),
+    (lambda: named("enable_lora", {"q": (True, False)}), 'enable_lora={"q": (True, False)}', "--enable-lora q=1,0"),
+    (
+        lambda: command("merge", "BASE", "ADAPTER", output="OUT", only_head=True),
+        'merge("BASE", "ADAPTER", output="OUT", only_head=True)',
+        "lora-export merge BASE ADAPTER -o OUT --only-head",
+    ),
     (lambda: command("merge", requantize=True), "merge(requantize=True)", "lora-export merge --requantize"),
     (
         lambda: command("doctor", provider="cuda"),
