@@ -33,6 +33,7 @@ from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 from lora_export.models.simplify import simplify
+from lora_export.options.spelling import named
 
 # --- ONNX ---
 
@@ -94,7 +95,7 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    remedy = "If it needs other inputs, give them: --inputs FILE.npz" if is_hugging_face(module) else ""
+    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
     with named_failures(module, inputs, "example inputs", remedy):
         return list(named_outputs(module(**inputs)))
 
@@ -290,4 +291,5 @@ def silence() -> Iterator[None]:
 
 def _ways_with_state(module: nn.Module) -> list[str]:
     is_stateful = getattr(module, "_is_stateful", False)  # Mamba and hybrids, in transformers
-    return ["A decoder that keeps a state is exported token by token: --with-cache."] if is_stateful else []
+    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
+    return [way] if is_stateful else []

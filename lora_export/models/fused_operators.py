@@ -18,6 +18,7 @@ from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
 from lora_export.models.past_length import read_past_length_from_mask
 from lora_export.models.simplify import is_nearly_neutral
+from lora_export.options.spelling import named
 
 
 def fuse_operators(graph: ir.Model, provider: str) -> None:
@@ -46,7 +47,7 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
     except Exception as error:
         raise RuntimeRefused(
             f"the graph's operators cannot be fused for {provider}: {innermost_cause(error)}",
-            "Without --fuse the graph keeps ONNX's own operators.",
+            f"Without {named('fuse')} the graph keeps ONNX's own operators.",
         ) from error
 
 

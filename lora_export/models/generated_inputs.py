@@ -32,6 +32,7 @@ from lora_export.models.model import (
 from lora_export.models.signals import spectrogram, time_series, waveform
 from lora_export.models.text_inputs import Part, decoder_part, placeholders, text_part
 from lora_export.models.text_lengths import text_lengths
+from lora_export.options.spelling import named
 
 FRAME_COUNTS = ("num_frames", "frames_per_clip")  # fields of a config with the images of a video
 
@@ -95,7 +96,7 @@ def _inputs_with(module: Any, takes: list[str], folder: Path, images: ImagesInTe
     if missing := [name for name in ([main] if isinstance(main, str) else main) if name not in axes]:
         raise InputRefused(
             f"{type(module).__name__} takes {' and '.join(missing)}, and its config does not determine valid values. "
-            f"Give them: --inputs FILE.npz, with an array for each input (of {', '.join(takes)})"
+            f"Give them: {named('inputs', 'FILE.npz')}, with an array for each input (of {', '.join(takes)})"
         )
     symbols = {symbol for names in axes.values() for symbol in names.values()}
     sizes = {symbol: size for part in parts for symbol, size in part.sizes.items()}

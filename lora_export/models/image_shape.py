@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 PROCESSOR = "preprocessor_config.json"
@@ -47,7 +48,7 @@ def refuse_huge(folder: Path, what: str, shape: Sequence[Any]) -> None:
     if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) > MOST_DRAWN:
         raise InputRefused(
             f"{folder / 'config.json'}: {what} has the shape {' x '.join(map(str, shape))}. At most "
-            f"{MOST_DRAWN:,} numbers are generated: give an example of your own (--inputs FILE.npz)"
+            f"{MOST_DRAWN:,} numbers are generated: give an example of your own ({named('inputs', 'FILE.npz')})"
         )
 
 
@@ -60,7 +61,7 @@ def _refuse_many_patches(config: Any, path: Path, height: int, width: int) -> No
     if (patches := (height // size) * (width // size)) > MOST_PATCHES:
         raise InputRefused(
             f"{path}: an image of {height} x {width} has {patches:,} patches of {size} x {size}. At most "
-            f"{MOST_PATCHES:,} are generated: give an example of your own (--inputs FILE.npz)"
+            f"{MOST_PATCHES:,} are generated: give an example of your own ({named('inputs', 'FILE.npz')})"
         )
 
 

@@ -26,6 +26,7 @@ from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.model_names import refuse_no_model
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.streamed_folder import is_streamed, load_streamed
+from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.weights.task_head import TaskHead
 
@@ -60,7 +61,9 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
         inputs = model.make_inputs(sizes, generator)
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    note = f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it (--dtype)"
+    note = (
+        f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it ({named('dtype')})"
+    )
     return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
 
 
@@ -77,8 +80,8 @@ def _load(
     is_diffusion = Path(source).is_dir() and is_diffusion_model(Path(source))
     if base and base.quantization and (is_diffusion or not Path(source).is_dir()):
         raise InputRefused(
-            f"--quantize-base is for Hugging Face folders of transformers, and {source} is none. A factory may return "
-            "a module with layers of bitsandbytes.nn.Linear4bit"
+            f"{named('quantize_base')} is for Hugging Face folders of transformers, and {source} is none. A "
+            "factory may return a module with layers of bitsandbytes.nn.Linear4bit"
         )
     if is_diffusion:
         return from_diffusers(Path(source), dtype)
@@ -86,7 +89,7 @@ def _load(
         return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
-            raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
+            raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
         return from_program(Path(source))
     refuse_no_model(source)
     location, _, name = source.rpartition(":")

@@ -13,6 +13,7 @@ from lora_export.models.image_forms import PATCHES
 from lora_export.models.images_in_text import ImagesInText, is_token
 from lora_export.models.model import TOKEN_TYPES, Axes, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
+from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 Make = Callable[[Sizes, torch.Generator], ModelInputs]
@@ -100,7 +101,7 @@ def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> s
     reason = f" ({why})" if why else ""
     return (
         f"{type(module).__name__} with {' and '.join(missing)} among its tokens{reason}. They are no part of the "
-        "generated inputs: give them by --inputs"
+        f"generated inputs: give them by {named('inputs')}"
     )
 
 

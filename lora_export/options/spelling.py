@@ -14,7 +14,7 @@ a function.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # Python name -> flag, where the flag is not the name with dashes
 FLAGS = {
@@ -25,6 +25,7 @@ FLAGS = {
     "expect_adapter_sha256": "--expect-adapter-sha256",
     "hashing": "--hash",
     "heads": "--head",
+    "output": "-o",
     "prefixes": "--prefix",
     "reports": "--report",
     "seed_of_combination": "--combine-seed",
@@ -70,6 +71,8 @@ def _flag(name: str, value: object) -> str:
     flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
+    if isinstance(value, Mapping):
+        return " ".join(f"{flag} {key}={each}" for key, each in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 

@@ -29,6 +29,7 @@ from lora_export.graph.cache_names import (
     PRESENT,
     past_of,
 )
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder_files import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -152,7 +153,9 @@ class EncoderDecoderRunner:
         A graph that no adapter changes has none. Raises InputRefused where this is so for all.
         """
         if self.adapters_by_row is None:
-            raise InputRefused(f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with --lora rows")
+            raise InputRefused(
+                f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with {named('lora', 'rows')}"
+            )
         return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids, scales))
 
     def with_adapter(self, name: str) -> EncoderDecoderRunner:
@@ -161,7 +164,9 @@ class EncoderDecoderRunner:
         Raises InputRefused where no graph takes an adapter, and where a graph that does lacks its file.
         """
         if not any(graph.lacks_adapter for graph in self.graphs):
-            raise InputRefused(f"{self.path}: no graph takes an adapter: they were not made with --lora inputs")
+            raise InputRefused(
+                f"{self.path}: no graph takes an adapter: they were not made with {named('lora', 'inputs')}"
+            )
         return self._each(
             lambda graph: graph.with_adapter(self.adapter_file(name, graph)) if graph.lacks_adapter else graph
         )

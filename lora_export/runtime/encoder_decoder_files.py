@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import SUFFIX
+from lora_export.options.spelling import command
 
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
@@ -39,5 +40,5 @@ def refuse_missing_graph(path: Path) -> None:
         found = ", ".join(name for name in GRAPH_FILES if name not in missing)
         raise InputRefused(
             f"{path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its cache, by all "
-            f"three graphs: lora-export onnx MODEL --with-cache -o FOLDER"
+            f"three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
         )

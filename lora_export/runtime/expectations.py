@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import Different, Undecided, WrongUsage, listed
+from lora_export.options.spelling import named
 
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 
@@ -31,8 +32,8 @@ class Expectations:
             object.__setattr__(self, name, values)
             for value in values:
                 if not SHA256_DIGITS.fullmatch(value):
-                    option = name.replace("_", "-")
-                    raise WrongUsage(f"--expect-{option} {value!r} is no SHA-256: give its 64 hexadecimal digits")
+                    option = named(f"expect_{name}")
+                    raise WrongUsage(f"{option} {value!r} is no SHA-256: give its 64 hexadecimal digits")
 
     def __bool__(self) -> bool:
         return self != Expectations()
@@ -73,7 +74,7 @@ def _unknown(
     if not adapters and (expected.adapter_sha256 or expected.rank is not None or expected.alpha is not None):
         yield "no adapter is recorded"
     if expected.base_sha256 and (not base or None in base):
-        yield "the SHA-256 of the base is not recorded (`merge --hash sha256` records it)"
+        yield f"the SHA-256 of the base is not recorded (`merge {named('hashing', 'sha256')}` records it)"
 
 
 def _differences(expected: Expectations, adapters: Sequence[Mapping[str, Any]], base: Sequence[str]) -> Iterator[str]:

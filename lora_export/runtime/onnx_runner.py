@@ -24,6 +24,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
+from lora_export.options.spelling import named
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
@@ -188,7 +189,9 @@ class OnnxRunner:
         `adapter_ids`.
         """
         if onnx_adapter.ADAPTER_IDS not in self.axes and self._adapter_ids is None:
-            raise InputRefused(f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with --lora rows")
+            raise InputRefused(
+                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
+            )
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
+from lora_export.options.spelling import named
 from lora_export.runtime.providers import CPU
 
 Arrays = dict[str, NDArray[Any]]
@@ -86,4 +87,4 @@ class TooSlow(RuntimeRefused):
     """A run was stopped, because it took longer than its time limit."""
 
     def __init__(self, path: Path, seconds: float):
-        super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with --timeout")
+        super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with {named('timeout')}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.options.spelling import named
 from lora_export.training.history import METRICS, TrainingHistory, json_line
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
@@ -112,7 +113,7 @@ class Checkpoints:
             beside.replace(self.folder / name)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            kept = "; the checkpoint before it is whole. Continue with --resume" if self.exists else ""
+            kept = f"; the checkpoint before it is whole. Continue with {named('resume', True)}" if self.exists else ""
             raise OutputFailed(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror}{kept}"
             ) from error
@@ -153,7 +154,9 @@ class Checkpoints:
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.exists:
-            raise InputRefused(f"there is no checkpoint in {self.folder}, so that nothing can be continued (--resume)")
+            raise InputRefused(
+                f"there is no checkpoint in {self.folder}, so that nothing can be continued ({named('resume', True)})"
+            )
         with self._opened(TRAINING_STATE) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CHECKPOINT_FORMAT:

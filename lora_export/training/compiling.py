@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import EnvironmentLacking
 from lora_export.models.failures import innermost_cause
+from lora_export.options.spelling import named
 
 
 def refuse_without_compiler(device: str) -> None:
@@ -38,7 +39,8 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise EnvironmentLacking(
-            f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without --compile"
+            f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without "
+            f"{named('compile', True)}"
         ) from error
 
 

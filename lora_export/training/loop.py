@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
+from lora_export.options.spelling import named
 from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
@@ -45,10 +46,6 @@ from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int, int], None]  # (the step, steps in all, peak memory in bytes)
-SMALLER = (
-    "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing, --precision bf16, "
-    "--base-dtype bfloat16 or --quantize-base nf4"
-)
 
 
 def fit(
@@ -240,7 +237,7 @@ class _Run:
     def _divergence(self, what: str, step: int) -> InputRefused:
         kept = "Nothing was written."
         if self.checkpoints is not None and self.checkpoints.exists:
-            kept = f"The last checkpoint is in {self.checkpoints.folder}: --resume continues from it."
+            kept = f"The last checkpoint is in {self.checkpoints.folder}: {named('resume', True)} continues from it."
         return InputRefused(
             f"{what} step {step} of {self.total}: training has diverged. Try a lower learning rate. {kept}"
         )
@@ -282,7 +279,9 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
     """
     refuse_sharding()
     if device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentLacking("PyTorch finds no CUDA device; train with --device cpu, or see `lora-export doctor`")
+        raise EnvironmentLacking(
+            f"PyTorch finds no CUDA device; train with {named('device', 'cpu')}, or see `lora-export doctor`"
+        )
     try:
         import accelerate
     except ImportError as error:
@@ -349,7 +348,16 @@ def _explained_memory() -> Iterator[None]:
         is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or ALLOCATION_FAILED in str(error)
         if not is_short:
             raise
-        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {SMALLER}") from error
+        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {_smaller()}") from error
+
+
+def _smaller() -> str:
+    """Options with which a training takes less memory."""
+    return (
+        f"a smaller {named('batch_size')}, more parts ({named('accumulate')}), {named('max_length')}, "
+        f"{named('gradient_checkpointing', True)}, {named('precision', 'bf16')}, {named('base_dtype', 'bfloat16')} or "
+        f"{named('quantize_base', 'nf4')}"
+    )
 
 
 def _tokens_in(batch: Batch) -> int:

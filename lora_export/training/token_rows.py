@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import Tokenise
 from lora_export.training.losses import Batch, CrossEntropy, Loss, module_outputs, scores_of
@@ -183,7 +184,7 @@ def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_
     """
     pieces = file.pieces(max_length, cut=cut)
     if not pieces:
-        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise --max-length")
+        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise {named('max_length')}")
     lengths = [piece.stop - piece.start for piece in pieces]
     bins = (
         [[pieces[item] for item in items] for items in packed_rows(lengths, max_length)]
@@ -213,5 +214,5 @@ def refuse_mixed_texts(module: nn.Module, data: CausalRows) -> None:
             if (part - scores).abs().max() > MIXING * scores.abs().max():
                 raise InputRefused(
                     f"{type(module).__name__} lets packed texts read each other, so that packing would train it on "
-                    "other texts than yours. Leave out --packing"
+                    f"other texts than yours. Leave out {named('packing', True)}"
                 )

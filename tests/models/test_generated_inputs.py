@@ -104,7 +104,7 @@ class Strange(nn.Module):
 
 def test_undetermined_inputs_are_refused_with_their_names(tmp_path: Path) -> None:
     message = (
-        r"Strange takes input_features, and its config does not determine .*--inputs FILE.npz.*input_features, other"
+        r'Strange takes input_features, and its config does not determine .*inputs="FILE.npz".*input_features, other'
     )
     with pytest.raises(InputRefused, match=message):
         generated_inputs(Strange(), tmp_path)

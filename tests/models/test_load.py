@@ -26,11 +26,11 @@ def test_a_model_and_its_float_inputs_are_converted_to_the_dtype() -> None:
     assert {value.dtype for value in loaded.example_inputs().values()} == {torch.int64}
     floats = load_model(f"{FACTORIES}:scaled", dtype=torch.float16).example_inputs()
     assert {value.dtype for value in floats.values()} == {torch.float16}
-    assert loaded.notes == ("the model runs in bfloat16, and its weights are rounded to it (--dtype)",)
+    assert loaded.notes == ("the model runs in bfloat16, and its weights are rounded to it (dtype=)",)
 
 
 def test_a_program_takes_no_dtype(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"model\.pt2 has one precision, which its graph names: leave out --dtype"):
+    with pytest.raises(InputRefused, match=r"model\.pt2 has one precision, which its graph names: leave out dtype="):
         load_model(str(tmp_path / "model.pt2"), dtype=torch.float16)
 
 

@@ -80,7 +80,7 @@ def test_sounds_among_tokens_are_left_out_and_listed(tmp_path: Path) -> None:
     assert not any((model.inputs({"batch": 9, "sequence": 50}, seed=seed)["input_ids"] == 5).any() for seed in range(3))
     assert model.not_judged == (
         "Qwen2AudioForConditionalGeneration with sounds among its tokens. They are no part of the generated inputs: "
-        "give them by --inputs",
+        "give them by inputs=",
     )
 
 

@@ -14,6 +14,7 @@ SPELLINGS = [
     (lambda: named("verify", False), "verify=False", "--no-verify"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
     (lambda: named("weights"), "weights=", "--weight"),
+    (lambda: named("columns", {"text": "body"}), "columns={'text': 'body'}", "--column text=body"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
     (
         lambda: command("onnx", "GRAPH", lora="nodes"),

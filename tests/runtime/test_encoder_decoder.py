@@ -144,5 +144,5 @@ def test_graphs_without_adapters_by_row_take_no_ids(runner: EncoderDecoderRunner
     assert not merged.takes_rows
     with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
         merged.with_rows([1])
-    with pytest.raises(InputRefused, match="no graph takes an adapter: they were not made with --lora inputs"):
+    with pytest.raises(InputRefused, match='no graph takes an adapter: they were not made with lora="inputs"'):
         merged.with_adapter("fr")

@@ -57,7 +57,7 @@ def test_compiled_steps_have_the_losses_of_the_others() -> None:
 
 
 def test_a_machine_without_a_compiler_is_refused_before_the_data_are_read(tmp_path: Path, no_compiler: None) -> None:
-    with pytest.raises(EnvironmentLacking, match=r"cannot compile any function here: .*\. Train without --compile$"):
+    with pytest.raises(EnvironmentLacking, match=r"cannot compile any function here: .*\. Train without compile=True$"):
         le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", compile=True)
     assert list(tmp_path.iterdir()) == []
 
