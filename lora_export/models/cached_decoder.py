@@ -12,6 +12,7 @@ such a model takes one token of each row in a run.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import onnx_ir as ir
@@ -29,10 +30,9 @@ from lora_export.models.export import (
     refuse_other_opset,
     tracing,
 )
-from lora_export.models.exporter_refusals import exporter_refusals
+from lora_export.models.failures import exporter_refusals, named_failures
 from lora_export.models.key_value_cache import USE_CACHE
 from lora_export.models.model import Axes, ModelInputs
-from lora_export.models.positions import counts_by_mask, takes_positions
 from lora_export.models.simplify import simplify
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
@@ -105,3 +105,19 @@ def _remove_unread_positions(program: ir.Model) -> None:
     for value in list(program.graph.inputs):
         if value.name == POSITION_IDS and not value.uses():
             program.graph.inputs.remove(value)
+
+
+def takes_positions(module: nn.Module) -> bool:
+    """Whether positions are a parameter of the model's forward."""
+    return POSITION_IDS in inspect.signature(module.forward).parameters
+
+
+def counts_by_mask(module: nn.Module) -> bool:
+    """Whether the model counts the ones of the mask (OPT), and not all positions. Runs it twice."""
+    ids = torch.arange(3).expand(2, -1)
+    padded = {IDS: ids, MASK: (ids > 0).long()}  # the first position is padding
+    with tracing(module), named_failures(module, padded, "padded prompt"):
+        without, given = (
+            module(**padded, **positions)[0][:, -1] for positions in ({}, {POSITION_IDS: ids.contiguous()})
+        )
+    return not torch.allclose(without, given)

@@ -49,8 +49,7 @@ from lora_export.models.export import (
     to_onnx,
     tracing,
 )
-from lora_export.models.exporter_refusals import exporter_refusals
-from lora_export.models.failures import named_failures
+from lora_export.models.failures import exporter_refusals, named_failures
 from lora_export.models.key_value_cache import USE_CACHE, cache_enabled
 from lora_export.models.model import Model, ModelInputs
 from lora_export.models.simplify import simplify

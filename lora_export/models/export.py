@@ -27,11 +27,10 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.exporter_refusals import exporter_refusals
-from lora_export.models.failures import named_failures
+from lora_export.models.failures import exporter_refusals, named_failures
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify
 from lora_export.options.spelling import named
 

@@ -22,10 +22,10 @@ from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import check_axes, is_hugging_face, silence, tracing
-from lora_export.models.exporter_refusals import exporter_refusals
+from lora_export.models.failures import exporter_refusals
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
 
 UNWRITABLE = torch.ops.higher_order.flat_apply
 PYTORCHS_OWN = frozenset({"aten", "prim", "prims"})  # namespaces of operators

@@ -1,4 +1,7 @@
-"""What a folder has beside a model: tokenizers and the like, opened by transformers' own classes."""
+"""What a folder has beside a model: tokenizers and the like, opened by transformers' own classes.
+
+Nothing is downloaded, and no code of the folder is run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused
+
+# One of them is in every folder that transformers reads a tokenizer from.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -> Any:
@@ -23,3 +36,19 @@ def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises any type
         raise InputRefused(f"{failure}: {str(error).strip().split(chr(10))[0]}") from error
+
+
+def open_tokenizer(folder: Path, *, needed: bool) -> Any:
+    """The tokenizer of transformers in a folder; None where there is none and it is not needed.
+
+    Raises InputRefused where it is needed and missing or damaged, and EnvironmentLacking without transformers.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if needed:
+            raise InputRefused(
+                f"{folder} has no tokenizer (tokenizer.json and the like). Save it there: "
+                f"transformers.AutoTokenizer.from_pretrained(NAME).save_pretrained({str(folder)!r})"
+            )
+        return None
+    failure = f"{folder}: the tokenizer cannot be read"
+    return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)

@@ -25,11 +25,9 @@ from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxrunt
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
 from lora_export.options.spelling import named
-from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
-from lora_export.runtime.token_positions import token_positions
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow, deadline
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
@@ -350,3 +348,13 @@ def describe_ort_environment() -> dict[str, Any]:
         "tf32": False,  # CUDA_OPTIONS and PyTorch's runner turn it off
         **{name: os.environ[name] for name in ARITHMETIC_VARIABLES if name in os.environ},
     }
+
+
+def token_positions(mask: NDArray[np.int64], *, by_mask: bool) -> NDArray[np.int64]:
+    """The positions [batch, length] that a model takes for a mask [batch, length] of ones and zeros.
+
+    They are 0, 1, 2, ... in every row. `by_mask`, only the ones are counted, and a zero has the position -1.
+    """
+    if by_mask:
+        return np.cumsum(mask, axis=1) * mask - 1
+    return np.broadcast_to(np.arange(mask.shape[1]), mask.shape)

@@ -11,9 +11,9 @@ from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import POSITION_IDS
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
+from lora_export.models.cached_decoder import counts_by_mask, takes_positions
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
-from lora_export.models.positions import counts_by_mask, takes_positions
 from lora_export.models.pt2 import program
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.encoder_decoder_files import (

@@ -1,8 +1,10 @@
-"""The contract of everything that runs a model, and the record of where its nodes ran."""
+"""The contract of everything that runs a model, the record of where its nodes ran, and the time limit of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,3 +90,25 @@ class TooSlow(RuntimeRefused):
 
     def __init__(self, path: Path, seconds: float):
         super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with {named('timeout')}")
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
+
+    `stop` is never called after the context, and nothing refers to it then.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        stop()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+        timer.join()

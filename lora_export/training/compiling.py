@@ -1,4 +1,4 @@
-"""torch.compile for the steps of a training, and a clear error where it does not work."""
+"""How the steps of a training are computed: the dtype that they multiply in, and torch.compile."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lora_export.errors import EnvironmentLacking
 from lora_export.models.failures import innermost_cause
 from lora_export.options.spelling import named
+from lora_export.training.settings import Precision
+
+AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def refuse_without_compiler(device: str) -> None:
@@ -46,3 +49,10 @@ def _explained(what: str) -> Iterator[None]:
 
 def _doubled(x: Tensor) -> Tensor:
     return 2 * x
+
+
+def autocast(device: str | torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's autocast on a device in this precision; with "no", a context that does nothing."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[precision])

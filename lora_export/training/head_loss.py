@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_export.errors import InputRefused
 from lora_export.training.arrays import IGNORED
-from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device
+from lora_export.training.compiling import autocast
 from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.settings import Precision
 

@@ -21,10 +21,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
 from lora_export.options.spelling import named
 from lora_export.storage.deferred_signals import deferred_signals
-from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
-from lora_export.training.compiling import compiled
+from lora_export.training.compiling import autocast, compiled
 from lora_export.training.evaluation import evaluate
 from lora_export.training.event_log import EventLog
 from lora_export.training.head_loss import HeadLoss, head_loss

@@ -45,7 +45,7 @@ NUMPY_CORE = (
         "graph",
         "report",
     ),
-    *("training.records", "training.arrays", "training.row_forms", "training.splitting", "training.packing"),
+    *("training.records", "training.arrays", "training.row_forms", "training.splitting"),
     *("training.schedule", "training.settings", "training.history"),
     *("runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),

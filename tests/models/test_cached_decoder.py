@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
+from lora_export.models.cached_decoder import counts_by_mask, export_decoder, refuse_other_than_decoder, takes_positions
 from lora_export.models.fused_operators import fuse_operators
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -103,3 +104,14 @@ def test_what_is_no_decoder_of_texts_is_refused() -> None:
     with pytest.raises(InputRefused, match="is made of a Hugging Face model, not of a Linear"):
         refuse_other_than_decoder(torch.nn.Linear(2, 2), "base")
     refuse_other_than_decoder(decoder("llama"), "base")
+
+
+@pytest.mark.parametrize(("name", "by_mask"), [("llama", False), ("gpt2", False), ("opt", True)])
+def test_models_that_count_the_ones_of_the_mask_are_found(name: str, by_mask: bool) -> None:
+    module = DECODERS[name]().eval()
+    assert takes_positions(module)
+    assert counts_by_mask(module) is by_mask
+
+
+def test_models_without_positions_are_known() -> None:
+    assert not takes_positions(nn.Linear(2, 2)) and not takes_positions(DECODERS["bloom"]())

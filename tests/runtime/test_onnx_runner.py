@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
-from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.ort_session import InMemoryGraph
 
 A_MATMUL = """
@@ -163,3 +163,14 @@ def test_closed_graph_is_opened_again_by_the_next_run(a_graph: Path) -> None:
     assert other.session is runner.session
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], value) for name, value in after.items())
+
+
+MASK = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def test_all_positions_count() -> None:
+    assert token_positions(MASK, by_mask=False).tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_only_the_ones_of_the_mask_count() -> None:
+    assert token_positions(MASK, by_mask=True).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 2], [0, 1, -1, -1]]

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.models.pt2 import reader
+from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
 from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
-from lora_export.models.pt2.structures import fill
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
 

@@ -17,8 +17,7 @@ import torch
 
 import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
-from lora_export.runtime.deadline import deadline
-from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
+from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow, deadline
 from lora_export.runtime.torchscript.messages import read_message, write_message
 from lora_export.storage import input_files
 

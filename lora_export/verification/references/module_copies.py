@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_export.models import stored_parameter
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
 from lora_export.runtime.memory import release_memory
 

@@ -1,4 +1,4 @@
-"""Modules that return dataclasses are exported as if they returned dictionaries."""
+"""The names of a module's outputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,36 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_export.errors import RuntimeRefused
 from lora_export.models import export
-from lora_export.models.dataclass_outputs import with_dictionaries
 from lora_export.models.factory import from_module
+from lora_export.models.outputs import have_names, named_outputs, with_dictionaries
 from support.graphs import run
+
+ONE, TWO = torch.ones(1), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (ONE, ["output_0"]),
+        ((ONE, None, TWO), ["output_0", "output_2"]),
+        ({"logits": ONE, "loss": None, "states": (TWO, TWO)}, ["logits", "states.0", "states.1"]),
+        ([{"a": ONE}], ["output_0.a"]),
+    ],
+)
+def test_outputs_are_named_by_keys_or_positions(outputs: object, names: list[str]) -> None:
+    assert list(named_outputs(outputs)) == names
+    assert have_names(named_outputs(outputs)) is (names[0] == "logits")
+
+
+def test_outputs_without_a_tensor_are_refused() -> None:
+    with pytest.raises(RuntimeRefused, match="the model returned dict, which contains no tensors"):
+        named_outputs({"loss": None})
 
 
 @dataclass
