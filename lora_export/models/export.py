@@ -28,6 +28,7 @@ from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models.failures import exporter_refusals, named_failures
+from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
@@ -85,7 +86,7 @@ def check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
 
 def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     # In a graph, an initializer with the name of an input is the default value of this input.
-    names = [name for name in inputs if name in module._parameters or name in module._buffers]
+    names = [name for name in inputs if name in own_parameters(module) or name in own_buffers(module)]
     if names:
         raise RuntimeRefused(
             f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
@@ -136,11 +137,11 @@ def _forgotten_kernels() -> Iterator[None]:
     kernels: list[Any] = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
     try:
         for kernel in kernels:
-            kernel._dispatch_cache.clear()
+            forget_kernels(kernel)
         yield
     finally:
         for kernel in kernels:
-            kernel._dispatch_cache.clear()
+            forget_kernels(kernel)
 
 
 def exported_by_transformers(
@@ -289,6 +290,5 @@ def silence() -> Iterator[None]:
 
 
 def _ways_with_state(module: nn.Module) -> list[str]:
-    is_stateful = getattr(module, "_is_stateful", False)  # Mamba and hybrids, in transformers
     way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
-    return [way] if is_stateful else []
+    return [way] if is_stateful(module) else []

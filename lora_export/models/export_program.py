@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
@@ -27,6 +26,7 @@ from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
 
+OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply
 PYTORCHS_OWN = frozenset({"aten", "prim", "prims"})  # namespaces of operators
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # of every member: a zip's first
@@ -81,7 +81,7 @@ def _return_dictionaries(module: nn.Module) -> None:
 def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
     """Raise RuntimeRefused for a call of a Python function, which no file can contain, and of a package's operator."""
     targets = [node.target for node in program.graph.nodes]
-    others = {each.name() for each in targets if isinstance(each, OpOverload) and each.namespace not in PYTORCHS_OWN}
+    others = {each.name() for each in targets if isinstance(each, OPERATOR) and each.namespace not in PYTORCHS_OWN}
     if others:
         raise RuntimeRefused(
             f"the program of {type(module).__name__} calls {', '.join(sorted(others))}, which is no operator of "

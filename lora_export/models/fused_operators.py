@@ -10,9 +10,7 @@ shape of the past is then no length of what it contains, and the length is read 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
-from typing import Any
 
 import onnx_ir as ir
 
@@ -22,6 +20,7 @@ from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.models.cached_decoder import BATCH_SYMBOL
 from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
+from lora_export.models.internals import fusions_for
 from lora_export.models.simplify import is_nearly_neutral
 from lora_export.options.spelling import named
 
@@ -37,15 +36,12 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
     past may be a buffer that is longer than what it contains, where this operator alone reads it: the mask then has the
     length of the past and the new tokens.
 
-    Raises RuntimeRefused where the rewrites fail on the graph.
+    Raises RuntimeRefused where the rewrites fail on the graph, and EnvironmentLacking where transformers lacks them.
     """
-    fusions: Any = importlib.import_module("transformers.exporters.onnxruntime_fusions")
+    steps = list(fusions_for(provider))
     try:
         with silence(), _without_values(graph):
-            for step, providers in fusions._STEPS:
-                if providers is not None and provider not in providers:
-                    continue
-                is_attention = getattr(step, "func", step) is fusions._fuse_group_query_attention
+            for step, is_attention in steps:
                 # transformers fuses a graph for any batch only where it takes one token at once. Decoders are given a
                 # prompt, and then one token at once: what the operator computes for a single row is right for each.
                 for_any_batch = is_attention and _runs_on(provider, graph)

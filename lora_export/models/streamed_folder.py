@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.models import stored_parameter
+from lora_export.models.internals import own_buffers, own_parameters
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import Checkpoint
@@ -39,9 +40,9 @@ class StreamedFolder:
         """
         made: dict[str, Tensor] = {}
         for path, owner in module.named_modules():
-            for registry in (owner._parameters, owner._buffers):
+            for registry in (own_parameters(owner), own_buffers(owner)):
                 for attribute, tensor in registry.items():
-                    if tensor is None or (registry is owner._buffers and tensor.data_ptr() not in self._names):
+                    if tensor is None or (registry is own_buffers(owner) and tensor.data_ptr() not in self._names):
                         continue  # a buffer that no file has
                     name = self._names.get(tensor.data_ptr(), "")
                     if not name:
@@ -51,7 +52,7 @@ class StreamedFolder:
                     if not _is_same_view(tensor, self.empty[name]):
                         return False
                     if name not in made:
-                        made[name] = self._tensor(name, tensor, is_parameter=registry is owner._parameters)
+                        made[name] = self._tensor(name, tensor, is_parameter=registry is own_parameters(owner))
                     registry[attribute] = made[name]
         return True
 

@@ -19,7 +19,6 @@ import safetensors
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import InputRefused, OutputFailed, listed
 from lora_export.options.spelling import named
@@ -28,6 +27,14 @@ from lora_export.training.history import METRICS, TrainingHistory, json_line
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
+
+# PyTorch's common class of these is private.
+NORMS_WITH_STATISTICS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
+)
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -39,7 +46,7 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What training changes: parameters that require gradients, and statistics of batch norms that are trained."""
     tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for path, part in module.named_modules():
-        if isinstance(part, _NormBase) and any(parameter.requires_grad for parameter in part.parameters()):
+        if isinstance(part, NORMS_WITH_STATISTICS) and any(parameter.requires_grad for parameter in part.parameters()):
             tensors |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}
     return tensors
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import EnvironmentLacking
 from lora_export.models.failures import innermost_cause
+from lora_export.models.internals import compiler_errors
 from lora_export.options.spelling import named
 from lora_export.training.settings import Precision
 
@@ -36,11 +37,9 @@ def compiled(module: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         yield
-    except TorchDynamoException as error:
+    except compiler_errors() as error:
         raise EnvironmentLacking(
             f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without "
             f"{named('compile', True)}"

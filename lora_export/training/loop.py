@@ -16,13 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
 from lora_export.options.spelling import named
 from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
-from lora_export.training.checkpoint import Checkpoints, trained_tensors
+from lora_export.training.checkpoint import NORMS_WITH_STATISTICS, Checkpoints, trained_tensors
 from lora_export.training.compiling import autocast, compiled
 from lora_export.training.evaluation import evaluate
 from lora_export.training.event_log import EventLog
@@ -324,7 +323,9 @@ def _restored_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
 def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     module.train()
     for part in module.modules():
-        if isinstance(part, _NormBase) and not any(parameter.requires_grad for parameter in part.parameters()):
+        if isinstance(part, NORMS_WITH_STATISTICS) and not any(
+            parameter.requires_grad for parameter in part.parameters()
+        ):
             part.eval()
     if settings.gradient_checkpointing:
         if not hasattr(module, "activation_checkpointing_enable"):

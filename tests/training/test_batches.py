@@ -94,7 +94,7 @@ def test_each_batch_is_an_example_and_the_loss_is_the_users() -> None:
     assert data.loss.total(torch.ones(4), batch) == 1 and data.loss.count(batch.labels) == 1
     with pytest.raises(InputRefused, match=r"the loss of the data's factory is \(2,\); it must be a tensor"):
         OwnLoss(lambda outputs, labels: torch.ones(2)).total(None, batch)
-    with pytest.raises(InputRefused, match=r"the loss of the data's factory failed at .*test_own_batches\.py:\d+"):
+    with pytest.raises(InputRefused, match=r"the loss of the data's factory failed at .*test_batches\.py:\d+"):
         OwnLoss(lambda outputs, labels: outputs - labels).total("text", batch)
 
 
@@ -108,7 +108,7 @@ def test_the_hash_depends_on_every_batch() -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda: 1 / 0, r"mine\.py:make failed at .*test_own_batches\.py:\d+: ZeroDivisionError"),
+        (lambda: 1 / 0, r"mine\.py:make failed at .*test_batches\.py:\d+: ZeroDivisionError"),
         (list, r"must return \(batches, loss\)"),
         (lambda: ([], print), "made no batches"),
         (lambda: ([({"x": 1}, 0), 5], print), "batch 2 is no pair"),

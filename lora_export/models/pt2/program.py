@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.models.internals import changes_of, own_buffers, own_parameters
 from lora_export.models.pt2 import reader
 from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
@@ -164,12 +165,12 @@ class Program(nn.Module):
             if getattr(torch, tensor.data.dtype) is self.file_dtype:
                 owner, attribute = self._locations[tensor.value]
                 module = self.get_submodule(owner)
-                current = {**module._parameters, **module._buffers}[attribute]
+                current = {**own_parameters(module), **own_buffers(module)}[attribute]
                 return None if current is None else current.dtype
         return self.file_dtype
 
     def _versions(self) -> list[int]:
-        return [tensor._version for tensor in (*self.parameters(), *self.buffers())]
+        return [changes_of(tensor) for tensor in (*self.parameters(), *self.buffers())]
 
     # --- inputs ---
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.training.records import folders
+from lora_export.training.records import opening
 from lora_export.training.records.opening import DescribedSounds, ImagesByClass, open_folder, open_records
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path, monkeypatch: 
     rows = open_folder(files(tmp_path, a_dot_txt=b"abc\xff", b_dot_txt=b"long enough"))
     with pytest.raises(InputRefused, match=r"a\.txt is not UTF-8: byte 3"):
         rows[0]
-    monkeypatch.setattr(folders, "MAX_ROW", 5)
+    monkeypatch.setattr(opening, "MAX_ROW", 5)
     with pytest.raises(InputRefused, match=r"b\.txt has more than 5 bytes"):
         rows[1]
 

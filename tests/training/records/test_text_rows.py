@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.training.records import json_lines
+from lora_export.training.records import text_rows
 from lora_export.training.records.text_rows import CsvRows, JsonLines
 
 
@@ -43,7 +43,7 @@ def test_a_line_that_is_no_object_is_refused_when_it_is_read(tmp_path: Path, lin
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "MAX_ROW", 30)
+    monkeypatch.setattr(text_rows, "MAX_ROW", 30)
     with pytest.raises(InputRefused, match=r"a\.jsonl, line 2 has more than 30 bytes"):
         lines(tmp_path / "a.jsonl", "{}", json.dumps({"text": "a" * 40}))
 
