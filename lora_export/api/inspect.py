@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.api.callbacks import ignore
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.record import WrittenRecord
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
@@ -19,7 +21,6 @@ from lora_export.runtime.expectations import (
     recorded_base,
     refuse_unexpected,
 )
-from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
@@ -155,6 +156,6 @@ def _inspect(
         names = None if checkpoint is None else open_checkpoint(locate(checkpoint, ignore, download))
         model = load_graph(path)
         return Inspection(
-            path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)
+            path, graph=find_sites(model, names), interface=read_interface(model), record=open_artifact(path).record
         )
-    return Inspection(path, checkpoint=open_checkpoint(path), record=read_record(path))
+    return Inspection(path, checkpoint=open_checkpoint(path), record=open_artifact(path).record)

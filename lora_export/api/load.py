@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_export import formats
 from lora_export.api.callbacks import OnMessage
+from lora_export.artifacts.artifact import refuse_no_model
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
-from lora_export.models.model_names import refuse_no_model
 from lora_export.plan.diffusion.components import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate

@@ -12,13 +12,13 @@ from lora_export import plan
 from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.api.shared_head import Stored, without_shared_head
+from lora_export.artifacts.files import file_for_graph
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_names, without_own_head
-from lora_export.runtime.encoder_decoder_files import file_for_graph
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof

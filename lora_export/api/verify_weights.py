@@ -15,9 +15,9 @@ from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
 from lora_export.api.load import AdapterSources, load_adapters
 from lora_export.api.verify_record import HowToRun, recorded_explanation
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.provenance import adapter_records
-from lora_export.runtime.written_record import read_record
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
@@ -93,5 +93,5 @@ def _contained(candidate: Path) -> str:
     """Which adapters the candidate records, as the end of a message; empty where it records none."""
     if not candidate.exists():
         return ""
-    names = ", ".join(f"`{adapter.get('name')}`" for adapter in read_record(candidate).adapters)
+    names = ", ".join(f"`{adapter.get('name')}`" for adapter in open_artifact(candidate).record.adapters)
     return f". {candidate} contains {names}" if names else ""

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
 from lora_export.errors import InputRefused, RuntimeRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
@@ -26,7 +27,6 @@ from lora_export.models.failures import named_failures
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes, in_dtype_of
-from lora_export.models.model_names import refuse_no_model
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.streamed_folder import is_streamed, load_streamed
 from lora_export.options.spelling import named
@@ -91,7 +91,7 @@ def _load(
         return from_diffusers(Path(source), dtype)
     if Path(source).is_dir():
         return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
-    if source.endswith(".pt2"):
+    if artifact_kind(Path(source)) is ArtifactKind.PROGRAM:
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
         return from_program(Path(source))

@@ -40,9 +40,11 @@ class StreamedFolder:
         """
         made: dict[str, Tensor] = {}
         for path, owner in module.named_modules():
-            for registry in (own_parameters(owner), own_buffers(owner)):
+            parameters, buffers = own_parameters(owner), own_buffers(owner)
+            registries: tuple[dict[str, Any], ...] = (parameters, buffers)
+            for registry in registries:
                 for attribute, tensor in registry.items():
-                    if tensor is None or (registry is own_buffers(owner) and tensor.data_ptr() not in self._names):
+                    if tensor is None or (registry is buffers and tensor.data_ptr() not in self._names):
                         continue  # a buffer that no file has
                     name = self._names.get(tensor.data_ptr(), "")
                     if not name:
@@ -52,7 +54,7 @@ class StreamedFolder:
                     if not _is_same_view(tensor, self.empty[name]):
                         return False
                     if name not in made:
-                        made[name] = self._tensor(name, tensor, is_parameter=registry is own_parameters(owner))
+                        made[name] = self._tensor(name, tensor, is_parameter=registry is parameters)
                     registry[attribute] = made[name]
         return True
 

@@ -14,6 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.artifacts.files import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    GRAPH_FILES,
+    WITH_PAST_FILE,
+    adapter_of_file,
+    file_for_graph,
+)
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_INPUTS
@@ -30,14 +38,6 @@ from lora_export.graph.cache_names import (
     past_of,
 )
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder_files import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    GRAPH_FILES,
-    WITH_PAST_FILE,
-    adapter_of_file,
-    file_for_graph,
-)
 from lora_export.runtime.kv_cache import DECODE_STEPS
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
@@ -55,6 +55,7 @@ class EncoderDecoderRunner:
     decoder: OnnxRunner
     with_past: OnnxRunner
     names_known: bool = True
+    cannot_give: Sequence[str] = ()
 
     @classmethod
     def open(cls, folder: Path, provider: str = "cpu", *, timeout: float = TIMEOUT) -> EncoderDecoderRunner:

@@ -6,7 +6,7 @@ a model without a cache, so they also prove what the graph stores between its ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ class CacheRunner:
     cache: tuple[CacheTensor, ...]
     counts_mask: bool = False  # an operator reads the number of ones in the mask, and not their places
     names_known: bool = True
+    cannot_give: Sequence[str] = ()
 
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:

@@ -27,7 +27,7 @@ from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
 from lora_export.options.spelling import named
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow, deadline
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, deadline
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
@@ -35,7 +35,7 @@ NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
 
-class OnnxRunner:
+class OnnxRunner(PlainRunner):
     """An ONNX graph under onnxruntime, on the requested provider and on no other.
 
     `optimise=False` turns off all of onnxruntime's graph optimisations. `low_memory` frees memory as soon as it is
@@ -62,7 +62,7 @@ class OnnxRunner:
         self._held = HeldSession(functools.partial(_opened, source, provider, options, provider_options))
         self.source = source  # an in-memory graph's tensors must live as long as its session
         self.path, self.provider = Path(source.name if isinstance(source, InMemoryGraph) else source), provider
-        self.placement = _placement(self.session, provider, provider_options)
+        self.placement: Placement = _placement(self.session, provider, provider_options)
         self.axes: Mapping[str, tuple[int | None, ...]] = {
             value.name: tuple(size if isinstance(size, int) else None for size in value.shape)
             for value in self.session.get_inputs()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ COMPUTE_OPERATORS = frozenset(
 
 
 class Runner(Protocol):
-    """Something that computes outputs from inputs, both by name."""
+    """Something that computes outputs from inputs, both by name: what the judge needs of any runner."""
 
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]: ...  # input -> sizes, None where they vary; {} if unknown
@@ -40,6 +40,30 @@ class Runner(Protocol):
     def names_known(self) -> bool: ...  # whether the outputs' names identify them, or only their order does
 
     def run(self, inputs: Arrays) -> Arrays: ...
+
+
+class CandidateRunner(Runner, Protocol):
+    """A runner of an artifact, which also reports where and how it ran, and what it cannot give."""
+
+    @property
+    def placement(self) -> Placement | None: ...  # where its nodes ran; None where nothing places nodes
+    @property
+    def notes(self) -> Sequence[str]: ...  # how it ran, and what was not tried
+    @property
+    def cannot_give(self) -> Sequence[str]: ...  # such as "scores of all tokens: log-probabilities of the best alone"
+
+    def close(self) -> None: ...  # gives memory or processes back
+
+
+class PlainRunner:
+    """What a runner reports where it has nothing to report."""
+
+    placement: Placement | None = None
+    notes: Sequence[str] = ()
+    cannot_give: Sequence[str] = ()
+
+    def close(self) -> None:
+        """Nothing is held beyond the object."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ PACKAGE = Path(lora_export.__file__).parent
 # every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 ORDER = (
     *("errors", "options", "lora", "structured_pairs", "plan", "sums", "adapters", "storage", "provenance", "formats"),
-    *("weights", "layers", "graph", "models", "training", "runtime"),
+    *("weights", "layers", "graph", "artifacts", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
 # What does the work: none of these needs another.
@@ -43,6 +43,7 @@ NUMPY_CORE = (
         "formats",
         "weights",
         "graph",
+        "artifacts",
         "report",
     ),
     *("training.records", "training.arrays", "training.row_forms", "training.splitting"),

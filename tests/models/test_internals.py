@@ -52,7 +52,7 @@ def test_changes_in_place_are_counted() -> None:
     assert internals.changes_of(tensor) == before + 1
 
 
-def test_one_fusion_makes_attention_over_a_cache_on_the_cpu_and_none_everywhere() -> None:
+def test_one_fusion_of_the_cpu_makes_attention_over_a_cache() -> None:
     of_cpu = list(internals.fusions_for("cpu"))
     assert sum(is_attention for _, is_attention in of_cpu) == 1
     assert all(callable(step) for step, _ in of_cpu) and len(of_cpu) > 5

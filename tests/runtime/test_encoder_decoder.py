@@ -14,9 +14,9 @@ import torch
 import transformers as hf
 
 import lora_export as le
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.runner import Arrays
 from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
 

@@ -44,23 +44,23 @@ class WrittenRecord:
         return _table(self.content, "base")
 
 
-def read_record(path: Path) -> WrittenRecord:
-    """Return what an .onnx, a .safetensors, a TorchScript file or a folder records; an empty record where it has none.
-
-    Reads headers only. Raises InputRefused where the file or its record is damaged.
-    """
-    if path.is_dir():
-        return _record(read_manifest(path), path)
-    if path.suffix == ".onnx":
-        return _record_of_graph(path)
-    if path.suffix == ".safetensors":
-        return _parsed(safetensors_file.open_file(path).metadata.get(provenance.KEY), path)
-    if zipfile.is_zipfile(path):
-        return _parsed(_text_in_archive(path), path)
-    return WrittenRecord()
+def record_of_folder(path: Path) -> WrittenRecord:
+    """What the manifest of a folder records."""
+    return _record(read_manifest(path), path)
 
 
-def _record_of_graph(path: Path) -> WrittenRecord:
+def record_of_weights(path: Path) -> WrittenRecord:
+    """What the header of a .safetensors file records."""
+    return _parsed(safetensors_file.open_file(path).metadata.get(provenance.KEY), path)
+
+
+def record_of_archive(path: Path) -> WrittenRecord:
+    """What a TorchScript file or a program records; an empty record for what is no archive."""
+    return _parsed(_text_in_archive(path), path) if zipfile.is_zipfile(path) else WrittenRecord()
+
+
+def record_of_graph(path: Path) -> WrittenRecord:
+    """What the metadata of a graph record."""
     from lora_export.graph.onnx_file.reading import open_graph  # onnx is not needed for a checkpoint
 
     metadata = open_graph(path).model.metadata_props

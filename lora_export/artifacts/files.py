@@ -1,15 +1,20 @@
-"""The files of an encoder-decoder's three graphs in a folder, as optimum names them."""
+"""The files of an artifact and their hashes, and those of an encoder-decoder's three graphs, as optimum names them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import SUFFIX
+from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.options.spelling import command
+from lora_export.storage import input_files
+from lora_export.storage.hashes import HASH_BLOCK, file_sha256
 
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
+LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
 
 
 def file_for_graph(adapter: str, graph: str) -> str:
@@ -42,3 +47,42 @@ def refuse_missing_graph(path: Path) -> None:
             f"{path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its cache, by all "
             f"three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
         )
+
+
+# --- files and their hashes ---
+
+
+def files_of_artifact(path: Path, *, is_graph: bool) -> dict[str, Path]:
+    """Name -> path of every file: a folder's files, or a graph and its external data."""
+    if path.is_dir():
+        return {file.relative_to(path).as_posix(): file for file in input_files.regular_files(path)}
+    input_files.must_be_regular(path)
+    return {file.name: file for file in (path, *(_external_data(path) if is_graph else []))}
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> SHA-256 of files."""
+    return {name: file_sha256(file) for name, file in files.items()}
+
+
+def _external_data(path: Path) -> list[Path]:
+    if not path.stat().st_size:
+        return []
+    refuse_no_message(path)
+    if not _contains(path, LOCATION):  # and onnx need not be imported
+        return []
+    from lora_export.graph.onnx_file.reading import open_graph
+
+    graph = open_graph(path)
+    return [source for source in graph.sources if not source.samefile(path)]
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
+    end = b""
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            if text in (both := end + block):
+                return True
+            end = both[-len(text) :]
+    return False
