@@ -25,6 +25,7 @@ FLAGS = {
     "expect_adapter_sha256": "--expect-adapter-sha256",
     "hashing": "--hash",
     "heads": "--head",
+    "per_row": "--adapters-per-row",
     "prefixes": "--prefix",
     "reports": "--report",
     "seed_of_combination": "--combine-seed",
@@ -70,6 +71,8 @@ def _flag(name: str, value: object) -> str:
     flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
+    if isinstance(value, dict):
+        return " ".join(f"{flag} {key}={each}" for key, each in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 
