@@ -20,6 +20,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
+from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.models.export import check_axes, is_hugging_face, silence, tracing
 from lora_export.models.failures import exporter_refusals
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
@@ -75,7 +76,7 @@ def _return_dictionaries(module: nn.Module) -> None:
         outputs = cls.forward(self, *args, **kwargs)
         return named_outputs(outputs) if isinstance(outputs, Mapping) else outputs
 
-    module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    exchange_forward(module, forward)
 
 
 def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:

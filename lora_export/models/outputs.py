@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import RuntimeRefused
+from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.models.model import ModelInputs
 
 
@@ -56,17 +57,18 @@ def with_dictionaries(module: nn.Module, example_inputs: ModelInputs) -> nn.Modu
     """
     with contextlib.suppress(Exception), torch.no_grad():
         if _has_dataclass(module(**example_inputs)):
-            module.__class__ = _returning_dictionaries(type(module))
+            _return_dictionaries(module)
     return module
 
 
-def _returning_dictionaries(cls: type[nn.Module]) -> type[nn.Module]:
-    # A class in place of a method of the module: copies of the module are of this class, too.
+def _return_dictionaries(module: nn.Module) -> None:
+    cls = type(module)
+
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _as_dictionaries(cls.forward(self, *args, **kwargs))
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    exchange_forward(module, forward)
 
 
 def _as_dictionaries(value: Any) -> Any:

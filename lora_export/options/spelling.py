@@ -26,6 +26,7 @@ FLAGS = {
     "hashing": "--hash",
     "heads": "--head",
     "output": "-o",
+    "per_row": "--adapters-per-row",
     "prefixes": "--prefix",
     "reports": "--report",
     "seed_of_combination": "--combine-seed",
@@ -71,7 +72,7 @@ def _flag(name: str, value: object) -> str:
     flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return " ".join(f"{flag} {key}={each}" for key, each in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 

@@ -90,7 +90,7 @@ def test_attached_and_folded_adapters_compute_the_sum_by_hand(one: Adapter, tied
 
 
 def test_without_an_option_tied_tensors_are_refused_with_both() -> None:
-    with pytest.raises(InputRefused, match=r"--tied untie gives each a tensor of its own.*--tied both changes all"):
+    with pytest.raises(InputRefused, match=r'tied="untie" gives each a tensor of its own.*tied="both" changes all'):
         module = TiedWords()
         layers.attach(module, plan.make([FIRST], layers.specs(module)))
 

@@ -13,6 +13,8 @@ SPELLINGS = [
     (lambda: named("rtol", 0), "rtol=0", "--rtol 0"),
     (lambda: named("verify", False), "verify=False", "--no-verify"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
+    (lambda: named("layout", {"a": "out_in"}), "layout={'a': 'out_in'}", "--layout a=out_in"),
+    (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),
     (lambda: named("columns", {"text": "body"}), "columns={'text': 'body'}", "--column text=body"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),

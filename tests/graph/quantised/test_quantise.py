@@ -76,7 +76,7 @@ def test_inputs_for_adapters_are_not_quantised() -> None:
 
 
 def test_a_graph_without_layers_is_refused() -> None:
-    with pytest.raises(InputRefused, match="--quantize int4 finds no layer"):
+    with pytest.raises(InputRefused, match='quantize="int4" finds no layer'):
         quantise_graph(a_graph("g (float[N] x) => (float[N] y) { y = Add(x, x) }"), "int4")
 
 
