@@ -31,6 +31,7 @@ from lora_export.adapters.task_arithmetic import (
 )
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan import Term
 
 EXACT = "cat"
@@ -60,23 +61,25 @@ class Combination:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise WrongUsage(f"--combine must be one of {', '.join(METHODS)}, not {self.method!r}")
+            raise WrongUsage(f"{named('combine')} must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.prunes and self.density is None:
-            raise WrongUsage(f"--combine {self.method} needs --density, the share of entries that it keeps")
+            raise WrongUsage(
+                f"{named('combine', self.method)} needs {named('density')}, the share of entries that it keeps"
+            )
         if self.density is not None and not 0 < self.density <= 1:
-            raise WrongUsage(f"--density is {self.density:g}; it must be above 0 and at most 1")
+            raise WrongUsage(f"{named('density')} is {self.density:g}; it must be above 0 and at most 1")
         if self.majority_sign not in (None, "total", "frequency"):
-            raise WrongUsage(f"--majority-sign is {self.majority_sign!r}; it must be total or frequency")
+            raise WrongUsage(f"{named('majority_sign')} is {self.majority_sign!r}; it must be total or frequency")
         if self.svd_rank is not None and self.svd_rank < 1:
-            raise WrongUsage(f"--svd-rank is {self.svd_rank}; it must be at least 1")
+            raise WrongUsage(f"{named('svd_rank')} is {self.svd_rank}; it must be at least 1")
         unused = {
-            "--density": self.density is not None and not self.prunes,
-            "--majority-sign": self.majority_sign is not None and "ties" not in self.method,
-            "--svd-rank": self.svd_rank is not None and not self.method.endswith("svd"),
-            "--seed": self.seed is not None and not self.is_random,
+            "density": self.density is not None and not self.prunes,
+            "majority_sign": self.majority_sign is not None and "ties" not in self.method,
+            "svd_rank": self.svd_rank is not None and not self.method.endswith("svd"),
+            "combine_seed": self.seed is not None and not self.is_random,
         }
-        if names := [name for name, is_unused in unused.items() if is_unused]:
-            raise WrongUsage(f"{' and '.join(names)}: --combine {self.method} does not use it")
+        if names := [named(name) for name, is_unused in unused.items() if is_unused]:
+            raise WrongUsage(f"{' and '.join(names)}: {named('combine', self.method)} does not use it")
 
     @property
     def is_exact(self) -> bool:
@@ -130,9 +133,9 @@ class Combination:
 
     def _of_factors(self, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
         if others := [term for term in terms if type(term.pair) is not LoraPair]:
-            named = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
+            kinds_of_others = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
             raise InputRefused(
-                f"{named}: {self.method} combines A with A and B with B, and a change of this kind has none. "
+                f"{kinds_of_others}: {self.method} combines A with A and B with B, and a change of this kind has none. "
                 f"Use svd or {EXACT}, or another method with _svd"
             )
         if len({term.pair.rank for term in terms}) > 1:

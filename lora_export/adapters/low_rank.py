@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
+from lora_export.options.spelling import named
 
 LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
 
@@ -66,11 +67,11 @@ class Truncation:
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
-            raise WrongUsage("give --rank, or --energy: the share of each change that is kept")
+            raise WrongUsage(f"give {named('rank')}, or {named('energy')}: the share of each change that is kept")
         if self.rank is not None and self.rank < 1:
-            raise WrongUsage(f"--rank is {self.rank}; it must be at least 1")
+            raise WrongUsage(f"{named('rank')} is {self.rank}; it must be at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise WrongUsage(f"--energy is {self.energy:g}; it must be above 0 and at most 1")
+            raise WrongUsage(f"{named('energy')} is {self.energy:g}; it must be above 0 and at most 1")
 
     def rank_of(self, values: SingularValues) -> int:
         """The rank for a matrix of which all needed singular values are known."""

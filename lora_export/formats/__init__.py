@@ -22,6 +22,7 @@ from typing import Protocol, cast
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 
@@ -90,9 +91,8 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         known = [f"{key}: {module.DESCRIPTION}" for key, module in candidates.items()]
         raise InputRefused(f"{path} is not an adapter in a known format:", listed(known, len(known)))
     if len(matching) > 1:
-        raise InputRefused(
-            f"{path} may be in several formats: {', '.join(matching)}. Choose one: --format {next(iter(matching))}"
-        )
+        first = named("format", next(iter(matching)))
+        raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
     (module,) = matching.values()
     return replace(module.read(path, name or _default_name(path), options), hub=hub_source(path))
 

@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.lora import ExpertAxes, LoraPair
+from lora_export.options.spelling import named
 
 # The order in which every class of transformers registers the stacked parameters of its experts. PEFT wraps a module
 # once for each parameter, in this order, from inside to outside. The files do not record it.
@@ -97,14 +98,14 @@ def b_layout(parameter: str, config: Mapping[str, Any], stated: str) -> BLayout:
     if recorded is not None and recorded not in tuple(BLayout):
         raise InputRefused(f"{B_LAYOUT} is {recorded!r}; it must be {' or '.join(BLayout)}")
     if stated and recorded not in (None, stated):
-        raise InputRefused(f"--moe-b-layout is {stated}, but adapter_config.json records {recorded}")
+        raise InputRefused(f"{named('moe_b_layout')} is {stated}, but adapter_config.json records {recorded}")
     if stated or recorded:
         return BLayout(stated or recorded)
     if _may_be_grouped(config):
         raise InputRefused(
             "Unsloth trained it, and adapter_config.json does not record the order of the columns of B. Unsloth before "
-            "2026.9.6 grouped them by expert. State the order by --moe-b-layout grouped_by_expert or "
-            "--moe-b-layout rank_major"
+            f"2026.9.6 grouped them by expert. State the order by {named('moe_b_layout', 'grouped_by_expert')} or "
+            f"{named('moe_b_layout', 'rank_major')}"
         )
     return BLayout.RANK_MAJOR
 

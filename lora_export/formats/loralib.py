@@ -25,6 +25,7 @@ from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan.embedding_names import is_embedding
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"
@@ -49,7 +50,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     if rank is None or alpha is None:
         raise InputRefused(
             f"{path}: loralib's files record neither rank nor alpha, and B A is multiplied by alpha / rank. State both "
-            "as in training: --lora-rank R --lora-alpha ALPHA"
+            f"as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
         )
     scale = adapter_scale(rank, alpha, {})
     modules, others = keys_by_module(file, _KEY)
@@ -70,7 +71,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         spelling=spelling,
-        scale_source="--lora-alpha / --lora-rank",
+        scale_source=f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha},
         notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
         sha256=sha256,
@@ -94,7 +95,7 @@ def _pair(module: str, a: NDArray[Any], b: NDArray[Any], rank: int, scale: float
         return LoraPair(a=a, b=b, scale=scale, embedding=is_embedding(module))
     if rows % rank == 0 and a.shape[1] % (rows // rank) == b.shape[0] % (rows // rank) == 0:
         return _convolution(a, b, rows // rank, scale)
-    raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+    raise InputRefused(f"A {a.shape} and B {b.shape} do not have {named('lora_rank', rank)}")
 
 
 def _convolution(a: NDArray[Any], b: NDArray[Any], kernel: int, scale: float) -> LoraPair:
@@ -118,14 +119,17 @@ def _merged_linear(a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, pa
     """The pair of a fused layer, of which `parts` states the enabled ones. Its rank is that of all of them together."""
     enabled, rest = divmod(a.shape[0], rank)
     if b.shape[1] != rank or rest or not enabled:
-        raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+        raise InputRefused(f"A {a.shape} and B {b.shape} do not have {named('lora_rank', rank)}")
     if not parts:
         raise InputRefused(
             f"A {a.shape} and B {b.shape} belong to {enabled} parts of a fused layer (MergedLinear), and the file does "
-            "not record which. State enable_lora as in training, such as --enable-lora c_attn=1,0,1"
+            "not record which. State enable_lora as in training, such as "
+            f"{named('enable_lora', {'c_attn': (True, False, True)})}"
         )
     if sum(parts) != enabled or b.shape[0] % enabled:
-        raise InputRefused(f"A {a.shape} and B {b.shape} belong to {enabled} parts, --enable-lora has {sum(parts)}")
+        raise InputRefused(
+            f"A {a.shape} and B {b.shape} belong to {enabled} parts, {named('enable_lora')} has {sum(parts)}"
+        )
     by_part = zip(np.flatnonzero(parts).tolist(), np.split(a, enabled), np.split(b, enabled), strict=True)
     pairs = {part: LoraPair(a=own_a, b=own_b, scale=scale) for part, own_a, own_b in by_part}
     return fuse_outputs(pairs, [b.shape[0] // enabled] * len(parts))

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.expert_layouts import BLayout
+from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion.components import COMPONENT_OPTIONS
 
 
@@ -28,17 +29,21 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.moe_b_layout and self.moe_b_layout not in tuple(BLayout):
-            raise WrongUsage(f"--moe-b-layout is {self.moe_b_layout!r}; it must be {' or '.join(BLayout)}")
+            raise WrongUsage(f"{named('moe_b_layout')} is {self.moe_b_layout!r}; it must be {' or '.join(BLayout)}")
         if self.component and self.component not in COMPONENT_OPTIONS:
-            raise WrongUsage(f"--component is {self.component!r}; it must be one of {', '.join(COMPONENT_OPTIONS)}")
+            raise WrongUsage(
+                f"{named('component')} is {self.component!r}; it must be one of {', '.join(COMPONENT_OPTIONS)}"
+            )
         if self.lora_rank is not None and self.lora_rank < 1:
-            raise WrongUsage(f"--lora-rank is {self.lora_rank}; it must be at least 1")
+            raise WrongUsage(f"{named('lora_rank')} is {self.lora_rank}; it must be at least 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise WrongUsage(f"--lora-alpha is {self.lora_alpha}; it must be a positive number")
+            raise WrongUsage(f"{named('lora_alpha')} is {self.lora_alpha}; it must be a positive number")
 
         for name, parts in self.enable_lora.items():
             if len(parts) < 2 or not any(parts):
-                raise WrongUsage(f"--enable-lora {name}: a fused layer has two parts or more, and one is enabled")
+                raise WrongUsage(
+                    f"{named('enable_lora')} {name}: a fused layer has two parts or more, and one is enabled"
+                )
 
     def for_base(self, base: object) -> ReadOptions:
         """The same, with the base that a command has, where it is a path and none is stated."""
@@ -57,12 +62,12 @@ class ReadOptions:
 
     def refuse_rank_and_alpha(self, recorded_in: str) -> None:
         """Raise InputRefused where rank or alpha are stated for an adapter that records them."""
-        stated = [("--lora-rank", self.lora_rank), ("--lora-alpha", self.lora_alpha)]
+        stated = (("lora_rank", self.lora_rank), ("lora_alpha", self.lora_alpha))
         for option, value in stated:
             if value is not None:
                 raise InputRefused(
-                    f"{option} is for adapters that do not record it; this one does, in {recorded_in}. Where another "
-                    "one needs it, convert that one first: lora-export convert --to peft"
+                    f"{named(option)} is for adapters that do not record it; this one does, in {recorded_in}. Where "
+                    f"another one needs it, convert that one first: {command('convert', to='peft')}"
                 )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.read_options import ReadOptions
+from lora_export.options.spelling import named
 from lora_export.storage import input_files, safetensors_file, torch_pickle
 from lora_export.storage.safetensors_file import Entry
 
@@ -39,8 +40,8 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
-            f"{path} is a pickle, which can run code when it is opened. --allow-pickle reads it by torch.load with "
-            "weights_only=True, which reads tensors alone"
+            f"{path} is a pickle, which can run code when it is opened. {named('allow_pickle', True)} reads it by "
+            "torch.load with weights_only=True, which reads tensors alone"
         )
     return torch_pickle.open_pickle(path)
 

@@ -24,6 +24,7 @@ from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 DESCRIPTION = "a file adapter_model.pt of torchtune, or its folder"
@@ -85,7 +86,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         pairs=pairs,
         experts=dict.fromkeys(stacked, ExpertAxes.OUT_IN),
         spelling=spelling,
-        scale_source=f"lora_alpha / r in {_CONFIG_BESIDE}" if files else "--lora-alpha / --lora-rank",
+        scale_source=f"lora_alpha / r in {_CONFIG_BESIDE}"
+        if files
+        else f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha, "model_type": model.type},
         sha256=sha256,
     )
@@ -110,7 +113,7 @@ def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, li
         if rank is None or alpha is None:
             raise InputRefused(
                 f"{weights}: torchtune's file records neither rank nor alpha, and B A is multiplied by alpha / rank. "
-                "State both as in training: --lora-rank R --lora-alpha ALPHA"
+                f"State both as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
             )
         return rank, alpha, []
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
@@ -140,7 +143,7 @@ class _TorchtuneModel:
         if config is None:
             raise InputRefused(
                 f"{weights}: torchtune orders the rows of q and k by the heads of the model, which the file does not "
-                "record. Put the base's config.json beside it, or state the base: --base-config FOLDER"
+                f"record. Put the base's config.json beside it, or state the base: {named('base_config', 'FOLDER')}"
             )
         inner = config.get("text_config")
         config = inner if isinstance(inner, Mapping) else config

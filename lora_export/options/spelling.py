@@ -23,6 +23,7 @@ FLAGS = {
     "checkpoint": "--base",
     "columns": "--column",
     "expect_adapter_sha256": "--expect-adapter-sha256",
+    "graph": "--for",
     "hashing": "--hash",
     "heads": "--head",
     "output": "-o",
@@ -72,12 +73,23 @@ def _flag(name: str, value: object) -> str:
     flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
-    if isinstance(value, dict):
-        return " ".join(f"{flag} {key}={each}" for key, each in value.items())
+    if isinstance(value, Mapping):
+        return " ".join(f"{flag} {key}={_entry(entry)}" for key, entry in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 
 def _keyword(name: str, value: object) -> str:
     if value is _UNSET:
         return f"{name}="
-    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}"
+    if isinstance(value, Mapping):
+        return f"{name}={{{', '.join(f'{_quoted(key)}: {_quoted(entry)}' for key, entry in value.items())}}}"
+    return f"{name}={_quoted(value)}"
+
+
+def _entry(value: object) -> str:
+    """A value of a table: on the command line, several flags of one are `1,0,1`."""
+    return ",".join(str(int(each)) for each in value) if isinstance(value, tuple) else str(value)
+
+
+def _quoted(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
+from lora_export.options.spelling import named
 from lora_export.plan.attempts import SpelledAdapter, Spelling
 from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
 from lora_export.plan.conversion.architecture import ArchitectureRules
@@ -171,7 +172,9 @@ def checked_strengths(
         raise InputRefused("there is no adapter to apply")
     strengths = tuple(strengths) if strengths else (1.0,) * len(adapters)
     if len(strengths) != len(adapters):
-        raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
+        raise InputRefused(
+            f"{len(adapters)} adapters but {len(strengths)} weights; give one {named('weights')} per adapter"
+        )
     _refuse_duplicates(adapters)
     for adapter, strength in zip(adapters, strengths, strict=True):
         if not math.isfinite(strength):

@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair, split_part
+from lora_export.options.spelling import named
 from lora_export.plan.attempts import AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.conversion.tensor_parts import NotExpressible
@@ -86,7 +87,8 @@ def _refuse_two_answers(adapter: Adapter, one: Attempt, other: Attempt) -> None:
             raise InputRefused(
                 f"the names of adapter {adapter.name} fit the base in two ways: {adapter.spelled(module)} is "
                 f"{', '.join(first)} by {one.meaning}, and {', '.join(second)} by {other.meaning}. Nothing was "
-                "written. Rename the adapter's modules as the base spells them, by --prefix where a prefix is enough"
+                "written. Rename the adapter's modules as the base spells them, by "
+                f"{named('prefixes')} where a prefix is enough"
             )
 
 

@@ -14,9 +14,9 @@ def test_arguments_become_values() -> None:
     assert Application.of("cat", "error") == Application()
     chosen = Combination("ties", density=0.5)
     assert Application.of(chosen, "both") == Application(chosen, Tied.BOTH)
-    with pytest.raises(WrongUsage, match="--combine must be one of"):
+    with pytest.raises(WrongUsage, match="combine= must be one of"):
         Application.of("mean", "error")
-    with pytest.raises(WrongUsage, match="--tied must be error, untie or both, not 'none'"):
+    with pytest.raises(WrongUsage, match="tied= must be error, untie or both, not 'none'"):
         Application.of("cat", "none")
 
 

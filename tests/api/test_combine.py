@@ -105,7 +105,7 @@ def test_layers_of_no_common_name_are_noted(place: Path) -> None:
 @pytest.mark.parametrize(
     ("combination", "error", "message"),
     [
-        ("ties", WrongUsage, "needs --density"),
+        ("ties", WrongUsage, "needs density="),
         ("mean", WrongUsage, "must be one of"),
         ("linear", InputRefused, "ranks"),
     ],

@@ -66,7 +66,7 @@ def test_the_config_names_the_base_and_the_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rank": None}, WrongUsage, "give --rank, or --energy"),
+        ({"rank": None}, WrongUsage, "give rank=, or energy="),
         ({"rank": 0}, WrongUsage, "at least 1"),
         ({"layout": {"*": "wide"}}, WrongUsage, "a layout is out_in or in_out"),
         ({"layout": {"up": "in_out"}}, InputRefused, "no matrix of the base has this name"),

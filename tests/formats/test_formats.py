@@ -68,7 +68,7 @@ def test_a_new_format_needs_a_line_in_the_table(tmp_path):
 @pytest.mark.usefixtures("text_format")
 def test_an_adapter_in_several_formats_needs_a_choice(tmp_path):
     (simple(tmp_path) / "adapter.txt").touch()
-    assert refusal(tmp_path) == "ADAPTER may be in several formats: peft, text. Choose one: --format peft"
+    assert refusal(tmp_path) == 'ADAPTER may be in several formats: peft, text. Choose one: format="peft"'
     assert [formats.load(tmp_path, options=ReadOptions(format=name)).format for name in ("peft", "text")] == [
         "peft",
         "text",

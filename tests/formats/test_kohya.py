@@ -58,7 +58,7 @@ def test_another_prefix_is_not_recognised(prefix, tmp_path):
 
 def test_rank_and_alpha_may_not_be_stated(tmp_path):
     path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix="lora_unet_", flattened=True)
-    with pytest.raises(InputRefused, match="--lora-alpha is for adapters that do not record it"):
+    with pytest.raises(InputRefused, match="lora_alpha= is for adapters that do not record it"):
         formats.load(path, options=ReadOptions(lora_alpha=4))
 
 

@@ -13,15 +13,21 @@ SPELLINGS = [
     (lambda: named("rtol", 0), "rtol=0", "--rtol 0"),
     (lambda: named("verify", False), "verify=False", "--no-verify"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
-    (lambda: named("layout", {"a": "out_in"}), "layout={'a': 'out_in'}", "--layout a=out_in"),
     (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),
-    (lambda: named("columns", {"text": "body"}), "columns={'text': 'body'}", "--column text=body"),
+    (lambda: named("columns", {"a": "b", "c": "d"}), 'columns={"a": "b", "c": "d"}', "--column a=b --column c=d"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
     (
         lambda: command("onnx", "GRAPH", lora="nodes"),
         'export_onnx("GRAPH", lora="nodes")',
         "lora-export onnx GRAPH --lora nodes",
+    ),
+    (lambda: named("layout", {"NAME": "in_out"}), 'layout={"NAME": "in_out"}', "--layout NAME=in_out"),
+    (lambda: named("enable_lora", {"q": (True, False)}), 'enable_lora={"q": (True, False)}', "--enable-lora q=1,0"),
+    (
+        lambda: command("merge", "BASE", "ADAPTER", output="OUT", only_head=True),
+        'merge("BASE", "ADAPTER", output="OUT", only_head=True)',
+        "lora-export merge BASE ADAPTER -o OUT --only-head",
     ),
     (lambda: command("merge", requantize=True), "merge(requantize=True)", "lora-export merge --requantize"),
     (

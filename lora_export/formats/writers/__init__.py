@@ -19,6 +19,7 @@ from typing import Protocol, cast
 from lora_export.errors import WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 from lora_export.plan.diffusion.families import Family
 
 # The name of a format and its module. Modules are imported when an adapter is written.
@@ -58,5 +59,5 @@ class AdapterWriter(Protocol):
 def writer_of(target: str) -> AdapterWriter:
     """The writer of a format. Raises WrongUsage for an unknown one."""
     if target not in TARGETS:
-        raise WrongUsage(f"--to is {target!r}; it must be one of {', '.join(TARGETS)}")
+        raise WrongUsage(f"{named('to')} is {target!r}; it must be one of {', '.join(TARGETS)}")
     return cast(AdapterWriter, importlib.import_module(TARGETS[target]))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 NEIGHBOURS = 3  # floats beside the nearest alpha that are tried
@@ -58,7 +59,9 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         if type(pair) is not LoraPair
     ]
     if adapter.flattened:
-        problems.append("the names of its modules, in which `_` stands for the dots: state their model by --base")
+        problems.append(
+            f"the names of its modules, in which `_` stands for the dots: state their model by {named('base')}"
+        )
     if "magnitude" not in allowed:
         problems += [f"{name}: DoRA's magnitude" for name, pair in adapter.pairs.items() if pair.magnitude is not None]
     for field, what in (

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.options.spelling import named
 from lora_export.plan.expert_axes import ALTERNATING, STORED_IN_OUT, TRANSPOSED_CLASSES
 
 _MODULE = re.compile(r"(?P<owner>.+\.experts)\.(?P<number>\d+)\.(?P<last>[^.]+)")
@@ -75,7 +76,9 @@ def _put_part(
     owner, _, last = parameter.rpartition(".")
     turned = _is_turned(axes, model_types)
     if turned is None:
-        found.problems.append(f"{name}: how the base stores its experts is not known. State it: --base CHECKPOINT")
+        found.problems.append(
+            f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
+        )
         return
     pair = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
     if last in _KINDS:

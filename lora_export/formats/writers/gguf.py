@@ -21,6 +21,7 @@ from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan.expert_axes import model_types
 
 SUFFIX = ".gguf"
@@ -44,11 +45,13 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         import gguf
     except ImportError as error:
         raise EnvironmentLacking(
-            f"--to gguf needs the package gguf ({error}): pip install 'lora-export[gguf]'"
+            f"{named('to', 'gguf')} needs the package gguf ({error}): pip install 'lora-export[gguf]'"
         ) from error
     config = base_config(None, options.reading)
     if config is None:
-        raise InputRefused("llama.cpp's names depend on the base's architecture. State it: --base CHECKPOINT")
+        raise InputRefused(
+            f"llama.cpp's names depend on the base's architecture. State it: {named('base', 'CHECKPOINT')}"
+        )
     file = _GgufFile(adapter, config, gguf)
     file.add_pairs()
     alpha = file.only_alpha()

@@ -34,6 +34,7 @@ from lora_export.formats.writers.exact_values import (
 )
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.options.spelling import named
 from lora_export.plan.expert_axes import STORED_IN_OUT, TRANSPOSED_CLASSES, model_types
 
 SUFFIX = ""
@@ -115,7 +116,9 @@ def _split(
         else:
             turned = _turned_for_peft(adapter.experts.get(owner, ExpertAxes.STORED), types)
             if turned is None:
-                problems.append(f"{name}: how the base stores its experts is not known. State it: --base CHECKPOINT")
+                problems.append(
+                    f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
+                )
                 continue
             own = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
             parameters.setdefault(owner, {})[int(index)] = own

@@ -8,8 +8,9 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.lora import COMPONENTS, DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, split_component
+from lora_export.options.spelling import command, named
 
-# The names that users know, for `--component`. What removes the noise is a UNet or a transformer.
+# The names that users know, for the option `component`. What removes the noise is a UNet or a transformer.
 COMPONENT_OPTIONS = {
     "unet": DENOISER,
     "transformer": DENOISER,
@@ -51,7 +52,7 @@ def only_component(adapter: Adapter) -> Adapter:
     if len(found) > 1:
         raise InputRefused(
             f"{adapter.name} has changes for several models of a pipeline: {listed_components(found)}. Give the folder "
-            "of the pipeline to `lora-export merge`, or choose one model by --component"
+            f"of the pipeline to `{command('merge')}`, or choose one model by {named('component')}"
         )
     return of_component(adapter, found[0]) if found and found[0] else adapter
 

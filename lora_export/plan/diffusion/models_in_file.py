@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lora_export.errors import InputRefused
 from lora_export.lora import DENOISER, TEXT_ENCODERS
+from lora_export.options.spelling import named
 from lora_export.plan.types import TensorSpec
 
 # Component -> the prefixes that its tensors may have, in files of Stable Diffusion 1, 2, XL and 3, and ComfyUI's.
@@ -39,6 +40,6 @@ def tensors_of_model(base: Mapping[str, TensorSpec], component: str, adapter: st
     if component not in prefixes:
         raise InputRefused(
             f"{adapter} has changes for {component}, and the base does not: it contains "
-            f"{', '.join(prefixes)}. Choose one model by --component, or give the folder of a pipeline"
+            f"{', '.join(prefixes)}. Choose one model by {named('component')}, or give the folder of a pipeline"
         )
     return [spec for name, spec in base.items() if name.startswith(prefixes[component])]
