@@ -9,15 +9,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import torch
 
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.models.cached_decoder import export_decoder
 from lora_export.models.fused_operators import fuse_operators, read_past_length_from_mask, takes_shared_buffer
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
-from support.generators import DECODERS, assert_same_logits
+from support.generators import assert_same_logits, exported_decoder
 
 
 def operators(graph: ir.Model) -> set[str]:
@@ -26,9 +24,7 @@ def operators(graph: ir.Model) -> set[str]:
 
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_fused_graph_computes_the_same_in_batches_with_padding(provider: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = DECODERS["llama"]().eval()
-    graph = export_decoder(module)
+    module, graph = exported_decoder("llama")
     declared = [value.shape for value in (*graph.graph.inputs, *graph.graph.outputs)]
     assert "GroupQueryAttention" not in operators(graph)
     fuse_operators(graph, provider)
@@ -85,8 +81,7 @@ def test_failure_of_a_rewrite_tells_the_way_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_attention_without_a_bias_is_known_to_count_the_mask(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    graph = export_decoder(DECODERS["llama"]().eval())
+    _, graph = exported_decoder("llama")
     fuse_operators(graph, "cpu")
     for node in graph.graph:
         if node.op_type == "GroupQueryAttention":
