@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import itertools
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
 from lora_export.layers.four_bit_weights import scales_of_4bit
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
@@ -25,7 +24,7 @@ from lora_export.models.generated_inputs import GeneratedInputs, generated_input
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pictures import open_image_processor
-from lora_export.models.processors import open_tokenizer
+from lora_export.models.processors import open_tokenizer, optional_package
 from lora_export.models.sentence_transformer import (
     POOLER,
     as_embedder,
@@ -349,12 +348,7 @@ def _other_shapes(module: Any, checkpoint: Checkpoint) -> EscapedLines:
 
 
 def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking(
-            f"a Hugging Face model needs transformers ({error}): pip install 'lora-export[hf]'"
-        ) from error
+    return optional_package("transformers", "a Hugging Face model needs", "hf")
 
 
 @contextlib.contextmanager

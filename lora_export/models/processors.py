@@ -22,16 +22,21 @@ TOKENIZER_FILES = (
 )
 
 
+def optional_package(name: str, needs: str, extra: str) -> Any:
+    """Import a package of an extra. Raises EnvironmentLacking without it, with `needs` ("sounds need") before it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+        raise EnvironmentLacking(f"{needs} {name} ({error}): pip install 'lora-export[{extra}]'") from error
+
+
 def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -> Any:
     """Open what a folder has by one of transformers' Auto classes, offline and without code of the folder.
 
     Raises EnvironmentLacking without transformers, with `needs` ("sounds need") before its name, and InputRefused, with
     `failure` before the cause, for what is missing or damaged.
     """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking(f"{needs} transformers: pip install 'lora-export[hf]'") from error
+    transformers = optional_package("transformers", needs, "hf")
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises any type

@@ -1,6 +1,8 @@
 """A sentence-transformers folder as one module: the transformer, and what makes an embedding of its tokens.
 
-sentence-transformers itself is not imported. The formulas are those of its release 6.
+sentence-transformers itself is not imported. The formulas are those of its release 6, which the tests compare with. Its
+modules take and return one dictionary, which no exporter takes, so that a forward of our own would be left over; and
+its import takes 14 s of CPU and 570 MiB, where torch and transformers take 4 s and 240 MiB.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import Tokenise
-from lora_export.training.losses import Batch, CrossEntropy, Loss, module_outputs, scores_of
+from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.records.rows import Records
 from lora_export.training.splitting import RowNumbers
 
@@ -92,9 +92,7 @@ class CausalRows:
     pad_token: int
     is_packed: bool
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -139,9 +137,7 @@ class MaskedRows:
     special: frozenset[int]  # never masked
     seed: int
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def __len__(self) -> int:
         return len(self.pieces)

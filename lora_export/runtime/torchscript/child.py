@@ -78,15 +78,7 @@ def _answer(answers: io.BufferedIOBase, script: torch.jit.ScriptModule, tensors:
         try:
             outputs = named_outputs(script(*tensors))
             arrays = {name: to_numpy(value) for name, value in outputs.items()}
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            MemoryError,
-            RuntimeRefused,
-        ) as error:
+        except RAISED_BY_SCRIPTS as error:
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             write_message(answers, {"failed": last}, {})
             return

@@ -82,9 +82,7 @@ class TagEncoder:
     max_length: int
     labels: LabelEncoder
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
         if not self.tokenizer.is_fast:
@@ -116,9 +114,7 @@ class SimilarityEncoder:
     tokenizer: Any
     max_length: int
 
-    @property
-    def loss(self) -> Loss:
-        return CosineError()
+    loss = CosineError()
 
     def encode(self, row: Row) -> tuple[dict[str, Any], dict[str, Any], float]:
         first, second = (

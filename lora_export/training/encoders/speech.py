@@ -62,9 +62,7 @@ class TranscriptEncoder:
     max_length: int  # tokens of a transcript
     start_token: int  # with which the decoder begins
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def check(self, row: Row) -> None:
         """Raise InputRefused for a row that cannot be trained on. Reads the header of its sound alone."""
