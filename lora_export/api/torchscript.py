@@ -36,9 +36,9 @@ from lora_export.errors import RuntimeRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.models.export_program import load_own_program, save_program, to_program
-from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Model
 from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import cache_disabled
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner

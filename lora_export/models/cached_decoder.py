@@ -23,17 +23,11 @@ from torch.export import Dim
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.models.decoder_cache import DecoderCache, cache_after_prompt, name_cache
-from lora_export.models.export import (
-    exported_by_transformers,
-    is_hugging_face,
-    name_axes,
-    refuse_other_opset,
-    tracing,
-)
+from lora_export.models.export import exported_by_transformers, name_axes, refuse_other_opset
 from lora_export.models.failures import exporter_refusals, named_failures
-from lora_export.models.key_value_cache import USE_CACHE
 from lora_export.models.model import Axes, ModelInputs
 from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, tracing
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
 # Sizes to trace with: none is 1, which an exporter takes for a constant, and no two are equal.

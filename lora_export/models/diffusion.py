@@ -19,9 +19,9 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.layers.exchanged_class import exchange_forward
-from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
+from lora_export.models.tracing import silence
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, OF_DIFFUSERS, open_checkpoint
 

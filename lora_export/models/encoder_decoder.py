@@ -41,18 +41,11 @@ from lora_export.models.cached_decoder import (
     TRACED_PAST,
     TRACED_SEQUENCE,
 )
-from lora_export.models.export import (
-    exported_by_transformers,
-    is_hugging_face,
-    name_axes,
-    refuse_other_opset,
-    to_onnx,
-    tracing,
-)
+from lora_export.models.export import exported_by_transformers, name_axes, refuse_other_opset, to_onnx
 from lora_export.models.failures import exporter_refusals, named_failures
-from lora_export.models.key_value_cache import USE_CACHE, cache_enabled
 from lora_export.models.model import Model, ModelInputs
 from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, cache_enabled, is_hugging_face, tracing
 
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
 ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward

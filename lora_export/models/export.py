@@ -11,11 +11,8 @@ import contextlib
 import copy
 import importlib
 import io
-import logging
 import re
 import shutil
-import sys
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,10 +26,10 @@ from torch.export import Dim
 from lora_export.errors import RuntimeRefused
 from lora_export.models.failures import exporter_refusals, named_failures
 from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
-from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
 from lora_export.options.spelling import named
 
 # --- ONNX ---
@@ -52,7 +49,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
-    with tracing(module), _without_cache(module):
+    with tracing(module), without_cache(module):
         names = _output_names(module, inputs)
         with exporter_refusals(module, *_ways_with_state(module)):
             model = _run_exporter(module, inputs, dynamic, names, opset)
@@ -215,7 +212,7 @@ def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
     """
     with exporter_refusals(module):
         traced = copy.deepcopy(module).requires_grad_(False)
-    with tracing(traced), _without_cache(traced), exporter_refusals(module):
+    with tracing(traced), without_cache(traced), exporter_refusals(module):
         # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
         script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
     assert isinstance(script, torch.jit.ScriptModule)
@@ -239,54 +236,6 @@ def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
             if not record.filename.endswith(".debug_pkl"):
                 with old.open(record) as read, new.open(record.filename, "w", force_zip64=True) as write:
                     shutil.copyfileobj(read, write)
-
-
-# --- What both need ---
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    """Whether transformers knows how to export the module. Does not import transformers."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-def _without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    return cache_disabled(module) if is_hugging_face(module) else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def tracing(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
-
-    The module's own modes are restored afterwards.
-    """
-    training = [part for part in module.modules() if part.training]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), silence():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for part in training:
-            part.training = True
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Discard what the exporters print, warn and log. The exception that they raise has all that matters."""
-    disabled, discarded = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            contextlib.redirect_stdout(discarded),
-            contextlib.redirect_stderr(discarded),
-        ):
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _ways_with_state(module: nn.Module) -> list[str]:

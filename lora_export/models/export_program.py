@@ -21,11 +21,11 @@ from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.exchanged_class import exchange_forward
-from lora_export.models.export import check_axes, is_hugging_face, silence, tracing
+from lora_export.models.export import check_axes
 from lora_export.models.failures import exporter_refusals
-from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply
@@ -47,8 +47,7 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     with exporter_refusals(module):
         copied = copy.deepcopy(module).requires_grad_(False)
     _return_dictionaries(copied)
-    without_cache = cache_disabled(copied) if is_hugging_face(copied) else silence()
-    with tracing(copied), without_cache, exporter_refusals(module):
+    with tracing(copied), without_cache(copied), exporter_refusals(module):
         program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
     _remove_records(program)

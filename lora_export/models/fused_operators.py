@@ -18,10 +18,10 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.cache_names import IDS, MASK, PAST
 from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.models.cached_decoder import BATCH_SYMBOL
-from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
 from lora_export.models.internals import fusions_for
 from lora_export.models.simplify import is_nearly_neutral
+from lora_export.models.tracing import silence
 from lora_export.options.spelling import named
 
 ATTENTION = (MICROSOFT, "GroupQueryAttention")

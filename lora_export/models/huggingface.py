@@ -21,7 +21,6 @@ from lora_export.layers.four_bit_weights import scales_of_4bit
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
-from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pictures import open_image_processor
 from lora_export.models.processors import open_tokenizer, optional_package
@@ -34,6 +33,7 @@ from lora_export.models.sentence_transformer import (
 )
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
+from lora_export.models.tracing import disable_cache
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels

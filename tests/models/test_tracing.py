@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_export.models import export
-from lora_export.models.key_value_cache import cache_disabled, disable_cache
 from lora_export.models.load import load_model
 from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import cache_disabled, disable_cache
 
 transformers = pytest.importorskip("transformers")
 
