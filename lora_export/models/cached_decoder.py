@@ -23,10 +23,9 @@ from torch.export import Dim
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.models.decoder_cache import DecoderCache, cache_after_prompt, name_cache
-from lora_export.models.export import exported_by_transformers, name_axes, refuse_other_opset
-from lora_export.models.failures import exporter_refusals, named_failures
+from lora_export.models.export import exported_with_cache, name_axes
+from lora_export.models.failures import named_failures
 from lora_export.models.model import Axes, ModelInputs
-from lora_export.models.simplify import simplify
 from lora_export.models.tracing import USE_CACHE, is_hugging_face, tracing
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
@@ -59,12 +58,8 @@ def export_decoder(module: nn.Module, *, opset: int | None = None) -> ir.Model:
     inputs, axes = _inputs(module, past)
     dynamic: dict[str, Any] = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
     dynamic[past.keyword] = [dict.fromkeys(own, Dim.DYNAMIC) for own in past.varying_axes]
-    with tracing(module), exporter_refusals(module):
-        program = exported_by_transformers(
-            module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset
-        )
-        simplify(program)
-    refuse_other_opset(program, opset)
+    with tracing(module):
+        program = exported_with_cache(module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset)
     _remove_unread_positions(program)
     cached = name_cache(program)
     symbols = {0: BATCH_SYMBOL, 2: PAST_SYMBOL}

@@ -14,7 +14,7 @@ import io
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,10 +51,9 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     _refuse_name_of_weight(module, inputs)
     with tracing(module), without_cache(module):
         names = _output_names(module, inputs)
-        with exporter_refusals(module, *_ways_with_state(module)):
-            model = _run_exporter(module, inputs, dynamic, names, opset)
-            simplify(model)
-    refuse_other_opset(model, opset)
+        model = _simplified(
+            module, opset, lambda: _run_exporter(module, inputs, dynamic, names, opset), *_ways_with_state(module)
+        )
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -106,7 +105,7 @@ def _run_exporter(
 ) -> ir.Model:
     # Not optimised here: see simplify.
     if is_hugging_face(module):
-        return exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
+        return _exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
     with _forgotten_kernels():
         exported = torch.onnx.export(
             module,
@@ -141,10 +140,19 @@ def _forgotten_kernels() -> Iterator[None]:
             forget_kernels(kernel)
 
 
-def exported_by_transformers(
+def exported_with_cache(
     module: nn.Module, inputs: Mapping[str, Any], dynamic: Mapping[str, Any], opset: int | None
 ) -> ir.Model:
-    """The graph that transformers' exporter makes, not simplified yet. `inputs` may contain a cache."""
+    """The graph of a model of transformers whose `inputs` contain a cache, or ask for one. Its axes have no names yet.
+
+    Raises RuntimeRefused where the exporter refuses the model.
+    """
+    return _simplified(module, opset, lambda: _exported_by_transformers(module, inputs, dynamic, opset))
+
+
+def _exported_by_transformers(
+    module: nn.Module, inputs: Mapping[str, Any], dynamic: Mapping[str, Any], opset: int | None
+) -> ir.Model:
     transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
     own = set(vars(module))
@@ -157,10 +165,14 @@ def exported_by_transformers(
     return program
 
 
-def refuse_other_opset(model: ir.Model, opset: int | None) -> None:
-    """Raise RuntimeRefused where the exporter wrote another operator set than the requested one."""
+def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
+    """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
+    with exporter_refusals(module, *ways):
+        model = export()
+        simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
         raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
+    return model
 
 
 def refuse_unused_inputs(model: ir.Model, inputs: Iterable[str]) -> None:
