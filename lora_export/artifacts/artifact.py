@@ -14,6 +14,7 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
+from lora_export.artifacts import archive
 from lora_export.artifacts.files import files_of_artifact, hashes_of, is_encoder_decoder_folder
 from lora_export.artifacts.record import (
     WrittenRecord,
@@ -79,8 +80,8 @@ def artifact_kind(path: Path) -> ArtifactKind:
 def _kind_of_content(path: Path) -> ArtifactKind:
     names: set[str] = set()
     if path.is_file() and zipfile.is_zipfile(path):
-        with contextlib.suppress(OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-            names = {name.partition("/")[2] for name in zipfile.ZipFile(path).namelist()}
+        with contextlib.suppress(InputRefused), archive.opened(path) as opened:
+            names = {name.partition("/")[2] for name in opened.namelist()}
     return next((kind for member, kind in MEMBERS.items() if member in names), ArtifactKind.OTHER)
 
 

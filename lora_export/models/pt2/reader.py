@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.models.pt2 import archive
 from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
 from lora_export.models.pt2.json_fields import (
     integer,
