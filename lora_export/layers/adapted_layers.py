@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.exchanged_class import subclass
 from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
 from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
@@ -420,19 +421,13 @@ class _AdaptedAttention(nn.Module):
     v_proj_weight = property(lambda self: adapted_weight(self, "v_proj_weight"))
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a layer's class -> its adapted subclass
-
-
 def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working."""
-    if original not in _CLASSES:
-        name = f"Lora{original.__name__}"
-        if issubclass(original, nn.Embedding):
-            bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
-            _CLASSES[original] = type(name, bases, {"weight": _AdaptedLayer.weight})
-        else:
-            _CLASSES[original] = type(name, (_adapted_base(original), original), {})
-    return _CLASSES[original]
+    name = f"Lora{original.__name__}"
+    if not issubclass(original, nn.Embedding):
+        return subclass(name, (_adapted_base(original), original))
+    bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
+    return subclass(name, bases, {"weight": _AdaptedLayer.weight})
 
 
 def has_own_branches(original: type[nn.Module]) -> bool:

@@ -32,6 +32,7 @@ from lora_export.layers.adapted_layers import (
     attachment_of,
     has_own_branches,
 )
+from lora_export.layers.exchanged_class import exchange_class
 from lora_export.layers.folding import folded_tensor, replacement_tensor
 from lora_export.layers.four_bit_weights import float_weight, four_bit_linear, is_4bit
 from lora_export.layers.module_tensors import (
@@ -43,6 +44,7 @@ from lora_export.layers.module_tensors import (
     wide_dtype,
 )
 from lora_export.layers.plan_targets import target_tensors
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 
 NO_WORD = re.compile(r"\W+", re.ASCII)
@@ -141,7 +143,7 @@ def _refuse_untrainable(step: Step) -> None:
     if step.shift is not None:
         raise InputRefused(
             f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
-            "--bias lora_only"
+            f"{named('bias', 'lora_only')}"
         )
 
 
@@ -170,10 +172,11 @@ def _begin_attachment(owner: nn.Module) -> None:
 def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
     original = attachment_of(owner).original
     if of_parts:
-        stacked = [name for name, value in owner._parameters.items() if value is not None and value.ndim >= 3]
-        owner.__class__ = adapted_experts_class(original, stacked)
+        parameters = owner._parameters.items()
+        stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
+        exchange_class(owner, adapted_experts_class(original, stacked))
     else:
-        owner.__class__ = adapted_class(original)
+        exchange_class(owner, adapted_class(original))
 
 
 def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
@@ -271,7 +274,7 @@ def detach(module: nn.Module) -> None:
     """
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
-        owner.__class__ = attachment.original
+        exchange_class(owner, attachment.original)
         for replaced in attachment.replaced:
             registry = tensor_registry(owner, replaced.attribute)
             registry[replaced.attribute] = _converted(replaced.base, registry[replaced.attribute])

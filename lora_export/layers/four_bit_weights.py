@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_export.errors import count
+from lora_export.layers.exchanged_class import exchange_class, subclass
 
 DEQUANTISED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes writes
 
@@ -129,9 +130,6 @@ class _FourBitProduct(torch.autograd.Function):
         return found_x, None, found_bias
 
 
-_FROZEN: dict[type[nn.Module], type[nn.Module]] = {}  # Linear4bit, or a subclass -> the one with the forward below
-
-
 class FourBitLayer(nn.Module):
     """For the `forward` of bitsandbytes' Linear4bit, in the dtype of its input or of autocast.
 
@@ -148,9 +146,7 @@ def compute_in_input_dtype(module: nn.Module) -> None:
     for part in module.modules():
         original = type(part)
         if has_four_bit_forward(original):
-            if original not in _FROZEN:
-                _FROZEN[original] = type(f"Frozen{original.__name__}", (FourBitLayer, original), {})
-            part.__class__ = _FROZEN[original]
+            exchange_class(part, subclass(f"Frozen{original.__name__}", (FourBitLayer, original)))
 
 
 def four_bit_layers(module: nn.Module) -> str:

@@ -63,7 +63,7 @@ def _flag(name: str, value: object, flags: Mapping[str, str]) -> str:
     if value is False:
         return f"--no-{flag.lstrip('-')}"
     if isinstance(value, Mapping):
-        value = " ".join(f"{key}={_entry(entry)}" for key, entry in value.items())
+        return " ".join(f"{flag} {key}={_entry(entry)}" for key, entry in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_export.errors import InputRefused, one_line
+from lora_export.options.spelling import named
 from lora_export.storage import hub_download
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
@@ -38,10 +39,9 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot
-    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise InputRefused(
         f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
-        f"To download it, add --download, or use: {command}"
+        f"To download it, add {named('download', True)}, or use: {hub_download.full_download(name, revision)}"
     )
 
 

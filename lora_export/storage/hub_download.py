@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
+from lora_export.options.spelling import named
 
 # Pickles and Python files can run code. They are not in this list.
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -30,7 +31,9 @@ def download(name: str, revision: str | None, on_message: Callable[[str], None])
         import huggingface_hub
         from huggingface_hub import constants
     except ImportError as error:
-        raise EnvironmentLacking(f"--download needs huggingface_hub ({error}): pip install huggingface_hub") from error
+        raise EnvironmentLacking(
+            f"{named('download', True)} needs huggingface_hub ({error}): pip install huggingface_hub"
+        ) from error
     shown = one_line(name if revision is None else f"{name}@{revision}")
     if constants.HF_HUB_OFFLINE:
         raise EnvironmentLacking(
@@ -48,10 +51,15 @@ def download(name: str, revision: str | None, on_message: Callable[[str], None])
         raise _failure(name, shown, constants.ENDPOINT, error) from error
     if not any(folder.rglob("*.safetensors")):
         raise InputRefused(
-            f"{shown} has no .safetensors file, and --download gets no other weights: a pickle can run code. "
-            f"To get every file: hf download {shown.replace('@', ' --revision ')}"
+            f"{shown} has no .safetensors file, and {named('download', True)} gets no other weights: a pickle can "
+            f"run code. To get every file: {full_download(name, revision)}"
         )
     return folder
+
+
+def full_download(name: str, revision: str | None) -> str:
+    """The command of huggingface_hub that downloads every file."""
+    return f"hf download {name}" + (f" --revision {revision}" if revision else "")
 
 
 def _bars() -> type[Any] | None:

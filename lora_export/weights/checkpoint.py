@@ -12,6 +12,7 @@ from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
+from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
@@ -160,7 +161,7 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
     if path.is_dir():
         return _open_folder(path, dequantise, variant)
     if variant is not None:
-        raise InputRefused(f"{path} is one file, which has no variants. Leave --variant out")
+        raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if path.suffix != ".safetensors":
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)

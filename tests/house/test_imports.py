@@ -34,7 +34,7 @@ ORDER = (
         "provenance",
         "formats",
     ),
-    *("weights", "layers", "graph", "models", "training", "runtime"),
+    *("weights", "layers", "graph", "artifacts", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
 # What does the work: none of these needs another.
@@ -59,9 +59,10 @@ NUMPY_CORE = (
         "formats",
         "weights",
         "graph",
+        "artifacts",
         "report",
     ),
-    *("training.records", "training.arrays", "training.row_forms", "training.splitting", "training.packing"),
+    *("training.records", "training.arrays", "training.row_forms", "training.splitting"),
     *("training.schedule", "training.settings", "training.history"),
     *("runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),

@@ -14,7 +14,9 @@ SPELLINGS = [
     (lambda: named("rtol", 0), "rtol=0", "--rtol 0"),
     (lambda: named("verify", False), "verify=False", "--no-verify"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
+    (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),
+    (lambda: named("columns", {"a": "b", "c": "d"}), 'columns={"a": "b", "c": "d"}', "--column a=b --column c=d"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
     (
         lambda: command("onnx", "GRAPH", lora="nodes"),

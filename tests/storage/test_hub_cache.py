@@ -53,7 +53,7 @@ def test_another_name_is_refused_with_the_command_that_gets_it(cache: Path, name
         locate(name, print)
     assert str(refused.value) == (
         f"there is no file or folder {name}, and the Hugging Face cache has no snapshot of that name. "
-        f"To download it, add --download, or use: {command}"
+        f"To download it, add download=True, or use: {command}"
     )
 
 

@@ -72,7 +72,7 @@ def test_the_files_that_commands_read_are_downloaded(hub: HubServer, name: str) 
 
 
 def test_nothing_is_asked_without_the_option(hub: HubServer) -> None:
-    with pytest.raises(InputRefused, match=r"add --download, or use: hf download org/small$"):
+    with pytest.raises(InputRefused, match=r"add download=True, or use: hf download org/small$"):
         locate("org/small", print)
     assert hub.requests == []
 
@@ -91,7 +91,7 @@ def test_after_a_cut_connection_the_same_command_downloads_the_rest(hub: HubServ
     assert isinstance(error, EnvironmentLacking)
     assert f"the download of org/small from {hub.endpoint} failed (" in str(error)
     assert "The same command downloads the files that are missing" in str(error)
-    with pytest.raises(InputRefused, match="--download"):  # half a model is none
+    with pytest.raises(InputRefused, match="download=True"):  # half a model is none
         locate("org/small", print)
     hub.cut.clear()
     hub.requests.clear()
@@ -115,7 +115,7 @@ def test_progress_is_shown_on_a_terminal_alone(
         ("org/other", InputRefused, "{0} has no repository org/other, or it is private. Check the name, or log in"),
         ("org/small@v9", InputRefused, "the repository org/small at {0} has no revision v9"),
         ("org/closed", InputRefused, "org/closed is gated: accept its conditions at {0}/org/closed, and log in"),
-        ("org/pickles", InputRefused, "org/pickles has no .safetensors file, and --download gets no other weights"),
+        ("org/pickles", InputRefused, "org/pickles has no .safetensors file, and download=True gets no other weights"),
         ("org/a--b", InputRefused, "org/a--b is no name of a repository: "),
     ],
 )

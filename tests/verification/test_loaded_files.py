@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.verification.loaded_files import files_of_graphs, loaded_files
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter

@@ -285,7 +285,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert refusal(tmp_path) == "BASE has no safetensors weights"
 
 
-DEQUANTISE = "make this one a float model: merge --dequantize"
+DEQUANTISE = "make this one a float model: merge(dequantize=True)"
 OTHER_LIBRARY = "dequantise this one first, with its own library"
 
 

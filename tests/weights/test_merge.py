@@ -358,7 +358,7 @@ def test_a_change_of_tied_input_embeddings_alone_is_refused(tmp_path, tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"model\.embed_tokens\.weight is the output embeddings too .*--tied untie"):
+    with pytest.raises(InputRefused, match=r'model\.embed_tokens\.weight is the output embeddings too .*tied="untie"'):
         merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
@@ -943,9 +943,9 @@ def test_a_change_below_rounding_is_refused(tmp_path):
     with pytest.raises(InputRefused) as refused:
         merged(base, adapter, tmp_path / "out")
     assert str(refused.value).splitlines() == [
-        "1 of 2 weights would lose most of their change to rounding (--min-retention 0.5):",
+        "1 of 2 weights would lose most of their change to rounding (min_retention=0.5):",
         "  fc.weight: 0.0% of the change kept, noise 100%",
-        "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes). "
+        'Store the result with dtype="float32", or keep the adapter beside the weights (export_onnx(lora="nodes")). '
         "Nothing was written.",
     ]
 

@@ -73,7 +73,7 @@ def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
     adapter = llama.adapter(tmp_path / "adapter", target)
     with pytest.raises(InputRefused) as refused:
         le.merge(llama.base, adapter, tmp_path / "out")
-    assert "--tied untie" in str(refused.value) and "--tied both" in str(refused.value)
+    assert 'tied="untie"' in str(refused.value) and 'tied="both"' in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

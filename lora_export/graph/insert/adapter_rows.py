@@ -41,6 +41,7 @@ from lora_export.graph.insert.inserter import Inserter
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.insert.row_heads import RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import Head
 
@@ -82,8 +83,8 @@ def insert_rows(
     """
     if model.opset_imports.get("", 0) < MIN_ROWS_OPSET:
         raise InputRefused(
-            f"the graph has opset {model.opset_imports.get('', 0)}, and --lora rows needs {MIN_ROWS_OPSET}. Export the "
-            "model again"
+            f"the graph has opset {model.opset_imports.get('', 0)}, and {named('lora', 'rows')} needs "
+            f"{MIN_ROWS_OPSET}. Export the model again"
         )
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
@@ -132,7 +133,7 @@ def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
         raise InputRefused(
             "a whole layer can be chosen by row, and not one tensor of a layer that has a pair, too:",
             listed(found),
-            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
         )
 
 
@@ -143,7 +144,7 @@ def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
         found += [f"{adapter.name}, {name}: a whole tensor" for name in head]
     if found:
         raise InputRefused(
-            "several adapters on one row (--adapters-per-row) are summed, and these have no sum:",
+            f"several adapters on one row ({named('per_row')}) are summed, and these have no sum:",
             listed(found),
             "Export them with one adapter for each row. Nothing was written.",
         )

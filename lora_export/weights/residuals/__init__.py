@@ -4,6 +4,6 @@ bit_differences.py  integers that say how far one bit pattern is from another, p
 exact_change.py     ΔW with the same bits on every machine
 prediction.py       what the base's rows would be, from the merged ones; both sides compute it
 archive.py          the file: a zip archive, read within bounds
-writing.py          merge --keep-residual
+writing.py          merge with `keep_residual`
 restoring.py        unmerge
 """

@@ -87,7 +87,7 @@ def add_input_of_same_name(model: ir.Model) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(lower_opset, "opset 13, and --lora rows needs 15"), (add_input_of_same_name, "adapter_ids already")],
+    [(lower_opset, 'opset 13, and lora="rows" needs 15'), (add_input_of_same_name, "adapter_ids already")],
 )
 def test_old_opset_and_existing_input_are_refused(change: Callable[[ir.Model], None], message: str) -> None:
     model = a_graph(GEMM)
