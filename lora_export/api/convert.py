@@ -21,8 +21,8 @@ from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.writers import OF_PIPELINES, WriteOptions, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.merge.isolate import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
 from lora_export.plan.diffusion.families import Family, family_of_names
 from lora_export.storage import atomic_output, input_files

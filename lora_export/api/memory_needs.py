@@ -14,8 +14,7 @@ from lora_export.api.load import ModelSource
 from lora_export.errors import InputRefused
 from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.memory import require_memory
-from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 
 PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:

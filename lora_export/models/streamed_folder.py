@@ -19,8 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.models import stored_parameter
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable
 
 
 class StreamedFolder:

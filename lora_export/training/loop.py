@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
-from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.storage.system_calls import deferred_signals
 from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
