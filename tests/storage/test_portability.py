@@ -23,8 +23,8 @@ for module in pkgutil.walk_packages(lora_export.__path__, "lora_export."):
 """
 # These tests run a second time without Linux's calls, except those about such a call.
 STORAGE = (
-    *("test_atomic_output.py", "test_output_lock.py", "test_manifest.py", "test_deferred_signals.py"),
-    *("test_positional_io.py", "test_safetensors_file.py", "test_json_files.py", "test_input_files.py"),
+    *("test_atomic_output.py", "test_output_lock.py", "test_manifest.py", "test_system_calls.py"),
+    *("test_safetensors_file.py", "test_json_files.py", "test_input_files.py"),
 )
 
 
