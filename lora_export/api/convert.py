@@ -19,8 +19,8 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.writers import WriteOptions, holds_pipelines, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.merge.isolate import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource

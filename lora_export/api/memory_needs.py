@@ -15,8 +15,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.common import ModelSource
 from lora_export.options.spelling import command
 from lora_export.runtime.memory import require_memory
-from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 
 PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:

@@ -31,7 +31,7 @@ from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, Plan, TensorSpec
 from lora_export.plan.own_heads import head_into_base
-from lora_export.storage import hash_ending, input_files, json_files
+from lora_export.storage import hashes, input_files, json_files
 
 CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `lora="rows"`
@@ -350,7 +350,7 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
         raise OutputFailed(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    hash_ending.append_hash(path)
+    hashes.append_hash(path)
 
 
 def read(path: Path) -> OnnxAdapter:
@@ -360,9 +360,9 @@ def read(path: Path) -> OnnxAdapter:
     values that are not finite.
     """
     input_files.must_be_regular(path)
-    if path.stat().st_size > LIMIT + hash_ending.ENDING:
+    if path.stat().st_size > LIMIT + hashes.ENDING:
         raise InputRefused(f"{path} has {path.stat().st_size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
-    has_hash = hash_ending.agrees_with_hash(path)
+    has_hash = hashes.agrees_with_hash(path)
     try:
         file = import_onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()

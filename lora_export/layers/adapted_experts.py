@@ -22,6 +22,7 @@ from lora_export.layers.adapted_layers import (
     record_branch,
 )
 from lora_export.layers.exchanged_class import subclass
+from lora_export.layers.torch_internals import own_parameters
 
 # The parameter of `forward` that has the chosen experts of each token, in all classes of transformers.
 CHOSEN_EXPERTS = ("top_k_index", "router_indices")
@@ -61,6 +62,6 @@ def _computed(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 def expert_of(branch: Branch, owner: nn.Module) -> int:
     """The expert whose weight the branch changes."""
-    region, weight = branch.region, owner._parameters[branch.weight]
+    region, weight = branch.region, own_parameters(owner)[branch.weight]
     assert region is not None and weight is not None
     return int(region.rows.start * weight.shape[0] // region.shape[0])

@@ -44,6 +44,7 @@ from lora_export.layers.module_tensors import (
     wide_dtype,
 )
 from lora_export.layers.plan_targets import target_tensors
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, unsaved_buffers
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 
@@ -172,7 +173,7 @@ def _begin_attachment(owner: nn.Module) -> None:
 def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
     original = attachment_of(owner).original
     if of_parts:
-        parameters = owner._parameters.items()
+        parameters = own_parameters(owner).items()
         stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
         exchange_class(owner, adapted_experts_class(original, stacked))
     else:
@@ -198,10 +199,10 @@ def _add_branches(
         for part, array in zip(BRANCH_PARTS, (term.pair.a, term.pair.b, term.pair.magnitude), strict=True):
             if array is None:
                 continue
-            if part not in owner._modules:
+            if part not in own_modules(owner):
                 owner.register_module(part, nn.ParameterDict())
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable and not is_frozen)
-            cast(nn.ParameterDict, owner._modules[part])[name] = parameter
+            cast(nn.ParameterDict, own_modules(owner)[part])[name] = parameter
         scale, dora = term.scale, term.pair.magnitude is not None
         layout = step.spec.layout
         branch = Branch(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen)
@@ -279,11 +280,11 @@ def detach(module: nn.Module) -> None:
             registry = tensor_registry(owner, replaced.attribute)
             registry[replaced.attribute] = _converted(replaced.base, registry[replaced.attribute])
         for part in BRANCH_PARTS:
-            owner._modules.pop(part, None)
-        owner._parameters.pop(TRAINED_ROWS, None)
+            own_modules(owner).pop(part, None)
+        own_parameters(owner).pop(TRAINED_ROWS, None)
         for buffer in ("lora_shift", ROW_INDICES):
-            owner._buffers.pop(buffer, None)
-            owner._non_persistent_buffers_set.discard(buffer)
+            own_buffers(owner).pop(buffer, None)
+            unsaved_buffers(owner).discard(buffer)
         del owner.__dict__[ATTACHMENT]
 
 
@@ -328,10 +329,10 @@ def scale_adapters(
             current = current.double() if in_fp64 and current.is_floating_point() else current
             registry[replaced.attribute] = scaled_replacement(replaced, current, factor)
         if attachment.rows is not None and factor == 0 and not keep_replaced:
-            rows, weight = owner._parameters[TRAINED_ROWS], cast(Tensor, owner._parameters["weight"])
-            tensors_before.append((owner._parameters, TRAINED_ROWS, cast(Tensor, rows)))
-            owner._parameters[TRAINED_ROWS] = nn.Parameter(
-                weight[owner._buffers[ROW_INDICES]].detach(), requires_grad=False
+            rows, weight = own_parameters(owner)[TRAINED_ROWS], cast(Tensor, own_parameters(owner)["weight"])
+            tensors_before.append((own_parameters(owner), TRAINED_ROWS, cast(Tensor, rows)))
+            own_parameters(owner)[TRAINED_ROWS] = nn.Parameter(
+                weight[own_buffers(owner)[ROW_INDICES]].detach(), requires_grad=False
             )
     try:
         yield

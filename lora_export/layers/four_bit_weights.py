@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_export.errors import count
 from lora_export.layers.exchanged_class import exchange_class, subclass
+from lora_export.layers.torch_internals import own_parameters, reshaped_alone, without_subclass_rules
 
 DEQUANTISED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes writes
 
@@ -69,7 +70,7 @@ def values_of(weight: Tensor, state: State | None, dtype: torch.dtype) -> Tensor
         outer = state.state2
         scales = operators.dequantize_blockwise(scales, outer.absmax, outer.code, outer.blocksize, torch.float32)
         scales = scales + state.offset
-    with torch._C.DisableTorchFunctionSubclass():  # the result is no parameter of bitsandbytes
+    with without_subclass_rules():  # the result is no parameter of bitsandbytes
         packed = weight.detach().view(-1, 1)
         floats = operators.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, state.shape, dtype)
     return cast(Tensor, floats)
@@ -101,8 +102,7 @@ def in_shape(y: Tensor, x: Tensor) -> Tensor:
 
     y must not be used afterwards.
     """
-    made: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-    return made
+    return reshaped_alone(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _FourBitProduct(torch.autograd.Function):
@@ -138,7 +138,7 @@ class FourBitLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """W x + bias, of a frozen W."""
-        return linear(input, cast(Tensor, self._parameters["weight"]), self._parameters.get("bias"))
+        return linear(input, cast(Tensor, own_parameters(self)["weight"]), own_parameters(self).get("bias"))
 
 
 def compute_in_input_dtype(module: nn.Module) -> None:

@@ -20,8 +20,7 @@ from lora_export.models import stored_parameter
 from lora_export.models.internals import own_buffers, own_parameters
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable
 
 
 class StreamedFolder:

@@ -22,10 +22,9 @@ from pathlib import Path
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.options.spelling import named
-from lora_export.storage.c_library import c_function
-from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.system_calls import c_function, deferred_signals
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_hidden_name` and `data_name` add

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision, TrainingSettings
-from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.storage.system_calls import deferred_signals
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import NORMS_WITH_STATISTICS, Checkpoints, trained_tensors
 from lora_export.training.compiling import autocast, compiled

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.four_bit_weights import is_4bit
-from lora_export.layers.sharded_weights import is_in_shares
+from lora_export.layers.module_tensors import is_in_shares
 from lora_export.models.stored_parameter import read_stored
 from lora_export.options.spelling import named
 from lora_export.training.processes import world_size

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.names.architecture import ArchitectureRules, rules_of
@@ -59,6 +62,7 @@ CODE = (
 MODEL_TYPE = "model_type"
 OF_DIFFUSERS = "_diffusers_version"  # in a config of diffusers, none of whose models stores a matrix transposed
 OWN_METADATA = ("format", provenance.KEY)  # entries of a file's header that are no aliases
+READ_AS_STORED = frozenset(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,3 +351,10 @@ def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
 def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> History:
     text = shard.metadata.get(provenance.KEY)
     return provenance.history(manifest, path) if manifest or text is None else provenance.read_history(text, path)
+
+
+def is_streamable(checkpoint: Checkpoint) -> bool:
+    """Whether every tensor is a float of at most 32 bits, and transformers neither stacks nor splits any."""
+    converters = checkpoint.rules.converters if checkpoint.rules else ()
+    kinds = {entry.dtype for shard in checkpoint.shards.values() for entry in shard.entries.values()}
+    return not checkpoint.quantised and not converters and kinds <= READ_AS_STORED

@@ -12,7 +12,7 @@ from torch import nn
 from lora_export.layers.exchanged_class import exchange_class, exchange_forward, subclass
 
 
-def test_a_module_and_its_copies_compute_with_the_new_forward_until_the_class_comes_back() -> None:
+def test_copies_compute_with_the_new_forward_until_the_class_comes_back() -> None:
     module, x = nn.Linear(2, 1), torch.ones(1, 2)
     weight, own = module.weight, module(x)
 

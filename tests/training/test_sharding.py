@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.checkpoints import LlamaShape, llama
 from lora_export import layers
 from lora_export.errors import InputRefused
-from lora_export.layers.sharded_weights import is_in_shares
+from lora_export.layers.module_tensors import is_in_shares
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.training.sharding import is_sharded, move, shard_base
 from support.small_layers import plan_for

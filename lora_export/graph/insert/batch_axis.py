@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, count, listed
-from lora_export.graph.quantised import quantised_weights
+from lora_export.graph import quantised_weights
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named

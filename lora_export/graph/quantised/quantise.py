@@ -19,7 +19,7 @@ from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import import_quantiser
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
+from lora_export.graph.quantised_weights import MATMUL_NBITS
 from lora_export.graph.site import Site
 from lora_export.options.spelling import named
 

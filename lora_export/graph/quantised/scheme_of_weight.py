@@ -12,13 +12,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.graph import quantised_weights
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised import quantised_weights
-from lora_export.graph.quantised.groups import Groups
 from lora_export.graph.quantised.packed_tensor import PackedTensor
-from lora_export.graph.quantised.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.graph.quantised.requantise import RequantisedWeight
-from lora_export.graph.quantised.scheme import Rule, Scheme
+from lora_export.graph.quantised.scheme import Groups, Rule, Scheme
+from lora_export.graph.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy

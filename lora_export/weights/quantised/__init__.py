@@ -8,7 +8,7 @@
     modelopt.py            nvfp4 of NVIDIA's library
     gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
     linear_order.py        weights of Conv1D that a library stores as those of nn.Linear
-    packed_integers.py, float4.py  numbers of a few bits
+    packed_numbers.py      numbers of a few bits
 
 A scheme is added as one file, and one entry in `SCHEMES`.
 """

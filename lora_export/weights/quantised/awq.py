@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_integers import WORD_BYTES, unpack
+from lora_export.weights.quantised.packed_numbers import WORD_BYTES, unpack
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
