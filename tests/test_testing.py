@@ -57,7 +57,7 @@ def test_what_is_wrong_fails_with_the_commands_own_screen(place: Path, capsys: p
 
 
 def test_what_could_not_have_failed_has_not_passed(place: Path) -> None:
-    with pytest.raises(ParityFailed, match=r"(?s)^undecided: .*what would decide it: an --atol below"):
+    with pytest.raises(ParityFailed, match=r"(?s)^undecided: .*what would decide it: an atol= below"):
         assert_parity(place / "right.pt", FACTORY, place / "adapter", atol=1e6)
     with pytest.raises(ParityFailed, match=r"^undecided: "):
         module, examples = scaled()

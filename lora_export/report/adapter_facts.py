@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 
 _LONGEST = 100  # characters of a value that are shown
 _MOST_TAGS = 5
@@ -51,7 +52,7 @@ def _header_facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield what, _shortened(value)
     if tags := _frequent_tags(header.get(_TAGS)):
         yield "most frequent tags", ", ".join(map(_shortened, tags))
-    yield "header", f"{len(header)} entries (--json lists them)"
+    yield "header", f"{len(header)} entries ({named('as_json')} lists them)"
 
 
 def _frequent_tags(recorded: Any) -> list[str]:

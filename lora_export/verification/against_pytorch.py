@@ -23,6 +23,7 @@ from lora_export.errors import LoraExportError
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
 from lora_export.runtime.encoder_decoder import OUTPUTS, EncoderDecoderRunner
@@ -97,7 +98,6 @@ MOVED_WEIGHTS = (
     "order of its sums alone was a lucky one"
 )
 DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
-HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
@@ -183,7 +183,7 @@ class PyTorchReferences:
             notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
             doubts=tuple(
                 f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
-                "Give it other values with --inputs FILE.npz, or in the example inputs of the factory"
+                f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
                 for name in unknown
             ),
         )
@@ -239,7 +239,10 @@ class PyTorchReferences:
 
     def explain(self, refusal: str) -> str:
         """The refusal, with what to do where the candidate takes float16 and the model float32."""
-        return f"{refusal}. {HALF[0].upper()}{HALF[1:]}" if EXPECTS_HALF in refusal else refusal
+        if EXPECTS_HALF not in refusal:
+            return refusal
+        note = note_on_half()
+        return f"{refusal}. {note[0].upper()}{note[1:]}"
 
     def about(self) -> dict[str, Any]:
         """Versions, and the model's source and hash."""
@@ -321,7 +324,7 @@ class PreparedPyTorch:
             *_about_cache(self.candidate),
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
-            *([HALF] if self._is_unstated_half(outputs, own, names_known=names_known) else []),
+            *([note_on_half()] if self._is_unstated_half(outputs, own, names_known=names_known) else []),
             *notes_on_padding(unjudged),
             *quantised_weights.notes_on(self.quantised),
         ]
@@ -468,6 +471,12 @@ class PreparedPyTorch:
             case,
             keep_replaced=self.attached.has_pairs,
         )
+
+
+def note_on_half() -> str:
+    """The note on a candidate in half precision of a model in float32."""
+    precision = named("dtype", "float16")
+    return f"the candidate is in half precision: {precision} compares it with the model in the same precision"
 
 
 def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:

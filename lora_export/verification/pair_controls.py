@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_export.errors import count
+from lora_export.options.spelling import named
 from lora_export.verification import parity
 
 SHOWN_PAIRS = 5
@@ -34,7 +35,7 @@ class PairControls:
             return []
         return [
             f"no output depends on {self._counted(self.without_effect)}: {first_names(self.without_effect)}. A fault "
-            "in them could not show. Give inputs on which one does (--inputs)"
+            f"in them could not show. Give inputs on which one does ({named('inputs')})"
         ]
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import RuntimeRefused
+from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -34,8 +35,6 @@ from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, describe_arrays
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
-
-ORIGIN = "fp64 cannot decide about this quantised graph; the graph that it was made from can (--base BASE.onnx)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +233,9 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
     if not isinstance(graph, OnnxRunner) or not graph.takes_adapters:
         return proof
     if references.origin is None:
-        return replace(proof, verdict=_noted(proof.verdict, [ORIGIN]))
+        option = named("base", "BASE.onnx")
+        note = f"fp64 cannot decide about this quantised graph; the graph that it was made from can ({option})"
+        return replace(proof, verdict=_noted(proof.verdict, [note]))
     step("the graph that it was made from")
     return prove_by_origin(proof, graph, references.origin, references.as_run)
 

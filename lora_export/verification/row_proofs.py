@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
@@ -114,7 +115,7 @@ def prove_rows(
     if names is not None and len(names) != len(adapters):
         raise InputRefused(
             f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
-            "them in that order, or prove one by --adapter-id"
+            f"them in that order, or prove one by {named('adapter_id')}"
         )
     roles = [BASE, *(adapter.name for adapter in adapters)]
     alone = []

@@ -20,7 +20,7 @@ HOSTILE = "a\n::add-mask::b ##[error]c | <b>@everyone</b> [x](y) 50%,:\r`"
 def test_reason_is_an_error_with_its_remedy() -> None:
     (line,) = github.workflow_commands(UNDECIDED, "verify m.onnx")
     assert line.startswith('::error title=verify m.onnx%3A undecided::logits in case 2 x 300: control "tolerance')
-    assert "%0Awhat would decide it: an --atol below 64 with --rtol 0" in line
+    assert "%0Awhat would decide it: an atol= below 64 with rtol=0" in line
     assert [line.partition("::logits")[0] for line in github.workflow_commands(DIFFERENT, "v")][:2] == [
         "::error title=v%3A different",
         "::error title=v%3A different",

@@ -135,7 +135,7 @@ def test_layers_are_plotted_and_listed() -> None:
 def test_undecided_shows_what_would_decide_it() -> None:
     text = read(UNDECIDED).text
     assert "This check could not decide whether out/model.onnx computes the same as models/base" in text
-    assert "What would decide it: an --atol below 64 with --rtol 0, or no tolerance" in text
+    assert "What would decide it: an atol= below 64 with rtol=0, or no tolerance" in text
     assert "not in logits, case 2 x 300: off by 63.8 not detected" in text
     assert "nothing was compared" in read(NOTHING).text
 

@@ -60,7 +60,7 @@ def test_size_that_the_candidate_fixes_is_undecided_unless_stated(scaled: model.
 
 def test_axis_that_is_not_fixed_cannot_be_stated(scaled: model.Model) -> None:
     candidate = folded(scaled, an_adapter())
-    with pytest.raises(InputRefused, match=r"--fixed sequence: the model has no axis of this name\. It has batch, "):
+    with pytest.raises(InputRefused, match=r'fixed="sequence": the model has no axis of this name\. It has batch, '):
         prove(candidate, PyTorchReferences(scaled, [an_adapter()], fixed={"sequence": 5}))
     candidate.axes = {"rows": (None, None, 8), "weights": (None, None)}
     (name,) = {axes[1] for axes in scaled.axes.values()}

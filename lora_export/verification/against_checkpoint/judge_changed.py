@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_export.options.spelling import named
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
 from lora_export.verification.against_checkpoint.compare_rows import ComparedRows, WeightRows, compare_rows
@@ -65,7 +66,7 @@ def judge_unknown_layout(name: str, step: Step, base: StoredTensor, candidate: S
         return first  # the sum is the same in both layouts
     why = (
         f"its layout is unknown: it is the sum for a weight stored {' and for one stored '.join(fitting)}. State the "
-        "layout by --layout NAME=out_in or NAME=in_out"
+        f"layout by {named('layout', 'NAME=out_in')} or NAME=in_out"
     )
     return replace(first, outcome=Outcome.UNDECIDED, why=why)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
@@ -150,13 +151,14 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
     for symbol in stated or {}:
         if symbol not in symbols:
             raise InputRefused(
-                f"--fixed {symbol}: the model has no axis of this name. It has {', '.join(sorted(symbols)) or 'none'}"
+                f"{named('fixed', symbol)}: the model has no axis of this name. It has "
+                f"{', '.join(sorted(symbols)) or 'none'}"
             )
         if symbol not in fixed and any(candidate.axes.values()):
-            raise InputRefused(f"--fixed {symbol}: the candidate takes any size of it. Leave the option out")
+            raise InputRefused(f"{named('fixed', symbol)}: the candidate takes any size of it. Leave the option out")
     return [
         f"the candidate takes one size of {symbol}, {size}, and the model takes any. What it computes at others is not "
-        f"known. State this size where it is intended: --fixed {symbol}={size}"
+        f"known. State this size where it is intended: {named('fixed', f'{symbol}={size}')}"
         for symbol, size in fixed.items()
         if stated is not None and stated.get(symbol) != size
     ]

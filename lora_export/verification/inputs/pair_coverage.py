@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
+from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.pair_controls import first_names
@@ -30,7 +31,7 @@ class PairCoverage:
             return []
         return [
             f"no input reaches {first_names(self.unreached)}: {len(self.unreached)} of the "
-            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them (--inputs)"
+            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them ({named('inputs')})"
         ]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.options.spelling import named
 
 
 class RowCoverage:
@@ -39,7 +40,7 @@ class RowCoverage:
         """One message for each table of whose rows none was looked up: a fault in them could not show."""
         return [
             f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs that contain "
-            "them (--inputs)"
+            f"them ({named('inputs')})"
             for table, rows in self.wanted.items()
             if not rows & self.seen[table]
         ]

@@ -11,6 +11,7 @@ from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -111,8 +112,8 @@ def in_candidate_dtype(module: nn.Module, candidate: Runner, model: Model) -> nn
         own = "no float" if module.file_dtype is None else dtype_name(module.file_dtype)
         raise InputRefused(
             f"the candidate computes in {dtype_name(dtype)}, and {model.source} was exported in {own}: PyTorch's error "
-            f"in {dtype_name(dtype)} cannot be measured with it. Give --model as a Hugging Face folder, a factory, or "
-            f"a .pt2 that was exported in {dtype_name(dtype)}"
+            f"in {dtype_name(dtype)} cannot be measured with it. Give {named('model')} as a Hugging Face folder, a "
+            f"factory, or a .pt2 that was exported in {dtype_name(dtype)}"
         )
     made = converted_copy(module, torch.clone)
     in_file = candidate.stored_dtypes if isinstance(candidate, ModuleRunner) else {}

@@ -35,6 +35,7 @@ from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter, state_of
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
@@ -164,7 +165,8 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
         raise Undecided(
             f"the names of {len(unnamed)} quantised weights are unknown "
             f"({', '.join(site.location for site in unnamed[:5])}). {DECIDES}: the graph that adapters were merged "
-            "into (--base BASE.onnx beside --model), whose weights are matched with the model's by their content"
+            f"into ({named('base', 'BASE.onnx')} beside {named('model')}), whose weights are matched with the "
+            "model's by their content"
         )
     return found
 
@@ -373,7 +375,8 @@ def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
         raise Undecided(
             f"{len(unknown)} quantised weights already contain an adapter, and the weights before it are unknown: "
             f"they are not the model's ({'; '.join(found)}). {DECIDES}: the quantised graph that the adapter was "
-            "merged into (--base BASE.onnx beside --model), where `merge --requantize` made this one. Weights that a "
-            "search quantised after the merge (GPTQ, AWQ) cannot be decided here: verify the merge before it, or keep "
-            "the adapter beside the quantised weights (onnx --lora nodes)"
+            f"merged into ({named('base', 'BASE.onnx')} beside {named('model')}), where "
+            f"`merge {named('requantize', True)}` made this one. Weights that a search quantised after the merge "
+            "(GPTQ, AWQ) cannot be decided here: verify the merge before it, or keep the adapter beside the quantised "
+            f"weights (onnx {named('lora', 'nodes')})"
         )

@@ -257,7 +257,7 @@ def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.M
 def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, adapter_for_wide(), tmp_path / "merged")
-    message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE"
+    message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*base=\"BASE"
     with pytest.raises(Undecided, match=rf"{message}\.onnx"):
         prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()]))
 

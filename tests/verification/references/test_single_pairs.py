@@ -105,7 +105,7 @@ def test_pair_on_which_no_output_depends_is_a_doubt() -> None:
     assert found.without_effect == ("layers.2",) and not found.missed
     assert found.doubts == [
         "no output depends on 1 of the 2 pairs of the adapters: layers.2. A fault in them could not show. Give inputs "
-        "on which one does (--inputs)"
+        "on which one does (inputs=)"
     ]
     assert not controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1), skip=["layers.2"]).doubts
 
