@@ -37,7 +37,7 @@ from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import BaseQuantization, TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.report.comparison import require_matplotlib
-from lora_export.report.html import require_jinja2
+from lora_export.report.files.page import require_jinja2
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lora_export.api.verify_weights import judge_weights
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
-from lora_export.report.json_document import verdict_document
+from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.report.write import check_report_path, write_report
 from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder, refuse_missing_graph
@@ -49,15 +49,27 @@ if TYPE_CHECKING:
 class Verification:
     """A verdict, and the facts that it takes to trust and to repeat it. True only where the verdict is `same`."""
 
-    proof: Proof | Audit  # what a model computes; or, against a base checkpoint, what the weights are
-    about: Mapping[str, Any]  # versions, hashes, seed, inputs
-    seconds: float
-    error: LoraExportError | None = field(default=None, repr=False)  # what ended the proof before anything was measured
+    proof: Proof | Audit  # of what a model computes; or, against a base checkpoint, of its weights
 
     @property
     def verdict(self) -> Any:
         """The verdict: `same`, `different` or `undecided` is its `outcome`."""
-        return self.proof if isinstance(self.proof, Audit) else self.proof.verdict
+        return self.proof.verdict
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Versions, hashes, seed, inputs."""
+        return self.proof.about
+
+    @property
+    def seconds(self) -> float:
+        """How long the whole run took."""
+        return self.proof.seconds
+
+    @property
+    def error(self) -> LoraExportError | None:
+        """What ended the proof before anything was measured."""
+        return self.proof.error
 
     @property
     def exit_code(self) -> int:
@@ -67,36 +79,15 @@ class Verification:
         return bool(self.verdict)
 
     def __str__(self) -> str:
-        if isinstance(self.proof, Audit):
-            return str(self.proof)
-        return screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
+        return screen(self.proof)
 
     def as_document(self) -> dict[str, Any]:
         """Every figure, as the JSON document that `lora-export verify --json` prints."""
-        if isinstance(self.proof, Audit):
-            return verdict_document(self.proof, about=self.about)
-        return verdict_document(
-            self.proof.verdict,
-            self.proof.placement,
-            self.about,
-            diagnosis=self.proof.diagnosis,
-            exit_code=self.proof.exit_code,
-        )
+        return document_of_proof(self.proof)
 
     def write_report(self, path: str | Path) -> None:
         """Write a report: .json (every figure), .xml (JUnit) or .html (to read). An existing file is replaced."""
-        if isinstance(self.proof, Audit):
-            write_report(Path(path), self.proof, about=self.about, seconds=self.seconds)
-            return
-        write_report(
-            Path(path),
-            self.proof.verdict,
-            placement=self.proof.placement,
-            about=self.about,
-            diagnosis=self.proof.diagnosis,
-            exit_code=self.proof.exit_code,
-            seconds=self.seconds,
-        )
+        write_report(Path(path), self.proof)
 
 
 def verify(
@@ -197,30 +188,27 @@ def verify(
         base_hashes = _weight_hashes(weights_from) if expected.base_sha256 else []
         refuse_unexpected(candidate, expected, adapter_records(adapters, weights or [1.0] * len(adapters)), base_hashes)
     proof: Proof | Audit
-    error = None
     if model is None:
         assert origin is not None
 
         def judge(
             merged: Path, base: Path, adapters: AdapterSources, weights: Sequence[float], together: Sequence[str] = ()
-        ) -> tuple[Audit, dict[str, Any]]:
+        ) -> Audit:
             return judge_weights(
                 merged, base, adapters, weights, layout or {}, application, on_message, on_progress, together
             )
 
         if of_pipeline:
-            proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_models=True), weights, judge)
+            proof = audit_pipeline(candidate, origin, load_adapters(adapters, of_models=True), weights, judge)
         else:
-            proof, facts = judge(candidate, origin, adapters, weights)
+            proof = judge(candidate, origin, adapters, weights)
     else:
-        proof, facts, error = judge_outputs(
-            candidate, model, adapters, weights, origin, how, application, on_message, on_progress
-        )
+        proof = judge_outputs(candidate, model, adapters, weights, origin, how, application, on_message, on_progress)
     if strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
     when = {"strict": strict, "seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-    result = Verification(proof, {**facts, **when, **(about or {})}, seconds, error)
+    result = Verification(replace(proof, about={**proof.about, **when, **(about or {})}, seconds=seconds))
     for path in reports:
         result.write_report(path)
     return result

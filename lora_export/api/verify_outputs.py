@@ -22,7 +22,6 @@ from lora_export.errors import (
     Different,
     EnvironmentLacking,
     InputRefused,
-    LoraExportError,
     Undecided,
 )
 from lora_export.formats.row_adapters import read_row_adapters
@@ -52,8 +51,8 @@ def judge_outputs(
     application: Application,
     on_message: OnMessage,
     on_progress: OnProgress,
-) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
-    """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
+) -> Proof:
+    """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
@@ -65,7 +64,9 @@ def judge_outputs(
     if origin is not None:
         input_files.must_exist(origin, "base graph")
     stage = in_stages(on_progress)
-    runner, error, hashes, facts = None, None, {}, {}
+    runner = None
+    hashes: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     try:
         require_provider(how.provider)
         loaded = load_adapters(adapters)
@@ -115,7 +116,6 @@ def judge_outputs(
         if origin is not None:
             facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
-        error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
         fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
@@ -125,7 +125,7 @@ def judge_outputs(
         )
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
     about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **application.settings, **proof.about}
-    return proof, about, error
+    return replace(proof, about=about)
 
 
 def _prove(

@@ -16,25 +16,26 @@ from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Outcome
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 
-# (candidate, base, adapters, strengths) of one model, and the names of all adapters -> its audit, and facts about it
-JudgeModel = Callable[[Path, Path, Sequence[Adapter], Sequence[float], Sequence[str]], tuple[Audit, Mapping[str, Any]]]
+# (candidate, base, adapters, strengths) of one model, and the names of all adapters -> its audit
+JudgeModel = Callable[[Path, Path, Sequence[Adapter], Sequence[float], Sequence[str]], Audit]
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
 def audit_pipeline(
     candidate: Path, base: Path, adapters: Sequence[Adapter], strengths: Sequence[float], judge: JudgeModel
-) -> tuple[Audit, dict[str, Any]]:
-    """The audits of all models that the adapters change as one, and the facts about them.
+) -> Audit:
+    """The audits of all models that the adapters change as one.
 
     Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge`, and for a
     component that the pipeline lacks.
     """
     pipeline = open_pipeline(base)
     parts, notes = parts_by_model(pipeline, adapters, strengths)
-    audits, facts = {}, {}
     names = [adapter.name for adapter in adapters]
-    for folder, own in parts.items():
-        audits[folder], facts[folder] = judge(candidate / folder, base / folder, own.adapters, own.strengths, names)
+    audits = {
+        folder: judge(candidate / folder, base / folder, own.adapters, own.strengths, names)
+        for folder, own in parts.items()
+    }
     other = tuple(_other_differences(pipeline, candidate, parts))
     whole = _joined(audits)
     whole = replace(whole, notes=(*notes, *whole.notes))
@@ -43,10 +44,10 @@ def audit_pipeline(
     about = {
         "candidate": str(candidate),
         "base": str(base),
-        "models": {folder: dict(own) for folder, own in facts.items()},
+        "models": {folder: dict(audit.about) for folder, audit in audits.items()},
         "adapters": adapter_records(adapters, strengths or [1.0] * len(adapters)),
     }
-    return whole, about
+    return replace(whole, about=about)
 
 
 def _joined(audits: Mapping[str, Audit]) -> Audit:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,9 +26,6 @@ from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
 
-if TYPE_CHECKING:
-    pass
-
 
 def judge_weights(
     candidate: Path,
@@ -41,8 +37,8 @@ def judge_weights(
     on_message: OnMessage,
     on_progress: OnProgress,
     together: Sequence[str] = (),
-) -> tuple[Audit, dict[str, Any]]:
-    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch.
+) -> Audit:
+    """A merged checkpoint against W + s·BA, weight by weight. Needs no PyTorch.
 
     Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
     """
@@ -76,7 +72,7 @@ def judge_weights(
         for found in (compare_files(base, candidate, loaded), files.others):
             audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, loaded, weights, base, HowToRun())
-    return replace(audit, recorded=recorded), {
+    about = {
         "candidate": str(candidate),
         "judged_files": sorted(files.judged),
         "base": str(base),
@@ -87,6 +83,7 @@ def judge_weights(
         "lora_export": __version__,
         "numpy": np.__version__,
     }
+    return replace(audit, recorded=recorded, about=about)
 
 
 def _contained(candidate: Path) -> str:

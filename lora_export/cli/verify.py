@@ -149,7 +149,7 @@ def command(
     from lora_export.adapters.combination import Combination
     from lora_export.api.verify import verify
     from lora_export.cli.failures import answered
-    from lora_export.cli.verdicts import annotate_github, show_verification
+    from lora_export.cli.verdicts import annotate_github, show_proof
     from lora_export.formats.read_options import ReadOptions
     from lora_export.runtime.expectations import Expectations
 
@@ -189,7 +189,7 @@ def command(
     if as_json:
         print_document(result.as_document())
     elif result.error is None:
-        show_verification(result)
+        show_proof(result.proof)
     annotate_github(result, f"verify {candidate.name}")
     if result.error is not None:
         raise result.error

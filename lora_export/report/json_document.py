@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.runtime.runner import Placement
-from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.parity import Verdict
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
 
 VERSIONS = {"verdict": 2}  # of a schema, 1 where none is given; grows when a field is removed or redefined
 
@@ -32,25 +32,15 @@ def as_dict(record: Any) -> dict[str, Any]:
     return {"schema": _schema(record), **_members(record)}
 
 
-def verdict_document(
-    verdict: Verdict | Audit,
-    placement: Placement | None = None,
-    about: Mapping[str, Any] | None = None,
-    diagnosis: Any = None,
-    exit_code: int | None = None,
-) -> dict[str, Any]:
-    """A verdict with its evidence: what ran where, and facts `about` the run (versions, files, seed).
-
-    `diagnosis` is a mapping or dataclass with `first`, `why` and `layers`. `exit_code` is the exit code of the
-    command, where it is not that of the verdict: the provider did not run all nodes.
-    """
-    result = as_dict(verdict) | {
-        "exit_code": verdict.exit_code if exit_code is None else exit_code,
+def document_of_proof(proof: Proof | Audit) -> dict[str, Any]:
+    """A verdict with its evidence: what ran where, and the facts about the run (versions, files, seed)."""
+    result = as_dict(proof.verdict) | {
+        "exit_code": proof.exit_code,
         "placement": None,
-        "diagnosis": _plain(diagnosis),
-        "about": _plain(about or {}),
+        "diagnosis": _plain(proof.diagnosis),
+        "about": _plain(proof.about),
     }
-    if placement is not None:
+    if (placement := proof.placement) is not None:
         result["placement"] = {
             "requested_provider": placement.requested_provider,
             "compute_nodes": placement.compute_nodes,
@@ -73,7 +63,7 @@ def _schema(record: Any) -> str:
 
 
 def _members(record: Any) -> dict[str, Any]:
-    # A field that is left out of the repr is an index over the others.
+    # A field that is left out of the repr is an index over the others, or a member of its own in the document.
     return _object({member.name: getattr(record, member.name) for member in fields(record) if member.repr})
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import RuntimeRefused
+from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.kv_cache import CacheRunner
@@ -39,15 +39,19 @@ from lora_export.verification.references import FurtherPeer, ReferenceOutputs, R
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """A verdict with what it takes to trust and to repeat it."""
+    """A verdict on what a candidate computes, with what it takes to trust and to repeat it.
+
+    Every report shows one of these, or an `Audit`: the verdict on a checkpoint's weights, which has the same facts.
+    """
 
     verdict: parity.Verdict
-    placement: Placement | None  # None where PyTorch itself ran the candidate
-    about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
+    placement: Placement | None = None  # None where PyTorch itself ran the candidate
+    about: Mapping[str, Any] = field(default_factory=dict)  # versions, files, seed, adapters, and the inputs' shapes
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # by case, of all runs
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # the outputs of all runs
-    ended_with: int | None = None  # the exit code of an error that ended the proof before anything was measured
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
+    error: LoraExportError | None = None  # what ended the proof before anything was measured
+    seconds: float = 0.0  # of the whole run
 
     def strictly(self) -> Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""
@@ -55,7 +59,7 @@ class Proof:
 
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code if self.ended_with is None else self.ended_with
+        return self.verdict.exit_code if self.error is None else self.error.exit_code
 
 
 def prove(
