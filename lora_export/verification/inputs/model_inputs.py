@@ -18,6 +18,66 @@ from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.storage.npz import read_arrays
+from lora_export.verification.compare_outputs import before_first_token
+from lora_export.verification.inputs import REDRAWS, Inputs
+from lora_export.verification.references.half_precision import as_declared
+
+
+def inputs_of_proof(
+    model: Model,
+    candidate: Runner,
+    *,
+    seed: int = 0,
+    user_inputs: Path | None = None,
+    adapters: Sequence[Adapter] = (),
+    further_seeds: Sequence[int] = (),
+) -> Inputs:
+    """Three seeded cases of different shapes that the candidate accepts, the user's own, and each input drawn again.
+
+    Each of `further_seeds` makes one more case. Raises InputRefused where the arrays of `user_inputs` are not the
+    model's inputs.
+    """
+    made = case_inputs(
+        model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters, further_seeds=further_seeds
+    )
+    cases = {name: as_declared(candidate, arrays) for name, arrays in made.items()}
+    seeded = list(cases.values())[min(2, len(cases) - 1)]
+    varied = cases[user_inputs.name] if user_inputs else seeded
+    varied = varied if varied.keys() == seeded.keys() else seeded  # the user's are texts without images
+    perturbed = _perturbed(model, candidate, varied, seed)
+    constant = [name for name in model.input_names if name not in perturbed]
+    # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
+    single, unknown = (constant, []) if model.is_huggingface else ([], constant)
+    return Inputs(
+        cases,
+        varied,
+        perturbed,
+        unjudged=_unjudged(cases) if model.is_huggingface else {},
+        notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
+        doubts=tuple(
+            f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
+            f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
+            for name in unknown
+        ),
+    )
+
+
+def _perturbed(model: Model, candidate: Runner, before: Arrays, seed: int) -> dict[str, Arrays]:
+    """Input -> the arrays with another draw of it; none for an input that is the same in every draw."""
+    sizes = {symbol: before[name].shape[axis] for name, own in model.axes.items() for axis, symbol in own.items()}
+    draws = [as_declared(candidate, draw(model, candidate, sizes, seed + 1000 + number)) for number in range(REDRAWS)]
+    perturbed = {}
+    for name in model.input_names:
+        fresh = next((drawn[name] for drawn in draws if not np.array_equal(drawn[name], before[name])), None)
+        if fresh is not None:
+            perturbed[name] = {**before, name: fresh}
+    return perturbed
+
+
+def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:
+    """Case -> the positions before each row's first token, where there are any."""
+    by_case = ((name, before_first_token(arrays)) for name, arrays in cases.items())
+    return {name: positions for name, positions in by_case if positions is not None}
 
 
 def case_inputs(

@@ -11,7 +11,9 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     single_pairs.py        PyTorch in fp64 without single pairs
     recorded_blocks.py     outputs of a module's blocks, in place of computing them again
     deployed_module.py     PyTorch as deployed, and with its adapters merged
-    half_graphs.py         graphs that compute in half precision and return fp32
+    deployed_runs.py       its runs: what the inputs reach, and how large its own error can be
+    diagnosed_module.py    a candidate compared with PyTorch module by module
+    half_precision.py      candidates in half precision, also where only their weights show it
     candidate_weights.py   how a candidate rounds or quantises its weights
     quantised_weights.py   the weights that a quantised graph computes with
     quantisation_error.py  whether these are the model's weights, rounded

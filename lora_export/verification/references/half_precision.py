@@ -1,6 +1,7 @@
-"""Graphs that compute in half precision and return fp32, as converters with `keep_io_types` make them.
+"""Candidates in half precision: as a graph declares it, as its weights show, and where that was not stated.
 
-The dtype of the outputs does not show in which precision a graph computes. Its weights do.
+Converters with `keep_io_types` make graphs that compute in half precision and return fp32. The dtype of the outputs
+does not show in which precision such a graph computes. Its weights do.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import numpy as np
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.values import stored_dtype
+from lora_export.options.spelling import named
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
+from lora_export.verification.candidate_outputs import OutputsByCase
+from lora_export.verification.compare_outputs import aligned
 
 HALVES = frozenset({"float16", "bfloat16"})
 HALF_TYPES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
+EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
 
 
 def _graph_of(candidate: Runner) -> OnnxRunner | None:
@@ -53,3 +58,26 @@ def as_declared(candidate: Runner, inputs: Arrays) -> Arrays:
     wide = {value.name for value in graph.session.get_inputs() if value.type == "tensor(float)"}
     is_narrow = {name for name, array in inputs.items() if name in wide and array.dtype.name in HALVES}
     return {name: array.astype(np.float32) if name in is_narrow else array for name, array in inputs.items()}
+
+
+def returns_halves(outputs: OutputsByCase, deployed: OutputsByCase, *, names_known: bool) -> bool:
+    """Whether a candidate returns float16 for an output that PyTorch has."""
+    for case, own in outputs.items():
+        named_alike = aligned(own, deployed[case], names_known=names_known)
+        if any(value.dtype == np.float16 and name in deployed[case] for name, value in named_alike.items()):
+            return True
+    return False
+
+
+def note_on_half() -> str:
+    """The note on a candidate in half precision of a model in float32."""
+    precision = named("dtype", "float16")
+    return f"the candidate is in half precision: {precision} compares it with the model in the same precision"
+
+
+def explain_half(refusal: str) -> str:
+    """The refusal, with what to do where the candidate takes float16 and the model float32."""
+    if EXPECTS_HALF not in refusal:
+        return refusal
+    note = note_on_half()
+    return f"{refusal}. {note[0].upper()}{note[1:]}"
