@@ -50,9 +50,9 @@ def command(
     """
     from lora_export.api.resize import resize
     from lora_export.formats.read_options import ReadOptions
+    from lora_export.report.adapter_screen import print_shares
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict
-    from lora_export.report.shares import print_shares
 
     result = resize(
         adapter,

@@ -65,7 +65,7 @@ def _print_placement(to: Console, proof: Proof | Audit) -> None:
             print_line(to, line, style="red" if placement.off_provider else "")
 
 
-def screen(proof: Proof) -> str:
+def screen(proof: Proof | Audit) -> str:
     """The text that `print_verdict` prints, without colours."""
     lines = [headline(proof), *str(proof.verdict).splitlines()[1:]]
     lines += str(proof.diagnosis).splitlines() if proof.diagnosis else ()

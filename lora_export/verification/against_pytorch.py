@@ -45,7 +45,7 @@ from lora_export.verification.references import (
     note_on_fp64,
     quantised_weights,
 )
-from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
 from lora_export.verification.references.beyond_rounding import (
     UnjudgedPositions,
     notes_on_padding,
@@ -69,7 +69,6 @@ from lora_export.verification.references.half_precision import (
     returns_halves,
 )
 from lora_export.verification.references.module_copies import is_large, limit_outputs, shared_copy, widened
-from lora_export.verification.references.own_heads import with_labels
 from lora_export.verification.references.single_pairs import control_pairs
 
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for

@@ -19,8 +19,7 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     wrong_sums,
 )
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
-from lora_export.verification.against_checkpoint.scratch import Scratch
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
 

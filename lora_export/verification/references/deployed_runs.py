@@ -13,9 +13,8 @@ from lora_export.models.model import Model
 from lora_export.plan import Plan
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.candidate_outputs import OnProofStep
+from lora_export.verification.candidate_outputs import OnProofStep, kept
 from lora_export.verification.inputs.coverage import RowCoverage, coverage_of_pairs
-from lora_export.verification.kept_outputs import kept
 from lora_export.verification.references import FurtherPeer, quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.deployed_module import merged_module, moved_module, on_device
