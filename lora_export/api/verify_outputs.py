@@ -29,15 +29,14 @@ from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
-from lora_export.verification.companion_files import ComparedFiles, compare_files
+from lora_export.verification.companion_files import compare_files
 from lora_export.verification.loaded_files import LoadedFiles, files_of_graphs, loaded_files
-from lora_export.verification.parity import Outcome, Reason, outcome_of
+from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
     from lora_export.runtime.runner import Runner
     from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.parity import Verdict
     from lora_export.verification.proof import Proof
 
 
@@ -110,7 +109,7 @@ def judge_outputs(
             files = _files_in(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
-                proof = replace(proof, verdict=_with_files(proof.verdict, each))
+                proof = proof.with_files(each)
             stage("hashing the candidate")
             hashes = file_hashes(candidate if files is None else files.judged)
         if origin is not None:
@@ -165,14 +164,6 @@ def _files_in(folder: Path) -> LoadedFiles:
     from lora_export.runtime.open_artifact import candidate_files
 
     if not is_encoder_decoder_folder(folder):
-        return loaded_files(folder)
+        return loaded_files(open_checkpoint(folder))
     graphs = {name: path for graph in GRAPH_FILES for name, path in candidate_files(folder / graph).items()}
     return files_of_graphs(folder, graphs)
-
-
-def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
-    """The verdict, and what was found of the files beside the weights of a folder."""
-    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
-    not_judged = (*verdict.not_judged, *found.not_judged)
-    notes = (*verdict.notes, *found.notes)
-    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, not_judged=not_judged, notes=notes)

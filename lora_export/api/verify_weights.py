@@ -65,7 +65,7 @@ def judge_weights(
         steps = combine_in_plan(steps, application.combination, together)
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
-        files = loaded_files(candidate)
+        files = loaded_files(merged)
         audit = against_checkpoint.audit(
             steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
         )

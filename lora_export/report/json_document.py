@@ -37,24 +37,19 @@ def document_of_proof(proof: Proof | Audit) -> dict[str, Any]:
     result = as_dict(proof.verdict) | {
         "exit_code": proof.exit_code,
         "placement": None,
-        "diagnosis": _plain(proof.diagnosis),
-        "about": _plain(proof.about),
+        "diagnosis": plain(proof.diagnosis),
+        "about": plain(proof.about),
     }
     if (placement := proof.placement) is not None:
         result["placement"] = {
             "requested_provider": placement.requested_provider,
             "compute_nodes": placement.compute_nodes,
-            "off_provider": _plain(placement.off_provider),
+            "off_provider": plain(placement.off_provider),
             "nodes": {provider: len(nodes) for provider, nodes in placement.by_provider.items()},
-            "options": _plain(placement.options),
+            "options": plain(placement.options),
             "version": placement.version,
         }
     return result
-
-
-def plain(value: Any) -> Any:
-    """A value that JSON can represent: arrays become shape and dtype, NaN and infinity null."""
-    return _plain(value)
 
 
 def _schema(record: Any) -> str:
@@ -70,7 +65,7 @@ def _members(record: Any) -> dict[str, Any]:
 def _object(members: Mapping[Any, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in members.items():
-        result[str(name)] = _plain(value)
+        result[str(name)] = plain(value)
         if _has_no_json(value):
             result[f"{name}_text"] = str(value)
     return result
@@ -82,7 +77,8 @@ def _has_no_json(value: Any) -> bool:
     return isinstance(value, float | np.floating) and not math.isfinite(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value that JSON can represent: arrays become shape and dtype, NaN and infinity null."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and _has_no_json(value):
@@ -100,7 +96,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _object(value)
     if isinstance(value, set | frozenset):
-        return [_plain(item) for item in sorted(value)]
+        return [plain(item) for item in sorted(value)]
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     raise TypeError(f"a report cannot hold a {type(value).__name__}")

@@ -26,6 +26,7 @@ from lora_export.verification.candidate_outputs import (
     run_candidate,
     run_with_provider_defaults,
 )
+from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.compare_outputs import (
     aligned,
     differs_in_precision_alone,
@@ -56,6 +57,19 @@ class Proof:
     def strictly(self) -> Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""
         return replace(self, verdict=self.verdict.strictly())
+
+    def with_files(self, found: ComparedFiles) -> Proof:
+        """The proof, and what was found of the files beside the weights; one difference in them makes it different."""
+        differences = (parity.Reason(parity.Outcome.DIFFERENT, "files", line) for line in found.differences)
+        reasons = (*differences, *self.verdict.reasons)
+        verdict = replace(
+            self.verdict,
+            outcome=parity.outcome_of(reasons),
+            reasons=reasons,
+            not_judged=(*self.verdict.not_judged, *found.not_judged),
+            notes=(*self.verdict.notes, *found.notes),
+        )
+        return replace(self, verdict=verdict)
 
     @property
     def exit_code(self) -> int:

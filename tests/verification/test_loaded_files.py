@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.verification.loaded_files import files_of_graphs, loaded_files
+from lora_export.weights.checkpoint import open_checkpoint
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter
 
@@ -91,4 +92,5 @@ def test_a_second_set_of_safetensors_is_refused_by_name(
 
 def test_a_single_file_is_its_own(tmp_path: Path) -> None:
     path = base_file(tmp_path / "m.safetensors", {"fc.weight": W})
-    assert loaded_files(path).judged == {"m.safetensors": path} and not loaded_files(path).others.notes
+    found = loaded_files(open_checkpoint(path))
+    assert found.judged == {"m.safetensors": path} and not found.others.notes

@@ -33,6 +33,7 @@ from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
+from lora_export.layers.module_tensors import named_tensors, tensor_registry
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter, state_of
 from lora_export.options.spelling import named
@@ -261,8 +262,9 @@ def with_dequantised_weights(model: Model, weights: Mapping[str, DequantisedWeig
             loaded[id(tensors[name])] = nn.Parameter(values.to(tensors[name].dtype), requires_grad=False)
         else:
             tensors[name].copy_(values)
-    for parameters in (owner._parameters for owner in module.modules()):
-        parameters.update({name: loaded[id(one)] for name, one in parameters.items() if id(one) in loaded})
+    for _, owner, attribute, tensor in list(named_tensors(module)):
+        if id(tensor) in loaded:
+            tensor_registry(owner, attribute)[attribute] = loaded[id(tensor)]
     return replace(model, module=module)
 
 
