@@ -56,7 +56,7 @@ def judge_outputs(
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
     from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.references.module_copies import fp64_bytes
+    from lora_export.verification.module_copies import fp64_bytes
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")

@@ -9,6 +9,7 @@
     candidate_outputs.py  runs of the candidate
     compare_outputs.py    what the outputs of two runs have in common
     parity/               arrays in, verdict out
+    module_copies.py      copies of a module that share or convert its tensors; a module widened to fp64 in place
     inputs/               the inputs of a proof
     references/           what computes the outputs that a candidate should have
     diagnose/             the first module that differs, and why

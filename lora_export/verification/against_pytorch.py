@@ -36,6 +36,7 @@ from lora_export.verification.inputs.model_inputs import (
     inputs_of_proof,
     notes_on_sizes,
 )
+from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy, widened
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
     STEPS,
@@ -68,7 +69,6 @@ from lora_export.verification.references.half_precision import (
     note_on_half,
     returns_halves,
 )
-from lora_export.verification.references.module_copies import is_large, limit_outputs, shared_copy, widened
 from lora_export.verification.references.single_pairs import control_pairs
 
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for

@@ -15,12 +15,14 @@ from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.compare_outputs import before_first_token
 from lora_export.verification.inputs import REDRAWS, Inputs
-from lora_export.verification.references.half_precision import as_declared
+
+HALVES = frozenset({"float16", "bfloat16"})
 
 
 def inputs_of_proof(
@@ -158,7 +160,7 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
             f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
     dtypes = {name: to_numpy(value).dtype for name, value in model.example_inputs().items()}
-    halves = {name for name, dtype in dtypes.items() if dtype.name in ("float16", "bfloat16")}
+    halves = {name for name, dtype in dtypes.items() if dtype.name in HALVES}
     halves = {name for name in halves if arrays[name].dtype.kind == "f"}
     return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 
@@ -222,3 +224,22 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
         for symbol, size in fixed.items()
         if stated is not None and stated.get(symbol) != size
     ]
+
+
+# --- a graph in half precision ---
+
+
+def graph_of(candidate: Runner) -> OnnxRunner | None:
+    """The graph that a candidate is, also behind a cache; None for any other candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return runner if isinstance(runner, OnnxRunner) else None
+
+
+def as_declared(candidate: Runner, inputs: Arrays) -> Arrays:
+    """The inputs; those in half precision in fp32 where the graph declares that. No number changes."""
+    graph = graph_of(candidate)
+    if graph is None:
+        return inputs
+    wide = {value.name for value in graph.session.get_inputs() if value.type == "tensor(float)"}
+    is_narrow = {name for name, array in inputs.items() if name in wide and array.dtype.name in HALVES}
+    return {name: array.astype(np.float32) if name in is_narrow else array for name, array in inputs.items()}

@@ -3,7 +3,6 @@
 `References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
 implement both, in `against_pytorch.py` and `against_graph.py`.
 
-    module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     beyond_rounding.py     where the error of PyTorch itself is more than rounding
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
     single_pairs.py        PyTorch in fp64 without single pairs

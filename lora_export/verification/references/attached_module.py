@@ -22,7 +22,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import kept
-from lora_export.verification.references.module_copies import shared_copy
+from lora_export.verification.module_copies import shared_copy
 
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
 

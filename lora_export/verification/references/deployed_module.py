@@ -18,9 +18,7 @@ from lora_export.plan import Layout, Plan
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.parity import DECIDES
-from lora_export.verification.references.attached_module import AttachedModule
-from lora_export.verification.references.module_copies import (
+from lora_export.verification.module_copies import (
     converted_copy,
     is_large,
     parameters_and_buffers,
@@ -28,6 +26,8 @@ from lora_export.verification.references.module_copies import (
     to_packed_single,
     to_single,
 )
+from lora_export.verification.parity import DECIDES
+from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
 TORCH_HALVES = frozenset({torch.float16, torch.bfloat16})

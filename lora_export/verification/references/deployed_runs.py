@@ -15,10 +15,10 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.candidate_outputs import OnProofStep, kept
 from lora_export.verification.inputs.coverage import RowCoverage, coverage_of_pairs
+from lora_export.verification.module_copies import is_large
 from lora_export.verification.references import FurtherPeer, quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.deployed_module import merged_module, moved_module, on_device
-from lora_export.verification.references.module_copies import is_large
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
 MERGED_MODULE = (

@@ -16,9 +16,9 @@ from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
+from lora_export.verification.module_copies import converted_copy, fp64_bytes, is_large, to_double
 from lora_export.verification.references import Diagnosed
 from lora_export.verification.references.attached_module import AttachedModule
-from lora_export.verification.references.module_copies import converted_copy, fp64_bytes, is_large, to_double
 
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)

@@ -15,20 +15,13 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.values import stored_dtype
 from lora_export.options.spelling import named
-from lora_export.runtime.kv_cache import CacheRunner
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Runner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
+from lora_export.verification.inputs.model_inputs import HALVES, graph_of
 
-HALVES = frozenset({"float16", "bfloat16"})
 HALF_TYPES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
-
-
-def _graph_of(candidate: Runner) -> OnnxRunner | None:
-    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    return runner if isinstance(runner, OnnxRunner) else None
 
 
 def is_half_inside(candidate: Runner) -> bool:
@@ -36,7 +29,7 @@ def is_half_inside(candidate: Runner) -> bool:
 
     False for everything but a graph. Reads no tensor data.
     """
-    graph = _graph_of(candidate)
+    graph = graph_of(candidate)
     if graph is None or any(output.type in HALF_TYPES for output in graph.session.get_outputs()):
         return False
     model = open_graph(graph.path).model
@@ -48,16 +41,6 @@ def is_half_inside(candidate: Runner) -> bool:
         is_half = site.dtype in HALVES or (site.quantised is None and stored_dtype(site.value) in HALVES)
         entries[is_half] += math.prod(site.shape)
     return entries[True] > entries[False]
-
-
-def as_declared(candidate: Runner, inputs: Arrays) -> Arrays:
-    """The inputs; those in half precision in fp32 where the graph declares that. No number changes."""
-    graph = _graph_of(candidate)
-    if graph is None:
-        return inputs
-    wide = {value.name for value in graph.session.get_inputs() if value.type == "tensor(float)"}
-    is_narrow = {name for name, array in inputs.items() if name in wide and array.dtype.name in HALVES}
-    return {name: array.astype(np.float32) if name in is_narrow else array for name, array in inputs.items()}
 
 
 def returns_halves(outputs: OutputsByCase, deployed: OutputsByCase, *, names_known: bool) -> bool:

@@ -11,8 +11,8 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import LoraPair
 from lora_export.models import stored_parameter
 from lora_export.models.factory import from_module
+from lora_export.verification.module_copies import widened
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
-from lora_export.verification.references.module_copies import widened
 from support import graphs
 from support.small_layers import PAIR, a_linear, an_adapter
 

@@ -24,8 +24,9 @@ from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.inputs.model_inputs import as_declared
 from lora_export.verification.proof import prove
-from lora_export.verification.references.half_precision import as_declared, is_half_inside, note_on_half
+from lora_export.verification.references.half_precision import is_half_inside, note_on_half
 from support.graphs import quantised
 from support.small_models import small_model
 
