@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class ReportFile(Protocol):
     """What the module of a report provides."""
 
+    __name__: str
     SUFFIX: str  # of the files: ".json"
     PURPOSE: str  # what such a report is for, for messages: "every figure"
 
