@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lora_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lora_export.adapters.combination import Combination
     from lora_export.api.combine import combine
     from lora_export.api.convert import convert
     from lora_export.api.extract import extract
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
     from lora_export.api.unmerge import unmerge
     from lora_export.api.verify import verify
     from lora_export.formats import load as load_adapter
-    from lora_export.formats.read_options import ReadOptions
     from lora_export.layers import attach, count_parameters, create_adapter, detach
     from lora_export.layers import fold as fold_module
     from lora_export.layers import specs as module_specs
     from lora_export.lora import Adapter, LoraPair
     from lora_export.models.load import load_model
+    from lora_export.options.combining import Combination
+    from lora_export.options.reading import ReadOptions
     from lora_export.plan import Plan, TensorSpec
     from lora_export.plan import make as make_plan
     from lora_export.runtime.onnx_runner import OnnxRunner
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 # public name -> where it lives
 _HOMES = {
     "Adapter": "lora:Adapter",
-    "Combination": "adapters.combination:Combination",
+    "Combination": "options.combining:Combination",
     "GraphReferences": "verification.against_graph:GraphReferences",
     "LoraPair": "lora:LoraPair",
     "ModuleRunner": "runtime.torch_runners:ModuleRunner",
     "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
     "PyTorchReferences": "verification.against_pytorch:PyTorchReferences",
-    "ReadOptions": "formats.read_options:ReadOptions",
+    "ReadOptions": "options.reading:ReadOptions",
     "ScriptRunner": "runtime.torchscript.runner:ScriptRunner",
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.storage import json_files
 from lora_export.storage.hub_cache import hub_source
+from lora_export.version import __version__
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_export.adapters.combination import Combination
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.application import Application
-from lora_export.api.callbacks import ignore
-from lora_export.api.load import AdapterSources, ModelSource, load_adapters, resolve_model
+from lora_export.api.load import load_adapters, resolve_model
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.model import Model
+from lora_export.options.combining import AdapterSources, Applied, Combination, TiedEmbeddings
+from lora_export.options.common import ModelSource
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.open_artifact import open_candidate
 from lora_export.runtime.runner import Runner
@@ -42,7 +42,7 @@ def assert_parity(
     prefixes: Mapping[str, str] | None = None,
     reading: ReadOptions = DEFAULTS,
     combination: str | Combination = "cat",
-    tied: str = "error",
+    tied: TiedEmbeddings = "error",
     provider: str = "cpu",
     inputs: File | None = None,
     seed: int = 0,
@@ -68,7 +68,7 @@ def assert_parity(
     __tracebackhide__ = True
     loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
     base = resolve_model(model, loaded)
-    adapted = adapted_model(base, loaded, strengths or (), Application.of(combination, tied), ignore)
+    adapted = adapted_model(base, loaded, strengths or (), Applied(combination=combination, tied=tied), ignore)
     base = adapted.model
     references = PyTorchReferences(
         base,

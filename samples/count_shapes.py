@@ -26,9 +26,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import lora_export as le
+from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.loop import fit
-from lora_export.training.settings import TrainingSettings
 
 SIDE, PATCH = 32, 8  # pixels
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}

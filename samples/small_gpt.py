@@ -24,10 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import docstrings
 import lora_export as le
+from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.history import TrainingHistory
 from lora_export.training.loop import fit
-from lora_export.training.settings import TrainingSettings
 
 PACKAGES = [name for name in docstrings.PACKAGES if name != "encodings"]  # which is tables, not code
 TOKENS, CONTEXT = 1024, 64  # in the vocabulary, and in a row

@@ -23,10 +23,10 @@ import lora_export as le
 from lora_export.lora import Adapter
 from lora_export.models import huggingface
 from lora_export.models.load import load_model
+from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.records.opening import open_records
 from lora_export.training.row_forms import RowForm, survey
-from lora_export.training.settings import TrainingSettings
 from lora_export.training.splitting import split_rows
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask

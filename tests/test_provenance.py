@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export import __version__, plan, provenance
+from lora_export import plan, provenance
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, Plan, TensorSpec
+from lora_export.version import __version__
 
 BASE = Path("base.safetensors")
 

@@ -12,8 +12,8 @@ import torch
 import lora_export as le
 from lora_export import cli
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.read_options import ReadOptions
 from lora_export.models.load import load_model
+from lora_export.options.reading import ReadOptions
 from lora_export.testing import ParityFailed, assert_parity
 from lora_export.verification.parity import Outcome
 from support import FACTORIES

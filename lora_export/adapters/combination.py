@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,157 +27,91 @@ from lora_export.adapters.task_arithmetic import (
     random_entries,
     weighted_sum,
 )
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
+from lora_export.options.combining import EXACT, FACTORWISE, Combination
 from lora_export.plan import Term
-
-EXACT = "cat"
-FACTORWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-OF_WHOLE_CHANGES = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-METHODS = (EXACT, *FACTORWISE, *OF_WHOLE_CHANGES)
 
 Factors = tuple[NDArray[np.float32], NDArray[np.float32]]  # A and B
 
 
-@dataclass(frozen=True)
-class Combination:
-    """How the pairs of several adapters on one weight become one pair. The names are those of PEFT.
+@np.errstate(over="ignore", invalid="ignore")  # a pair refuses what is not finite
+def combined_pair(
+    combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int], largest_rank: int
+) -> LoraPair:
+    """The pair, of scale 1, that takes the place of these terms.
 
-    `density` (above 0, up to 1) is the share of entries that `ties`, `dare_*` and `magnitude_prune` keep.
-    `majority_sign` of `ties` and `dare_ties`: "total" or "frequency" (default "total"). `svd_rank` is the rank after
-    an SVD (default: the largest rank of the adapters). `seed` determines the random entries of `dare_*` (default 0).
-
-    Raises WrongUsage for values that do not go together.
+    `numbers` are the positions of the adapters, `largest_rank` is that of all their pairs. Raises InputRefused,
+    without the name of the weight, for terms that this method cannot combine.
     """
+    kinds = {(term.pair.embedding, term.pair.shape) for term in terms}
+    if len(kinds) > 1:
+        raise InputRefused("the adapters were trained on layers of different kinds or shapes")
+    if combination.is_exact:
+        a, b = _exact_sum(terms)
+    elif combination.method in FACTORWISE:
+        a, b = _of_factors(combination, terms, numbers)
+    else:
+        a, b = _of_changes(combination, terms, numbers, combination.svd_rank or largest_rank)
+    return LoraPair(a=a, b=b, scale=1.0, embedding=terms[0].pair.embedding)
 
-    method: str = EXACT
-    density: float | None = None
-    majority_sign: str | None = None
-    svd_rank: int | None = None
-    seed: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise WrongUsage(f"--combine must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if self.prunes and self.density is None:
-            raise WrongUsage(f"--combine {self.method} needs --density, the share of entries that it keeps")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise WrongUsage(f"--density is {self.density:g}; it must be above 0 and at most 1")
-        if self.majority_sign not in (None, "total", "frequency"):
-            raise WrongUsage(f"--majority-sign is {self.majority_sign!r}; it must be total or frequency")
-        if self.svd_rank is not None and self.svd_rank < 1:
-            raise WrongUsage(f"--svd-rank is {self.svd_rank}; it must be at least 1")
-        unused = {
-            "--density": self.density is not None and not self.prunes,
-            "--majority-sign": self.majority_sign is not None and "ties" not in self.method,
-            "--svd-rank": self.svd_rank is not None and not self.method.endswith("svd"),
-            "--seed": self.seed is not None and not self.is_random,
-        }
-        if names := [name for name, is_unused in unused.items() if is_unused]:
-            raise WrongUsage(f"{' and '.join(names)}: --combine {self.method} does not use it")
+def _of_factors(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
+    if others := [term for term in terms if type(term.pair) is not LoraPair]:
+        named = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
+        raise InputRefused(
+            f"{named}: {combination.method} combines A with A and B with B, and a change of this kind has none. "
+            f"Use svd or {EXACT}, or another method with _svd"
+        )
+    if len({term.pair.rank for term in terms}) > 1:
+        ranks = ", ".join(f"{term.pair.rank} ({term.adapter})" for term in terms)
+        raise InputRefused(
+            f"the pairs have different ranks: {ranks}. {combination.method} combines A with A, entry by entry. Use "
+            f"svd or {EXACT}, or another method with _svd"
+        )
+    roots = [math.sqrt(abs(term.scale)) for term in terms]
+    signed = np.array([math.copysign(root, term.scale) for root, term in zip(roots, terms, strict=True)])
+    keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
+    a = _combined(combination, [term.pair.a for term in terms], signed, [f"{key}/A" for key in keys])
+    b = _combined(combination, [term.pair.b for term in terms], np.array(roots), [f"{key}/B" for key in keys])
+    return a, b
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the combination is the sum of the changes."""
-        return self.method == EXACT
 
-    @property
-    def prunes(self) -> bool:
-        """Whether entries are removed."""
-        return any(name in self.method for name in ("ties", "dare", "magnitude"))
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the entries that are removed are random ones."""
-        return "dare" in self.method
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a record of provenance contains of it; empty for the exact sum."""
-        if self.is_exact:
-            return {}
-        chosen = {name: value for name, value in asdict(self).items() if value is not None}
-        defaults: dict[str, Any] = {"majority_sign": "total"} if "ties" in self.method else {}
-        defaults |= {"seed": 0} if self.is_random else {}
-        return {"combine": defaults | chosen}
-
-    def __str__(self) -> str:
-        settings = self.settings.get("combine", {})
-        values = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "method")
-        return f"{self.method} ({values})" if values else self.method
-
-    # --- one weight ---
-
-    @np.errstate(over="ignore", invalid="ignore")  # a pair refuses what is not finite
-    def pair(self, terms: Sequence[Term], numbers: Mapping[str, int], largest_rank: int) -> LoraPair:
-        """The pair, of scale 1, that takes the place of these terms.
-
-        `numbers` are the positions of the adapters, `largest_rank` is that of all their pairs. Raises InputRefused,
-        without the name of the weight, for terms that this method cannot combine.
-        """
-        kinds = {(term.pair.embedding, term.pair.shape) for term in terms}
-        if len(kinds) > 1:
-            raise InputRefused("the adapters were trained on layers of different kinds or shapes")
-        if self.is_exact:
-            a, b = _exact_sum(terms)
-        elif self.method in FACTORWISE:
-            a, b = self._of_factors(terms, numbers)
+def _of_changes(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int], rank: int) -> Factors:
+    shape = terms[0].pair.shape
+    if combination.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
+        if _are_low_rank(terms):
+            a, b = _concatenated(terms)
+            found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
         else:
-            a, b = self._of_changes(terms, numbers, self.svd_rank or largest_rank)
-        return LoraPair(a=a, b=b, scale=1.0, embedding=terms[0].pair.embedding)
+            found = low_rank.of_matrix(_whole_sum(terms))
+    else:
+        strengths = np.array([term.strength for term in terms])
+        keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
+        change = _combined(combination, [low_rank.whole_change(term.pair) for term in terms], strengths, keys)
+        if not np.isfinite(change).all():
+            raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
+        found = low_rank.of_matrix(change)
+    a, b = found.factors(min(rank, len(found.s)))
+    kernel = [1] * (len(shape) - 2)
+    return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)
 
-    def _of_factors(self, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
-        if others := [term for term in terms if type(term.pair) is not LoraPair]:
-            named = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
-            raise InputRefused(
-                f"{named}: {self.method} combines A with A and B with B, and a change of this kind has none. "
-                f"Use svd or {EXACT}, or another method with _svd"
-            )
-        if len({term.pair.rank for term in terms}) > 1:
-            ranks = ", ".join(f"{term.pair.rank} ({term.adapter})" for term in terms)
-            raise InputRefused(
-                f"the pairs have different ranks: {ranks}. {self.method} combines A with A, entry by entry. Use svd or "
-                f"{EXACT}, or another method with _svd"
-            )
-        roots = [math.sqrt(abs(term.scale)) for term in terms]
-        signed = np.array([math.copysign(root, term.scale) for root, term in zip(roots, terms, strict=True)])
-        keys = [f"{self.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
-        a = self._combined([term.pair.a for term in terms], signed, [f"{key}/A" for key in keys])
-        b = self._combined([term.pair.b for term in terms], np.array(roots), [f"{key}/B" for key in keys])
-        return a, b
 
-    def _of_changes(self, terms: Sequence[Term], numbers: Mapping[str, int], rank: int) -> Factors:
-        shape = terms[0].pair.shape
-        if self.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
-            if _are_low_rank(terms):
-                a, b = _concatenated(terms)
-                found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
-            else:
-                found = low_rank.of_matrix(_whole_sum(terms))
-        else:
-            strengths = np.array([term.strength for term in terms])
-            keys = [f"{self.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
-            change = self._combined([low_rank.whole_change(term.pair) for term in terms], strengths, keys)
-            if not np.isfinite(change).all():
-                raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
-            found = low_rank.of_matrix(change)
-        a, b = found.factors(min(rank, len(found.s)))
-        kernel = [1] * (len(shape) - 2)
-        return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)
+def _combined(
+    combination: Combination, arrays: TaskTensors, weights: NDArray[np.float64], keys: Sequence[str]
+) -> NDArray[np.float32]:
+    """Several arrays as one: entries removed, then summed or averaged over the elected sign.
 
-    def _combined(self, arrays: TaskTensors, weights: NDArray[np.float64], keys: Sequence[str]) -> NDArray[np.float32]:
-        """Several arrays as one: entries removed, then summed or averaged over the elected sign.
-
-        A key determines which random entries of its array are removed.
-        """
-        if self.is_random:
-            arrays = [random_entries(array, self.density or 1, key) for array, key in zip(arrays, keys, strict=True)]
-        elif self.prunes:
-            arrays = [largest_entries(array, self.density or 1) for array in arrays]
-        factors = weights.astype(np.float32)
-        if "ties" in self.method:
-            return elected_mean(arrays, factors, self.majority_sign or "total")
-        return weighted_sum(arrays, factors)
+    A key determines which random entries of its array are removed.
+    """
+    if combination.is_random:
+        arrays = [random_entries(array, combination.density or 1, key) for array, key in zip(arrays, keys, strict=True)]
+    elif combination.prunes:
+        arrays = [largest_entries(array, combination.density or 1) for array in arrays]
+    factors = weights.astype(np.float32)
+    if "ties" in combination.method:
+        return elected_mean(arrays, factors, combination.majority_sign or "total")
+    return weighted_sum(arrays, factors)
 
 
 def _exact_sum(terms: Sequence[Term]) -> Factors:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_export.adapters.combination import Combination
+from lora_export.adapters.combination import combined_pair
 from lora_export.adapters.plain_pairs import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
+from lora_export.options.combining import Combination
 from lora_export.plan import Plan, Step, Term
 from lora_export.plan.build import checked_strengths
 
@@ -102,7 +103,7 @@ def _combined(
         # Random entries depend on the names in the files, not on those of the base.
         in_files = [dataclasses.replace(one, module=by_name[one.adapter].spelled(one.module)) for one in own]
         try:
-            combined[name] = Term(own[0].adapter, own[0].module, combination.pair(in_files, numbers, largest))
+            combined[name] = Term(own[0].adapter, own[0].module, combined_pair(combination, in_files, numbers, largest))
         except InputRefused as error:
             problems.append(f"{name}: {error}")
     if problems:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from lora_export import layers, plan
 from lora_export.adapters.combine import combined_unless_exact
-from lora_export.api.application import Application
-from lora_export.api.callbacks import OnMessage
+from lora_export.callbacks import OnMessage
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
-from lora_export.plan import Tied
+from lora_export.options.combining import Applied
 from lora_export.verification.module_copies import shared_copy
 
 
@@ -32,7 +31,7 @@ def adapted_model(
     model: Model,
     adapters: Sequence[Adapter],
     strengths: Sequence[float],
-    application: Application,
+    applied: Applied,
     on_message: OnMessage,
 ) -> AdaptedModel:
     """The model and the adapters under its names, combined into one unless the combination is the exact sum.
@@ -41,10 +40,10 @@ def adapted_model(
     that cannot be handled so; MatchError where an adapter to be untied does not fit.
     """
     adapters = layers.respelled_for(model.module, adapters)
-    if application.tied is Tied.BOTH:
+    if applied.tied == "both":
         adapters = layers.with_shared_ties(model.module, adapters)
-    adapters, strengths = combined_unless_exact(adapters, strengths, application.combination)
-    if application.tied is Tied.UNTIE and adapters:
+    adapters, strengths = combined_unless_exact(adapters, strengths, applied.combined)
+    if applied.tied == "untie" and adapters:
         steps = plan.make(adapters, layers.specs(model.module), strengths=strengths)
         if layers.has_changed_ties(model.module, steps):
             module = shared_copy(model.module)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export import provenance
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_adapters
-from lora_export.api.callbacks import OnMessage, ignore
-from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.formats.peft_ranks import write_any_ranks
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.adapters import CombineOptions
+from lora_export.options.declaring import takes
+from lora_export.options.spelling import named
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
 
@@ -30,45 +30,32 @@ class CombineResult:
     notes: tuple[str, ...]
 
 
-def combine(
-    adapters: AdapterSources,
-    output: str | Path,
-    *,
-    combination: str | Combination = "cat",
-    weights: Sequence[float] = (),
-    prefixes: Mapping[str, str] | None = None,
-    reading: ReadOptions = DEFAULTS,
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-) -> CombineResult:
+@takes(CombineOptions)
+def combine(options: CombineOptions) -> CombineResult:
     """Combine adapters into one PEFT adapter, a folder.
 
-    `combination` is the name of a method, or a `Combination`: "cat", the exact sum, whose rank is the sum of all ranks;
-    or a method of PEFT's `add_weighted_adapter`. `weights` has one factor for each adapter (default 1.0).
-    `prefixes` (FROM -> TO) replaces the beginnings of names, so that the same layers have the same names. `reading`
-    is that of `merge`. Needs no base and no PyTorch. All adapters are in memory at once.
-
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
+    Needs no base and no PyTorch. All adapters are in memory at once.
 
     Raises InputRefused for adapters with more than pairs of plain LoRA, for pairs that the method cannot combine, and
     as loading does; WrongUsage for options that do not go together; OutputFailed where the output cannot be written.
     Nothing is left behind then.
     """
-    output = Path(output)
-    combination = Combination(combination) if isinstance(combination, str) else combination
-    adapters = locate_adapters(adapters, on_message, download)
-    loaded = load_adapters(adapters, prefixes, reading=reading)
+    output, weights, combination = Path(options.output), options.weights, options.combined
+    adapters = locate_adapters(options.adapters, options.on_message, options.download)
+    loaded = load_adapters(adapters, options.prefixes, reading=options.reading)
     combined = combine_adapters(loaded, weights, combination, output.name)
     shared = [module for module in combined.pairs if sum(module in adapter.pairs for adapter in loaded) > 1]
     notes = (*(note for adapter in loaded for note in adapter.notes), *_notes(loaded, shared))
     for note in notes:
-        on_message(f"note: {note}")
+        options.on_message(f"note: {note}")
     origin = provenance.record(loaded, weights or (1.0,) * len(loaded), {}, (), combination.settings)
     size = 4 * combined.parameters
     with atomic_output.stage_folder(
-        output, inputs=adapter_paths(adapters), overwrite=overwrite, required_bytes=size, on_message=on_message
+        output,
+        inputs=adapter_paths(adapters),
+        overwrite=options.overwrite,
+        required_bytes=size,
+        on_message=options.on_message,
     ) as stage:
         write_any_ranks(combined, stage, metadata={provenance.KEY: json.dumps(origin)})
         write_manifest(
@@ -82,4 +69,7 @@ def _notes(adapters: Sequence[Adapter], shared: Sequence[str]) -> list[str]:
     if len(adapters) < 2 or shared:
         return []
     names = ", ".join(f"{next(iter(adapter.pairs))} ({adapter.name})" for adapter in adapters)
-    return [f"no module is in several of the adapters: {names}. --prefix renames, where the same layers are meant"]
+    return [
+        f"no module is in several of the adapters: {names}. {named('prefixes')} renames, where the "
+        "same layers are meant"
+    ]

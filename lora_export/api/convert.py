@@ -9,21 +9,24 @@ from pathlib import Path
 import numpy as np
 
 from lora_export import plan, provenance
-from lora_export.api.adapter_names import NAMES_OF, named_for
-from lora_export.api.callbacks import OnMessage, ignore
-from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.adapter_names import named_for
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
-from lora_export.errors import InputRefused, MatchError, WrongUsage
+from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.writers import OF_PIPELINES, WriteOptions, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
+from lora_export.options.adapters import ConvertOptions
+from lora_export.options.combining import AdapterSource
+from lora_export.options.declaring import takes
+from lora_export.options.reading import ReadOptions
+from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion.families import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
@@ -41,26 +44,13 @@ class ConvertResult:
     notes: tuple[str, ...]
 
 
-def convert(
-    adapter: AdapterSource,
-    output: str | Path,
-    *,
-    to: str = "onnx_adapter",
-    graph: str | Path | None = None,
-    names: str | None = None,
-    base: str | Path | None = None,
-    weight: float = 1.0,
-    reading: ReadOptions = DEFAULTS,
-    ignore_head: bool = False,
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-) -> ConvertResult:
+@takes(ConvertOptions)
+def convert(options: ConvertOptions) -> ConvertResult:
     """Convert an adapter to another format. Needs no PyTorch.
 
     `to` is "peft" or "mlx" (a folder), "kohya", "comfyui" or "diffusers" (a .safetensors file), "gguf" (a file for
     llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without another
-    export. `graph` is then that .onnx, made with `--lora inputs`. Values keep the smallest type that holds them
+    export. `graph` is then that .onnx, made with `lora="inputs"`. Values keep the smallest type that holds them
     exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
@@ -69,25 +59,18 @@ def convert(
     `base` is a pipeline or one of its models: kohya's and diffusers' adapters get its names, ComfyUI's those of the
     original model. Flattened names need it.
 
-    `weight` multiplies the adapter's scale. `reading` is that of `merge`.
-    `ignore_head` leaves out a task head that the adapter saves whole, where it is equal to the graph's own.
-
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
-
     Raises InputRefused for what the format cannot express, where a tensor of the adapter has no input of its shape and
     type in the graph, or where the graph has changed since it was made; WrongUsage for options that do not go together;
     EnvironmentLacking without the package gguf; OutputFailed where the output cannot be written. Nothing is left
     behind then.
     """
-    output = Path(output)
-    _check_usage(to, graph, names, base, ignore_head=ignore_head)
-    (adapter,) = locate_adapters(adapter, on_message, download)
-    base = None if base is None else locate(base, on_message, download)
-    reading = _with_config_beside(reading.for_base(base), adapter)
+    to, names, weight, output = options.to, options.names, options.weight, Path(options.output)
+    (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
+    base = None if options.base is None else locate(options.base, options.on_message, options.download)
+    reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=to in OF_PIPELINES)
-    if graph is not None:
-        return _for_graph(adapter, loaded, output, Path(graph), weight, ignore_head, overwrite, on_message)
+    if options.graph is not None:
+        return _for_graph(options, adapter, loaded, Path(options.graph))
     loaded = _scaled(loaded, weight)
     if base is not None and to in OF_PIPELINES:
         loaded = named_for_pipeline(loaded, base, to)
@@ -100,11 +83,16 @@ def convert(
     family = Family.UNKNOWN
     if to in OF_PIPELINES:
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
-    options = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
+    how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
-    size = 4 * loaded.parameters
-    with stage(target, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message) as folder:
-        notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, options))
+    with stage(
+        target,
+        inputs=inputs,
+        overwrite=options.overwrite,
+        required_bytes=4 * loaded.parameters,
+        on_message=options.on_message,
+    ) as folder:
+        notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
         if not writer.SUFFIX:
             if to == "peft":
                 _copy_model_config(adapter, folder)
@@ -112,7 +100,7 @@ def convert(
             facts = {"made_by": origin["made_by"], "sources": origin["adapters"], "settings": origin["settings"]}
             write_manifest(folder, facts)
     for note in notes:
-        on_message(f"note: {note}")
+        options.on_message(f"note: {note}")
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes)
 
 
@@ -121,21 +109,6 @@ def _copy_model_config(adapter: AdapterSource, folder: Path) -> None:
     for path in adapter_paths(adapter):
         if path.is_dir() and (path / "config.json").is_file():
             shutil.copyfile(path / "config.json", folder / "config.json")
-
-
-def _check_usage(
-    to: str, graph: str | Path | None, names: str | None, base: str | Path | None, *, ignore_head: bool
-) -> None:
-    if (to == "onnx_adapter") is not (graph is not None):
-        raise WrongUsage("--to onnx_adapter needs --for MODEL.onnx, and no other format has it")
-    if ignore_head and graph is None:
-        raise WrongUsage("--ignore-head is for --to onnx_adapter")
-    if names is None:
-        return
-    if names not in NAMES_OF:
-        raise WrongUsage(f"--names is {names!r}; it must be one of {', '.join(NAMES_OF)}")
-    if to != "peft" or base is None:
-        raise WrongUsage("--names is for --to peft, and needs --base CHECKPOINT, which has the names")
 
 
 def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOptions:
@@ -153,7 +126,7 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
         return adapter
     if adapter.replaced or adapter.token_rows:
         whole = ", ".join([*adapter.replaced, *adapter.token_rows])
-        raise InputRefused(f"--weight is a factor on pairs, and {adapter.name} saves tensors whole: {whole}")
+        raise InputRefused(f"{named('weight')} is a factor on pairs, and {adapter.name} saves tensors whole: {whole}")
     return replace(
         adapter,
         pairs={name: pair.times(weight) for name, pair in adapter.pairs.items()},
@@ -162,41 +135,35 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
     )
 
 
-def _for_graph(
-    adapter: AdapterSource,
-    loaded: Adapter,
-    output: Path,
-    graph: Path,
-    weight: float,
-    ignore_head: bool,
-    overwrite: bool,
-    on_message: OnMessage,
-) -> ConvertResult:
-    onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
+def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, graph: Path) -> ConvertResult:
+    output = Path(options.output)
+    onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if options.ignore_head else loaded])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)
-    if ignore_head:
+    if options.ignore_head:
         sites = find_sites(model)
         (loaded,) = without_shared_head([loaded], sites.specs, stored_in_graph(sites))
     contract = checked_contract(model, graph)
     try:
-        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[weight])
+        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight])
     except MatchError as error:
         raise error.with_remedy(
-            f"{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
-            "--target NAMES` makes a graph that takes them at others"
+            f"{graph} takes adapters at {len(contract.slots)} layers. "
+            f"`{command('onnx', lora='inputs', target='NAMES')}` makes a graph that takes them at others"
         ) from error
     if any(step.replace is not None for step in steps.low_rank):
         steps = without_unchanged_tables(steps, find_sites(model))
     onnx_adapter.refuse_new_tables(steps)
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
-        on_message(f"note: {note}")
+        options.on_message(f"note: {note}")
     onnx_adapter.refuse_dora_without_factor(contract, steps)
     factors = contract_dora_factors(model, contract, steps, loaded.name)
     parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
     inputs = [graph, *adapter_paths(adapter)]
-    with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as folder:
+    with atomic_output.stage_file(
+        output, inputs=inputs, overwrite=options.overwrite, on_message=options.on_message
+    ) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
     return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, total_share
-from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
+from lora_export.callbacks import in_bytes
 from lora_export.formats.peft_ranks import write_any_ranks
+from lora_export.options.adapters import ExtractOptions
+from lora_export.options.declaring import takes
+from lora_export.options.spelling import named
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name, locate
 from lora_export.storage.manifest import write_manifest
@@ -39,20 +41,8 @@ class ExtractResult:
     excluded: tuple[str, ...]  # tensors that differ and were left out on request
 
 
-def extract(
-    base: str | Path,
-    tuned: str | Path,
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    layout: Mapping[str, str] | None = None,
-    exclude: Sequence[str] = (),
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-    on_progress: OnProgress = ignore,
-) -> ExtractResult:
+@takes(ExtractOptions)
+def extract(options: ExtractOptions) -> ExtractResult:
     """Write the PEFT adapter whose merge turns `base` into `tuned`, as far as its rank allows.
 
     Both are Hugging Face folders or .safetensors files with the same tensors; `tuned` may have a head more. Each matrix
@@ -64,32 +54,29 @@ def extract(
 
     Needs no PyTorch. Peak memory is the adapter and one block of a difference, whatever the size of the model.
 
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
-
     Raises InputRefused with all names for tensors that no adapter can hold, that only the base has, or that have
     other shapes, and where nothing differs; WrongUsage for values out of range; OutputFailed where the output cannot be
     written. Nothing is left behind then.
     """
-    base, tuned, output, truncation = (
-        locate(base, on_message, download),
-        locate(tuned, on_message, download),
-        Path(output),
-        Truncation(rank, energy),
-    )
+    base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
+    output, truncation = Path(options.output), Truncation(options.rank, options.energy)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
-    with atomic_output.stage_folder(output, inputs=[base, tuned], overwrite=overwrite, on_message=on_message) as stage:
+    with atomic_output.stage_folder(
+        output, inputs=[base, tuned], overwrite=options.overwrite, on_message=options.on_message
+    ) as stage:
         found = extract_adapter(
             one,
             other,
             truncation,
             name=output.name,
-            layout=layout,
-            exclude=exclude,
-            progress=in_bytes(on_progress, "comparing", sum(spec.nbytes for spec in one.specs)),
+            layout=options.layout,
+            exclude=options.exclude,
+            progress=in_bytes(options.on_progress, "comparing", sum(spec.nbytes for spec in one.specs)),
         )
         atomic_output.refuse_lack_of_space(stage, 4 * found.adapter.parameters)
-        settings = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
+        settings = {
+            name: value for name, value in (("rank", options.rank), ("energy", options.energy)) if value is not None
+        }
         record = provenance.record([], [], {}, (), {"extract": settings, "excluded": list(found.excluded)})
         config: dict[str, Any] = {"base_model_name_or_path": hub_name(base) or str(base)}
         if task := _task(other):
@@ -100,7 +87,9 @@ def extract(
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})
     if found.excluded:
         names = ", ".join(found.excluded[:3]) + (f" and {len(found.excluded) - 3} more" if found.excluded[3:] else "")
-        on_message(f"note: {len(found.excluded)} tensors that differ are left out (--exclude): {names}")
+        options.on_message(
+            f"note: {len(found.excluded)} tensors that differ are left out ({named('exclude')}): {names}"
+        )
     return ExtractResult(output, found.layers, total_share(found.layers), found.whole, found.excluded)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.generation_files import GENAI_CONFIG
 from lora_export.api.generation_prompts import (
-    Prompt,
-    Starts,
     encoder_inputs,
     first_tokens,
     refuse_other_kinds,
@@ -24,14 +21,15 @@ from lora_export.api.publish import require_provider
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.tokenizer import open_tokenizer
+from lora_export.options.declaring import takes
+from lora_export.options.generate import GenerateOptions, OnText, Prompt
+from lora_export.options.spelling import command, named
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
 from lora_export.runtime.generation.sampling import Sampling
 from lora_export.storage import input_files, json_files
-
-OnText = Callable[[int, str], None]  # receives the number of a prompt, and the text of its next tokens
 
 
 @dataclass(frozen=True)
@@ -43,27 +41,8 @@ class Generation:
     text: str | None  # None where there is no tokenizer: the prompts were token ids
 
 
-def _no_text(_: int, __: str) -> None:
-    """Ignore a text."""
-
-
-def generate(
-    source: str | Path,
-    prompts: Sequence[Prompt],
-    *,
-    adapters: str | Sequence[str | None] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = False,
-    language: str | None = None,
-    translate: bool = False,
-    starts: Starts = (),
-    provider: str = "cpu",
-    on_text: OnText = _no_text,
-    on_message: OnMessage = ignore,
-) -> list[Generation]:
+@takes(GenerateOptions)
+def generate(options: GenerateOptions) -> list[Generation]:
     """Generate a text for each prompt with the graphs of `export_onnx(..., with_cache=True)`, or others like them.
 
     `source` is the folder of the graphs, or a decoder's .onnx, with the tokenizer and the configs beside it. Prompts
@@ -73,7 +52,7 @@ def generate(
     template. All prompts run as one batch.
 
     `adapters` is the name of one adapter for all prompts, or one name, or None for the base, for each prompt: then the
-    graph has to be made with `--lora rows`. With `--lora inputs`, NAME.onnx_adapter is beside the graph.
+    graph has to be made with `lora="rows"`. With `lora="inputs"`, NAME.onnx_adapter is beside the graph.
 
     A text ends with a token of the model's `eos_token_id`, or after `max_new_tokens`. A `temperature` of 0 takes the
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
@@ -87,41 +66,40 @@ def generate(
     Raises InputRefused for a folder without such graphs or tokenizer and for unknown adapters, WrongUsage for values
     out of range, EnvironmentLacking where the provider does not run, RuntimeRefused where onnxruntime refuses a run.
     """
+    prompts, starts, chat, on_message = options.prompts, options.starts, options.chat, options.on_message
     if not prompts:
         raise WrongUsage("there is no prompt")
-    if max_new_tokens < 1:
-        raise WrongUsage(f"the number of new tokens is {max_new_tokens}; it has to be 1 or more")
-    sampling = Sampling(temperature, top_p, seed)
-    graph = _graph_in(Path(source))
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    graph = _graph_in(Path(options.source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
     if settings.not_done:
         on_message(f"note: not done: {', '.join(settings.not_done)}, which the generation config asks for")
-    require_provider(provider)
-    model = EncoderDecoder(graph, provider) if graph.is_dir() else Decoder(graph, provider)
+    require_provider(options.provider)
+    model = EncoderDecoder(graph, options.provider) if graph.is_dir() else Decoder(graph, options.provider)
     if isinstance(model, EncoderDecoder):
         refuse_other_kinds(prompts, model)
     if starts:
         _refuse_starts(model, chat=chat)
     texts_in = any(isinstance(given, str) for given in (*prompts, starts, *starts))
     tokenizer = _tokenizer(settings.folder, needed=texts_in)
-    limits = TextLimits(settings.end_tokens, max_new_tokens, settings.padding, settings.rules)
-    streams = [_TextStream(number, tokenizer, on_text) for number in range(len(prompts))]
+    limits = TextLimits(settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules)
+    streams = [_TextStream(number, tokenizer, options.on_text) for number in range(len(prompts))]
 
     def on_token(number: int, token: int) -> None:
         streams[number].add(token)
 
     if isinstance(model, EncoderDecoder):
-        _refuse_options_of_speech(settings, language, translate=translate)
+        _refuse_options_of_speech(settings, options.language, translate=options.translate)
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
         first = first_tokens(starts, len(prompts), tokenizer, settings) if starts else None
-        run = model.start(inputs, *_chosen_adapters(model, graph, adapters, len(prompts)))
-        first = first or _start_tokens(run, settings, len(prompts), language, translate=translate)
+        run = model.start(inputs, *_chosen_adapters(model, graph, options.adapters, len(prompts)))
+        first = first or _start_tokens(run, settings, len(prompts), options.language, translate=options.translate)
         generated = generate_from_encoder(run, first, limits, sampling, on_token)
     else:
-        if language is not None or translate:
+        if options.language is not None or options.translate:
             raise WrongUsage("a language and translating are for speech models")
         tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
-        name, ids = _chosen_adapters(model, graph, adapters, len(prompts))
+        name, ids = _chosen_adapters(model, graph, options.adapters, len(prompts))
         generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
@@ -130,7 +108,9 @@ def generate(
 def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
     """Raise WrongUsage where a text has no first tokens of its own."""
     if not isinstance(model, EncoderDecoder) or PIXELS not in model.takes:
-        raise WrongUsage("the first tokens of a text (--prompt beside --image) are for models that read images")
+        raise WrongUsage(
+            f"the first tokens of a text ({named('prompt')} beside {named('image')}) are for models that read images"
+        )
     if chat:
         raise WrongUsage("a chat template is for prompts, not for the first tokens behind an image")
 
@@ -213,15 +193,15 @@ def _graph_in(source: Path) -> Path:
         return source
     config = source / GENAI_CONFIG
     if config.is_file():
-        named = json_files.read_json(config).get("model")
-        decoder = named.get("decoder") if isinstance(named, dict) else None
+        model = json_files.read_json(config).get("model")
+        decoder = model.get("decoder") if isinstance(model, dict) else None
         name = decoder.get("filename") if isinstance(decoder, dict) else None
         if isinstance(name, str) and "/" not in name and (source / name).is_file():
             return source / name
     graphs = sorted(source.glob("*.onnx"))
     if not graphs:
         raise InputRefused(
-            f"{source} has no .onnx. `lora-export onnx MODEL --with-cache -o FOLDER` makes such a folder"
+            f"{source} has no .onnx. `{command('onnx', 'MODEL', 'FOLDER', with_cache=True)}` makes such a folder"
         )
     if len(graphs) > 1:
         names = ", ".join(path.name for path in graphs)
@@ -248,7 +228,9 @@ def _chosen_adapters(
             raise InputRefused(f"{source} has no adapter {', '.join(unknown)}; it has {', '.join(rows)}")
         return None, [0 if name is None else 1 + rows.index(name) for name in names]
     if len(set(names)) > 1:
-        raise InputRefused(f"{source} runs one adapter at a time: a graph of --lora rows mixes them in a batch")
+        raise InputRefused(
+            f"{source} runs one adapter at a time: a graph of {named('lora', 'rows')} mixes them in a batch"
+        )
     if names[0] is not None:
         model.load(names[0])
     return names[0], None

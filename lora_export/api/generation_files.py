@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.api.callbacks import OnMessage
+from lora_export.callbacks import OnMessage
 from lora_export.storage import atomic_output, input_files, json_files
 
 GENAI_CONFIG = "genai_config.json"

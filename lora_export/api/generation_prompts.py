@@ -15,13 +15,12 @@ from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.pictures import pixels_of
 from lora_export.models.sounds import features_of, open_extractor, read_sound
+from lora_export.options.generate import Prompt, Starts
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
 
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or
 # pixels (channels, height, width)
-Prompt = str | Sequence[int] | Path | NDArray[Any]
-Starts = str | Sequence[str | Sequence[int]]  # a text for all, or texts or token ids: one for all, or one for each
 SOUNDS = ("input_features", "input_values")  # what the encoder of a speech model reads
 
 

@@ -6,10 +6,10 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.api.callbacks import OnMessage
-from lora_export.api.load import ModelSource
-from lora_export.api.onnx_options import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.common import ModelSource
+from lora_export.options.export import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 from lora_export.runtime.encoder_decoder_files import ENCODER_FILE
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG
@@ -34,10 +34,8 @@ def task_of(source: ModelSource) -> str:
 
     A factory is not called. Raises InputRefused for a config that cannot be read.
     """
-    from lora_export.models.model import Model
-
-    if isinstance(source, Model | tuple):
-        return _own_task(source.module if isinstance(source, Model) else source[0])
+    if not isinstance(source, str | Path):
+        return _own_task(source[0] if isinstance(source, tuple) else source.module)
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.api.callbacks import ignore
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.adapters import InspectOptions
+from lora_export.options.declaring import takes
+from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
-from lora_export.runtime.expectations import (
-    NOTHING_EXPECTED,
-    Expectations,
-    recorded_base,
-    refuse_unexpected,
-)
+from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
@@ -39,7 +36,7 @@ class ContainedAdapter:
     name: str
     sha256: str = ""
     weight: float | None = None  # the factor on its scale
-    id: int | None = None  # what `adapter_ids` selects it by, in a graph of `--lora rows`
+    id: int | None = None  # what `adapter_ids` selects it by, in a graph whose rows choose
 
 
 @dataclass(frozen=True)
@@ -99,50 +96,35 @@ def reads_adapter(site: Site) -> bool:
     return interface.is_adapter_tensor(site)
 
 
-def inspect(
-    path: str | Path,
-    *,
-    checkpoint: str | Path | None = None,
-    check: bool = False,
-    expected: Expectations = NOTHING_EXPECTED,
-    reading: ReadOptions = DEFAULTS,
-    download: bool = False,
-) -> Inspection:
+@takes(InspectOptions)
+def inspect(options: InspectOptions) -> Inspection:
     """Read the headers of a path, and the tensors of an adapter.
 
-    `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx or an .onnx_adapter. For an .onnx,
-    `checkpoint` is what it was exported from: its tensors name the graph's weights by content. With `check`, every file
-    of a merged folder is read and compared with the hashes in its manifest. `reading` is that of `merge`.
+    `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx or an .onnx_adapter. Of a graph, the
+    inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
     `expected` is compared with an adapter, or with the adapters and the base that a file records. Raises Different
     where they are others, and Undecided where the file records no such value.
 
-    Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
-
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
-
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
-    found = _inspect(path := locate(path, ignore, download), checkpoint, check, reading, download)
-    if expected:
+    found = _inspect(path := locate(options.path, ignore, options.download), options)
+    if options.expected:
         own = found.adapter
         adapters = found.record.adapters if own is None else adapter_records([own], [1.0])
-        refuse_unexpected(path, expected, adapters, recorded_base(found.record.base))
+        refuse_unexpected(path, options.expected, adapters, recorded_base(found.record.base))
     return found
 
 
-def _inspect(
-    path: Path, checkpoint: str | Path | None, check: bool, reading: ReadOptions, download: bool
-) -> Inspection:
+def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
-    if checkpoint is not None and path.suffix != ".onnx":
-        raise WrongUsage("--base names the weights of an .onnx file")
-    if check and (damaged := damage(path)):
+    if options.checkpoint is not None and path.suffix != ".onnx":
+        raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
+    if options.check and (damaged := damage(path)):
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
     if formats.recognised(path):
-        return Inspection(path, adapter=formats.load(path, options=reading))
+        return Inspection(path, adapter=formats.load(path, options=options.reading))
     if path.suffix == ".onnx_adapter":
         from lora_export.formats import onnx_adapter
 
@@ -152,7 +134,9 @@ def _inspect(
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
-        names = None if checkpoint is None else open_checkpoint(locate(checkpoint, ignore, download))
+        names = None
+        if options.checkpoint is not None:
+            names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(path)
         return Inspection(
             path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)

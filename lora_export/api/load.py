@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from lora_export import formats
-from lora_export.api.callbacks import OnMessage
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.models.model_names import refuse_no_model
+from lora_export.options.combining import AdapterSource, AdapterSources
+from lora_export.options.common import ModelSource
+from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.options.spelling import named
 from lora_export.plan.diffusion.components import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lora_export.models.model import Model
-
-AdapterSource = str | Path | Adapter  # a path, `NAME=PATH`, or an adapter that is loaded already
-AdapterSources = AdapterSource | Sequence[AdapterSource]
-ModelSource: TypeAlias = "str | Path | Model | tuple[nn.Module, Any]"  # the last: a module and its example inputs
 
 
 def split_name(argument: str) -> tuple[str | None, Path]:
@@ -87,7 +84,7 @@ def adapter_paths(sources: AdapterSources) -> list[Path]:
 def refuse_weights_alone(sources: AdapterSources, weights: Sequence[float]) -> None:
     """Raise WrongUsage for weights without adapters. Their number is compared when the adapters are known."""
     if weights and not _as_list(sources):
-        raise WrongUsage("--weight is a factor on an adapter, and there is no adapter (-a)")
+        raise WrongUsage(f"{named('weights')} is a factor on an adapter, and there is no adapter ({named('adapters')})")
 
 
 def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:
@@ -127,7 +124,10 @@ def resolve_model(
         return loaded.taking(read_arrays(Path(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
-    return source if isinstance(source, Model) else from_module(*source)
+    if isinstance(source, tuple):
+        return from_module(*source)
+    assert isinstance(source, Model)
+    return source
 
 
 def model_paths(source: ModelSource) -> list[Path]:
@@ -148,6 +148,7 @@ def refuse_pt2(model: ModelSource) -> None:
     """Raise InputRefused for a .pt2 that is to be exported again or trained: it holds a graph, not module code."""
     if isinstance(model, str | Path) and str(model).endswith(".pt2"):
         raise InputRefused(
-            f"{model} is an exported program already. `lora-export verify` accepts it as --model and as CANDIDATE. "
+            f"{model} is an exported program already. `lora-export verify` accepts it as {named('model')} and as "
+            "CANDIDATE. "
             "To make another file, give the model that it was exported from"
         )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lora_export.api.load import ModelSource
 from lora_export.errors import InputRefused
+from lora_export.options.common import ModelSource
 from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.memory import require_memory
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint

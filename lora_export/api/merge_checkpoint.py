@@ -9,10 +9,11 @@ from typing import TypeGuard
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.callbacks import in_bytes
-from lora_export.api.merge_request import FLOAT32, MergeRequest, MergeResult
+from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
+from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
@@ -30,11 +31,11 @@ from lora_export.weights.residuals.writing import refuse_without_hash, write_res
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
-def merge_into_checkpoint(request: MergeRequest, dtype: str | None, *, dequantise: bool) -> MergeResult:
+def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
-    checkpoint = open_checkpoint(request.base, dequantise=dequantise, variant=request.variant)
-    if dequantise and not checkpoint.quantised:
-        raise InputRefused(f"{request.base} is not quantised. Leave --dequantize out")
+    checkpoint = open_checkpoint(request.base, dequantise=request.dequantize, variant=request.variant)
+    if request.dequantize and not checkpoint.quantised:
+        raise InputRefused(f"{request.base} is not quantised. Leave {named('dequantize')} out")
     floats = None if request.float_base is None else open_checkpoint(request.float_base)
     if floats is not None:
         refuse_other_shapes(checkpoint, floats)
@@ -46,52 +47,52 @@ def merge_into_checkpoint(request: MergeRequest, dtype: str | None, *, dequantis
             checkpoint.specs,
             strengths=request.weights,
             may_add=True,
-            layout=request.layout,
+            layout=request.layout or {},
             rules=checkpoint.rules,
             ties=ties_of(checkpoint, request.tied),
         )
-    steps = combine_in_plan(steps, request.combination)
+    steps = combine_in_plan(steps, request.combined)
     refuse_before_merge(steps, checkpoint)
-    if request.residual is not None:
+    if request.keep_residual is not None:
         refuse_without_hash(steps)
     notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters))
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
-    size = output_size(steps, checkpoint, dtype)
+    size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions) as folder:
         report = merge_checkpoint(
             steps,
             checkpoint,
             folder,
             file_name=request.output.name,
-            dtype=dtype,
+            dtype=request.stored,
             min_retention=request.min_retention,
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", size),
             backend=backend,
-            more_settings=request.combination.settings,
+            more_settings=request.combined.settings,
         )
         refuse_no_change(report)
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
-        residual_bytes = None if request.residual is None else _keep_residual(request, steps, checkpoint, folder)
-    request.warn_of_rounding(report, FLOAT32)
+        residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
+    request.warn_of_rounding(report, float32_remedy())
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:
     """Write the residual of a merge that is not published yet. Returns its size in bytes."""
-    assert request.residual is not None
+    assert request.keep_residual is not None
     size = sum(step.spec.nbytes for step in steps.steps)
     with atomic_output.stage_file(
-        request.residual,
+        request.keep_residual,
         inputs=[request.base, *request.sources],
         overwrite=request.overwrite,
         on_message=request.on_message,
     ) as folder:
-        path = folder / request.residual.name
+        path = folder / request.keep_residual.name
         write_residual(
             path,
             steps,
@@ -103,8 +104,8 @@ def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged:
         )
         written = path.stat().st_size
     request.on_message(
-        f"note: {request.residual} has {written:,} bytes, {written / base.nbytes:.2%} of the base: with it and the "
-        "adapters, `lora-export unmerge` makes the base again"
+        f"note: {request.keep_residual} has {written:,} bytes, {written / base.nbytes:.2%} of the base: with it and "
+        f"the adapters, `{command('unmerge')}` makes the base again"
     )
     return written
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.callbacks import in_bytes
 from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
-from lora_export.api.merge_request import NODES, MergeRequest, MergeResult
+from lora_export.api.merge_request import MergeRequest, MergeResult, nodes_remedy
+from lora_export.callbacks import in_bytes
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
 from lora_export.graph.onnx_file.reading import open_graph
@@ -22,19 +21,19 @@ from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge_report import refuse_no_change
 
 
-def merge_into_graph(request: MergeRequest, origin: Path | None, *, requantize: bool) -> MergeResult:
-    """Plan and write the merge. `origin` is the checkpoint that names weights by content. Raises as `merge`."""
+def merge_into_graph(request: MergeRequest) -> MergeResult:
+    """Plan and write the merge. Raises as `merge`."""
     input_files.must_exist(request.base, "base model")
     graph = open_graph(request.base)
-    checkpoint = None if origin is None else open_checkpoint(origin)
+    checkpoint = None if request.checkpoint is None else open_checkpoint(request.checkpoint)
     sites = find_sites(graph.model, checkpoint)
     if checkpoint is not None:
         request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
-    with base_as_remedy(sites) if origin is None else contextlib.nullcontext():
+    with base_as_remedy(sites) if checkpoint is None else contextlib.nullcontext():
         steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
-    steps = combine_in_plan(steps, request.combination)
-    refuse_before_graph_merge(steps, graph, sites, requantise=requantize)
-    quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
+    steps = combine_in_plan(steps, request.combined)
+    refuse_before_graph_merge(steps, graph, sites, requantise=request.requantize)
+    quantised = requantise_notes(steps, graph.model, sites) if request.requantize else ()
     notes = request.report_notes(steps, [*sites.notes, *quantised])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
@@ -51,11 +50,11 @@ def merge_into_graph(request: MergeRequest, origin: Path | None, *, requantize: 
             min_retention=request.min_retention,
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", graph.nbytes),
-            requantise=requantize,
+            requantise=request.requantize,
             backend=backend,
-            more_settings=request.combination.settings,
+            more_settings=request.combined.settings,
         )
         refuse_no_change(report)
         copy_generation_files(request.base, request.output, folder, request.on_message)
-    request.warn_of_rounding(report, NODES)
+    request.warn_of_rounding(report, nodes_remedy())
     return MergeResult(request.output, steps, report, notes)

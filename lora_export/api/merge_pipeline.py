@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export import plan, provenance
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.callbacks import in_bytes
 from lora_export.api.merge_checkpoint import notes_on_checkpoint
-from lora_export.api.merge_request import FLOAT32, MergeRequest, MergeResult
+from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
 from lora_export.api.pipeline_parts import parts_by_model
+from lora_export.callbacks import in_bytes
 from lora_export.errors import MatchError, Misfit
 from lora_export.lora import Adapter
+from lora_export.options.combining import Combination
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import ALGORITHMS
@@ -103,11 +103,11 @@ def _spelling_of(adapter: Adapter, merges: Sequence[ModelMerge]) -> str:
     return next((spelling for spelling in found if spelling != "same"), "same")
 
 
-def merge_into_pipeline(request: MergeRequest, dtype: str | None) -> MergeResult:
+def merge_into_pipeline(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Every merged model has a manifest of its own. Raises as `merge`."""
     pipeline = open_pipeline(request.base)
     merges, unchanged = plan_pipeline(
-        pipeline, request.adapters, request.weights, request.layout, request.combination, request.variant
+        pipeline, request.adapters, request.weights, request.layout or {}, request.combined, request.variant
     )
     strengths = request.weights or [1.0] * len(request.adapters)
     whole = plan_of_all(merges, request.adapters, strengths)
@@ -115,8 +115,8 @@ def merge_into_pipeline(request: MergeRequest, dtype: str | None) -> MergeResult
     notes = request.report_notes(whole, list(dict.fromkeys((*unchanged, *on_models))))
     if request.dry_run:
         return MergeResult(request.output, whole, None, notes)
-    report = _write(request, pipeline, merges, strengths, dtype)
-    request.warn_of_rounding(report, FLOAT32)
+    report = _write(request, pipeline, merges, strengths)
+    request.warn_of_rounding(report, float32_remedy())
     return MergeResult(request.output, whole, report, notes)
 
 
@@ -125,15 +125,14 @@ def _write(
     pipeline: Pipeline,
     merges: Sequence[ModelMerge],
     strengths: Sequence[float],
-    dtype: str | None,
 ) -> MergeReport:
     others = list(pipeline.other_files({each.folder for each in merges}))
     size = sum((pipeline.path / relative).stat().st_size for relative in others)
     companions = [each.checkpoint.path / name for each in merges for name in each.checkpoint.other_files()]
     size += sum(path.stat().st_size for path in companions)
-    size += sum(output_size(each.plan, each.checkpoint, dtype) for each in merges)
+    size += sum(output_size(each.plan, each.checkpoint, request.stored) for each in merges)
     progress = in_bytes(request.on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
-    settings = request.combination.settings
+    settings = request.combined.settings
     reports = {}
     with request.staged(atomic_output.stage_folder, size) as stage:
         for each in merges:
@@ -142,7 +141,7 @@ def _write(
                 each.plan,
                 each.checkpoint,
                 stage / each.folder,
-                dtype=dtype,
+                dtype=request.stored,
                 min_retention=request.min_retention,
                 hashing=request.hashing,
                 progress=progress,

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters.combination import Combination
-from lora_export.api.callbacks import OnMessage, OnProgress
 from lora_export.lora import Adapter
-from lora_export.plan import Plan, Tied
+from lora_export.options.merge import MergeOptions
+from lora_export.options.spelling import command, named
+from lora_export.plan import Plan
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import MergeReport
 
-FLOAT32 = "--dtype float32 keeps it"
-NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
+
+def float32_remedy() -> str:
+    """What helps where rounding takes too much of a checkpoint's change."""
+    return f"{named('dtype', 'float32')} keeps it"
+
+
+def nodes_remedy() -> str:
+    """What helps where rounding takes too much of a graph's change."""
+    return f"keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')})"
 
 
 @dataclass(frozen=True)
@@ -31,29 +38,33 @@ class MergeResult:
     residual_bytes: int | None = None  # the size of the residual, where one was kept
 
 
-@dataclass(frozen=True)
-class MergeRequest:
-    """The arguments of `merge` that are the same for a checkpoint, a graph and a pipeline."""
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest(MergeOptions):
+    """The options of a merge, with everything found and loaded that they name."""
 
-    base: Path
-    adapters: Sequence[Adapter]
+    base: Path = field(kw_only=False)
+    adapters: Sequence[Adapter] = field(kw_only=False)
+    output: Path = field(kw_only=False)
     sources: Sequence[Path]  # the paths of the adapters
-    output: Path
-    weights: Sequence[float]
-    min_retention: float
-    hashing: str
-    device: str
-    layout: Mapping[str, str]
-    combination: Combination
-    tied: Tied
-    float_base: Path | None
-    variant: str | None
-    residual: Path | None
-    plan_settings: Mapping[str, Any]  # what `unmerge` needs to make the same plan
-    dry_run: bool
-    overwrite: bool
-    on_message: OnMessage = field(repr=False)
-    on_progress: OnProgress = field(repr=False)
+    checkpoint: Path | None = None
+    float_base: Path | None = None
+    keep_residual: Path | None = None
+
+    @property
+    def stored(self) -> str | None:
+        """The type in which floats are stored; None: each in its own."""
+        return None if self.dtype == "keep" else self.dtype
+
+    @property
+    def plan_settings(self) -> dict[str, Any]:
+        """What `unmerge` needs to make the same plan."""
+        return {
+            "layout": dict(self.layout or {}),
+            "prefixes": dict(self.prefixes or {}),
+            "reading": self.reading.recorded,
+            "combination": asdict(self.combined),
+            "tied": self.tied,
+        }
 
     def backend(self) -> AbstractContextManager[Backend | None]:
         """Where weights are changed; None for NumPy."""

@@ -11,13 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
-from lora_export.api.load import ModelSource, resolve_model
+from lora_export.api.load import resolve_model
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps
-from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
@@ -27,6 +26,7 @@ from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import drop_tensors, initializers
+from lora_export.options.combining import Combination
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
@@ -42,22 +42,21 @@ HASHING = "xxh3_128"
 SHOWN_LAYERS = 10  # layers that an error lists
 
 
-def export_from_graph(
-    path: Path, options: OnnxOptions, *, checkpoint: Path | None, reference: ModelSource | None, dtype: str
-) -> OnnxResult:
+def export_from_graph(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
+    path = Path(str(options.model))
     with options.staged([path] if path.exists() else []) as folder:
         options.stage("reading the graph")
-        graph, names = _open(path, checkpoint)
+        graph, names = _open(path, options.checkpoint)
         program = _copy_of(graph)
         given = options
         options = _respelled(options, program, names)
         base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
-        references = _references(base, options, reference, dtype) if options.verify else None
+        references = _references(base, options) if options.verify else None
         options = _without_head(program, names, options)
         before = base_outputs([program], references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
-        if options.verify and reference is None:
+        if options.verify and options.reference is None:
             _refuse_other_labels(located)
         if located.plan:
             provenance.refuse_second_merge(given.adapters, graph.path, graph.history)
@@ -81,16 +80,16 @@ def export_from_graph(
     return OnnxResult(options.output, files, plan, proofs)
 
 
-def _respelled(options: OnnxOptions, program: ir.Model, names: Checkpoint | None) -> OnnxOptions:
+def _respelled(options: OnnxRequest, program: ir.Model, names: Checkpoint | None) -> OnnxRequest:
     """The adapters under the names of the graph, where a checkpoint tells its model; combined, if that is an option."""
     adapters = options.adapters
     if names is not None and adapters:
         adapters = respelled(adapters, find_sites(program, names).specs, names.rules)
-    adapters, weights = combined_unless_exact(adapters, options.weights, options.application.combination)
+    adapters, weights = combined_unless_exact(adapters, options.weights, options.combined)
     return replace(options, adapters=adapters, weights=weights)
 
 
-def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxOptions) -> OnnxOptions:
+def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxRequest) -> OnnxRequest:
     if not options.ignore_head:
         return options
     sites = find_sites(program, names)
@@ -116,9 +115,9 @@ def _copy_of(graph: GraphFile) -> ir.Model:
     return program
 
 
-def _references(base: BaseGraph, options: OnnxOptions, reference: ModelSource | None, dtype: str) -> References:
+def _references(base: BaseGraph, options: OnnxRequest) -> References:
     """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
-    if reference is None:
+    if options.reference is None:
         options.stage("running the base")
         references = GraphReferences(base, options.lora)
         references.check()
@@ -127,15 +126,15 @@ def _references(base: BaseGraph, options: OnnxOptions, reference: ModelSource | 
     from lora_export.verification.against_pytorch import PyTorchReferences
 
     options.stage("loading the model")
-    model = resolve_model(reference, options.without_own_heads, dtype=dtype, inputs=options.inputs)
-    application = replace(options.application, combination=Combination())  # the adapters are combined already
-    model = adapted_model(model, options.adapters, options.weights, application, options.on_message).model
+    model = resolve_model(options.reference, options.without_own_heads, dtype=options.dtype, inputs=options.inputs)
+    applied = replace(options, combination=Combination())  # the adapters are combined already
+    model = adapted_model(model, options.adapters, options.weights, applied, options.on_message).model
     return PyTorchReferences(
         model, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
     )
 
 
-def _measure_unclear_shapes(program: ir.Model, located: Located, base: BaseGraph, options: OnnxOptions) -> None:
+def _measure_unclear_shapes(program: ir.Model, located: Located, base: BaseGraph, options: OnnxRequest) -> None:
     """Set the shapes that tell which dimension of a layer's input is the batch, where only a run can tell it."""
     assert located.plan is not None
     heads = {dotted(module_of(name.removesuffix(".bias")), "weight") for head in located.heads for name in head}
@@ -170,7 +169,7 @@ def _refuse_other_labels(located: Located) -> None:
         )
 
 
-def _targets(sites: Sites, options: OnnxOptions) -> list[str]:
+def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
     """The weights beside which inputs for future adapters are added.
 
     Raises InputRefused for a name that matches no linear layer, and for "all-linear" where layers have no name.
@@ -222,12 +221,12 @@ def _merge(
     return written.sources, [path.name for path in folder.iterdir() if path.name != file_name]
 
 
-def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxOptions) -> dict[str, Any]:
+def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:
     """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
     base = {path.name: hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in graph.sources}
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
-    settings = {"lora": options.lora, **options.application.settings}
+    settings = {"lora": options.lora, **options.settings}
     settings |= {"max_rank": options.max_rank} if options.max_rank else {}
     settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

@@ -13,17 +13,17 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.callbacks import each_once, ignore
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
 from lora_export.api.generation_task import generating_model
-from lora_export.api.load import ModelSource, model_paths, resolve_model
+from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
-from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
+from lora_export.callbacks import each_once, ignore
 from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.fold import fold_graph
@@ -37,6 +37,7 @@ from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.streamed_folder import is_streamed
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.memory import release_memory
@@ -46,8 +47,9 @@ from lora_export.verification.module_copies import fp64_bytes
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
-def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, opset: int | None) -> OnnxResult:
+def export_from_model(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
+    source, dtype = options.model, options.dtype
     with options.staged(model_paths(source)) as folder:
         require_memory_to_export(source, dtype)
         options.stage("loading the model")
@@ -55,7 +57,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         given = options
-        adapted = adapted_model(base, given.adapters, given.weights, given.application, given.on_message)
+        adapted = adapted_model(base, given.adapters, given.weights, given, given.on_message)
         base = adapted.model
         options = replace(options, adapters=adapted.adapters, weights=adapted.strengths)
         del adapted  # it holds the weights
@@ -64,7 +66,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         check_fit(base, options, future)
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
-        base, graphs, why_text_only = _exported(base, options, opset)
+        base, graphs, why_text_only = _exported(base, options)
         if options.lora != "merged":
             for program in graphs.values():
                 quantise(program, options)
@@ -73,7 +75,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
             base, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
         )
         before = base_outputs(list(graphs.values()), references, options)
-        if read := _read_when_needed(source, given, dtype, why_text_only):
+        if read := _read_when_needed(given, why_text_only):
             base = without_changed_ties(read, replace(options, on_message=ignore))
             references = replace(references, model=base)
             release_memory()  # of the weights that the graph does not share
@@ -85,7 +87,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         beside = _write_generation_files(base, written, options, folder) if options.task else []
         precision = precision_of(find_sites(written))
         proofs = prove_all(path, references, options, before) if options.verify else None
-        settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
+        settings = {"lora": options.lora, "opset": options.opset, "dtype": _dtype_of(base), **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
         chosen |= {"max_rank": options.max_rank}
@@ -98,44 +100,44 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     return OnnxResult(options.output, files, plan, proofs, precision)
 
 
-def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why_text_only: str) -> Model | None:
+def _read_when_needed(options: OnnxRequest, why_text_only: str) -> Model | None:
     """The model of a large folder for the proof, which only reads its weights; None for any other model.
 
     The one that was exported can then be freed, and each of its weights when the merged one takes its place.
     """
-    if not options.verify or not is_large_folder(source):
+    if not options.verify or not is_large_folder(options.model):
         return None
     taken = options.without_own_heads
-    base = resolve_model(source, taken, dtype=dtype, inputs=options.inputs, export=True, streamed=True)
+    base = resolve_model(options.model, taken, dtype=options.dtype, inputs=options.inputs, export=True, streamed=True)
     if not is_streamed(base.module):
         return None
-    base = adapted_model(base, options.adapters, options.weights, options.application, ignore).model
+    base = adapted_model(base, options.adapters, options.weights, options, ignore).model
     return base.without_images(why_text_only) if why_text_only else base
 
 
-def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Model, dict[str, ir.Model], str]:
+def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Model], str]:
     """The model with the inputs of its graphs, and the graphs by the names of their files, the output's first.
 
     Where the exporter refuses the images of texts, they have none, and the third value is the reason.
     """
     name = options.output.name
     if options.has_encoder:
-        graphs = export_encoder_decoder(base, opset=opset)
+        graphs = export_encoder_decoder(base, opset=options.opset)
         return base, dict(zip(GRAPH_FILES, graphs, strict=True)), ""
     if options.task:
-        return base, {name: export_decoder(base.module, opset=opset)}, ""
+        return base, {name: export_decoder(base.module, opset=options.opset)}, ""
     try:
-        return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)}, ""
+        return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)}, ""
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
         base = base.without_images(why)
         options.on_message(f"note: the graph takes texts without images. With images, {why}")
-    return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)}, why
+    return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)}, why
 
 
-def _write_generation_files(base: Model, written: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+def _write_generation_files(base: Model, written: ir.Model, options: OnnxRequest, folder: Path) -> list[str]:
     """Write what is needed to generate with the graphs, of which the first is given; return the names."""
     module: Any = base.module
     genai = None
@@ -169,16 +171,16 @@ def _naming(why_text_only: str) -> Iterator[None]:
         ) from error
 
 
-def future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
+def future_adapters(base: Model, options: OnnxRequest) -> list[Adapter]:
     """An adapter without effect at the layers of `target`; none where no layer was named."""
     targets: Any = options.targets
     if targets is None:
         return []
-    linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": "--target", "linear_only": True}
+    linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": named("target"), "linear_only": True}
     return [layers.create_adapter(base.module, targets=targets, **linear)]
 
 
-def check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
+def check_fit(base: Model, options: OnnxRequest, future: list[Adapter]) -> None:
     """Raise InputRefused for what cannot fit the graph because it does not fit the module."""
     specs = layers.specs(base.module)
     if options.adapters:
@@ -187,7 +189,7 @@ def check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
         layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
 
 
-def without_changed_ties(base: Model, options: OnnxOptions) -> Model:
+def without_changed_ties(base: Model, options: OnnxRequest) -> Model:
     """The model with a tensor of its own for each name that adapters change: a graph stores a tied tensor once."""
     steps = options.plan(layers.specs(base.module)) if options.adapters else None
     if steps is None or not layers.has_changed_ties(base.module, steps):
@@ -201,7 +203,7 @@ def without_changed_ties(base: Model, options: OnnxOptions) -> Model:
 
 
 def write_graphs(
-    base: Model, graphs: dict[str, ir.Model], options: OnnxOptions, future: list[Adapter], folder: Path
+    base: Model, graphs: dict[str, ir.Model], options: OnnxRequest, future: list[Adapter], folder: Path
 ) -> tuple[Plan | None, list[str]]:
     """Write the graphs with their adapters; return where these landed, and the names of the files beside the output.
 
@@ -231,7 +233,7 @@ def write_graphs(
 
 def write_with_adapters(
     program: ir.Model,
-    options: OnnxOptions,
+    options: OnnxRequest,
     future: list[Adapter],
     folder: Path,
     *,
@@ -260,7 +262,7 @@ def write_with_adapters(
     return located, insert_and_save(program, located, options, targets, folder)
 
 
-def quantise(program: ir.Model, options: OnnxOptions) -> None:
+def quantise(program: ir.Model, options: OnnxRequest) -> None:
     """Quantise the linear layers of the graph where the options name a kind."""
     if options.quantize is None:
         return

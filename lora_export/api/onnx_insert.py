@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lora_export.api.onnx_options import OnnxOptions, adapter_file
+from lora_export.api.onnx_request import OnnxRequest, adapter_file
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
@@ -35,7 +35,7 @@ class Located(NamedTuple):
 
 def locate_steps(
     program: ir.Model,
-    options: OnnxOptions,
+    options: OnnxRequest,
     checkpoint: Checkpoint | None,
     *,
     is_existing: bool = False,
@@ -67,7 +67,7 @@ def locate_steps(
 
 
 def insert_and_save(
-    program: ir.Model, located: Located, options: OnnxOptions, targets: Sequence[str], folder: Path
+    program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
 ) -> list[str]:
     """Insert the adapters as nodes, rows or inputs, and write the graph; return the names of the files beside it.
 
@@ -92,7 +92,7 @@ def insert_and_save(
 
 
 def _with_inputs(
-    program: ir.Model, located: Located, options: OnnxOptions, targets: Sequence[str], folder: Path
+    program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
 ) -> list[str]:
     options.stage("inserting inputs for adapters")
     sites, steps = located.sites, located.plan
@@ -122,7 +122,7 @@ def _with_inputs(
     return [*names, *write_graph(program, options, folder)]
 
 
-def write_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+def write_graph(program: ir.Model, options: OnnxRequest, folder: Path) -> list[str]:
     """Write the graph; return the names of the files beside it."""
     if options.fuse:
         from lora_export.models.fused_operators import fuse_operators  # a graph alone needs no PyTorch

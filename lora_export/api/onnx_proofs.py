@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
-from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
+from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
@@ -26,7 +26,7 @@ from lora_export.verification.row_proofs import BASE, MIXED, SEVERAL, prove_mixe
 Graphs = OnnxRunner | EncoderDecoderRunner
 
 
-def base_outputs(programs: Sequence[ir.Model], references: References, options: OnnxOptions) -> OutputsByCase:
+def base_outputs(programs: Sequence[ir.Model], references: References, options: OnnxRequest) -> OutputsByCase:
     """The outputs of the graphs before anything is put into them; nothing where no proof compares them."""
     if not options.verify or not options.is_swapped:
         return {}
@@ -38,14 +38,14 @@ def base_outputs(programs: Sequence[ir.Model], references: References, options: 
     return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
 
 
-def _opened(path: Path, options: OnnxOptions) -> Graphs:
+def _opened(path: Path, options: OnnxRequest) -> Graphs:
     if options.has_encoder:
         return EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
     return OnnxRunner(path, options.provider, timeout=options.timeout)
 
 
 def prove_all(
-    path: Path, references: References, options: OnnxOptions, before: OutputsByCase, *, existing: Path | None = None
+    path: Path, references: References, options: OnnxRequest, before: OutputsByCase, *, existing: Path | None = None
 ) -> OnnxProofs:
     """Prove the file; that of an encoder-decoder with the two beside it.
 
@@ -75,11 +75,11 @@ def prove_all(
     return OnnxProofs(whole, adapters, mixed, unlike, several)
 
 
-def _prove(runner: Graphs, references: References, options: OnnxOptions, what: str) -> Proof:
+def _prove(runner: Graphs, references: References, options: OnnxRequest, what: str) -> Proof:
     return prove(references.as_run(runner), references, step=stage_of_proof(options.stage, what))
 
 
-def _prove_base(runner: Graphs, references: References, options: OnnxOptions, existing: Path | None) -> Proof:
+def _prove_base(runner: Graphs, references: References, options: OnnxRequest, existing: Path | None) -> Proof:
     """Prove the graph without an adapter; where fp64 cannot decide it, against the graph that it was made from."""
     proof = _prove(runner, references, options, BASE)
     if proof.verdict.outcome is Outcome.UNDECIDED and existing is not None and isinstance(runner, OnnxRunner):
@@ -89,20 +89,20 @@ def _prove_base(runner: Graphs, references: References, options: OnnxOptions, ex
 
 
 def _prove_mixed(
-    runner: Graphs, references: References, options: OnnxOptions, proofs: Sequence[Proof], several: Proof | None
+    runner: Graphs, references: References, options: OnnxRequest, proofs: Sequence[Proof], several: Proof | None
 ) -> Proof:
     """Prove batches that contain every adapter and the base."""
     options.stage(f"verifying {MIXED}")
     return require_same(prove_mixed(runner, references, proofs, several), MIXED)
 
 
-def _prove_several(runner: Graphs, references: References, options: OnnxOptions) -> Proof:
+def _prove_several(runner: Graphs, references: References, options: OnnxRequest) -> Proof:
     """Prove batches whose rows have several adapters."""
     own = references.with_adapters(options.adapters, options.strengths)
     return require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
 
 
-def _by_adapter(runner: Graphs, options: OnnxOptions) -> list[Graphs]:
+def _by_adapter(runner: Graphs, options: OnnxRequest) -> list[Graphs]:
     """The graph without an adapter, and with each."""
     if options.lora == "rows":
         return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]

@@ -10,10 +10,10 @@ from pathlib import Path
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, total_share
 from lora_export.adapters.resize import resize_adapter
-from lora_export.api.callbacks import OnMessage, ignore
-from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.formats.peft_ranks import name_in_patterns, write_any_ranks
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.options.adapters import ResizeOptions
+from lora_export.options.declaring import takes
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
 
@@ -30,17 +30,8 @@ class ResizeResult:
     notes: tuple[str, ...]
 
 
-def resize(
-    adapter: AdapterSource,
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    reading: ReadOptions = DEFAULTS,
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-) -> ResizeResult:
+@takes(ResizeOptions)
+def resize(options: ResizeOptions) -> ResizeResult:
     """Write an adapter with pairs of a lower rank: the best ones, by an exact SVD of each change.
 
     Each pair gets `rank`, or the least rank that holds the share `energy` (above 0, at most 1) of its ‖ΔW‖²; with both,
@@ -48,24 +39,27 @@ def resize(
     PEFT adapter, a folder, with scale 1. Tensors that are saved whole are copied. `reading` is that of `merge`. Needs
     no base and no PyTorch.
 
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
-
     Raises InputRefused for adapters with more than plain pairs and whole tensors, and as loading does; WrongUsage
     without `rank` and `energy`, and for values out of range; OutputFailed where the output cannot be written. Nothing
     is left behind then.
     """
-    output, truncation = Path(output), Truncation(rank, energy)
-    (adapter,) = locate_adapters(adapter, on_message, download)
-    (loaded,) = load_adapters(adapter, reading=reading)
+    output, truncation = Path(options.output), Truncation(options.rank, options.energy)
+    (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
+    (loaded,) = load_adapters(adapter, reading=options.reading)
     resized, layers = resize_adapter(loaded, truncation, lambda module: name_in_patterns(loaded, module))
     for note in loaded.notes:
-        on_message(f"note: {note}")
-    settings = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
+        options.on_message(f"note: {note}")
+    settings = {
+        name: value for name, value in (("rank", options.rank), ("energy", options.energy)) if value is not None
+    }
     origin = provenance.record([loaded], [1.0], {}, (), {"resize": settings})
     inputs = adapter_paths(adapter)
     with atomic_output.stage_folder(
-        output, inputs=inputs, overwrite=overwrite, required_bytes=4 * resized.parameters, on_message=on_message
+        output,
+        inputs=inputs,
+        overwrite=options.overwrite,
+        required_bytes=4 * resized.parameters,
+        on_message=options.on_message,
     ) as stage:
         write_any_ranks(resized, stage, metadata={provenance.KEY: json.dumps(origin)})
         for path in inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,8 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.adapters.combination import Combination
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.application import Application
-from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_stages
 from lora_export.api.load import (
-    AdapterSources,
-    ModelSource,
     adapter_paths,
     load_adapters,
     locate_adapters,
@@ -32,13 +27,15 @@ from lora_export.api.load import (
 )
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
-from lora_export.errors import RuntimeRefused, WrongUsage
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.callbacks import OnMessage, in_stages
+from lora_export.errors import RuntimeRefused
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.models.export_program import load_own_program, save_program, to_program
 from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Model
 from lora_export.models.output_names import named_outputs
+from lora_export.options.declaring import takes
+from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -47,7 +44,6 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
 PT2 = "pt2"
-FILE_FORMATS = ("torchscript", PT2)
 TRACE_TOLERANCE = 1e-2  # the proof decides; this finds a trace that repeats the layout of its example
 
 
@@ -60,60 +56,34 @@ class TorchScriptResult:
     notes: tuple[str, ...]
 
 
-def export_torchscript(
-    model: ModelSource,
-    output: str | Path,
-    *,
-    adapters: AdapterSources = (),
-    weights: Sequence[float] = (),
-    prefixes: Mapping[str, str] | None = None,
-    reading: ReadOptions = DEFAULTS,
-    combination: str | Combination = "cat",
-    tied: str = "error",
-    lora: str = "merged",
-    format: str | None = None,
-    inputs: str | Path | None = None,
-    verify: bool = True,
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-    on_progress: OnProgress = ignore,
-) -> TorchScriptResult:
+@takes(TorchScriptOptions)
+def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     """Export a model with its adapters to TorchScript or to a .pt2, prove the file, and only then publish it.
 
-    `format` is "torchscript" (a trace) or "pt2" (a program of torch.export, with dynamic batch and sequence, which
-    `torch.export.load` reads). None chooses by the suffix of `output`: .pt2, or else TorchScript.
-
-    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`. `lora`
-    is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each adapter.
-    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading`, `combination` and `tied` are
-    those of `merge`. `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of
-    where the file comes from are stored in its extra file `lora_export.json`.
-
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
+    A TorchScript file is a trace. A .pt2 is a program of torch.export, with dynamic batch and sequence, which
+    `torch.export.load` reads. The names of the inputs and the record of where the file comes from are stored in its
+    extra file `lora_export.json`. `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or
+    `(module, example_inputs)`.
 
     Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
     RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
     then, and an existing output is unchanged.
     """
-    refuse_pt2(model)
-    refuse_weights_alone(adapters, weights)
-    model = locate_model(model, on_message, download)
+    refuse_pt2(options.model)
+    refuse_weights_alone(options.adapters, options.weights)
+    on_message, weights = options.on_message, options.weights
+    model = locate_model(options.model, on_message, options.download)
     refuse_no_source(model)
-    adapters = locate_adapters(adapters, on_message, download)
-    application = Application.of(combination, tied)
-    if format not in (None, *FILE_FORMATS):
-        raise WrongUsage(f"the format {format} is unknown; the formats are {', '.join(FILE_FORMATS)}")
-    is_program = format == PT2 or (format is None and Path(output).suffix == ".pt2")
+    adapters = locate_adapters(options.adapters, on_message, options.download)
+    is_program = options.format == PT2 or (options.format is None and Path(options.output).suffix == ".pt2")
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
-    output, stage = with_suffix(output, *suffixes), in_stages(on_progress)
-    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
+    output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
+    loaded = load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*model_paths(model), *adapter_paths(adapters)]
-    with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
+    with atomic_output.stage_file(output, inputs=sources, overwrite=options.overwrite, on_message=on_message) as folder:
         stage("loading the model")
-        base = resolve_model(model, loaded, inputs=inputs, export=True)
-        adapted = adapted_model(base, loaded, weights, application, on_message)
+        base = resolve_model(model, loaded, inputs=options.inputs, export=True)
+        adapted = adapted_model(base, loaded, weights, options, on_message)
         base = adapted.model
         module, notes = copy.deepcopy(base.module), []
         if loaded:
@@ -121,17 +91,17 @@ def export_torchscript(
             notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
             for note in notes:
                 on_message(f"note: {note}")
-            (layers.fold if lora == "merged" else layers.attach)(module, steps)
+            (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
         stage("exporting" if is_program else "tracing")
         base, save = (_exported if is_program else _traced)(base, module, on_message)
-        record = record_of_model(base, loaded, weights, {"lora": lora, **application.settings})
+        record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
         proof = None
-        if verify:
+        if options.verify:
             candidate = _candidate(folder / output.name, base, is_program=is_program)
-            further = None if inputs is None else Path(inputs)
+            further = None if options.inputs is None else Path(options.inputs)
             references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
             proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
         record["verdict"] = recorded_verdict(proof)

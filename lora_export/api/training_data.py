@@ -17,6 +17,8 @@ from lora_export.models.huggingface import load_image_processor, load_tokenizer,
 from lora_export.models.model import Model
 from lora_export.models.sounds import open_extractor
 from lora_export.models.text_lengths import text_lengths
+from lora_export.options.spelling import named
+from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
@@ -153,24 +155,23 @@ def read_training_data(
     return TrainingData(checked, sha256_with_sounds(records) if form is RowForm.SPEECH else records.sha256)
 
 
-def encoded_data(
-    loaded: Model, data: TrainingData, *, holdout: float, seed: int, max_length: int, packing: bool
-) -> tuple[Data, Data | None]:
+def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tuple[Data, Data | None]:
     """The examples to train on and those held out, as the model takes them.
 
     Raises InputRefused for data that the model cannot take: texts without a tokenizer, texts to continue without a
     language model.
     """
+    holdout, seed, packing = options.holdout, options.seed, options.packing
     everything = np.arange(len(data.groups))
     trained_on, held_out = split_rows(data.groups, holdout, seed=seed) if holdout else (everything, None)
     if packing and not (isinstance(data.content, CheckedRows) and data.content.survey.form in _TOKENISERS):
-        raise WrongUsage("--packing is for texts that a causal language model continues")
+        raise WrongUsage(f"{named('packing')} is for texts that a causal language model continues")
     match data.content:
         case LabelledArrays(inputs, labels):
             return _split(trained_on, held_out, lambda rows: _arrays(inputs, labels, rows))
         case ReadyBatches(batches, loss):
             return _split(trained_on, held_out, lambda rows: ReadyBatches([batches[row] for row in rows], loss))
-    encoder = _Encoders(loaded, data.content, seed=seed, max_length=max_length, packing=packing)
+    encoder = _Encoders(loaded, data.content, seed=seed, max_length=options.max_length, packing=packing)
     return _split(trained_on, held_out, encoder.data)
 
 
@@ -270,7 +271,7 @@ class _Encoders:
         name, form = type(module).__name__, self.content.survey.form
         if module.config.is_encoder_decoder and form is RowForm.COMPLETION:
             if self.packing:
-                raise WrongUsage(f"--packing is for causal language models; {name} has an encoder")
+                raise WrongUsage(f"{named('packing')} is for causal language models; {name} has an encoder")
             return self._rows(rows, AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id))
         is_masked = name.endswith(MASKED_ENDING)
         if not name.endswith(CAUSAL_ENDINGS) and not (is_masked and form is RowForm.TEXT):
@@ -296,13 +297,13 @@ class _Encoders:
 
     def _masked(self, rows: RowNumbers, tokenizer: Any, most: int) -> MaskedRows:
         if self.packing:
-            raise WrongUsage("--packing is for causal language models: a masked one reads in both directions")
+            raise WrongUsage(f"{named('packing')} is for causal language models: a masked one reads in both directions")
         if tokenizer.mask_token_id is None:
             raise InputRefused(f"the tokenizer of {self.loaded.source} has no mask token, which its model predicts")
         file = TokenFile(self.content.records, rows, text_tokens(tokenizer, ends=False))
         pieces = file.pieces(most, cut=True)
         if not pieces:
-            raise InputRefused(f"no token is left to predict within {most} tokens; raise --max-length")
+            raise InputRefused(f"no token is left to predict within {most} tokens; raise {named('max_length')}")
         return MaskedRows(
             file, pieces, tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer),
             frozenset(tokenizer.all_special_ids), self.seed,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export import layers, plan
-from lora_export.api.callbacks import OnMessage
 from lora_export.api.training_strategies import TrainingRun
+from lora_export.callbacks import OnMessage
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, listed
 from lora_export.lora import Adapter
 from lora_export.models.model import Model

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__
-from lora_export.api.callbacks import OnMessage
 from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, losses_of
+from lora_export.callbacks import OnMessage
 from lora_export.errors import OutputFailed
-from lora_export.formats.read_options import DEFAULTS
 from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.options.reading import DEFAULTS
 from lora_export.report.comparison import comparison_page, draw_losses
 from lora_export.report.model_card import MODEL_CARD, model_card
 from lora_export.storage import atomic_output
@@ -29,6 +28,7 @@ from lora_export.storage.json_files import write_json
 from lora_export.training.checkpoint import TRAINING_STATE, checkpoint_folder
 from lora_export.training.history import METRICS
 from lora_export.training.processes import rank as process_rank
+from lora_export.version import __version__
 from lora_export.weights.quantised import QUANTIZATION
 
 LOSSES = "losses.png"

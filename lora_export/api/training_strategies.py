@@ -7,26 +7,25 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.api.callbacks import OnProgress, Progress
+from lora_export.callbacks import OnProgress, Progress
 from lora_export.layers.adapted_layers import branch_tensors
-from lora_export.layers.initial_factors import Init, as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.initial_factors import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
+from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
 from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.event_log import EventLog
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
-from lora_export.training.loop import Device, OnStep, fit
+from lora_export.training.loop import OnStep, fit
 from lora_export.training.processes import take_from_first
-from lora_export.training.settings import TrainingSettings
 from lora_export.training.sharding import shard_base
 
-ComparedStrategy = Literal["full", "frozen"]
 FULL_RATE = 0.1  # of the adapter's learning rate: all weights are trained with about a tenth of it
 
 
@@ -84,17 +83,13 @@ class Trainer:
     held_out: Data | None
     settings: TrainingSettings
     heads: tuple[str, ...]
-    device: Device
-    on_progress: OnProgress
-    shard_base: bool = False  # whether each process holds a share of the frozen weights alone
-    tensorboard: Path | None = None  # the folder of event files, with a folder for each run
+    options: TrainOptions
 
     def adapter(
         self,
         new: Adapter,
         rank: int,
         *,
-        init: Init = "default",
         checkpoints: Checkpoints | None = None,
         resume: bool = False,
     ) -> TrainingRun:
@@ -103,19 +98,20 @@ class Trainer:
         An adapter that starts from the weights (`init`) is returned as a plain one, of twice the rank. Raises
         InputRefused where a parameter of the base would be trained, and for weights that cannot be started from.
         """
-        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, self.on_progress))
+        init, on_progress = self.options.init, self.options.on_progress
+        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, on_progress))
         frozen = [] if init == "default" else [frozen_start(start)]
         parts = plan.make([start, *frozen], layers.specs(self.module), identity_ok=True)
         dropout = new.metadata.get("lora_dropout", 0.0)
         layers.attach(self.module, parts, trainable=True, dropout=dropout, frozen={one.name for one in frozen})
         try:
             # Decompositions on another processor may have other signs.
-            take_from_first(branch_tensors(self.module) if frozen else [], self.device)
+            take_from_first(branch_tensors(self.module) if frozen else [], self.options.device)
             layers.refuse_trainable_base(self.module)
             layers.widen_trained(self.module)
             count = layers.count_parameters(self.module)
-            if self.shard_base:
-                shard_base(self.module, self.device)
+            if self.options.shard_base:
+                shard_base(self.module, self.options.device)
             stage = f"training, rank {rank}"
             more = {"checkpoints": checkpoints, "resume": resume}
             history = self._fit(self.module, self.settings, stage, f"rank-{rank}", **more)
@@ -152,15 +148,18 @@ class Trainer:
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         layers.widen_trained(module)
         count = layers.count_parameters(module)
-        history = self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.device)
+        history = (
+            self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.options.device)
+        )
         return TrainingRun(strategy, None, count, history, settings, self._score(module))
 
     def _fit(
         self, module: nn.Module, settings: TrainingSettings, stage: str, name: str, **more: Any
     ) -> TrainingHistory:
-        more |= {"held_out": self.held_out, "log": self.tensorboard and EventLog(self.tensorboard / name)}
-        on_step = _step_progress(stage, self.on_progress)
-        return fit(module, self.data, settings, device=self.device, on_step=on_step, **more)
+        tensorboard = self.options.tensorboard
+        more |= {"held_out": self.held_out, "log": tensorboard and EventLog(Path(tensorboard) / name)}
+        on_step = _step_progress(stage, self.options.on_progress)
+        return fit(module, self.data, settings, device=self.options.device, on_step=on_step, **more)
 
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:
@@ -168,7 +167,7 @@ class Trainer:
         # A user's own batches are one row each.
         size = min(self.settings.batch_size, 64)
         precision = self.settings.precision
-        return evaluate(module, self.held_out, batch_size=size, device=self.device, precision=precision)
+        return evaluate(module, self.held_out, batch_size=size, device=self.options.device, precision=precision)
 
 
 def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:

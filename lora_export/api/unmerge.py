@@ -7,15 +7,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lora_export import plan
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
-from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
+from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter
-from lora_export.plan import Plan, Tied
+from lora_export.options.combining import Combination, TiedEmbeddings
+from lora_export.options.declaring import takes
+from lora_export.options.merge import UnmergeOptions
+from lora_export.options.reading import ReadOptions
+from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.weights.checkpoint import Checkpoint
@@ -34,18 +36,8 @@ class UnmergeResult:
     files: int  # weight files
 
 
-def unmerge(
-    merged: str | Path,
-    adapters: AdapterSources,
-    output: str | Path,
-    *,
-    base_from: str | Path,
-    allow_pickle: bool = False,
-    overwrite: bool = False,
-    download: bool = False,
-    on_message: OnMessage = ignore,
-    on_progress: OnProgress = ignore,
-) -> UnmergeResult:
+@takes(UnmergeOptions)
+def unmerge(options: UnmergeOptions) -> UnmergeResult:
     """Make the base of a merge again, bit for bit.
 
     `merged` is the folder or .safetensors file that `merge` wrote with `keep_residual`, unchanged; `base_from` is that
@@ -53,18 +45,16 @@ def unmerge(
     be left out (an empty list) where the merge only replaced tensors or rescaled all weights by DoRA. Weights, config
     and all other files that the merge carried over are restored. Needs no PyTorch. Memory is a few blocks.
 
-    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
-    Then EnvironmentLacking is raised without a connection.
-
     Raises InputRefused for a residual of another merge, other or missing adapters, merged weights that changed since,
     and where the result would differ from the base, by the hash of each file; OutputFailed where the output cannot be
     written. Nothing is left behind then.
     """
-    merged, adapters = locate(merged, on_message, download), locate_adapters(adapters, on_message, download)
-    base_from = Path(base_from)
+    merged = locate(options.merged, options.on_message, options.download)
+    adapters = locate_adapters(options.adapters, options.on_message, options.download)
+    base_from = Path(options.base_from)
     input_files.must_exist(merged, "merged model")
     input_files.must_exist(base_from, "residual")
-    target = with_suffix(output, ".safetensors") if merged.suffix == ".safetensors" else Path(output)
+    target = with_suffix(options.output, ".safetensors") if merged.suffix == ".safetensors" else Path(options.output)
     with open_residual(base_from) as residual:
         if residual.facts.get("is_folder") is not merged.is_dir():
             what = "a folder" if residual.facts.get("is_folder") else "one .safetensors file"
@@ -73,15 +63,21 @@ def unmerge(
         settings = _PlanSettings.of(residual)
         loaded = load_adapters(
             adapters,
-            reading=replace(settings.reading, allow_pickle=allow_pickle, base_config=merged),
+            reading=replace(settings.reading, allow_pickle=options.allow_pickle, base_config=merged),
             of_models=True,
         )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
         stage = atomic_output.stage_folder if merged.is_dir() else atomic_output.stage_file
         inputs = [merged, base_from, *adapter_paths(adapters)]
-        with stage(target, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message) as folder:
-            progress = in_bytes(on_progress, "restoring", size)
+        with stage(
+            target,
+            inputs=inputs,
+            overwrite=options.overwrite,
+            required_bytes=size,
+            on_message=options.on_message,
+        ) as folder:
+            progress = in_bytes(options.on_progress, "restoring", size)
             restore_base(residual, steps, base, merged, folder, file_name=target.name, progress=progress)
         restored = sum(len(facts["changed"]) for facts in residual.facts["shards"].values())
         return UnmergeResult(target, size, restored, len(base.shards))
@@ -112,14 +108,14 @@ class _PlanSettings:
     prefixes: dict[str, str]
     reading: ReadOptions
     combination: Combination
-    tied: Tied
+    tied: TiedEmbeddings
 
     @classmethod
     def of(cls, residual: Residual) -> _PlanSettings:
         """Those that the residual records. Raises InputRefused for what is none."""
         try:
             layout, prefixes, reading, chosen, tied = (residual.facts["settings"][field.name] for field in fields(cls))
-            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen), Tied(tied))
+            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen), tied)
         except (KeyError, TypeError, ValueError, WrongUsage) as error:
             raise InputRefused(f"{residual.path} is damaged: its settings are not those of a merge") from error
 

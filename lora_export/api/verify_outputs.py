@@ -8,16 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.api.application import Application
-from lora_export.api.callbacks import OnMessage, OnProgress, in_stages
-from lora_export.api.load import (
-    AdapterSources,
-    ModelSource,
-    load_adapters,
-    resolve_model,
-)
+from lora_export.api.load import load_adapters, resolve_model
 from lora_export.api.memory_needs import require_memory_to_verify
-from lora_export.api.verify_record import HowToRun, recorded_explanation
+from lora_export.api.verify_record import VerifyRequest, recorded_explanation
+from lora_export.callbacks import in_stages
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -40,17 +34,7 @@ if TYPE_CHECKING:
     from lora_export.verification.proof import Proof
 
 
-def judge_outputs(
-    candidate: Path,
-    model: ModelSource,
-    adapters: AdapterSources,
-    weights: Sequence[float],
-    origin: Path | None,
-    how: HowToRun,
-    application: Application,
-    on_message: OnMessage,
-    on_progress: OnProgress,
-) -> Proof:
+def judge_outputs(request: VerifyRequest) -> Proof:
     """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
@@ -58,26 +42,28 @@ def judge_outputs(
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.module_copies import fp64_bytes
 
+    candidate, model, origin, on_message = request.candidate, request.model, request.base, request.on_message
+    assert model is not None
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
     if origin is not None:
         input_files.must_exist(origin, "base graph")
-    stage = in_stages(on_progress)
+    stage = in_stages(request.on_progress)
     runner = None
     hashes: dict[str, str] = {}
     facts: dict[str, Any] = {}
     try:
-        require_provider(how.provider)
-        loaded = load_adapters(adapters)
+        require_provider(request.provider)
+        loaded = load_adapters(request.adapters)
         printed = {note: None for adapter in loaded for note in adapter.notes}
         for note in printed:
             on_message(f"note: {note}")
-        require_memory_to_verify(model, candidate, how.dtype)
+        require_memory_to_verify(model, candidate, request.dtype)
         stage("loading the model")
         has_heads = _has_own_heads(candidate, loaded)
         taken = [without_own_head(adapter) for adapter in loaded] if has_heads else loaded
-        base = resolve_model(model, taken, dtype=how.dtype, inputs=how.inputs, streamed=True)
-        adapted = adapted_model(base, loaded, weights, application, on_message)
+        base = resolve_model(model, taken, dtype=request.dtype, inputs=request.inputs, streamed=True)
+        adapted = adapted_model(base, loaded, request.weights, request, on_message)
         for note in (note for adapter in adapted.adapters for note in adapter.notes if note not in printed):
             on_message(f"note: {note}")
         base = adapted.model
@@ -86,26 +72,26 @@ def judge_outputs(
             runner = open_candidate(
                 candidate,
                 base,
-                provider=how.provider,
-                onnx_adapter=how.onnx_adapter,
-                adapter_id=how.adapter_id,
-                timeout=how.timeout,
+                provider=request.provider,
+                onnx_adapter=request.onnx_adapter,
+                adapter_id=request.adapter_id,
+                timeout=request.timeout,
             )
             takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
             base = base.taking(takes).without_token_types(takes)
             release_memory(of=fp64_bytes(base.module))
             references = PyTorchReferences(
                 base,
-                seed=how.seed or 0,
-                user_inputs=how.inputs,
-                device=how.provider,
-                cache=how.cache,
+                seed=request.seed or 0,
+                user_inputs=request.inputs,
+                device=request.provider,
+                cache=request.cache,
                 origin=origin,
-                fixed=how.fixed,
+                fixed=request.fixed,
                 has_own_heads=has_heads,
                 say=on_message,
             )
-            proof = _prove(runner, references, adapted.adapters, adapted.strengths, how, stage)
+            proof = _prove(runner, references, adapted.adapters, adapted.strengths, request, stage)
             files = _files_in(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
@@ -119,11 +105,9 @@ def judge_outputs(
     else:
         fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
         weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
-        recorded = recorded_explanation(
-            proof.verdict, candidate, loaded, weights, weights_from, how, fingerprint=fingerprint
-        )
+        recorded = recorded_explanation(proof.verdict, request, loaded, weights_from, fingerprint=fingerprint)
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
-    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **application.settings, **proof.about}
+    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
 
 
@@ -132,7 +116,7 @@ def _prove(
     references: PyTorchReferences,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    how: HowToRun,
+    request: VerifyRequest,
     stage: Callable[[str], None],
 ) -> Proof:
     """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
@@ -143,7 +127,9 @@ def _prove(
     from lora_export.verification.row_proofs import prove_rows
 
     step = stage_of_proof(stage)
-    prove_one: Callable[..., Proof] = functools.partial(prove, atol=how.atol, rtol=how.rtol, trace=how.trace)
+    prove_one: Callable[..., Proof] = functools.partial(
+        prove, atol=request.atol, rtol=request.rtol, trace=request.trace
+    )
     if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.takes_rows:
         references = replace(references, adapters=adapters, strengths=weights)
         return prove_rows(runner, references, prove=prove_one, step=step)

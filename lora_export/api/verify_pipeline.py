@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_export.api.pipeline_parts import parts_by_model
+from lora_export.api.verify_record import VerifyRequest
+from lora_export.api.verify_weights import judge_weights
 from lora_export.lora import Adapter
 from lora_export.provenance import adapter_records
 from lora_export.storage.hashes import file_sha256
@@ -16,26 +18,23 @@ from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Outcome
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 
-# (candidate, base, adapters, strengths) of one model, and the names of all adapters -> its audit
-JudgeModel = Callable[[Path, Path, Sequence[Adapter], Sequence[float], Sequence[str]], Audit]
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
-def audit_pipeline(
-    candidate: Path, base: Path, adapters: Sequence[Adapter], strengths: Sequence[float], judge: JudgeModel
-) -> Audit:
+def audit_pipeline(request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:
     """The audits of all models that the adapters change as one.
 
-    Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge`, and for a
-    component that the pipeline lacks.
+    Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge_weights`,
+    and for a component that the pipeline lacks.
     """
+    candidate, base, strengths = request.candidate, request.checkpoint, request.weights
     pipeline = open_pipeline(base)
     parts, notes = parts_by_model(pipeline, adapters, strengths)
     names = [adapter.name for adapter in adapters]
-    audits = {
-        folder: judge(candidate / folder, base / folder, own.adapters, own.strengths, names)
-        for folder, own in parts.items()
-    }
+    audits = {}
+    for folder, own in parts.items():
+        one = replace(request, candidate=candidate / folder, base=base / folder)
+        audits[folder] = judge_weights(replace(one, adapters=own.adapters, weights=own.strengths), names)
     other = tuple(_other_differences(pipeline, candidate, parts))
     whole = _joined(audits)
     whole = replace(whole, notes=(*notes, *whole.notes))

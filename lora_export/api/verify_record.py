@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.errors import InputRefused
-from lora_export.runtime.runner import TIMEOUT
+from lora_export.options.verify import VerifyOptions
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
@@ -18,31 +18,30 @@ if TYPE_CHECKING:
     from lora_export.verification.parity import Verdict
 
 
-@dataclass(frozen=True)
-class HowToRun:
-    """How the candidate is run, and how its outputs are judged."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VerifyRequest(VerifyOptions):
+    """The options of `verify`, with everything found that they name."""
 
-    provider: str = "cpu"
-    dtype: str = "float32"
+    candidate: Path = field(kw_only=False)
+    base: Path | None = None
     onnx_adapter: Path | None = None
-    adapter_id: int | None = None
     inputs: Path | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    seed: int | None = None
     cache: Path | None = None
-    trace: bool = False
-    timeout: float = TIMEOUT
     fixed: Mapping[str, int] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The base, where nothing is run."""
+        assert self.base is not None
+        return self.base
 
 
 def recorded_explanation(
     verdict: Verdict | Audit,
-    candidate: Path,
+    request: VerifyRequest,
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
     base: Path | None,
-    how: HowToRun,
     *,
     fingerprint: str = "",
 ) -> tuple[str, ...]:
@@ -53,24 +52,24 @@ def recorded_explanation(
     if verdict:
         return ()
     try:
-        record = read_record(candidate)
+        record = read_record(request.candidate)
         base_record = read_record(base) if base is not None and base.exists() else WrittenRecord()
     except InputRefused:
         return ()
     file = None
-    if how.onnx_adapter is not None:
+    if request.onnx_adapter is not None:
         from lora_export.formats import onnx_adapter
 
-        file = onnx_adapter.read(how.onnx_adapter)
+        file = onnx_adapter.read(request.onnx_adapter)
     given = ComparedWith(
         adapters=adapters,
-        weights=weights or (1.0,) * len(adapters),
+        weights=request.weights or (1.0,) * len(adapters),
         base=base,
         base_record=base_record,
         fingerprint=fingerprint,
-        dtype=how.dtype,
-        adapter_file=how.onnx_adapter,
+        dtype=request.dtype,
+        adapter_file=request.onnx_adapter,
         adapter_version=None if file is None else file.adapter_version,
-        adapter_id=how.adapter_id,
+        adapter_id=request.adapter_id,
     )
     return explain_by_record(record, given)

@@ -20,10 +20,10 @@ from types import FrameType
 
 import click
 
-from lora_export import __version__
 from lora_export.cli import failures, startup
 from lora_export.cli.failures import Invocation, Terminated
-from lora_export.options.spelling import as_command_line
+from lora_export.cli.parameters import command_line_spelling
+from lora_export.version import __version__
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
 JOBS = {
@@ -139,7 +139,7 @@ def run(arguments: list[str] | None = None) -> int:
     if "lora_export.storage.atomic_output" in sys.modules:  # an earlier run in this process
         sys.modules["lora_export.storage.atomic_output"].published.clear()
     try:
-        with as_command_line():
+        with command_line_spelling():
             result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
     except SystemExit as end:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.

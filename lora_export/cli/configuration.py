@@ -25,7 +25,7 @@ def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path
     if found is None:
         return {}, None
     path, table = found
-    options = options_of(command)
+    options = options_by_name(command)
     shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
     own = _own_table(table, name, path)
     if unknown := [key for key in own if _spelled(key) not in options]:
@@ -50,7 +50,7 @@ def find_table() -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def options_of(command: click.Command) -> dict[str, click.Option]:
+def options_by_name(command: click.Command) -> dict[str, click.Option]:
     """The options of a command by their long spelling, without its dashes."""
     options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
     named = {long_name(option): option for option in options}
@@ -101,7 +101,7 @@ def _check_shared(shared: Iterable[str], options: Mapping[str, click.Option], pa
         return
     from lora_export.cli import COMMANDS, command_named
 
-    known = {option for name in COMMANDS for option in options_of(command_named(name))}
+    known = {option for name in COMMANDS for option in options_by_name(command_named(name))}
     for key in others:
         if _spelled(key) not in known:
             raise _unknown(path, TABLE, key, known)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, print_document, print_message, provider_option
+from lora_export.cli.arguments import Command, json_option, print_document, print_message
+from lora_export.cli.parameters import takes_options
 from lora_export.cli.paths import FilePath
 from lora_export.errors import WrongUsage, one_line, printable
+from lora_export.options.generate import GenerateOptions, no_text
 
 if TYPE_CHECKING:
     from lora_export.api.generate import Generation
@@ -21,7 +23,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("source", type=FilePath(), metavar="FOLDER")
+@takes_options(GenerateOptions)
 @click.option(
     "--prompt",
     "texts",
@@ -40,8 +42,6 @@ Examples:
 @click.option(
     "--image", "images", multiple=True, type=FilePath(), metavar="FILE", help="Image that an image-to-text model reads."
 )
-@click.option("--language", metavar="en", help="Language of the sounds. Default: as the model hears it.")
-@click.option("--translate", is_flag=True, help="Let a speech model write English.")
 @click.option(
     "--adapter",
     "chosen",
@@ -49,40 +49,14 @@ Examples:
     metavar="NAME",
     help="Adapter to use: once for all prompts, or in a graph of --lora rows once for each. `base` is none.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most new tokens.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the most probable token. More draws a token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Draw among the most probable tokens whose probabilities add up to this.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
-@click.option("--chat", is_flag=True, help="Put each prompt into the tokenizer's chat template, as a user's message.")
-@provider_option
 @json_option
 def command(
-    source: Path,
     texts: tuple[str, ...],
     sounds: tuple[Path, ...],
     images: tuple[Path, ...],
-    language: str | None,
-    translate: bool,
     chosen: tuple[str, ...],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    chat: bool,
-    provider: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Generate a text for each prompt, sound or image, with the graphs in FOLDER, under onnxruntime.
 
@@ -99,20 +73,12 @@ def command(
     prompts: tuple[str | Path, ...] = images or sounds or texts
     streams = len(prompts) == 1 and not as_json
     results = generate(
-        source,
-        prompts,
+        prompts=prompts,
         adapters=_by_prompt(chosen),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-        language=language,
-        translate=translate,
         starts=texts if images else (),
-        provider=provider,
-        on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else lambda _, __: None,
+        on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else no_text,
         on_message=print_message,
+        **options,
     )
     if as_json:
         names = list(chosen) if len(chosen) > 1 else [chosen[0] if chosen else None] * len(results)

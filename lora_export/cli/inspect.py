@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lora_export.cli.arguments import Command, download_option, json_option, print_document
-from lora_export.cli.expecting import expectation_options
-from lora_export.cli.paths import FilePath
-from lora_export.cli.reading import reading_options
+from lora_export.cli.arguments import Command, json_option, print_document
+from lora_export.cli.parameters import takes_options
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
+from lora_export.options.adapters import InspectOptions
 
 EXAMPLE = """\b
 Example:
@@ -20,29 +18,10 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("path", type=FilePath())
-@click.option(
-    "--base",
-    "checkpoint",
-    type=FilePath(),
-    help="Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
-)
+@takes_options(InspectOptions)
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
-@click.option("--check", is_flag=True, help="Read every file of a merged folder, and compare it with the manifest.")
-@expectation_options
-@reading_options
-@download_option
 @json_option
-def command(
-    path: Path,
-    checkpoint: Path | None,
-    every: bool,
-    check: bool,
-    expected: dict[str, Any],
-    reading: dict[str, Any],
-    download: bool,
-    as_json: bool,
-) -> None:
+def command(every: bool, as_json: bool, **options: Any) -> None:
     """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx or an .onnx_adapter.
 
     Of a graph, shows what it takes to use it: inputs, outputs, adapters and their ids, base, and the verdict that it
@@ -51,19 +30,10 @@ def command(
     """
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
-    from lora_export.formats.read_options import ReadOptions
     from lora_export.report.adapter_screen import print_adapter
     from lora_export.report.console import console
-    from lora_export.runtime.expectations import Expectations
 
-    found = inspect(
-        path,
-        checkpoint=checkpoint,
-        check=check,
-        expected=Expectations(**expected),
-        reading=ReadOptions(**reading),
-        download=download,
-    )
+    found = inspect(**options)
     every = every or verbosity() is Verbosity.FULL
     if as_json:
         print_document(inspection_document(found))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lora_export.api.callbacks import OnProgress, Progress, ignore
+from lora_export.callbacks import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lora_export.cli.arguments import (
-    Command,
-    download_option,
-    json_option,
-    overwrite_option,
-    print_document,
-    print_message,
-    truncation_options,
-)
-from lora_export.cli.paths import FilePath, Source
-from lora_export.cli.reading import reading_options
+from lora_export.cli.arguments import Command, json_option, print_document, print_message
+from lora_export.cli.parameters import takes_options
 from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.options.adapters import ResizeOptions
 
 EXAMPLE = """\b
 Example:
@@ -26,45 +17,21 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("adapter", type=Source(), metavar="ADAPTER")
-@click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the smaller adapter.")
-@truncation_options
-@reading_options
-@overwrite_option
-@download_option
+@takes_options(ResizeOptions)
 @json_option
-def command(
-    adapter: str,
-    output: Path,
-    rank: int | None,
-    energy: float | None,
-    reading: dict[str, Any],
-    overwrite: bool,
-    download: bool,
-    as_json: bool,
-) -> None:
+def command(as_json: bool, **options: Any) -> None:
     """Write ADAPTER with a lower rank: the best pair of that rank for each layer, by an exact SVD.
 
     The share of each layer's change that is left is reported. The output is a PEFT adapter. No base and no PyTorch
     are needed.
     """
     from lora_export.api.resize import resize
-    from lora_export.formats.read_options import ReadOptions
     from lora_export.report.adapter_screen import print_shares
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict
 
-    result = resize(
-        adapter,
-        output,
-        rank=rank,
-        energy=energy,
-        reading=ReadOptions(**reading),
-        overwrite=overwrite,
-        download=download,
-        on_message=print_message,
-    )
+    result = resize(on_message=print_message, **options)
     if as_json:
         print_document(as_dict(result))
     else:
-        print_shares(console(), output, result.layers, whole=verbosity() is Verbosity.FULL)
+        print_shares(console(), result.output, result.layers, whole=verbosity() is Verbosity.FULL)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from lora_export.cli.arguments import (
-    Command,
-    download_option,
-    json_option,
-    overwrite_option,
-    print_document,
-    print_message,
-)
-from lora_export.cli.paths import FilePath, Source
+from lora_export.cli.arguments import Command, json_option, print_document, print_message
+from lora_export.cli.parameters import takes_options
 from lora_export.cli.progress import shown
-from lora_export.cli.reading import ALLOW_PICKLE
 from lora_export.errors import one_line
+from lora_export.options.merge import UnmergeOptions
 
 EXAMPLE = """\b
 Example:
@@ -25,30 +18,9 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("merged", type=FilePath())
-@click.argument("adapters", nargs=-1, type=Source(), metavar="[ADAPTER]...")
-@click.option("-o", "--output", required=True, type=FilePath(), help="Folder or file for the base.")
-@click.option(
-    "--base-from",
-    required=True,
-    type=FilePath(),
-    metavar="RESIDUAL",
-    help="File that `merge --keep-residual` wrote.",
-)
-@ALLOW_PICKLE
-@overwrite_option
-@download_option
+@takes_options(UnmergeOptions)
 @json_option
-def command(
-    merged: Path,
-    adapters: tuple[str, ...],
-    output: Path,
-    base_from: Path,
-    allow_pickle: bool,
-    overwrite: bool,
-    download: bool,
-    as_json: bool,
-) -> None:
+def command(as_json: bool, **options: Any) -> None:
     """Make the base of a merge again, bit for bit, from MERGED, its ADAPTERs and a residual.
 
     `merge --keep-residual` writes the residual: what the merged weights and the adapters do not tell of the base. The
@@ -57,17 +29,7 @@ def command(
     with shown() as on_progress:
         from lora_export.api.unmerge import unmerge
 
-        result = unmerge(
-            merged,
-            adapters,
-            output,
-            base_from=base_from,
-            allow_pickle=allow_pickle,
-            overwrite=overwrite,
-            download=download,
-            on_message=print_message,
-            on_progress=on_progress,
-        )
+        result = unmerge(on_message=print_message, on_progress=on_progress, **options)
     if as_json:
         facts = {"bytes": result.bytes, "restored": result.restored, "files": result.files}
         print_document({"output": str(result.output), **facts})

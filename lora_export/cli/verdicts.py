@@ -20,7 +20,7 @@ MOST_ADAPTERS = 4  # of the short screen
 MOST_FILES = 3  # of the short screen
 
 if TYPE_CHECKING:
-    from lora_export.api.onnx_options import OnnxProofs
+    from lora_export.api.onnx_request import OnnxProofs
     from lora_export.api.verify import Verification
     from lora_export.verification.proof import Proof
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.storage import json_files
 
 _CONFIG = "config.json"

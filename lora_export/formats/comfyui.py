@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lora_export.formats import lora_file
 from lora_export.formats.lora_file import FileNames
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, component_name
+from lora_export.options.reading import DEFAULTS, ReadOptions
 
 DESCRIPTION = "a .safetensors file for ComfyUI, with keys such as diffusion_model.X.lora_A.weight"
 # The prefix of a module's name -> the part of a pipeline, the longest first. Wan 2.2 has two transformers.

@@ -15,9 +15,9 @@ from lora_export.errors import InputRefused
 from lora_export.formats import lora_file
 from lora_export.formats.lora_file import FileNames, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.plan.diffusion.families import by_role
 from lora_export.storage import json_files
 

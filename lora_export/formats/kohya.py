@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lora_export.formats import lora_file
 from lora_export.formats.lora_file import FileNames
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import DENOISER, Adapter, component_name
+from lora_export.options.reading import DEFAULTS, ReadOptions
 
 DESCRIPTION = "a .safetensors file of kohya's scripts or LyCORIS, with keys such as lora_unet_X.lora_down.weight"
 # The prefix of a module's name -> the part of a pipeline. LyCORIS alone writes `lycoris_` for any model.

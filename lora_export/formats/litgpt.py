@@ -20,9 +20,9 @@ from lora_export.formats.fused_pairs import fuse_layers, fuse_outputs, with_outp
 from lora_export.formats.litgpt_names import NamesOfFamily, QkvForm, names_of_family
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage.yaml_files import read_yaml
 
 DESCRIPTION = "a folder with litgpt's lit_model.pth.lora, hyperparameters.yaml and model_config.yaml"

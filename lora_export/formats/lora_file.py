@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
 from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
-from lora_export.formats.read_options import ReadOptions
 from lora_export.formats.tensor_files import PICKLES, TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.reading import ReadOptions
 from lora_export.structured_pairs import WholePair
 
 _SUFFIX = ".safetensors"

@@ -22,9 +22,9 @@ from lora_export.errors import InputRefused
 from lora_export.formats.fused_pairs import fuse_outputs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.plan.embedding_names import is_embedding
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"

@@ -17,9 +17,9 @@ from lora_export.formats import expert_layouts
 from lora_export.formats.base_config import base_config
 from lora_export.formats.fused_pairs import GATE_AND_UP, fuse_layers
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.plan.embedding_names import is_embedding
 from lora_export.plan.expert_axes import ALTERNATING, model_types
 from lora_export.storage import json_files

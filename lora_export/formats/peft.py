@@ -44,9 +44,9 @@ from lora_export.formats.peft_records import (
     notes_of,
     tied_heads,
 )
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.storage import input_files, safetensors_file, torch_pickle
 from lora_export.storage.safetensors_file import Entry
 

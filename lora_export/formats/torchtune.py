@@ -21,9 +21,9 @@ from lora_export.formats.expert_layouts import stacked_pairs
 from lora_export.formats.fused_pairs import GATE_AND_UP, fuse_layers, with_outputs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
 
 DESCRIPTION = "a file adapter_model.pt of torchtune, or its folder"

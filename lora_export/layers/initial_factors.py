@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights
 from lora_export.layers.module_tensors import as_array, oriented
 from lora_export.layers.new_adapter import full_rank_layers
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.train import Init
 
-Init = Literal["default", "pissa", "olora"]
 STARTING_POINT = "start"  # the name of the adapter of frozen pairs
 SMALLEST = 1e-7  # of the largest singular value: fp32 cannot tell less from zero
 OnLayer = Callable[[int, int], None]  # (layers done, layers in all)

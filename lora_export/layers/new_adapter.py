@@ -17,9 +17,8 @@ from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights
 from lora_export.layers.four_bit_weights import is_4bit
 from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, wide_dtype
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
+from lora_export.options.train import TrainedBiases
 from lora_export.plan import Layout
-
-TrainedBiases = Literal["none", "all", "lora_only"]
 
 
 def create_adapter(

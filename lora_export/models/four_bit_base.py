@@ -13,16 +13,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.layers.four_bit_weights import four_bit_linear
+from lora_export.options.train import BaseQuantization
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.quantised import QUANTIZATION
 
-BaseQuantization = Literal["nf4"]
 STORED_SCHEMES = frozenset({"nf4", "fp4"})
 SKIPPED = "llm_int8_skip_modules"  # of transformers' config: layers of 4 bits leave these out, too
 KERNELS = "kernels"  # the package with which bitsandbytes downloads a kernel when it is imported

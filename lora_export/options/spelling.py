@@ -14,40 +14,30 @@ a function.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-# Python name -> flag, where the flag is not the name with dashes
-FLAGS = {
-    "adapters": "-a",
-    "as_json": "--json",
-    "checkpoint": "--base",
-    "columns": "--column",
-    "expect_adapter_sha256": "--expect-adapter-sha256",
-    "hashing": "--hash",
-    "heads": "--head",
-    "prefixes": "--prefix",
-    "reports": "--report",
-    "seed_of_combination": "--combine-seed",
-    "target_parameters": "--target-parameter",
-    "token_indices": "--token-index",
-    "weights": "--weight",
-}
+KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
 FUNCTIONS = {"onnx": "export_onnx", "torchscript": "export_torchscript"}  # command -> function, where the names differ
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
-_on_command_line = False
+Flags = Callable[[], Mapping[str, str]]  # returns flags by Python names, where they are not the names with dashes
+
+_flags: Flags | None = None  # None: keywords of Python
 _UNSET = object()
 
 
 @contextlib.contextmanager
-def as_command_line() -> Iterator[None]:
-    """Spell options as flags within the block. It holds for all threads of the process."""
-    global _on_command_line  # noqa: PLW0603 - a process has one interface to its user at a time
-    before, _on_command_line = _on_command_line, True
+def as_command_line(flags: Flags = dict) -> Iterator[None]:
+    """Spell options as flags within the block. It holds for all threads of the process.
+
+    `flags` is called when an option is spelled.
+    """
+    global _flags  # noqa: PLW0603 - a process has one interface to its user at a time
+    before, _flags = _flags, flags
     try:
         yield
     finally:
-        _on_command_line = before
+        _flags = before
 
 
 def named(name: str, value: object = _UNSET) -> str:
@@ -55,19 +45,21 @@ def named(name: str, value: object = _UNSET) -> str:
 
     `name` is the Python name. A value in capitals stands for one: `named("inputs", "FILE.npz")`.
     """
-    return _flag(name, value) if _on_command_line else _keyword(name, value)
+    return _keyword(name, value) if _flags is None else _flag(name, value, _flags())
 
 
 def command(name: str, *arguments: str, **options: object) -> str:
     """Spell a call of another command with these arguments and options, by their Python names."""
-    if _on_command_line or name in COMMANDS_ALONE:
-        return " ".join(["lora-export", name, *arguments, *(_flag(*each) for each in options.items())])
+    if _flags is not None or name in COMMANDS_ALONE:
+        flags = {} if _flags is None else _flags()
+        words = [*arguments, *(_flag(*each, flags) for each in options.items())]
+        return " ".join(["lora-export", name, *words])
     words = [*(f'"{argument}"' for argument in arguments), *(_keyword(*each) for each in options.items())]
     return f"{FUNCTIONS.get(name, name)}({', '.join(words)})"
 
 
-def _flag(name: str, value: object) -> str:
-    flag = FLAGS.get(name) or f"--{name.replace('_', '-')}"
+def _flag(name: str, value: object, flags: Mapping[str, str]) -> str:
+    flag = flags.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
     return flag if value is _UNSET or value is True else f"{flag} {value}"
@@ -75,5 +67,5 @@ def _flag(name: str, value: object) -> str:
 
 def _keyword(name: str, value: object) -> str:
     if value is _UNSET:
-        return f"{name}="
-    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}"
+        return f"{KEYWORDS.get(name, name)}="
+    return f'{KEYWORDS.get(name, name)}="{value}"' if isinstance(value, str) else f"{KEYWORDS.get(name, name)}={value}"

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import Different, Undecided, WrongUsage, listed
-
-SHA256_DIGITS = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Expectations:
-    """What is expected; None and empty where anything is right. True where something is expected.
-
-    Raises WrongUsage for a hash that is no SHA-256.
-    """
-
-    adapter_sha256: tuple[str, ...] = ()  # of every adapter, in any order
-    rank: int | None = None  # of every pair
-    alpha: float | None = None  # of every pair: its scale x rank, with rsLoRA x √rank
-    base_sha256: tuple[str, ...] = ()  # of every file with weights of the base, in any order
-
-    def __post_init__(self) -> None:
-        for name in ("adapter_sha256", "base_sha256"):
-            values = tuple(value.lower() for value in getattr(self, name))
-            object.__setattr__(self, name, values)
-            for value in values:
-                if not SHA256_DIGITS.fullmatch(value):
-                    option = name.replace("_", "-")
-                    raise WrongUsage(f"--expect-{option} {value!r} is no SHA-256: give its 64 hexadecimal digits")
-
-    def __bool__(self) -> bool:
-        return self != Expectations()
-
-
-NOTHING_EXPECTED = Expectations()
+from lora_export.errors import Different, Undecided, listed
+from lora_export.options.spelling import command
+from lora_export.options.verify import Expectations
 
 
 def refuse_unexpected(
@@ -73,7 +43,7 @@ def _unknown(
     if not adapters and (expected.adapter_sha256 or expected.rank is not None or expected.alpha is not None):
         yield "no adapter is recorded"
     if expected.base_sha256 and (not base or None in base):
-        yield "the SHA-256 of the base is not recorded (`merge --hash sha256` records it)"
+        yield f"the SHA-256 of the base is not recorded (`{command('merge', hashing='sha256')}` records it)"
 
 
 def _differences(expected: Expectations, adapters: Sequence[Mapping[str, Any]], base: Sequence[str]) -> Iterator[str]:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export import __version__
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
@@ -29,6 +28,7 @@ from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, 
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
 from lora_export.runtime.token_positions import token_positions
+from lora_export.version import __version__
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}

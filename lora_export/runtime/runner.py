@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
+from lora_export.options.common import TIMEOUT as TIMEOUT
 from lora_export.runtime.providers import CPU
 
 Arrays = dict[str, NDArray[Any]]
-TIMEOUT = 600.0  # seconds for one run of an .onnx or TorchScript file: an endless loop in it ends with an error
 
 # These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.
 COMPUTE_OPERATORS = frozenset(

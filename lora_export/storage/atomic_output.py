@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.storage.c_library import c_function
 from lora_export.storage.deferred_signals import deferred_signals
@@ -31,14 +32,9 @@ DIGITS = 16  # of a content's hash, in the name of a data file
 MOST_LISTED = 10  # foreign files that a message names
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or nothing that was opened for reading
-OnMessage = Callable[[str], None]  # receives notes and warnings, one line each
 
 
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
-
-
-def _ignore(_: str) -> None:
-    """Drop a message."""
 
 
 @contextlib.contextmanager
@@ -48,7 +44,7 @@ def stage_folder(
     inputs: Iterable[Path],
     overwrite: bool = False,
     required_bytes: int = 0,
-    on_message: OnMessage = _ignore,
+    on_message: OnMessage = ignore,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
@@ -77,7 +73,7 @@ def stage_file(
     inputs: Iterable[Path],
     overwrite: bool = False,
     required_bytes: int = 0,
-    on_message: OnMessage = _ignore,
+    on_message: OnMessage = ignore,
 ) -> Iterator[Path]:
     """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_export.training.settings import Precision
+from lora_export.options.train import Precision
 
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

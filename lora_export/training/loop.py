@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
+from lora_export.options.train import Precision, TrainingSettings
 from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
@@ -40,7 +41,6 @@ from lora_export.training.processes import (
     world_size,
 )
 from lora_export.training.schedule import learning_rate_factor
-from lora_export.training.settings import Precision, TrainingSettings
 from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]

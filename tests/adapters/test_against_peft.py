@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.adapters.combination import METHODS
+from lora_export.options.combining import METHODS
 from support.combined import IDS, LAYERS, LAYOUT, WEIGHTS, adapted, combined_by_peft, layers, our_masks
 
 PRUNED = {"density": 0.6}

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from lora_export.adapters.combination import METHODS, Combination
 from lora_export.cli.application_options import COMBINATIONS
+
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
+from lora_export.options.combining import METHODS, Combination
 from lora_export.plan import Term
 from lora_export.structured_pairs import HadamardPair
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lora_export import plan
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_adapters, combine_in_plan
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.options.combining import Combination
 from lora_export.plan import Layout, TensorSpec
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from lora_export.api.application import Application
 from torch import nn
 
 import lora_export as le
 from lora_export import layers, plan
-from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.application import Application
-from lora_export.api.callbacks import ignore
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.factory import from_module
+from lora_export.options.combining import Combination
 from lora_export.plan import Tied
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import merge
 from lora_export.errors import InputRefused, MatchError, OutputFailed, WrongUsage
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.storage.manifest import damage
 from support.diffusion import adapter_file, arrays_of, clip_text_model, linear_shapes, random_pairs, unet
 from support.folder_contents import folder_contents

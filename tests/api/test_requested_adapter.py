@@ -13,8 +13,8 @@ import transformers
 
 import lora_export as le
 from lora_export import formats
-from lora_export.api.requested_adapter import AdapterRequest
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.train import AdapterChoice
 from lora_export.training.order import ShuffledOrder
 from support.api import MODEL
 from support.small_models import small_model, words_tokenizer
@@ -184,7 +184,7 @@ def test_each_rank_starts_from_the_weights(texts: Path) -> None:
 )
 def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(WrongUsage, match=message):
-        AdapterRequest(**options)
+        AdapterChoice(**options)
 
 
 def test_a_change_of_biases_is_not_continued(texts: Path) -> None:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import layers, plan
-from lora_export.api.callbacks import Progress
 from lora_export.api.training_strategies import Trainer, losses_of
+from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
-from lora_export.layers.initial_factors import Init
+from lora_export.options.train import Init, TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.evaluation import evaluate
-from lora_export.training.settings import TrainingSettings
 
 
 class Net(nn.Module):

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_export import convert, inspect, merge, verify
-from lora_export.adapters.combination import Combination
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.combining import Combination
+from lora_export.options.reading import ReadOptions
 from support.diffusion import adapter_file, random_pairs
 
 LAYERS = {"a.q": (6, 4), "b.q": (4, 4)}

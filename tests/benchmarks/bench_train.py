@@ -78,9 +78,9 @@ def run_ours(model: Any, inputs: dict[str, Any], labels: Any, between: Callable[
     import torch
 
     from lora_export import layers, plan
+    from lora_export.options.train import TrainingSettings
     from lora_export.training.batches import ArrayData
     from lora_export.training.loop import fit
-    from lora_export.training.settings import TrainingSettings
 
     layers.compute_in_input_dtype(model)
     heads = heads_of(model)

@@ -10,8 +10,9 @@ import click
 import pytest
 
 from lora_export.cli import COMMANDS, cli
-from lora_export.cli.arguments import MODES, Command, TakesAdapters, command_line, publishing_options, wrote
+from lora_export.cli.arguments import Command, command_line, wrote
 from lora_export.errors import WrongUsage
+from lora_export.options.common import LORA_MODES
 
 
 def command_of(name: str) -> click.Command:
@@ -100,16 +101,12 @@ def test_usage_that_a_function_refuses_is_shown_as_click_shows_it() -> None:
     assert error.value.ctx is not None and error.value.exit_code == 2
 
 
-def test_publishing_options_offer_only_the_given_modes() -> None:
-    @click.command(cls=TakesAdapters)
-    @publishing_options("merged", "nodes")
-    def publish(**_: object) -> None: ...
-
-    (mode,) = (parameter for parameter in publish.params if parameter.name == "mode")
+def test_a_command_offers_the_modes_that_it_has() -> None:
+    (mode,) = (parameter for parameter in command_of("torchscript").params if parameter.name == "lora")
     assert isinstance(mode, click.Option) and mode.default == "merged"
-    assert mode.help == f"merged: {MODES['merged']}; nodes: {MODES['nodes']}."
+    assert mode.help == f"merged: {LORA_MODES['merged']}; nodes: {LORA_MODES['nodes']}."
     with pytest.raises(click.BadParameter):
-        publish.make_context("publish", ["--lora", "rows"])
+        read("torchscript", "base", "-o", "o", "--lora", "rows")
 
 
 def test_what_was_written_is_told_with_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

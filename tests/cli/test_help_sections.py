@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from lora_export.cli import COMMANDS, command_named
-from lora_export.cli.help_sections import OF_NO_SECTION, SHARED, write_options
+from lora_export.cli.help_sections import write_options
+from lora_export.cli.parameters import SectionedOption
+from lora_export.options.sections import Section
 
 OPTION = re.compile(r"^  (?:-\w, )?(--[a-z0-9-]+)", re.MULTILINE)
 HEADING = re.compile(r"^(\w.*):$", re.MULTILINE)
@@ -35,25 +37,11 @@ def test_every_option_is_in_one_section(name: str) -> None:
     assert "Files and messages" in headings and len(headings) == len(set(headings))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_sections_name_options_that_exist(name: str) -> None:
-    command = command_named(name)
-    names = [option for section in getattr(command, "sections", {}).values() for option in section]
-    known = {option for param in command.params for option in param.opts}
-    assert len(names) == len(set(names)) and set(names) <= known
-
-
-def test_shared_sections_name_options_of_several_commands() -> None:
-    known = [{option for param in command_named(name).params for option in param.opts} for name in COMMANDS]
-    for options in SHARED.values():
-        for option in options:
-            assert option == "--help" or any(option in own for own in known), option
-
-
-def test_own_sections_come_before_shared_ones() -> None:
-    options = [click.Option([name], help="It.") for name in ("--json", "--first", "--b", "--lone", "--a", "--prefix")]
+def test_sections_have_an_order() -> None:
+    sections = {"--json": Section.OPTIONS, "--prefix": Section.READING, "--lone": Section.OPTIONS}
+    sections |= {"--a": Section.DATA, "--b": Section.DATA}
+    options = [SectionedOption([name], section=section, help="It.") for name, section in sections.items()]
     context, formatter = click.Context(click.Command("x")), click.HelpFormatter()
-    write_options(options, {"Own": ["--a", "--b"], "Other": ["--first"]}, context, formatter)
+    write_options(options, context, formatter)
     lines = [line.split()[0] for line in formatter.getvalue().splitlines() if line]
-    reading, files = ("How", "--prefix"), ("Files", "--json")
-    assert lines == [f"{OF_NO_SECTION}:", "--lone", "Own:", "--b", "--a", "Other:", "--first", *reading, *files]
+    assert lines == ["Options:", "--lone", "Data:", "--a", "--b", "How", "--prefix", "Files", "--json"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lora_export.api.callbacks import Progress, ignore
+from lora_export.callbacks import Progress, ignore
 from lora_export.cli import progress
 from lora_export.cli.progress import shown
 

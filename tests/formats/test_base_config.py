@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.formats.base_config import base_config, size_in_config
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.options.reading import DEFAULTS, ReadOptions
 
 
 def test_the_config_beside_the_adapter_comes_before_the_bases(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.reading import ReadOptions
 from support import ROOT
 from support.diffusion import adapter_file, random_pairs
 from support.handmade import peft_adapter

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from lora_export import formats, merge
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import kohya
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.plan.diffusion.other_layout import other_layouts
 from support.diffusion import (
     PIPELINES,

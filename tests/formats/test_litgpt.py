@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from support import ROOT
 
 EXAMPLES = json.loads((ROOT / "tests/support/litgpt_examples.json").read_text())

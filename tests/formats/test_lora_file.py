@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from lora_export import formats, merge
 from lora_export.errors import InputRefused
 from lora_export.formats import kohya, lora_file
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 
 
 def written(tensors: dict[str, np.ndarray], folder: Path) -> Path:

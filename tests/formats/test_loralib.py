@@ -15,7 +15,7 @@ from torch import nn
 from lora_export import formats
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import loralib as loralib_format
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from support.cli import call
 
 STATED = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6)

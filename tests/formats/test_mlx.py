@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import ExpertAxes
+from lora_export.options.reading import ReadOptions
 from support import experts
 
 mx = pytest.importorskip("mlx.core", reason="mlx runs on Linux and macOS")

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from lora_export.errors import InputRefused
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
-from lora_export.formats.read_options import DEFAULTS
 from lora_export.formats.tensor_files import TensorSource, open_tensors
 from lora_export.lora import LoraPair
+from lora_export.options.reading import DEFAULTS
 
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ABab])")
 

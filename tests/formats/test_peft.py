@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
 from lora_export.formats import peft as reader
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.options.reading import ReadOptions
 from support.handmade import peft_adapter
 from support.peft_folders import A_KEY, B_KEY, refusal, simple, with_tensors
 from support.peft_models import Mlp, agrees, read_back, trained, whole_tensors

@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import save_file
 
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import hash_of_files, names_in, open_tensors
+from lora_export.options.reading import DEFAULTS, ReadOptions
 
 
 @pytest.fixture

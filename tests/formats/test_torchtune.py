@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import ExpertAxes
+from lora_export.options.reading import ReadOptions
 
 HEADS, GROUPS, SIZE, WIDTH = 4, 2, 4, 8
 CONFIG = {

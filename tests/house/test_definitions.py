@@ -42,16 +42,6 @@ def test_no_name_is_defined_twice() -> None:
     assert repeated({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in MODULES}) == {}
 
 
-def test_no_class_is_defined_twice_not_even_a_private_one() -> None:
-    names = [
-        node.name
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    ]
-    assert sorted({name for name in names if names.count(name) > 1}) == []
-
-
 def test_repeated_names_are_found() -> None:
     one = "class A: ...\nB = 1\ndef c(): ...\nD: int = 2\nE, F = 1, 2\n_private = 0\ndef read(): ..."
     for name, other in {"A": "A = int", "B": "B: int = 2", "c": "c = len", "D": "class D: ...", "F": "F = 1"}.items():

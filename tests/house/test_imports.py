@@ -20,7 +20,20 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: an entry of the package imports only entries that stand before it. `plan` stands low because
 # every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 ORDER = (
-    *("errors", "options", "lora", "structured_pairs", "plan", "sums", "adapters", "storage", "provenance", "formats"),
+    *(
+        "version",
+        "callbacks",
+        "errors",
+        "lora",
+        "options",
+        "structured_pairs",
+        "plan",
+        "sums",
+        "adapters",
+        "storage",
+        "provenance",
+        "formats",
+    ),
     *("weights", "layers", "graph", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
@@ -31,9 +44,11 @@ DOERS = (
 )
 NUMPY_CORE = (
     *(
+        "version",
+        "callbacks",
         "errors",
-        "options",
         "lora",
+        "options",
         "structured_pairs",
         "plan",
         "sums",

@@ -16,11 +16,6 @@ PACKAGE = ROOT / "lora_export"
 # Folders that test more than one folder of the package, or hold what tests share.
 OF_THE_WHOLE = {"benchmarks", "defects", "fuzz", "hostile", "house", "matrix", "support"}
 MOST_WORDS = 12
-# Module -> why no test file has its name.
-WITHOUT_TESTS = {
-    "__main__.py": "calls `cli.main`; every test that starts `python -m lora_export` runs it",
-    "runtime/torchscript/child.py": "is the child process of `runner.py`; test_runner.py tests it through that process",
-}
 FILES = sorted(TESTS.rglob("*.py"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
 
@@ -69,12 +64,6 @@ def test_no_test_file_is_imported(path: Path) -> None:
 def test_every_folder_of_tests_is_a_folder_of_the_package() -> None:
     folders = {path.parent.relative_to(TESTS) for path in TEST_FILES}
     assert {str(folder) for folder in folders if not (PACKAGE / folder).is_dir()} <= OF_THE_WHOLE
-
-
-def test_every_module_has_tests_under_its_name() -> None:
-    modules = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    without = [module for module in modules if not (TESTS / module).with_name(f"test_{module.name}").exists()]
-    assert sorted(map(str, without)) == sorted(WITHOUT_TESTS)
 
 
 def test_long_and_repeated_names_and_imports_are_found() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lora_export.options.commands import declared_flags
 from lora_export.options.spelling import as_command_line, command, named
 
 SPELLINGS = [
@@ -32,11 +33,11 @@ SPELLINGS = [
 @pytest.mark.parametrize(("text", "in_python", "on_the_command_line"), SPELLINGS)
 def test_each_door_spells_an_option_its_own_way(text, in_python, on_the_command_line):
     assert text() == in_python
-    with as_command_line():
+    with as_command_line(declared_flags):
         assert text() == on_the_command_line
 
 
 def test_the_spelling_of_python_comes_back_after_an_error():
-    with pytest.raises(ZeroDivisionError), as_command_line():
+    with pytest.raises(ZeroDivisionError), as_command_line(declared_flags):
         _ = 1 / 0
     assert named("dtype") == "dtype="

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from lora_export.api.callbacks import Progress
+from lora_export.callbacks import Progress
 from lora_export.models.load import load_model
 from support import FACTORIES
 from support.handmade import peft_adapter

@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from support import ROOT
 from support.handmade import peft_adapter
 

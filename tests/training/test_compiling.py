@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_export as le
 from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking
+from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
 from lora_export.training.compiling import compiled, refuse_without_compiler
 from lora_export.training.loop import fit
-from lora_export.training.settings import TrainingSettings
 from support.api import MODEL
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.options.train import TrainingSettings
 from lora_export.training import loop
 from lora_export.training.batches import ArrayData, Data, ReadyBatches
 from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import evaluate
 from lora_export.training.history import StepRecord, TrainingHistory
 from lora_export.training.losses import Batch, OwnLoss
-from lora_export.training.settings import TrainingSettings
 
 
 class Net(nn.Module):

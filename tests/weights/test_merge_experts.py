@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lora_export
 from lora_export.errors import InputRefused, MatchError
-from lora_export.formats.read_options import ReadOptions
+from lora_export.options.reading import ReadOptions
 from support import experts
 from support.experts import (
     COUNT,

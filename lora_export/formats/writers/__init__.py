@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import WrongUsage
-from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.plan.diffusion.families import Family
 
 # The name of a format and its module. Modules are imported when an adapter is written.

@@ -24,7 +24,6 @@ import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import __version__
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
@@ -32,6 +31,7 @@ from lora_export.models.stored_parameter import state_of
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import atomic_output, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
+from lora_export.version import __version__
 
 Warn = Callable[[str], None]
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import lora_export
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.reading import ReadOptions
 from support.written import DTYPES, adapter_of, low_rank
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_export.storage.atomic_output import OnMessage as OnMessage
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -19,6 +17,7 @@ class Progress:
     detail: str = ""  # such as "loss 0.693"
 
 
+OnMessage = Callable[[str], None]
 OnProgress = Callable[[Progress], None]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_export.api.callbacks import Progress, ignore, in_bytes, in_stages
+from lora_export.callbacks import Progress, ignore, in_bytes, in_stages
 
 
 def test_a_stage_is_reported_by_its_name() -> None:

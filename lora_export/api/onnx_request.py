@@ -1,4 +1,4 @@
-"""The options of an ONNX export, and its result."""
+"""The request of an ONNX export, and its result."""
 
 from __future__ import annotations
 
@@ -9,59 +9,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import plan
-from lora_export.api.application import Application
-from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.api.shared_head import Stored, without_shared_head
+from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
+from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.encoder_decoder_files import file_for_graph
-from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
     from lora_export.graph.precision import WeightPrecision
 
-SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
-FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
-# What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
-TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS = (
-    *("text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"),
-)
-QUANTISED_KINDS = ("int4", "int8")
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OnnxRequest(OnnxOptions):
+    """The options of `export_onnx`, with everything found and loaded that they name."""
 
-@dataclass(frozen=True, eq=False)
-class OnnxOptions:
-    """The arguments of `export_onnx` that are the same for a model and an existing graph."""
-
-    output: Path
-    lora: str
-    adapters: Sequence[Adapter]
-    weights: Sequence[float] = ()
+    output: Path = field(kw_only=False)
+    adapters: Sequence[Adapter] = ()
     sources: Sequence[Path] = ()  # the paths of the adapters
-    application: Application = field(default_factory=Application)
-    target: str | Sequence[str] | None = None
-    dora: bool = False
-    names: str = "olive"
-    per_row: int = 1  # with "rows": how many adapters a row has
-    required_inputs: bool = False  # with "inputs": whether adapter inputs have no default
-    max_rank: int | None = None  # to which the ranks of adapters are padded; None: their own
-    task: str | None = None  # one of CACHED_TASKS; None: forward as it is, without a cache
-    quantize: str | None = None  # "int4" or "int8"; None: the weights stay floats
-    fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
+    checkpoint: Path | None = None
     inputs: Path | None = None
-    provider: str = "cpu"
-    ignore_head: bool = False
-    timeout: float = TIMEOUT  # seconds for one run of a graph
-    verify: bool = True
-    overwrite: bool = False
-    on_message: OnMessage = field(default=ignore, repr=False)
-    on_progress: OnProgress = field(default=ignore, repr=False)
 
     @property
     def strengths(self) -> Sequence[float]:
@@ -85,7 +59,7 @@ class OnnxOptions:
         """Whether a call of the graph chooses its adapter."""
         return self.lora in SWAPPED
 
-    def without_head(self, specs: Iterable[plan.TensorSpec], stored: Stored) -> OnnxOptions:
+    def without_head(self, specs: Iterable[plan.TensorSpec], stored: Stored) -> OnnxRequest:
         """The same options, without the head that all adapters share with the base (`ignore_head`).
 
         Raises InputRefused where they do not share it.
@@ -147,19 +121,20 @@ class OnnxResult:
         return self.proofs.whole if self.proofs else None
 
 
-def adapter_file(adapter: Adapter, options: OnnxOptions) -> str:
+def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:
     """The name of an adapter's file beside the output; each graph of an encoder-decoder has its own.
 
     Raises InputRefused where it would be no file's name.
     """
     if adapter.name.startswith(".") or "/" in adapter.name:
         raise InputRefused(
-            f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: -a NAME=ADAPTER"
+            f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: "
+            f"{named('adapters', 'NAME=ADAPTER')}"
         )
     return file_for_graph(adapter.name, options.output.name) if options.has_encoder else adapter.name + SUFFIX
 
 
-def check_adapters(options: OnnxOptions) -> None:
+def check_adapters(options: OnnxRequest) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
     if options.is_swapped:
         others = options.without_own_heads

@@ -1,0 +1,161 @@
+"""The parameters of a command, made from the record of its options."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import MISSING
+from typing import Any
+
+import click
+
+from lora_export.cli.paths import FilePath, Source
+from lora_export.options.declaring import Declared, Options, Positional, nested_in, options_of
+from lora_export.options.sections import Section
+from lora_export.options.spelling import as_command_line
+
+
+class SectionedOption(click.Option):
+    """An option with the heading of `--help` under which it is shown."""
+
+    def __init__(self, *args: Any, section: Section = Section.OPTIONS, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Separated(click.ParamType[tuple[str, ...]]):
+    """Words out of a list, separated by commas."""
+
+    name = "words"
+
+    def __init__(self, known: Iterable[str]):
+        self.known = tuple(known)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The words as a tuple, each once."""
+        words = tuple(value.split(",") if value else ()) if isinstance(value, str) else tuple(value)
+        if unknown := [word for word in words if word not in self.known]:
+            self.fail(f"{', '.join(unknown)} is none of {', '.join(self.known)}", param, ctx)
+        return tuple(dict.fromkeys(words))
+
+
+def command_line_spelling() -> AbstractContextManager[None]:
+    """Let messages spell options as flags within the block. All records are imported when the first one is spelled."""
+
+    def flags() -> Mapping[str, str]:
+        from lora_export.options.commands import declared_flags
+
+        return declared_flags()
+
+    return as_command_line(flags)
+
+
+def parameters_of(record: type[Options]) -> list[click.Parameter]:
+    """The parameters of a command: arguments first, those of nested records last."""
+    own = [_parameter(one.name, one) for one in options_of(record) if not one.option.python_only]
+    return own + [
+        _parameter(f"{name}_{one.name}", one.with_flags(nested.flags.get(one.name, ())))
+        for name, nested in nested_in(record).items()
+        for one in options_of(nested.record)
+    ]
+
+
+def values_for(record: type[Options], values: dict[str, Any]) -> dict[str, Any]:
+    """Turn the values of click's parameters into the keywords of the record, those of nested records into records.
+
+    What was not given and has no default of click's own is left out.
+    """
+    keywords = dict(values)
+    for declared in options_of(record):
+        if (switch := _switch(declared)) in keywords:
+            keywords[declared.name] = not keywords.pop(switch)
+    for name, nested in nested_in(record).items():
+        own = {declared.name: keywords.pop(f"{name}_{declared.name}", None) for declared in options_of(nested.record)}
+        keywords[name] = nested.record(**{key: value for key, value in own.items() if value is not None})
+    return {key: value for key, value in keywords.items() if value is not None}
+
+
+def takes_options(record: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the parameters of a record, and its function the keywords of the record."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**values: Any) -> Any:
+            return function(**values_for(record, values))
+
+        # click takes the parameters of a function in reverse order.
+        own = list(getattr(function, "__click_params__", []))
+        call.__click_params__ = own + list(reversed(parameters_of(record)))  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _parameter(name: str, declared: Declared) -> click.Parameter:
+    option = declared.option
+    settings: dict[str, Any] = {"type": _type_of(declared)}
+    if option.metavar:
+        settings["metavar"] = option.metavar
+    if isinstance(option, Positional):
+        settings["nargs"] = -1 if declared.multiple else 1
+        return click.Argument([name], required=not option.optional, **settings)
+    if option.read is not None:
+        settings["callback"] = _callback(option.read)
+    if declared.kind == "flag":
+        settings = {"is_flag": True} if "/" not in declared.flags[-1] else {}
+    elif declared.multiple and not option.separated:
+        settings["multiple"] = True
+    settings |= _default(declared)
+    with command_line_spelling():
+        help_text = option.help_text()
+    name = _switch(declared) or name
+    return SectionedOption([*declared.flags, name], section=option.section, help=help_text, **settings)
+
+
+def _switch(declared: Declared) -> str:
+    """click's name of a flag that switches off what is on by default; empty for all other options."""
+    return f"no_{declared.name}" if declared.kind == "flag" and declared.default is True else ""
+
+
+def _default(declared: Declared) -> dict[str, Any]:
+    """How click is told of the default. A text that is empty, and None, are no default."""
+    if declared.default is MISSING:
+        return {"required": True}
+    if declared.kind == "flag":
+        return {"default": False}
+    if declared.multiple or declared.default in (None, ""):
+        return {"show_default": declared.option.shown_default} if declared.option.shown_default else {}
+    return {"default": declared.default, "show_default": True}
+
+
+def _type_of(declared: Declared) -> Any:
+    option, kind = declared.option, declared.kind
+    if option.read is not None:
+        return None
+    if option.separated:
+        return Separated(declared.choices)
+    if kind == "choice":
+        return click.Choice(declared.choices)
+    if kind in ("path", "folder"):
+        return FilePath() if kind == "path" else FilePath(file_okay=False)
+    if kind == "source":
+        return Source()
+    if kind in ("int", "float"):
+        number: Any = click.IntRange if kind == "int" else click.FloatRange
+        low = option.at_least if option.at_least is not None else option.above
+        high = option.at_most if option.at_most is not None else option.below
+        if low is None and high is None:
+            return int if kind == "int" else float
+        return number(low, high, min_open=option.above is not None, max_open=option.below is not None)
+    return None
+
+
+def _callback(read: Callable[[Iterable[str]], Any]) -> Callable[..., Any]:
+    def convert(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> Any:
+        try:
+            return read(texts)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return convert

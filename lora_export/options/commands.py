@@ -1,0 +1,34 @@
+"""The record of each command, and what the command line calls their options."""
+
+import functools
+from collections.abc import Mapping
+
+from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
+from lora_export.options.declaring import Options, options_of
+from lora_export.options.export import OnnxOptions, TorchScriptOptions
+from lora_export.options.generate import GenerateOptions
+from lora_export.options.merge import MergeOptions, UnmergeOptions
+from lora_export.options.train import TrainOptions
+from lora_export.options.verify import VerifyOptions
+
+RECORDS: dict[str, type[Options]] = {
+    "train": TrainOptions,
+    "inspect": InspectOptions,
+    "convert": ConvertOptions,
+    "combine": CombineOptions,
+    "extract": ExtractOptions,
+    "resize": ResizeOptions,
+    "merge": MergeOptions,
+    "unmerge": UnmergeOptions,
+    "onnx": OnnxOptions,
+    "torchscript": TorchScriptOptions,
+    "generate": GenerateOptions,
+    "verify": VerifyOptions,
+}
+
+
+@functools.cache
+def declared_flags() -> Mapping[str, str]:
+    """The flags of options by their Python names, where they are not the names with dashes."""
+    declared = [one for record in RECORDS.values() for one in options_of(record)]
+    return {one.name: one.option.flags[0] for one in declared if one.option.flags}

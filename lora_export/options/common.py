@@ -1,0 +1,134 @@
+"""Options that several commands have: what is written, what is reported while it is made, how a proof runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
+
+from lora_export.callbacks import OnMessage, OnProgress, ignore
+from lora_export.options.declaring import Option, Options
+from lora_export.options.sections import Section
+
+TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error
+
+ProviderName = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class LoadedModel(Protocol):
+    """What `load_model` returns: a PyTorch module, and what is known of it."""
+
+    @property
+    def module(self) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of its weights."""
+        ...
+
+
+ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
+
+
+def read_layouts(texts: Iterable[str]) -> dict[str, str]:
+    """NAME=LAYOUT... as a table. Later ones come last: the last one that matches a weight counts. Raises ValueError."""
+    layouts: dict[str, str] = {}
+    for text in texts:
+        name, _, layout = text.rpartition("=")
+        if not name or layout not in ("out_in", "in_out"):
+            raise ValueError(f"{text} is not NAME=out_in or NAME=in_out")
+        layouts.pop(name, None)
+        layouts[name] = layout
+    return layouts
+
+
+PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF)
+LAYOUT = Option(
+    "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
+    "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
+    "repeated: the last match counts.",
+    metavar="NAME=in_out|out_in",
+    read=read_layouts,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported(Options):
+    """What a function calls while it runs. They are no options of the command line."""
+
+    on_message: OnMessage = field(default=ignore, repr=False, compare=False)
+    on_progress: OnProgress = field(default=ignore, repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download(Options):
+    """Whether names of the Hugging Face Hub are downloaded."""
+
+    download: Annotated[
+        bool,
+        Option("Download models and adapters named as on the Hugging Face Hub, if not cached.", section=Section.FILES),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Download, Reported):
+    """What a function that writes takes."""
+
+    overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=Section.FILES)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofInputs(Options):
+    """Inputs that a proof takes besides the generated ones."""
+
+    inputs: Annotated[
+        str | Path | None,
+        Option(
+            "Further inputs for the proof: one array for each input of the model, by its name. They are the example "
+            "where the inputs of a Hugging Face model cannot be generated.",
+            section=Section.PROOF,
+            metavar="FILE.npz",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(ProofInputs):
+    """How a graph is run in its proof, and in which precision the model is deployed."""
+
+    provider: Annotated[ProviderName, PROVIDER] = "cpu"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
+            section=Section.PROOF,
+        ),
+    ] = "float32"
+    timeout: Annotated[
+        float,
+        Option(
+            "Stop a run of CANDIDATE or of a graph that takes longer than this.",
+            section=Section.PROOF,
+            metavar="SECONDS",
+            above=0,
+        ),
+    ] = TIMEOUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(ProofInputs, Output):
+    """What a function takes that proves a file before it publishes it."""
+
+    verify: Annotated[bool, Option("Publish without a proof. The file records that.", section=Section.PROOF)] = True
+
+
+LORA_MODES = {
+    "merged": "fold the adapters into the weights",
+    "nodes": "keep A and B as nodes beside the weights",
+    "inputs": "make A and B optional inputs, with one file per adapter",
+    "rows": "choose the adapter of each batch row by an input",
+}
+
+
+def modes(*names: str) -> str:
+    """The help of `lora`, with what each of these modes does."""
+    return "; ".join(f"{name}: {LORA_MODES[name]}" for name in names) + "."

@@ -1,0 +1,274 @@
+"""How an option is declared: as a field of a record, with what it means beside its type and its default.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Output(Options):
+        overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=FILES)] = False
+
+The field is the whole declaration. The keyword of the Python function, the parameter of the command line, the entry of
+`[tool.lora-export]`, the usage check and the record of provenance come from it. Records are dataclasses and no
+`TypedDict`, which has no defaults and no attributes. A record of one concern is inherited by the records of the
+commands that have it: a function that takes an `Output` takes each of them, and passes it on whole.
+
+`lora-export --help` reads the records, so that their modules import nothing heavy: heavy types are quoted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from lora_export.errors import WrongUsage
+from lora_export.options.sections import Section
+from lora_export.options.spelling import named
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+# What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
+Kind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
+KIND_OF_TYPE: Mapping[Any, Kind] = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
+OPTION_IN_TEXT = re.compile(r"\{(\w+)(?:=([^}]*))?\}")  # `{lora=inputs}` in a help text names an option
+
+
+@dataclass(frozen=True)
+class Only:
+    """What an option goes together with: some values of another option, or of a fact that the caller states.
+
+    The message is "OPTION `verb` WORDS: `because`". `words` name the values of a fact, and `instead` has the message
+    for single values of it.
+    """
+
+    other: str
+    values: tuple[Any, ...]
+    because: str = ""
+    words: str = ""
+    verb: str = "is for"
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, name: str, found: Any) -> WrongUsage:
+        """The error on an option that was given beside something else."""
+        if found in self.instead:
+            return WrongUsage(f"{named(name)} {self.instead[found]}")
+        first, *more = self.values
+        words = spelled(self.words) or " and ".join([named(self.other, first), *map(str, more)])
+        because = f": {spelled(self.because)}" if self.because else ""
+        return WrongUsage(f"{named(name)} {self.verb} {words}{because}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """The meaning of a field: what `--help` and Python's `help` show of it, and which values it may have."""
+
+    help: str
+    section: Section = Section.OPTIONS
+    flags: tuple[str, ...] = ()  # by default the name, with dashes
+    metavar: str = ""
+    shown_default: str = ""  # where the default itself does not tell
+    kind: Kind | None = None  # where the type does not tell
+    multiple: bool | None = None  # whether it may be repeated, where the type does not tell
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    separated: bool = False  # whether one text of the command line has all values, separated by commas
+    read: Callable[[Iterable[str]], Any] | None = None  # texts of the command line -> the value; raises ValueError
+    only: tuple[Only, ...] = ()
+    python_only: bool = False  # no option of the command line
+
+    def help_text(self) -> str:
+        """The help, with other options as the interface spells them."""
+        return spelled(self.help)
+
+
+@dataclass(frozen=True)
+class Positional(Option):
+    """A positional argument of the command line."""
+
+    help: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A field that is a record itself, whose options the command line has beside the others.
+
+    `flags` are other spellings of them in this command.
+    """
+
+    record: type[Options]
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option of a record, with what its type and its default tell."""
+
+    name: str  # of the field
+    option: Option
+    kind: Kind
+    choices: tuple[str, ...]
+    multiple: bool
+    default: Any  # MISSING: it has to be given
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The spellings on the command line, the short one first. A flag that is on by default is switched off."""
+        usual = f"--{'no-' if self.default is True else ''}{self.name.replace('_', '-')}"
+        return self.option.flags or (usual,)
+
+    def with_flags(self, flags: tuple[str, ...]) -> Declared:
+        """The same, with other spellings where there are any."""
+        return dataclasses.replace(self, option=dataclasses.replace(self.option, flags=flags)) if flags else self
+
+    def check(self, value: Any) -> None:
+        """Raise WrongUsage for a value that the option cannot have."""
+        if value is None or (value == self.default and type(value) is type(self.default)):
+            return
+        for one in value if self.multiple and not isinstance(value, str) else (value,):
+            if self.choices and one not in self.choices:
+                raise WrongUsage(f"{named(self.name)} is {one!r}; it must be {_either(self.choices)}")
+            if self.kind in ("int", "float") and isinstance(one, int | float) and (limit := self._limit_of(one)):
+                raise WrongUsage(f"{named(self.name)} is {one:g}; it must be {limit}")
+
+    def _limit_of(self, value: float) -> str:
+        """The limits, where the value is beyond them or no number; empty where it is within."""
+        option = self.option
+        limits = {
+            "at least": (option.at_least, operator.ge),
+            "above": (option.above, operator.gt),
+            "at most": (option.at_most, operator.le),
+            "below": (option.below, operator.lt),
+        }
+        stated = {words: (limit, holds) for words, (limit, holds) in limits.items() if limit is not None}
+        if not stated or (math.isfinite(value) and all(holds(value, limit) for limit, holds in stated.values())):
+            return ""
+        return " and ".join(f"{words} {limit:g}" for words, (limit, _) in stated.items())
+
+
+class Options:
+    """The base of all records. A record checks its values when it is made, and raises WrongUsage."""
+
+    def __post_init__(self) -> None:
+        for declared in options_of(type(self)):
+            declared.check(getattr(self, declared.name))
+
+    def chosen(self) -> dict[str, Any]:
+        """The options whose values are not their defaults."""
+        values = {
+            declared.name: (getattr(self, declared.name), declared.default) for declared in options_of(type(self))
+        }
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def chosen_of(self, record: type[Options]) -> dict[str, Any]:
+        """The same, of the options that another record has too."""
+        names = {declared.name for declared in options_of(record)}
+        return {name: value for name, value in self.chosen().items() if name in names}
+
+    def check_usage(self, **facts: str) -> None:
+        """Raise WrongUsage for options that do not go together with others, or with facts such as `base="graph"`."""
+        chosen = self.chosen()
+        for declared in options_of(type(self)):
+            for only in declared.option.only if declared.name in chosen else ():
+                found = facts.get(only.other, getattr(self, only.other, None))
+                if found not in only.values:
+                    raise only.refusal(declared.name, found)
+
+
+def spelled(text: str) -> str:
+    """A text in which `{lora=inputs}` names an option, as the interface spells it."""
+    return OPTION_IN_TEXT.sub(lambda found: named(found[1]) if found[2] is None else named(found[1], found[2]), text)
+
+
+def extended(options: Options, record: Callable[..., _R], **more: Any) -> _R:
+    """A record that inherits from that of `options`: its values, and more or others."""
+    return record(**{one.name: getattr(options, one.name) for one in dataclasses.fields(options)} | more)  # type: ignore[arg-type]
+
+
+def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
+    """The options of one concern: a record from which that of `options` inherits, with other values where given."""
+    own = (one.name for one in dataclasses.fields(record))  # type: ignore[arg-type]
+    return record(**{name: getattr(options, name) for name in own} | others)
+
+
+def options_of(record: type[Options]) -> tuple[Declared, ...]:
+    """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
+    order = {name: depth for depth, cls in reversed(list(enumerate(record.__mro__))) for name in _own_fields(cls)}
+    found = [_declared(one, meaning) for one, meaning in _fields(record) if isinstance(meaning, Option)]
+    return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
+
+
+def nested_in(record: type[Options]) -> Mapping[str, Nested]:
+    """The fields of a record that are records."""
+    return {one.name: meaning for one, meaning in _fields(record) if isinstance(meaning, Nested)}
+
+
+def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_P, _T]]:
+    """Make a function of a record one of the record's fields, as keywords. Its documentation lists the options.
+
+    Raises TypeError for a keyword that is no field, and WrongUsage as the record does.
+    """
+
+    def decorate(function: Callable[[_R], _T]) -> Callable[_P, _T]:
+        @functools.wraps(function)
+        def call(*arguments: _P.args, **keywords: _P.kwargs) -> _T:
+            return function(record(*arguments, **keywords))
+
+        call.__signature__ = inspect.signature(record)  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{documentation(record)}"  # type: ignore[arg-type]
+        return call
+
+    return decorate
+
+
+def documentation(record: type[Options]) -> str:
+    """The options of a record, one a line, with the records that are nested in it."""
+    lines = [f"    {one.name}: {one.option.help_text()}" for one in options_of(record) if one.option.help]
+    lines += [f"    {name}: a {nested.record.__name__}." for name, nested in nested_in(record).items()]
+    return "\n".join(["Options:", *lines])
+
+
+def _own_fields(cls: type) -> Iterable[str]:
+    return inspect.get_annotations(cls)
+
+
+def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """The fields that are declared, each with its meaning."""
+    for one in dataclasses.fields(record):  # type: ignore[arg-type]
+        if get_origin(one.type) is Annotated:
+            yield one, get_args(one.type)[1]
+
+
+def _declared(one: dataclasses.Field[Any], option: Option) -> Declared:
+    annotation, multiple = _without_none(get_args(one.type)[0]), False
+    parts = list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    if several := [part for part in parts if get_origin(part) in (Sequence, tuple)]:
+        parts, multiple = [get_args(several[0])[0]], True
+    if option.multiple is not None or option.read is not None:
+        multiple = option.multiple is not False
+    literals = [part for part in parts if get_origin(part) is Literal]
+    choices = tuple(value for part in literals for value in get_args(part) if value != "")
+    known = [KIND_OF_TYPE[part] for part in parts if isinstance(part, type) and part in KIND_OF_TYPE]
+    kind: Kind = option.kind or ("choice" if choices else "path" if "path" in known else known[0] if known else "text")
+    default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+    return Declared(one.name, option, kind, choices, multiple, default)
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, UnionType):
+        parts = tuple(part for part in get_args(annotation) if part is not NoneType)
+        return parts[0] if len(parts) == 1 else Union[parts]  # noqa: UP007 - the parts are known at run time
+    return annotation
+
+
+def _either(values: Sequence[str]) -> str:
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"

@@ -1,0 +1,182 @@
+"""The options of `onnx` and `torchscript`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from lora_export.options.combining import GivenAdapters
+from lora_export.options.common import ModelSource, Published, Running, modes
+from lora_export.options.declaring import Only, Option, Positional
+from lora_export.options.sections import Section
+
+CachedTask = Literal["text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"]
+# What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
+CACHED_TASKS: tuple[str, ...] = get_args(CachedTask)
+TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS
+SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
+
+OF_ADAPTERS = "other graphs contain the adapters of {adapters} and no others"
+EXPORTED = Only("model", ("module",), "MODEL is a graph already", words="models that are exported")
+EXISTING_GRAPH = Only("model", ("graph",), words="an .onnx MODEL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions(GivenAdapters, Running, Published):
+    """What `onnx` takes. The fact `model` of its usage is "module" or "graph"."""
+
+    model: Annotated[ModelSource, Positional("MODEL", kind="source", multiple=False)] = field(kw_only=False)
+    output: Annotated[
+        str | Path,
+        Option("File to publish after its proof.", flags=("-o", "--output"), metavar="OUT.onnx", kind="path"),
+    ] = field(kw_only=False)
+
+    checkpoint: Annotated[
+        str | Path | None,
+        Option(
+            "Checkpoint that an .onnx MODEL was exported from. Names the weights whose names were lost, by content.",
+            flags=("--base",),
+            metavar="CHECKPOINT",
+            only=(EXISTING_GRAPH,),
+        ),
+    ] = None
+    reference: Annotated[
+        "ModelSource | None",
+        Option(
+            "PyTorch model that an .onnx MODEL was exported from: the proof compares with it, not with the graph.",
+            flags=("--model",),
+            metavar="MODEL",
+            kind="source",
+            multiple=False,
+            only=(EXISTING_GRAPH,),
+        ),
+    ] = None
+
+    lora: Annotated[
+        Literal["merged", "nodes", "inputs", "rows"],
+        Option(modes("merged", "nodes", "inputs", "rows"), section=Section.GRAPH),
+    ] = "merged"
+    target: Annotated[
+        str | Sequence[str] | None,
+        Option(
+            "With {lora=inputs}: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
+            "separated by commas, or all linear layers except the output head.",
+            section=Section.GRAPH,
+            metavar="NAMES|all-linear",
+            multiple=False,
+            only=(Only("lora", ("inputs",), OF_ADAPTERS),),
+        ),
+    ] = None
+    dora: Annotated[
+        bool,
+        Option(
+            "With {lora=inputs}: let future adapters have DoRA at all these layers.",
+            section=Section.GRAPH,
+            only=(Only("lora", ("inputs",), OF_ADAPTERS),),
+        ),
+    ] = False
+    names: Annotated[
+        Literal["olive", "genai", "peft"],
+        Option("With {lora=inputs}: naming convention of the inputs.", section=Section.GRAPH),
+    ] = "olive"
+    max_rank: Annotated[
+        int | None,
+        Option(
+            "With {lora=inputs} and rows: pad the rank of every adapter to N with zeros, so that adapters have static "
+            "shapes. A larger rank is refused.",
+            section=Section.GRAPH,
+            metavar="N",
+            at_least=1,
+            only=(Only("lora", SWAPPED, "in other graphs an adapter has its own rank"),),
+        ),
+    ] = None
+    required_inputs: Annotated[
+        bool,
+        Option(
+            "With {lora=inputs}: give adapter inputs no default, for runtimes that pass no optional inputs "
+            "(JavaScript).",
+            section=Section.GRAPH,
+            only=(Only("lora", ("inputs",)),),
+        ),
+    ] = False
+    per_row: Annotated[
+        int,
+        Option(
+            "With {lora=rows}: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
+            "[batch, K].",
+            section=Section.GRAPH,
+            flags=("--adapters-per-row",),
+            metavar="K",
+            at_least=1,
+            only=(Only("lora", ("rows",)),),
+        ),
+    ] = 1
+    ignore_head: Annotated[
+        bool,
+        Option(
+            "With {lora=inputs} and rows: leave out the task head that the adapters save whole. MODEL has to contain "
+            "the same head (merge {only_head}).",
+            section=Section.GRAPH,
+            only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
+        ),
+    ] = False
+    task: Annotated[
+        CachedTask | None,
+        Option(
+            "Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "
+            "and, of a decoder, onnxruntime-genai run.",
+            section=Section.GRAPH,
+            only=(EXPORTED,),
+        ),
+    ] = None
+    with_cache: Annotated[
+        bool, Option("Choose {task} by the model's class.", section=Section.GRAPH, only=(EXPORTED,))
+    ] = False
+    fuse: Annotated[
+        Literal["cpu", "cuda", "webgpu"] | None,
+        Option(
+            "Use onnxruntime's own operators for this provider, such as GroupQueryAttention.",
+            section=Section.GRAPH,
+            only=(EXPORTED,),
+        ),
+    ] = None
+    quantize: Annotated[
+        Literal["int4", "int8"] | None,
+        Option(
+            "Store the weights of linear layers in 4 or 8 bits (onnxruntime's MatMulNBits). Adapters beside them stay "
+            "floats; a merged graph is quantised after the merge.",
+            section=Section.GRAPH,
+            only=(
+                Only(
+                    *("model", ("module",)),
+                    "MODEL is a graph already. A graph that other tools quantised is a MODEL, too",
+                    words="models that are exported",
+                ),
+            ),
+        ),
+    ] = None
+    opset: Annotated[
+        int | None,
+        Option("ONNX operator set (default: the exporter's).", section=Section.GRAPH, at_least=18, only=(EXPORTED,)),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchScriptOptions(GivenAdapters, Published):
+    """What `torchscript` takes."""
+
+    model: Annotated[ModelSource, Positional("MODEL", kind="source", multiple=False)] = field(kw_only=False)
+    output: Annotated[
+        str | Path,
+        Option(
+            "File to publish after its proof: TorchScript, or with .pt2 a program of torch.export with dynamic sizes.",
+            flags=("-o", "--output"),
+            metavar="OUT.pt|OUT.pt2",
+            kind="path",
+        ),
+    ] = field(kw_only=False)
+    lora: Annotated[Literal["merged", "nodes"], Option(modes("merged", "nodes"))] = "merged"
+    format: Annotated[
+        Literal["torchscript", "pt2"] | None,
+        Option("What to write, whatever the suffix of the output is.", python_only=True),
+    ] = None

@@ -1,0 +1,184 @@
+"""The options of `merge` and `unmerge`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
+from lora_export.options.common import LAYOUT, Output
+from lora_export.options.declaring import Only, Option, Positional
+from lora_export.options.reading import AllowPickle
+from lora_export.options.sections import Section
+
+OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
+
+
+def checkpoints(because: str, *more: str) -> tuple[Only, ...]:
+    """For options that a graph as BASE does not have, and a pipeline only where it is in `more`."""
+    return (Only("base", ("checkpoint", *more), because, words="checkpoints", instead=OF_ONE_MODEL),)
+
+
+def graphs(because: str) -> tuple[Only, ...]:
+    """For options that only a graph as BASE has."""
+    return (Only("base", ("graph",), because, words="an .onnx BASE", instead=OF_ONE_MODEL),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Applied, Output):
+    """What `merge` takes. The fact `base` of its usage is "checkpoint", "graph" or "pipeline"."""
+
+    base: Annotated[str | Path, Positional("BASE", kind="path")] = field(kw_only=False)
+    adapters: Annotated[
+        AdapterSources, Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True)
+    ] = field(kw_only=False)
+    output: Annotated[
+        str | Path,
+        Option("Folder or file for the merged weights: the same kind as BASE.", flags=("-o", "--output"), kind="path"),
+    ] = field(kw_only=False)
+
+    checkpoint: Annotated[
+        str | Path | None,
+        Option(
+            "Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
+            section=Section.BASE,
+            flags=("--base",),
+            metavar="CHECKPOINT",
+            only=graphs("the weights of a checkpoint have their names"),
+        ),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Option(
+            "Weights to merge into, of a BASE folder with several sets: fp16 for model.fp16.safetensors, none for "
+            "model.safetensors.",
+            section=Section.BASE,
+            metavar="NAME",
+            only=(
+                Only(
+                    *("base", ("checkpoint", "pipeline")),
+                    words="folders of checkpoints, which may have several sets of weights",
+                ),
+            ),
+        ),
+    ] = None
+    layout: Annotated[
+        Mapping[str, str] | None,
+        replace(
+            LAYOUT,
+            section=Section.BASE,
+            only=checkpoints("a graph's operators determine the layout of its weights", "pipeline"),
+        ),
+    ] = None
+    dequantize: Annotated[
+        bool,
+        Option(
+            "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
+            section=Section.BASE,
+            only=checkpoints("{requantize} merges into the quantised weights of a graph"),
+        ),
+    ] = False
+    requantize: Annotated[
+        bool,
+        Option(
+            "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
+            section=Section.BASE,
+            only=graphs("merging into a quantised checkpoint is not supported"),
+        ),
+    ] = False
+    float_base: Annotated[
+        str | Path | None,
+        Option(
+            "Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation "
+            "error.",
+            section=Section.BASE,
+            metavar="CHECKPOINT",
+            only=(
+                Only(
+                    *("dequantize", (True,), "it is compared with the weights of a quantised BASE"),
+                    verb="needs",
+                ),
+            ),
+        ),
+    ] = None
+
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"],
+        Option(
+            "Type in which every float tensor is stored.",
+            section=Section.OUTPUT,
+            only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
+        ),
+    ] = "keep"
+    only_head: Annotated[
+        bool,
+        Option(
+            "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
+            section=Section.OUTPUT,
+            only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
+        ),
+    ] = False
+    min_retention: Annotated[
+        float,
+        Option(
+            "Least part of a weight's change that has to survive rounding. Less is refused.",
+            section=Section.OUTPUT,
+            at_least=0,
+            at_most=1,
+        ),
+    ] = 0.5
+    keep_residual: Annotated[
+        str | Path | None,
+        Option(
+            "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
+            section=Section.OUTPUT,
+            metavar="FILE",
+            only=(
+                *checkpoints("a graph is its own base: keep it"),
+                Only(
+                    *("dequantize", (False,), "keep the quantised base itself"),
+                    verb="does not go together with",
+                    words="{dequantize}",
+                ),
+            ),
+        ),
+    ] = None
+    hashing: Annotated[
+        Literal["xxh3_128", "sha256"],
+        Option(
+            "Hash that identifies base and output. sha256 takes longer than the merge.",
+            section=Section.OUTPUT,
+            flags=("--hash",),
+        ),
+    ] = "xxh3_128"
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        Option(
+            "Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
+            section=Section.OUTPUT,
+            only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
+        ),
+    ] = "cpu"
+    tied: Annotated[
+        TiedEmbeddings,
+        replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
+    ] = "error"
+    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.", section=Section.OUTPUT)] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnmergeOptions(AllowPickle, Output):
+    """What `unmerge` takes."""
+
+    merged: Annotated[str | Path, Positional("MERGED", kind="path")] = field(kw_only=False)
+    adapters: Annotated[
+        AdapterSources, Positional(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True)
+    ] = field(kw_only=False)
+    output: Annotated[str | Path, Option("Folder or file for the base.", flags=("-o", "--output"), kind="path")] = (
+        field(kw_only=False)
+    )
+    base_from: Annotated[
+        str | Path, Option("File that `merge --keep-residual` wrote.", metavar="RESIDUAL", kind="path")
+    ]

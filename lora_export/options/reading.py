@@ -1,0 +1,131 @@
+"""What a user states about the files of adapters, where these do not record it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.declaring import Option, Options
+from lora_export.options.sections import Section
+from lora_export.options.spelling import command, named
+
+PipelineComponent = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
+ColumnOrder = Literal["rank_major", "grouped_by_expert"]
+
+
+def read_parts(texts: Iterable[str]) -> dict[str, tuple[bool, ...]]:
+    """NAME=1,0,1... as a table. Raises ValueError for another text."""
+    table = {}
+    for text in texts:
+        name, _, digits = text.rpartition("=")
+        parts = digits.split(",")
+        if not name or not set(parts) <= {"0", "1"}:
+            raise ValueError(f"{text} is not NAME=1,0,1")
+        table[name] = tuple(part == "1" for part in parts)
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllowPickle(Options):
+    """Whether a command reads pickles."""
+
+    allow_pickle: Annotated[
+        bool,
+        Option(
+            "Also read pickles of PyTorch (.bin, .pt, .pth), by torch.load with weights_only=True.",
+            section=Section.READING,
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(AllowPickle):
+    """Statements about adapters that a command reads. Raises WrongUsage for a value that does not exist."""
+
+    format: Annotated[
+        str,
+        Option(
+            "Format of the adapters, where several formats fit. `lora-export guide adapters` lists them.",
+            section=Section.READING,
+            metavar="NAME",
+        ),
+    ] = ""
+    lora_rank: Annotated[
+        int | None,
+        Option("Rank, for formats that do not record it.", section=Section.READING, metavar="R", at_least=1),
+    ] = None
+    lora_alpha: Annotated[
+        float | None,
+        Option("Alpha, for formats that do not record it.", section=Section.READING, metavar="ALPHA", above=0),
+    ] = None
+    enable_lora: Annotated[
+        Mapping[str, tuple[bool, ...]],
+        Option(
+            "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
+            section=Section.READING,
+            metavar="NAME=1,0,1",
+            read=read_parts,
+        ),
+    ] = field(default_factory=dict)
+    base_config: Annotated[
+        Path | None,
+        Option(
+            "config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
+            "needed where the command has the base, or the adapter a config.json beside it.",
+            section=Section.READING,
+            metavar="PATH",
+        ),
+    ] = None
+    component: Annotated[
+        PipelineComponent | Literal[""],
+        Option(
+            "Use only the changes of this model, of an adapter for several models of a diffusion pipeline.",
+            section=Section.READING,
+        ),
+    ] = ""
+    moe_b_layout: Annotated[
+        ColumnOrder | Literal[""],
+        Option(
+            "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
+            "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
+            section=Section.READING,
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, parts in self.enable_lora.items():
+            if len(parts) < 2 or not any(parts):
+                raise WrongUsage(
+                    f"{named('enable_lora', name)}: a fused layer has two parts or more, and one is enabled"
+                )
+
+    def for_base(self, base: object) -> "ReadOptions":
+        """The same, with the base that a command has, where it is a path and none is stated."""
+        if self.base_config is not None or not isinstance(base, str | Path):
+            return self
+        return replace(self, base_config=Path(base))
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What decides how a file is read, for a record. Whether pickles are read is left to each command."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in ("allow_pickle", "base_config")}
+
+    def enabled_parts_of(self, module: str) -> tuple[bool, ...]:
+        """The parts of a fused layer that have a pair; empty where nothing is stated about the module."""
+        return next((parts for name, parts in self.enable_lora.items() if f".{module}".endswith(f".{name}")), ())
+
+    def refuse_rank_and_alpha(self, recorded_in: str) -> None:
+        """Raise InputRefused where rank or alpha are stated for an adapter that records them."""
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) is not None:
+                raise InputRefused(
+                    f"{named(name)} is for adapters that do not record it; this one does, in {recorded_in}. Where "
+                    f"another one needs it, convert that one first: {command('convert', to='peft')}"
+                )
+
+
+DEFAULTS = ReadOptions()

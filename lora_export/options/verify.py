@@ -1,0 +1,185 @@
+"""The options of `verify`, and of the gates that `verify` and `inspect` have before a deployment."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from lora_export.errors import WrongUsage
+from lora_export.options.combining import Combination, GivenAdapters
+from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
+from lora_export.options.declaring import Nested, Option, Options, Positional
+from lora_export.options.sections import Section
+from lora_export.options.spelling import named
+
+SHA256_DIGITS = re.compile("[0-9a-f]{64}")
+
+
+def read_sizes(texts: Iterable[str]) -> dict[str, int]:
+    """AXIS=SIZE... as a table. Raises ValueError for another text."""
+    sizes = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal() or not int(size):
+            raise ValueError(f"{text} is not AXIS=SIZE, such as sequence=128")
+        sizes[name] = int(size)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Expectations(Options):
+    """What a deployment gate expects; None and empty where anything is right. True where something is expected.
+
+    Raises WrongUsage for a hash that is no SHA-256.
+    """
+
+    adapter_sha256: Annotated[
+        Sequence[str],
+        Option(
+            "End with exit code 4 unless this is the SHA-256 of the adapter. Once for each of several adapters.",
+            section=Section.EXPECTED,
+            flags=("--expect-adapter-sha256",),
+            metavar="HEX",
+        ),
+    ] = ()
+    rank: Annotated[
+        int | None,
+        Option(
+            "The same for the rank of every pair.",
+            section=Section.EXPECTED,
+            flags=("--expect-rank",),
+            metavar="R",
+            at_least=1,
+        ),
+    ] = None
+    alpha: Annotated[
+        float | None,
+        Option(
+            "The same for alpha: scale x rank, with rsLoRA x its root.",
+            section=Section.EXPECTED,
+            flags=("--expect-alpha",),
+            metavar="ALPHA",
+        ),
+    ] = None
+    base_sha256: Annotated[
+        Sequence[str],
+        Option(
+            "The same for the SHA-256 of the base's weights. Once for each of its files.",
+            section=Section.EXPECTED,
+            flags=("--expect-base-sha256",),
+            metavar="HEX",
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adapter_sha256", "base_sha256"):
+            values = tuple(value.lower() for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+            for value in values:
+                if not SHA256_DIGITS.fullmatch(value):
+                    raise WrongUsage(
+                        f"{named(f'expect_{name}')} {value!r} is no SHA-256: give its 64 hexadecimal digits"
+                    )
+
+    def __bool__(self) -> bool:
+        return self != Expectations()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging(Running):
+    """How the candidate is run, and how its outputs are judged."""
+
+    onnx_adapter: Annotated[
+        str | Path | None,
+        Option("Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.", metavar="FILE"),
+    ] = None
+    adapter_id: Annotated[
+        int | None,
+        Option(
+            "Adapter of all rows (0: the base), for a graph made by `onnx {lora=rows}`. Without it, the base, every "
+            "adapter of {adapters} (in the order of the ids) and mixed batches are proven.",
+            metavar="N",
+            at_least=0,
+        ),
+    ] = None
+    atol: Annotated[
+        float | None,
+        Option("Also require |candidate - reference| <= atol + rtol·|reference|.", section=Section.PROOF, at_least=0),
+    ] = None
+    rtol: Annotated[float | None, Option("See {atol}.", section=Section.PROOF, at_least=0)] = None
+    seed: Annotated[
+        int | None, Option("Random seed for the generated inputs.  [default: 0]", section=Section.PROOF)
+    ] = None
+    cache: Annotated[
+        str | Path | None,
+        Option(
+            "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
+            section=Section.FILES,
+            metavar="FOLDER",
+            kind="folder",
+        ),
+    ] = None
+    trace: Annotated[
+        bool, Option("Compare every module (always done when the verdict is `different`).", section=Section.PROOF)
+    ] = False
+    fixed: Annotated[
+        Mapping[str, int] | None,
+        Option(
+            "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
+            "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
+            section=Section.PROOF,
+            metavar="AXIS=SIZE",
+            read=read_sizes,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(GivenAdapters, Judging, Download, Reported):
+    """What `verify` takes."""
+
+    candidate: Annotated[str | Path, Positional("CANDIDATE", kind="path")] = field(kw_only=False)
+    model: Annotated[
+        "ModelSource | None",
+        Option("PyTorch model that CANDIDATE was made from.", metavar="MODEL", kind="source", multiple=False),
+    ] = field(default=None, kw_only=False)
+    base: Annotated[
+        str | Path | None,
+        Option(
+            "Without {model}: compare a merged checkpoint with this base and the adapters, weight by weight. With "
+            "{model}: the quantised .onnx that CANDIDATE was made from, by `merge {requantize}` or `onnx {lora}`.",
+            metavar="CHECKPOINT",
+        ),
+    ] = None
+    layout: Annotated[
+        Mapping[str, str] | None,
+        replace(LAYOUT, section=Section.PROOF),
+    ] = None
+    combination: Annotated[str | Combination, Nested(Combination, {"seed": ("--combine-seed",)})] = field(
+        default_factory=Combination
+    )
+    reports: Annotated[
+        Sequence[str | Path],
+        Option(
+            "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
+            section=Section.FILES,
+            flags=("--report",),
+            metavar="FILE.json|.xml|.html",
+            kind="path",
+        ),
+    ] = ()
+    expected: Annotated[Expectations, Nested(Expectations)] = field(default_factory=Expectations)
+    strict: Annotated[
+        bool,
+        Option(
+            "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
+            section=Section.PROOF,
+            flags=("--strict/--no-strict",),
+        ),
+    ] = False
+    about: Annotated[
+        Mapping[str, Any] | None,
+        Option("Further facts for the reports.", python_only=True, kind="text", multiple=False),
+    ] = None

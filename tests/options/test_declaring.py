@@ -1,0 +1,120 @@
+"""Records of options: what is declared once, and everything that follows from it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from lora_export.errors import WrongUsage
+from lora_export.options.combining import Combination, Weighted
+from lora_export.options.commands import declared_flags
+from lora_export.options.declaring import documentation, extended, narrowed, nested_in, options_of, takes
+from lora_export.options.export import OnnxOptions, TorchScriptOptions
+from lora_export.options.merge import MergeOptions
+from lora_export.options.spelling import as_command_line
+from lora_export.options.train import TrainingSettings, TrainOptions
+from lora_export.options.verify import VerifyOptions
+
+
+def declared(record, name):
+    (one,) = (one for one in options_of(record) if one.name == name)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "kind", "choices", "multiple", "flags"),
+    [
+        (MergeOptions, "base", "path", (), False, ("--base",)),
+        (MergeOptions, "adapters", "source", (), True, ("--adapters",)),
+        (MergeOptions, "dtype", "choice", ("keep", "float32", "bfloat16", "float16"), False, ("--dtype",)),
+        (MergeOptions, "min_retention", "float", (), False, ("--min-retention",)),
+        (MergeOptions, "hashing", "choice", ("xxh3_128", "sha256"), False, ("--hash",)),
+        (MergeOptions, "weights", "float", (), True, ("--weight",)),
+        (MergeOptions, "dry_run", "flag", (), False, ("--dry-run",)),
+        (TorchScriptOptions, "verify", "flag", (), False, ("--no-verify",)),
+        (OnnxOptions, "fuse", "choice", ("cpu", "cuda", "webgpu"), False, ("--fuse",)),
+        (OnnxOptions, "target", "text", (), False, ("--target",)),
+        (TrainOptions, "rank", "int", (), True, ("--rank",)),
+        (TrainOptions, "compare", "choice", ("full", "frozen"), True, ("--compare",)),
+        (VerifyOptions, "fixed", "text", (), True, ("--fixed",)),
+        (VerifyOptions, "reports", "path", (), True, ("--report",)),
+    ],
+)
+def test_type_and_default_of_a_field_tell_what_an_option_takes(record, name, kind, choices, multiple, flags):
+    one = declared(record, name)
+    assert (one.kind, one.choices, one.multiple, one.flags) == (kind, choices, multiple, flags)
+
+
+def test_arguments_come_first_then_the_own_options_of_a_record():
+    names = [one.name for one in options_of(MergeOptions)]
+    assert names[:2] == ["base", "adapters"] and names.index("dtype") < names.index("weights") < names.index("download")
+    assert set(nested_in(MergeOptions)) == {"combination", "reading"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "float8"}, "dtype= is 'float8'; it must be keep, float32, bfloat16 or float16"),
+        ({"min_retention": 1.5}, "min_retention= is 1.5; it must be at least 0 and at most 1"),
+        ({"min_retention": float("nan")}, "min_retention= is nan"),
+        ({"tied": "maybe"}, "tied= is 'maybe'; it must be error, untie or both"),
+        ({"combination": "mean"}, "method= is 'mean'; it must be cat, linear"),
+    ],
+)
+def test_a_record_refuses_values_that_do_not_exist(wrong, message):
+    with pytest.raises(WrongUsage, match=message):
+        MergeOptions("base", ["a"], "out", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "base", "message"),
+    [
+        ({"requantize": True}, "checkpoint", "--requantize is for an .onnx BASE: merging into a quantised checkpoint"),
+        ({"variant": "fp16"}, "graph", "--variant is for folders of checkpoints, which may have several sets"),
+        ({"dequantize": True}, "graph", "--dequantize is for checkpoints: --requantize merges into the quantised"),
+        ({"tied": "both"}, "pipeline", "--tied is not for a pipeline. Give the folder of one of its models as BASE"),
+        ({"float_base": "f"}, "checkpoint", "--float-base needs --dequantize: it is compared with the weights"),
+        (
+            {"keep_residual": "r", "dequantize": True},
+            "checkpoint",
+            "--keep-residual does not go together with --dequantize: keep the quantised base itself",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_by_name(given, base, message):
+    options = MergeOptions("base", ["a"], "out", **given)
+    with as_command_line(declared_flags), pytest.raises(WrongUsage, match=message):
+        options.check_usage(base=base)
+
+
+def test_a_function_of_a_record_has_its_keywords():
+    @takes(MergeOptions)
+    def merged(options: MergeOptions) -> MergeOptions:
+        """Merge it."""
+        return options
+
+    found = merged("base", ["a"], output="out", dtype="float16", combination="ties" and Combination("ties", 0.5))
+    assert (found.base, found.output, found.dtype, found.combined.density) == ("base", "out", "float16", 0.5)
+    parameters = inspect.signature(merged).parameters
+    assert list(parameters)[:3] == ["base", "adapters", "output"] and parameters["dtype"].default == "keep"
+    assert merged.__doc__.startswith("Merge it.\n\nOptions:") and "    dtype: Type in which" in merged.__doc__
+    with pytest.raises(TypeError, match="dtpye"):
+        merged("base", ["a"], "out", dtpye="float16")
+
+
+def test_help_names_options_as_each_door_spells_them():
+    assert 'With lora="inputs": naming convention' in documentation(OnnxOptions)
+    with as_command_line(declared_flags):
+        assert "With --lora inputs: naming convention" in documentation(OnnxOptions)
+
+
+def test_records_are_extended_and_parts_of_them_taken():
+    class More(Weighted):
+        pass
+
+    options = TrainOptions("base", "data", "out", epochs=5)
+    assert narrowed(options, TrainingSettings, batch_size=1) == TrainingSettings(epochs=5, batch_size=1)
+    assert extended(Weighted(weights=(2.0,)), More, prefixes={"a": "b"}).weights == (2.0,)
+    assert options.chosen() == {"model": "base", "data": "data", "output": "out", "epochs": 5}
+    assert options.chosen_of(TrainingSettings) == {"epochs": 5}
