@@ -117,13 +117,13 @@ def test_trigger_words_and_frequent_tags_are_found_in_a_header() -> None:
         ("trigger words", "ohwx dog"),
         ("trained for", "sdxl_base_v1-0"),
         ("most frequent tags", "cat, ohwx, a dog"),
-        ("header", "5 entries (as_json= lists them)"),
+        ("header", "5 entries (json=True lists them)"),
     ]
 
 
 @pytest.mark.parametrize("tags", ["{", "[1]", '{"a": 1}', '{"a": {"b": "c"}}', "[" * 100_000, "x" * 2_000_000])
 def test_damaged_tags_are_left_out(tags: str) -> None:
-    assert facts(header={"ss_tag_frequency": tags}) == [("header", "1 entries (as_json= lists them)")]
+    assert facts(header={"ss_tag_frequency": tags}) == [("header", "1 entries (json=True lists them)")]
 
 
 def test_long_values_are_shortened() -> None:
