@@ -11,6 +11,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.formats.fused_pairs import joined_outputs
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.options.spelling import named
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.conversion.loaded_names import LoadedNames, TensorConversion
 from lora_export.plan.conversion.tensor_parts import NotExpressible
@@ -46,8 +47,8 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
         return _as_loaded(renamed, loaded, specs)
     if rules.own and all(tensor.stored == tensor.name for tensor in loaded.values()):
         raise InputRefused(
-            f"{base} has the names of the model as transformers 5 loads it, and --names {names} needs those of the "
-            "original checkpoint. Give that one as --base"
+            f"{base} has the names of the model as transformers 5 loads it, and {named('names', names)} needs those of "
+            f"the original checkpoint. Give that one as {named('base')}"
         )
     return renamed
 

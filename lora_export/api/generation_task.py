@@ -10,6 +10,7 @@ from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.export import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder_files import ENCODER_FILE
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG
@@ -68,7 +69,7 @@ def generating_model(base: Model, task: str, on_message: OnMessage) -> Model:
     if not is_encoder_decoder(base.module):
         refuse_other_than_decoder(base.module, base.source)
     if task != (own := _own_task(base.module)):
-        raise InputRefused(f"{base.source}: {name} does {own}, not {task}: --task {own} -o FOLDER")
+        raise InputRefused(f"{base.source}: {name} does {own}, not {task}: {named('task', own)}")
     on_message(f"task: {task}, {name} with its key/value cache")
     return base if base.text_only is None else base.without_images("a graph with a cache takes texts alone")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.options.common import ModelSource
+from lora_export.options.spelling import command
 from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.memory import require_memory
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -28,7 +29,6 @@ MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
 )
-BASE_INSTEAD = "`verify MERGED --base BASE` compares the weights of a merged checkpoint in 300 MiB."
 
 
 def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "float32") -> None:
@@ -40,7 +40,8 @@ def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "
         each = VERIFY_CHECKPOINT_READ if is_read and _is_streamable(candidate) else VERIFY_CHECKPOINT
     else:
         each = VERIFY_FILE_READ if is_read else VERIFY_FILE
-    ways_out = [BASE_INSTEAD] if is_checkpoint else []
+    instead = command("verify", "MERGED", base="BASE")
+    ways_out = [f"`{instead}` compares the weights of a merged checkpoint in 300 MiB."] if is_checkpoint else []
     require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
 
 

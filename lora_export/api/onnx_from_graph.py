@@ -27,6 +27,7 @@ from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import drop_tensors, initializers
 from lora_export.options.combining import Combination
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
@@ -165,7 +166,7 @@ def _refuse_other_labels(located: Located) -> None:
         raise InputRefused(
             "the graph alone shows no reference for heads with other labels than its own:",
             listed(others),
-            "Name the PyTorch model that it was exported from (--model MODEL). Nothing was written.",
+            f"Name the PyTorch model that it was exported from ({named('reference', 'MODEL')}). Nothing was written.",
         )
 
 
@@ -184,7 +185,7 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
             more = f" and {len(unknown) - SHOWN_LAYERS} more" if len(unknown) > SHOWN_LAYERS else ""
             raise InputRefused(
                 f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN_LAYERS])}{more}). "
-                "--base CHECKPOINT, from which the graph was exported, names them by content"
+                f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, names them by content"
             )
         return [name for name, site in linear.items() if not is_output_head(site)]
     matched = {name: [weight for weight in linear if _matches(weight, name)] for name in targets}

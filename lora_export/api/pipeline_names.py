@@ -15,6 +15,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.fused_pairs import joined_outputs, with_outputs
 from lora_export.lora import Adapter, LoraPair, component_name
+from lora_export.options.spelling import named
 from lora_export.plan.conversion.tensor_parts import AssembledTensor
 from lora_export.plan.diffusion.components import components_of, joined_components, of_component
 from lora_export.plan.diffusion.families import CLIP, SECOND_CLIP, Family, family_of_model, family_of_pipeline
@@ -63,7 +64,7 @@ def _folder_of(base: Path, component: str, components: list[str]) -> Path:
         return pipeline.models[pipeline.folder_of(component, components)]
     if len(components) > 1:
         raise InputRefused(
-            f"{base} is one model, and the adapter changes several. Give the folder of the pipeline as --base"
+            f"{base} is one model, and the adapter changes several. Give the folder of the pipeline as {named('base')}"
         )
     return base
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
+from lora_export.options.spelling import command, named
 from lora_export.provenance import record
 from lora_export.runtime import environment, providers
 from lora_export.runtime.runner import Placement
@@ -31,7 +32,7 @@ def record_of_model(
 def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
     """The verdict as it is stored in the file itself. None: no proof was requested."""
     if proof is None:
-        return {"outcome": "not verified", "why": "--no-verify"}
+        return {"outcome": "not verified", "why": named("verify", False)}
     measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
     relative = [figures.relative_to_effect for figures in measured if figures.relative_to_effect]
     against = {"against": proof.about["against"]} if "against" in proof.about else {}
@@ -56,7 +57,7 @@ def require_provider(provider: str) -> None:
         )
     if fault := environment.try_provider(providers.CUDA).fault:
         raise EnvironmentLacking(
-            f"{providers.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` shows how to get it"
+            f"{providers.CUDA} does not run here: {fault}. `{command('doctor', provider='cuda')}` shows how to get it"
         )
 
 
@@ -74,7 +75,7 @@ def require_same(proof: Proof, what: str = "") -> Proof:
     raise kind(
         EscapedLines(f"{one_line(what)}: {summary}") if what else summary,
         *([proof.diagnosis.text] if proof.diagnosis else []),
-        "Nothing was written. --no-verify would publish the file without a proof.",
+        f"Nothing was written. {named('verify', False)} would publish the file without a proof.",
         proof=proof,
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
+from lora_export.options.spelling import command, named
 from lora_export.plan import Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
     own = [f"{adapter.name}, {name}" for adapter in adapters for name in _own_tensors(adapter, specs, stored)]
     if own:
         raise InputRefused(
-            "these tensors of adapters are not the model's own (--ignore-head):",
+            f"these tensors of adapters are not the model's own ({named('ignore_head')}):",
             listed(own),
-            "Merge the head into the model first, and export that: lora-export merge BASE ADAPTER -o with-head "
-            "--only-head. Adapters whose heads differ need a graph each (--lora merged).",
+            "Merge the head into the model first, and export that: "
+            f"{command('merge', 'BASE', 'ADAPTER', output='with-head', only_head=True)}. Adapters whose heads differ "
+            f"need a graph each ({named('lora', 'merged')}).",
         )
     return [replace(adapter, replaced={}) for adapter in adapters]
 
@@ -45,7 +47,7 @@ def head_alone(adapter: Adapter) -> Adapter:
     Raises InputRefused for an adapter that saves no tensor whole.
     """
     if not adapter.replaced:
-        raise InputRefused(f"{adapter.name} saves no tensor whole: it has no head to merge (--only-head)")
+        raise InputRefused(f"{adapter.name} saves no tensor whole: it has no head to merge ({named('only_head')})")
     return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="")
 
 

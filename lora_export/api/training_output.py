@@ -20,6 +20,7 @@ from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.reading import DEFAULTS
+from lora_export.options.spelling import named
 from lora_export.report.comparison import comparison_page, draw_losses
 from lora_export.report.model_card import MODEL_CARD, model_card
 from lora_export.storage import atomic_output
@@ -51,9 +52,11 @@ def staged_output(output: Path, inputs: Sequence[Path], *, overwrite: bool, on_m
             yield stage
     except OutputFailed as error:
         folder = checkpoint_folder(output)
-        if not (folder / TRAINING_STATE).is_file() or "--resume" in str(error):
+        if not (folder / TRAINING_STATE).is_file() or named("resume") in str(error):
             raise
-        raise OutputFailed(error.lines, f"The last checkpoint is in {folder}: --resume continues from it.") from error
+        raise OutputFailed(
+            error.lines, f"The last checkpoint is in {folder}: {named('resume', True)} continues from it."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class Verification:
         return screen(self.proof)
 
     def as_document(self) -> dict[str, Any]:
-        """Every figure, as the JSON document that `lora-export verify --json` prints."""
+        """Every figure, as the JSON document that the command line prints."""
         return document_of_proof(self.proof)
 
     def write_report(self, path: str | Path) -> None:

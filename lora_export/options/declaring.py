@@ -55,14 +55,13 @@ class Only:
     verb: str = "is for"
     instead: Mapping[str, str] = field(default_factory=dict)
 
-    def refusal(self, name: str, found: Any) -> WrongUsage:
-        """The error on an option that was given beside something else."""
+    def problem(self, found: Any) -> str:
+        """The message on an option that was given beside something else, without the option's name."""
         if found in self.instead:
-            return WrongUsage(f"{named(name)} {self.instead[found]}")
+            return self.instead[found]
         first, *more = self.values
         words = spelled(self.words) or " and ".join([named(self.other, first), *map(str, more)])
-        because = f": {spelled(self.because)}" if self.because else ""
-        return WrongUsage(f"{named(name)} {self.verb} {words}{because}")
+        return f"{self.verb} {words}{f': {spelled(self.because)}' if self.because else ''}"
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,13 @@ class Declared:
 
     def check(self, value: Any) -> None:
         """Raise WrongUsage for a value that the option cannot have."""
-        if value is None or (value == self.default and type(value) is type(self.default)):
+        is_number = self.kind in ("int", "float")
+        if not (self.choices or is_number) or value is None or value is self.default:
             return
-        for one in value if self.multiple and not isinstance(value, str) else (value,):
-            if self.choices and one not in self.choices:
+        for one in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
+            if self.choices and one not in (*self.choices, self.default):
                 raise WrongUsage(f"{named(self.name)} is {one!r}; it must be {_either(self.choices)}")
-            if self.kind in ("int", "float") and isinstance(one, int | float) and (limit := self._limit_of(one)):
+            if is_number and (limit := self._limit_of(one)):
                 raise WrongUsage(f"{named(self.name)} is {one:g}; it must be {limit}")
 
     def _limit_of(self, value: float) -> str:
@@ -176,12 +176,15 @@ class Options:
 
     def check_usage(self, **facts: str) -> None:
         """Raise WrongUsage for options that do not go together with others, or with facts such as `base="graph"`."""
+        problems: dict[str, list[str]] = {}
         chosen = self.chosen()
         for declared in options_of(type(self)):
             for only in declared.option.only if declared.name in chosen else ():
                 found = facts.get(only.other, getattr(self, only.other, None))
                 if found not in only.values:
-                    raise only.refusal(declared.name, found)
+                    problems.setdefault(only.problem(found), []).append(named(declared.name))
+        if problems:
+            raise WrongUsage(*(f"{', '.join(names)} {problem}" for problem, names in problems.items()))
 
 
 def spelled(text: str) -> str:

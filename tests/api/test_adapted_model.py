@@ -90,7 +90,7 @@ def test_attached_and_folded_adapters_compute_the_sum_by_hand(one: Adapter, tied
 
 
 def test_without_an_option_tied_tensors_are_refused_with_both() -> None:
-    with pytest.raises(InputRefused, match=r"--tied untie gives each a tensor of its own.*--tied both changes all"):
+    with pytest.raises(InputRefused, match=r'tied="untie" gives each a tensor of its own.*tied="both" changes all'):
         module = TiedWords()
         layers.attach(module, plan.make([FIRST], layers.specs(module)))
 
@@ -155,11 +155,11 @@ def test_an_onnx_graph_combines_as_a_merge_does(untied, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", ["inputs", "rows"])
 def test_adapters_that_run_one_by_one_are_not_combined(untied, lora: str, tmp_path: Path) -> None:
-    with pytest.raises(WrongUsage, match="--combine is for --lora merged and nodes"):
+    with pytest.raises(WrongUsage, match='combination= is for lora="merged" and nodes'):
         le.export_onnx(untied, tmp_path / "m.onnx", adapters=[FIRST], lora=lora, combination="linear")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_is_not_tied(tmp_path: Path) -> None:
-    with pytest.raises(WrongUsage, match="--tied both is for models"):
+    with pytest.raises(WrongUsage, match='tied="both" is for models'):
         le.export_onnx("m.onnx", tmp_path / "out.onnx", adapters=[FIRST], tied="both")

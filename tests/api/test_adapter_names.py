@@ -64,7 +64,7 @@ def test_the_names_are_those_that_were_asked_for(tmp_path: Path) -> None:
 
 def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:
     saved = experts.save(tmp_path / "models", "mixtral")
-    with pytest.raises(InputRefused, match="--names vllm needs those of the original checkpoint"):
+    with pytest.raises(InputRefused, match='names="vllm" needs those of the original checkpoint'):
         lora_export.convert(saved["adapter"], tmp_path / "out", to="peft", names="vllm", base=saved["new"])
     other = peft_adapter(tmp_path / "other", {"elsewhere": ([[1.0]], [[1.0]])})
     with pytest.raises(MatchError, match="elsewhere"):

@@ -95,7 +95,7 @@ def test_layers_of_no_common_name_are_noted(place: Path) -> None:
     peft_adapter(place / "other", {"model.fc": TWO})
     result = le.combine([place / "one", place / "other"], place / "both")
     assert result.notes == (
-        "no module is in several of the adapters: fc (one), model.fc (other). --prefix renames, where the same layers "
+        "no module is in several of the adapters: fc (one), model.fc (other). prefixes= renames, where the same layers "
         "are meant",
     )
     renamed = le.combine([place / "one", place / "other"], place / "renamed", prefixes={"model.": ""})
@@ -105,8 +105,8 @@ def test_layers_of_no_common_name_are_noted(place: Path) -> None:
 @pytest.mark.parametrize(
     ("combination", "error", "message"),
     [
-        ("ties", WrongUsage, "needs --density"),
-        ("mean", WrongUsage, "must be one of"),
+        ("ties", WrongUsage, "needs density="),
+        ("mean", WrongUsage, "it must be cat, linear"),
         ("linear", InputRefused, "ranks"),
     ],
 )

@@ -57,11 +57,11 @@ def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "peft", "graph": "m.onnx"}, "--to onnx_adapter needs --for MODEL.onnx, and no other format has it"),
-        ({"to": "peft", "ignore_head": True}, "--ignore-head is for --to onnx_adapter"),
-        ({"to": "peft", "names": "vllm"}, "--names is for --to peft, and needs --base CHECKPOINT"),
-        ({"to": "peft", "names": "tarot", "base": "b"}, "--names is 'tarot'; it must be one of transformers4,"),
-        ({"to": "tarot"}, "--to is 'tarot'; it must be one of peft,"),
+        ({"to": "peft", "graph": "m.onnx"}, 'to="onnx_adapter" needs graph="MODEL.onnx", and no other format has it'),
+        ({"to": "peft", "ignore_head": True}, 'ignore_head= is for to="onnx_adapter"'),
+        ({"to": "peft", "names": "vllm"}, 'names= is for to="peft", and needs base="CHECKPOINT"'),
+        ({"to": "peft", "names": "tarot", "base": "b"}, "names= is 'tarot'; it must be transformers4,"),
+        ({"to": "tarot"}, "to= is 'tarot'; it must be onnx_adapter, peft,"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any], message: str) -> None:

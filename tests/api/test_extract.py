@@ -47,7 +47,7 @@ def test_what_is_left_out_is_noted_and_recorded(place: Path) -> None:
     seen = Recorder()
     result = extract(place, exclude=["norm"], energy=0.9, **seen.callbacks)
     assert result.excluded == ("norm.weight",)
-    assert seen.messages == ["note: 1 tensors that differ are left out (--exclude): norm.weight"]
+    assert seen.messages == ["note: 1 tensors that differ are left out (exclude=): norm.weight"]
     record = read_json(place / "adapter/lora_export.json")
     assert record["settings"] == {"extract": {"rank": 1, "energy": 0.9}, "excluded": ["norm.weight"]}
 
@@ -66,7 +66,7 @@ def test_the_config_names_the_base_and_the_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rank": None}, WrongUsage, "give --rank, or --energy"),
+        ({"rank": None}, WrongUsage, "give rank=, or energy="),
         ({"rank": 0}, WrongUsage, "at least 1"),
         ({"layout": {"*": "wide"}}, WrongUsage, "a layout is out_in or in_out"),
         ({"layout": {"up": "in_out"}}, InputRefused, "no matrix of the base has this name"),

@@ -374,8 +374,8 @@ def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": "inputs", "target": "q"}, "--target is not for text2text-generation"),
-        ({"fuse": "cpu"}, "--fuse is for decoders alone, not for text2text-generation"),
+        ({"lora": "inputs", "target": "q"}, "target= is not for text2text-generation"),
+        ({"fuse": "cpu"}, "fuse= is for decoders alone, not for text2text-generation"),
     ],
 )
 def test_what_encoder_decoders_do_not_have_is_refused(
@@ -482,8 +482,8 @@ def test_prompts_that_the_model_cannot_take_are_refused(swapped: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"with_cache": True, "task": "poetry"}, "--task poetry is unknown"),
-        ({"fuse": "tpu"}, "--fuse tpu is unknown; graphs are fused for cpu, cuda, webgpu"),
+        ({"with_cache": True, "task": "poetry"}, "task= is 'poetry'; it must be text-generation"),
+        ({"fuse": "tpu"}, "fuse= is 'tpu'; it must be cpu, cuda or webgpu"),
     ],
 )
 def test_unknown_tasks_and_providers_are_refused(
@@ -494,7 +494,7 @@ def test_unknown_tasks_and_providers_are_refused(
 
 
 def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"has no \.onnx\. `lora-export onnx MODEL --with-cache"):
+    with pytest.raises(InputRefused, match=r'has no \.onnx\. `export_onnx\("MODEL", "FOLDER", with_cache=True'):
         le.generate(tmp_path, ["w1"])
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).touch()

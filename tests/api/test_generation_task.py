@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_export.api.onnx_options import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 
 from lora_export.api.generation_task import first_file, generating_model, task_of
-from lora_export.api.onnx_options import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
 from support.generators import DECODERS, ENCODER_DECODERS, small_decoder, small_encoder_decoder
@@ -56,7 +56,7 @@ def test_model_that_does_another_task_is_refused(tmp_path: Path) -> None:
     for model, task, message in (
         (llama, TEXT_TO_TEXT, "LlamaForCausalLM does text-generation, not text2text-generation"),
         (bart, TEXT_GENERATION, "BartForConditionalGeneration does text2text-generation, not text-generation"),
-        (bart, SPEECH_TO_TEXT, "does text2text-generation, not automatic-speech-recognition: --task text2text-gen"),
+        (bart, SPEECH_TO_TEXT, 'does text2text-generation, not automatic-speech-recognition: task="text2text-gen'),
     ):
         with pytest.raises(InputRefused, match=message):
             generating_model(model, task, said.append)

@@ -58,7 +58,9 @@ def test_weights_need_adapters(tmp_path: Path) -> None:
         lambda: le.verify(out, MODEL, weights=[2.0]),
     ]
     for function in functions:
-        with pytest.raises(WrongUsage, match=r"--weight is a factor on an adapter, and there is no adapter \(-a\)"):
+        with pytest.raises(
+            WrongUsage, match=r"weights= is a factor on an adapter, and there is no adapter \(adapters="
+        ):
             function()
     assert list(tmp_path.iterdir()) == []
 

@@ -47,7 +47,7 @@ def test_the_need_grows_with_the_model_and_depends_on_the_candidate(
     for candidate, need in ((large, 3.4), (tmp_path, 17.1), (tmp_path / "m.safetensors", 17.1), (graph, 6.8)):
         refused = missing(monkeypatch, need - 0.1, require_memory_to_verify, large, candidate)
         assert f"1.10 billion parameters needs about {need} GiB" in refused
-        assert ("`verify MERGED --base BASE`" in refused) == (candidate.suffix != ".onnx")
+        assert ('`verify("MERGED", base="BASE")`' in refused) == (candidate.suffix != ".onnx")
         assert not missing(monkeypatch, need + 0.1, require_memory_to_verify, large, candidate)
     assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large, "float16")
     assert "`lora-export merge`" in missing(monkeypatch, 8.3, require_memory_to_export, large)

@@ -65,8 +65,8 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"requantize": True}, WrongUsage, "--requantize is for an .onnx BASE"),
-        ({"checkpoint": "x"}, WrongUsage, "--base is for an .onnx BASE"),
+        ({"requantize": True}, WrongUsage, "requantize= is for an .onnx BASE"),
+        ({"checkpoint": "x"}, WrongUsage, "checkpoint= is for an .onnx BASE"),
         ({"weights": [1.0, 2.0]}, InputRefused, "1 adapters but 2 weights"),
     ],
 )

@@ -39,11 +39,11 @@ def test_a_residual_is_kept_beside_the_output(place: Path) -> None:
     residual = place / "residual"
     result = le.merge(place / "base", place / "adapter", place / "out", keep_residual=residual, on_message=seen.append)
     assert result.residual_bytes == residual.stat().st_size > 0
-    assert any("with it and the adapters, `lora-export unmerge` makes the base again" in line for line in seen)
+    assert any("with it and the adapters, `unmerge()` makes the base again" in line for line in seen)
     with pytest.raises(WrongUsage, match="is the output or inside it"):
         le.merge(place / "base", place / "adapter", place / "o", keep_residual=place / "o" / "r")
 
 
 def test_only_a_quantised_base_is_dequantised(place: Path) -> None:
-    with pytest.raises(InputRefused, match=r"is not quantised\. Leave --dequantize out"):
+    with pytest.raises(InputRefused, match=r"is not quantised\. Leave dequantize= out"):
         le.merge(place / "base", place / "adapter", place / "out", dequantize=True)

@@ -30,12 +30,12 @@ def test_a_graph_is_merged_into_a_graph(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tied": "untie"}, "--tied is for checkpoints: in a graph each layer gets a weight of its own"),
-        ({"dtype": "float16"}, "--dtype is for checkpoints: the weights of a graph keep the types"),
-        ({"layout": {"a": "out_in"}}, "--layout is for checkpoints: a graph's operators determine the layout"),
-        ({"dequantize": True}, "--dequantize is for checkpoints"),
-        ({"keep_residual": "r"}, "--keep-residual is for checkpoints"),
-        ({"variant": "fp16"}, "--variant is for folders of checkpoints"),
+        ({"tied": "untie"}, "tied= is for checkpoints: in a graph each layer gets a weight of its own"),
+        ({"dtype": "float16"}, "dtype= is for checkpoints: the weights of a graph keep the types"),
+        ({"layout": {"a": "out_in"}}, "layout= is for checkpoints: a graph's operators determine the layout"),
+        ({"dequantize": True}, "dequantize= is for checkpoints"),
+        ({"keep_residual": "r"}, "keep_residual= is for checkpoints"),
+        ({"variant": "fp16"}, "variant= is for folders of checkpoints"),
     ],
 )
 def test_options_of_checkpoints_are_refused(place: Path, options: dict[str, Any], message: str) -> None:

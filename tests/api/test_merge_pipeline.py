@@ -166,9 +166,7 @@ def test_a_note_tells_of_a_model_that_stays_as_it_is(pipeline, tmp_path):
 
 
 def test_options_for_one_model_are_refused(pipeline, adapter, tmp_path):
-    with pytest.raises(
-        WrongUsage, match="--requantize, --only-head is not for a pipeline\\. Give the folder of one of"
-    ):
+    with pytest.raises(WrongUsage, match="requantize=, only_head= is not for a pipeline\\. Give the folder of one of"):
         merge(pipeline, adapter, tmp_path / "out", requantize=True, only_head=True)
 
 

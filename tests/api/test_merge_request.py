@@ -32,7 +32,7 @@ def test_much_rounding_is_told_with_its_remedy(place: Path) -> None:
     assert report is not None and report.below_rounding
     (warning,) = (line for line in seen if line.startswith("warning:"))
     assert "rounding took more than a tenth of the change of 1 of 1 weights, most of dense.weight" in warning
-    assert warning.endswith("; --dtype float32 keeps it")
+    assert warning.endswith('; dtype="float32" keeps it')
 
 
 def test_notes_of_a_plan_are_not_shown_twice(place: Path) -> None:

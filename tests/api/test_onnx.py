@@ -171,11 +171,11 @@ def doubled(plan: le.Plan) -> le.Plan:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": "rows"}, "--lora rows needs the adapters"),
-        ({"lora": "inputs"}, "--lora inputs needs an adapter"),
-        ({"target": "all-linear"}, "--target is for --lora inputs"),
-        ({"dora": True}, "--dora is for --lora inputs"),
-        ({"checkpoint": "x"}, "--base and --model are for an .onnx MODEL"),
+        ({"lora": "rows"}, 'lora="rows" needs the adapters'),
+        ({"lora": "inputs"}, 'lora="inputs" needs an adapter'),
+        ({"target": "all-linear"}, 'target= is for lora="inputs"'),
+        ({"dora": True}, 'dora= is for lora="inputs"'),
+        ({"checkpoint": "x"}, "checkpoint=, reference= is for an .onnx MODEL"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -171,14 +171,14 @@ def test_each_rank_starts_from_the_weights(texts: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ranks": (2, 2)}, "each --rank is given once"),
-        ({"continue_from": Path("ad"), "ranks": (4,), "target": "q"}, "--rank, --target cannot be given beside it"),
-        ({"continue_from": Path("ad"), "token_indices": (4,)}, "--token-index cannot be given beside it"),
-        ({"continue_from": Path("ad"), "init": "pissa"}, "--init cannot be given beside it"),
-        ({"init": "pissa", "dora": True}, "--init pissa trains one pair beside .* not possible with --dora"),
+        ({"ranks": (2, 2)}, "each rank= is given once"),
+        ({"continue_from": Path("ad"), "ranks": (4,), "target": "q"}, "rank=, target= cannot be given beside it"),
+        ({"continue_from": Path("ad"), "token_indices": (4,)}, "token_indices= cannot be given beside it"),
+        ({"continue_from": Path("ad"), "init": "pissa"}, "init= cannot be given beside it"),
+        ({"init": "pissa", "dora": True}, 'init="pissa" trains one pair beside .* not possible with dora='),
         (
             {"init": "olora", "target_parameters": ("down_proj",)},
-            "--init olora trains one pair beside .* not possible with --target-parameter",
+            'init="olora" trains one pair beside .* not possible with target_parameters=',
         ),
     ],
 )

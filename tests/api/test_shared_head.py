@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 def test_shared_head_is_left_out_and_proven(place: Path, tmp_path: Path, mode: str) -> None:
     adapters = [place / "fr", place / "de"]
-    with pytest.raises(InputRefused, match=r"fr, head.bias: a whole tensor(?s:.)*--only-head(?s:.)*--ignore-head"):
+    with pytest.raises(InputRefused, match=r"fr, head.bias: a whole tensor(?s:.)*only_head=(?s:.)*ignore_head="):
         le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=adapters, lora="inputs")
     exported = le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=adapters, lora=mode, ignore_head=True)
     assert exported.proof is not None and exported.proof.verdict.same
@@ -49,7 +49,7 @@ def test_shared_head_is_left_out_and_proven(place: Path, tmp_path: Path, mode: s
 
 
 def test_head_of_its_own_is_refused_and_nothing_left(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"not the model's own \(--ignore-head\):\n  own, head.bias\nMerge the head"):
+    with pytest.raises(InputRefused, match=r"not the model's own \(ignore_head=\):\n  own, head.bias\nMerge the head"):
         le.export_onnx(
             SPOTTER, tmp_path / "m.onnx", adapters=[place / "fr", place / "own"], lora="rows", ignore_head=True
         )
@@ -91,5 +91,5 @@ def test_what_has_no_head_or_no_swap_is_refused(place: Path, tmp_path: Path) -> 
     peft_adapter(tmp_path / "fr", {"fc": ([[1, 2, 3]], [[1], [2]])})
     with pytest.raises(InputRefused, match="fr saves no tensor whole"):
         le.merge(tmp_path / "base.safetensors", tmp_path / "fr", tmp_path / "m.safetensors", only_head=True)
-    with pytest.raises(WrongUsage, match="--ignore-head is for --lora inputs and rows"):
+    with pytest.raises(WrongUsage, match='ignore_head= is for lora="inputs" and rows'):
         le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=place / "fr", ignore_head=True)

@@ -124,7 +124,7 @@ def test_what_is_trained_loads_in_peft_and_merges(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rank": [2, 4]}, "--shard-base trains one adapter"), ({"compile": True}, "--shard-base trains one adapter"),
+    [({"rank": [2, 4]}, 'shard_base= trains one adapter'), ({"compile": True}, 'shard_base= trains one adapter'),
      ({}, "this is the only one. Start them with `torchrun")],
 )  # fmt: skip
 def test_a_base_is_shared_among_several_processes_for_one_adapter(
@@ -139,7 +139,7 @@ def test_a_base_in_half_precision_takes_half_the_memory(tmp_path: Path) -> None:
     base = words_tokenizer(small_model("bert", tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled(lambda n: f"{n % 2}")))
     options: dict[str, Any] = {"rank": 1, "target": ["query"], "precision": "bf16", "compare": ["full", "frozen"]}
-    with pytest.raises(WrongUsage, match="the steps are computed in bfloat16, too: add --precision bf16"):
+    with pytest.raises(WrongUsage, match='the steps are computed in bfloat16, too: add precision="bf16"'):
         le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", base_dtype="bfloat16")
     wide = le.train(base, tmp_path / "data.jsonl", tmp_path / "wide", **options)
     narrow = le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", base_dtype="bfloat16", **options)
@@ -301,7 +301,7 @@ def test_a_base_in_4_bits_is_recorded_and_its_training_continued(tmp_path: Path)
     words_tokenizer(stored)
     again = le.train(stored, tmp_path / "data.jsonl", tmp_path / "of_stored", **(options | {"quantize_base": None}))
     assert again.history.losses == expected.history.losses
-    with pytest.raises(WrongUsage, match="--compare full trains all weights"):
+    with pytest.raises(WrongUsage, match='compare="full" trains all weights'):
         le.train(stored, tmp_path / "data.jsonl", tmp_path / "no", rank=2, compare=["full"])
     merged = le.merge(base, tmp_path / "ad", tmp_path / "merged")
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ad")

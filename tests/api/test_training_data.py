@@ -163,5 +163,5 @@ def test_arrays_and_own_batches_are_split_too(tmp_path: Path) -> None:
     ready, held = encoded_data(load_model(MODEL), found, holdout=0.25, seed=0, max_length=1, packing=False)
     assert isinstance(ready, ReadyBatches) and held is not None and (len(ready), len(held)) == (3, 1)
     assert torch.equal(ready.batch([0]).inputs["x"], torch.ones(2))
-    with pytest.raises(WrongUsage, match="--packing is for texts"):
+    with pytest.raises(WrongUsage, match="packing= is for texts"):
         encoded(MODEL, tmp_path / "a.npz", packing=True)

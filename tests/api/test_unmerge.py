@@ -330,7 +330,7 @@ def test_a_damaged_file_is_refused(merged: Path, damage: Any) -> None:
         ({"keep_residual": "out/residual"}, WrongUsage, "is the output or inside it"),
         ({"keep_residual": "base/residual"}, OutputFailed, "base"),
         ({"keep_residual": "taken"}, OutputFailed, "taken"),
-        ({"keep_residual": "r", "dequantize": True}, WrongUsage, "do not go together"),
+        ({"keep_residual": "r", "dequantize": True}, WrongUsage, "does not go together"),
     ],
 )
 def test_a_place_where_no_residual_can_be_is_refused(
@@ -346,7 +346,7 @@ def test_a_place_where_no_residual_can_be_is_refused(
 
 def test_a_graph_and_adapters_in_memory_have_no_residual(place: Path) -> None:
     graph_file(place / "base.onnx", {"fc.weight": np.eye(30, dtype=np.float32)})
-    with pytest.raises(WrongUsage, match="--keep-residual is for checkpoints"):
+    with pytest.raises(WrongUsage, match="keep_residual= is for checkpoints"):
         le.merge(place / "base.onnx", place / "one", place / "out.onnx", keep_residual=place / "r")
     loaded = le.load_adapter(place / "one")
     in_memory, seen = le.Adapter("x", "made", loaded.pairs, layouts=loaded.layouts), Recorder()

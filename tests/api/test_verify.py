@@ -29,12 +29,12 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give --model"),
-        ({"base": "b", "seed": 1}, "with --base nothing is run"),
-        ({"base": "b", "seed": 0}, "with --base nothing is run"),
-        ({"base": "b", "trace": True}, "with --base nothing is run"),
-        ({"base": "b"}, "--base alone judges checkpoints"),
-        ({"model": MODEL, "base": "b.safetensors"}, "--base beside --model is the quantised .onnx"),
+        ({}, "give model="),
+        ({"base": "b", "seed": 1}, "with base= nothing is run"),
+        ({"base": "b", "seed": 0}, "with base= nothing is run"),
+        ({"base": "b", "trace": True}, "with base= nothing is run"),
+        ({"base": "b"}, "base= alone judges checkpoints"),
+        ({"model": MODEL, "base": "b.safetensors"}, "base= beside model= is the quantised .onnx"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(place: Path, options: dict[str, object], message: str) -> None:

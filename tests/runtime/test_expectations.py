@@ -59,13 +59,13 @@ def test_values_that_are_not_recorded_are_undecided() -> None:
     lines = refused(Undecided, Expectations((ONE,), 8, 16, (THREE,)), old, [None])
     assert lines[0] == "out does not show whether it is what was expected:" and len(lines) == 5
     assert refused(Undecided, Expectations(rank=8), [])[1:] == ["  no adapter is recorded"]
-    assert "`merge --hash sha256` records it" in refused(Undecided, Expectations(base_sha256=(ONE,)), base=[])[1]
+    assert '`merge hashing="sha256"` records it' in refused(Undecided, Expectations(base_sha256=(ONE,)), base=[])[1]
     assert len(refused(Different, Expectations((TWO,), rank=8), [{"name": "en", "sha256": ONE}])) == 3
 
 
 @pytest.mark.parametrize("value", ["", "12", "g" * 64, "1" * 65])
 def test_a_hash_that_is_no_sha256_is_refused(value: str) -> None:
-    with pytest.raises(WrongUsage, match=r"--expect-adapter-sha256 .* is no SHA-256"):
+    with pytest.raises(WrongUsage, match=r"expect_adapter_sha256= .* is no SHA-256"):
         Expectations(adapter_sha256=(value,))
     with pytest.raises(WrongUsage, match="--expect-base-sha256"):
         Expectations(base_sha256=(value,))

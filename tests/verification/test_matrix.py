@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_export import formats, layers, plan
 from lora_export.api import onnx_from_model
-from lora_export.api.onnx_options import OnnxOptions, check_adapters
+from lora_export.api.onnx_request import OnnxRequest, check_adapters
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.writing import save_graph
@@ -207,7 +207,7 @@ def adapted_graph(mode: str, name: str, variant: str, folder: Path) -> AdaptedGr
     """As `lora-export onnx --lora MODE` does it."""
     base, graph, adapter = SUBJECTS[name].base, SUBJECTS[name].graph, adapter_of(name, variant)
     before = weights_of(graph)
-    options = OnnxOptions(folder / "model.onnx", mode, [adapter])
+    options = OnnxRequest(base, folder / "model.onnx", lora=mode, adapters=[adapter])
     check_adapters(options)
     onnx_from_model.check_fit(base, options, [])
     _, beside = onnx_from_model.write_with_adapters(graph, options, [], folder)

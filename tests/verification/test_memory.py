@@ -18,7 +18,7 @@ from benchmarks.checkpoints import LlamaShape, llama
 from benchmarks.checkpoints import adapter as llama_adapter
 from lora_export import cli
 from lora_export.api import memory_needs, onnx_from_model
-from lora_export.api.onnx_options import OnnxProofs
+from lora_export.api.onnx_request import OnnxProofs
 from lora_export.api.verify import Verification
 from lora_export.graph.values import initializer_tensors
 from lora_export.models import export, stored_parameter
