@@ -30,7 +30,7 @@ class ParityFailed(AssertionError):
 
     def __init__(self, proof: Proof):
         self.proof = proof
-        super().__init__(screen(proof.verdict, proof.placement, proof.diagnosis))
+        super().__init__(screen(proof))
 
 
 def assert_parity(

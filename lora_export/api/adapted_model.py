@@ -15,7 +15,7 @@ from lora_export.callbacks import OnMessage
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.combining import Applied
-from lora_export.verification.references.module_copies import shared_copy
+from lora_export.verification.module_copies import shared_copy
 
 
 @dataclass(frozen=True, eq=False)

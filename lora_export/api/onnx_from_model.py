@@ -42,7 +42,7 @@ from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.references.module_copies import fp64_bytes
+from lora_export.verification.module_copies import fp64_bytes
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 

@@ -87,4 +87,4 @@ def proof_without_figures(error: LoraExportError, placement: Placement | None = 
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
     verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), sensitivity=(), dtype="float32")
-    return Proof(verdict, placement, describe_environment(), ended_with=error.exit_code)
+    return Proof(verdict, placement, describe_environment(), error=error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
 from lora_export.options.verify import Judging, VerifyOptions
 from lora_export.provenance import adapter_records
-from lora_export.report.json_document import verdict_document
+from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.report.write import check_report_path, write_report
 from lora_export.runtime.expectations import refuse_unexpected
@@ -48,15 +48,27 @@ if TYPE_CHECKING:
 class Verification:
     """A verdict, and the facts that it takes to trust and to repeat it. True only where the verdict is `same`."""
 
-    proof: Proof | Audit  # what a model computes; or, against a base checkpoint, what the weights are
-    about: Mapping[str, Any]  # versions, hashes, seed, inputs
-    seconds: float
-    error: LoraExportError | None = field(default=None, repr=False)  # what ended the proof before anything was measured
+    proof: Proof | Audit  # of what a model computes; or, against a base checkpoint, of its weights
 
     @property
     def verdict(self) -> Any:
         """The verdict: `same`, `different` or `undecided` is its `outcome`."""
-        return self.proof if isinstance(self.proof, Audit) else self.proof.verdict
+        return self.proof.verdict
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Versions, hashes, seed, inputs."""
+        return self.proof.about
+
+    @property
+    def seconds(self) -> float:
+        """How long the whole run took."""
+        return self.proof.seconds
+
+    @property
+    def error(self) -> LoraExportError | None:
+        """What ended the proof before anything was measured."""
+        return self.proof.error
 
     @property
     def exit_code(self) -> int:
@@ -66,36 +78,15 @@ class Verification:
         return bool(self.verdict)
 
     def __str__(self) -> str:
-        if isinstance(self.proof, Audit):
-            return str(self.proof)
-        return screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
+        return screen(self.proof)
 
     def as_document(self) -> dict[str, Any]:
         """Every figure, as the JSON document that the command line prints."""
-        if isinstance(self.proof, Audit):
-            return verdict_document(self.proof, about=self.about)
-        return verdict_document(
-            self.proof.verdict,
-            self.proof.placement,
-            self.about,
-            diagnosis=self.proof.diagnosis,
-            exit_code=self.proof.exit_code,
-        )
+        return document_of_proof(self.proof)
 
     def write_report(self, path: str | Path) -> None:
         """Write a report: .json (every figure), .xml (JUnit) or .html (to read). An existing file is replaced."""
-        if isinstance(self.proof, Audit):
-            write_report(Path(path), self.proof, about=self.about, seconds=self.seconds)
-            return
-        write_report(
-            Path(path),
-            self.proof.verdict,
-            placement=self.proof.placement,
-            about=self.about,
-            diagnosis=self.proof.diagnosis,
-            exit_code=self.proof.exit_code,
-            seconds=self.seconds,
-        )
+        write_report(Path(path), self.proof)
 
 
 @takes(VerifyOptions)
@@ -123,19 +114,18 @@ def verify(options: VerifyOptions) -> Verification:
         records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
         refuse_unexpected(candidate, request.expected, records, base_hashes)
     proof: Proof | Audit
-    error = None
     if model is not None:
-        proof, facts, error = judge_outputs(request)
+        proof = judge_outputs(request)
     elif is_pipeline(request.checkpoint):
-        adapters = load_adapters(request.adapters, of_models=True)
-        proof, facts = audit_pipeline(request, adapters)
+        proof = audit_pipeline(request, load_adapters(request.adapters, of_models=True))
     else:
-        proof, facts = judge_weights(request)
+        proof = judge_weights(request)
     if strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
     when = {"strict": strict, "seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-    result = Verification(proof, {**facts, **when, **(options.about or {})}, seconds, error)
+    about = {**proof.about, **when, **(options.about or {})}
+    result = Verification(replace(proof, about=about, seconds=seconds))
     for path in options.reports:
         result.write_report(path)
     return result

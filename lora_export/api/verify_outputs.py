@@ -18,32 +18,30 @@ from lora_export.errors import (
     Different,
     EnvironmentLacking,
     InputRefused,
-    LoraExportError,
     Undecided,
 )
 from lora_export.formats.row_adapters import read_row_adapters
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
-from lora_export.verification.companion_files import ComparedFiles, compare_files
+from lora_export.verification.companion_files import compare_files
 from lora_export.verification.loaded_files import LoadedFiles, files_of_graphs, loaded_files
-from lora_export.verification.parity import Outcome, Reason, outcome_of
+from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
     from lora_export.runtime.runner import Runner
     from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.parity import Verdict
     from lora_export.verification.proof import Proof
 
 
-def judge_outputs(request: VerifyRequest) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
-    """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
+def judge_outputs(request: VerifyRequest) -> Proof:
+    """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import open_candidate
     from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.references.module_copies import fp64_bytes
+    from lora_export.verification.module_copies import fp64_bytes
 
     candidate, model, origin, on_message = request.candidate, request.model, request.base, request.on_message
     assert model is not None
@@ -52,7 +50,9 @@ def judge_outputs(request: VerifyRequest) -> tuple[Proof, dict[str, Any], LoraEx
     if origin is not None:
         input_files.must_exist(origin, "base graph")
     stage = in_stages(request.on_progress)
-    runner, error, hashes, facts = None, None, {}, {}
+    runner = None
+    hashes: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     try:
         require_provider(request.provider)
         loaded = load_adapters(request.adapters)
@@ -96,13 +96,12 @@ def judge_outputs(request: VerifyRequest) -> tuple[Proof, dict[str, Any], LoraEx
             files = _files_in(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
-                proof = replace(proof, verdict=_with_files(proof.verdict, each))
+                proof = proof.with_files(each)
             stage("hashing the candidate")
             hashes = hashes_of(open_artifact(candidate).files if files is None else files.judged)
         if origin is not None:
             facts["base"] = {"path": str(origin), "sha256": open_artifact(origin).hashes}
     except (Different, Undecided, EnvironmentLacking) as ended:
-        error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
         fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
@@ -110,7 +109,7 @@ def judge_outputs(request: VerifyRequest) -> tuple[Proof, dict[str, Any], LoraEx
         recorded = recorded_explanation(proof.verdict, request, loaded, weights_from, fingerprint=fingerprint)
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
     about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
-    return proof, about, error
+    return replace(proof, about=about)
 
 
 def _prove(
@@ -150,14 +149,6 @@ def _has_own_heads(candidate: Path, adapters: Sequence[Adapter]) -> bool:
 
 def _files_in(folder: Path) -> LoadedFiles:
     if not is_encoder_decoder_folder(folder):
-        return loaded_files(folder)
+        return loaded_files(open_checkpoint(folder))
     graphs = {name: path for graph in GRAPH_FILES for name, path in open_artifact(folder / graph).files.items()}
     return files_of_graphs(folder, graphs)
-
-
-def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
-    """The verdict, and what was found of the files beside the weights of a folder."""
-    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
-    not_judged = (*verdict.not_judged, *found.not_judged)
-    notes = (*verdict.notes, *found.notes)
-    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, not_judged=not_judged, notes=notes)

@@ -21,8 +21,8 @@ from lora_export.weights.pipeline import Pipeline, open_pipeline
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
-def audit_pipeline(request: VerifyRequest, adapters: Sequence[Adapter]) -> tuple[Audit, dict[str, Any]]:
-    """The audits of all models that the adapters change as one, and the facts about them.
+def audit_pipeline(request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:
+    """The audits of all models that the adapters change as one.
 
     Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge_weights`,
     and for a component that the pipeline lacks.
@@ -30,11 +30,11 @@ def audit_pipeline(request: VerifyRequest, adapters: Sequence[Adapter]) -> tuple
     candidate, base, strengths = request.candidate, request.checkpoint, request.weights
     pipeline = open_pipeline(base)
     parts, notes = parts_by_model(pipeline, adapters, strengths)
-    audits, facts = {}, {}
     names = [adapter.name for adapter in adapters]
+    audits = {}
     for folder, own in parts.items():
         one = replace(request, candidate=candidate / folder, base=base / folder)
-        audits[folder], facts[folder] = judge_weights(replace(one, adapters=own.adapters, weights=own.strengths), names)
+        audits[folder] = judge_weights(replace(one, adapters=own.adapters, weights=own.strengths), names)
     other = tuple(_other_differences(pipeline, candidate, parts))
     whole = _joined(audits)
     whole = replace(whole, notes=(*notes, *whole.notes))
@@ -43,10 +43,10 @@ def audit_pipeline(request: VerifyRequest, adapters: Sequence[Adapter]) -> tuple
     about = {
         "candidate": str(candidate),
         "base": str(base),
-        "models": {folder: dict(own) for folder, own in facts.items()},
+        "models": {folder: dict(audit.about) for folder, audit in audits.items()},
         "adapters": adapter_records(adapters, strengths or [1.0] * len(adapters)),
     }
-    return whole, about
+    return replace(whole, about=about)
 
 
 def _joined(audits: Mapping[str, Audit]) -> Audit:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
 
 
-def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> tuple[Audit, dict[str, Any]]:
-    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch.
+def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> Audit:
+    """A merged checkpoint against W + s·BA, weight by weight. Needs no PyTorch.
 
     Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
     """
@@ -60,14 +59,14 @@ def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> tuple
         steps = combine_in_plan(steps, request.combined, together)
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             request.on_message(f"note: {note}")
-        files = loaded_files(candidate)
+        files = loaded_files(merged)
         audit = against_checkpoint.audit(
             steps, origin, merged, layout=layout, progress=in_bytes(request.on_progress, "judging", merged.nbytes)
         )
         for found in (compare_files(base, candidate, loaded), files.others):
             audit = audit.with_files(found)
     recorded = recorded_explanation(audit, request, loaded, base)
-    return replace(audit, recorded=recorded), {
+    about = {
         "candidate": str(candidate),
         "judged_files": sorted(files.judged),
         "base": str(base),
@@ -78,6 +77,7 @@ def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> tuple
         "lora_export": __version__,
         "numpy": np.__version__,
     }
+    return replace(audit, recorded=recorded, about=about)
 
 
 def _contained(candidate: Path) -> str:

@@ -28,9 +28,9 @@ def command(as_json: bool, **options: Any) -> None:
     """
     with shown() as on_progress:
         from lora_export.api.extract import extract
+        from lora_export.report.adapter_screen import print_shares
         from lora_export.report.console import console
         from lora_export.report.json_document import as_dict
-        from lora_export.report.shares import print_shares
 
         result = extract(on_message=print_message, on_progress=on_progress, **options)
     if as_json:

@@ -204,11 +204,9 @@ def _facts(error: BaseException) -> dict[str, Any]:
         ]
         return {"misfits": misfits}
     if isinstance(error, NotTheSame) and error.proof is not None:
-        from lora_export.report.json_document import verdict_document
+        from lora_export.report.json_document import document_of_proof
 
-        proof = error.proof
-        facts = (proof.verdict, proof.placement, proof.about, proof.diagnosis, proof.exit_code)
-        return {"proof": verdict_document(*facts)}
+        return {"proof": document_of_proof(error.proof)}
     return {}
 
 

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lora_export.errors import count
 from lora_export.graph.interface import Port
 from lora_export.plan import TensorSpec
-from lora_export.report.adapter_facts import adapter_facts
-from lora_export.report.adapter_screen import contents_of, kind_of_pair
+from lora_export.report.adapter_screen import adapter_facts, by_kind, contents_of, kind_of_pair, title
 from lora_export.report.json_document import as_dict, plain
-from lora_export.report.layer_kinds import by_kind, title
 from lora_export.storage.hashes import SHORT_HASH
 
 if TYPE_CHECKING:

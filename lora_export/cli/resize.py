@@ -26,9 +26,9 @@ def command(as_json: bool, **options: Any) -> None:
     are needed.
     """
     from lora_export.api.resize import resize
+    from lora_export.report.adapter_screen import print_shares
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict
-    from lora_export.report.shares import print_shares
 
     result = resize(on_message=print_message, **options)
     if as_json:

@@ -11,9 +11,8 @@ import click
 
 from lora_export.cli.arguments import print_message, wrote
 from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.report import github
+from lora_export.report import github, json_document
 from lora_export.report.console import console
-from lora_export.report.json_document import verdict_document
 from lora_export.report.verdict_screen import print_headline, print_summary, print_verdict
 from lora_export.verification.against_checkpoint import Audit
 
@@ -28,27 +27,23 @@ if TYPE_CHECKING:
 
 def proof_document(proof: Proof | None) -> dict[str, Any] | None:
     """The proof as JSON; None where no proof was requested."""
-    if proof is None:
-        return None
-    return verdict_document(
-        proof.verdict, proof.placement, proof.about, diagnosis=proof.diagnosis, exit_code=proof.exit_code
-    )
+    return None if proof is None else json_document.document_of_proof(proof)
 
 
-def show_proof(proof: Proof | None, name: str = "") -> None:
+def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
     """Print the verdict on stdout: on one screen with -v, else in few lines. `name` tells several verdicts apart."""
     if proof is None:
         click.echo("not verified (--no-verify)")
         return
-    verdict, chosen = proof.verdict, verbosity()
+    chosen = verbosity()
     if chosen is Verbosity.FULL:
         if name:
             click.echo(f"{name}:")
-        print_verdict(console(), verdict, proof.placement, proof.diagnosis)
+        print_verdict(console(), proof)
     elif name or chosen is Verbosity.QUIET:
-        print_headline(console(), verdict, proof.placement, name)
+        print_headline(console(), proof, name)
     else:
-        print_summary(console(), verdict, proof.placement, proof.diagnosis)
+        print_summary(console(), proof)
 
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
@@ -98,31 +93,17 @@ def show_files(paths: Sequence[Path]) -> None:
         click.echo(f"and {more} files more beside it (-v)")
 
 
-def show_verification(result: Verification) -> None:
-    """Print a verdict of `verify` on stdout."""
-    if not isinstance(result.proof, Audit):
-        show_proof(result.proof)
-    elif verbosity() is Verbosity.QUIET:
-        print_headline(console(), result.proof)
-    elif verbosity() is Verbosity.SHORT:
-        print_summary(console(), result.proof)
-    else:
-        print_verdict(console(), result.proof)
-
-
 def annotate_github(result: Verification, title: str) -> None:
     """In a GitHub workflow, print annotations on stderr. What a model computes is also summarised on the run's page."""
     if "GITHUB_ACTIONS" not in os.environ:
         return
-    if isinstance(result.proof, Audit):
-        click.echo(github.annotation_of_weights(result.proof, title), err=True)
-        return
-    proof = result.proof
-    for line in github.workflow_commands(proof.verdict, title, proof.diagnosis):
+    for line in github.workflow_commands(result.proof, title):
         click.echo(line, err=True)
+    if isinstance(result.proof, Audit):
+        return
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(page).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(github.summary(proof.verdict, proof.placement, result.about, proof.diagnosis, title=title))
+                file.write(github.summary(result.proof, title))
         except OSError as error:
             print_message(f"the summary of the run was not written: {error}")

@@ -46,7 +46,7 @@ def command(candidate: Path, as_json: bool, **options: Any) -> int:
     """
     from lora_export.api.verify import verify
     from lora_export.cli.failures import answered
-    from lora_export.cli.verdicts import annotate_github, show_verification
+    from lora_export.cli.verdicts import annotate_github, show_proof
 
     about = {"command": command_line()}
     with shown() as on_progress:
@@ -55,7 +55,7 @@ def command(candidate: Path, as_json: bool, **options: Any) -> int:
     if as_json:
         print_document(result.as_document())
     elif result.error is None:
-        show_verification(result)
+        show_proof(result.proof)
     annotate_github(result, f"verify {candidate.name}")
     if result.error is not None:
         raise result.error

@@ -31,4 +31,4 @@ RECORDS: dict[str, type[Options]] = {
 def declared_flags() -> Mapping[str, str]:
     """The flags of options by their Python names, where they are not the names with dashes."""
     declared = [one for record in RECORDS.values() for one in options_of(record)]
-    return {one.name: one.option.flags[0] for one in declared if one.option.flags}
+    return {one.name: one.option.flags[0].partition("/")[0] for one in declared if one.option.flags}

@@ -1,14 +1,20 @@
-"""An adapter on the terminal."""
+"""An adapter on the terminal: its contents, its facts, its layers by kind, and what a lower rank holds of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from lora_export.errors import one_line
+from lora_export.adapters.low_rank import LayerShare, total_share
+from lora_export.errors import count, one_line
 from lora_export.lora import Adapter, LoraPair
-from lora_export.report.adapter_facts import adapter_facts
+from lora_export.options.spelling import named
 from lora_export.report.console import print_line, print_table
 
 
@@ -64,3 +70,127 @@ def kind_of_pair(pair: LoraPair) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
+
+
+Item = TypeVar("Item")
+
+
+def kind_of(name: str) -> str:
+    """A name without the numbers of its layers and experts. In flattened names, these are between two `_`."""
+    return re.sub(r"(^|(?<=[.\[]))\d+(?=[.\],]|$)|(?<=_)\d+(?=_)", "*", name)
+
+
+def by_kind(items: Iterable[Item], name: Callable[[Item], str], same: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """The items in groups: those whose names have one kind and for which `same` is equal, in the order of the first."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault((kind_of(name(item)), same(item)), []).append(item)
+    return list(groups.values())
+
+
+def title(names: list[str]) -> str:
+    """The name of a group: its kind, or the name itself where it has one member."""
+    return names[0] if len(names) == 1 else kind_of(names[0])
+
+
+_LONGEST = 100  # characters of a value that are shown
+_MOST_TAGS = 5
+_LONGEST_TABLE = 1_000_000  # characters of a table of tags
+# Keys in the headers of image and video models' adapters (sd-scripts, modelspec, ai-toolkit), and what they are.
+HEADER_FACTS = {
+    "modelspec.title": "title",
+    "ss_output_name": "title",
+    "modelspec.trigger_phrase": "trigger words",
+    "trigger_word": "trigger words",
+    "trigger_words": "trigger words",
+    "activation_text": "trigger words",
+    "modelspec.architecture": "trained for",
+    "ss_base_model_version": "trained for",
+    "ss_sd_model_name": "trained on",
+    "ss_network_module": "trained by",
+    "software": "trained by",
+    "ss_training_comment": "comment",
+}
+_TAGS = "ss_tag_frequency"
+
+
+def adapter_facts(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Facts that a user looks for, as (what, value). Values are texts from the file, shortened."""
+    if adapter.scale_source:
+        yield "scales", adapter.scale_source
+    header = adapter.metadata.get("header")
+    for key, value in adapter.metadata.items():
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            yield key, _shortened(str(value))
+    if isinstance(header, Mapping):
+        yield from _header_facts(header)
+
+
+def _header_facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    shown: set[tuple[str, str]] = set()
+    for key, what in HEADER_FACTS.items():
+        value = header.get(key)
+        if isinstance(value, str) and value.strip() and (what, value) not in shown:
+            shown.add((what, value))
+            yield what, _shortened(value)
+    if tags := _frequent_tags(header.get(_TAGS)):
+        yield "most frequent tags", ", ".join(map(_shortened, tags))
+    yield "header", f"{len(header)} entries ({named('json', True)} lists them)"
+
+
+def _frequent_tags(recorded: Any) -> list[str]:
+    """The tags of the training images by their number, over all folders of images."""
+    if not isinstance(recorded, str) or len(recorded) > _LONGEST_TABLE:
+        return []
+    try:
+        table = json.loads(recorded)
+    except (ValueError, RecursionError):
+        return []
+    counts: Counter[str] = Counter()
+    for tags in table.values() if isinstance(table, dict) else ():
+        for tag, number in tags.items() if isinstance(tags, dict) else ():
+            if type(number) is int:
+                counts[tag.strip()] += number
+    return [tag for tag, _ in counts.most_common(_MOST_TAGS)]
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+
+
+LISTED_LAYERS = 5
+
+
+def print_shares(
+    to: Console, output: Path, layers: Sequence[LayerShare], tensors: Sequence[str] = (), *, whole: bool = False
+) -> None:
+    """Print one line for the adapter, and the layers of which it holds least; with `whole` all layers.
+
+    `tensors` are those that the adapter saves whole.
+    """
+    ranks = sorted({layer.rank for layer in layers})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
+    total = total_share(layers)
+    to.print(f"wrote {one_line(str(output))}: {count(len(layers), 'pair')} of {rank}, {_percent(total)} of ‖ΔW‖²")
+    if tensors:
+        names = ", ".join(tensors if whole else tensors[:LISTED_LAYERS])
+        more = "" if whole or len(tensors) <= LISTED_LAYERS else f" and {len(tensors) - LISTED_LAYERS} more"
+        to.print(one_line(f"{count(len(tensors), 'tensor')} saved whole: {names}{more}"))
+    least = sorted(layers, key=lambda layer: layer.share)[: None if whole else LISTED_LAYERS]
+    if not whole and all(layer.share > 0.9995 for layer in least):
+        return
+    rows = [["layers with the least share" if not whole else "layer", "shape", "rank", "of", "‖ΔW‖", "share"]]
+    for layer in least:
+        shape = " x ".join(map(str, layer.shape))
+        figures = [shape, f"{layer.rank}", f"{layer.of_rank}", f"{layer.norm:.4g}", _percent(layer.share)]
+        rows.append([layer.module, *figures])
+    print_table(to, rows)
+    if len(layers) > len(least):
+        more = count(len(layers) - len(least), "more layer")
+        to.print(f"{more}, with the same share or a higher one (-v)")
+
+
+def _percent(share: float) -> str:
+    """A share as a percentage; 100 % only where nothing is missing at the precision shown."""
+    text = f"{share:.1%}"
+    return text if share >= 1 or text != "100.0%" else "over 99.9%"

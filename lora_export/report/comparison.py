@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking
-from lora_export.report.html import require_jinja2
+from lora_export.report.files.page import require_jinja2
 from lora_export.storage.atomic_output import byte_size
 
 TITLES = (

@@ -7,15 +7,16 @@ program parses. Names come from files of unknown origin: they must become neithe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from lora_export.errors import count, one_line, printable
 from lora_export.report.sentences import explanation, headline, placement_lines
-from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, NOT_JUDGED, SHOWN, Comparison, Outcome, Verdict, percent
+
+if TYPE_CHECKING:
+    from lora_export.verification.proof import Proof
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}
 MAX_OUTPUTS = 20  # of the summary's table; GitHub accepts a megabyte
@@ -24,13 +25,23 @@ MAX_OUTPUTS = 20  # of the summary's table; GitHub accepts a megabyte
 # --- Annotations ---
 
 
-def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None = None) -> Iterator[str]:
-    """A workflow command for the diagnosis and for each reason (GitHub shows ten a step), or a notice of success."""
-    if verdict.same:
-        yield _command("notice", title, "\n".join([verdict.headline, *verdict.summary_lines[1]]))
-        return
+def workflow_commands(proof: Proof | Audit, title: str) -> Iterator[str]:
+    """A workflow command for the diagnosis and for each reason (GitHub shows ten a step), or a notice of success.
+
+    Of a checkpoint that is not `same` one, with the weights that are wrong.
+    """
+    if proof.verdict:
+        yield _command("notice", title, "\n".join([proof.verdict.headline, *proof.verdict.summary_lines[1]]))
+    elif isinstance(proof, Audit):
+        yield _command("error", f"{title}: {proof.outcome}", str(proof))
+    else:
+        yield from _errors(proof, title)
+
+
+def _errors(proof: Proof, title: str) -> Iterator[str]:
+    verdict = proof.verdict
     title_of_outcome = f"{title}: {verdict.outcome}"
-    if lines := explanation(verdict.recorded, diagnosis):
+    if lines := explanation(proof):
         yield _command("error", title_of_outcome, "\n".join(lines))
     shown = verdict.distinct_reasons[:SHOWN]
     for reason in shown:
@@ -38,13 +49,6 @@ def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None 
         yield _command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
     if more := len(verdict.reasons) - len(shown):
         yield _command("error", title_of_outcome, f"and {count(more, 'reason')} more")
-
-
-def annotation_of_weights(audit: Audit, title: str) -> str:
-    """A workflow command for the verdict on a checkpoint: its first line, and the weights that are wrong."""
-    if audit:
-        return _command("notice", title, "\n".join([audit.headline, *audit.summary_lines[1]]))
-    return _command("error", f"{title}: {audit.outcome}", str(audit))
 
 
 def annotation_of_error(message: str, title: str) -> str:
@@ -65,30 +69,24 @@ def _data(text: str) -> str:
 # --- The summary ---
 
 
-def summary(
-    verdict: Verdict,
-    placement: Placement | None = None,
-    about: Mapping[str, Any] | None = None,
-    diagnosis: Diagnosis | None = None,
-    *,
-    title: str,
-) -> str:
+def summary(proof: Proof, title: str) -> str:
     """The verdict as GitHub's Markdown: the headline, why, the case of each output that is closest to its limits."""
+    verdict, about = proof.verdict, proof.about
     blocks = [
         [f"### {ICONS[verdict.outcome]} {_safe(title)}: {verdict.outcome}"],
-        [_safe(headline(verdict, placement))],
-        list(_reason_lines(verdict, diagnosis)),
+        [_safe(headline(proof))],
+        list(_reason_lines(proof)),
         list(_table(verdict)),
-        list(_remarks(verdict, placement)),
+        list(_remarks(proof)),
     ]
-    if about:
-        versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
-        blocks.append([f"<sub>{_safe(', '.join(versions))}</sub>"] if versions else [])
+    versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
+    blocks.append([f"<sub>{_safe(', '.join(versions))}</sub>"] if versions else [])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n\n"
 
 
-def _reason_lines(verdict: Verdict, diagnosis: Diagnosis | None) -> Iterator[str]:
-    if lines := explanation(verdict.recorded, diagnosis):
+def _reason_lines(proof: Proof) -> Iterator[str]:
+    verdict = proof.verdict
+    if lines := explanation(proof):
         where, *why = lines
         yield "- " + "  \n  ".join([f"**{_safe(where)}**", *map(_safe, why)])
     shown = verdict.distinct_reasons[:SHOWN]
@@ -115,8 +113,9 @@ def _row(comparison: Comparison) -> str:
     return f"| {' | '.join(map(_safe, [comparison.output, comparison.case, *errors, relative]))} |"
 
 
-def _remarks(verdict: Verdict, placement: Placement | None) -> Iterator[str]:
-    for line in placement_lines(placement) if placement else ():
+def _remarks(proof: Proof) -> Iterator[str]:
+    verdict = proof.verdict
+    for line in placement_lines(proof.placement) if proof.placement else ():
         yield _safe(line) + "  "
     for part in verdict.not_judged:
         yield f"**{NOT_JUDGED}:** {_safe(part)}  "

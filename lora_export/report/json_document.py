@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.runtime.runner import Placement
-from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.parity import Verdict
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
 
 VERSIONS = {"verdict": 2}  # of a schema, 1 where none is given; grows when a field is removed or redefined
 
@@ -32,39 +32,24 @@ def as_dict(record: Any) -> dict[str, Any]:
     return {"schema": _schema(record), **_members(record)}
 
 
-def verdict_document(
-    verdict: Verdict | Audit,
-    placement: Placement | None = None,
-    about: Mapping[str, Any] | None = None,
-    diagnosis: Any = None,
-    exit_code: int | None = None,
-) -> dict[str, Any]:
-    """A verdict with its evidence: what ran where, and facts `about` the run (versions, files, seed).
-
-    `diagnosis` is a mapping or dataclass with `first`, `why` and `layers`. `exit_code` is the exit code of the
-    command, where it is not that of the verdict: the provider did not run all nodes.
-    """
-    result = as_dict(verdict) | {
-        "exit_code": verdict.exit_code if exit_code is None else exit_code,
+def document_of_proof(proof: Proof | Audit) -> dict[str, Any]:
+    """A verdict with its evidence: what ran where, and the facts about the run (versions, files, seed)."""
+    result = as_dict(proof.verdict) | {
+        "exit_code": proof.exit_code,
         "placement": None,
-        "diagnosis": _plain(diagnosis),
-        "about": _plain(about or {}),
+        "diagnosis": plain(proof.diagnosis),
+        "about": plain(proof.about),
     }
-    if placement is not None:
+    if (placement := proof.placement) is not None:
         result["placement"] = {
             "requested_provider": placement.requested_provider,
             "compute_nodes": placement.compute_nodes,
-            "off_provider": _plain(placement.off_provider),
+            "off_provider": plain(placement.off_provider),
             "nodes": {provider: len(nodes) for provider, nodes in placement.by_provider.items()},
-            "options": _plain(placement.options),
+            "options": plain(placement.options),
             "version": placement.version,
         }
     return result
-
-
-def plain(value: Any) -> Any:
-    """A value that JSON can represent: arrays become shape and dtype, NaN and infinity null."""
-    return _plain(value)
 
 
 def _schema(record: Any) -> str:
@@ -73,14 +58,14 @@ def _schema(record: Any) -> str:
 
 
 def _members(record: Any) -> dict[str, Any]:
-    # A field that is left out of the repr is an index over the others.
+    # A field that is left out of the repr is an index over the others, or a member of its own in the document.
     return _object({member.name: getattr(record, member.name) for member in fields(record) if member.repr})
 
 
 def _object(members: Mapping[Any, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in members.items():
-        result[str(name)] = _plain(value)
+        result[str(name)] = plain(value)
         if _has_no_json(value):
             result[f"{name}_text"] = str(value)
     return result
@@ -92,7 +77,8 @@ def _has_no_json(value: Any) -> bool:
     return isinstance(value, float | np.floating) and not math.isfinite(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value that JSON can represent: arrays become shape and dtype, NaN and infinity null."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and _has_no_json(value):
@@ -110,7 +96,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _object(value)
     if isinstance(value, set | frozenset):
-        return [_plain(item) for item in sorted(value)]
+        return [plain(item) for item in sorted(value)]
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     raise TypeError(f"a report cannot hold a {type(value).__name__}")

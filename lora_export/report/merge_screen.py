@@ -18,7 +18,7 @@ SHOWN_RESULTS = 5  # weights of a merge report
 
 
 def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
-    """Print what `--dry-run` shows: the counts, the notes, and what is done to each weight, at most to so many."""
+    """Print what `dry_run` shows: the counts, the notes, and what is done to each weight, at most to so many."""
     lines = str(plan).splitlines()
     head = len(lines) - len(plan.steps)
     shown = lines if most is None else lines[: head + most]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_export.errors import one_line
 from lora_export.runtime.runner import Placement
-from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.parity import Verdict
+
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
 
 SHOWN_NODES = 5  # nodes that ran on another provider
 
 
-def headline(verdict: Verdict | Audit, placement: Placement | None = None) -> str:
+def headline(proof: Proof | Audit) -> str:
     """The verdict in one line: `same: error 0.00004 % of the adapter's effect, …, 3 cases, CPU 75/75 nodes`."""
-    return f"{verdict.headline}, {_short(placement)}" if placement else verdict.headline
+    line = proof.verdict.headline
+    return f"{line}, {_short(proof.placement)}" if proof.placement else line
 
 
 def _short(placement: Placement) -> str:
@@ -32,9 +34,11 @@ def placement_lines(placement: Placement) -> list[str]:
     return lines + ([f"  - and {len(off) - SHOWN_NODES} more"] if len(off) > SHOWN_NODES else [])
 
 
-def explanation(recorded: Sequence[str], diagnosis: Diagnosis | None) -> list[str]:
+def explanation(proof: Proof) -> list[str]:
     """What explains a verdict, in sentences: the candidate's record first, then where it begins to differ, and why."""
-    return [*map(one_line, recorded), *(diagnosis_lines(diagnosis.first, diagnosis.why) if diagnosis else ())]
+    found = proof.diagnosis
+    recorded = map(one_line, proof.verdict.recorded)
+    return [*recorded, *(diagnosis_lines(found.first, found.why) if found else ())]
 
 
 def diagnosis_lines(first: str | None, why: str) -> list[str]:

@@ -1,40 +1,41 @@
-"""A report as a file: JSON, JUnit XML or HTML, by the suffix of its path."""
+"""A report as a file, whose suffix selects the kind of report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import InputRefused
-from lora_export.report.html import html_page, page_of_error, require_jinja2
-from lora_export.report.json_document import verdict_document
-from lora_export.report.junit_xml import junit, junit_of_error, junit_of_weights
-from lora_export.runtime.runner import Placement
+from lora_export.report.files import ReportFile, report_files
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import MANIFEST
-from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.parity import Verdict
+
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
 
 
 def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Check a report's path before the work begins. `inputs` are the files and folders that the command reads.
 
     Raises InputRefused where `write_report` could not write it or would overwrite an input, and EnvironmentLacking
-    where it is HTML and jinja2 is missing.
+    where a package is missing that the report needs.
     """
-    if path.suffix not in (".json", ".xml", ".html"):
-        raise InputRefused(
-            f"{path}: unknown report format. Name it .json (every figure), .xml (JUnit, for CI) or .html (to read)"
-        )
+    kind = _kind_of(path)
     for source in inputs:
         is_inside = path.exists() and path.resolve().is_relative_to(source.resolve())
         if is_inside and not (source.is_dir() and _is_report(path)):
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
-    if path.suffix == ".html":
-        require_jinja2()
+    kind.require()
+
+
+def _kind_of(path: Path) -> ReportFile:
+    kinds = report_files()
+    if path.suffix in kinds:
+        return kinds[path.suffix]
+    *others, last = (f"{suffix} ({kind.PURPOSE})" for suffix, kind in kinds.items())
+    raise InputRefused(f"{path}: unknown report format. Name it {', '.join(others)} or {last}")
 
 
 def _is_report(path: Path) -> bool:
@@ -44,52 +45,23 @@ def _is_report(path: Path) -> bool:
     return path.name != MANIFEST and b"lora-export" in beginning
 
 
-def write_report(
-    path: Path,
-    verdict: Verdict | Audit,
-    *,
-    placement: Placement | None = None,
-    about: Mapping[str, Any] | None = None,
-    diagnosis: Diagnosis | None = None,
-    exit_code: int | None = None,
-    seconds: float = 0.0,
-) -> None:
-    """Write a report as JSON, JUnit XML or HTML, by the suffix of the path. An existing file is replaced.
+def write_report(path: Path, proof: Proof | Audit) -> None:
+    """Write a report of a verdict. An existing file is replaced.
 
-    The file is either written completely, or unchanged. `exit_code` is the exit code of the command, where it is not
-    that of the verdict; `seconds` is the duration of the run.
-
-    Raises InputRefused for another suffix, and OutputFailed where the file cannot be written.
+    The file is either written completely, or unchanged. Raises InputRefused for a suffix that no report has, and
+    OutputFailed where the file cannot be written.
     """
     check_report_path(path)
-    if path.suffix == ".xml":
-        content = (
-            junit_of_weights(verdict, about, seconds=seconds)
-            if isinstance(verdict, Audit)
-            else junit(verdict, placement, about, diagnosis, seconds=seconds)
-        )
-    else:
-        evidence = verdict_document(verdict, placement, about, diagnosis, exit_code)
-        content = html_page(evidence) if path.suffix == ".html" else _json(evidence)
-    _replace(path, content)
+    _replace(path, _kind_of(path).of_proof(proof))
 
 
 def write_error_report(path: Path, error: Mapping[str, Any], *, seconds: float = 0.0) -> None:
     """Write a report of an error that ended the command before there was a verdict. Otherwise as `write_report`.
 
-    `error` is its JSON document: `error` (the message), `exit` (the code), `kind`, `command` and more.
+    `error` is its JSON document (see `ReportFile.of_error`); `seconds` is the duration of the run.
     """
     check_report_path(path)
-    if path.suffix == ".xml":
-        about = {name: error[name] for name in ("command", "exit", "kind")}
-        content = junit_of_error(error["error"], error["kind"], about, seconds=seconds)
-    else:
-        content = page_of_error(error) if path.suffix == ".html" else _json(error)
-    _replace(path, content)
-
-
-def _json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    _replace(path, _kind_of(path).of_error(error, seconds))
 
 
 def _replace(path: Path, content: str) -> None:

@@ -26,6 +26,7 @@ from lora_export.errors import count
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Runner
@@ -49,7 +50,6 @@ from lora_export.verification.references.graph_with_adapter import (
 from lora_export.weights.checkpoint import Checkpoint
 
 PEER = "the other graph"
-GRAPHS = "graph against graph, no PyTorch model was given (--model): the reference is the base graph"
 MERGED_GRAPH = (
     "the other graph was measured with W + ΔW at each weight, too; the larger error counts: ΔW is large beside W"
 )
@@ -100,7 +100,7 @@ class GraphReferences:
     @property
     def remedy(self) -> str:
         """The PyTorch model."""
-        return "the PyTorch model that the graph was exported from (--model MODEL)"
+        return f"the PyTorch model that the graph was exported from ({named('model', 'MODEL')})"
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> GraphReferences:
         """The same references with other adapters. The base's inputs and outputs are shared."""
@@ -197,7 +197,10 @@ class PreparedGraphReferences:
         else:
             form, description = self._form_of_peer()
             model, more = self._with_adapters(form)
-            notes = [f"{GRAPHS}, in which {description}", *more]
+            about = (
+                f"graph against graph, no PyTorch model was given ({named('model')}): the reference is the base graph"
+            )
+            notes = [f"{about}, in which {description}", *more]
         peer = open_graph_session(model, PEER, references.base.provider, timeout=references.base.timeout)
         del model  # the session has its weights
         deployed = {name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}

@@ -13,95 +13,65 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from lora_export import layers, plan
-from lora_export.errors import LoraExportError
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
-from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
 from lora_export.runtime.encoder_decoder import OUTPUTS, EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
-from lora_export.runtime.memory import GIB, available_memory, release_memory
+from lora_export.runtime.memory import release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
+from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
-from lora_export.verification.compare_outputs import aligned, before_first_token
-from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
-from lora_export.verification.diagnose.localize import diagnose
-from lora_export.verification.inputs import REDRAWS, Inputs
+from lora_export.verification.inputs import Inputs
+from lora_export.verification.inputs.coverage import seeds_that_reach
 from lora_export.verification.inputs.model_inputs import (
-    case_inputs,
     doubts_on_sizes,
-    draw,
     further_draw,
+    inputs_of_proof,
     notes_on_sizes,
 )
-from lora_export.verification.inputs.pair_coverage import coverage_of_pairs, seeds_that_reach
-from lora_export.verification.inputs.row_coverage import RowCoverage
-from lora_export.verification.kept_outputs import kept
+from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy, widened
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
     STEPS,
     Diagnosed,
     FurtherPeer,
     ReferenceOutputs,
-    cached_outputs,
     note_on_fp64,
-    quantisation_error,
     quantised_weights,
 )
-from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
 from lora_export.verification.references.beyond_rounding import (
     UnjudgedPositions,
     notes_on_padding,
     outputs_beyond_rounding,
     padding_beyond_rounding,
 )
-from lora_export.verification.references.cached_outputs import CachedOutputs
+from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
 from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
 from lora_export.verification.references.deployed_module import (
     coarser_dtype,
     deployed_module,
     dtype_name,
     in_candidate_dtype,
-    merged_module,
-    moved_module,
-    on_device,
 )
-from lora_export.verification.references.half_graphs import as_declared, is_half_inside
-from lora_export.verification.references.module_copies import (
-    converted_copy,
-    fp64_bytes,
-    is_large,
-    limit_outputs,
-    shared_copy,
-    to_double,
-    widened,
+from lora_export.verification.references.deployed_runs import run_further_peers, run_observed
+from lora_export.verification.references.diagnosed_module import diagnose_module
+from lora_export.verification.references.half_precision import (
+    explain_half,
+    is_half_inside,
+    note_on_half,
+    returns_halves,
 )
-from lora_export.verification.references.own_heads import with_labels
 from lora_export.verification.references.single_pairs import control_pairs
 
-MERGED_MODULE = (
-    "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
-)
-MOVED_WEIGHTS = (
-    "PyTorch was measured with each weight moved to a neighbouring number in fp32, too; the largest error counts: the "
-    "order of its sums alone was a lucky one"
-)
-DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
-HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
-EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
-# What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
-CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
 
 def _no_message(_: str) -> None:
@@ -159,33 +129,13 @@ class PyTorchReferences:
 
     def inputs(self, candidate: Runner) -> Inputs:
         """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
-        cases = case_inputs(
+        return inputs_of_proof(
             self.model,
             candidate,
             seed=self.seed,
             user_inputs=self.user_inputs,
             adapters=self.adapters,
             further_seeds=self.further_seeds,
-        )
-        cases = {name: as_declared(candidate, arrays) for name, arrays in cases.items()}
-        seeded = list(cases.values())[min(2, len(cases) - 1)]
-        varied = cases[self.user_inputs.name] if self.user_inputs else seeded
-        varied = varied if varied.keys() == seeded.keys() else seeded  # the user's are texts without images
-        perturbed = self._perturbed(candidate, varied)
-        constant = [name for name in self.model.input_names if name not in perturbed]
-        # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
-        single, unknown = (constant, []) if self.model.is_huggingface else ([], constant)
-        return Inputs(
-            cases,
-            varied,
-            perturbed,
-            unjudged=_unjudged(cases) if self.model.is_huggingface else {},
-            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
-            doubts=tuple(
-                f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
-                "Give it other values with --inputs FILE.npz, or in the example inputs of the factory"
-                for name in unknown
-            ),
         )
 
     def reaching(self, candidate: Runner, unreached: Collection[str]) -> PyTorchReferences | None:
@@ -196,21 +146,6 @@ class PyTorchReferences:
         make_inputs = functools.partial(further_draw, self.model, candidate)
         seeds = seeds_that_reach(module, unreached, make_inputs, self.seed + FURTHER_SEEDS)
         return replace(self, further_seeds=seeds) if seeds else None
-
-    def _perturbed(self, candidate: Runner, before: Arrays) -> dict[str, Arrays]:
-        """Input -> the arrays with another draw of it; none for an input that is the same in every draw."""
-        axes = self.model.axes.items()
-        sizes = {symbol: before[name].shape[axis] for name, own in axes for axis, symbol in own.items()}
-        draws = [
-            as_declared(candidate, draw(self.model, candidate, sizes, self.seed + 1000 + number))
-            for number in range(REDRAWS)
-        ]
-        perturbed = {}
-        for name in self.model.input_names:
-            fresh = next((drawn[name] for drawn in draws if not np.array_equal(drawn[name], before[name])), None)
-            if fresh is not None:
-                perturbed[name] = {**before, name: fresh}
-        return perturbed
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedPyTorch:
         """Attach the adapters, and find what the candidate rounds or quantises.
@@ -239,7 +174,7 @@ class PyTorchReferences:
 
     def explain(self, refusal: str) -> str:
         """The refusal, with what to do where the candidate takes float16 and the model float32."""
-        return f"{refusal}. {HALF[0].upper()}{HALF[1:]}" if EXPECTS_HALF in refusal else refusal
+        return explain_half(refusal)
 
     def about(self) -> dict[str, Any]:
         """Versions, and the model's source and hash."""
@@ -258,7 +193,7 @@ class PreparedPyTorch:
     judged: Model  # the model, with the quantised weights of the candidate in place of its own
     quantised: Mapping[str, quantised_weights.DequantisedWeight]
     attached: AttachedModule
-    _key: cached_outputs.CacheKey | None = field(default=None, init=False)  # of the outputs of the references
+    _cache: CacheEntry | None = field(default=None, init=False)  # of the outputs in fp64, once PyTorch ran
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,26 +222,19 @@ class PreparedPyTorch:
             self.candidate.close()
             release_memory()
         step("PyTorch")
-        model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
-        coverage = RowCoverage(deployed.module, model, self.references.adapters)
-        errors = {name: weight.error for name, weight in self.quantised.items() if weight.error is not None}
-        with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
-            own = {name: kept(deployed.run(arrays)) for name, arrays in cases.items()}
-        doubts, rows = coverage.doubts, coverage.not_judged  # read here: runs on other inputs would add to them
-        pairs = coverage_of_pairs(self.attached.module, cases, computed)
-        doubts = [
-            *doubts,
-            *pairs.doubts,
-            *doubts_on_sizes(self.candidate, model, self.references.fixed),
-            *self.inputs.doubts,
-            *(findings := quantisation_error.findings_on(errors, layer)).doubts,
-        ]
-        sensitivity = sensitivity_of(outputs, deployed, self.inputs)
-        names_known = self.candidate.names_known and deployed.names_known
-        self._key = self._cache_key(own)
+        model, cases = self.references.model, self.inputs.cases
+        found = run_observed(
+            self.deployed, self.attached.module, cases, model, self.references.adapters, self.quantised
+        )
+        own = found.outputs
+        sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
+        doubts = [*found.doubts, *sizes, *self.inputs.doubts, *found.quantisation.doubts]
+        sensitivity = sensitivity_of(outputs, self.deployed, self.inputs)
+        names_known = self.candidate.names_known and self.deployed.names_known
+        self._cache = self._cache_entry(own)
         if is_large_model:  # its weights are made again where they are needed
-            del deployed, self.deployed
-        by_role, narrow_operators, _ = self._in_fp64(step)
+            del self.deployed
+        by_role, narrow_operators, _ = self._in_fp64(step, self._cache)
         self.attached.ready = None
         unjudged: UnjudgedPositions = {}
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
@@ -314,14 +242,15 @@ class PreparedPyTorch:
             if model.is_huggingface:
                 unjudged = padding_beyond_rounding(own, reference, cases, dtype)
             doubts = [*doubts, *outputs_beyond_rounding(own, reference, unjudged, dtype)]
+        is_half = self.is_half_inside or returns_halves(outputs.by_case, own, names_known=names_known)
         notes = [
             note_on_fp64(narrow_operators),
             *model.notes,
             *notes_on_sizes(self.candidate, model),
-            *_about_cache(self.candidate),
+            *(self.candidate.notes if isinstance(self.candidate, CacheRunner | EncoderDecoderRunner) else []),
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
-            *([HALF] if self._is_unstated_half(outputs, own, names_known=names_known) else []),
+            *([note_on_half()] if is_half and self.dtype is torch.float32 else []),
             *notes_on_padding(unjudged),
             *quantised_weights.notes_on(self.quantised),
         ]
@@ -333,157 +262,84 @@ class PreparedPyTorch:
             names_known=names_known,
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
-            not_judged=(*outputs.not_judged, *model.not_judged, *rows, *findings.not_judged),
-            unreached=pairs.unreached,
+            not_judged=(*outputs.not_judged, *model.not_judged, *found.not_judged, *found.quantisation.not_judged),
+            unreached=found.unreached,
             doubts=tuple(doubts),
-            faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
+            faults=(*quantised_weights.merge_faults(self.quantised), *found.quantisation.faults),
             unjudged=unjudged,
         )
 
-    def _is_unstated_half(
-        self, outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, names_known: bool
-    ) -> bool:
-        """Whether the candidate is in half precision and the model is not."""
-        is_half = self.is_half_inside or _has_halves(outputs, deployed, names_known=names_known)
-        return is_half and self.dtype is torch.float32
-
-    def _in_fp64(self, step: OnProofStep) -> CachedOutputs:
+    def _in_fp64(self, step: OnProofStep, cache: CacheEntry) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
-        given, key = self.references, self._key
-        if cached := self._read_cache(key):
+        if cached := cache.read():
             return cached
         narrow_operators: set[str] = set()
         by_role = {}
         with widened(self.attached.module):
-            for role in self.attached.roles if given.adapters else ("reference",):
+            for role in self.attached.roles if self.references.adapters else ("reference",):
                 step(STEPS[role])
                 by_role[role] = self.attached.run(role, self.inputs.cases, narrow_operators)
                 if is_large(self.attached.module):
                     release_memory()  # of rounded weights
         outputs = CachedOutputs(by_role, frozenset(narrow_operators))
-        self._write_cache(key, outputs)
-        if given.cache is not None and key is None:
-            given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
+        cache.write(outputs)
         return outputs
 
-    def _read_cache(self, key: cached_outputs.CacheKey | None) -> CachedOutputs | None:
-        given = self.references
-        return None if given.cache is None or key is None else cached_outputs.read(given.cache, key, given.say)
-
-    def _write_cache(self, key: cached_outputs.CacheKey | None, outputs: CachedOutputs) -> None:
-        given = self.references
-        if given.cache is not None and key is not None:
-            cached_outputs.write(given.cache, key, outputs, given.say)
-
-    def _cache_key(self, deployed: Mapping[str, Arrays]) -> cached_outputs.CacheKey | None:
-        """The hashes of all that the references depend on; None where they cannot be cached."""
+    def _cache_entry(self, deployed: Mapping[str, Arrays]) -> CacheEntry:
+        """The entry for all that the references depend on; without a key where they cannot be cached."""
         given, rounding = self.references, self.attached.rounding
-        if given.cache is None:
-            return None
         dtypes = {name: kind for name, kind in rounding.items() if isinstance(kind, str)}
         key = None
-        if len(dtypes) == len(rounding):  # no weight is rounded to the numbers of a quantised one
+        if given.cache is not None and len(dtypes) == len(rounding):  # none is rounded to those of a quantised weight
             module, cases = self.deployed.module, self.inputs.cases
-            key = cached_outputs.cache_key(
-                self.judged, given.adapters, given.strengths, cases, deployed, dtypes, module
-            )
-        return key
+            key = cache_key(self.judged, given.adapters, given.strengths, cases, deployed, dtypes, module)
+        return CacheEntry(given.cache, key, given.say)
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
 
-        The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
-        moved by one rounding changes the outputs as much as that. Where a graph rounds what enters its layers to int8,
-        there are none: the weights are then not what decides its error.
+        Where a graph rounds what enters its layers to int8, there are none: the weights are then not what decides its
+        error.
         """
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
         if rounds_inputs or self.dtype is not torch.float32:
-            return
-        device = self.references.device
-        if not self.quantised and self.changes is not None and self.attached.has_pairs and not self.attached.rounding:
-            step("PyTorch, the adapters merged")
-            merged = on_device(merged_module(self.attached.module, self.changes), device)
-            yield self._peer(merged, MERGED_MODULE)
-            del merged
-        if is_large(self.attached.module):
-            return
-        for number in range(DRAWS_OF_ROUNDING):
-            step("PyTorch, its weights moved by a rounding")
-            yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
-
-    def _peer(self, module: nn.Module, note: str) -> FurtherPeer:
-        peer = ModuleRunner(module, self.references.device)
-        return FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, note)
+            return iter(())
+        return run_further_peers(
+            lambda: self.deployed,
+            self.attached,
+            self.changes,
+            self.inputs.cases,
+            device=self.references.device,
+            seed=self.references.seed,
+            is_quantised=bool(self.quantised),
+            step=step,
+        )
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Run the module in fp64 without single pairs, and judge what it returns."""
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
-        key = None
-        if self.references.cache is not None and all(case.deployed is expected.deployed[case.name] for case in cases):
-            key = self._key
-        cached = self._read_cache(key)
+        is_as_cached = all(case.deployed is expected.deployed[case.name] for case in cases)
+        cache = self._cache if is_as_cached else None
+        cached = cache.read() if cache else None
         detected = cached.detected if cached else frozenset()
         with widened(self.attached.module):
             controls = control_pairs(
                 self.attached.module, self.inputs.cases, cases, judge, skip=expected.unreached, detected=detected
             )
-        if cached and controls.detected - detected:
-            self._write_cache(key, cached._replace(detected=controls.detected))
+        if cache and cached and controls.detected - detected:
+            cache.write(cached._replace(detected=controls.detected))
         return controls
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Compare the candidate with PyTorch module by module, in one case."""
         step("comparing modules")
-        watched = [self.judged.module, *([self.candidate.module] if isinstance(self.candidate, ModuleRunner) else [])]
-        unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
-        if unseen:
-            return None, [
-                f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
-                "by operators that belong to no layer"
-            ]
-        copies = 0 if is_large(self.attached.module) else 2 if self.attached.rounding else 1
-        needed = copies * fp64_bytes(self.attached.module)
-        if (available := available_memory()) is not None and needed > available:
-            gib = f"{needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
-            return None, [f"modules were not compared: this needs {gib}"]
-        try:
-            return diagnose(self._diagnosis_case(case), every=every), []
-        except CANNOT_FOLLOW as error:
-            return None, [f"modules could not be compared: {(str(error) or repr(error)).splitlines()[0]}"]
-
-    def _diagnosis_case(self, case: parity.Case) -> DiagnosisCase:
-        deployed, wide = self.deployed, self.attached  # the weights of a large model are widened where they are used
-        if not is_large(wide.module):
-            wide = replace(wide, module=converted_copy(wide.module, to_double))
-        attached = Fp64Runner(wide.module)
-        reference = Fp64Runner(wide.ready or wide.rounded_module()) if wide.rounding else attached
-        return DiagnosisCase(
+        return diagnose_module(
             self.candidate,
-            reference,
-            attached,
-            deployed,
+            self.attached,
+            lambda: self.deployed,
             self.judged.module,
             self.changes,
-            self.inputs.cases[case.name],
             case,
-            keep_replaced=self.attached.has_pairs,
+            self.inputs.cases[case.name],
+            every=every,
         )
-
-
-def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:
-    """Case -> the positions before each row's first token, where there are any."""
-    by_case = ((name, before_first_token(arrays)) for name, arrays in cases.items())
-    return {name: positions for name, positions in by_case if positions is not None}
-
-
-def _has_halves(outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, names_known: bool) -> bool:
-    """Whether the candidate returns float16 for an output that PyTorch has."""
-    for case, own in outputs.by_case.items():
-        named = aligned(own, deployed[case], names_known=names_known)
-        if any(value.dtype == np.float16 and name in deployed[case] for name, value in named.items()):
-            return True
-    return False
-
-
-def _about_cache(candidate: Runner) -> list[str]:
-    return candidate.notes if isinstance(candidate, CacheRunner | EncoderDecoderRunner) else []

@@ -1,16 +1,24 @@
-"""Run a candidate on the inputs of a proof: on each case, with each input drawn again, and once more at the end."""
+"""Run a candidate on the inputs of a proof: on each case, with each input drawn again, and once more at the end.
+
+Outputs are kept until they are judged, large ones on the disk.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, candidate_errors, differ, same_bits
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.kept_outputs import kept
 
 OutputsByCase = Mapping[str, Arrays]
 
@@ -122,3 +130,22 @@ def run_with_provider_defaults(
     if parity.judge(own, dtype=dtype).outcome is parity.Outcome.SAME:
         return ProviderDefaults(notes=(f"{measured}. These outputs are within the limits, too",))
     return ProviderDefaults(not_judged=(measured,))
+
+
+LARGEST_IN_MEMORY = 1 << 26  # bytes of one output
+
+
+def kept(outputs: Arrays) -> Arrays:
+    """The same outputs. Large ones are mapped, read-only, from a temporary file without a name.
+
+    The system can take their memory back. Where the disk is full, they stay in memory.
+    """
+    return {name: _on_disk(array) if array.nbytes > LARGEST_IN_MEMORY else array for name, array in outputs.items()}
+
+
+def _on_disk(array: NDArray[Any]) -> NDArray[Any]:
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        np.ascontiguousarray(array).tofile(file)
+        file.flush()
+        return np.asarray(np.memmap(file, array.dtype, "r", shape=array.shape))
+    return array

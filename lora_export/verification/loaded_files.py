@@ -15,7 +15,7 @@ from lora_export.errors import one_line
 from lora_export.storage import input_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.verification.companion_files import CHAT_TEMPLATE, READERS, VOCABULARIES, ComparedFiles
-from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS, open_checkpoint
+from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS, Checkpoint
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
 
 # Names under which loaders look for weights in a model's folder, or for an adapter to attach.
@@ -42,12 +42,9 @@ class LoadedFiles:
     others: ComparedFiles = field(default_factory=ComparedFiles)
 
 
-def loaded_files(candidate: Path) -> LoadedFiles:
-    """The files of a folder or of a .safetensors file that a loader reads, and leftovers.
-
-    Reads headers, and no weight. Raises InputRefused as `open_checkpoint` does.
-    """
-    checkpoint = open_checkpoint(candidate)
+def loaded_files(checkpoint: Checkpoint) -> LoadedFiles:
+    """The files of a candidate that a loader reads, and leftovers. Reads names alone."""
+    candidate = checkpoint.path
     if not checkpoint.is_folder:
         return LoadedFiles({candidate.name: candidate})
     files = {path.relative_to(candidate).as_posix(): path for path in input_files.regular_files(candidate)}

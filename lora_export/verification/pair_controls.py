@@ -1,11 +1,16 @@
-"""What was found when single pairs of the adapters were switched off (references/switched_pairs.py), in sentences."""
+"""Pairs of the adapters are switched off one after the other, in a module or in a graph, and the outputs are judged."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
 
 from lora_export.errors import count
+from lora_export.options.spelling import named
+from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 
 SHOWN_PAIRS = 5
@@ -34,7 +39,7 @@ class PairControls:
             return []
         return [
             f"no output depends on {self._counted(self.without_effect)}: {first_names(self.without_effect)}. A fault "
-            "in them could not show. Give inputs on which one does (--inputs)"
+            f"in them could not show. Give inputs on which one does ({named('inputs')})"
         ]
 
     @property
@@ -74,3 +79,81 @@ def first_names(names: Sequence[str]) -> str:
     """The first names of a list, and how many follow."""
     more = f" and {len(names) - SHOWN_PAIRS} more" if len(names) > SHOWN_PAIRS else ""
     return ", ".join(names[:SHOWN_PAIRS]) + more
+
+
+# Pairs × parameters up to which each pair is switched off by itself: some minutes. Beyond, the pairs of a layer are.
+LARGEST_EFFORT = 2e10
+
+JudgeWithout = Callable[[parity.Case, parity.Outputs], parity.MissingPart]
+Pair = TypeVar("Pair")
+
+
+def switch_off(
+    groups: Mapping[str, Sequence[Pair]],
+    cases: Sequence[parity.Case],
+    run_without: Callable[[Sequence[Pair], parity.Case], Arrays],
+    judge: JudgeWithout,
+    *,
+    detected: Collection[str] = (),
+    by_layer: bool = False,
+) -> PairControls:
+    """Judge the outputs without each group of pairs, case after case.
+
+    A further case follows only for the groups that were not detected so far: the smallest should be the first.
+    `detected` are the names of groups that are known to be detected. `run_without` returns what the reference would.
+    """
+    undetected = {name: off for name, off in groups.items() if name not in detected}
+    silent = set(undetected)
+    shares = dict.fromkeys(groups, parity.EffectShare())
+    for case in cases:
+        for name, off in list(undetected.items()):
+            found = judge(case, run_without(off, case))
+            shares[name] += found.share
+            if found.changes_outputs:
+                silent.discard(name)
+            if found.is_detected:
+                del undetected[name]
+    missing = {name: shares[name].missing for name in undetected if name not in silent}
+    return PairControls(
+        tuple(groups),
+        without_effect=tuple(name for name in undetected if name in silent),
+        missed=tuple(name for name, share in missing.items() if share is None),
+        shares={name: share for name, share in missing.items() if share is not None},
+        by_layer=by_layer,
+    )
+
+
+def too_many(pairs: int, parameters: int) -> bool:
+    """Whether each pair by itself would take too long: those of a layer are then switched off together."""
+    return pairs * parameters > LARGEST_EFFORT
+
+
+def grouped(pairs: Iterable[tuple[str, str, Pair]], *, by_layer: bool) -> dict[str, list[Pair]]:
+    """Name -> the pairs to switch off together, from (module, adapter, pair)."""
+    pairs = list(pairs)
+    several = len({adapter for _, adapter, _ in pairs}) > 1
+    groups: dict[str, list[Pair]] = {}
+    for module, adapter, pair in pairs:
+        name = _layer_of(module) if by_layer else module
+        groups.setdefault(f"{name} of {adapter}" if several else name, []).append(pair)
+    return groups
+
+
+def with_difference(case: parity.Case, off: parity.Outputs, on: parity.Outputs) -> Arrays:
+    """The reference's outputs without some pairs, from those of another computation with and without them.
+
+    The other computation may not round as the reference does. What the pairs change is the same in both.
+    """
+    wrong = {}
+    for name, without in off.items():
+        with np.errstate(invalid="ignore"):  # inf - inf
+            changed = case.reference[name] + (without - on[name])
+        wrong[name] = np.where(np.isfinite(without) & np.isfinite(on[name]), changed, without)
+    return wrong
+
+
+def _layer_of(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.self_attn.q_proj`; the whole name where it has no number."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import RuntimeRefused
+from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -25,6 +26,7 @@ from lora_export.verification.candidate_outputs import (
     run_candidate,
     run_with_provider_defaults,
 )
+from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.compare_outputs import (
     aligned,
     differs_in_precision_alone,
@@ -35,28 +37,43 @@ from lora_export.verification.inputs import Inputs, describe_arrays
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
-ORIGIN = "fp64 cannot decide about this quantised graph; the graph that it was made from can (--base BASE.onnx)"
-
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """A verdict with what it takes to trust and to repeat it."""
+    """A verdict on what a candidate computes, with what it takes to trust and to repeat it.
+
+    Every report shows one of these, or an `Audit`: the verdict on a checkpoint's weights, which has the same facts.
+    """
 
     verdict: parity.Verdict
-    placement: Placement | None  # None where PyTorch itself ran the candidate
-    about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
+    placement: Placement | None = None  # None where PyTorch itself ran the candidate
+    about: Mapping[str, Any] = field(default_factory=dict)  # versions, files, seed, adapters, and the inputs' shapes
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # by case, of all runs
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # the outputs of all runs
-    ended_with: int | None = None  # the exit code of an error that ended the proof before anything was measured
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
+    error: LoraExportError | None = None  # what ended the proof before anything was measured
+    seconds: float = 0.0  # of the whole run
 
     def strictly(self) -> Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""
         return replace(self, verdict=self.verdict.strictly())
 
+    def with_files(self, found: ComparedFiles) -> Proof:
+        """The proof, and what was found of the files beside the weights; one difference in them makes it different."""
+        differences = (parity.Reason(parity.Outcome.DIFFERENT, "files", line) for line in found.differences)
+        reasons = (*differences, *self.verdict.reasons)
+        verdict = replace(
+            self.verdict,
+            outcome=parity.outcome_of(reasons),
+            reasons=reasons,
+            not_judged=(*self.verdict.not_judged, *found.not_judged),
+            notes=(*self.verdict.notes, *found.notes),
+        )
+        return replace(self, verdict=verdict)
+
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code if self.ended_with is None else self.ended_with
+        return self.verdict.exit_code if self.error is None else self.error.exit_code
 
 
 def prove(
@@ -234,7 +251,9 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
     if not isinstance(graph, OnnxRunner) or not graph.takes_adapters:
         return proof
     if references.origin is None:
-        return replace(proof, verdict=_noted(proof.verdict, [ORIGIN]))
+        option = named("base", "BASE.onnx")
+        note = f"fp64 cannot decide about this quantised graph; the graph that it was made from can ({option})"
+        return replace(proof, verdict=_noted(proof.verdict, [note]))
     step("the graph that it was made from")
     return prove_by_origin(proof, graph, references.origin, references.as_run)
 

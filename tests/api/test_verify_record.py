@@ -15,7 +15,7 @@ from support.api import MODEL
 def test_why_begins_with_what_the_file_records(place: Path, tmp_path: Path) -> None:
     reports = [tmp_path / f"v.{suffix}" for suffix in ("json", "xml", "html")]
     result = le.verify(place / "m.onnx", MODEL, reports=reports)
-    sentence = "You gave no -a; this file contains `adapter`."
+    sentence = "You gave no adapters=; this file contains `adapter`."
     assert result.exit_code == 4 and result.verdict.recorded == (sentence,)
     assert str(result).splitlines()[1] == f"  - {sentence}"
     assert json.loads(reports[0].read_text())["recorded"] == [sentence]
@@ -33,7 +33,7 @@ def test_a_wrong_weight_of_a_merged_file_is_named(place: Path, tmp_path: Path) -
         weights=[0.5],
         reports=[report],
     )
-    sentence = "You gave `adapter` the weight 0.5; this file contains it with the weight 1 (weight= 1)."
+    sentence = 'You gave `adapter` the weight 0.5; this file contains it with the weight 1 (weights="1").'
     assert str(result).splitlines()[1] == f"  {sentence}" and sentence in report.read_text()
 
 

@@ -67,9 +67,9 @@ def test_one_proof_is_the_whole_document(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_audit_is_printed_as_its_text(capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts.show_verification(a_verification(AUDIT))
+    verdicts.show_proof(AUDIT)
     assert "fc.weight: different, it is off" in capsys.readouterr().out
-    verdicts.show_verification(a_verification(a_proof()))
+    verdicts.show_proof(a_proof())
     assert capsys.readouterr().out.startswith("same")
 
 

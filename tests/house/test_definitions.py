@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from support import ROOT
 
 MODULES = sorted((ROOT / "lora_export").rglob("*.py"))
-# Used with the name of their module in front: `peft.read`, `onnx_adapter.write`, `merge.command`.
-OF_EACH_MODULE = {"read", "recognises", "foreign_keys", "write", "command", "main", "DESCRIPTION", "EXAMPLE", "SUFFIX"}
+# Used with the name of their module in front: `peft.read`, `onnx_adapter.write`, `merge.command`,
+# `page.of_proof`.
+OF_EACH_MODULE = {
+    *("read", "recognises", "foreign_keys", "write", "DESCRIPTION"),
+    *("command", "main", "EXAMPLE"),
+    *("SUFFIX", "PURPOSE", "require", "of_proof", "of_error"),
+}
 
 
 def definitions(tree: ast.Module) -> Iterator[str]:

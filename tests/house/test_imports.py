@@ -68,7 +68,7 @@ NUMPY_CORE = (
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
     *("runtime.generation.decoder", "runtime.generation.loop", "runtime.generation.sampling"),
     *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),
-    *("verification.candidate_outputs", "verification.mixed_batches"),
+    "verification.candidate_outputs",
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
     *(
         "verification.references.graph_with_adapter",

@@ -13,6 +13,7 @@ SPELLINGS = [
     (lambda: named("max_length"), "max_length=", "--max-length"),
     (lambda: named("rtol", 0), "rtol=0", "--rtol 0"),
     (lambda: named("verify", False), "verify=False", "--no-verify"),
+    (lambda: named("strict", False), "strict=False", "--no-strict"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
     (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),

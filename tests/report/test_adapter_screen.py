@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
+from lora_export.adapters.low_rank import LayerShare
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from lora_export.report.adapter_screen import print_adapter
+from lora_export.report.adapter_screen import adapter_facts, by_kind, kind_of, print_adapter, print_shares, title
+from lora_export.report.console import console
 from support.records import ADAPTER
 from support.screens import printed
+from support.written import adapter_of, low_rank
 
 
 def test_adapter_is_printed_as_a_table() -> None:
@@ -51,3 +59,95 @@ def test_new_adapter_is_said_to_change_nothing() -> None:
     pair = LoraPair(a=np.ones((1, 2)), b=np.zeros((2, 1)), scale=1.0)
     assert "this adapter changes nothing" in printed(print_adapter, Adapter("new", "peft", {"q": pair}))
     assert "this adapter changes nothing" not in printed(print_adapter, ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("encoder.layer.11.attention.query", "encoder.layer.*.attention.query"),
+        ("0.weight", "*.weight"),
+        ("h.0.1", "h.*.*"),
+        ("h.0.experts.up_proj[12]", "h.*.experts.up_proj[*]"),
+        ("h.0.experts.up_proj[3, 0:16]", "h.*.experts.up_proj[*, 0:16]"),
+        ("layer1.conv2", "layer1.conv2"),
+        ("fc", "fc"),
+    ],
+)
+def test_numbers_between_dots_are_those_of_layers(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_items_of_one_kind_and_look_are_a_group() -> None:
+    shapes = {"h.0.fc": 3, "h.0.out": 3, "h.1.fc": 3, "h.2.fc": 4}
+    groups = by_kind(shapes, str, lambda name: shapes[name])
+    assert groups == [["h.0.fc", "h.1.fc"], ["h.0.out"], ["h.2.fc"]]
+    assert [title(group) for group in groups] == ["h.*.fc", "h.0.out", "h.2.fc"]
+
+
+def test_flattened_names_are_grouped_by_the_numbers_between_underscores():
+    assert (
+        kind_of("denoiser/down_blocks_1_attentions_0_attn1_to_out_0")
+        == "denoiser/down_blocks_*_attentions_*_attn1_to_out_0"
+    )
+    assert kind_of("time_embed.linear_1") == "time_embed.linear_1"
+
+
+def facts(**metadata: Any) -> list[tuple[str, str]]:
+    return list(adapter_facts(adapter_of({"fc": low_rank(2, 2, 1)}, metadata=metadata)))
+
+
+def test_scales_and_plain_fields_are_shown() -> None:
+    adapter = adapter_of(
+        {"fc": low_rank(2, 2, 1)}, scale_source="alpha / rank", metadata={"r": 2, "task_type": "X", "more": [1]}
+    )
+    assert list(adapter_facts(adapter)) == [("scales", "alpha / rank"), ("r", "2"), ("task_type", "X")]
+
+
+def test_trigger_words_and_frequent_tags_are_found_in_a_header() -> None:
+    tags = {"10_a": {"ohwx ": 7, "a dog": 2}, "5_b": {"ohwx": 1, "cat": 9, "wrong": "many"}, "odd": 3}
+    header = {
+        "modelspec.trigger_phrase": "ohwx dog",
+        "modelspec.title": "dogs",
+        "ss_output_name": "dogs",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_tag_frequency": json.dumps(tags),
+    }
+    assert facts(header=header) == [
+        ("title", "dogs"),
+        ("trigger words", "ohwx dog"),
+        ("trained for", "sdxl_base_v1-0"),
+        ("most frequent tags", "cat, ohwx, a dog"),
+        ("header", "5 entries (json=True lists them)"),
+    ]
+
+
+@pytest.mark.parametrize("tags", ["{", "[1]", '{"a": 1}', '{"a": {"b": "c"}}', "[" * 100_000, "x" * 2_000_000])
+def test_damaged_tags_are_left_out(tags: str) -> None:
+    assert facts(header={"ss_tag_frequency": tags}) == [("header", "1 entries (json=True lists them)")]
+
+
+def test_long_values_are_shortened() -> None:
+    assert facts(note="x" * 1000) == [("note", "x" * 100 + "...")]
+
+
+def shares_printed(*shares: float, whole: bool = False, rank: int = 4) -> list[str]:
+    file = io.StringIO()
+    layers = [LayerShare(f"layer.{n}", (8, 8), rank - n % 2, 8, share, 1.0) for n, share in enumerate(shares)]
+    print_shares(console(file), Path("out\nsame: forged"), layers, whole=whole)
+    return file.getvalue().splitlines()
+
+
+def test_the_layers_with_the_least_share_come_first() -> None:
+    lines = shares_printed(0.9, 0.5, 0.7, 0.99, 1.0, 0.8)
+    assert lines[0] == r"wrote out\nsame: forged: 6 pairs of rank 3 to 4, 81.5% of ‖ΔW‖²"
+    assert [line.split()[0] for line in lines[2:-1]] == ["layer.1", "layer.2", "layer.5", "layer.0", "layer.3"]
+    assert lines[-1] == "1 more layer, with the same share or a higher one (-v)"
+    assert len(shares_printed(0.9, 0.5, 0.7, 0.99, 1.0, 0.8, whole=True)) == 8
+
+
+def test_nothing_is_listed_where_nothing_is_lost() -> None:
+    assert shares_printed(1.0, 1.0) == [r"wrote out\nsame: forged: 2 pairs of rank 3 to 4, 100.0% of ‖ΔW‖²"]
+
+
+def test_a_loss_is_not_rounded_away() -> None:
+    assert "over 99.9%" in shares_printed(0.99999)[0]

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from lora_export.report.html import html_page
+from lora_export.report.files.page import html_page
 from lora_export.report.html_checkpoint import checkpoint_context
-from lora_export.report.json_document import verdict_document
+from lora_export.report.json_document import document_of_proof
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
 
@@ -21,7 +21,7 @@ KEPT = AuditedWeight("c", Fate.KEPT, Outcome.SAME, elements=40)
 
 
 def context(*weights: AuditedWeight) -> dict[str, Any]:
-    return checkpoint_context(verdict_document(Audit(Outcome.SAME, weights)))
+    return checkpoint_context(document_of_proof(Audit(Outcome.SAME, weights)))
 
 
 def test_the_first_numbers_are_the_extremes_of_all_weights() -> None:
@@ -65,7 +65,12 @@ def test_fates_are_counted() -> None:
 
 
 def test_what_was_not_judged_is_on_the_page() -> None:
-    audit = Audit(Outcome.SAME, (KEPT,), not_judged=("the <chat> template",), notes=("not compared: notes.txt",))
-    about = {"candidate": "merged", "base": "base", "adapters": [], "seconds": 1.0, "created": "today"}
-    page = html_page(verdict_document(audit, about=about))
+    audit = Audit(
+        Outcome.SAME,
+        (KEPT,),
+        not_judged=("the <chat> template",),
+        notes=("not compared: notes.txt",),
+        about={"candidate": "merged", "base": "base", "adapters": [], "seconds": 1.0, "created": "today"},
+    )
+    page = html_page(document_of_proof(audit))
     assert "<b>Not judged:</b> the &lt;chat&gt; template" in page and "<li>not compared: notes.txt</li>" in page

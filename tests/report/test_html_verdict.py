@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from lora_export.report.html_verdict import verdict_context
-from lora_export.report.json_document import verdict_document
+from lora_export.report.json_document import document_of_proof
 from lora_export.verification.parity import Verdict, judge
+from lora_export.verification.proof import Proof
 from support.verdicts import AS_DOCUMENT, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED, case
 
 
 def context(verdict: Verdict, placement: Any = None, diagnosis: Any = None) -> dict[str, Any]:
-    return verdict_context(verdict_document(verdict, placement, diagnosis=diagnosis))
+    return verdict_context(document_of_proof(Proof(verdict, placement, diagnosis=diagnosis)))
 
 
 def test_the_first_numbers_are_the_largest_of_all_cases() -> None:
@@ -36,7 +37,7 @@ def test_a_reason_is_listed_once_with_its_number_of_cases() -> None:
 
 
 def test_a_remedy_that_follows_itself_is_shown_once() -> None:
-    document = verdict_document(UNDECIDED)
+    document = document_of_proof(Proof(UNDECIDED))
     (reason,) = document["reasons"][:1]
     document["reasons"] = [{**reason, "gate": gate} for gate in ("one", "two")] + [{**reason, "output": "other"}]
     shown = verdict_context(document)["reasons"]
@@ -55,7 +56,7 @@ def test_an_output_has_its_cases_and_their_gates() -> None:
 
 
 def test_a_limit_of_zero_is_a_full_bar_or_none() -> None:
-    document = verdict_document(SAME)
+    document = document_of_proof(Proof(SAME))
     document["comparisons"][0]["figures"]["gates"] = [
         {"name": "exact", "value": value, "allowed": 0.0, "passed": not value} for value in (0.0, 3.0)
     ]
@@ -75,7 +76,7 @@ def test_controls_are_counted_and_the_missed_ones_are_named() -> None:
 
 
 def test_a_control_that_need_not_be_detected_is_not_missed() -> None:
-    document = verdict_document(SAME)
+    document = document_of_proof(Proof(SAME))
     for comparison, required in zip(document["comparisons"], (True, False), strict=True):
         for control in comparison["figures"]["controls"]:
             control.update(detected=False, required=required)
@@ -85,7 +86,9 @@ def test_a_control_that_need_not_be_detected_is_not_missed() -> None:
 
 def test_the_explanation_is_the_record_and_the_diagnosis() -> None:
     assert context(SAME)["explanation"] == [] and context(SAME)["layers"] == []
-    document = verdict_document(DIFFERENT, diagnosis=AS_DOCUMENT) | {"recorded": ["It contains another adapter."]}
+    document = document_of_proof(Proof(DIFFERENT, diagnosis=AS_DOCUMENT)) | {
+        "recorded": ["It contains another adapter."]
+    }
     shown = verdict_context(document)
     assert shown["explanation"][:2] == ["It contains another adapter.", "The first module that differs is encoder.1."]
     assert shown["layers"]

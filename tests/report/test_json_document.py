@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export.report.json_document import as_dict, verdict_document
+from lora_export.report.json_document import as_dict, document_of_proof
 from lora_export.report.write import write_report
+from lora_export.verification.proof import Proof
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.verdicts import DIFFERENT, SAME, STRAYED
 
 
 def test_verdict_is_read_back_from_its_json(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
-    write_report(path, DIFFERENT, placement=STRAYED, about={"candidate": "model.onnx", "seed": 7})
+    write_report(path, Proof(DIFFERENT, STRAYED, {"candidate": "model.onnx", "seed": 7}))
     back = json.loads(path.read_text())
     assert back["schema"] == "lora-export/verdict/2"
     assert (back["outcome"], back["exit_code"], back["dtype"]) == ("different", 4, "float32")
@@ -50,7 +51,7 @@ def test_values_that_are_not_finite_are_null_and_text() -> None:
     assert result["retention"] is None and result["retention_text"] == "nan"
     assert result["relative_change"] is None and result["relative_change_text"] == "inf"
     assert "noise_text" not in result
-    about = verdict_document(SAME, about={"loss": [1.0, -math.inf]})["about"]
+    about = document_of_proof(Proof(SAME, about={"loss": [1.0, -math.inf]}))["about"]
     assert about == {"loss": [1.0, None], "loss_text": "[1.0, -inf]"}
     json.dumps([as_dict(merged), about], allow_nan=False)
 
@@ -71,8 +72,8 @@ def test_every_record_names_its_schema() -> None:
 
 def test_values_of_other_types_are_converted_or_refused() -> None:
     about = {"path": Path("a/b"), "dtype": np.dtype("int8"), "count": np.int64(3), "names": {"b", "a"}, "on": np.True_}
-    assert verdict_document(SAME, about=about)["about"] == {
+    assert document_of_proof(Proof(SAME, about=about))["about"] == {
         "path": "a/b", "dtype": "int8", "count": 3, "names": ["a", "b"], "on": True,
     }  # fmt: skip
     with pytest.raises(TypeError, match="a report cannot hold a function"):
-        verdict_document(SAME, about={"what": a_result})
+        document_of_proof(Proof(SAME, about={"what": a_result}))

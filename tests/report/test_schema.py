@@ -13,9 +13,10 @@ import jsonschema
 import pytest
 
 from lora_export import cli
-from lora_export.report.json_document import verdict_document
+from lora_export.report.json_document import document_of_proof
 from lora_export.runtime import torch_runners
 from lora_export.verification.parity import Verdict, judge
+from lora_export.verification.proof import Proof
 from support import FACTORIES
 from support.verdicts import ABOUT, AS_DOCUMENT, DIFFERENT, LAYERS, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED, case
 
@@ -38,7 +39,7 @@ def validate(document: Any) -> None:
 
 def test_schema_is_valid_and_describes_every_field() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["properties"]["schema"]["const"] == verdict_document(SAME)["schema"]
+    assert SCHEMA["properties"]["schema"]["const"] == document_of_proof(Proof(SAME))["schema"]
     assert list(undescribed(SCHEMA, "verdict")) == ["verdict.schema"]
 
 
@@ -58,13 +59,17 @@ def undescribed(part: Any, path: str) -> Iterator[str]:
 @pytest.mark.parametrize("verdict", [SAME, DIFFERENT, UNDECIDED, NOTHING], ids=lambda verdict: str(verdict.outcome))
 @pytest.mark.parametrize("placement", [None, ON_CPU, STRAYED])
 def test_document_follows_the_schema(verdict: Verdict, placement: Any) -> None:
-    validate(json.loads(json.dumps(verdict_document(verdict, placement, ABOUT, AS_DOCUMENT), allow_nan=False)))
-    validate(verdict_document(verdict, placement, torch_runners.describe_environment()))
+    validate(
+        json.loads(
+            json.dumps(document_of_proof(Proof(verdict, placement, ABOUT, diagnosis=AS_DOCUMENT)), allow_nan=False)
+        )
+    )
+    validate(document_of_proof(Proof(verdict, placement, torch_runners.describe_environment())))
 
 
 def test_values_that_are_not_finite_follow_the_schema() -> None:
-    lost = {**AS_DOCUMENT, "layers": [{**LAYERS[0], "error": float("inf")}]}
-    document = verdict_document(judge([case(1e38)]), diagnosis=lost)
+    lost: Any = {**AS_DOCUMENT, "layers": [{**LAYERS[0], "error": float("inf")}]}
+    document = document_of_proof(Proof(judge([case(1e38)]), diagnosis=lost))
     layer = document["diagnosis"]["layers"][0]
     assert (layer["error"], layer["error_text"]) == (None, "inf")
     validate(document)
@@ -84,7 +89,7 @@ def test_values_that_are_not_finite_follow_the_schema() -> None:
     ],
 )
 def test_schema_refuses_other_documents(harm: Any) -> None:
-    document = copy.deepcopy(verdict_document(SAME, ON_CPU, ABOUT))
+    document = copy.deepcopy(document_of_proof(Proof(SAME, ON_CPU, ABOUT)))
     validate(document)
     harm(document)
     with pytest.raises(jsonschema.ValidationError):
@@ -92,7 +97,7 @@ def test_schema_refuses_other_documents(harm: Any) -> None:
 
 
 def test_schema_permits_further_fields() -> None:
-    document = verdict_document(SAME, ON_CPU, ABOUT) | {"unheard_of": 1}
+    document = document_of_proof(Proof(SAME, ON_CPU, ABOUT)) | {"unheard_of": 1}
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
 
 

@@ -7,12 +7,13 @@ import pytest
 from lora_export.report.sentences import placement_lines
 from lora_export.report.verdict_screen import print_verdict, screen
 from lora_export.verification.parity import Verdict, judge
+from lora_export.verification.proof import Proof
 from support.screens import printed
 from support.verdicts import DIAGNOSIS, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED, a_placement, case
 
 
 def test_screen_has_headline_figures_and_placement() -> None:
-    text = printed(print_verdict, SAME, ON_CPU)
+    text = printed(print_verdict, Proof(SAME, ON_CPU))
     assert text.splitlines()[0] == (
         "same: error 0.39 % of the adapter's effect, 2 × PyTorch's own rounding (limit 2 ×), 2 cases, CPU 142/142 nodes"
     )
@@ -25,36 +26,36 @@ def test_screen_has_headline_figures_and_placement() -> None:
 
 
 def test_headline_without_placement_has_no_nodes() -> None:
-    assert printed(print_verdict, SAME).splitlines()[0].endswith("(limit 2 ×), 2 cases")
+    assert printed(print_verdict, Proof(SAME)).splitlines()[0].endswith("(limit 2 ×), 2 cases")
 
 
 def test_narrow_pipe_cuts_no_line_and_has_no_colour() -> None:
-    text = printed(print_verdict, SAME, ON_CPU, width=10)
+    text = printed(print_verdict, Proof(SAME, ON_CPU), width=10)
     assert "\x1b" not in text and "…" not in text
-    assert text.splitlines() == screen(SAME, ON_CPU).splitlines()
+    assert text.splitlines() == screen(Proof(SAME, ON_CPU)).splitlines()
     assert text.splitlines()[1:] == [*str(SAME).splitlines()[1:], *placement_lines(ON_CPU)]
 
 
 @pytest.mark.parametrize(("verdict", "colour"), [(SAME, "32"), (DIFFERENT, "31"), (UNDECIDED, "33")])
 def test_terminal_shows_the_outcome_in_colour(verdict: Verdict, colour: str) -> None:
-    text = printed(print_verdict, verdict, terminal=True)
+    text = printed(print_verdict, Proof(verdict), terminal=True)
     assert text.startswith(f"\x1b[1;{colour}m{verdict.outcome}\x1b[0m: ")
     assert text.count(f"\x1b[{colour}m  - ") == len(verdict.reasons)
 
 
 def test_screen_shows_the_reasons_and_the_diagnosis() -> None:
-    text = printed(print_verdict, DIFFERENT, None, DIAGNOSIS)
+    text = printed(print_verdict, Proof(DIFFERENT, diagnosis=DIAGNOSIS))
     assert "  - logits in case bad: the error is 1, allowed is 0.25; PyTorch's own error is 0.125 (× 8)\n" in text
     frozen = "changing the input mask changes PyTorch's outputs and not the candidate's: the export replaced this input"
     assert f"  - {frozen} by a constant\n" in text
     assert "encoder.1\n  its adapter's scale, 2, is applied twice\n" in text
-    assert printed(print_verdict, NOTHING).startswith(
+    assert printed(print_verdict, Proof(NOTHING)).startswith(
         "undecided: nothing was compared\n  - nothing was compared: there is no case"
     )
 
 
 def test_nodes_on_another_provider_are_listed() -> None:
-    text = printed(print_verdict, SAME, STRAYED)
+    text = printed(print_verdict, Proof(SAME, STRAYED))
     assert "2 cases, CUDA 141/142 nodes\n" in text
     assert "141 of 142 compute nodes on CUDAExecutionProvider\n" in text
     assert text.endswith("  - /layer.141/MatMul (MatMul) on CPUExecutionProvider\n")
@@ -63,6 +64,6 @@ def test_nodes_on_another_provider_are_listed() -> None:
 
 
 def test_names_are_neither_markup_nor_terminal_commands() -> None:
-    text = printed(print_verdict, judge([case(output="[red]\x1b[2J[/red]")]), terminal=True)
+    text = printed(print_verdict, Proof(judge([case(output="[red]\x1b[2J[/red]")])), terminal=True)
     assert "[red]\\x1b[2J[/red] in case" in text
     assert "\x1b[2J" not in text

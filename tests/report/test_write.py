@@ -8,15 +8,17 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
-from lora_export.report import html
+from lora_export.report import files
+from lora_export.report.files import page
 from lora_export.report.write import check_report_path, write_report
+from lora_export.verification.proof import Proof
 from support.verdicts import DIFFERENT, ON_CPU, SAME
 
 
 def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "junit.xml"
-    write_report(path, DIFFERENT)
-    write_report(path, SAME, placement=ON_CPU, seconds=2)
+    write_report(path, Proof(DIFFERENT))
+    write_report(path, Proof(SAME, ON_CPU, seconds=2))
     root = ElementTree.parse(path).getroot()
     assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("9", "0", "2.000")
     assert [each.name for each in tmp_path.iterdir()] == ["junit.xml"]
@@ -28,26 +30,32 @@ def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, nam
     with pytest.raises(InputRefused, match=message):
         check_report_path(tmp_path / name)
     with pytest.raises(InputRefused, match=message):
-        write_report(tmp_path / name, SAME)
+        write_report(tmp_path / name, Proof(SAME))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
-    write_report(tmp_path / "no" / "such" / "report.json", SAME)
+    write_report(tmp_path / "no" / "such" / "report.json", Proof(SAME))
     assert (tmp_path / "no/such/report.json").is_file()
 
 
 def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFailed, match="is not a folder"):
-        write_report(tmp_path / "file" / "report.json", SAME)
+        write_report(tmp_path / "file" / "report.json", Proof(SAME))
 
 
 def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(html.importlib, "import_module", missing)
+    monkeypatch.setattr(page.importlib, "import_module", missing)
     with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
         check_report_path(tmp_path / "page.html")
     check_report_path(tmp_path / "page.json")
+
+
+def test_a_report_is_a_module_with_a_suffix_of_its_own() -> None:
+    modules = {path.stem for path in Path(files.__path__[0]).glob("*.py")} - {"__init__"}
+    assert {".json", ".xml", ".html"} <= set(files.report_files())
+    assert {module.__name__.rpartition(".")[2] for module in files.report_files().values()} == modules

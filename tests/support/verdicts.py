@@ -76,4 +76,4 @@ LAYERS = [
 ]
 WHY = escaped_lines("its adapter's scale, 2, is applied twice", "3 of 3 modules were compared")
 DIAGNOSIS = Diagnosis("encoder.1", WHY, tuple(LayerError(**layer) for layer in LAYERS[:2]))
-AS_DOCUMENT = {"first": "encoder.1", "why": WHY, "layers": LAYERS}
+AS_DOCUMENT: Any = {"first": "encoder.1", "why": WHY, "layers": LAYERS}

@@ -107,7 +107,7 @@ def test_a_doubt_names_the_pytorch_model_as_remedy(tmp_path: Path) -> None:
     verdict = judged(tmp_path, 1e-5).verdict
     assert verdict.outcome is Outcome.UNDECIDED
     assert all(
-        reason.remedy.startswith("the PyTorch model that the graph was exported from (--model MODEL)")
+        reason.remedy.startswith('the PyTorch model that the graph was exported from (model="MODEL")')
         for reason in verdict.reasons
     )
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from lora_export.errors import RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement
+from lora_export.verification import candidate_outputs
 from lora_export.verification.candidate_outputs import (
     ProviderDefaults,
     changed_outputs,
+    kept,
     no_step,
     run_candidate,
     run_with_provider_defaults,
@@ -146,3 +151,31 @@ def test_settings_that_are_the_providers_own_need_no_second_run() -> None:
     for runner in (sums(), FakeRunner(lambda *_: {}, placement=placement())):
         found = run_with_provider_defaults(runner, [make()], INPUTS, dtype="float32", names_known=True)
         assert found == ProviderDefaults()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(candidate_outputs, "LARGEST_IN_MEMORY", 100)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16, np.int64, np.bool_])
+def test_large_outputs_are_mapped_with_the_same_values(dtype: type, folder: Path) -> None:
+    large, small = np.arange(2000).reshape(20, 100).astype(dtype).T, np.ones(3, dtype)
+    found = kept({"large": large, "small": small})
+    assert found["small"] is small
+    assert (found["large"].dtype, found["large"].shape) == (large.dtype, large.shape)
+    assert np.array_equal(found["large"], large)
+    assert not np.shares_memory(found["large"], large)
+    assert isinstance(found["large"].base, np.memmap)
+    assert not list(folder.iterdir())  # the file has no name, so that nothing is left behind
+
+
+def test_outputs_stay_in_memory_where_no_file_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    large = np.ones(1000)
+    assert kept({"large": large})["large"] is large

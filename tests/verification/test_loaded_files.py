@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.verification.loaded_files import files_of_graphs, loaded_files
+from lora_export.weights.checkpoint import open_checkpoint
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter
 
@@ -22,14 +24,21 @@ LEFTOVERS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "base").mkdir()
+    base_file(folder / "base/model.safetensors", {"fc.weight": W, "norm.weight": [1, 1]})
+    (folder / "base/config.json").write_text('{"model_type": "llama"}')
+    peft_adapter(folder / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    assert call("merge", folder / "base", folder / "adapter", "-o", folder / "merged") == 0
+    return folder
+
+
 @pytest.fixture
-def merged(tmp_path: Path) -> Path:
-    (tmp_path / "base").mkdir()
-    base_file(tmp_path / "base/model.safetensors", {"fc.weight": W, "norm.weight": [1, 1]})
-    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
-    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
-    assert call("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "merged") == 0
-    return tmp_path / "merged"
+def merged(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "own")
+    return tmp_path / "own" / "merged"
 
 
 def audit(merged: Path) -> list[str | Path]:
@@ -37,14 +46,19 @@ def audit(merged: Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("name", LEFTOVERS)
-def test_other_weights_that_a_loader_may_take_are_different(
-    merged: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(*audit(merged)) == 0
+def test_other_weights_that_a_loader_may_take_are_different(merged: Path, name: str) -> None:
+    assert loaded_files(open_checkpoint(merged)).others.differences == ()
     (merged / name).write_bytes(b"{}")
+    line = f"{name} is not what was judged, and a loader may take it. Remove it"
+    assert loaded_files(open_checkpoint(merged)).others.differences == (line,)
+
+
+def test_a_leftover_makes_the_verdict_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*audit(merged)) == 0
+    (merged / LEFTOVERS[0]).write_bytes(b"{}")
     capsys.readouterr()
     assert call(*audit(merged)) == 4
-    assert f"{name} is not what was judged, and a loader may take it. Remove it" in capsys.readouterr().out
+    assert f"{LEFTOVERS[0]} is not what was judged" in capsys.readouterr().out
 
 
 def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,4 +105,5 @@ def test_a_second_set_of_safetensors_is_refused_by_name(
 
 def test_a_single_file_is_its_own(tmp_path: Path) -> None:
     path = base_file(tmp_path / "m.safetensors", {"fc.weight": W})
-    assert loaded_files(path).judged == {"m.safetensors": path} and not loaded_files(path).others.notes
+    found = loaded_files(open_checkpoint(path))
+    assert found.judged == {"m.safetensors": path} and not found.others.notes

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.compare_rows import WeightRows
 from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
-from lora_export.verification.against_checkpoint.scratch import Scratch
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Wide
 
 FIRST_ENTRIES, MOST_ENTRIES = 1 << 12, 1 << 16  # entries: a block in fp64 is half a MiB

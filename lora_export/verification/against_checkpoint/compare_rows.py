@@ -25,7 +25,7 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     Fp64Sum,
     allowed_error,
 )
-from lora_export.verification.against_checkpoint.scratch import Scratch
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import Wide
 
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step
 from lora_export.structured_pairs import KroneckerPair, StructuredPair, WholePair
-from lora_export.verification.against_checkpoint.scratch import Scratch
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 
 Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_export.options.spelling import named
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
 from lora_export.verification.against_checkpoint.compare_rows import ComparedRows, WeightRows, compare_rows
@@ -18,8 +19,7 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     wrong_sums,
 )
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
-from lora_export.verification.against_checkpoint.scratch import Scratch
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
 
@@ -65,7 +65,7 @@ def judge_unknown_layout(name: str, step: Step, base: StoredTensor, candidate: S
         return first  # the sum is the same in both layouts
     why = (
         f"its layout is unknown: it is the sum for a weight stored {' and for one stored '.join(fitting)}. State the "
-        "layout by --layout NAME=out_in or NAME=in_out"
+        f"layout by {named('layout', 'NAME=out_in')} or NAME=in_out"
     )
     return replace(first, outcome=Outcome.UNDECIDED, why=why)
 

@@ -12,8 +12,7 @@ from lora_export.lora import EVERY_ROW
 from lora_export.plan import Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
-from lora_export.verification.against_checkpoint.scratch import Scratch
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any, ClassVar
 
 from lora_export.errors import count, escaped_lines, one_line
 from lora_export.plan import Step
@@ -63,6 +64,17 @@ class Audit:
     files: tuple[str, ...] = ()  # how config, tokenizer and the like differ from the base's, see `companion_files`
     not_judged: tuple[str, ...] = ()  # parts in which a fault could be
     notes: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)  # versions, files, adapters
+    seconds: float = field(default=0.0, repr=False)  # of the whole run
+    # What a report shows of a `Proof`: nothing ran, and no error of a run can end an audit.
+    placement: ClassVar[None] = None
+    diagnosis: ClassVar[None] = None
+    error: ClassVar[None] = None
+
+    @property
+    def verdict(self) -> Audit:
+        """The audit itself, where a `Proof` has the verdict that it reports."""
+        return self
 
     @property
     def exit_code(self) -> int:

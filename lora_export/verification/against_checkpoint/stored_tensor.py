@@ -13,8 +13,25 @@ from numpy.typing import NDArray
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.verification.against_checkpoint.scratch import Scratch
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
+
+
+class Scratch:
+    """Named arrays of any content, for one thread. An array is valid until its name is requested again."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, shape: Sequence[int], dtype: Any = np.float64) -> NDArray[Any]:
+        """An array of this shape and dtype, in the memory that is kept under this name."""
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        held = self._bytes.get(name)
+        if held is None or held.size < size:
+            held = self._bytes[name] = np.empty(size, np.uint8)
+        found: NDArray[Any] = held[:size].view(kind).reshape(shape)
+        return found
+
 
 PIECE_BYTES = 1 << 22  # of a tensor in fp64 that is compared at once
 

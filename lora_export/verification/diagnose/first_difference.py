@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_export.errors import escaped_lines
 from lora_export.graph.insert.adapter_names import module_of
+from lora_export.options.spelling import named
 from lora_export.verification.diagnose.compare_calls import INTEGERS, ComparedCall, ErrorFigures, figures_of
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.layer_observation import LayerObservation
@@ -106,7 +107,7 @@ def _why_output_differs(
     cause = find_root_cause(observed, _other_modules(case, values, call, observed))
     lines.append(str(cause) if cause else NOT_EXPLAINED)
     if cause and cause.kind == "missing" and isinstance(traced, TracedGraph) and traced.lacks_adapter:
-        lines.append("the graph takes an adapter's file, and ran without one (--onnx-adapter)")
+        lines.append(f"the graph takes an adapter's file, and ran without one ({named('onnx_adapter')})")
     lines += _correct_with_other_adapters(case, traced, call)
     lines.append(_about_other_calls(case, traced, call, cause, compared, values))
     return escaped_lines(*lines)

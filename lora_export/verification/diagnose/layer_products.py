@@ -47,9 +47,7 @@ def convolution_rows(x: Array, y: Array, layer: Any) -> tuple[Wide, Wide] | None
     """
     if layer.groups != 1 or layer.padding_mode != "zeros" or x.ndim != layer.weight.ndim:
         return None
-    pads = layer._reversed_padding_repeated_twice
-    around = [(0, 0), (0, 0), *reversed(list(zip(pads[::2], pads[1::2], strict=True)))]
-    padded = np.pad(x.astype(np.float64), around)
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *_padding_of(layer)])
     reach = [(size - 1) * step + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     dims = len(reach)
     windows = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + dims)))
@@ -59,3 +57,12 @@ def convolution_rows(x: Array, y: Array, layer: Any) -> tuple[Wide, Wide] | None
     rows = by_position.reshape(-1, math.prod(by_position.shape[1 + dims :]))
     outputs = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]).astype(np.float64)
     return (rows, outputs) if len(rows) == len(outputs) else None
+
+
+def _padding_of(layer: Any) -> list[tuple[int, int]]:
+    """How many zeros a convolution puts before and behind each axis of its input."""
+    if layer.padding == "same":  # the output has as many positions as the input
+        added = [step * (size - 1) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+        return [(number // 2, number - number // 2) for number in added]
+    sizes = [0] * len(layer.kernel_size) if layer.padding == "valid" else layer.padding
+    return [(size, size) for size in sizes]

@@ -14,6 +14,7 @@ from typing import Any
 from lora_export.artifacts.record import WrittenRecord
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -32,9 +33,9 @@ class ComparedWith:
     base_record: WrittenRecord = field(default_factory=WrittenRecord)  # what that base records itself
     fingerprint: str = ""  # SHA-256 of the PyTorch model's weights
     dtype: str = "float32"  # of the PyTorch model
-    adapter_file: Path | None = None  # --onnx-adapter
+    adapter_file: Path | None = None  # `onnx_adapter`
     adapter_version: int | None = None  # 31 bits of the hash of the adapter in that file
-    adapter_id: int | None = None  # --adapter-id
+    adapter_id: int | None = None
 
     @property
     def records(self) -> list[Record]:
@@ -48,7 +49,8 @@ def explain_by_record(record: WrittenRecord, given: ComparedWith) -> tuple[str, 
         return ()
     contained = active_adapters(record, given)
     if contained is None:
-        return ("This file takes adapters as inputs. You gave no --onnx-adapter, so it was run as the base.",)
+        option = named("onnx_adapter")
+        return (f"This file takes adapters as inputs. You gave no {option}, so it was run as the base.",)
     lines = [*_adapter_lines(given.records, contained, in_order=record.mode == "rows")]
     return (*lines, *_base_lines(record, given, adapters_agree=not lines))
 
@@ -77,7 +79,7 @@ def _version(adapter: Record) -> int | None:
 
 def _adapter_lines(given: Sequence[Record], contained: Sequence[Record], *, in_order: bool) -> Iterator[str]:
     if not given and contained:
-        yield f"You gave no -a; this file contains {_names(contained)}."
+        yield f"You gave no {named('adapters')}; this file contains {_names(contained)}."
         return
     by_key = {_key(adapter): adapter for adapter in contained}
     if by_key.keys() != {_key(adapter) for adapter in given}:
@@ -94,7 +96,7 @@ def _adapter_lines(given: Sequence[Record], contained: Sequence[Record], *, in_o
         if isinstance(recorded, int | float) and recorded != weight:
             yield (
                 f"You gave {_names([adapter])} the weight {weight:g}; this file contains it with the weight "
-                f"{recorded:g} (--weight {recorded:g})."
+                f"{recorded:g} ({named('weights', f'{recorded:g}')})."
             )
 
 

@@ -24,8 +24,8 @@ from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from lora_export.verification.diagnose.layer_products import weight_matrix
 from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
+from lora_export.verification.module_copies import converted_copy
 from lora_export.verification.parity import Wide
-from lora_export.verification.references.module_copies import converted_copy
 
 SCRIPT_RTOL, SCRIPT_ATOL = 1e-4, 1e-5  # within which a script must compute what a module with its weights does
 

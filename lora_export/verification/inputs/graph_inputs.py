@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_INPUTS
 from lora_export.graph.operators import head_size
+from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.inputs import REDRAWS
@@ -46,7 +47,7 @@ class NoGeneratedInputs(InputRefused):
 
     def __init__(self, problem: str, names: Iterable[str]):
         self.problem = problem
-        remedy = f"Give inputs: --inputs FILE.npz, with an array for each of {', '.join(names)}"
+        remedy = f"Give inputs: {named('inputs', 'FILE.npz')}, with an array for each of {', '.join(names)}"
         super().__init__(f"{problem}. {remedy}")
 
 

@@ -12,11 +12,74 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.storage.npz import read_arrays
+from lora_export.verification.compare_outputs import before_first_token
+from lora_export.verification.inputs import REDRAWS, Inputs
+
+HALVES = frozenset({"float16", "bfloat16"})
+
+
+def inputs_of_proof(
+    model: Model,
+    candidate: Runner,
+    *,
+    seed: int = 0,
+    user_inputs: Path | None = None,
+    adapters: Sequence[Adapter] = (),
+    further_seeds: Sequence[int] = (),
+) -> Inputs:
+    """Three seeded cases of different shapes that the candidate accepts, the user's own, and each input drawn again.
+
+    Each of `further_seeds` makes one more case. Raises InputRefused where the arrays of `user_inputs` are not the
+    model's inputs.
+    """
+    made = case_inputs(
+        model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters, further_seeds=further_seeds
+    )
+    cases = {name: as_declared(candidate, arrays) for name, arrays in made.items()}
+    seeded = list(cases.values())[min(2, len(cases) - 1)]
+    varied = cases[user_inputs.name] if user_inputs else seeded
+    varied = varied if varied.keys() == seeded.keys() else seeded  # the user's are texts without images
+    perturbed = _perturbed(model, candidate, varied, seed)
+    constant = [name for name in model.input_names if name not in perturbed]
+    # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
+    single, unknown = (constant, []) if model.is_huggingface else ([], constant)
+    return Inputs(
+        cases,
+        varied,
+        perturbed,
+        unjudged=_unjudged(cases) if model.is_huggingface else {},
+        notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
+        doubts=tuple(
+            f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
+            f"Give it other values with {named('inputs', 'FILE.npz')}, or in the example inputs of the factory"
+            for name in unknown
+        ),
+    )
+
+
+def _perturbed(model: Model, candidate: Runner, before: Arrays, seed: int) -> dict[str, Arrays]:
+    """Input -> the arrays with another draw of it; none for an input that is the same in every draw."""
+    sizes = {symbol: before[name].shape[axis] for name, own in model.axes.items() for axis, symbol in own.items()}
+    draws = [as_declared(candidate, draw(model, candidate, sizes, seed + 1000 + number)) for number in range(REDRAWS)]
+    perturbed = {}
+    for name in model.input_names:
+        fresh = next((drawn[name] for drawn in draws if not np.array_equal(drawn[name], before[name])), None)
+        if fresh is not None:
+            perturbed[name] = {**before, name: fresh}
+    return perturbed
+
+
+def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:
+    """Case -> the positions before each row's first token, where there are any."""
+    by_case = ((name, before_first_token(arrays)) for name, arrays in cases.items())
+    return {name: positions for name, positions in by_case if positions is not None}
 
 
 def case_inputs(
@@ -97,7 +160,7 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
             f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
     dtypes = {name: to_numpy(value).dtype for name, value in model.example_inputs().items()}
-    halves = {name for name, dtype in dtypes.items() if dtype.name in ("float16", "bfloat16")}
+    halves = {name for name, dtype in dtypes.items() if dtype.name in HALVES}
     halves = {name for name in halves if arrays[name].dtype.kind == "f"}
     return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 
@@ -150,13 +213,33 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
     for symbol in stated or {}:
         if symbol not in symbols:
             raise InputRefused(
-                f"--fixed {symbol}: the model has no axis of this name. It has {', '.join(sorted(symbols)) or 'none'}"
+                f"{named('fixed', symbol)}: the model has no axis of this name. It has "
+                f"{', '.join(sorted(symbols)) or 'none'}"
             )
         if symbol not in fixed and any(candidate.axes.values()):
-            raise InputRefused(f"--fixed {symbol}: the candidate takes any size of it. Leave the option out")
+            raise InputRefused(f"{named('fixed', symbol)}: the candidate takes any size of it. Leave the option out")
     return [
         f"the candidate takes one size of {symbol}, {size}, and the model takes any. What it computes at others is not "
-        f"known. State this size where it is intended: --fixed {symbol}={size}"
+        f"known. State this size where it is intended: {named('fixed', f'{symbol}={size}')}"
         for symbol, size in fixed.items()
         if stated is not None and stated.get(symbol) != size
     ]
+
+
+# --- a graph in half precision ---
+
+
+def graph_of(candidate: Runner) -> OnnxRunner | None:
+    """The graph that a candidate is, also behind a cache; None for any other candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return runner if isinstance(runner, OnnxRunner) else None
+
+
+def as_declared(candidate: Runner, inputs: Arrays) -> Arrays:
+    """The inputs; those in half precision in fp32 where the graph declares that. No number changes."""
+    graph = graph_of(candidate)
+    if graph is None:
+        return inputs
+    wide = {value.name for value in graph.session.get_inputs() if value.type == "tensor(float)"}
+    is_narrow = {name for name, array in inputs.items() if name in wide and array.dtype.name in HALVES}
+    return {name: array.astype(np.float32) if name in is_narrow else array for name, array in inputs.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lora_export.errors import count
+from lora_export.options.spelling import named
 from lora_export.verification.parity.gates import CONTROLS, DISTANCES, LARGEST_ERROR, VALUE_CONTROLS
 from lora_export.verification.parity.verdict import Control, Figures, Outcome, Reason, percent
 
@@ -99,18 +100,23 @@ def _remedies(f: Figures) -> dict[str, str]:
     An adapter with enough effect for the most demanding doubt has enough for all.
     """
     remedies = {
-        "loss": "weights in a finer type (merge --dtype float32, or a graph of more bits), or the adapter beside the "
-        "weights (onnx --lora nodes)",
+        "loss": f"weights in a finer type (merge {named('dtype', 'float32')}, or a graph of more bits), or the adapter "
+        f"beside the weights (onnx {named('lora', 'nodes')})",
     }
-    text = f"inputs on which {f.peer}'s own error is smaller relative to the values (--inputs)"
+    text = f"inputs on which {f.peer}'s own error is smaller relative to the values ({named('inputs')})"
     remedies |= dict.fromkeys(VALUE_CONTROLS, text)
     for control in f.controls:
         if control.name == "tolerance":
             # The largest error of an element is at least the rmse.
-            remedies["tolerance"] = f"an --atol below {control.error:.2g} with --rtol 0, or no tolerance"
+            remedies["tolerance"] = (
+                f"an {named('atol')} below {control.error:.2g} with {named('rtol', 0)}, or no tolerance"
+            )
     if factor := _factor_of_effect(f):
         shown = f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}"
-        text = f"an adapter with {shown} times the effect on this output, or inputs on which this one has it (--inputs)"
+        text = (
+            f"an adapter with {shown} times the effect on this output, or inputs on which this one has it "
+            f"({named('inputs')})"
+        )
         remedies |= dict.fromkeys(("effect", *DISTANCES), text)
     return remedies
 

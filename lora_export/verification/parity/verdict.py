@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from lora_export.errors import Different, EscapedLines, Undecided, count, escaped_lines, one_line
+from lora_export.options.spelling import named
 
 PYTORCH = "PyTorch"
 DECIDES = "what would decide it"  # introduces a remedy
@@ -276,7 +277,7 @@ class Verdict:
     def strictly(self) -> Verdict:
         """The verdict in which each part that was not judged is a reason for `undecided`."""
         parts = (
-            Reason(Outcome.UNDECIDED, NOT_JUDGED, f"{NOT_JUDGED}: {part}. --no-strict accepts that")
+            Reason(Outcome.UNDECIDED, NOT_JUDGED, f"{NOT_JUDGED}: {part}. {named('strict', False)} accepts that")
             for part in self.not_judged
         )
         return with_reasons(self, *parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lora_export.options.spelling import command, named
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.gates import CONTROL_VALUE_FACTOR, CONTROL_VALUE_FACTOR_OF, CONTROLS
 from lora_export.verification.parity.verdict import Comparison, Figures, Outcome, Reason, Sensitivity
@@ -18,8 +19,8 @@ def power_reasons(cases: Sequence[Case], comparisons: Sequence[Comparison], *, a
             Outcome.UNDECIDED,
             "effect",
             "the adapter changes no output in any case: the reference gives the same outputs without it",
-            remedy="an adapter whose B and scale are not zero (`lora-export inspect` shows them), or inputs that reach "
-            "the layers that it changes (--inputs)",
+            remedy=f"an adapter whose B and scale are not zero (`{command('inspect')}` shows them), or inputs that "
+            f"reach the layers that it changes ({named('inputs')})",
         )
     else:
         yield from _controls_without_effect(measured)
@@ -50,7 +51,7 @@ def _controls_without_effect(measured: Sequence[Figures]) -> Iterator[Reason]:
                 name,
                 f'control "{CONTROLS[name].title}": {CONTROLS[name].model} gives the same outputs, in every case',
                 remedy="a floating-point output beside those that only select (the logits of an argmax), or more "
-                "inputs (--inputs)",
+                f"inputs ({named('inputs')})",
             )
 
 

@@ -3,19 +3,17 @@
 `References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
 implement both, in `against_pytorch.py` and `against_graph.py`.
 
-    module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     beyond_rounding.py     where the error of PyTorch itself is more than rounding
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
-    switched_pairs.py      single pairs switched off: whether their absence would be detected
-    own_heads.py           the model with as many labels as the head of an adapter
     single_pairs.py        PyTorch in fp64 without single pairs
     recorded_blocks.py     outputs of a module's blocks, in place of computing them again
     deployed_module.py     PyTorch as deployed, and with its adapters merged
-    half_graphs.py         graphs that compute in half precision and return fp32
+    deployed_runs.py       its runs: what the inputs reach, and how large its own error can be
+    diagnosed_module.py    a candidate compared with PyTorch module by module
+    half_precision.py      candidates in half precision, also where only their weights show it
     candidate_weights.py   how a candidate rounds or quantises its weights
     quantised_weights.py   the weights that a quantised graph computes with
     quantisation_error.py  whether these are the model's weights, rounded
-    int8_products.py       PyTorch with the error of products in int8
     cached_outputs.py      outputs of PyTorch's references, stored for the next candidate
     base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
     graph_with_adapter.py  adapters in a graph, in other forms than the candidate's

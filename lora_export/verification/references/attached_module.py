@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
+from lora_export.layers.module_tensors import named_tensors, tensor_registry
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.plan.own_heads import with_labels_of
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
-from lora_export.verification.kept_outputs import kept
-from lora_export.verification.references.module_copies import shared_copy
+from lora_export.verification.candidate_outputs import kept
+from lora_export.verification.module_copies import shared_copy
 
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
 
@@ -93,3 +95,26 @@ class AttachedModule:
 
 def _run_all(runner: Fp64Runner, cases: Mapping[str, Arrays]) -> dict[str, Arrays]:
     return {name: kept(runner.run(arrays)) for name, arrays in cases.items()}
+
+
+def with_labels(model: Model, adapters: Sequence[Adapter]) -> Model:
+    """The model with as many labels as the heads of the adapters have; itself where it has as many.
+
+    All other tensors are shared. The rows of its own head are repeated: they are what the control without adapters
+    computes with. Raises InputRefused where the model lacks a layer of a head.
+    """
+    before = layers.specs(model.module)
+    after = before
+    for adapter in adapters:
+        after = with_labels_of(adapter, after)
+    shapes = {new.name: new.shape for old, new in zip(before, after, strict=True) if old.shape != new.shape}
+    if not shapes:
+        return model
+    module = shared_copy(model.module)
+    for name, owner, attribute, tensor in list(named_tensors(module)):
+        if name in shapes:
+            rows = tensor.detach()[torch.arange(shapes[name][0]) % len(tensor)].clone()
+            tensor_registry(owner, attribute)[attribute] = nn.Parameter(rows, requires_grad=False)
+            if isinstance(owner, nn.Linear):
+                owner.out_features = len(rows)
+    return replace(model, module=module)

@@ -55,6 +55,28 @@ class CachedOutputs(NamedTuple):
     detected: frozenset[str] = frozenset()  # pairs whose absence the gates detect
 
 
+@dataclass(frozen=True)
+class CacheEntry:
+    """The entry of one proof in a folder. Without a folder, or a key, nothing is read or written."""
+
+    folder: Path | None
+    key: CacheKey | None
+    warn: Warn
+
+    def read(self) -> CachedOutputs | None:
+        """The outputs in the entry; None where there are none that can be used."""
+        return None if self.folder is None or self.key is None else read(self.folder, self.key, self.warn)
+
+    def write(self, outputs: CachedOutputs) -> None:
+        """Write the outputs. Warns where these cannot be cached."""
+        if self.folder is None:
+            return
+        if self.key is None:
+            self.warn("cache: not used: an adapter came from no file, or was merged into quantised weights")
+        else:
+            write(self.folder, self.key, outputs, self.warn)
+
+
 def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
     """The outputs in the folder's entry; None where it is missing, stale or damaged. The last two are warned of."""
     path = _path(folder, key)

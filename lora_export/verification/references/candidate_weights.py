@@ -15,6 +15,7 @@ from lora_export import layers
 from lora_export.errors import Different, InputRefused
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import state_of
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
@@ -55,8 +56,8 @@ def quantised_weights_of(
             quantised |= own
     if origin is not None and not quantised:
         raise InputRefused(
-            f"the candidate has no quantised weights, so it was not made from {origin}. Leave out --base, or name the "
-            "graph that the candidate was made from"
+            f"the candidate has no quantised weights, so it was not made from {origin}. Leave out {named('base')}, "
+            "or name the graph that the candidate was made from"
         )
     return quantised
 

@@ -1,7 +1,7 @@
 """The control of every pair of a graph: a candidate that lacks one pair of the adapters must be detected.
 
 The base graph computes W + ΔW at each weight, in fp64. The tensors of the pairs are inputs of this graph, so that one
-session runs with and without each pair. What is judged then is in switched_pairs.py and parity/missing_part.py.
+session runs with and without each pair. What is judged then is in pair_controls.py and parity/missing_part.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lora_export.graph.site import Site
 from lora_export.plan import Layout, Plan, Step, Term
 from lora_export.runtime.runner import TIMEOUT, Arrays
 from lora_export.verification import parity
-from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.parity import Wide
-from lora_export.verification.references.graph_sessions import open_in_fp64
-from lora_export.verification.references.graph_with_adapter import RecordedConstant, sum_at_weights
-from lora_export.verification.references.switched_pairs import (
+from lora_export.verification.pair_controls import (
     JudgeWithout,
+    PairControls,
     grouped,
     switch_off,
     too_many,
     with_difference,
 )
+from lora_export.verification.parity import Wide
+from lora_export.verification.references.graph_sessions import open_in_fp64
+from lora_export.verification.references.graph_with_adapter import RecordedConstant, sum_at_weights
 
 
 class GraphPair(NamedTuple):

@@ -26,6 +26,7 @@ from lora_export.graph.operators import transposed_layout
 from lora_export.graph.refusals import refuse_unsupported_steps
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification.parity import Wide
 from lora_export.verification.references.graph_fp64 import KEEPS_ROUNDING, dequantise
@@ -91,7 +92,7 @@ def refuse_parts(plan: Plan) -> None:
     if parts:
         raise Undecided(
             f"{parts[0]} and {len(parts) - 1} more are parts of weights that one node reads as a whole: the graph by "
-            "itself shows no reference for them. Prove it against PyTorch (--model)"
+            f"itself shows no reference for them. Prove it against PyTorch ({named('model')})"
         )
 
 

@@ -33,8 +33,10 @@ from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
+from lora_export.layers.module_tensors import named_tensors, tensor_registry
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter, state_of
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
@@ -164,7 +166,8 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
         raise Undecided(
             f"the names of {len(unnamed)} quantised weights are unknown "
             f"({', '.join(site.location for site in unnamed[:5])}). {DECIDES}: the graph that adapters were merged "
-            "into (--base BASE.onnx beside --model), whose weights are matched with the model's by their content"
+            f"into ({named('base', 'BASE.onnx')} beside {named('model')}), whose weights are matched with the "
+            "model's by their content"
         )
     return found
 
@@ -259,8 +262,9 @@ def with_dequantised_weights(model: Model, weights: Mapping[str, DequantisedWeig
             loaded[id(tensors[name])] = nn.Parameter(values.to(tensors[name].dtype), requires_grad=False)
         else:
             tensors[name].copy_(values)
-    for parameters in (owner._parameters for owner in module.modules()):
-        parameters.update({name: loaded[id(one)] for name, one in parameters.items() if id(one) in loaded})
+    for _, owner, attribute, tensor in list(named_tensors(module)):
+        if id(tensor) in loaded:
+            tensor_registry(owner, attribute)[attribute] = loaded[id(tensor)]
     return replace(model, module=module)
 
 
@@ -373,7 +377,8 @@ def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
         raise Undecided(
             f"{len(unknown)} quantised weights already contain an adapter, and the weights before it are unknown: "
             f"they are not the model's ({'; '.join(found)}). {DECIDES}: the quantised graph that the adapter was "
-            "merged into (--base BASE.onnx beside --model), where `merge --requantize` made this one. Weights that a "
-            "search quantised after the merge (GPTQ, AWQ) cannot be decided here: verify the merge before it, or keep "
-            "the adapter beside the quantised weights (onnx --lora nodes)"
+            f"merged into ({named('base', 'BASE.onnx')} beside {named('model')}), where "
+            f"`merge {named('requantize', True)}` made this one. Weights that a search quantised after the merge "
+            "(GPTQ, AWQ) cannot be decided here: verify the merge before it, or keep the adapter beside the quantised "
+            f"weights (onnx {named('lora', 'nodes')})"
         )

@@ -18,15 +18,15 @@ from lora_export.layers.adapted_layers import Branch, attachment_of, branch_para
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
-from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.references.recorded_blocks import RecordedBlocks
-from lora_export.verification.references.switched_pairs import (
+from lora_export.verification.pair_controls import (
     JudgeWithout,
+    PairControls,
     grouped,
     switch_off,
     too_many,
     with_difference,
 )
+from lora_export.verification.references.recorded_blocks import RecordedBlocks
 
 LEAST_RECORDED = 8  # groups of pairs for which it pays to record the outputs of blocks
 

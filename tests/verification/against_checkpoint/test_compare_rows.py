@@ -17,7 +17,7 @@ from lora_export.plan import Layout, Step, Term
 from lora_export.verification.against_checkpoint import compare_rows as module
 from lora_export.verification.against_checkpoint.compare_rows import WeightRows, compare_rows
 from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
-from lora_export.verification.against_checkpoint.scratch import Scratch
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from support.plans import matrix
 
 DTYPES = [ml_dtypes.bfloat16, np.float16, np.float32, np.float64]

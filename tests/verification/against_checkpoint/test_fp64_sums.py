@@ -19,7 +19,7 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     sum_in_other_layout,
     wrong_sums,
 )
-from lora_export.verification.against_checkpoint.scratch import Scratch
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from support.plans import BA, matrix, pair, square, table, vector
 
 W = np.float64([[100, 200, 300], [400, 500, 600]])

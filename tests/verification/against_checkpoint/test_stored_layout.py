@@ -61,8 +61,8 @@ def test_an_unknown_layout_is_undecided_and_a_stated_one_decides(tmp_path, model
     outcome, why = judged(merged, base, adapter)
     assert (outcome, why) == (
         "undecided",
-        f"its layout is unknown: it is the sum for a weight stored {layout}. State the layout by --layout NAME=out_in "
-        "or NAME=in_out",
+        f"its layout is unknown: it is the sum for a weight stored {layout}. State the layout by "
+        'layout="NAME=out_in" or NAME=in_out',
     )
     assert judged(merged, base, adapter, layout={"*.attn.c_proj": layout}) == ("same", "")
     outcome, why = judged(merged, base, adapter, layout={NAME: other})

@@ -11,7 +11,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.verification.against_checkpoint import stored_tensor
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
 from lora_export.weights.quantised.stored_parts import StoredParts
 from support.stored_tensors import stored
@@ -69,3 +69,13 @@ def test_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
     assert tensor.rows(slice(0, 1)).tolist() == VALUES[:1].tolist()
     with pytest.raises(InputRefused, match="became shorter"):
         tensor.rows(slice(3, 4))
+
+
+def test_a_name_keeps_its_memory_until_it_must_grow() -> None:
+    scratch = Scratch()
+    wide = scratch.array("sum", (4, 3))
+    assert (wide.shape, wide.dtype) == ((4, 3), np.float64)
+    small = scratch.array("sum", (2, 5), np.float32)
+    assert (small.shape, small.dtype) == ((2, 5), np.float32) and np.shares_memory(wide, small)
+    assert not np.shares_memory(wide, scratch.array("other", (4, 3)))
+    assert not np.shares_memory(wide, scratch.array("sum", (5, 3)))

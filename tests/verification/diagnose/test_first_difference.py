@@ -225,7 +225,7 @@ def test_graph_without_its_adapter_file_is_explained(tmp_path: Path) -> None:
     save_graph(made.graph, tmp_path, "graph.onnx")
     result = prove(OnnxRunner(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == QUERY
-    assert "its adapter is missing" in result.diagnosis.why and "--onnx-adapter" in result.diagnosis.why
+    assert "its adapter is missing" in result.diagnosis.why and "onnx_adapter=" in result.diagnosis.why
 
 
 def test_wrong_adapter_id_names_the_correct_one(tmp_path: Path) -> None:

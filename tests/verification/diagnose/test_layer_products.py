@@ -13,7 +13,13 @@ from lora_export.verification.diagnose import layer_products
 from lora_export.verification.diagnose.module_calls import CallValues
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 2, "dilation": 2}, {"padding": (1, 0)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"stride": 2}, {"padding": 2, "dilation": 2}, {"padding": (1, 0)}),
+        *({"padding": "valid"}, {"padding": "same", "dilation": 2}, {"padding": "same"}),
+    ],
+)
 @pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d])
 def test_convolution_is_a_product_of_the_inputs_under_its_kernel(kind: Any, options: dict[str, Any]) -> None:
     if kind is torch.nn.Conv1d:

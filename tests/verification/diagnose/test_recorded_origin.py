@@ -47,14 +47,14 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
     [
         (WrittenRecord(), given(), ()),
         (BOTH, given(adapter("x", FR), adapter("y", DE)), ()),
-        (BOTH, given(), ("You gave no -a; this file contains `fr` and `de`.",)),
+        (BOTH, given(), ("You gave no adapters=; this file contains `fr` and `de`.",)),
         (record(), given(adapter("fr", FR)), ("You gave `fr`; this file contains no adapter.",)),
         (BOTH, given(adapter("fr", FR)), ("You gave `fr`; this file contains `fr` and `de`.",)),
         (record(entry("de", DE)), given(adapter("fr", FR)), ("You gave `fr`; this file contains `de`.",)),
         (
             record(entry("fr", FR, 0.5)),
             given(adapter("fr", FR)),
-            ("You gave `fr` the weight 1; this file contains it with the weight 0.5 (--weight 0.5).",),
+            ('You gave `fr` the weight 1; this file contains it with the weight 0.5 (weights="0.5").',),
         ),
         (
             record(entry("a", DE)),
@@ -71,7 +71,7 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
         (ROWS, given(adapter_id=0), ()),
         # as inputs
         (INPUTS, given(), ()),
-        (INPUTS, given(adapter("fr", FR)), ("This file takes adapters as inputs. You gave no --onnx-adapter",)),
+        (INPUTS, given(adapter("fr", FR)), ("This file takes adapters as inputs. You gave no onnx_adapter=",)),
         (INPUTS, given(adapter("fr", FR), adapter_file=Path("fr.x"), adapter_version=version_of(FR)), ()),
         (
             INPUTS,

@@ -127,7 +127,7 @@ def test_fixed_sizes_hold_and_unnamed_sizes_match_by_axis() -> None:
 )
 def test_inputs_with_unknown_values_are_refused_with_a_remedy(declared: str, problem: str) -> None:
     model = a_graph(f"g ({declared}, float[n] x) => (float[n] y) {{ y = Identity(x) }}")
-    with pytest.raises(InputRefused, match=rf"{problem}.*Give inputs: --inputs FILE.npz, with an array for each of"):
+    with pytest.raises(InputRefused, match=rf'{problem}.*Give inputs: inputs="FILE.npz", with an array for each of'):
         InputGenerator(model, "g.onnx")
 
 

@@ -68,7 +68,7 @@ def test_a_wide_tolerance_is_named_with_one_that_decides() -> None:
         found.outcome is Outcome.UNDECIDED
         and "passes the tolerance: it is wider than the adapter's effect (64)" in found.text
     )
-    (atol,) = re.findall(r"an --atol below (\S+) with --rtol 0", found.remedy)
+    (atol,) = re.findall(r"an atol= below (\S+) with rtol=0", found.remedy)
     assert reasons(effect=64 * EFFECT, atol=float(atol) / 2) == {}
 
 

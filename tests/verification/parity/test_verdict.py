@@ -72,7 +72,7 @@ def test_strict_verdict_is_undecided_where_a_part_was_not_judged() -> None:
     assert verdict.summary.splitlines()[1:] == ["not judged: a rare expert"]
     strict = verdict.strictly()
     assert strict.outcome is Outcome.UNDECIDED and not strict and strict.exit_code == 5
-    assert strict.summary.splitlines()[1] == "  - not judged: a rare expert. --no-strict accepts that"
+    assert strict.summary.splitlines()[1] == "  - not judged: a rare expert. strict=False accepts that"
     assert str(strict).count("a rare expert") == 1, "once, and not below the reasons again"
     assert judge([make()], sensitivity=TRIED).strictly().same
     wrong = judge([make(error=1e-3 * ERROR)], not_judged=["a rare expert"]).strictly()

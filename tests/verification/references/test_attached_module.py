@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lora_export.errors import InputRefused, MatchError
+from lora_export.lora import LoraPair
 from lora_export.models import stored_parameter
-from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
-from lora_export.verification.references.module_copies import widened
+from lora_export.models.factory import from_module
+from lora_export.verification.module_copies import widened
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
+from support import graphs
 from support.small_layers import PAIR, a_linear, an_adapter
 
 CASES = {"first": {"input": np.float32([[1, 1, 2]])}}  # W x + bias = [10, 20], ΔW x = [-2, -4]
@@ -81,3 +85,17 @@ def test_the_rounded_module_shares_what_is_not_rounded() -> None:
     made = attached.rounded_module()
     assert made.bias.data_ptr() == attached.module.bias.data_ptr()
     assert torch.equal(made.weight, torch.tensor([[3.0, 2, 1], [8, 5, 2]]))
+
+
+OF_BODY = LoraPair(a=[[1, 2, 3]], b=[[1], [2], [3]], scale=1.0)
+
+
+def test_the_model_gets_the_labels_and_shares_all_else() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model = from_module(module, {"input": torch.ones(2, 3)})
+    replaced = {"1.weight": np.ones((5, 3), np.float32), "1.bias": np.ones(5, np.float32)}
+    resized = with_labels(model, [graphs.an_adapter({"0": OF_BODY}, replaced=replaced)])
+    assert resized.module(torch.ones(2, 3)).shape == (2, 5) and module(torch.ones(2, 3)).shape == (2, 2)
+    assert torch.equal(resized.module[1].weight, module[1].weight[[0, 1, 0, 1, 0]])
+    assert resized.module[0].weight is model.module[0].weight
+    assert with_labels(model, [graphs.an_adapter({"0": OF_BODY})]) is model

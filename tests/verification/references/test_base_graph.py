@@ -60,7 +60,7 @@ def test_a_graph_that_refuses_every_input_is_refused_with_advice() -> None:
         InputRefused, match=r"^base\.onnx refuses the inputs that are generated for it \(.*\)\. Give inp"
     ):
         _ = base_graph(TWO_ROWS).inputs
-    with pytest.raises(InputRefused, match=r"--inputs FILE.npz, with an array for each of lengths, x$"):
+    with pytest.raises(InputRefused, match=r'inputs="FILE.npz", with an array for each of lengths, x$'):
         _ = base_graph(LENGTHS).inputs
 
 
@@ -79,7 +79,7 @@ def test_user_inputs_are_the_only_case_where_none_is_generated(
     inputs = base_graph(text, path, user_inputs=own).inputs
     (note,) = inputs.notes
     assert list(inputs.cases) == ["own.npz"] and not inputs.varied
-    assert note.startswith(f"{own} is the only case: {problem.format(path=path)}") and "--inputs" not in note
+    assert note.startswith(f"{own} is the only case: {problem.format(path=path)}") and "inputs=" not in note
 
 
 def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_only_a_graph_has_quantised_weights(tmp_path: Path) -> None:
 
 
 def test_an_origin_of_a_candidate_without_quantised_weights_is_refused() -> None:
-    refused = r"no quantised weights, so it was not made from base\.onnx\. Leave out --base"
+    refused = r"no quantised weights, so it was not made from base\.onnx\. Leave out base="
     with pytest.raises(InputRefused, match=refused):
         quantised_weights_of(ModuleRunner(a_model()), MODEL, None, Path("base.onnx"), {})
 

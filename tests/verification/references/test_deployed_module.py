@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
+from lora_export.errors import Undecided
 from lora_export.models import model, stored_parameter
 from lora_export.models.load import load_model
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
+from lora_export.verification.parity import Wide
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
-from lora_export.verification.references.deployed_module import coarser_dtype, deployed_module, moved_module
+from lora_export.verification.references.deployed_module import (
+    coarser_dtype,
+    deployed_module,
+    moved_module,
+    round_activations,
+)
+from lora_export.verification.references.quantisation_error import NearestNumbers
+from lora_export.verification.references.quantised_weights import DequantisedWeight
 from support import FACTORIES
 from support.proofs import an_adapter
 
@@ -91,3 +103,35 @@ def test_moved_weights_stay_tied_and_integers_stay() -> None:
     moved = moved_module(module, seed=0)
     assert moved[1].weight is moved[0].weight
     assert torch.equal(moved.ids, module.ids)
+
+
+def in_int8(weight: NDArray[np.float32]) -> DequantisedWeight:
+    def rounding(_: Wide) -> NearestNumbers:
+        raise AssertionError("activations are rounded, not weights")
+
+    return DequantisedWeight("4 bits", weight, 0.0, activation_block=2, rounding=rounding)
+
+
+def test_activations_round_to_127_levels_of_each_block() -> None:
+    module = nn.Module()
+    module.layer = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(module.layer.weight)
+    weight = np.eye(4, dtype=np.float32)
+    round_activations(
+        module,
+        {"layer.weight": in_int8(weight)},
+    )
+    answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
+    expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
+    np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attn.in_proj_weight", "attn.out_proj.weight"])
+def test_multihead_attention_in_int8_is_undecided(name: str) -> None:
+    module = nn.Module()
+    module.attn = nn.MultiheadAttention(4, 2)
+    weight = module.get_parameter(name).detach().numpy()
+    weights = {name: in_int8(weight)}
+    with pytest.raises(Undecided, match=rf"{name} is multiplied in int8, .*an accuracy_level below 4"):
+        round_activations(module, weights)
+    round_activations(module, {name: dataclasses.replace(weights[name], activation_block=0)})

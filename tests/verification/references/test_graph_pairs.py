@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
 from lora_export.runtime.runner import Arrays
+from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
-from lora_export.verification.references import switched_pairs
 from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_sessions import run_in_fp64
 from lora_export.verification.references.graph_with_adapter import sum_at_weights
@@ -156,7 +156,7 @@ def test_pairs_of_zeros_are_not_switched_off() -> None:
 
 
 def test_a_large_graph_has_the_pairs_of_a_layer_off_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switched_pairs, "LARGEST_EFFORT", 4)
+    monkeypatch.setattr(pair_controls, "LARGEST_EFFORT", 4)
     text = LINEAR.replace("up.weight", "h.0.up.weight").replace("down.weight", "h.0.down.weight")
     given = an_adapter({"h.0.up": a_pair(0, (4, 4)), "h.0.down": a_pair(1, (4, 4))})
     found, (outputs,) = controls(filled(text), INPUTS[LINEAR], given)

@@ -257,19 +257,22 @@ def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.M
 def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, adapter_for_wide(), tmp_path / "merged")
-    message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE"
+    message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*base=\"BASE"
     with pytest.raises(Undecided, match=rf"{message}\.onnx"):
         prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()]))
 
 
-def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
+@pytest.fixture(scope="module")
+def merged_before(wide: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph whose weights were merged, and then quantised once."""
     module = copy.deepcopy(wide.module)
-    layers.fold(module, plan.make([adapter], layers.specs(module)))
-    return exact(quantised(to_onnx(module, wide.example_inputs(), axes=wide.axes)), 0)
+    layers.fold(module, plan.make([adapter_for_wide()], layers.specs(module)))
+    graph = exact(quantised(to_onnx(module, wide.example_inputs(), axes=wide.axes)), 0)
+    return saved(graph, tmp_path_factory.mktemp("merged_before"))
 
 
-def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
-    path = saved(merged_before(wide, adapter_for_wide()), tmp_path)
+def test_merge_quantised_once_needs_no_origin(wide: Model, merged_before: Path) -> None:
+    path = merged_before
     verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict
     assert verdict.same, str(verdict)
     weights = quantised_weights.find(path, wide, plan.make([adapter_for_wide()], layers.specs(wide.module)))
@@ -290,15 +293,16 @@ def test_strength_of_a_merged_adapter_is_applied(wide: Model, graph: ir.Model, t
     assert any(re.search(r"They contain (99|100)% of the change", note) for note in verdict.notes)
 
 
-def test_one_wrong_integer_of_a_merge_quantised_once_is_different(wide: Model, tmp_path: Path) -> None:
-    path = saved(merged_before(wide, adapter_for_wide()), tmp_path)
+def test_one_wrong_integer_of_a_merge_quantised_once_is_different(
+    wide: Model, merged_before: Path, tmp_path: Path
+) -> None:
 
     def off(name: str, array: NDArray[Any]) -> NDArray[Any]:
         if array.dtype == np.uint8 and "down.weight" in name:
             array.reshape(-1)[5] ^= 1
         return array
 
-    wrong = with_other(path, off, tmp_path / "off")
+    wrong = with_other(merged_before, off, tmp_path / "off")
     verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [adapter_for_wide()])).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.lora import Adapter, LoraPair
+from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
-from lora_export.verification.references import single_pairs, switched_pairs
+from lora_export.verification.references import single_pairs
 from lora_export.verification.references.single_pairs import control_pairs
 
 INPUTS = {"long": {"x": np.ones((4, 2))}, "short": {"x": np.ones((1, 2))}}
@@ -105,7 +106,7 @@ def test_pair_on_which_no_output_depends_is_a_doubt() -> None:
     assert found.without_effect == ("layers.2",) and not found.missed
     assert found.doubts == [
         "no output depends on 1 of the 2 pairs of the adapters: layers.2. A fault in them could not show. Give inputs "
-        "on which one does (--inputs)"
+        "on which one does (inputs=)"
     ]
     assert not controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1), skip=["layers.2"]).doubts
 
@@ -145,7 +146,7 @@ def test_pairs_of_a_layer_are_off_together_where_the_model_is_large(monkeypatch:
     pair = LoraPair(np.ones((1, 2)), np.ones((2, 1)), 1.0)
     given = Adapter(name="a", format="test", pairs={f"blocks.{i}.{j}": pair for i in range(2) for j in range(2)})
     layers.attach(module.double().eval(), plan.make([given], layers.specs(module)))
-    monkeypatch.setattr(switched_pairs, "LARGEST_EFFORT", 4)
+    monkeypatch.setattr(pair_controls, "LARGEST_EFFORT", 4)
     found = controlled(module, Judge(limit=1e9))
     assert found.names == ("blocks.0", "blocks.1") and found.by_layer
     assert found.notes == ["the pairs of one layer were switched off together: the model is large"]

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from lora_export.report import plots
-from lora_export.report.html import html_page
-from lora_export.report.json_document import verdict_document
+from lora_export.report.files.page import html_page
+from lora_export.report.json_document import document_of_proof
 from lora_export.report.write import write_report
 from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
+from lora_export.verification.proof import Proof
 from support.verdicts import (
     ABOUT,
     AS_DOCUMENT,
@@ -76,7 +77,7 @@ class Read(HTMLParser):
 
 
 def read(verdict: Verdict, placement: Any = None, about: Any = ABOUT, diagnosis: Any = None) -> Read:
-    return Read(html_page(verdict_document(verdict, placement, about, diagnosis)))
+    return Read(html_page(document_of_proof(Proof(verdict, placement, about, diagnosis=diagnosis))))
 
 
 # --- Verdicts ---
@@ -135,7 +136,7 @@ def test_layers_are_plotted_and_listed() -> None:
 def test_undecided_shows_what_would_decide_it() -> None:
     text = read(UNDECIDED).text
     assert "This check could not decide whether out/model.onnx computes the same as models/base" in text
-    assert "What would decide it: an --atol below 64 with --rtol 0, or no tolerance" in text
+    assert "What would decide it: an atol= below 64 with rtol=0, or no tolerance" in text
     assert "not in logits, case 2 x 300: off by 63.8 not detected" in text
     assert "nothing was compared" in read(NOTHING).text
 
@@ -176,7 +177,7 @@ def test_long_case_names_are_wrapped_in_their_column() -> None:
 
 @pytest.mark.parametrize("verdict", [SAME, DIFFERENT, UNDECIDED, NOTHING], ids=lambda verdict: str(verdict.outcome))
 def test_page_loads_nothing_and_runs_nothing(verdict: Verdict) -> None:
-    page = html_page(verdict_document(verdict, ON_CPU, ABOUT, AS_DOCUMENT))
+    page = html_page(document_of_proof(Proof(verdict, ON_CPU, ABOUT, diagnosis=AS_DOCUMENT)))
     found = Read(page)
     assert {"script", "link", "img", "iframe", "object", "a", "form"}.isdisjoint(tag for tag, _ in found.elements)
     attributes = [(name, value or "") for _, attrs in found.elements for name, value in attrs.items()]
@@ -204,7 +205,7 @@ def test_hostile_name_is_text_everywhere(tmp_path: Path) -> None:
     }
     placement = Placement("CPUExecutionProvider", {HOSTILE: ((HOSTILE, "MatMul"),)}, {"a": HOSTILE}, HOSTILE)
     diagnosis: Any = {"first": HOSTILE, "why": HOSTILE, "layers": [{**LAYERS[1], "name": HOSTILE}]}
-    write_report(tmp_path / "page.html", verdict, placement=placement, about=about, diagnosis=diagnosis)
+    write_report(tmp_path / "page.html", Proof(verdict, placement, about, diagnosis=diagnosis))
     page = Read((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "script" not in {tag for tag, _ in page.elements}
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
@@ -232,8 +233,8 @@ AUDITED = {**ABOUT, "candidate": "merged", "base": "base", "command": ["lora-exp
 
 def audited(*weights: against_checkpoint.AuditedWeight, about: Any = AUDITED) -> Read:
     is_wrong = any(weight.outcome is parity.Outcome.DIFFERENT for weight in weights)
-    found = against_checkpoint.Audit(parity.Outcome.DIFFERENT if is_wrong else parity.Outcome.SAME, weights)
-    return Read(html_page(verdict_document(found, about=about)))
+    outcome = parity.Outcome.DIFFERENT if is_wrong else parity.Outcome.SAME
+    return Read(html_page(document_of_proof(against_checkpoint.Audit(outcome, weights, about=about))))
 
 
 def test_audit_has_the_figures_of_every_weight() -> None:

@@ -1,14 +1,19 @@
-"""Whether the inputs reach every pair of the adapters: a fault in a pair that no input reaches cannot show."""
+"""Whether the inputs reach what the adapters bring, pairs and rows: a fault in what no input reaches cannot show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lora_export import layers
+from lora_export import layers, plan
 from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
+from lora_export.lora import Adapter
+from lora_export.models.model import Model
+from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.pair_controls import first_names
@@ -30,7 +35,7 @@ class PairCoverage:
             return []
         return [
             f"no input reaches {first_names(self.unreached)}: {len(self.unreached)} of the "
-            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them (--inputs)"
+            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them ({named('inputs')})"
         ]
 
 
@@ -66,3 +71,45 @@ def seeds_that_reach(
         if not missing:
             break
     return tuple(seeds)
+
+
+class RowCoverage:
+    """Which of the adapters' rows of embedding tables PyTorch looks up, from now on.
+
+    Puts hooks on the tables of `module`, which stay there.
+    """
+
+    def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
+        self.wanted: dict[str, set[int]] = {}
+        self.seen: dict[str, set[int]] = {}
+        if not any(adapter.token_rows for adapter in adapters):
+            return
+        for step in plan.make(adapters, layers.specs(model.module)).steps:
+            owner = module.get_submodule(step.weight.rpartition(".")[0])
+            if step.token_rows is not None and isinstance(owner, nn.Embedding):
+                self.wanted[step.weight] = set(step.token_rows.indices.tolist())
+                self.seen[step.weight] = set()
+                owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
+
+    def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.seen[table] |= set(inputs[0].flatten().tolist())
+
+    @property
+    def doubts(self) -> list[str]:
+        """One message for each table of whose rows none was looked up: a fault in them could not show."""
+        return [
+            f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs that contain "
+            f"them ({named('inputs')})"
+            for table, rows in self.wanted.items()
+            if not rows & self.seen[table]
+        ]
+
+    @property
+    def not_judged(self) -> list[str]:
+        """One message for each table of whose rows some were looked up, but not all."""
+        return [
+            f"{table}: {len(rows - self.seen[table])} of the {len(rows)} rows that the adapter brings. They were not "
+            "looked up"
+            for table, rows in self.wanted.items()
+            if 0 < len(rows & self.seen[table]) < len(rows)
+        ]

@@ -9,14 +9,21 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import EnvironmentLacking, one_line
 from lora_export.report.html_checkpoint import checkpoint_context
 from lora_export.report.html_facts import adapters_of, candidate_name, facts, files, inline, times, with_adapters
 from lora_export.report.html_verdict import verdict_context
+from lora_export.report.json_document import document_of_proof
 from lora_export.verification.parity import percent
 
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
+
+SUFFIX = ".html"
+PURPOSE = "to read"
 MARKS = {"same": "✓", "different": "✕", "undecided": "?"}
 
 
@@ -26,6 +33,16 @@ def require_jinja2() -> Any:
         return importlib.import_module("jinja2")
     except ImportError as error:
         raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
+
+
+def require() -> None:
+    """Raise EnvironmentLacking where jinja2 is missing."""
+    require_jinja2()
+
+
+def of_proof(proof: Proof | Audit) -> str:
+    """The verdict as an HTML page that needs no other file."""
+    return html_page(document_of_proof(proof))
 
 
 def html_page(document: Mapping[str, Any]) -> str:
@@ -47,9 +64,9 @@ def html_page(document: Mapping[str, Any]) -> str:
     return rendered
 
 
-def page_of_error(document: Mapping[str, Any]) -> str:
-    """The document of an error that ended the command, as an HTML page that needs no other file."""
-    rendered: str = _template("error.html.j2").render(document={**document, "outcome": "error"}, candidate_name="")
+def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 - the page shows no duration
+    """An error that ended the command, as an HTML page that needs no other file."""
+    rendered: str = _template("error.html.j2").render(document={**error, "outcome": "error"}, candidate_name="")
     return rendered
 
 

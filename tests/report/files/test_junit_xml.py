@@ -9,16 +9,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_export.report.json_document import verdict_document
-from lora_export.report.junit_xml import junit, junit_of_weights
+from lora_export.report.files import junit_xml
+from lora_export.report.json_document import document_of_proof
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
+from lora_export.verification.proof import Proof
 from support import junit_schema
 from support.verdicts import DIAGNOSIS, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYED, TRIED, UNDECIDED, case
 
 
 def parsed(verdict: Verdict, placement: Any = None, **more: Any) -> ElementTree.Element:
-    return checked(junit(verdict, placement, **more))
+    return checked(junit_xml.of_proof(Proof(verdict, placement, **more)))
 
 
 def checked(text: str) -> ElementTree.Element:
@@ -40,7 +41,7 @@ def checked(text: str) -> ElementTree.Element:
     }.items(),
 )
 def test_schema_of_junit_finds_faults(right: str, wrong: str) -> None:
-    text = junit(DIFFERENT, STRAYED, {"torch": "2.13"}, seconds=1.5)
+    text = junit_xml.of_proof(Proof(DIFFERENT, STRAYED, {"torch": "2.13"}, seconds=1.5))
     assert junit_schema.faults(ElementTree.fromstring(text)) == []
     assert right in text
     assert junit_schema.faults(ElementTree.fromstring(text.replace(right, wrong, 1)))
@@ -154,7 +155,7 @@ def test_missing_output_and_nan_are_failures() -> None:
     messages = [failure.attrib["message"] for failure in parsed(verdict).iter("failure")]
     assert "the candidate has 1 value not finite, the first at [0, 3]: nan" in messages[0]
     assert messages[1] == "logits in case lost: the candidate lacks this output"
-    assert '"figures": null' in json.dumps(verdict_document(verdict), allow_nan=False)
+    assert '"figures": null' in json.dumps(document_of_proof(Proof(verdict)), allow_nan=False)
 
 
 def test_characters_that_xml_cannot_hold_are_replaced() -> None:
@@ -165,7 +166,7 @@ def test_characters_that_xml_cannot_hold_are_replaced() -> None:
 def test_checkpoint_has_a_test_for_each_tensor_and_the_verdict() -> None:
     right = AuditedWeight("a.weight", Fate.CHANGED, Outcome.SAME)
     wrong = AuditedWeight("b.weight", Fate.KEPT, Outcome.DIFFERENT, "is missing")
-    root = checked(junit_of_weights(Audit(Outcome.DIFFERENT, (right, wrong)), seconds=2))
+    root = checked(junit_xml.of_proof(Audit(Outcome.DIFFERENT, (right, wrong), seconds=2)))
     assert outcomes(root) == {
         ("weights.changed", "a.weight"): "passed",
         ("weights.kept", "b.weight"): "failure",
@@ -178,7 +179,7 @@ def test_strict_checkpoint_has_no_test_that_passes_as_the_verdict() -> None:
     audit = Audit(
         Outcome.SAME, (AuditedWeight("a.weight", Fate.CHANGED, Outcome.SAME),), not_judged=("the chat template",)
     )
-    assert outcomes(checked(junit_of_weights(audit)))["verdict", "same"] == "passed"
-    root = checked(junit_of_weights(audit.strictly()))
+    assert outcomes(checked(junit_xml.of_proof(audit)))["verdict", "same"] == "passed"
+    root = checked(junit_xml.of_proof(audit.strictly()))
     assert outcomes(root)["verdict", "same"] == "error"
     assert "not judged: the chat template" in ElementTree.tostring(root, encoding="unicode")

@@ -1,4 +1,4 @@
-"""Pairs that no input reaches make a verdict undecided: a fault in them could not show."""
+"""Pairs and rows that no input reaches make a verdict undecided: a fault in them could not show."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.layers.adapted_layers import attachment_of
-from lora_export.lora import Adapter, LoraPair
-from lora_export.models import model
+from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.models import factory, model
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.inputs import pair_coverage
-from lora_export.verification.inputs.pair_coverage import PairCoverage, coverage_of_pairs
+from lora_export.verification.inputs import coverage
+from lora_export.verification.inputs.coverage import PairCoverage, RowCoverage, coverage_of_pairs
 from lora_export.verification.proof import prove
 from support.proofs import bf16_merge, folded
 
@@ -88,7 +88,7 @@ def test_further_inputs_reach_a_rare_expert(monkeypatch: pytest.MonkeyPatch) -> 
     assert proof.verdict.same and any(name.startswith("seed 20") for name in proof.inputs)
     wrong = prove(folded(base, an_adapter(*EXPERTS[:2])), PyTorchReferences(base, [adapter])).verdict
     assert wrong.outcome is parity.Outcome.DIFFERENT
-    monkeypatch.setattr(pair_coverage, "MOST_DRAWS", 0)
+    monkeypatch.setattr(coverage, "MOST_DRAWS", 0)
     verdict = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict
     assert verdict.outcome is parity.Outcome.UNDECIDED and "no input reaches experts.1" in str(verdict)
 
@@ -118,3 +118,31 @@ def test_long_lists_of_pairs_are_cut() -> None:
     (doubt,) = coverage_of_pairs(module, {}, computed).doubts
     assert "no input reaches 1, 2, 3, 4, 5 and 3 more: 8 of the 9 pairs" in doubt
     assert coverage_of_pairs(base.module, {}, ()).doubts == []
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "doubts", "not_judged"),
+    [
+        ([0, 1], ["words.weight: none of the 2 rows that the adapter brings was looked up"], []),
+        ([0, 3], [], ["words.weight: 1 of the 2 rows that the adapter brings. They were not looked up"]),
+        ([7, 3], [], []),
+    ],
+    ids=["none", "some", "all"],
+)
+def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[str], not_judged: list[str]) -> None:
+    model = factory.from_module(Words(), {"ids": torch.zeros(2, 2, dtype=torch.int64)})
+    rows = TokenRows(np.array([3, 7]), np.ones((2, 2)))
+    adapter = Adapter(name="rows", format="test", pairs={}, token_rows={"words.weight": rows}, sha256="00")
+    looked_up = RowCoverage(model.module, model, [adapter])
+    model.module(torch.tensor([ids]))
+    assert [doubt.partition(". ")[0] for doubt in looked_up.doubts] == doubts
+    assert looked_up.not_judged == not_judged

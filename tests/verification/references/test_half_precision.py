@@ -23,9 +23,10 @@ from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
-from lora_export.verification.against_pytorch import HALF, PyTorchReferences
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.inputs.model_inputs import as_declared
 from lora_export.verification.proof import prove
-from lora_export.verification.references.half_graphs import as_declared, is_half_inside
+from lora_export.verification.references.half_precision import is_half_inside, note_on_half
 from support.graphs import quantised
 from support.small_models import small_model
 
@@ -76,7 +77,7 @@ def test_fp16_graph_is_different_from_fp32_with_a_note(name: str, tmp_path: Path
     runner = saved(in_fp16(adapted(name, adapter, "merged")), tmp_path)
     verdict = prove(runner, PyTorchReferences(subjects.loaded(name), [adapter])).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT and verdict.dtype == "float32"
-    assert HALF in verdict.notes
+    assert note_on_half() in verdict.notes
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

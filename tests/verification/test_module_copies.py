@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_export.models import stored_parameter
-from lora_export.verification.references import module_copies
-from lora_export.verification.references.module_copies import is_large, limit_outputs, shared_copy, widened
+from lora_export.verification import module_copies
+from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy, widened
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from lora_export.report.sentences import explanation, placement_lines
-from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import (
     CONTROLS,
     DECIDES,
@@ -25,25 +23,37 @@ from lora_export.verification.parity import (
     frozen_input,
 )
 
+if TYPE_CHECKING:
+    from lora_export.verification.proof import Proof
+
+SUFFIX = ".xml"
+PURPOSE = "JUnit, for CI"
+
 # Characters that XML 1.0 cannot escape. Compiled where it is used: that takes as long as to import the rest.
 NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
-def junit(
-    verdict: Verdict,
-    placement: Placement | None = None,
-    about: Mapping[str, Any] | None = None,
-    diagnosis: Diagnosis | None = None,
-    *,
-    seconds: float = 0.0,
-) -> str:
+def require() -> None:
+    """Do nothing: XML needs no package."""
+
+
+def of_proof(proof: Proof | Audit) -> str:
     """The verdict as JUnit XML.
 
-    It has a test for each case, each output in each case, each control, each input, the placement, and the verdict as
-    a whole. `different` is a failure. `undecided` is an error: the test could not be made. `seconds`, the duration of
-    the run, is the time of the suite and of the test of the verdict; the other tests are not timed.
+    What a model computes has a test for each case, each output in each case, each control, each input, the placement,
+    and the verdict as a whole; a checkpoint one for each tensor, and the verdict. `different` is a failure.
+    `undecided` is an error: the test could not be made. The duration of the run is the time of the suite and of the
+    test of the verdict; the other tests are not timed.
     """
-    suite = _suite(about, seconds)
+    suite = _suite(proof.about, proof.seconds)
+    test = _weight_tests(suite, proof) if isinstance(proof, Audit) else _output_tests(suite, proof)
+    test.set("time", f"{proof.seconds:.3f}")
+    return _finished(suite, proof.seconds)
+
+
+def _output_tests(suite: ElementTree.Element, proof: Proof) -> ElementTree.Element:
+    """Add the tests of what a model computes. Returns that of the verdict."""
+    verdict = proof.verdict
     _case_tests(suite, verdict)
     for comparison in verdict.comparisons:
         reasons = [reason for reason in comparison.reasons if not _is_of_control(reason)]
@@ -51,19 +61,16 @@ def junit(
     _control_tests(suite, verdict)
     for sensitivity in verdict.sensitivity:
         _input_test(suite, sensitivity, verdict.peer)
-    if placement is not None:
+    if (placement := proof.placement) is not None:
         where = "\n".join(placement_lines(placement))
         strays = [Reason(Outcome.DIFFERENT, "placement", where)] if placement.off_provider else []
         _test(suite, "placement", placement.requested_provider, strays, output=where)
-    lines = explanation(verdict.recorded, diagnosis)
-    test = _test(suite, "verdict", "same", verdict.reasons, output=str(verdict), explanation=lines)
-    test.set("time", f"{seconds:.3f}")
-    return _finished(suite, seconds)
+    lines = explanation(proof)
+    return _test(suite, "verdict", "same", verdict.reasons, output=str(verdict), explanation=lines)
 
 
-def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
-    """The verdict on a checkpoint as JUnit XML: a test for each tensor, and one for the verdict as a whole."""
-    suite = _suite(about, seconds)
+def _weight_tests(suite: ElementTree.Element, audit: Audit) -> ElementTree.Element:
+    """Add the tests of a checkpoint's tensors. Returns that of the verdict."""
     wrong = []
     for weight in audit.weights:
         reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
@@ -75,28 +82,27 @@ def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, se
     reasons = [*files, *wrong]
     if audit.outcome is Outcome.UNDECIDED and not reasons:  # a strict verdict
         reasons = [Reason(Outcome.UNDECIDED, NOT_JUDGED, f"{NOT_JUDGED}: {part}") for part in audit.not_judged]
-    test = _test(suite, "verdict", "same", reasons, output=str(audit), explanation=audit.explanation)
-    test.set("time", f"{seconds:.3f}")
-    return _finished(suite, seconds)
+    return _test(suite, "verdict", "same", reasons, output=str(audit), explanation=audit.explanation)
 
 
-def junit_of_error(message: str, kind: str, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
+def of_error(error: Mapping[str, Any], seconds: float) -> str:
     """An error that ended the command before there was a verdict: the test of the verdict could not be made."""
-    suite = _suite(about, seconds)
+    suite = _suite({name: error[name] for name in ("command", "exit", "kind")}, seconds)
     test = ElementTree.SubElement(suite, "testcase", classname="lora-export.verdict", name="same")
     test.set("time", f"{seconds:.3f}")
-    error = ElementTree.SubElement(test, "error", message=_xml(message.partition("\n")[0]), type=_xml(kind))
-    error.text = _xml(message)
+    message = error["error"]
+    fault = ElementTree.SubElement(test, "error", message=_xml(message.partition("\n")[0]), type=_xml(error["kind"]))
+    fault.text = _xml(message)
     return _finished(suite, seconds)
 
 
 # --- The suite ---
 
 
-def _suite(about: Mapping[str, Any] | None, seconds: float) -> ElementTree.Element:
+def _suite(about: Mapping[str, Any], seconds: float) -> ElementTree.Element:
     suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
-    for name, value in _flat(about or {}):
+    for name, value in _flat(about):
         ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(value))
     return suite
 

@@ -1,0 +1,34 @@
+"""Every figure, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_export.report.json_document import document_of_proof
+
+if TYPE_CHECKING:
+    from lora_export.verification.against_checkpoint import Audit
+    from lora_export.verification.proof import Proof
+
+SUFFIX = ".json"
+PURPOSE = "every figure"
+
+
+def require() -> None:
+    """Do nothing: JSON needs no package."""
+
+
+def of_proof(proof: Proof | Audit) -> str:
+    """The document that `verify` prints as JSON."""
+    return _json(document_of_proof(proof))
+
+
+def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 - the command itself has no duration
+    """The document that the command prints as JSON where it fails."""
+    return _json(error)
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
