@@ -1,4 +1,4 @@
-"""The tests mirror the package, import no other test file, and have short names. Every module has its tests."""
+"""The tests mirror the package, import no other test file, and have short names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ PACKAGE = ROOT / "lora_export"
 # Folders that test more than one folder of the package, or hold what tests share.
 OF_THE_WHOLE = {"benchmarks", "defects", "fuzz", "hostile", "house", "matrix", "support"}
 MOST_WORDS = 12
-# Module -> why no test file has its name.
 FILES = sorted(TESTS.rglob("*.py"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
 
