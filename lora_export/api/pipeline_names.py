@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
-from lora_export.names.fused_pairs import joined_outputs, with_outputs
+from lora_export.names.fused_pairs import joined_outputs
 from lora_export.names.tensor_parts import AssembledTensor
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import (
@@ -158,7 +158,7 @@ class _NamesOfAuthors:
             ]
         elif own:
             try:
-                self.pairs[new] = with_outputs(joined_outputs(own, sizes), order)
+                self.pairs[new] = joined_outputs(own, sizes).part(order, None)
             except InputRefused as error:
                 named = ", ".join(modules[number] for number in own)
                 self.problems.append(f"{named}: parts of one weight of the original model: {error}")

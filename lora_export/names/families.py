@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair, split_part
-from lora_export.names.fused_pairs import fuse_outputs, with_outputs
+from lora_export.names.fused_pairs import fuse_outputs
 from lora_export.names.row_orders import Heads, RowOrder
 
 _HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ class FamilyNames:
     def reordered(self, module: str, pair: LoraPair, heads: Heads) -> LoraPair:
         """The pair of a module with its rows in the other program's order. Raises InputRefused for another size."""
         order = self.rows.get(module.rpartition(".")[2])
-        return pair if order is None else with_outputs(pair, order.indices(pair.b.shape[0], heads))
+        return pair if order is None else pair.part(order.indices(pair.b.shape[0], heads), None)
 
     def with_joined(
         self, pairs: Mapping[str, LoraPair], spelling: Mapping[str, str], source: Path, heads: Heads | None = None
@@ -111,5 +111,5 @@ def _joined(layer: JoinedLayer, parts: Mapping[int, LoraPair], heads: Heads | No
     equal = [next(iter(parts.values())).shape[0]] * len(layer.parts)
     fused = fuse_outputs(parts, heads.outputs if layer.by_heads and heads is not None else equal)
     if layer.rows is not None:
-        fused = with_outputs(fused, layer.rows.indices(fused.b.shape[0], heads))
+        fused = fused.part(layer.rows.indices(fused.b.shape[0], heads), None)
     return LoraPair(a=fused.a, b=fused.b, scale=fused.scale, as_stored=True) if is_expert else fused

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair, is_power_of_two
@@ -59,9 +58,3 @@ def joined_outputs(parts: Mapping[int, LoraPair], sizes: Sequence[int]) -> LoraP
         scale=first.scale,
         magnitude=np.concatenate(with_magnitude) if with_magnitude else None,
     )
-
-
-def with_outputs(pair: LoraPair, order: NDArray[np.int64]) -> LoraPair:
-    """The pair with its outputs in another order: output k is that of `order[k]` before."""
-    magnitude = None if pair.magnitude is None else pair.magnitude[order]
-    return LoraPair(a=pair.a, b=pair.b[order], scale=pair.scale, magnitude=magnitude)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from lora_export import formats, merge
 from lora_export.errors import InputRefused
 from lora_export.formats import diffusers
-from support.diffusion import adapter_file, arrays_of, folder_of, fused_by_diffusers, linear_shapes, random_pairs, unet
+from support.diffusion import adapter_file, arrays_of, folder_of, linear_shapes, merged_as_fused, random_pairs, unet
 
 PAIR = random_pairs({"a.to_q": (4, 6)})
 SPELLINGS = {
@@ -68,15 +68,8 @@ def test_a_unet_is_merged_as_diffusers_fuses_it(spelling, tmp_path):
             for side, factor in zip(("down", "up"), factors, strict=True):
                 tensors[f"unet.{block}.attn{number}.processor.{what}_lora.{side}.weight"] = factor
         save_file(tensors, path)
-    merge(folder_of(model, tmp_path / "unet"), path, tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    theirs, base = fused_by_diffusers(model, "StableDiffusionPipeline", path, "unet"), arrays_of(model)
-    assert {name for name in ours if not np.array_equal(ours[name], base[name])} == {
-        f"{module}.weight" for module in shapes
-    }
-    assert {name: np.abs(ours[name] - theirs[name]).max() for name in ours} == pytest.approx(
-        dict.fromkeys(ours, 0), abs=2e-6
-    )
+    changed = merged_as_fused(model, "StableDiffusionPipeline", path, "unet", tmp_path, atol=2e-6)
+    assert changed == {f"{module}.weight" for module in shapes}
 
 
 def test_an_adapter_that_diffusers_saves_keeps_its_ranks_and_alphas(tmp_path):

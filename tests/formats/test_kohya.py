@@ -19,8 +19,8 @@ from support.diffusion import (
     arrays_of,
     change,
     folder_of,
-    fused_by_diffusers,
     linear_shapes,
+    merged_as_fused,
     random_pairs,
     transformer,
     unet,
@@ -92,16 +92,9 @@ def test_a_unet_is_merged_as_diffusers_fuses_it(like_sdxl, tmp_path):
         }
         pairs = {original[module]: pair for module, pair in pairs.items()}
     path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="lora_unet_", flattened=True, alpha=1)
-    merge(folder_of(model, tmp_path / "unet"), path, tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
     pipeline = "StableDiffusionXLPipeline" if like_sdxl else "StableDiffusionPipeline"
-    theirs, base = fused_by_diffusers(model, pipeline, path, "unet"), arrays_of(model)
-    assert {name for name in ours if not np.array_equal(ours[name], base[name])} == {
-        f"{module}.weight" for module in shapes
-    }
-    assert {name: np.abs(ours[name] - theirs[name]).max() for name in ours} == pytest.approx(
-        dict.fromkeys(ours, 0), abs=2e-6
-    )
+    changed = merged_as_fused(model, pipeline, path, "unet", tmp_path, atol=2e-6)
+    assert changed == {f"{module}.weight" for module in shapes}
 
 
 @pytest.mark.parametrize("family", ["Flux 2", "Qwen-Image", "Z-Image", "Wan"])
@@ -109,13 +102,8 @@ def test_a_transformer_is_merged_as_diffusers_fuses_it(family, tmp_path):
     model = transformer(family)
     shapes = original_shapes(family)
     path = adapter_file(tmp_path / "a.safetensors", random_pairs(shapes), prefix="lora_unet_", flattened=True, alpha=4)
-    merge(folder_of(model, tmp_path / "model"), path, tmp_path / "out")
-    ours = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    theirs, base = fused_by_diffusers(model, PIPELINES[family], path, "transformer"), arrays_of(model)
-    assert len({name for name in ours if not np.array_equal(ours[name], base[name])}) >= len(shapes)
-    assert {name: np.abs(ours[name] - theirs[name]).max() for name in ours} == pytest.approx(
-        dict.fromkeys(ours, 0), abs=5e-6
-    )
+    changed = merged_as_fused(model, PIPELINES[family], path, "transformer", tmp_path, atol=5e-6)
+    assert len(changed) >= len(shapes)
 
 
 def original_shapes(family: str) -> dict[str, tuple[int, ...]]:

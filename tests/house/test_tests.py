@@ -1,4 +1,4 @@
-"""The tests mirror the package, import no other test file, and have short names. Every module has its tests."""
+"""The tests mirror the package, import no other test file, and have short names."""
 
 from __future__ import annotations
 

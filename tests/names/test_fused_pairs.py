@@ -9,7 +9,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
-from lora_export.names.fused_pairs import fuse_outputs, joined_outputs, with_outputs
+from lora_export.names.fused_pairs import fuse_outputs, joined_outputs
 
 
 def pair(outputs: int, rank: int = 1, **fields: Any) -> LoraPair:
@@ -46,7 +46,7 @@ def test_pairs_that_make_no_layer_are_refused(other: LoraPair, message: str) -> 
 
 def test_outputs_are_reordered_with_their_magnitudes() -> None:
     before = pair(3, magnitude=np.array([5, 6, 7]))
-    after = with_outputs(before, np.array([2, 0, 1]))
+    after = before.part(np.array([2, 0, 1]), None)
     assert after.delta().tolist() == before.delta()[[2, 0, 1]].tolist()
     assert after.magnitude is not None and after.magnitude.tolist() == [7, 5, 6]
 

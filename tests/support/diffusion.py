@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
+
+from lora_export import merge
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -287,6 +290,19 @@ def linear_shapes(model: nn.Module, *, convolutions: bool = False) -> dict[str, 
     """The shapes of the weights of linear layers, by module; with `convolutions`, of these too."""
     kinds = (nn.Linear, nn.Conv2d) if convolutions else nn.Linear
     return {name: tuple(layer.weight.shape) for name, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def merged_as_fused(
+    model: nn.Module, pipeline: str, adapter: Path, part: str, folder: Path, *, atol: float
+) -> set[str]:
+    """The tensors that a merge changes. Its result is that of diffusers, up to `atol`."""
+    merge(folder_of(model, folder / "model"), adapter, folder / "out")
+    ours = load_file(folder / "out" / "diffusion_pytorch_model.safetensors")
+    theirs, base = fused_by_diffusers(model, pipeline, adapter, part), arrays_of(model)
+    assert {name: np.abs(ours[name] - theirs[name]).max() for name in ours} == pytest.approx(
+        dict.fromkeys(ours, 0), abs=atol
+    )
+    return {name for name in ours if not np.array_equal(ours[name], base[name])}
 
 
 def fused_by_diffusers(model: nn.Module, pipeline: str, adapter: Path, part: str) -> Arrays:
