@@ -9,25 +9,14 @@ from torch import nn
 
 from lora_export import plan
 from lora_export.errors import MatchError
-from lora_export.graph.find_sites import Sites, find_sites, precision_of
+from lora_export.graph.find_sites import find_sites, precision_of
 from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
-from lora_export.plan import Layout, TensorSpec
+from lora_export.plan import Layout
 from support.exported_models import EVERY_MODEL, exported
+from support.found_sites import layouts, named_by, specs
 from support.graphs import a_graph, an_adapter
 from support.small_graphs import a_matmul
-
-
-def specs(found: Sites) -> dict[str, TensorSpec]:
-    return {spec.name: spec for spec in found.specs}
-
-
-def named_by(found: Sites) -> dict[str, NameSource]:
-    return {site.name: site.named_by for site in found.linear}
-
-
-def layouts(found: Sites) -> dict[str, tuple[tuple[int, ...], Layout]]:
-    return {name: (spec.shape, spec.layout) for name, spec in specs(found).items()}
 
 
 def test_matmul_under_its_own_name_keeps_stored_shape() -> None:

@@ -20,7 +20,7 @@ from lora_export import layers, plan
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.model import Axes
-from support.graphs import Arrays
+from support.graphs import Arrays, run
 
 
 class Mlp(nn.Module):
@@ -124,6 +124,17 @@ def eager(module: nn.Module, feeds: Mapping[str, Tensor]) -> Arrays:
     if isinstance(outputs, Tensor):
         outputs = {"output_0": outputs}
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
+def assert_computes(graph: ir.Model, base: ir.Model, reference: nn.Module, name: str) -> None:
+    """The graph computes what the reference does, for two shapes of inputs, and the base does not."""
+    for batch, length in [(1, 5), (3, 12)]:
+        feeds = inputs(name, batch, length, seed=2)
+        arrays = {key: value.numpy() for key, value in feeds.items()}
+        output, before = run(graph, **arrays), run(base, **arrays)
+        for key, value in eager(reference, feeds).items():
+            np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=1e-5)
+            assert np.abs(value - before[key]).max() > 1e-2
 
 
 def attached(module: nn.Module, adapter: Adapter) -> nn.Module:

@@ -44,6 +44,15 @@ g (float[N,2] x) => (float[N,2] y)
   [second] y = MatMul(h, a.fc.weight) }
 """
 
+# An embedding whose table is the weight of a linear layer too.
+TIED_TABLE = """
+g (int64[N] ids) => (float[N,3] y)
+<float[3,2] tied.weight = {1,2,3,4,5,6}>
+{ [e] x = Gather(tied.weight, ids)
+  [t] w = Transpose(tied.weight)
+  [n] y = MatMul(x, w) }
+"""
+
 MATMUL = """
 g (float[N,2] x) => (float[N,3] y)
 <float[2,3] W = {1,2,3,4,5,6}>

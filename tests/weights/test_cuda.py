@@ -36,7 +36,17 @@ from lora_export.weights import cuda as device
 from lora_export.weights.apply_step import Backend, StepRows
 from lora_export.weights.merge_report import Statistics, StepResult
 from support.handmade import base_file, graph_file, peft_adapter
-from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
+from support.merges import (
+    Convolutions,
+    Net,
+    dora,
+    merged,
+    merged_by_both,
+    nearly_the_same_bits,
+    same_bits,
+    sixty_fourths,
+    trained,
+)
 
 CPU = torch.device("cpu")
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -107,20 +117,12 @@ def test_every_weight_with_a_pair_is_changed_on_the_device(tmp_path, monkeypatch
     else:
         config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
         net, targets = GPT2LMHeadModel(config), ["c_attn", "c_proj", "wte", "wpe"]
-    if isinstance(net, GPT2LMHeadModel):
-        net.save_pretrained(tmp_path / "base")
-    else:
-        save_tensors(net.state_dict(), tmp_path / "base.safetensors")
-    base = next(tmp_path.glob("base*"))
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     model = dora(net, **options) if use_dora else trained(net, sixty_fourths, **options)
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(base, tmp_path / "adapter", tmp_path / "out", backend=by_torch())
-    theirs = model.merge_and_unload().state_dict()
-    ours = load_tensors(tmp_path / "out/model.safetensors")
-    changed = nearly_the_same_bits(ours, {name: theirs[name] for name in ours}, net.state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, net, model, backend=by_torch())
+    changed = nearly_the_same_bits(ours, theirs, net.state_dict())
     assert changed == {result.weight for result in report.results}
-    assert use_dora or same_bits(ours, {name: theirs[name] for name in ours})
+    assert use_dora or same_bits(ours, theirs)
     assert all(result.retention == pytest.approx(1, abs=1e-4) for result in report.results)
 
 

@@ -7,7 +7,6 @@
     compressed_tensors.py  integers of 1 to 8 bits, floats of 4, 6 and 8 bits
     modelopt.py            nvfp4 of NVIDIA's library
     gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
-    linear_order.py        weights of Conv1D that a library stores as those of nn.Linear
     packed_numbers.py      numbers of a few bits
 
 A scheme is added as one file, and one entry in `SCHEMES`.
@@ -27,10 +26,9 @@ from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
 from lora_export.weights.quantised.gptq import gptq_weights
-from lora_export.weights.quantised.linear_order import as_conv1d
 from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
 
 __all__ = [
     "QUANTIZATION",
@@ -199,3 +197,36 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != QUANTIZATION
     }
+
+
+# --- Weights of a Conv1D (GPT-2), which some libraries quantise in the order of nn.Linear, (outputs, inputs) ---
+
+# The float checkpoint of such a model has (inputs, outputs): the weight is transposed.
+
+
+def as_conv1d(
+    tensor: QuantisedTensor, packed_bytes: int, is_conv1d: bool | None, is_stored_as_linear: bool
+) -> QuantisedTensor:
+    """The weight as the float checkpoint of its model has it. `is_conv1d` is None where that is unknown.
+
+    `packed_bytes` is the size of its numbers. The weight of a Conv1D is decoded whole for any of its rows: such models
+    are small.
+    """
+    if is_conv1d is False:
+        return tensor
+    if is_conv1d is None or not is_stored_as_linear:
+        raise InputRefused(
+            f"{tensor.name}: this module may be a Conv1D, and how {tensor.scheme} stores its weight is not known. "
+            "Merge into the original float model"
+        )
+    outputs, inputs = tensor.row_shape
+    every = slice(0, outputs)
+
+    def load() -> Decode:
+        decode = tensor.load()
+        return lambda rows, packed: decode(every, packed).T[rows].copy()
+
+    def pieces(_: slice) -> Sequence[Pieces]:
+        return [Pieces(0, packed_bytes)] if tensor.pieces is None else tensor.pieces(every)
+
+    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs)

@@ -17,7 +17,7 @@ from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
 from support.graphs import a_graph, an_adapter, contents, linear_specs, run
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, X, adapter_inputs, with_inputs
-from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
+from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, TIED_TABLE
 
 
 def test_a_and_b_are_inputs_with_defaults_of_rank_zero() -> None:
@@ -106,15 +106,7 @@ def test_second_insertion_of_inputs_is_refused() -> None:
 
 
 def test_weight_that_is_also_embedding_is_refused() -> None:
-    model = a_graph(
-        """
-        g (int64[N] ids) => (float[N,3] y)
-        <float[3,2] tied.weight = {1,2,3,4,5,6}>
-        { [e] x = Gather(tied.weight, ids)
-          [t] w = Transpose(tied.weight)
-          [n] y = MatMul(x, w) }""",
-        modules={"e": "", "n": ""},
-    )
+    model = a_graph(TIED_TABLE, modules={"e": "", "n": ""})
     with pytest.raises(InputRefused, match=r"tied.weight is read by Gather"):
         with_inputs(model, "tied.weight")
 

@@ -17,7 +17,7 @@ from lora_export.plan import Layout
 from support.graphs import a_graph, an_adapter, run, stored
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, EMBEDDING, EMBEDDING_PAIR, with_nodes
 from support.one_weight_graphs import WEIGHT, X, graph_reading
-from support.small_graphs import DELTA, GEMM, PAIR
+from support.small_graphs import DELTA, GEMM, PAIR, TIED_TABLE
 
 TIED = """
 g (int64[N] ids) => (float[N,5] y)
@@ -90,15 +90,7 @@ def test_dora_pair_on_whole_tensor_of_adapter_is_refused() -> None:
 
 
 def test_weight_that_is_also_an_embedding_is_refused() -> None:
-    model = a_graph(
-        """
-        g (int64[N] ids) => (float[N,3] y)
-        <float[3,2] tied.weight = {1,2,3,4,5,6}>
-        { [e] x = Gather(tied.weight, ids)
-          [t] w = Transpose(tied.weight)
-          [n] y = MatMul(x, w) }""",
-        modules={"e": "", "n": ""},
-    )
+    model = a_graph(TIED_TABLE, modules={"e": "", "n": ""})
     with pytest.raises(InputRefused, match=r"tied.weight is read by Gather"):
         with_nodes(model, an_adapter({"tied": LoraPair(a=[[1, 0]], b=[[0], [0], [1]], scale=1.0)}))
 

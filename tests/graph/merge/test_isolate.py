@@ -41,7 +41,7 @@ from support.requantised_graphs import (
     merge_requantised,
     save_model,
 )
-from support.small_graphs import LINEAR, PAIR, SHARED, SQUARE, folded
+from support.small_graphs import LINEAR, PAIR, SHARED, SQUARE, TIED_TABLE, folded
 
 
 @pytest.mark.parametrize(("stored_as", "node"), [(PACKED.T, MATMUL), (PACKED, GEMM)], ids=["columns", "rows"])
@@ -90,15 +90,8 @@ def test_module_called_twice_changes_at_both_sites() -> None:
 
 
 def test_tied_head_is_untied_from_embedding() -> None:
-    model = a_graph(
-        """
-        g (int64[N] ids) => (float[N,3] y)
-        <float[3,2] embed.weight = {1,2,3,4,5,6}>
-        { [e] x = Gather(embed.weight, ids)
-          [t] w = Transpose(embed.weight)
-          [n] y = MatMul(x, w) }""",
-        modules={"e": "embed", "n": "head", "t": "head"},
-    )
+    modules = {"e": "embed", "n": "head", "t": "head"}
+    model = a_graph(TIED_TABLE.replace("tied.weight", "embed.weight"), modules=modules)
     pair = LoraPair(a=[[1, 0]], b=[[0], [0], [1]], scale=1.0)
     folded(model, an_adapter({"head": pair}))
     assert np.array_equal(stored(model, "embed.weight"), [[1, 2], [3, 4], [5, 6]])

@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lora_export.graph.exporter_metadata import FOLDED_FROM, INPUT_KIND
-from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.site import NameSource
-from lora_export.plan import Layout, TensorSpec
+from lora_export.plan import Layout
+from support.found_sites import layouts, named_by
 from support.graphs import a_graph
 from support.one_weight_graphs import graph_reading
 from support.small_graphs import a_matmul
-
-
-def specs(found: Sites) -> dict[str, TensorSpec]:
-    return {spec.name: spec for spec in found.specs}
-
-
-def named_by(found: Sites) -> dict[str, NameSource]:
-    return {site.name: site.named_by for site in found.linear}
-
-
-def layouts(found: Sites) -> dict[str, tuple[tuple[int, ...], Layout]]:
-    return {name: (spec.shape, spec.layout) for name, spec in specs(found).items()}
 
 
 def test_name_of_initializer_is_tried_first() -> None:
