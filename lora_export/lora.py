@@ -100,6 +100,11 @@ class LoraPair:
         """The pair of the transposed weight, for weights that are stored (in, out). It has no magnitude."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
 
+    @property
+    def turned(self) -> LoraPair:
+        """The pair of the transpose of an expert; all else of it stays."""
+        return replace(self, a=self.b.T, b=self.a.T)
+
     def of_layer(self, *, transposed: bool, embedding: bool) -> LoraPair:
         """A pair `as_stored`, as the pair of a layer that is stored so; any other pair itself."""
         if not self.as_stored:
@@ -392,6 +397,15 @@ class Adapter:
             spelling=table(self.spelling) | table({name: self.spelled(name) for name in names}),
             **fields,
         )
+
+    @property
+    def beyond_pairs(self) -> dict[str, list[str]]:
+        """The names of all that it has besides the plain pairs of layers, by the field that has it."""
+        return {
+            "magnitude": [module for module, pair in self.pairs.items() if pair.magnitude is not None],
+            "as_stored": [module for module, pair in self.pairs.items() if pair.as_stored],
+            **{table: list(getattr(self, table)) for table in ("replaced", "biases", "added", "token_rows", "tied")},
+        }
 
     def tied_to(self, module: str) -> list[str]:
         """The modules that repeat the pair of this one."""

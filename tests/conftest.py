@@ -49,6 +49,19 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
     return ProgramFiles(tmp_path_factory.mktemp("programs"))
 
 
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small program, for the tests of its file."""
+    import torch
+
+    from support.factories import Worded
+    from support.programs import export, ids, padded
+
+    torch.manual_seed(0)
+    inputs = {"ids": ids(2, 5) % 10, "mask": padded(2, 5)}
+    return export(Worded(), inputs, tmp_path_factory.mktemp("good") / "good.pt2", dynamic=2)
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """A group of processes with this one alone in it."""

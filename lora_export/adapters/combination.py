@@ -58,9 +58,9 @@ def combined_pair(
 
 def _of_factors(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
     if others := [term for term in terms if type(term.pair) is not LoraPair]:
-        named = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
+        kinds = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
         raise InputRefused(
-            f"{named}: {combination.method} combines A with A and B with B, and a change of this kind has none. "
+            f"{kinds}: {combination.method} combines A with A and B with B, and a change of this kind has none. "
             f"Use svd or {EXACT}, or another method with _svd"
         )
     if len({term.pair.rank for term in terms}) > 1:

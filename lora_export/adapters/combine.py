@@ -11,6 +11,7 @@ from lora_export.adapters.plain_pairs import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.combining import Combination
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step, Term
 from lora_export.plan.build import checked_strengths
 
@@ -36,10 +37,10 @@ def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str
     """
     if combination.is_exact:
         return plan
-    refuse_beyond_pairs(plan.adapters, f"--combine {combination.method}")
+    refuse_beyond_pairs(plan.adapters, named("combine", combination.method))
     names = together or [adapter.name for adapter in plan.adapters]
     if len(names) < 2:
-        raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
+        raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
     terms = {step.weight: step.terms for step in plan.steps}
     combined = _combined(terms, combination, plan.adapters, names)
     steps = tuple(dataclasses.replace(step, terms=(combined[step.weight],)) for step in plan.steps)
@@ -58,14 +59,14 @@ def combine_adapters(
     strengths = checked_strengths(adapters, strengths)
     refuse_beyond_pairs(adapters, "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
-        raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
+        raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
     terms: dict[str, tuple[Term, ...]] = {}
     for adapter, strength in zip(adapters, strengths, strict=True):
         for module, pair in adapter.pairs.items():
             terms[module] = (*terms.get(module, ()), Term(adapter.name, module, pair, strength))
     combined = _combined(terms, combination, adapters, [adapter.name for adapter in adapters])
-    named = [adapter.metadata for adapter in adapters]
-    shared = {key: value for key, value in named[0].items() if all(other.get(key) == value for other in named)}
+    metadata = [adapter.metadata for adapter in adapters]
+    shared = {key: value for key, value in metadata[0].items() if all(other.get(key) == value for other in metadata)}
     kept = ("task_type", "base_model_name_or_path")
     return Adapter(
         name=name,

@@ -1,4 +1,4 @@
-"""The best factors of lower rank for a product of two factors, without computing the product.
+"""The best factors of lower rank for a product of two factors, without computing the product; and adapters of these.
 
 With B = Q R and Aᵀ = P S (both reduced), B A = Q (R Sᵀ) Pᵀ, and R Sᵀ has only (rank, rank) entries. Its SVD gives that
 of the product (Eckart and Young 1936: the first singular values and vectors are the best approximation).
@@ -7,14 +7,16 @@ of the product (Eckart and Young 1936: the first singular values and vectors are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.adapters.plain_pairs import refuse_beyond_pairs
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.lora import LoraPair
+from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 
 LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
 
@@ -66,11 +68,11 @@ class Truncation:
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
-            raise WrongUsage("give --rank, or --energy: the share of each change that is kept")
+            raise WrongUsage(f"give {named('rank')}, or {named('energy')}: the share of each change that is kept")
         if self.rank is not None and self.rank < 1:
-            raise WrongUsage(f"--rank is {self.rank}; it must be at least 1")
+            raise WrongUsage(f"{named('rank')} is {self.rank}; it must be at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise WrongUsage(f"--energy is {self.energy:g}; it must be above 0 and at most 1")
+            raise WrongUsage(f"{named('energy')} is {self.energy:g}; it must be above 0 and at most 1")
 
     def rank_of(self, values: SingularValues) -> int:
         """The rank for a matrix of which all needed singular values are known."""
@@ -139,3 +141,46 @@ def of_matrix(matrix: NDArray[np.floating]) -> SingularValues:
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
     s = values.astype(np.float64)
     return SingularValues(u, s, vt, float(np.sum(s**2)))
+
+
+# --- An adapter of another rank ---
+
+
+def resize_adapter(
+    adapter: Adapter, truncation: Truncation, group: Callable[[str], str] = lambda module: module
+) -> tuple[Adapter, tuple[LayerShare, ...]]:
+    """The adapter with pairs of lower rank and scale 1, and what each of them holds of the change before.
+
+    No rank grows. Modules of one `group` get one rank, the largest of theirs. Tensors that are saved whole stay.
+    Raises InputRefused for what is no plain pair, and for a change that float32 cannot hold.
+    """
+    refuse_beyond_pairs([adapter], "a resized adapter", whole_ok=True)
+    values = {module: _values(module, pair) for module, pair in adapter.pairs.items()}
+    ranks: dict[str, int] = {}
+    for module, found in values.items():
+        ranks[group(module)] = max(truncation.rank_of(found), ranks.get(group(module), 1))
+    pairs, shares = {}, []
+    for module, found in values.items():
+        old, rank = adapter.pairs[module], ranks[group(module)]
+        pairs[module] = _pair(old, found, rank)
+        share = found.captured(rank)
+        shares.append(LayerShare(module, old.shape, rank, old.rank, share, math.sqrt(found.energy)))
+    return replace(adapter, pairs=pairs, sha256=""), tuple(shares)
+
+
+def _values(module: str, pair: LoraPair) -> SingularValues:
+    try:
+        found = of_pair(pair)
+    except InputRefused as error:
+        raise InputRefused(f"{module}: {error}") from error
+    if found.s[0] > np.finfo(np.float32).max:
+        raise InputRefused(
+            f"{module}: the change holds values that float32 cannot hold. Check its scale, {pair.scale:g}"
+        )
+    return found
+
+
+def _pair(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
+    a, b = found.factors(rank)
+    kernel = [1] * (len(old.shape) - 2)
+    return LoraPair(a.reshape(-1, *old.shape[1:]), b.reshape(*b.shape, *kernel), 1.0, embedding=old.embedding)

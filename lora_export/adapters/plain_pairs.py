@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
+
+WHY = {  # what no pair of plain LoRA expresses
+    "magnitude": "has DoRA's magnitude, which rescales the whole weight",
+    "as_stored": "is a bare parameter (target_parameters), which has no layer of LoRA",
+    "replaced": "is saved whole",
+    "biases": "has a bias of B",
+    "added": "has a change of a vector, such as the weight of a norm",
+    "token_rows": "has trained rows of tokens",
+    "tied": "is tied to the input embeddings (ensure_weight_tying)",
+}
 
 
 def refuse_beyond_pairs(adapters: Sequence[Adapter], what: str, *, whole_ok: bool = False) -> None:
@@ -19,19 +29,9 @@ def refuse_beyond_pairs(adapters: Sequence[Adapter], what: str, *, whole_ok: boo
 
 
 def _beyond_pairs(adapter: Adapter, whole_ok: bool) -> Iterator[str]:
-    dora = [module for module, pair in adapter.pairs.items() if pair.magnitude is not None]
-    bare = [module for module, pair in adapter.pairs.items() if pair.as_stored]
-    reasons: list[tuple[Iterable[str], str]] = [
-        (dora, "has DoRA's magnitude, which rescales the whole weight"),
-        (bare, "is a bare parameter (target_parameters), which has no layer of LoRA"),
-        ([] if whole_ok else adapter.replaced, "is saved whole"),
-        (adapter.biases, "has a bias of B"),
-        (adapter.token_rows, "has trained rows of tokens"),
-        (adapter.tied, "is tied to the input embeddings (ensure_weight_tying)"),
-    ]
-    for names, why in reasons:
-        if names := list(names):
+    for kind, names in adapter.beyond_pairs.items():
+        if names and not (whole_ok and kind == "replaced"):
             first, *others = names
-            yield f"{first}{f' (and {len(others)} more)' if others else ''} {why}"
+            yield f"{first}{f' (and {len(others)} more)' if others else ''} {WHY[kind]}"
     if not adapter.pairs:
         yield "it has no pair"

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.fused_pairs import joined_outputs
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.names.fused_pairs import joined_outputs
+from lora_export.names.loaded_names import LoadedNames, TensorConversion
+from lora_export.names.tensor_parts import NotExpressible
 from lora_export.options.spelling import named
 from lora_export.plan.attempts import module_of_tensor
-from lora_export.plan.conversion.loaded_names import LoadedNames, TensorConversion
-from lora_export.plan.conversion.tensor_parts import NotExpressible
 from lora_export.plan.converted_attempts import loaded_names
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.spelling import spell

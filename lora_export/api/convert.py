@@ -16,18 +16,18 @@ from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.writers import OF_PIPELINES, WriteOptions, writer_of
+from lora_export.formats.writers import WriteOptions, holds_pipelines, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.merge.isolate import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
-from lora_export.plan.diffusion.families import Family, family_of_names
+from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
@@ -68,11 +68,11 @@ def convert(options: ConvertOptions) -> ConvertResult:
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
-    (loaded,) = load_adapters(adapter, reading=reading, of_models=to in OF_PIPELINES)
+    (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
     if options.graph is not None:
         return _for_graph(options, adapter, loaded, Path(options.graph))
     loaded = _scaled(loaded, weight)
-    if base is not None and to in OF_PIPELINES:
+    if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
@@ -81,7 +81,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     stage = atomic_output.stage_file if writer.SUFFIX else atomic_output.stage_folder
     family = Family.UNKNOWN
-    if to in OF_PIPELINES:
+    if holds_pipelines(to):
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]

@@ -19,7 +19,7 @@ from lora_export.graph.cache_names import (
     PRESENT,
     PRESENT_CONV,
 )
-from lora_export.models.past_length import takes_shared_buffer
+from lora_export.models.fused_operators import takes_shared_buffer
 
 # Any decoder with this layout of its cache, or one whose other layers keep the last inputs of a short convolution. The
 # names of single models change nothing for it.

@@ -18,13 +18,13 @@ from lora_export.api.generation_prompts import (
 )
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
+from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.image_forms import PIXELS
-from lora_export.models.tokenizer import open_tokenizer
+from lora_export.models.processors import open_tokenizer
 from lora_export.options.declaring import takes
 from lora_export.options.generate import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens

@@ -6,12 +6,12 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.artifacts.files import ENCODER_FILE
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.export import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder_files import ENCODER_FILE
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.record import WrittenRecord
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter
@@ -16,7 +18,6 @@ from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
-from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
@@ -139,6 +140,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(path)
         return Inspection(
-            path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)
+            path, graph=find_sites(model, names), interface=read_interface(model), record=open_artifact(path).record
         )
-    return Inspection(path, checkpoint=open_checkpoint(path), record=read_record(path))
+    return Inspection(path, checkpoint=open_checkpoint(path), record=open_artifact(path).record)

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import formats
+from lora_export.artifacts.artifact import refuse_no_model
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
-from lora_export.models.model_names import refuse_no_model
 from lora_export.options.combining import AdapterSource, AdapterSources
 from lora_export.options.common import ModelSource
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.plan.diffusion.components import chosen_component, only_component
+from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 
@@ -111,8 +111,7 @@ def resolve_model(
     import torch
 
     from lora_export.models.factory import from_module
-    from lora_export.models.inputs_from_file import with_inputs_from
-    from lora_export.models.load import load_model
+    from lora_export.models.load import load_model, with_inputs_from
     from lora_export.models.model import Model
     from lora_export.storage.npz import read_arrays
 

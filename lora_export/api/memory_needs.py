@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
 from lora_export.options.common import ModelSource
 from lora_export.options.spelling import command
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.memory import require_memory
-from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 
 PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:
@@ -33,8 +32,7 @@ MERGE_INSTEAD = (
 
 def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "float32") -> None:
     """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
-    is_folder = candidate.is_dir() and not is_encoder_decoder_folder(candidate)
-    is_checkpoint = is_folder or candidate.suffix == ".safetensors"
+    is_checkpoint = open_artifact(candidate).kind.is_checkpoint
     count, is_read = _parameters(model), dtype == "float32" and _is_streamable(model)
     if is_checkpoint:
         each = VERIFY_CHECKPOINT_READ if is_read and _is_streamable(candidate) else VERIFY_CHECKPOINT

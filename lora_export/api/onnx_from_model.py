@@ -23,12 +23,12 @@ from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.callbacks import each_once, ignore
 from lora_export.errors import MatchError, RuntimeRefused
-from lora_export.graph.find_sites import find_sites
+from lora_export.graph.find_sites import find_sites, precision_of
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.precision import precision_of
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
@@ -39,7 +39,6 @@ from lora_export.models.model import Model
 from lora_export.models.streamed_folder import is_streamed
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, TensorSpec
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences

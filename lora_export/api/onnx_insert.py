@@ -17,9 +17,9 @@ from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.merge.isolate import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
-from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.weights.checkpoint import Checkpoint

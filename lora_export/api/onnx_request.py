@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_export import plan
 from lora_export.api.shared_head import Stored, without_shared_head
+from lora_export.artifacts.files import file_for_graph
 from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
@@ -19,12 +20,11 @@ from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_names, without_own_head
-from lora_export.runtime.encoder_decoder_files import file_for_graph
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
-    from lora_export.graph.precision import WeightPrecision
+    from lora_export.graph.find_sites import WeightPrecision
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

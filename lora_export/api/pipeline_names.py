@@ -13,13 +13,21 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.fused_pairs import joined_outputs, with_outputs
 from lora_export.lora import Adapter, LoraPair, component_name
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
+from lora_export.names.fused_pairs import joined_outputs, with_outputs
+from lora_export.names.tensor_parts import AssembledTensor
 from lora_export.options.spelling import named
-from lora_export.plan.conversion.tensor_parts import AssembledTensor
-from lora_export.plan.diffusion.components import components_of, joined_components, of_component
-from lora_export.plan.diffusion.families import CLIP, SECOND_CLIP, Family, family_of_model, family_of_pipeline
-from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
+from lora_export.plan.diffusion import (
+    CLIP,
+    SECOND_CLIP,
+    Family,
+    components_of,
+    family_of_model,
+    family_of_pipeline,
+    joined_components,
+    of_component,
+)
 from lora_export.plan.spelling import respelled
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline

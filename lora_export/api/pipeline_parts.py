@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lora_export.lora import Adapter
 from lora_export.plan.build import checked_strengths
-from lora_export.plan.diffusion.components import components_of, of_component
+from lora_export.plan.diffusion import components_of, of_component
 from lora_export.weights.pipeline import Pipeline
 
 

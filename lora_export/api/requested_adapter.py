@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_export import formats, layers
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_attention import as_peft_computes
+from lora_export.formats.peft_records import as_peft_computes
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.train import AdapterChoice

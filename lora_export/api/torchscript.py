@@ -31,9 +31,9 @@ from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.models.export_program import load_own_program, save_program, to_program
-from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Model
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import cache_disabled
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner

@@ -22,9 +22,14 @@ from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
-from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches
-from lora_export.training.encoders.classified import LabelEncoder, SimilarityEncoder, TagEncoder, TextEncoder
-from lora_export.training.encoders.pictures import ImageEncoder
+from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches, batches_sha256, read_own_batches
+from lora_export.training.encoders.classified import (
+    ImageEncoder,
+    LabelEncoder,
+    SimilarityEncoder,
+    TagEncoder,
+    TextEncoder,
+)
 from lora_export.training.encoders.speech import FrameEncoder, SoundReader, TranscriptEncoder
 from lora_export.training.encoders.texts import (
     AnswerEncoder,
@@ -33,7 +38,6 @@ from lora_export.training.encoders.texts import (
     completion_tokens,
     text_tokens,
 )
-from lora_export.training.own_batches import batches_sha256, read_own_batches
 from lora_export.training.records.opening import open_records
 from lora_export.training.records.rows import Records
 from lora_export.training.records.sound_files import sha256_with_sounds

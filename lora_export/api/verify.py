@@ -21,6 +21,8 @@ from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_pipeline import audit_pipeline
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import judge_weights
+from lora_export.artifacts.artifact import artifact_kind
+from lora_export.artifacts.files import refuse_missing_graph
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
@@ -31,7 +33,6 @@ from lora_export.provenance import adapter_records
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.report.write import check_report_path, write_report
-from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.runtime.expectations import refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
@@ -177,7 +178,7 @@ def _check_usage(request: VerifyRequest) -> None:
     """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
     candidate, model, origin = request.candidate, request.model, request.base
     refuse_missing_graph(candidate)
-    is_graph = candidate.suffix == ".onnx" or is_encoder_decoder_folder(candidate)
+    is_graph = artifact_kind(candidate).is_graph
     if model is None and origin is None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lora_export.api.load import load_adapters, resolve_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, open_artifact
+from lora_export.artifacts.files import GRAPH_FILES, hashes_of, is_encoder_decoder_folder
 from lora_export.callbacks import in_stages
 from lora_export.errors import (
     Different,
@@ -20,7 +22,6 @@ from lora_export.errors import (
 )
 from lora_export.formats.row_adapters import read_row_adapters
 from lora_export.plan.own_heads import head_names, without_own_head
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
 from lora_export.verification.companion_files import compare_files
@@ -38,7 +39,7 @@ def judge_outputs(request: VerifyRequest) -> Proof:
     """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
-    from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
+    from lora_export.runtime.open_artifact import open_candidate
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.module_copies import fp64_bytes
 
@@ -68,7 +69,7 @@ def judge_outputs(request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
+        with input_files.unchanged(candidate, lambda: [*open_artifact(candidate).files.values()]):
             runner = open_candidate(
                 candidate,
                 base,
@@ -97,9 +98,9 @@ def judge_outputs(request: VerifyRequest) -> Proof:
             for each in (*found, *([files.others] if files else [])):
                 proof = proof.with_files(each)
             stage("hashing the candidate")
-            hashes = file_hashes(candidate if files is None else files.judged)
+            hashes = hashes_of(open_artifact(candidate).files if files is None else files.judged)
         if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
+            facts["base"] = {"path": str(origin), "sha256": open_artifact(origin).hashes}
     except (Different, Undecided, EnvironmentLacking) as ended:
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
@@ -140,16 +141,14 @@ def _has_own_heads(candidate: Path, adapters: Sequence[Adapter]) -> bool:
     """Whether each row of the candidate has the head that its adapter saves whole."""
     from lora_export.graph.onnx_file.reading import load_graph
 
-    if candidate.suffix != ".onnx" or not any(map(head_names, adapters)):
+    if artifact_kind(candidate) is not ArtifactKind.GRAPH or not any(map(head_names, adapters)):
         return False
     record = read_row_adapters(load_graph(candidate).metadata_props, str(candidate))
     return record is not None and bool(record.labels)
 
 
 def _files_in(folder: Path) -> LoadedFiles:
-    from lora_export.runtime.open_artifact import candidate_files
-
     if not is_encoder_decoder_folder(folder):
         return loaded_files(open_checkpoint(folder))
-    graphs = {name: path for graph in GRAPH_FILES for name, path in candidate_files(folder / graph).items()}
+    graphs = {name: path for graph in GRAPH_FILES for name, path in open_artifact(folder / graph).files.items()}
     return files_of_graphs(folder, graphs)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.record import WrittenRecord
 from lora_export.errors import InputRefused
 from lora_export.options.verify import VerifyOptions
-from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
 
@@ -52,8 +53,8 @@ def recorded_explanation(
     if verdict:
         return ()
     try:
-        record = read_record(request.candidate)
-        base_record = read_record(base) if base is not None and base.exists() else WrittenRecord()
+        record = open_artifact(request.candidate).record
+        base_record = open_artifact(base).record if base is not None and base.exists() else WrittenRecord()
     except InputRefused:
         return ()
     file = None

@@ -12,11 +12,11 @@ from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
-from lora_export.runtime.written_record import read_record
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
@@ -84,5 +84,5 @@ def _contained(candidate: Path) -> str:
     """Which adapters the candidate records, as the end of a message; empty where it records none."""
     if not candidate.exists():
         return ""
-    names = ", ".join(f"`{adapter.get('name')}`" for adapter in read_record(candidate).adapters)
+    names = ", ".join(f"`{adapter.get('name')}`" for adapter in open_artifact(candidate).record.adapters)
     return f". {candidate} contains {names}" if names else ""

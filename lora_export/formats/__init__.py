@@ -1,10 +1,7 @@
 """Adapter formats. Each is one file, recognised by the contents of the adapter.
 
-To add the format NAME:
-
-1. Write `formats/NAME.py` with what `AdapterFormat` asks for: DESCRIPTION, `recognises` and `read`.
-2. Add a line to FORMATS.
-3. Write `tests/formats/test_NAME.py`.
+To add the format NAME, write `formats/NAME.py` with what `AdapterFormat` asks for (DESCRIPTION, `recognises`, `read`),
+and `tests/formats/test_NAME.py`. Every module of this folder that has these is a format.
 
 The new module returns an `Adapter`: pairs A (rank, in...) and B (out, rank...) with a final scale, under the module
 names of the base. What is special about the format (alpha, prefixes, file layout) stays in its file. It refuses what it
@@ -13,8 +10,10 @@ does not support, by name, with InputRefused.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterable
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -22,21 +21,10 @@ from typing import Protocol, cast
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.options.spelling import named
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 
-# The name of a format and its module. Modules are imported when an adapter is loaded.
-FORMATS = {
-    "peft": "lora_export.formats.peft",
-    "mlx": "lora_export.formats.mlx",
-    "loralib": "lora_export.formats.loralib",
-    "litgpt": "lora_export.formats.litgpt",
-    "torchtune": "lora_export.formats.torchtune",
-    "kohya": "lora_export.formats.kohya",
-    "comfyui": "lora_export.formats.comfyui",
-    "diffusers": "lora_export.formats.diffusers",
-}
-OF_ONE_FILE = ("kohya", "comfyui", "diffusers")  # formats that are recognised by every key
 SHOWN_KEYS = 8
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
@@ -54,16 +42,23 @@ class AdapterFormat(Protocol):
         """Read the adapter. Raises InputRefused with everything that is wrong with it."""
 
 
-class _OneFileFormat(Protocol):
-    """What a format of one file provides beside that."""
+class _OfEveryKey(Protocol):
+    """What a format that is recognised by every key provides beside that."""
 
     def foreign_keys(self, path: Path) -> list[str]:
         """The keys of another format in a file that is in this one otherwise."""
 
 
+@functools.cache
+def known_formats() -> Mapping[str, AdapterFormat]:
+    """The formats by name. Their modules are imported when they are first asked for."""
+    modules = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
+    return {name: cast(AdapterFormat, module) for name, module in modules.items() if hasattr(module, "recognises")}
+
+
 def recognised(path: Path) -> bool:
     """Whether an adapter in a known format is at `path`. Reads no tensors."""
-    return any(adapter_format.recognises(path) for adapter_format in _modules(FORMATS).values())
+    return any(adapter_format.recognises(path) for adapter_format in known_formats().values())
 
 
 def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DEFAULTS) -> Adapter:
@@ -76,32 +71,31 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
     """
     path = Path(path)
     input_files.must_exist(path, "adapter")
-    if options.format and options.format not in FORMATS:
-        raise InputRefused(f"unknown adapter format {options.format!r}; known: {', '.join(FORMATS)}")
-    candidates = _modules([options.format] if options.format else FORMATS)
+    candidates = known_formats()
+    if options.format:
+        if options.format not in candidates:
+            raise InputRefused(f"unknown adapter format {options.format!r}; known: {', '.join(candidates)}")
+        candidates = {options.format: candidates[options.format]}
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
+        _refuse_foreign_keys(path)
         if options.format:
-            _refuse_foreign_keys(path)
             raise InputRefused(
                 f"{path} is not in the format {options.format}: {candidates[options.format].DESCRIPTION}"
             )
-        _refuse_foreign_keys(path)
         known = [f"{key}: {module.DESCRIPTION}" for key, module in candidates.items()]
         raise InputRefused(f"{path} is not an adapter in a known format:", listed(known, len(known)))
     if len(matching) > 1:
-        raise InputRefused(
-            f"{path} may be in several formats: {', '.join(matching)}. Choose one: --format {next(iter(matching))}"
-        )
+        first = named("format", next(iter(matching)))
+        raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
     (module,) = matching.values()
     return replace(module.read(path, name or _default_name(path), options), hub=hub_source(path))
 
 
 def _refuse_foreign_keys(path: Path) -> None:
     """Raise InputRefused for a file of which most keys are in one format, and some are not."""
-    for name in OF_ONE_FILE:
-        (module,) = _modules([name]).values()
-        if foreign := cast(_OneFileFormat, module).foreign_keys(path):
+    for name, module in known_formats().items():
+        if hasattr(module, "foreign_keys") and (foreign := cast(_OfEveryKey, module).foreign_keys(path)):
             raise InputRefused(
                 f"{path} is in the format {name}, but for {len(foreign)} of its keys:", listed(foreign, SHOWN_KEYS)
             )
@@ -113,7 +107,3 @@ def _default_name(path: Path) -> str:
         return resolved.name
     stem = resolved.name.partition(".")[0]
     return resolved.parent.name if stem in SAME_FOR_ALL else stem
-
-
-def _modules(names: Iterable[str]) -> dict[str, AdapterFormat]:
-    return {name: cast(AdapterFormat, importlib.import_module(FORMATS[name])) for name in names}

@@ -10,7 +10,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.reading import ReadOptions
 from lora_export.storage import json_files
 
-_CONFIG = "config.json"
+MODEL_CONFIG = "config.json"
 
 
 def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] | None:
@@ -19,9 +19,9 @@ def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] 
     `folder` is that of the adapter, if any. `options.base_config` is a folder, or a file in it. Raises InputRefused for
     a damaged config.
     """
-    places = [] if folder is None else [folder / _CONFIG]
+    places = [] if folder is None else [folder / MODEL_CONFIG]
     if (base := options.base_config) is not None:
-        places.append((base.parent if base.is_file() else base) / _CONFIG)
+        places.append((base.parent if base.is_file() else base) / MODEL_CONFIG)
     for path in places:
         if path.is_file():
             return json_files.read_model_config(path)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lora_export.formats import lora_file
-from lora_export.formats.lora_file import FileNames
-from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, component_name
-from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.formats.lora_file import OneFileFormat
+from lora_export.lora import DENOISER, SECOND_DENOISER, component_name
 
 DESCRIPTION = "a .safetensors file for ComfyUI, with keys such as diffusion_model.X.lora_A.weight"
 # The prefix of a module's name -> the part of a pipeline, the longest first. Wan 2.2 has two transformers.
@@ -29,16 +25,5 @@ def _module_of(name: str) -> str | None:
     return None
 
 
-def recognises(path: Path) -> bool:
-    """Whether all names in the file begin with a prefix of this format."""
-    return lora_file.names_fit(path, _module_of)
-
-
-def foreign_keys(path: Path) -> list[str]:
-    """The keys of another format in a file that is in this one otherwise."""
-    return lora_file.foreign_keys(path, _module_of)
-
-
-def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
-    """Read an adapter. Raises InputRefused with everything that is wrong with it."""
-    return lora_file.read_file(path, name, FileNames("comfyui", _module_of), options)
+_FORMAT = OneFileFormat("comfyui", _module_of)
+recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORMAT.read

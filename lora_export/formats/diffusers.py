@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.formats import lora_file
-from lora_export.formats.lora_file import FileNames, scale_by_alpha
+from lora_export.formats.lora_file import OneFileFormat, scale_by_alpha, weights_of
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
 from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.plan.diffusion.families import by_role
+from lora_export.plan.diffusion import by_role
 from lora_export.storage import json_files
 
 DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"
@@ -51,31 +50,27 @@ def _module_of(name: str) -> str | None:
     return component_name(component, rest)
 
 
+_FORMAT = OneFileFormat("diffusers", _module_of)
+foreign_keys = _FORMAT.foreign_keys
+
+
 def recognises(path: Path) -> bool:
     """Whether the file has pairs, and no name of another format. `X.lora_A` without `.weight` is loralib's."""
-    weights = lora_file.weights_of(path)
+    weights = weights_of(path)
     is_bare = weights is not None and any(name.endswith((".lora_A", ".lora_B")) for name in names_in(weights))
-    return not is_bare and lora_file.names_fit(path, _module_of)
-
-
-def foreign_keys(path: Path) -> list[str]:
-    """The keys of another format in a file that is in this one otherwise."""
-    return lora_file.foreign_keys(path, _module_of)
+    return not is_bare and _FORMAT.recognises(path)
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
-    weights = lora_file.weights_of(path)
+    weights = weights_of(path)
     recorded = "" if weights is None else open_tensors(weights, options).metadata.get(METADATA_KEY, "")
-    names = FileNames("diffusers", _module_of)
     if not recorded:
-        return _by_role(lora_file.read_file(path, name, names, options))
+        return _by_role(_FORMAT.read(path, name, options))
     where = f"{METADATA_KEY} in the header of {weights}"
     configs = _configs(recorded, where)
     source = f"lora_alpha / r of {METADATA_KEY} in the header"
-    adapter = lora_file.read_file(
-        path, name, names, options, scale_of=functools.partial(_scale, configs, where), scale_source=source
-    )
+    adapter = _FORMAT.read(path, name, options, scale_of=functools.partial(_scale, configs, where), scale_source=source)
     for component, config in configs.items():
         own = [pair for module, pair in adapter.pairs.items() if split_component(module)[0] == component]
         with_dora = [pair for pair in own if pair.magnitude is not None]

@@ -18,6 +18,8 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.lora import ExpertAxes, LoraPair
+from lora_export.names.families import column
+from lora_export.options.spelling import named
 
 # The order in which every class of transformers registers the stacked parameters of its experts. PEFT wraps a module
 # once for each parameter, in this order, from inside to outside. The files do not record it.
@@ -26,12 +28,7 @@ EXPERTS = "experts"  # the name of a module that holds stacked parameters
 SWAPPED_SINCE = Version("0.19")  # PEFT takes the last axis of a stacked parameter as the inputs since then
 
 # Unsloth patches these families, so that B is ordered by expert first. It did not always record that.
-UNSLOTH_FAMILIES = frozenset(
-    {
-        *("deepseek_v3", "ernie4_5_moe", "ernie4_5_vl_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "gpt_oss"),
-        *("lfm2_moe", "mixtral", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe"),
-    }
-)
+UNSLOTH_FAMILIES = frozenset(column("unsloth"))
 FAMILY = re.compile(r"transformers\.models\.(\w+)")
 UNSLOTH_LAYOUTS = "unsloth_fused_expert_lora"
 B_LAYOUT = "lora_B_layout"
@@ -97,14 +94,14 @@ def b_layout(parameter: str, config: Mapping[str, Any], stated: str) -> BLayout:
     if recorded is not None and recorded not in tuple(BLayout):
         raise InputRefused(f"{B_LAYOUT} is {recorded!r}; it must be {' or '.join(BLayout)}")
     if stated and recorded not in (None, stated):
-        raise InputRefused(f"--moe-b-layout is {stated}, but adapter_config.json records {recorded}")
+        raise InputRefused(f"{named('moe_b_layout')} is {stated}, but adapter_config.json records {recorded}")
     if stated or recorded:
         return BLayout(stated or recorded)
     if _may_be_grouped(config):
         raise InputRefused(
             "Unsloth trained it, and adapter_config.json does not record the order of the columns of B. Unsloth before "
-            "2026.9.6 grouped them by expert. State the order by --moe-b-layout grouped_by_expert or "
-            "--moe-b-layout rank_major"
+            f"2026.9.6 grouped them by expert. State the order by {named('moe_b_layout', 'grouped_by_expert')} or "
+            f"{named('moe_b_layout', 'rank_major')}"
         )
     return BLayout.RANK_MAJOR
 

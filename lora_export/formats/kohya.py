@@ -6,12 +6,8 @@ resolves them (see `lora_export.plan.flattened_names`).
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lora_export.formats import lora_file
-from lora_export.formats.lora_file import FileNames
-from lora_export.lora import DENOISER, Adapter, component_name
-from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.formats.lora_file import OneFileFormat
+from lora_export.lora import DENOISER, component_name
 
 DESCRIPTION = "a .safetensors file of kohya's scripts or LyCORIS, with keys such as lora_unet_X.lora_down.weight"
 # The prefix of a module's name -> the part of a pipeline. LyCORIS alone writes `lycoris_` for any model.
@@ -34,16 +30,5 @@ def _module_of(name: str) -> str | None:
     return None
 
 
-def recognises(path: Path) -> bool:
-    """Whether all names in the file are flattened, and begin with a prefix of this format."""
-    return lora_file.names_fit(path, _module_of)
-
-
-def foreign_keys(path: Path) -> list[str]:
-    """The keys of another format in a file that is in this one otherwise."""
-    return lora_file.foreign_keys(path, _module_of)
-
-
-def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
-    """Read an adapter. Raises InputRefused with everything that is wrong with it."""
-    return lora_file.read_file(path, name, FileNames("kohya", _module_of, flattened=True), options)
+_FORMAT = OneFileFormat("kohya", _module_of, flattened=True)
+recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORMAT.read

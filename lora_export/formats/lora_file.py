@@ -1,6 +1,6 @@
 """Adapters that are one `.safetensors` file, as trainers of image and video models write them: their tensors as pairs.
 
-A format states how its keys name modules (`FileNames`). What the factors of a change mean is in `change_kinds.py`.
+A format states how its keys name modules (`OneFileFormat`). What the factors of a change mean is in `change_kinds.py`.
 Whole changes of weights, biases and norms are read here.
 """
 
@@ -16,9 +16,15 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
 from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
-from lora_export.formats.tensor_files import PICKLES, TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.formats.tensor_files import (
+    PICKLES,
+    TensorSource,
+    hash_of_unchanged,
+    names_in,
+    open_tensors,
+)
 from lora_export.lora import Adapter, LoraPair
-from lora_export.options.reading import ReadOptions
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.structured_pairs import WholePair
 
 _SUFFIX = ".safetensors"
@@ -34,15 +40,6 @@ NOT_TOGETHER = (
 Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
 
 
-@dataclass(frozen=True)
-class FileNames:
-    """How a format spells modules."""
-
-    format: str
-    module_of: Callable[[str], str | None]  # what a key has before its ending -> the module; None where it has no place
-    flattened: bool = False  # `_` stands for the dots in the names
-
-
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
@@ -56,75 +53,79 @@ def weights_of(path: Path) -> Path | None:
     return None
 
 
-def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
-    """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
-    weights = weights_of(path)
-    names = frozenset() if weights is None else names_in(weights)
-    if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
-        names = frozenset(name for name in names if split_key(name) is not None)
-    keys = sort_keys(names, module_of)
-    return has_pairs(names) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
+@dataclass(frozen=True)
+class OneFileFormat:
+    """A format of one file: how it spells modules. It recognises and reads files as a module of a format does."""
 
+    name: str
+    module_of: Callable[[str], str | None]  # what a key has before its ending -> the module; None where it has no place
+    flattened: bool = False  # `_` stands for the dots in the names
 
-def foreign_keys(path: Path, module_of: Callable[[str], str | None]) -> list[str]:
-    """The keys because of which a file is not in a format that most of its keys have; none for any other file.
+    def recognises(self, path: Path) -> bool:
+        """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
+        weights = weights_of(path)
+        names = frozenset() if weights is None else names_in(weights)
+        if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
+            names = frozenset(name for name in names if split_key(name) is not None)
+        keys = sort_keys(names, self.module_of)
+        has_places = not any(self.module_of(key) is None for key in keys.unknown)
+        return has_pairs(names) and len(keys.modules) > 0 and has_places
 
-    Raises nothing.
-    """
-    weights = weights_of(path)
-    names = frozenset() if weights is None else names_in(weights)
-    keys = sort_keys(names, module_of)
-    own = len(names) - len(keys.unknown)
-    foreign = sorted(key for key in keys.unknown if module_of(key) is None)
-    return foreign if has_pairs(names) and own > len(foreign) else []
+    def foreign_keys(self, path: Path) -> list[str]:
+        """The keys because of which a file is not in this format, which most of its keys have; none for any other file.
 
+        Raises nothing.
+        """
+        weights = weights_of(path)
+        names = frozenset() if weights is None else names_in(weights)
+        keys = sort_keys(names, self.module_of)
+        own = len(names) - len(keys.unknown)
+        foreign = sorted(key for key in keys.unknown if self.module_of(key) is None)
+        return foreign if has_pairs(names) and own > len(foreign) else []
 
-def read_file(
-    path: Path,
-    name: str,
-    names: FileNames,
-    options: ReadOptions,
-    *,
-    scale_of: Scales | None = None,
-    scale_source: str = BY_ALPHA,
-) -> Adapter:
-    """Read an adapter of one file. Raises InputRefused with everything that is wrong with it.
+    def read(
+        self,
+        path: Path,
+        name: str,
+        options: ReadOptions = DEFAULTS,
+        *,
+        scale_of: Scales | None = None,
+        scale_source: str = BY_ALPHA,
+    ) -> Adapter:
+        """Read an adapter. Raises InputRefused with everything that is wrong with it.
 
-    `scale_of` is the factor of a module's change by its rank and its alpha, which is None where the file has none.
-    `scale_source` describes it.
-    """
-    weights = weights_of(path)
-    if weights is None:
-        raise InputRefused(f"{path} is not an adapter of one file")
-    options.refuse_rank_and_alpha("its tensors")
-    file = open_tensors(weights, options)
-    refuse_unprintable(file.entries, f"the header of {weights}")
-    keys = sort_keys(file.entries, names.module_of)
-    if keys.unknown:
-        raise InputRefused(f"{weights}: unknown kinds of tensors: {', '.join(sorted(keys.unknown)[:10])}")
-    if keys.duplicates:
-        raise InputRefused(f"{weights} contains one tensor under two names: {'; '.join(keys.duplicates)}")
-    reader = _FileChanges(file, scale_of or scale_by_alpha)
-    for module, parts in keys.modules.items():
-        reader.add(module, parts)
-    reader.refuse_problems()
-    sha256 = hash_of_files([weights])
-    if not file.unchanged():
-        raise InputRefused(f"{weights} changed while it was being read")
-    return Adapter(
-        name=name,
-        format=names.format,
-        pairs=reader.pairs,
-        biases=reader.biases,
-        added=reader.added,
-        layouts={module: "out_in" for module, pair in reader.pairs.items() if set(pair.shape[2:]) <= {1}},
-        flattened=names.flattened,
-        spelling=reader.spelling,
-        scale_source=scale_source,
-        metadata={"header": dict(file.metadata)} if file.metadata else {},
-        notes=reader.notes(),
-        sha256=sha256,
-    )
+        `scale_of` is the factor of a module's change by its rank and its alpha, which is None where the file has none.
+        `scale_source` describes it.
+        """
+        weights = weights_of(path)
+        if weights is None:
+            raise InputRefused(f"{path} is not an adapter of one file")
+        options.refuse_rank_and_alpha("its tensors")
+        file = open_tensors(weights, options)
+        refuse_unprintable(file.entries, f"the header of {weights}")
+        keys = sort_keys(file.entries, self.module_of)
+        if keys.unknown:
+            raise InputRefused(f"{weights}: unknown kinds of tensors: {', '.join(sorted(keys.unknown)[:10])}")
+        if keys.duplicates:
+            raise InputRefused(f"{weights} contains one tensor under two names: {'; '.join(keys.duplicates)}")
+        reader = _FileChanges(file, scale_of or scale_by_alpha)
+        for module, parts in keys.modules.items():
+            reader.add(module, parts)
+        reader.refuse_problems()
+        return Adapter(
+            name=name,
+            format=self.name,
+            pairs=reader.pairs,
+            biases=reader.biases,
+            added=reader.added,
+            layouts={module: "out_in" for module, pair in reader.pairs.items() if set(pair.shape[2:]) <= {1}},
+            flattened=self.flattened,
+            spelling=reader.spelling,
+            scale_source=scale_source,
+            metadata={"header": dict(file.metadata)} if file.metadata else {},
+            notes=reader.notes(),
+            sha256=hash_of_unchanged(file),
+        )
 
 
 def scale_by_alpha(_module: str, rank: int, alpha: float | None) -> float:

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.fused_pairs import fuse_outputs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
+from lora_export.names.fused_pairs import fuse_outputs
+from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.plan.embedding_names import is_embedding
+from lora_export.options.spelling import named
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])")
@@ -49,7 +50,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     if rank is None or alpha is None:
         raise InputRefused(
             f"{path}: loralib's files record neither rank nor alpha, and B A is multiplied by alpha / rank. State both "
-            "as in training: --lora-rank R --lora-alpha ALPHA"
+            f"as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
         )
     scale = adapter_scale(rank, alpha, {})
     modules, others = keys_by_module(file, _KEY)
@@ -60,9 +61,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         return {module: _pair(module, file.read(sides["a"]), file.read(sides["b"]), rank, scale, parts)}
 
     pairs, spelling = read_pairs(file, modules, build, others=[key for key in others if key not in biases])
-    sha256 = hash_of_files([path])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     replaced = {key: _finite(file, key) for key in biases}
     return Adapter(
         name=name,
@@ -70,10 +68,10 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         spelling=spelling,
-        scale_source="--lora-alpha / --lora-rank",
+        scale_source=f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha},
         notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
-        sha256=sha256,
+        sha256=hash_of_unchanged(file),
     )
 
 
@@ -94,7 +92,7 @@ def _pair(module: str, a: NDArray[Any], b: NDArray[Any], rank: int, scale: float
         return LoraPair(a=a, b=b, scale=scale, embedding=is_embedding(module))
     if rows % rank == 0 and a.shape[1] % (rows // rank) == b.shape[0] % (rows // rank) == 0:
         return _convolution(a, b, rows // rank, scale)
-    raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+    raise InputRefused(f"A {a.shape} and B {b.shape} do not have {named('lora_rank', rank)}")
 
 
 def _convolution(a: NDArray[Any], b: NDArray[Any], kernel: int, scale: float) -> LoraPair:
@@ -118,14 +116,17 @@ def _merged_linear(a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, pa
     """The pair of a fused layer, of which `parts` states the enabled ones. Its rank is that of all of them together."""
     enabled, rest = divmod(a.shape[0], rank)
     if b.shape[1] != rank or rest or not enabled:
-        raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+        raise InputRefused(f"A {a.shape} and B {b.shape} do not have {named('lora_rank', rank)}")
     if not parts:
         raise InputRefused(
             f"A {a.shape} and B {b.shape} belong to {enabled} parts of a fused layer (MergedLinear), and the file does "
-            "not record which. State enable_lora as in training, such as --enable-lora c_attn=1,0,1"
+            "not record which. State enable_lora as in training, such as "
+            f"{named('enable_lora', {'c_attn': (True, False, True)})}"
         )
     if sum(parts) != enabled or b.shape[0] % enabled:
-        raise InputRefused(f"A {a.shape} and B {b.shape} belong to {enabled} parts, --enable-lora has {sum(parts)}")
+        raise InputRefused(
+            f"A {a.shape} and B {b.shape} belong to {enabled} parts, {named('enable_lora')} has {sum(parts)}"
+        )
     by_part = zip(np.flatnonzero(parts).tolist(), np.split(a, enabled), np.split(b, enabled), strict=True)
     pairs = {part: LoraPair(a=own_a, b=own_b, scale=scale) for part, own_a, own_b in by_part}
     return fuse_outputs(pairs, [b.shape[0] // enabled] * len(parts))

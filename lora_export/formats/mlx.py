@@ -15,21 +15,19 @@ from typing import Any
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
 from lora_export.formats.base_config import base_config
-from lora_export.formats.fused_pairs import GATE_AND_UP, fuse_layers
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.names.experts import model_types
+from lora_export.names.families import FamilyNames, column
+from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.plan.embedding_names import is_embedding
-from lora_export.plan.expert_axes import ALTERNATING, model_types
 from lora_export.storage import json_files
 
 DESCRIPTION = "a folder with mlx-lm's adapter_config.json and adapters.safetensors"
 MLX_CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>(?<=lora_)[ab]|(?<!lora_)m)")
-# Models whose checkpoints have gate and up of all experts in one tensor. mlx-lm splits it.
-WITH_FUSED_EXPERTS = ALTERNATING | {"llama4", "llama4_text"}
 STACKED = re.compile(r"\.switch_mlp$")  # mlx-lm's name for the experts of most models
 
 
@@ -59,12 +57,8 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
     pairs, spelling = read_pairs(file, modules, build, others=others)
     base = base_config(folder, options) or {}
-    if not (types := model_types(base)).isdisjoint(WITH_FUSED_EXPERTS):
-        alternates = not types.isdisjoint(ALTERNATING)
-        pairs, spelling = fuse_layers(pairs, spelling, GATE_AND_UP, {}, file.path, alternates=alternates)
-    sha256 = hash_of_files([folder / MLX_CONFIG, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
+    for row in (row for kind, row in column("mlx").items() if kind in model_types(base)):
+        pairs, spelling = FamilyNames.of(row).with_joined(pairs, spelling, file.path)
     stacked = {split_part(each)[0] for each in pairs if split_part(each)[1]}
     tied = _ties(pairs, base)
     return Adapter(
@@ -77,7 +71,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"scale in {MLX_CONFIG}, as it is",
         metadata={"fine_tune_type": kind, "scale": scale}
         | {key: value for key in ("model", "num_layers") if isinstance(value := config.get(key), str | int)},
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, folder / MLX_CONFIG),
     )
 
 

@@ -1,6 +1,6 @@
 """onnxruntime's adapter files (`.onnx_adapter`), and the record of a graph's adapter inputs.
 
-A graph made with `--lora inputs` takes A (in, rank) and B (rank, out) of each layer as optional inputs. A graph made
+A graph made with `lora="inputs"` takes A (in, rank) and B (rank, out) of each layer as optional inputs. A graph made
 for DoRA also takes a factor for each output. An `.onnx_adapter` is a FlatBuffer of tensors under the names of those
 inputs (onnxruntime/lora/adapter_format/adapter_schema.fbs). It also holds two integers that onnxruntime does not
 read: here, `model_version` is the base's fingerprint, and `adapter_version` the adapter's. After the FlatBuffer, where
@@ -28,16 +28,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
 from lora_export.lora import Adapter
+from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, Plan, TensorSpec
-from lora_export.storage import hash_ending, input_files, json_files
+from lora_export.plan.own_heads import head_into_base
+from lora_export.storage import hashes, input_files, json_files
 
 CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
-ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
-SHARE_ONE_HEAD = (
-    "If all adapters share one head, merge it into the model once (lora-export merge BASE ADAPTER -o with-head "
-    "--only-head), and export with-head with --ignore-head."
-)
-HEADS_BY_ROW = "A graph of --lora rows takes adapters with heads of their own."
+ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `lora="rows"`
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 ADAPTER_SCALES = "adapter_scales"  # its input where a row has several adapters: a factor for each
 ROW_INPUTS = (ADAPTER_IDS, ADAPTER_SCALES)
@@ -150,7 +147,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
     """Read the contract in a graph's metadata. Raises InputRefused where there is none, or where it is damaged."""
     if CONTRACT_KEY not in metadata:
         raise InputRefused(
-            f"{source} does not record where it takes adapters: it was not made by `lora-export onnx --lora inputs`, "
+            f"{source} does not record where it takes adapters: it was not made by `{command('onnx', lora='inputs')}`, "
             f"or it has lost its metadata ({CONTRACT_KEY})"
         )
     record = json_files.parse_json(metadata[CONTRACT_KEY].encode(), f"{source}, {CONTRACT_KEY}")
@@ -187,6 +184,19 @@ def version_of(fingerprint: str) -> int:
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
+def share_one_head() -> str:
+    """What to do where all adapters have the same head."""
+    return (
+        f"If all adapters share one head, merge it into the model once ({head_into_base()}), and export with-head with "
+        f"{named('ignore_head', True)}."
+    )
+
+
+def heads_by_row() -> str:
+    """Which graph adapters with heads of their own fit."""
+    return f"A graph of {named('lora', 'rows')} takes adapters with heads of their own."
+
+
 def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold.
 
@@ -196,14 +206,15 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         found = [f"{name}: a whole tensor" for name in adapter.replaced if not _has_pair(name, adapter)]
         found += [f"{name}: a change of a bias" for name in adapter.biases]
+        found += [f"{name}: a change of a vector" for name in adapter.added]
         found += [f"{name}: rows of tokens" for name in adapter.token_rows]
         problems += [f"{adapter.name}, {line}" for line in found]
     if problems:
         raise InputRefused(
             "only low-rank pairs can be swapped while a graph runs; these cannot:",
             listed(problems),
-            "Merge such an adapter into a graph of its own (--lora merged).",
-            *([HEADS_BY_ROW, SHARE_ONE_HEAD] if any(adapter.replaced for adapter in adapters) else []),
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}).",
+            *([heads_by_row(), share_one_head()] if any(adapter.replaced for adapter in adapters) else []),
             "Nothing was written.",
         )
 
@@ -219,7 +230,7 @@ def refuse_new_tables(plan: Plan) -> None:
         raise InputRefused(
             "only low-rank pairs can be swapped while a graph runs; these whole tensors differ from the base's:",
             listed(tables),
-            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
         )
 
 
@@ -236,7 +247,8 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
         raise InputRefused(
             "the graph has no input for DoRA's factor at these weights:",
             listed(lacking),
-            "Make the graph with an adapter that has DoRA, or with `onnx --lora inputs --dora`. Nothing was written.",
+            f"Make the graph with an adapter that has DoRA, or with `{command('onnx', lora='inputs', dora=True)}`. "
+            "Nothing was written.",
         )
 
 
@@ -254,9 +266,10 @@ def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
         larger += [f"{name}, {step.weight}: rank {rank} > {limit}" for name, rank in ranks.items() if 0 < limit < rank]
     if larger:
         raise InputRefused(
-            "the graph has a fixed rank (--max-rank), and these adapters have a larger one:",
+            f"the graph has a fixed rank ({named('max_rank')}), and these adapters have a larger one:",
             listed(larger),
-            "Export with a larger --max-rank, or make the adapter smaller (lora-export resize). Nothing was written.",
+            f"Export with a larger {named('max_rank')}, or make the adapter smaller ({command('resize')}). "
+            "Nothing was written.",
         )
 
 
@@ -337,7 +350,7 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
         raise OutputFailed(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    hash_ending.append_hash(path)
+    hashes.append_hash(path)
 
 
 def read(path: Path) -> OnnxAdapter:
@@ -347,9 +360,9 @@ def read(path: Path) -> OnnxAdapter:
     values that are not finite.
     """
     input_files.must_be_regular(path)
-    if path.stat().st_size > LIMIT + hash_ending.ENDING:
+    if path.stat().st_size > LIMIT + hashes.ENDING:
         raise InputRefused(f"{path} has {path.stat().st_size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
-    has_hash = hash_ending.agrees_with_hash(path)
+    has_hash = hashes.agrees_with_hash(path)
     try:
         file = import_onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
@@ -378,7 +391,7 @@ def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | s
         raise InputRefused(
             f"{source} does not fit {graph}:",
             listed(misfits),
-            "Make one that does from the trained adapter: `lora-export convert --for MODEL.onnx`",
+            f"Make one that does from the trained adapter: `{command('convert', graph='MODEL.onnx')}`",
         )
 
 

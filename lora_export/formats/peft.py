@@ -1,12 +1,11 @@
 """PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`, or a pickle `adapter_model.bin`.
 
-Everything that is special about PEFT stays in this file, `peft_config.py`, `peft_keys.py` and `peft_ranks.py`. Alpha
+Everything that is special about PEFT stays in this file, `peft_config.py`, `peft_keys.py` and `peft_records.py`. Alpha
 and rank become one scale per pair, and wrapper prefixes are removed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,13 @@ from lora_export.formats.peft_keys import (
     targeted_name,
 )
 from lora_export.formats.peft_records import (
-    LAYOUTS,
     axes_of_experts,
     layouts_of,
     metadata_of,
     notes_of,
     tied_heads,
 )
-from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
+from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files, safetensors_file
@@ -83,9 +81,6 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
-    sha256 = hash_of_files([folder / ADAPTER_CONFIG, weights])
-    if not file.unchanged():
-        raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
         name=name,
         format="peft",
@@ -107,44 +102,13 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"lora_alpha / {'√r' if config.get('use_rslora') else 'r'} in {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
-        sha256=sha256,
+        sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
     )
 
 
 def _folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by its file of tensors."""
     return path.parent if path.name in (WEIGHTS, PICKLE) else path
-
-
-def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: Iterable[str], **config: Any) -> None:
-    """Write an adapter of one rank and scale as PEFT does. `config` holds further fields of its config.
-
-    The caller stages `folder`. `alpha` is the value that the scale of the pairs was computed from. Raises ValueError
-    for an adapter that such a file cannot hold: another rank or scale, DoRA on some layers only, biases, or token rows.
-    """
-    expected = (rank, adapter_scale(rank, alpha, config))
-    dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
-    if (
-        adapter.biases
-        or adapter.token_rows
-        or len(dora) > 1
-        or any((pair.rank, pair.scale) != expected for pair in adapter.pairs.values())
-    ):
-        raise ValueError(f"a PEFT adapter of rank {rank} and alpha {alpha} cannot hold everything in {adapter.name}")
-    fields = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(targets),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced}) or None,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_dora": True in dora,
-        **config,
-    }
-    layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
-    write_files(folder, pair_tensors(adapter) | {WRAPPER + k: v for k, v in adapter.replaced.items()}, fields, layouts)
 
 
 def write_files(

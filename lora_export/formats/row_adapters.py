@@ -1,4 +1,4 @@
-"""What the metadata of a graph made with `--lora rows` records: its adapters, and the labels of their heads."""
+"""What the metadata of a graph made with `lora="rows"` records: its adapters, and the labels of their heads."""
 
 from __future__ import annotations
 

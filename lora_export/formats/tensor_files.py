@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.options.reading import ReadOptions
+from lora_export.options.spelling import named
 from lora_export.storage import input_files, safetensors_file, torch_pickle
 from lora_export.storage.safetensors_file import Entry
 
@@ -39,8 +40,8 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
-            f"{path} is a pickle, which can run code when it is opened. --allow-pickle reads it by torch.load with "
-            "weights_only=True, which reads tensors alone"
+            f"{path} is a pickle, which can run code when it is opened. {named('allow_pickle', True)} reads it by "
+            "torch.load with weights_only=True, which reads tensors alone"
         )
     return torch_pickle.open_pickle(path)
 
@@ -56,6 +57,14 @@ def names_in(path: Path) -> frozenset[str]:
         except (InputRefused, OSError):
             return frozenset()
     return torch_pickle.text_in_pickle(path) if path.suffix in PICKLES else frozenset()
+
+
+def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
+    """The SHA-256 of an adapter's files, the tensors' last. Raises InputRefused where that one changed meanwhile."""
+    sha256 = hash_of_files([*beside, file.path])
+    if not file.unchanged():
+        raise InputRefused(f"{file.path} changed while it was being read")
+    return sha256
 
 
 def hash_of_files(paths: Iterable[Path]) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lora_export.graph import quantised_weights
 from lora_export.graph.operators import ONNX, layout_at, operator_id, transposed_layout
-from lora_export.graph.quantised import quantised_weights
-from lora_export.graph.quantised.quantised_weights import QuantisedWeight
+from lora_export.graph.quantised_weights import QuantisedWeight
 from lora_export.graph.site import Site
 from lora_export.graph.values import stored_dtype, stored_shape, tensor_of
 from lora_export.plan import FLOATS, Layout

@@ -8,8 +8,9 @@ unnamed, and no adapter is applied to it.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +21,26 @@ from lora_export.graph.find_readers import find_readers
 from lora_export.graph.names.base_names import name_by_base
 from lora_export.graph.names.exporter_names import (
     is_stored_transposed,
+    looks_like_parameter,
+    module_of_node,
+    name_before_quantisation,
     name_sites,
     naming_attempts,
     remove_contradictory_names,
 )
-from lora_export.graph.operators import FUSED_EXPERTS, QUANTISED_INPUTS, operator_id, transposed_layout
+from lora_export.graph.operators import FUSED_EXPERTS, MATRIX_PRODUCTS, QUANTISED_INPUTS, operator_id, transposed_layout
 from lora_export.graph.site import Site
-from lora_export.graph.unread_weights import unread_notes, unsupported_specs
-from lora_export.graph.values import initializers, stored_dtype, tensor_of
-from lora_export.plan import FLOATS, TensorSpec
+from lora_export.graph.values import initializers, is_stored, stored_dtype, tensor_of
+from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint
 
 # Operators between an output head and the graph's output that do not mix its features.
 OPERATORS_AFTER_HEAD = frozenset(
     {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze", "Transpose"}
 )
+ADAPTER_NAME = re.compile(r"(^|\.)lora_([AB]|zeros)\b")  # in the name of an adapter's tensor beside a layer
+PRODUCT_NAMES = frozenset(name for _, name in MATRIX_PRODUCTS)
+FULL_PRECISION = "float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,3 +147,76 @@ def _spec(name: str, sites: tuple[Site, ...]) -> TensorSpec:
         shape, layout = shape[::-1], transposed_layout(layout)
     dtype = site.dtype if site.quantised is not None else stored_dtype(site.value)
     return TensorSpec(name, shape, dtype, layout, nbytes=math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+# --- What is not read: matrices in other operators, and unsupported quantisation ---
+
+
+def unread_notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
+    """One note for each kind of node that holds weights and is not read."""
+    sites = list(sites)
+    for op_type, count in Counter(node.op_type for node, _ in _unsupported(model, sites)).items():
+        yield f"{count} {op_type} nodes hold quantised weights in an unsupported format"
+    for reader, count in Counter(_other_readers(model, sites)).items():
+        yield f"{count} matrices are read by {reader}, which is not searched for linear layers"
+
+
+def unsupported_specs(model: ir.Model, sites: Iterable[Site]) -> Iterator[TensorSpec]:
+    """Quantised weights in unsupported formats, by name. The error for an adapter of such a weight shows its dtype."""
+    seen = set()
+    for node, value in _unsupported(model, sites):
+        name, module = name_before_quantisation(value), module_of_node(node)[0]
+        name = name if looks_like_parameter(name) else f"{module}.weight" if module else ""
+        if name and name not in seen:
+            seen.add(name)
+            yield TensorSpec(name, (), f"{stored_dtype(value)} of {node.op_type}")
+
+
+def _other_readers(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
+    """The readers of matrices that are no linear layers, one for each matrix."""
+    for site in sites:
+        if site.layout is not Layout.OTHER or len(site.shape) != 2 or site.node.op_type in QUANTISED_INPUTS:
+            continue
+        if ADAPTER_NAME.search(site.value.name or ""):
+            continue
+        is_call = site.inner_node is not None or site.node.op_identifier() in model.functions
+        operand = " as its first operand" if site.node.op_type in PRODUCT_NAMES and site.index == 0 else ""
+        yield f"the function {site.node.op_type}" if is_call else f"{site.node.op_type}{operand}"
+
+
+def _unsupported(model: ir.Model, sites: Iterable[Site]) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Nodes that read a stored quantised weight in an unsupported format, and the value that they read."""
+    supported = {site.quantised.node for site in sites if site.quantised is not None}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        index = QUANTISED_INPUTS.get(node.op_type, len(node.inputs))
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None and node not in supported and is_stored(value):
+            yield node, value
+
+
+# --- In which precision a graph stores its weights, and in which it computes with them: they need not be the same ---
+
+
+@dataclass(frozen=True)
+class WeightPrecision:
+    """The precision of most entries of the matrices that linear layers and convolutions read."""
+
+    stored: str  # a dtype, or how it is quantised: `4 bits in blocks of 32`
+    computed: str  # the dtype of the product; a Cast or a dequantisation can make it differ
+
+    def __str__(self) -> str:
+        return f"weights stored in {self.stored}, computed in {self.computed}"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether both are float32."""
+        return self.stored == self.computed == FULL_PRECISION
+
+
+def precision_of(sites: Sites) -> WeightPrecision | None:
+    """The precision of a graph with these sites; None for a graph without linear layers. Reads no tensor data."""
+    entries: Counter[WeightPrecision] = Counter()
+    for site in (*sites.linear, *sites.unnamed):
+        stored = stored_dtype(site.value) if site.quantised is None else site.quantised.kind
+        entries[WeightPrecision(stored, site.dtype)] += math.prod(site.shape)
+    return max(entries, key=lambda each: entries[each], default=None)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
+from lora_export.graph.quantised_weights import MATMUL_NBITS
 from lora_export.graph.values import is_stored
 from lora_export.plan import Layout
 

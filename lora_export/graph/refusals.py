@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.find_sites import Sites
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
 from lora_export.structured_pairs import StructuredPair
 
@@ -50,13 +51,14 @@ def refuse_full_rank(plan: Plan) -> None:
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
                 raise InputRefused(
                     f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "
-                    "and B: beside the weight it would cost more than the weight itself. Merge it (--lora merged)"
+                    "and B: beside the weight it would cost more than the weight itself. Merge it "
+                    f"({named('lora', 'merged')})"
                 )
 
 
 @contextlib.contextmanager
 def base_as_remedy(sites: Sites) -> Iterator[None]:
-    """Name `--base` in a MatchError, where layers of a graph without a checkpoint lack a certain name.
+    """Name the option `checkpoint` in a MatchError, where layers of a graph without a checkpoint lack a certain name.
 
     Where one operator computes all experts of a layer, the error names that.
     """
@@ -70,7 +72,8 @@ def base_as_remedy(sites: Sites) -> Iterator[None]:
         layers = "1 linear layer" if len(sites.unnamed) == 1 else f"{len(sites.unnamed)} linear layers"
         raise error.with_remedy(
             f"{layers} of the graph lost the name, or contain several weights in one, as a packed q, k and v. "
-            "--base CHECKPOINT, from which the graph was exported, finds the weights by their content"
+            f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, finds the weights by their "
+            "content"
         ) from error
 
 
@@ -90,9 +93,10 @@ def refuse_quantised(step: Step, sites: Sites) -> None:
     if kinds:
         raise InputRefused(
             f"{step.weight} is quantised ({', '.join(sorted(kinds))}), and quantised weights are not quantised again "
-            "by default. Keep the adapter beside the weight (onnx MODEL.onnx --lora nodes), which is best for an "
-            "adapter that was trained on a quantised base; or quantise the changed weight again (merge --requantize), "
-            "which rounds the change too; or merge into the float model, and quantise that"
+            f"by default. Keep the adapter beside the weight ({command('onnx', 'MODEL.onnx', lora='nodes')}), which is "
+            "best for an adapter that was trained on a quantised base; or quantise the changed weight again "
+            f"({command('merge', requantize=True)}), which rounds the change too; or merge into the float model, and "
+            "quantise that"
         )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.graph.operators import FUSED_PRODUCTS, MICROSOFT, ONNX, operator_id, transposed_layout
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, QuantisedWeight, Steps
+from lora_export.graph.quantised_weights import MATMUL_NBITS, QuantisedWeight, Steps
 from lora_export.graph.values import stored_shape, tensor_of
 from lora_export.plan import Layout
 

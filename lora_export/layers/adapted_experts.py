@@ -21,20 +21,17 @@ from lora_export.layers.adapted_layers import (
     is_recording,
     record_branch,
 )
+from lora_export.layers.exchanged_class import subclass
+from lora_export.layers.torch_internals import own_parameters
 
 # The parameter of `forward` that has the chosen experts of each token, in all classes of transformers.
 CHOSEN_EXPERTS = ("top_k_index", "router_indices")
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
-
-def adapted_experts_class(original: type[nn.Module], attributes: Sequence[str]) -> type[nn.Module]:
+def adapted_experts_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of the class of experts. `attributes` are its stacked parameters."""
-    key = original, tuple(attributes)
-    if key not in _CLASSES:
-        properties = {name: property(functools.partial(_read, name)) for name in attributes}
-        _CLASSES[key] = type(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
-    return _CLASSES[key]
+    properties = {name: property(functools.partial(_read, name)) for name in attributes}
+    return subclass(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
 
 
 def _read(attribute: str, owner: nn.Module) -> Tensor | None:
@@ -65,6 +62,6 @@ def _computed(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 def expert_of(branch: Branch, owner: nn.Module) -> int:
     """The expert whose weight the branch changes."""
-    region, weight = branch.region, owner._parameters[branch.weight]
+    region, weight = branch.region, own_parameters(owner)[branch.weight]
     assert region is not None and weight is not None
     return int(region.rows.start * weight.shape[0] // region.shape[0])

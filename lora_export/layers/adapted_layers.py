@@ -22,10 +22,11 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.exchanged_class import subclass
 from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
 from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
-from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
-from lora_export.layers.sharded_weights import is_in_shares
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, oriented
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
 from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
@@ -104,7 +105,7 @@ def attached_modules(module: nn.Module) -> list[nn.Module]:
 
 def branch_parameter(owner: nn.Module, part: str, branch: Branch) -> Tensor:
     """The A, B or magnitude of a branch, by the `part` (see BRANCH_PARTS)."""
-    found: Tensor = cast(nn.ParameterDict, owner._modules[part])[branch.parameter]
+    found: Tensor = cast(nn.ParameterDict, own_modules(owner)[part])[branch.parameter]
     return found
 
 
@@ -115,7 +116,7 @@ def low_rank_factors(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
 
 def branch_tensors(module: nn.Module) -> list[Tensor]:
     """The A, B and magnitudes of all branches below a module, trained or frozen."""
-    parts = [owner._modules.get(part) for owner in attached_modules(module) for part in BRANCH_PARTS]
+    parts = [own_modules(owner).get(part) for owner in attached_modules(module) for part in BRANCH_PARTS]
     return [parameter.data for part in parts if part is not None for parameter in part.parameters()]
 
 
@@ -124,7 +125,7 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
 
     Of a W in shares, the share: PyTorch reads it here, and nothing computes with it.
     """
-    weight = owner._parameters[attribute]
+    weight = own_parameters(owner)[attribute]
     if weight is not None and is_in_shares(weight):
         return weight
     attachment = attachment_of(owner)
@@ -157,7 +158,7 @@ def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) 
 
 def _rows(owner: nn.Module) -> tuple[Tensor, Tensor]:
     """The rows that are trained (count, width), and their indices (count,)."""
-    rows, indices = owner._parameters[TRAINED_ROWS], owner._buffers[ROW_INDICES]
+    rows, indices = own_parameters(owner)[TRAINED_ROWS], own_buffers(owner)[ROW_INDICES]
     assert rows is not None and indices is not None
     return rows, indices
 
@@ -219,7 +220,7 @@ def per_output(values: Tensor, dimensions: int) -> Tensor:
 
 def adapted_bias(owner: nn.Module) -> Tensor | None:
     """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
-    bias, shift = owner._parameters["bias"], owner._buffers.get("lora_shift")
+    bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
     factor = attachment_of(owner).factor
     if bias is None or shift is None or not factor:
         return bias
@@ -268,7 +269,7 @@ def _forward_with_dora(
     if x.numel():
         record_branch(branch)
     a, b = low_rank_factors(owner, branch)
-    weight = cast(Tensor, owner._parameters[branch.weight])
+    weight = cast(Tensor, own_parameters(owner)[branch.weight])
     factor = per_output(_dora_factor(owner, branch, _weight_sum(owner, weight, [branch])), output_axis)
     y, kept = layer(x, None), _pair_input(owner, x, a, branch)
     change = pair(kept, a, b) * (attachment.factor * branch.scale)
@@ -321,7 +322,7 @@ class _LinearBranches(_AdaptedLayer):
 
     # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = cast(Tensor, self._parameters["weight"]), self.bias
+        weight, bias = cast(Tensor, own_parameters(self)["weight"]), self.bias
         if attachment_of(self).rows is not None:
             rows, indices = _rows(self)
             y = F.linear(input, weight, bias)
@@ -348,14 +349,14 @@ class _FourBitBranches(nn.Module):
     bias = property(adapted_bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _linear_with_branches(self, input, cast(Tensor, self._parameters["weight"]), self.bias)
+        return _linear_with_branches(self, input, cast(Tensor, own_parameters(self)["weight"]), self.bias)
 
 
 class _Conv1DBranches(_AdaptedLayer):
     """For the `forward` of transformers' Conv1D, whose weight is (in, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = cast(Tensor, self._parameters["weight"])
+        weight = cast(Tensor, own_parameters(self)["weight"])
         if (trained := _output_in_training(self, x, weight.T, self.bias)) is not None:
             return trained
 
@@ -372,7 +373,7 @@ class _ConvolutionBranches(_AdaptedLayer):
     """For the `forward` of nn.Conv1d, nn.Conv2d and nn.Conv3d. A is convolved as W is; B has a kernel of size 1."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = cast(Tensor, self._parameters["weight"])
+        weight = cast(Tensor, own_parameters(self)["weight"])
         convolve = cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], self._conv_forward)
         return _forward_with_branches(
             self,
@@ -388,7 +389,7 @@ class _EmbeddingBranches(nn.Embedding):
     """For `nn.Embedding.forward`. Subclasses such as Gemma's, which scale its result, call this in its place."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = cast(Tensor, self._parameters["weight"])
+        weight = cast(Tensor, own_parameters(self)["weight"])
         pad = self.padding_idx  # whose row gets no gradient
         if attachment_of(self).rows is not None:
             return _embedded_with_rows(self, input, F.embedding(input, weight, pad))
@@ -420,19 +421,13 @@ class _AdaptedAttention(nn.Module):
     v_proj_weight = property(lambda self: adapted_weight(self, "v_proj_weight"))
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a layer's class -> its adapted subclass
-
-
 def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working."""
-    if original not in _CLASSES:
-        name = f"Lora{original.__name__}"
-        if issubclass(original, nn.Embedding):
-            bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
-            _CLASSES[original] = type(name, bases, {"weight": _AdaptedLayer.weight})
-        else:
-            _CLASSES[original] = type(name, (_adapted_base(original), original), {})
-    return _CLASSES[original]
+    name = f"Lora{original.__name__}"
+    if not issubclass(original, nn.Embedding):
+        return subclass(name, (_adapted_base(original), original))
+    bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
+    return subclass(name, bases, {"weight": _AdaptedLayer.weight})
 
 
 def has_own_branches(original: type[nn.Module]) -> bool:

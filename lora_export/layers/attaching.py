@@ -32,6 +32,7 @@ from lora_export.layers.adapted_layers import (
     attachment_of,
     has_own_branches,
 )
+from lora_export.layers.exchanged_class import exchange_class
 from lora_export.layers.folding import folded_tensor, replacement_tensor
 from lora_export.layers.four_bit_weights import float_weight, four_bit_linear, is_4bit
 from lora_export.layers.module_tensors import (
@@ -43,6 +44,8 @@ from lora_export.layers.module_tensors import (
     wide_dtype,
 )
 from lora_export.layers.plan_targets import target_tensors
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, unsaved_buffers
+from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 
 NO_WORD = re.compile(r"\W+", re.ASCII)
@@ -141,7 +144,7 @@ def _refuse_untrainable(step: Step) -> None:
     if step.shift is not None:
         raise InputRefused(
             f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
-            "--bias lora_only"
+            f"{named('bias', 'lora_only')}"
         )
 
 
@@ -170,10 +173,11 @@ def _begin_attachment(owner: nn.Module) -> None:
 def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
     original = attachment_of(owner).original
     if of_parts:
-        stacked = [name for name, value in owner._parameters.items() if value is not None and value.ndim >= 3]
-        owner.__class__ = adapted_experts_class(original, stacked)
+        parameters = own_parameters(owner).items()
+        stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
+        exchange_class(owner, adapted_experts_class(original, stacked))
     else:
-        owner.__class__ = adapted_class(original)
+        exchange_class(owner, adapted_class(original))
 
 
 def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
@@ -195,10 +199,10 @@ def _add_branches(
         for part, array in zip(BRANCH_PARTS, (term.pair.a, term.pair.b, term.pair.magnitude), strict=True):
             if array is None:
                 continue
-            if part not in owner._modules:
+            if part not in own_modules(owner):
                 owner.register_module(part, nn.ParameterDict())
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable and not is_frozen)
-            cast(nn.ParameterDict, owner._modules[part])[name] = parameter
+            cast(nn.ParameterDict, own_modules(owner)[part])[name] = parameter
         scale, dora = term.scale, term.pair.magnitude is not None
         layout = step.spec.layout
         branch = Branch(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen)
@@ -271,16 +275,16 @@ def detach(module: nn.Module) -> None:
     """
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
-        owner.__class__ = attachment.original
+        exchange_class(owner, attachment.original)
         for replaced in attachment.replaced:
             registry = tensor_registry(owner, replaced.attribute)
             registry[replaced.attribute] = _converted(replaced.base, registry[replaced.attribute])
         for part in BRANCH_PARTS:
-            owner._modules.pop(part, None)
-        owner._parameters.pop(TRAINED_ROWS, None)
+            own_modules(owner).pop(part, None)
+        own_parameters(owner).pop(TRAINED_ROWS, None)
         for buffer in ("lora_shift", ROW_INDICES):
-            owner._buffers.pop(buffer, None)
-            owner._non_persistent_buffers_set.discard(buffer)
+            own_buffers(owner).pop(buffer, None)
+            unsaved_buffers(owner).discard(buffer)
         del owner.__dict__[ATTACHMENT]
 
 
@@ -325,10 +329,10 @@ def scale_adapters(
             current = current.double() if in_fp64 and current.is_floating_point() else current
             registry[replaced.attribute] = scaled_replacement(replaced, current, factor)
         if attachment.rows is not None and factor == 0 and not keep_replaced:
-            rows, weight = owner._parameters[TRAINED_ROWS], cast(Tensor, owner._parameters["weight"])
-            tensors_before.append((owner._parameters, TRAINED_ROWS, cast(Tensor, rows)))
-            owner._parameters[TRAINED_ROWS] = nn.Parameter(
-                weight[owner._buffers[ROW_INDICES]].detach(), requires_grad=False
+            rows, weight = own_parameters(owner)[TRAINED_ROWS], cast(Tensor, own_parameters(owner)["weight"])
+            tensors_before.append((own_parameters(owner), TRAINED_ROWS, cast(Tensor, rows)))
+            own_parameters(owner)[TRAINED_ROWS] = nn.Parameter(
+                weight[own_buffers(owner)[ROW_INDICES]].detach(), requires_grad=False
             )
     try:
         yield

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_export.errors import count
+from lora_export.layers.exchanged_class import exchange_class, subclass
+from lora_export.layers.torch_internals import own_parameters, reshaped_alone, without_subclass_rules
 
 DEQUANTISED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes writes
 
@@ -68,7 +70,7 @@ def values_of(weight: Tensor, state: State | None, dtype: torch.dtype) -> Tensor
         outer = state.state2
         scales = operators.dequantize_blockwise(scales, outer.absmax, outer.code, outer.blocksize, torch.float32)
         scales = scales + state.offset
-    with torch._C.DisableTorchFunctionSubclass():  # the result is no parameter of bitsandbytes
+    with without_subclass_rules():  # the result is no parameter of bitsandbytes
         packed = weight.detach().view(-1, 1)
         floats = operators.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, state.shape, dtype)
     return cast(Tensor, floats)
@@ -100,8 +102,7 @@ def in_shape(y: Tensor, x: Tensor) -> Tensor:
 
     y must not be used afterwards.
     """
-    made: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-    return made
+    return reshaped_alone(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _FourBitProduct(torch.autograd.Function):
@@ -129,9 +130,6 @@ class _FourBitProduct(torch.autograd.Function):
         return found_x, None, found_bias
 
 
-_FROZEN: dict[type[nn.Module], type[nn.Module]] = {}  # Linear4bit, or a subclass -> the one with the forward below
-
-
 class FourBitLayer(nn.Module):
     """For the `forward` of bitsandbytes' Linear4bit, in the dtype of its input or of autocast.
 
@@ -140,7 +138,7 @@ class FourBitLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """W x + bias, of a frozen W."""
-        return linear(input, cast(Tensor, self._parameters["weight"]), self._parameters.get("bias"))
+        return linear(input, cast(Tensor, own_parameters(self)["weight"]), own_parameters(self).get("bias"))
 
 
 def compute_in_input_dtype(module: nn.Module) -> None:
@@ -148,9 +146,7 @@ def compute_in_input_dtype(module: nn.Module) -> None:
     for part in module.modules():
         original = type(part)
         if has_four_bit_forward(original):
-            if original not in _FROZEN:
-                _FROZEN[original] = type(f"Frozen{original.__name__}", (FourBitLayer, original), {})
-            part.__class__ = _FROZEN[original]
+            exchange_class(part, subclass(f"Frozen{original.__name__}", (FourBitLayer, original)))
 
 
 def four_bit_layers(module: nn.Module) -> str:

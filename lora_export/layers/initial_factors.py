@@ -22,6 +22,7 @@ from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights
 from lora_export.layers.module_tensors import as_array, oriented
 from lora_export.layers.new_adapter import full_rank_layers
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.options.train import Init
 
 STARTING_POINT = "start"  # the name of the adapter of frozen pairs
@@ -42,11 +43,13 @@ def started_from_weights(
         return adapter
     if small := full_rank_layers(adapter):
         raise InputRefused(
-            f"the weights have too few directions for their rank (--init {init}):", listed(list(small.values()))
+            f"the weights have too few directions for their rank ({named('init', init)}):", listed(list(small.values()))
         )
     layers = AdaptableWeights(module).layers
     if stacked := [name for name in adapter.pairs if name not in layers]:
-        raise InputRefused(f"only layers start from their weights (--init {init}), not parts of:", listed(stacked))
+        raise InputRefused(
+            f"only layers start from their weights ({named('init', init)}), not parts of:", listed(stacked)
+        )
     pairs = {}
     for done, (name, pair) in enumerate(adapter.pairs.items(), 1):
         pairs[name] = _started(layers[name], pair, DECOMPOSITIONS[init])

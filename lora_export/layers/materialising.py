@@ -22,6 +22,7 @@ from lora_export.layers.adapted_layers import (
 )
 from lora_export.layers.attaching import detach, scaled_replacement
 from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor_registry
+from lora_export.layers.torch_internals import own_buffers, own_parameters
 
 # How a tensor is rounded: to a dtype, or by a function, as to the nearest value that a quantised weight can hold.
 Rounding = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -72,7 +73,7 @@ def _widened_layer(owner: nn.Module) -> Iterator[None]:
     """The tensors of one layer and of its branches in fp64. The layer's own tensors are not touched."""
     registries: list[MutableMapping[str, Any]] = []
     for part in owner.modules():
-        registries += [part._parameters, part._buffers]
+        registries += [own_parameters(part), own_buffers(part)]
     before = [dict(registry) for registry in registries]
     for registry in registries:
         for name, tensor in registry.items():
@@ -95,7 +96,7 @@ def _merged_tensors(owner: nn.Module, replacement_factor: float | None) -> dict[
             current = scaled_replacement(replaced, current, replacement_factor)
         merged[replaced.attribute] = current
     merged |= {branch.weight: adapted_weight(owner, branch.weight) for branch in attachment.branches}
-    if "lora_shift" in owner._buffers:
+    if "lora_shift" in own_buffers(owner):
         merged["bias"] = adapted_bias(owner)
     return {attribute: value for attribute, value in merged.items() if value is not None}
 

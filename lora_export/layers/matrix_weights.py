@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_export.layers.adapted_layers import attachment_of, is_attached
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, layout_of, tensor_name
+from lora_export.layers.torch_internals import own_parameters
 from lora_export.plan import Layout
 
 
@@ -24,7 +25,7 @@ class MatrixWeight(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The stored tensor, without adapters."""
-        return cast(Tensor, self.owner._parameters[self.attribute])
+        return cast(Tensor, own_parameters(self.owner)[self.attribute])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -34,7 +35,7 @@ class MatrixWeight(NamedTuple):
 
     @property
     def has_bias(self) -> bool:
-        return self.owner._parameters.get(self._bias) is not None
+        return own_parameters(self.owner).get(self._bias) is not None
 
     @property
     def bias(self) -> Tensor | None:
@@ -60,7 +61,7 @@ def find_matrix_weights(module: nn.Module) -> list[MatrixWeight]:
         attention = owner if isinstance(owner, nn.MultiheadAttention) else parents.get(owner)
         attention = attention if isinstance(attention, nn.MultiheadAttention) else None
         attribute = "in_proj_weight" if attention is owner else "weight"
-        if (attention is owner or original.forward in known) and owner._parameters.get(attribute) is not None:
+        if (attention is owner or original.forward in known) and own_parameters(owner).get(attribute) is not None:
             layout = layout_of(owner, attribute)
             found.append(MatrixWeight(tensor_name(path, attribute), owner, attribute, layout, attention))
     return found

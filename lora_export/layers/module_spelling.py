@@ -9,8 +9,8 @@ from torch import nn
 
 from lora_export.layers.module_tensors import specs
 from lora_export.lora import Adapter
-from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
-from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.names.architecture import ArchitectureRules, rules_of
+from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.plan.spelling import respelled
 

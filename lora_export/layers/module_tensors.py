@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.four_bit_weights import float_shape, is_4bit
+from lora_export.layers.torch_internals import own_buffers, own_parameters, unsaved_buffers
 from lora_export.plan import Layout, TensorSpec
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,8 +33,8 @@ class ModuleTensor(NamedTuple):
 def named_tensors(module: nn.Module) -> Iterator[ModuleTensor]:
     """Every parameter and persistent buffer, in the order of the state_dict."""
     for path, owner in module.named_modules(remove_duplicate=False):
-        for attribute, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None and attribute not in owner._non_persistent_buffers_set:
+        for attribute, tensor in (*own_parameters(owner).items(), *own_buffers(owner).items()):
+            if tensor is not None and attribute not in unsaved_buffers(owner):
                 yield ModuleTensor(tensor_name(path, attribute), owner, attribute, tensor)
 
 
@@ -87,7 +88,7 @@ def conv1d() -> tuple[type[nn.Module], ...]:
 
 def tensor_registry(owner: nn.Module, attribute: str) -> dict[str, Any]:
     """The dictionary of `owner` that holds this tensor: its parameters or its buffers."""
-    return owner._parameters if attribute in owner._parameters else owner._buffers
+    return own_parameters(owner) if attribute in own_parameters(owner) else own_buffers(owner)
 
 
 def oriented(weight: Tensor, layout: Layout) -> Tensor:
@@ -118,3 +119,17 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
         return bits
     array: NDArray[Any] = own.numpy()
     return array
+
+
+# --- Weights of which each of several processes holds a share (FSDP): PyTorch's DTensor ---
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, where it is in no shares."""
+    loaded = sys.modules.get("torch.distributed.tensor")  # by `fully_shard`
+    return tensor.to_local() if loaded and isinstance(tensor, loaded.DTensor) else tensor
+
+
+def is_in_shares(tensor: Tensor) -> bool:
+    """Whether this process holds a share of the tensor alone."""
+    return own_share(tensor) is not tensor

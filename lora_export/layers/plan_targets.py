@@ -10,6 +10,7 @@ from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import attachment_of, is_attached
 from lora_export.layers.module_tensors import ModuleTensor, named_tensors, specs, tensor_registry
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Tied, Ties, are_same_change
 from lora_export.plan.match_names import BaseTensors, find_prefix
 from lora_export.plan.ties import shared
@@ -56,8 +57,8 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
         groups = "; ".join(" and ".join(target.name for target in group) for group in tied)
         raise InputRefused(
             f"one tensor under several names: {groups}. A change under one name would silently change the others. "
-            "--tied untie gives each a tensor of its own, as the adapter was trained; --tied both changes all of them. "
-            "Nothing was changed."
+            f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained; "
+            f"{named('tied', 'both')} changes all of them. Nothing was changed."
         )
 
 

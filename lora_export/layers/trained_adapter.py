@@ -20,6 +20,7 @@ from lora_export.layers.adapted_layers import (
 )
 from lora_export.layers.four_bit_weights import float_shape
 from lora_export.layers.module_tensors import as_array, tensor_registry, wide_dtype
+from lora_export.layers.torch_internals import own_modules, own_parameters
 from lora_export.lora import Adapter, LoraPair
 
 
@@ -45,9 +46,9 @@ def refuse_trainable_base(module: nn.Module) -> None:
     """Raise InputRefused where a parameter of the base would be trained beside the attached adapters."""
     allowed: set[int] = set()
     for owner in attached_modules(module):
-        parts = [owner._modules[part] for part in BRANCH_PARTS if part in owner._modules]
+        parts = [own_modules(owner)[part] for part in BRANCH_PARTS if part in own_modules(owner)]
         allowed.update(id(parameter) for part in parts if part is not None for parameter in part.parameters())
-        if (rows := owner._parameters.get(TRAINED_ROWS)) is not None:
+        if (rows := own_parameters(owner).get(TRAINED_ROWS)) is not None:
             allowed.add(id(rows))
         for tensor in attachment_of(owner).replaced:
             allowed.add(id(tensor_registry(owner, tensor.attribute)[tensor.attribute]))
@@ -93,7 +94,7 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
                 replaced[tensor.name] = as_array(tensor_registry(owner, tensor.attribute)[tensor.attribute])
                 found = True
         if attachment.rows is not None and attachment.rows.adapter == like.name:
-            name, values = attachment.rows.name, owner._parameters[TRAINED_ROWS]
+            name, values = attachment.rows.name, own_parameters(owner)[TRAINED_ROWS]
             assert values is not None
             token_rows[name] = dataclasses.replace(token_rows[name], values=as_array(values))
             found = True

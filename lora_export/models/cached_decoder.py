@@ -12,6 +12,7 @@ such a model takes one token of each row in a run.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import onnx_ir as ir
@@ -22,18 +23,10 @@ from torch.export import Dim
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.models.decoder_cache import DecoderCache, cache_after_prompt, name_cache
-from lora_export.models.export import (
-    exported_by_transformers,
-    is_hugging_face,
-    name_axes,
-    refuse_other_opset,
-    tracing,
-)
-from lora_export.models.exporter_refusals import exporter_refusals
-from lora_export.models.key_value_cache import USE_CACHE
+from lora_export.models.export import exported_with_cache, name_axes
+from lora_export.models.failures import named_failures
 from lora_export.models.model import Axes, ModelInputs
-from lora_export.models.positions import counts_by_mask, takes_positions
-from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, tracing
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
 # Sizes to trace with: none is 1, which an exporter takes for a constant, and no two are equal.
@@ -65,12 +58,8 @@ def export_decoder(module: nn.Module, *, opset: int | None = None) -> ir.Model:
     inputs, axes = _inputs(module, past)
     dynamic: dict[str, Any] = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
     dynamic[past.keyword] = [dict.fromkeys(own, Dim.DYNAMIC) for own in past.varying_axes]
-    with tracing(module), exporter_refusals(module):
-        program = exported_by_transformers(
-            module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset
-        )
-        simplify(program)
-    refuse_other_opset(program, opset)
+    with tracing(module):
+        program = exported_with_cache(module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset)
     _remove_unread_positions(program)
     cached = name_cache(program)
     symbols = {0: BATCH_SYMBOL, 2: PAST_SYMBOL}
@@ -105,3 +94,19 @@ def _remove_unread_positions(program: ir.Model) -> None:
     for value in list(program.graph.inputs):
         if value.name == POSITION_IDS and not value.uses():
             program.graph.inputs.remove(value)
+
+
+def takes_positions(module: nn.Module) -> bool:
+    """Whether positions are a parameter of the model's forward."""
+    return POSITION_IDS in inspect.signature(module.forward).parameters
+
+
+def counts_by_mask(module: nn.Module) -> bool:
+    """Whether the model counts the ones of the mask (OPT), and not all positions. Runs it twice."""
+    ids = torch.arange(3).expand(2, -1)
+    padded = {IDS: ids, MASK: (ids > 0).long()}  # the first position is padding
+    with tracing(module), named_failures(module, padded, "padded prompt"):
+        without, given = (
+            module(**padded, **positions)[0][:, -1] for positions in ({}, {POSITION_IDS: ids.contiguous()})
+        )
+    return not torch.allclose(without, given)

@@ -20,9 +20,8 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS, PAST, PAST_CONV, PAST_RECURRENT, PRESENT, PRESENT_CONV, PRESENT_RECURRENT
-from lora_export.models.export import tracing
 from lora_export.models.failures import named_failures
-from lora_export.models.key_value_cache import USE_CACHE
+from lora_export.models.tracing import USE_CACHE, tracing
 
 # The keyword of forward that takes the cache, in the order of transformers' generations.
 CACHE_KEYWORDS = ("cache", "past_key_values")

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
-from lora_export.models.export import silence
+from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.models.failures import innermost_cause
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
+from lora_export.models.tracing import silence
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, OF_DIFFUSERS, open_checkpoint
 
@@ -122,7 +123,6 @@ def _made_of(wanted: tuple[Wanted, ...]) -> Callable[[Sizes, torch.Generator], M
 
 def _flatten_arguments(module: Any, wanted: tuple[Wanted, ...]) -> None:
     """Let a module take these inputs by keyword and return its one output by name, from now on."""
-    # A class in place of a method of the module: copies of the module are of this class, too.
     cls = type(module)
     nested = [each.name for each in wanted if each.is_nested]
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -136,7 +136,7 @@ def _flatten_arguments(module: Any, wanted: tuple[Wanted, ...]) -> None:
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     parameters += [inspect.Parameter(each.name, keyword) for each in wanted]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    exchange_forward(module, forward)
 
 
 # --- Inputs by class ---

@@ -41,19 +41,10 @@ from lora_export.models.cached_decoder import (
     TRACED_PAST,
     TRACED_SEQUENCE,
 )
-from lora_export.models.export import (
-    exported_by_transformers,
-    is_hugging_face,
-    name_axes,
-    refuse_other_opset,
-    to_onnx,
-    tracing,
-)
-from lora_export.models.exporter_refusals import exporter_refusals
+from lora_export.models.export import exported_with_cache, name_axes, to_onnx
 from lora_export.models.failures import named_failures
-from lora_export.models.key_value_cache import USE_CACHE, cache_enabled
 from lora_export.models.model import Model, ModelInputs
-from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, cache_enabled, is_hugging_face, tracing
 
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
 ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward
@@ -153,10 +144,8 @@ class _DecoderExporter:
             cross = dict.fromkeys(self.cross_axes, Dim.DYNAMIC)
             layers = (cache.self_attention_cache.layers, cache.cross_attention_cache.layers)
             dynamic[PAST] = [own] * (2 * len(layers[0])) + [cross] * (2 * len(layers[1]))
-        with self._tracing(), exporter_refusals(self.module):
-            program = exported_by_transformers(self.module, inputs, dynamic, self.opset)
-            simplify(program)
-        refuse_other_opset(program, self.opset)
+        with self._tracing():
+            program = exported_with_cache(self.module, inputs, dynamic, self.opset)
         self._rename(program, has_past=cache is not None)
         return program
 

@@ -11,13 +11,10 @@ import contextlib
 import copy
 import importlib
 import io
-import logging
 import re
 import shutil
-import sys
-import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,12 +24,13 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.exporter_refusals import exporter_refusals
-from lora_export.models.failures import named_failures
-from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
+from lora_export.models.failures import exporter_refusals, named_failures
+from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
+from lora_export.options.spelling import named
 
 # --- ONNX ---
 
@@ -51,12 +49,11 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
-    with tracing(module), _without_cache(module):
+    with tracing(module), without_cache(module):
         names = _output_names(module, inputs)
-        with exporter_refusals(module, *_ways_with_state(module)):
-            model = _run_exporter(module, inputs, dynamic, names, opset)
-            simplify(model)
-    refuse_other_opset(model, opset)
+        model = _simplified(
+            module, opset, lambda: _run_exporter(module, inputs, dynamic, names, opset), *_ways_with_state(module)
+        )
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -85,7 +82,7 @@ def check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
 
 def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     # In a graph, an initializer with the name of an input is the default value of this input.
-    names = [name for name in inputs if name in module._parameters or name in module._buffers]
+    names = [name for name in inputs if name in own_parameters(module) or name in own_buffers(module)]
     if names:
         raise RuntimeRefused(
             f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
@@ -94,7 +91,7 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    remedy = "If it needs other inputs, give them: --inputs FILE.npz" if is_hugging_face(module) else ""
+    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
     with named_failures(module, inputs, "example inputs", remedy):
         return list(named_outputs(module(**inputs)))
 
@@ -108,7 +105,7 @@ def _run_exporter(
 ) -> ir.Model:
     # Not optimised here: see simplify.
     if is_hugging_face(module):
-        return exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
+        return _exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
     with _forgotten_kernels():
         exported = torch.onnx.export(
             module,
@@ -136,17 +133,26 @@ def _forgotten_kernels() -> Iterator[None]:
     kernels: list[Any] = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
     try:
         for kernel in kernels:
-            kernel._dispatch_cache.clear()
+            forget_kernels(kernel)
         yield
     finally:
         for kernel in kernels:
-            kernel._dispatch_cache.clear()
+            forget_kernels(kernel)
 
 
-def exported_by_transformers(
+def exported_with_cache(
     module: nn.Module, inputs: Mapping[str, Any], dynamic: Mapping[str, Any], opset: int | None
 ) -> ir.Model:
-    """The graph that transformers' exporter makes, not simplified yet. `inputs` may contain a cache."""
+    """The graph of a model of transformers whose `inputs` contain a cache, or ask for one. Its axes have no names yet.
+
+    Raises RuntimeRefused where the exporter refuses the model.
+    """
+    return _simplified(module, opset, lambda: _exported_by_transformers(module, inputs, dynamic, opset))
+
+
+def _exported_by_transformers(
+    module: nn.Module, inputs: Mapping[str, Any], dynamic: Mapping[str, Any], opset: int | None
+) -> ir.Model:
     transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
     config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
     own = set(vars(module))
@@ -159,10 +165,14 @@ def exported_by_transformers(
     return program
 
 
-def refuse_other_opset(model: ir.Model, opset: int | None) -> None:
-    """Raise RuntimeRefused where the exporter wrote another operator set than the requested one."""
+def _simplified(module: nn.Module, opset: int | None, export: Callable[[], ir.Model], *ways: str) -> ir.Model:
+    """What an exporter makes, simplified. Raises RuntimeRefused where it refuses, or writes another operator set."""
+    with exporter_refusals(module, *ways):
+        model = export()
+        simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
         raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
+    return model
 
 
 def refuse_unused_inputs(model: ir.Model, inputs: Iterable[str]) -> None:
@@ -214,7 +224,7 @@ def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
     """
     with exporter_refusals(module):
         traced = copy.deepcopy(module).requires_grad_(False)
-    with tracing(traced), _without_cache(traced), exporter_refusals(module):
+    with tracing(traced), without_cache(traced), exporter_refusals(module):
         # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
         script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
     assert isinstance(script, torch.jit.ScriptModule)
@@ -240,54 +250,6 @@ def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
                     shutil.copyfileobj(read, write)
 
 
-# --- What both need ---
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    """Whether transformers knows how to export the module. Does not import transformers."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-def _without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    return cache_disabled(module) if is_hugging_face(module) else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def tracing(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
-
-    The module's own modes are restored afterwards.
-    """
-    training = [part for part in module.modules() if part.training]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), silence():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for part in training:
-            part.training = True
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Discard what the exporters print, warn and log. The exception that they raise has all that matters."""
-    disabled, discarded = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            contextlib.redirect_stdout(discarded),
-            contextlib.redirect_stderr(discarded),
-        ):
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 def _ways_with_state(module: nn.Module) -> list[str]:
-    is_stateful = getattr(module, "_is_stateful", False)  # Mamba and hybrids, in transformers
-    return ["A decoder that keeps a state is exported token by token: --with-cache."] if is_stateful else []
+    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
+    return [way] if is_stateful(module) else []

@@ -17,16 +17,17 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.export import check_axes, is_hugging_face, silence, tracing
-from lora_export.models.exporter_refusals import exporter_refusals
-from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
+from lora_export.layers.exchanged_class import exchange_forward
+from lora_export.models.export import check_axes
+from lora_export.models.failures import exporter_refusals
 from lora_export.models.model import Axes
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
+from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
 
+OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply
 PYTORCHS_OWN = frozenset({"aten", "prim", "prims"})  # namespaces of operators
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # of every member: a zip's first
@@ -46,8 +47,7 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     with exporter_refusals(module):
         copied = copy.deepcopy(module).requires_grad_(False)
     _return_dictionaries(copied)
-    without_cache = cache_disabled(copied) if is_hugging_face(copied) else silence()
-    with tracing(copied), without_cache, exporter_refusals(module):
+    with tracing(copied), without_cache(copied), exporter_refusals(module):
         program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
     _remove_records(program)
@@ -75,13 +75,13 @@ def _return_dictionaries(module: nn.Module) -> None:
         outputs = cls.forward(self, *args, **kwargs)
         return named_outputs(outputs) if isinstance(outputs, Mapping) else outputs
 
-    module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    exchange_forward(module, forward)
 
 
 def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
     """Raise RuntimeRefused for a call of a Python function, which no file can contain, and of a package's operator."""
     targets = [node.target for node in program.graph.nodes]
-    others = {each.name() for each in targets if isinstance(each, OpOverload) and each.namespace not in PYTORCHS_OWN}
+    others = {each.name() for each in targets if isinstance(each, OPERATOR) and each.namespace not in PYTORCHS_OWN}
     if others:
         raise RuntimeRefused(
             f"the program of {type(module).__name__} calls {', '.join(sorted(others))}, which is no operator of "

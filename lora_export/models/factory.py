@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.models.dataclass_outputs import with_dictionaries
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
+from lora_export.models.outputs import with_dictionaries
 from lora_export.storage import input_files
 
 # --- Find and call the factory ---

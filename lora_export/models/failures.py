@@ -1,4 +1,4 @@
-"""Failures of a model's own code: an error with the model's name and the cause, and no traceback."""
+"""Failures of a model's own code and of PyTorch's exporters: the cause, its place, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 LONGEST = 400  # characters of a cause: some contain tensors
 # Of PyTorch and Python, where memory is short: a failure of the machine
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")
+# Of torch.onnx, where no function of ONNX computes an operator of PyTorch
+MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
+DEPENDS_ON_VALUES = (
+    "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
+    "export only the part of the model that a graph can contain."
+)
+NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
 
 
 @contextlib.contextmanager
@@ -46,3 +54,44 @@ def innermost_cause(error: BaseException) -> str:
     first = f"{first[:LONGEST]} ..." if len(first) > LONGEST else first
     where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
     return f"{first or type(error).__name__}{where}"
+
+
+# --- of exporters ---
+
+
+@contextlib.contextmanager
+def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
+    try:
+        yield
+    except Exception as error:
+        cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
+        if missing := MISSING_OPERATOR.search(cause):
+            cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
+        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
+
+
+def _place(error: BaseException) -> str:
+    """The module and the line of the model's code that made the node on which the exporter failed; empty if unknown."""
+    node = _failing_node(error)
+    if node is None:
+        return ""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+    line = f"{frames[-1][0]}, {frames[-1][1]}: `{frames[-1][2].strip()}`" if frames else ""
+    parts = [f"in the module {modules[-1]}" if modules else "", line]
+    found = "; ".join(part for part in parts if part)
+    return f" ({found})" if found else ""
+
+
+def _failing_node(error: BaseException | None) -> torch.fx.Node | None:
+    """The node of the program that torch.onnx was about to translate: no exception has it but in its frames."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node):
+                return node
+            trace = trace.tb_next
+        error = error.__cause__
+    return None

@@ -19,6 +19,7 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.layers.four_bit_weights import four_bit_linear
+from lora_export.options.spelling import named
 from lora_export.options.train import BaseQuantization
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.quantised import QUANTIZATION
@@ -121,9 +122,9 @@ def _refuse_other_scheme(checkpoint: Checkpoint, base: TrainedBase) -> None:
     if other := schemes - STORED_SCHEMES:
         raise InputRefused(
             f"{checkpoint.path} is quantised ({', '.join(sorted(other))}): adapters are trained beside floats, and "
-            "beside nf4 and fp4 of bitsandbytes. Make it a float model: merge --dequantize"
+            f"beside nf4 and fp4 of bitsandbytes. Make it a float model: merge {named('dequantize', True)}"
         )
     if base.quantization:
         raise InputRefused(
-            f"{checkpoint.path} is quantised already ({', '.join(sorted(schemes))}): leave out --quantize-base"
+            f"{checkpoint.path} is quantised already ({', '.join(sorted(schemes))}): leave out {named('quantize_base')}"
         )

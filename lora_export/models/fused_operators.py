@@ -1,23 +1,32 @@
 """Onnxruntime's own operators in an exported graph, such as GroupQueryAttention and SkipSimplifiedLayerNormalization.
 
 transformers has the rewrites. They pack q, k and v into one matrix, so that adapters are put into the graph before.
+
+onnxruntime-genai keeps past and present in one buffer of the maximum length (`past_present_share_buffer`), so that no
+token copies the cache. GroupQueryAttention reads and writes as much of it as its `total_sequence_length` states. The
+shape of the past is then no length of what it contains, and the length is read from the mask.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
-from typing import Any
 
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.cache_names import IDS, MASK, PAST
+from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.models.cached_decoder import BATCH_SYMBOL
-from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
-from lora_export.models.past_length import read_past_length_from_mask
+from lora_export.models.internals import fusions_for
 from lora_export.models.simplify import is_nearly_neutral
+from lora_export.models.tracing import silence
+from lora_export.options.spelling import named
+
+ATTENTION = (MICROSOFT, "GroupQueryAttention")
+PASTS, PRESENTS = (3, 4), (1, 2)  # places of the cache among its inputs, and among its outputs
+RANK, LENGTH_AXIS = 4, 2  # of [batch, heads, length, features]
 
 
 def fuse_operators(graph: ir.Model, provider: str) -> None:
@@ -27,15 +36,12 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
     past may be a buffer that is longer than what it contains, where this operator alone reads it: the mask then has the
     length of the past and the new tokens.
 
-    Raises RuntimeRefused where the rewrites fail on the graph.
+    Raises RuntimeRefused where the rewrites fail on the graph, and EnvironmentLacking where transformers lacks them.
     """
-    fusions: Any = importlib.import_module("transformers.exporters.onnxruntime_fusions")
+    steps = list(fusions_for(provider))
     try:
         with silence(), _without_values(graph):
-            for step, providers in fusions._STEPS:
-                if providers is not None and provider not in providers:
-                    continue
-                is_attention = getattr(step, "func", step) is fusions._fuse_group_query_attention
+            for step, is_attention in steps:
                 # transformers fuses a graph for any batch only where it takes one token at once. Decoders are given a
                 # prompt, and then one token at once: what the operator computes for a single row is right for each.
                 for_any_batch = is_attention and _runs_on(provider, graph)
@@ -46,7 +52,7 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
     except Exception as error:
         raise RuntimeRefused(
             f"the graph's operators cannot be fused for {provider}: {innermost_cause(error)}",
-            "Without --fuse the graph keeps ONNX's own operators.",
+            f"Without {named('fuse')} the graph keeps ONNX's own operators.",
         ) from error
 
 
@@ -109,3 +115,66 @@ def _values(graph: ir.Model) -> Iterator[ir.Value]:
 
 def _is_batch(size: int | ir.SymbolicDim) -> bool:
     return isinstance(size, ir.SymbolicDim) and size.value == BATCH_SYMBOL
+
+
+# --- the length of a past ---
+
+
+def read_past_length_from_mask(model: ir.Model) -> None:
+    """Compute the length of the past as that of the mask minus that of the ids; in place.
+
+    A graph in which more than GroupQueryAttention reads the cache stays as it is.
+    """
+    if not _only_attention_reads(model):
+        return
+    inputs = {value.name: value for value in model.graph.inputs}
+    old = list(_lengths(model))
+    if MASK not in inputs or not old:
+        return
+    total, new = (ir.node("Shape", [inputs[name]], {"start": 1, "end": 2}) for name in (MASK, IDS))
+    past = ir.node("Sub", [total.outputs[0], new.outputs[0]])
+    for node in (total, new, past):
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+    model.graph.insert_before(model.graph[0], [total, new, past])
+    for node in old:
+        ir.convenience.replace_all_uses_with(node.outputs[0], past.outputs[0])
+        model.graph.remove(node, safe=True)
+
+
+def takes_shared_buffer(model: ir.Model) -> bool:
+    """Whether past and present may share a buffer that is longer than what it contains."""
+    return _only_attention_reads(model) and not any(True for _ in _lengths(model))
+
+
+def _only_attention_reads(model: ir.Model) -> bool:
+    """Whether GroupQueryAttention alone reads each key and value of the past, and nothing reads those it returns."""
+    pasts = list(_pasts(model))
+    returned = set(model.graph.outputs)
+    for past in pasts:
+        readers = [(node, place) for node, place in past.uses() if not _is_shape(node)]
+        if [(operator_id(node), place in PASTS) for node, place in readers] != [(ATTENTION, True)]:
+            return False
+        ((node, place),) = readers
+        present = node.outputs[PRESENTS[PASTS.index(place)]]
+        if present not in returned or present.uses():
+            return False
+    return bool(pasts)
+
+
+def _lengths(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes that read the length of the past from its shape."""
+    for past in _pasts(model):
+        yield from (node for node, _ in past.uses() if _is_shape(node) and LENGTH_AXIS in _axes(node))
+
+
+def _pasts(model: ir.Model) -> Iterator[ir.Value]:
+    return (value for value in model.graph.inputs if (value.name or "").startswith(f"{PAST}."))
+
+
+def _is_shape(node: ir.Node) -> bool:
+    """Whether a node reads single sizes of a shape, the length alone or any but the length."""
+    return operator_id(node) == ("", "Shape") and (LENGTH_AXIS not in (axes := _axes(node)) or len(axes) == 1)
+
+
+def _axes(node: ir.Node) -> range:
+    return range(RANK)[node.attributes.get_int("start", 0) : node.attributes.get_int("end", RANK)]

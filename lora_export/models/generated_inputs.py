@@ -15,9 +15,7 @@ import torch
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models.failures import named_failures
 from lora_export.models.image_forms import IMAGES
-from lora_export.models.image_prompts import image_prompts
-from lora_export.models.image_shape import image_shape, refuse_huge
-from lora_export.models.image_values import draw_pixels, pixel_range
+from lora_export.models.images import draw_pixels, image_shape, pixel_range, refuse_huge
 from lora_export.models.images_in_text import LEAST_TEXT, PROBED, ImagesInText, images_in_text
 from lora_export.models.model import (
     CHECKED_SIZES,
@@ -32,8 +30,12 @@ from lora_export.models.model import (
 from lora_export.models.signals import spectrogram, time_series, waveform
 from lora_export.models.text_inputs import Part, decoder_part, placeholders, text_part
 from lora_export.models.text_lengths import text_lengths
+from lora_export.options.spelling import named
 
 FRAME_COUNTS = ("num_frames", "frames_per_clip")  # fields of a config with the images of a video
+POINTS, POINT_LABELS = "input_points", "input_labels"
+OBJECTS = "objects"  # symbol: objects to segment in an image, each by its own points
+IN_OBJECT = "points"  # symbol: the points of one object
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _inputs_with(module: Any, takes: list[str], folder: Path, images: ImagesInTe
     if missing := [name for name in ([main] if isinstance(main, str) else main) if name not in axes]:
         raise InputRefused(
             f"{type(module).__name__} takes {' and '.join(missing)}, and its config does not determine valid values. "
-            f"Give them: --inputs FILE.npz, with an array for each input (of {', '.join(takes)})"
+            f"Give them: {named('inputs', 'FILE.npz')}, with an array for each input (of {', '.join(takes)})"
         )
     symbols = {symbol for names in axes.values() for symbol in names.values()}
     sizes = {symbol: size for part in parts for symbol, size in part.sizes.items()}
@@ -142,6 +144,24 @@ def _image(module: Any, takes: list[str], folder: Path) -> Part | None:
         return {name: draw_pixels((sizes["batch"], *shape_of_one), values, generator)}
 
     return Part({name: {0: "batch"}}, make, note=note)
+
+
+def image_prompts(module: Any, takes: list[str], folder: Path) -> Part | None:
+    """Points (batch, objects, points, 2), as x and y in pixels, and their labels: 1 in the object, 0 in the background.
+
+    A third label, -1, marks a place without a point.
+    """
+    if POINTS not in takes or POINT_LABELS not in takes or "pixel_values" not in takes:
+        return None
+    (_, height, width), _ = image_shape(module.config, folder)
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        shape = (sizes["batch"], sizes[OBJECTS], sizes[IN_OBJECT])
+        points = torch.rand((*shape, 2), generator=generator) * torch.tensor([width, height])
+        return {POINTS: points, POINT_LABELS: torch.randint(-1, 2, shape, generator=generator)}
+
+    axes = {0: "batch", 1: OBJECTS, 2: IN_OBJECT}
+    return Part({POINTS: axes, POINT_LABELS: dict(axes)}, make, {OBJECTS: 2, IN_OBJECT: 3})
 
 
 OTHER_KINDS = (decoder_part, _image, image_prompts, waveform, spectrogram, time_series)

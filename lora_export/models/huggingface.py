@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import itertools
 import math
@@ -17,20 +16,24 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
 from lora_export.layers.four_bit_weights import scales_of_4bit
 from lora_export.lora import Adapter
-from lora_export.models.config_numbers import with_numbers
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
-from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pictures import open_image_processor
-from lora_export.models.sentence_transformer import POOLER, as_embedder, embedder_modules, encoder_fields
+from lora_export.models.processors import open_tokenizer, optional_package
+from lora_export.models.sentence_transformer import (
+    POOLER,
+    as_embedder,
+    embedder_modules,
+    encoder_fields,
+    has_removable_pooler,
+)
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
-from lora_export.models.tokenizer import open_tokenizer
-from lora_export.models.unread_pooler import without_unread_pooler
+from lora_export.models.tracing import disable_cache
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
@@ -41,6 +44,10 @@ SHARED_MODULES = 1000  # modules may share their weights
 LABEL_COUNT, MOST_LABELS = "num_labels", json_files.MAX_OBJECTS
 # A model may have more numbers than its folder: shared weights, tables that are computed, a new head.
 MOST_NUMBERS, LARGER = 1 << 26, 2
+TAG = "__float__"
+NUMBERS = {name: float(name) for name in ("Infinity", "-Infinity", "NaN")}
+COMPOSITE = "EncoderDecoderModel"  # the end of the names of classes that are made of two models
+PLACE = "encoder.pooler."
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -341,12 +348,7 @@ def _other_shapes(module: Any, checkpoint: Checkpoint) -> EscapedLines:
 
 
 def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise EnvironmentLacking(
-            f"a Hugging Face model needs transformers ({error}): pip install 'lora-export[hf]'"
-        ) from error
+    return optional_package("transformers", "a Hugging Face model needs", "hf")
 
 
 @contextlib.contextmanager
@@ -364,3 +366,31 @@ def _quiet(transformers: Any) -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def with_numbers(value: Any) -> Any:
+    """The value with these objects as the numbers that they stand for, at any depth."""
+    if isinstance(value, list):
+        return [with_numbers(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    number = value.get(TAG) if len(value) == 1 else None
+    if isinstance(number, str) and number in NUMBERS:
+        return NUMBERS[number]
+    return {key: with_numbers(each) for key, each in value.items()}
+
+
+def without_unread_pooler(module: Any, new: Sequence[str]) -> tuple[str, ...]:
+    """Remove the pooler whose weights are all `new`, those that the folder lacks; return the other new weights.
+
+    Pairs on it are then left out, with a note (see `layers.module_spelling`).
+    """
+    encoder = getattr(module, "encoder", None)
+    if encoder is None or not type(module).__name__.endswith(COMPOSITE) or not has_removable_pooler(encoder):
+        return tuple(new)
+    own = {f"{PLACE}{name}" for name, _ in encoder.pooler.named_parameters()}
+    if not own or not own <= set(new):
+        return tuple(new)
+    encoder.pooler = None
+    module.unread = (PLACE,)
+    return tuple(name for name in new if name not in own)

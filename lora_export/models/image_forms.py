@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.image_shape import image_shape, refuse_huge
-from lora_export.models.image_values import draw_pixels, pixel_range
+from lora_export.models.images import draw_pixels, image_shape, pixel_range, refuse_huge
 from lora_export.models.model import Axes, ModelInputs
 
 IMAGES, PATCHES = "images", "patches"  # symbols of the number of images, and of the patches of all of them

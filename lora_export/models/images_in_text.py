@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_export.errors import InputRefused
 from lora_export.models.image_forms import IMAGES, PATCHES, ImageForm, image_forms
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
+from lora_export.options.spelling import named
 
 PLACEHOLDER_NAMES = ("image_token_id", "image_token_index")  # fields of a config
 MOST_TOKENS = 1 << 31  # of any vocabulary
@@ -53,7 +54,7 @@ class ImagesInText:
         if left < LEAST_TEXT:
             raise InputRefused(
                 f"the images of one text take {self._longest(sizes)} tokens, and the text with them may have "
-                f"{sizes['sequence']}. Give other inputs: --inputs FILE.npz"
+                f"{sizes['sequence']}. Give other inputs: {named('inputs', 'FILE.npz')}"
             )
         return left
 

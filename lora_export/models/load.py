@@ -1,12 +1,14 @@
 """Load the PyTorch model that the user named, with example inputs.
 
 MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory` or a program of torch.export (.pt2). A
-factory is the user's own code and the only code that is run. Nothing is downloaded.
+factory is the user's own code and the only code that is run. Nothing is downloaded. Where a config determines no
+inputs, the user's own are the example.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +17,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_export.errors import InputRefused, listed
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
+from lora_export.errors import InputRefused, RuntimeRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
-from lora_export.models.factory import find_factory, from_factory
+from lora_export.models.factory import find_factory, from_factory, resampled, varying_axes
+from lora_export.models.failures import named_failures
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
-from lora_export.models.model import Model, ModelInputs, Sizes
-from lora_export.models.model_names import refuse_no_model
+from lora_export.models.model import Model, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.streamed_folder import is_streamed, load_streamed
+from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
+from lora_export.storage.npz import read_arrays
 from lora_export.weights.task_head import TaskHead
 
 
@@ -60,7 +65,9 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
         inputs = model.make_inputs(sizes, generator)
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    note = f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it (--dtype)"
+    note = (
+        f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it ({named('dtype')})"
+    )
     return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
 
 
@@ -77,16 +84,16 @@ def _load(
     is_diffusion = Path(source).is_dir() and is_diffusion_model(Path(source))
     if base and base.quantization and (is_diffusion or not Path(source).is_dir()):
         raise InputRefused(
-            f"--quantize-base is for Hugging Face folders of transformers, and {source} is none. A factory may return "
-            "a module with layers of bitsandbytes.nn.Linear4bit"
+            f"{named('quantize_base')} is for Hugging Face folders of transformers, and {source} is none. A "
+            "factory may return a module with layers of bitsandbytes.nn.Linear4bit"
         )
     if is_diffusion:
         return from_diffusers(Path(source), dtype)
     if Path(source).is_dir():
         return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
-    if source.endswith(".pt2"):
+    if artifact_kind(Path(source)) is ArtifactKind.PROGRAM:
         if dtype is not torch.float32:
-            raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
+            raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
         return from_program(Path(source))
     refuse_no_model(source)
     location, _, name = source.rpartition(":")
@@ -110,3 +117,46 @@ def module_with_weights(model: Model, path: Path) -> nn.Module:
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module
+
+
+def with_inputs_from(path: Path, model: Model) -> Model:
+    """The model with generated inputs that are like those in an .npz file, where others cannot be had.
+
+    That is so where the config determines no inputs, where the model fails on the generated ones, and where the file
+    has more inputs. Otherwise the model itself is returned. Runs the model.
+    Raises InputRefused for arrays that forward does not take, and RuntimeRefused where the model fails on the file's.
+    """
+    arrays = read_arrays(path)
+    takes = list(inspect.signature(model.module.forward).parameters)
+    unknown = [name for name in arrays if name not in takes]
+    if model.axes and (unknown or set(arrays) <= set(model.axes)) and _runs(model):
+        return model
+    if unknown or not arrays:
+        raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
+    example = in_dtype_of(model.module, {name: torch.from_numpy(arrays[name]) for name in takes if name in arrays})
+    with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad():
+        model.module(**example)
+    axes, sizes = varying_axes(str(path), model.module, example)
+    note = f"the generated inputs are like those in {path}"
+    return replace(
+        model,
+        axes=axes,
+        make_inputs=lambda wanted, generator: resampled(example, axes, wanted, generator),
+        traced_sizes=sizes,
+        steps={},
+        notes=(*model.notes, note),
+        not_judged=(),
+        derive=None,
+        text_only=None,
+    )
+
+
+def _runs(model: Model) -> bool:
+    """Whether the model computes something of its generated inputs."""
+    inputs = model.example_inputs()
+    try:
+        with named_failures(model.module, inputs), torch.no_grad():
+            model.module(**inputs)
+    except RuntimeRefused:
+        return False
+    return True

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.models.image_forms import PIXELS
-from lora_export.models.image_shape import PROCESSOR
+from lora_export.models.images import PROCESSOR
 from lora_export.models.processors import open_processor
 from lora_export.storage import input_files
 

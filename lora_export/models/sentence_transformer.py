@@ -1,6 +1,8 @@
 """A sentence-transformers folder as one module: the transformer, and what makes an embedding of its tokens.
 
-sentence-transformers itself is not imported. The formulas are those of its release 6.
+sentence-transformers itself is not imported. The formulas are those of its release 6, which the tests compare with. Its
+modules take and return one dictionary, which no exporter takes, so that a forward of our own would be left over; and
+its import takes 14 s of CPU and 570 MiB, where torch and transformers take 4 s and 240 MiB.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
+from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.storage import json_files, safetensors_file
 from lora_export.weights.sentence_modules import ALONE, TRANSFORMER_CONFIG, SentenceModule, sentence_modules
 from lora_export.weights.task_head import CLASS_ENDINGS
@@ -110,8 +113,7 @@ def as_embedder(transformer: Any, modules: Iterable[SentenceModule], dtype: torc
                 "sentence-transformers leaves the tokens of a prompt out of the mean (include_prompt). The embedding "
                 "has all tokens whose attention_mask is 1"
             )
-    names = tuple(module.name for module in modules)
-    transformer.__class__ = _embedder_class(type(transformer), names)
+    _embed(transformer, tuple(module.name for module in modules))
     return notes
 
 
@@ -129,8 +131,8 @@ def has_removable_pooler(transformer: Any) -> bool:
     return "add_pooling_layer" in parameters and getattr(transformer, "pooler", None) is not None
 
 
-def _embedder_class(cls: Any, names: tuple[str, ...]) -> Any:
-    # A class in place of a method of the module: copies of the module are of this class, too.
+def _embed(transformer: nn.Module, names: tuple[str, ...]) -> None:
+    cls: Any = type(transformer)
     signature = inspect.signature(cls.forward)
 
     @functools.wraps(cls.forward)
@@ -144,8 +146,7 @@ def _embedder_class(cls: Any, names: tuple[str, ...]) -> Any:
             getattr(self, name)(features, mask)
         return features
 
-    described = {"module_names": names, "outer_names": OUTER_NAMES, "unread": (POOLER,)}
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, **described})
+    exchange_forward(transformer, forward, module_names=names, outer_names=OUTER_NAMES, unread=(POOLER,))
 
 
 # --- The modules. The features are token_embeddings (batch, sequence, hidden) and sentence_embedding (batch, n) ---

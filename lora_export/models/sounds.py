@@ -6,7 +6,6 @@ libsndfile reads .wav, .flac, .ogg, .mp3 and others. A sound of another rate is 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.models.processors import open_processor
+from lora_export.errors import InputRefused
+from lora_export.models.processors import open_processor, optional_package
 from lora_export.storage import input_files
 
 EXTRACTOR_FILE = "preprocessor_config.json"
+NEED = "sounds need"
 PROCESSOR_FILE = "processor_config.json"  # of transformers 5: the extractor is a part of it
 
 
@@ -35,7 +35,7 @@ def open_extractor(folder: Path) -> Any:
             "The features themselves may be given: lora_export.generate takes arrays",
         )
     return open_processor(
-        "AutoFeatureExtractor", folder, needs="sounds need", failure=f"{folder}: {EXTRACTOR_FILE} cannot be read"
+        "AutoFeatureExtractor", folder, needs=NEED, failure=f"{folder}: {EXTRACTOR_FILE} cannot be read"
     )
 
 
@@ -73,12 +73,12 @@ def read_sound(source: Path | bytes, rate: int) -> NDArray[np.float32]:
         own_rate = sound.samplerate
     if not np.isfinite(samples).all():
         raise InputRefused(f"{_name(source)} has samples that are not finite")
-    return samples if own_rate == rate else _package("soxr").resample(samples, own_rate, rate)
+    return samples if own_rate == rate else optional_package("soxr", NEED, "audio").resample(samples, own_rate, rate)
 
 
 @contextlib.contextmanager
 def _opened(source: Path | bytes) -> Iterator[Any]:
-    soundfile = _package("soundfile")
+    soundfile = optional_package("soundfile", NEED, "audio")
     if isinstance(source, Path):
         input_files.must_be_regular(source)
     try:
@@ -93,13 +93,6 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
 
 def _name(source: Path | bytes) -> str:
     return "the sound" if isinstance(source, bytes) else str(source)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: libsndfile itself is missing
-        raise EnvironmentLacking(f"sounds need {name} ({error}): pip install 'lora-export[audio]'") from error
 
 
 def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:

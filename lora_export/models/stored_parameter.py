@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from lora_export.models.internals import as_plain_tensors, own_parameters, tree_map
 
 MOST_WIDENED_WEIGHTS = 1 << 30  # bytes in fp64; a model with more weights keeps them in their own dtype
 SMALLEST_STREAMED = 1 << 18  # numbers; a smaller tensor stays in memory
@@ -41,7 +42,7 @@ class StoredParameter(nn.Parameter):
     _make: Callable[[], Tensor]
 
     def __new__(cls, shape: Sequence[int], make: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Any:
-        made = cast(Any, torch.Tensor)._make_subclass(cls, torch.full((), math.nan, dtype=dtype).expand(*shape), False)
+        made: Any = torch.full((), math.nan, dtype=dtype).expand(*shape).as_subclass(cls)
         made._make = make
         return made
 
@@ -66,7 +67,7 @@ class StoredParameter(nn.Parameter):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             if name in _FACTS or (attribute and attribute not in _VALUES):
                 return func(*args, **kwargs)
             if name in _LAYOUT:
@@ -91,12 +92,12 @@ def read_stored(module: nn.Module) -> None:
     """Read every stored parameter below a module into memory, in place, in its own dtype. Tied ones stay tied."""
     read: dict[int, nn.Parameter] = {}
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
+        for name, parameter in own_parameters(owner).items():
             if isinstance(parameter, StoredParameter):
                 if id(parameter) not in read:
                     values = parameter.stored().to(parameter.dtype)
                     read[id(parameter)] = nn.Parameter(values, requires_grad=False)
-                owner._parameters[name] = read[id(parameter)]
+                own_parameters(owner)[name] = read[id(parameter)]
 
 
 def packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

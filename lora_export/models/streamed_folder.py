@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.models import stored_parameter
+from lora_export.models.internals import own_buffers, own_parameters
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.streamable import is_streamable
+from lora_export.weights.checkpoint import Checkpoint, is_streamable
 
 
 class StreamedFolder:
@@ -39,9 +39,11 @@ class StreamedFolder:
         """
         made: dict[str, Tensor] = {}
         for path, owner in module.named_modules():
-            for registry in (owner._parameters, owner._buffers):
+            parameters, buffers = own_parameters(owner), own_buffers(owner)
+            registries: tuple[dict[str, Any], ...] = (parameters, buffers)
+            for registry in registries:
                 for attribute, tensor in registry.items():
-                    if tensor is None or (registry is owner._buffers and tensor.data_ptr() not in self._names):
+                    if tensor is None or (registry is buffers and tensor.data_ptr() not in self._names):
                         continue  # a buffer that no file has
                     name = self._names.get(tensor.data_ptr(), "")
                     if not name:
@@ -51,7 +53,7 @@ class StreamedFolder:
                     if not _is_same_view(tensor, self.empty[name]):
                         return False
                     if name not in made:
-                        made[name] = self._tensor(name, tensor, is_parameter=registry is owner._parameters)
+                        made[name] = self._tensor(name, tensor, is_parameter=registry is parameters)
                     registry[attribute] = made[name]
         return True
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_export.models.image_forms import PATCHES
 from lora_export.models.images_in_text import ImagesInText, is_token
 from lora_export.models.model import TOKEN_TYPES, Axes, ModelInputs, Sizes
-from lora_export.models.padding_mask import padding_mask
+from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 Make = Callable[[Sizes, torch.Generator], ModelInputs]
@@ -100,7 +101,7 @@ def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> s
     reason = f" ({why})" if why else ""
     return (
         f"{type(module).__name__} with {' and '.join(missing)} among its tokens{reason}. They are no part of the "
-        "generated inputs: give them by --inputs"
+        f"generated inputs: give them by {named('inputs')}"
     )
 
 
@@ -181,3 +182,16 @@ def decoder_part(module: Any, takes: list[str], _: Path) -> Part | None:
         return {"decoder_input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
 
     return Part({"decoder_input_ids": {0: "batch", 1: "target"}}, make)
+
+
+def padding_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A mask (batch, sequence): 1 for tokens, 0 for padding, at the end of some rows and at the beginning of others.
+
+    Every row but the first has padding.
+    """
+    # A mask of ones alone would never test whether the model reads it.
+    lengths = torch.randint(max(1, shape[1] // 2), shape[1] + 1, (shape[0], 1), generator=generator)
+    lengths[1:] = torch.clamp(lengths[1:], max=max(1, shape[1] - 2))
+    mask = (torch.arange(shape[1]) < lengths).long()
+    mask[2::2] = mask[2::2].flip(1)  # padding at the beginning: a candidate that only reads the lengths must fail
+    return mask

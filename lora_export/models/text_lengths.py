@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_export.models.model import CHECKED_SIZES, Limits, Sizes
+from lora_export.options.spelling import named
 
 LONG = 96  # tokens: more than a mask or a table of 64, the usual length of an example
 PAST_WINDOW = 32  # tokens beyond a sliding window
@@ -54,7 +55,7 @@ def text_lengths(module: Any, symbols: set[str]) -> TextLengths:
         rest = f"what its sliding window of {window:,} tokens leaves out. Generated texts have up to {reached:,} tokens"
     elif not chosen and reached < found.most("sequence"):
         rest = f"texts of more than {reached} tokens, which would take long with a model of this size"
-    return TextLengths(found.limits, long, f"{rest}. Give a longer one by --inputs" if rest else "")
+    return TextLengths(found.limits, long, f"{rest}. Give a longer one by {named('inputs')}" if rest else "")
 
 
 def _window(text: Any) -> int:

@@ -62,10 +62,24 @@ def _flag(name: str, value: object, flags: Mapping[str, str]) -> str:
     flag = flags.get(name) or f"--{name.replace('_', '-')}"
     if value is False:
         return f"--no-{flag.lstrip('-')}"
+    if isinstance(value, Mapping):
+        return " ".join(f"{flag} {key}={_entry(entry)}" for key, entry in value.items())
     return flag if value is _UNSET or value is True else f"{flag} {value}"
 
 
 def _keyword(name: str, value: object) -> str:
+    name = KEYWORDS.get(name, name)
     if value is _UNSET:
-        return f"{KEYWORDS.get(name, name)}="
-    return f'{KEYWORDS.get(name, name)}="{value}"' if isinstance(value, str) else f"{KEYWORDS.get(name, name)}={value}"
+        return f"{name}="
+    if isinstance(value, Mapping):
+        return f"{name}={{{', '.join(f'{_quoted(key)}: {_quoted(entry)}' for key, entry in value.items())}}}"
+    return f"{name}={_quoted(value)}"
+
+
+def _entry(value: object) -> str:
+    """A value of a table: on the command line, several flags of one are `1,0,1`."""
+    return ",".join(str(int(each)) for each in value) if isinstance(value, tuple) else str(value)
+
+
+def _quoted(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -9,16 +9,11 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     attempts.py       the ways to read its names
     respelling.py     its tensors under the names of the base
     placing.py        where the entries of its tensors are in the base
-    expert_axes.py    pairs of experts, turned so that their products have the shape in which experts are stored
-    expert_names.py   stacked pairs of one projection, under the names of the experts
-    missing_experts.py the experts of a stack that an adapter does not change
-    expert_rows.py    pairs of some rows of an expert, as pairs of the whole expert
+    experts.py        the pairs of experts, as the base has these
     stored_region.py  a part of a stored tensor
-    conversion/       how transformers renames and converts weights while it loads them
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
     match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor
-    resized_tables.py  why tables of words have other sizes: new words were added before the training
     own_heads.py      whole layers that adapters bring, where rows of a batch choose them
     ties.py           tied tensors of which an adapter changes one: untied, or changed together
     conflicts.py      why two tensors of adapters cannot change the same base tensor, or one with two names

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from lora_export.errors import Misfit
 from lora_export.lora import Adapter, LoraPair, expert_name, split_part
-from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.plan.match_names import (
     BaseTensors,
     Prefix,

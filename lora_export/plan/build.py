@@ -12,16 +12,22 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
+from lora_export.names.architecture import ArchitectureRules
+from lora_export.options.spelling import named
 from lora_export.plan.attempts import SpelledAdapter, Spelling
 from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.diffusion.components import components_of, joined_components, of_component, only_component
-from lora_export.plan.diffusion.models_in_file import prefixes_of_models, tensors_of_model
+from lora_export.plan.diffusion import (
+    components_of,
+    joined_components,
+    of_component,
+    only_component,
+    prefixes_of_models,
+    tensors_of_model,
+)
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
-from lora_export.plan.match_tensors import Match, match_adapter, resolved
+from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
-from lora_export.plan.resized_tables import resizing_remedy
 from lora_export.plan.spelling import spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, with_copies
 from lora_export.plan.types import Plan, Step, TensorSpec
@@ -171,7 +177,9 @@ def checked_strengths(
         raise InputRefused("there is no adapter to apply")
     strengths = tuple(strengths) if strengths else (1.0,) * len(adapters)
     if len(strengths) != len(adapters):
-        raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
+        raise InputRefused(
+            f"{len(adapters)} adapters but {len(strengths)} weights; give one {named('weights')} per adapter"
+        )
     _refuse_duplicates(adapters)
     for adapter, strength in zip(adapters, strengths, strict=True):
         if not math.isfinite(strength):

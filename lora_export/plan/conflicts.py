@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_export.errors import Misfit
+from lora_export.plan.match_names import apart_or_both
 from lora_export.plan.match_tensors import Match
 from lora_export.plan.types import TensorSpec
 
@@ -36,7 +37,7 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
         if unchanged and any(match.rows is None for match in matches):
             why = (
                 f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "
-                "not change. --tied untie gives each a tensor of its own; --tied both changes both"
+                f"not change. {apart_or_both()}"
             )
             yield Misfit(matches[0].adapter, weight, why)
 

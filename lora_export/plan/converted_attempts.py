@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, split_part
+from lora_export.names.architecture import ArchitectureRules
+from lora_export.names.diffusion_layouts import OtherLayout
+from lora_export.names.loaded_names import LoadedNames, LoadedTensor
+from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
-from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
-from lora_export.plan.diffusion.other_layout import OtherLayout
+from lora_export.plan.experts import with_missing_experts
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
-from lora_export.plan.missing_experts import with_missing_experts
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
 

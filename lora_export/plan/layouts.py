@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
 
@@ -23,9 +24,9 @@ def check_stated(stated: Mapping[str, str], base: Mapping[str, TensorSpec]) -> N
     """Raise WrongUsage for a layout that does not exist, InputRefused for a name that no matrix of the base has."""
     for pattern, layout in stated.items():
         if layout not in LINEAR_LAYOUTS:
-            raise WrongUsage(f"--layout {pattern}={layout}: a layout is {' or '.join(LINEAR_LAYOUTS)}")
+            raise WrongUsage(f"{named('layout', {pattern: layout})}: a layout is {' or '.join(LINEAR_LAYOUTS)}")
         if not any(len(spec.shape) == 2 and _names(pattern, name) for name, spec in base.items()):
-            raise InputRefused(f"--layout {pattern}={layout}: no matrix of the base has this name")
+            raise InputRefused(f"{named('layout', {pattern: layout})}: no matrix of the base has this name")
 
 
 def settle_layouts(
@@ -53,7 +54,8 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
             f"the layout of {len(unknown)} square {'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
             f"{', '.join(unknown[:NAMED_WEIGHTS])}{more}. Neither the base nor the adapter determines whether it is "
             "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
-            "--layout NAME=out_in or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. "
+            f"{named('layout', {'NAME': 'out_in'})} or {named('layout', {'NAME': 'in_out'})}; "
+            "NAME is a tensor, a module or a glob such as '*'. "
             "Nothing was written."
         )
 
@@ -76,7 +78,7 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
     own = _own_layout(spec, pair)
     if own is not None and stated not in (None, own):
         why = "the base's" if spec.layout is not Layout.UNKNOWN else f"with the shape {spec.shape}, the adapter's"
-        raise InputRefused(f"--layout states that {spec.name} is {stated}, but {why} is {own}")
+        raise InputRefused(f"{named('layout')} states that {spec.name} is {stated}, but {why} is {own}")
     if spec.layout is not Layout.UNKNOWN:
         return spec
     if own is not None:

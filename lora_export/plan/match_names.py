@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, split_part
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.diffusion.other_layout import OtherLayout
+from lora_export.names.diffusion_layouts import OtherLayout
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.options.spelling import named
 from lora_export.plan.types import Layout, TensorSpec
 
 NUMBER = re.compile(r"\d+")
@@ -47,7 +48,7 @@ class BaseTensors(dict[str, TensorSpec]):
             return ""
         return (
             f"{name} is stored as {self.aliases[name]}: the two are tied, and a change of one would change both. "
-            "--tied untie gives each a tensor of its own; --tied both changes both"
+            f"{apart_or_both()}"
         )
 
     def nearest(self, name: str) -> str:
@@ -67,6 +68,11 @@ class BaseTensors(dict[str, TensorSpec]):
         if len(pattern) > LONGEST_COMPARED or self._comparisons > MOST_COMPARISONS:
             return None
         return next(iter(difflib.get_close_matches(pattern, self._by_pattern, n=1, cutoff=0.5)), None)
+
+
+def apart_or_both() -> str:
+    """The two ways out where tied tensors would change together."""
+    return f"{named('tied', 'untie')} gives each a tensor of its own; {named('tied', 'both')} changes both"
 
 
 @dataclass(frozen=True)

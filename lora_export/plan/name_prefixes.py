@@ -1,4 +1,4 @@
-"""Leading parts of an adapter's names, replaced as the user states (`--prefix FROM=TO`), and which ones would help.
+"""Leading parts of an adapter's names, replaced as the user states (`prefixes`), and which ones would help.
 
 An adapter that was trained on the text model of a multimodal base has names such as `model.layers.0`, where the base
 has `model.language_model.layers.0`. Nothing but the user tells that the text model is meant.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, split_part
+from lora_export.options.spelling import named
 
 LEAST_SHARED = 2  # parts at the end of two names that must be equal
 MOST_PROPOSED = 3
@@ -35,8 +36,8 @@ def with_prefixes(adapters: Sequence[Adapter], prefixes: Mapping[str, str]) -> l
     if unused:
         names = [next(iter((*one.pairs, *one.replaced, *one.token_rows)), "none") for one in adapters]
         raise InputRefused(
-            f"--prefix: no name of an adapter begins with {', '.join(map(repr, sorted(unused)))}. The first names are "
-            f"{', '.join(names) or 'none'}"
+            f"{named('prefixes')}: no name of an adapter begins with {', '.join(map(repr, sorted(unused)))}. "
+            f"The first names are {', '.join(names) or 'none'}"
         )
     return found
 
@@ -45,7 +46,7 @@ def _renamed(adapter: Adapter, renamed: Callable[[str], str]) -> Adapter:
     names = [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
     new = adapter.renamed(renamed)
     if len([*new.pairs, *new.replaced, *new.biases, *new.added, *new.token_rows]) < len(names):
-        raise InputRefused(f"--prefix gives two tensors of adapter {adapter.name} the same name")
+        raise InputRefused(f"{named('prefixes')} gives two tensors of adapter {adapter.name} the same name")
     return new
 
 
@@ -85,5 +86,5 @@ def prefix_remedy(proposals: Sequence[tuple[str, str]]) -> str:
     """What a message proposes; empty where nothing would help."""
     if not proposals:
         return ""
-    options = " or ".join(f"--prefix {old}={new}" for old, new in proposals)
+    options = " or ".join(named("prefixes", {old: new}) for old, new in proposals)
     return f"With {options} the adapter's names fit the base. Check that this is the part it was trained on."

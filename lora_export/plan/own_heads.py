@@ -10,10 +10,16 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
+from lora_export.options.spelling import command
 from lora_export.plan.build import make
 from lora_export.plan.types import TensorSpec
 
 Head = Mapping[str, NDArray[Any]]  # the base's name of a tensor -> the adapter's own, (out, in) or (out,)
+
+
+def head_into_base() -> str:
+    """The command that merges an adapter's head into the base, and nothing else."""
+    return command("merge", "BASE", "ADAPTER", output="with-head", only_head=True)
 
 
 def head_names(adapter: Adapter) -> list[str]:
@@ -64,7 +70,6 @@ def with_labels_of(adapter: Adapter, specs: Iterable[TensorSpec]) -> list[Tensor
         raise InputRefused(
             "the base lacks these layers, which adapters save whole, so that rows with id 0 would have none:",
             listed(lacking),
-            "Merge one adapter's head into the base first: lora-export merge BASE ADAPTER -o with-head --only-head. "
-            "Nothing was written.",
+            f"Merge one adapter's head into the base first: {head_into_base()}. Nothing was written.",
         )
     return list(by_name.values())

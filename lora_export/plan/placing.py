@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.lora import LoraPair
-from lora_export.plan.conversion.tensor_parts import AssembledTensor, Indices, NotExpressible, Piece
+from lora_export.names.row_orders import Indices
+from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, Piece
 from lora_export.plan.stored_region import StoredRegion, as_slice, cut
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from lora_export.errors import Misfit
 from lora_export.lora import LoraPair
+from lora_export.names.tensor_parts import NotExpressible
 from lora_export.plan.attempts import (
     ConvertedNames,
     SpelledAdapter,
@@ -14,7 +15,6 @@ from lora_export.plan.attempts import (
     prefix_notes,
     shape_in_model,
 )
-from lora_export.plan.conversion.tensor_parts import NotExpressible
 from lora_export.plan.placing import Place
 from lora_export.plan.types import TensorSpec
 

@@ -14,14 +14,14 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair, split_part
+from lora_export.names.architecture import ArchitectureRules
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
+from lora_export.names.experts import model_types
+from lora_export.names.tensor_parts import NotExpressible
+from lora_export.options.spelling import named
 from lora_export.plan.attempts import AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.tensor_parts import NotExpressible
 from lora_export.plan.converted_attempts import AsLoaded, AsOriginal, AsOtherLayout, loaded_names
-from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
-from lora_export.plan.expert_axes import model_types, turned
-from lora_export.plan.expert_names import per_expert
-from lora_export.plan.expert_rows import with_stacks, with_whole_experts
+from lora_export.plan.experts import per_expert, turned, with_stacks, with_whole_experts
 from lora_export.plan.flattened_names import with_dots
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.respelling import Respelling
@@ -86,7 +86,8 @@ def _refuse_two_answers(adapter: Adapter, one: Attempt, other: Attempt) -> None:
             raise InputRefused(
                 f"the names of adapter {adapter.name} fit the base in two ways: {adapter.spelled(module)} is "
                 f"{', '.join(first)} by {one.meaning}, and {', '.join(second)} by {other.meaning}. Nothing was "
-                "written. Rename the adapter's modules as the base spells them, by --prefix where a prefix is enough"
+                "written. Rename the adapter's modules as the base spells them, by "
+                f"{named('prefixes')} where a prefix is enough"
             )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 from lora_export.plan.match_names import Prefix
 from lora_export.plan.types import Step, TensorSpec, are_same_change
 
@@ -28,7 +29,7 @@ class Tied(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Tied:
-        raise WrongUsage(f"--tied must be error, untie or both, not {value!r}")
+        raise WrongUsage(f"{named('tied')} must be error, untie or both, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]],
         why = "it replaces one of them, and adds to another"
     else:
         return
-    raise InputRefused(f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. Use --tied untie")
+    raise InputRefused(
+        f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. Use {named('tied', 'untie')}"
+    )
 
 
 def _sum(pairs: Sequence[LoraPair]) -> LoraPair:

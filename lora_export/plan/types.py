@@ -43,7 +43,7 @@ class LayoutSource(StrEnum):
     """What decided the layout of a weight."""
 
     BASE = "base"  # the holder of the weights: the class of a module, the operator of a graph, the type of a model
-    OPTION = "option"  # the user, by `--layout`
+    OPTION = "option"  # the user, by `layout`
     ADAPTER = "adapter"  # the adapter records how the weight that it was trained on is stored
     SHAPE = "shape"  # the weight is not square, and fits the adapter in one layout only
 
@@ -194,7 +194,7 @@ def _equal(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What will be done to a base: pure, complete, and printable (`--dry-run`)."""
+    """What will be done to a base: pure, complete, and printable (`dry_run`)."""
 
     adapters: tuple[Adapter, ...]
     strengths: tuple[float, ...]

@@ -14,6 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.artifacts.files import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    GRAPH_FILES,
+    WITH_PAST_FILE,
+    adapter_of_file,
+    file_for_graph,
+)
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_INPUTS
@@ -29,14 +37,7 @@ from lora_export.graph.cache_names import (
     PRESENT,
     past_of,
 )
-from lora_export.runtime.encoder_decoder_files import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    GRAPH_FILES,
-    WITH_PAST_FILE,
-    adapter_of_file,
-    file_for_graph,
-)
+from lora_export.options.spelling import named
 from lora_export.runtime.kv_cache import DECODE_STEPS
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
@@ -54,6 +55,7 @@ class EncoderDecoderRunner:
     decoder: OnnxRunner
     with_past: OnnxRunner
     names_known: bool = True
+    cannot_give: Sequence[str] = ()
 
     @classmethod
     def open(cls, folder: Path, provider: str = "cpu", *, timeout: float = TIMEOUT) -> EncoderDecoderRunner:
@@ -152,7 +154,9 @@ class EncoderDecoderRunner:
         A graph that no adapter changes has none. Raises InputRefused where this is so for all.
         """
         if self.adapters_by_row is None:
-            raise InputRefused(f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with --lora rows")
+            raise InputRefused(
+                f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with {named('lora', 'rows')}"
+            )
         return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids, scales))
 
     def with_adapter(self, name: str) -> EncoderDecoderRunner:
@@ -161,7 +165,9 @@ class EncoderDecoderRunner:
         Raises InputRefused where no graph takes an adapter, and where a graph that does lacks its file.
         """
         if not any(graph.lacks_adapter for graph in self.graphs):
-            raise InputRefused(f"{self.path}: no graph takes an adapter: they were not made with --lora inputs")
+            raise InputRefused(
+                f"{self.path}: no graph takes an adapter: they were not made with {named('lora', 'inputs')}"
+            )
         return self._each(
             lambda graph: graph.with_adapter(self.adapter_file(name, graph)) if graph.lacks_adapter else graph
         )

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from lora_export.models.internals import TorchDispatchMode, grouped_products, tree_map
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
 
 NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
-GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
+GROUPED_MM = grouped_products()
 READ_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Names of what moves numbers and computes nothing, as a function or a method; `__get__` is any other attribute.
 # fmt: off

@@ -6,7 +6,7 @@ a model without a cache, so they also prove what the graph stores between its ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,9 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, MASK, POSITION_IDS, present_by_past
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import head_size
-from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Placement
-from lora_export.runtime.token_positions import token_positions
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
 # Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are.
@@ -65,6 +64,7 @@ class CacheRunner:
     cache: tuple[CacheTensor, ...]
     counts_mask: bool = False  # an operator reads the number of ones in the mask, and not their places
     names_known: bool = True
+    cannot_give: Sequence[str] = ()
 
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_export.errors import EnvironmentLacking, WrongUsage
-from lora_export.storage.c_library import c_function
+from lora_export.storage.system_calls import c_function
 
 AVAILABLE = "LORA_EXPORT_AVAILABLE_MEMORY"  # bytes: what the user states in place of what the system reports
 GIB = 1 << 30

@@ -23,11 +23,10 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
-from lora_export.runtime.deadline import deadline
+from lora_export.options.spelling import named
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
-from lora_export.runtime.token_positions import token_positions
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, deadline
 from lora_export.version import __version__
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
@@ -36,7 +35,7 @@ NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
 
-class OnnxRunner:
+class OnnxRunner(PlainRunner):
     """An ONNX graph under onnxruntime, on the requested provider and on no other.
 
     `optimise=False` turns off all of onnxruntime's graph optimisations. `low_memory` frees memory as soon as it is
@@ -63,7 +62,7 @@ class OnnxRunner:
         self._held = HeldSession(functools.partial(_opened, source, provider, options, provider_options))
         self.source = source  # an in-memory graph's tensors must live as long as its session
         self.path, self.provider = Path(source.name if isinstance(source, InMemoryGraph) else source), provider
-        self.placement = _placement(self.session, provider, provider_options)
+        self.placement: Placement = _placement(self.session, provider, provider_options)
         self.axes: Mapping[str, tuple[int | None, ...]] = {
             value.name: tuple(size if isinstance(size, int) else None for size in value.shape)
             for value in self.session.get_inputs()
@@ -188,7 +187,9 @@ class OnnxRunner:
         `adapter_ids`.
         """
         if onnx_adapter.ADAPTER_IDS not in self.axes and self._adapter_ids is None:
-            raise InputRefused(f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with --lora rows")
+            raise InputRefused(
+                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
+            )
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
@@ -347,3 +348,13 @@ def describe_ort_environment() -> dict[str, Any]:
         "tf32": False,  # CUDA_OPTIONS and PyTorch's runner turn it off
         **{name: os.environ[name] for name in ARITHMETIC_VARIABLES if name in os.environ},
     }
+
+
+def token_positions(mask: NDArray[np.int64], *, by_mask: bool) -> NDArray[np.int64]:
+    """The positions [batch, length] that a model takes for a mask [batch, length] of ones and zeros.
+
+    They are 0, 1, 2, ... in every row. `by_mask`, only the ones are counted, and a zero has the position -1.
+    """
+    if by_mask:
+        return np.cumsum(mask, axis=1) * mask - 1
+    return np.broadcast_to(np.arange(mask.shape[1]), mask.shape)

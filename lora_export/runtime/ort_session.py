@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
+from lora_export.options.spelling import command
 from lora_export.runtime.providers import PROVIDERS
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's log severity levels
@@ -53,7 +54,7 @@ def open_session(
     if full_name not in session.get_providers():
         raise EnvironmentLacking(
             f"{full_name} was requested and could not be loaded; onnxruntime would have used "
-            f"{', '.join(session.get_providers())}. `lora-export doctor --provider {provider}` reports what is missing"
+            f"{', '.join(session.get_providers())}. `{command('doctor', provider=provider)}` reports what is missing"
         )
     return session
 

@@ -1,9 +1,9 @@
-"""The execution providers by the names of `--provider`, and the environment variables that change results."""
+"""The execution providers by the names of `provider`, and the environment variables that change results."""
 
 from __future__ import annotations
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-PROVIDERS = {"cpu": CPU, "cuda": CUDA}  # --provider -> onnxruntime's name
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}  # `provider` -> onnxruntime's name
 
 ARITHMETIC_VARIABLES = {
     "NVIDIA_TF32_OVERRIDE": "0 turns TF32 off and 1 turns it on in every CUDA library, whatever the program asks for",

@@ -1,8 +1,10 @@
-"""The contract of everything that runs a model, and the record of where its nodes ran."""
+"""The contract of everything that runs a model, the record of where its nodes ran, and the time limit of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
 from lora_export.options.common import TIMEOUT as TIMEOUT
+from lora_export.options.spelling import named
 from lora_export.runtime.providers import CPU
 
 Arrays = dict[str, NDArray[Any]]
@@ -29,7 +32,7 @@ COMPUTE_OPERATORS = frozenset(
 
 
 class Runner(Protocol):
-    """Something that computes outputs from inputs, both by name."""
+    """Something that computes outputs from inputs, both by name: what the judge needs of any runner."""
 
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]: ...  # input -> sizes, None where they vary; {} if unknown
@@ -37,6 +40,30 @@ class Runner(Protocol):
     def names_known(self) -> bool: ...  # whether the outputs' names identify them, or only their order does
 
     def run(self, inputs: Arrays) -> Arrays: ...
+
+
+class CandidateRunner(Runner, Protocol):
+    """A runner of an artifact, which also reports where and how it ran, and what it cannot give."""
+
+    @property
+    def placement(self) -> Placement | None: ...  # where its nodes ran; None where nothing places nodes
+    @property
+    def notes(self) -> Sequence[str]: ...  # how it ran, and what was not tried
+    @property
+    def cannot_give(self) -> Sequence[str]: ...  # such as "scores of all tokens: log-probabilities of the best alone"
+
+    def close(self) -> None: ...  # gives memory or processes back
+
+
+class PlainRunner:
+    """What a runner reports where it has nothing to report."""
+
+    placement: Placement | None = None
+    notes: Sequence[str] = ()
+    cannot_give: Sequence[str] = ()
+
+    def close(self) -> None:
+        """Nothing is held beyond the object."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +113,26 @@ class TooSlow(RuntimeRefused):
     """A run was stopped, because it took longer than its time limit."""
 
     def __init__(self, path: Path, seconds: float):
-        super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with --timeout")
+        super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with {named('timeout')}")
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
+
+    `stop` is never called after the context, and nothing refers to it then.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        stop()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+        timer.join()

@@ -28,6 +28,7 @@ from lora_export.formats.onnx_adapter import (
     array_of_ort_value,
     import_onnxruntime,
 )
+from lora_export.options.spelling import named
 from lora_export.runtime.ort_session import LOG_ERRORS, open_session, raising_refusals
 
 ADAPTER_DTYPES = {
@@ -42,7 +43,7 @@ OrtValues = Mapping[str, Any]  # input -> OrtValue
 
 
 class Session:
-    """A graph made by `lora-export onnx --lora inputs`, and adapters for it by name.
+    """A graph made by `export_onnx(lora="inputs")`, and adapters for it by name.
 
         session = Session("model.onnx", {"fr": "fr.onnx_adapter"})
         session.run(feeds, adapter="fr")
@@ -239,7 +240,7 @@ def _with_fixed_rank(
     if len(used) > slot.max_rank:
         raise InputRefused(
             f"{name}, {slot.weight}: the mix has the rank {len(used)}, and the graph takes at most {slot.max_rank} "
-            "(--max-rank)"
+            f"({named('max_rank')})"
         )
     return slot.padded(slot.a, a.take(used, axis=other)), slot.padded(slot.b, b.take(used, axis=axis))
 

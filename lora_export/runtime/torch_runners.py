@@ -19,14 +19,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lora_export.models.failures import named_failures
-from lora_export.models.output_names import have_names, named_outputs
+from lora_export.models.outputs import have_names, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
-from lora_export.runtime.runner import Arrays, TooSlow
+from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 
 
 @dataclass
-class ModuleRunner:
+class ModuleRunner(PlainRunner):
     """A module as deployed: in its own dtype, without gradients and TF32."""
 
     module: nn.Module

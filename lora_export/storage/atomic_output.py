@@ -21,10 +21,10 @@ from pathlib import Path
 
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
-from lora_export.storage.c_library import c_function
-from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.options.spelling import named
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.system_calls import c_function, deferred_signals
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_hidden_name` and `data_name` add
@@ -120,7 +120,8 @@ def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[s
         elif path.is_symlink() or path.exists():
             raise OutputFailed(
                 f"{path} exists already, with other contents, and may belong to another output. Give the adapter "
-                "another name (-a NAME=ADAPTER), choose another folder, or add --overwrite to replace the file"
+                f"another name ({named('adapters', 'NAME=ADAPTER')}), choose another folder, or add "
+                f"{named('overwrite', True)} to replace the file"
             )
     return equal
 
@@ -261,7 +262,7 @@ def _refuse_taken(paths: Iterable[Path], *, overwrite: bool) -> None:
         if path.is_symlink():
             raise OutputFailed(f"{path} is a symbolic link; name the file or folder that it refers to")
         if path.exists() and not overwrite:
-            raise OutputFailed(f"{path} exists already; add --overwrite to replace it")
+            raise OutputFailed(f"{path} exists already; add {named('overwrite', True)} to replace it")
 
 
 def _refuse_foreign_files(target: Path) -> None:

@@ -34,9 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage.c_library import c_function
 from lora_export.storage.hashes import ALGORITHMS, Hash
-from lora_export.storage.positional_io import read_at, write_at
+from lora_export.storage.system_calls import c_function, read_at, write_at
 
 BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait to be hashed while every thread works on another

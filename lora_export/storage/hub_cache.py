@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lora_export.errors import InputRefused, one_line
-from lora_export.storage import hub_download
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
+from lora_export.options.spelling import named
 
+# Pickles and Python files can run code. They are not in this list.
+WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+# The same weights again, in another layout or at another step of the training.
+UNWANTED = ("consolidated*.safetensors", "original/*", "checkpoint-*", "onnx/*", "openvino/*")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
 # A missing file of these kinds is a missing file.
@@ -21,11 +27,92 @@ CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
 
 
+def download_snapshot(name: str, revision: str | None, on_message: Callable[[str], None]) -> Path:
+    """Download what the cache lacks of a repository, and return the folder of the snapshot.
+
+    `on_message` receives a line with the address. Raises InputRefused for a repository or revision that is missing or
+    not open to this user, and for one without a .safetensors file; EnvironmentLacking without huggingface_hub or a
+    connection; OutputFailed where the cache cannot be written.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise EnvironmentLacking(
+            f"{named('download', True)} needs huggingface_hub ({error}): pip install huggingface_hub"
+        ) from error
+    shown = one_line(name if revision is None else f"{name}@{revision}")
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentLacking(
+            f"{shown} is not in the Hugging Face cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download "
+            "it, unset the variable"
+        )
+    on_message(f"{shown}: downloading from {constants.ENDPOINT}")
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED), tqdm_class=_bars()
+            )
+        )
+    except Exception as error:  # the HTTP client's exceptions depend on the version of huggingface_hub
+        raise _failure(name, shown, constants.ENDPOINT, error) from error
+    if not any(folder.rglob("*.safetensors")):
+        raise InputRefused(
+            f"{shown} has no .safetensors file, and {named('download', True)} gets no other weights: a pickle can "
+            f"run code. To get every file: {full_download(name, revision)}"
+        )
+    return folder
+
+
+def full_download(name: str, revision: str | None) -> str:
+    """The command of huggingface_hub that downloads every file."""
+    return f"hf download {name}" + (f" --revision {revision}" if revision else "")
+
+
+def _bars() -> type[Any] | None:
+    """The class of the progress bars: huggingface_hub's own, and none where stderr is no terminal."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+    return None if sys.stderr.isatty() else NoBar
+
+
+def _failure(name: str, shown: str, endpoint: str, error: Exception) -> LoraExportError:
+    """The error that describes why a download failed."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return InputRefused(
+                f"{shown} is gated: accept its conditions at {endpoint}/{name}, and log in: hf auth login"
+            )
+        case errors.RepositoryNotFoundError():
+            return InputRefused(
+                f"{endpoint} has no repository {name}, or it is private. Check the name, or log in: hf auth login"
+            )
+        case errors.RevisionNotFoundError():
+            return InputRefused(f"the repository {name} at {endpoint} has no revision {shown.partition('@')[2]}")
+        case errors.HFValidationError():
+            return InputRefused(f"{shown} is no name of a repository: {error}")
+    known = isinstance(error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError)
+    if isinstance(error, OSError) and error.errno is not None and not known and not isinstance(error, ConnectionError):
+        return OutputFailed(f"{shown} cannot be written into the Hugging Face cache: {error}")
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    reason = str(cause).strip().partition("\n")[0]
+    return EnvironmentLacking(
+        f"the download of {shown} from {endpoint} failed ({type(cause).__name__}: {reason}). Check the connection. "
+        "The same command downloads the files that are missing"
+    )
+
+
 def locate(source: str | Path, on_message: Callable[[str], None], download: bool = False) -> Path:
     """The path itself; or, where nothing is there and it is a name of the Hub, its snapshot in the cache.
 
     `on_message` receives a line that names the snapshot. With `download`, a snapshot that the cache lacks is
-    downloaded into it (see `hub_download.download`). Else InputRefused is raised, with the command that downloads it.
+    downloaded into it (see `download_snapshot`). Else InputRefused is raised, with the command that downloads it.
     """
     text = str(source)
     match = WITH_REVISION.fullmatch(text)
@@ -34,14 +121,13 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
     if snapshot is None and download:
-        snapshot = hub_download.download(name, revision, on_message)
+        snapshot = download_snapshot(name, revision, on_message)
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot
-    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise InputRefused(
         f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
-        f"To download it, add --download, or use: {command}"
+        f"To download it, add {named('download', True)}, or use: {full_download(name, revision)}"
     )
 
 
@@ -73,8 +159,8 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
             name,
             revision=revision,
             local_files_only=True,
-            allow_patterns=list(hub_download.WANTED),  # a snapshot without the other files is complete
-            ignore_patterns=list(hub_download.UNWANTED),
+            allow_patterns=list(WANTED),  # a snapshot without the other files is complete
+            ignore_patterns=list(UNWANTED),
         )
     except (LocalEntryNotFoundError, ValueError):  # ValueError: no name of the Hub
         return None

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_export.errors import OutputFailed
-from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.storage.system_calls import deferred_signals
 
 LONGEST_SIGNATURE = 32  # bytes
 # O_NOFOLLOW: a symbolic link that appears after the check is not followed. O_BINARY: Windows keeps every byte.
-FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def _locked_file(path: Path, target: Path) -> int:
     from filelock import lock_descriptor
 
     while True:
-        descriptor = os.open(path, FLAGS, 0o666)
+        descriptor = os.open(path, LOCK_FLAGS, 0o666)
         try:
             locked = lock_descriptor(descriptor, blocking=False)
         except OSError:  # a file system without locks

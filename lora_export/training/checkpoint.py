@@ -19,14 +19,22 @@ import safetensors
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.options.spelling import named
 from lora_export.training.history import METRICS, TrainingHistory, json_line
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
+
+# PyTorch's common class of these is private.
+NORMS_WITH_STATISTICS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
+)
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -38,7 +46,7 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What training changes: parameters that require gradients, and statistics of batch norms that are trained."""
     tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for path, part in module.named_modules():
-        if isinstance(part, _NormBase) and any(parameter.requires_grad for parameter in part.parameters()):
+        if isinstance(part, NORMS_WITH_STATISTICS) and any(parameter.requires_grad for parameter in part.parameters()):
             tensors |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}
     return tensors
 
@@ -112,7 +120,7 @@ class Checkpoints:
             beside.replace(self.folder / name)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            kept = "; the checkpoint before it is whole. Continue with --resume" if self.exists else ""
+            kept = f"; the checkpoint before it is whole. Continue with {named('resume', True)}" if self.exists else ""
             raise OutputFailed(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror}{kept}"
             ) from error
@@ -153,7 +161,9 @@ class Checkpoints:
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.exists:
-            raise InputRefused(f"there is no checkpoint in {self.folder}, so that nothing can be continued (--resume)")
+            raise InputRefused(
+                f"there is no checkpoint in {self.folder}, so that nothing can be continued ({named('resume', True)})"
+            )
         with self._opened(TRAINING_STATE) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CHECKPOINT_FORMAT:

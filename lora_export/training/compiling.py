@@ -1,4 +1,4 @@
-"""torch.compile for the steps of a training, and a clear error where it does not work."""
+"""How the steps of a training are computed: the dtype that they multiply in, and torch.compile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from lora_export.errors import EnvironmentLacking
 from lora_export.models.failures import innermost_cause
+from lora_export.models.internals import compiler_errors
+from lora_export.options.spelling import named
+from lora_export.options.train import Precision
+
+AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def refuse_without_compiler(device: str) -> None:
@@ -32,15 +37,21 @@ def compiled(module: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         yield
-    except TorchDynamoException as error:
+    except compiler_errors() as error:
         raise EnvironmentLacking(
-            f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without --compile"
+            f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without "
+            f"{named('compile', True)}"
         ) from error
 
 
 def _doubled(x: Tensor) -> Tensor:
     return 2 * x
+
+
+def autocast(device: str | torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's autocast on a device in this precision; with "no", a context that does nothing."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[precision])

@@ -10,8 +10,8 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.options.train import Precision
-from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
+from lora_export.training.compiling import autocast
 from lora_export.training.losses import module_outputs
 from lora_export.training.processes import rank, sum_over_processes, world_size
 from lora_export.training.sharding import is_sharded, move

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, OutputFailed
+from lora_export.options.spelling import named
 from lora_export.training.history import EvaluationRecord, StepRecord
 
 
 def require_tensorboard() -> None:
     """Raise EnvironmentLacking where TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise EnvironmentLacking("--tensorboard needs tensorboard: pip install 'lora-export[tensorboard]'")
+        raise EnvironmentLacking(f"{named('tensorboard')} needs tensorboard: pip install 'lora-export[tensorboard]'")
 
 
 class EventLog:

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from lora_export.errors import InputRefused
 from lora_export.options.train import Precision
 from lora_export.training.arrays import IGNORED
-from lora_export.training.autocast import autocast
 from lora_export.training.batches import Data, batch_on_device
+from lora_export.training.compiling import autocast
 from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
 
 # Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth

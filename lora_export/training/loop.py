@@ -1,5 +1,10 @@
 """The training loop, for whatever parameters of a module require gradients.
 
+accelerate gives the device, the other processes, the scale of the loss in fp16 and the norm of the gradients. Its
+`prepare` of a model and its `accumulate` would take the place of 30 of these 360 lines (`sum_gradients`, `parts_of`).
+They are not used: `prepare` wraps the model, which gives every tensor another name, and all that is trained here fits
+into one sum a step. The examples of a step depend on its number alone, so that a training continues to the same bits.
+
 It knows nothing of LoRA: the caller attaches an adapter with trainable branches, and reads it back afterwards. Frozen
 parameters do not change, to the last bit.
 """
@@ -16,15 +21,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
+from lora_export.options.spelling import named
 from lora_export.options.train import Precision, TrainingSettings
-from lora_export.storage.deferred_signals import deferred_signals
-from lora_export.training.autocast import autocast
+from lora_export.storage.system_calls import deferred_signals
 from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
-from lora_export.training.checkpoint import Checkpoints, trained_tensors
-from lora_export.training.compiling import compiled
+from lora_export.training.checkpoint import NORMS_WITH_STATISTICS, Checkpoints, trained_tensors
+from lora_export.training.compiling import autocast, compiled
 from lora_export.training.evaluation import evaluate
 from lora_export.training.event_log import EventLog
 from lora_export.training.head_loss import HeadLoss, head_loss
@@ -45,10 +49,6 @@ from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int, int], None]  # (the step, steps in all, peak memory in bytes)
-SMALLER = (
-    "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing, --precision bf16, "
-    "--base-dtype bfloat16 or --quantize-base nf4"
-)
 
 
 def fit(
@@ -240,7 +240,7 @@ class _Run:
     def _divergence(self, what: str, step: int) -> InputRefused:
         kept = "Nothing was written."
         if self.checkpoints is not None and self.checkpoints.exists:
-            kept = f"The last checkpoint is in {self.checkpoints.folder}: --resume continues from it."
+            kept = f"The last checkpoint is in {self.checkpoints.folder}: {named('resume', True)} continues from it."
         return InputRefused(
             f"{what} step {step} of {self.total}: training has diverged. Try a lower learning rate. {kept}"
         )
@@ -282,7 +282,9 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
     """
     refuse_sharding()
     if device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentLacking("PyTorch finds no CUDA device; train with --device cpu, or see `lora-export doctor`")
+        raise EnvironmentLacking(
+            f"PyTorch finds no CUDA device; train with {named('device', 'cpu')}, or see `lora-export doctor`"
+        )
     try:
         import accelerate
     except ImportError as error:
@@ -326,7 +328,9 @@ def _restored_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
 def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     module.train()
     for part in module.modules():
-        if isinstance(part, _NormBase) and not any(parameter.requires_grad for parameter in part.parameters()):
+        if isinstance(part, NORMS_WITH_STATISTICS) and not any(
+            parameter.requires_grad for parameter in part.parameters()
+        ):
             part.eval()
     if settings.gradient_checkpointing:
         if not hasattr(module, "activation_checkpointing_enable"):
@@ -349,7 +353,16 @@ def _explained_memory() -> Iterator[None]:
         is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or ALLOCATION_FAILED in str(error)
         if not is_short:
             raise
-        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {SMALLER}") from error
+        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {_smaller()}") from error
+
+
+def _smaller() -> str:
+    """Options with which a training takes less memory."""
+    return (
+        f"a smaller {named('batch_size')}, more parts ({named('accumulate')}), {named('max_length')}, "
+        f"{named('gradient_checkpointing', True)}, {named('precision', 'bf16')}, {named('base_dtype', 'bfloat16')} or "
+        f"{named('quantize_base', 'nf4')}"
+    )
 
 
 def _tokens_in(batch: Batch) -> int:

@@ -62,7 +62,17 @@ class CrossEntropy:
         return int((scores_of(outputs).argmax(-1) == batch.labels)[counted].sum())
 
 
-class SquaredError:
+class _OfValues:
+    """All labels count, and none is right or wrong, unless a loss says otherwise."""
+
+    def count(self, labels: Any) -> int:
+        return int(labels.numel())
+
+    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
+        return None
+
+
+class SquaredError(_OfValues):
     """For float labels (n, ...). The scores may have a trailing dimension of 1."""
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
@@ -72,14 +82,8 @@ class SquaredError:
             raise InputRefused(f"the model's outputs are {tuple(scores.shape)}, the labels {tuple(labels.shape)}")
         return F.mse_loss(scores.reshape(labels.shape).float(), labels.float(), reduction="sum")
 
-    def count(self, labels: Any) -> int:
-        return int(labels.numel())
 
-    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
-        return None
-
-
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(_OfValues):
     """For scores (n, classes) and labels (n, classes) of 0 and 1: each class is predicted by itself."""
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
@@ -88,14 +92,11 @@ class BinaryCrossEntropy:
             raise InputRefused(f"the model's scores are {tuple(scores.shape)}, the labels {tuple(batch.labels.shape)}")
         return F.binary_cross_entropy_with_logits(scores.float(), batch.labels, reduction="sum")
 
-    def count(self, labels: Any) -> int:
-        return int(labels.numel())
-
     def correct(self, outputs: Any, batch: Batch) -> int | None:
         return int(((scores_of(outputs) > 0) == (batch.labels > 0)).sum())
 
 
-class CosineError:
+class CosineError(_OfValues):
     """For pairs of texts: (cosine of their mean vectors - label)². The first half of the rows are the first texts."""
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
@@ -106,15 +107,9 @@ class CosineError:
         first, second = ((states * mask).sum(1) / mask.sum(1)).float().chunk(2)
         return F.mse_loss(F.cosine_similarity(first, second), batch.labels, reduction="sum")
 
-    def count(self, labels: Any) -> int:
-        return int(labels.numel())
-
-    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
-        return None
-
 
 @dataclass(frozen=True)
-class LossOfTheModel:
+class LossOfTheModel(_OfValues):
     """For models that get the labels (rows, ...) among their inputs, and return `loss`."""
 
     is_mean: bool  # over the rows of a batch; otherwise it is their sum
@@ -128,12 +123,9 @@ class LossOfTheModel:
     def count(self, labels: Any) -> int:
         return len(labels)
 
-    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
-        return None
-
 
 @dataclass(frozen=True)
-class OwnLoss:
+class OwnLoss(_OfValues):
     """A function of the user: the model's outputs and the labels of a batch -> the batch's loss, a scalar."""
 
     function: Callable[[Any, Any], Tensor]
@@ -148,9 +140,6 @@ class OwnLoss:
 
     def count(self, labels: Any) -> int:  # noqa: ARG002 - the protocol's signature
         return 1
-
-    def correct(self, outputs: Any, batch: Batch) -> int | None:  # noqa: ARG002 - the protocol's signature
-        return None
 
 
 def loss_for(labels: Tensor) -> Loss:

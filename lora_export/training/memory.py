@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.layers.four_bit_weights import scales_of_4bit
-from lora_export.layers.sharded_weights import own_share
+from lora_export.layers.module_tensors import own_share
 from lora_export.training.history import MemoryUse
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lora_export.errors import WrongUsage
+from lora_export.options.spelling import named
 
 if dist.is_available():
     # Its functions take the group as their default, if there is one when it is imported, and keep it alive.
@@ -35,8 +36,8 @@ def refuse_sharding() -> None:
     if wanted:
         raise WrongUsage(
             f"accelerate is configured for {', '.join(wanted)}, which this training does not use. Launch without it "
-            "(--multi_gpu, or torchrun). --shard-base shares the frozen weights among the processes (FSDP), and a base "
-            "in 4 bits takes an eighth of the memory: --quantize-base nf4"
+            f"(--multi_gpu, or torchrun). {named('shard_base', True)} shares the frozen weights among the processes "
+            f"(FSDP), and a base in 4 bits takes an eighth of the memory: {named('quantize_base', 'nf4')}"
         )
 
 

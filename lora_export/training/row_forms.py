@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
+from lora_export.options.spelling import named
 from lora_export.training.records.rows import Records, Row
 from lora_export.training.records.sound_files import AUDIO, sound_problem
 
@@ -84,7 +85,7 @@ def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
     raise InputRefused(
         f"{records.path}, {records.where(0)} has the columns {', '.join(sorted(present)) or '(none)'}. Needed are:",
         *(f"  {form}: {', '.join(COLUMNS[form])}" for form in forms),
-        "Name the columns of your data, such as --column text=body",
+        f"Name the columns of your data, such as {named('columns', {'text': 'body'})}",
     )
 
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.four_bit_weights import is_4bit
-from lora_export.layers.sharded_weights import is_in_shares
+from lora_export.layers.module_tensors import is_in_shares
 from lora_export.models.stored_parameter import read_stored
+from lora_export.options.spelling import named
 from lora_export.training.processes import world_size
 
 LEAST_BLOCKS = 2
@@ -36,10 +37,13 @@ def shard_base(module: nn.Module, device: str) -> None:
     if not lists:
         raise InputRefused(
             "the base has no blocks whose weights the processes could share: a module with an nn.ModuleList of "
-            "layers has. Leave out --shard-base"
+            f"layers has. Leave out {named('shard_base', True)}"
         )
     if any(is_4bit(parameter) for parameter in module.parameters()):
-        raise InputRefused("weights of 4 bits are not shared by processes: leave out --shard-base or --quantize-base")
+        raise InputRefused(
+            "weights of 4 bits are not shared by processes: leave out "
+            f"{named('shard_base', True)} or {named('quantize_base')}"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes a second to import
 

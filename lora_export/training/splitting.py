@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 
 RowNumbers = NDArray[np.int64]
 
@@ -30,6 +31,6 @@ def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple
         of_what = "each class" if len(held_out) > 1 else "them"
         raise InputRefused(
             f"{len(groups)} examples are too few to hold out {holdout:g} of {of_what}. "
-            "Give more examples, or train on all of them (--holdout 0)"
+            f"Give more examples, or train on all of them ({named('holdout', 0)})"
         )
     return np.sort(np.concatenate(trained_on)), np.sort(np.concatenate(held_out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import Tokenise
-from lora_export.training.losses import Batch, CrossEntropy, Loss, module_outputs, scores_of
-from lora_export.training.packing import packed_rows
+from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.records.rows import Records
 from lora_export.training.splitting import RowNumbers
 
@@ -91,9 +92,7 @@ class CausalRows:
     pad_token: int
     is_packed: bool
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -138,9 +137,7 @@ class MaskedRows:
     special: frozenset[int]  # never masked
     seed: int
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -183,7 +180,7 @@ def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_
     """
     pieces = file.pieces(max_length, cut=cut)
     if not pieces:
-        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise --max-length")
+        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise {named('max_length')}")
     lengths = [piece.stop - piece.start for piece in pieces]
     bins = (
         [[pieces[item] for item in items] for items in packed_rows(lengths, max_length)]
@@ -213,5 +210,33 @@ def refuse_mixed_texts(module: nn.Module, data: CausalRows) -> None:
             if (part - scores).abs().max() > MIXING * scores.abs().max():
                 raise InputRefused(
                     f"{type(module).__name__} lets packed texts read each other, so that packing would train it on "
-                    "other texts than yours. Leave out --packing"
+                    f"other texts than yours. Leave out {named('packing', True)}"
                 )
+
+
+def packed_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers, each with at most `capacity` in all: the longest first, each where it fits best.
+
+    Items of more than the capacity must not be there. An item's bin depends on the lengths alone. The bins are in the
+    order of their first items, and so are the items in a bin.
+    """
+    bins: list[list[int]] = []
+    free_in: dict[int, list[int]] = {}  # free -> the bins that have so much
+    sizes: list[int] = []  # the keys of free_in, sorted
+    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        place = bisect.bisect_left(sizes, lengths[item])
+        if place == len(sizes):
+            bins.append([])
+            number, free = len(bins) - 1, capacity
+        else:
+            free = sizes[place]
+            number = free_in[free].pop()
+            if not free_in[free]:
+                del free_in[free], sizes[place]
+        bins[number].append(item)
+        left = free - lengths[item]
+        if left not in free_in:
+            free_in[left] = []
+            bisect.insort(sizes, left)
+        free_in[left].append(number)
+    return sorted(sorted(items) for items in bins)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.models import stored_parameter
-from lora_export.models.output_names import named_outputs
+from lora_export.models.outputs import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
 from lora_export.runtime.memory import release_memory
 
@@ -25,7 +26,6 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 def limit_outputs(module: nn.Module, names: Sequence[str]) -> None:
     """Let a module return these of its outputs alone, from now on; what it lacks of them stays away."""
-    # A class in place of a method of the module: copies of the module are of this class, too.
     cls = type(module)
 
     def forward(self: Any, *args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def limit_outputs(module: nn.Module, names: Sequence[str]) -> None:
         return {name: outputs[name] for name in names if name in outputs}
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    module.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    exchange_forward(module, forward)
 
 
 def converted_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

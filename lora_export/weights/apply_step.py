@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
@@ -92,7 +93,7 @@ def refuse_overflow(name: str, before: NDArray[Any], after: NDArray[Any]) -> Non
     limit = float(ml_dtypes.finfo(after.dtype).max)
     raise InputRefused(
         f"{name}: {after.size - np.count_nonzero(np.isfinite(after))} values would exceed {limit:g}, the largest "
-        f"{after.dtype}. Check the adapter's scale, or use --dtype float32. Nothing was written."
+        f"{after.dtype}. Check the adapter's scale, or use {named('dtype', 'float32')}. Nothing was written."
     )
 
 

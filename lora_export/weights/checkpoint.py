@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.names.architecture import ArchitectureRules, rules_of
+from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
+from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,
@@ -58,6 +62,7 @@ CODE = (
 MODEL_TYPE = "model_type"
 OF_DIFFUSERS = "_diffusers_version"  # in a config of diffusers, none of whose models stores a matrix transposed
 OWN_METADATA = ("format", provenance.KEY)  # entries of a file's header that are no aliases
+READ_AS_STORED = frozenset(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +165,7 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
     if path.is_dir():
         return _open_folder(path, dequantise, variant)
     if variant is not None:
-        raise InputRefused(f"{path} is one file, which has no variants. Leave --variant out")
+        raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if path.suffix != ".safetensors":
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
@@ -346,3 +351,10 @@ def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
 def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> History:
     text = shard.metadata.get(provenance.KEY)
     return provenance.history(manifest, path) if manifest or text is None else provenance.read_history(text, path)
+
+
+def is_streamable(checkpoint: Checkpoint) -> bool:
+    """Whether every tensor is a float of at most 32 bits, and transformers neither stacks nor splits any."""
+    converters = checkpoint.rules.converters if checkpoint.rules else ()
+    kinds = {entry.dtype for shard in checkpoint.shards.values() for entry in shard.entries.values()}
+    return not checkpoint.quantised and not converters and kinds <= READ_AS_STORED

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import EnvironmentLacking
+from lora_export.options.spelling import command
 from lora_export.plan import Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
@@ -43,7 +44,6 @@ from lora_export.weights.merge_report import Statistics
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WAITING = 2  # threads beyond the cores: so many wait for the GPU while the others read. Not measured
 CACHED_STEPS = 16  # steps whose A and B stay on the GPU: blocks of several small weights are computed at once
-DOCTOR = "`lora-export doctor --provider cuda` reports what is missing"
 
 
 class Stream(Protocol):
@@ -64,14 +64,18 @@ def require_cuda() -> None:
     if torch.version.cuda is None:
         raise EnvironmentLacking(
             f"this PyTorch ({torch.__version__}) is built without CUDA. Install one with CUDA: "
-            f"https://pytorch.org/get-started/locally shows the command. {DOCTOR}"
+            f"https://pytorch.org/get-started/locally shows the command. {_advice()}"
         )
     if not torch.cuda.is_available():
-        raise EnvironmentLacking(f"PyTorch (for CUDA {torch.version.cuda}) finds no GPU. {DOCTOR}")
+        raise EnvironmentLacking(f"PyTorch (for CUDA {torch.version.cuda}) finds no GPU. {_advice()}")
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         raise EnvironmentLacking(
             "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, and a merge must sum in float32. Unset it"
         )
+
+
+def _advice() -> str:
+    return f"`{command('doctor', provider='cuda')}` reports what is missing"
 
 
 @contextlib.contextmanager
@@ -121,7 +125,7 @@ def cuda_errors(where: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" not in str(error):
             raise
-        raise EnvironmentLacking(f"{where}: {str(error).splitlines()[0]}. {DOCTOR}") from error
+        raise EnvironmentLacking(f"{where}: {str(error).splitlines()[0]}. {_advice()}") from error
 
 
 class Arithmetic:

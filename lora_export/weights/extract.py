@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from lora_export.adapters.low_rank import LayerShare, SingularValues, Truncation
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.names.table import is_embedding
+from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.embedding_names import is_embedding
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
@@ -102,7 +103,8 @@ class _Extraction:
                 f"{len(self.problems)} differences between {self.base.path} and {self.tuned.path} are none of a PEFT "
                 "adapter:",
                 listed(self.problems),
-                "--exclude NAME (a tensor, a module or a glob) leaves them out of the adapter. Nothing was written.",
+                f"{named('exclude', 'NAME')} (a tensor, a module or a glob) leaves them out of the adapter. "
+                "Nothing was written.",
             )
         if not self.pairs and not whole:
             raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")
@@ -161,7 +163,8 @@ class _Extraction:
         if tensor in self.converted:
             return "transformers joins it with other tensors, or splits it, when it loads the model"
         if self._layout(spec) is Layout.UNKNOWN:
-            return f"how it is stored is unknown. State it by --layout {tensor}=out_in (nn.Linear) or =in_out (Conv1D)"
+            stated = named("layout", {tensor: "out_in"})
+            return f"how it is stored is unknown. State it by {stated} (nn.Linear), or as in_out (Conv1D)"
         if spec.aliases:
             return f"it is {' and '.join(spec.aliases)} too (the header of the file ties them)"
         if self._is_tied_table(tensor) and not tied_head(self._architecture):

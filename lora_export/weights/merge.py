@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
 from lora_export.storage import block_copy, json_files, safetensors_file
 from lora_export.storage.block_copy import Block
@@ -164,7 +165,8 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     if step is not None and not step.replaces_only_rows and not (step.terms and plan.changes_tied(name)):
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. "
-            "--tied untie gives these a tensor of their own, as the adapter was trained; --tied both changes them too"
+            f"{named('tied', 'untie')} gives these a tensor of their own, as the adapter was trained; "
+            f"{named('tied', 'both')} changes them too"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
+from lora_export.options.spelling import command, named
 from lora_export.sums import sum_dtype
 
 LOW_RETENTION = 0.9  # below this a result is worth a warning
@@ -66,17 +67,18 @@ class MergeReport:
         return tuple(result for result in self.results if result.retention < LOW_RETENTION)
 
 
-WAYS_OUT = "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes)"
-
-
-def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, ways_out: str = WAYS_OUT) -> None:
-    """Raise InputRefused where rounding took too much of a change."""
+def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, ways_out: str = "") -> None:
+    """Raise InputRefused where rounding took too much of a change. `ways_out` are those of a checkpoint by default."""
     lost = [result for result in results if result.retention < min_retention]
     if lost:
+        ways_out = ways_out or (
+            f"Store the result with {named('dtype', 'float32')}, or keep the adapter beside the weights "
+            f"({command('onnx', lora='nodes')})"
+        )
         lines = [f"{r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
         raise InputRefused(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
-            f"(--min-retention {min_retention:g}):",
+            f"({named('min_retention', min_retention)}):",
             listed(lines),
             f"{ways_out}. Nothing was written.",
         )

@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_export import sums
 from lora_export.errors import InputRefused, listed
+from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import FLOATS, Plan
-from lora_export.plan.conversion.loaded_names import LoadedNames
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint that its model ties, under the names that they have or would have in its files.
 
 transformers' `tie_word_embeddings` ties the output embeddings of most language models to the input embeddings. The file
-has one tensor then, and no name for the other. Which ones they are is in the frozen table of `plan.conversion`. Other
+has one tensor then, and no name for the other. Which ones they are is in the frozen table of `names`. Other
 files may name them in their headers, as safetensors' `save_model` does.
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.names.architecture import ArchitectureRules
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.names.table import read_table
+from lora_export.options.spelling import named
 from lora_export.plan import Tied, Ties
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.loaded_names import LoadedNames
-from lora_export.plan.conversion.table import read_table
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
@@ -35,13 +36,13 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
     table = read_table()
     if rules.architecture not in table.ties:
         raise InputRefused(
-            f"--tied {handling}: which tensors {rules.architecture} ties is not known (of transformers "
-            f"{table.version}). Leave --tied out, or store each of them as a tensor of its own first"
+            f"{named('tied', handling)}: which tensors {rules.architecture} ties is not known (of transformers "
+            f"{table.version}). Leave {named('tied')} out, or store each of them as a tensor of its own first"
         )
     if handling is Tied.UNTIE and rules.architecture in table.cannot_untie:
         raise InputRefused(
-            f"--tied untie: {rules.architecture} without {TIED} is another model in transformers {table.version}, "
-            "which does not scale its outputs, or stays tied. Use --tied both"
+            f"{named('tied', 'untie')}: {rules.architecture} without {TIED} is another model in transformers "
+            f"{table.version}, which does not scale its outputs, or stays tied. Use {named('tied', 'both')}"
         )
     return _by_config(base, handling, rules, table.ties[rules.architecture])
 
@@ -61,8 +62,8 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
         if found is None:
             raise
         raise error.with_remedy(
-            f"{found} is tied to {names[found]}. --tied untie gives it a tensor of its own, as the adapter was "
-            "trained; --tied both changes both"
+            f"{found} is tied to {names[found]}. {named('tied', 'untie')} gives it a tensor of its own, as the adapter "
+            f"was trained; {named('tied', 'both')} changes both"
         ) from None
 
 
@@ -90,7 +91,7 @@ def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied:
     names = [spec.name for spec in base.specs]
     loaded = LoadedNames(rules, names)
     stored = {name: found.stored for name, found in loaded.items() if found.conversion is None}
-    _refuse_missing_prefix(stored, tied)
+    _refuse_missing_prefix(stored, tied, handling)
     tensors: dict[str, str] = {}
     for source in dict.fromkeys(tied.values()):
         group = [source, *(name for name, other in tied.items() if other == source)]
@@ -102,14 +103,14 @@ def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied:
     return Ties(handling, tensors, by_config=True)
 
 
-def _refuse_missing_prefix(stored: Mapping[str, str], tied: Mapping[str, str]) -> None:
+def _refuse_missing_prefix(stored: Mapping[str, str], tied: Mapping[str, str], handling: Tied) -> None:
     """Raise InputRefused for names without the prefix of the inner model: a head beside them would not be found."""
     for name in tied.values():
         for position, letter in enumerate(name):
             if letter == "." and name[position + 1 :] in stored and name not in stored:
                 raise InputRefused(
-                    f"--tied: the base's names lack the prefix `{name[: position + 1]}` of its model, which tied "
-                    "tensors need. Load it and save it again (save_pretrained) first"
+                    f"{named('tied', handling)}: the base's names lack the prefix `{name[: position + 1]}` of its "
+                    "model, which tied tensors need. Load it and save it again (save_pretrained) first"
                 )
 
 

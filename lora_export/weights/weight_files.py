@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage import json_files
 
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline, whose models are in folders of their own
@@ -57,9 +58,9 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[str, list[st
             raise InputRefused(f"{folder} has no weights of the variant {variant}. It has {_listed(of_variants)}")
         present = own
     elif _are_of_one_model(present):
-        choices = " or --variant ".join(name or WITHOUT_NAME for name in of_variants)
+        choices = " or ".join(named("variant", name or WITHOUT_NAME) for name in of_variants)
         raise InputRefused(
-            f"{folder} has its weights in several variants: {_listed(of_variants)}. `merge` takes --variant {choices}; "
+            f"{folder} has its weights in several variants: {_listed(of_variants)}. `merge` takes {choices}; "
             "elsewhere name the file that you mean"
         )
     own_name = variant_of(present)

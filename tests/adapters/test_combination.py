@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_export.cli.application_options import COMBINATIONS
 
+from lora_export.adapters.combination import combined_pair
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
-from lora_export.options.combining import METHODS, Combination
+from lora_export.options.combining import Combination
 from lora_export.plan import Term
 from lora_export.structured_pairs import HadamardPair
 
@@ -26,31 +26,33 @@ TWO = term("two", [[5, 0]], [[0], [2]], scale=2.0, strength=-2.0)
 
 
 def test_cat_is_the_sum_of_the_changes() -> None:
-    pair = Combination("cat").pair([ONE, TWO], NUMBERS, 1)
+    pair = combined_pair(Combination("cat"), [ONE, TWO], NUMBERS, 1)
     assert (pair.a.tolist(), pair.b.tolist(), pair.scale) == ([[4, 8], [-20, 0]], [[1, 0], [3, 2]], 1.0)
     assert pair.delta().tolist() == [[4, 8], [12 - 40, 24]]
 
 
 def test_linear_sums_the_factors_and_has_cross_terms() -> None:
-    pair = Combination("linear").pair([ONE, TWO], NUMBERS, 1)  # roots of weight · scale: 2, and 2 with A negative
+    pair = combined_pair(
+        Combination("linear"), [ONE, TWO], NUMBERS, 1
+    )  # roots of weight · scale: 2, and 2 with A negative
     assert (pair.a.tolist(), pair.b.tolist()) == ([[-8, 4]], [[2], [10]])
     assert pair.delta().tolist() == [[-16, 8], [-80, 40]]
 
 
 def test_svd_cuts_the_exact_sum_to_the_largest_rank() -> None:
-    pair = Combination("svd").pair([ONE, TWO], NUMBERS, 1)
+    pair = combined_pair(Combination("svd"), [ONE, TWO], NUMBERS, 1)
     exact = np.array([[4, 8], [-28, 24]])
     left = np.linalg.svd(exact)[1][1]
     assert pair.rank == 1 and np.linalg.norm(pair.delta() - exact) == pytest.approx(left, rel=1e-5)
-    whole = Combination("svd", svd_rank=2).pair([ONE, TWO], NUMBERS, 1)
+    whole = combined_pair(Combination("svd", svd_rank=2), [ONE, TWO], NUMBERS, 1)
     np.testing.assert_allclose(whole.delta(), exact, atol=1e-5)
 
 
 def test_a_seed_determines_what_dare_keeps() -> None:
     wide = [term(name, np.ones((2, 40)), np.ones((30, 2))) for name in NUMBERS]
-    pairs = [Combination("dare_linear", 0.5, seed=seed).pair(wide, NUMBERS, 2) for seed in (0, 0, 1)]
+    pairs = [combined_pair(Combination("dare_linear", 0.5, seed=seed), wide, NUMBERS, 2) for seed in (0, 0, 1)]
     assert np.array_equal(pairs[0].a, pairs[1].a) and not np.array_equal(pairs[0].a, pairs[2].a)
-    assert np.array_equal(pairs[0].a, Combination("dare_linear", 0.5).pair(wide, NUMBERS, 2).a)
+    assert np.array_equal(pairs[0].a, combined_pair(Combination("dare_linear", 0.5), wide, NUMBERS, 2).a)
 
 
 @pytest.mark.parametrize(
@@ -66,20 +68,20 @@ def test_a_seed_determines_what_dare_keeps() -> None:
 def test_pairs_that_do_not_go_together_are_refused(method: str, others: Term, message: str) -> None:
     combination = Combination(method, 0.5 if "prune" in method else None)
     with pytest.raises(InputRefused, match=message):
-        combination.pair([ONE, others], NUMBERS, 2)
+        combined_pair(combination, [ONE, others], NUMBERS, 2)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "sum"}, "--combine must be one of cat, linear"),
-        ({"method": "ties"}, "needs --density"),
+        ({"method": "sum"}, "combine= must be one of cat, linear"),
+        ({"method": "ties"}, "needs density="),
         ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),
         ({"method": "ties", "density": float("nan")}, "above 0 and at most 1"),
-        ({"method": "linear", "density": 0.5}, "--density: --combine linear does not use it"),
-        ({"method": "dare_linear", "density": 0.5, "majority_sign": "total"}, "--majority-sign: "),
+        ({"method": "linear", "density": 0.5}, 'density=: combine="linear" does not use it'),
+        ({"method": "dare_linear", "density": 0.5, "majority_sign": "total"}, "majority_sign=: "),
         ({"method": "ties", "density": 0.5, "majority_sign": "all"}, "must be total or frequency"),
-        ({"method": "ties", "density": 0.5, "seed": 1, "svd_rank": 2}, "--svd-rank and --seed: "),
+        ({"method": "ties", "density": 0.5, "seed": 1, "svd_rank": 2}, "svd_rank= and combine_seed=: "),
         ({"method": "svd", "svd_rank": 0}, "at least 1"),
     ],
 )
@@ -96,10 +98,6 @@ def test_the_record_has_what_was_used() -> None:
     assert str(Combination("dare_ties", 0.5, seed=3)) == "dare_ties (majority_sign total, seed 3, density 0.5)"
 
 
-def test_the_command_line_has_all_methods() -> None:
-    assert sorted(COMBINATIONS) == sorted(METHODS)
-
-
 @pytest.mark.parametrize(("shape", "kernel"), [((5, 4), 2), ((9, 4), 1)])
 def test_the_sum_with_a_loha_is_no_larger_than_the_change(shape: tuple[int, int], kernel: int) -> None:
     rng = np.random.default_rng(0)
@@ -109,10 +107,10 @@ def test_the_sum_with_a_loha_is_no_larger_than_the_change(shape: tuple[int, int]
     plain = LoraPair(rng.standard_normal((2, inner, kernel)), rng.standard_normal((out, 2, 1)), 3.0)
     terms = [Term("one", "m", loha, 2.0), Term("two", "m", plain, -1.0)]
     expected = 2 * loha.delta().astype(np.float64) - plain.delta()
-    found = Combination().pair(terms, NUMBERS, 12)
+    found = combined_pair(Combination(), terms, NUMBERS, 12)
     assert found.rank == min(out, inner * kernel) and found.scale == 1
     np.testing.assert_allclose(found.delta(), expected, atol=1e-5)
-    svd = Combination("svd", svd_rank=3).pair(terms, NUMBERS, 12)
+    svd = combined_pair(Combination("svd", svd_rank=3), terms, NUMBERS, 12)
     values = np.linalg.svd(expected.reshape(out, -1))[1]
     assert np.linalg.norm(svd.delta() - expected) == pytest.approx(np.sqrt(np.sum(values[3:] ** 2)), rel=1e-4)
 
@@ -121,4 +119,4 @@ def test_a_method_of_factors_refuses_a_change_that_has_none() -> None:
     loha = HadamardPair({name: np.ones((2, 3) if name[0] == "a" else (3, 2)) for name in ("a1", "b1", "a2", "b2")}, 1.0)
     terms = [Term("one", "m", loha, 1.0), Term("two", "m", loha, 1.0)]
     with pytest.raises(InputRefused, match=r"HadamardPair \(one\), HadamardPair \(two\): ties combines A with A and"):
-        Combination("ties", density=0.5).pair(terms, NUMBERS, 4)
+        combined_pair(Combination("ties", density=0.5), terms, NUMBERS, 4)

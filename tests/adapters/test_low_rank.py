@@ -69,7 +69,7 @@ def test_a_truncation_is_a_rank_a_share_or_both(truncation: low_rank.Truncation,
 @pytest.mark.parametrize(
     ("rank", "energy", "message"),
     [
-        (None, None, "give --rank, or --energy"),
+        (None, None, "give rank=, or energy="),
         (0, None, "at least 1"),
         (None, 0.0, "above 0"),
         (2, 1.5, "at most 1"),

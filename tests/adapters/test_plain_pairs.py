@@ -11,7 +11,8 @@ from lora_export.lora import Adapter, LoraPair
 
 PAIR = LoraPair(np.ones((1, 2)), np.ones((3, 1)), 1.0)
 PLAIN = Adapter("plain", "peft", {"fc": PAIR})
-WHOLE = Adapter("whole", "peft", {"fc": PAIR}, replaced={"head.weight": np.ones(2)}, biases={"fc": np.ones(3)})
+BESIDES = {"replaced": {"head.weight": np.ones(2)}, "biases": {"fc": np.ones(3)}, "added": {"n.weight": np.ones(2)}}
+WHOLE = Adapter("whole", "peft", {"fc": PAIR}, **BESIDES)
 
 
 def test_everything_is_named_at_once() -> None:
@@ -21,6 +22,7 @@ def test_everything_is_named_at_once() -> None:
         "x can contain pairs of A and B alone. Nothing was written.",
         "  whole: head.weight is saved whole",
         "  whole: fc has a bias of B",
+        "  whole: n.weight has a change of a vector, such as the weight of a norm",
         "  empty: it has no pair",
     ]
     assert "plain:" not in str(refused.value)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_export.adapters.low_rank import Truncation
-from lora_export.adapters.resize import resize_adapter
+from lora_export.adapters.low_rank import Truncation, resize_adapter
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lora_export.api.application import Application
 from torch import nn
 
 import lora_export as le
@@ -20,8 +19,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.factory import from_module
-from lora_export.options.combining import Combination
-from lora_export.plan import Tied
+from lora_export.options.combining import Applied, Combination
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
 
@@ -80,10 +78,10 @@ def by_hand(tied: str, one: Adapter) -> torch.Tensor:
 @pytest.mark.parametrize("one", [FIRST, SECOND], ids=["head", "head+words"])
 def test_attached_and_folded_adapters_compute_the_sum_by_hand(one: Adapter, tied: str) -> None:
     model = from_module(TiedWords(), IDS)
-    found = adapted_model(model, [one], (), Application(tied=Tied(tied)), ignore)
+    found = adapted_model(model, [one], (), Applied(tied=tied), ignore)
     assert model.module.head.weight is model.module.words.weight
     for put in (layers.attach, layers.fold):
-        again = adapted_model(model, [one], (), Application(tied=Tied(tied)), ignore).model.module
+        again = adapted_model(model, [one], (), Applied(tied=tied), ignore).model.module
         module = again if tied == "untie" else TiedWords()
         put(module, plan.make(found.adapters, layers.specs(module)))
         torch.testing.assert_close(outputs(module), by_hand(tied, one), rtol=1e-5, atol=1e-5)

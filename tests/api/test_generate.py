@@ -14,8 +14,8 @@ import onnx
 import pytest
 
 import lora_export as le
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from support.exporters import optimum_python
 from support.generators import (

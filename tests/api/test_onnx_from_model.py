@@ -17,7 +17,7 @@ from lora_export.api.onnx_from_model import (
     without_changed_ties,
     write_with_adapters,
 )
-from lora_export.api.onnx_options import OnnxOptions
+from lora_export.api.onnx_request import OnnxRequest
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
@@ -51,8 +51,8 @@ def a_linear_model() -> Model:
     return from_module(module, torch.ones(2, 3))
 
 
-def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxOptions:
-    return OnnxOptions(Path(fields.pop("output", "m.onnx")), lora, adapters, **fields)
+def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxRequest:
+    return OnnxRequest("base", Path(fields.pop("output", "m.onnx")), lora=lora, adapters=adapters, **fields)
 
 
 def test_future_adapters_have_a_pair_at_each_target_and_no_effect() -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.api.onnx_insert import insert_and_save, locate_steps, write_graph
-from lora_export.api.onnx_options import OnnxOptions
+from lora_export.api.onnx_request import OnnxRequest
 from lora_export.errors import MatchError
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
@@ -25,8 +25,8 @@ ADAPTED = BASE + X @ DELTA.T * [7, 8]
 ADAPTER = an_adapter({"m": PAIR}, name="fr", sha256="00" * 32)
 
 
-def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxOptions:
-    return OnnxOptions(Path("m.onnx"), lora, adapters, **fields)
+def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxRequest:
+    return OnnxRequest("base", Path("m.onnx"), lora=lora, adapters=adapters, **fields)
 
 
 def written(lora: str, folder: Path, *adapters: Adapter, targets: tuple[str, ...] = (), **fields: Any) -> list[str]:

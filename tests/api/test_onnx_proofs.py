@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.api.onnx_insert import insert_and_save, locate_steps
-from lora_export.api.onnx_options import OnnxOptions, OnnxProofs
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.api.onnx_request import OnnxProofs, OnnxRequest
 from lora_export.errors import Different
 from lora_export.lora import Adapter
 from lora_export.verification.against_graph import GraphReferences
@@ -28,11 +28,11 @@ FR = an_adapter({"m": PAIR}, name="fr", sha256="00" * 32)
 DE = an_adapter({"m": PAIR}, name="de", sha256="11" * 32)
 
 
-def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxOptions:
-    return OnnxOptions(Path("m.onnx"), lora, adapters, **fields)
+def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxRequest:
+    return OnnxRequest("base", Path("m.onnx"), lora=lora, adapters=adapters, **fields)
 
 
-def written(folder: Path, wanted: OnnxOptions, text: str = LINEAR) -> Path:
+def written(folder: Path, wanted: OnnxRequest, text: str = LINEAR) -> Path:
     program = a_graph(text)
     insert_and_save(program, locate_steps(program, wanted, None), wanted, [], folder)
     return folder / "m.onnx"

@@ -16,7 +16,7 @@ from lora_export import formats
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan.diffusion.families import Family
+from lora_export.plan.diffusion import Family
 from lora_export.structured_pairs import WholePair
 from support.diffusion import (
     PIPELINES,

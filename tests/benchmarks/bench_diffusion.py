@@ -18,7 +18,7 @@ from benchmarks.measure import keep, machine, run, settle, side_by_side, table
 from benchmarks.sdxl import kohya_adapter, sdxl_unet
 from lora_export import formats, plan
 from lora_export.lora import DENOISER
-from lora_export.plan.diffusion.components import of_component
+from lora_export.plan.diffusion import of_component
 from lora_export.weights.checkpoint import open_checkpoint
 
 RUNS = 2

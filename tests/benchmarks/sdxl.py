@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_export.plan.diffusion.other_layout import other_layouts
+from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.storage import safetensors_file
 
 RANK = 16

@@ -38,10 +38,10 @@ def configure(place: Path, text: str) -> None:
 
 def merged_with(*words: str) -> dict[str, object]:
     """The settings and hashes of a merge, from the record in its file."""
-    from lora_export.runtime.written_record import read_record
+    from lora_export.artifacts.artifact import open_artifact
 
     assert call(*MERGE, *words) == 0
-    return dict(read_record(Path("merged.safetensors")).content)
+    return dict(open_artifact(Path("merged.safetensors")).record.content)
 
 
 def test_a_table_gives_defaults_and_the_command_line_counts_first(

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file
 
-from lora_export.runtime.written_record import read_record
+from lora_export.artifacts.artifact import open_artifact
 from support.cli import answer, call
 from support.hub import COMMIT, cached
 from support.hub_server import ask, hub_server
@@ -65,7 +65,7 @@ def test_every_command_takes_names_that_are_in_the_cache(work: Path, capsys: pyt
     words = ("onnx", "org/small", "-a", "en=someone/fr", "--lora", "inputs", "-o", "graph.onnx")
     code, document = answer(capsys, *words)
     assert (code, document["files"]) == (0, ["graph.onnx", "en.onnx_adapter"])
-    assert read_record(Path("graph.onnx")).content["base_hub"]["revision"] == COMMIT
+    assert open_artifact(Path("graph.onnx")).record.content["base_hub"]["revision"] == COMMIT
     code, verdict = answer(capsys, "verify", "graph.onnx", "--model", "org/small")
     assert (code, verdict["outcome"]) == (0, "same")
 

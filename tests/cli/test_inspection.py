@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import lora_export as le
-from lora_export.storage import hash_ending
+from lora_export.storage import hashes
 from support import FACTORIES
 from support.cli import answer, call
 from support.handmade import base_file, graph_file, peft_adapter
@@ -99,7 +99,7 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(
     assert shown[1].startswith("adapters merged into the weights: fr ") and shown[2].startswith("made from: base.saf")
     adapter = place / "fr.onnx_adapter"
     assert len(lines(capsys, adapter)) == 3 and answer(capsys, "inspect", adapter)[1]["has_hash"]
-    (place / "old.onnx_adapter").write_bytes(adapter.read_bytes()[: -hash_ending.ENDING])
+    (place / "old.onnx_adapter").write_bytes(adapter.read_bytes()[: -hashes.ENDING])
     assert lines(capsys, place / "old.onnx_adapter")[3].startswith("note: the file has no hash of its contents")
     assert not answer(capsys, "inspect", place / "old.onnx_adapter")[1]["has_hash"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.api.onnx_options import OnnxProofs
+from lora_export.api.onnx_request import OnnxProofs
 from lora_export.cli import verdicts
 from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Verdict

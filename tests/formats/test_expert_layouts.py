@@ -101,7 +101,7 @@ def test_the_order_of_b_is_recorded_or_stated(config, stated, layout):
 @pytest.mark.parametrize(
     ("config", "stated", "message"),
     [
-        (UNSLOTH, "", "--moe-b-layout grouped_by_expert or --moe-b-layout rank_major"),
+        (UNSLOTH, "", 'moe_b_layout="grouped_by_expert" or moe_b_layout="rank_major"'),
         ({"auto_mapping": {"unsloth_fixed": True}}, "", "does not record the order of the columns of B"),
         ({"lora_B_layout": "rank_major"}, "grouped_by_expert", "but adapter_config.json records rank_major"),
         ({"lora_B_layout": ["rank_major"]}, "", r"lora_B_layout is \['rank_major'\]; it must be rank_major or grouped"),

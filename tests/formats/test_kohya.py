@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from lora_export import formats, merge
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import kohya
+from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.options.reading import ReadOptions
-from lora_export.plan.diffusion.other_layout import other_layouts
 from support.diffusion import (
     PIPELINES,
     adapter_file,
@@ -58,7 +58,7 @@ def test_another_prefix_is_not_recognised(prefix, tmp_path):
 
 def test_rank_and_alpha_may_not_be_stated(tmp_path):
     path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix="lora_unet_", flattened=True)
-    with pytest.raises(InputRefused, match="--lora-alpha is for adapters that do not record it"):
+    with pytest.raises(InputRefused, match="lora_alpha= is for adapters that do not record it"):
         formats.load(path, options=ReadOptions(lora_alpha=4))
 
 

@@ -85,7 +85,7 @@ def test_layers_without_a_name_in_the_family_are_refused(tmp_path: Path) -> None
 def test_files_that_are_missing_or_need_an_option(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", EXAMPLES["llama"])
     assert "ADAPTER/lit_model.pth.lora is a pickle" in refusal(folder, ReadOptions())
-    assert "--lora-rank is for adapters that do not record it" in refusal(
+    assert "lora_rank= is for adapters that do not record it" in refusal(
         folder, ReadOptions(allow_pickle=True, lora_rank=2)
     )
     (folder / "model_config.yaml").unlink()

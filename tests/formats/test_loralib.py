@@ -76,7 +76,7 @@ def test_a_layer_gets_the_change_that_loralib_merges(tmp_path: Path, name: str, 
     assert expected.any()
     assert (pair.delta().T if pair.embedding else pair.delta()).tolist() == expected.tolist()
     assert (adapter.format, adapter.metadata) == ("loralib", {"r": 2, "lora_alpha": 6})
-    assert adapter.scale_source == "--lora-alpha / --lora-rank"
+    assert adapter.scale_source == "lora_alpha= / lora_rank="
 
 
 @pytest.mark.parametrize("parts", [(True, False, True), (False, False, True), (True, True, True), (False, True)])
@@ -104,13 +104,13 @@ def test_biases_are_saved_whole(tmp_path: Path) -> None:
 def test_what_the_file_does_not_record_is_asked_for(tmp_path: Path) -> None:
     linear = saved(tmp_path / "a.pt", Model("fc", loralib.Linear(4, 5, r=2)))
     alone = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=2))
-    assert alone.endswith("State both as in training: --lora-rank R --lora-alpha ALPHA")
+    assert alone.endswith('State both as in training: lora_rank="R" lora_alpha="ALPHA"')
     wrong = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=3, lora_alpha=6))
-    assert "fc: A (2, 4) and B (5, 2) do not have --lora-rank 3" in wrong
+    assert "fc: A (2, 4) and B (5, 2) do not have lora_rank=3" in wrong
     fused = saved(tmp_path / "b.pt", Model("qkv", loralib.MergedLinear(4, 12, r=2, enable_lora=[True, False, True])))
-    assert "State enable_lora as in training, such as --enable-lora c_attn=1,0,1" in refusal(fused, STATED)
+    assert 'such as enable_lora={"c_attn": (True, False, True)}' in refusal(fused, STATED)
     parts = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6, enable_lora={"qkv": (True, True, True)})
-    assert "A (4, 4) and B (8, 2) belong to 2 parts, --enable-lora has 3" in refusal(fused, parts)
+    assert "A (4, 4) and B (8, 2) belong to 2 parts, enable_lora= has 3" in refusal(fused, parts)
 
 
 def test_damage_and_unknown_tensors_are_listed(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
 
 def test_the_config_records_the_scale_and_no_option_changes_it(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path, {"fc.lora_a": integers(4, 2), "fc.lora_b": integers(2, 3)})
-    assert "--lora-alpha is for adapters that do not record it" in refusal(folder, lora_alpha=2.0)
+    assert "lora_alpha= is for adapters that do not record it" in refusal(folder, lora_alpha=2.0)
     (folder / "adapters.safetensors").rename(folder / "0000100_adapters.safetensors")
     assert refusal(folder) == "ADAPTER has no adapters.safetensors"
     assert formats.load(folder / "0000100_adapters.safetensors").pairs["fc"].rank == 2

@@ -16,7 +16,7 @@ import pytest
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import AdapterSlot, Contract
-from lora_export.storage import hash_ending
+from lora_export.storage import hashes
 from support.onnx_adapters import shortened
 
 A, B = np.float32([[1, 2], [0, 1], [5, 0]]), np.float32([[1, 2, 3, 4], [0, 0, 1, 0]])
@@ -105,7 +105,7 @@ def with_false_sizes(data: bytes) -> bytes:
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})
-    path.write_bytes(damage(path.read_bytes()[: -hash_ending.ENDING]))
+    path.write_bytes(damage(path.read_bytes()[: -hashes.ENDING]))
     with pytest.raises(InputRefused, match=r"x.onnx_adapter is not an adapter in onnxruntime's format, or it is dam"):
         onnx_adapter.read(path)
     with pytest.raises(InputRefused, match="missing"):

@@ -148,12 +148,12 @@ def test_experts_of_llama_4_are_merged_where_gate_and_up_are_one(tmp_path: Path)
 def test_rank_and_alpha_are_in_the_config_of_newer_versions(tmp_path: Path) -> None:
     folder = saved(tmp_path, tensors())
     alone = refusal(folder, lora_rank=None)
-    assert alone.endswith("State both as in training: --lora-rank R --lora-alpha ALPHA")
+    assert alone.endswith('State both as in training: lora_rank="R" lora_alpha="ALPHA"')
     fields = {"r": 2, "lora_alpha": 5, "peft_type": "LORA", "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     adapter = load(folder, lora_rank=None, lora_alpha=None)
     assert adapter.pairs["model.layers.0.self_attn.q_proj"].scale == 2.5
-    assert "--lora-rank is for adapters that do not record it" in refusal(folder)
+    assert "lora_rank= is for adapters that do not record it" in refusal(folder)
     for field, wrong in (("r", 0), ("r", "2"), ("lora_alpha", None), ("lora_alpha", True)):
         (folder / "adapter_config.json").write_text(json.dumps(fields | {field: wrong}))
         told = refusal(folder, lora_rank=None, lora_alpha=None)
@@ -162,12 +162,13 @@ def test_rank_and_alpha_are_in_the_config_of_newer_versions(tmp_path: Path) -> N
 
 def test_the_base_is_needed_and_its_config_is_enough(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", tensors(), None)
-    assert "or state the base: --base-config FOLDER" in refusal(folder)
+    assert 'or state the base: base_config="FOLDER"' in refusal(folder)
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps(CONFIG))
     assert load(folder, base_config=tmp_path / "base").pairs
     wrong = CONFIG | {"num_attention_heads": 2}
-    assert "B is (16, 2); the base has 2 heads of 4 rows there" in refusal(saved(tmp_path / "two", tensors(), wrong))
+    told = refusal(saved(tmp_path / "two", tensors(), wrong))
+    assert "its 16 rows are not those of the base's 2 heads of 4 rows" in told
     unknown = CONFIG | {"model_type": "mllama"}
     assert "how torchtune converts models of the type 'mllama' is not known; known: gemma," in refusal(
         saved(tmp_path / "three", tensors(), unknown)

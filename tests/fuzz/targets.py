@@ -44,9 +44,9 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.pt2 import program, reader
-from lora_export.models.pt2.example_inputs import ProgramInputs
+from lora_export.models.pt2.program_model import ProgramInputs
 from lora_export.runtime.session import Session
-from lora_export.storage import hash_ending
+from lora_export.storage import hashes
 from lora_export.storage.npz import read_arrays
 from lora_export.training.arrays import read_labelled_arrays
 from lora_export.training.records.opening import open_records
@@ -643,7 +643,7 @@ def good_onnx_adapter() -> bytes:
         known = onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: good_contract().decode()}, "a graph")
         given = {PLACE["a"]: np.ascontiguousarray(A.T), PLACE["b"]: np.ascontiguousarray(B.T)}
         onnx_adapter.write(path, given, known, sha256="7" * 64)  # type: ignore[arg-type]
-        return path.read_bytes()[: -hash_ending.ENDING]  # or each change would end at the hash
+        return path.read_bytes()[: -hashes.ENDING]  # or each change would end at the hash
 
 
 def _examples(path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_export import export_onnx, verify
 from lora_export.errors import InputRefused
+from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.options.reading import ReadOptions
-from lora_export.plan.diffusion.other_layout import other_layouts
 from lora_export.runtime.session import Session
 from support.diffusion import adapter_file, linear_shapes, random_pairs, transformer, unet
 

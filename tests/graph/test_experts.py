@@ -194,18 +194,23 @@ def test_inputs_of_experts_are_proven_and_take_another_adapter(exported, tmp_pat
     assert convert(adapter, tmp_path / "again.onnx_adapter", graph=graph).weights == 2 * experts.COUNT + 1
 
 
+@pytest.fixture(scope="module")
+def transposed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model whose experts are stored as (in, out)."""
+    return Exported(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss")
+
+
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
-def test_experts_that_are_stored_transposed_are_proven(tmp_path, mode):
-    paths = experts.save(tmp_path / "saved", "gpt_oss")
-    found = lora_export.export_onnx(paths["old"], tmp_path / "model.onnx", adapters=[paths["adapter"]], lora=mode)
+def test_experts_that_are_stored_transposed_are_proven(transposed, tmp_path, mode):
+    adapter, reference = transposed.paths["adapter"], transposed.paths["old"]
+    output = tmp_path / "model.onnx"
+    found = lora_export.export_onnx(transposed.graph, output, adapters=[adapter], lora=mode, reference=reference)
     assert found.proof.verdict.outcome == "same"
 
 
 def test_experts_take_no_adapter_for_each_row(exported, tmp_path):
     with pytest.raises(InputRefused, match=r"experts\.gate_up_proj\[0\] .* no single dimension is the batch"):
-        lora_export.export_onnx(
-            exported.paths["old"], tmp_path / "m.onnx", adapters=[exported.paths["adapter"]], lora="rows"
-        )
+        lora_export.export_onnx(exported.graph, tmp_path / "m.onnx", adapters=[exported.paths["adapter"]], lora="rows")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 from torch import nn
 
 from lora_export import plan
 from lora_export.errors import MatchError
-from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.find_sites import Sites, find_sites, precision_of
 from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, TensorSpec
@@ -139,3 +140,57 @@ def test_export_without_metadata_keeps_names(name: str) -> None:
     for value in made.graph.graph.initializers.values():
         value.metadata_props.clear()
     assert {site.name for site in find_sites(made.graph).linear} == linear - {"lm_head.weight"}
+
+
+# --- What is not read: matrices in other operators, and unsupported quantisation ---
+
+
+@pytest.mark.parametrize(
+    ("body", "note"),
+    [
+        ("y = m.MatMulNBits <K = 2, N = 2> (x, W, x)", "1 MatMulNBits nodes hold quantised weights"),
+        ("y = m.FusedThing (x, W)", "1 matrices are read by FusedThing"),
+        ("y = Gemm (W, x)", "1 matrices are read by Gemm as its first operand"),
+        ("q = Cast <to = 3> (W) z = Cast <to = 1> (q) y = MatMul (x, z)", "1 matrices are read by Cast"),
+    ],
+)
+def test_weights_that_are_not_read_are_noted(body: str, note: str) -> None:
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 20, "m" : 1]>
+        g (float[2,2] x) => (float[2,2] y) <float[2,2] W = {{1,2,3,4}}> {{ {body} }}""")
+    assert any(note in line for line in find_sites(model).notes)
+
+
+# --- In which precision a graph stores its weights, and in which it computes with them: they need not be the same ---
+
+
+GRAPHS = {
+    "weights stored in float32, computed in float32": "float[3,2] W = {1,2,3,4,5,6}> { y = MatMul(x, W) }",
+    "weights stored in float16, computed in float32": """float16[3,2] W = {1,2,3,4,5,6}>
+        { V = Cast <to = 1> (W)  y = MatMul(x, V) }""",
+    "weights stored in float32, computed in float16": """float[3,2] W = {1,2,3,4,5,6}>
+        { h = Cast <to = 10> (x)  V = Cast <to = 10> (W)  z = MatMul(h, V)  y = Cast <to = 1> (z) }""",
+    "weights stored in int8 by tensor, computed in float32": """int8[3,2] W = {1,2,3,4,5,6}, float s = {0.5}>
+        { V = DequantizeLinear(W, s)  y = MatMul(x, V) }""",
+}
+
+
+@pytest.mark.parametrize("stated", GRAPHS)
+def test_stored_and_computed_are_stated_apart(stated: str) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[N,3] x) => (float[N,2] y) <{GRAPHS[stated]}""")
+    precision = precision_of(find_sites(model))
+    assert str(precision) == stated
+
+
+def test_most_entries_decide() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[N,2] x) => (float[N,9] y) <float16[2,2] W = {1,2,3,4}, float[2,9] V> {
+            U = Cast <to = 1> (W)  h = MatMul(x, U)  y = MatMul(h, V) }""")
+    assert precision_of(find_sites(model)).stored == "float16"  # V has no value here
+
+
+def test_a_graph_without_layers_has_no_precision() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[N] x) => (float[N] y) { y = Add(x, x) }""")
+    assert precision_of(find_sites(model)) is None

@@ -55,5 +55,5 @@ def test_base_is_named_where_a_layer_has_no_name() -> None:
         with pytest.raises(MatchError) as caught, base_as_remedy(find_sites(model)):
             raise misfit
         assert ("1 linear layer of the graph lost the name" in str(caught.value)) is remedy
-        assert ("--base CHECKPOINT" in str(caught.value)) is remedy
+        assert ('checkpoint="CHECKPOINT"' in str(caught.value)) is remedy
         assert caught.value.misfits == misfit.misfits

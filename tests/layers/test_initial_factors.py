@@ -129,7 +129,7 @@ def test_each_layer_is_reported_and_default_needs_none() -> None:
 
 
 def test_what_cannot_be_decomposed_is_refused() -> None:
-    with pytest.raises(InputRefused, match=r"too few directions .*\(--init pissa\):\s+`0` is 2 × 3, its rank 3"):
+    with pytest.raises(InputRefused, match=r'too few directions .*\(init="pissa"\):\s+`0` is 2 × 3, its rank 3'):
         started(a_model(), "pissa", ["0"], rank=3)
     broken = a_model()
     with torch.no_grad():

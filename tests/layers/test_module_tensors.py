@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import layers
 from lora_export.errors import InputRefused
+from lora_export.layers.module_tensors import is_in_shares, own_share
 from lora_export.plan import Layout
+from support.small_layers import PAIR, a_model, an_adapter, plan_for
 
 
 def test_specs_follow_the_state_dict() -> None:
@@ -57,3 +61,23 @@ def test_tied_tensors_are_listed_under_both_names() -> None:
 def test_a_lazy_module_is_refused() -> None:
     with pytest.raises(InputRefused, match=r"0\.weight has no shape yet"):
         layers.specs(nn.Sequential(nn.LazyLinear(3)))
+
+
+# --- Weights of which each of several processes holds a share (FSDP): PyTorch's DTensor ---
+
+
+def test_a_plain_tensor_is_whole() -> None:
+    tensor = torch.ones(2)
+    assert own_share(tensor) is tensor and not is_in_shares(tensor)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_weight_in_shares_is_read_as_it_is() -> None:
+    model = a_model()
+    layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
+    weight = model[0]._parameters["weight"]
+    in_shares = torch.nn.Parameter(distribute_tensor(weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()]))
+    assert not torch.equal(model[0].weight, weight)  # W + ΔW
+    model[0]._parameters["weight"] = in_shares
+    assert model[0].weight is in_shares
+    assert is_in_shares(in_shares) and torch.equal(own_share(in_shares), weight)

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
+from lora_export.models.cached_decoder import counts_by_mask, refuse_other_than_decoder, takes_positions
 from lora_export.models.fused_operators import fuse_operators
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
-from support.generators import DECODERS, STEPWISE, VOCABULARY, assert_same_logits
+from support.generators import DECODERS, STEPWISE, VOCABULARY, assert_same_logits, exported_decoder
 
 QUICK = ("gemma3", "opt")  # a window that slides; positions by the mask
 OTHERS = sorted(DECODERS.keys() - {*QUICK, *STEPWISE})
 
 
-def decoder(name: str) -> Any:
-    torch.manual_seed(0)
-    return DECODERS[name]().eval()
-
-
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_graph_computes_the_logits_of_every_position(name: str, tmp_path: Path) -> None:
-    module = decoder(name)
-    *_, path = save_graph(export_decoder(module), tmp_path, "model.onnx")
+    module, program = exported_decoder(name)
+    *_, path = save_graph(program, tmp_path, "model.onnx")
     runner = with_cache(OnnxRunner(path))
     assert isinstance(runner, CacheRunner)
     assert runner.takes_padding
     assert_same_logits(runner, module)
 
 
-def test_names_and_axes_are_those_of_genai_and_optimum(tmp_path: Path) -> None:
-    *_, path = save_graph(export_decoder(decoder("llama")), tmp_path, "model.onnx")
-    graph = onnx.load(path).graph
+def test_model_that_finds_positions_by_the_mask_takes_none() -> None:
+    _, program = exported_decoder("opt")
+    assert {"attention_mask"} == {value.name for value in program.graph.inputs} & {"attention_mask", "position_ids"}
+
+
+def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
+    module, program = exported_decoder("opt")  # its config says so
+    assert len(program.graph.outputs) == 1 + 2 * 2
+    assert module.config.use_cache is False
+
+
+def test_names_and_axes_are_those_of_genai_and_optimum() -> None:
+    _, program = exported_decoder("llama")
+    graph = ir.to_proto(program).graph
     shapes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -57,22 +64,8 @@ def test_names_and_axes_are_those_of_genai_and_optimum(tmp_path: Path) -> None:
     }
 
 
-def test_model_that_finds_positions_by_the_mask_takes_none(tmp_path: Path) -> None:
-    inputs = [value.name for value in export_decoder(decoder("opt")).graph.inputs]
-    assert "position_ids" not in inputs
-    assert "attention_mask" in inputs
-
-
-def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
-    module = decoder("gpt2")
-    module.config.use_cache = False
-    assert len(export_decoder(module).graph.outputs) == 1 + 2 * 2
-    assert module.config.use_cache is False
-
-
 def test_graph_with_a_recurrent_state_takes_one_token_at_once(tmp_path: Path) -> None:
-    module = decoder("mamba2")
-    program = export_decoder(module)
+    module, program = exported_decoder("mamba2")
     *_, path = save_graph(program, tmp_path, "model.onnx")
     states = [f"{kind}.{layer}" for layer in range(2) for kind in ("conv", "recurrent")]
     graph = onnx.load(path).graph
@@ -102,4 +95,15 @@ def test_what_is_no_decoder_of_texts_is_refused() -> None:
         refuse_other_than_decoder(both, "base")
     with pytest.raises(InputRefused, match="is made of a Hugging Face model, not of a Linear"):
         refuse_other_than_decoder(torch.nn.Linear(2, 2), "base")
-    refuse_other_than_decoder(decoder("llama"), "base")
+    refuse_other_than_decoder(DECODERS["llama"](), "base")
+
+
+@pytest.mark.parametrize(("name", "by_mask"), [("llama", False), ("gpt2", False), ("opt", True)])
+def test_models_that_count_the_ones_of_the_mask_are_found(name: str, by_mask: bool) -> None:
+    module = DECODERS[name]().eval()
+    assert takes_positions(module)
+    assert counts_by_mask(module) is by_mask
+
+
+def test_models_without_positions_are_known() -> None:
+    assert not takes_positions(nn.Linear(2, 2)) and not takes_positions(DECODERS["bloom"]())

@@ -347,9 +347,9 @@ def test_a_refused_model_with_a_state_is_exported_with_its_cache() -> None:
             return x if x.sum() > 0 else -x
 
     given, axes = {"x": torch.ones(2, 3)}, {"x": {0: "batch"}}
-    with pytest.raises(RuntimeRefused, match="keeps a state is exported token by token: --with-cache"):
+    with pytest.raises(RuntimeRefused, match="keeps a state is exported token by token: with_cache=True"):
         export.to_onnx(Recurrent(), given, axes=axes)
     Recurrent._is_stateful = False
     with pytest.raises(RuntimeRefused) as refused:
         export.to_onnx(Recurrent(), given, axes=axes)
-    assert "--with-cache" not in str(refused.value)
+    assert "with_cache" not in str(refused.value)

@@ -94,7 +94,7 @@ def test_a_stored_base_stays_as_it_is(kind: str, tmp_path: Path) -> None:
     assert {value.dtype for value in floats} == {torch.float32}
     assert torch.equal(loaded.module.model.embed_tokens.weight, theirs.model.embed_tokens.weight.float())
     assert torch.equal(weight, theirs.model.layers[1].mlp.up_proj.weight) and weight.quant_state.quant_type == kind
-    with pytest.raises(InputRefused, match=rf"is quantised already \({kind}\): leave out --quantize-base"):
+    with pytest.raises(InputRefused, match=rf"is quantised already \({kind}\): leave out quantize_base="):
         load_model(str(folder), base=NF4)
     with pytest.raises(InputRefused, match="is quantised"):
         load_model(str(folder))
@@ -105,7 +105,7 @@ def test_other_schemes_and_other_models_are_refused(tmp_path: Path) -> None:
     folder = stored(base, tmp_path / "int8", load_in_8bit=True)
     with pytest.raises(InputRefused, match=r"is quantised \(int8\): adapters are trained beside floats, and"):
         load_model(str(folder), base=TrainedBase())
-    with pytest.raises(InputRefused, match="--quantize-base is for Hugging Face folders of transformers"):
+    with pytest.raises(InputRefused, match="quantize_base= is for Hugging Face folders of transformers"):
         load_model("net.py:make", base=NF4)
 
 

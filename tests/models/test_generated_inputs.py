@@ -104,7 +104,7 @@ class Strange(nn.Module):
 
 def test_undetermined_inputs_are_refused_with_their_names(tmp_path: Path) -> None:
     message = (
-        r"Strange takes input_features, and its config does not determine .*--inputs FILE.npz.*input_features, other"
+        r'Strange takes input_features, and its config does not determine .*inputs="FILE.npz".*input_features, other'
     )
     with pytest.raises(InputRefused, match=message):
         generated_inputs(Strange(), tmp_path)
@@ -117,3 +117,32 @@ class TakesBoth(Strange):
 def test_each_of_several_main_inputs_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="TakesBoth takes input_features and other, and its config does not"):
         generated_inputs(TakesBoth(), tmp_path)
+
+
+FOLDER = Path("no-such-folder")
+
+
+def test_a_model_of_segments_takes_points_with_labels() -> None:
+    torch.manual_seed(0)
+    module = hf.SamModel(MORE_MODELS["sam"][1]()).eval()
+    inputs = generated_inputs(module, FOLDER)
+    axes = {0: "batch", 1: "objects", 2: "points"}
+    assert inputs.axes == {"pixel_values": {0: "batch"}, "input_points": axes, "input_labels": axes}
+    made = inputs.make({"batch": 2, "objects": 4, "points": 5}, torch.Generator().manual_seed(0))
+    assert made["input_points"].shape == (2, 4, 5, 2) and made["input_labels"].shape == (2, 4, 5)
+    assert 0 <= made["input_points"].min() < 4 and 12 < made["input_points"].max() <= 16  # the image has 16 x 16 pixels
+    assert set(made["input_labels"].unique().tolist()) == {-1, 0, 1}
+    with torch.no_grad():
+        masks, others = (
+            module(**{**made, "input_points": points}).pred_masks
+            for points in (made["input_points"], made["input_points"].flip(0))
+        )
+    assert masks.shape[:2] == (2, 4)
+    assert not torch.allclose(masks, others)
+
+
+def test_other_models_of_images_get_no_points() -> None:
+    module = hf.ViTModel(
+        hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    )
+    assert set(generated_inputs(module, FOLDER).axes) == {"pixel_values"}

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+import transformers as hf
 
+from lora_export import layers
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter
-from lora_export.models.huggingface import load_tokenizer
+from lora_export.lora import Adapter, LoraPair
+from lora_export.models.huggingface import load_tokenizer, with_numbers, without_unread_pooler
 from lora_export.models.load import load_model
 from lora_export.weights.task_head import TaskHead
+from support.generators import ENCODER_DECODERS
 from support.small_models import small_model
 
 
@@ -247,3 +252,50 @@ def test_data_for_which_no_class_has_a_head_are_refused(tmp_path: Path) -> None:
     message = "base is a BertModel, and these data need a BertForImageClassification, which transformers does not have"
     with pytest.raises(InputRefused, match=message):
         load_model(str(base), head=TaskHead("ForImageClassification", ("red", "blue")), may_add=True)
+
+
+def test_infinite_numbers_are_those_that_transformers_wrote(tmp_path: Path) -> None:
+    given = {"time_step_limit": [0.0, math.inf], "nested": {"low": -math.inf}, "name": "a"}
+    hf.PretrainedConfig(**given).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "__float__" in str(written)
+    read = with_numbers(written)
+    assert {name: read[name] for name in given} == given
+
+
+def test_other_objects_stay_as_they_are() -> None:
+    other = {"__float__": 1, "a": [{"__float__": "one"}, {"__float__": "NaN", "b": 2}]}
+    assert with_numbers(other) == other
+    assert math.isnan(with_numbers([{"__float__": "NaN"}])[0])
+
+
+OWN = ("encoder.pooler.dense.weight", "encoder.pooler.dense.bias")
+
+
+@pytest.fixture
+def trocr() -> Any:
+    torch.manual_seed(0)
+    return ENCODER_DECODERS["trocr"]().eval()
+
+
+def test_pooler_without_weights_is_removed_and_changes_nothing(trocr: Any) -> None:
+    given = {"pixel_values": torch.ones(1, 3, 16, 16), "decoder_input_ids": torch.tensor([[1, 5]])}
+    with torch.no_grad():
+        before = trocr(**given).logits
+        assert without_unread_pooler(trocr, (*OWN, "decoder.new.weight")) == ("decoder.new.weight",)
+        assert trocr.encoder.pooler is None and torch.equal(trocr(**given).logits, before)
+
+
+def test_pair_on_the_pooler_is_left_out_with_a_note(trocr: Any) -> None:
+    without_unread_pooler(trocr, OWN)
+    pair = LoraPair(a=torch.ones(2, 32).numpy(), b=torch.ones(32, 2).numpy(), scale=1.0)
+    names = ["encoder.pooler.dense", "encoder.layers.0.mlp.fc1"]
+    (found,) = layers.respelled_for(trocr, [Adapter(name="a", format="test", pairs=dict.fromkeys(names, pair))])
+    assert list(found.pairs) == names[1:]
+    assert found.notes == ("a changes encoder.pooler.dense, which no output of the model reads: left out",)
+
+
+def test_pooler_with_weights_stays(trocr: Any) -> None:
+    for new in ((), OWN[:1]):
+        assert without_unread_pooler(trocr, new) == new and trocr.encoder.pooler is not None
+    assert without_unread_pooler(torch.nn.Linear(2, 2), OWN) == OWN

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from lora_export.errors import InputRefused
-from lora_export.models.load import load_model, module_with_weights
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.models.load import load_model, module_with_weights, with_inputs_from
+from lora_export.models.model import Model
 from support import FACTORIES
 
 
@@ -26,11 +30,11 @@ def test_a_model_and_its_float_inputs_are_converted_to_the_dtype() -> None:
     assert {value.dtype for value in loaded.example_inputs().values()} == {torch.int64}
     floats = load_model(f"{FACTORIES}:scaled", dtype=torch.float16).example_inputs()
     assert {value.dtype for value in floats.values()} == {torch.float16}
-    assert loaded.notes == ("the model runs in bfloat16, and its weights are rounded to it (--dtype)",)
+    assert loaded.notes == ("the model runs in bfloat16, and its weights are rounded to it (dtype=)",)
 
 
 def test_a_program_takes_no_dtype(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"model\.pt2 has one precision, which its graph names: leave out --dtype"):
+    with pytest.raises(InputRefused, match=r"model\.pt2 has one precision, which its graph names: leave out dtype="):
         load_model(str(tmp_path / "model.pt2"), dtype=torch.float16)
 
 
@@ -44,3 +48,70 @@ def test_a_file_of_weights_must_have_them_all(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "part.safetensors")
     with pytest.raises(InputRefused, match=r"dense\.bias"):
         module_with_weights(loaded, tmp_path / "part.safetensors")
+
+
+class Pair(nn.Module):
+    """Adds a projection of `left`, and of `right` where it is there: (batch, length, 4)."""
+
+    def __init__(self, needs_right: bool = False) -> None:
+        super().__init__()
+        self.fc, self.needs_right = nn.Linear(4, 4), needs_right
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
+        if self.needs_right and right is None:
+            raise ValueError("right is missing")
+        return self.fc(left) + (0 if right is None else right)
+
+
+def generated(module: nn.Module) -> Model:
+    """A model whose generated inputs are `left` alone."""
+    axes = {"left": {0: "batch"}}
+    return Model("pair", module, axes, lambda sizes, _: {"left": torch.ones(sizes["batch"], 3, 4)}, {"batch": 2}, True)
+
+
+def file(path: Path, *names: str, shape: tuple[int, ...] = (2, 5, 4)) -> Path:
+    rng = np.random.default_rng(0)
+    np.savez(path, **{name: rng.standard_normal(shape).astype(np.float32) for name in names})
+    return path
+
+
+def test_generated_inputs_that_run_are_kept(tmp_path: Path) -> None:
+    model = generated(Pair())
+    assert with_inputs_from(file(tmp_path / "a.npz", "left"), model) is model
+    assert with_inputs_from(file(tmp_path / "b.npz", "unknown"), model) is model
+
+
+@pytest.mark.parametrize("needs_right", [True, False])
+def test_a_file_with_more_inputs_is_the_example(needs_right: bool, tmp_path: Path) -> None:
+    path = file(tmp_path / "x.npz", "right", "left")
+    model = with_inputs_from(path, generated(Pair(needs_right)))
+    assert model.axes == {"left": {0: "batch", 1: "left_axis1"}, "right": {0: "batch", 1: "left_axis1"}}
+    assert {
+        name: tuple(value.shape) for name, value in model.inputs({"batch": 3, "left_axis1": 7}, seed=0).items()
+    } == {
+        "left": (3, 7, 4),
+        "right": (3, 7, 4),
+    }
+    assert model.notes == (f"the generated inputs are like those in {path}",)
+
+
+def test_generated_inputs_that_fail_are_replaced(tmp_path: Path) -> None:
+    module = Pair(needs_right=True)
+    model = replace(generated(module), axes={"left": {}, "right": {}})
+    assert with_inputs_from(file(tmp_path / "x.npz", "left", "right"), model).axes["left"] == {
+        0: "batch",
+        1: "left_axis1",
+    }
+
+
+def test_undetermined_inputs_come_from_the_file_alone(tmp_path: Path) -> None:
+    model = replace(generated(Pair()), axes={})
+    assert with_inputs_from(file(tmp_path / "x.npz", "left"), model).input_names == ("left",)
+    with pytest.raises(InputRefused, match=r"b.npz contains unknown; the model takes left, right"):
+        with_inputs_from(file(tmp_path / "b.npz", "unknown"), model)
+
+
+def test_inputs_on_which_the_model_fails_are_refused(tmp_path: Path) -> None:
+    path = file(tmp_path / "x.npz", "left", "right", shape=(2, 5, 3))
+    with pytest.raises(RuntimeRefused, match=r"Pair itself fails on the inputs in .*x.npz \(left, right\): mat1"):
+        with_inputs_from(path, generated(Pair()))

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from lora_export.models.load import load_model
-from lora_export.models.text_inputs import placeholders
+from lora_export.models.text_inputs import padding_mask, placeholders
 from support.small_models import MODELS, TEXT, VISION, small_model
 
 
@@ -80,7 +80,7 @@ def test_sounds_among_tokens_are_left_out_and_listed(tmp_path: Path) -> None:
     assert not any((model.inputs({"batch": 9, "sequence": 50}, seed=seed)["input_ids"] == 5).any() for seed in range(3))
     assert model.not_judged == (
         "Qwen2AudioForConditionalGeneration with sounds among its tokens. They are no part of the generated inputs: "
-        "give them by --inputs",
+        "give them by inputs=",
     )
 
 
@@ -108,3 +108,11 @@ def test_videos_are_listed_where_images_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [10**30, -1, True, "a", None])
 def test_a_placeholder_that_is_no_token_is_left_out(value: Any) -> None:
     assert placeholders(SimpleNamespace(image_token_id=value, video_token_id=7)) == [7]
+
+
+def test_every_row_but_the_first_has_padding_at_one_end() -> None:
+    for seed in range(20):
+        mask = padding_mask((5, 9), torch.Generator().manual_seed(seed))
+        assert mask.shape == (5, 9) and set(mask.unique().tolist()) == {0, 1}
+        assert (mask[1:].sum(1) < 9).all() and (mask.sum(1) >= 4).all()
+        assert (mask[[1, 3], -1] == 0).all() and (mask[[2, 4], 0] == 0).all()

@@ -75,7 +75,7 @@ def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPat
     assert found.long == {"sequence": LONG}
     assert found.not_judged == (
         "what its sliding window of 200 tokens leaves out. Generated texts have up to 96 tokens. Give a "
-        "longer one by --inputs"
+        "longer one by inputs="
     )
     monkeypatch.setattr(text_lengths, "MOST_WORK", 10.0 * parameters)
     found = lengths_of(mistral(None, max_position_embeddings=512))

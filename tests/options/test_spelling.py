@@ -15,12 +15,21 @@ SPELLINGS = [
     (lambda: named("verify", False), "verify=False", "--no-verify"),
     (lambda: named("strict", False), "strict=False", "--no-strict"),
     (lambda: named("requantize", True), "requantize=True", "--requantize"),
+    (lambda: named("per_row", 2), "per_row=2", "--adapters-per-row 2"),
     (lambda: named("weights"), "weights=", "--weight"),
+    (lambda: named("columns", {"a": "b", "c": "d"}), 'columns={"a": "b", "c": "d"}', "--column a=b --column c=d"),
     (lambda: named("hashing", "sha256"), 'hashing="sha256"', "--hash sha256"),
     (
         lambda: command("onnx", "GRAPH", lora="nodes"),
         'export_onnx("GRAPH", lora="nodes")',
         "lora-export onnx GRAPH --lora nodes",
+    ),
+    (lambda: named("layout", {"NAME": "in_out"}), 'layout={"NAME": "in_out"}', "--layout NAME=in_out"),
+    (lambda: named("enable_lora", {"q": (True, False)}), 'enable_lora={"q": (True, False)}', "--enable-lora q=1,0"),
+    (
+        lambda: command("merge", "BASE", "ADAPTER", output="OUT", only_head=True),
+        'merge("BASE", "ADAPTER", output="OUT", only_head=True)',
+        "lora-export merge BASE ADAPTER -o OUT --only-head",
     ),
     (lambda: command("merge", requantize=True), "merge(requantize=True)", "lora-export merge --requantize"),
     (

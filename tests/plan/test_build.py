@@ -141,7 +141,7 @@ def test_a_strength_that_is_not_finite_is_refused(strength):
 
 
 def test_the_number_of_strengths_must_be_that_of_adapters():
-    with pytest.raises(InputRefused, match="1 adapters but 2 weights; give one --weight per adapter"):
+    with pytest.raises(InputRefused, match="1 adapters but 2 weights; give one weights= per adapter"):
         plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[1, 2])
 
 

@@ -14,11 +14,11 @@ from support.plans import A, B, adapter, holding, matrix, misfits, pair, rows, t
 def test_a_pair_on_a_tied_tensor_is_refused():
     assert misfits([adapter(emb=pair())], [tied()]) == [
         "emb.weight: emb.weight is head.weight too (the header of the file ties them), which the adapter does not "
-        "change. --tied untie gives each a tensor of its own; --tied both changes both"
+        'change. tied="untie" gives each a tensor of its own; tied="both" changes both'
     ]
     assert misfits([adapter(head=pair())], [tied()]) == [
         "head: head.weight is stored as emb.weight: the two are tied, and a change of one would change both. "
-        "--tied untie gives each a tensor of its own; --tied both changes both"
+        'tied="untie" gives each a tensor of its own; tied="both" changes both'
     ]
 
 

@@ -36,7 +36,7 @@ def test_a_square_matrix_of_unknown_layout_is_refused_by_name():
     assert str(refused.value).startswith(
         "the layout of 5 square matrices is unknown: h.0.fc.weight, h.1.fc.weight, h.2.fc.weight, and 2 more. Neither"
     )
-    assert "--layout NAME=out_in or --layout NAME=in_out" in str(refused.value)
+    assert 'layout={"NAME": "out_in"} or layout={"NAME": "in_out"}' in str(refused.value)
     assert {layout for layout, _ in settled(plan.make([one], base, unknown_layout_ok=True)).values()} == {"unknown"}
 
 
@@ -94,11 +94,11 @@ def test_the_option_overrides_the_record_of_an_adapter():
 def test_an_option_that_contradicts_the_base_is_refused(spec, layout, message):
     with pytest.raises(InputRefused) as refused:
         plan.make([adapter(fc=pair())], [spec], layout={"*": layout})
-    assert str(refused.value) == f"--layout states that fc.weight is {message}"
+    assert str(refused.value) == f"layout= states that fc.weight is {message}"
 
 
 def test_an_option_for_no_matrix_is_refused():
-    with pytest.raises(InputRefused, match="--layout fd=out_in: no matrix of the base has this name"):
+    with pytest.raises(InputRefused, match=r'layout=\{"fd": "out_in"\}: no matrix of the base has this name'):
         plan.make([adapter(fc=square())], [unknown("fc.weight"), vector("fd")], layout={"fd": "out_in"})
     with pytest.raises(WrongUsage, match="a layout is out_in or in_out"):
         plan.make([adapter(fc=square())], [unknown("fc.weight")], layout={"fc": "conv"})

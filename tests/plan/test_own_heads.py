@@ -36,7 +36,7 @@ def test_a_table_beside_its_pair_is_no_head() -> None:
 
 def test_a_layer_that_the_base_lacks_is_refused_with_the_way_out() -> None:
     adapter = an_adapter({"model.fc": PAIR}, replaced={"classifier.weight": WEIGHT}, name="fr")
-    with pytest.raises(InputRefused, match=r"fr, classifier.weight\n.*--only-head"):
+    with pytest.raises(InputRefused, match=r"fr, classifier.weight\n.*only_head=True"):
         own_heads([adapter], SPECS)
 
 

@@ -8,7 +8,7 @@ import pytest
 from lora_export import plan, sums
 from lora_export.errors import MatchError
 from lora_export.lora import TokenRows
-from lora_export.plan.conversion.architecture import rules_of
+from lora_export.names.architecture import rules_of
 from support.plans import holding, matrix, table, vector
 from support.spellings import (
     LARA,

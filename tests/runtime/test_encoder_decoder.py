@@ -14,9 +14,9 @@ import torch
 import transformers as hf
 
 import lora_export as le
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.runner import Arrays
 from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
 
@@ -144,5 +144,5 @@ def test_graphs_without_adapters_by_row_take_no_ids(runner: EncoderDecoderRunner
     assert not merged.takes_rows
     with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
         merged.with_rows([1])
-    with pytest.raises(InputRefused, match="no graph takes an adapter: they were not made with --lora inputs"):
+    with pytest.raises(InputRefused, match='no graph takes an adapter: they were not made with lora="inputs"'):
         merged.with_adapter("fr")

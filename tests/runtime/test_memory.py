@@ -11,7 +11,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, WrongUsage
 from lora_export.runtime.memory import AVAILABLE, available_memory, release_memory, require_memory
-from lora_export.storage.c_library import c_function
+from lora_export.storage.system_calls import c_function
 
 MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nSwapFree:   1000 kB\n"}
 STATISTICS = "anon 1\ninactive_file 200\nactive_file 100\ntotal_inactive_file 30\ntotal_active_file 20\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
-from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.ort_session import InMemoryGraph
 
 A_MATMUL = """
@@ -141,7 +141,7 @@ def test_loop_without_end_is_stopped_and_the_next_run_is_not(tmp_path: Path, a_g
     onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
     runner = OnnxRunner(tmp_path / "endless.onnx", timeout=0.3)
     for _ in range(2):
-        with pytest.raises(RuntimeRefused, match=r"endless\.onnx did not finish within 0\.3 seconds.*--timeout"):
+        with pytest.raises(RuntimeRefused, match=r"endless\.onnx did not finish within 0\.3 seconds.*timeout="):
             runner.run({"x": np.ones((1, 2), np.float32)})
     quick = OnnxRunner(a_graph, timeout=30)
     assert quick.run({"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
@@ -163,3 +163,14 @@ def test_closed_graph_is_opened_again_by_the_next_run(a_graph: Path) -> None:
     assert other.session is runner.session
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], value) for name, value in after.items())
+
+
+MASK = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def test_all_positions_count() -> None:
+    assert token_positions(MASK, by_mask=False).tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_only_the_ones_of_the_mask_count() -> None:
+    assert token_positions(MASK, by_mask=True).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 2], [0, 1, -1, -1]]

@@ -1,9 +1,10 @@
-"""Candidates by kind of file, and the hashes of their files."""
+"""Candidates by kind of artifact."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -11,15 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.errors import InputRefused
 from lora_export.models import factory
 from lora_export.models.load import load_model
-from lora_export.runtime import open_artifact
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.open_artifact import file_hashes, open_candidate
-from lora_export.runtime.runner import TooSlow
+from lora_export.runtime.open_artifact import RUNNERS, open_candidate
+from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.runtime.torchscript.runner import ScriptRunner
-from lora_export.storage.hashes import HASH_BLOCK
 from support.generators import small_decoder
 from support.small_models import small_model
 
@@ -27,12 +27,7 @@ TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
 g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}> { y = MatMul (x, w) }
 """
-PEAK = Path("/proc/self/clear_refs")  # sets the peak of this process to what it takes now
 MODEL = factory.from_module(torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)})
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:
@@ -71,33 +66,20 @@ def test_a_graph_gets_the_positions_that_the_model_finds(name: str, positions: l
     assert open_candidate(tmp_path / "m.onnx", base).run(inputs)["y"].tolist() == [positions]
 
 
-@pytest.mark.parametrize("block", [HASH_BLOCK, 3])
-def test_hashes_include_external_data_and_all_files_of_a_folder(
-    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(open_artifact, "HASH_BLOCK", block)  # the name that is looked for is split into several
-    model = onnx.parser.parse_model(TEXT)
-    (weight,) = model.graph.initializer
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), "w"))
-    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    both = {name: sha256(tmp_path / name) for name in ("m.onnx", "m.data")}
-    assert file_hashes(tmp_path / "m.onnx") == both == file_hashes(tmp_path)
-    assert list(file_hashes(tmp_path / "m.data")) == ["m.data"]
+def test_every_kind_of_artifact_has_a_runner_or_is_refused() -> None:
+    assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.OTHER}
 
 
-@pytest.mark.skipif(not PEAK.exists(), reason="only Linux starts the measured peak anew")
-def test_a_graph_is_hashed_block_by_block(tmp_path: Path) -> None:
-    """Pages of a file that is mapped count as the process's memory."""
-    model = onnx.parser.parse_model(TEXT)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1 << 24, np.float32), "large"))
-    onnx.save(model, tmp_path / "m.onnx")  # 64 MiB
-    del model
+def test_a_runner_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(PlainRunner):
+        axes: ClassVar = {}
+        names_known = True
 
-    def peak() -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) << 10
+        def run(self, inputs: Arrays) -> Arrays:
+            return {name: 2 * value for name, value in inputs.items()}
 
-    PEAK.write_text("5")
-    before = peak()
-    assert file_hashes(tmp_path / "m.onnx")
-    assert peak() - before < 16 << 20
+    (tmp_path / "m.txt").write_text("words")
+    monkeypatch.setitem(RUNNERS, ArtifactKind.OTHER, lambda path, how: Doubled())  # type: ignore[arg-type, index]
+    with contextlib.closing(open_candidate(tmp_path / "m.txt", MODEL)) as runner:
+        assert runner.run({"x": np.ones(2)})["x"].tolist() == [2, 2]
+        assert (runner.placement, *runner.notes, *runner.cannot_give) == (None,)

@@ -30,7 +30,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.storage import hash_ending
+from lora_export.storage import hashes
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import a_graph, an_adapter, quantised
 from support.handmade import base_file
@@ -226,7 +226,7 @@ def test_flipped_bit_and_infinite_factor_are_refused(session: Session, tmp_path:
 
 def test_file_without_a_hash_is_loaded(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "one.onnx_adapter"
-    path.write_bytes(path.read_bytes()[: -hash_ending.ENDING])  # as earlier versions wrote it
+    path.write_bytes(path.read_bytes()[: -hashes.ENDING])  # as earlier versions wrote it
     session.load("old", path)
     assert np.array_equal(session.run({"x": X}, adapter="old")["y"], expected(ONE))
 

@@ -120,7 +120,7 @@ def test_a_run_ends_at_the_first_operator_after_its_time_limit() -> None:
                 x = x + 1
 
     runner = torch_runners.ModuleRunner(Endless(), path=Path("endless"), timeout=0.2)
-    with pytest.raises(TooSlow, match=r"endless did not finish within 0\.2 seconds. Allow more with --timeout"):
+    with pytest.raises(TooSlow, match=r"endless did not finish within 0\.2 seconds. Allow more with timeout="):
         runner.run({"x": np.ones(3)})
     right = torch_runners.ModuleRunner(Parts(), path=Path("parts"), timeout=30)
     for _ in range(2):

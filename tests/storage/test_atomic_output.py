@@ -138,7 +138,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch, write, p
 @WRITERS
 def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path, write):
     write(tmp_path / "out", "old")
-    with pytest.raises(OutputFailed, match="out exists already; add --overwrite to replace it"):
+    with pytest.raises(OutputFailed, match="out exists already; add overwrite=True to replace it"):
         write(tmp_path / "out", "new")
     assert content(tmp_path / "out") == "old"
     write(tmp_path / "out", "new", overwrite=True)
@@ -178,7 +178,7 @@ def test_without_an_exchange_the_old_folder_is_set_aside(tmp_path, monkeypatch):
 def test_an_old_folder_set_aside_by_a_killed_run_is_restored(tmp_path):
     write_folder(tmp_path / ".out.123.old", "old")
     messages: list[str] = []
-    with pytest.raises(OutputFailed, match="out exists already; add --overwrite"):
+    with pytest.raises(OutputFailed, match="out exists already; add overwrite=True"):
         write_folder(tmp_path / "out", on_message=messages.append)
     assert messages == ["put out back, which a run that was killed had set aside"]
     assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lora_export.errors import InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage.hub_cache import hub_name, hub_source, locate
 from support import ROOT
 from support.hub import COMMIT, cached
+from support.hub_server import HubServer, ask, hub_server
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def test_another_name_is_refused_with_the_command_that_gets_it(cache: Path, name
         locate(name, print)
     assert str(refused.value) == (
         f"there is no file or folder {name}, and the Hugging Face cache has no snapshot of that name. "
-        f"To download it, add --download, or use: {command}"
+        f"To download it, add download=True, or use: {command}"
     )
 
 
@@ -95,3 +99,151 @@ def test_the_commit_of_a_snapshot_is_its_source(cache: Path) -> None:
         assert hub_source(path) == {"repository": "org/small", "revision": COMMIT}
     for path in (cache, cache / "models--org--small", cache / "models--org--small/refs/main", Path("org/small")):
         assert hub_source(path) == {}
+
+
+WEIGHTS = bytes(range(256)) * 4000
+WANTED = {
+    "config.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "vocab.txt": b"a",
+    "spiece.model": b"b",
+    "chat_template.jinja": b"c",
+}
+OTHERS = {
+    "pytorch_model.bin": b"pickle",
+    "training_args.bin": b"pickle",
+    "model.pt": b"pickle",
+    "modeling_own.py": b"code",
+    "consolidated.safetensors": b"again",
+    "original/consolidated.00.safetensors": b"again",
+    "checkpoint-5/adapter_model.safetensors": b"before",
+    "README.md": b"words",
+    ".gitattributes": b"",
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub that huggingface_hub asks, an empty cache, and an empty current folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    repositories = {
+        "org/small": {**WANTED, **OTHERS},
+        "org/closed": WANTED,
+        "org/pickles": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
+    }
+    with hub_server(repositories, gated=frozenset({"org/closed"})) as server:
+        ask(server, tmp_path / "hub", monkeypatch)
+        yield server
+
+
+def refused(name: str) -> LoraExportError:
+    """The error of a download that fails."""
+    with pytest.raises(LoraExportError) as failure:
+        locate(name, print, download=True)
+    return failure.value
+
+
+@pytest.mark.parametrize("name", ["org/small", "org/small@main", f"org/small@{COMMIT}"])
+def test_the_files_that_commands_read_are_downloaded(hub: HubServer, name: str) -> None:
+    messages: list[str] = []
+    folder = locate(name, messages.append, download=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == WANTED
+    assert hub.files_sent == set(WANTED)
+    assert messages == [
+        f"{name}: downloading from {hub.endpoint}",
+        f"{name}: the snapshot {COMMIT} in the Hugging Face cache",
+    ]
+
+
+def test_nothing_is_asked_without_the_option(hub: HubServer) -> None:
+    with pytest.raises(InputRefused, match=r"add download=True, or use: hf download org/small$"):
+        locate("org/small", print)
+    assert hub.requests == []
+
+
+def test_what_the_cache_has_is_not_downloaded_again(hub: HubServer) -> None:
+    folder = locate("org/small", print, download=True)
+    hub.requests.clear()
+    assert locate("org/small", print, download=True) == folder
+    assert locate("org/small", print) == folder
+    assert hub.requests == []
+
+
+def test_after_a_cut_connection_the_same_command_downloads_the_rest(hub: HubServer) -> None:
+    hub.cut.add("model.safetensors")
+    error = refused("org/small")
+    assert isinstance(error, EnvironmentLacking)
+    assert f"the download of org/small from {hub.endpoint} failed (" in str(error)
+    assert "The same command downloads the files that are missing" in str(error)
+    with pytest.raises(InputRefused, match="download=True"):  # half a model is none
+        locate("org/small", print)
+    hub.cut.clear()
+    hub.requests.clear()
+    folder = locate("org/small", print, download=True)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert "model.safetensors" in hub.files_sent
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_shown_on_a_terminal_alone(
+    hub: HubServer, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    locate("org/small", print, download=True)
+    assert ("Fetching 5 files" in capsys.readouterr().err) is is_terminal
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("org/other", InputRefused, "{0} has no repository org/other, or it is private. Check the name, or log in"),
+        ("org/small@v9", InputRefused, "the repository org/small at {0} has no revision v9"),
+        ("org/closed", InputRefused, "org/closed is gated: accept its conditions at {0}/org/closed, and log in"),
+        ("org/pickles", InputRefused, "org/pickles has no .safetensors file, and download=True gets no other weights"),
+        ("org/a--b", InputRefused, "org/a--b is no name of a repository: "),
+    ],
+)
+def test_what_cannot_be_downloaded_is_refused(
+    hub: HubServer, name: str, kind: type[LoraExportError], message: str
+) -> None:
+    error = refused(name)
+    assert type(error) is kind
+    assert message.format(hub.endpoint) in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_hub_that_is_down_or_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.down = True
+    assert "503" in str(refused("org/small"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    error = refused("org/small")
+    assert isinstance(error, EnvironmentLacking)
+    assert "the download of org/small from http://127.0.0.1:9 failed (ConnectError: " in str(error)
+
+
+def test_offline_mode_forbids_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = refused("org/small")
+    assert isinstance(error, EnvironmentLacking)
+    assert "org/small is not in the Hugging Face cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" in str(error)
+    assert hub.requests == []
+
+
+def test_a_download_without_huggingface_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    error = refused("org/small")
+    assert isinstance(error, EnvironmentLacking)
+    assert str(error).endswith(": pip install huggingface_hub")
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: str, *, local_files_only: bool = False, **__: object) -> str:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        raise OSError(errno.ENOSPC, "No space left on device", "blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    error = refused("org/small")
+    assert isinstance(error, OutputFailed)
+    assert "org/small cannot be written into the Hugging Face cache: [Errno 28] No space left on device" in str(error)

@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_export.plan.conversion.table import read_table
+from lora_export.names.table import read_table
 
 # Sizes of a tiny config. A value larger than this becomes this; what the class then refuses stays as it was.
 SIZES = {

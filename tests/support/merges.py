@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_export import formats, plan
 from lora_export.weights.checkpoint import open_checkpoint
@@ -32,6 +34,34 @@ def merged(
     laid = plan.make(loaded, checkpoint.specs, strengths=strengths, may_add=True, layout=layout)
     out.mkdir()
     return merge_checkpoint(laid, checkpoint, out, **options)
+
+
+class BothMerges(NamedTuple):
+    """An adapter in a base, merged by us and by PEFT."""
+
+    report: MergeReport
+    ours: dict[str, Any]  # the state of what a user loads
+    theirs: dict[str, Any]
+
+
+def merged_by_both(folder: Path, base: nn.Module, model: peft.PeftModel, **options: Any) -> BothMerges:
+    """Save a base and PEFT's adapter of it as `base` and `adapter`, and merge them into `out`, and in PEFT.
+
+    `options` are those of `merged`. A model of transformers is a folder, and is loaded by its class.
+    """
+    is_folder = isinstance(base, PreTrainedModel)
+    source, out = folder / ("base" if is_folder else "base.safetensors"), folder / "out"
+    if is_folder:
+        base.save_pretrained(source)
+    else:
+        save_file(base.state_dict(), source)
+    model.save_pretrained(folder / "adapter")
+    report = merged(source, folder / "adapter", out, **options)
+    if is_folder:
+        ours = type(base).from_pretrained(out, dtype=base.dtype).state_dict()
+    else:
+        ours = load_file(out / "model.safetensors")
+    return BothMerges(report, ours, model.merge_and_unload().state_dict())
 
 
 def same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_export import plan
 from lora_export.lora import LoraPair
+from lora_export.names.architecture import rules_of
 from lora_export.plan import Layout
-from lora_export.plan.conversion.architecture import rules_of
 from support.plans import matrix, pair, vector
 
 VIT = rules_of({"model_type": "vit", "architectures": ["ViTForImageClassification"]})

@@ -1,16 +1,21 @@
-"""The names of weights in transformers, as data: which rules rename them, and which classes a model is made of.
+"""The names of weights in transformers, as data: which rules rename them, and which modules a model is made of.
 
-`make names` runs this file: it writes the table of `lora_export.plan.conversion` from the installed transformers.
-`tests/plan/conversion/test_table.py` compares that table with `derive_table()`.
+`make names` runs this file: it writes `transformers.json` and `modules.json` of `lora_export.names` from the installed
+transformers. `tests/names/test_table.py` compares them with `derive_table()` and `derive_modules()`.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import json
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +29,9 @@ from transformers.core_model_loading import (
     WeightTransform,
 )
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lora_export.plan.conversion.table import PATH
+from lora_export.names.table import MODULES, PATH
 
 # Classes that a part of a composite model is built as, by the type in the part's config: one table for each head.
 AUTO_TABLES = {
@@ -101,6 +107,7 @@ def cannot_untie(model: PreTrainedModel) -> bool:
     return is_read or type(model.config)(tie_word_embeddings=False).tie_word_embeddings
 
 
+@functools.cache
 def derive_rules() -> dict[str, list[dict[str, Any]]]:
     """The rules of the installed transformers, by class name or model type."""
     mapping = conversion_mapping._build_checkpoint_conversion_mapping()
@@ -189,7 +196,117 @@ def _operation(operation: Any) -> dict[str, Any]:
     return {"name": type(operation).__name__, **fields}
 
 
-# --- The file ---
+# --- Modules, from the source of transformers: no model is built ---
+
+MODELS = Path(transformers.__file__).parent / "models"
+MODEL_TYPE = re.compile(r'^    model_type\s*(?::[^=]+)?=\s*"([^"]+)"', re.MULTILINE)
+EMBEDDINGS = {"nn.Embedding", "torch.nn.Embedding"}
+# Names of tables of embeddings in some models, and of linear layers in others, BERT among them.
+LINEAR_ELSEWHERE = {"query", "reference_points"}
+
+
+def derive_modules() -> dict[str, Any]:
+    """What `modules.json` has, from the installed transformers."""
+    conv1d = with_aliases(conv1d_modules())
+    tables, _ = assigned_modules()
+    return {
+        "transformers": transformers.__version__,
+        "model_types": sorted(derived_types()),
+        "conv1d": dict(sorted(conv1d.items())),
+        "linear_of_these_names": dict(sorted(linear_modules(conv1d).items())),
+        "embeddings": sorted(tables - LINEAR_ELSEWHERE),
+    }
+
+
+def sources(pattern: str) -> Iterator[tuple[str, str]]:
+    """The folder and the text of each file of transformers that matches."""
+    for path in sorted(MODELS.glob(pattern)):
+        yield path.parent.name, path.read_text(encoding="utf-8")
+
+
+def derived_types() -> set[str]:
+    """Every model type of transformers."""
+    return declared_types() | set(CONFIG_MAPPING_NAMES)
+
+
+def declared_types(folder: str = "*") -> set[str]:
+    """The types that the configs in a folder of transformers declare."""
+    return {name for _, text in sources(f"{folder}/configuration_*.py") for name in MODEL_TYPE.findall(text)}
+
+
+def conv1d_modules() -> dict[str, list[str]]:
+    """Model type -> the attributes to which its source assigns a new `Conv1D(...)`."""
+    found: dict[str, set[str]] = {}
+    for folder, text in sources("*/modeling_*.py"):
+        for node in ast.walk(ast.parse(text)) if "Conv1D" in text else ():
+            if _assigned_call(node) == "Conv1D":
+                assert isinstance(node, ast.Assign)
+                names = {target.attr for target in node.targets if isinstance(target, ast.Attribute)}
+                found.setdefault(folder, set()).update(names)
+    return {name: sorted(modules) for folder, modules in found.items() for name in declared_types(folder)}
+
+
+def with_aliases(conv1d: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The same with types that have no class of their own, such as gpt-sw3, which is loaded as GPT-2."""
+    classes = {CONFIG_MAPPING_NAMES[name]: name for name in conv1d if name in CONFIG_MAPPING_NAMES}
+    return {**conv1d, **{name: conv1d[classes[cls]] for name, cls in CONFIG_MAPPING_NAMES.items() if cls in classes}}
+
+
+def linear_modules(conv1d: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Model type -> the modules that have a name of a Conv1D, and are linear layers."""
+    names = {name for modules in conv1d.values() for name in modules}
+    found: dict[str, list[str]] = {}
+    for folder, text in sources("*/modeling_*.py"):
+        if modules := names & set(re.findall(r"self\.(\w+) = ", text)):
+            found |= dict.fromkeys(declared_types(folder) - set(conv1d), sorted(modules))
+    return found
+
+
+@functools.cache
+def assigned_modules() -> tuple[frozenset[str], frozenset[str]]:
+    """The attributes to which transformers assigns an nn.Embedding or a class made from it, and a linear layer."""
+    tables: set[str] = set()
+    linear: set[str] = set()
+    for _, text in sources("*/modeling_*.py"):
+        nodes = list(ast.walk(ast.parse(text)))
+        classes = (node for node in nodes if isinstance(node, ast.ClassDef))
+        own = {cls.name for cls in classes if not EMBEDDINGS.isdisjoint(map(ast.unparse, cls.bases))}
+        for node in nodes:
+            if kind := _assigned_call(node):
+                assert isinstance(node, ast.Assign)
+                attributes = (target for target in node.targets if isinstance(target, ast.Attribute))
+                names = {target.attr for target in attributes if ast.unparse(target.value) == "self"}
+                tables |= names if kind in own | EMBEDDINGS else set()
+                linear |= names if kind.endswith(("Linear", "Conv1D")) else set()
+    return frozenset(tables), frozenset(linear)
+
+
+def _assigned_call(node: ast.AST) -> str:
+    """What a statement calls to assign its result; empty for any other node."""
+    is_call = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+    return ast.unparse(node.value.func) if is_call else ""
+
+
+def encoded_modules(modules: Mapping[str, Any]) -> str:
+    """The names as paragraphs, so that a new model is a change of a line."""
+    parts = []
+    for key, value in modules.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + textwrap.indent(_filled(text[1:-1]), "  ") + "\n ]"
+        elif isinstance(value, dict):
+            text = (
+                "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()) + "\n }"
+            )
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+# --- The file of rules ---
 
 
 def encoded(table: Mapping[str, Any]) -> str:
@@ -238,5 +355,6 @@ def _wrapped(table: Mapping[str, str]) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    MODULES.write_text(encoded_modules(derive_modules()), encoding="utf-8")
     PATH.write_text(encoded(derive_table()), encoding="utf-8")
-    print(f"wrote {PATH} from transformers {transformers.__version__}", file=sys.stderr)
+    print(f"wrote {MODULES} and {PATH} from transformers {transformers.__version__}", file=sys.stderr)

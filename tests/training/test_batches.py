@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from lora_export.training.batches import (
     ReadyBatches,
     batch_on_device,
     batches_in_order,
+    batches_sha256,
+    read_own_batches,
     refuse_unknown_inputs,
 )
 from lora_export.training.losses import Batch, CrossEntropy, OwnLoss, SquaredError
-from lora_export.training.records.json_lines import JsonLines
+from lora_export.training.records.text_rows import JsonLines
 
 
 class Numbers:
@@ -76,3 +79,42 @@ def test_inputs_that_forward_does_not_take_are_refused(names: list[str]) -> None
     data = ArrayData({name: torch.ones(4, 4) for name in names}, torch.tensor([0, 1, 0, 1]))
     with pytest.raises(InputRefused, match=rf"contain {', '.join(names)}; the model's forward takes scale, x"):
         refuse_unknown_inputs(Scaled(), data)
+
+
+def good() -> Any:
+    batches = ((({"x": torch.full((2, 2), float(number), dtype=torch.bfloat16)}), number) for number in range(3))
+    return batches, lambda outputs, labels: (outputs - labels).abs().mean()
+
+
+def test_each_batch_is_an_example_and_the_loss_is_the_users() -> None:
+    data = read_own_batches("mine.py:make", good)
+    assert len(data) == 3
+    batch = data.batch([2])
+    assert (batch.inputs["x"][0, 0], batch.labels) == (2, 2)
+    assert data.loss.total(torch.ones(4), batch) == 1 and data.loss.count(batch.labels) == 1
+    with pytest.raises(InputRefused, match=r"the loss of the data's factory is \(2,\); it must be a tensor"):
+        OwnLoss(lambda outputs, labels: torch.ones(2)).total(None, batch)
+    with pytest.raises(InputRefused, match=r"the loss of the data's factory failed at .*test_batches\.py:\d+"):
+        OwnLoss(lambda outputs, labels: outputs - labels).total("text", batch)
+
+
+def test_the_hash_depends_on_every_batch() -> None:
+    data = read_own_batches("mine.py:make", good)
+    assert batches_sha256(data) == batches_sha256(read_own_batches("mine.py:make", good))
+    data.batches[1].inputs["x"][0, 0] = 9
+    assert batches_sha256(data) != batches_sha256(read_own_batches("mine.py:make", good))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda: 1 / 0, r"mine\.py:make failed at .*test_batches\.py:\d+: ZeroDivisionError"),
+        (list, r"must return \(batches, loss\)"),
+        (lambda: ([], print), "made no batches"),
+        (lambda: ([({"x": 1}, 0), 5], print), "batch 2 is no pair"),
+        (lambda: ([(torch.ones(2), 0)], print), "batch 1 is no pair"),
+    ],
+)
+def test_other_results_are_refused(factory: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
+        read_own_batches("mine.py:make", factory)

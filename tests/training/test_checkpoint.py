@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import nn
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.training import checkpoint
-from lora_export.training.checkpoint import BEST, TRAINING_STATE, Checkpoints, checkpoint_folder, trained_tensors
+from lora_export.training.checkpoint import (
+    BEST,
+    NORMS_WITH_STATISTICS,
+    TRAINING_STATE,
+    Checkpoints,
+    checkpoint_folder,
+    trained_tensors,
+)
 from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory
 
 IDENTITY = {"data": "abc", "learning_rate": 0.1, "rank": 4}
@@ -125,3 +133,11 @@ def test_the_folder_lasts_only_with_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFailed, match="could not be made"):
         Checkpoints(tmp_path / "file/x", {}).begin()
+
+
+def test_every_norm_of_pytorch_with_statistics_is_known() -> None:
+    norms = {
+        cls for cls in vars(nn).values()
+        if isinstance(cls, type) and "track_running_stats" in inspect.signature(cls).parameters
+    }  # fmt: skip
+    assert norms == set(NORMS_WITH_STATISTICS)

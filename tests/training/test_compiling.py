@@ -15,7 +15,7 @@ from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking
 from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
-from lora_export.training.compiling import compiled, refuse_without_compiler
+from lora_export.training.compiling import autocast, compiled, refuse_without_compiler
 from lora_export.training.loop import fit
 from support.api import MODEL
 
@@ -57,7 +57,7 @@ def test_compiled_steps_have_the_losses_of_the_others() -> None:
 
 
 def test_a_machine_without_a_compiler_is_refused_before_the_data_are_read(tmp_path: Path, no_compiler: None) -> None:
-    with pytest.raises(EnvironmentLacking, match=r"cannot compile any function here: .*\. Train without --compile$"):
+    with pytest.raises(EnvironmentLacking, match=r"cannot compile any function here: .*\. Train without compile=True$"):
         le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", compile=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -70,3 +70,13 @@ def test_a_model_that_cannot_be_compiled_is_named(no_compiler: None) -> None:
 def test_a_machine_with_a_compiler_is_not() -> None:
     torch.compiler.reset()
     refuse_without_compiler("cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_products_are_in_the_dtype_of_the_precision(precision: str, dtype: torch.dtype) -> None:
+    one = torch.ones(2, 2)
+    with autocast("cpu", precision):  # type: ignore[arg-type]
+        assert (one @ one).dtype is dtype
+    assert (one @ one).dtype is torch.float32

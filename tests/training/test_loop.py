@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
 
 def test_the_checkpoint_before_a_divergence_is_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a.training", {})
-    with pytest.raises(InputRefused, match=r"step 3 of 4: .*a\.training: --resume continues from it"):
+    with pytest.raises(InputRefused, match=r"step 3 of 4: .*a\.training: resume=True continues from it"):
         fitted(adapted(), diverging(some_data(), at=3), epochs=1, batch_size=1, save_every=2, checkpoints=checkpoints)
     module = adapted()
     history = fitted(module, diverging(some_data(), at=0), epochs=1, batch_size=1, checkpoints=checkpoints, resume=True)
@@ -412,7 +412,7 @@ def test_short_memory_names_what_helps(on_the_cpu: bool) -> None:
                 torch.empty(2**60, dtype=torch.uint8)
             raise torch.OutOfMemoryError
 
-    with pytest.raises(EnvironmentLacking, match=r"not enough memory to train\. What helps: a smaller --batch-size"):
+    with pytest.raises(EnvironmentLacking, match=r"not enough memory to train\. What helps: a smaller batch_size="):
         fitted(Hungry())
 
 

@@ -63,7 +63,7 @@ def test_a_wanted_form_comes_first_and_needs_its_columns(tmp_path: Path) -> None
         InputRefused, match=r"line 1 has the columns label, other, text. Needed are:\n  tags: tokens, tags\n"
     ):
         form_of(jsonl(tmp_path, GOOD[RowForm.LABELLED]), RowForm.TAGS)
-    with pytest.raises(InputRefused, match=r"has the columns body(.|\n)*--column text=body$") as refused:
+    with pytest.raises(InputRefused, match=r'has the columns body(.|\n)*columns=\{"text": "body"\}$') as refused:
         form_of(jsonl(tmp_path, {"body": "a"}))
     assert len(str(refused.value).splitlines()) == len(COLUMNS) + 2
 

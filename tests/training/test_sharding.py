@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.checkpoints import LlamaShape, llama
 from lora_export import layers
 from lora_export.errors import InputRefused
-from lora_export.layers.sharded_weights import is_in_shares
+from lora_export.layers.module_tensors import is_in_shares
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.training.sharding import is_sharded, move, shard_base
 from support.small_layers import plan_for
@@ -88,7 +88,7 @@ def test_frozen_weights_of_blocks_are_shared_and_nothing_else() -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_a_base_without_blocks_and_one_in_4_bits_are_refused() -> None:
-    with pytest.raises(InputRefused, match=r"the base has no blocks .* Leave out --shard-base"):
+    with pytest.raises(InputRefused, match=r"the base has no blocks .* Leave out shard_base=True"):
         shard_base(nn.Sequential(nn.Linear(2, 2)), "cpu")
     packed = Blocks()
     packed.body.blocks[0][0] = bnb.nn.Linear4bit(4, 6).to("cpu")

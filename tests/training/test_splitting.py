@@ -37,7 +37,7 @@ def test_a_split_repeats_by_seed() -> None:
     [
         (0.0, "between 0 and 1"),
         (1.0, "between 0 and 1"),
-        (0.01, r"10 examples are too few to .* of each class.*--holdout 0"),
+        (0.01, r"10 examples are too few to .* of each class.*holdout=0"),
     ],
 )
 def test_a_holdout_that_leaves_nothing_is_refused(holdout: float, message: str) -> None:

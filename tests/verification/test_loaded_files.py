@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.verification.loaded_files import files_of_graphs, loaded_files
 from lora_export.weights.checkpoint import open_checkpoint
 from support.cli import answer, call

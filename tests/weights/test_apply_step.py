@@ -60,7 +60,7 @@ def test_token_rows_replace_only_their_rows():
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (65500, "name: 1 values would exceed 65504, the largest float16. Check the adapter's scale, or use --dtype"),
+        (65500, "name: 1 values would exceed 65504, the largest float16. Check the adapter's scale, or use dtype="),
         (np.inf, "name: the base holds 1 values that are not finite. Nothing was written."),
     ],
 )

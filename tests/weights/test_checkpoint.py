@@ -15,7 +15,8 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.plan import Layout, TensorSpec
-from lora_export.weights.checkpoint import custom_code, open_checkpoint
+from lora_export.storage import safetensors_file
+from lora_export.weights.checkpoint import custom_code, is_streamable, open_checkpoint
 from support.handmade import base_file, raw_tensor_file
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -285,7 +286,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert refusal(tmp_path) == "BASE has no safetensors weights"
 
 
-DEQUANTISE = "make this one a float model: merge --dequantize"
+DEQUANTISE = "make this one a float model: merge(dequantize=True)"
 OTHER_LIBRARY = "dequantise this one first, with its own library"
 
 
@@ -351,3 +352,21 @@ def test_a_deeply_nested_config_is_read_or_refused(tmp_path):
             assert "nests objects and lists more than 100 deep" in str(error) or "is not JSON" in str(error)
         else:
             assert layouts["c_proj.weight"] is Layout.IN_OUT
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "expected"),
+    [
+        ("llama", np.float32, True),
+        ("llama", np.float16, True),
+        ("llama", ml_dtypes.bfloat16, True),
+        ("llama", np.float64, False),
+        ("llama", np.int64, False),
+        ("mixtral", np.float32, False),  # transformers stacks its experts
+    ],
+)
+def test_floats_that_are_loaded_as_they_are_stored(model_type: str, dtype: Any, expected: bool, tmp_path: Path) -> None:
+    safetensors_file.write(tmp_path / "model.safetensors", {"w": np.ones(2, np.float32), "v": np.ones(2, dtype)})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert is_streamable(open_checkpoint(tmp_path)) is expected
+    assert is_streamable(open_checkpoint(tmp_path / "model.safetensors")) is (expected or model_type == "mixtral")

@@ -152,7 +152,7 @@ def test_an_unknown_layout_has_to_be_stated(tmp_path: Path) -> None:
     for name, value in (("base", 0 * wide), ("tuned", wide)):
         base_file(tmp_path / f"{name}.safetensors", {"fc.weight": value})
     one, other = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
-    with pytest.raises(InputRefused, match=r"fc.weight: how it is stored is unknown. State it by --layout"):
+    with pytest.raises(InputRefused, match=r"fc.weight: how it is stored is unknown. State it by layout={\"fc.wei"):
         extract_adapter(one, other, Truncation(rank=2), name="x")
     for layout, expected in (("out_in", wide), ("in_out", wide.T)):
         found = extract_adapter(one, other, Truncation(rank=2), name="x", layout={"*": layout})

@@ -49,7 +49,17 @@ from lora_export.weights import merge, tensor_blocks
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
 from support.handmade import add_tensors, base_file, peft_adapter
-from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
+from support.merges import (
+    Convolutions,
+    Net,
+    dora,
+    merged,
+    merged_by_both,
+    nearly_the_same_bits,
+    same_bits,
+    sixty_fourths,
+    trained,
+)
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LINEAR = {"*": "out_in"}
@@ -73,12 +83,9 @@ LINEAR = {"*": "out_in"}
 def test_merged_weights_equal_pefts_bit_for_bit(tmp_path, dtype, config):
     torch.manual_seed(0)
     net = Net().to(dtype)
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     model = trained(net, sixty_fourths, **{"target_modules": ["up", "square", "down"], **config})
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout=LINEAR)
-    ours = load_tensors(tmp_path / "out/model.safetensors")
-    assert same_bits(ours, model.merge_and_unload().state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, net, model, layout=LINEAR)
+    assert same_bits(ours, theirs)
     assert not torch.equal(ours["square.weight"], net.square.weight)
     assert {result.weight for result in report.results if result.weight.endswith("weight")} == {
         f"{name}.weight" for name in config.get("target_modules", ["up", "square", "down"])
@@ -112,12 +119,8 @@ def test_every_tensor_that_peft_saves_is_understood(tmp_path, config):
     torch.manual_seed(0)
     base = Named()
     model = trained(base, sixty_fourths, r=2, **{"target_modules": ["square"], **config})
-    model.save_pretrained(tmp_path / "adapter")
-    save_tensors(base.state_dict(), tmp_path / "base.safetensors")
-    merged(
-        tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout={**LINEAR, "fan.weight": "in_out"}
-    )
-    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
+    _, ours, theirs = merged_by_both(tmp_path, base, model, layout={**LINEAR, "fan.weight": "in_out"})
+    assert same_bits(ours, theirs)
 
 
 def corda(model: nn.Module, config: peft.LoraConfig) -> None:
@@ -157,28 +160,21 @@ def test_a_converted_adapter_fits_the_original_base(tmp_path, prepare):
 def test_a_bias_that_peft_saves_three_times_is_one(tmp_path):
     torch.manual_seed(0)
     base = BertForTokenClassification(bert().config)
-    base.save_pretrained(tmp_path / "base")
     model = trained(base, sixty_fourths, r=2, task_type="TOKEN_CLS", bias="all", target_modules=["query"])
-    model.save_pretrained(tmp_path / "adapter")
+    _, ours, theirs = merged_by_both(tmp_path, base, model)
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert len([key for key in saved if ".classifier." in key and key.endswith(".bias")]) == 3
-    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    loaded = BertForTokenClassification.from_pretrained(tmp_path / "out")
-    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    assert same_bits(ours, theirs)
 
 
 def test_arbitrary_values_equal_pefts_within_one_rounding(tmp_path):
     # The last bit of BA depends on the order in which a BLAS adds up; a CPU may show none, or a few per thousand.
     torch.manual_seed(0)
     net = Net()
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     model = trained(net, lambda tensor: tensor.normal_(std=0.02), r=16, target_modules=["up", "square", "down"])
-    model.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout=LINEAR)
-    theirs = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
-    ours = load_file(tmp_path / "out/model.safetensors")
+    _, ours, theirs = merged_by_both(tmp_path, net, model, layout=LINEAR)
     for name, pair in formats.load(tmp_path / "adapter").pairs.items():
-        one, other = ours[f"{name}.weight"], theirs[f"{name}.weight"]
+        one, other = (tensors[f"{name}.weight"].numpy() for tensors in (ours, theirs))
         largest_sum = np.abs(other) + pair.scale * (np.abs(pair.b) @ np.abs(pair.a))  # on the way to the result
         assert (np.abs(one - other) <= np.spacing(largest_sum)).all()
         assert (one == other).mean() > 0.9
@@ -188,14 +184,10 @@ def test_in_out_matrices_of_gpt2_equal_pefts(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     base = GPT2LMHeadModel(config)
-    base.save_pretrained(tmp_path / "base")
     targets = ["c_attn", "c_proj", "c_fc"]  # attention's c_proj is square: its shape tells nothing
     model = trained(base, sixty_fourths, r=4, lora_alpha=4, target_modules=targets, fan_in_fan_out=True)
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert len(report.results) == 8
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
-    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, base, model)
+    assert len(report.results) == 8 and same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -203,15 +195,11 @@ def test_in_out_matrices_of_gpt2_equal_pefts(tmp_path):
 def test_dora_on_linear_layers_equals_pefts(tmp_path, dtype, weight):
     torch.manual_seed(0)
     net = Net().to(dtype)
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     model = dora(net, r=4, lora_alpha=2, target_modules=["up", "down"], alpha_pattern={"down": 8})
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", strengths=(weight,))
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.scale_layer(weight)  # in PEFT a weight multiplies the scale, with DoRA too
-    theirs = model.merge_and_unload().state_dict()
-    ours = load_tensors(tmp_path / "out/model.safetensors")
+            module.scale_layer(weight)  # in PEFT a weight multiplies the scale, with DoRA too; no file has it
+    report, ours, theirs = merged_by_both(tmp_path, net, model, strengths=(weight,))
     assert nearly_the_same_bits(ours, theirs, net.state_dict()) == {"up.weight", "down.weight"}
     assert all(result.retention == pytest.approx(1, abs=2e-3) and result.noise < 0.02 for result in report.results)
 
@@ -221,29 +209,22 @@ def test_dora_on_in_out_matrices_and_embeddings_equals_pefts(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
     base = GPT2LMHeadModel(config)
-    base.save_pretrained(tmp_path / "base")
     model = dora(base, r=4, lora_alpha=4, target_modules=["c_attn", "c_proj", "wte", "wpe"])
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    report, ours, theirs = merged_by_both(tmp_path, base, model)
     assert len(report.results) == 8
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
-    changed = nearly_the_same_bits(loaded, model.merge_and_unload().state_dict(), base.state_dict())
-    assert changed == {result.weight for result in report.results}
+    assert nearly_the_same_bits(ours, theirs, base.state_dict()) == {result.weight for result in report.results}
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"wpe": 2}}])
 def test_lora_on_embeddings_equals_pefts_bit_for_bit(tmp_path, config):
     torch.manual_seed(0)
     base = bert()
-    base.save_pretrained(tmp_path / "base")
     targets = ["word_embeddings", "position_embeddings", "query"]
     model = trained(base, sixty_fourths, r=4, lora_alpha=8, target_modules=targets, **config)
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
-    assert same_bits(loaded, model.merge_and_unload().state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, base, model)
+    assert same_bits(ours, theirs)
     words = "bert.embeddings.word_embeddings.weight"
-    assert not torch.equal(loaded[words], base.state_dict()[words])
+    assert not torch.equal(ours[words], base.state_dict()[words])
     assert {words, "bert.embeddings.position_embeddings.weight"} < {result.weight for result in report.results}
 
 
@@ -251,12 +232,9 @@ def test_lora_on_embeddings_equals_pefts_bit_for_bit(tmp_path, config):
 def test_lora_on_convolutions_equals_pefts_bit_for_bit(tmp_path, config):
     torch.manual_seed(0)
     net = Convolutions()
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     config = {"target_modules": ["one", "two", "three", "point"], **config}
-    model = trained(net, sixty_fourths, r=4, lora_alpha=8, **config)
-    model.save_pretrained(tmp_path / "adapter")
-    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
-    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, net, trained(net, sixty_fourths, r=4, lora_alpha=8, **config))
+    assert same_bits(ours, theirs)
     weights = {f"{name}.weight" for name in config["target_modules"]}
     assert weights == {result.weight for result in report.results if result.weight.endswith("weight")}
     assert all(result.changed > 0.9 * result.elements for result in report.results)
@@ -264,24 +242,16 @@ def test_lora_on_convolutions_equals_pefts_bit_for_bit(tmp_path, config):
 
 def test_dora_on_convolutions_equals_pefts(tmp_path):
     torch.manual_seed(0)
-    net = Convolutions()
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
-    model = dora(net, r=4, target_modules=["one", "two", "three", "point"])
-    model.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
-    ours = load_tensors(tmp_path / "out/model.safetensors")
-    changed = nearly_the_same_bits(ours, model.merge_and_unload().state_dict(), net.state_dict())
-    assert changed == {f"{name}.weight" for name in ("one", "two", "three", "point")}
+    net, names = Convolutions(), ["one", "two", "three", "point"]
+    _, ours, theirs = merged_by_both(tmp_path, net, dora(net, r=4, target_modules=names))
+    assert nearly_the_same_bits(ours, theirs, net.state_dict()) == {f"{name}.weight" for name in names}
 
 
 def test_packed_attention_equals_pefts_except_its_doubled_output(tmp_path):
     torch.manual_seed(0)
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
-    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     model = trained(net, sixty_fourths, r=2, lora_alpha=4, target_modules=["attn", "qkv"], bias="lora_only")
-    model.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout={"attn.out_proj": "out_in"})
-    ours, theirs = load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
+    _, ours, theirs = merged_by_both(tmp_path, net, model, layout={"attn.out_proj": "out_in"})
     out, before = "attn.out_proj.weight", net.state_dict()
     assert same_bits({k: v for k, v in ours.items() if k != out}, {k: v for k, v in theirs.items() if k != out})
     once = (theirs[out] - before[out]) / 2
@@ -320,12 +290,9 @@ def test_a_headless_base_and_a_head_become_a_loadable_classifier(tmp_path):
 
 def test_a_base_with_the_prefix_and_the_head_keeps_its_names(tmp_path):
     full = bert()
-    full.save_pretrained(tmp_path / "base")
     model = trained(full, sixty_fourths, r=4, target_modules=["query"], task_type="SEQ_CLS")
-    model.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    ours = load_tensors(tmp_path / "out/model.safetensors")
-    assert same_bits(ours, model.merge_and_unload().state_dict())
+    theirs = merged_by_both(tmp_path, full, model).theirs
+    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), theirs)
 
 
 @pytest.fixture(scope="module")
@@ -345,20 +312,18 @@ def tied() -> LlamaForCausalLM:
     ],
 )
 def test_embeddings_are_untied_where_they_were_trained_apart(tmp_path, tied, config, still_tied):
-    tied.save_pretrained(tmp_path / "base")
-    model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], **config)
-    model.save_pretrained(tmp_path / "adapter")
-    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.config.tie_word_embeddings is still_tied
-    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    _, ours, theirs = merged_by_both(
+        tmp_path, tied, trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], **config)
+    )
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is still_tied
+    assert same_bits(ours, theirs)
 
 
 def test_a_change_of_tied_input_embeddings_alone_is_refused(tmp_path, tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputRefused, match=r"model\.embed_tokens\.weight is the output embeddings too .*--tied untie"):
+    with pytest.raises(InputRefused, match=r'model\.embed_tokens\.weight is the output embeddings too .*tied="untie"'):
         merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
@@ -426,19 +391,14 @@ def test_rows_of_tokens_equal_pefts(tmp_path, monkeypatch, tied, is_tied, dtype)
     if not is_tied:
         base.config.tie_word_embeddings = False
         base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
-    base.save_pretrained(tmp_path / "base")
     indices = [7, 19, 0] if is_tied else {"embed_tokens": [7, 19, 0], "lm_head": [3]}
     model = trained(base, sixty_fourths, r=2, target_modules=["q_proj"], trainable_token_indices=indices)
-    model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(block_copy, "BLOCK", 100)  # three rows
-    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
-    assert loaded.config.tie_word_embeddings is is_tied
-    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    report, ours, theirs = merged_by_both(tmp_path, base, model)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is is_tied
+    assert same_bits(ours, theirs)
     before = base.state_dict()
-    changed = {
-        k: (v != before[k]).any(1).nonzero().ravel().tolist() for k, v in loaded.state_dict().items() if v.ndim > 1
-    }
+    changed = {k: (v != before[k]).any(1).nonzero().ravel().tolist() for k, v in ours.items() if v.ndim > 1}
     assert changed["model.embed_tokens.weight"] == [0, 7, 19]
     assert changed["lm_head.weight"] == ([0, 7, 19] if is_tied else [3])
     assert report.replaced == (1 if is_tied else 2)
@@ -943,9 +903,9 @@ def test_a_change_below_rounding_is_refused(tmp_path):
     with pytest.raises(InputRefused) as refused:
         merged(base, adapter, tmp_path / "out")
     assert str(refused.value).splitlines() == [
-        "1 of 2 weights would lose most of their change to rounding (--min-retention 0.5):",
+        "1 of 2 weights would lose most of their change to rounding (min_retention=0.5):",
         "  fc.weight: 0.0% of the change kept, noise 100%",
-        "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes). "
+        'Store the result with dtype="float32", or keep the adapter beside the weights (export_onnx(lora="nodes")). '
         "Nothing was written.",
     ]
 

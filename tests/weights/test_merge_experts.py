@@ -140,7 +140,7 @@ def test_columns_of_b_that_are_grouped_by_expert(mixtral, tmp_path, config, opti
 
 def test_an_order_that_the_file_does_not_record_is_asked_for(mixtral, tmp_path):
     adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", grouped, auto_mapping=UNSLOTH)
-    with pytest.raises(InputRefused, match="--moe-b-layout grouped_by_expert or --moe-b-layout rank_major"):
+    with pytest.raises(InputRefused, match='moe_b_layout="grouped_by_expert" or moe_b_layout="rank_major"'):
         lora_export.merge(mixtral["old"], adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

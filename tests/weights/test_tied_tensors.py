@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
+from lora_export.names.table import read_table
 from lora_export.plan import Tied
-from lora_export.plan.conversion.table import read_table
 from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_head, ties_of, untied_config
@@ -73,7 +73,7 @@ def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
     adapter = llama.adapter(tmp_path / "adapter", target)
     with pytest.raises(InputRefused) as refused:
         le.merge(llama.base, adapter, tmp_path / "out")
-    assert "--tied untie" in str(refused.value) and "--tied both" in str(refused.value)
+    assert 'tied="untie"' in str(refused.value) and 'tied="both"' in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

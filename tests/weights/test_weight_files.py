@@ -43,7 +43,7 @@ def test_a_variant_alone_needs_no_choice(tmp_path):
 
 
 def test_several_variants_are_refused_with_the_way_out(tmp_path):
-    with pytest.raises(InputRefused, match="one without a name and fp16\\. `merge` takes --variant fp16 or"):
+    with pytest.raises(InputRefused, match=r'one without a name and fp16\. `merge` takes variant="fp16" or'):
         weight_files(folder(tmp_path, ONE, HALF))
 
 

@@ -1,17 +1,17 @@
 """Formats that adapters are written in. Each is one file.
 
-To add the format NAME:
-
-1. Write `formats/writers/NAME.py` with what `AdapterWriter` asks for: SUFFIX and `write`.
-2. Add a line to TARGETS.
-3. Write `tests/formats/writers/test_NAME.py`.
+To add the format NAME, write `formats/writers/NAME.py` with what `AdapterWriter` asks for (SUFFIX and `write`), and
+`tests/formats/writers/test_NAME.py`. Every module of this folder that has a SUFFIX is a format.
 
 A writer refuses by name what its format cannot express. It drops nothing, and it rounds no value.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -19,18 +19,8 @@ from typing import Protocol, cast
 from lora_export.errors import WrongUsage
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.plan.diffusion.families import Family
-
-# The name of a format and its module. Modules are imported when an adapter is written.
-TARGETS = {
-    "peft": "lora_export.formats.writers.peft",
-    "mlx": "lora_export.formats.writers.mlx",
-    "gguf": "lora_export.formats.writers.gguf",
-    "kohya": "lora_export.formats.writers.kohya",
-    "comfyui": "lora_export.formats.writers.comfyui",
-    "diffusers": "lora_export.formats.writers.diffusers",
-}
-OF_PIPELINES = frozenset({"kohya", "comfyui", "diffusers"})  # the formats that have several models of a pipeline
+from lora_export.options.spelling import named
+from lora_export.plan.diffusion import Family
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,19 @@ class AdapterWriter(Protocol):
 
 
 def writer_of(target: str) -> AdapterWriter:
-    """The writer of a format. Raises WrongUsage for an unknown one."""
-    if target not in TARGETS:
-        raise WrongUsage(f"--to is {target!r}; it must be one of {', '.join(TARGETS)}")
-    return cast(AdapterWriter, importlib.import_module(TARGETS[target]))
+    """The writer of a format. Its module is imported then. Raises WrongUsage for an unknown one."""
+    writers = _writers()
+    if target not in writers:
+        raise WrongUsage(f"{named('to')} is {target!r}; it must be one of {', '.join(writers)}")
+    return writers[target]
+
+
+def holds_pipelines(target: str) -> bool:
+    """Whether a format has adapters for several models of a pipeline: those of one file for image models."""
+    return getattr(_writers().get(target), "OF_PIPELINES", False)
+
+
+@functools.cache
+def _writers() -> Mapping[str, AdapterWriter]:
+    modules = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
+    return {name: cast(AdapterWriter, module) for name, module in modules.items() if hasattr(module, "SUFFIX")}

@@ -7,8 +7,10 @@ from pathlib import Path
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, split_component
+from lora_export.options.spelling import named
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 OF_TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
 NAMED = {
     "": "diffusion_model",
@@ -27,7 +29,9 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     prefixes = NAMED | both if two else NAMED
     file = OneFile(adapter, "comfyui", lambda module, ending: f"{_named(module, prefixes)}.{ending}")
     if adapter.flattened:
-        file.problems.append("names in which `_` stands for the dots: state the model that has them by --base")
+        file.problems.append(
+            f"names in which `_` stands for the dots: state the model that has them by {named('base')}"
+        )
     file.add_changes(("lora_A.weight", "lora_B.weight"))
     file.write(path)
     return without_component(adapter)

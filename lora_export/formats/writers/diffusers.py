@@ -13,9 +13,11 @@ from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
-from lora_export.plan.diffusion.families import OF_A_UNET, T5, Family
+from lora_export.options.spelling import named
+from lora_export.plan.diffusion import OF_A_UNET, T5, Family
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
@@ -25,17 +27,17 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     if options.family is Family.FLUX:
         folders[T5] = "text_encoder_2"
 
-    def named(name: str) -> str:
+    def in_file(name: str) -> str:
         component, module = split_component(name)
         return f"{folders.get(component, component)}.{module}"
 
-    file = OneFile(adapter, "diffusers", lambda module, ending: f"{named(module)}.{ending}")
+    file = OneFile(adapter, "diffusers", lambda module, ending: f"{in_file(module)}.{ending}")
     file.problems += beyond_pairs(adapter, {"magnitude"})
     of_t5 = any(split_component(name)[0] == T5 for name in adapter.names)
     if of_t5 and options.family not in (Family.FLUX, Family.SD_3):
         file.problems.append(
             "T5: it is text_encoder_2 in Flux's pipelines and text_encoder_3 in Stable Diffusion 3's. State the "
-            "pipeline by --base"
+            f"pipeline by {named('base')}"
         )
     by_folder: dict[str, dict[str, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
@@ -44,14 +46,14 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         if pair.embedding or pair.as_stored:
             file.problems.append(f"{name}: no pair of a linear layer or a convolution")
             continue
-        folder, _, module = named(name).partition(".")
+        folder, _, module = in_file(name).partition(".")
         if module in by_folder.get(folder, {}):
-            file.problems.append(f"{named(name)}: two modules have this name")
+            file.problems.append(f"{in_file(name)}: two modules have this name")
         by_folder.setdefault(folder, {})[module] = pair
-        file.tensors |= {f"{named(name)}.lora_A.weight": pair.a, f"{named(name)}.lora_B.weight": pair.b}
+        file.tensors |= {f"{in_file(name)}.lora_A.weight": pair.a, f"{in_file(name)}.lora_B.weight": pair.b}
         if pair.magnitude is not None:
             shape = (1, -1, *[1] * (pair.a.ndim - 2)) if pair.a.ndim > 2 else (-1,)
-            file.tensors[f"{named(name)}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
+            file.tensors[f"{in_file(name)}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
     recorded: dict[str, Any] = {}
     for folder, pairs in by_folder.items():
         recorded |= {f"{folder}.{field}": value for field, value in _config(pairs, file.problems).items()}

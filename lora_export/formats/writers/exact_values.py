@@ -11,8 +11,17 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.spelling import named
 
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+BESIDES = {  # what an adapter may have besides pairs: its field -> what it is
+    "magnitude": "DoRA's magnitude",
+    "replaced": "a whole tensor",
+    "biases": "a change of a bias",
+    "added": "a change of a vector",
+    "token_rows": "rows of tokens",
+    "tied": "the repetition of the pair of another module",
+}
 NEIGHBOURS = 3  # floats beside the nearest alpha that are tried
 
 
@@ -58,18 +67,12 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         if type(pair) is not LoraPair
     ]
     if adapter.flattened:
-        problems.append("the names of its modules, in which `_` stands for the dots: state their model by --base")
-    if "magnitude" not in allowed:
-        problems += [f"{name}: DoRA's magnitude" for name, pair in adapter.pairs.items() if pair.magnitude is not None]
-    for field, what in (
-        ("replaced", "a whole tensor"),
-        ("biases", "a change of a bias"),
-        ("added", "a change of a vector"),
-        ("token_rows", "rows of tokens"),
-        ("tied", "the repetition of the pair of another module"),
-    ):
-        if field not in allowed:
-            problems += [f"{name}: {what}" for name in getattr(adapter, field)]
+        problems.append(
+            f"the names of its modules, in which `_` stands for the dots: state their model by {named('base')}"
+        )
+    for field, names in adapter.beyond_pairs.items():
+        if field in BESIDES and field not in allowed:
+            problems += [f"{name}: {BESIDES[field]}" for name in names]
     return problems
 
 

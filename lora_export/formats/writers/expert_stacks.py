@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
-from lora_export.plan.expert_axes import ALTERNATING, STORED_IN_OUT, TRANSPOSED_CLASSES
+from lora_export.names.experts import ALTERNATING, PROJECTION_OF, is_turned
+from lora_export.names.row_orders import two_blocks
+from lora_export.options.spelling import named
 
 _MODULE = re.compile(r"(?P<owner>.+\.experts)\.(?P<number>\d+)\.(?P<last>[^.]+)")
-_KINDS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
 @dataclass
@@ -43,7 +44,7 @@ def expert_stacks(adapter: Adapter, model_types: Collection[str]) -> ExpertStack
     for name, pair in adapter.pairs.items():
         owner, index = split_part(name)
         match = _MODULE.fullmatch(name)
-        if match is not None and match["last"] in _KINDS:
+        if match is not None and match["last"] in PROJECTION_OF:
             _put(found, match["owner"], match["last"], int(match["number"]), pair)
         elif index.isdecimal():
             axes = adapter.experts.get(owner, ExpertAxes.STORED)
@@ -58,7 +59,7 @@ def expert_stacks(adapter: Adapter, model_types: Collection[str]) -> ExpertStack
 
 
 def _put(found: ExpertStacks, owner: str, last: str, number: int, pair: LoraPair) -> None:
-    key = owner, _KINDS[last]
+    key = owner, PROJECTION_OF[last]
     found.stacks.setdefault(key, {})[number] = replace(pair, as_stored=False)
     found.names[key] = last
 
@@ -73,30 +74,19 @@ def _put_part(
     model_types: Collection[str],
 ) -> None:
     owner, _, last = parameter.rpartition(".")
-    turned = _is_turned(axes, model_types)
+    turned = is_turned(axes, ExpertAxes.OUT_IN, model_types)
     if turned is None:
-        found.problems.append(f"{name}: how the base stores its experts is not known. State it: --base CHECKPOINT")
+        found.problems.append(
+            f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
+        )
         return
-    pair = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
-    if last in _KINDS:
+    pair = pair.turned if turned else pair
+    if last in PROJECTION_OF:
         _put(found, owner, last, number, pair)
     elif last != "gate_up_proj" or pair.b.shape[0] % 2:
         found.problems.append(f"{name}: no projection of an expert whose name is known")
     else:
-        half = pair.b.shape[0] // 2
-        interleaved = not ALTERNATING.isdisjoint(model_types)
-        gate, up = (pair.b[::2], pair.b[1::2]) if interleaved else (pair.b[:half], pair.b[half:])
+        alternate = not ALTERNATING.isdisjoint(model_types)
+        gate, up = np.split(pair.b[two_blocks(pair.b.shape[0])] if alternate else pair.b, 2)
         _put(found, owner, "gate_proj", number, replace(pair, b=gate))
         _put(found, owner, "up_proj", number, replace(pair, b=up))
-
-
-def _is_turned(axes: ExpertAxes, model_types: Collection[str]) -> bool | None:
-    """Whether (out, in) is the transpose of a pair's product; None where it is not known."""
-    if axes is ExpertAxes.OUT_IN:
-        return False
-    if axes is ExpertAxes.UNKNOWN or not model_types:
-        return None
-    is_stored_so = axes is ExpertAxes.STORED or (
-        axes is ExpertAxes.BY_CLASS and TRANSPOSED_CLASSES.isdisjoint(model_types)
-    )
-    return is_stored_so is not STORED_IN_OUT.isdisjoint(model_types)

@@ -16,26 +16,20 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.formats.base_config import base_config, size_in_config
-from lora_export.formats.fused_pairs import with_outputs
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan.expert_axes import model_types
+from lora_export.names.experts import model_types
+from lora_export.names.families import FamilyNames, column
+from lora_export.names.row_orders import Heads
+from lora_export.options.spelling import named
 
 SUFFIX = ".gguf"
 # The type of a model -> llama.cpp's architecture, where weights keep their rows, or q and k alone change theirs.
-ARCHITECTURES = {
-    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
-    **{kind: kind for kind in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "starcoder2")},
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "olmoe": "olmoe",
-    "gemma3_text": "gemma3",
-}
+ROWS = column("gguf")
 MOST_LAYERS = 10_000
 SHOWN_ALPHAS = 5
-META_ORDER = frozenset({"llama", "mistral", "mixtral"})
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
@@ -44,11 +38,13 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         import gguf
     except ImportError as error:
         raise EnvironmentLacking(
-            f"--to gguf needs the package gguf ({error}): pip install 'lora-export[gguf]'"
+            f"{named('to', 'gguf')} needs the package gguf ({error}): pip install 'lora-export[gguf]'"
         ) from error
     config = base_config(None, options.reading)
     if config is None:
-        raise InputRefused("llama.cpp's names depend on the base's architecture. State it: --base CHECKPOINT")
+        raise InputRefused(
+            f"llama.cpp's names depend on the base's architecture. State it: {named('base', 'CHECKPOINT')}"
+        )
     file = _GgufFile(adapter, config, gguf)
     file.add_pairs()
     alpha = file.only_alpha()
@@ -73,13 +69,15 @@ class _GgufFile:
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any], gguf: Any):
         kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
-            known = ", ".join(sorted(ARCHITECTURES))
+        if kind not in ROWS:
+            known = ", ".join(sorted(ROWS))
             raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
         layers = size_in_config(config, "num_hidden_layers")
         if layers is None or layers > MOST_LAYERS:
             raise InputRefused("the base's config has no usable num_hidden_layers")
-        self.config, self.kind, self.architecture = config, kind, ARCHITECTURES[kind]
+        self.family, self.architecture = FamilyNames.of(ROWS[kind]), ROWS[kind]["architecture"]
+        queries = size_in_config(config, "num_attention_heads") or 0
+        self.heads = Heads(queries, size_in_config(config, "num_key_value_heads") or queries)
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         self.names = gguf.get_tensor_name_map(numbers[self.architecture], layers)
         self.experts = expert_stacks(adapter, model_types(config))
@@ -92,7 +90,10 @@ class _GgufFile:
             if len(pair.shape) != 2:
                 self.problems.append(f"{module}: a convolution")
                 continue
-            stored = _in_meta_order(module, pair, self.config) if self.kind in META_ORDER else pair
+            try:
+                stored = self.family.reordered(module, pair, self.heads)
+            except InputRefused as error:
+                raise InputRefused(f"{module}: {error}") from error
             self._add(module, stored.a.T if stored.embedding else stored.a, stored.b, stored)
         for (owner, projection), stack in self.experts.stacks.items():
             arrays = self.experts.arrays((owner, projection))
@@ -124,16 +125,3 @@ def _add(writer: Any, gguf: Any, name: str, array: NDArray[Any]) -> None:
         writer.add_tensor(name, array)
     else:  # GGUF's writer takes other types as bytes
         writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
-
-
-def _in_meta_order(module: str, pair: LoraPair, config: Mapping[str, Any]) -> LoraPair:
-    """The pair of q or k with the rows of each head alternating between its halves; any other pair itself."""
-    last = module.rpartition(".")[2]
-    if last not in ("q_proj", "k_proj"):
-        return pair
-    heads = size_in_config(config, *(("num_key_value_heads",) if last == "k_proj" else ()), "num_attention_heads")
-    rows = pair.b.shape[0]
-    if heads is None or rows % (2 * heads):
-        raise InputRefused(f"{module} has {rows} rows, which are not those of {heads} heads in the base's config")
-    order = np.arange(rows).reshape(heads, 2, rows // heads // 2)
-    return with_outputs(pair, order.transpose(0, 2, 1).reshape(-1))

@@ -7,9 +7,10 @@ from pathlib import Path
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, TEXT_ENCODERS, Adapter, split_component
-from lora_export.plan.diffusion.families import Family
+from lora_export.plan.diffusion import Family
 
 SUFFIX = ".safetensors"
+OF_PIPELINES = True
 NUMBERED = ("lora_te1", "lora_te2", "lora_te3")
 WITH_ONE_TEXT_ENCODER = frozenset({Family.SD, Family.UNKNOWN})  # sd-scripts does not number it there
 

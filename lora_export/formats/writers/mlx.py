@@ -15,12 +15,12 @@ from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan.expert_axes import model_types
+from lora_export.names.experts import model_types
+from lora_export.names.families import column
 from lora_export.storage import json_files, safetensors_file
 
 SUFFIX = ""
-# Models of mlx-lm that call the module of their experts as the base does; all others call it switch_mlp.
-SAME_NAME = frozenset({"gpt_oss", "llama4", "llama4_text"})
+OTHERS_EXPERTS = "switch_mlp"  # what mlx-lm calls the module of experts, where no row has a name for it
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
@@ -44,12 +44,14 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
             problems.append(f"{name}: a convolution, or DoRA on an embedding")
             continue
         tensors |= _linear(name, pair)
+    rows = [row for kind, row in column("mlx").items() if kind in types]
+    experts_name = next((row["experts"] for row in rows if "experts" in row), OTHERS_EXPERTS)
     for (owner, kind), _ in experts.stacks.items():
         arrays = experts.arrays((owner, kind))
         if arrays is None or any(pair.magnitude is not None for pair in experts.stacks[owner, kind].values()):
             problems.append(f"{owner}: experts of different shapes, without a pair, or with DoRA")
             continue
-        module = owner if not types.isdisjoint(SAME_NAME) else re.sub(r"experts$", "switch_mlp", owner)
+        module = re.sub(r"experts$", experts_name, owner)
         tensors |= {f"{module}.{kind}_proj.lora_{side}": array for side, array in zip("ab", arrays, strict=True)}
     if not tensors:
         problems.append("it has no low-rank pair")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.formats.lora_keys import KeyPart
-from lora_export.formats.writers.exact_values import alpha_of, refuse_inexpressible, smallest_dtype
+from lora_export.formats.writers.exact_values import BESIDES, alpha_of, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, LoraPair, is_power_of_two
 from lora_export.storage import safetensors_file
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
@@ -105,11 +105,8 @@ class OneFile:
 
     def write(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the file. Raises InputRefused with everything that the format cannot express."""
-        others = {
-            "replaced": "a whole tensor", "token_rows": "rows of tokens", "tied": "the pair of another module",
-        }  # fmt: skip
-        for table, what in others.items():
-            self.problems += [f"{name}: {what}" for name in getattr(self.adapter, table)]
+        for table in ("replaced", "token_rows", "tied"):
+            self.problems += [f"{name}: {BESIDES[table]}" for name in getattr(self.adapter, table)]
         refuse_inexpressible(self.adapter, self.target, self.problems)
         dtype = smallest_dtype(self.tensors.values())
         tensors = {key: value.astype(dtype) for key, value in self.tensors.items()} | self.alphas

@@ -34,12 +34,12 @@ from lora_export.formats.writers.exact_values import (
 )
 from lora_export.formats.writers.expert_stacks import expert_stacks
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
-from lora_export.plan.expert_axes import STORED_IN_OUT, TRANSPOSED_CLASSES, model_types
+from lora_export.names.experts import PROJECTIONS, is_turned, model_types
+from lora_export.options.spelling import named
 
 SUFFIX = ""
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
 KEPT_FACTS = ("task_type", "base_model_name_or_path")
-SGLANG_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that are written
 
 
@@ -68,7 +68,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     dtype = smallest_dtype(pair_factors((*plain.values(), *_experts_of(parameters), *_experts_of(stacks))))
     tensors = {key: value.astype(dtype) for key, value in tensors.items()}
     firsts = {
-        **{_name_in_patterns(adapter, name): pair for name, pair in plain.items()},
+        **{name_in_patterns(adapter, name): pair for name, pair in plain.items()},
         **{name: experts[0] for name, experts in (parameters | stacks).items()},
     }
     fields = _config(adapter, firsts, sorted(parameters), dora=any(p.magnitude is not None for p in plain.values()))
@@ -78,9 +78,33 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         fields["peft_version"] = version if isinstance(version, str) and (of_peft or not parameters) else NEW_PEFT
     tensors |= _whole_tensors(adapter, fields)
     layouts = {name: layout for name, layout in adapter.layouts.items() if name in plain}
-    header = {LAYOUTS: json.dumps(layouts, sort_keys=True)} if layouts else {}
-    peft.write_files(path, tensors, fields, header)
+    peft.write_files(path, tensors, fields, _header(layouts))
     return ()
+
+
+def write_any_ranks(
+    adapter: Adapter, folder: Path, *, metadata: Mapping[str, str] | None = None, **config: Any
+) -> None:
+    """Write an adapter of pairs of scale 1 and whole tensors, with their types. `config` holds further fields.
+
+    Each alpha is the rank. The caller stages `folder`. `metadata` is added to the header of the file of tensors. Raises
+    ValueError for what such a file cannot hold: another scale, DoRA, bare parameters, additions to vectors, rows of
+    tokens, and two ranks where PEFT has one.
+    """
+    beyond = {kind for kind, names in adapter.beyond_pairs.items() if names} - {"replaced", "tied"}
+    problems = _different_ranks(adapter, adapter.pairs)
+    if beyond or problems or any(pair.scale != 1 for pair in adapter.pairs.values()):
+        raise ValueError(f"a PEFT adapter of scale 1 cannot hold everything in {adapter.name}")
+    facts = {key: value for key, value in adapter.metadata.items() if key in KEPT_FACTS}
+    plain = replace(adapter, metadata=facts)
+    named_pairs = {name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
+    fields = _config(plain, named_pairs, [], dora=False)
+    tensors = peft.pair_tensors(adapter) | _whole_tensors(plain, fields)
+    peft.write_files(folder, tensors, fields | config, _header(adapter.layouts) | dict(metadata or {}))
+
+
+def _header(layouts: Mapping[str, str]) -> dict[str, str]:
+    return {LAYOUTS: json.dumps(dict(layouts), sort_keys=True)} if layouts else {}
 
 
 def _experts_of(parameters: Mapping[str, list[LoraPair]]) -> list[LoraPair]:
@@ -113,28 +137,21 @@ def _split(
             module, _, last = owner.rpartition(".")
             plain[f"{module}.{index}.{last}"] = replace(pair, as_stored=False)
         else:
-            turned = _turned_for_peft(adapter.experts.get(owner, ExpertAxes.STORED), types)
+            axes = adapter.experts.get(owner, ExpertAxes.STORED)
+            # An older PEFT's own axes stay: its version is written too.
+            own_axes = ExpertAxes.BY_CLASS if axes is ExpertAxes.TRANSPOSED else axes
+            turned = is_turned(own_axes, ExpertAxes.BY_CLASS, types)
             if turned is None:
-                problems.append(f"{name}: how the base stores its experts is not known. State it: --base CHECKPOINT")
+                problems.append(
+                    f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
+                )
                 continue
-            own = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
-            parameters.setdefault(owner, {})[int(index)] = own
+            parameters.setdefault(owner, {})[int(index)] = pair.turned if turned else pair
     for name, pairs in parameters.items():
         kinds = {(pair.rank, pair.scale, pair.shape) for pair in pairs.values()}
         if sorted(pairs) != list(range(len(pairs))) or len(kinds) != 1:
             problems.append(f"{name}: experts of different shapes, ranks or scales, or without a pair")
     return plain, {name: [pairs[n] for n in sorted(pairs)] for name, pairs in parameters.items()}
-
-
-def _turned_for_peft(axes: ExpertAxes, types: set[str]) -> bool | None:
-    """Whether a pair is transposed for PEFT from 0.19; None where the type of the base decides it and is unknown."""
-    if axes in (ExpertAxes.BY_CLASS, ExpertAxes.TRANSPOSED):
-        return False  # PEFT's own, written with the version that trained it
-    if axes is ExpertAxes.UNKNOWN or not types:
-        return None
-    if axes is ExpertAxes.OUT_IN:
-        return not (STORED_IN_OUT - TRANSPOSED_CLASSES).isdisjoint(types)
-    return not TRANSPOSED_CLASSES.isdisjoint(types)
 
 
 def _nested(parameters: Mapping[str, list[LoraPair]], problems: list[str]) -> dict[str, str]:
@@ -167,7 +184,7 @@ def _stacked(adapter: Adapter, problems: list[str]) -> tuple[dict[str, LoraPair]
         if found.arrays((owner, kind)) is None or len({pair.scale for pair in pairs.values()}) != 1:
             problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
             continue
-        stacks[f"{owner}.{SGLANG_NAMES[kind]}"] = [pairs[number] for number in sorted(pairs)]
+        stacks[f"{owner}.{PROJECTIONS[kind][0]}"] = [pairs[number] for number in sorted(pairs)]
     return found.plain, stacks
 
 
@@ -176,7 +193,8 @@ def _shared(stack: NDArray[np.float32]) -> NDArray[np.float32]:
     return stack[:1] if len(stack) > 1 and (stack == stack[:1]).all() else stack
 
 
-def _name_in_patterns(adapter: Adapter, module: str) -> str:
+def name_in_patterns(adapter: Adapter, module: str) -> str:
+    """The name by which PEFT looks up the rank of a module: that of the attention for its output projection."""
     return module.removesuffix(".out_proj") if OUT_PROJ in adapter.spelled(module) else module
 
 
@@ -184,7 +202,7 @@ def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[st
     """The modules for which PEFT has one rank and alpha, and the adapter has several."""
     kinds: dict[str, set[tuple[int, float]]] = {}
     for name, pair in pairs.items():
-        kinds.setdefault(_name_in_patterns(adapter, name), set()).add((pair.rank, pair.scale))
+        kinds.setdefault(name_in_patterns(adapter, name), set()).add((pair.rank, pair.scale))
     return [f"{name}: pairs of different ranks or scales" for name, found in kinds.items() if len(found) > 1]
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,21 +28,23 @@ from lora_export.formats.onnx_adapter import (
     ADAPTER_IDS,
     ADAPTER_SCALES,
     ROW_ADAPTERS_KEY,
+    cast_factor,
     refuse_beyond_low_rank,
     refuse_larger_ranks,
     refuse_new_tables,
 )
 from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_names import module_of
-from lora_export.graph.insert.adapter_stacks import AdapterStacks
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
 from lora_export.graph.insert.dora import dora_factors_by_weight
 from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.insert.row_heads import RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
-from lora_export.plan import Plan
+from lora_export.options.spelling import named
+from lora_export.plan import Plan, Step
 from lora_export.plan.own_heads import Head
 
 MIN_ROWS_OPSET = 15  # from here on, Shape has `start` and `end`
@@ -82,8 +85,8 @@ def insert_rows(
     """
     if model.opset_imports.get("", 0) < MIN_ROWS_OPSET:
         raise InputRefused(
-            f"the graph has opset {model.opset_imports.get('', 0)}, and --lora rows needs {MIN_ROWS_OPSET}. Export the "
-            "model again"
+            f"the graph has opset {model.opset_imports.get('', 0)}, and {named('lora', 'rows')} needs "
+            f"{MIN_ROWS_OPSET}. Export the model again"
         )
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
@@ -132,7 +135,7 @@ def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
         raise InputRefused(
             "a whole layer can be chosen by row, and not one tensor of a layer that has a pair, too:",
             listed(found),
-            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
         )
 
 
@@ -143,7 +146,7 @@ def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
         found += [f"{adapter.name}, {name}: a whole tensor" for name in head]
     if found:
         raise InputRefused(
-            "several adapters on one row (--adapters-per-row) are summed, and these have no sum:",
+            f"several adapters on one row ({named('per_row')}) are summed, and these have no sum:",
             listed(found),
             "Export them with one adapter for each row. Nothing was written.",
         )
@@ -168,3 +171,71 @@ def _insert_stacks(
         else:
             branch = partial(branches.branch, site, axis, a, b)
         inserter.insert_beside(site, branch, rescaling)
+
+
+# --- The factors of all adapters for one weight, stacked: entry 0 is the base, which adds nothing ---
+
+
+class AdapterStacks:
+    """Makes initializers of the factors that a plan's adapters have for one weight.
+
+    `adapters` are the adapters' names in the order of their ids, `dtype` is that of the weight's readers. Each adapter
+    with a pair has at least the rank `max_rank`: zeros fill it.
+    """
+
+    def __init__(self, factory: NodeFactory, step: Step, adapters: Sequence[str], dtype: str, *, max_rank: int = 0):
+        self.factory, self.step, self.dtype = factory, step, dtype
+        own_steps = [step.for_adapter(name) for name in adapters]
+        self.factors = [[] if own is None else [term.factors for term in own.terms] for own in own_steps]
+        ranks = [0 if own is None else sum(term.pair.rank for term in own.terms) for own in own_steps]
+        for factors, rank in zip(self.factors, ranks, strict=True):
+            if factors and rank < max_rank:
+                factors.append(self._zeros(*factors[0], max_rank - rank))
+        self.ranks = [max(rank, max_rank) if rank else 0 for rank in ranks]
+
+    def pairs(self) -> tuple[Factor, Factor]:
+        """A (adapters + 1, in, rank) and B (adapters + 1, rank, out), padded with zeros to the largest rank.
+
+        An embedding's A is one table: (adapters + 1) times its rows, rank.
+        """
+        out_features, in_features = self.step.terms[0].pair.shape
+        rank = max(self.ranks)
+        stacked_a = np.zeros((len(self.factors) + 1, in_features, rank), np.float32)
+        stacked_b = np.zeros((len(self.factors) + 1, rank, out_features), np.float32)
+        for number, factors in enumerate(self.factors, 1):
+            begin = 0
+            for a, b in factors:
+                ranks = slice(begin, begin := begin + len(b))
+                stacked_a[number, :, ranks] = a
+                stacked_b[number, ranks] = b
+        table = stacked_a.reshape(-1, rank) if self.step.terms[0].pair.embedding else stacked_a
+        return self._initializer(LORA_A, table), self._initializer(LORA_B, stacked_b)
+
+    def convolutions(self) -> tuple[Factor, Factor]:
+        """A (ranks, in, kernel) and B (out, ranks, 1...), the ranks of all adapters concatenated."""
+        factors = [pair for own in self.factors for pair in own]
+        a, b = np.concatenate([a for a, _ in factors]), np.concatenate([b for _, b in factors], axis=1)
+        return self._initializer(LORA_A, a), self._initializer(LORA_B, b)
+
+    def rank_mask(self) -> NDArray[np.bool_]:
+        """Which of the concatenated ranks belong to each adapter: (adapters + 1, ranks)."""
+        owner = np.repeat(np.arange(len(self.ranks)) + 1, self.ranks)
+        mask: NDArray[np.bool_] = owner == np.arange(len(self.ranks) + 1)[:, None]
+        return mask
+
+    def dora(self, factors: Sequence[NDArray[np.float64] | None]) -> Factor:
+        """The factors of DoRA (adapters + 1, out), ones where an adapter has none."""
+        stack = np.ones((len(factors) + 1, self.step.terms[0].pair.shape[0]))
+        for row, factor in zip(stack[1:], factors, strict=True):
+            row[:] = 1 if factor is None else factor.reshape(-1)
+        return self._initializer(DORA_FACTOR, stack)
+
+    def _zeros(self, a: NDArray[Any], b: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A and B of this rank in the shapes of others, all zeros."""
+        if a.ndim > 2:  # A (rank, in, kernel) and B (out, rank, 1...) of a convolution
+            return np.zeros((rank, *a.shape[1:]), a.dtype), np.zeros((len(b), rank, *b.shape[2:]), b.dtype)
+        return np.zeros((len(a), rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype)
+
+    def _initializer(self, part: str, array: NDArray[Any]) -> Factor:
+        in_dtype = cast_factor(self.step.weight, part, array, self.dtype)
+        return self.factory.factor(module_of(self.step.weight), part, in_dtype)

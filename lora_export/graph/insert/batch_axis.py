@@ -11,9 +11,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, count, listed
-from lora_export.graph.quantised import quantised_weights
+from lora_export.graph import quantised_weights
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
+from lora_export.options.spelling import named
 
 UNKNOWN = -1  # a size that only a run knows
 
@@ -87,7 +88,8 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
         raise InputRefused(
             f"{count(len(problems), 'layer')} cannot have an adapter for each row of the batch, `{batch}`:",
             listed(problems),
-            "Remove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written.",
+            f"Remove them from the adapter, or switch whole adapters instead ({named('lora', 'inputs')}). "
+            "Nothing was written.",
         )
     return axes
 

@@ -27,6 +27,7 @@ from lora_export.graph.insert.node_list import NodeList
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site, common_dtype
+from lora_export.options.spelling import named
 from lora_export.plan.own_heads import Head
 
 SAVED_WHOLE = "modules_to_save"  # part of the initializers' names, as in PEFT's own
@@ -103,7 +104,7 @@ def head_layers(inserter: Inserter, sites: Sites, heads: Sequence[Head]) -> list
         raise InputRefused(
             "only linear layers can be chosen by row; these whole tensors cannot:",
             listed(problems),
-            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
+            f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
         )
     order = {
         node: number for number, node in enumerate(ir.traversal.RecursiveGraphIterator(inserter.factory.model.graph))
@@ -155,7 +156,8 @@ class RowHeads:
                 way = f"pass {', '.join(sorted(others))} before they are an output" if others else "reach no output"
                 raise InputRefused(
                     f"{layer.module}: the heads have {', '.join(map(str, sorted(set(layer.labels))))} labels, which "
-                    f"{way}. Export a graph that returns the logits, or one graph for each adapter (--lora merged)"
+                    f"{way}. Export a graph that returns the logits, or one graph for each adapter "
+                    f"({named('lora', 'merged')})"
                 )
             reached.append((layer, value, outputs))
             if is_wider:
@@ -167,10 +169,10 @@ class RowHeads:
         found: dict[str, list[int]] = {}
         for layer, _, outputs in reached:
             width = max(layer.labels)
-            named = [output for output in outputs if output.shape is not None and output.shape[-1] == width]
-            if len(set(layer.labels)) > 1 and len(named) < len(outputs):
+            with_names = [output for output in outputs if output.shape is not None and output.shape[-1] == width]
+            if len(set(layer.labels)) > 1 and len(with_names) < len(outputs):
                 raise InputRefused(f"{layer.module}: an output of the graph has no dimension of {width} labels")
-            found |= {str(output.name): layer.labels for output in named}
+            found |= {str(output.name): layer.labels for output in with_names}
         return found
 
     def _factor(self, module: str, part: str, array: NDArray[Any], dtype: str) -> Factor:

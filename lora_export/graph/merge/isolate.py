@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -17,10 +18,13 @@ from lora_export.errors import InputRefused
 from lora_export.graph.exporter_metadata import FOLDED_FROM
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.quantised.requantise import Component, RequantisedWeight
+from lora_export.graph.quantised.scheme_of_weight import requantised_weight, stored_weight
+from lora_export.graph.quantised_weights import DequantizeLinearWeight
 from lora_export.graph.site import NameSource, Site
 from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
 from lora_export.lora import EVERY_ROW
-from lora_export.plan import Layout, Step, StoredRegion
+from lora_export.plan import Layout, Plan, Step, StoredRegion
 from lora_export.weights.tensor_blocks import Patch
 
 
@@ -197,3 +201,62 @@ def _remove_if_unused(node: ir.Node) -> None:
     is_unused = not any(output.uses() or output.is_graph_output() for output in node.outputs)
     if is_unused and node.graph is not None:
         node.graph.remove(node, safe=True)
+
+
+# --- Quantised weights: tensors of their own for each one that changes ---
+
+
+def isolate_quantised(
+    model: ir.Model, value: ir.Value, changes: Sequence[InitializerChange]
+) -> tuple[RequantisedWeight, dict[Component, ir.Value]]:
+    """The weight whose integers are `value`, and the values of its tensors that change.
+
+    `merge.isolate.isolate_changes` has isolated the integers. Scales and zero points with other readers get new
+    initializers. Copies no data. Raises InputRefused as `requantised_weight` does, and where the same integers are read
+    with several scales.
+    """
+    readers = list(value.uses())
+    stored = stored_weight(*readers[0])
+    assert stored is not None
+    positions = (0, 1, 2) if isinstance(stored, DequantizeLinearWeight) else (1, 2, 3)
+    inputs = dict(zip(Component, positions, strict=True))
+    name = value.name or "" if changes[0].is_block else changes[0].step.weight
+    formats = {
+        (type(stored_weight(node, index)), *node.inputs[inputs[Component.SCALES] : inputs[Component.ZEROS] + 1])
+        for node, index in readers
+    }
+    if len(formats) > 1:
+        raise InputRefused(
+            f"{name}: its integers are read with several scales, and cannot be quantised again for one of them"
+        )
+    weight = requantised_weight(stored, [change.patch(stored.shape[0]) for change in changes], name)
+    values = {Component.LEVELS: value}
+    for component in weight.components[1:]:
+        index = inputs[component]
+        parameter = readers[0][0].inputs[index]
+        assert parameter is not None
+        component_inputs = [(node, index) for node, _ in readers]
+        values[component] = isolate_value(model, parameter, component_inputs, f"{value.name}_{component}")
+    return weight, values
+
+
+# --- Tables that an adapter repeats: PEFT saves the base's own embeddings beside the pair that changes them ---
+
+
+def without_unchanged_tables(plan: Plan, sites: Sites) -> Plan:
+    """The plan without the whole tensors that are equal to the graph's own, beside pairs that change them."""
+    return replace(plan, steps=tuple(_without_equal_table(step, sites) for step in plan.steps))
+
+
+def _without_equal_table(step: Step, sites: Sites) -> Step:
+    if not step.terms or step.replace is None:
+        return step
+    own_sites = sites.by_name.get(step.weight, ())
+    for site in own_sites:
+        table = as_stored(step, site).replace
+        if site.quantised is not None or table is None:
+            return step
+        own = site.tensor.numpy()[site.block_slices]
+        if not np.array_equal(own, table.astype(own.dtype)):
+            return step
+    return replace(step, replace=None) if own_sites else step

@@ -24,17 +24,16 @@ from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_metadata import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.merge.copy_parts import MergeRun, copy_parts, write_data_file
-from lora_export.graph.merge.file_parts import MovedTensor, graph_file_parts
+from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
 from lora_export.graph.merge.fold import change_in_memory
-from lora_export.graph.merge.isolate import InitializerChange, isolate_changes
+from lora_export.graph.merge.isolate import InitializerChange, isolate_changes, isolate_quantised
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.writing import append_metadata
-from lora_export.graph.quantised.isolate_quantised import isolate_quantised
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
 from lora_export.graph.refusals import refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.values import initializers
+from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.safetensors_file import Entry
@@ -47,11 +46,6 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.tensor_blocks import OutputTensor
-
-LOW_RETENTION_ADVICE = (
-    "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
-    "quantise that"
-)
 
 
 def merge_graph(
@@ -151,7 +145,12 @@ def write_merged(
         with (stage / file_name).open("xb") as target:
             run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(hashing), run)
     results = [statistics.result() for statistics in run.statistics.values()]
-    refuse_below_rounding(results, min_retention, LOW_RETENTION_ADVICE)
+    refuse_below_rounding(
+        results,
+        min_retention,
+        f"Keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')}), or merge into the float "
+        "model and export or quantise that",
+    )
     return MergedFiles(
         tuple(results),
         sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy),

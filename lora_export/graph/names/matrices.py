@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph.quantised.quantised_weights import QuantisedWeight
+from lora_export.graph.quantised_weights import QuantisedWeight
 from lora_export.graph.site import Site
 from lora_export.plan import Layout
 from lora_export.storage import block_copy

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph.quantised.quantised_weights import unpack_bits
+from lora_export.graph.quantised_weights import unpack_bits
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 

@@ -19,8 +19,9 @@ from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import import_quantiser
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
+from lora_export.graph.quantised_weights import MATMUL_NBITS
 from lora_export.graph.site import Site
+from lora_export.options.spelling import named
 
 BITS = {"int4": 4, "int8": 8}  # of a weight, by the name of the kind
 BLOCK_SIZE = 32  # entries of a row that share a scale
@@ -51,7 +52,7 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     ]
     if not suited:
         raise InputRefused(
-            f"--quantize {kind} finds no layer to quantise: {MATMUL_NBITS} computes a MatMul or Gemm with a "
+            f"{named('quantize', kind)} finds no layer to quantise: {MATMUL_NBITS} computes a MatMul or Gemm with a "
             "matrix of floats, and the graph has none"
         )
     made: dict[ir.Value, dict[str, Any]] = {}

@@ -12,13 +12,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.graph import quantised_weights
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised import quantised_weights
-from lora_export.graph.quantised.groups import Groups
 from lora_export.graph.quantised.packed_tensor import PackedTensor
-from lora_export.graph.quantised.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.graph.quantised.requantise import RequantisedWeight
-from lora_export.graph.quantised.scheme import Rule, Scheme
+from lora_export.graph.quantised.scheme import Groups, Rule, Scheme
+from lora_export.graph.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy
 from lora_export.weights.tensor_blocks import Patch
@@ -63,7 +63,7 @@ def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]
     weights = (site.quantised for step in plan.steps for site in sites.by_name[step.spec.stored_name][:1])
     kinds = Counter(weight.kind for weight in weights if weight is not None)
     if not kinds:
-        yield "--requantize has no effect: no weight that changes is quantised"
+        yield f"{named('requantize', True)} has no effect: no weight that changes is quantised"
     for kind, count in kinds.items():
         yield f"{count} weights are quantised again: {kind}"
     nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "QuantizeLinear"]

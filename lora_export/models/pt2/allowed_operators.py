@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
 from lora_export.errors import InputRefused
+from lora_export.models.internals import schema_of
 
 Function = Callable[..., Any]
 
@@ -201,9 +202,10 @@ def resolve(target: str, where: str) -> Operator:
     if packet is None or overload not in packet.overloads():
         raise InputRefused(f"{where}: this PyTorch ({torch.__version__}) has no operator {target[:80]!r}")
     found = getattr(packet, overload)
-    arguments = found._schema.arguments
+    schema = schema_of(found)
+    arguments = schema.arguments
     # TorchScript's operators on strings and lists have the same names, and can make a list of any length.
-    on_tensors = any("Tensor" in str(value.type) for value in (*arguments, *found._schema.returns))
+    on_tensors = any("Tensor" in str(value.type) for value in (*arguments, *schema.returns))
     if any(argument.is_out for argument in arguments) or not (on_tensors or spelled in REPLACEMENTS):
         raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)

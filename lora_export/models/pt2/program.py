@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.models.internals import changes_of, own_buffers, own_parameters
 from lora_export.models.pt2 import reader
+from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
 from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
-from lora_export.models.pt2.structures import fill
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
 
@@ -164,12 +165,12 @@ class Program(nn.Module):
             if getattr(torch, tensor.data.dtype) is self.file_dtype:
                 owner, attribute = self._locations[tensor.value]
                 module = self.get_submodule(owner)
-                current = {**module._parameters, **module._buffers}[attribute]
+                current = {**own_parameters(module), **own_buffers(module)}[attribute]
                 return None if current is None else current.dtype
         return self.file_dtype
 
     def _versions(self) -> list[int]:
-        return [tensor._version for tensor in (*self.parameters(), *self.buffers())]
+        return [changes_of(tensor) for tensor in (*self.parameters(), *self.buffers())]
 
     # --- inputs ---
 

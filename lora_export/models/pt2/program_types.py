@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_export.models.pt2 import archive
+from lora_export.artifacts import archive
 
 # torch's own numbers for dtypes (torch/_export/serde/schema.py), and the names in NumPy and ml_dtypes.
 DTYPES_BY_NUMBER = {

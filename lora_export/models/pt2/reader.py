@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.models.pt2 import archive
-from lora_export.models.pt2.graph_json import read_graph
+from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
 from lora_export.models.pt2.json_fields import (
     integer,
     json_list,
@@ -31,7 +31,6 @@ from lora_export.models.pt2.program_types import (
     StoredArray,
     TensorType,
 )
-from lora_export.models.pt2.structures import count_leaves, read_structure
 from lora_export.storage import json_files
 
 SCHEMA = 8  # the major version of torch's schema that is read: torch 2.5 and later

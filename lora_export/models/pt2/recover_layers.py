@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.models.internals import own_modules, own_parameters
 from lora_export.models.pt2.program_types import Graph, Node, ProgramDescription, ProgramTensor, StoredArray, Value
 from lora_export.plan import Layout
 
@@ -135,9 +136,9 @@ def _register_module(program: nn.Module, path: str, module: nn.Module, file: Pat
     if len(parents) > MAX_MODULE_DEPTH:
         raise InputRefused(f"{file}: {path[:80]!r}... cannot be a module's name: it is {len(parents)} modules deep")
     for part in parents:
-        if part not in parent._modules:
+        if part not in own_modules(parent):
             _add_module(parent, part, nn.Module(), path, file)
-        parent = parent._modules[part]  # type: ignore[assignment]
+        parent = own_modules(parent)[part]  # type: ignore[assignment]
     _add_module(parent, last, module, path, file)
 
 
@@ -161,7 +162,7 @@ def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
 
 
 def _register_tensor(owner: nn.Module, attribute: str, tensor: ProgramTensor, value: Tensor, file: Path) -> None:
-    owner._parameters.pop(attribute, None)
+    own_parameters(owner).pop(attribute, None)
     try:
         if isinstance(value, nn.Parameter):
             owner.register_parameter(attribute, value)
@@ -241,7 +242,7 @@ def _packed_attention(tensors: Mapping[str, ProgramTensor]) -> nn.Module | None:
         return None
     with torch.device("meta"):
         attention = nn.MultiheadAttention(width, 1, bias="in_proj_bias" in tensors)
-    attention._modules.clear()  # the file has the tensors of `out_proj` under names of their own
+    own_modules(attention).clear()  # the file has the tensors of `out_proj` under names of their own
     return attention
 
 

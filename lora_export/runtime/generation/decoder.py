@@ -20,6 +20,7 @@ from lora_export.formats.onnx_adapter import (
 )
 from lora_export.formats.row_adapters import row_inputs
 from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, LOGITS, MASK, POSITION_IDS
+from lora_export.options.spelling import command, named
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import raising_refusals
@@ -27,7 +28,7 @@ from lora_export.runtime.session import Session
 
 
 class Decoder:
-    """A graph that `lora-export onnx --with-cache` made, or another one with the same inputs and outputs.
+    """A graph that `export_onnx` made with `with_cache`, or another one with the same inputs and outputs.
 
     `provider` is `cpu` or `cuda`; on `cuda` the cache stays on the GPU. Raises InputRefused for a graph without a
     cache, EnvironmentLacking where the provider does not run, and RuntimeRefused where onnxruntime refuses the graph.
@@ -37,8 +38,8 @@ class Decoder:
         runner = with_cache(OnnxRunner(graph, provider))
         if not isinstance(runner, CacheRunner):
             raise InputRefused(
-                f"{graph} has no key/value cache as inputs and outputs. `lora-export onnx --with-cache` makes such a "
-                "graph of a decoder"
+                f"{graph} has no key/value cache as inputs and outputs. "
+                f"`{command('onnx', with_cache=True)}` makes such a graph of a decoder"
             )
         self.graph, self.provider, self.cache = graph, provider, runner.cache
         self.takes = frozenset(runner.inner.axes)
@@ -68,7 +69,7 @@ class Decoder:
     def load(self, name: str) -> None:
         """Load the adapter NAME.onnx_adapter beside the graph. Raises InputRefused where there is none that fits."""
         if self.adapters is None:
-            raise InputRefused(f"{self.graph} takes no adapter: it was not made with --lora inputs or rows")
+            raise InputRefused(f"{self.graph} takes no adapter: it was not made with {named('lora', 'inputs')} or rows")
         found = {path.stem: path for path in self.graph.parent.glob(f"*{onnx_adapter.SUFFIX}")}
         if name not in found:
             others = ", ".join(sorted(found)) or "none"

@@ -24,6 +24,7 @@ from lora_export.graph.cache_names import (
     PRESENT,
     past_of,
 )
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.ort_session import raising_refusals
 from lora_export.runtime.runner import Arrays
@@ -31,7 +32,7 @@ from lora_export.runtime.session import Session
 
 
 class EncoderDecoder:
-    """The folder of an encoder-decoder that `lora-export onnx --with-cache` made, or one with the same graphs.
+    """The folder of an encoder-decoder that `export_onnx` made with `with_cache`, or one with the same graphs.
 
     `provider` is `cpu` or `cuda`; on `cuda` the cache stays on the GPU. Raises InputRefused for graphs that do not
     belong together, EnvironmentLacking where the provider does not run, and RuntimeRefused where onnxruntime refuses
@@ -56,7 +57,7 @@ class EncoderDecoder:
     def load(self, name: str) -> None:
         """Load an adapter's files in the folder. Raises InputRefused where they are missing or do not fit."""
         if not self.sessions:
-            raise InputRefused(f"{self.path} takes no adapter: it was not made with --lora inputs or rows")
+            raise InputRefused(f"{self.path} takes no adapter: it was not made with {named('lora', 'inputs')} or rows")
         for graph, session in self.sessions.items():
             session.load(name, self.graphs.adapter_file(name, graph))
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoderRun
-from lora_export.runtime.generation.sampling import Sampling
-from lora_export.runtime.generation.token_rules import NO_RULES, TokenRules
+from lora_export.runtime.generation.sampling import NO_RULES, Sampling, TokenRules
 
 OnToken = Callable[[int, int], None]  # receives the number of the prompt and the token
 

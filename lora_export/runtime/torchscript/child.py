@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.models.output_names import have_names, named_outputs
+from lora_export.models.internals import script_archive, script_operators
+from lora_export.models.outputs import have_names, named_outputs
 from lora_export.runtime.torch_runners import to_numpy
 from lora_export.runtime.torchscript.code_check import check_code, check_pickle
 from lora_export.runtime.torchscript.messages import read_message, write_message
@@ -52,7 +53,7 @@ def load_script(path: Path) -> tuple[torch.jit.ScriptModule, str]:
 
     Raises InputRefused for code that calls what is not on the list, and RuntimeError for what is no TorchScript file.
     """
-    archive = torch._C.PyTorchFileReader(str(path))  # the reader of torch.jit.load: it finds the same records
+    archive = script_archive(str(path))
     sources, record = {}, ""
     for name in archive.get_all_records():
         if name == RECORD:
@@ -68,7 +69,7 @@ def load_script(path: Path) -> tuple[torch.jit.ScriptModule, str]:
             raise InputRefused("it has the format of PyTorch before 1.4, which is not read")
     if not sources:
         raise RuntimeError("it has no code")
-    check_code(sources, {schema.name.partition("::")[2] for schema in torch._C._jit_get_all_schemas()})
+    check_code(sources, script_operators())
     return torch.jit.load(str(path), map_location="cpu"), record
 
 
@@ -77,15 +78,7 @@ def _answer(answers: io.BufferedIOBase, script: torch.jit.ScriptModule, tensors:
         try:
             outputs = named_outputs(script(*tensors))
             arrays = {name: to_numpy(value) for name, value in outputs.items()}
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            MemoryError,
-            RuntimeRefused,
-        ) as error:
+        except RAISED_BY_SCRIPTS as error:
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             write_message(answers, {"failed": last}, {})
             return

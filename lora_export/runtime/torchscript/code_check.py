@@ -3,6 +3,9 @@
 The code in a file is text in a language whose grammar is a part of Python's. It is read with Python's own parser.
 Everything that Python and PyTorch could read differently (comments, continued lines, prefixed strings) is refused:
 `torch.jit.save` writes none of it.
+
+`torch.jit.load` has no such check, and a script may open files (`aten::from_file`). Scanners of pickles do not read the
+code of a TorchScript file. So these 560 lines, and the process around them, have no library to take their place.
 """
 
 from __future__ import annotations

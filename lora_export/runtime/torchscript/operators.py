@@ -42,44 +42,16 @@ VALUE_OPERATORS = """
     ord pop popitem radians remove replace reverse rstrip setdefault sorted splitlines startswith str strip
     title update upper values warn
 """
-PRIMITIVES = frozenset(
-    {
-        *("NumToTensor", "RaiseException", "TupleIndex", "TupleUnpack", "abs", "data", "device", "dtype", "grad"),
-        *(
-            "index",
-            "is_cuda",
-            "is_meta",
-            "is_nested",
-            "itemsize",
-            "layout",
-            "max",
-            "min",
-            "requires_grad",
-            "type",
-            "unchecked_cast",
-        ),
-    }
-)
-# Functions of the language itself.
-BUILTINS = frozenset(
-    {
-        *(
-            "Exception",
-            "abs",
-            "annotate",
-            "bool",
-            "float",
-            "getattr",
-            "int",
-            "isinstance",
-            "len",
-            "max",
-            "min",
-            "range",
-        ),
-        *("round", "str", "unchecked_cast", "uninitialized", "unchecked_unwrap_optional"),
-    }
-)
+PRIMITIVE_OPERATORS = """
+    NumToTensor RaiseException TupleIndex TupleUnpack abs data device dtype grad index is_cuda is_meta is_nested
+    itemsize layout max min requires_grad type unchecked_cast
+"""
+# Of the language itself.
+BUILTIN_FUNCTIONS = """
+    Exception abs annotate bool float getattr int isinstance len max min range round str unchecked_cast uninitialized
+    unchecked_unwrap_optional
+"""
+PRIMITIVES, BUILTINS = frozenset(PRIMITIVE_OPERATORS.split()), frozenset(BUILTIN_FUNCTIONS.split())
 
 
 def _with_in_place(names: frozenset[str]) -> frozenset[str]:

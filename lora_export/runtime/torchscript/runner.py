@@ -17,8 +17,7 @@ import torch
 
 import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
-from lora_export.runtime.deadline import deadline
-from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
+from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, TooSlow, deadline
 from lora_export.runtime.torchscript.messages import read_message, write_message
 from lora_export.storage import input_files
 
@@ -28,7 +27,7 @@ MEMORY_OF_FILE = 4
 START = "import sys; sys.path.append(sys.argv.pop(1)); from lora_export.runtime.torchscript.child import main; main()"
 
 
-class ScriptRunner:
+class ScriptRunner(PlainRunner):
     """A TorchScript file, loaded and run in a child process.
 
     Its code is checked before it is loaded: only the operators of a list are run, and none that reads or writes files.

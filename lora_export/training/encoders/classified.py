@@ -1,4 +1,4 @@
-"""Texts with labels: classes, several classes at once, values, and a tag for each word; and pairs of texts."""
+"""Texts and images with labels: classes, several at once, values, and a tag for each word; and pairs of texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import InputRefused
+from lora_export.models.pictures import read_image
 from lora_export.training.arrays import IGNORED
 from lora_export.training.losses import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
 from lora_export.training.records.rows import Row
@@ -81,9 +82,7 @@ class TagEncoder:
     max_length: int
     labels: LabelEncoder
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
         if not self.tokenizer.is_fast:
@@ -115,9 +114,7 @@ class SimilarityEncoder:
     tokenizer: Any
     max_length: int
 
-    @property
-    def loss(self) -> Loss:
-        return CosineError()
+    loss = CosineError()
 
     def encode(self, row: Row) -> tuple[dict[str, Any], dict[str, Any], float]:
         first, second = (
@@ -129,3 +126,23 @@ class SimilarityEncoder:
     def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
         texts = [first for first, _, _ in encoded] + [second for _, second, _ in encoded]
         return Batch(padded_tokens(self.tokenizer, texts), torch.tensor([score for _, _, score in encoded]))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """`image`, a path or an image of Pillow, prepared as the model's own processor does, and `label`."""
+
+    processor: Any  # transformers' image processor
+    labels: LabelEncoder
+
+    @property
+    def loss(self) -> Loss:
+        return self.labels.loss
+
+    def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
+        prepared = self.processor(read_image(row["image"]), return_tensors="pt")
+        return prepared["pixel_values"][0], row["label"]  # (channels, height, width)
+
+    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
+        pixels = torch.stack([pixels for pixels, _ in encoded])
+        return Batch({"pixel_values": pixels}, self.labels.tensor([label for _, label in encoded]))

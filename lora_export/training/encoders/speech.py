@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.models.sounds import features_of, read_sound, sound_header
+from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import decoder_tensors, ended
 from lora_export.training.losses import Batch, CrossEntropy, Loss, LossOfTheModel
@@ -61,9 +62,7 @@ class TranscriptEncoder:
     max_length: int  # tokens of a transcript
     start_token: int  # with which the decoder begins
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def check(self, row: Row) -> None:
         """Raise InputRefused for a row that cannot be trained on. Reads the header of its sound alone."""
@@ -78,7 +77,7 @@ class TranscriptEncoder:
         ids = ids[1:] if ids[0] == self.start_token else ids
         if len(ids) > self.max_length:
             raise InputRefused(
-                f"the transcript has {len(ids)} tokens, and {self.max_length} are allowed (--max-length)"
+                f"the transcript has {len(ids)} tokens, and {self.max_length} are allowed ({named('max_length')})"
             )
         return ids
 

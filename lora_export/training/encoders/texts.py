@@ -12,7 +12,7 @@ import torch
 from lora_export.errors import InputRefused
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.classified import padded_tokens
-from lora_export.training.losses import Batch, CrossEntropy, Loss
+from lora_export.training.losses import Batch, CrossEntropy
 from lora_export.training.records.rows import Row
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks the assistant's turns in a chat template
@@ -133,9 +133,7 @@ class AnswerEncoder:
     max_length: int
     start_token: int  # with which the decoder begins
 
-    @property
-    def loss(self) -> Loss:
-        return CrossEntropy()
+    loss = CrossEntropy()
 
     def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
         prompt = dict(self.tokenizer(row["prompt"], truncation=True, max_length=self.max_length))

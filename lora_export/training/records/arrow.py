@@ -6,17 +6,18 @@ Both are mapped from the disk, so that their rows may be more than memory holds.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.errors import InputRefused
+from lora_export.models.processors import optional_package
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import must_be_regular, regular_files
 from lora_export.training.records.rows import Row
 
 TRAINING_SPLIT = "train"
+ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
 
@@ -29,7 +30,7 @@ class ParquetRows:
     def __init__(self, path: Path):
         """Unpack the file. Raises InputRefused where it is damaged, and EnvironmentLacking without pyarrow."""
         must_be_regular(path)
-        pyarrow, parquet = _optional("pyarrow", "a .parquet file"), _optional("pyarrow.parquet", "a .parquet file")
+        pyarrow, parquet = (optional_package(name, "a .parquet file needs", "data") for name in ARROW)
         self.path = path
         self.sha256 = file_sha256(path)
         self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")  # removed with this object
@@ -58,7 +59,7 @@ class SavedDataset:
 
     def __init__(self, path: Path):
         """Map the folder. Raises InputRefused where it is damaged, and EnvironmentLacking without `datasets`."""
-        datasets = _optional("datasets", "a saved data set")
+        datasets = optional_package("datasets", "a saved data set needs", "data")
         self.path = path
         try:
             loaded = datasets.load_from_disk(str(path))
@@ -92,10 +93,3 @@ class SavedDataset:
 
     def where(self, row: int) -> str:
         return f"row {row + 1}"
-
-
-def _optional(package: str, what: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise EnvironmentLacking(f"{what} needs {package} ({error}): pip install 'lora-export[data]'") from error

@@ -1,24 +1,127 @@
-"""Open a data set by its path."""
+"""Open a data set by its path: a file of rows, or a folder.
+
+In a folder, each text file is a row, or each image, whose class is the name of its folder; or sounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.errors import InputRefused, listed
-from lora_export.storage.input_files import must_exist
+from lora_export.storage.hashes import file_sha256
+from lora_export.storage.input_files import must_exist, open_regular, regular_files
 from lora_export.training.records.arrow import DATASET_FILES, ParquetRows, SavedDataset
-from lora_export.training.records.comma_separated import CsvRows
-from lora_export.training.records.folders import TextFiles, open_folder
-from lora_export.training.records.json_lines import JsonLines
-from lora_export.training.records.rows import Records, with_columns
+from lora_export.training.records.rows import MAX_ROW, Records, Row, with_columns
+from lora_export.training.records.text_rows import CsvRows, JsonLines
 
+SOUND_SUFFIXES = frozenset({".aac", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
+SOUND_METADATA: Mapping[str, type[CsvRows | JsonLines]] = {"metadata.csv": CsvRows, "metadata.jsonl": JsonLines}
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 ROW_READERS: Mapping[str, Callable[[Path], Records]] = {".jsonl": JsonLines, ".csv": CsvRows, ".parquet": ParquetRows}
 DATA_FORMATS = (
     ".jsonl, .csv and .parquet (with columns such as `text` and `label`), .npz (with the model's inputs and `labels`), "
     "a folder of text files, of images by class, of sounds with metadata.csv, or of a saved `datasets` data set, and "
     "`file.py:factory`"
 )
+
+
+class TextFiles:
+    """The text files below a folder, in the order of their paths. A row has the whole text in `text`."""
+
+    def __init__(self, path: Path, files: Sequence[Path]):
+        self.path, self.files = path, files
+        self.sha256 = _hash_of(path, files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Row:
+        with open_regular(self.files[row]) as file:
+            content = file.read(MAX_ROW + 1)
+        if len(content) > MAX_ROW:
+            raise InputRefused(f"{self.files[row]} has more than {MAX_ROW:,} bytes")
+        try:
+            return {"text": content.decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise InputRefused(f"{self.files[row]} is not UTF-8: byte {error.start}") from error
+
+    def where(self, row: int) -> str:
+        return str(self.files[row].relative_to(self.path))
+
+
+class ImagesByClass:
+    """The images in the folders of a folder. A row has the path of one in `image`, and its folder's name in `label`."""
+
+    def __init__(self, path: Path, files: Sequence[Path]):
+        """Raises InputRefused for images that are in no folder of a class."""
+        self.path, self.files = path, files
+        if loose := [str(file.relative_to(path)) for file in files if len(file.relative_to(path).parts) < 2]:
+            raise InputRefused(f"{path} has images that are in no folder of a class:", listed(loose))
+        self.sha256 = _hash_of(path, files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Row:
+        return {"image": self.files[row], "label": self.files[row].relative_to(self.path).parts[0]}
+
+    def where(self, row: int) -> str:
+        return str(self.files[row].relative_to(self.path))
+
+
+class DescribedSounds:
+    """The sounds of a folder, which its metadata.csv or .jsonl names. A row has the path of one in `audio`.
+
+    As in `datasets`, the path is in `file_name`. The transcript is in `transcription`, `text`, or a column of the user.
+    """
+
+    def __init__(self, path: Path):
+        """Raises InputRefused without the metadata."""
+        found = [name for name in SOUND_METADATA if (path / name).is_file()]
+        if not found:
+            raise InputRefused(
+                f"{path} has sounds, and no {' or '.join(SOUND_METADATA)} with the columns file_name and transcription"
+            )
+        self.path, self.metadata = path, found[0]
+        self.rows: CsvRows | JsonLines = SOUND_METADATA[self.metadata](path / self.metadata)
+        self.sha256 = self.rows.sha256
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        values = self.rows[row]
+        names = {"file_name": "audio"} | ({} if "text" in values else {"transcription": "text"})
+        return {names.get(name, name): value for name, value in values.items()}
+
+    def where(self, row: int) -> str:
+        return f"{self.metadata}, {self.rows.where(row)}"
+
+
+def open_folder(path: Path) -> TextFiles | ImagesByClass | DescribedSounds:
+    """The images of a folder by class, its sounds with their metadata, or its text files. Hidden files are left out.
+
+    Raises InputRefused for images beside other files, for sounds without metadata, and for an empty folder.
+    """
+    files = [file for file in regular_files(path) if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise InputRefused(f"{path} contains no files")
+    if any(file.suffix.lower() in SOUND_SUFFIXES for file in files):
+        return DescribedSounds(path)
+    if not images:
+        return TextFiles(path, files)
+    if others := sorted(set(files) - set(images)):
+        names = [str(file.relative_to(path)) for file in others]
+        raise InputRefused(f"{path} has {len(images):,} images, and other files:", listed(names))
+    return ImagesByClass(path, images)
+
+
+def _hash_of(path: Path, files: Iterable[Path]) -> str:
+    lines = (f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_records(path: Path, columns: Mapping[str, str] | None = None) -> Records:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.plan import Layout, Plan, Step
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 
 WEIGHT = ".weight"
 

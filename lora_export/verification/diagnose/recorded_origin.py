@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.artifacts.record import WrittenRecord
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
-from lora_export.runtime.written_record import WrittenRecord
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, of_matmul_nbits
+from lora_export.graph.quantised_weights import MATMUL_NBITS, of_matmul_nbits
 from lora_export.graph.values import new_initializer, unused_name, value_names
 
 NARROW_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})

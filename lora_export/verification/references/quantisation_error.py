@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers
-from lora_export.graph.quantised.quantised_weights import Steps
+from lora_export.graph.quantised_weights import Steps
 from lora_export.plan import Layout
 from lora_export.verification import parity
 from lora_export.verification.parity import Wide

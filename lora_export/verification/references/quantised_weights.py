@@ -31,7 +31,7 @@ from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
+from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
 from lora_export.layers.module_tensors import named_tensors, tensor_registry
 from lora_export.models.model import Model

@@ -8,7 +8,7 @@
     modelopt.py            nvfp4 of NVIDIA's library
     gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
     linear_order.py        weights of Conv1D that a library stores as those of nn.Linear
-    packed_integers.py, float4.py  numbers of a few bits
+    packed_numbers.py      numbers of a few bits
 
 A scheme is added as one file, and one entry in `SCHEMES`.
 """
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_export.errors import InputRefused, listed
+from lora_export.options.spelling import command, named
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.quantised.awq import awq_weights
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
@@ -110,7 +111,8 @@ def remedy_for(quantization: Any) -> str:
     """How a quantised base becomes a float model, as the end of a message."""
     scheme = SCHEMES.get(method_of(quantization))
     if scheme is not None:
-        return f"make this one a float model: merge --dequantize{f'. {scheme.caution}' if scheme.caution else ''}"
+        way = f"make this one a float model: {command('merge', dequantize=True)}"
+        return f"{way}. {scheme.caution}" if scheme.caution else way
     return "dequantise this one first, with its own library"
 
 
@@ -146,8 +148,8 @@ def find_quantised(
     if method not in SCHEMES:
         known = ", ".join(scheme.description for scheme in SCHEMES.values())
         raise InputRefused(
-            f"--dequantize knows {known}, and this base is quantised by {method}. Merge into the original float model, "
-            "or dequantise this one with its own library"
+            f"{named('dequantize', True)} knows {known}, and this base is quantised by {method}. Merge into the "
+            "original float model, or dequantise this one with its own library"
         )
     scheme, parts = SCHEMES[method], StoredParts(shards)
     found = scheme.read(parts, quantization, dtype)

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_integers import WORD_BYTES, unpack
+from lora_export.weights.quantised.packed_numbers import WORD_BYTES, unpack
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -46,8 +47,8 @@ def awq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) -> 
     bits = quantization.get("bits", quantization.get("w_bit", AWQ_BITS))
     if version != AWQ_GEMM or bits != AWQ_BITS:
         raise InputRefused(
-            f"--dequantize reads AWQ of the version {AWQ_GEMM} in {AWQ_BITS} bits, and this base has {version} in "
-            f"{bits} bits. Dequantise this one with its own library"
+            f"{named('dequantize', True)} reads AWQ of the version {AWQ_GEMM} in {AWQ_BITS} bits, and this base has "
+            f"{version} in {bits} bits. Dequantise this one with its own library"
         )
     found = {}
     for name in parts.names():

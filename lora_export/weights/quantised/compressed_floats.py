@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
+from lora_export.weights.quantised.packed_numbers import powers_of_two, unpack_floats
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_integers import MOST_BITS, unpack, words_of
+from lora_export.weights.quantised.packed_numbers import MOST_BITS, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,

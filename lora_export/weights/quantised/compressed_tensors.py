@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
 from lora_export.weights.quantised.compressed_integers import packed_integers, plain_numbers
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
@@ -33,8 +34,8 @@ def compressed_weights(parts: StoredParts, quantization: Mapping[str, Any], _: s
     formats = {str(name) for name in (*(group.get("format") for group in groups), quantization.get("format")) if name}
     if unknown := formats - {*COMPRESSED_FORMATS, *NO_FORMATS}:
         raise InputRefused(
-            f"--dequantize reads {', '.join(COMPRESSED_FORMATS)} of compressed-tensors, and this base has "
-            f"{', '.join(sorted(unknown))}. Merge into the original float model"
+            f"{named('dequantize', True)} reads {', '.join(COMPRESSED_FORMATS)} of compressed-tensors, and this base "
+            f"has {', '.join(sorted(unknown))}. Merge into the original float model"
         )
     return {tensor.name: tensor for tensor in _found(parts, _arguments(groups))}
 

@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.packed_integers import WORD, WORD_BYTES, unpack, words_of
+from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -46,8 +47,8 @@ def gptq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) ->
     layout = str(quantization.get("checkpoint_format") or quantization.get("format") or FIRST).lower()
     if layout not in (FIRST, SECOND):
         raise InputRefused(
-            f"--dequantize reads GPTQ of the checkpoint_format {FIRST} and {SECOND}, and this base has {layout}. Merge "
-            "into the original float model, or save this one as one of these with gptqmodel"
+            f"{named('dequantize', True)} reads GPTQ of the checkpoint_format {FIRST} and {SECOND}, and this base has "
+            f"{layout}. Merge into the original float model, or save this one as one of these with gptqmodel"
         )
     found = {}
     for name in parts.names():

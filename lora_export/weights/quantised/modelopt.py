@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.float4 import unpack_floats
+from lora_export.weights.quantised.packed_numbers import unpack_floats
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
@@ -36,8 +37,8 @@ def modelopt_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype:
     algorithm = str(quantization.get("quant_algo", "unknown")).upper()
     if algorithm not in MODELOPT_ALGORITHMS:
         raise InputRefused(
-            f"--dequantize reads {' and '.join(MODELOPT_ALGORITHMS)} of modelopt, and this base has {algorithm}. "
-            "Merge into the original float model, or dequantise this one with its own library"
+            f"{named('dequantize', True)} reads {' and '.join(MODELOPT_ALGORITHMS)} of modelopt, and this base has "
+            f"{algorithm}. Merge into the original float model, or dequantise this one with its own library"
         )
     found = {}
     for name in parts.names():

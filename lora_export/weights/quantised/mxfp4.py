@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
+from lora_export.weights.quantised.packed_numbers import powers_of_two, unpack_floats
 from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
 
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"

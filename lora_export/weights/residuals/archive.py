@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files
 from lora_export.storage.safetensors_file import MAX_HEADER
 
@@ -106,7 +107,7 @@ def open_residual(path: Path) -> Iterator[Residual]:
         try:
             archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise InputRefused(f"{path} is not a residual of `merge --keep-residual`: {error}") from error
+            raise InputRefused(f"{path} is not a residual of a merge ({named('keep_residual')}): {error}") from error
         with archive:
             yield Residual(path, archive)
 

@@ -1,4 +1,4 @@
-"""`merge --keep-residual`: what the merged weights lack of the base, after a merge and before it is published."""
+"""The residual of a merge: what the merged weights lack of the base, found after a merge and before it is published."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.hashes import file_hash
@@ -86,7 +87,7 @@ def refuse_without_hash(plan: Plan) -> None:
     """Raise InputRefused for adapters that a restoration could not recognise: it needs the very same ones."""
     without = [adapter.name for adapter in plan.adapters if not adapter.sha256]
     if needs_adapters(plan) and without:
-        raise InputRefused(f"--keep-residual needs adapters from files: {', '.join(without)} has no hash")
+        raise InputRefused(f"{named('keep_residual')} needs adapters from files: {', '.join(without)} has no hash")
 
 
 def changed_tensors(plan: Plan, base: TensorFile, merged: TensorFile) -> Iterator[ChangedTensor]:

@@ -75,7 +75,7 @@ def test_what_is_not_known_is_a_problem() -> None:
     found = expert_stacks(adapter_of(pairs, experts={f"{E}.down_proj": ExpertAxes.BY_CLASS}), ())
     assert list(found.plain) == ["fc"]
     assert found.problems == [
-        f"{E}.down_proj[0]: how the base stores its experts is not known. State it: --base CHECKPOINT",
+        f'{E}.down_proj[0]: how the base stores its experts is not known. State it: base="CHECKPOINT"',
         "bare: the pair of a bare parameter",
         "qkv.weight[0:4]: the pair of a part of a tensor",
     ]

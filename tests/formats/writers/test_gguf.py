@@ -95,7 +95,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
         (
             {"model.layers.0.self_attn.q_proj": low_rank(3, 2, 1)},
             {"model_type": "llama"},
-            "q_proj has 3 rows, which are not those of 2 heads",
+            "q_proj: its 3 rows are not those of the base's 2 heads",
         ),
     ],
 )
@@ -110,9 +110,9 @@ def test_what_gguf_cannot_express_is_refused_by_name(
 
 def test_the_base_and_the_package_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = adapter_of({UP: low_rank(2, 2, 1)})
-    with pytest.raises(InputRefused, match="State it: --base CHECKPOINT"):
+    with pytest.raises(InputRefused, match='State it: base="CHECKPOINT"'):
         lora_export.convert(adapter, tmp_path / "out", to="gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(EnvironmentLacking, match=r"--to gguf needs the package gguf .*'lora-export\[gguf\]'"):
+    with pytest.raises(EnvironmentLacking, match=r"to=.gguf. needs the package gguf .*'lora-export\[gguf\]'"):
         lora_export.convert(adapter, tmp_path / "out", to="gguf")
     assert list(tmp_path.iterdir()) == []

@@ -135,6 +135,7 @@ def test_old_ir_version_is_refused() -> None:
         ),
         (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
         (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),
+        (an_adapter({"m": PAIR}, added={"n.weight": np.ones(2, np.float32)}), "n.weight: a change of a vector"),
     ],
 )
 def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: str) -> None:
@@ -219,7 +220,7 @@ def test_fixed_rank_makes_every_shape_static_and_computes_the_same() -> None:
 def test_larger_rank_than_the_fixed_one_is_refused_with_both_numbers() -> None:
     contract = with_inputs(a_graph(LINEAR), "m.weight", max_rank=1)
     both = {"m": PAIR, "m.weight": PAIR}
-    with pytest.raises(InputRefused, match=r"default, m.weight: rank 2 > 1\n.*larger --max-rank"):
+    with pytest.raises(InputRefused, match=r"default, m.weight: rank 2 > 1\n.*larger max_rank="):
         adapter_inputs(contract, an_adapter(both))
     assert adapter_inputs(contract, an_adapter({"m": PAIR}))["m.lora_A.weight"].shape == (3, 1)
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import lora_export as le
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.quantised.quantise import quantise_graph
-from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from support.generators import encoder_decoder_adapter, small_encoder_decoder, sounds
 from support.graphs import a_graph, run
 
@@ -76,7 +76,7 @@ def test_inputs_for_adapters_are_not_quantised() -> None:
 
 
 def test_a_graph_without_layers_is_refused() -> None:
-    with pytest.raises(InputRefused, match="--quantize int4 finds no layer"):
+    with pytest.raises(InputRefused, match='quantize="int4" finds no layer'):
         quantise_graph(a_graph("g (float[N] x) => (float[N] y) { y = Add(x, x) }"), "int4")
 
 

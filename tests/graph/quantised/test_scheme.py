@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lora_export.graph.quantised.scheme import Rule, Scheme, ValueRange
+from lora_export.graph.quantised.scheme import Groups, Rule, Scheme, ValueRange
+from lora_export.lora import EVERY_ROW
+from lora_export.weights.tensor_blocks import Patch
 
 FOUR_BITS = Scheme(
     lowest=0,
@@ -53,3 +56,65 @@ def test_group_of_zeros_has_its_own_scale() -> None:
 def test_levels_are_rounded_and_clipped() -> None:
     weight, scales, zeros = np.float32([-9, -0.9, 0, 1.1, 99]), np.float32(0.5), np.float32(8)
     assert FOUR_BITS.levels(weight, scales, zeros).tolist() == [0, 6, 8, 10, 15]
+
+
+SHAPE = (4, 6)
+TENSOR, ROWS, COLUMNS = Groups(SHAPE, None, 0), Groups(SHAPE, 0, 0), Groups(SHAPE, 1, 0)
+BLOCKS_IN_ROWS, BLOCKS_OF_ROWS = Groups(SHAPE, 1, 4), Groups(SHAPE, 0, 2)
+ALL = [TENSOR, ROWS, COLUMNS, BLOCKS_IN_ROWS, BLOCKS_OF_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("groups", "band_rows", "band_groups"),
+    [(TENSOR, 4, 1), (ROWS, 1, 1), (COLUMNS, 4, 6), (BLOCKS_IN_ROWS, 1, 2), (BLOCKS_OF_ROWS, 2, 6)],
+)
+def test_bands_have_these_rows_and_groups(groups: Groups, band_rows: int, band_groups: int) -> None:
+    assert (groups.band_rows, groups.band_groups) == (band_rows, band_groups)
+
+
+@pytest.mark.parametrize("groups", ALL)
+def test_broadcast_scales_divide_entries_by_their_group(groups: Groups) -> None:
+    entries = np.arange(1.0, 25.0).reshape(SHAPE)
+    rows = slice(0, 4)
+    maxima = groups.reduce(np.maximum, entries, rows)
+    assert maxima.shape == (4 // groups.band_rows, groups.band_groups)
+    spread = np.broadcast_to(groups.broadcast(maxima, rows), SHAPE)
+    assert (entries <= spread).all()
+    assert (entries == spread).sum() == maxima.size
+
+
+def test_rows_of_second_band_get_its_scales() -> None:
+    scales = np.array([[10, 20, 30, 40, 50, 60]])
+    rows = slice(2, 4)
+    assert BLOCKS_OF_ROWS.bands(rows) == slice(1, 2)
+    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(scales, rows), scales)
+
+
+def test_rows_from_middle_of_band_are_grouped_with_their_own_band() -> None:
+    entries = np.arange(24.0).reshape(SHAPE)
+    rows = slice(1, 4)  # the second row of band 0, and all of band 1
+    maxima = BLOCKS_OF_ROWS.reduce(np.maximum, entries[rows], rows)
+    assert np.array_equal(maxima, entries[[1, 3]])
+    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(maxima, rows), entries[[1, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "is_split"),
+    [
+        (TENSOR, slice(0, 2), EVERY_ROW, True),
+        (ROWS, slice(1, 2), EVERY_ROW, False),
+        (ROWS, slice(0, 4), slice(0, 3), True),
+        (COLUMNS, slice(0, 4), slice(1, 3), False),
+        (COLUMNS, slice(0, 2), slice(1, 3), True),
+        (BLOCKS_IN_ROWS, slice(1, 3), EVERY_ROW, False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(0, 4), False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(4, 6), False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(2, 6), True),
+        (BLOCKS_OF_ROWS, slice(2, 4), EVERY_ROW, False),
+        (BLOCKS_OF_ROWS, slice(1, 3), EVERY_ROW, True),
+        (TENSOR, slice(0, 4), slice(0, 3), True),
+    ],
+)
+def test_patch_within_groups_does_not_split_them(groups: Groups, rows: slice, columns: slice, is_split: bool) -> None:
+    step: Any = None
+    assert groups.are_split_by(Patch(step, rows, columns)) is is_split

@@ -53,7 +53,7 @@ def test_graph_with_a_state_takes_a_prompt_token_by_token(tmp_path: Path) -> Non
 def test_graph_without_a_cache_is_refused(tmp_path: Path) -> None:
     text = '<ir_version: 8, opset_import: ["" : 17]> g (int64[batch, n] input_ids) => (int64[batch, n] logits)'
     onnx.save(onnx.parser.parse_model(text + " { logits = Identity (input_ids) }"), tmp_path / "m.onnx")
-    with pytest.raises(InputRefused, match=r"has no key/value cache.*--with-cache"):
+    with pytest.raises(InputRefused, match=r"has no key/value cache.*export_onnx\(with_cache=True\)"):
         Decoder(tmp_path / "m.onnx")
 
 
@@ -66,5 +66,5 @@ def test_further_input_is_refused_by_name(sums: Path, tmp_path: Path) -> None:
 
 
 def test_adapter_of_a_graph_that_takes_none_is_refused(sums: Path) -> None:
-    with pytest.raises(InputRefused, match="takes no adapter: it was not made with --lora inputs or rows"):
+    with pytest.raises(InputRefused, match='takes no adapter: it was not made with lora="inputs" or rows'):
         Decoder(sums).load("fr")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.training.records.json_lines import JsonLines
 from lora_export.training.records.rows import with_columns
+from lora_export.training.records.text_rows import JsonLines
 
 
 @pytest.fixture

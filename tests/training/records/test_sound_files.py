@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.training.records.folders import DescribedSounds
-from lora_export.training.records.json_lines import JsonLines
+from lora_export.training.records.opening import DescribedSounds
 from lora_export.training.records.sound_files import sha256_with_sounds, sound_in, sound_problem
+from lora_export.training.records.text_rows import JsonLines
 from lora_export.training.row_forms import RowForm, form_of, survey
 from support.sounds import write_sound
 

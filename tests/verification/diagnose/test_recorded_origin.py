@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from xxhash import xxh3_128
 
+from lora_export.artifacts.record import WrittenRecord
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter, LoraPair
-from lora_export.runtime.written_record import WrittenRecord
 from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
 
 FR, DE = (hashlib.sha256(name.encode()).hexdigest() for name in ("fr", "de"))

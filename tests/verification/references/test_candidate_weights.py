@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import Different, InputRefused
-from lora_export.graph.quantised.quantised_weights import Steps
+from lora_export.graph.quantised_weights import Steps
 from lora_export.models.factory import from_module
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner

@@ -19,7 +19,7 @@ from lora_export import plan
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.graph.quantised.quantised_weights import Steps, unpack_bits
+from lora_export.graph.quantised_weights import Steps, unpack_bits
 from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model

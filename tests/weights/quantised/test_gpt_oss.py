@@ -119,6 +119,6 @@ def test_one_wrong_entry_of_an_expert_is_different(
 
 
 def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"\(mxfp4\).*original float model.*merge --dequantize"):
+    with pytest.raises(InputRefused, match=r"\(mxfp4\).*original float model.*merge\(dequantize=True\)"):
         lora_export.merge(place / "mxfp4", [place / "adapter"], tmp_path / "m")
     assert not list(tmp_path.iterdir())

@@ -138,7 +138,7 @@ def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Pat
     with pytest.raises(InputRefused) as refused:
         lora_export.merge(place / "nf4", [place / "adapter"], tmp_path / "m")
     assert "is quantised (bitsandbytes)" in str(refused.value)
-    assert "original float model" in str(refused.value) and "--dequantize" in str(refused.value)
+    assert "original float model" in str(refused.value) and "dequantize=True" in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_unknown_scheme_is_refused_by_name(place: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "aqlm"
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputRefused, match=r"--dequantize knows bitsandbytes .* quantised by aqlm"):
+    with pytest.raises(InputRefused, match=r"dequantize=True knows bitsandbytes .* quantised by aqlm"):
         lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
     config["quantization_config"]["quant_method"] = "fp8"
     (base / "config.json").write_text(json.dumps(config))
@@ -319,7 +319,7 @@ def test_each_scheme_is_refused_with_both_ways_out(scheme: str, tmp_path: Path) 
     with pytest.raises(InputRefused) as refused:
         lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m")
     assert f"is quantised ({scheme})" in str(refused.value)
-    assert "Merge into the original float model, or make this one a float model: merge --dequ" in str(refused.value)
+    assert "Merge into the original float model, or make this one a float model: merge(dequ" in str(refused.value)
     assert ("an adapter fits only the model beside which it was trained" in str(refused.value)) == (scheme == "awq")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

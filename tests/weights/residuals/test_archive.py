@@ -60,7 +60,7 @@ def test_facts_that_are_none_are_refused(tmp_path: Path, facts: bytes, message: 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(b"text")
     with (
-        pytest.raises(InputRefused, match="is not a residual of `merge --keep-residual`"),
+        pytest.raises(InputRefused, match="is not a residual of a merge \\(keep_residual="),
         open_residual(tmp_path / "r"),
     ):
         pass

@@ -10,7 +10,7 @@ import pytest
 from lora_export import sums
 from lora_export.lora import EVERY_ROW, LoraPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
-from lora_export.weights.residuals.exact_change import ExactChange
+from lora_export.weights.residuals.prediction import ExactChange
 
 RNG = np.random.default_rng(6)
 

@@ -1,0 +1,139 @@
+"""What a path is. The code behind `open_artifact` asks its kind, and never looks at a suffix.
+
+A folder's kind is decided by what it contains. A file's name claims its kind, and the reader of this kind refuses other
+content by what is wrong with it. Where the name claims none, the content decides. Needs neither PyTorch nor onnx.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+from lora_export.artifacts import archive
+from lora_export.artifacts.files import files_of_artifact, hashes_of, is_encoder_decoder_folder
+from lora_export.artifacts.record import (
+    WrittenRecord,
+    record_of_archive,
+    record_of_folder,
+    record_of_graph,
+    record_of_weights,
+)
+from lora_export.errors import InputRefused
+from lora_export.plan import TensorSpec
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.pipeline import is_pipeline
+from lora_export.weights.sentence_modules import MODULES_FILE
+
+
+class ArtifactKind(StrEnum):
+    """What an artifact is."""
+
+    CHECKPOINT = "checkpoint folder"
+    EMBEDDER = "embedding model"
+    PIPELINE = "diffusion pipeline"
+    GENERATION = "graphs of an encoder-decoder"
+    WEIGHTS = "weights"
+    GRAPH = "graph"
+    SCRIPT = "TorchScript"
+    PROGRAM = "program of torch.export"
+    OTHER = "other file"
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether onnxruntime runs it."""
+        return self in (ArtifactKind.GRAPH, ArtifactKind.GENERATION)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is weights of a PyTorch model, in a folder or a file."""
+        return self in (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.PIPELINE, ArtifactKind.WEIGHTS)
+
+
+CLAIMED: Mapping[str, ArtifactKind] = {
+    ".onnx": ArtifactKind.GRAPH,
+    ".safetensors": ArtifactKind.WEIGHTS,
+    ".pt": ArtifactKind.SCRIPT,
+    ".pth": ArtifactKind.SCRIPT,
+    ".ts": ArtifactKind.SCRIPT,
+    ".pt2": ArtifactKind.PROGRAM,
+}
+# A member of each kind of archive, in the archive's one folder
+MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
+
+
+def artifact_kind(path: Path) -> ArtifactKind:
+    """The kind of a path, which need not exist. Reads no weights."""
+    if path.is_dir():
+        if is_encoder_decoder_folder(path):
+            return ArtifactKind.GENERATION
+        if is_pipeline(path):
+            return ArtifactKind.PIPELINE
+        return ArtifactKind.EMBEDDER if (path / MODULES_FILE).is_file() else ArtifactKind.CHECKPOINT
+    return CLAIMED.get(path.suffix) or _kind_of_content(path)
+
+
+def _kind_of_content(path: Path) -> ArtifactKind:
+    names: set[str] = set()
+    if path.is_file() and zipfile.is_zipfile(path):
+        with contextlib.suppress(InputRefused), archive.opened(path) as opened:
+            names = {name.partition("/")[2] for name in opened.namelist()}
+    return next((kind for member, kind in MEMBERS.items() if member in names), ArtifactKind.OTHER)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A path whose kind is known. What else is known of it is read when it is asked for, and once."""
+
+    path: Path
+    kind: ArtifactKind
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """Name -> path of each of its files: those in a folder, or a graph and its external data."""
+        return files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
+
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """Name -> SHA-256 of each of its files."""
+        return hashes_of(self.files)
+
+    @cached_property
+    def record(self) -> WrittenRecord:
+        """What it records about how it was made; an empty record where it has none. Reads headers only.
+
+        Raises InputRefused where the record or its file is damaged.
+        """
+        if self.path.is_dir():
+            return record_of_folder(self.path)
+        if self.kind is ArtifactKind.GRAPH:
+            return record_of_graph(self.path)
+        return (record_of_weights if self.kind is ArtifactKind.WEIGHTS else record_of_archive)(self.path)
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Name -> shape, dtype and file of each tensor of a checkpoint. Raises InputRefused as `open_checkpoint`."""
+        return {spec.name: spec for spec in open_checkpoint(self.path).specs}
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """A path with its kind. Reads no weights, and refuses nothing: the reader of a kind does."""
+    return Artifact(Path(path), artifact_kind(Path(path)))
+
+
+def refuse_no_model(source: str | Path) -> None:
+    """Raise InputRefused for what names no model of PyTorch. What it names may still be missing or damaged inside.
+
+    This is for before anything is read: what else a command reads may take long.
+    """
+    location, _, attribute = str(source).rpartition(":")
+    is_factory = bool(location and attribute)
+    if not (Path(source).is_dir() or artifact_kind(Path(source)) is ArtifactKind.PROGRAM or is_factory):
+        raise InputRefused(
+            f"{str(source)!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
+            "`file.py:factory` or a .pt2 file"
+        )

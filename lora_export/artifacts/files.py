@@ -1,0 +1,88 @@
+"""The files of an artifact and their hashes, and those of an encoder-decoder's three graphs, as optimum names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import SUFFIX
+from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
+from lora_export.options.spelling import command
+from lora_export.storage import input_files
+from lora_export.storage.hashes import HASH_BLOCK, file_sha256
+
+ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
+GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
+LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
+
+
+def file_for_graph(adapter: str, graph: str) -> str:
+    """The name of an adapter's file for one of the graphs: `fr.encoder_model.onnx_adapter`."""
+    return f"{adapter}.{Path(graph).stem}{SUFFIX}"
+
+
+def adapter_of_file(path: Path) -> str:
+    """The name of the adapter of such a file; empty where the file has another name."""
+    names = (path.name.removesuffix(file_for_graph("", graph)) for graph in GRAPH_FILES)
+    return next((name for name in names if name != path.name), "")
+
+
+def is_encoder_decoder_folder(path: Path) -> bool:
+    """Whether a folder has the three graphs of an encoder-decoder."""
+    return path.is_dir() and all((path / name).is_file() for name in GRAPH_FILES)
+
+
+def refuse_missing_graph(path: Path) -> None:
+    """Raise InputRefused for a folder that has one or two of the three graphs, and no other model.
+
+    Exporters write such a folder where the cache is switched off.
+    """
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return
+    missing = [name for name in GRAPH_FILES if not (path / name).is_file()]
+    if 0 < len(missing) < len(GRAPH_FILES):
+        found = ", ".join(name for name in GRAPH_FILES if name not in missing)
+        raise InputRefused(
+            f"{path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its cache, by all "
+            f"three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
+        )
+
+
+# --- files and their hashes ---
+
+
+def files_of_artifact(path: Path, *, is_graph: bool) -> dict[str, Path]:
+    """Name -> path of every file: a folder's files, or a graph and its external data."""
+    if path.is_dir():
+        return {file.relative_to(path).as_posix(): file for file in input_files.regular_files(path)}
+    input_files.must_be_regular(path)
+    return {file.name: file for file in (path, *(_external_data(path) if is_graph else []))}
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> SHA-256 of files."""
+    return {name: file_sha256(file) for name, file in files.items()}
+
+
+def _external_data(path: Path) -> list[Path]:
+    if not path.stat().st_size:
+        return []
+    refuse_no_message(path)
+    if not _contains(path, LOCATION):  # and onnx need not be imported
+        return []
+    from lora_export.graph.onnx_file.reading import open_graph
+
+    graph = open_graph(path)
+    return [source for source in graph.sources if not source.samefile(path)]
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
+    end = b""
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            if text in (both := end + block):
+                return True
+            end = both[-len(text) :]
+    return False

@@ -1,0 +1,146 @@
+"""The shape of a model's images, (channels, height, width), and their values.
+
+Many configs name the size. Convolutional networks such as ResNet take every size; their image processor, in the same
+folder, names the one that they are used with. The values are what the image processor can give, and some beyond: a
+fault at the end of the range (a Clip, a table that is too short) does not show in values from -1 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
+from lora_export.storage import json_files
+
+PROCESSOR = "preprocessor_config.json"
+CHANNELS = 3
+USUAL_SIZE = 224  # pixels, of ImageNet's networks
+LARGEST_IMAGE = 4096  # pixels of a side
+MOST_DRAWN = 1 << 25  # of one example of an input: 128 MiB
+# Attention over all patches of an image takes time and memory by their square. Windows of it do not.
+MOST_PATCHES = 1 << 14
+# Image processors without a file: means from 0.406 to 0.5, standard deviations from 0.224 to 0.5. The widest ranges are
+# those of ImageNet's numbers, which CLIP's are within.
+USUAL_RANGE = (-2.2, 2.7)
+BEYOND_EVERY, BEYOND = 8, 2.0  # pixels, of which one is drawn from a range that is wider by this factor
+LARGEST_VALUE = 1e4  # a processor that gives more is not believed
+
+
+def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
+    """The shape, and a note where neither the config nor the image processor names the size (empty otherwise).
+
+    Raises InputRefused where a size is no size, or too large for an example.
+    """
+    channels = next(filter(None, _fields(config, "num_channels")), CHANNELS)
+    named = next(filter(None, (*_fields(config, "image_size"), getattr(config, "crop_size", None))), None)
+    named, source = (named, "config.json") if named else (_processor_size(folder), PROCESSOR)
+    if named is None:
+        note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"
+        return (channels, USUAL_SIZE, USUAL_SIZE), note
+    height, width = named if isinstance(named, list | tuple) and len(named) == 2 else (named, named)
+    if any(type(size) is not int or not 0 < size <= LARGEST_IMAGE for size in (height, width)):
+        raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_IMAGE}")
+    refuse_huge(folder, "an image", (channels, height, width))
+    _refuse_many_patches(config, folder / source, height, width)
+    return (channels, height, width), ""
+
+
+def refuse_huge(folder: Path, what: str, shape: Sequence[Any]) -> None:
+    """Raise InputRefused for an example of an input whose shape is no shape, or has more than MOST_DRAWN."""
+    if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) > MOST_DRAWN:
+        raise InputRefused(
+            f"{folder / 'config.json'}: {what} has the shape {' x '.join(map(str, shape))}. At most "
+            f"{MOST_DRAWN:,} numbers are generated: give an example of your own ({named('inputs', 'FILE.npz')})"
+        )
+
+
+def _refuse_many_patches(config: Any, path: Path, height: int, width: int) -> None:
+    """Raise InputRefused for an image of more patches than attention can take at once."""
+    size = next(filter(None, _fields(config, "patch_size")), None)
+    windows = next(filter(None, _fields(config, "window_size")), None)
+    if type(size) is not int or size < 1 or windows:
+        return
+    if (patches := (height // size) * (width // size)) > MOST_PATCHES:
+        raise InputRefused(
+            f"{path}: an image of {height} x {width} has {patches:,} patches of {size} x {size}. At most "
+            f"{MOST_PATCHES:,} are generated: give an example of your own ({named('inputs', 'FILE.npz')})"
+        )
+
+
+def _fields(config: Any, field: str) -> Iterator[Any]:
+    """The values of a field in a config, then in that of its vision model, backbone or encoder."""
+    yield getattr(config, field, None)
+    for part in ("vision_config", "backbone_config", "encoder"):
+        yield getattr(getattr(config, part, None), field, None)
+
+
+def _processor_size(folder: Path) -> Any:
+    """The size to which the image processor crops or resizes; None where it is not recorded."""
+    path = folder / PROCESSOR
+    fields = json_files.read_json(path) if path.is_file() else {}
+    crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
+    size = crop or fields.get("size")
+    if not isinstance(size, dict):
+        return size or None
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    return size.get("shortest_edge")
+
+
+# --- values ---
+
+
+class PixelRange(NamedTuple):
+    """The least and the greatest value of each channel: tensors (channels,), or (1,) for all."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def pixel_range(folder: Path, channels: int) -> PixelRange:
+    """The range that the folder's image processor gives, or that of usual processors where it has none."""
+    path = folder / PROCESSOR
+    fields = json_files.read_json(path) if path.is_file() else {}
+    found = _of_processor(fields, channels) if isinstance(fields, dict) and fields else None
+    if found is None:
+        return PixelRange(*(torch.tensor([value]) for value in USUAL_RANGE))
+    return found
+
+
+def draw_pixels(shape: Sequence[int], values: PixelRange, generator: torch.Generator) -> torch.Tensor:
+    """Images (..., channels, height, width), uniform in the range, with some pixels beyond it."""
+    low, high = (value[:, None, None] for value in values)
+    middle, half = (low + high) / 2, (high - low) / 2
+    offset = torch.rand(*shape, generator=generator) * 2 - 1
+    is_beyond = torch.rand(*shape, generator=generator) < 1 / BEYOND_EVERY
+    return middle + half * torch.where(is_beyond, BEYOND * offset, offset)
+
+
+def _of_processor(fields: dict[str, Any], channels: int) -> PixelRange | None:
+    """(0 ... 255) · factor, less the mean, divided by the standard deviation; None where a number is missing."""
+    factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
+    normalises = fields.get("do_normalize", False)
+    mean = _by_channel(fields.get("image_mean") if normalises else 0.0, channels)
+    deviation = _by_channel(fields.get("image_std") if normalises else 1.0, channels)
+    if mean is None or deviation is None or not _is_number(factor) or factor <= 0 or bool((deviation <= 0).any()):
+        return None
+    found = PixelRange((0 - mean) / deviation, (255 * factor - mean) / deviation)
+    return found if max(float(value.abs().max()) for value in found) <= LARGEST_VALUE else None
+
+
+def _by_channel(value: Any, channels: int) -> torch.Tensor | None:
+    """(channels,) or (1,); None for anything but one number, or one for each channel."""
+    numbers = value if isinstance(value, list) else [value]
+    if len(numbers) not in (1, channels) or not all(map(_is_number, numbers)):
+        return None
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_VALUE

@@ -1,0 +1,115 @@
+"""What programs call the layers of a family of models, and how they order and join their rows. The facts are data.
+
+`families.json` has a row for each type of model, with a column for each format or program. `litgpt.json` has litgpt's
+own families. This is the engine that carries the rows out on the pairs of an adapter: rename, reorder, join.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputRefused
+from lora_export.lora import LoraPair, split_part
+from lora_export.names.fused_pairs import fuse_outputs, with_outputs
+from lora_export.names.row_orders import Heads, RowOrder
+
+_HERE = Path(__file__).parent
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@functools.cache
+def read_rows(name: str) -> Mapping[str, Any]:
+    """The data in a file of this folder, parsed once."""
+    table: Mapping[str, Any] = json.loads((_HERE / name).read_text(encoding="utf-8"))
+    return table
+
+
+def column(name: str) -> dict[str, Any]:
+    """What `families.json` has for a program: type of model -> its entry."""
+    return {kind: row[name] for kind, row in read_rows("families.json")["model_types"].items() if name in row}
+
+
+@dataclass(frozen=True)
+class JoinedLayer:
+    """A layer that has the outputs of several layers of another program, one after another."""
+
+    parts: Sequence[str]  # the ends of their names
+    by_heads: bool = False  # whether these are q, k and v, whose sizes the heads determine; else all are equal
+    rows: RowOrder | None = None  # how its rows are ordered, where not so
+
+
+@dataclass(frozen=True)
+class FamilyNames:
+    """The layers of one family: what another program calls them, by what it calls them itself."""
+
+    modules: Mapping[str, str] = field(default_factory=dict)  # own name -> the other; `{}` is a number
+    rows: Mapping[str, RowOrder] = field(default_factory=dict)  # last part of a name -> the order of its rows
+    joined: Mapping[str, JoinedLayer] = field(default_factory=dict)  # the end of a layer's name -> its parts
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], modules: Mapping[str, str] | None = None) -> FamilyNames:
+        """The names that a row of data has; `modules` are those of all families of a program."""
+        names = dict(row.get("modules", modules or {}))
+        for one, other in row.get("blocks", {}).items():
+            names = {own: name.replace(f".{one}.", f".{other}.", 1) for own, name in names.items()}
+        joined = {
+            name: JoinedLayer(
+                parts=entry["of"],
+                by_heads=entry.get("sizes") == "heads",
+                rows=RowOrder(entry["rows"]) if "rows" in entry else None,
+            )
+            for name, entry in row.get("joined", {}).items()
+        }
+        return cls(names, {last: RowOrder(order) for last, order in row.get("rows", {}).items()}, joined)
+
+    def renamed(self, module: str) -> str | None:
+        """What the other program calls a module; None for one that no row names."""
+        name = self.modules.get(_NUMBER.sub("{}", module))
+        return None if name is None else name.format(*_NUMBER.findall(module))
+
+    def reordered(self, module: str, pair: LoraPair, heads: Heads) -> LoraPair:
+        """The pair of a module with its rows in the other program's order. Raises InputRefused for another size."""
+        order = self.rows.get(module.rpartition(".")[2])
+        return pair if order is None else with_outputs(pair, order.indices(pair.b.shape[0], heads))
+
+    def with_joined(
+        self, pairs: Mapping[str, LoraPair], spelling: Mapping[str, str], source: Path, heads: Heads | None = None
+    ) -> tuple[dict[str, LoraPair], dict[str, str]]:
+        """The pairs and their keys in the file, with those of the parts of one layer as one pair.
+
+        Layers may be stacks of experts. Raises InputRefused as `fuse_outputs` does.
+        """
+        places = {part: (new, number) for new, layer in self.joined.items() for number, part in enumerate(layer.parts)}
+        result: dict[str, LoraPair] = {}
+        names: dict[str, str] = {}
+        found: dict[str, tuple[JoinedLayer, dict[int, LoraPair]]] = {}
+        for name, pair in pairs.items():
+            owner, indices = split_part(name)
+            part = next((each for each in places if owner.endswith(f".{each}")), None)
+            if part is None:
+                result[name], names[name] = pair, spelling[name]
+                continue
+            layer, number = places[part]
+            new = f"{owner.removesuffix(part)}{layer}" + (f"[{indices}]" if indices else "")
+            found.setdefault(new, (self.joined[layer], {}))[1][number] = pair
+            names.setdefault(new, spelling[name])
+        for new, (joined, parts) in found.items():
+            try:
+                result[new] = _joined(joined, parts, heads, is_expert=bool(split_part(new)[1]))
+            except InputRefused as error:
+                raise InputRefused(f"{source}: {names[new]}: {error}") from error
+        return result, names
+
+
+def _joined(layer: JoinedLayer, parts: Mapping[int, LoraPair], heads: Heads | None, *, is_expert: bool) -> LoraPair:
+    equal = [next(iter(parts.values())).shape[0]] * len(layer.parts)
+    fused = fuse_outputs(parts, heads.outputs if layer.by_heads and heads is not None else equal)
+    if layer.rows is not None:
+        fused = with_outputs(fused, layer.rows.indices(fused.b.shape[0], heads))
+    return LoraPair(a=fused.a, b=fused.b, scale=fused.scale, as_stored=True) if is_expert else fused

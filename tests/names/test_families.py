@@ -1,0 +1,107 @@
+"""Names, order and joins of a family's layers. The readers and writers of the formats compare the values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.formats.litgpt import names_of_family
+from lora_export.lora import LoraPair
+from lora_export.names.families import FamilyNames, column, read_rows
+from lora_export.names.row_orders import Heads
+from lora_export.names.table import KNOWN_MODEL_TYPES
+
+
+def numbered(rows: int, first: int = 0, scale: float = 2.0) -> LoraPair:
+    """A pair of rank 1 whose row k of B is first + k."""
+    return LoraPair(a=np.ones((1, 2)), b=np.arange(first, first + rows)[:, None], scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp_class", "joined", "output"),
+    [
+        ("Llama-3.2-1B", "LLaMAMLP", "", "model.layers.3.self_attn.o_proj"),
+        ("OLMo-2-7B", "LLaMAMLP", "", "model.layers.3.self_attn.o_proj"),
+        ("Gemma-2-2b", "GemmaMLP", "", "model.layers.3.self_attn.o_proj"),
+        ("Phi-4", "LLaMAMLP", "self_attn.qkv_proj", "model.layers.3.self_attn.o_proj"),
+        ("phi-1_5", "GptNeoxMLP", "", "model.layers.3.self_attn.dense"),
+        ("falcon-40b", "GptNeoxMLP", "self_attention.query_key_value", "transformer.h.3.self_attention.dense"),
+        ("pythia-14m", "GptNeoxMLP", "attention.query_key_value", "gpt_neox.layers.3.attention.dense"),
+    ],
+)
+def test_a_family_of_litgpt_is_found_by_name_and_class(name: str, mlp_class: str, joined: str, output: str) -> None:
+    names = names_of_family(name, mlp_class)
+    assert names.renamed("transformer.h.3.attn.proj") == output
+    assert joined == next(iter(names.joined), "")
+    assert names.renamed("transformer.h.3.attn.other") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Qwen3-30B-A3B", "mlp.experts.5.up_proj"), ("Mixtral", "block_sparse_moe.experts.5.w3")]
+)
+def test_the_numbers_of_layer_and_expert_are_kept(name: str, expected: str) -> None:
+    names = names_of_family(name, "LLaMAMoE")
+    assert names.renamed("transformer.h.3.mlp.experts.5.fc_2") == f"model.layers.3.{expected}"
+
+
+def test_a_class_without_a_conversion_is_refused() -> None:
+    with pytest.raises(InputRefused, match="has mlp_class_name 'NewMLP', and litgpt has no conversion of it"):
+        names_of_family("New-1B", "NewMLP")
+
+
+def test_the_parts_of_a_layer_are_one_pair_in_its_order() -> None:
+    names = FamilyNames.of({"joined": {"attn.qkv": {"of": ["attn.q", "attn.k", "attn.v"], "sizes": "heads"}}})
+    pairs = {"m.0.attn.v": numbered(1, 20), "m.0.fc": numbered(2), "m.0.attn.q": numbered(2, 1)}
+    found, keys = names.with_joined(pairs, {name: f"key of {name}" for name in pairs}, Path("f"), Heads(2, 1, 1))
+    assert found["m.0.attn.qkv"].delta()[:, 0].tolist() == [2, 4, 0, 40]  # k has no pair
+    assert keys == {"m.0.attn.qkv": "key of m.0.attn.v", "m.0.fc": "key of m.0.fc"}
+
+
+def test_gate_and_up_of_each_expert_alternate() -> None:
+    names = FamilyNames.of(column("mlx")["gpt_oss"])
+    pairs = {f"m.experts.{name}_proj[{n}]": numbered(2, 10 * n) for n in range(2) for name in ("gate", "up")}
+    found, _ = names.with_joined(pairs, dict.fromkeys(pairs, "key"), Path("f"))
+    assert list(found) == ["m.experts.gate_up_proj[0]", "m.experts.gate_up_proj[1]"]
+    assert found["m.experts.gate_up_proj[1]"].delta()[:, 0].tolist() == [20, 20, 22, 22]
+    assert found["m.experts.gate_up_proj[1]"].as_stored
+
+
+def test_parts_that_make_no_layer_are_refused_by_their_key() -> None:
+    names = FamilyNames.of({"joined": {"mlp.gate_up": {"of": ["mlp.gate", "mlp.up"]}}})
+    pairs = {"m.mlp.gate": numbered(2), "m.mlp.up": numbered(2, scale=3.0)}
+    with pytest.raises(InputRefused, match=r"file: key: .* different scales"):
+        names.with_joined(pairs, dict.fromkeys(pairs, "key"), Path("file"))
+
+
+# --- The data ---
+
+
+def test_every_row_is_of_a_model_type_that_transformers_has() -> None:
+    assert set(read_rows("families.json")["model_types"]) <= KNOWN_MODEL_TYPES
+
+
+def test_every_column_has_its_source() -> None:
+    rows = read_rows("families.json")
+    assert {name for row in rows["model_types"].values() for name in row} == set(rows["sources"])
+
+
+@pytest.mark.parametrize("program", ["gguf", "mlx", "torchtune"])
+def test_every_row_can_be_carried_out(program: str) -> None:
+    for row in column(program).values():
+        names = FamilyNames.of(row, read_rows("families.json")["torchtune_modules"])
+        assert len(set(names.modules.values())) == len(names.modules), "two layers would have one name"
+
+
+def test_every_family_of_litgpt_names_each_layer_once() -> None:
+    for row in read_rows("litgpt.json")["families"].values():
+        names = FamilyNames.of(row)
+        assert len(set(names.modules.values())) == len(names.modules)
+        assert all(own.count("{}") == other.count("{}") for own, other in names.modules.items())
+
+
+def test_the_architectures_are_those_of_the_gguf_package() -> None:
+    assert {row["architecture"] for row in column("gguf").values()} <= set(gguf.MODEL_ARCH_NAMES.values())
