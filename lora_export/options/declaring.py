@@ -206,13 +206,13 @@ def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
 def options_of(record: type[Options]) -> tuple[Declared, ...]:
     """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
     order = {name: depth for depth, cls in reversed(list(enumerate(record.__mro__))) for name in _own_fields(cls)}
-    found = [_declared(one, meaning) for one, meaning in _fields(record) if isinstance(meaning, Option)]
+    found = [_declared(*found) for found in _fields(record) if isinstance(found[2], Option)]
     return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
 
 
 def nested_in(record: type[Options]) -> Mapping[str, Nested]:
     """The fields of a record that are records."""
-    return {one.name: meaning for one, meaning in _fields(record) if isinstance(meaning, Nested)}
+    return {one.name: meaning for one, _, meaning in _fields(record) if isinstance(meaning, Nested)}
 
 
 def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_P, _T]]:
@@ -244,15 +244,21 @@ def _own_fields(cls: type) -> Iterable[str]:
     return inspect.get_annotations(cls)
 
 
-def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    """The fields that are declared, each with its meaning."""
+def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:
+    """The fields that are declared, each with its type and its meaning.
+
+    A record whose values are found and loaded narrows types of the one that it inherits from. The meaning stays.
+    """
+    own = [inspect.get_annotations(cls) for cls in record.__mro__]
     for one in dataclasses.fields(record):  # type: ignore[arg-type]
-        if get_origin(one.type) is Annotated:
-            yield one, get_args(one.type)[1]
+        annotations = (annotations[one.name] for annotations in own if one.name in annotations)
+        declared = next((each for each in annotations if get_origin(each) is Annotated), None)
+        if declared is not None:
+            yield one, *get_args(declared)[:2]
 
 
-def _declared(one: dataclasses.Field[Any], option: Option) -> Declared:
-    annotation, multiple = _without_none(get_args(one.type)[0]), False
+def _declared(one: dataclasses.Field[Any], type_: Any, option: Option) -> Declared:
+    annotation, multiple = _without_none(type_), False
     parts = list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
     if several := [part for part in parts if get_origin(part) in (Sequence, tuple)]:
         parts, multiple = [get_args(several[0])[0]], True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 
+from lora_export.api.verify_record import VerifyRequest
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, Weighted
 from lora_export.options.commands import declared_flags
@@ -14,7 +16,7 @@ from lora_export.options.export import OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import as_command_line
 from lora_export.options.train import TrainingSettings, TrainOptions
-from lora_export.options.verify import VerifyOptions
+from lora_export.options.verify import Judging, VerifyOptions
 
 
 def declared(record, name):
@@ -118,3 +120,12 @@ def test_records_are_extended_and_parts_of_them_taken():
     assert extended(Weighted(weights=(2.0,)), More, prefixes={"a": "b"}).weights == (2.0,)
     assert options.chosen() == {"model": "base", "data": "data", "output": "out", "epochs": 5}
     assert options.chosen_of(TrainingSettings) == {"epochs": 5}
+
+
+def test_a_record_that_narrows_types_keeps_what_its_fields_mean():
+    given = VerifyOptions("m.onnx", "base", fixed={"batch": 2}, onnx_adapter="fr.onnx_adapter")
+    request = extended(given, VerifyRequest, candidate=Path("m.onnx"), base=None, fixed={"batch": 2})
+    assert set(request.chosen_of(Judging)) == {"fixed", "onnx_adapter"}
+    assert {one.name for one in options_of(VerifyRequest)} == {one.name for one in options_of(VerifyOptions)}
+    untouched = extended(VerifyOptions("merged", base="b"), VerifyRequest, candidate=Path("merged"), fixed={})
+    assert untouched.chosen_of(Judging) == {}

@@ -207,7 +207,7 @@ def adapted_graph(mode: str, name: str, variant: str, folder: Path) -> AdaptedGr
     """As `lora-export onnx --lora MODE` does it."""
     base, graph, adapter = SUBJECTS[name].base, SUBJECTS[name].graph, adapter_of(name, variant)
     before = weights_of(graph)
-    options = OnnxRequest(folder, folder / "model.onnx", lora=mode, adapters=[adapter])
+    options = OnnxRequest(base, folder / "model.onnx", lora=mode, adapters=[adapter])
     check_adapters(options)
     onnx_from_model.check_fit(base, options, [])
     _, beside = onnx_from_model.write_with_adapters(graph, options, [], folder)
