@@ -87,7 +87,7 @@ def _kind_of_content(path: Path) -> ArtifactKind:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A path whose kind is known. What else is known of it is read when it is asked for, and once."""
+    """A path whose kind is known. What else is known of it is read when it is needed, and once."""
 
     path: Path
     kind: ArtifactKind

@@ -1,4 +1,4 @@
-"""Private names of PyTorch and transformers, each behind a function that says what it is needed for.
+"""Private names of PyTorch and transformers, each behind a function that states what it is needed for.
 
 No public name does the same. A release may rename any of them: `tests/models/test_internals.py` then fails with the
 name, and a user gets EnvironmentLacking with it.

@@ -63,7 +63,7 @@ class CrossEntropy:
 
 
 class _OfValues:
-    """All labels count, and none is right or wrong, unless a loss says otherwise."""
+    """All labels count, and none is right or wrong, unless a loss defines them otherwise."""
 
     def count(self, labels: Any) -> int:
         return int(labels.numel())
