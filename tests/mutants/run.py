@@ -1,0 +1,372 @@
+"""Put small faults into copies of the package, one at a time, and see whether the tests find them: `make mutants`.
+
+First each test file is run once, to learn which tests run which lines. Then each mutant is given to the tests that run
+its line. All that was learned is kept under build/mutants, by the contents of package and tests: a second call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mutants.mutations import Finder, Mutant, Site, all_sites, choose, draw, mutated
+from mutants.watching import Chosen, Watch, Watched
+
+# Nothing here may import the package, or what imports it: each child imports a copy.
+ROOT = Path(__file__).resolve().parents[2]
+CHOSEN, BASELINE = Path("tests/mutants/mutants.json"), Path("tests/mutants/baseline.json")
+NOT_COPIED = (".git", ".venv", "build", "dist", "*-output", "__pycache__", ".*_cache", ".hypothesis")
+PRELOADED = "numpy,torch,torch.export,torch.onnx,onnx,onnxruntime,onnxscript,safetensors.torch,peft,hypothesis"
+PRELOADED += ",transformers.models.bert.modeling_bert,transformers.models.llama.modeling_llama"
+QUICK = "not slow and not soak and not matrix and not cuda"
+TOGETHER = 8  # test files in one process
+MOST_TESTS = 40  # for one mutant,
+MOST_SECONDS = 40.0  # with no more processor time than this when nothing is wrong
+FEW_TESTS = 12  # fewer are joined by their neighbours: these share fixtures that only the first of them runs
+OUTCOMES = ("killed", "survived", "uncovered", "gone")
+
+
+# --- processes ---
+
+
+def forked(action: Callable[[], int], processor_seconds: float) -> int | None:
+    """Run in a child that has what is imported here. Returns its exit code, None if it was too slow or crashed."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.setsid()
+            limit = int(processor_seconds) + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+            code = action()
+        finally:
+            os._exit(code)
+    # A deadlock takes no processor time. A machine with much else to do is slower, and no test is to blame.
+    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    last = time.monotonic() + 2 * processor_seconds * crowd
+    try:
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+            if time.monotonic() > last:
+                os.killpg(child, signal.SIGKILL)
+            time.sleep(0.02)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+
+
+def run_pytest(root: Path, files: Sequence[str], plugin: Callable[[], object], *options: str) -> int:
+    """In a child: the tests of a copy, on the package of this copy."""
+    output = os.open(root.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(root)
+    sys.path[:] = [str(root), *(place for place in sys.path if not Path(place).is_relative_to(ROOT) or "lib" in place)]
+    os.environ["PYTHONPATH"] = str(root)
+    always = ("-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--basetemp={root.parent / 'temporary'}")
+    return int(pytest.main([*files, "-m", QUICK, *always, *options], plugins=[plugin()]))
+
+
+class Copy:
+    """A copy of the checkout, in which one file at a time is changed."""
+
+    def __init__(self, root: Path, place: Path) -> None:
+        self.root = place / "copy"
+        shutil.copytree(root, self.root, ignore=shutil.ignore_patterns(*NOT_COPIED))
+
+    @contextlib.contextmanager
+    def changed(self, site: Site) -> Iterator[None]:
+        path = self.root / site.mutant.file
+        source = path.read_text(encoding="utf-8")
+        try:
+            self._write(path, mutated(source, site))
+            yield
+        finally:
+            self._write(path, source)
+
+    def _write(self, path: Path, source: str) -> None:
+        path.write_text(source, encoding="utf-8")
+        # Python knows a changed file by its size and the second it was changed in: both can be equal.
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            compiled.unlink()
+        shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)
+
+
+def each_in_a_copy(root: Path, items: Sequence[Any], workers: int, action: Callable[[Copy, Any], None]) -> None:
+    children = []
+    for number in range(workers if items else 0):
+        children.append(os.fork())
+        if children[-1] == 0:
+            with tempfile.TemporaryDirectory(prefix="mutants-") as place:
+                copy = Copy(root, Path(place))
+                for item in items[number::workers]:
+                    action(copy, item)
+            sys.exit()
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit("mutants: a worker failed")
+
+
+# --- which tests ---
+
+
+def mirrored(file: str) -> str:
+    path = Path(file)
+    return str(Path("tests", *path.parts[1:-1], f"test_{path.name}"))
+
+
+def test_files(root: Path, sites: Sequence[Site]) -> list[str]:
+    """Those named after modules with mutants first, then those that import such modules, then the others."""
+    modules = {site.mutant.file for site in sites}
+    named = {mirrored(file) for file in modules}
+    imported = re.compile(rf"^(?:from|import) .*\b(?:{'|'.join({Path(file).stem for file in modules})})\b", re.M)
+    found = [path.relative_to(root).as_posix() for path in sorted((root / "tests").rglob("test_*.py"))]
+    found = [file for file in found if not file.startswith("tests/mutants/")]
+    return sorted(
+        found, key=lambda file: 0 if file in named else 1 if imported.search((root / file).read_text("utf-8")) else 2
+    )
+
+
+def covering(site: Site, watched: Watched, without: set[str]) -> list[str]:
+    """The tests for a mutant, the most specific and fastest first, and no test with many parameters before the rest."""
+    file = site.mutant.file
+    # A statement that runs at import runs in no test, or in the one that happens to be the first.
+    line = watched.tests_of(file, None if site.at_import else site.lines)
+
+    def rank(test: str) -> tuple[bool, float]:
+        return not test.startswith(f"{mirrored(file)}::"), watched.seconds[test] + watched.size[test] / 1000
+
+    line.sort(key=rank)
+    taken: Counter[str] = Counter()
+    rounds = {}
+    for test in line:
+        function = test.partition("[")[0]
+        rounds[test] = taken[function] // 2
+        taken[function] += 1
+    line.sort(key=lambda test: (rounds[test], *rank(test)))
+    files = list(dict.fromkeys(test.partition("::")[0] for test in line))[:3]
+    near = sorted(set(watched.seconds) - set(line), key=lambda test: watched.seconds[test])
+    near = [test for test in near if test.partition("::")[0] in files]
+    chosen: list[str] = []
+    spent = 0.0
+    for test in [*line[:MOST_TESTS], *near[: max(0, FEW_TESTS - len(line))]]:
+        spent += watched.seconds[test]
+        if spent <= MOST_SECONDS or not chosen:
+            chosen.append(test)
+    return [test for test in chosen if test not in without]
+
+
+# --- the run ---
+
+
+class Run:
+    def __init__(self, root: Path, workers: int) -> None:
+        self.root, self._workers = root, workers
+        known = json.loads((root / CHOSEN).read_text(encoding="utf-8"))
+        self.mutants = [Mutant(**{**each, "around": tuple(each["around"])}) for each in known["mutants"]]
+        sites = all_sites(root)
+        finder = Finder(sites)
+        self.sites = {mutant.id: site for mutant in self.mutants if (site := finder.find(mutant))}
+        self.new = {}  # in place of those that are gone
+        present = {site.mutant.id for site in self.sites.values()}
+        for mutant in self.mutants:
+            if mutant.id not in self.sites:
+                others = [
+                    site for site in sites if site.mutant.folder == mutant.folder and site.mutant.id not in present
+                ]
+                for drawn in draw(others, 1, f"{known['seed']} {mutant.id}"):
+                    self.new[drawn.id] = next(site for site in others if site.mutant.id == drawn.id)
+                    present.add(drawn.id)
+        state = hashlib.sha256()
+        for path in sorted([*(root / "lora_export").rglob("*.py"), *(root / "tests").rglob("*.py")]):
+            if not path.is_relative_to(root / CHOSEN.parent):
+                state.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+        self.folder = root / "build" / "mutants" / state.hexdigest()[:12]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._results, self._seen = self.folder / "results.jsonl", self.folder / "watched"
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        lines = self._results.read_text(encoding="utf-8").splitlines() if self._results.exists() else []
+        return {each["id"]: each for each in map(json.loads, lines)}
+
+    def watch(self, minutes: float) -> None:
+        """Run the test files that were not yet run, for so long at most."""
+        seen = set(self._seen.read_text(encoding="utf-8").split()) if self._seen.exists() else set()
+        files = [file for file in test_files(self.root, list(self.sites.values())) if file not in seen]
+        last = time.monotonic() + 60 * minutes
+        print(f"{len(files)} test files to run once", flush=True)
+
+        def action(copy: Copy, some: list[str]) -> None:
+            if time.monotonic() < last:
+                forked(lambda: run_pytest(copy.root, some, lambda: Watch(copy.root, self.folder)), 3600)
+                with self._seen.open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{name}\n" for name in some))
+
+        chunks = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
+        each_in_a_copy(self.root, chunks, self._workers, action)
+
+    def try_all(self) -> None:
+        watched, before = Watched(self.folder), self.results()
+        wanted = []
+        for name, site in {**self.sites, **self.new}.items():
+            former = before.get(name, {"outcome": "", "tests": []})
+            tests = covering(site, watched, set(former["tests"]))
+            if former["outcome"] != "killed" and (tests or not former["outcome"]):
+                wanted.append((name, site, tests, former["tests"]))
+        seconds = watched.seconds
+        del watched
+
+        def action(copy: Copy, item: tuple[str, Site, list[str], list[str]]) -> None:
+            name, site, tests, former = item
+            start = time.monotonic()
+            outcome, by = self._tried(copy, site, tests, sum(seconds[test] for test in tests))
+            if former and outcome == "uncovered":
+                outcome = "survived"
+            took = round(time.monotonic() - start, 1)
+            result = {"id": name, "outcome": outcome, "by": by, "tests": [*former, *tests], "seconds": took}
+            with self._results.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(result)}\n")
+            print(f"{outcome:9} {took:6.1f} s  {site.mutant.file}: {site.change}", flush=True)
+
+        print(f"{len(wanted)} mutants to try", flush=True)
+        each_in_a_copy(self.root, wanted, self._workers, action)
+
+    def _tried(self, copy: Copy, site: Site, tests: list[str], seconds: float) -> tuple[str, str]:
+        if not tests:
+            return "uncovered", ""
+        log = copy.root.parent / "failed"
+        log.unlink(missing_ok=True)
+        files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        with copy.changed(site):
+            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 60 + 3 * seconds)
+        if code in (0, 5):  # 5: the tests have other parameters, and none of the names is left
+            return "survived", ""
+        failed = log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else ""
+        return "killed", failed or ("time or a crash" if code is None else "import")
+
+    def doubt(self) -> bool:
+        """Run the tests that found mutants on the unchanged package. One that fails there too found nothing."""
+        killers: dict[str, list[str]] = {}
+        for name, each in self.results().items():
+            if each["outcome"] == "killed" and "::" in each["by"]:
+                killers.setdefault(each["by"], []).append(name)
+        trusted, doubted = self.folder / "trusted", self.folder / "doubted"
+        known = set(trusted.read_text(encoding="utf-8").splitlines()) if trusted.exists() else set()
+        tests = sorted(set(killers) - known)
+
+        def action(copy: Copy, some: list[str]) -> None:
+            log = copy.root.parent / "failed"
+            files = list(dict.fromkeys(test.partition("::")[0] for test in some))
+            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(some, log)), 3600)
+            failed = log.read_text(encoding="utf-8").splitlines() if code == 1 else [] if code == 0 else some
+            for path, those in ((doubted, failed), (trusted, [test for test in some if test not in failed])):
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{test}\n" for test in those))
+
+        each_in_a_copy(self.root, [tests] if tests else [], 1, action)
+        wrong = set(doubted.read_text(encoding="utf-8").splitlines()) & set(killers) if doubted.exists() else set()
+        with self._results.open("a", encoding="utf-8") as file:
+            for name in (name for test in wrong for name in killers[test]):
+                file.write(f"{json.dumps({'id': name, 'outcome': '', 'by': '', 'tests': [], 'seconds': 0})}\n")
+        return bool(wrong)
+
+    def outcomes(self) -> list[dict[str, str]]:
+        results, gone = self.results(), {"outcome": "gone", "by": ""}
+        found = {mutant.id: results.get(mutant.id) if mutant.id in self.sites else gone for mutant in self.mutants}
+        return [{"id": name, "outcome": each["outcome"], "by": each["by"]} for name, each in found.items() if each]
+
+    def table(self) -> str:
+        outcomes, results = {each["id"]: each["outcome"] for each in self.outcomes()}, self.results()
+        counts: dict[str, Counter[str]] = {}
+        for mutant in self.mutants:
+            for row in (mutant.folder, "all"):
+                counts.setdefault(row, Counter())[outcomes.get(mutant.id, "not tried")] += 1
+        if self.new:
+            counts["new, in place of those gone"] = Counter(
+                results.get(name, {"outcome": "not tried"})["outcome"] for name in self.new
+            )
+        counts["all"] = counts.pop("all")
+        width = max(map(len, counts))
+        lines = [f"{row:{width}} " + "".join(f"{count[name]:10}" for name in OUTCOMES) for row, count in counts.items()]
+        return "\n".join([" " * (width + 1) + "".join(f"{name:>10}" for name in OUTCOMES), *lines])
+
+
+def commit(root: Path) -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def write(path: Path, head: dict[str, Any], name: str, entries: list[dict[str, Any]]) -> None:
+    """One line for each mutant."""
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    path.write_text(f'{json.dumps(head)[:-1]}, "{name}": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def lost(run: Run) -> list[str]:
+    """The mutants that the tests found at the baseline, and do not find now."""
+    path = run.root / BASELINE
+    former = json.loads(path.read_text(encoding="utf-8"))["outcomes"] if path.exists() else []
+    found = {each["id"] for each in former if each["outcome"] == "killed"}
+    now = {each["id"]: each["outcome"] for each in run.outcomes()}
+    return [
+        f"{now[mutant.id]} now: {mutant.file}, {mutant.function}: {mutant.change}"
+        for mutant in run.mutants
+        if mutant.id in found and now.get(mutant.id) in ("survived", "uncovered")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT)
+    parser.add_argument("--choose", type=int, help="choose so many mutants, and run nothing")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="for the first run of the tests; the next call goes on"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--preload", default=PRELOADED, help="modules that are imported once, not for every mutant")
+    parser.add_argument("--keep", action="store_true", help="write the outcomes as the baseline")
+    options = parser.parse_args()
+    root = options.root.resolve()
+    if options.choose:
+        chosen = choose(all_sites(root), options.choose, options.seed)
+        head = {"seed": options.seed, "commit": commit(root)}
+        write(root / CHOSEN, head, "mutants", [asdict(mutant) for mutant in chosen])
+        return
+    run = Run(root, options.workers)
+    for module in filter(None, options.preload.split(",")):
+        importlib.import_module(module)
+    run.watch(options.minutes)
+    run.try_all()
+    while run.doubt():
+        run.try_all()
+    print(run.table())
+    if options.keep:
+        write(root / BASELINE, {"commit": commit(root)}, "outcomes", run.outcomes())
+    if missed := lost(run):
+        sys.exit("\n".join(["The tests found these before:", *missed]))
+
+
+if __name__ == "__main__":
+    main()
