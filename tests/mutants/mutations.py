@@ -11,8 +11,9 @@ import copy
 import hashlib
 import random
 import re
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,9 +31,10 @@ INSTEAD: dict[type[ast.AST], type[ast.AST]] = dict(
 TALK = re.compile(r"\b(logging|_?logger|warnings|echo|print|console|_?\w*notes?(_\w+)?|_?noted(_\w+)?)\b")
 # Arguments without which a right program usually does the same.
 QUIET = {"frozen", "slots", "strict", "help", "encoding", "newline", "stacklevel", "repr", "metavar", "daemon"}
-STRINGS = re.compile(r"""\b[rbfu]{0,2}(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.IGNORECASE)
+STRINGS = re.compile(r"""(?:\b[rbfu]{1,2})?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.IGNORECASE)
 QUALIFIERS = re.compile(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])")
 LEAST = 3  # mutants a folder
+NEAR = 3  # statements before and after that help to know one
 UNIQUE = 20  # letters of a statement that is known without its function
 
 
@@ -44,7 +46,7 @@ class Mutant:
     kind: str
     position: int  # among the changes of this kind in the statement
     repeat: int  # among equal ones in the function
-    around: tuple[str, str]
+    around: tuple[str, ...]  # hashes of the statements before and after
     change: str = ""  # for readers alone
 
     @property
@@ -80,21 +82,25 @@ def _short(node: ast.AST) -> str:
 
 
 def sites(source: str, file: str) -> list[Site]:
+    return _sites(ast.parse(source), file)
+
+
+def _sites(tree: ast.Module, file: str) -> list[Site]:
     found: list[tuple[int, str, bool, str, int, ast.AST, ast.AST]] = []
     texts: list[str] = []
-    for statement, function, at_import in _statements(ast.parse(source).body, "", True):
+    for statement, function, at_import in _statements(tree.body, "", True):
         text = _header(statement)
         seen: Counter[str] = Counter()
         for kind, old, new in (change for node in _nodes(statement) for change in _changes(node)):
             found.append((len(texts), function, at_import, kind, seen[kind], old, new))
             seen[kind] += 1
         texts.append(text)
-    around = ["", *map(_loose, texts), ""]
+    hashes = [f"{zlib.crc32(_loose(text).encode()):08x}" for text in texts]
     repeats: Counter[Any] = Counter()
     made = []
     for number, function, at_import, kind, position, old, new in found:
         key = (function, texts[number], kind, position)
-        near = (around[number], around[number + 2])
+        near = (*hashes[max(0, number - NEAR) : number], *hashes[number + 1 : number + 1 + NEAR])
         mutant = Mutant(file, function, texts[number], kind, position, repeats[key], near)
         repeats[key] += 1
         made.append(Site(mutant, old, new, range(old.lineno, old.end_lineno + 1), at_import))
@@ -180,7 +186,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
             yield "and, or", node, _with(node, op=INSTEAD[type(node.op)]())
         case ast.BinOp() | ast.AugAssign() if type(node.op) in INSTEAD:
             operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.value]
-            if not any(isinstance(part, ast.JoinedStr) or _is_text(part) for part in operands):
+            if not any(map(_is_text, operands)):
                 yield "arithmetic", node, _with(node, op=INSTEAD[type(node.op)]())
         case ast.Constant(value=bool(value)):
             yield "constant", node, ast.Constant(not value)
@@ -207,7 +213,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
 
 
 def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+    if isinstance(node, ast.BinOp):
+        return _is_text(node.left) or _is_text(node.right)
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
 
 
 def _with(node: ast.AST, **fields: Any) -> ast.AST:
@@ -226,6 +234,40 @@ def mutated(source: str, site: Site) -> str:
     first, last = site.old.lineno - 1, site.old.end_lineno - 1
     before, after = lines[first][: site.old.col_offset], lines[last][site.old.end_col_offset :]
     return b"\n".join([*lines[:first], before + new.encode() + after, *lines[last + 1 :]]).decode()
+
+
+class _Probes(ast.NodeTransformer):
+    def __init__(self, wanted: Iterable[tuple[str, Site]]) -> None:
+        self._at: defaultdict[ast.AST, list[str]] = defaultdict(list)
+        self._at_import: list[str] = []  # no test runs their statements: those that enter the module are taken
+        for name, site in wanted:
+            self._at[site.old].append(name)
+            if site.at_import:
+                self._at_import.append(name)
+
+    def visit(self, node: ast.AST) -> Any:
+        names = self._at.get(node, [])
+        self.generic_visit(node)
+        if isinstance(node, ast.FunctionDef):
+            node.body[:0] = map(_hit, self._at_import)
+        if isinstance(node, ast.stmt):
+            return [*map(_hit, names), node]
+        for name in names:
+            node = ast.Subscript(ast.Tuple([_hit(name).value, node], ast.Load()), ast.Constant(1), ast.Load())
+        return node
+
+
+def _hit(name: str) -> ast.Expr:
+    statement = ast.parse(f"__import__('mutants_hit').hit({name!r})").body[0]
+    assert isinstance(statement, ast.Expr)
+    return statement
+
+
+def probed(source: str, file: str, names: Mapping[Mutant, str]) -> str:
+    """The source with a call of `hit` at each of these mutants."""
+    tree = ast.parse(source)
+    wanted = [(names[site.mutant], site) for site in _sites(tree, file) if site.mutant in names]
+    return ast.unparse(ast.fix_missing_locations(_Probes(wanted).visit(tree)))
 
 
 def all_sites(root: Path) -> list[Site]:
@@ -284,15 +326,15 @@ class Finder:
         if best is None:
             return None
         function, around, *_ = _likeness(mutant, best.mutant)
-        known_alone = len(alike) == 1 and len(mutant.statement) >= UNIQUE
-        known = (
-            known_alone or around == 2 or (function and (len(alike) == 1 or around or best.mutant.file == mutant.file))
-        )
+        if function:
+            known = len(alike) == 1 or around > 0 or best.mutant.file == mutant.file
+        else:
+            known = around >= NEAR or (len(alike) == 1 and len(mutant.statement) >= UNIQUE)
         return best if known else None
 
 
 def _likeness(one: Mutant, other: Mutant) -> tuple[int, ...]:
-    around = sum(mine == its for mine, its in zip(one.around, other.around, strict=True))
+    around = sum((Counter(one.around) & Counter(other.around)).values())
     pairs = [(one.file, other.file), (one.repeat, other.repeat), (one.statement, other.statement)]
     return (one.function == other.function, around, *(mine == its for mine, its in pairs))
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import pytest
 
-from mutants.mutations import Finder, Mutant, Site, all_sites, choose, draw, mutated
-from mutants.watching import Chosen, Watch, Watched
+from mutants.mutations import Finder, Mutant, Site, all_sites, choose, draw, mutated, probed
+from mutants.watching import HIT, Chosen, Watch, Watched, read_lines
 
 # Nothing here may import the package, or what imports it: each child imports a copy.
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,15 +97,15 @@ class Copy:
 
     @contextlib.contextmanager
     def changed(self, site: Site) -> Iterator[None]:
-        path = self.root / site.mutant.file
-        source = path.read_text(encoding="utf-8")
+        source = (self.root / site.mutant.file).read_text(encoding="utf-8")
         try:
-            self._write(path, mutated(source, site))
+            self.write(site.mutant.file, mutated(source, site))
             yield
         finally:
-            self._write(path, source)
+            self.write(site.mutant.file, source)
 
-    def _write(self, path: Path, source: str) -> None:
+    def write(self, file: str, source: str) -> None:
+        path = self.root / file
         path.write_text(source, encoding="utf-8")
         # Python knows a changed file by its size and the second it was changed in: both can be equal.
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
@@ -113,13 +113,20 @@ class Copy:
         shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)
 
 
-def each_in_a_copy(root: Path, items: Sequence[Any], workers: int, action: Callable[[Copy, Any], None]) -> None:
+def each_in_a_copy(
+    root: Path,
+    items: Sequence[Any],
+    workers: int,
+    action: Callable[[Copy, Any], None],
+    prepare: Callable[[Copy], None] = lambda _: None,
+) -> None:
     children = []
     for number in range(workers if items else 0):
         children.append(os.fork())
         if children[-1] == 0:
             with tempfile.TemporaryDirectory(prefix="mutants-") as place:
                 copy = Copy(root, Path(place))
+                prepare(copy)
                 for item in items[number::workers]:
                     action(copy, item)
             sys.exit()
@@ -137,27 +144,27 @@ def mirrored(file: str) -> str:
 
 
 def test_files(root: Path, sites: Sequence[Site]) -> list[str]:
-    """Those named after modules with mutants first, then those that import such modules, then the others."""
+    """Those named after modules with mutants, then those that import such a module; short ones first."""
     modules = {site.mutant.file for site in sites}
     named = {mirrored(file) for file in modules}
     imported = re.compile(rf"^(?:from|import) .*\b(?:{'|'.join({Path(file).stem for file in modules})})\b", re.M)
     found = [path.relative_to(root).as_posix() for path in sorted((root / "tests").rglob("test_*.py"))]
     found = [file for file in found if not file.startswith("tests/mutants/")]
-    return sorted(
-        found, key=lambda file: 0 if file in named else 1 if imported.search((root / file).read_text("utf-8")) else 2
-    )
+
+    def rank(file: str) -> tuple[int, int]:
+        text = (root / file).read_text(encoding="utf-8")
+        return 0 if file in named else 1 if imported.search(text) else 2, len(text)
+
+    return sorted(found, key=rank)
 
 
-def covering(site: Site, watched: Watched, without: set[str]) -> list[str]:
+def covering(name: str, site: Site, watched: Watched, without: set[str]) -> list[str]:
     """The tests for a mutant, the most specific and fastest first, and no test with many parameters before the rest."""
-    file = site.mutant.file
-    # A statement that runs at import runs in no test, or in the one that happens to be the first.
-    line = watched.tests_of(file, None if site.at_import else site.lines)
 
     def rank(test: str) -> tuple[bool, float]:
-        return not test.startswith(f"{mirrored(file)}::"), watched.seconds[test] + watched.size[test] / 1000
+        return not test.startswith(f"{mirrored(site.mutant.file)}::"), watched.seconds[test] + watched.reach[test] / 10
 
-    line.sort(key=rank)
+    line = sorted(watched.tests[name], key=lambda test: (*rank(test), test))
     taken: Counter[str] = Counter()
     rounds = {}
     for test in line:
@@ -184,7 +191,8 @@ class Run:
     def __init__(self, root: Path, workers: int) -> None:
         self.root, self._workers = root, workers
         known = json.loads((root / CHOSEN).read_text(encoding="utf-8"))
-        self.mutants = [Mutant(**{**each, "around": tuple(each["around"])}) for each in known["mutants"]]
+        fields = [{**each, "around": tuple(each["around"])} for each in known["mutants"]]
+        self.mutants = [Mutant(**{name: value for name, value in each.items() if name != "id"}) for each in fields]
         sites = all_sites(root)
         finder = Finder(sites)
         self.sites = {mutant.id: site for mutant in self.mutants if (site := finder.find(mutant))}
@@ -198,7 +206,7 @@ class Run:
                 for drawn in draw(others, 1, f"{known['seed']} {mutant.id}"):
                     self.new[drawn.id] = next(site for site in others if site.mutant.id == drawn.id)
                     present.add(drawn.id)
-        state = hashlib.sha256()
+        state = hashlib.sha256(repr([*self.sites, *self.new]).encode())
         for path in sorted([*(root / "lora_export").rglob("*.py"), *(root / "tests").rglob("*.py")]):
             if not path.is_relative_to(root / CHOSEN.parent):
                 state.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -207,31 +215,41 @@ class Run:
         self._results, self._seen = self.folder / "results.jsonl", self.folder / "watched"
 
     def results(self) -> dict[str, dict[str, Any]]:
-        lines = self._results.read_text(encoding="utf-8").splitlines() if self._results.exists() else []
-        return {each["id"]: each for each in map(json.loads, lines)}
+        return {each["id"]: each for each in map(json.loads, read_lines(self._results))}
 
-    def watch(self, minutes: float) -> None:
+    def watch(self, minutes: float, longest: float) -> None:
         """Run the test files that were not yet run, for so long at most."""
-        seen = set(self._seen.read_text(encoding="utf-8").split()) if self._seen.exists() else set()
+        seen = set(read_lines(self._seen))
         files = [file for file in test_files(self.root, list(self.sites.values())) if file not in seen]
         last = time.monotonic() + 60 * minutes
         print(f"{len(files)} test files to run once", flush=True)
 
+        def prepare(copy: Copy) -> None:
+            names: dict[str, dict[Mutant, str]] = {}
+            for name, site in {**self.sites, **self.new}.items():
+                names.setdefault(site.mutant.file, {})[site.mutant] = name
+            for file, those in names.items():
+                copy.write(file, probed((copy.root / file).read_text(encoding="utf-8"), file, those))
+            copy.write("mutants_hit.py", HIT.format(path=str(self.folder / "hits")))
+
         def action(copy: Copy, some: list[str]) -> None:
             if time.monotonic() < last:
-                forked(lambda: run_pytest(copy.root, some, lambda: Watch(copy.root, self.folder)), 3600)
+                code = forked(lambda: run_pytest(copy.root, some, lambda: Watch(self.folder, longest)), 3600)
+                if code not in (0, 1, 5):
+                    output = (copy.root.parent / "output").read_text(encoding="utf-8", errors="replace")
+                    print(f"pytest ended with {code}: {' '.join(some)}\n{output[-2000:]}", flush=True)
                 with self._seen.open("a", encoding="utf-8") as file:
                     file.write("".join(f"{name}\n" for name in some))
 
         chunks = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
-        each_in_a_copy(self.root, chunks, self._workers, action)
+        each_in_a_copy(self.root, chunks, self._workers, action, prepare)
 
     def try_all(self) -> None:
         watched, before = Watched(self.folder), self.results()
         wanted = []
         for name, site in {**self.sites, **self.new}.items():
             former = before.get(name, {"outcome": "", "tests": []})
-            tests = covering(site, watched, set(former["tests"]))
+            tests = covering(name, site, watched, set(former["tests"]))
             if former["outcome"] != "killed" and (tests or not former["outcome"]):
                 wanted.append((name, site, tests, former["tests"]))
         seconds = watched.seconds
@@ -262,8 +280,8 @@ class Run:
             code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 60 + 3 * seconds)
         if code in (0, 5):  # 5: the tests have other parameters, and none of the names is left
             return "survived", ""
-        failed = log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else ""
-        return "killed", failed or ("time or a crash" if code is None else "import")
+        by = "time or a crash" if code is None else "import"
+        return "killed", [*read_lines(log), by][0]
 
     def doubt(self) -> bool:
         """Run the tests that found mutants on the unchanged package. One that fails there too found nothing."""
@@ -272,20 +290,19 @@ class Run:
             if each["outcome"] == "killed" and "::" in each["by"]:
                 killers.setdefault(each["by"], []).append(name)
         trusted, doubted = self.folder / "trusted", self.folder / "doubted"
-        known = set(trusted.read_text(encoding="utf-8").splitlines()) if trusted.exists() else set()
-        tests = sorted(set(killers) - known)
+        tests = sorted(set(killers) - set(read_lines(trusted)))
 
         def action(copy: Copy, some: list[str]) -> None:
             log = copy.root.parent / "failed"
             files = list(dict.fromkeys(test.partition("::")[0] for test in some))
             code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(some, log)), 3600)
-            failed = log.read_text(encoding="utf-8").splitlines() if code == 1 else [] if code == 0 else some
+            failed = read_lines(log) if code in (0, 1) else some
             for path, those in ((doubted, failed), (trusted, [test for test in some if test not in failed])):
                 with path.open("a", encoding="utf-8") as file:
                     file.write("".join(f"{test}\n" for test in those))
 
         each_in_a_copy(self.root, [tests] if tests else [], 1, action)
-        wrong = set(doubted.read_text(encoding="utf-8").splitlines()) & set(killers) if doubted.exists() else set()
+        wrong = set(read_lines(doubted)) & set(killers)
         with self._results.open("a", encoding="utf-8") as file:
             for name in (name for test in wrong for name in killers[test]):
                 file.write(f"{json.dumps({'id': name, 'outcome': '', 'by': '', 'tests': [], 'seconds': 0})}\n")
@@ -344,6 +361,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=600, help="for the first run of the tests; the next call goes on"
     )
+    parser.add_argument("--longest", type=float, default=20, help="seconds for a test; slower ones are left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--preload", default=PRELOADED, help="modules that are imported once, not for every mutant")
     parser.add_argument("--keep", action="store_true", help="write the outcomes as the baseline")
@@ -352,12 +370,12 @@ def main() -> None:
     if options.choose:
         chosen = choose(all_sites(root), options.choose, options.seed)
         head = {"seed": options.seed, "commit": commit(root)}
-        write(root / CHOSEN, head, "mutants", [asdict(mutant) for mutant in chosen])
+        write(root / CHOSEN, head, "mutants", [{"id": mutant.id, **asdict(mutant)} for mutant in chosen])
         return
     run = Run(root, options.workers)
     for module in filter(None, options.preload.split(",")):
         importlib.import_module(module)
-    run.watch(options.minutes)
+    run.watch(options.minutes, options.longest)
     run.try_all()
     while run.doubt():
         run.try_all()

@@ -1,20 +1,32 @@
 """Plugins of pytest for runs in copies of the package, and what they wrote down, read again.
 
-`Watch` writes which lines each test runs, what processor time it takes, and whether it passes. `Chosen` runs some
-tests in an order of its own.
+`Watch` writes what processor time each test takes, and whether it passes. Which mutants a test reaches is written by
+the package itself: a call of `hit` stands at each of them, in child processes too. `Chosen` runs some tests in an order
+of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sqlite3
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import coverage
 import pytest
+
+HIT = """import os
+_seen = set()
+
+def hit(mutant):
+    line = f"{{mutant}} {{os.environ.get('PYTEST_CURRENT_TEST', '').rpartition(' ')[0]}}\\n"
+    if line not in _seen:
+        _seen.add(line)
+        with open({path!r}, "a", encoding="utf-8") as file:
+            file.write(line)
+"""
 
 
 def used() -> float:
@@ -23,34 +35,35 @@ def used() -> float:
 
 
 class Watch:
-    def __init__(self, root: Path, folder: Path) -> None:
+    def __init__(self, folder: Path, longest: float) -> None:
         self._log = folder / "tests.jsonl"
         self._failed: set[str] = set()
-        self._coverage = coverage.Coverage(
-            folder / f"lines.{os.getpid()}", source=[str(root / "lora_export")], config_file=False
-        )
-        self._coverage.set_option("run:relative_files", True)
-        self._coverage.start()
+        self._longest = longest
+        signal.signal(signal.SIGPROF, self._stop)
+
+    def _stop(self, *_: object) -> NoReturn:
+        pytest.fail("too slow to be of use")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._coverage.switch_context(item.nodeid)
         start = used()
         result = yield
-        seconds = used() - start
-        self._coverage.switch_context("")
-        line = {"test": item.nodeid, "seconds": round(seconds, 3), "passed": item.nodeid not in self._failed}
+        line = {"test": item.nodeid, "seconds": round(used() - start, 3), "passed": item.nodeid not in self._failed}
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
         return result
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Iterator[None]:
+        signal.setitimer(signal.ITIMER_PROF, self._longest)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.passed:  # what is skipped finds nothing
             self._failed.add(report.nodeid)
-
-    def pytest_unconfigure(self) -> None:
-        self._coverage.stop()
-        self._coverage.save()
 
 
 class Chosen:
@@ -69,29 +82,20 @@ class Chosen:
                 file.write(f"{report.nodeid}\n")
 
 
+def read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
 class Watched:
     """What the runs with `Watch` wrote into a folder."""
 
     def __init__(self, folder: Path) -> None:
-        log = folder / "tests.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        seen = [json.loads(line) for line in lines]
-        doubted = (folder / "doubted").read_text(encoding="utf-8") if (folder / "doubted").exists() else ""
-        failed = {each["test"] for each in seen if not each["passed"]} | set(doubted.splitlines())
+        seen = [json.loads(line) for line in read_lines(folder / "tests.jsonl")]
+        failed = {each["test"] for each in seen if not each["passed"]} | set(read_lines(folder / "doubted"))
         self.seconds = {each["test"]: each["seconds"] for each in seen if each["test"] not in failed}
-        self.size: Counter[str] = Counter()  # test -> how many lines of the package it runs
-        self._lines: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)  # file -> tests, and lines as bits
-        select = """select path, context, numbits from line_bits
-            join file on file.id = file_id join context on context.id = context_id"""
-        for data in folder.glob("lines.*"):
-            with sqlite3.connect(data) as base:
-                for path, test, bits in base.execute(select):
-                    if test in self.seconds:
-                        run = int.from_bytes(bits, "little")
-                        self.size[test] += run.bit_count()
-                        self._lines[path].append((test, run))
-
-    def tests_of(self, file: str, lines: range | None = None) -> list[str]:
-        """The tests that run one of these lines of a file, or any."""
-        wanted = -1 if lines is None else sum(1 << line for line in lines)
-        return sorted({test for test, run in self._lines[file] if run & wanted})
+        self.tests: defaultdict[str, set[str]] = defaultdict(set)  # mutant -> those that reach it
+        for line in read_lines(folder / "hits"):
+            mutant, _, test = line.partition(" ")
+            if test in self.seconds:
+                self.tests[mutant].add(test)
+        self.reach = Counter(test for tests in self.tests.values() for test in tests)
