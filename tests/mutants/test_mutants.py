@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mutants.mutations import Finder, Site, all_sites, choose, mutated, sites
+from mutants.run import Run, lost
 from support import TESTS
 
 PRICES = '''"""What things cost."""
@@ -30,16 +31,17 @@ def price(amount: int, discount: bool = False) -> float:
 def never_called(amount):
     return amount + 7
 '''
-TESTS_OF_PRICES = """import pytest
-from lora_export.prices import price
+SMALL = """
+def large(amount):
+    return amount > 9 and bool(sorted([amount], reverse=True))
 
-@pytest.mark.parametrize(("amount", "costs"), [(9, 90), (10, 90), (0, 0)])
-def test_price(amount, costs):
-    assert price(amount) == costs
+def never_called():
+    return 7
+"""
+TEST_OF_SMALL = """from lora_export.small import large
 
-def test_no_price_below_zero():
-    with pytest.raises(ValueError):
-        price(-1)
+def test_large():
+    assert large(10) and large(9) is False
 """
 
 
@@ -155,25 +157,26 @@ def outcomes(root: Path) -> dict[str, str]:
     return {names[each["id"]]: each["outcome"] for each in found["outcomes"]}
 
 
-def test_the_tests_of_a_package_kill_its_mutants_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    package(tmp_path, __init__="", prices=PRICES)
+def test_the_tests_of_a_package_kill_its_mutants_and_a_second_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (package(tmp_path, small=SMALL) / "lora_export" / "__init__.py").touch()
     (tmp_path / "tests" / "mutants").mkdir(parents=True)
-    (tmp_path / "tests" / "test_prices.py").write_text(TESTS_OF_PRICES)
-    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["slow"]')
-    assert run(tmp_path, "--choose", "30").returncode == 0
-    done = run(tmp_path, "--keep")
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "tests" / "test_small.py").write_text(TEST_OF_SMALL)
+    (tmp_path / "pyproject.toml").touch()
+    for options in (("--choose", "30"), ("--keep",)):
+        done = run(tmp_path, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
     found = outcomes(tmp_path)
-    print(done.stdout, done.stderr)
-    assert found["price: amount < 0 -> amount <= 0"] == "killed"
-    assert found["price: amount >= 10 -> amount > 10"] == "killed"
-    assert found["price: raise ValueError(f'{amount + 1} < 0') -> pass"] == "killed"
-    assert found["price: sorted([amount], reverse=True) -> sorted([amount])"] == "survived"
-    assert found["never_called: amount + 7 -> amount - 7"] == "uncovered"
-    assert (tmp_path / "lora_export" / "prices.py").read_text() == PRICES
-    assert "0 mutants to try" in run(tmp_path).stdout
+    assert found["large: amount > 9 -> amount >= 9"] == found["large: 9 -> 10"] == "killed"
+    assert found["large: True -> False"] == "survived"
+    assert found["never_called: 7 -> 8"] == "uncovered"
+    assert (tmp_path / "lora_export" / "small.py").read_text() == SMALL
 
-    (tmp_path / "tests" / "test_prices.py").write_text(TESTS_OF_PRICES.replace(", (0, 0)", ""))
-    weaker = run(tmp_path)
-    assert weaker.returncode == 1
-    assert "survived now: lora_export/prices.py, price: amount < 0 -> amount <= 0" in weaker.stderr
+    again = Run(tmp_path, workers=1)
+    again.try_all()
+    assert capsys.readouterr().out == "0 mutants to try\n"
+    assert lost(again) == []
+    baseline = tmp_path / "tests" / "mutants" / "baseline.json"
+    baseline.write_text(baseline.read_text().replace("survived", "killed"))
+    assert "survived now: lora_export/small.py, large: True -> False" in lost(again)
