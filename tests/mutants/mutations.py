@@ -13,7 +13,7 @@ import random
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -237,13 +237,13 @@ def mutated(source: str, site: Site) -> str:
 
 
 class _Probes(ast.NodeTransformer):
-    def __init__(self, wanted: Iterable[tuple[str, Site]]) -> None:
+    def __init__(self, wanted: Iterable[Site]) -> None:
         self._at: defaultdict[ast.AST, list[str]] = defaultdict(list)
         self._at_import: list[str] = []  # no test runs their statements: those that enter the module are taken
-        for name, site in wanted:
-            self._at[site.old].append(name)
+        for site in wanted:
+            self._at[site.old].append(site.mutant.id)
             if site.at_import:
-                self._at_import.append(name)
+                self._at_import.append(site.mutant.id)
 
     def visit(self, node: ast.AST) -> Any:
         names = self._at.get(node, [])
@@ -263,11 +263,11 @@ def _hit(name: str) -> ast.Expr:
     return statement
 
 
-def probed(source: str, file: str, names: Mapping[Mutant, str]) -> str:
+def probed(source: str, file: str, wanted: Set[str]) -> str:
     """The source with a call of `hit` at each of these mutants."""
     tree = ast.parse(source)
-    wanted = [(names[site.mutant], site) for site in _sites(tree, file) if site.mutant in names]
-    return ast.unparse(ast.fix_missing_locations(_Probes(wanted).visit(tree)))
+    probes = _Probes(site for site in _sites(tree, file) if site.mutant.id in wanted)
+    return ast.unparse(ast.fix_missing_locations(probes.visit(tree)))
 
 
 def all_sites(root: Path) -> list[Site]:

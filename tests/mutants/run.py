@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from mutants.mutations import Finder, Mutant, Site, all_sites, choose, draw, mutated, probed
@@ -35,12 +36,11 @@ from mutants.watching import HIT, Chosen, Watch, Watched, read_lines
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN, BASELINE = Path("tests/mutants/mutants.json"), Path("tests/mutants/baseline.json")
 NOT_COPIED = (".git", ".venv", "build", "dist", "*-output", "__pycache__", ".*_cache", ".hypothesis")
-PRELOADED = "numpy,torch,torch.export,torch.onnx,onnx,onnxruntime,onnxscript,safetensors.torch,peft,hypothesis"
+PRELOADED = "numpy,torch,torch.export,torch.onnx,onnx,onnxruntime,onnxscript,safetensors.torch,peft"
 PRELOADED += ",transformers.models.bert.modeling_bert,transformers.models.llama.modeling_llama"
 QUICK = "not slow and not soak and not matrix and not cuda"
 TOGETHER = 8  # test files in one process
-MOST_TESTS = 40  # for one mutant,
-MOST_SECONDS = 40.0  # with no more processor time than this when nothing is wrong
+MOST_TESTS = 40  # for one mutant
 FEW_TESTS = 12  # fewer are joined by their neighbours: these share fixtures that only the first of them runs
 OUTCOMES = ("killed", "survived", "uncovered", "gone")
 
@@ -84,7 +84,9 @@ def run_pytest(root: Path, files: Sequence[str], plugin: Callable[[], object], *
     os.chdir(root)
     sys.path[:] = [str(root), *(place for place in sys.path if not Path(place).is_relative_to(ROOT) or "lib" in place)]
     os.environ["PYTHONPATH"] = str(root)
-    always = ("-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--basetemp={root.parent / 'temporary'}")
+    # The same inputs always, however slow the machine is.
+    hypothesis.settings.register_profile("mutants", deadline=None, database=None, derandomize=True)
+    always = ("-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={root.parent / 'temporary'}")
     return int(pytest.main([*files, "-m", QUICK, *always, *options], plugins=[plugin()]))
 
 
@@ -110,7 +112,6 @@ class Copy:
         # Python knows a changed file by its size and the second it was changed in: both can be equal.
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
-        shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)
 
 
 def each_in_a_copy(
@@ -158,13 +159,13 @@ def test_files(root: Path, sites: Sequence[Site]) -> list[str]:
     return sorted(found, key=rank)
 
 
-def covering(name: str, site: Site, watched: Watched, without: set[str]) -> list[str]:
+def covering(site: Site, watched: Watched, most_seconds: float, without: set[str]) -> list[str]:
     """The tests for a mutant, the most specific and fastest first, and no test with many parameters before the rest."""
 
     def rank(test: str) -> tuple[bool, float]:
         return not test.startswith(f"{mirrored(site.mutant.file)}::"), watched.seconds[test] + watched.reach[test] / 10
 
-    line = sorted(watched.tests[name], key=lambda test: (*rank(test), test))
+    line = sorted(watched.tests[site.mutant.id], key=lambda test: (*rank(test), test))
     taken: Counter[str] = Counter()
     rounds = {}
     for test in line:
@@ -179,7 +180,7 @@ def covering(name: str, site: Site, watched: Watched, without: set[str]) -> list
     spent = 0.0
     for test in [*line[:MOST_TESTS], *near[: max(0, FEW_TESTS - len(line))]]:
         spent += watched.seconds[test]
-        if spent <= MOST_SECONDS or not chosen:
+        if spent <= most_seconds or not chosen:
             chosen.append(test)
     return [test for test in chosen if test not in without]
 
@@ -225,11 +226,10 @@ class Run:
         print(f"{len(files)} test files to run once", flush=True)
 
         def prepare(copy: Copy) -> None:
-            names: dict[str, dict[Mutant, str]] = {}
-            for name, site in {**self.sites, **self.new}.items():
-                names.setdefault(site.mutant.file, {})[site.mutant] = name
-            for file, those in names.items():
-                copy.write(file, probed((copy.root / file).read_text(encoding="utf-8"), file, those))
+            present = [site.mutant for site in (*self.sites.values(), *self.new.values())]
+            for file in {mutant.file for mutant in present}:
+                source = (copy.root / file).read_text(encoding="utf-8")
+                copy.write(file, probed(source, file, {mutant.id for mutant in present}))
             copy.write("mutants_hit.py", HIT.format(path=str(self.folder / "hits")))
 
         def action(copy: Copy, some: list[str]) -> None:
@@ -244,12 +244,12 @@ class Run:
         chunks = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
         each_in_a_copy(self.root, chunks, self._workers, action, prepare)
 
-    def try_all(self) -> None:
+    def try_all(self, most_seconds: float) -> None:
         watched, before = Watched(self.folder), self.results()
         wanted = []
         for name, site in {**self.sites, **self.new}.items():
             former = before.get(name, {"outcome": "", "tests": []})
-            tests = covering(name, site, watched, set(former["tests"]))
+            tests = covering(site, watched, most_seconds, set(former["tests"]))
             if former["outcome"] != "killed" and (tests or not former["outcome"]):
                 wanted.append((name, site, tests, former["tests"]))
         seconds = watched.seconds
@@ -277,7 +277,7 @@ class Run:
         log.unlink(missing_ok=True)
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
         with copy.changed(site):
-            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 60 + 3 * seconds)
+            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 20 + 3 * seconds)
         if code in (0, 5):  # 5: the tests have other parameters, and none of the names is left
             return "survived", ""
         by = "time or a crash" if code is None else "import"
@@ -362,6 +362,7 @@ def main() -> None:
         "--minutes", type=float, default=600, help="for the first run of the tests; the next call goes on"
     )
     parser.add_argument("--longest", type=float, default=20, help="seconds for a test; slower ones are left out")
+    parser.add_argument("--seconds", type=float, default=12, help="for the tests of a mutant, when nothing is wrong")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--preload", default=PRELOADED, help="modules that are imported once, not for every mutant")
     parser.add_argument("--keep", action="store_true", help="write the outcomes as the baseline")
@@ -376,9 +377,9 @@ def main() -> None:
     for module in filter(None, options.preload.split(",")):
         importlib.import_module(module)
     run.watch(options.minutes, options.longest)
-    run.try_all()
+    run.try_all(options.seconds)
     while run.doubt():
-        run.try_all()
+        run.try_all(options.seconds)
     print(run.table())
     if options.keep:
         write(root / BASELINE, {"commit": commit(root)}, "outcomes", run.outcomes())
