@@ -258,7 +258,7 @@ class _Probes(ast.NodeTransformer):
 
 
 def _hit(name: str) -> ast.Expr:
-    statement = ast.parse(f"__import__('mutants_hit').hit({name!r})").body[0]
+    statement = ast.parse(f"__import__('lora_export.mutants_hit').mutants_hit.hit({name!r})").body[0]
     assert isinstance(statement, ast.Expr)
     return statement
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -39,7 +41,6 @@ NOT_COPIED = (".git", ".venv", "build", "dist", "*-output", "__pycache__", ".*_c
 PRELOADED = "numpy,torch,torch.export,torch.onnx,onnx,onnxruntime,onnxscript,safetensors.torch,peft"
 PRELOADED += ",transformers.models.bert.modeling_bert,transformers.models.llama.modeling_llama"
 QUICK = "not slow and not soak and not matrix and not cuda"
-TOGETHER = 8  # test files in one process
 MOST_TESTS = 40  # for one mutant
 FEW_TESTS = 12  # fewer are joined by their neighbours: these share fixtures that only the first of them runs
 OUTCOMES = ("killed", "survived", "uncovered", "gone")
@@ -84,6 +85,8 @@ def run_pytest(root: Path, files: Sequence[str], plugin: Callable[[], object], *
     os.chdir(root)
     sys.path[:] = [str(root), *(place for place in sys.path if not Path(place).is_relative_to(ROOT) or "lib" in place)]
     os.environ["PYTHONPATH"] = str(root)
+    sys.dont_write_bytecode = False  # the next child need not compile what is the same
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # The same inputs always, however slow the machine is.
     hypothesis.settings.register_profile("mutants", deadline=None, database=None, derandomize=True)
     always = ("-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={root.parent / 'temporary'}")
@@ -125,12 +128,18 @@ def each_in_a_copy(
     for number in range(workers if items else 0):
         children.append(os.fork())
         if children[-1] == 0:
-            with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-                copy = Copy(root, Path(place))
-                prepare(copy)
-                for item in items[number::workers]:
-                    action(copy, item)
-            sys.exit()
+            code = 1
+            try:
+                with tempfile.TemporaryDirectory(prefix="mutants-") as place:
+                    copy = Copy(root, Path(place))
+                    prepare(copy)
+                    for item in items[number::workers]:
+                        action(copy, item)
+                code = 0
+            finally:  # a usual exit would wait for threads that only the parent has
+                if code:
+                    traceback.print_exc()
+                os._exit(code)
     codes = [os.waitpid(child, 0)[1] for child in children]
     if any(codes):
         sys.exit("mutants: a worker failed")
@@ -230,19 +239,18 @@ class Run:
             for file in {mutant.file for mutant in present}:
                 source = (copy.root / file).read_text(encoding="utf-8")
                 copy.write(file, probed(source, file, {mutant.id for mutant in present}))
-            copy.write("mutants_hit.py", HIT.format(path=str(self.folder / "hits")))
+            copy.write("lora_export/mutants_hit.py", HIT.format(path=str(self.folder / "hits")))
 
-        def action(copy: Copy, some: list[str]) -> None:
+        def action(copy: Copy, name: str) -> None:
             if time.monotonic() < last:
-                code = forked(lambda: run_pytest(copy.root, some, lambda: Watch(self.folder, longest)), 3600)
+                code = forked(lambda: run_pytest(copy.root, [name], lambda: Watch(self.folder, longest)), 3600)
                 if code not in (0, 1, 5):
                     output = (copy.root.parent / "output").read_text(encoding="utf-8", errors="replace")
-                    print(f"pytest ended with {code}: {' '.join(some)}\n{output[-2000:]}", flush=True)
+                    print(f"pytest ended with {code}: {name}\n{output[-2000:]}", flush=True)
                 with self._seen.open("a", encoding="utf-8") as file:
-                    file.write("".join(f"{name}\n" for name in some))
+                    file.write(f"{name}\n")
 
-        chunks = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
-        each_in_a_copy(self.root, chunks, self._workers, action, prepare)
+        each_in_a_copy(self.root, files if minutes else [], self._workers, action, prepare)
 
     def try_all(self, most_seconds: float) -> None:
         watched, before = Watched(self.folder), self.results()
@@ -376,6 +384,7 @@ def main() -> None:
     run = Run(root, options.workers)
     for module in filter(None, options.preload.split(",")):
         importlib.import_module(module)
+    gc.freeze()  # no child visits all that was imported, each time it collects garbage
     run.watch(options.minutes, options.longest)
     run.try_all(options.seconds)
     while run.doubt():
