@@ -230,7 +230,9 @@ class Run:
     def watch(self, minutes: float, longest: float) -> None:
         """Run the test files that were not yet run, for so long at most."""
         seen = set(read_lines(self._seen))
-        files = [file for file in test_files(self.root, list(self.sites.values())) if file not in seen]
+        killed = {name for name, each in self.results().items() if each["outcome"] == "killed"}
+        wanted = [site for name, site in {**self.sites, **self.new}.items() if name not in killed]
+        files = [file for file in test_files(self.root, wanted) if file not in seen]
         last = time.monotonic() + 60 * minutes
         print(f"{len(files)} test files to run once", flush=True)
 
@@ -369,8 +371,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=600, help="for the first run of the tests; the next call goes on"
     )
-    parser.add_argument("--longest", type=float, default=20, help="seconds for a test; slower ones are left out")
-    parser.add_argument("--seconds", type=float, default=12, help="for the tests of a mutant, when nothing is wrong")
+    parser.add_argument("--longest", type=float, default=10, help="seconds for a test; slower ones are left out")
+    parser.add_argument("--seconds", type=float, default=6, help="for the tests of a mutant, when nothing is wrong")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--preload", default=PRELOADED, help="modules that are imported once, not for every mutant")
     parser.add_argument("--keep", action="store_true", help="write the outcomes as the baseline")
