@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects names check bench clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 
 defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
 	$(BIN)/python -m pytest -s -m slow --keep tests/defects/test_defects.py
+
+# Faults are put into copies, never into the checkout. It goes on where it was stopped; FLAGS="--help" lists its options.
+mutants: $(VENV)/dev.stamp ## put small faults into the package, and see whether the quick tests find them
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m mutants.run $(FLAGS)
 
 # The table lets `merge` match names without transformers. Tests compare it with the installed transformers.
 names: $(VENV)/dev.stamp ## read the names of weights in the installed transformers into the package

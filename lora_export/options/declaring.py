@@ -163,11 +163,11 @@ class Options:
             declared.check(getattr(self, declared.name))
 
     def chosen(self) -> dict[str, Any]:
-        """The options whose values are not their defaults."""
+        """The options whose values are not their defaults. Nothing of several, such as an empty list, is the default."""
         values = {
             declared.name: (getattr(self, declared.name), declared.default) for declared in options_of(type(self))
         }
-        return {name: value for name, (value, default) in values.items() if value != default}
+        return {name: value for name, (value, default) in values.items() if value != default and not _is_empty(value)}
 
     def chosen_of(self, record: type[Options]) -> dict[str, Any]:
         """The same, of the options that another record has too."""
@@ -277,6 +277,10 @@ def _without_none(annotation: Any) -> Any:
         parts = tuple(part for part in get_args(annotation) if part is not NoneType)
         return parts[0] if len(parts) == 1 else Union[parts]  # noqa: UP007 - the parts are known at run time
     return annotation
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Sequence | Mapping) and not value
 
 
 def _either(values: Sequence[str]) -> str:

@@ -42,8 +42,8 @@ def test_json_has_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "message"),
     [
         ([], 2, "give --rank, or --energy"),
-        (["--rank", "0"], 2, "--rank is 0"),
-        (["--energy", "1.1"], 2, "--energy is 1.1"),
+        (["--rank", "0"], 2, "Invalid value for '--rank': 0 is not in the range x>=1"),
+        (["--energy", "1.1"], 2, "Invalid value for '--energy': 1.1 is not in the range 0<x<=1"),
         (["--rank", "2", "-o", "big"], 7, "big"),
     ],
 )

@@ -14,7 +14,7 @@ from support import ROOT
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "lora_export"
 # Folders that test more than one folder of the package, or hold what tests share.
-OF_THE_WHOLE = {"benchmarks", "defects", "fuzz", "hostile", "house", "matrix", "support"}
+OF_THE_WHOLE = {"benchmarks", "defects", "fuzz", "hostile", "house", "matrix", "mutants", "support"}
 MOST_WORDS = 12
 FILES = sorted(TESTS.rglob("*.py"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
