@@ -119,7 +119,7 @@ def _switch(declared: Declared) -> str:
 
 
 def _default(declared: Declared) -> dict[str, Any]:
-    """How click is told of the default. A text that is empty, and None, are no default."""
+    """The default as click takes it. An empty text and None are no default."""
     if declared.default is MISSING:
         return {"required": True}
     if declared.kind == "flag":

@@ -51,7 +51,7 @@ class _OfEveryKey(Protocol):
 
 @functools.cache
 def known_formats() -> Mapping[str, AdapterFormat]:
-    """The formats by name. Their modules are imported when they are first asked for."""
+    """The formats by name. Their modules are imported when they are first used."""
     modules = {one.name: importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)}
     return {name: cast(AdapterFormat, module) for name, module in modules.items() if hasattr(module, "recognises")}
 

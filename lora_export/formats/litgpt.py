@@ -27,7 +27,7 @@ from lora_export.storage.yaml_files import read_yaml
 
 DESCRIPTION = "a folder with litgpt's lit_model.pth.lora, hyperparameters.yaml and model_config.yaml"
 LITGPT_WEIGHTS = "lit_model.pth.lora"
-HYPERPARAMETERS, MODEL_CONFIG = "hyperparameters.yaml", "model_config.yaml"
+HYPERPARAMETERS, LITGPT_CONFIG = "hyperparameters.yaml", "model_config.yaml"
 _KEY = re.compile(
     r"(?P<module>lm_head|transformer\.h\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:gate|(?:experts\.\d+\.)?(?:fc|fc_1|fc_2|proj))))"
     r"\.lora_(?P<side>[AB])"
@@ -49,9 +49,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter of litgpt. Raises InputRefused with everything that is wrong with it."""
     weights = _weights(path)
     options.refuse_rank_and_alpha(HYPERPARAMETERS)
-    settings_file, config_file = weights.parent / HYPERPARAMETERS, weights.parent / MODEL_CONFIG
+    settings_file, config_file = weights.parent / HYPERPARAMETERS, weights.parent / LITGPT_CONFIG
     if not config_file.is_file():
-        raise InputRefused(f"{weights.parent} has no {MODEL_CONFIG}, which names the model and the sizes of its heads")
+        raise InputRefused(f"{weights.parent} has no {LITGPT_CONFIG}, which names the model and the sizes of its heads")
     model = _LitgptModel.of(settings_file, config_file)
     file = open_tensors(weights, options)
     modules, others = keys_by_module(file, _KEY)

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_map as tree_map
 
@@ -32,21 +32,6 @@ def private(module: str, *names: str) -> Any:
 # --- PyTorch ---
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of a module itself, to exchange one without a look at its class."""
-    return module._parameters
-
-
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of a module itself, to exchange one without a look at its persistence."""
-    return module._buffers
-
-
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that are attributes of a module, each of them though two may be the same."""
-    return module._modules
-
-
 def changes_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place: a program that changes its weights shows by it."""
     return int(tensor._version)
@@ -60,11 +45,6 @@ def schema_of(operator: Any) -> Any:
 def grouped_products() -> Callable[..., Tensor]:
     """What torch.nn.functional.grouped_mm calls: the products of experts, for which PyTorch has no fp64 kernel."""
     return private("torch", "_grouped_mm")  # type: ignore[no-any-return]
-
-
-def as_plain_tensors() -> Any:
-    """A context in which a subclass of tensors has no say in PyTorch's functions."""
-    return private("torch", "_C", "DisableTorchFunctionSubclass")()
 
 
 def script_archive(path: str) -> Any:
@@ -90,7 +70,7 @@ def forget_kernels(operator: Any) -> None:
 # --- transformers ---
 
 
-def is_stateful(module: nn.Module) -> bool:
+def is_stateful(module: object) -> bool:
     """Whether a model of transformers keeps a state, as Mamba and hybrids do. False for other modules."""
     return bool(getattr(module, "_is_stateful", False))
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
-from lora_export.models.internals import as_plain_tensors, own_parameters, tree_map
+from lora_export.layers.torch_internals import own_parameters, without_subclass_rules
+from lora_export.models.internals import tree_map
 
 MOST_WIDENED_WEIGHTS = 1 << 30  # bytes in fp64; a model with more weights keeps them in their own dtype
 SMALLEST_STREAMED = 1 << 18  # numbers; a smaller tensor stays in memory
@@ -67,7 +68,7 @@ class StoredParameter(nn.Parameter):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else ""
-        with as_plain_tensors():
+        with without_subclass_rules():
             if name in _FACTS or (attribute and attribute not in _VALUES):
                 return func(*args, **kwargs)
             if name in _LAYOUT:

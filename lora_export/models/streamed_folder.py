@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.torch_internals import own_buffers, own_parameters
 from lora_export.models import stored_parameter
-from lora_export.models.internals import own_buffers, own_parameters
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import Checkpoint, is_streamable

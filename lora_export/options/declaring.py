@@ -163,7 +163,7 @@ class Options:
             declared.check(getattr(self, declared.name))
 
     def chosen(self) -> dict[str, Any]:
-        """The options whose values are not their defaults. Nothing of several, such as an empty list, is the default."""
+        """The options whose values are not their defaults. An empty list or table is the default of several values."""
         values = {
             declared.name: (getattr(self, declared.name), declared.default) for declared in options_of(type(self))
         }

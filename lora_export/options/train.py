@@ -287,7 +287,7 @@ class AdapterChoice(Options):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that were asked for; none where the default is meant."""
+        """The ranks that were given; none where the default is meant."""
         return (self.rank,) if isinstance(self.rank, int) else tuple(self.rank or ())
 
     @property

@@ -168,9 +168,7 @@ def outcomes(root: Path) -> dict[str, str]:
     return {names[each["id"]]: each["outcome"] for each in found["outcomes"]}
 
 
-def test_the_tests_of_a_package_kill_its_mutants_and_a_second_run_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tests_kill_mutants_and_a_second_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (package(tmp_path, small=SMALL) / "lora_export" / "__init__.py").touch()
     (tmp_path / "tests" / "mutants").mkdir(parents=True)
     (tmp_path / "tests" / "test_small.py").write_text(TEST_OF_SMALL)

@@ -27,7 +27,7 @@ from lora_export.options.spelling import named
 
 SUFFIX = ".gguf"
 # The type of a model -> llama.cpp's architecture, where weights keep their rows, or q and k alone change theirs.
-ROWS = column("gguf")
+GGUF_ROWS = column("gguf")
 MOST_LAYERS = 10_000
 SHOWN_ALPHAS = 5
 
@@ -69,13 +69,13 @@ class _GgufFile:
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any], gguf: Any):
         kind = config.get("model_type")
-        if kind not in ROWS:
-            known = ", ".join(sorted(ROWS))
+        if kind not in GGUF_ROWS:
+            known = ", ".join(sorted(GGUF_ROWS))
             raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
         layers = size_in_config(config, "num_hidden_layers")
         if layers is None or layers > MOST_LAYERS:
             raise InputRefused("the base's config has no usable num_hidden_layers")
-        self.family, self.architecture = FamilyNames.of(ROWS[kind]), ROWS[kind]["architecture"]
+        self.family, self.architecture = FamilyNames.of(GGUF_ROWS[kind]), GGUF_ROWS[kind]["architecture"]
         queries = size_in_config(config, "num_attention_heads") or 0
         self.heads = Heads(queries, size_in_config(config, "num_key_value_heads") or queries)
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
-from lora_export.models.internals import changes_of, own_buffers, own_parameters
+from lora_export.layers.torch_internals import own_buffers, own_parameters
+from lora_export.models.internals import changes_of
 from lora_export.models.pt2 import reader
 from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
