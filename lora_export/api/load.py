@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import formats
-from lora_export.artifacts.artifact import refuse_no_model
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
@@ -137,15 +137,20 @@ def model_paths(source: ModelSource) -> list[Path]:
     return [path for path in paths if path.exists() and path != Path()]
 
 
+def names_kind(source: ModelSource, kind: ArtifactKind) -> bool:
+    """Whether a model is named by the path of such an artefact, which need not exist."""
+    return isinstance(source, str | Path) and artifact_kind(Path(source)) is kind
+
+
 def refuse_no_source(source: ModelSource) -> None:
     """Raise InputRefused for what names neither a model nor a graph, before anything else is read."""
-    if isinstance(source, str | Path) and not str(source).endswith(".onnx"):
+    if isinstance(source, str | Path) and not names_kind(source, ArtifactKind.GRAPH):
         refuse_no_model(source)
 
 
 def refuse_pt2(model: ModelSource) -> None:
     """Raise InputRefused for a .pt2 that is to be exported again or trained: it holds a graph, not module code."""
-    if isinstance(model, str | Path) and str(model).endswith(".pt2"):
+    if names_kind(model, ArtifactKind.PROGRAM):
         raise InputRefused(
             f"{model} is an exported program already. `lora-export verify` accepts it as {named('model')} and as "
             "CANDIDATE. "

@@ -10,12 +10,15 @@ from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
 from lora_export.storage.hub_cache import locate
-from lora_export.weights.pipeline import is_pipeline
+
+# Kinds of BASE as the usage of options names them; everything else is a checkpoint
+FACTS = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph"}
 
 
 @takes(MergeOptions)
@@ -34,18 +37,18 @@ def merge(options: MergeOptions) -> MergeResult:
     that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
     """
     base = locate(options.base, options.on_message, options.download)
-    kind = "pipeline" if is_pipeline(base) else "graph" if base.suffix == ".onnx" else "checkpoint"
-    options.check_usage(base=kind)
+    kind = artifact_kind(base)
+    options.check_usage(base=FACTS.get(kind, "checkpoint"))
     if options.device == "cuda":
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    request = _request(options, base, of_models=kind != "graph")
+    request = _request(options, base, kind)
     if request.keep_residual is not None:
         _refuse_place(request.keep_residual, request.output)
-    if kind == "pipeline":
+    if kind is ArtifactKind.PIPELINE:
         return merge_into_pipeline(request)
-    if kind == "checkpoint":
+    if kind is not ArtifactKind.GRAPH:
         return merge_into_checkpoint(request)
     # A merge into a checkpoint does not wait for onnx to be imported.
     from lora_export.api.merge_graph import merge_into_graph
@@ -53,11 +56,11 @@ def merge(options: MergeOptions) -> MergeResult:
     return merge_into_graph(request)
 
 
-def _request(options: MergeOptions, base: Path, *, of_models: bool) -> MergeRequest:
+def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequest:
     """The options with everything found and loaded that they name."""
     sources = locate_adapters(options.adapters, options.on_message, options.download)
     reading = options.reading.for_base(options.checkpoint or base)
-    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=of_models)
+    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
 
     def found(path: str | Path | None) -> Path | None:
         return None if path is None else locate(path, options.on_message, options.download)
@@ -69,7 +72,7 @@ def _request(options: MergeOptions, base: Path, *, of_models: bool) -> MergeRequ
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
         output=with_suffix(options.output, base.suffix)
-        if base.suffix in (".onnx", ".safetensors")
+        if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS)
         else Path(options.output),
         reading=reading,
         layout=dict(options.layout or {}),

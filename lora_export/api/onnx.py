@@ -10,6 +10,7 @@ from lora_export.api.load import (
     load_adapters,
     locate_adapters,
     locate_model,
+    names_kind,
     refuse_no_source,
     refuse_pt2,
     refuse_weights_alone,
@@ -17,6 +18,7 @@ from lora_export.api.load import (
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
+from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.errors import WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
@@ -52,7 +54,7 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     refuse_weights_alone(options.adapters, options.weights)
     model = locate_model(options.model, options.on_message, options.download)
     refuse_no_source(model)
-    is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
+    is_graph = names_kind(model, ArtifactKind.GRAPH)
     options.check_usage(model="graph" if is_graph else "module")
     request = _request(options, model)
     _check_usage(request, is_graph=is_graph)
@@ -123,5 +125,5 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
             f"{named('dtype')} is the precision of a PyTorch model: the one that is exported, or that of "
             f"{named('reference')}"
         )
-    if isinstance(options.reference, str | Path) and str(options.reference).endswith(".onnx"):
+    if options.reference is not None and names_kind(options.reference, ArtifactKind.GRAPH):
         raise WrongUsage(f"{named('reference')} names a PyTorch model; without it the graph is compared with itself")

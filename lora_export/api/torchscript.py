@@ -27,6 +27,7 @@ from lora_export.api.load import (
 )
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import save_torchscript, to_torchscript
@@ -75,7 +76,9 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     model = locate_model(options.model, on_message, options.download)
     refuse_no_source(model)
     adapters = locate_adapters(options.adapters, on_message, options.download)
-    is_program = options.format == PT2 or (options.format is None and Path(options.output).suffix == ".pt2")
+    is_program = options.format == PT2 or (
+        options.format is None and artifact_kind(Path(options.output)) is ArtifactKind.PROGRAM
+    )
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
     output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
     loaded = load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))

@@ -10,6 +10,7 @@ from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
@@ -54,7 +55,11 @@ def unmerge(options: UnmergeOptions) -> UnmergeResult:
     base_from = Path(options.base_from)
     input_files.must_exist(merged, "merged model")
     input_files.must_exist(base_from, "residual")
-    target = with_suffix(options.output, ".safetensors") if merged.suffix == ".safetensors" else Path(options.output)
+    target = (
+        with_suffix(options.output, ".safetensors")
+        if artifact_kind(merged) is ArtifactKind.WEIGHTS
+        else Path(options.output)
+    )
     with open_residual(base_from) as residual:
         if residual.facts.get("is_folder") is not merged.is_dir():
             what = "a folder" if residual.facts.get("is_folder") else "one .safetensors file"

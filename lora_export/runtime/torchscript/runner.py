@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 
-import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, TooSlow, deadline
 from lora_export.runtime.torchscript.messages import read_message, write_message
@@ -106,7 +105,7 @@ def _require_utf8(path: Path) -> None:
 
 
 def _start(path: Path, memory: int) -> subprocess.Popen[bytes]:
-    root = str(Path(lora_export.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[3])  # the folder of the package
     command = [sys.executable, "-P", "-c", START, root, str(path), str(memory), str(torch.get_num_threads())]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
