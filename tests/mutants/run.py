@@ -285,13 +285,19 @@ class Run:
             return "uncovered", ""
         log = copy.root.parent / "failed"
         log.unlink(missing_ok=True)
+        # Not one test of this file and one of that: each time the fixtures of the files would be made again.
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+
+        def run() -> int | None:
+            return forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 20 + 3 * seconds)
+
         with copy.changed(site):
-            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 20 + 3 * seconds)
+            code = run()
+        if code is None:
+            return ("survived", "too slow") if run() is None else ("killed", "time or a crash")
         if code in (0, 5):  # 5: the tests have other parameters, and none of the names is left
             return "survived", ""
-        by = "time or a crash" if code is None else "import"
-        return "killed", [*read_lines(log), by][0]
+        return "killed", [*read_lines(log), "import"][0]
 
     def doubt(self) -> bool:
         """Run the tests that found mutants on the unchanged package. One that fails there too found nothing."""
