@@ -55,15 +55,17 @@ def forked(action: Callable[[], int], processor_seconds: float) -> int | None:
     if child == 0:
         code = 70
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             limit = int(processor_seconds) + 1
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             code = action()
         finally:
             os._exit(code)
+    with contextlib.suppress(OSError):  # whichever of the two comes first
+        os.setpgid(child, child)
     # A deadlock takes no processor time. A machine with much else to do is slower, and no test is to blame.
     crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    last = time.monotonic() + 2 * processor_seconds * crowd
+    last = time.monotonic() + (10 + 2 * processor_seconds) * crowd
     try:
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
