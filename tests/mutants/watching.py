@@ -91,6 +91,10 @@ class Watched:
         seen = [json.loads(line) for line in read_lines(folder / "tests.jsonl")]
         failed = {each["test"] for each in seen if not each["passed"]} | set(read_lines(folder / "doubted"))
         self.seconds = {each["test"]: each["seconds"] for each in seen if each["test"] not in failed}
+        self.heaviest: Counter[str] = Counter()  # file -> its slowest test, which made what others share
+        for each in seen:
+            file = each["test"].partition("::")[0]
+            self.heaviest[file] = max(self.heaviest[file], each["seconds"])
         self.tests: defaultdict[str, set[str]] = defaultdict(set)  # mutant -> those that reach it
         for line in read_lines(folder / "hits"):
             mutant, _, test = line.partition(" ")
