@@ -74,14 +74,14 @@ def test_pairs_that_do_not_go_together_are_refused(method: str, others: Term, me
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "sum"}, "combine= must be one of cat, linear"),
+        ({"method": "sum"}, "method= is 'sum'; it must be cat, linear"),
         ({"method": "ties"}, "needs density="),
         ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),
         ({"method": "ties", "density": float("nan")}, "above 0 and at most 1"),
-        ({"method": "linear", "density": 0.5}, 'density=: combine="linear" does not use it'),
+        ({"method": "linear", "density": 0.5}, 'density=: combination="linear" does not use it'),
         ({"method": "dare_linear", "density": 0.5, "majority_sign": "total"}, "majority_sign=: "),
         ({"method": "ties", "density": 0.5, "majority_sign": "all"}, "must be total or frequency"),
-        ({"method": "ties", "density": 0.5, "seed": 1, "svd_rank": 2}, "svd_rank= and combine_seed=: "),
+        ({"method": "ties", "density": 0.5, "seed": 1, "svd_rank": 2}, "svd_rank= and seed=: "),
         ({"method": "svd", "svd_rank": 0}, "at least 1"),
     ],
 )

@@ -55,15 +55,17 @@ def forked(action: Callable[[], int], processor_seconds: float) -> int | None:
     if child == 0:
         code = 70
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             limit = int(processor_seconds) + 1
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             code = action()
         finally:
             os._exit(code)
+    with contextlib.suppress(OSError):  # whichever of the two comes first
+        os.setpgid(child, child)
     # A deadlock takes no processor time. A machine with much else to do is slower, and no test is to blame.
     crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    last = time.monotonic() + 2 * processor_seconds * crowd
+    last = time.monotonic() + (10 + 2 * processor_seconds) * crowd
     try:
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -188,10 +190,17 @@ def covering(site: Site, watched: Watched, most_seconds: float, without: set[str
     chosen: list[str] = []
     spent = 0.0
     for test in [*line[:MOST_TESTS], *near[: max(0, FEW_TESTS - len(line))]]:
-        spent += watched.seconds[test]
-        if spent <= most_seconds or not chosen:
+        more = expected([*chosen, test], watched)
+        if not chosen or more - spent <= most_seconds:
+            spent = spent if chosen else more  # one test runs in any case
             chosen.append(test)
     return [test for test in chosen if test not in without]
+
+
+def expected(tests: Sequence[str], watched: Watched) -> float:
+    """The processor time for tests, in seconds: each file among them may first make what its tests share."""
+    files = {test.partition("::")[0] for test in tests}
+    return sum(watched.seconds[test] for test in tests) + sum(watched.heaviest[file] for file in files)
 
 
 # --- the run ---
@@ -261,14 +270,12 @@ class Run:
             former = before.get(name, {"outcome": "", "tests": []})
             tests = covering(site, watched, most_seconds, set(former["tests"]))
             if former["outcome"] != "killed" and (tests or not former["outcome"]):
-                wanted.append((name, site, tests, former["tests"]))
-        seconds = watched.seconds
-        del watched
+                wanted.append((name, site, tests, former["tests"], expected(tests, watched)))
 
-        def action(copy: Copy, item: tuple[str, Site, list[str], list[str]]) -> None:
-            name, site, tests, former = item
+        def action(copy: Copy, item: tuple[str, Site, list[str], list[str], float]) -> None:
+            name, site, tests, former, seconds = item
             start = time.monotonic()
-            outcome, by = self._tried(copy, site, tests, sum(seconds[test] for test in tests))
+            outcome, by = self._tried(copy, site, tests, seconds)
             if former and outcome == "uncovered":
                 outcome = "survived"
             took = round(time.monotonic() - start, 1)
@@ -285,13 +292,19 @@ class Run:
             return "uncovered", ""
         log = copy.root.parent / "failed"
         log.unlink(missing_ok=True)
+        # Not one test of this file and one of that: each time the fixtures of the files would be made again.
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+
+        def run() -> int | None:
+            return forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 20 + 3 * seconds)
+
         with copy.changed(site):
-            code = forked(lambda: run_pytest(copy.root, files, lambda: Chosen(tests, log), "-x"), 20 + 3 * seconds)
+            code = run()
+        if code is None:
+            return ("survived", "too slow") if run() is None else ("killed", "time or a crash")
         if code in (0, 5):  # 5: the tests have other parameters, and none of the names is left
             return "survived", ""
-        by = "time or a crash" if code is None else "import"
-        return "killed", [*read_lines(log), by][0]
+        return "killed", [*read_lines(log), "import"][0]
 
     def doubt(self) -> bool:
         """Run the tests that found mutants on the unchanged package. One that fails there too found nothing."""

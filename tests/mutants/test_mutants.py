@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mutants.mutations import Finder, Site, all_sites, choose, mutated, sites
-from mutants.run import Run, lost
+from mutants.run import Run, forked, lost
 from support import TESTS
 
 PRICES = '''"""What things cost."""
@@ -168,7 +169,19 @@ def outcomes(root: Path) -> dict[str, str]:
     return {names[each["id"]]: each["outcome"] for each in found["outcomes"]}
 
 
-def test_tests_kill_mutants_and_a_second_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_child_that_is_too_slow_or_crashes_has_no_exit_code() -> None:
+    def spin() -> int:
+        while True:
+            pass
+
+    assert forked(lambda: 3, processor_seconds=10) == 3
+    assert forked(spin, processor_seconds=0) is None
+    assert forked(lambda: signal.raise_signal(signal.SIGKILL) or 0, processor_seconds=10) is None
+
+
+def test_the_tests_of_a_package_kill_mutants_and_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (package(tmp_path, small=SMALL) / "lora_export" / "__init__.py").touch()
     (tmp_path / "tests" / "mutants").mkdir(parents=True)
     (tmp_path / "tests" / "test_small.py").write_text(TEST_OF_SMALL)

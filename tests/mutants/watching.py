@@ -1,8 +1,8 @@
 """Plugins of pytest for runs in copies of the package, and what they wrote down, read again.
 
 `Watch` writes what processor time each test takes, and whether it passes. Which mutants a test reaches is written by
-the package itself: a call of `hit` stands at each of them, in child processes too. `Chosen` runs some tests in an order
-of its own.
+the package itself: a call of `hit` stands at each of them, in child processes too. `Chosen` runs some tests and
+no others.
 """
 
 from __future__ import annotations
@@ -68,13 +68,11 @@ class Watch:
 
 class Chosen:
     def __init__(self, tests: Sequence[str], log: Path) -> None:
-        self._place = {test: place for place, test in enumerate(tests)}
-        self._log = log
+        self._tests, self._log = set(tests), log
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid in self._place]
-        items.sort(key=lambda item: self._place[item.nodeid])
+        items[:] = [item for item in items if item.nodeid in self._tests]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -93,6 +91,10 @@ class Watched:
         seen = [json.loads(line) for line in read_lines(folder / "tests.jsonl")]
         failed = {each["test"] for each in seen if not each["passed"]} | set(read_lines(folder / "doubted"))
         self.seconds = {each["test"]: each["seconds"] for each in seen if each["test"] not in failed}
+        self.heaviest: Counter[str] = Counter()  # file -> its slowest test, which made what others share
+        for each in seen:
+            file = each["test"].partition("::")[0]
+            self.heaviest[file] = max(self.heaviest[file], each["seconds"])
         self.tests: defaultdict[str, set[str]] = defaultdict(set)  # mutant -> those that reach it
         for line in read_lines(folder / "hits"):
             mutant, _, test = line.partition(" ")
