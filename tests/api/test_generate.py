@@ -457,8 +457,8 @@ def test_seed_determines_the_draws(swapped: Path) -> None:
         ({"adapters": "../fr"}, InputRefused, r"there is no \.\./fr.onnx_adapter beside"),
         ({"adapters": ["fr", "de", None]}, InputRefused, "runs one adapter at a time"),
         ({"adapters": ["fr", "de"]}, WrongUsage, "there are 2 adapters for 3 prompts"),
-        ({"max_new_tokens": 0}, WrongUsage, "the number of new tokens is 0"),
-        ({"temperature": -1}, WrongUsage, "the temperature is -1"),
+        ({"max_new_tokens": 0}, WrongUsage, "max_new_tokens= is 0; it must be at least 1"),
+        ({"temperature": -1}, WrongUsage, "temperature= is -1; it must be at least 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
