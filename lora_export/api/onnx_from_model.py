@@ -37,7 +37,6 @@ from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.streamed_folder import is_streamed
-from lora_export.options.spelling import named
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -175,7 +174,7 @@ def future_adapters(base: Model, options: OnnxRequest) -> list[Adapter]:
     targets: Any = options.targets
     if targets is None:
         return []
-    linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": named("target"), "linear_only": True}
+    linear: dict[str, Any] = {"rank": 1, "alpha": 1.0, "seed": 0, "name": "target", "linear_only": True}
     return [layers.create_adapter(base.module, targets=targets, **linear)]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
+from lora_export.options.common import NO_PROOF
 from lora_export.options.spelling import command, named
 from lora_export.provenance import record
 from lora_export.runtime import environment, providers
@@ -32,7 +33,7 @@ def record_of_model(
 def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
     """The verdict as it is stored in the file itself. None: no proof was requested."""
     if proof is None:
-        return {"outcome": "not verified", "why": named("verify", False)}
+        return {"outcome": "not verified", "why": NO_PROOF}
     measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
     relative = [figures.relative_to_effect for figures in measured if figures.relative_to_effect]
     against = {"against": proof.about["against"]} if "against" in proof.about else {}

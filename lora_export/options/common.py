@@ -9,6 +9,7 @@ from lora_export.callbacks import OnMessage, OnProgress, ignore
 from lora_export.options.declaring import Option, Options
 from lora_export.options.sections import Section
 
+NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
 TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error
 
 ProviderName = Literal["cpu", "cuda"]

@@ -175,7 +175,7 @@ def doubled(plan: le.Plan) -> le.Plan:
         ({"lora": "inputs"}, 'lora="inputs" needs an adapter'),
         ({"target": "all-linear"}, 'target= is for lora="inputs"'),
         ({"dora": True}, 'dora= is for lora="inputs"'),
-        ({"checkpoint": "x"}, "checkpoint=, reference= is for an .onnx MODEL"),
+        ({"checkpoint": "x"}, "checkpoint= is for an .onnx MODEL"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

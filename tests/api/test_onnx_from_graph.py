@@ -292,7 +292,7 @@ def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
     words = ("verify", out, "--model", factory, *(adapter if mode == "rows" else ()))
     capsys.readouterr()
     code, told = answer(capsys, *words)
-    assert code == 5 and any('checkpoint="BASE.onnx"' in note for note in told["notes"]), told["notes"]
+    assert code == 5 and any("--base BASE.onnx" in note for note in told["notes"]), told["notes"]
     code, told = answer(capsys, *words, "--base", folder / "base.onnx")
     assert code == 0 and NOT_BY_FP64 in " ".join(told["notes"])
     graph = load_graph(folder / "base.onnx")
@@ -310,7 +310,7 @@ def test_the_graph_itself_or_other_outputs_are_no_origin(
     code, told = answer(capsys, "verify", folder / "base.onnx", "--model", factory, "--base", folder / "base.onnx")
     assert code == 5 and NOT_BY_FP64 not in told["notes"]
     code, told = answer(capsys, "verify", folder / "base.onnx", "--model", factory)
-    assert code == 5 and not any('checkpoint="BASE.onnx"' in note for note in told["notes"])
+    assert code == 5 and not any("--base BASE.onnx" in note for note in told["notes"])
     out = tmp_path / "out.onnx"
     assert call("onnx", folder / "base.onnx", "--target", "up", "--lora", "inputs", "-o", out) == 0
     for name in ("inputs", "outputs"):
@@ -410,15 +410,15 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
     assert verified("fr", "--dtype", "float16")[0] == 0
     assert verified("scaled", "--dtype", "float16")[0] == 4
     assert call("verify", out, "--model", factory, "-a", tmp_path / "fr") == 8
-    assert 'The candidate is in half precision: dtype="float16"' in capsys.readouterr().err
+    assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "dtype= is the precision of a PyTorch model"),
-        (("verify", "x.pt", "--model", SPOTTER), 2, "dtype= are for .onnx files"),
-        (("verify", "base.onnx", "--base", "base.onnx"), 2, "with checkpoint= nothing is run"),
+        (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),
+        (("verify", "x.pt", "--model", SPOTTER), 2, "--dtype are for .onnx files"),
+        (("verify", "base.onnx", "--base", "base.onnx"), 2, "with --base nothing is run"),
         (("verify", "base.onnx", "--model", "x.pt2"), 3, "x.pt2 has one precision, which its graph names"),
     ],
 )
@@ -515,7 +515,7 @@ def test_an_adapter_too_faint_to_see_is_undecided(
     words = ("onnx", place / "base.onnx", "-a", weak, "--lora", mode, "-o", tmp_path / "out.onnx")
     assert call(*words) == 5
     told = capsys.readouterr().err
-    assert "undecided" in told and 'the PyTorch model that the graph was exported from (model="MODEL"), or' in told
+    assert "undecided" in told and "the PyTorch model that the graph was exported from (--model MODEL), or" in told
     assert [path.name for path in tmp_path.iterdir()] == ["weak"]
     assert call(*words, "--no-verify") == 0
     assert record(tmp_path / "out.onnx")["verdict"] == {"outcome": "not verified", "why": "--no-verify"}
@@ -550,7 +550,7 @@ def test_a_graph_that_lost_its_names_is_named_by_its_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["bare.onnx"]
     assert call("onnx", tmp_path / "bare.onnx", "--lora", "inputs", "--target", "all-linear", "-o", tmp_path / "x") == 3
     told = capsys.readouterr().err
-    assert "have no certain name" in told and 'checkpoint="CHECKPOINT"' in told
+    assert "have no certain name" in told and "--base CHECKPOINT" in told
     assert call(*words, "--base", place / "bert.safetensors") == 0
     given = OnnxRunner(tmp_path / "out.onnx").run(feeds())
     np.testing.assert_allclose(next(iter(given.values())), pytorchs(place / "fr"), rtol=1e-4, atol=1e-6)
@@ -578,7 +578,7 @@ def test_inputs_that_nobody_can_make_are_asked_for(
     words = ("onnx", lengths(place, tmp_path), "-a", place / "fr", "-o", tmp_path / "out.onnx")
     assert call(*words) == 3
     told = capsys.readouterr().err
-    assert "the valid values of lengths (int64 [batch]) are unknown" in told and 'inputs="FILE.npz"' in told
+    assert "the valid values of lengths (int64 [batch]) are unknown" in told and "--inputs FILE.npz" in told
     assert not (tmp_path / "out.onnx").exists()
     np.savez(tmp_path / "mine.npz", **feeds(), lengths=np.array([9, 8, 7]))
     code, told = answer(capsys, *words, "--inputs", tmp_path / "mine.npz")
@@ -605,13 +605,13 @@ def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys:
         (["{place}/none.onnx", "-a", "{place}/fr"], 3, "none.onnx"),
         (["{place}/fr/adapter_config.json.onnx", "-a", "{place}/fr"], 3, "adapter_config.json.onnx"),
         (["{place}/base.onnx"], 2, "MODEL is a graph already"),
-        (["{place}/base.onnx", "-a", "{place}/fr", "--opset", "20"], 2, "opset= is for models that are exported"),
+        (["{place}/base.onnx", "-a", "{place}/fr", "--opset", "20"], 2, "--opset is for models that are exported"),
         (["{place}/base.onnx", "-a", "{place}/fr", "--model", "{place}/base.onnx"], 2, "names a PyTorch model"),
-        (["x.py:make", "-a", "{place}/fr", "--base", "{place}"], 2, "checkpoint= and model= are for an .onnx"),
+        (["x.py:make", "-a", "{place}/fr", "--base", "{place}"], 2, "--base is for an .onnx"),
         (["{place}/base.onnx", "-a", "{place}/odd"], 3, "the base has no weight for no.such"),
         (["{place}/base.onnx", "-a", "{place}/fr", "--base", "{place}/none"], 3, "none"),
         (["{place}/base.onnx", "--lora", "inputs", "--target", "quary"], 3, "`quary` matches no linear layer"),
-        (["{place}/base.onnx", "-a", "{place}/fr", "--target", "query"], 2, 'target= is for lora="inputs"'),
+        (["{place}/base.onnx", "-a", "{place}/fr", "--target", "query"], 2, "--target is for --lora inputs"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(
@@ -818,5 +818,5 @@ def test_loop_without_end_is_stopped_by_the_time_limit(
     peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
     words = ["onnx", tmp_path / "endless.onnx", "-a", tmp_path / "adapter", "-o", tmp_path / "o.onnx", "--lora", mode]
     assert call(*words, "--timeout", "0.5") == 8
-    assert "the base graph did not finish within 0.5 seconds. Allow more with timeout=" in capsys.readouterr().err
+    assert "the base graph did not finish within 0.5 seconds. Allow more with --timeout" in capsys.readouterr().err
     assert not list(tmp_path.glob("*o.onnx*"))

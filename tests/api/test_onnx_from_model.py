@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxRequest:
 
 def test_future_adapters_have_a_pair_at_each_target_and_no_effect() -> None:
     (future,) = future_adapters(a_linear_model(), options("inputs", target="m"))
-    assert list(future.pairs) == ["m"] and future.is_identity and future.name == "--target"
+    assert list(future.pairs) == ["m"] and future.is_identity and future.name == "target"
     assert future_adapters(a_linear_model(), options("inputs")) == []
     with pytest.raises(InputRefused, match="q"):
         future_adapters(a_linear_model(), options("inputs", target="q"))
@@ -69,12 +70,8 @@ def test_what_does_not_fit_the_module_is_refused_before_the_export(tmp_path: Pat
         check_fit(a_linear_model(), options("merged", wrong), [])
     seen = Recorder()
     with pytest.raises(MatchError):
-        export_from_model(
-            (a_linear_model().module, torch.ones(2, 3)),
-            options("merged", wrong, output=tmp_path / "m.onnx", **seen.callbacks),
-            dtype="float32",
-            opset=None,
-        )
+        request = options("merged", wrong, output=tmp_path / "m.onnx", **seen.callbacks)
+        export_from_model(replace(request, model=(a_linear_model().module, torch.ones(2, 3))))
     assert "exporting the base" not in seen.stages and list(tmp_path.iterdir()) == []
 
 

@@ -58,7 +58,7 @@ def test_an_adapters_file_has_its_name() -> None:
     one_of_three = options(fr, task="text2text-generation", output="out/decoder_model.onnx")
     assert adapter_file(fr, one_of_three) == "fr.decoder_model.onnx_adapter"
     for name in (".hidden", "../fr", "a/b"):
-        with pytest.raises(InputRefused, match=r"cannot be the name of a file\. Name the adapter: -a NAME=ADAPTER"):
+        with pytest.raises(InputRefused, match=r'cannot be the name of a file\. Name the adapter: adapters="NAME='):
             adapter_file(adapter(name, fc=pair()), options())
 
 

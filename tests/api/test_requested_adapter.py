@@ -171,8 +171,8 @@ def test_each_rank_starts_from_the_weights(texts: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ranks": (2, 2)}, "each rank= is given once"),
-        ({"continue_from": Path("ad"), "ranks": (4,), "target": "q"}, "rank=, target= cannot be given beside it"),
+        ({"rank": (2, 2)}, "each rank= is given once"),
+        ({"continue_from": Path("ad"), "rank": (4,), "target": "q"}, "rank=, target= cannot be given beside it"),
         ({"continue_from": Path("ad"), "token_indices": (4,)}, "token_indices= cannot be given beside it"),
         ({"continue_from": Path("ad"), "init": "pissa"}, "init= cannot be given beside it"),
         ({"init": "pissa", "dora": True}, 'init="pissa" trains one pair beside .* not possible with dora='),
