@@ -13,6 +13,7 @@ import torch
 from lora_export.api.training_data import CheckedRows, encoded_data, read_training_data
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
+from lora_export.options.train import TrainOptions
 from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
 from lora_export.training.token_rows import CausalRows, MaskedRows
 from support.api import MODEL
@@ -33,8 +34,8 @@ def rows(folder: Path, *contents: dict[str, Any]) -> Path:
 def encoded(base: Path | str, path: Path, **options: Any) -> Any:
     data = read_training_data(path)
     loaded = load_model(str(base), head=data.head, may_add=True)
-    settings = {"holdout": 0.5, "seed": 0, "max_length": 16, "packing": False, **options}
-    return encoded_data(loaded, data, **settings)
+    settings = {"holdout": 0.5, "max_length": 16, **options}
+    return encoded_data(loaded, data, TrainOptions(base, "data", "out", **settings))
 
 
 TEXTS = [{"text": "a very good film"}, {"text": "a bad film"}]
@@ -160,7 +161,7 @@ def test_arrays_and_own_batches_are_split_too(tmp_path: Path) -> None:
     )
     found = read_training_data(f"{tmp_path}/mine.py:make")
     assert (str(found), found.head, found.peft_task, len(found.sha256)) == ("4 batches", None, None, 64)
-    ready, held = encoded_data(load_model(MODEL), found, holdout=0.25, seed=0, max_length=1, packing=False)
+    ready, held = encoded_data(load_model(MODEL), found, TrainOptions(MODEL, "data", "out", holdout=0.25, max_length=1))
     assert isinstance(ready, ReadyBatches) and held is not None and (len(ready), len(held)) == (3, 1)
     assert torch.equal(ready.batch([0]).inputs["x"], torch.ones(2))
     with pytest.raises(WrongUsage, match="packing= is for texts"):

@@ -119,6 +119,6 @@ def test_a_failed_output_names_the_checkpoint_where_there_is_one(has_checkpoint:
         raise OSError(errno.ENOSPC, "No space left on device")
     lines = str(failed.value).splitlines()
     assert lines[0].endswith("ad could not be written: No space left on device")
-    checkpoint = f"The last checkpoint is in {tmp_path}/ad.training: resume= continues from it."
+    checkpoint = f"The last checkpoint is in {tmp_path}/ad.training: resume=True continues from it."
     assert lines[1:] == ([checkpoint] if has_checkpoint else [])
     assert not (tmp_path / "ad").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from lora_export import layers, plan
 from lora_export.api.training_strategies import Trainer, losses_of
 from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
-from lora_export.options.train import Init, TrainingSettings
+from lora_export.options.train import Init, TrainingSettings, TrainOptions
 from lora_export.training.batches import ArrayData
 from lora_export.training.evaluation import evaluate
 
@@ -39,7 +40,8 @@ def some_data(seed: int) -> ArrayData:
 def trainer(events: list[Progress], heads: tuple[str, ...] = ("head",)) -> Trainer:
     torch.manual_seed(0)
     settings = TrainingSettings(epochs=2, learning_rate=0.05, batch_size=8, seed=0)
-    return Trainer(Net().eval(), some_data(0), some_data(1), settings, heads, "cpu", events.append)
+    options = TrainOptions("net", "data", "out", on_progress=events.append)
+    return Trainer(Net().eval(), some_data(0), some_data(1), settings, heads, options)
 
 
 def test_each_way_trains_what_its_name_says() -> None:
@@ -68,7 +70,8 @@ def test_a_start_from_the_weights_becomes_a_plain_adapter(init: Init) -> None:
     work = trainer(events)
     before = copy.deepcopy(work.module.state_dict())
     new = layers.create_adapter(work.module, targets=["body"], rank=2, alpha=4, seed=0, modules_to_save=["head"])
-    run, plain = work.adapter(new, 2, init=init), work.adapter(new, 2)
+    started = replace(work, options=replace(work.options, init=init))
+    run, plain = started.adapter(new, 2), work.adapter(new, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in work.module.state_dict().items())
     assert run.parameters.trained == plain.parameters.trained == 2 * 12 + 18
     assert run.history.losses[0] == pytest.approx(plain.history.losses[0], abs=1e-6)

@@ -147,7 +147,7 @@ def test_a_method_applies_to_a_model_that_one_of_two_adapters_changes(base, adap
     plain = merge(base, [adapter, other], tmp_path / "plain").output
     name, file = "b.q.weight", "text_encoder/model.safetensors"  # half of the entries of A and B are removed there too
     assert not np.array_equal(load_file(merged / file)[name], load_file(plain / file)[name])
-    with pytest.raises(InputRefused, match="combination= ties combines several adapters, and there is one"):
+    with pytest.raises(InputRefused, match='combination="ties" combines several adapters, and there is one'):
         merge(base, adapter, tmp_path / "alone", combination=ties)
 
 
