@@ -32,14 +32,13 @@ from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
 from lora_export.storage import input_files
-from lora_export.storage.hashes import file_hash
+from lora_export.storage.hashes import FAST, file_hash
 from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.inputs.graph_inputs import NoGeneratedInputs
 from lora_export.verification.references import References
 from lora_export.verification.references.base_graph import BaseGraph
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
-HASHING = "xxh3_128"
 SHOWN_LAYERS = 10  # layers that an error lists
 
 
@@ -218,13 +217,13 @@ def _merge(
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < MIN_EXTERNAL_BYTES:
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-    written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=HASHING)
+    written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=FAST)
     return written.sources, [path.name for path in folder.iterdir() if path.name != file_name]
 
 
 def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:
     """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
-    base = {path.name: hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in graph.sources}
+    base = {path.name: hashes.get(path.name) or {FAST: file_hash(path, FAST)} for path in graph.sources}
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
     settings = {"lora": options.lora, **options.settings}

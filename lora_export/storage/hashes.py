@@ -12,9 +12,10 @@ from xxhash import xxh3_128
 
 from lora_export.errors import InputRefused
 
+FAST = "xxh3_128"  # the algorithm where none is chosen
 SHORT_HASH = 12  # characters of a hash that a message shows
 HASH_BLOCK = 1 << 20  # bytes read at a time
-ENDING_ALGORITHM = "xxh3_128"
+ENDING_ALGORITHM = FAST
 MARK = b"lora_export.xxh3"  # before the hash
 ENDING = len(MARK) + 16  # bytes
 
@@ -28,7 +29,7 @@ class Hash(Protocol):
 
 # XXH3 (https://xxhash.com) detects every accident, at the speed of memory. SHA-256 is what sha256sum and model hubs
 # show, and what a signature should be made of. On a large model, SHA-256 costs more than the merge.
-ALGORITHMS: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
+ALGORITHMS: dict[str, Callable[[], Hash]] = {FAST: xxh3_128, "sha256": hashlib.sha256}
 
 
 def file_hash(path: Path, algorithm: str, most: int | None = None) -> str:

@@ -27,6 +27,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
 from lora_export.storage import block_copy, json_files, safetensors_file
 from lora_export.storage.block_copy import Block
+from lora_export.storage.hashes import FAST
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
@@ -57,7 +58,7 @@ def merge_checkpoint(
     file_name: str = "model.safetensors",
     dtype: str | None = None,
     min_retention: float = MIN_RETENTION,
-    hashing: str = "xxh3_128",
+    hashing: str = FAST,
     progress: OnBytesWritten = lambda _: None,
     backend: Backend | None = None,
     more_settings: Mapping[str, Any] = MappingProxyType({}),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.site import Site
-from lora_export.storage.hashes import ALGORITHMS
+from lora_export.storage.hashes import ALGORITHMS, FAST
 
 
 def weight_digests(sites: Sites) -> dict[str, str]:
@@ -62,7 +62,7 @@ def _weight_digest(site: Site, of_packed_nodes: dict[ir.Node, str]) -> str:
 
 
 def _hash_arrays(arrays: Iterable[NDArray[Any]]) -> str:
-    digest = ALGORITHMS["xxh3_128"]()
+    digest = ALGORITHMS[FAST]()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -71,7 +71,7 @@ def _hash_arrays(arrays: Iterable[NDArray[Any]]) -> str:
 
 def hash_parts(parts: Iterable[object]) -> str:
     """One hash of all parts, independent of their order."""
-    digest = ALGORITHMS["xxh3_128"]()
+    digest = ALGORITHMS[FAST]()
     for part in sorted(map(repr, parts)):
         digest.update(part.encode())
     return digest.hexdigest()

@@ -36,6 +36,7 @@ from lora_export.graph.values import initializers
 from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.storage.block_copy import RunningHashes
+from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import (
@@ -56,7 +57,7 @@ def merge_graph(
     *,
     file_name: str,
     min_retention: float = MIN_RETENTION,
-    hashing: str = "xxh3_128",
+    hashing: str = FAST,
     progress: OnBytesWritten = lambda _: None,
     requantise: bool = False,
     backend: Backend | None = None,
@@ -123,7 +124,7 @@ def write_merged(
     *,
     file_name: str,
     min_retention: float = MIN_RETENTION,
-    hashing: str = "xxh3_128",
+    hashing: str = FAST,
     progress: OnBytesWritten = lambda _: None,
     requantise: bool = False,
     backend: Backend | None = None,

@@ -18,7 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, safetensors_file
-from lora_export.storage.hashes import file_hash
+from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
@@ -34,7 +34,7 @@ def write_residual(
     base: Checkpoint,
     merged: Path,
     *,
-    hashing: str = "xxh3_128",
+    hashing: str = FAST,
     settings: Mapping[str, Any] | None = None,
     progress: OnBytesWritten = lambda _: None,
 ) -> None:

@@ -15,6 +15,7 @@ from lora_export.api.training_data import encoded_data, read_training_data
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.models.sounds import read_sound
+from lora_export.options.train import TrainOptions
 from lora_export.training.losses import module_outputs
 from support.small_models import small_model, words_tokenizer
 from support.sounds import RATE, small_ctc, small_whisper, write_sound
@@ -34,9 +35,8 @@ def rows(folder: Path, texts: list[str], **fields: Any) -> Path:
 
 def data_for(base: Path, path: Path, max_length: int = 16) -> Any:
     loaded = load_model(str(base), may_add=True)
-    return loaded, encoded_data(
-        loaded, read_training_data(path), holdout=0, seed=0, max_length=max_length, packing=False
-    )[0]
+    options = TrainOptions(base, path, "out", holdout=0, max_length=max_length)
+    return loaded, encoded_data(loaded, read_training_data(path), options)[0]
 
 
 def test_a_decoder_has_the_loss_of_transformers(tmp_path: Path) -> None:
