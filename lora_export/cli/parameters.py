@@ -53,12 +53,14 @@ def command_line_spelling() -> AbstractContextManager[None]:
 
 def parameters_of(record: type[Options]) -> list[click.Parameter]:
     """The parameters of a command: arguments first, those of nested records last."""
-    own = [_parameter(one.name, one) for one in options_of(record) if not one.option.python_only]
-    return own + [
-        _parameter(f"{name}_{one.name}", one.with_flags(nested.flags.get(one.name, ())))
-        for name, nested in nested_in(record).items()
-        for one in options_of(nested.record)
-    ]
+    found = [(one.name, one) for one in options_of(record) if not one.option.python_only]
+    for name, nested in nested_in(record).items():
+        own = options_of(nested.record)
+        found += [(f"{name}_{one.name}", one.with_flags(nested.flags.get(one.name, ()))) for one in own]
+    # A help text names options of its own command, or of others by their usual flags: no other record is imported.
+    flags = {one.name: one.flags[0] for _, one in found}
+    with as_command_line(lambda: flags):
+        return [_parameter(name, one) for name, one in found]
 
 
 def values_for(record: type[Options], values: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +109,8 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
     elif declared.multiple and not option.separated:
         settings["multiple"] = True
     settings |= _default(declared)
-    with command_line_spelling():
-        help_text = option.help_text()
     name = _switch(declared) or name
-    return SectionedOption([*declared.flags, name], section=option.section, help=help_text, **settings)
+    return SectionedOption([*declared.flags, name], section=option.section, help=option.help_text(), **settings)
 
 
 def _switch(declared: Declared) -> str:
