@@ -22,7 +22,7 @@ from torch import nn
 import lora_export as le
 import small_task
 from lora_export import layers
-from lora_export.formats import peft
+from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.loop import fit
@@ -65,7 +65,7 @@ def run(*, frozen: bool) -> Outcome:
 def saved_and_loaded(adapter: Adapter) -> tuple[Adapter, int]:
     """Save the adapter in PEFT's format and load it. Returns it with the size of the file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        peft.write(adapter, Path(folder), rank=RANK, alpha=2 * RANK, targets=adapter.targets)
+        peft.write(adapter, Path(folder), WriteOptions())
         return le.load_adapter(folder), Path(folder, peft.WEIGHTS).stat().st_size
 
 

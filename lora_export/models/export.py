@@ -24,9 +24,8 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.layers.torch_internals import own_buffers, own_parameters
 from lora_export.models.failures import exporter_refusals, named_failures
-from lora_export.models.internals import forget_kernels, is_stateful
+from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_map as tree_map
 
 from lora_export.errors import EnvironmentLacking
+from lora_export.layers.torch_internals import own_buffers as own_buffers
+from lora_export.layers.torch_internals import own_parameters as own_parameters
 
 
 def private(module: str, *names: str) -> Any:

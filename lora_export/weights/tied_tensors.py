@@ -53,7 +53,7 @@ def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
     try:
         yield
     except MatchError as error:
-        if handling is not Tied.ERROR or error.remedy:
+        if Tied(handling) is not Tied.ERROR or error.remedy:
             raise
         rules = base.rules
         names = read_table().ties.get(rules.architecture, {}) if rules is not None else {}

@@ -517,7 +517,7 @@ def test_dora_for_a_graph_without_dora_is_refused_with_advice(
     words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", tmp_path / "x")
     assert call(*words) == 3
     told = capsys.readouterr().err
-    assert "later, head.weight\n" in told and "`onnx --lora inputs --dora`" in told
+    assert "later, head.weight\n" in told and "`lora-export onnx --lora inputs --dora`" in told
     assert not (tmp_path / "x").exists()
     assert call("onnx", MODEL, "-a", later, "--lora", "nodes", "--dora", "-o", tmp_path / "x.onnx") == 2
 

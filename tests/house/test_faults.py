@@ -297,9 +297,12 @@ def test_two_sets_of_weights(place):
 @pytest.mark.parametrize(
     ("method", "remedy"),
     [
-        ("bitsandbytes", "make this one a float model: merge --dequantize"),
-        ("fp8", "make this one a float model: merge --dequantize"),
-        *((one, "make this one a float model: merge --dequantize") for one in ("mxfp4", "gptq", "awq", "modelopt")),
+        ("bitsandbytes", "make this one a float model: lora-export merge --dequantize"),
+        ("fp8", "make this one a float model: lora-export merge --dequantize"),
+        *(
+            (one, "make this one a float model: lora-export merge --dequantize")
+            for one in ("mxfp4", "gptq", "awq", "modelopt")
+        ),
         ("aqlm", "dequantise this one first, with its own library"),
         ("hqq", "dequantise this one first, with its own library"),
     ],

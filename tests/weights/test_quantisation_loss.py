@@ -156,7 +156,7 @@ def test_other_checkpoint_is_refused_by_its_headers(tmp_path: Path) -> None:
     assert "b.weight: no such weight" in str(refused.value)
     with pytest.raises(InputRefused, match=r"base is quantised \(fp8\)"):
         lora_export.merge(base, own, tmp_path / "m", dequantize=True, float_base=base)
-    with pytest.raises(WrongUsage, match="--float-base needs --dequantize"):
+    with pytest.raises(WrongUsage, match="float_base= needs dequantize=True"):
         lora_export.merge(base, own, tmp_path / "m", float_base=other)
     assert not (tmp_path / "m").exists()
 
