@@ -173,7 +173,7 @@ def test_all_graphs_of_an_encoder_decoder_are_quantised_and_proven(name, lora, k
 
 def test_options_that_do_not_go_together_are_refused(adapted, tmp_path):
     model, adapter = adapted
-    with pytest.raises(WrongUsage, match="int2 is unknown"):
+    with pytest.raises(WrongUsage, match="'int2'; it must be int4 or int8"):
         le.export_onnx(model, tmp_path / "m", adapters=adapter, quantize="int2")
     with pytest.raises(WrongUsage, match="bfloat16 on the CPU"):
         le.export_onnx(model, tmp_path / "m", adapters=adapter, quantize="int4", dtype="bfloat16")
