@@ -22,6 +22,7 @@ from torch import nn
 import lora_export as le
 import small_task
 from lora_export import layers
+from lora_export.formats.peft import WEIGHTS
 from lora_export.formats.writers import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.training.evaluation import Score, evaluate
@@ -66,7 +67,7 @@ def saved_and_loaded(adapter: Adapter) -> tuple[Adapter, int]:
     """Save the adapter in PEFT's format and load it. Returns it with the size of the file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         peft.write(adapter, Path(folder), WriteOptions())
-        return le.load_adapter(folder), Path(folder, peft.WEIGHTS).stat().st_size
+        return le.load_adapter(folder), Path(folder, WEIGHTS).stat().st_size
 
 
 def weights(module: nn.Module) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lora_export.errors import Different, Undecided, WrongUsage
-from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, recorded_base, refuse_unexpected
+from lora_export.options.verify import Expectations
+from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 
 ONE, TWO, THREE = (digit * 64 for digit in "123")
 ADAPTERS = [
@@ -25,7 +26,7 @@ def refused(kind: type[Exception], expected: Expectations, adapters: Any = ADAPT
 
 def test_what_is_expected_passes_in_any_order() -> None:
     expected = Expectations((TWO, ONE.upper()), rank=8, alpha=16, base_sha256=(THREE,))
-    assert expected and not NOTHING_EXPECTED
+    assert expected and not Expectations()
     refuse_unexpected(Path("out"), expected, ADAPTERS, [THREE])
 
 
@@ -59,7 +60,7 @@ def test_values_that_are_not_recorded_are_undecided() -> None:
     lines = refused(Undecided, Expectations((ONE,), 8, 16, (THREE,)), old, [None])
     assert lines[0] == "out does not show whether it is what was expected:" and len(lines) == 5
     assert refused(Undecided, Expectations(rank=8), [])[1:] == ["  no adapter is recorded"]
-    assert '`merge hashing="sha256"` records it' in refused(Undecided, Expectations(base_sha256=(ONE,)), base=[])[1]
+    assert '`merge(hashing="sha256")` records it' in refused(Undecided, Expectations(base_sha256=(ONE,)), base=[])[1]
     assert len(refused(Different, Expectations((TWO,), rank=8), [{"name": "en", "sha256": ONE}])) == 3
 
 

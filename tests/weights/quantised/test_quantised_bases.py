@@ -145,7 +145,7 @@ def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Pat
 def test_option_without_a_quantised_base_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"is not quantised\. Leave dequantize= out"):
         lora_export.merge(place / "float", [place / "adapter"], tmp_path / "m", dequantize=True)
-    with pytest.raises(WrongUsage, match="--dequantize is for checkpoints"):
+    with pytest.raises(WrongUsage, match="dequantize= is for checkpoints"):
         lora_export.merge(tmp_path / "m.onnx", [place / "adapter"], tmp_path / "o.onnx", dequantize=True)
 
 
