@@ -176,15 +176,14 @@ class Options:
 
     def check_usage(self, **facts: str) -> None:
         """Raise WrongUsage for options that do not go together with others, or with facts such as `base="graph"`."""
-        problems: dict[str, list[str]] = {}
-        chosen = self.chosen()
+        chosen, problems = self.chosen(), []
         for declared in options_of(type(self)):
             for only in declared.option.only if declared.name in chosen else ():
                 found = facts.get(only.other, getattr(self, only.other, None))
                 if found not in only.values:
-                    problems.setdefault(only.problem(found), []).append(named(declared.name))
+                    problems.append(f"{named(declared.name)} {only.problem(found)}")
         if problems:
-            raise WrongUsage(*(f"{', '.join(names)} {problem}" for problem, names in problems.items()))
+            raise WrongUsage(*problems)
 
 
 def spelled(text: str) -> str:

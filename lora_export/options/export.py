@@ -16,7 +16,7 @@ CACHED_TASKS: tuple[str, ...] = get_args(CachedTask)
 TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
 
-OF_ADAPTERS = "other graphs contain the adapters of {adapters} and no others"
+OF_ADAPTERS = "other graphs contain the adapters that are given, and no others"
 EXPORTED = Only("model", ("module",), "MODEL is a graph already", words="models that are exported")
 EXISTING_GRAPH = Only("model", ("graph",), words="an .onnx MODEL")
 
