@@ -18,7 +18,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.hub_cache import locate
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
-FACTS = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph"}
+KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph"}
 
 
 @takes(MergeOptions)
@@ -38,7 +38,7 @@ def merge(options: MergeOptions) -> MergeResult:
     """
     base = locate(options.base, options.on_message, options.download)
     kind = artifact_kind(base)
-    options.check_usage(base=FACTS.get(kind, "checkpoint"))
+    options.check_usage(base=KINDS_OF_BASE.get(kind, "checkpoint"))
     if options.device == "cuda":
         from lora_export.weights import cuda
 

@@ -110,7 +110,7 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
         settings["multiple"] = True
     settings |= _default(declared)
     name = _switch(declared) or name
-    return SectionedOption([*declared.flags, name], section=option.section, help=option.help_text(), **settings)
+    return SectionedOption([*declared.flags, name], section=declared.section, help=option.help_text(), **settings)
 
 
 def _switch(declared: Declared) -> str:

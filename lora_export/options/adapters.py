@@ -26,8 +26,7 @@ class ConvertOptions(Output):
         kw_only=False
     )
     output: Annotated[
-        str | Path,
-        Option("File or folder to write.", flags=("-o", "--output"), metavar="OUT", kind="path"),
+        str | Path, Option("File or folder to write.", flags=("-o", "--output"), metavar="OUT", kind="path")
     ] = field(kw_only=False)
     to: Annotated[WrittenFormat, Option("Format to write.")] = "onnx_adapter"
     graph: Annotated[
@@ -50,7 +49,7 @@ class ConvertOptions(Output):
         Option(
             "With {to=peft}: whose names the modules get. transformers4 and vllm: those of the original checkpoint; "
             "sglang: the same, with all experts of a projection in one tensor; transformers5: those of the loaded "
-            "model.",
+            "model."
         ),
     ] = None
     weight: Annotated[float, Option("Factor on the adapter's scale.")] = 1.0
@@ -120,8 +119,7 @@ class ExtractOptions(Truncated, Output):
         kw_only=False
     )
     exclude: Annotated[
-        Sequence[str],
-        Option("Tensor, module or glob whose difference is left out. May be repeated.", metavar="NAME"),
+        Sequence[str], Option("Tensor, module or glob whose difference is left out. May be repeated.", metavar="NAME")
     ] = ()
     layout: Annotated[Mapping[str, str] | None, LAYOUT] = None
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import Nested, Option, Options
@@ -55,11 +55,12 @@ class Combination(Options):
     Raises WrongUsage for values that do not go together.
     """
 
+    SECTION: ClassVar[Section] = Section.COMBINING
+
     method: Annotated[
         Method,
         Option(
             "How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
-            section=Section.COMBINING,
             flags=("--combine",),
         ),
     ] = "cat"
@@ -67,7 +68,6 @@ class Combination(Options):
         float | None,
         Option(
             "Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
-            section=Section.COMBINING,
             metavar="D",
             above=0,
             at_most=1,
@@ -75,25 +75,15 @@ class Combination(Options):
     ] = None
     majority_sign: Annotated[
         Literal["total", "frequency"] | None,
-        Option(
-            "Sign that ties and dare_ties elect: that of the sum, or of most values (default: total).",
-            section=Section.COMBINING,
-        ),
+        Option("Sign that ties and dare_ties elect: that of the sum, or of most values (default: total)."),
     ] = None
     svd_rank: Annotated[
-        int | None,
-        Option(
-            "Rank after an SVD (default: the largest of the adapters).",
-            section=Section.COMBINING,
-            metavar="R",
-            at_least=1,
-        ),
+        int | None, Option("Rank after an SVD (default: the largest of the adapters).", metavar="R", at_least=1)
     ] = None
     seed: Annotated[
         int | None,
         Option(
             "Random seed for the entries that dare_* keeps (default: 0).",
-            section=Section.COMBINING,
             flags=("--combine-seed", "--seed"),
             metavar="N",
         ),

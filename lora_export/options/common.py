@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
 from lora_export.options.declaring import Option, Options
@@ -96,22 +96,14 @@ class ProofInputs(Options):
 class Running(ProofInputs):
     """How a graph is run in its proof, and in which precision the model is deployed."""
 
+    SECTION: ClassVar[Section] = Section.PROOF
+
     provider: Annotated[ProviderName, PROVIDER] = "cpu"
     dtype: Annotated[
-        Dtype,
-        Option(
-            "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
-            section=Section.PROOF,
-        ),
+        Dtype, Option("Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.")
     ] = "float32"
     timeout: Annotated[
-        float,
-        Option(
-            "Stop a run of CANDIDATE or of a graph that takes longer than this.",
-            section=Section.PROOF,
-            metavar="SECONDS",
-            above=0,
-        ),
+        float, Option("Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0)
     ] = TIMEOUT
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from lora_export.errors import WrongUsage
 from lora_export.options.sections import Section
@@ -69,7 +69,7 @@ class Option:
     """The meaning of a field: what `--help` and Python's `help` show of it, and which values it may have."""
 
     help: str
-    section: Section = Section.OPTIONS
+    section: Section | None = None  # None: that of the record
     flags: tuple[str, ...] = ()  # by default the name, with dashes
     metavar: str = ""
     shown_default: str = ""  # where the default itself does not tell
@@ -117,6 +117,7 @@ class Declared:
     kind: Kind
     choices: tuple[str, ...]
     multiple: bool
+    section: Section  # of `--help`
     default: Any  # MISSING: it has to be given
 
     @property
@@ -156,7 +157,12 @@ class Declared:
 
 
 class Options:
-    """The base of all records. A record checks its values when it is made, and raises WrongUsage."""
+    """The base of all records. A record checks its values when it is made, and raises WrongUsage.
+
+    `SECTION` of a record is that of the options that it declares itself and that name none.
+    """
+
+    SECTION: ClassVar[Section] = Section.OPTIONS
 
     def __post_init__(self) -> None:
         for declared in options_of(type(self)):
@@ -211,7 +217,7 @@ def options_of(record: type[Options]) -> tuple[Declared, ...]:
 
 def nested_in(record: type[Options]) -> Mapping[str, Nested]:
     """The fields of a record that are records."""
-    return {one.name: meaning for one, _, meaning in _fields(record) if isinstance(meaning, Nested)}
+    return {one.name: meaning for one, _, meaning, _ in _fields(record) if isinstance(meaning, Nested)}
 
 
 def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_P, _T]]:
@@ -243,20 +249,21 @@ def _own_fields(cls: type) -> Iterable[str]:
     return inspect.get_annotations(cls)
 
 
-def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:
-    """The fields that are declared, each with its type and its meaning.
+def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any, Any, Section]]:
+    """The fields that are declared, each with its type, its meaning and the section of its record.
 
     A record whose values are found and loaded narrows types of the one that it inherits from. The meaning stays.
     """
-    own = [inspect.get_annotations(cls) for cls in record.__mro__]
+    own = [(cls, inspect.get_annotations(cls)) for cls in record.__mro__]
     for one in dataclasses.fields(record):  # type: ignore[arg-type]
-        annotations = (annotations[one.name] for annotations in own if one.name in annotations)
-        declared = next((each for each in annotations if get_origin(each) is Annotated), None)
-        if declared is not None:
-            yield one, *get_args(declared)[:2]
+        annotations: Iterator[tuple[type, Any]] = ((cls, names[one.name]) for cls, names in own if one.name in names)
+        for cls, annotation in annotations:
+            if get_origin(annotation) is Annotated:
+                yield one, *get_args(annotation)[:2], vars(cls).get("SECTION", Section.OPTIONS)
+                break
 
 
-def _declared(one: dataclasses.Field[Any], type_: Any, option: Option) -> Declared:
+def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: Section) -> Declared:
     annotation, multiple = _without_none(type_), False
     parts = list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
     if several := [part for part in parts if get_origin(part) in (Sequence, tuple)]:
@@ -268,7 +275,7 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option) -> Declar
     known = [KIND_OF_TYPE[part] for part in parts if isinstance(part, type) and part in KIND_OF_TYPE]
     kind: Kind = option.kind or ("choice" if choices else "path" if "path" in known else known[0] if known else "text")
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-    return Declared(one.name, option, kind, choices, multiple, default)
+    return Declared(one.name, option, kind, choices, multiple, option.section or section, default)
 
 
 def _without_none(annotation: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import ModelSource, Published, Running, modes
@@ -25,10 +25,18 @@ EXISTING_GRAPH = Only("model", ("graph",), words="an .onnx MODEL")
 class OnnxOptions(GivenAdapters, Running, Published):
     """What `onnx` takes. The fact `model` of its usage is "module" or "graph"."""
 
+    SECTION: ClassVar[Section] = Section.GRAPH
+
     model: Annotated[ModelSource, Positional("MODEL", kind="source", multiple=False)] = field(kw_only=False)
     output: Annotated[
         str | Path,
-        Option("File to publish after its proof.", flags=("-o", "--output"), metavar="OUT.onnx", kind="path"),
+        Option(
+            "File to publish after its proof.",
+            flags=("-o", "--output"),
+            metavar="OUT.onnx",
+            kind="path",
+            section=Section.OPTIONS,
+        ),
     ] = field(kw_only=False)
 
     checkpoint: Annotated[
@@ -38,6 +46,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
             flags=("--base",),
             metavar="CHECKPOINT",
             only=(EXISTING_GRAPH,),
+            section=Section.OPTIONS,
         ),
     ] = None
     reference: Annotated[
@@ -49,19 +58,18 @@ class OnnxOptions(GivenAdapters, Running, Published):
             kind="source",
             multiple=False,
             only=(EXISTING_GRAPH,),
+            section=Section.OPTIONS,
         ),
     ] = None
 
     lora: Annotated[
-        Literal["merged", "nodes", "inputs", "rows"],
-        Option(modes("merged", "nodes", "inputs", "rows"), section=Section.GRAPH),
+        Literal["merged", "nodes", "inputs", "rows"], Option(modes("merged", "nodes", "inputs", "rows"))
     ] = "merged"
     target: Annotated[
         str | Sequence[str] | None,
         Option(
             "With {lora=inputs}: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
             "separated by commas, or all linear layers except the output head.",
-            section=Section.GRAPH,
             metavar="NAMES|all-linear",
             multiple=False,
             only=(Only("lora", ("inputs",), OF_ADAPTERS),),
@@ -71,20 +79,17 @@ class OnnxOptions(GivenAdapters, Running, Published):
         bool,
         Option(
             "With {lora=inputs}: let future adapters have DoRA at all these layers.",
-            section=Section.GRAPH,
             only=(Only("lora", ("inputs",), OF_ADAPTERS),),
         ),
     ] = False
     names: Annotated[
-        Literal["olive", "genai", "peft"],
-        Option("With {lora=inputs}: naming convention of the inputs.", section=Section.GRAPH),
+        Literal["olive", "genai", "peft"], Option("With {lora=inputs}: naming convention of the inputs.")
     ] = "olive"
     max_rank: Annotated[
         int | None,
         Option(
             "With {lora=inputs} and rows: pad the rank of every adapter to N with zeros, so that adapters have static "
             "shapes. A larger rank is refused.",
-            section=Section.GRAPH,
             metavar="N",
             at_least=1,
             only=(Only("lora", SWAPPED, "in other graphs an adapter has its own rank"),),
@@ -95,7 +100,6 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=inputs}: give adapter inputs no default, for runtimes that pass no optional inputs "
             "(JavaScript).",
-            section=Section.GRAPH,
             only=(Only("lora", ("inputs",)),),
         ),
     ] = False
@@ -104,7 +108,6 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=rows}: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
             "[batch, K].",
-            section=Section.GRAPH,
             flags=("--adapters-per-row",),
             metavar="K",
             at_least=1,
@@ -116,7 +119,6 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "With {lora=inputs} and rows: leave out the task head that the adapters save whole. MODEL has to contain "
             "the same head (merge {only_head}).",
-            section=Section.GRAPH,
             only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
         ),
     ] = False
@@ -125,27 +127,19 @@ class OnnxOptions(GivenAdapters, Running, Published):
         Option(
             "Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "
             "and, of a decoder, onnxruntime-genai run.",
-            section=Section.GRAPH,
             only=(EXPORTED,),
         ),
     ] = None
-    with_cache: Annotated[
-        bool, Option("Choose {task} by the model's class.", section=Section.GRAPH, only=(EXPORTED,))
-    ] = False
+    with_cache: Annotated[bool, Option("Choose {task} by the model's class.", only=(EXPORTED,))] = False
     fuse: Annotated[
         Literal["cpu", "cuda", "webgpu"] | None,
-        Option(
-            "Use onnxruntime's own operators for this provider, such as GroupQueryAttention.",
-            section=Section.GRAPH,
-            only=(EXPORTED,),
-        ),
+        Option("Use onnxruntime's own operators for this provider, such as GroupQueryAttention.", only=(EXPORTED,)),
     ] = None
     quantize: Annotated[
         Literal["int4", "int8"] | None,
         Option(
             "Store the weights of linear layers in 4 or 8 bits (onnxruntime's MatMulNBits). Adapters beside them stay "
             "floats; a merged graph is quantised after the merge.",
-            section=Section.GRAPH,
             only=(
                 Only(
                     *("model", ("module",)),
@@ -156,8 +150,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         ),
     ] = None
     opset: Annotated[
-        int | None,
-        Option("ONNX operator set (default: the exporter's).", section=Section.GRAPH, at_least=18, only=(EXPORTED,)),
+        int | None, Option("ONNX operator set (default: the exporter's).", at_least=18, only=(EXPORTED,))
     ] = None
 
 

@@ -61,8 +61,7 @@ class GenerateOptions(Options):
     max_new_tokens: Annotated[int, Option("Most new tokens.", at_least=1)] = 128
     temperature: Annotated[float, Option("0 takes the most probable token. More draws a token.", at_least=0)] = 0.0
     top_p: Annotated[
-        float,
-        Option("Draw among the most probable tokens whose probabilities add up to this.", above=0, at_most=1),
+        float, Option("Draw among the most probable tokens whose probabilities add up to this.", above=0, at_most=1)
     ] = 1.0
     seed: Annotated[int, Option("Seed of the draws.", at_least=0)] = 0
     chat: Annotated[bool, Option("Put each prompt into the tokenizer's chat template, as a user's message.")] = False

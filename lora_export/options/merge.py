@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
 from lora_export.options.common import LAYOUT, Output
@@ -28,13 +28,20 @@ def graphs(because: str) -> tuple[Only, ...]:
 class MergeOptions(Applied, Output):
     """What `merge` takes. The fact `base` of its usage is "checkpoint", "graph" or "pipeline"."""
 
+    SECTION: ClassVar[Section] = Section.OUTPUT
+
     base: Annotated[str | Path, Positional("BASE", kind="path")] = field(kw_only=False)
     adapters: Annotated[
         AdapterSources, Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True)
     ] = field(kw_only=False)
     output: Annotated[
         str | Path,
-        Option("Folder or file for the merged weights: the same kind as BASE.", flags=("-o", "--output"), kind="path"),
+        Option(
+            "Folder or file for the merged weights: the same kind as BASE.",
+            flags=("-o", "--output"),
+            kind="path",
+            section=Section.OPTIONS,
+        ),
     ] = field(kw_only=False)
 
     checkpoint: Annotated[
@@ -93,12 +100,7 @@ class MergeOptions(Applied, Output):
             "error.",
             section=Section.BASE,
             metavar="CHECKPOINT",
-            only=(
-                Only(
-                    *("dequantize", (True,), "it is compared with the weights of a quantised BASE"),
-                    verb="needs",
-                ),
-            ),
+            only=(Only(*("dequantize", (True,), "it is compared with the weights of a quantised BASE"), verb="needs"),),
         ),
     ] = None
 
@@ -106,7 +108,6 @@ class MergeOptions(Applied, Output):
         Literal["keep", "float32", "bfloat16", "float16"],
         Option(
             "Type in which every float tensor is stored.",
-            section=Section.OUTPUT,
             only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
         ),
     ] = "keep"
@@ -114,24 +115,17 @@ class MergeOptions(Applied, Output):
         bool,
         Option(
             "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
-            section=Section.OUTPUT,
             only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
         ),
     ] = False
     min_retention: Annotated[
         float,
-        Option(
-            "Least part of a weight's change that has to survive rounding. Less is refused.",
-            section=Section.OUTPUT,
-            at_least=0,
-            at_most=1,
-        ),
+        Option("Least part of a weight's change that has to survive rounding. Less is refused.", at_least=0, at_most=1),
     ] = 0.5
     keep_residual: Annotated[
         str | Path | None,
         Option(
             "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
-            section=Section.OUTPUT,
             metavar="FILE",
             only=(
                 *checkpoints("a graph is its own base: keep it"),
@@ -145,17 +139,12 @@ class MergeOptions(Applied, Output):
     ] = None
     hashing: Annotated[
         Literal["xxh3_128", "sha256"],
-        Option(
-            "Hash that identifies base and output. sha256 takes longer than the merge.",
-            section=Section.OUTPUT,
-            flags=("--hash",),
-        ),
+        Option("Hash that identifies base and output. sha256 takes longer than the merge.", flags=("--hash",)),
     ] = "xxh3_128"
     device: Annotated[
         Literal["cpu", "cuda"],
         Option(
             "Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
-            section=Section.OUTPUT,
             only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
         ),
     ] = "cpu"
@@ -163,9 +152,7 @@ class MergeOptions(Applied, Output):
         TiedEmbeddings,
         replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
     ] = "error"
-    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.", section=Section.OUTPUT)] = (
-        False
-    )
+    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.declaring import Option, Options
@@ -44,27 +44,23 @@ class AllowPickle(Options):
 class ReadOptions(AllowPickle):
     """Statements about adapters that a command reads. Raises WrongUsage for a value that does not exist."""
 
+    SECTION: ClassVar[Section] = Section.READING
+
     format: Annotated[
         str,
         Option(
             "Format of the adapters, where several formats fit. `lora-export guide adapters` lists them.",
-            section=Section.READING,
             metavar="NAME",
         ),
     ] = ""
-    lora_rank: Annotated[
-        int | None,
-        Option("Rank, for formats that do not record it.", section=Section.READING, metavar="R", at_least=1),
-    ] = None
+    lora_rank: Annotated[int | None, Option("Rank, for formats that do not record it.", metavar="R", at_least=1)] = None
     lora_alpha: Annotated[
-        float | None,
-        Option("Alpha, for formats that do not record it.", section=Section.READING, metavar="ALPHA", above=0),
+        float | None, Option("Alpha, for formats that do not record it.", metavar="ALPHA", above=0)
     ] = None
     enable_lora: Annotated[
         Mapping[str, tuple[bool, ...]],
         Option(
             "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
-            section=Section.READING,
             metavar="NAME=1,0,1",
             read=read_parts,
         ),
@@ -74,23 +70,18 @@ class ReadOptions(AllowPickle):
         Option(
             "config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
             "needed where the command has the base, or the adapter a config.json beside it.",
-            section=Section.READING,
             metavar="PATH",
         ),
     ] = None
     component: Annotated[
         PipelineComponent | Literal[""],
-        Option(
-            "Use only the changes of this model, of an adapter for several models of a diffusion pipeline.",
-            section=Section.READING,
-        ),
+        Option("Use only the changes of this model, of an adapter for several models of a diffusion pipeline."),
     ] = ""
     moe_b_layout: Annotated[
         ColumnOrder | Literal[""],
         Option(
             "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
-            "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
-            section=Section.READING,
+            "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major."
         ),
     ] = ""
 

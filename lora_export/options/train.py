@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_export.errors import WrongUsage
 from lora_export.options.common import Output
@@ -70,42 +70,29 @@ def _read_patterns(texts: Iterable[str], number: Any, form: str) -> dict[str, An
 class TrainingSettings(Options):
     """The settings of the loop and of its optimiser, AdamW."""
 
-    epochs: Annotated[int, Option("Passes over the data.", section=Section.STEPS, at_least=1)] = 3
-    batch_size: Annotated[
-        int, Option("Examples per step, of all processes together.", section=Section.STEPS, at_least=1)
-    ] = 32
+    SECTION: ClassVar[Section] = Section.STEPS
+
+    epochs: Annotated[int, Option("Passes over the data.", at_least=1)] = 3
+    batch_size: Annotated[int, Option("Examples per step, of all processes together.", at_least=1)] = 32
     accumulate: Annotated[
-        int,
-        Option("Parts of a step's examples that are computed one after the other.", section=Section.STEPS, at_least=1),
+        int, Option("Parts of a step's examples that are computed one after the other.", at_least=1)
     ] = 1
-    learning_rate: Annotated[float, Option("Peak step size of AdamW.", section=Section.STEPS, above=0)] = 1e-3
+    learning_rate: Annotated[float, Option("Peak step size of AdamW.", above=0)] = 1e-3
     b_ratio: Annotated[
         float,
         # Hayou et al. 2024
-        Option("Learning rate of B divided by that of A (LoRA+).", section=Section.STEPS, above=0),
+        Option("Learning rate of B divided by that of A (LoRA+).", above=0),
     ] = 1.0
-    schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Option("Learning rate after the warm-up.", section=Section.STEPS)
-    ] = "linear"
-    warmup: Annotated[
-        float,
-        Option("Part of all steps in which the learning rate rises.", section=Section.STEPS, at_least=0, below=1),
-    ] = 0.1
-    weight_decay: Annotated[float, Option("Weight decay of AdamW.", section=Section.STEPS, at_least=0)] = 0.01
-    max_gradient_norm: Annotated[
-        float, Option("Norm to which gradients are clipped.", section=Section.STEPS, above=0)
-    ] = 1.0
-    precision: Annotated[Precision, Option("Precision of autocast.", section=Section.STEPS)] = "no"
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Option("Learning rate after the warm-up.")] = "linear"
+    warmup: Annotated[float, Option("Part of all steps in which the learning rate rises.", at_least=0, below=1)] = 0.1
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", at_least=0)] = 0.01
+    max_gradient_norm: Annotated[float, Option("Norm to which gradients are clipped.", above=0)] = 1.0
+    precision: Annotated[Precision, Option("Precision of autocast.")] = "no"
     gradient_checkpointing: Annotated[
-        bool,
-        Option("Compute activations again in the backward pass: less memory, more time.", section=Section.STEPS),
+        bool, Option("Compute activations again in the backward pass: less memory, more time.")
     ] = False
-    compile: Annotated[
-        bool, Option("Compute the steps with torch.compile. The first step takes long.", section=Section.STEPS)
-    ] = False
-    seed: Annotated[
-        int, Option("Random seed for the split, the initial values and the order.", section=Section.STEPS)
-    ] = 0
+    compile: Annotated[bool, Option("Compute the steps with torch.compile. The first step takes long.")] = False
+    seed: Annotated[int, Option("Random seed for the split, the initial values and the order.")] = 0
     evaluate_every: Annotated[
         int,
         Option(
@@ -125,8 +112,7 @@ class TrainingSettings(Options):
         ),
     ] = 0
     keep_best: Annotated[
-        bool,
-        Option("Save the adapter of the lowest held-out loss, not the last one.", section=Section.MEASUREMENTS),
+        bool, Option("Save the adapter of the lowest held-out loss, not the last one.", section=Section.MEASUREMENTS)
     ] = False
     save_every: Annotated[
         int,
@@ -154,52 +140,39 @@ class TrainingSettings(Options):
 class AdapterChoice(Options):
     """What `train` is to train. Raises WrongUsage for options that exclude each other."""
 
+    SECTION: ClassVar[Section] = Section.ADAPTER
+
     rank: Annotated[
         int | Sequence[int] | None,
         Option(
             "Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
-            section=Section.ADAPTER,
             shown_default="8",
             at_least=1,
         ),
     ] = None
     alpha: Annotated[
-        float | None,
-        Option(
-            "B·A is multiplied by alpha/rank.",
-            section=Section.ADAPTER,
-            shown_default="twice the rank",
-            above=0,
-        ),
+        float | None, Option("B·A is multiplied by alpha/rank.", shown_default="twice the rank", above=0)
     ] = None
-    rslora: Annotated[bool, Option("Multiply by alpha/√rank instead.", section=Section.ADAPTER)] = False
-    dora: Annotated[bool, Option("Also train the length of each output of a weight.", section=Section.ADAPTER)] = False
+    rslora: Annotated[bool, Option("Multiply by alpha/√rank instead.")] = False
+    dora: Annotated[bool, Option("Also train the length of each output of a weight.")] = False
     init: Annotated[
         Init,
-        Option(
-            "First values of A and B: random and zero, or from the weights. Then the saved rank is twice {rank}.",
-            section=Section.ADAPTER,
-        ),
+        Option("First values of A and B: random and zero, or from the weights. Then the saved rank is twice {rank}."),
     ] = "default"
     target: Annotated[
         str | Sequence[str] | None,
         Option(
             "Layers to adapt: endings of their names, separated by commas.",
-            section=Section.ADAPTER,
             metavar="NAMES|all-linear",
             shown_default="all-linear",
             multiple=False,
         ),
     ] = None
-    target_pattern: Annotated[
-        str,
-        Option("Regular expression for whole names of layers.", section=Section.ADAPTER, metavar="REGEX"),
-    ] = ""
+    target_pattern: Annotated[str, Option("Regular expression for whole names of layers.", metavar="REGEX")] = ""
     target_parameters: Annotated[
         Sequence[str],
         Option(
             "Stacked parameter of experts, each of which gets a pair. May be repeated.",
-            section=Section.ADAPTER,
             flags=("--target-parameter",),
             metavar="NAME",
         ),
@@ -208,7 +181,6 @@ class AdapterChoice(Options):
         Mapping[str, int] | None,
         Option(
             "Another rank for layers whose names end so. The first match counts. May be repeated.",
-            section=Section.ADAPTER,
             metavar="REGEX=RANK",
             read=read_ranks,
         ),
@@ -216,31 +188,18 @@ class AdapterChoice(Options):
     alpha_pattern: Annotated[
         Mapping[str, float] | None,
         Option(
-            "Another alpha for layers whose names end so. May be repeated.",
-            section=Section.ADAPTER,
-            metavar="REGEX=ALPHA",
-            read=read_alphas,
+            "Another alpha for layers whose names end so. May be repeated.", metavar="REGEX=ALPHA", read=read_alphas
         ),
     ] = None
     dropout: Annotated[
         float | None,
-        Option(
-            "Part of the inputs of A that is dropped in a step.",
-            section=Section.ADAPTER,
-            shown_default="0",
-            at_least=0,
-            below=1,
-        ),
+        Option("Part of the inputs of A that is dropped in a step.", shown_default="0", at_least=0, below=1),
     ] = None
-    bias: Annotated[
-        TrainedBiases,
-        Option("Biases to train: all, or those of the adapted layers.", section=Section.ADAPTER),
-    ] = "none"
+    bias: Annotated[TrainedBiases, Option("Biases to train: all, or those of the adapted layers.")] = "none"
     token_indices: Annotated[
         Sequence[int],
         Option(
             "Row of the input embeddings to train alone. May be repeated.",
-            section=Section.ADAPTER,
             flags=("--token-index",),
             metavar="N",
             at_least=0,
@@ -248,18 +207,12 @@ class AdapterChoice(Options):
     ] = ()
     heads: Annotated[
         Sequence[str],
-        Option(
-            "Module to train and save as a whole. May be repeated.",
-            section=Section.ADAPTER,
-            flags=("--head",),
-            metavar="NAME",
-        ),
+        Option("Module to train and save as a whole. May be repeated.", flags=("--head",), metavar="NAME"),
     ] = ()
     continue_from: Annotated[
         str | Path | None,
         Option(
             "Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
-            section=Section.ADAPTER,
             metavar="ADAPTER",
             kind="source",
         ),
@@ -323,6 +276,8 @@ class AdapterChoice(Options):
 class TrainOptions(AdapterChoice, TrainingSettings, Output):
     """What `train` takes."""
 
+    SECTION: ClassVar[Section] = Section.DATA
+
     model: Annotated[str | Path, Positional("MODEL", kind="source")] = field(kw_only=False)
     data: Annotated[
         str | Path,
@@ -330,35 +285,29 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
             "Training data: a .jsonl, .csv, .parquet or .npz file, a folder, or file.py:factory.",
             flags=("--data",),
             kind="source",
+            section=Section.OPTIONS,
         ),
     ] = field(kw_only=False)
-    output: Annotated[str | Path, Option("Folder for the adapter.", flags=("-o", "--output"), kind="path")] = field(
-        kw_only=False
-    )
+    output: Annotated[
+        str | Path, Option("Folder for the adapter.", flags=("-o", "--output"), kind="path", section=Section.OPTIONS)
+    ] = field(kw_only=False)
 
     columns: Annotated[
         Mapping[str, str] | None,
         Option(
             "Column of the data that is read as NAME, such as text=body. May be repeated.",
-            section=Section.DATA,
             flags=("--column",),
             metavar="NAME=COLUMN",
             read=read_columns,
         ),
     ] = None
     task: Annotated[
-        LearntTask | None,
-        Option("What is learnt from the columns, where they would fit several tasks.", section=Section.DATA),
+        LearntTask | None, Option("What is learnt from the columns, where they would fit several tasks.")
     ] = None
-    max_length: Annotated[int, Option("Maximum number of tokens per text.", section=Section.DATA, at_least=1)] = 128
-    packing: Annotated[
-        bool, Option("Put several short texts into one row. For causal language models.", section=Section.DATA)
-    ] = False
+    max_length: Annotated[int, Option("Maximum number of tokens per text.", at_least=1)] = 128
+    packing: Annotated[bool, Option("Put several short texts into one row. For causal language models.")] = False
     holdout: Annotated[
-        float,
-        Option(
-            "Part of the data that is held out of training and measured on.", section=Section.DATA, at_least=0, below=1
-        ),
+        float, Option("Part of the data that is held out of training and measured on.", at_least=0, below=1)
     ] = 0.2
 
     quantize_base: Annotated[
@@ -401,8 +350,7 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
         ),
     ] = None
     resume: Annotated[
-        bool,
-        Option("Continue from the checkpoint of an interrupted training.", section=Section.MEASUREMENTS),
+        bool, Option("Continue from the checkpoint of an interrupted training.", section=Section.MEASUREMENTS)
     ] = False
     device: Annotated[Literal["cpu", "cuda"], Option("Device to train on.", section=Section.STEPS)] = "cpu"
 

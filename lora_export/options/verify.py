@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, GivenAdapters
@@ -34,39 +34,27 @@ class Expectations(Options):
     Raises WrongUsage for a hash that is no SHA-256.
     """
 
+    SECTION: ClassVar[Section] = Section.EXPECTED
+
     adapter_sha256: Annotated[
         Sequence[str],
         Option(
             "End with exit code 4 unless this is the SHA-256 of the adapter. Once for each of several adapters.",
-            section=Section.EXPECTED,
             flags=("--expect-adapter-sha256",),
             metavar="HEX",
         ),
     ] = ()
     rank: Annotated[
-        int | None,
-        Option(
-            "The same for the rank of every pair.",
-            section=Section.EXPECTED,
-            flags=("--expect-rank",),
-            metavar="R",
-            at_least=1,
-        ),
+        int | None, Option("The same for the rank of every pair.", flags=("--expect-rank",), metavar="R", at_least=1)
     ] = None
     alpha: Annotated[
         float | None,
-        Option(
-            "The same for alpha: scale x rank, with rsLoRA x its root.",
-            section=Section.EXPECTED,
-            flags=("--expect-alpha",),
-            metavar="ALPHA",
-        ),
+        Option("The same for alpha: scale x rank, with rsLoRA x its root.", flags=("--expect-alpha",), metavar="ALPHA"),
     ] = None
     base_sha256: Annotated[
         Sequence[str],
         Option(
             "The same for the SHA-256 of the base's weights. Once for each of its files.",
-            section=Section.EXPECTED,
             flags=("--expect-base-sha256",),
             metavar="HEX",
         ),
@@ -91,9 +79,15 @@ class Expectations(Options):
 class Judging(Running):
     """How the candidate is run, and how its outputs are judged."""
 
+    SECTION: ClassVar[Section] = Section.PROOF
+
     onnx_adapter: Annotated[
         str | Path | None,
-        Option("Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.", metavar="FILE"),
+        Option(
+            "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.",
+            metavar="FILE",
+            section=Section.OPTIONS,
+        ),
     ] = None
     adapter_id: Annotated[
         int | None,
@@ -102,16 +96,14 @@ class Judging(Running):
             "adapter of {adapters} (in the order of the ids) and mixed batches are proven.",
             metavar="N",
             at_least=0,
+            section=Section.OPTIONS,
         ),
     ] = None
     atol: Annotated[
-        float | None,
-        Option("Also require |candidate - reference| <= atol + rtol·|reference|.", section=Section.PROOF, at_least=0),
+        float | None, Option("Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
     ] = None
-    rtol: Annotated[float | None, Option("See {atol}.", section=Section.PROOF, at_least=0)] = None
-    seed: Annotated[
-        int | None, Option("Random seed for the generated inputs.  [default: 0]", section=Section.PROOF)
-    ] = None
+    rtol: Annotated[float | None, Option("See {atol}.", at_least=0)] = None
+    seed: Annotated[int | None, Option("Random seed for the generated inputs.  [default: 0]")] = None
     cache: Annotated[
         str | Path | None,
         Option(
@@ -121,15 +113,12 @@ class Judging(Running):
             kind="folder",
         ),
     ] = None
-    trace: Annotated[
-        bool, Option("Compare every module (always done when the verdict is `different`).", section=Section.PROOF)
-    ] = False
+    trace: Annotated[bool, Option("Compare every module (always done when the verdict is `different`).")] = False
     fixed: Annotated[
         Mapping[str, int] | None,
         Option(
             "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
             "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
-            section=Section.PROOF,
             metavar="AXIS=SIZE",
             read=read_sizes,
         ),
@@ -153,10 +142,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
             metavar="CHECKPOINT",
         ),
     ] = None
-    layout: Annotated[
-        Mapping[str, str] | None,
-        replace(LAYOUT, section=Section.PROOF),
-    ] = None
+    layout: Annotated[Mapping[str, str] | None, replace(LAYOUT, section=Section.PROOF)] = None
     combination: Annotated[str | Combination, Nested(Combination, {"seed": ("--combine-seed",)})] = field(
         default_factory=Combination
     )

@@ -10,8 +10,8 @@ import pytest
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, Weighted
-from lora_export.options.commands import declared_flags
-from lora_export.options.declaring import documentation, extended, narrowed, nested_in, options_of, takes
+from lora_export.options.commands import RECORDS, declared_flags
+from lora_export.options.declaring import Only, documentation, extended, narrowed, nested_in, options_of, takes
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import as_command_line
@@ -129,3 +129,12 @@ def test_a_record_that_narrows_types_keeps_what_its_fields_mean():
     assert {one.name for one in options_of(VerifyRequest)} == {one.name for one in options_of(VerifyOptions)}
     untouched = extended(VerifyOptions("merged", base="b"), VerifyRequest, candidate=Path("merged"), fixed={})
     assert untouched.chosen_of(Judging) == {}
+
+
+@pytest.mark.parametrize("record", RECORDS.values())
+def test_what_type_checkers_do_not_see_has_the_right_type(record):
+    own = [*options_of(record), *(one for nested in nested_in(record).values() for one in options_of(nested.record))]
+    for one in own:
+        assert isinstance(one.option.flags, tuple) and isinstance(one.option.help, str), one.name
+        assert isinstance(one.option.only, tuple) and all(isinstance(each, Only) for each in one.option.only), one.name
+        assert all(isinstance(each.values, tuple) and each.values for each in one.option.only), one.name
