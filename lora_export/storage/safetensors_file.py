@@ -113,16 +113,16 @@ def open_file(path: Path) -> TensorFile:
     """
     with input_files.open_regular(path) as file:
         status = os.fstat(file.fileno())
-        header_size = _header_size(path, file.read(8), status.st_size)
-        header = json_files.parse_json(file.read(header_size), f"the header of {path}")
-    metadata = _metadata(path, header)
-    entries = _entries(path, header, data_start=8 + header_size)
-    expected = max((entry.stop for entry in entries), default=8 + header_size)
-    if expected != status.st_size:
-        what = "cut short" if status.st_size < expected else "too long"
-        raise InputRefused(f"{path} is {what}: its header describes {expected} bytes, the file has {status.st_size}")
-    _check_with_library(path)
-    return TensorFile(path, {entry.name: entry for entry in entries}, metadata, status.st_size, status.st_mtime_ns)
+        prefix = file.read(8)
+        text = file.read(_header_size(path, prefix, status.st_size))
+    found = _described(path, text, status.st_size, status.st_mtime_ns)
+    from safetensors import SafetensorError, safe_open  # here: a header that is stored elsewhere needs no library
+
+    try:  # the library may refuse what the checks above do not
+        with safe_open(str(path), framework="numpy"):
+            return found
+    except (SafetensorError, OSError) as error:
+        raise InputRefused(f"{path}: {error}") from error
 
 
 def file_of_header(path: Path, header: bytes, size: int) -> TensorFile:
@@ -133,17 +133,25 @@ def file_of_header(path: Path, header: bytes, size: int) -> TensorFile:
     header_size = _header_size(path, header[:8], size)
     if len(header) != 8 + header_size:
         raise InputRefused(f"the stored header of {path} has {len(header)} bytes, not {8 + header_size}")
-    table = json_files.parse_json(header[8:], f"the header of {path}")
-    metadata = _metadata(path, table)
-    entries = _entries(path, table, data_start=8 + header_size)
-    if max((entry.stop for entry in entries), default=8 + header_size) != size:
-        raise InputRefused(f"the stored header of {path} does not describe {size} bytes")
-    return TensorFile(path, {entry.name: entry for entry in entries}, metadata, size, 0)
+    return _described(path, header[8:], size, 0)
+
+
+def _described(path: Path, text: bytes, size: int, mtime_ns: int) -> TensorFile:
+    """A file of `size` bytes by the JSON of its header."""
+    header = json_files.parse_json(text, f"the header of {path}")
+    metadata = _metadata(path, header)
+    entries = _entries(path, header, data_start=8 + len(text))
+    expected = max((entry.stop for entry in entries), default=8 + len(text))
+    if expected != size:
+        what = "cut short" if size < expected else "too long"
+        raise InputRefused(f"{path} is {what}: its header describes {expected} bytes, the file has {size}")
+    return TensorFile(path, {entry.name: entry for entry in entries}, metadata, size, mtime_ns)
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
-    """Take the metadata out of a header."""
-    metadata = header.pop("__metadata__", {})
+    """Take the metadata out of a header. MLX writes null where there is none."""
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputRefused(f"{path}: the header's __metadata__ must map names to strings")
     return metadata
@@ -168,7 +176,13 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = data_start
     for entry in entries:
-        _check_size(path, entry)
+        needed = math.prod(entry.shape) * entry.dtype.itemsize
+        if entry.nbytes != needed:
+            raise InputRefused(
+                f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {needed} bytes, its range has {entry.nbytes}"
+            )
+        if math.prod(size or 1 for size in entry.shape) >= 1 << 63:
+            raise _too_large(path, entry.name, entry.shape)
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
             raise InputRefused(f"{path}: {entry.name} {what}")
@@ -188,35 +202,13 @@ def _entry(path: Path, name: str, fields: Any, *, data_start: int) -> Entry:
     if not known:
         raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
     if len(shape) > MAX_DIMENSIONS:  # before any arithmetic: the product of a million sizes would take hours
-        raise InputRefused(f"{path}: {name} has the shape {_shortened(shape)}, which no array can have")
+        raise _too_large(path, name, shape)
     return Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end)
 
 
-def _check_size(path: Path, entry: Entry) -> None:
-    count = math.prod(entry.shape)
-    if entry.nbytes != count * entry.dtype.itemsize:
-        raise InputRefused(
-            f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {count * entry.dtype.itemsize} bytes, "
-            f"its range has {entry.nbytes}"
-        )
-    if math.prod(size or 1 for size in entry.shape) >= 1 << 63:
-        raise InputRefused(f"{path}: {entry.name} has the shape {_shortened(entry.shape)}, which no array can have")
-
-
-def _shortened(shape: Sequence[int]) -> str:
-    """The first sizes of a shape, for a message."""
-    return f"{list(shape[:4])}"[:-1] + (", ...]" if len(shape) > 4 else "]")
-
-
-def _check_with_library(path: Path) -> None:
-    """Raise InputRefused for what the safetensors library refuses, and the checks above do not."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputRefused(f"{path}: {error}") from error
+def _too_large(path: Path, name: str, shape: Sequence[int]) -> InputRefused:
+    shown = f"{list(shape[:4])}"[:-1] + (", ...]" if len(shape) > 4 else "]")
+    return InputRefused(f"{path}: {name} has the shape {shown}, which no array can have")
 
 
 def layout(
@@ -234,10 +226,10 @@ def layout(
     offset = 0
     ranges = []
     for name, dtype, shape in tensors:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        ranges.append((name, dtype, shape, offset, offset + nbytes))
-        offset += nbytes
+        stop = offset + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        ranges.append((name, dtype, shape, offset, stop))
+        offset = stop
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     unit, phase = (PAGE, beside) if beside is not None and beside % ALIGNMENT == 0 else (ALIGNMENT, 0)
     text += b" " * ((phase - 8 - len(text)) % unit)

@@ -100,6 +100,17 @@ def test_a_file_without_tensors_is_read(path):
     assert not safetensors_file.open_file(path).entries
 
 
+def test_metadata_that_is_null_is_none(path):
+    """MLX writes `"__metadata__": null`, which the library reads."""
+    header = {"__metadata__": None, "x": entry([1], 0, 4)}
+    raw_tensor_file(path, header, struct.pack("<f", 1))
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata() is None
+    assert safetensors_file.open_file(path).metadata == {}
+    content = path.read_bytes()
+    assert safetensors_file.file_of_header(path, content[:-4], len(content)).metadata == {}
+
+
 # --- Damage ---
 
 
