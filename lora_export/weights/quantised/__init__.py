@@ -4,7 +4,7 @@
     bitsandbytes.py        nf4, fp4 (double quantisation too) and int8
     block_fp8.py           8-bit floats with a scale for each block (DeepSeek)
     mxfp4.py               experts of 4-bit floats (gpt-oss)
-    compressed_tensors.py  integers of 1 to 8 bits, floats of 4, 6 and 8 bits
+    compressed_tensors.py  integers of 1 to 8 bits, 8-bit floats; compressed_floats.py  floats in groups
     modelopt.py            nvfp4 of NVIDIA's library
     gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
     packed_numbers.py      numbers of a few bits

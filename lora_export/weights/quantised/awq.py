@@ -14,7 +14,6 @@ Source: autoawq 0.2.9, whose results are in the tests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,9 @@ from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
     StoredParts,
-    refuse_damaged_scales,
+    scaled,
 )
 
-AWQ_NUMBERS, AWQ_ZEROS, AWQ_SCALES = "qweight", "qzeros", "scales"
 AWQ_GEMM = "gemm"
 AWQ_BITS, PER_WORD = 4, 8
 PLACE_OF_OUTPUT = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # in its word
@@ -50,19 +48,13 @@ def awq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) -> 
             f"{named('dequantize', True)} reads AWQ of the version {AWQ_GEMM} in {AWQ_BITS} bits, and this base has "
             f"{version} in {bits} bits. Dequantise this one with its own library"
         )
-    found = {}
-    for name in parts.names():
-        module, _, kind = name.rpartition(".")
-        if kind == AWQ_NUMBERS:
-            found[f"{module}.weight"] = _tensor(parts, module)
-    return found
+    return {f"{module}.weight": _tensor(parts, module) for module in parts.modules_with("qweight")}
 
 
 def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
-    name, packed = f"{module}.weight", f"{module}.{AWQ_NUMBERS}"
-    every = (f"{module}.{AWQ_SCALES}", f"{module}.{AWQ_ZEROS}")
-    numbers, scales = parts.expect(packed, name, "int32"), parts.expect(every[0], name, *FLOAT_SCALES)
-    zeros = parts.expect(every[1], name, "int32")
+    name = f"{module}.weight"
+    numbers, zeros = (parts.expect(f"{module}.{kind}", name, "int32") for kind in ("qweight", "qzeros"))
+    scales = parts.expect(f"{module}.scales", name, *FLOAT_SCALES)
     shapes = [entry.shape for entry in (numbers, scales, zeros)]
     if not all(len(shape) == 2 and all(shape) for shape in shapes) or not (
         scales.shape == (zeros.shape[0], PER_WORD * zeros.shape[1])
@@ -70,8 +62,8 @@ def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
         and numbers.shape[0] % scales.shape[0] == 0
     ):
         raise InputRefused(
-            f"{name}: {AWQ_NUMBERS} {list(shapes[0])}, {AWQ_SCALES} {list(shapes[1])} and {AWQ_ZEROS} "
-            f"{list(shapes[2])} are no weight of {AWQ_BITS} bits"
+            f"{name}: qweight {list(shapes[0])}, scales {list(shapes[1])} and qzeros {list(shapes[2])} are no weight "
+            f"of {AWQ_BITS} bits"
         )
     inputs, words = numbers.shape
 
@@ -80,13 +72,21 @@ def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
         return [Pieces(own.start * WORD_BYTES, (own.stop - own.start) * WORD_BYTES, inputs, words * WORD_BYTES)]
 
     def load() -> Decode:
-        values, points = parts.read(every[0]), parts.read(every[1])
-        refuse_damaged_scales(every[0], values)
-        return _AwqRows(inputs, values.T, _in_order(points).T).decode
+        values, points = parts.read_scales(scales.name).T, _in_order(parts.read(zeros.name)).T  # (outputs, groups)
 
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            """Some outputs, from the columns of the packed words."""
+            own = _words(rows)
+            ordered = _in_order(packed.view(np.int32).reshape(inputs, own.stop - own.start))
+            first = rows.start - own.start * PER_WORD
+            floats = ordered[:, first : first + rows.stop - rows.start].T.astype(np.float32, order="C")
+            return scaled(floats, values[rows], values.dtype, points[rows])
+
+        return decode
+
+    every, scheme = (scales.name, zeros.name), f"awq {AWQ_BITS}-bit"
     shape = (PER_WORD * words, inputs)
-    scheme = f"awq {AWQ_BITS}-bit"
-    return QuantisedTensor(name, shape, scales.dtype, packed, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE)
+    return QuantisedTensor(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE)
 
 
 def _words(rows: slice) -> slice:
@@ -99,23 +99,3 @@ def _in_order(words: NDArray[Any]) -> NDArray[np.uint8]:
     rows, count = words.shape
     numbers = unpack(np.ascontiguousarray(words).view(np.uint32), AWQ_BITS, PER_WORD * count)
     return numbers.reshape(rows, count, PER_WORD)[:, :, PLACE_OF_OUTPUT].reshape(rows, -1)
-
-
-@dataclass(frozen=True, eq=False)
-class _AwqRows:
-    """Outputs as rows: a scale and a zero point for each group of inputs."""
-
-    inputs: int
-    scales: NDArray[Any]  # (outputs, groups)
-    zero_points: NDArray[np.uint8]  # (outputs, groups)
-
-    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
-        """Some rows of the weight, from the columns of the packed words."""
-        own = _words(rows)
-        numbers = _in_order(packed.view(np.int32).reshape(self.inputs, own.stop - own.start))
-        first = rows.start - own.start * PER_WORD
-        values = numbers[:, first : first + rows.stop - rows.start].T.astype(np.float32, order="C")
-        grouped = values.reshape(len(values), self.scales.shape[1], -1)
-        grouped -= self.zero_points[rows].astype(np.float32)[:, :, None]
-        grouped *= self.scales[rows].astype(np.float32)[:, :, None]
-        return values.astype(self.scales.dtype)

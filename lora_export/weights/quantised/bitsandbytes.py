@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
 MOST_STATE_BYTES = 1 << 16
@@ -113,13 +113,12 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
         names += ["nested_absmax", "nested_quant_map"]
 
     def load() -> Decode:
-        table, scales = parts.read(f"{weight}.quant_map"), parts.read(f"{weight}.absmax").reshape(-1)
+        table = parts.read(f"{weight}.quant_map").reshape(-1)
         if nested is None:
-            refuse_damaged_scales(f"{weight}.absmax", scales)
-            return _Blocks(shape, dtype, block, table.reshape(-1), scales).decode
-        outer_table, outer = (parts.read(f"{weight}.nested_{name}").reshape(-1) for name in ("quant_map", "absmax"))
-        refuse_damaged_scales(f"{weight}.nested_absmax", outer)
-        return _Blocks(shape, dtype, block, table.reshape(-1), scales, outer_table, outer, *nested).decode
+            return _Blocks(shape, dtype, block, table, parts.read_scales(f"{weight}.absmax").reshape(-1)).decode
+        scales, outer_table = (parts.read(f"{weight}.{name}").reshape(-1) for name in ("absmax", "nested_quant_map"))
+        outer = parts.read_scales(f"{weight}.nested_absmax").reshape(-1)
+        return _Blocks(shape, dtype, block, table, scales, outer_table, outer, *nested).decode
 
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
     return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load)
@@ -161,17 +160,14 @@ def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> Q
             raise InputRefused(f"{marker}: only the row-major format (0) is known")
 
     def load() -> Decode:
-        scales = parts.read(scales_name).reshape(-1)
-        refuse_damaged_scales(scales_name, scales)
-        return functools.partial(_decode_rows, scales=scales, columns=shape[1], dtype=np.dtype(dtype))
+        scales = parts.read_scales(scales_name).reshape(-1)
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            values = packed.view(np.int8).reshape(-1, shape[1]).astype(np.float32)
+            values *= scales[rows, None]
+            values *= OF_INT8
+            return values.astype(dtype)
+
+        return decode
 
     return QuantisedTensor(weight, shape, np.dtype(dtype), weight, (scales_name, *markers), "int8", load)
-
-
-def _decode_rows(
-    rows: slice, packed: Bytes, *, scales: NDArray[np.float32], columns: int, dtype: np.dtype[Any]
-) -> NDArray[Any]:
-    values = packed.view(np.int8).reshape(-1, columns).astype(np.float32)
-    values *= scales[rows, None]
-    values *= OF_INT8
-    return values.astype(dtype)

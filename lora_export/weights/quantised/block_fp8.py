@@ -7,7 +7,6 @@ are stored as exponents. The product is made in fp32, and rounded once to the dt
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -31,16 +30,16 @@ def block_fp8_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype
     block = quantization.get("weight_block_size") or DEFAULT_BLOCK
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise InputRefused(f"the weight_block_size of the config is {block!r}, and not two positive numbers")
-    found = {}
-    for shard in parts.shards.values():
-        for name, entry in shard.entries.items():
-            if str(entry.dtype) == FP8:
-                found[name] = _quantised(parts, name, entry.shape, (block[0], block[1]), dtype)
-    return found
+    entries = {name: entry for shard in parts.shards.values() for name, entry in shard.entries.items()}
+    return {
+        name: _quantised(parts, name, entry.shape, (block[0], block[1]), np.dtype(dtype))
+        for name, entry in entries.items()
+        if str(entry.dtype) == FP8
+    }
 
 
 def _quantised(
-    parts: StoredParts, name: str, shape: tuple[int, ...], block: tuple[int, int], dtype: str
+    parts: StoredParts, name: str, shape: tuple[int, ...], block: tuple[int, int], dtype: np.dtype[Any]
 ) -> QuantisedTensor:
     scales_name = f"{name.removesuffix('weight')}{SCALES}"
     if not name.endswith("weight") or len(shape) != 2:
@@ -59,11 +58,18 @@ def _quantised(
             stored = powers_of_two(scales_name, stored)
         refuse_damaged_scales(scales_name, stored)
         grid = stored.astype(np.float32).reshape(-(-shape[0] // own[0]), -1)
-        return functools.partial(_decode, scales=grid, block=own, columns=shape[1], dtype=np.dtype(dtype))
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            values = packed.view(np.dtype(FP8)).reshape(-1, shape[1]).astype(np.float32)
+            of_rows = grid[np.arange(rows.start, rows.stop) // own[0]]
+            values *= np.repeat(of_rows, own[1], axis=1)[:, : shape[1]]
+            return values.astype(dtype)
+
+        return decode
 
     module = name.removesuffix("weight")
     every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
-    return QuantisedTensor(name, shape, np.dtype(dtype), name, every, "fp8", load)
+    return QuantisedTensor(name, shape, dtype, name, every, "fp8", load)
 
 
 def _block_of(grid: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, int]) -> tuple[int, int] | None:
@@ -79,18 +85,3 @@ def _block_of(grid: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, 
     if len(grid) != 2 or not math.prod(grid) or shape[0] % grid[0] or shape[1] % grid[1]:
         return None
     return shape[0] // grid[0], shape[1] // grid[1]
-
-
-def _decode(
-    rows: slice,
-    packed: Bytes,
-    *,
-    scales: NDArray[np.float32],
-    block: tuple[int, int],
-    columns: int,
-    dtype: np.dtype[Any],
-) -> NDArray[Any]:
-    values = packed.view(np.dtype(FP8)).reshape(-1, columns).astype(np.float32)
-    of_rows = scales[np.arange(rows.start, rows.stop) // block[0]]
-    values *= np.repeat(of_rows, block[1], axis=1)[:, :columns]
-    return values.astype(dtype)

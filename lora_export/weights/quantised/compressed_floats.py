@@ -10,7 +10,6 @@ The library makes bfloat16 of all four.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +20,13 @@ from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.packed_numbers import powers_of_two, unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
+from lora_export.weights.quantised.stored_parts import (
+    Decode,
+    QuantisedTensor,
+    StoredParts,
+    refuse_damaged_scales,
+    scaled,
+)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -48,14 +53,19 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         every = (f"{name}_global_scale", *every)
 
     def load() -> Decode:
-        stored = parts.read(f"{name}_scale")
-        if kind != "nvfp4":
-            return _Groups(kind, name, stored).decode
-        refuse_damaged_scales(f"{name}_scale", stored)
-        whole = parts.read(f"{name}_global_scale").reshape(-1)
-        if not (np.isfinite(whole).all() and whole.all()):
-            raise InputRefused(f"{name}_global_scale: {whole[0]} is no divisor. The file is damaged")
-        return _Groups(kind, name, stored, whole).decode
+        stored, divisor = parts.read(f"{name}_scale"), np.ones(1, np.float32)
+        if kind == "nvfp4":
+            refuse_damaged_scales(f"{name}_scale", stored)
+            divisor = parts.read(f"{name}_global_scale").reshape(-1)
+            if not (np.isfinite(divisor).all() and divisor.all()):
+                raise InputRefused(f"{name}_global_scale: {divisor[0]} is no divisor. The file is damaged")
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            own = stored[rows]
+            scales = own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
+            return scaled(_floats(kind, packed).reshape(len(scales), -1), scales, BFLOAT16)
+
+        return decode
 
     return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
 
@@ -73,33 +83,11 @@ def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int]:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """Rows of floats with a scale for each group of columns."""
-
-    kind: str
-    name: str
-    stored: NDArray[Any]  # the scales as they are stored, (rows, groups)
-    divisor: NDArray[np.float32] | None = None  # (1,) of nvfp4
-
-    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
-        """Some rows of the weight, from their packed bytes."""
-        scales = self._scales(self.stored[rows])
-        values = self._floats(packed).reshape(*scales.shape, -1)
-        values *= scales[:, :, None]
-        return values.astype(BFLOAT16).reshape(len(scales), -1)
-
-    def _scales(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        if self.divisor is None:
-            return powers_of_two(f"{self.name}_scale", stored)
-        scales: NDArray[np.float32] = stored.astype(np.float32) / self.divisor
-        return scales
-
-    def _floats(self, packed: Bytes) -> NDArray[np.float32]:
-        if self.kind == "mxfp8":
-            wide: NDArray[np.float32] = packed.view(FLOAT8).astype(np.float32)
-            return wide
-        return _six_bit_floats(packed) if self.kind == "mxfp6" else unpack_floats(packed)
+def _floats(kind: str, packed: Bytes) -> NDArray[np.float32]:
+    if kind == "mxfp8":
+        wide: NDArray[np.float32] = packed.view(FLOAT8).astype(np.float32)
+        return wide
+    return _six_bit_floats(packed) if kind == "mxfp6" else unpack_floats(packed)
 
 
 def _e2m3() -> NDArray[np.float32]:

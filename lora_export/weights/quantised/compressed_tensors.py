@@ -1,27 +1,38 @@
-"""Weights of compressed-tensors: which of its formats a module is stored in.
+"""Weights of compressed-tensors: integers of 1 to 8 bits, packed into words or as int8, and its 8-bit floats.
 
-    compressed_integers.py  integers of 1 to 8 bits packed into words; int8 and 8-bit floats (int, float, naive)
-    compressed_floats.py    4-bit, 6-bit and 8-bit floats in groups: nvfp4, mxfp4, mxfp6, mxfp8
+Floats of 4, 6 and 8 bits in groups are in `compressed_floats.py`.
+
+A number is stored plus half its range where it is packed. Scales are for the tensor, for each row, for each group of
+columns, or for each block; `weight_g_idx` has the group of each column. Zero points of packed numbers are packed along
+the rows. The product of a number and its scale is made in fp32, and is rounded once to the dtype of the scales.
 
 Source: the library's own functions, which the tests compare with bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
+from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
-from lora_export.weights.quantised.compressed_integers import packed_integers, plain_numbers
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from lora_export.weights.quantised.packed_numbers import MOST_BITS, unpack, words_of
+from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
 COMPRESSED_FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"),
 )
 NO_FORMATS = ("dense", "mixed-precision")
+USUAL_BITS = (4, 8)  # where the config states none
+MOST_COLUMNS = 1 << 24
 # What the library stores of a module's inputs and outputs. A float model has no use for it.
 ACTIVATION_PARTS = tuple(
     f"{what}_{kind}" for what in ("input", "output") for kind in ("scale", "zero_point", "global_scale", "g_idx")
@@ -30,39 +41,163 @@ ACTIVATION_PARTS = tuple(
 
 def compressed_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) -> dict[str, QuantisedTensor]:
     """The weights that compressed-tensors stores, by name. Raises InputRefused for a format that is not known."""
-    groups = _groups(quantization)
+    groups = quantization.get("config_groups")
+    groups = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     formats = {str(name) for name in (*(group.get("format") for group in groups), quantization.get("format")) if name}
     if unknown := formats - {*COMPRESSED_FORMATS, *NO_FORMATS}:
         raise InputRefused(
             f"{named('dequantize', True)} reads {', '.join(COMPRESSED_FORMATS)} of compressed-tensors, and this base "
             f"has {', '.join(sorted(unknown))}. Merge into the original float model"
         )
-    return {tensor.name: tensor for tensor in _found(parts, _arguments(groups))}
-
-
-def _groups(quantization: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    groups = quantization.get("config_groups")
-    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-
-
-def _arguments(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """What the config's groups state of their weights."""
-    return [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    arguments = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    return {tensor.name: tensor for tensor in _found(parts, arguments)}
 
 
 def _found(parts: StoredParts, arguments: Sequence[Mapping[str, Any]]) -> Iterator[QuantisedTensor]:
     for name in parts.names():
         module, _, kind = name.rpartition(".")
         others = parts.present(*(f"{module}.{activation}" for activation in ACTIVATION_PARTS))
-        if kind == "weight_packed":
-            words = parts.find(name)
-            if words is not None and str(words.dtype) == "uint8":
-                yield floats_in_groups(parts, f"{module}.weight", name, others)
-            else:
-                yield packed_integers(parts, f"{module}.weight", arguments, others)
-        elif kind == "weight_scale" and not parts.present(f"{module}.weight_packed"):
-            scales = parts.find(name)
-            if scales is not None and str(scales.dtype) == "uint8":
-                yield floats_in_groups(parts, f"{module}.weight", f"{module}.weight", others)
-            else:
-                yield plain_numbers(parts, f"{module}.weight", arguments, others)
+        weight, packed = f"{module}.weight", f"{module}.weight_packed"
+        is_packed = kind == "weight_packed"
+        if not is_packed and (kind != "weight_scale" or parts.present(packed)):
+            continue
+        found = parts.find(name)  # of floats in groups, both the numbers and the scales are bytes
+        if found is not None and str(found.dtype) == "uint8":
+            yield floats_in_groups(parts, weight, packed if is_packed else weight, others)
+        else:
+            yield (_packed_integers if is_packed else _plain_numbers)(parts, weight, arguments, others)
+
+
+# --- Integers, and floats with scales of rows or blocks ---
+
+
+def _packed_integers(
+    parts: StoredParts, name: str, arguments: Sequence[Mapping[str, Any]], others: tuple[str, ...]
+) -> QuantisedTensor:
+    """A weight of integers in words (pack-quantized). `arguments` are the config's of all weights."""
+    parts.expect(f"{name}_shape", name, "int64", "int32", count=2)
+    shape = tuple(parts.read(f"{name}_shape").reshape(-1).tolist())
+    words = parts.expect(f"{name}_packed", name, "int32")
+    if len(words.shape) != 2 or not 0 < shape[1] < MOST_COLUMNS:
+        raise InputRefused(f"{name}_packed: {list(words.shape)} of {words.dtype} is no packed matrix of {list(shape)}")
+    bits = [bits for bits in _stated_bits(arguments) if words_of(shape[1], bits) == words.shape[1]]
+    if shape[0] != words.shape[0] or len(bits) != 1:
+        raise InputRefused(
+            f"{name}_packed: {words.shape[0]} rows of {words.shape[1]} words are not {shape[0]} rows of {shape[1]} "
+            f"numbers of {' or '.join(map(str, _stated_bits(arguments)))} bits"
+        )
+    stored = _StoredNumbers(parts, name, shape, words.dtype, bits[0], _block(arguments, shape))
+    return stored.tensor(f"{name}_packed", (f"{name}_shape", *others))
+
+
+def _plain_numbers(
+    parts: StoredParts, name: str, arguments: Sequence[Mapping[str, Any]], others: tuple[str, ...]
+) -> QuantisedTensor:
+    """A weight of int8 or 8-bit floats (int-quantized, float-quantized, naive-quantized)."""
+    found = parts.find(name)
+    if found is None or str(found.dtype) not in ("int8", "float8_e4m3fn") or len(found.shape) != 2:
+        raise InputRefused(f"{name}: {name}_scale scales a matrix of int8 or 8-bit floats, which is missing")
+    stored = _StoredNumbers(parts, name, found.shape, found.dtype, 0, _block(arguments, found.shape))
+    return stored.tensor(name, others)
+
+
+def _stated_bits(arguments: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    stated = {each.get("num_bits") for each in arguments}
+    return sorted(bits for bits in stated if type(bits) is int and 0 < bits <= MOST_BITS) or USUAL_BITS
+
+
+def _block(arguments: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> tuple[int, int] | None:
+    """The rows and columns that share a scale, where the config states it for a weight of blocks."""
+    stated = {tuple(each["block_structure"]) for each in arguments if isinstance(each.get("block_structure"), list)}
+    if len(stated) != 1:
+        return None
+    block = next(iter(stated))
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise InputRefused(f"the block_structure of the config is {list(block)}, and not two positive numbers")
+    return min(block[0], shape[0]), min(block[1], shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredNumbers:
+    """A weight whose numbers are found; its scales and zero points. `bits` is 0 for int8 and floats."""
+
+    parts: StoredParts
+    name: str
+    shape: tuple[int, ...]
+    stored: np.dtype[Any]
+    bits: int
+    block: tuple[int, int] | None
+
+    def tensor(self, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
+        """The quantised tensor. Raises InputRefused where its parts do not fit, as far as their headers show it."""
+        name, (rows, columns) = self.name, self.shape
+        scales = self.parts.expect(f"{name}_scale", name, *FLOAT_SCALES, most=rows * columns)
+        grid = (scales.shape[0], scales.shape[1]) if len(scales.shape) == 2 else (math.prod(scales.shape), 1)
+        is_block = grid == self._grid_of_blocks
+        if not is_block and (grid[0] not in (1, rows) or not grid[1] or columns % grid[1]):
+            raise InputRefused(
+                f"{name}_scale: the shape {list(scales.shape)} does not fit a weight of {[rows, columns]}"
+            )
+        if groups := self.parts.present(f"{name}_g_idx"):
+            self.parts.expect(*groups, name, "int32", "int64", count=columns)
+        if zero_points := self.parts.present(f"{name}_zero_point"):
+            dtype = "int32" if self.bits else "int8"
+            count = words_of(grid[0], self.bits) if self.bits else grid[0]
+            self.parts.expect(*zero_points, name, dtype, count=count * grid[1])
+        scheme = f"{self.bits or 8}-bit {'floats' if str(self.stored).startswith('float') else 'integers'}"
+
+        def load() -> Decode:
+            values = self.parts.read_scales(f"{name}_scale").reshape(grid)
+            points = self._zero_points(grid) if zero_points else None
+            of_column = self._stated_groups(grid[1]) if groups else self._groups(grid[1], is_block=is_block)
+            share = self.block[0] if is_block and self.block else int(grid[0] > 1)  # rows with one scale; 0: all
+
+            def of_columns(each: NDArray[Any], own: slice) -> NDArray[np.float32]:
+                if share:
+                    each = each[own] if share == 1 else each[np.arange(own.start, own.stop) // share]
+                return (each if of_column is None else each[:, of_column]).astype(np.float32)
+
+            def decode(own: slice, packed: Bytes) -> NDArray[Any]:
+                numbers = self._numbers(packed.reshape(own.stop - own.start, -1)).astype(np.float32)
+                if points is not None:
+                    numbers -= of_columns(points, own)
+                numbers *= of_columns(values, own)
+                return numbers.astype(values.dtype)
+
+            return decode
+
+        every = (*others, f"{name}_scale", *groups, *zero_points)
+        return QuantisedTensor(name, (rows, columns), scales.dtype, packed, every, scheme, load)
+
+    def _numbers(self, packed: NDArray[np.uint8]) -> NDArray[Any]:
+        if not self.bits:
+            return packed.view(self.stored)
+        numbers = unpack(packed.view(np.uint32), self.bits, self.shape[1])
+        return numbers.astype(np.int16) - (1 << (self.bits - 1))
+
+    @property
+    def _grid_of_blocks(self) -> tuple[int, int] | None:
+        if self.block is None:
+            return None
+        return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
+
+    def _groups(self, groups: int, *, is_block: bool) -> NDArray[np.intp] | None:
+        if groups == 1:
+            return None
+        width = self.block[1] if is_block and self.block else self.shape[1] // groups
+        return np.arange(self.shape[1]) // width
+
+    def _stated_groups(self, groups: int) -> NDArray[np.intp]:
+        stated = self.parts.read(f"{self.name}_g_idx").reshape(-1)
+        if stated.min() < 0 or stated.max() >= groups:
+            raise InputRefused(f"{self.name}_g_idx: a column is in none of the {groups} groups")
+        return stated.astype(np.intp)
+
+    def _zero_points(self, grid: tuple[int, int]) -> NDArray[np.int8]:
+        stored = self.parts.read(f"{self.name}_zero_point")
+        if not self.bits:
+            return stored.reshape(grid)
+        rows, groups = grid
+        by_group = np.ascontiguousarray(stored.reshape(-1, groups).T).view(np.uint32)  # (groups, words)
+        numbers = unpack(by_group, self.bits, rows).astype(np.int16) - (1 << (self.bits - 1))
+        return numbers.T.astype(np.int8)

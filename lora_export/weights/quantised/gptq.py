@@ -13,7 +13,6 @@ Source: the publication's own packing, and gptqmodel 7.7 and auto-gptq 0.7.1, wh
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +32,9 @@ from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
     StoredParts,
-    refuse_damaged_scales,
+    scaled,
 )
 
-GPTQ_NUMBERS, GPTQ_ZEROS, GPTQ_SCALES, GPTQ_GROUPS = "qweight", "qzeros", "scales", "g_idx"
 GPTQ_BITS = (2, 3, 4, 8)
 FIRST, SECOND = "gptq", "gptq_v2"  # `checkpoint_format`
 GPTQ_OUTPUTS_AT_ONCE = 128  # one piece is read of each row of words
@@ -50,12 +48,10 @@ def gptq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) ->
             f"{named('dequantize', True)} reads GPTQ of the checkpoint_format {FIRST} and {SECOND}, and this base has "
             f"{layout}. Merge into the original float model, or save this one as one of these with gptqmodel"
         )
-    found = {}
-    for name in parts.names():
-        module, _, kind = name.rpartition(".")
-        if kind == GPTQ_NUMBERS:
-            found[f"{module}.weight"] = _GptqModule(parts, module, quantization, layout == FIRST).tensor()
-    return found
+    return {
+        f"{module}.weight": _GptqModule(parts, module, quantization, layout == FIRST).tensor()
+        for module in parts.modules_with("qweight")
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,39 +64,39 @@ class _GptqModule:
     def tensor(self) -> QuantisedTensor:
         """The weight. Raises InputRefused where its parts do not fit, as far as their headers show it."""
         name = f"{self.module}.weight"
-        numbers, scales, zeros = self._matrices(name)
+        numbers, scales, zeros = (
+            self._matrix(kind, dtypes)
+            for kind, dtypes in (("qweight", ("int32",)), ("scales", FLOAT_SCALES), ("qzeros", ("int32",)))
+        )
         groups, outputs = scales.shape
-        stated = self.parts.present(f"{self.module}.{GPTQ_GROUPS}")
+        stated = self.parts.present(f"{self.module}.g_idx")
         bits, inputs = self._bits_and_inputs(numbers, scales, zeros, stated)
         if stated:
             self.parts.expect(*stated, name, "int32", "int64", count=inputs)
         elif groups > 1 and not self._group_size(inputs):
-            raise InputRefused(f"{self.module}.{GPTQ_GROUPS} is missing, and the config states no group_size")
-        every = (scales.name, zeros.name, *stated)
+            raise InputRefused(f"{self.module}.g_idx is missing, and the config states no group_size")
 
         def pieces(rows: slice) -> Sequence[Pieces]:
             size = (rows.stop - rows.start) * WORD_BYTES
             return [Pieces(rows.start * WORD_BYTES, size, numbers.shape[0], outputs * WORD_BYTES)]
-
-        def load() -> Decode:
-            values = self.parts.read(scales.name)
-            refuse_damaged_scales(scales.name, values)
-            points = unpack(np.ascontiguousarray(self.parts.read(zeros.name)).view(np.uint32), bits, outputs)
-            if self.is_first_version:
-                points = (points + np.uint8(1)) & np.uint8((1 << bits) - 1)
-            return _OutputRows(bits, inputs, values.T, points.T, self._group_of_input(inputs, groups, stated)).decode
 
         return QuantisedTensor(
             name=name,
             shape=(outputs, inputs),
             dtype=scales.dtype,
             packed=numbers.name,
-            parts=every,
+            parts=(scales.name, zeros.name, *stated),
             scheme=f"gptq {bits}-bit",
-            load=load,
+            load=lambda: self._decoder(bits, inputs, scales, zeros, stated),
             pieces=pieces,
             rows_at_once=GPTQ_OUTPUTS_AT_ONCE,
         )
+
+    def _matrix(self, kind: str, dtypes: Sequence[str]) -> Entry:
+        entry = self.parts.expect(f"{self.module}.{kind}", f"{self.module}.weight", *dtypes)
+        if len(entry.shape) != 2 or not entry.nbytes:
+            raise InputRefused(f"{entry.name}: the shape {list(entry.shape)} is not that of a matrix")
+        return entry
 
     def _bits_and_inputs(self, numbers: Entry, scales: Entry, zeros: Entry, stated: Sequence[str]) -> tuple[int, int]:
         """The bits of a number, and the inputs. The config states the bits of most weights; some may have others."""
@@ -114,9 +110,8 @@ class _GptqModule:
             if (numbers.shape, zeros.shape) == sizes:
                 return bits, inputs
         raise InputRefused(
-            f"{self.module}.weight: {GPTQ_NUMBERS} {list(numbers.shape)}, {GPTQ_ZEROS} {list(zeros.shape)} and "
-            f"{GPTQ_SCALES} {list(scales.shape)} are no weight of {', '.join(map(str, GPTQ_BITS[:-1]))} or "
-            f"{GPTQ_BITS[-1]} bits"
+            f"{self.module}.weight: qweight {list(numbers.shape)}, qzeros {list(zeros.shape)} and scales "
+            f"{list(scales.shape)} are no weight of {', '.join(map(str, GPTQ_BITS[:-1]))} or {GPTQ_BITS[-1]} bits"
         )
 
     def _group_size(self, inputs: int) -> int:
@@ -124,54 +119,31 @@ class _GptqModule:
         size = self.quantization.get("group_size")
         return min(size, inputs) if type(size) is int and size > 0 else 0
 
-    def _matrices(self, name: str) -> list[Entry]:
-        found = [
-            self.parts.expect(f"{self.module}.{GPTQ_NUMBERS}", name, "int32"),
-            self.parts.expect(f"{self.module}.{GPTQ_SCALES}", name, *FLOAT_SCALES),
-            self.parts.expect(f"{self.module}.{GPTQ_ZEROS}", name, "int32"),
-        ]
-        for entry in found:
-            if len(entry.shape) != 2 or not entry.nbytes:
-                raise InputRefused(f"{entry.name}: the shape {list(entry.shape)} is not that of a matrix")
-        return found
-
     def _group_of_input(self, inputs: int, groups: int, stated: Sequence[str]) -> NDArray[np.intp]:
         if stated:
             found = self.parts.read(stated[0]).reshape(-1).astype(np.intp)
         else:
             found = np.arange(inputs) // self._group_size(inputs) if groups > 1 else np.zeros(inputs, np.intp)
         if found.min() < 0 or found.max() >= groups:
-            raise InputRefused(f"{self.module}.{GPTQ_GROUPS}: an input is in none of the {groups} groups")
+            raise InputRefused(f"{self.module}.g_idx: an input is in none of the {groups} groups")
         return found
 
+    def _decoder(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Decode:
+        groups, outputs = scales.shape
+        values = self.parts.read_scales(scales.name).T  # (outputs, groups)
+        points = unpack(np.ascontiguousarray(self.parts.read(zeros.name)).view(np.uint32), bits, outputs)
+        if self.is_first_version:
+            points = (points + np.uint8(1)) & np.uint8((1 << bits) - 1)
+        zero_points, group_of_input = points.T, self._group_of_input(inputs, groups, stated)
+        equal_groups = np.arange(inputs) // max(1, inputs // groups)
+        are_in_order = inputs % groups == 0 and np.array_equal(group_of_input, equal_groups)
 
-@dataclass(frozen=True, eq=False)
-class _OutputRows:
-    """Outputs as rows: a scale and a zero point for each group of inputs."""
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            """Some outputs, from the columns of the packed words."""
+            words = packed.view(np.uint32).reshape(-1, rows.stop - rows.start)
+            floats = unpack(np.ascontiguousarray(words.T), bits, inputs).astype(np.float32)
+            if are_in_order:  # twice as fast as a look-up for each input
+                return scaled(floats, values[rows], values.dtype, zero_points[rows])
+            return scaled(floats, values[rows][:, group_of_input], values.dtype, zero_points[rows][:, group_of_input])
 
-    bits: int
-    inputs: int
-    scales: NDArray[Any]  # (outputs, groups)
-    zero_points: NDArray[np.uint8]  # (outputs, groups)
-    group_of_input: NDArray[np.intp]
-
-    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
-        """Some rows of the weight, from the columns of the packed words."""
-        words = packed.view(np.uint32).reshape(-1, rows.stop - rows.start)
-        values = unpack(np.ascontiguousarray(words.T), self.bits, self.inputs).astype(np.float32)
-        zero_points, scales = self.zero_points[rows].astype(np.float32), self.scales[rows].astype(np.float32)
-        if self.are_in_order:  # twice as fast as a look-up for each input
-            grouped = values.reshape(*scales.shape, -1)
-            grouped -= zero_points[:, :, None]
-            grouped *= scales[:, :, None]
-        else:
-            values -= zero_points[:, self.group_of_input]
-            values *= scales[:, self.group_of_input]
-        return values.astype(self.scales.dtype)
-
-    @functools.cached_property
-    def are_in_order(self) -> bool:
-        """Whether the groups are equally many inputs that follow each other."""
-        groups = self.scales.shape[1]
-        expected = np.arange(self.inputs) // max(1, self.inputs // groups)
-        return self.inputs % groups == 0 and np.array_equal(self.group_of_input, expected)
+        return decode

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.packed_numbers import unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 SECOND_SCALE = "weight_scale_2"
@@ -40,14 +39,10 @@ def modelopt_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype:
             f"{named('dequantize', True)} reads {' and '.join(MODELOPT_ALGORITHMS)} of modelopt, and this base has "
             f"{algorithm}. Merge into the original float model, or dequantise this one with its own library"
         )
-    found = {}
-    for name in parts.names():
-        module, _, kind = name.rpartition(".")
-        if kind in CHANGED_INPUTS:
-            raise InputRefused(f"{name} changes the inputs of the layer: its weight alone is not its function")
-        if kind == SECOND_SCALE:
-            found[f"{module}.weight"] = _tensor(parts, module, np.dtype(dtype))
-    return found
+    for kind in CHANGED_INPUTS:
+        for module in parts.modules_with(kind):
+            raise InputRefused(f"{module}.{kind} changes the inputs of the layer: its weight alone is not its function")
+    return {f"{module}.weight": _tensor(parts, module, np.dtype(dtype)) for module in parts.modules_with(SECOND_SCALE)}
 
 
 def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedTensor:
@@ -56,37 +51,23 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
     numbers, scales = parts.expect(name, name, "uint8"), parts.expect(first, name, "float8_e4m3fn")
     parts.expect(second, name, "float32", count=1)
     groups = scales.shape[-1] if scales.shape else 0
-    if (
-        not math.prod(scales.shape)
-        or numbers.shape != (*scales.shape[:-1], NVFP4_BYTES * groups)
-        or len(scales.shape) != 2
-    ):
+    is_matrix = len(scales.shape) == 2 and math.prod(scales.shape) > 0
+    if not is_matrix or numbers.shape != (scales.shape[0], NVFP4_BYTES * groups):
         raise InputRefused(
             f"{name}: the shape {list(numbers.shape)} does not fit scales of {list(scales.shape)} for "
             f"{NVFP4_COLUMNS} columns"
         )
 
     def load() -> Decode:
-        whole = parts.read(second).reshape(-1)
-        refuse_damaged_scales(second, whole)
-        own = parts.read(first)
-        refuse_damaged_scales(first, own)
-        return _TwiceScaled(own, whole, dtype).decode
+        whole, own = parts.read_scales(second).reshape(-1), parts.read_scales(first)
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            values = unpack_floats(packed)
+            values += np.float32(0)  # the library's table has no -0
+            scales = own[rows].astype(np.float32) * whole
+            return scaled(values.reshape(len(scales), -1), scales, dtype)
+
+        return decode
 
     every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
     return QuantisedTensor(name, (scales.shape[0], NVFP4_COLUMNS * groups), dtype, name, every, "modelopt nvfp4", load)
-
-
-@dataclass(frozen=True, eq=False)
-class _TwiceScaled:
-    scales: NDArray[Any]  # (rows, groups), e4m3
-    second: NDArray[np.float32]  # (1,)
-    dtype: np.dtype[Any]
-
-    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
-        """Some rows of the weight, from their packed bytes."""
-        scales = self.scales[rows].astype(np.float32) * self.second
-        values = unpack_floats(packed).reshape(*scales.shape, NVFP4_COLUMNS)
-        values += np.float32(0)  # the library's table has no -0
-        values *= scales[:, :, None]
-        return values.astype(self.dtype).reshape(len(scales), -1)

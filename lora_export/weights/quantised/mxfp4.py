@@ -30,12 +30,8 @@ INPUTS_AT_ONCE = 16 * BLOCK_NUMBERS  # each output's bytes are read for so many 
 
 def mxfp4_weights(parts: StoredParts, _: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
     """The experts in mxfp4, by name. Raises InputRefused for blocks without scales, and for other shapes."""
-    found = {}
-    for packed in parts.names():
-        name = packed.removesuffix(BLOCKS_SUFFIX)
-        if name != packed:
-            found[name] = _quantised(parts, name, dtype)
-    return found
+    names = [name.removesuffix(BLOCKS_SUFFIX) for name in parts.names() if name.endswith(BLOCKS_SUFFIX)]
+    return {name: _quantised(parts, name, dtype) for name in names}
 
 
 def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:

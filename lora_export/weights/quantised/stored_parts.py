@@ -107,6 +107,10 @@ class StoredParts:
     def _shard_of(self) -> Mapping[str, TensorFile]:
         return {name: shard for shard in self.shards.values() for name in shard.entries}
 
+    def modules_with(self, kind: str) -> list[str]:
+        """The modules that have a tensor of this name."""
+        return [module for module, _, last in (name.rpartition(".") for name in self._shard_of) if last == kind]
+
     def find(self, name: str) -> Entry | None:
         """The entry of a stored tensor; None where there is none."""
         shard = self._shard_of.get(name)
@@ -138,6 +142,12 @@ class StoredParts:
         """Read a part whose entry fits (see `expect`)."""
         return self._shard_of[name].read(name)
 
+    def read_scales(self, name: str) -> NDArray[Any]:
+        """Read scales. Raises InputRefused where one is not a finite number."""
+        scales = self.read(name)
+        refuse_damaged_scales(name, scales)
+        return scales
+
     def read_rows(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a part whose entry fits. Raises InputRefused where the file became shorter."""
         shard = self._shard_of[name]
@@ -153,3 +163,20 @@ def refuse_damaged_scales(name: str, scales: NDArray[Any]) -> None:
     bad = scales.size - np.count_nonzero(np.isfinite(scales))
     if bad:
         raise InputRefused(f"{name}: {bad} scales are not finite numbers. The file is damaged")
+
+
+def scaled(
+    values: NDArray[np.float32],
+    scales: NDArray[Any],
+    dtype: np.dtype[Any],
+    zero_points: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """(number - zero point) * scale in fp32, in place, and rounded once to the dtype.
+
+    `values` are (rows, columns). Scales and zero points are (rows, groups), of groups of as many columns.
+    """
+    grouped = values.reshape(*scales.shape, -1)
+    if zero_points is not None:
+        grouped -= zero_points.astype(np.float32)[:, :, None]
+    grouped *= scales.astype(np.float32)[:, :, None]
+    return values.astype(dtype)
