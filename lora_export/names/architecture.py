@@ -37,7 +37,11 @@ def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
         return None
     parts = list(_parts(table, architecture, model_type, config))
     prefix = table.prefixes.get(architecture, "")
-    rules = [rule for part in _claimed(table, parts) for rule in _rules_of_part(table, part, prefix)]
+    rules = []
+    for part in _claimed(table, parts):
+        scope = None if part.path == "" else part.path.removeprefix(prefix).removeprefix(".")
+        of_part = table.rules.get(part.architecture) or table.rules[part.model_type]
+        rules += [RenameRule.of(rule, scope, "" if scope is None else prefix) for rule in of_part]
     own = len(rules)
     rules += [RenameRule.of(rule, None, "") for rule in table.rules.get(LEGACY, ())]
     return ArchitectureRules(
@@ -64,32 +68,19 @@ def _parts(
         if part.path == "":
             yield ModelPart("", architecture, model_type, "")
         elif not any(part.path.startswith(f"{path}.") for path in replaced):
-            own = _value_at(config, part.config) if part.config else None
+            own: Any = config if part.config else None
+            for key in part.config.split("."):
+                own = own.get(key) if isinstance(own, Mapping) else None
             own_type = own.get("model_type") if isinstance(own, Mapping) else None
             if isinstance(own, Mapping) and isinstance(own_type, str) and own_type and own_type != part.model_type:
                 replaced.append(part.path)
-                yield from _inside(part, _parts(table, _class_of(table, part.architecture, own_type), own_type, own))
+                # The class that a part of this type is built as.
+                head = next((name for name, one in table.auto.items() if part.architecture in one.values()), "model")
+                for inner in _parts(table, table.auto[head].get(own_type, ""), own_type, own):
+                    path, keys = f"{part.path}.{inner.path}", f"{part.config}.{inner.config}"
+                    yield ModelPart(path.rstrip("."), inner.architecture, inner.model_type, keys.rstrip("."))
             else:
                 yield part
-
-
-def _inside(outer: ModelPart, parts: Iterator[ModelPart]) -> Iterator[ModelPart]:
-    for part in parts:
-        path = f"{outer.path}.{part.path}" if part.path else outer.path
-        config = f"{outer.config}.{part.config}" if part.config else outer.config
-        yield ModelPart(path, part.architecture, part.model_type, config)
-
-
-def _class_of(table: ConversionTable, replaced: str, model_type: str) -> str:
-    """The class that a part of this type is built as, where the recorded part is of another type."""
-    head = next((name for name, classes in table.auto.items() if replaced in classes.values()), "model")
-    return table.auto[head].get(model_type, "")
-
-
-def _value_at(config: Any, path: str) -> Any:
-    for key in path.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
 
 
 def _claimed(table: ConversionTable, parts: Sequence[ModelPart]) -> Iterator[ModelPart]:
@@ -108,10 +99,3 @@ def _claimed(table: ConversionTable, parts: Sequence[ModelPart]) -> Iterator[Mod
             seen.setdefault(part.model_type, []).append(part.path)
         yield part
         seen.setdefault(part.architecture, []).append(part.path)
-
-
-def _rules_of_part(table: ConversionTable, part: ModelPart, prefix: str) -> Iterator[RenameRule]:
-    rules = table.rules.get(part.architecture) or table.rules[part.model_type]
-    scope = None if part.path == "" else part.path.removeprefix(prefix).removeprefix(".")
-    for rule in rules:
-        yield RenameRule.of(rule, scope, "" if scope is None else prefix)

@@ -1,20 +1,68 @@
-"""The names of a diffusion model's tensors in its other layout: that of its authors, or that of diffusers."""
+"""The names of a diffusion model's tensors in its other layout: that of its authors, or that of diffusers.
+
+The rows are data: `diffusion.json`. Each has a module of the original model and the modules of diffusers that have its
+weights; `{}` is a number. Modules that no row names have one name in both. The tests compare with diffusers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
-from lora_export.names.diffusion_tables import TABLES, RowLayout, TableRow, unet_table
+from lora_export.names.families import read_rows
 from lora_export.names.loaded_names import LoadedShapeOf, LoadedTensor, ShapeOf
 from lora_export.names.row_orders import swapped_halves
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, joined
 
+_DATA = read_rows("diffusion.json")
 _NUMBER = "{}"
 SUFFIXES = (".weight", ".bias")
 LONGEST_MATCHED = 500  # characters of a name that may be one of a table's
 PACKED = {".weight": ".in_proj_weight", ".bias": ".in_proj_bias"}  # of nn.MultiheadAttention
+
+
+class RowLayout(StrEnum):
+    """How the rows of an original weight relate to those of the modules of diffusers."""
+
+    EQUAL = "equal"  # one after another, all of one size
+    SQUARE_THEN_REST = "square, then the rest"  # all but the last are square matrices
+    SWAPPED = "swapped"  # the two halves (shift, scale) in the other order
+    SWAPPED_PAIR = "swapped pair"  # as SWAPPED where the weight has just these two; else unchanged
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One module of the original model, and what diffusers calls it."""
+
+    original: str
+    parts: tuple[str, ...]
+    rows: RowLayout = RowLayout.EQUAL
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """The names of one family of models. Rows with a number recognise it."""
+
+    model: str
+    diffusers_class: str  # the class of such a model in diffusers; empty where it has none
+    rows: tuple[TableRow, ...]
+
+
+def _rows(model: Mapping[str, Any]) -> Iterator[TableRow]:
+    for group in model["modules"]:
+        for one, many in group["modules"].items():
+            parts = (many,) if isinstance(many, str) else many
+            yield TableRow(
+                group["original"] + one,
+                tuple(group["diffusers"] + part for part in parts),
+                RowLayout(group.get("rows", RowLayout.EQUAL)),
+            )
+
+
+TABLES = tuple(NameTable(model["model"], model["diffusers_class"], tuple(_rows(model))) for model in _DATA["models"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,3 +223,60 @@ class _LayoutConversion:
             raise NotExpressible(f"splits {size} rows into square matrices and a rest")
         start = self.part * width
         return start, size if self.part == self.parts - 1 else start + width
+
+
+# --- A UNet ---
+#
+# Its authors (Stable Diffusion's `sgm`) number the blocks of the whole UNet, diffusers those of each resolution.
+
+DOWN = re.compile(r"(?:.*\.)?down_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+)\..*")
+UP = re.compile(r"(?:.*\.)?up_blocks\.(?P<block>\d+)\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\..*")
+INPUT = re.compile(r"(?:.*\.)?input_blocks\.(?P<number>\d+)\.(?P<inner>\d+)\.(?P<rest>.*)")
+OUTPUT = re.compile(r"(?:.*\.)?output_blocks\.(?P<number>\d+)\.(?P<inner>\d+)\.(?P<rest>.*)")
+MOST_BLOCKS = 64
+
+
+def unet_table(names: Iterable[str]) -> NameTable | None:
+    """The table for the UNet whose tensors have these names, in either layout; None where they are no UNet's."""
+    names = list(names)
+    for depth, blocks, with_attention in (_sizes_in_diffusers(names), _sizes_in_the_original(names)):
+        # The numbers are those of names, which a hostile file chooses.
+        if 0 < depth <= MOST_BLOCKS and 0 < blocks <= MOST_BLOCKS:
+            rows = _DATA["unet"]["outside"] | dict(_unet_rows(depth, blocks, with_attention))
+            table = tuple(TableRow(original, (diffusers,)) for original, diffusers in rows.items())
+            return NameTable("UNet", "UNet2DConditionModel", table)
+    return None
+
+
+def _sizes_in_diffusers(names: Iterable[str]) -> tuple[int, int, set[int]]:
+    """The layers of a block, the blocks, and those of them on the way up that have an attention. 0: none."""
+    down = [(int(m["block"]), int(m["layer"])) for m in map(DOWN.fullmatch, names) if m]
+    up = [(int(m["block"]), m["kind"]) for m in map(UP.fullmatch, names) if m]
+    depth = 1 + max((layer for block, layer in down if block == 0), default=-1)
+    blocks = 1 + max((block for block, _ in down), default=-1)
+    return depth, blocks, {block for block, kind in up if kind != "resnets"}
+
+
+def _sizes_in_the_original(names: Iterable[str]) -> tuple[int, int, set[int]]:
+    """As `_sizes_in_diffusers`."""
+    inputs = [(int(m["number"]), m["rest"]) for m in map(INPUT.fullmatch, names) if m]
+    outputs = [(int(m["number"]), int(m["inner"]), m["rest"]) for m in map(OUTPUT.fullmatch, names) if m]
+    halving = sorted({number for number, rest in inputs if rest.startswith("op.")})
+    depth = halving[0] - 1 if halving else max((number for number, _ in inputs), default=0)
+    if depth < 1:
+        return 0, 0, set()
+    with_attention = {number // (depth + 1) for number, inner, rest in outputs if inner == 1 and "conv" not in rest}
+    return depth, len(halving) + 1, with_attention
+
+
+def _unet_rows(depth: int, blocks: int, with_attention: set[int]) -> Iterator[tuple[str, str]]:
+    """The names of all modules inside of blocks."""
+    for when, kind, original, diffusers in _DATA["unet"]["places"]:
+        layers = {"each layer but the last": range(depth), "last layer": range(depth, depth + 1)}
+        for block in range(1 if when == "once" else blocks):
+            for layer in range(1) if when == "once" else layers.get(when, range(depth + 1)):
+                number = block * (depth + 1) + layer  # in the whole UNet
+                numbers = {"block": block, "layer": layer, "down": number + 1, "up": number}
+                numbers["after"] = 2 if block in with_attention else 1
+                for one, other in _DATA["unet"]["inside"][kind].items():
+                    yield f"{original.format(**numbers)}.{one}", f"{diffusers.format(**numbers)}.{other}"

@@ -74,8 +74,7 @@ class RenameRule:
             self._is_active = self._is_active or source == 0
             if not self._is_active:
                 return None
-        own_group = self._pattern.groupindex[f"g{source}"]
-        replacement = self._replacement(found, source, own_group)
+        replacement = self._replacement(found, source, self._pattern.groupindex[f"g{source}"])
         return Renamed(name[:start] + name[start:].replace(found.group(0), replacement, 1), source)
 
     def _start(self, name: str) -> int | None:

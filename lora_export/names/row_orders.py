@@ -68,7 +68,10 @@ class RowOrder(StrEnum):
             return alternating(rows)
         assert heads is not None
         if self is RowOrder.QUERY_GROUPS:
-            return _by_query_group(heads)
+            if heads.queries % heads.keys:
+                raise InputRefused(f"{heads.queries} heads are no multiple of {heads.keys} query groups")
+            q, k, v = np.split(np.arange(sum(heads.outputs)), np.cumsum(heads.outputs)[:2])
+            return np.concatenate([part.reshape(heads.keys, -1) for part in (q, k, v)], axis=1).reshape(-1)
         count = heads.queries if self in (RowOrder.HALVES_OF_QUERIES, RowOrder.PAIRS_OF_QUERIES) else heads.keys
         if not count:
             raise InputRefused("the base's config does not state its num_attention_heads")
@@ -77,10 +80,3 @@ class RowOrder(StrEnum):
             raise InputRefused(f"its {rows} rows are not those of the base's {count} heads{size}")
         is_halves = self in (RowOrder.HALVES_OF_QUERIES, RowOrder.HALVES_OF_KEYS)
         return (halves_of_heads if is_halves else pairs_of_heads)(rows, count)
-
-
-def _by_query_group(heads: Heads) -> Indices:
-    if heads.queries % heads.keys:
-        raise InputRefused(f"{heads.queries} heads are no multiple of {heads.keys} query groups")
-    q, k, v = np.split(np.arange(sum(heads.outputs)), np.cumsum(heads.outputs)[:2])
-    return np.concatenate([part.reshape(heads.keys, -1) for part in (q, k, v)], axis=1).reshape(-1)

@@ -12,15 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PATH = Path(__file__).with_name("transformers.json")
 MODULES = Path(__file__).with_name("modules.json")
 LEGACY = "legacy"  # the key of the rules that apply to every model
 
 
-@dataclass(frozen=True)
-class ModelPart:
+class ModelPart(NamedTuple):
     """A module of an architecture that is a model of its own."""
 
     path: str  # of the module; empty for the whole model
@@ -51,7 +50,11 @@ def read_table() -> ConversionTable:
     rules = {key: lists[value] if isinstance(value, str) else value for key, value in raw["rules"].items()}
     return ConversionTable(
         version=raw["transformers"],
-        rules={key: [_as_mapping(rule) for rule in value] for key, value in rules.items()},
+        # In the file, a plain rename is a pair.
+        rules={
+            key: [{"from": rule[:1], "to": rule[1:]} if isinstance(rule, list) else rule for rule in value]
+            for key, value in rules.items()
+        },
         parts={name: tuple(ModelPart(*part) for part in value[1:]) for name, value in raw["classes"].items()},
         prefixes={name: value[0] for name, value in raw["classes"].items()},
         auto=raw["auto"],
@@ -59,11 +62,6 @@ def read_table() -> ConversionTable:
         cannot_untie=frozenset(raw["cannot_untie"]),
         unbuilt=frozenset(raw["unbuilt"]),
     )
-
-
-def _as_mapping(rule: list[str] | dict[str, Any]) -> Mapping[str, Any]:
-    """A rule as a mapping; in the file, a plain rename is a pair."""
-    return {"from": [rule[0]], "to": [rule[1]]} if isinstance(rule, list) else rule
 
 
 # --- Modules ---

@@ -132,12 +132,8 @@ Collected = dict[str, list[AssembledTensor]]  # by the pattern of the rule
 SizeOf = Callable[[str, int], int | None]
 
 
-def no_size(_target: str, _axis: int) -> None:
-    """The size of a target, where nothing is known of the targets."""
-
-
 def converted(
-    rule: RenameRule, collected: Collected, config: Mapping[str, Any], size_of: SizeOf = no_size
+    rule: RenameRule, collected: Collected, config: Mapping[str, Any], size_of: SizeOf = lambda *_: None
 ) -> dict[str, AssembledTensor]:
     """What the operations of a converter make of the tensors that each of its patterns collected, by target.
 
@@ -233,18 +229,15 @@ class _Operations:
         result: Collected = {}
         for source, tensors in collected.items():
             is_permuted = permute_layer_names is None or any(name in source for name in permute_layer_names)
-            result[source if one_to_many else self.rule.targets[0]] = [
-                _permuted_heads(tensor, heads, inverse=inverse) if is_permuted else tensor for tensor in tensors
-            ]
+            permuted = []
+            for tensor in tensors:
+                size = tensor.shape[0]
+                if is_permuted and (len(tensor.shape) > 2 or size % (2 * heads)):
+                    raise NotExpressible(f"permutes the rows of {heads} heads, and the shape is {tensor.shape}")
+                order = (pairs_of_heads if inverse else halves_of_heads)(size, heads) if is_permuted else None
+                permuted.append(tensor if order is None else tensor.permuted(0, order))
+            result[source if one_to_many else self.rule.targets[0]] = permuted
         return result
-
-
-def _permuted_heads(tensor: AssembledTensor, heads: int, *, inverse: bool) -> AssembledTensor:
-    """The rows of each head, from pairs of rows side by side to two halves, or back."""
-    size = tensor.shape[0]
-    if len(tensor.shape) > 2 or size % (2 * heads):
-        raise NotExpressible(f"permutes the rows of {heads} heads, and the shape is {tensor.shape}")
-    return tensor.permuted(0, (pairs_of_heads if inverse else halves_of_heads)(size, heads))
 
 
 def _only_tensor(collected: Collected) -> AssembledTensor:

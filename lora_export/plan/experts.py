@@ -17,7 +17,7 @@ import numpy as np
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.architecture import ArchitectureRules
-from lora_export.names.experts import PROJECTION_OF, PROJECTIONS, is_turned
+from lora_export.names.families import PROJECTION_OF, PROJECTIONS, is_turned
 from lora_export.names.loaded_names import Conversion, LoadedNames
 from lora_export.plan.types import TensorSpec
 

@@ -16,7 +16,7 @@ from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair, split_part
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
-from lora_export.names.experts import model_types
+from lora_export.names.families import model_types
 from lora_export.names.tensor_parts import NotExpressible
 from lora_export.options.spelling import named
 from lora_export.plan.attempts import AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling

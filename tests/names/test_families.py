@@ -1,7 +1,8 @@
-"""Names, order and joins of a family's layers. The readers and writers of the formats compare the values."""
+"""Names, order and joins of a family's layers; names and axes of experts. The formats compare the values."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -10,10 +11,19 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.formats.litgpt import names_of_family
-from lora_export.lora import LoraPair
-from lora_export.names.families import FamilyNames, column, read_rows
+from lora_export.lora import ExpertAxes, LoraPair
+from lora_export.names.families import (
+    STORED_IN_OUT,
+    TRANSPOSED_CLASSES,
+    FamilyNames,
+    column,
+    is_turned,
+    model_types,
+    read_rows,
+)
 from lora_export.names.row_orders import Heads
 from lora_export.names.table import KNOWN_MODEL_TYPES
+from support.stacked_parameters import classes_of_experts
 
 
 def numbered(rows: int, first: int = 0, scale: float = 2.0) -> LoraPair:
@@ -87,6 +97,7 @@ def test_every_row_is_of_a_model_type_that_transformers_has() -> None:
 def test_every_column_has_its_source() -> None:
     rows = read_rows("families.json")
     assert {name for row in rows["model_types"].values() for name in row} == set(rows["sources"])
+    assert all(re.search(r" \d+\.\d+", source) for source in rows["sources"].values()), "which version?"
 
 
 @pytest.mark.parametrize("program", ["gguf", "mlx", "torchtune"])
@@ -105,3 +116,42 @@ def test_every_family_of_litgpt_names_each_layer_once() -> None:
 
 def test_the_architectures_are_those_of_the_gguf_package() -> None:
     assert {row["architecture"] for row in column("gguf").values()} <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+GPT_OSS, LLAMA_4, MIXTRAL = {"gpt_oss"}, {"llama4", "llama4_text"}, {"mixtral"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "wanted", "types", "expected"),
+    [
+        (ExpertAxes.OUT_IN, ExpertAxes.OUT_IN, (), False),
+        (ExpertAxes.STORED, ExpertAxes.OUT_IN, GPT_OSS, True),
+        (ExpertAxes.STORED, ExpertAxes.OUT_IN, LLAMA_4, True),
+        (ExpertAxes.STORED, ExpertAxes.OUT_IN, MIXTRAL, False),
+        (ExpertAxes.STORED, ExpertAxes.OUT_IN, (), None),
+        (ExpertAxes.BY_CLASS, ExpertAxes.OUT_IN, GPT_OSS, False),
+        (ExpertAxes.BY_CLASS, ExpertAxes.OUT_IN, LLAMA_4, True),
+        (ExpertAxes.TRANSPOSED, ExpertAxes.OUT_IN, MIXTRAL, True),
+        (ExpertAxes.TRANSPOSED, ExpertAxes.OUT_IN, GPT_OSS, False),
+        (ExpertAxes.UNKNOWN, ExpertAxes.OUT_IN, MIXTRAL, None),
+        (ExpertAxes.OUT_IN, ExpertAxes.BY_CLASS, GPT_OSS, False),
+        (ExpertAxes.OUT_IN, ExpertAxes.BY_CLASS, LLAMA_4, True),
+        (ExpertAxes.OUT_IN, ExpertAxes.BY_CLASS, MIXTRAL, False),
+        (ExpertAxes.STORED, ExpertAxes.BY_CLASS, GPT_OSS, True),
+        (ExpertAxes.STORED, ExpertAxes.BY_CLASS, LLAMA_4, False),
+        (ExpertAxes.BY_CLASS, ExpertAxes.BY_CLASS, (), False),
+    ],
+)
+def test_a_pair_is_turned_where_its_axes_are_not_those(axes, wanted, types, expected):
+    assert is_turned(axes, wanted, types) is expected
+
+
+def test_the_classes_are_those_of_transformers():
+    packages = {one.package for one in classes_of_experts() if one.is_transposed}
+    assert packages == TRANSPOSED_CLASSES - {"aria_text"}
+    assert {"llama4", "llama4_text"} == STORED_IN_OUT - TRANSPOSED_CLASSES
+
+
+def test_model_types_of_nested_configs_are_found():
+    config = {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}, "vision_config": {"model_type": 7}}
+    assert model_types(config) == {"llama4", "llama4_text"}
