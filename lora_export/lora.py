@@ -282,19 +282,6 @@ def new_embedding_pair(
 
 
 PerName = TypeVar("PerName")
-FROZEN_TABLES = (
-    "pairs",
-    "replaced",
-    "biases",
-    "added",
-    "token_rows",
-    "layouts",
-    "experts",
-    "tied",
-    "spelling",
-    "metadata",
-    "hub",
-)
 
 
 class ExpertAxes(StrEnum):
@@ -364,8 +351,9 @@ class Adapter:
     hub: Mapping[str, str] = field(default_factory=dict)  # repository and revision, of the Hugging Face Hub
 
     def __post_init__(self) -> None:
-        for name in FROZEN_TABLES:
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name, value in vars(self).items():
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
 
     @property
     def names(self) -> list[str]:
@@ -384,15 +372,10 @@ class Adapter:
 
         names = (*self.pairs, *self.replaced, *self.biases, *self.added, *self.token_rows)
         tied = {new_name(head): new_name(module) for head, module in self.tied.items()}
+        kinds = ("pairs", "replaced", "biases", "added", "token_rows", "layouts", "experts")
+        fields |= {kind: table(getattr(self, kind)) for kind in kinds}
         return replace(
             self,
-            pairs=table(self.pairs),
-            replaced=table(self.replaced),
-            biases=table(self.biases),
-            added=table(self.added),
-            token_rows=table(self.token_rows),
-            layouts=table(self.layouts),
-            experts=table(self.experts),
             tied={head: module for head, module in tied.items() if head is not None and module is not None},
             spelling=table(self.spelling) | table({name: self.spelled(name) for name in names}),
             **fields,

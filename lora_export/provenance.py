@@ -84,10 +84,8 @@ def read_history(text: str, source: Path) -> History:
 def history(record: Mapping[str, Any], source: Path) -> History:
     """The adapters in a record. Raises InputRefused where it is damaged."""
     adapters = record.get("adapters", [])
-    if not isinstance(adapters, list) or not all(map(_is_adapter, adapters)):
+    if not isinstance(adapters, list) or not all(
+        isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str) for adapter in adapters
+    ):
         raise InputRefused(f"{source}: the record of an earlier merge is damaged")
     return tuple(adapters)
-
-
-def _is_adapter(adapter: Any) -> bool:
-    return isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str)

@@ -45,13 +45,11 @@ class StructuredPair(LoraPair):
         rows: _Indices | None = None,
         columns: _Indices | None = None,
     ):
-        fields: dict[str, Any] = {name: finite_fp32(name, value) for name, value in stored.items()}
-        fields |= {"stored": fields.copy(), "scale": scale, "embedding": False, "as_stored": False, "kernel": kernel}
-        fields |= {"rows": rows, "columns": columns}
-        fields["magnitude"] = None if magnitude is None else finite_fp32("magnitude", magnitude)
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "shape_of_whole", self._shape_of_whole())
+        factors = {name: finite_fp32(name, value) for name, value in stored.items()}
+        magnitude = None if magnitude is None else finite_fp32("magnitude", magnitude)
+        vars(self).update(factors, stored=factors, scale=scale, magnitude=magnitude, embedding=False, as_stored=False)
+        vars(self).update(kernel=kernel, rows=rows, columns=columns)
+        vars(self).update(shape_of_whole=self._shape_of_whole())
         if not math.isfinite(scale):
             raise InputRefused(f"the scale is {scale}; it must be finite")
         if magnitude is not None and magnitude.shape != self.shape[:1]:
@@ -118,22 +116,21 @@ class StructuredPair(LoraPair):
             raise InputRefused("a part of the inputs of a convolution is not supported")
         own_rows = np.arange(self.shape_of_whole[0]) if self.rows is None else self.rows
         own_columns = np.arange(self.shape_of_whole[1]) if self.columns is None else self.columns
-        magnitude = self.magnitude if rows is None or self.magnitude is None else self.magnitude[rows]
-        return type(self)(
-            self.stored,
-            self.scale,
-            magnitude,
-            kernel=self.kernel,
+        return self._with(
+            magnitude=self.magnitude if rows is None or self.magnitude is None else self.magnitude[rows],
             rows=self.rows if rows is None else own_rows[rows],
             columns=self.columns if columns is None else own_columns[columns],
         )
 
     def times(self, weight: float) -> LoraPair:
-        kernel, rows, columns = self.kernel, self.rows, self.columns
-        return type(self)(self.stored, weight * self.scale, self.magnitude, kernel=kernel, rows=rows, columns=columns)
+        return self._with(scale=weight * self.scale)
 
     def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
-        return type(self)(self.stored, self.scale, self.magnitude, kernel=kernel, rows=self.rows, columns=self.columns)
+        return self._with(kernel=kernel)
+
+    def _with(self, **changed: Any) -> LoraPair:
+        fields = {name: getattr(self, name) for name in ("scale", "magnitude", "kernel", "rows", "columns")}
+        return type(self)(self.stored, **(fields | changed))
 
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None

@@ -54,14 +54,11 @@ def stage_folder(
     """
 
     def publish(stage: Path, target: Path) -> None:
-        _refuse_taken([target], overwrite=overwrite)  # again: another process may have created it meanwhile
+        _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
         _refuse_foreign_files(target)
         _swap_in(stage, target)
 
-    with (
-        _file_errors(target),
-        _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage,
-    ):
+    with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
         _refuse_foreign_files(_absolute(target))
         yield stage
 
@@ -86,7 +83,7 @@ def stage_file(
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
         former = set(_data_files(target))  # one of the same name has the same content, and may be replaced
-        _refuse_taken([target], overwrite=overwrite)
+        _refuse_taken(target, overwrite=overwrite)
         foreign = [name for name in companions if target.parent / name not in former]
         equal = [] if overwrite else _equal_companions(stage, target.parent, foreign)
         for name in equal:
@@ -101,10 +98,7 @@ def stage_file(
             path.unlink()
             on_message(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
 
-    with (
-        _file_errors(target),
-        _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage,
-    ):
+    with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
         if _absolute(target).is_dir():
             raise OutputFailed(f"{target} is a folder; name a file")
         yield stage
@@ -161,24 +155,24 @@ def _staged(
     publish: Callable[[Path, Path], None],
 ) -> Iterator[Path]:
     """Check the target, take its lock, remove what dead runs left, yield an empty stage, and publish it."""
-    target = _absolute(target)
-    _check_target(target, inputs, required_bytes)
-    _refuse_taken([target], overwrite=overwrite)
-    lock = target.parent / _hidden_name(target, "lock")
-    with contextlib.ExitStack() as to_the_end, _folder(target.parent), output_lock(lock, target):
-        _remove_orphans(target, on_message)
-        _refuse_taken([target], overwrite=overwrite)  # again: an output that was set aside may be back
-        stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
-        try:
-            stage.mkdir()
-            yield stage
-            _flush(stage)
-            to_the_end.enter_context(deferred_signals())
-            publish(stage, target)
-            published.append(target)
-        finally:
-            with deferred_signals():
-                shutil.rmtree(stage, ignore_errors=True)
+    with _file_errors(target), contextlib.ExitStack() as to_the_end:
+        target = _absolute(target)
+        _check_target(target, inputs, required_bytes)
+        _refuse_taken(target, overwrite=overwrite)
+        with _folder(target.parent), output_lock(target.parent / _hidden_name(target, "lock"), target):
+            _remove_orphans(target, on_message)
+            _refuse_taken(target, overwrite=overwrite)  # again: an output that was set aside may be back
+            stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
+            try:
+                stage.mkdir()
+                yield stage
+                _flush(stage)
+                to_the_end.enter_context(deferred_signals())
+                publish(stage, target)
+                published.append(target)
+            finally:
+                with deferred_signals():
+                    shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -257,12 +251,11 @@ def _is_within(path: Path, folder: Path) -> bool:
     return folder.is_dir() and any(parent.exists() and parent.samefile(folder) for parent in path.parents)
 
 
-def _refuse_taken(paths: Iterable[Path], *, overwrite: bool) -> None:
-    for path in paths:
-        if path.is_symlink():
-            raise OutputFailed(f"{path} is a symbolic link; name the file or folder that it refers to")
-        if path.exists() and not overwrite:
-            raise OutputFailed(f"{path} exists already; add {named('overwrite', True)} to replace it")
+def _refuse_taken(target: Path, *, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise OutputFailed(f"{target} is a symbolic link; name the file or folder that it refers to")
+    if target.exists() and not overwrite:
+        raise OutputFailed(f"{target} exists already; add {named('overwrite', True)} to replace it")
 
 
 def _refuse_foreign_files(target: Path) -> None:
@@ -327,12 +320,8 @@ def _remove_orphans(target: Path, on_message: OnMessage) -> None:
 
 def _flush(folder: Path) -> None:
     """Write everything in a folder to the disk, so that no power cut leaves a name without its contents."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _flush_folder(path)
-        else:
-            _flush_file(path)
-    _flush_folder(folder)
+    for path in (*folder.rglob("*"), folder):
+        (_flush_folder if path.is_dir() else _flush_file)(path)
 
 
 def _flush_file(path: Path) -> None:

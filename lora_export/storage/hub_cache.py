@@ -15,10 +15,12 @@ from typing import Any
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
 
-# Pickles and Python files can run code. They are not in this list.
-WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-# The same weights again, in another layout or at another step of the training.
-UNWANTED = ("consolidated*.safetensors", "original/*", "checkpoint-*", "onnx/*", "openvino/*")
+# The files that are downloaded, without which a snapshot is not complete. Pickles and Python files can run code, and
+# are not among them. Ignored are the same weights again, in another layout or at another step of the training.
+PATTERNS: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+    "ignore_patterns": ["consolidated*.safetensors", "original/*", "checkpoint-*", "onnx/*", "openvino/*"],
+}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
 # A missing file of these kinds is a missing file.
@@ -49,11 +51,7 @@ def download_snapshot(name: str, revision: str | None, on_message: Callable[[str
         )
     on_message(f"{shown}: downloading from {constants.ENDPOINT}")
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED), tqdm_class=_bars()
-            )
-        )
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, tqdm_class=_bars(), **PATTERNS))
     except Exception as error:  # the HTTP client's exceptions depend on the version of huggingface_hub
         raise _failure(name, shown, constants.ENDPOINT, error) from error
     if not any(folder.rglob("*.safetensors")):
@@ -155,13 +153,6 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     except ImportError:
         return None
     try:
-        found = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=True,
-            allow_patterns=list(WANTED),  # a snapshot without the other files is complete
-            ignore_patterns=list(UNWANTED),
-        )
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, **PATTERNS))
     except (LocalEntryNotFoundError, ValueError):  # ValueError: no name of the Hub
         return None
-    return Path(found)

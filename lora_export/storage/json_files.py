@@ -69,17 +69,13 @@ def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = Fals
     path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8", newline="\n")
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _is_flat(value: Any) -> bool:
     return isinstance(value, dict) and not any(isinstance(inner, dict | list) for inner in value.values())
 
 
 # Fields of a model's config that this program uses, a check of each, and what it must be.
 _USED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "architectures": (_are_names, "a list of names"),
+    "architectures": (lambda value: isinstance(value, list) and {*map(type, value)} <= {str}, "a list of names"),
     "id2label": (_is_flat, "a table of names"),
     "label2id": (_is_flat, "a table of numbers"),
     "problem_type": (lambda value: isinstance(value, str), "a name"),

@@ -28,10 +28,15 @@ def output_lock(path: Path, target: Path) -> Iterator[None]:
 
     Nothing is left behind, unless the process is killed. Then the file stays, and the next run takes it over.
     """
+    import filelock  # here: commands that write nothing start sooner without it
+
+    take = _locked_file if filelock.has_fcntl or sys.platform == "win32" else _marker_file
     release: Callable[[], None] | None = None
     try:
         with deferred_signals():
-            release = _take(path, target)
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            release = take(path, target)
         yield
     finally:
         if release is not None:
@@ -39,19 +44,8 @@ def output_lock(path: Path, target: Path) -> Iterator[None]:
                 release()
 
 
-def _take(path: Path, target: Path) -> Callable[[], None]:
+def _locked_file(path: Path, target: Path) -> Callable[[], None]:
     """Take the lock and return the function that releases it."""
-    import filelock  # here: commands that write nothing start sooner without it
-
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    if filelock.has_fcntl or sys.platform == "win32":
-        descriptor = _locked_file(path, target)
-        return lambda: _remove(path, descriptor)
-    return _marker_file(path, target)
-
-
-def _locked_file(path: Path, target: Path) -> int:
     from filelock import lock_descriptor
 
     while True:
@@ -61,29 +55,19 @@ def _locked_file(path: Path, target: Path) -> int:
         except OSError:  # a file system without locks
             _remove(path, descriptor)
             raise
+        # Windows locks the file's first byte, and lets no other process read it. So the signature begins behind it.
         if not locked:
-            owner = _signature(descriptor)
+            os.lseek(descriptor, 1, os.SEEK_SET)
+            owner = os.read(descriptor, LONGEST_SIGNATURE).decode("ascii", "replace").strip()
             os.close(descriptor)
             raise _taken(owner, target)
         if os.fstat(descriptor).st_nlink:
-            _sign(descriptor)
-            return descriptor
+            with contextlib.suppress(OSError):  # on a full disk, the lock holds without a signature
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f" {os.getpid()}\n".encode())
+            return lambda: _remove(path, descriptor)
         # Between our open and our lock, the owner finished and removed the file: the one that we hold has no name.
         os.close(descriptor)
-
-
-# Windows locks the file's first byte, and lets no other process read it. So the signature begins behind it.
-
-
-def _sign(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # on a full disk, the lock holds without a signature
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f" {os.getpid()}\n".encode())
-
-
-def _signature(descriptor: int) -> str:
-    os.lseek(descriptor, 1, os.SEEK_SET)
-    return os.read(descriptor, LONGEST_SIGNATURE).decode("ascii", "replace").strip()
 
 
 def _remove(path: Path, descriptor: int) -> None:
