@@ -22,8 +22,8 @@ from torch import nn
 import lora_export as le
 import small_task
 from lora_export import layers
-from lora_export.formats.peft import WEIGHTS
-from lora_export.formats.writers import WriteOptions, peft
+from lora_export.formats import WriteOptions, peft
+from lora_export.formats.peft_keys import WEIGHTS
 from lora_export.lora import Adapter
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.loop import fit

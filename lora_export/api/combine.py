@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_export import provenance
 from lora_export.adapters.combine import combine_adapters
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.formats.writers.peft import write_any_ranks
+from lora_export.formats.peft_writing import write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions
 from lora_export.options.declaring import takes

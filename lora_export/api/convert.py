@@ -15,8 +15,7 @@ from lora_export.api.output_names import with_suffix
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError
-from lora_export.formats import onnx_adapter
-from lora_export.formats.writers import WriteOptions, holds_pipelines, writer_of
+from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.merge.isolate import without_unchanged_tables

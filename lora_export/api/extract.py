@@ -10,7 +10,7 @@ from typing import Any
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, total_share
 from lora_export.callbacks import in_bytes
-from lora_export.formats.writers.peft import write_any_ranks
+from lora_export.formats.peft_writing import write_any_ranks
 from lora_export.options.adapters import ExtractOptions
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named

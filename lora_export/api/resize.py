@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, resize_adapter, total_share
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.formats.writers.peft import name_in_patterns, write_any_ranks
+from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
 from lora_export.options.adapters import ResizeOptions
 from lora_export.options.declaring import takes
 from lora_export.storage import atomic_output

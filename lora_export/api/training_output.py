@@ -16,7 +16,7 @@ from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, losses_of
 from lora_export.callbacks import OnMessage
 from lora_export.errors import OutputFailed
-from lora_export.formats.writers import WriteOptions, peft
+from lora_export.formats import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.reading import DEFAULTS

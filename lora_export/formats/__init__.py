@@ -1,11 +1,13 @@
 """Adapter formats. Each is one file, recognised by the contents of the adapter.
 
 To add the format NAME, write `formats/NAME.py` with what `AdapterFormat` asks for (DESCRIPTION, `recognises`, `read`),
-and `tests/formats/test_NAME.py`. Every module of this folder that has these is a format.
+and `tests/formats/test_NAME.py`. Every module of this folder that has these is a format. To write the format, add what
+`AdapterWriter` asks for (SUFFIX, `write`), and the name in `options.adapters.WrittenFormat`.
 
-The new module returns an `Adapter`: pairs A (rank, in...) and B (out, rank...) with a final scale, under the module
-names of the base. What is special about the format (alpha, prefixes, file layout) stays in its file. It refuses what it
-does not support, by name, with InputRefused.
+`read` returns an `Adapter`: pairs A (rank, in...) and B (out, rank...) with a final scale, under the module names of
+the base. What is special about the format (alpha, prefixes, file layout) stays in its file. It refuses what it does not
+support, by name, with InputRefused. `write` refuses by name what its format cannot express. It drops nothing, and it
+rounds no value.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -22,6 +24,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
+from lora_export.plan.diffusion import Family
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 
@@ -42,11 +45,36 @@ class AdapterFormat(Protocol):
         """Read the adapter. Raises InputRefused with everything that is wrong with it."""
 
 
-class _OfEveryKey(Protocol):
-    """What a format that is recognised by every key provides beside that."""
+@dataclass(frozen=True)
+class WriteOptions:
+    """How an adapter is written."""
 
-    def foreign_keys(self, path: Path) -> list[str]:
-        """The keys of another format in a file that is in this one otherwise."""
+    reading: ReadOptions = DEFAULTS  # how it was read; `base_config` has what some formats need of the base
+    family: Family = Family.UNKNOWN  # of the diffusion pipeline, which numbers its text encoders
+    stacked_experts: bool = False  # of PEFT's format: one tensor for all experts of a projection, as SGLang reads them
+
+
+class AdapterWriter(Protocol):
+    """What the module of a format that can be written provides."""
+
+    SUFFIX: str  # of the file; empty where the output is a folder
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+        """Write the adapter to a folder that exists, or to a file that does not, both staged by the caller.
+
+        Returns what the user should know. Raises InputRefused with everything that the format cannot express, and
+        leaves nothing to clean up but what is in `path`.
+        """
+
+
+def writer_of(target: str) -> AdapterWriter:
+    """The writer of a format that the options name. Its module is imported then."""
+    return cast(AdapterWriter, importlib.import_module(f"{__name__}.{target}"))
+
+
+def holds_pipelines(target: str) -> bool:
+    """Whether a format has adapters for several models of a pipeline: those of one file for image models."""
+    return getattr(writer_of(target), "OF_PIPELINES", False)
 
 
 @functools.cache
@@ -95,7 +123,8 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
 def _refuse_foreign_keys(path: Path) -> None:
     """Raise InputRefused for a file of which most keys are in one format, and some are not."""
     for name, module in known_formats().items():
-        if hasattr(module, "foreign_keys") and (foreign := cast(_OfEveryKey, module).foreign_keys(path)):
+        foreign: list[str] = getattr(module, "foreign_keys", lambda _: [])(path)
+        if foreign:
             raise InputRefused(
                 f"{path} is in the format {name}, but for {len(foreign)} of its keys:", listed(foreign, SHOWN_KEYS)
             )

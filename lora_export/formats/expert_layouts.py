@@ -1,4 +1,4 @@
-"""LoRA on experts: how trainers lay the pairs of many experts out in one A and one B.
+"""LoRA on experts: how trainers lay the pairs of many experts out in one A and one B, and these pairs by projection.
 
 Flat (PEFT's `target_parameters`): A (experts * rank, in), B (out, experts * rank). The columns of B are ordered by rank
 first (PEFT) or by expert first (Unsloth before 2026.9.6). Stacked (Megatron-Bridge): A (experts, rank, in),
@@ -8,7 +8,8 @@ B (experts, out, rank). Shared (SGLang, Miles, Tinker): as stacked, and the firs
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
-from lora_export.lora import ExpertAxes, LoraPair
-from lora_export.names.families import column
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.names.families import ALTERNATING, PROJECTION_OF, column, is_turned
+from lora_export.names.row_orders import two_blocks
 from lora_export.options.spelling import named
 
 # The order in which every class of transformers registers the stacked parameters of its experts. PEFT wraps a module
@@ -32,6 +34,7 @@ UNSLOTH_FAMILIES = frozenset(column("unsloth"))
 FAMILY = re.compile(r"transformers\.models\.(\w+)")
 UNSLOTH_LAYOUTS = "unsloth_fused_expert_lora"
 B_LAYOUT = "lora_B_layout"
+_MODULE = re.compile(r"(?P<owner>.+\.experts)\.(?P<number>\d+)\.(?P<last>[^.]+)")
 
 
 class BLayout(StrEnum):
@@ -133,3 +136,87 @@ def nested_parameters(module: str, targeted: list[str], count: int) -> list[str]
         return None
     ordered = sorted(targeted, key=REGISTRATION_ORDER.index) if count > 1 else targeted
     return [f"{module}.{name}" for name in ordered]
+
+
+# --- The pairs of an adapter by projection, whatever their layout ---
+
+
+@dataclass
+class ExpertStacks:
+    """The pairs of an adapter: those of experts by module and projection, and the others."""
+
+    plain: dict[str, LoraPair] = field(default_factory=dict)
+    stacks: dict[tuple[str, str], dict[int, LoraPair]] = field(default_factory=dict)  # (module, gate|up|down) -> pairs
+    names: dict[tuple[str, str], str] = field(default_factory=dict)  # the last part of its name in the adapter
+    problems: list[str] = field(default_factory=list)
+
+    def put(self, owner: str, last: str, number: int, pair: LoraPair) -> None:
+        key = owner, PROJECTION_OF[last]
+        self.stacks.setdefault(key, {})[number] = replace(pair, as_stored=False)
+        self.names[key] = last
+
+    def whole(self) -> Iterator[tuple[str, str, list[LoraPair]]]:
+        """The module, projection and pairs of each stack. Those that are not alike become problems."""
+        for (owner, kind), pairs in self.stacks.items():
+            if are_alike(pairs):
+                yield owner, kind, [pairs[number] for number in range(len(pairs))]
+            else:
+                self.problems.append(f"{owner}: experts of different shapes, ranks or scales, or without a pair")
+
+
+def are_alike(pairs: Mapping[int, LoraPair]) -> bool:
+    """Whether every expert has a pair, and all have one rank, scale and shape."""
+    kinds = {(pair.rank, pair.scale, pair.shape) for pair in pairs.values()}
+    return sorted(pairs) == list(range(len(pairs))) and len(kinds) == 1
+
+
+def stacked_factors(pairs: Sequence[LoraPair]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A (experts, rank, in) and B (experts, out, rank)."""
+    return np.stack([pair.a for pair in pairs]), np.stack([pair.b for pair in pairs])
+
+
+def expert_stacks(adapter: Adapter, model_types: Collection[str]) -> ExpertStacks:
+    """The pairs of an adapter, with those of experts as (out, in). `model_types` are those of the base's config.
+
+    What is not known, and what is no projection of an expert, is in `problems`.
+    """
+    found = ExpertStacks()
+    for name, pair in adapter.pairs.items():
+        owner, index = split_part(name)
+        match = _MODULE.fullmatch(name)
+        if match is not None and match["last"] in PROJECTION_OF:
+            found.put(match["owner"], match["last"], int(match["number"]), pair)
+        elif index.isdecimal():
+            axes = adapter.experts.get(owner, ExpertAxes.STORED)
+            _put_part(found, name, pair, is_turned(axes, ExpertAxes.OUT_IN, model_types), model_types)
+        elif index:
+            found.problems.append(f"{name}: the pair of a part of a tensor")
+        elif pair.as_stored:
+            found.problems.append(f"{name}: the pair of a bare parameter")
+        else:
+            found.plain[name] = pair
+    return found
+
+
+def unknown_axes(name: str) -> str:
+    """The problem of an expert whose axes nothing tells."""
+    return f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
+
+
+def _put_part(
+    found: ExpertStacks, name: str, pair: LoraPair, turned: bool | None, model_types: Collection[str]
+) -> None:
+    parameter, index = split_part(name)
+    owner, _, last = parameter.rpartition(".")
+    pair = pair.turned if turned else pair
+    if turned is None:
+        found.problems.append(unknown_axes(name))
+    elif last in PROJECTION_OF:
+        found.put(owner, last, int(index), pair)
+    elif last != "gate_up_proj" or pair.b.shape[0] % 2:
+        found.problems.append(f"{name}: no projection of an expert whose name is known")
+    else:
+        alternate = not ALTERNATING.isdisjoint(model_types)
+        gate, up = np.split(pair.b[two_blocks(pair.b.shape[0])] if alternate else pair.b, 2)
+        found.put(owner, "gate_proj", int(index), replace(pair, b=gate))
+        found.put(owner, "up_proj", int(index), replace(pair, b=up))

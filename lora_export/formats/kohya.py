@@ -6,29 +6,58 @@ resolves them (see `lora_export.plan.flattened_names`).
 
 from __future__ import annotations
 
-from lora_export.formats.lora_file import OneFileFormat
-from lora_export.lora import DENOISER, component_name
+from pathlib import Path
+
+from lora_export.formats import WriteOptions
+from lora_export.formats.lora_file import OneFileFormat, module_by_prefix
+from lora_export.formats.writing import OneFile, without_component
+from lora_export.lora import DENOISER, TEXT_ENCODERS, Adapter, split_component
+from lora_export.plan.diffusion import Family
 
 DESCRIPTION = "a .safetensors file of kohya's scripts or LyCORIS, with keys such as lora_unet_X.lora_down.weight"
-# The prefix of a module's name -> the part of a pipeline. LyCORIS alone writes `lycoris_` for any model.
+SUFFIX = ".safetensors"
+OF_PIPELINES = True
+# The prefix of a module's name -> the part of a pipeline; of several, the last is written. LyCORIS alone writes
+# `lycoris_`, for any model.
 _COMPONENTS = {
-    "lora_unet_": DENOISER,
     "lora_transformer_": DENOISER,
+    "lora_unet_": DENOISER,
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
     "lycoris_": "",
 }
+WITH_ONE_TEXT_ENCODER = frozenset({Family.SD, Family.UNKNOWN})  # sd-scripts does not number it there
 
 
 def _module_of(name: str) -> str | None:
-    """The module for a name in a key, with its component; None for a name of another format."""
-    for prefix, component in _COMPONENTS.items():
-        if name.startswith(prefix) and "." not in name:
-            return component_name(component, name.removeprefix(prefix))
-    return None
+    return None if "." in name else module_by_prefix(name, _COMPONENTS)
 
 
 _FORMAT = OneFileFormat("kohya", _module_of, flattened=True)
 recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORMAT.read
+
+
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write the file, with an alpha for each pair.
+
+    Stable Diffusion 1 and 2 have `lora_te`, pipelines with several text encoders `lora_te1`, ...
+    """
+    names = adapter.names
+    prefixes = {component: prefix for prefix, component in _COMPONENTS.items()} | {"": "lora_unet_"}
+    several = {split_component(name)[0] for name in names} & set(TEXT_ENCODERS[1:])
+    if options.family in WITH_ONE_TEXT_ENCODER and not several:
+        prefixes[TEXT_ENCODERS[0]] = "lora_te_"
+
+    def flattened(name: str) -> str:
+        component, module = split_component(name)
+        return prefixes.get(component, f"{component}_") + module.replace(".", "_")
+
+    file = OneFile(adapter, "kohya", lambda module, ending: f"{flattened(module)}.{ending}")
+    file.problems += [f"{name}: a second transformer" for name in names if split_component(name)[0] not in prefixes]
+    keys = list(map(flattened, adapter.pairs))
+    file.problems += [f"{key}: two modules have this name without dots" for key in set(keys) if keys.count(key) > 1]
+    file.add_changes(("lora_down.weight", "lora_up.weight"))
+    file.write(path)
+    return without_component(adapter)

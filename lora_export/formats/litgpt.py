@@ -7,7 +7,7 @@ and v becomes what the family has.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
+from lora_export.formats.adapter_files import (
+    Tensors,
+    hash_of_unchanged,
+    names_in,
+    number_of,
+    open_tensors,
+    read_pairs,
+    size_of,
+)
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import FamilyNames, read_rows
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.storage.yaml_files import read_yaml
+from lora_export.storage import input_files
 
 DESCRIPTION = "a folder with litgpt's lit_model.pth.lora, hyperparameters.yaml and model_config.yaml"
 LITGPT_WEIGHTS = "lit_model.pth.lora"
@@ -34,6 +41,7 @@ _KEY = re.compile(
 )
 _QKV = ".qkv"  # the one layer for q, k and v, in this order
 PARTS = ("lora_query", "lora_key", "lora_value")
+MAX_YAML = 1_000_000  # bytes; such files have some kilobytes
 
 
 def recognises(path: Path) -> bool:
@@ -54,12 +62,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         raise InputRefused(f"{weights.parent} has no {LITGPT_CONFIG}, which names the model and the sizes of its heads")
     model = _LitgptModel.of(settings_file, config_file)
     file = open_tensors(weights, options)
-    modules, others = keys_by_module(file, _KEY)
-
-    def build(module: str, sides: Sides) -> dict[str, LoraPair]:
-        return model.pairs(module, sides, file)
-
-    pairs, spelling = read_pairs(file, modules, build, others=others)
+    pairs, spelling = read_pairs(file, model.pairs, _KEY)
     pairs, spelling = model.names.with_joined(pairs, spelling, weights, model.heads)
     return Adapter(
         name=name,
@@ -90,32 +93,29 @@ class _LitgptModel:
     @classmethod
     def of(cls, settings_file: Path, config_file: Path) -> _LitgptModel:
         settings, config = read_yaml(settings_file), read_yaml(config_file)
-        rank = _size(settings_file, settings, "lora_r")
-        alpha = settings.get("lora_alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e30:
-            raise InputRefused(f"{settings_file}: lora_alpha must be a positive number")
         texts = {key: config.get(key) for key in ("name", "mlp_class_name")}
         for key, value in texts.items():
             if not isinstance(value, str):
                 raise InputRefused(f"{config_file}: {key} must be a text")
-        heads = _size(config_file, config, "n_head")
-        width = _size(config_file, config, "n_embd")
+
+        def size(key: str, default: int | None = None) -> int:
+            value = config.get(key)
+            return default if value is None and default is not None else size_of(config_file, key, value)
+
+        heads = size("n_head")
+        groups, head = size("n_query_groups", heads), size("head_size", max(1, size("n_embd") // heads))
         return cls(
             name=str(texts["name"]),
             names=names_of_family(str(texts["name"]), str(texts["mlp_class_name"])),
-            rank=rank,
-            alpha=float(alpha),
+            rank=size_of(settings_file, "lora_r", settings.get("lora_r")),
+            alpha=number_of(settings_file, "lora_alpha", settings.get("lora_alpha")),
             parts=tuple(settings.get(key) is True for key in PARTS),
-            heads=Heads(
-                heads,
-                _size(config_file, config, "n_query_groups", heads),
-                _size(config_file, config, "head_size", max(1, width // heads)),
-            ),
+            heads=Heads(heads, groups, head),
         )
 
-    def pairs(self, module: str, sides: Sides, file: TensorSource) -> dict[str, LoraPair]:
+    def pairs(self, module: str, tensors: Tensors) -> dict[str, LoraPair]:
         """The pairs of a module of litgpt, under the names of the family."""
-        a, b = file.read(sides["a"]), file.read(sides["b"])
+        a, b = tensors["a"], tensors["b"]
         if (a.ndim, b.ndim) != (2, 2) or b.shape[1] != self.rank:
             raise InputRefused(f"A {a.shape} and B {b.shape} do not have the rank {self.rank} of {HYPERPARAMETERS}")
         scale = adapter_scale(self.rank, self.alpha, {})
@@ -157,10 +157,19 @@ def names_of_family(name: str, mlp_class: str) -> FamilyNames:
     )
 
 
-def _size(path: Path, table: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = table.get(key)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise InputRefused(f"{path}: {key} must be a positive integer")
-    return value
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table of settings in a file, by PyYAML's safe loader: it makes plain values alone.
+
+    Raises InputRefused for text that is not YAML, that is no table with names, and above MAX_YAML. Values may share
+    parts with each other, and be larger than the file when they are printed.
+    """
+    import yaml  # here, because most adapters have no such file, and importing it takes 8 ms of each merge
+
+    text = input_files.read_text(path, MAX_YAML)
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        raise InputRefused(f"{path} is not YAML ({str(error).splitlines()[0][:100]})") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputRefused(f"{path} is not a table of settings")
+    return content

@@ -1,6 +1,6 @@
 """Adapters that are one `.safetensors` file, as trainers of image and video models write them: their tensors as pairs.
 
-A format states how its keys name modules (`OneFileFormat`). What the factors of a change mean is in `change_kinds.py`.
+A format states how its keys name modules (`OneFileFormat`). What the factors of a change mean is in `lora_changes.py`.
 Whole changes of weights, biases and norms are read here.
 """
 
@@ -13,21 +13,32 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, listed, refuse_unprintable
-from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
-from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
-from lora_export.formats.tensor_files import (
+from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.formats.adapter_files import (
     PICKLES,
+    SAFETENSORS,
     TensorSource,
     hash_of_unchanged,
     names_in,
     open_tensors,
+    refuse_problems,
 )
-from lora_export.lora import Adapter, LoraPair
+from lora_export.formats.lora_changes import (
+    CHANGE_KINDS,
+    ChangeKind,
+    KeyPart,
+    Parts,
+    SortedKeys,
+    fp32,
+    has_pairs,
+    is_finite,
+    sort_keys,
+    split_key,
+)
+from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.structured_pairs import WholePair
 
-_SUFFIX = ".safetensors"
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
 # Parts of which a module has one: the other would be lost, or both be added.
@@ -43,10 +54,10 @@ Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> t
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
-        return path if path.suffix in (_SUFFIX, *PICKLES) else None
+        return path if path.suffix in (SAFETENSORS, *PICKLES) else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
-    for suffixes in ((_SUFFIX,), PICKLES):
+    for suffixes in ((SAFETENSORS,), PICKLES):
         found = sorted(each for each in path.iterdir() if each.suffix in suffixes and each.is_file())
         if found:
             return found[0] if len(found) == 1 else None
@@ -61,27 +72,27 @@ class OneFileFormat:
     module_of: Callable[[str], str | None]  # what a key has before its ending -> the module; None where it has no place
     flattened: bool = False  # `_` stands for the dots in the names
 
-    def recognises(self, path: Path) -> bool:
-        """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
+    def _keys(self, path: Path) -> tuple[frozenset[str], SortedKeys, list[str]]:
+        """The names in an adapter's file, sorted, and those of another format among them. Raises nothing."""
         weights = weights_of(path)
         names = frozenset() if weights is None else names_in(weights)
         if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
             names = frozenset(name for name in names if split_key(name) is not None)
         keys = sort_keys(names, self.module_of)
-        has_places = not any(self.module_of(key) is None for key in keys.unknown)
-        return has_pairs(names) and len(keys.modules) > 0 and has_places
+        return names, keys, sorted(key for key in keys.unknown if self.module_of(key) is None)
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
+        names, keys, foreign = self._keys(path)
+        return has_pairs(names) and len(keys.modules) > 0 and not foreign
 
     def foreign_keys(self, path: Path) -> list[str]:
         """The keys because of which a file is not in this format, which most of its keys have; none for any other file.
 
         Raises nothing.
         """
-        weights = weights_of(path)
-        names = frozenset() if weights is None else names_in(weights)
-        keys = sort_keys(names, self.module_of)
-        own = len(names) - len(keys.unknown)
-        foreign = sorted(key for key in keys.unknown if self.module_of(key) is None)
-        return foreign if has_pairs(names) and own > len(foreign) else []
+        names, keys, foreign = self._keys(path)
+        return foreign if has_pairs(names) and len(names) - len(keys.unknown) > len(foreign) else []
 
     def read(
         self,
@@ -111,7 +122,7 @@ class OneFileFormat:
         reader = _FileChanges(file, scale_of or scale_by_alpha)
         for module, parts in keys.modules.items():
             reader.add(module, parts)
-        reader.refuse_problems()
+        refuse_problems(file, reader.problems if file.entries else ["it contains no tensor"])
         return Adapter(
             name=name,
             format=self.name,
@@ -126,6 +137,12 @@ class OneFileFormat:
             notes=reader.notes(),
             sha256=hash_of_unchanged(file),
         )
+
+
+def module_by_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The module for a name in a key, by a table from prefixes to components; None for a name of another format."""
+    found = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return None if found is None else component_name(prefixes[found], name.removeprefix(found))
 
 
 def scale_by_alpha(_module: str, rank: int, alpha: float | None) -> float:
@@ -145,8 +162,7 @@ class _FileChanges:
         self.added: dict[str, NDArray[np.float32]] = {}  # tensor -> change of it, for vectors
         self.spelling: dict[str, str] = {}
         self.problems: list[str] = []
-        self.without_alpha = 0
-        self.with_alpha = 0
+        self.has_alpha: list[bool] = []  # of each pair
 
     def add(self, module: str, keys: Mapping[KeyPart, str]) -> None:
         """Read what the file has for a module. What is wrong is added to the problems."""
@@ -159,7 +175,7 @@ class _FileChanges:
         except InputRefused as error:
             self.problems.append(f"{first}: {error}")
 
-    def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+    def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Parts) -> None:
         kinds = [kind for kind in CHANGE_KINDS if not kind.own.isdisjoint(tensors)]
         for one, other in NOT_TOGETHER:
             if one in tensors and other in tensors:
@@ -179,7 +195,7 @@ class _FileChanges:
                 self.added[f"{module}.{tensor}"] = fp32(tensors[part])
                 self.spelling[f"{module}.{tensor}"] = keys[part]
 
-    def _add_pair(self, module: str, kind: ChangeKind, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+    def _add_pair(self, module: str, kind: ChangeKind, keys: Mapping[KeyPart, str], tensors: Parts) -> None:
         if empty := [
             part for part, value in tensors.items() if value.size == 0 or (value.ndim == 0 and part in kind.own)
         ]:
@@ -189,8 +205,7 @@ class _FileChanges:
         if KeyPart.ALPHA in tensors and tensors[KeyPart.ALPHA].size != 1:
             raise InputRefused(f"its alpha is {tensors[KeyPart.ALPHA].shape}; it must be one number")
         alpha = float(tensors[KeyPart.ALPHA].reshape(-1)[0]) if KeyPart.ALPHA in tensors else None
-        self.with_alpha += alpha is not None
-        self.without_alpha += alpha is None
+        self.has_alpha.append(alpha is not None)
         pair = kind.make(tensors, lambda rank: self.scale_of(module, rank, alpha))
         self.pairs[module] = pair
         self.spelling[module] = next(key for part, key in keys.items() if part in kind.own)
@@ -211,13 +226,7 @@ class _FileChanges:
         self.biases[module] = change.reshape(-1)
         self.spelling[f"{module}.bias"] = key
 
-    def refuse_problems(self) -> None:
-        if not self.file.entries:
-            self.problems.append("it contains no tensor")
-        if self.problems:
-            raise InputRefused(f"{self.file.path} is refused:", listed(sorted(self.problems), len(self.problems)))
-
     def notes(self) -> tuple[str, ...]:
-        if self.with_alpha and self.without_alpha:
-            return (f"{self.without_alpha} of {self.with_alpha + self.without_alpha} pairs have no alpha: scale 1.",)
-        return ()
+        without = self.has_alpha.count(False)
+        several = 0 < without < len(self.has_alpha)
+        return (f"{without} of {len(self.has_alpha)} pairs have no alpha: scale 1.",) if several else ()

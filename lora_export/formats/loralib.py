@@ -19,9 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
+from lora_export.formats.adapter_files import (
+    Tensors,
+    hash_of_unchanged,
+    names_in,
+    open_tensors,
+    read_pairs,
+    stated_rank_and_alpha,
+)
+from lora_export.formats.lora_changes import is_finite
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.fused_pairs import fuse_outputs
 from lora_export.names.table import is_embedding
@@ -30,6 +37,7 @@ from lora_export.options.spelling import named
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])")
+_BIAS = re.compile(r".+\.bias")
 _OF_LITGPT = "hyperparameters.yaml"  # beside a file of litgpt, which has keys of the same kind
 # Of diffusion models, whose trainers also write bare `lora_A`
 OTHERS = re.compile(r"(diffusion_model|unet|text_encoder(_\d)?)\.|(lora|lycoris)_")
@@ -46,22 +54,16 @@ def recognises(path: Path) -> bool:
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a file of loralib. Raises InputRefused with everything that is wrong with it."""
     file = open_tensors(path, options)
-    rank, alpha = options.lora_rank, options.lora_alpha
-    if rank is None or alpha is None:
-        raise InputRefused(
-            f"{path}: loralib's files record neither rank nor alpha, and B A is multiplied by alpha / rank. State both "
-            f"as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
-        )
+    rank, alpha = stated_rank_and_alpha(path, "loralib", options)
     scale = adapter_scale(rank, alpha, {})
-    modules, others = keys_by_module(file, _KEY)
-    biases = [key for key in others if key.endswith(".bias")]
 
-    def build(module: str, sides: Sides) -> dict[str, LoraPair]:
-        parts = options.enabled_parts_of(module)
-        return {module: _pair(module, file.read(sides["a"]), file.read(sides["b"]), rank, scale, parts)}
+    def build(module: str, tensors: Tensors) -> dict[str, LoraPair]:
+        return {module: _pair(module, tensors["a"], tensors["b"], rank, scale, options.enabled_parts_of(module))}
 
-    pairs, spelling = read_pairs(file, modules, build, others=[key for key in others if key not in biases])
-    replaced = {key: _finite(file, key) for key in biases}
+    pairs, spelling = read_pairs(file, build, _KEY, others=_BIAS)
+    replaced = {key: file.read(key) for key in file.entries if _BIAS.fullmatch(key)}
+    if bad := [key for key, value in replaced.items() if not is_finite(value)]:
+        raise InputRefused(f"{path}: {', '.join(bad)} holds values that are not finite (NaN or infinity)")
     return Adapter(
         name=name,
         format="loralib",
@@ -70,16 +72,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         spelling=spelling,
         scale_source=f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha},
-        notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
+        notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in replaced),
         sha256=hash_of_unchanged(file),
     )
-
-
-def _finite(file: TensorSource, key: str) -> NDArray[Any]:
-    value = file.read(key)
-    if not np.isfinite(value.astype(np.float64)).all():
-        raise InputRefused(f"{file.path}: {key} holds values that are not finite (NaN or infinity)")
-    return value
 
 
 def _pair(module: str, a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, parts: tuple[bool, ...]) -> LoraPair:

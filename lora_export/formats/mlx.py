@@ -7,28 +7,41 @@ A is (in, rank) and B (rank, out), transposed for this package. On experts they 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora_export.errors import InputRefused
-from lora_export.formats import expert_layouts
-from lora_export.formats.base_config import base_config
-from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
-from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, open_tensors
+from lora_export.formats import WriteOptions
+from lora_export.formats.adapter_files import (
+    SAFETENSORS,
+    Tensors,
+    base_config,
+    hash_of_unchanged,
+    number_of,
+    open_tensors,
+    read_pairs,
+)
+from lora_export.formats.expert_layouts import expert_stacks, is_stacked, stacked_factors, stacked_pairs
+from lora_export.formats.writing import beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
-from lora_export.names.experts import model_types
-from lora_export.names.families import FamilyNames, column
+from lora_export.names.families import FamilyNames, column, model_types
 from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.storage import json_files
+from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with mlx-lm's adapter_config.json and adapters.safetensors"
+SUFFIX = ""
 MLX_CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>(?<=lora_)[ab]|(?<!lora_)m)")
-STACKED = re.compile(r"\.switch_mlp$")  # mlx-lm's name for the experts of most models
+OTHERS_EXPERTS = "switch_mlp"  # what mlx-lm calls the module of experts, where no row has a name for it
+STACKED = re.compile(rf"\.{OTHERS_EXPERTS}$")
 
 
 def recognises(path: Path) -> bool:
@@ -50,22 +63,16 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     if not weights.exists():
         raise InputRefused(f"{path} has no {MLX_WEIGHTS}")
     file = open_tensors(weights, options)
-    modules, others = keys_by_module(file, _KEY)
-
-    def build(module: str, sides: Sides) -> dict[str, LoraPair]:
-        return _pairs(module, sides, file, scale, is_dora=kind == "dora")
-
-    pairs, spelling = read_pairs(file, modules, build, others=others)
+    pairs, spelling = read_pairs(file, functools.partial(_pairs, scale, kind == "dora"), _KEY)
     base = base_config(folder, options) or {}
-    for row in (row for kind, row in column("mlx").items() if kind in model_types(base)):
+    for row in _rows_of(base):
         pairs, spelling = FamilyNames.of(row).with_joined(pairs, spelling, file.path)
-    stacked = {split_part(each)[0] for each in pairs if split_part(each)[1]}
     tied = _ties(pairs, base)
     return Adapter(
         name=name,
         format="mlx",
         pairs=pairs | {head: pairs[table].transposed for head, table in tied.items()},
-        experts=dict.fromkeys(stacked, ExpertAxes.OUT_IN),
+        experts={owner: ExpertAxes.OUT_IN for owner, index in map(split_part, pairs) if index},
         tied=tied,
         spelling=spelling | {head: spelling[table] for head, table in tied.items()},
         scale_source=f"scale in {MLX_CONFIG}, as it is",
@@ -77,7 +84,12 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
 def _mlx_folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by a file of tensors, such as a checkpoint's."""
-    return path.parent if path.suffix == ".safetensors" else path
+    return path.parent if path.suffix == SAFETENSORS else path
+
+
+def _rows_of(base: Mapping[str, Any]) -> list[dict[str, Any]]:
+    types = model_types(base)
+    return [row for kind, row in column("mlx").items() if kind in types]
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> str:
@@ -92,25 +104,21 @@ def _scale(path: Path, config: Mapping[str, Any]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise InputRefused(f"{path} has no lora_parameters, which hold the scale")
-    rank, scale, alpha = (parameters.get(name) for name in ("rank", "scale", "alpha"))
-    numbers = {"rank": rank, "scale": scale}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise InputRefused(f"{path}: {name} in lora_parameters is {value!r}; it must be a positive number")
+    rank, scale = (number_of(path, f"{name} in lora_parameters", parameters.get(name)) for name in ("rank", "scale"))
+    alpha = parameters.get("alpha")
     if alpha is not None and alpha != rank:
         raise InputRefused(
             f"{path}: lora_parameters has scale {scale} and alpha {alpha!r}. mlx-lm multiplied the scale by alpha / "
             "rank in 2024, and does not read alpha today; nothing records which one trained this adapter. Remove "
             "alpha, and set scale to the factor of B A"
         )
-    assert isinstance(scale, int | float)
-    return float(scale)
+    return scale
 
 
-def _pairs(module: str, sides: Sides, file: TensorSource, scale: float, *, is_dora: bool) -> dict[str, LoraPair]:
+def _pairs(scale: float, is_dora: bool, module: str, tensors: Tensors) -> dict[str, LoraPair]:
     """The pair of a module; of stacked experts, the pair of each."""
-    a, b = file.read(sides["a"]), file.read(sides["b"])
-    if is_dora is not ("m" in sides):
+    a, b, magnitude = tensors["a"], tensors["b"], tensors.get("m")
+    if is_dora is not (magnitude is not None):
         raise InputRefused(
             "the config has fine_tune_type dora, but m is missing"
             if is_dora
@@ -119,14 +127,13 @@ def _pairs(module: str, sides: Sides, file: TensorSource, scale: float, *, is_do
     if a.ndim == 3 and not is_dora:
         owner, _, projection = module.rpartition(".")
         parameter = f"{STACKED.sub('.experts', owner)}.{projection}"
-        if not expert_layouts.is_stacked(parameter, a, b):
+        if not is_stacked(parameter, a, b):
             raise InputRefused(f"A {a.shape} and B {b.shape} are not (experts, rank, in) and (experts, out, rank)")
-        return {expert_name(parameter, n): pair for n, pair in enumerate(expert_layouts.stacked_pairs(a, b, scale))}
+        return {expert_name(parameter, number): pair for number, pair in enumerate(stacked_pairs(a, b, scale))}
     if (a.ndim, b.ndim) != (2, 2):
         raise InputRefused(f"A {a.shape} and B {b.shape} are not (in, rank) and (rank, out)")
-    magnitude = file.read(sides["m"]) if is_dora else None
     embedding = is_embedding(module)
-    if embedding and magnitude is not None:
+    if embedding and is_dora:
         raise InputRefused("mlx-lm's DoRA of embeddings has a length for each row, which PEFT's has not: not supported")
     return {module: LoraPair(a=a.T, b=b.T, scale=scale, magnitude=magnitude, embedding=embedding)}
 
@@ -138,3 +145,53 @@ def _ties(pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str,
     tables = [name for name, pair in pairs.items() if pair.embedding and name.endswith("embed_tokens")]
     heads = {f"{table.removesuffix('model.embed_tokens')}lm_head": table for table in tables}
     return {head: table for head, table in heads.items() if head not in pairs}
+
+
+# --- Written ---
+
+
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write an adapter for mlx-lm into a folder. It has one rank and one scale, and DoRA on all layers or none."""
+    base = base_config(None, options.reading) or {}
+    experts = expert_stacks(adapter, model_types(base))
+    problems = beyond_pairs(adapter, {"magnitude", "tied"})
+    # mlx-lm applies the pair of tied embeddings at both.
+    plain = {name: pair for name, pair in experts.plain.items() if name not in adapter.tied}
+    pairs = [*plain.values(), *(pair for stack in experts.stacks.values() for pair in stack.values())]
+    kinds = {(pair.rank, pair.scale) for pair in pairs}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{rank} and {scale:g}" for rank, scale in sorted(kinds)[:5])
+        problems.append(f"several ranks and scales: {shown}; mlx-lm has one for all layers")
+    if len({pair.magnitude is not None for pair in pairs}) > 1:
+        problems.append("DoRA on some layers; mlx-lm has it on all or none")
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name, pair in plain.items():
+        if pair.a.ndim != 2 or (pair.embedding and pair.magnitude is not None):
+            problems.append(f"{name}: a convolution, or DoRA on an embedding")
+            continue
+        tensors |= {f"{name}.lora_a": pair.a.T, f"{name}.lora_b": pair.b.T}
+        tensors |= {} if pair.magnitude is None else {f"{name}.m": pair.magnitude}
+    experts_name = next((row["experts"] for row in _rows_of(base) if "experts" in row), OTHERS_EXPERTS)
+    for owner, kind, stack in experts.whole():
+        if any(pair.magnitude is not None for pair in stack):
+            problems.append(f"{owner}: experts with DoRA")
+        module = re.sub(r"experts$", experts_name, owner)
+        factors = zip("ab", stacked_factors(stack), strict=True)
+        tensors |= {f"{module}.{kind}_proj.lora_{side}": array for side, array in factors}
+    if not tensors:
+        problems.append("it has no low-rank pair")
+    refuse_inexpressible(adapter, "mlx", problems + experts.problems)
+    dtype = smallest_dtype(tensors.values())
+    rank, scale = kinds.pop()
+    modules = sorted({key.rpartition(".")[0] for key in tensors})
+    layers = {match[1] for module in modules if (match := re.search(r"\.(\d+)\.", module))}
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if pairs[0].magnitude is not None else "lora",
+        "num_layers": len(layers),
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": modules},
+    }
+    if isinstance(model := adapter.metadata.get("model"), str):
+        config["model"] = model
+    safetensors_file.write(path / MLX_WEIGHTS, {key: tensors[key].astype(dtype) for key in sorted(tensors)})
+    json_files.write_json(path / MLX_CONFIG, config)
+    return ()

@@ -78,11 +78,9 @@ class AdapterSlot:
         """The shape of each input, by its name. The size of the rank is None, unless it is fixed."""
         out, inner, *kernel = self.shape
         ones, rank = (1,) * len(kernel), self.max_rank or None
-        shapes: dict[str, tuple[int | None, ...]]
-        shapes = {self.a: (rank, inner, *kernel), self.b: (out, rank, *ones)}
-        if not kernel:
-            shapes = {self.a: (inner, rank), self.b: (rank, out)}
-        return shapes | ({self.factor: (out, *ones)} if self.factor else {})
+        a = (rank, inner, *kernel) if kernel else (inner, rank)
+        b = (out, rank, *ones) if kernel else (rank, out)
+        return {self.a: a, self.b: b} | ({self.factor: (out, *ones)} if self.factor else {})
 
     def without_adapter(self) -> dict[str, NDArray[Any]]:
         """Return each input's value when there is no adapter: A and B of rank zero, and a factor of ones.
@@ -90,13 +88,10 @@ class AdapterSlot:
         A fixed rank is that of zeros. A convolution's A and B have one rank of zeros: onnxruntime's convolution over no
         channels does not set its output.
         """
-        return self._neutral(rank=1 if len(self.shape) > 2 else 0)
+        return self.zeros(1 if len(self.shape) > 2 else 0)
 
-    def zeros(self) -> dict[str, NDArray[Any]]:
-        """Return the values of an adapter that changes nothing: A and B of rank one, and a factor of ones."""
-        return self._neutral(rank=1)
-
-    def _neutral(self, *, rank: int) -> dict[str, NDArray[Any]]:
+    def zeros(self, rank: int = 1) -> dict[str, NDArray[Any]]:
+        """Return the values of an adapter of this rank that changes nothing: A and B of zeros, and a factor of ones."""
         sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.input_shapes.items()}
         return {name: (np.ones if name == self.factor else np.zeros)(size, self.dtype) for name, size in sizes.items()}
 
@@ -166,13 +161,11 @@ def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
     texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}
-    block = None
-    if "block" in entry:
-        start, stop = map(operator.index, entry["block"])
-        block = start, stop
+    start, stop = map(operator.index, entry.get("block", (0, 0)))
     max_rank = operator.index(entry.get("max_rank", 0))
     if max_rank < 0:
         raise ValueError(f"a rank of {max_rank}")
+    block = (start, stop) if "block" in entry else None
     return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, max_rank=max_rank, **texts)
 
 
@@ -204,7 +197,8 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     """
     problems = []
     for adapter in adapters:
-        found = [f"{name}: a whole tensor" for name in adapter.replaced if not _has_pair(name, adapter)]
+        whole = [name for name in adapter.replaced if name.removesuffix(".weight") not in adapter.pairs]
+        found = [f"{name}: a whole tensor" for name in whole]
         found += [f"{name}: a change of a bias" for name in adapter.biases]
         found += [f"{name}: a change of a vector" for name in adapter.added]
         found += [f"{name}: rows of tokens" for name in adapter.token_rows]
@@ -217,10 +211,6 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
             *([heads_by_row(), share_one_head()] if any(adapter.replaced for adapter in adapters) else []),
             "Nothing was written.",
         )
-
-
-def _has_pair(tensor: str, adapter: Adapter) -> bool:
-    return tensor.removesuffix(".weight") in adapter.pairs
 
 
 def refuse_new_tables(plan: Plan) -> None:
@@ -369,12 +359,6 @@ def read(path: Path) -> OnnxAdapter:
         versions = file.get_model_version(), file.get_adapter_version()
     except (RuntimeError, UnicodeError) as error:
         raise InputRefused(f"{path} is not an adapter in onnxruntime's format, or it is damaged") from error
-    _refuse_not_finite(path, values)
-    return OnnxAdapter(values, *versions, has_hash=has_hash, file=file)
-
-
-def _refuse_not_finite(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise InputRefused for values that are NaN or infinite. Lists every tensor that has them."""
     problems = []
     for name, value in values.items():
         array = array_of_ort_value(value)
@@ -382,6 +366,7 @@ def _refuse_not_finite(path: Path, values: Mapping[str, Any]) -> None:
             problems.append(f"{name}: {bad} of {array.size} values are not finite (NaN or infinity)")
     if problems:
         raise InputRefused(f"{path} is refused:", listed(problems))
+    return OnnxAdapter(values, *versions, has_hash=has_hash, file=file)
 
 
 def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | str, graph: Path | str) -> None:

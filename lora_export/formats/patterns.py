@@ -86,11 +86,8 @@ class _Parser:
     """Recursive descent: alternatives are sequences of atoms, and each atom may be repeated."""
 
     def __init__(self, pattern: str, count: Callable[[int], None], refused: Callable[[str], InputRefused]):
-        self.pattern = pattern
+        self.pattern, self.count, self.refused, self.depth = pattern, count, refused, 0
         self.tokens = TOKEN.findall(pattern)[::-1]  # the next one is the last
-        self.count = count
-        self.refused = refused
-        self.depth = 0
 
     def whole(self) -> Matcher:
         matcher = self.alternatives()
@@ -122,15 +119,18 @@ class _Parser:
         if repeat is None or not (repeat["sign"] or repeat["low"] or repeat["high"] or repeat["comma"]):
             return matcher
         self.tokens.pop()
-        low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(repeat["sign"]) or _limits(repeat)
-        return _repeated(matcher, low, high)
+        if repeat["sign"]:
+            return _repeated(matcher, *{"*": (0, None), "+": (1, None), "?": (0, 1)}[repeat["sign"]])
+        low = int(repeat["low"] or 0)
+        high = repeat["high"] if repeat["comma"] else low
+        return _repeated(matcher, low, None if high == "" else int(high))
 
     def atom(self) -> Matcher:
         token = self.tokens.pop()
         if token in ("(", "(?:"):
             return self.group()
         if token in ("^", "$"):
-            return _anchor(at_end=token == "$")
+            return lambda name, positions: positions & {len(name) if token == "$" else 0}
         if NOT_A_CHARACTER.fullmatch(token):
             raise self.unsupported()
         return self.character(token)
@@ -164,17 +164,6 @@ class _Parser:
         return self.refused(
             f"the pattern {self.pattern!r} contains more than names, character classes, repetitions and alternatives"
         )
-
-
-def _anchor(*, at_end: bool) -> Matcher:
-    return lambda name, positions: positions & {len(name) if at_end else 0}
-
-
-def _limits(repeat: re.Match[str]) -> tuple[int, int | None]:
-    low = int(repeat["low"] or 0)
-    if not repeat["comma"]:
-        return low, low
-    return low, int(repeat["high"]) if repeat["high"] else None
 
 
 def _repeated(matcher: Matcher, low: int, high: int | None) -> Matcher:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputRefused
+from lora_export.formats.adapter_files import WRAPPERS, number_of, unwrapped
 from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS
 from lora_export.formats.patterns import Patterns
 from lora_export.storage import json_files
@@ -21,26 +22,11 @@ SUPPORTED = frozenset(
         *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
         *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
         *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
-        *(
-            "qalora_group_size",
-            "lora_bias",
-            "use_rslora",
-            "use_dora",
-            "init_lora_weights",
-            "eva_config",
-            "megatron_core",
-            "ensure_weight_tying",
-            "trainable_token_indices",
-            "target_parameters",
-            "velora_config",
-            "monteclora_config",
-            # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
-            "loftq_config",
-            "corda_config",
-            "lora_ga_config",
-            B_LAYOUT,
-            UNSLOTH_LAYOUTS,
-        ),
+        *("qalora_group_size", "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "eva_config"),
+        *("megatron_core", "ensure_weight_tying", "trainable_token_indices", "target_parameters", "velora_config"),
+        *("monteclora_config", B_LAYOUT, UNSLOTH_LAYOUTS),
+        # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
+        *("loftq_config", "corda_config", "lora_ga_config"),
     }
 )
 MERGE_IN_PEFT = (
@@ -87,13 +73,19 @@ def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig, checked. `source` is what contains them. Raises InputRefused."""
     if refused := _refused_fields(config):
         raise InputRefused(f"{source}: " + "; ".join(refused))
+    # There is no default: a missing alpha would silently become another scale.
     for name in ("r", "lora_alpha"):
-        _must_be_positive(source, name, config.get(name))
+        number_of(source, name, config.get(name), sys.float_info.max)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         for pattern, value in patterns.items():
-            _must_be_positive(source, f"{name}[{pattern!r}]", value)
+            number_of(source, f"{name}[{pattern!r}]", value, sys.float_info.max)
+            if wrappers := [wrapper for wrapper in WRAPPERS if wrapper in pattern]:
+                raise InputRefused(f"{source}: {name}[{pattern!r}] names {wrappers[0]}, which no module of a base has")
         config[name] = Patterns(patterns, source=f"{source}: {name}")
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        if isinstance(config.get(name), list):
+            config[name] = [unwrapped(str(each)) for each in config[name]]
     return config
 
 
@@ -122,12 +114,6 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
     if config.get("bias") not in BIASES:
         refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")
     return refused
-
-
-def _must_be_positive(source: str, name: str, value: Any) -> None:
-    # There is no default: a missing alpha would silently become another scale.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive number")
 
 
 def value_for_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:

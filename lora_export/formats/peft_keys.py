@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.formats.adapter_files import TensorSource, unwrapped
 from lora_export.formats.expert_layouts import nested_parameters
 from lora_export.formats.peft_config import is_declared
-from lora_export.formats.tensor_files import TensorSource
 
+ADAPTER_CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WRAPPER = "base_model.model."
 # Kinds of keys in the file of weights
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
@@ -43,14 +45,15 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
     (`target_parameters`) are under the name of the parameter, which PARAMETER maps to its full name.
     """
     refuse_unprintable(file.entries, f"the header of {file.path}")
-    _refuse_mixed_wrapping(file)
+    bare = sorted(key for key in file.entries if not unwrapped(key).startswith(WRAPPER))
+    if bare and len(bare) != len(file.entries):
+        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
     kinds = (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE, UNUSED, PARAMETER)
     table: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     adapters: set[str] = set()
-    unknown: list[str] = []
-    duplicates: list[str] = []
+    unknown, duplicates = [], []
     for key in file.entries:
-        name = key.removeprefix(WRAPPER)
+        name = unwrapped(key).removeprefix(WRAPPER)
         low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
         if any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items()):
             kind, owner = UNUSED, name
@@ -64,7 +67,8 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
         if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
             unknown.append(key)
         elif owner in table[kind]:
-            if kind != WHOLE or not _are_equal(file, key, table[kind][owner]):
+            # PEFT saves a bias that `bias` and `modules_to_save` both name twice.
+            if kind != WHOLE or not np.array_equal(file.read(key), file.read(table[kind][owner])):
                 duplicates.append(f"{table[kind][owner]} and {key}")
         else:
             table[kind][owner] = key
@@ -122,17 +126,6 @@ def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
     return of_lora and not is_declared(tensor, config)
 
 
-def _are_equal(file: TensorSource, one: str, other: str) -> bool:
-    """PEFT saves a bias that `bias` and `modules_to_save` both name twice."""
-    return np.array_equal(file.read(one), file.read(other))
-
-
-def _refuse_mixed_wrapping(file: TensorSource) -> None:
-    bare = sorted(key for key in file.entries if not key.startswith(WRAPPER))
-    if bare and len(bare) != len(file.entries):
-        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
-
-
 def _low_rank_kind(match: re.Match[str]) -> str:
     """The kind of a key of LoRA's own. Empty where its parameter and its suffix do not belong together."""
     side, what = match["side"], match["what"]
@@ -151,3 +144,8 @@ def targeted_name(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
     if OUT_PROJ in keys[A][module]:
         return module.removesuffix(".out_proj")
     return keys[PARAMETER].get(module, module)
+
+
+def magnitude_shape(b: NDArray[Any]) -> tuple[int, ...]:
+    """The shape in which PEFT saves DoRA's magnitudes beside B (out, rank, 1...)."""
+    return (b.shape[0],) if b.ndim == 2 else (1, b.shape[0], *b.shape[2:])

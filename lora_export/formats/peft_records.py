@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
+from lora_export.formats.adapter_files import TensorSource
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, targeted_name
-from lora_export.formats.tensor_files import TensorSource
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.storage import json_files
 
@@ -144,7 +145,11 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
     A note names them. An adapter without them is returned as it is, as is one of a later PEFT.
     """
     doubled = [name for name in adapter.pairs if OUT_PROJ in adapter.spelled(name)]
-    if not doubled or _adds_once(adapter):
+    version = str(adapter.metadata.get("peft_version", "0"))  # PEFT before 0.18 recorded none
+    with contextlib.suppress(InvalidVersion):
+        if Version(version) >= ADDED_ONCE_SINCE:
+            return adapter
+    if not doubled:
         return adapter
     pairs = {
         name: replace(pair, scale=2 * pair.scale) if name in doubled else pair for name, pair in adapter.pairs.items()
@@ -157,10 +162,3 @@ def as_peft_computes(adapter: Adapter) -> Adapter:
     ]
     spelling = {name: key for name, key in adapter.spelling.items() if OUT_PROJ not in key}
     return replace(adapter, pairs=pairs, spelling=spelling, notes=tuple(notes))
-
-
-def _adds_once(adapter: Adapter) -> bool:
-    try:
-        return Version(str(adapter.metadata.get("peft_version", ""))) >= ADDED_ONCE_SINCE
-    except InvalidVersion:  # PEFT before 0.18 recorded none
-        return False

@@ -65,7 +65,10 @@ def read_row_adapters(metadata: Mapping[str, str], source: str) -> RowAdapters |
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     labels = record.get("labels", {})
-    is_valid = isinstance(labels, dict) and all(_is_count_by_id(counts, len(names) + 1) for counts in labels.values())
+    is_valid = isinstance(labels, dict) and all(
+        isinstance(counts, list) and [type(count) for count in counts] == [int] * (len(names) + 1)
+        for counts in labels.values()
+    )
     per_row = record.get("per_row", 1)
     return RowAdapters(names, labels if is_valid else {}, per_row if type(per_row) is int and per_row > 1 else 1)
 
@@ -82,7 +85,3 @@ def row_inputs(ids: NDArray[np.int64], scales: NDArray[np.float32] | None, per_r
         ids, scales = np.concatenate([ids[:, None], others], axis=1), np.ones((len(ids), per_row), np.float32)
     assert scales is not None
     return {ADAPTER_IDS: ids, ADAPTER_SCALES: scales}
-
-
-def _is_count_by_id(counts: Any, ids: int) -> bool:
-    return isinstance(counts, list) and len(counts) == ids and all(type(count) is int for count in counts)

@@ -12,13 +12,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.base_config import base_config, size_in_config
+from lora_export.formats.adapter_files import (
+    Tensors,
+    base_config,
+    hash_of_unchanged,
+    names_in,
+    number_of,
+    open_tensors,
+    read_pairs,
+    size_in_config,
+    size_of,
+    stated_rank_and_alpha,
+)
 from lora_export.formats.expert_layouts import stacked_pairs
-from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.tensor_files import TensorSource, hash_of_unchanged, names_in, open_tensors
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.families import FamilyNames, column, read_rows
 from lora_export.names.row_orders import Heads
@@ -54,19 +66,13 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     file = open_tensors(weights, options)
     rank, alpha, files = _rank_and_alpha(weights, options)
     model = _TorchtuneModel.of(weights, options, adapter_scale(rank, alpha, {}), rank)
-    modules, others = keys_by_module(file, _KEY, _OF_EXPERTS)
-
-    def build(module: str, sides: Sides) -> dict[str, LoraPair]:
-        return (model.experts if ".experts." in module else model.pair)(module, sides, file)
-
-    pairs, spelling = read_pairs(file, modules, build, others=others)
+    pairs, spelling = read_pairs(file, model.pairs, _KEY, _OF_EXPERTS)
     pairs, spelling = model.names.with_joined(pairs, spelling, file.path, model.heads)
-    stacked = {split_part(each)[0] for each in pairs if split_part(each)[1]}
     return Adapter(
         name=name,
         format="torchtune",
         pairs=pairs,
-        experts=dict.fromkeys(stacked, ExpertAxes.OUT_IN),
+        experts={owner: ExpertAxes.OUT_IN for owner, index in map(split_part, pairs) if index},
         spelling=spelling,
         scale_source=f"lora_alpha / r in {_CONFIG_BESIDE}"
         if files
@@ -90,22 +96,12 @@ def _weights(path: Path) -> Path | None:
 def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, list[Path]]:
     """Rank and alpha, and the file that records them, where there is one."""
     config = weights.parent / _CONFIG_BESIDE
-    rank, alpha = options.lora_rank, options.lora_alpha
     if not config.is_file():
-        if rank is None or alpha is None:
-            raise InputRefused(
-                f"{weights}: torchtune's file records neither rank nor alpha, and B A is multiplied by alpha / rank. "
-                f"State both as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
-            )
-        return rank, alpha, []
+        return *stated_rank_and_alpha(weights, "torchtune", options), []
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
     fields = json_files.read_json(config)
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise InputRefused(f"{config}: r is {rank!r}; it must be a positive integer")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e30:
-        raise InputRefused(f"{config}: lora_alpha is {alpha!r}; it must be a positive number")
-    return rank, float(alpha), [config]
+    rank, alpha = size_of(config, "r", fields.get("r")), number_of(config, "lora_alpha", fields.get("lora_alpha"))
+    return rank, alpha, [config]
 
 
 @dataclass(frozen=True)
@@ -133,10 +129,8 @@ class _TorchtuneModel:
         if kind not in rows:
             known = ", ".join(sorted(rows))
             raise InputRefused(f"how torchtune converts models of the type {kind!r} is not known; known: {known}")
-        heads = size_in_config(config, "num_attention_heads")
-        width = size_in_config(config, "hidden_size")
-        if heads is None or width is None:
-            raise InputRefused("the base's config has no num_attention_heads or no hidden_size")
+        source = "the base's config"
+        heads, width = (size_of(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size"))
         groups = size_in_config(config, "num_key_value_heads") or heads
         size = size_in_config(config, "head_dim") or max(1, width // heads)
         names = FamilyNames.of(rows[kind], read_rows("families.json")["torchtune_modules"])
@@ -149,20 +143,19 @@ class _TorchtuneModel:
             raise InputRefused("which layer of the base this is is not known")
         return name
 
-    def pair(self, module: str, sides: Sides, file: TensorSource) -> dict[str, LoraPair]:
-        """The pair of a linear layer, with the rows in Hugging Face's order."""
-        a, b = file.read(sides["a"]), file.read(sides["b"])
-        magnitude = file.read(sides["magnitude"]) if "magnitude" in sides else None
+    def pairs(self, module: str, tensors: Tensors) -> dict[str, LoraPair]:
+        """The pair of a linear layer, with the rows in Hugging Face's order; of stacked experts, the pair of each."""
+        a, b = tensors["a"], tensors["b"]
+        if ".experts." in module:
+            return self._experts(module, a, b)
         if (a.ndim, b.ndim) != (2, 2) or (a.shape[0], b.shape[1]) != (self.rank, self.rank):
             raise InputRefused(f"A {a.shape} and B {b.shape} do not have the rank {self.rank}")
-        pair = LoraPair(a=a, b=b, scale=self.scale, magnitude=magnitude)
+        pair = LoraPair(a=a, b=b, scale=self.scale, magnitude=tensors.get("magnitude"))
         return {self.renamed(module): self.names.reordered(module, pair, self.heads)}
 
-    def experts(self, module: str, sides: Sides, file: TensorSource) -> dict[str, LoraPair]:
+    def _experts(self, module: str, a: NDArray[Any], b: NDArray[Any]) -> dict[str, LoraPair]:
         """The pair of each expert: A (experts, in, rank) and B (experts, rank, out), both transposed here."""
-        a, b = file.read(sides["a"]), file.read(sides["b"])
-        fits = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] == self.rank
-        if not fits:
+        if not (a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] == self.rank):
             raise InputRefused(f"A {a.shape} and B {b.shape} are not (experts, in, {self.rank}) and (experts, .., out)")
         pairs = stacked_pairs(a.transpose(0, 2, 1), b.transpose(0, 2, 1), self.scale)
         return {expert_name(self.renamed(module), number): pair for number, pair in enumerate(pairs)}

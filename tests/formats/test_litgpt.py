@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
+from lora_export.formats.litgpt import MAX_YAML, read_yaml
 from lora_export.options.reading import ReadOptions
 from support import ROOT
 
@@ -62,10 +63,10 @@ def test_an_adapter_is_merged_into_a_base_of_hugging_face(tmp_path: Path) -> Non
     ("change", "message"),
     [
         ({"settings": {"lora_r": 3}}, "A (2, 8) and B (8, 2) do not have the rank 3 of hyperparameters.yaml"),
-        ({"settings": {"lora_alpha": "4"}}, "hyperparameters.yaml: lora_alpha must be a positive number"),
+        ({"settings": {"lora_alpha": "4"}}, "hyperparameters.yaml: lora_alpha is '4'; it must be a positive number"),
         ({"settings": {"lora_key": False}}, "do not belong to the parts that are enabled: lora_query, lora_value"),
         ({"config": {"name": 7}}, "model_config.yaml: name must be a text"),
-        ({"config": {"n_head": 0}}, "model_config.yaml: n_head must be a positive integer"),
+        ({"config": {"n_head": 0}}, "model_config.yaml: n_head is 0; it must be a positive integer"),
         ({"config": {"mlp_class_name": "NewMLP"}}, "litgpt has no conversion of it to Hugging Face's names"),
     ],
 )
@@ -92,3 +93,34 @@ def test_files_that_are_missing_or_need_an_option(tmp_path: Path) -> None:
     assert "ADAPTER has no model_config.yaml, which names the model" in refusal(folder)
     (folder / "hyperparameters.yaml").unlink()
     assert "is not an adapter in a known format" in refusal(folder)
+
+
+def test_a_table_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("lora_r: 8\nlora_query: true\ndata:\n  class_path: x\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"lora_r": 8, "lora_query": True, "data": {"class_path": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "is not a table of settings"),
+        ("1: a", "is not a table of settings"),
+        ("a: " + "[" * 100_000, "is not YAML"),
+        ("a: 2001-99-99", "is not YAML"),
+        ("a: !!python/object/apply:os.system ['touch ran']", "is not YAML"),
+        ("a" * (MAX_YAML + 1), "has more than 1,000,000 bytes"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputRefused, match=message):
+        read_yaml(tmp_path / "a.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_parts_that_are_shared_take_no_memory(tmp_path: Path) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    (tmp_path / "a.yaml").write_text("a0: &a0 [x]\n" + "\n".join(levels))
+    assert len(read_yaml(tmp_path / "a.yaml")) == 30

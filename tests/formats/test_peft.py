@@ -21,9 +21,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
+from lora_export.formats import WriteOptions
 from lora_export.formats import peft as reader
-from lora_export.formats.writers import WriteOptions
-from lora_export.formats.writers import peft as writer
+from lora_export.formats import peft as writer
 from lora_export.options.reading import ReadOptions
 from support.handmade import peft_adapter
 from support.peft_folders import A_KEY, B_KEY, refusal, simple, with_tensors

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lora_export import formats
+from lora_export.formats import WriteOptions
+from lora_export.formats import peft as writer
 from lora_export.formats.peft_records import LAYOUTS, as_peft_computes
-from lora_export.formats.writers import WriteOptions
-from lora_export.formats.writers import peft as writer
 from lora_export.lora import Adapter
 from support.handmade import peft_adapter
 from support.peft_folders import refusal, simple

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_export import formats, layers, plan
+from lora_export.formats import WriteOptions
+from lora_export.formats import peft as peft_writer
 from lora_export.formats.peft_records import as_peft_computes
-from lora_export.formats.writers import WriteOptions
-from lora_export.formats.writers import peft as peft_writer
 from lora_export.layers.initial_factors import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from support import experts

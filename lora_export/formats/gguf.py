@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.formats.base_config import base_config, size_in_config
-from lora_export.formats.writers import WriteOptions
-from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
-from lora_export.formats.writers.expert_stacks import expert_stacks
+from lora_export.formats import WriteOptions
+from lora_export.formats.adapter_files import base_config, size_in_config
+from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
+from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.experts import model_types
-from lora_export.names.families import FamilyNames, column
+from lora_export.names.families import FamilyNames, column, model_types
 from lora_export.names.row_orders import Heads
 from lora_export.options.spelling import named
 
@@ -56,7 +55,11 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     dtype = smallest_dtype(file.tensors.values())
     for name, array in sorted(file.tensors.items()):
-        _add(writer, gguf, name, np.ascontiguousarray(array.astype(dtype)))
+        stored = np.ascontiguousarray(array.astype(dtype))
+        if dtype in (np.float32, np.float16):
+            writer.add_tensor(name, stored)
+        else:  # GGUF's writer takes other types as bytes
+            writer.add_tensor(name, stored.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -81,7 +84,7 @@ class _GgufFile:
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         self.names = gguf.get_tensor_name_map(numbers[self.architecture], layers)
         self.experts = expert_stacks(adapter, model_types(config))
-        self.problems = beyond_pairs(adapter) + self.experts.problems
+        self.problems = beyond_pairs(adapter)
         self.tensors: dict[str, NDArray[np.float32]] = {}
         self.alphas: set[float] = set()
 
@@ -95,12 +98,9 @@ class _GgufFile:
             except InputRefused as error:
                 raise InputRefused(f"{module}: {error}") from error
             self._add(module, stored.a.T if stored.embedding else stored.a, stored.b, stored)
-        for (owner, projection), stack in self.experts.stacks.items():
-            arrays = self.experts.arrays((owner, projection))
-            if arrays is None or len({pair.scale for pair in stack.values()}) != 1:
-                self.problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
-                continue
-            self._add(f"{owner}.{self.experts.names[owner, projection]}", *arrays, stack[0])
+        for owner, projection, stack in self.experts.whole():
+            self._add(f"{owner}.{self.experts.names[owner, projection]}", *stacked_factors(stack), stack[0])
+        self.problems += self.experts.problems
 
     def _add(self, module: str, a: NDArray[np.float32], b: NDArray[np.float32], pair: LoraPair) -> None:
         name = self.names.get_name(module)
@@ -118,10 +118,3 @@ class _GgufFile:
         if not self.tensors:
             self.problems.append("it has no low-rank pair")
         return next(iter(self.alphas), 0.0)
-
-
-def _add(writer: Any, gguf: Any, name: str, array: NDArray[Any]) -> None:
-    if array.dtype in (np.float32, np.float16):
-        writer.add_tensor(name, array)
-    else:  # GGUF's writer takes other types as bytes
-        writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)

@@ -19,23 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats import peft
-from lora_export.formats.base_config import base_config
-from lora_export.formats.expert_layouts import REGISTRATION_ORDER
-from lora_export.formats.peft_keys import OUT_PROJ, WRAPPER
-from lora_export.formats.peft_records import LAYOUTS
-from lora_export.formats.writers import WriteOptions
-from lora_export.formats.writers.exact_values import (
-    alpha_of,
-    beyond_pairs,
-    pair_factors,
-    refuse_inexpressible,
-    smallest_dtype,
+from lora_export.formats import WriteOptions
+from lora_export.formats.adapter_files import base_config
+from lora_export.formats.expert_layouts import (
+    REGISTRATION_ORDER,
+    are_alike,
+    expert_stacks,
+    nested_parameters,
+    stacked_factors,
+    unknown_axes,
 )
-from lora_export.formats.writers.expert_stacks import expert_stacks
+from lora_export.formats.peft_keys import ADAPTER_CONFIG, OUT_PROJ, WEIGHTS, WRAPPER, magnitude_shape
+from lora_export.formats.peft_records import LAYOUTS
+from lora_export.formats.writing import alpha_of, beyond_pairs, pair_factors, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
-from lora_export.names.experts import PROJECTIONS, is_turned, model_types
-from lora_export.options.spelling import named
+from lora_export.names.families import PROJECTIONS, is_turned, model_types
+from lora_export.storage import json_files, safetensors_file
 
 SUFFIX = ""
 ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
@@ -56,11 +55,10 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     problems += _different_ranks(adapter, plain)
     nested = _nested(parameters, problems)
     refuse_inexpressible(adapter, "peft", problems)
-    one = replace(adapter, pairs=plain)
-    tensors: dict[str, NDArray[Any]] = dict(peft.pair_tensors(one))
+    tensors = _pair_tensors(replace(adapter, pairs=plain))
     for name, experts in stacks.items():
-        tensors[f"{WRAPPER}{name}.lora_A.weight"] = _shared(np.stack([pair.a for pair in experts]))
-        tensors[f"{WRAPPER}{name}.lora_B.weight"] = _shared(np.stack([pair.b for pair in experts]))
+        a, b = map(_shared, stacked_factors(experts))
+        tensors |= {f"{WRAPPER}{name}.lora_A.weight": a, f"{WRAPPER}{name}.lora_B.weight": b}
     for name, key in nested.items():
         tensors[f"{WRAPPER}{key}.lora_A.weight"] = np.concatenate([pair.a for pair in parameters[name]])
         by_rank = np.stack([pair.b for pair in parameters[name]], axis=2)  # (out, rank, experts)
@@ -78,7 +76,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         fields["peft_version"] = version if isinstance(version, str) and (of_peft or not parameters) else NEW_PEFT
     tensors |= _whole_tensors(adapter, fields)
     layouts = {name: layout for name, layout in adapter.layouts.items() if name in plain}
-    peft.write_files(path, tensors, fields, _header(layouts))
+    _write_files(path, tensors, fields, layouts, {})
     return ()
 
 
@@ -99,12 +97,35 @@ def write_any_ranks(
     plain = replace(adapter, metadata=facts)
     named_pairs = {name_in_patterns(adapter, name): pair for name, pair in adapter.pairs.items()}
     fields = _config(plain, named_pairs, [], dora=False)
-    tensors = peft.pair_tensors(adapter) | _whole_tensors(plain, fields)
-    peft.write_files(folder, tensors, fields | config, _header(adapter.layouts) | dict(metadata or {}))
+    tensors = _pair_tensors(adapter) | _whole_tensors(plain, fields)
+    _write_files(folder, tensors, fields | config, adapter.layouts, metadata or {})
 
 
-def _header(layouts: Mapping[str, str]) -> dict[str, str]:
-    return {LAYOUTS: json.dumps(dict(layouts), sort_keys=True)} if layouts else {}
+def _write_files(
+    folder: Path,
+    tensors: Mapping[str, NDArray[Any]],
+    config: Mapping[str, Any],
+    layouts: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the two files of a PEFT adapter. `layouts` and `metadata` are in the header of the tensors' file."""
+    recorded = {LAYOUTS: json.dumps(dict(layouts), sort_keys=True)} if layouts else {}
+    header = {"format": "pt", **recorded, **metadata}
+    safetensors_file.write(folder / WEIGHTS, dict(sorted(tensors.items())), header)
+    json_files.write_json(folder / ADAPTER_CONFIG, config, sort_keys=True)
+
+
+def _pair_tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """The pairs of an adapter as tensors, under PEFT's keys."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, pair in adapter.pairs.items():
+        module = name.removesuffix(".out_proj") + OUT_PROJ if OUT_PROJ in adapter.spelled(name) else name
+        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{WRAPPER}{module}.{a}": pair.a, f"{WRAPPER}{module}.{b}": pair.b}
+        if pair.magnitude is not None:
+            key = f"{WRAPPER}{module}.lora_magnitude_vector"
+            tensors[key] = pair.magnitude.reshape(magnitude_shape(pair.b))
+    return tensors
 
 
 def _experts_of(parameters: Mapping[str, list[LoraPair]]) -> list[LoraPair]:
@@ -115,14 +136,12 @@ def _split(
     adapter: Adapter, types: set[str], problems: list[str]
 ) -> tuple[dict[str, LoraPair], dict[str, list[LoraPair]]]:
     """The pairs of modules, and those of all experts of a stacked parameter, with PEFT's axes."""
+    # down_proj beside gate_up_proj is a stacked parameter too; beside gate_proj and up_proj it has a tensor for each.
     projections = {
         name
         for name, axes in adapter.experts.items()
-        if axes is ExpertAxes.OUT_IN and name.rpartition(".")[2] not in ("gate_up_proj",)
+        if axes is ExpertAxes.OUT_IN and f"{name.rpartition('.')[0]}.gate_up_proj" not in adapter.experts
     }
-    fused = {name for name in adapter.experts if name.endswith(".gate_up_proj")}
-    # down_proj beside gate_up_proj is a stacked parameter too; beside gate_proj and up_proj it has a tensor for each.
-    projections = {name for name in projections if f"{name.rpartition('.')[0]}.gate_up_proj" not in fused}
     plain: dict[str, LoraPair] = {}
     parameters: dict[str, dict[int, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
@@ -142,15 +161,14 @@ def _split(
             own_axes = ExpertAxes.BY_CLASS if axes is ExpertAxes.TRANSPOSED else axes
             turned = is_turned(own_axes, ExpertAxes.BY_CLASS, types)
             if turned is None:
-                problems.append(
-                    f"{name}: how the base stores its experts is not known. State it: {named('base', 'CHECKPOINT')}"
-                )
+                problems.append(unknown_axes(name))
                 continue
             parameters.setdefault(owner, {})[int(index)] = pair.turned if turned else pair
-    for name, pairs in parameters.items():
-        kinds = {(pair.rank, pair.scale, pair.shape) for pair in pairs.values()}
-        if sorted(pairs) != list(range(len(pairs))) or len(kinds) != 1:
-            problems.append(f"{name}: experts of different shapes, ranks or scales, or without a pair")
+    problems += [
+        f"{name}: experts of different shapes, ranks or scales, or without a pair"
+        for name, pairs in parameters.items()
+        if not are_alike(pairs)
+    ]
     return plain, {name: [pairs[n] for n in sorted(pairs)] for name, pairs in parameters.items()}
 
 
@@ -159,32 +177,22 @@ def _nested(parameters: Mapping[str, list[LoraPair]], problems: list[str]) -> di
     by_module: dict[str, list[str]] = {}
     for name in parameters:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
-    keys = {}
+    keys: dict[str, str] = {}
     for module, names in by_module.items():
-        unknown = [name for name in names if name.rpartition(".")[2] not in REGISTRATION_ORDER]
-        if unknown and len(names) > 1:
-            problems += [f"{name}: the order of the parameters of its module is not known" for name in unknown]
-            continue
-        ordered = sorted(names, key=lambda name: (*REGISTRATION_ORDER, "").index(_registered(name)))
-        for depth, name in enumerate(reversed(ordered)):
-            keys[name] = module + ".base_layer" * depth
+        lasts = [name.rpartition(".")[2] for name in names]
+        ordered = nested_parameters(module, lasts, len(lasts))
+        if ordered is None:
+            unknown = sorted(set(lasts) - set(REGISTRATION_ORDER))
+            problems += [f"{module}.{last}: the order of the parameters of its module is not known" for last in unknown]
+        keys |= {name: module + ".base_layer" * depth for depth, name in enumerate(reversed(ordered or []))}
     return keys
-
-
-def _registered(name: str) -> str:
-    last = name.rpartition(".")[2]
-    return last if last in REGISTRATION_ORDER else ""
 
 
 def _stacked(adapter: Adapter, problems: list[str]) -> tuple[dict[str, LoraPair], dict[str, list[LoraPair]]]:
     """The pairs without those of single experts, and these stacked by projection."""
     found = expert_stacks(adapter, ())
-    stacks = {}
-    for (owner, kind), pairs in found.stacks.items():
-        if found.arrays((owner, kind)) is None or len({pair.scale for pair in pairs.values()}) != 1:
-            problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
-            continue
-        stacks[f"{owner}.{PROJECTIONS[kind][0]}"] = [pairs[number] for number in sorted(pairs)]
+    stacks = {f"{owner}.{PROJECTIONS[kind][0]}": pairs for owner, kind, pairs in found.whole()}
+    problems += found.problems
     return found.plain, stacks
 
 

@@ -1,36 +1,131 @@
-"""The kinds of changes that a file stores for a module, and the pair that the tensors of each make.
+"""The changes that adapters of one file of tensors store: what their keys name, and the pair that tensors make.
 
-LoRA, LoCon's Tucker decomposition, LoHa and LoKr (https://github.com/KohakuBlueleaf/LyCORIS), also with DoRA.
+Trainers spell the same parts of a change in many ways. The part of a key after the module's name states what the tensor
+is, and every format of this kind knows all spellings. The kinds are LoRA, LoCon's Tucker decomposition, LoHa and LoKr
+(https://github.com/KohakuBlueleaf/LyCORIS), also with DoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.lora_keys import KeyPart
+from lora_export.formats.adapter_files import unwrapped
 from lora_export.lora import LoraPair
 from lora_export.structured_pairs import HadamardPair, KroneckerPair
 
+
+class KeyPart(StrEnum):
+    """What a tensor is to the change of its module."""
+
+    A = "A"
+    B = "B"
+    MID = "lora_mid"  # LoCon's core of a Tucker decomposition, between B and A
+    ALPHA = "alpha"
+    MAGNITUDE = "lora_magnitude_vector"  # DoRA's, as PEFT stores it
+    DORA_SCALE = "dora_scale"  # DoRA's, as LyCORIS stores it
+    B_BIAS = "bias of B"
+    CHANGE = "diff"  # the whole change of a weight
+    BIAS_CHANGE = "diff_b"  # the whole change of a bias
+    NORM_CHANGE = "w_norm"
+    NORM_BIAS_CHANGE = "b_norm"
+    LOHA_W1_A = "hada_w1_a"
+    LOHA_W1_B = "hada_w1_b"
+    LOHA_W2_A = "hada_w2_a"
+    LOHA_W2_B = "hada_w2_b"
+    LOHA_T1 = "hada_t1"
+    LOHA_T2 = "hada_t2"
+    LOKR_W1 = "lokr_w1"
+    LOKR_W1_A = "lokr_w1_a"
+    LOKR_W1_B = "lokr_w1_b"
+    LOKR_W2 = "lokr_w2"
+    LOKR_W2_A = "lokr_w2_a"
+    LOKR_W2_B = "lokr_w2_b"
+    LOKR_T2 = "lokr_t2"
+
+
+OWN_NAMES = [part for part in KeyPart if re.fullmatch(r"(hada|lokr)_\w+|diff(_b)?|[wb]_norm|lora_mid|dora_scale", part)]
+ENDINGS = [
+    (re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\.default)?)\.weight|\.lora_A"), KeyPart.A),
+    (re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B(\.default)?)\.weight|\.lora_B"), KeyPart.B),
+    (re.compile(r"\.lora_(B(\.default)?|up)\.bias"), KeyPart.B_BIAS),
+    (re.compile(r"(\.lora|\.lora_linear_layer)?\.alpha"), KeyPart.ALPHA),
+    (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?"), KeyPart.MAGNITUDE),
+    *((re.compile(rf"\.{re.escape(part)}(\.weight)?"), part) for part in OWN_NAMES),
+]
+# diffusers' oldest form: the pairs belong to the processor of an attention, not to its layers.
+PROCESSOR_ENDING = re.compile(
+    r"(\.processor)?\.(?P<layer>to_\w+?)_lora\.(?:(?P<side>down|up)\.weight|(?P<alpha>alpha))"
+)
+MOST_DOTS = 5  # in an ending; a hostile key may have a million
+PARTS_OF_SIDES = {"down": KeyPart.A, "up": KeyPart.B, None: KeyPart.ALPHA}
+
+
+def split_key(key: str) -> tuple[str, KeyPart] | None:
+    """The module and the part that a key names; None for a key of another kind."""
+    dots = [match.start() for match in re.finditer(r"\.", key)]
+    for start in dots[-MOST_DOTS:]:
+        ending = key[start:]
+        for pattern, part in ENDINGS:
+            if start and pattern.fullmatch(ending):
+                return key[:start], part
+        if found := PROCESSOR_ENDING.fullmatch(ending):
+            layer = "to_out.0" if found["layer"] == "to_out" else found["layer"]
+            return f"{key[:start]}.{layer}", PARTS_OF_SIDES[found["side"]]
+    return None
+
+
+class SortedKeys(NamedTuple):
+    """The keys of a file by the module that they belong to."""
+
+    modules: Mapping[str, Mapping[KeyPart, str]]  # module -> part -> key
+    unknown: list[str]  # keys that name no module or no part
+    duplicates: list[str]  # "key and key": two of one part of one module
+
+
+def sort_keys(keys: Iterable[str], module_of: Callable[[str], str | None]) -> SortedKeys:
+    """Sort keys by module. `module_of` is the module for what a key has before its ending; None where it is unknown."""
+    modules: dict[str, dict[KeyPart, str]] = {}
+    unknown, duplicates = [], []
+    for key in keys:
+        found = split_key(unwrapped(key))
+        module = None if found is None else module_of(found[0])
+        if found is None or module is None:
+            unknown.append(key)
+            continue
+        parts = modules.setdefault(module, {})
+        if found[1] in parts:
+            duplicates.append(f"{parts[found[1]]} and {key}")
+        parts.setdefault(found[1], key)
+    return SortedKeys(modules, unknown, duplicates)
+
+
+def has_pairs(keys: Iterable[str]) -> bool:
+    """Whether one of the keys is a part of a change that an adapter stores. `alpha` alone is none."""
+    return any(found is not None and found[1] is not KeyPart.ALPHA for found in map(split_key, keys))
+
+
+# --- Kinds of changes ---
+
 LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
-Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
+Parts = Mapping[KeyPart, NDArray[Any]]  # of one module
 
 
-@dataclass(frozen=True)
-class ChangeKind:
+class ChangeKind(NamedTuple):
     """A kind of change: its own parts, those without which it is none, and how they become a pair."""
 
     own: frozenset[KeyPart]
     needed: tuple[KeyPart, ...]
-    make: Callable[[Tensors, Callable[[int], float]], LoraPair]
+    make: Callable[[Parts, Callable[[int], float]], LoraPair]
 
 
-def _lora(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+def _lora(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     a, b = fp32(tensors[KeyPart.A]), fp32(tensors[KeyPart.B])
     rank = a.shape[0] if a.ndim else 0
     if a.ndim < 2 or b.ndim < 2:
@@ -47,7 +142,7 @@ def _lora(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
     return LoraPair(a=a, b=b, scale=scale(rank), magnitude=_magnitude(tensors, len(b)))
 
 
-def _loha(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+def _loha(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     factors: dict[str, NDArray[np.float32]] = {}
     ranks = []
     for number, down, up, core in (
@@ -65,7 +160,7 @@ def _loha(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
     return HadamardPair(factors, scale(ranks[0]), _magnitude(tensors, len(factors["b1"])))
 
 
-def _lokr(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+def _lokr(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     stored = {
         part.removeprefix("lokr_"): value
         for whole, up, down, core in (
@@ -84,7 +179,7 @@ def _lokr(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
 
 
 def _kronecker_factor(
-    tensors: Tensors, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
+    tensors: Parts, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
 ) -> dict[KeyPart, NDArray[np.float32]]:
     """The stored parts of one factor. Raises InputRefused where they do not make one."""
     if whole in tensors:
@@ -111,7 +206,7 @@ CHANGE_KINDS = (
 )
 
 
-def _magnitude(tensors: Tensors, out: int) -> NDArray[np.float32] | None:
+def _magnitude(tensors: Parts, out: int) -> NDArray[np.float32] | None:
     """DoRA's magnitude of each output (out,). PEFT stores (out,) or (1, out, 1, ...), LyCORIS (out, 1, ...)."""
     stored = tensors.get(KeyPart.MAGNITUDE, tensors.get(KeyPart.DORA_SCALE))
     if stored is None:

@@ -83,8 +83,9 @@ def test_experts_are_stacked_under_mlx_lms_name(tmp_path: Path) -> None:
         ),
         (
             adapter_of({f"{E}.0.w1": low_rank(2, 2, 1), f"{E}.2.w1": low_rank(2, 2, 1)}),
-            f"{E}: experts of different shapes, without a pair, or with DoRA",
+            f"{E}: experts of different shapes, ranks or scales, or without a pair",
         ),
+        (adapter_of({f"{E}.0.w1": low_rank(2, 2, 1, magnitude=np.ones(2))}), f"{E}: experts with DoRA"),
         (adapter_of({}, replaced={"head.weight": np.ones((2, 2))}), "it has no low-rank pair"),
     ],
 )

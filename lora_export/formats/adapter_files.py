@@ -1,0 +1,199 @@
+"""What the readers of formats share: the files of an adapter, its keys by module, and all that is wrong with its pairs.
+
+Tensors are in safetensors files, or in pickles of PyTorch where the user allows them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.lora import LoraPair
+from lora_export.options.reading import ReadOptions
+from lora_export.options.spelling import named
+from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
+from lora_export.storage.safetensors_file import Entry
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
+MODEL_CONFIG = "config.json"
+LARGEST_SIZE, LARGEST_NUMBER = (1 << 31) - 1, 1e30  # in a config
+# Modules that torch.compile, FSDP and activation checkpointing put around others. The base has none of them.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
+
+Tensors = Mapping[str, NDArray[Any]]  # of one module: the side of a pair ("a", "b", ...) -> its tensor
+
+
+class TensorSource(Protocol):
+    """Tensors by name."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    def read(self, name: str) -> NDArray[Any]:
+        """One tensor, as stored."""
+
+    def unchanged(self) -> bool:
+        """Whether the file is still the one whose names were read."""
+
+
+def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
+    """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
+    if path.suffix == SAFETENSORS:
+        return safetensors_file.open_file(path)
+    if not options.allow_pickle:
+        raise InputRefused(
+            f"{path} is a pickle, which can run code when it is opened. {named('allow_pickle', True)} reads it by "
+            "torch.load with weights_only=True, which reads tensors alone"
+        )
+    return torch_pickle.open_pickle(path)
+
+
+def names_in(path: Path) -> frozenset[str]:
+    """The names of a file's tensors, `unwrapped`, for recognition; those of a pickle with other texts. Raises nothing.
+
+    Reads headers only, and unpickles nothing.
+    """
+    names: frozenset[str] = frozenset()
+    if path.suffix == SAFETENSORS:
+        try:
+            names = frozenset(safetensors_file.open_file(path).entries)
+        except (InputRefused, OSError):
+            return names
+    elif path.suffix in PICKLES:
+        names = torch_pickle.text_in_pickle(path)
+    return frozenset(map(unwrapped, names))
+
+
+def unwrapped(name: str) -> str:
+    """A name without the modules that PyTorch wrapped around others, such as `_orig_mod`."""
+    return _WRAPPER.sub("", name)
+
+
+def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
+    """The SHA-256 of an adapter's files, the tensors' last. Raises InputRefused where that one changed meanwhile."""
+    digest = hashlib.sha256()
+    for path in (*beside, file.path):
+        with input_files.open_regular(path) as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    if not file.unchanged():
+        raise InputRefused(f"{file.path} changed while it was being read")
+    return digest.hexdigest()
+
+
+# --- Numbers ---
+
+
+def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] | None:
+    """The config.json beside an adapter, else that of the base; None where there is neither.
+
+    `folder` is that of the adapter, if any. `options.base_config` is a folder, or a file in it. Raises InputRefused for
+    a damaged config.
+    """
+    places = [] if folder is None else [folder / MODEL_CONFIG]
+    if (base := options.base_config) is not None:
+        places.append((base.parent if base.is_file() else base) / MODEL_CONFIG)
+    found = next((path for path in places if path.is_file()), None)
+    return None if found is None else json_files.read_model_config(found)
+
+
+def size_of(source: object, name: str, value: Any) -> int:
+    """A field that is a positive integer. Raises InputRefused, which names `source`, for another value."""
+    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+        raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive integer")
+    return value
+
+
+def number_of(source: object, name: str, value: Any, most: float = LARGEST_NUMBER) -> float:
+    """A field that is a positive number. Raises InputRefused, which names `source`, for another value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
+    """A size in the base's config, where it has one. Raises InputRefused where that is no positive integer."""
+    value = config.get(name)
+    return None if value is None else size_of("the base's config", name, value)
+
+
+def stated_rank_and_alpha(path: Path, program: str, options: ReadOptions) -> tuple[int, float]:
+    """What the user states of an adapter that records neither. Raises InputRefused where that is missing."""
+    if options.lora_rank is None or options.lora_alpha is None:
+        raise InputRefused(
+            f"{path}: {program}'s files record neither rank nor alpha, and B A is multiplied by alpha / rank. State "
+            f"both as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
+        )
+    return options.lora_rank, options.lora_alpha
+
+
+# --- Pairs ---
+
+
+def read_pairs(
+    file: TensorSource,
+    build: Callable[[str, Tensors], Mapping[str, LoraPair]],
+    *patterns: re.Pattern[str],
+    others: re.Pattern[str] | None = None,
+) -> tuple[dict[str, LoraPair], dict[str, str]]:
+    """The pairs that `build` makes of each module's tensors, and the key of A for each pair's name.
+
+    `patterns` match the keys of pairs; their groups are `module` and `side`. `others` matches those that are left to
+    the caller. Raises InputRefused for a file without tensors, for names with control characters, and with everything
+    that is wrong: a side that is missing or there twice, what `build` refuses, two pairs of one name, other keys.
+    """
+    modules, problems = _keys_by_module(file, patterns, others)
+    pairs: dict[str, LoraPair] = {}
+    spelling: dict[str, str] = {}
+    for module, sides in modules.items():
+        if missing := [side for side in ("a", "b") if side not in sides]:
+            problems.append(f"{module}: {' and '.join(missing).upper()} is missing")
+            continue
+        try:
+            built = build(module, {side: file.read(key) for side, key in sides.items()})
+        except InputRefused as error:
+            problems.append(f"{module}: {error}")
+            continue
+        problems += [f"{module}: {spelling[name]} has the name {name} too" for name in built if name in pairs]
+        pairs |= built
+        spelling |= dict.fromkeys(built, sides["a"])
+    refuse_problems(file, problems)
+    return pairs, spelling
+
+
+def _keys_by_module(
+    file: TensorSource, patterns: tuple[re.Pattern[str], ...], others: re.Pattern[str] | None
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module -> side -> key, and a line for each key of an unknown kind."""
+    refuse_unprintable(file.entries, f"the names in {file.path}")
+    modules: dict[str, dict[str, str]] = {}
+    problems = []
+    for key in file.entries:
+        match = next(filter(None, (pattern.fullmatch(unwrapped(key)) for pattern in patterns)), None)
+        if match is None:
+            problems += [] if others is not None and others.fullmatch(key) else [f"{key}: unknown kind of tensor"]
+            continue
+        sides, side = modules.setdefault(match["module"], {}), match["side"].lower()
+        if side in sides:
+            raise InputRefused(f"{file.path} contains one tensor under two names: {sides[side]} and {key}")
+        sides[side] = key
+    if not file.entries:
+        raise InputRefused(f"{file.path} contains no tensor")
+    return modules, problems
+
+
+def refuse_problems(file: TensorSource, problems: list[str]) -> None:
+    """Raise InputRefused with everything that is wrong with a file, where anything is."""
+    if problems:
+        raise InputRefused(f"{file.path} is refused:", listed(sorted(problems), len(problems)))
