@@ -55,9 +55,6 @@ class LoraPair:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, finite_fp32(name, value))
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
         if self.a.ndim < 2 or self.b.ndim < 2:
             raise InputRefused(f"A is {self.a.shape} and B is {self.b.shape}; both need at least two dimensions")
         if self.a.shape[0] != self.b.shape[1]:

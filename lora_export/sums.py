@@ -113,24 +113,16 @@ def sum_rows(
 
 
 def add_into(total: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float32]) -> None:
-    """Write `weight + change` to `total`, summed in the dtype of `total`.
-
-    A half-precision weight is converted first: NumPy converts two dtypes in small pieces, which is slower. ml_dtypes
-    converts bf16: widening it by a shift of integers takes 1.8 times as long.
-    """
+    """Write `weight + change` to `total`, summed in the dtype of `total`."""
     if weight.dtype in (np.float32, np.float64):
         np.add(weight, change, out=total, casting="unsafe")
-    else:
+    else:  # NumPy converts two dtypes in small pieces, which is slower; a shift of integers takes 1.8 times as long
         np.copyto(total, weight)
         total += change
 
 
 def round_into(out: NDArray[Any], total: NDArray[Any]) -> None:
-    """Round a sum to the dtype of `out`; nothing is done where `out` is the sum itself.
-
-    ml_dtypes rounds to bf16. Integer arithmetic in place takes 1.2 times as long, in the best block size of those
-    tried.
-    """
+    """Round a sum to the dtype of `out`, unless it is the sum. Integer arithmetic takes 1.2 times as long for bf16."""
     if out is not total:
         np.copyto(out, total, casting="unsafe")
 

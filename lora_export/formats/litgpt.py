@@ -16,15 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.adapter_files import (
-    Tensors,
-    hash_of_unchanged,
-    names_in,
-    number_of,
-    open_tensors,
-    read_pairs,
-    size_of,
-)
+from lora_export.formats import adapter_files
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import FamilyNames, read_rows
@@ -49,7 +41,7 @@ def recognises(path: Path) -> bool:
     weights = _weights(path)
     if not weights.is_file() or not (weights.parent / HYPERPARAMETERS).is_file():
         return False
-    names = [name for name in names_in(weights) if ".lora_" in name]
+    names = [name for name in adapter_files.names_in(weights) if ".lora_" in name]
     return bool(names) and all(_KEY.fullmatch(name) for name in names)
 
 
@@ -61,8 +53,8 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     if not config_file.is_file():
         raise InputRefused(f"{weights.parent} has no {LITGPT_CONFIG}, which names the model and the sizes of its heads")
     model = _LitgptModel.of(settings_file, config_file)
-    file = open_tensors(weights, options)
-    pairs, spelling = read_pairs(file, model.pairs, _KEY)
+    file = adapter_files.open_tensors(weights, options)
+    pairs, spelling = adapter_files.read_pairs(file, model.pairs, _KEY)
     pairs, spelling = model.names.with_joined(pairs, spelling, weights, model.heads)
     return Adapter(
         name=name,
@@ -71,7 +63,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         spelling=spelling,
         scale_source=f"lora_alpha / lora_r in {HYPERPARAMETERS}",
         metadata={"r": model.rank, "lora_alpha": model.alpha, "model": model.name},
-        sha256=hash_of_unchanged(file, settings_file, config_file),
+        sha256=adapter_files.hash_of_unchanged(file, settings_file, config_file),
     )
 
 
@@ -100,20 +92,20 @@ class _LitgptModel:
 
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key)
-            return default if value is None and default is not None else size_of(config_file, key, value)
+            return default if value is None and default is not None else adapter_files.size_of(config_file, key, value)
 
         heads = size("n_head")
         groups, head = size("n_query_groups", heads), size("head_size", max(1, size("n_embd") // heads))
         return cls(
             name=str(texts["name"]),
             names=names_of_family(str(texts["name"]), str(texts["mlp_class_name"])),
-            rank=size_of(settings_file, "lora_r", settings.get("lora_r")),
-            alpha=number_of(settings_file, "lora_alpha", settings.get("lora_alpha")),
+            rank=adapter_files.size_of(settings_file, "lora_r", settings.get("lora_r")),
+            alpha=adapter_files.number_of(settings_file, "lora_alpha", settings.get("lora_alpha")),
             parts=tuple(settings.get(key) is True for key in PARTS),
             heads=Heads(heads, groups, head),
         )
 
-    def pairs(self, module: str, tensors: Tensors) -> dict[str, LoraPair]:
+    def pairs(self, module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
         """The pairs of a module of litgpt, under the names of the family."""
         a, b = tensors["a"], tensors["b"]
         if (a.ndim, b.ndim) != (2, 2) or b.shape[1] != self.rank:

@@ -19,14 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.adapter_files import (
-    Tensors,
-    hash_of_unchanged,
-    names_in,
-    open_tensors,
-    read_pairs,
-    stated_rank_and_alpha,
-)
+from lora_export.formats import adapter_files
 from lora_export.formats.lora_changes import is_finite
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
@@ -47,20 +40,20 @@ def recognises(path: Path) -> bool:
     """Whether a file has a pair under loralib's names. A pickle is not unpickled for that."""
     if not path.is_file() or (path.parent / _OF_LITGPT).exists():
         return False
-    names = [name for name in names_in(path) if _KEY.fullmatch(name)]
+    names = [name for name in adapter_files.names_in(path) if _KEY.fullmatch(name)]
     return bool(names) and not any(OTHERS.match(name) for name in names)
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a file of loralib. Raises InputRefused with everything that is wrong with it."""
-    file = open_tensors(path, options)
-    rank, alpha = stated_rank_and_alpha(path, "loralib", options)
+    file = adapter_files.open_tensors(path, options)
+    rank, alpha = adapter_files.stated_rank_and_alpha(path, "loralib", options)
     scale = adapter_scale(rank, alpha, {})
 
-    def build(module: str, tensors: Tensors) -> dict[str, LoraPair]:
+    def build(module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
         return {module: _pair(module, tensors["a"], tensors["b"], rank, scale, options.enabled_parts_of(module))}
 
-    pairs, spelling = read_pairs(file, build, _KEY, others=_BIAS)
+    pairs, spelling = adapter_files.read_pairs(file, build, _KEY, others=_BIAS)
     replaced = {key: file.read(key) for key in file.entries if _BIAS.fullmatch(key)}
     if bad := [key for key, value in replaced.items() if not is_finite(value)]:
         raise InputRefused(f"{path}: {', '.join(bad)} holds values that are not finite (NaN or infinity)")
@@ -73,7 +66,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha},
         notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in replaced),
-        sha256=hash_of_unchanged(file),
+        sha256=adapter_files.hash_of_unchanged(file),
     )
 
 

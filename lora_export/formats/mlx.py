@@ -17,16 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats import WriteOptions
-from lora_export.formats.adapter_files import (
-    SAFETENSORS,
-    Tensors,
-    base_config,
-    hash_of_unchanged,
-    number_of,
-    open_tensors,
-    read_pairs,
-)
+from lora_export.formats import WriteOptions, adapter_files
 from lora_export.formats.expert_layouts import expert_stacks, is_stacked, stacked_factors, stacked_pairs
 from lora_export.formats.writing import beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
@@ -62,9 +53,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     weights = path if path != folder else folder / MLX_WEIGHTS
     if not weights.exists():
         raise InputRefused(f"{path} has no {MLX_WEIGHTS}")
-    file = open_tensors(weights, options)
-    pairs, spelling = read_pairs(file, functools.partial(_pairs, scale, kind == "dora"), _KEY)
-    base = base_config(folder, options) or {}
+    file = adapter_files.open_tensors(weights, options)
+    pairs, spelling = adapter_files.read_pairs(file, functools.partial(_pairs, scale, kind == "dora"), _KEY)
+    base = adapter_files.base_config(folder, options) or {}
     for row in _rows_of(base):
         pairs, spelling = FamilyNames.of(row).with_joined(pairs, spelling, file.path)
     tied = _ties(pairs, base)
@@ -78,13 +69,13 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"scale in {MLX_CONFIG}, as it is",
         metadata={"fine_tune_type": kind, "scale": scale}
         | {key: value for key in ("model", "num_layers") if isinstance(value := config.get(key), str | int)},
-        sha256=hash_of_unchanged(file, folder / MLX_CONFIG),
+        sha256=adapter_files.hash_of_unchanged(file, folder / MLX_CONFIG),
     )
 
 
 def _mlx_folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by a file of tensors, such as a checkpoint's."""
-    return path.parent if path.suffix == SAFETENSORS else path
+    return path.parent if path.suffix == adapter_files.SAFETENSORS else path
 
 
 def _rows_of(base: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,7 +95,9 @@ def _scale(path: Path, config: Mapping[str, Any]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise InputRefused(f"{path} has no lora_parameters, which hold the scale")
-    rank, scale = (number_of(path, f"{name} in lora_parameters", parameters.get(name)) for name in ("rank", "scale"))
+    rank, scale = (
+        adapter_files.number_of(path, f"{name} in lora_parameters", parameters.get(name)) for name in ("rank", "scale")
+    )
     alpha = parameters.get("alpha")
     if alpha is not None and alpha != rank:
         raise InputRefused(
@@ -115,7 +108,7 @@ def _scale(path: Path, config: Mapping[str, Any]) -> float:
     return scale
 
 
-def _pairs(scale: float, is_dora: bool, module: str, tensors: Tensors) -> dict[str, LoraPair]:
+def _pairs(scale: float, is_dora: bool, module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
     """The pair of a module; of stacked experts, the pair of each."""
     a, b, magnitude = tensors["a"], tensors["b"], tensors.get("m")
     if is_dora is not (magnitude is not None):
@@ -152,7 +145,7 @@ def _ties(pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str,
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write an adapter for mlx-lm into a folder. It has one rank and one scale, and DoRA on all layers or none."""
-    base = base_config(None, options.reading) or {}
+    base = adapter_files.base_config(None, options.reading) or {}
     experts = expert_stacks(adapter, model_types(base))
     problems = beyond_pairs(adapter, {"magnitude", "tied"})
     # mlx-lm applies the pair of tied embeddings at both.

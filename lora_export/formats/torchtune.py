@@ -17,18 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.adapter_files import (
-    Tensors,
-    base_config,
-    hash_of_unchanged,
-    names_in,
-    number_of,
-    open_tensors,
-    read_pairs,
-    size_in_config,
-    size_of,
-    stated_rank_and_alpha,
-)
+from lora_export.formats import adapter_files
 from lora_export.formats.expert_layouts import stacked_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
@@ -54,7 +43,7 @@ def recognises(path: Path) -> bool:
     """Whether a file has torchtune's names, or a folder has such a file and none of PEFT. Nothing is unpickled."""
     weights = _weights(path)
     return weights is not None and any(
-        pattern.fullmatch(name) for name in names_in(weights) for pattern in (_KEY, _OF_EXPERTS)
+        pattern.fullmatch(name) for name in adapter_files.names_in(weights) for pattern in (_KEY, _OF_EXPERTS)
     )
 
 
@@ -63,10 +52,10 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     weights = _weights(path)
     if weights is None:
         raise InputRefused(f"{path} has no {TORCHTUNE_WEIGHTS}")
-    file = open_tensors(weights, options)
+    file = adapter_files.open_tensors(weights, options)
     rank, alpha, files = _rank_and_alpha(weights, options)
     model = _TorchtuneModel.of(weights, options, adapter_scale(rank, alpha, {}), rank)
-    pairs, spelling = read_pairs(file, model.pairs, _KEY, _OF_EXPERTS)
+    pairs, spelling = adapter_files.read_pairs(file, model.pairs, _KEY, _OF_EXPERTS)
     pairs, spelling = model.names.with_joined(pairs, spelling, file.path, model.heads)
     return Adapter(
         name=name,
@@ -78,7 +67,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         if files
         else f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha, "model_type": model.type},
-        sha256=hash_of_unchanged(file, *files),
+        sha256=adapter_files.hash_of_unchanged(file, *files),
     )
 
 
@@ -97,10 +86,13 @@ def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, li
     """Rank and alpha, and the file that records them, where there is one."""
     config = weights.parent / _CONFIG_BESIDE
     if not config.is_file():
-        return *stated_rank_and_alpha(weights, "torchtune", options), []
+        return *adapter_files.stated_rank_and_alpha(weights, "torchtune", options), []
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
     fields = json_files.read_json(config)
-    rank, alpha = size_of(config, "r", fields.get("r")), number_of(config, "lora_alpha", fields.get("lora_alpha"))
+    rank, alpha = (
+        adapter_files.size_of(config, "r", fields.get("r")),
+        adapter_files.number_of(config, "lora_alpha", fields.get("lora_alpha")),
+    )
     return rank, alpha, [config]
 
 
@@ -116,7 +108,7 @@ class _TorchtuneModel:
 
     @classmethod
     def of(cls, weights: Path, options: ReadOptions, scale: float, rank: int) -> _TorchtuneModel:
-        config = base_config(weights.parent, options)
+        config = adapter_files.base_config(weights.parent, options)
         if config is None:
             raise InputRefused(
                 f"{weights}: torchtune orders the rows of q and k by the heads of the model, which the file does not "
@@ -130,9 +122,11 @@ class _TorchtuneModel:
             known = ", ".join(sorted(rows))
             raise InputRefused(f"how torchtune converts models of the type {kind!r} is not known; known: {known}")
         source = "the base's config"
-        heads, width = (size_of(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size"))
-        groups = size_in_config(config, "num_key_value_heads") or heads
-        size = size_in_config(config, "head_dim") or max(1, width // heads)
+        heads, width = (
+            adapter_files.size_of(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size")
+        )
+        groups = adapter_files.size_in_config(config, "num_key_value_heads") or heads
+        size = adapter_files.size_in_config(config, "head_dim") or max(1, width // heads)
         names = FamilyNames.of(rows[kind], read_rows("families.json")["torchtune_modules"])
         return cls(str(kind), scale, rank, Heads(heads, groups, size), names)
 
@@ -143,7 +137,7 @@ class _TorchtuneModel:
             raise InputRefused("which layer of the base this is is not known")
         return name
 
-    def pairs(self, module: str, tensors: Tensors) -> dict[str, LoraPair]:
+    def pairs(self, module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
         """The pair of a linear layer, with the rows in Hugging Face's order; of stacked experts, the pair of each."""
         a, b = tensors["a"], tensors["b"]
         if ".experts." in module:

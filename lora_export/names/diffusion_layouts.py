@@ -18,7 +18,6 @@ from lora_export.names.row_orders import swapped_halves
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, joined
 
 _DATA = read_rows("diffusion.json")
-_NUMBER = "{}"
 SUFFIXES = (".weight", ".bias")
 LONGEST_MATCHED = 500  # characters of a name that may be one of a table's
 PACKED = {".weight": ".in_proj_weight", ".bias": ".in_proj_bias"}  # of nn.MultiheadAttention
@@ -124,10 +123,9 @@ def _tensors(sides: Sequence[_Side], names: Sequence[str], prefix: str) -> Itera
         by_module.setdefault(module, []).append((suffix, name))
     used: set[str] = set()
     for side in sides:
-        for numbers in dict.fromkeys(_numbers(side, by_module)):
-            original, parts = (text.replace(_NUMBER, "%s") for text in (side.row.original, "\n".join(side.row.parts)))
-            one = original % numbers
-            many = [part % numbers for part in parts.split("\n")]
+        found = map(side.patterns[0].fullmatch, list(by_module))
+        for numbers in dict.fromkeys(match.groups() for match in found if match):
+            one, *many = (name.format(*numbers) for name in (side.row.original, *side.row.parts))
             owned = [one] if side.original_side else many
             if not all(module in by_module for module in owned):
                 continue
@@ -137,13 +135,6 @@ def _tensors(sides: Sequence[_Side], names: Sequence[str], prefix: str) -> Itera
         for suffix, name in tensors:
             if name not in used:
                 yield module + suffix, LoadedTensor(module + suffix, stored=name)
-
-
-def _numbers(side: _Side, modules: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    (first, *_), modules = side.patterns, list(modules)
-    for module in modules:
-        if found := first.fullmatch(module):
-            yield found.groups()
 
 
 def _module_and_suffix(name: str) -> tuple[str, str]:

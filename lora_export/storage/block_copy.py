@@ -26,7 +26,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,16 @@ class Block:
     repeated: bool = False  # the source's bytes were in another block already, and in its hash
 
 
-@dataclass(frozen=True)
 class RunningHashes:
     """The hashes of source and target, up to where the copy is."""
 
-    algorithm: str
-    source: Hash = field(init=False)
-    target: Hash = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "source", ALGORITHMS[self.algorithm]())
-        object.__setattr__(self, "target", ALGORITHMS[self.algorithm]())
+    def __init__(self, algorithm: str, target: Hash | None = None):
+        self.algorithm, self.source = algorithm, ALGORITHMS[algorithm]()
+        self.target = ALGORITHMS[algorithm]() if target is None else target
 
     def for_next_source(self) -> RunningHashes:
         """Hashes for another source of the same target. The target's hash goes on."""
-        others = RunningHashes(self.algorithm)
-        object.__setattr__(others, "target", self.target)
-        return others
+        return RunningHashes(self.algorithm, self.target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +82,6 @@ class _Buffers:
 
     source: Bytes
     target: Bytes
-
-    @classmethod
-    def allocate(cls, size: int, memory: Memory) -> _Buffers:
-        whole = memory(2 * size)  # one allocation: from 4 MiB on, NumPy asks for huge pages
-        return cls(whole[:size], whole[size:])
 
     def before(self, block: Block) -> Bytes:
         """The block's bytes of the source."""
@@ -134,7 +122,8 @@ def transfer(
     InputRefused where the source ends too early, and whatever a block's work raises.
     """
     threads = threads or default_threads()
-    free = [_Buffers.allocate(buffer_bytes, memory) for _ in range(threads + AHEAD)]
+    # One allocation for both: from 4 MiB on, NumPy asks for huge pages.
+    free = [_Buffers(*np.split(memory(2 * buffer_bytes), 2)) for _ in range(threads + AHEAD)]
     scratches = [np.empty(2 * buffer_bytes, np.uint8) for _ in range(threads)]  # the last one returned is in the cache
     pending: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
     started = 0  # bytes of the target that the kernel was requested to write
@@ -193,10 +182,9 @@ def read(source: Path, fd: int, buffer: Bytes, position: int) -> None:
 
 def write(fd: int, data: memoryview, position: int) -> None:
     """Write all of `data` at a position of the file."""
-    rest = data
-    while rest:  # a nearly full disk takes a part, and reports an error for the rest
-        count = write_at(fd, rest, position)
-        rest, position = rest[count:], position + count
+    while data:  # a nearly full disk takes a part, and reports an error for the rest
+        count = write_at(fd, data, position)
+        data, position = data[count:], position + count
 
 
 def share(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> range:

@@ -57,10 +57,9 @@ class PickledTensors:
     def unchanged(self) -> bool:
         """Whether the file is still the one that was read."""
         try:
-            (now,) = input_files.file_states([self.path])
+            return input_files.file_states([self.path]) == [self.state]
         except OSError:
             return False
-        return now == self.state
 
 
 def text_in_pickle(path: Path) -> frozenset[str]:

@@ -1,15 +1,7 @@
 """The weights of a quantised checkpoint, read as the floats that its own library makes of them.
 
-    stored_parts.py        the tensors that a quantised weight is stored in
-    bitsandbytes.py        nf4, fp4 (double quantisation too) and int8
-    block_fp8.py           8-bit floats with a scale for each block (DeepSeek)
-    mxfp4.py               experts of 4-bit floats (gpt-oss)
-    compressed_tensors.py  integers of 1 to 8 bits, 8-bit floats; compressed_floats.py  floats in groups
-    modelopt.py            nvfp4 of NVIDIA's library
-    gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
-    packed_numbers.py      numbers of a few bits
-
-A scheme is added as one file, and one entry in `SCHEMES`.
+A scheme is added as one file, and one entry in `SCHEMES`. `stored_parts.py` has the tensors that a quantised weight is
+stored in, `packed_numbers.py` numbers of a few bits.
 """
 
 from __future__ import annotations
@@ -28,19 +20,8 @@ from lora_export.weights.quantised.compressed_tensors import compressed_weights
 from lora_export.weights.quantised.gptq import gptq_weights
 from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
-from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
-
-__all__ = [
-    "QUANTIZATION",
-    "QUANTIZATION_FILES",
-    "QuantisedTensor",
-    "caution_for",
-    "find_quantised",
-    "method_of",
-    "remedy_for",
-    "stated_beside",
-    "without_quantisation",
-]
+from lora_export.weights.quantised.stored_parts import Decode, Pieces, StoredParts
+from lora_export.weights.quantised.stored_parts import QuantisedTensor as QuantisedTensor
 
 QUANTIZATION = "quantization_config"  # of a config
 # Files in which quantisers repeat it, or state it alone: the method, and how the names of its tensors end. Beside float
@@ -55,8 +36,6 @@ CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 CACHE_SCALES = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "zero_point"))
 
 ReadWeights = Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]
-
-
 OF_AWQ = (
     "AWQ scales weights and the inputs of their layers: an adapter fits only the model beside which it was trained, "
     "this one or the original"
@@ -199,18 +178,13 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- Weights of a Conv1D (GPT-2), which some libraries quantise in the order of nn.Linear, (outputs, inputs) ---
-
-# The float checkpoint of such a model has (inputs, outputs): the weight is transposed.
-
-
 def as_conv1d(
     tensor: QuantisedTensor, packed_bytes: int, is_conv1d: bool | None, is_stored_as_linear: bool
 ) -> QuantisedTensor:
     """The weight as the float checkpoint of its model has it. `is_conv1d` is None where that is unknown.
 
-    `packed_bytes` is the size of its numbers. The weight of a Conv1D is decoded whole for any of its rows: such models
-    are small.
+    The float weight of a Conv1D (GPT-2) is (inputs, outputs), and some libraries quantise it in the order of nn.Linear.
+    It is decoded whole for any of its rows: such models are small. `packed_bytes` is the size of its numbers.
     """
     if is_conv1d is False:
         return tensor

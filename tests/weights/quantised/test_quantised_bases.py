@@ -149,18 +149,17 @@ def test_option_without_a_quantised_base_is_refused(place: Path, tmp_path: Path)
         lora_export.merge(tmp_path / "m.onnx", [place / "adapter"], tmp_path / "o.onnx", dequantize=True)
 
 
-def test_unknown_scheme_is_refused_by_name(place: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(place / "nf4", base)
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "aqlm"
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputRefused, match=r"dequantize=True knows bitsandbytes .* quantised by aqlm"):
-        lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
-    config["quantization_config"]["quant_method"] = "fp8"
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputRefused, match="the config names fp8, and no weight is stored so"):
-        lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("aqlm", r"dequantize=True knows bitsandbytes .* quantised by aqlm"),
+        ("fp8", "the config names fp8, and no weight is stored so"),
+    ],
+)
+def test_a_scheme_that_is_not_known_or_not_there_is_refused(method: str, message: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", {"fc.weight": torch.ones(8, 64)}, {"quant_method": method})
+    with pytest.raises(InputRefused, match=message):
+        lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
 
 
 def test_parts_in_other_shards_and_hashes_of_whole_files(place: Path, tmp_path: Path) -> None:
@@ -248,13 +247,19 @@ def packed(nibbles: torch.Tensor) -> torch.Tensor:
     return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
+def saved(folder: Path, stored: dict[str, torch.Tensor], quantization: object = None) -> Path:
+    """A base of these tensors. Without a quantization, its config has none."""
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    stated = {} if quantization is None else {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32"} | stated))
+    return folder
+
+
 def one_layer(folder: Path, more: dict[str, torch.Tensor], **fields: object) -> Path:
     """A base of one layer in fp8, with more tensors and more fields in its quantization_config."""
     stored, quantization, _ = of_one_layer("fp8")
-    folder.mkdir()
-    save_file(stored | more, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization | fields}))
-    return folder
+    return saved(folder, stored | more, quantization | fields)
 
 
 def of_fc(folder: Path) -> Path:
@@ -294,16 +299,13 @@ def test_config_from_before_methods_had_names_is_read() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_other_schemes_are_merged_and_judged(scheme: str, tmp_path: Path) -> None:
     stored, quantization, weight = of_one_layer(scheme)
-    base, out = tmp_path / "base", tmp_path / "merged"
-    base.mkdir()
-    save_file(stored | {"norm.weight": torch.ones(64)}, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
-    a, b = np.ones((1, 64)), np.arange(8.0)[:, None]
-    adapter = peft_adapter(tmp_path / "adapter", {"fc": (a, b)})
-    lora_export.merge(base, [adapter], out, dequantize=True)
+    base, out = saved(tmp_path / "base", stored | {"norm.weight": torch.ones(64)}, quantization), tmp_path / "merged"
+    adapter = of_fc(tmp_path / "adapter")
+    result = lora_export.merge(base, [adapter], out, dequantize=True)
+    assert any("AWQ scales weights and the inputs of" in note for note in result.notes) == (scheme == "awq")
     merged = load_file(out / "model.safetensors")
     assert merged.keys() == {"fc.weight", "norm.weight"}
-    assert torch.equal(merged["fc.weight"], weight + torch.from_numpy(b @ a).float())
+    assert torch.equal(merged["fc.weight"], weight + torch.arange(8.0)[:, None])
     assert lora_export.verify(out, adapters=[adapter], base=base)
     save_file(merged | {"fc.weight": weight}, out / "model.safetensors", {"format": "pt"})
     assert not lora_export.verify(out, adapters=[adapter], base=base)
@@ -312,10 +314,7 @@ def test_other_schemes_are_merged_and_judged(scheme: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_scheme_is_refused_with_both_ways_out(scheme: str, tmp_path: Path) -> None:
     stored, quantization, _ = of_one_layer(scheme)
-    base = tmp_path / "base"
-    base.mkdir()
-    save_file(stored, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+    base = saved(tmp_path / "base", stored, quantization)
     with pytest.raises(InputRefused) as refused:
         lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m")
     assert f"is quantised ({scheme})" in str(refused.value)
@@ -336,10 +335,7 @@ def test_quantiser_may_state_its_scheme_in_its_own_file(
     scheme: str, name: str, stated: dict[str, object], tmp_path: Path
 ) -> None:
     stored, _, weight = of_one_layer(scheme)
-    base, out = tmp_path / "base", tmp_path / "merged"
-    base.mkdir()
-    save_file(stored, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    base, out = saved(tmp_path / "base", stored), tmp_path / "merged"
     (base / name).write_text(json.dumps(stated))
     with pytest.raises(InputRefused, match=rf"is quantised \({scheme}\)"):
         lora_export.merge(base, [of_fc(tmp_path / "adapter")], out)
@@ -352,22 +348,10 @@ def test_quantiser_may_state_its_scheme_in_its_own_file(
 
 
 def test_float_weights_beside_such_a_file_are_floats(tmp_path: Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "merged"
-    base.mkdir()
-    save_file({"fc.weight": torch.ones(8, 64)}, base / "model.safetensors", {"format": "pt"})
+    base, out = saved(tmp_path / "base", {"fc.weight": torch.ones(8, 64)}), tmp_path / "merged"
     (base / "quantize_config.json").write_text(json.dumps({"bits": 4}))
     lora_export.merge(base, [of_fc(tmp_path / "adapter")], out)
     assert (out / "quantize_config.json").exists()
-
-
-def test_note_says_which_adapters_fit_weights_of_awq(tmp_path: Path) -> None:
-    stored, quantization, _ = of_one_layer("awq")
-    base = tmp_path / "base"
-    base.mkdir()
-    save_file(stored, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
-    result = lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
-    assert any("AWQ scales weights and the inputs of their layers" in note for note in result.notes)
 
 
 # The one fault that a base survives: the config of GPTQ states the size of a group too.
@@ -382,11 +366,8 @@ def test_each_damaged_part_ends_with_exit_3_and_no_output(
     stored, quantization, _ = of_one_layer(scheme)
     adapter = of_fc(tmp_path / "adapter")
     for number, name in enumerate(name for name in stored if "input_scale" not in name):
-        base, out = tmp_path / f"base{number}", tmp_path / f"merged{number}"
-        base.mkdir()
         tensors = damaged(stored, name, fault) | {"norm.weight": torch.ones(64)}
-        save_file(tensors, base / "model.safetensors", {"format": "pt"})
-        (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+        base, out = saved(tmp_path / f"base{number}", tensors, quantization), tmp_path / f"merged{number}"
         code = call("merge", base, adapter, "-o", out, "--dequantize")
         error = capsys.readouterr().err
         is_harmless = (scheme, name, fault) in HARMLESS
