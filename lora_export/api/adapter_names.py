@@ -10,7 +10,7 @@ from typing import TypeVar
 from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
-from lora_export.names.fused_pairs import joined_outputs
+from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import NotExpressible
 from lora_export.options.spelling import named

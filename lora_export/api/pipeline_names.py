@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
-from lora_export.names.fused_pairs import joined_outputs
+from lora_export.names.families import joined_outputs
 from lora_export.names.tensor_parts import AssembledTensor
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import (

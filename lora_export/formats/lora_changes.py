@@ -144,31 +144,22 @@ def _lora(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
 
 def _loha(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     factors: dict[str, NDArray[np.float32]] = {}
-    ranks = []
-    for number, down, up, core in (
-        ("1", KeyPart.LOHA_W1_B, KeyPart.LOHA_W1_A, KeyPart.LOHA_T1),
-        ("2", KeyPart.LOHA_W2_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_T2),
-    ):
+    for number in "12":
+        up, down, core = (KeyPart(f"hada_{name}") for name in (f"w{number}_a", f"w{number}_b", f"t{number}"))
         a, b = _matrix(tensors[down], down), _matrix(tensors[up], up)
-        ranks.append(rank := a.shape[0])
         if core in tensors:
             tucker = fp32(tensors[core])
-            if tucker.shape[:2] != (b.shape[0], rank) or tucker.ndim < 3:
+            if tucker.shape[:2] != (b.shape[0], a.shape[0]) or tucker.ndim < 3:
                 raise InputRefused(f"{down} {a.shape}, {core} {tucker.shape} and {up} {b.shape} make no convolution")
             a, b = np.einsum("pq...,qi->pi...", tucker, a), b.T
         factors |= {f"a{number}": a, f"b{number}": b}
-    return HadamardPair(factors, scale(ranks[0]), _magnitude(tensors, len(factors["b1"])))
+    rank = len(tensors[KeyPart.LOHA_W1_B])
+    return HadamardPair(factors, scale(rank), _magnitude(tensors, len(factors["b1"])))
 
 
 def _lokr(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
-    stored = {
-        part.removeprefix("lokr_"): value
-        for whole, up, down, core in (
-            (KeyPart.LOKR_W1, KeyPart.LOKR_W1_A, KeyPart.LOKR_W1_B, None),
-            (KeyPart.LOKR_W2, KeyPart.LOKR_W2_A, KeyPart.LOKR_W2_B, KeyPart.LOKR_T2),
-        )
-        for part, value in _kronecker_factor(tensors, whole, up, down, core).items()
-    }
+    factors = _kronecker_factor(tensors, KeyPart.LOKR_W1) | _kronecker_factor(tensors, KeyPart.LOKR_W2)
+    stored = {part.removeprefix("lokr_"): value for part, value in factors.items()}
     ranks = {tensors[down].shape[0] for down in (KeyPart.LOKR_W1_B, KeyPart.LOKR_W2_B) if down in tensors}
     if len(ranks) > 1:
         raise InputRefused(f"its two factors have the ranks {', '.join(map(str, sorted(ranks)))}")
@@ -178,10 +169,9 @@ def _lokr(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     return pair if magnitude is None else KroneckerPair(stored, pair.scale, magnitude)
 
 
-def _kronecker_factor(
-    tensors: Parts, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
-) -> dict[KeyPart, NDArray[np.float32]]:
+def _kronecker_factor(tensors: Parts, whole: KeyPart) -> dict[KeyPart, NDArray[np.float32]]:
     """The stored parts of one factor. Raises InputRefused where they do not make one."""
+    up, down = KeyPart(f"{whole}_a"), KeyPart(f"{whole}_b")
     if whole in tensors:
         if up in tensors or down in tensors:
             raise InputRefused(f"it has {whole} and {up} or {down}")
@@ -189,7 +179,8 @@ def _kronecker_factor(
     if up not in tensors or down not in tensors:
         raise InputRefused(f"there is neither {whole} nor {up} and {down} for it")
     b, a = _matrix(tensors[up], up), fp32(tensors[down])
-    if core is not None and core in tensors:
+    core = KeyPart.LOKR_T2
+    if whole is KeyPart.LOKR_W2 and core in tensors:
         tucker = fp32(tensors[core])
         if tucker.ndim < 3 or a.ndim != 2 or tucker.shape[:2] != (b.shape[0], a.shape[0]):
             raise InputRefused(f"{up} {b.shape}, {core} {tucker.shape} and {down} {a.shape} make no convolution")

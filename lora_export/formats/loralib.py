@@ -23,7 +23,7 @@ from lora_export.formats import adapter_files
 from lora_export.formats.lora_changes import is_finite
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.fused_pairs import fuse_outputs
+from lora_export.names.families import fuse_outputs
 from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named

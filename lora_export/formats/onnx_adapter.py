@@ -177,19 +177,6 @@ def version_of(fingerprint: str) -> int:
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
-def share_one_head() -> str:
-    """What to do where all adapters have the same head."""
-    return (
-        f"If all adapters share one head, merge it into the model once ({head_into_base()}), and export with-head with "
-        f"{named('ignore_head', True)}."
-    )
-
-
-def heads_by_row() -> str:
-    """Which graph adapters with heads of their own fit."""
-    return f"A graph of {named('lora', 'rows')} takes adapters with heads of their own."
-
-
 def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold.
 
@@ -198,17 +185,20 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     problems = []
     for adapter in adapters:
         whole = [name for name in adapter.replaced if name.removesuffix(".weight") not in adapter.pairs]
-        found = [f"{name}: a whole tensor" for name in whole]
-        found += [f"{name}: a change of a bias" for name in adapter.biases]
-        found += [f"{name}: a change of a vector" for name in adapter.added]
-        found += [f"{name}: rows of tokens" for name in adapter.token_rows]
-        problems += [f"{adapter.name}, {line}" for line in found]
+        kinds = {"a whole tensor": whole, "a change of a bias": adapter.biases, "a change of a vector": adapter.added}
+        kinds["rows of tokens"] = adapter.token_rows
+        problems += [f"{adapter.name}, {name}: {kind}" for kind, names in kinds.items() for name in names]
+    remedies = [
+        f"A graph of {named('lora', 'rows')} takes adapters with heads of their own.",
+        f"If all adapters share one head, merge it into the model once ({head_into_base()}), and export with-head with "
+        f"{named('ignore_head', True)}.",
+    ]
     if problems:
         raise InputRefused(
             "only low-rank pairs can be swapped while a graph runs; these cannot:",
             listed(problems),
             f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}).",
-            *([heads_by_row(), share_one_head()] if any(adapter.replaced for adapter in adapters) else []),
+            *(remedies if any(adapter.replaced for adapter in adapters) else []),
             "Nothing was written.",
         )
 

@@ -6,13 +6,11 @@ diffusion.json     the models' authors' names for diffusion models, and diffuser
 transformers.json  the rules by which transformers renames and converts weights while it loads them (`make names`)
 modules.json       the model types of transformers, and their tables of embeddings and Conv1D (`make names`)
 
-families.py        the rows of a family, carried out on the pairs of an adapter; the names and axes of experts
-fused_pairs.py     several pairs as that of one layer, and a pair with its rows in another order
+families.py        the rows of a family, carried out on the pairs of an adapter; several pairs as one; experts
 row_orders.py      the orders of rows: rotary embedding, gate and up, query groups
 tensor_parts.py    which entries of stored tensors a converted tensor consists of
 table.py           what `transformers.json` and `modules.json` have
-rename_rules.py    one rule: a regular expression, and the operations of a converter
-architecture.py    the rules for the model that a config describes
+architecture.py    the rules for the model that a config describes: a regular expression, and operations
 loaded_names.py    the names that stored tensors have in the loaded model
 diffusion_layouts.py   the names of a diffusion model in its other layout
 """

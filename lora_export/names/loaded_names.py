@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lora_export.names.architecture import ArchitectureRules
-from lora_export.names.rename_rules import RenameRule, loading_order
+from lora_export.names.architecture import ArchitectureRules, RenameRule, loading_order
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, converted
 
 ShapeOf = Callable[[str], tuple[int, ...]]

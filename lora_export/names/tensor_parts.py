@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.names.rename_rules import RenameRule
+from lora_export.names.architecture import RenameRule
 from lora_export.names.row_orders import Indices, alternating, halves_of_heads, pairs_of_heads, two_blocks
 
 

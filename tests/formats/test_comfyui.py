@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_export import formats, merge
-from lora_export.formats import comfyui
+from lora_export import merge
 from support.diffusion import (
     PIPELINES,
     adapter_file,
@@ -18,30 +17,6 @@ from support.diffusion import (
     random_pairs,
     transformer,
 )
-
-PAIR = random_pairs({"a.to_q": (4, 6)})
-
-
-@pytest.mark.parametrize(
-    ("prefix", "component"),
-    [
-        ("diffusion_model.", "denoiser"),
-        ("diffusion_model.transformer_1.", "denoiser"),
-        ("diffusion_model.transformer_2.", "denoiser_2"),
-        ("text_encoders.clip_l.transformer.", "text_encoder"),
-        ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
-    ],
-)
-def test_a_prefix_names_the_component(prefix, component, tmp_path):
-    path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix)
-    assert list(comfyui.read(path, "x").pairs) == [f"{component}/a.to_q"]
-    assert formats.load(path).format == "comfyui"
-
-
-@pytest.mark.parametrize("prefix", ["lora_unet_", "unet.", "text_encoders.unknown.", ""])
-def test_another_prefix_is_not_recognised(prefix, tmp_path):
-    assert not comfyui.recognises(adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix))
-
 
 # What diffusers converts of each family.
 MODULES = {

@@ -20,27 +20,6 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("prefix", "name"),
-    [
-        ("unet.", "denoiser/a.to_q"),
-        ("transformer.", "denoiser/a.to_q"),
-        ("transformer_2.", "denoiser_2/a.to_q"),
-        ("text_encoder.", "text_encoder/a.to_q"),
-        ("", "a.to_q"),
-    ],
-)
-def test_a_prefix_names_the_component(prefix, name, tmp_path):
-    path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix)
-    assert list(diffusers.read(path, "x").pairs) == [name]
-    assert formats.load(path).format == "diffusers"
-
-
-@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "base_model.model.", "model.layers.0."])
-def test_the_names_of_another_format_are_not_recognised(prefix, tmp_path):
-    assert not diffusers.recognises(adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix))
-
-
 def test_the_oldest_names_of_a_text_encoder_are_its_own(tmp_path):
     keys = {
         f"text_encoder.layers.0.self_attn.{layer}_lora.{side}.weight": np.ones((3, 3), np.float32)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lora_export import formats, merge
 from lora_export.errors import InputRefused, MatchError
-from lora_export.formats import kohya
 from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.options.reading import ReadOptions
 from support.diffusion import (
@@ -27,33 +24,6 @@ from support.diffusion import (
 )
 
 PAIR = random_pairs({"a.to_q": (4, 6)})
-
-
-def names_of(path: Path) -> list[str]:
-    return list(kohya.read(path, "x").pairs)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "component"),
-    [
-        ("lora_unet_", "denoiser/"),
-        ("lora_transformer_", "denoiser/"),
-        ("lora_te_", "text_encoder/"),
-        ("lora_te1_", "text_encoder/"),
-        ("lora_te2_", "text_encoder_2/"),
-        ("lora_te3_", "text_encoder_3/"),
-        ("lycoris_", ""),
-    ],
-)
-def test_a_prefix_names_the_component(prefix, component, tmp_path):
-    path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix, flattened=True)
-    assert names_of(path) == [f"{component}a_to_q"]
-    assert kohya.recognises(path) and formats.load(path).format == "kohya"
-
-
-@pytest.mark.parametrize("prefix", ["lora_prior_", "unet.", "diffusion_model.", "base_model.model."])
-def test_another_prefix_is_not_recognised(prefix, tmp_path):
-    assert not kohya.recognises(adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix))
 
 
 def test_rank_and_alpha_may_not_be_stated(tmp_path):

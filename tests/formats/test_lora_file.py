@@ -13,12 +13,55 @@ from lora_export import formats, merge
 from lora_export.errors import InputRefused
 from lora_export.formats import kohya, lora_file
 from lora_export.options.reading import ReadOptions
+from support.diffusion import adapter_file, random_pairs
 
 
 def written(tensors: dict[str, np.ndarray], folder: Path) -> Path:
     path = folder / "changed.safetensors"
     save_file({f"lora_unet_layer.{name}": np.array(value) for name, value in tensors.items()}, path)
     return path
+
+
+PAIR = random_pairs({"a.to_q": (4, 6)})
+
+
+@pytest.mark.parametrize(
+    ("format", "prefix", "component"),
+    [
+        *(("kohya", prefix, "denoiser/") for prefix in ("lora_unet_", "lora_transformer_")),
+        *(("kohya", prefix, "text_encoder/") for prefix in ("lora_te_", "lora_te1_")),
+        *(("kohya", f"lora_te{number}_", f"text_encoder_{number}/") for number in (2, 3)),
+        ("kohya", "lycoris_", ""),
+        *(("comfyui", f"diffusion_model.{part}", "denoiser/") for part in ("", "transformer_1.")),
+        ("comfyui", "diffusion_model.transformer_2.", "denoiser_2/"),
+        ("comfyui", "text_encoders.clip_l.transformer.", "text_encoder/"),
+        ("comfyui", "text_encoders.t5xxl.transformer.", "text_encoder_3/"),
+        *(("diffusers", prefix, "denoiser/") for prefix in ("unet.", "transformer.")),
+        ("diffusers", "transformer_2.", "denoiser_2/"),
+        ("diffusers", "text_encoder.", "text_encoder/"),
+        ("diffusers", "", ""),
+    ],
+)
+def test_a_prefix_names_the_component(format, prefix, component, tmp_path):
+    flattened = format == "kohya"
+    path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix, flattened=flattened)
+    adapter = formats.known_formats()[format].read(path, "x", ReadOptions())
+    assert list(adapter.pairs) == [component + ("a_to_q" if flattened else "a.to_q")]
+    assert formats.load(path).format == format
+
+
+@pytest.mark.parametrize(
+    ("format", "prefixes"),
+    [
+        ("kohya", ("lora_prior_", "unet.", "diffusion_model.", "base_model.model.")),
+        ("comfyui", ("lora_unet_", "unet.", "text_encoders.unknown.", "")),
+        ("diffusers", ("lora_unet_", "diffusion_model.", "base_model.model.", "model.layers.0.")),
+    ],
+)
+def test_another_prefix_is_not_recognised(format, prefixes, tmp_path):
+    for prefix in prefixes:
+        path = adapter_file(tmp_path / "a.safetensors", PAIR, prefix=prefix)
+        assert not formats.known_formats()[format].recognises(path), prefix
 
 
 ANY_NAME = lora_file.OneFileFormat("any", lambda name: name)
@@ -70,7 +113,21 @@ def test_pairs_with_and_without_alpha_are_noted(tmp_path):
 
 
 LORA = {"lora_down.weight": A, "lora_up.weight": B}
+ROW, COLUMN = np.ones((0, 4), np.float32), np.ones((3, 0), np.float32)
+RANK_0 = {"lora_down.weight": ROW, "lora_up.weight": COLUMN}
+LOHA_0 = {"hada_w1_a": COLUMN, "hada_w1_b": ROW, "hada_w2_a": COLUMN, "hada_w2_b": ROW, "alpha": np.ones(1)}
+EMPTY, TWICE = "has no entries, or no dimensions", "it has both"
 REFUSED = {
+    "rank 0": (RANK_0 | {"alpha": np.ones(1)}, EMPTY),
+    "a core of rank 0": (RANK_0 | {"lora_mid.weight": np.ones((0, 0, 3, 3))}, EMPTY),
+    "LoHa of rank 0": (LOHA_0, EMPTY),
+    "LoKr of rank 0": ({"lokr_w1_a": COLUMN, "lokr_w1_b": ROW, "lokr_w2": A}, EMPTY),
+    "a LoKr factor without dimensions": ({"lokr_w1": np.ones(()), "lokr_w2": A}, EMPTY),
+    "two norms": ({"diff": np.ones(3), "w_norm": np.ones(3)}, TWICE),
+    "a bias and a norm's": ({"diff_b": np.ones(3), "b_norm": np.ones(3)}, TWICE),
+    "two magnitudes": ({**LORA, "dora_scale": np.ones((3, 1)), "lora_magnitude_vector": np.ones(3)}, TWICE),
+    "LoKr factor and core": ({"lokr_w1": A, "lokr_w2": B, "lokr_t2": np.ones((2, 2, 3, 3))}, TWICE),
+    "an infinite alpha": ({**LORA, "alpha": np.full(1, np.inf)}, r"layer\.alpha holds values that are not finite"),
     "no B": ({"lora_down.weight": A}, "there is no B for it"),
     "alpha alone": ({"alpha": np.ones(1), "diff_b": np.ones(3)}, "it has alpha, and no pair"),
     "alpha of several numbers": ({**LORA, "alpha": np.ones(2)}, "its alpha is .2,.; it must be one number"),
@@ -97,40 +154,6 @@ REFUSED = {
     ),
     "two biases": ({**LORA, "lora_B.bias": np.ones(3), "diff_b": np.ones(3)}, "two changes of one bias"),
 }
-
-
-ROW, COLUMN = np.ones((0, 4), np.float32), np.ones((3, 0), np.float32)
-EMPTY = {
-    "rank 0": {"lora_down.weight": ROW, "lora_up.weight": COLUMN, "alpha": np.ones(1)},
-    "a core of rank 0": {"lora_down.weight": ROW, "lora_up.weight": COLUMN, "lora_mid.weight": np.ones((0, 0, 3, 3))},
-    "LoHa of rank 0": {
-        "hada_w1_a": COLUMN,
-        "hada_w1_b": ROW,
-        "hada_w2_a": COLUMN,
-        "hada_w2_b": ROW,
-        "alpha": np.ones(1),
-    },
-    "LoKr of rank 0": {"lokr_w1_a": COLUMN, "lokr_w1_b": ROW, "lokr_w2": A},
-    "a LoKr factor without dimensions": {"lokr_w1": np.ones(()), "lokr_w2": A},
-}
-TWICE = {
-    "norm": {"diff": np.ones(3), "w_norm": np.ones(3)},
-    "bias": {"diff_b": np.ones(3), "b_norm": np.ones(3)},
-    "magnitude": {**LORA, "dora_scale": np.ones((3, 1)), "lora_magnitude_vector": np.ones(3)},
-    "LoKr factor and core": {"lokr_w1": A, "lokr_w2": B, "lokr_t2": np.ones((2, 2, 3, 3))},
-}
-
-
-@pytest.mark.parametrize("name", EMPTY)
-def test_factors_without_entries_are_refused(name, tmp_path):
-    with pytest.raises(InputRefused, match="has no entries, or no dimensions"):
-        kohya.read(written(EMPTY[name], tmp_path), "x")
-
-
-@pytest.mark.parametrize("name", TWICE)
-def test_parts_of_which_one_would_be_lost_are_refused(name, tmp_path):
-    with pytest.raises(InputRefused, match="it has both"):
-        kohya.read(written(TWICE[name], tmp_path), "x")
 
 
 POINT = np.ones((4, 4, 1, 1), np.float32)
@@ -188,8 +211,3 @@ def test_a_pickle_is_read_where_it_is_allowed(name, tmp_path):
     for source in (tmp_path / name, tmp_path):
         adapter = formats.load(source, options=ReadOptions(allow_pickle=True))
         assert adapter.format == "diffusers" and np.array_equal(adapter.pairs["denoiser/layer"].a, A)
-
-
-def test_an_alpha_that_is_not_finite_is_refused(tmp_path):
-    with pytest.raises(InputRefused, match=r"layer\.alpha holds values that are not finite"):
-        kohya.read(written({**LORA, "alpha": np.array([np.inf], np.float32)}, tmp_path), "x")

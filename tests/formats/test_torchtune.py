@@ -174,7 +174,9 @@ def test_the_base_is_needed_and_its_config_is_enough(tmp_path: Path) -> None:
         saved(tmp_path / "three", tensors(), unknown)
     )
     without = {key: value for key, value in CONFIG.items() if key != "hidden_size"}
-    assert "the base's config: hidden_size is None; it must be a positive integer" in refusal(saved(tmp_path / "four", tensors(), without))
+    assert "the base's config: hidden_size is None; it must be a positive integer" in refusal(
+        saved(tmp_path / "four", tensors(), without)
+    )
 
 
 def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:

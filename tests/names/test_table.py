@@ -58,7 +58,7 @@ def test_an_architecture_has_the_parts_that_transformers_builds(name):
     if found is None:
         assert name not in table.read_table().parts
     else:
-        assert [vars(part) for part in table.read_table().parts[name]] == [
+        assert [part._asdict() for part in table.read_table().parts[name]] == [
             {"path": part["path"], "architecture": part["class"], "model_type": part["type"], "config": part["config"]}
             for part in found["parts"]
         ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import core_model_loading as loading
 
-from lora_export.names.rename_rules import RenameRule
+from lora_export.names.architecture import RenameRule
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, converted
 
 CONFIG = {"num_attention_heads": 2}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export.lora import LoraPair
-from lora_export.names.rename_rules import RenameRule
+from lora_export.names.architecture import RenameRule
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible, converted
 from lora_export.plan import Layout
 from lora_export.plan.placing import places_in_result, places_in_sources

@@ -10,8 +10,7 @@ import pytest
 
 from lora_export import plan, sums
 from lora_export.errors import InputRefused, MatchError
-from lora_export.names.architecture import rules_of
-from lora_export.names.rename_rules import RenameRule
+from lora_export.names.architecture import RenameRule, rules_of
 from lora_export.plan.spelling import respelled, unknown_names
 from support.plans import adapter, holding, matrix, pair
 from support.spellings import (

@@ -1,7 +1,6 @@
 """The weights of a quantised checkpoint, read as the floats that its own library makes of them.
 
-A scheme is added as one file, and one entry in `SCHEMES`. `stored_parts.py` has the tensors that a quantised weight is
-stored in, `packed_numbers.py` numbers of a few bits.
+A scheme is added as one file, and one entry in `SCHEMES`. `stored_parts.py` has what the schemes share.
 """
 
 from __future__ import annotations

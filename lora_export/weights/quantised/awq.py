@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_numbers import WORD_BYTES, unpack
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
+    WORD_BYTES,
     Decode,
     Pieces,
     QuantisedTensor,
     StoredParts,
     scaled,
+    unpack,
 )
 
 AWQ_GEMM = "gemm"

@@ -16,8 +16,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_numbers import powers_of_two
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
+from lora_export.weights.quantised.stored_parts import (
+    Decode,
+    QuantisedTensor,
+    StoredParts,
+    powers_of_two,
+    refuse_damaged_scales,
+)
 
 FP8 = "float8_e4m3fn"
 SCALES = "weight_scale_inv"

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.packed_numbers import powers_of_two, unpack_floats
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
     StoredParts,
+    powers_of_two,
     refuse_damaged_scales,
     scaled,
+    unpack_floats,
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

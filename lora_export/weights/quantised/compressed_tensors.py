@@ -23,8 +23,15 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
-from lora_export.weights.quantised.packed_numbers import MOST_BITS, unpack, words_of
-from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import (
+    FLOAT_SCALES,
+    MOST_BITS,
+    Decode,
+    QuantisedTensor,
+    StoredParts,
+    unpack,
+    words_of,
+)
 
 COMPRESSED_FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),

@@ -25,14 +25,17 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
+    WORD,
+    WORD_BYTES,
     Decode,
     Pieces,
     QuantisedTensor,
     StoredParts,
     scaled,
+    unpack,
+    words_of,
 )
 
 GPTQ_BITS = (2, 3, 4, 8)

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_numbers import unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled, unpack_floats
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 SECOND_SCALE = "weight_scale_2"

@@ -19,8 +19,14 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.packed_numbers import powers_of_two, unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import (
+    Decode,
+    Pieces,
+    QuantisedTensor,
+    StoredParts,
+    powers_of_two,
+    unpack_floats,
+)
 
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
 BLOCK_NUMBERS, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes

@@ -82,14 +82,6 @@ def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_pa
         found(stored | change, tmp_path / "m.safetensors").rows(slice(0, 1))
 
 
-@pytest.mark.parametrize("name", ["x.qzeros", "x.scales"])
-def test_missing_part_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    stored, _ = by_hand()
-    del stored[name]
-    with pytest.raises(InputRefused, match=f"{name}, which belongs to it, is missing"):
-        found(stored, tmp_path / "m.safetensors")
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -113,10 +113,3 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     tensor = found(stored() | {"x.weight_scale_inv": scales}, tmp_path / "m.safetensors")
     with pytest.raises(InputRefused, match="9 scales are not finite numbers"):
         tensor.decode(slice(0, 1), np.zeros(20, np.uint8))
-
-
-def test_weight_without_scales_is_refused(tmp_path: Path) -> None:
-    tensors = stored()
-    del tensors["x.weight_scale_inv"]
-    with pytest.raises(InputRefused, match=r"x\.weight is quantised, and x\.weight_scale_inv, which belongs to it, is"):
-        found(tensors, tmp_path / "m.safetensors")

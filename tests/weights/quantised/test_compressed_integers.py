@@ -108,14 +108,6 @@ def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_pa
         found(stored | change, tmp_path / "m.safetensors").rows(slice(0, 1))
 
 
-@pytest.mark.parametrize("name", ["x.weight_shape", "x.weight_scale"])
-def test_missing_part_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    stored, _, _ = compressed(4, "group")
-    del stored[name]
-    with pytest.raises(InputRefused, match=f"{name}, which belongs to it, is missing"):
-        found(stored, tmp_path / "m.safetensors")
-
-
 def test_blocks_without_their_size_are_refused(tmp_path: Path) -> None:
     stored, _, config = compressed(8, "block", kind="float")
     with pytest.raises(InputRefused, match=r"the shape \[3, 3\] does not fit"):

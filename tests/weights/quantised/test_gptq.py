@@ -145,14 +145,6 @@ def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_pa
         found(stored | change, tmp_path / "m.safetensors", bits=4).rows(slice(0, 1))
 
 
-@pytest.mark.parametrize("name", ["x.qzeros", "x.scales"])
-def test_missing_part_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    stored, _ = by_hand(4)
-    del stored[name]
-    with pytest.raises(InputRefused, match=f"{name}, which belongs to it, is missing"):
-        found(stored, tmp_path / "m.safetensors")
-
-
 @pytest.mark.parametrize("fields", [{"checkpoint_format": "marlin"}, {"format": "gptq_p"}])
 def test_other_layouts_are_refused_by_name(fields: dict[str, str], tmp_path: Path) -> None:
     stored, _ = by_hand(4)

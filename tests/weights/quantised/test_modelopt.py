@@ -64,10 +64,3 @@ def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_pa
     stored, _ = example("modelopt nvfp4")
     with pytest.raises(InputRefused, match=message):
         found(stored | change, tmp_path / "m.safetensors").rows(slice(0, 1))
-
-
-def test_missing_scales_are_refused_by_name(tmp_path: Path) -> None:
-    stored, _ = example("modelopt nvfp4")
-    del stored["x.weight_scale"]
-    with pytest.raises(InputRefused, match=r"x\.weight_scale, which belongs to it, is missing"):
-        found(stored, tmp_path / "m.safetensors")

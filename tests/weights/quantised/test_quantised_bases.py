@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -356,6 +357,8 @@ def test_float_weights_beside_such_a_file_are_floats(tmp_path: Path) -> None:
 
 # The one fault that a base survives: the config of GPTQ states the size of a group too.
 HARMLESS = {("gptq", "fc.g_idx", "missing")}
+# What is reported where the numbers themselves are missing, or what tells that they are quantised.
+OF_NUMBERS = "belong to no quantised weight|its packed numbers are missing|no weight is stored so|has no weight for fc"
 
 
 @pytest.mark.parametrize("fault", ["missing", "nan", "empty", "huge", "other dtype"])
@@ -373,6 +376,8 @@ def test_each_damaged_part_ends_with_exit_3_and_no_output(
         is_harmless = (scheme, name, fault) in HARMLESS
         assert code == (0 if is_harmless else 3), (name, error)
         assert "Traceback" not in error and out.exists() == is_harmless
+        if fault == "missing" and not is_harmless:
+            assert f"{name}, which belongs to it, is missing" in error or re.search(OF_NUMBERS, error), error
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(("base", "adapter", "merged"))]
 
 
