@@ -86,10 +86,7 @@ class LoraPair:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the pair changes nothing: the state in which training starts.
-
-        False with a magnitude: only the weight tells whether the magnitude is its own length.
-        """
+        """Whether the pair changes nothing, as when training starts. False with a magnitude: the weight decides."""
         return self.magnitude is None and (self.scale == 0 or not self.a.any() or not self.b.any())
 
     @functools.cached_property

@@ -26,10 +26,7 @@ def record(
     *,
     base_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Where an output comes from: the hashes of the base's files, and all adapters, those of earlier merges first.
-
-    For what is stored in a cache of the Hugging Face Hub, its repository and commit too.
-    """
+    """Where an output comes from: the base's files, its place on the Hub, and all adapters, earlier ones first."""
     base_hub = {} if base_path is None else hub_source(base_path)
     return {
         "made_by": f"lora-export {__version__}",

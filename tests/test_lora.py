@@ -119,10 +119,7 @@ def test_a_pair_is_read_only_and_the_callers_array_stays_writable():
         ({"b": B[:0]}, "a dimension is zero"),
         ({"a": A[0]}, "both need at least two dimensions"),
         ({"b": B[0]}, "both need at least two dimensions"),
-        (
-            {"b": B.reshape(1, 2, 2)},
-            r"B is \(1, 2, 2\); every dimension after \(out, rank\) must be 1",
-        ),
+        ({"b": B.reshape(1, 2, 2)}, r"B is \(1, 2, 2\); every dimension after \(out, rank\) must be 1"),
         ({"scale": math.nan}, "the scale is nan; it must be finite"),
         ({"scale": -math.inf}, "the scale is -inf; it must be finite"),
         ({"magnitude": np.ones(3)}, r"the magnitude is \(3,\), B is \(2, 2\)"),

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -18,7 +18,8 @@ from lora_export.lora import LoraPair
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
-from lora_export.storage.safetensors_file import Entry
+from lora_export.storage.safetensors_file import TensorFile
+from lora_export.storage.torch_pickle import PickledTensors
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
@@ -29,22 +30,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 
 Tensors = Mapping[str, NDArray[Any]]  # of one module: the side of a pair ("a", "b", ...) -> its tensor
-
-
-class TensorSource(Protocol):
-    """Tensors by name."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def entries(self) -> Mapping[str, Entry]: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-    def read(self, name: str) -> NDArray[Any]:
-        """One tensor, as stored."""
-
-    def unchanged(self) -> bool:
-        """Whether the file is still the one whose names were read."""
+TensorSource = TensorFile | PickledTensors
 
 
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
@@ -60,10 +46,7 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
 
 
 def names_in(path: Path) -> frozenset[str]:
-    """The names of a file's tensors, `unwrapped`, for recognition; those of a pickle with other texts. Raises nothing.
-
-    Reads headers only, and unpickles nothing.
-    """
+    """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
     names: frozenset[str] = frozenset()
     if path.suffix == SAFETENSORS:
         try:

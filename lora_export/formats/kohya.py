@@ -40,10 +40,7 @@ recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORM
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
-    """Write the file, with an alpha for each pair.
-
-    Stable Diffusion 1 and 2 have `lora_te`, pipelines with several text encoders `lora_te1`, ...
-    """
+    """Write the file, with an alpha for each pair. Only pipelines with several text encoders have numbers for them."""
     names = adapter.names
     prefixes = {component: prefix for prefix, component in _COMPONENTS.items()} | {"": "lora_unet_"}
     several = {split_component(name)[0] for name in names} & set(TEXT_ENCODERS[1:])

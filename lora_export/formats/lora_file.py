@@ -87,10 +87,7 @@ class OneFileFormat:
         return has_pairs(names) and len(keys.modules) > 0 and not foreign
 
     def foreign_keys(self, path: Path) -> list[str]:
-        """The keys because of which a file is not in this format, which most of its keys have; none for any other file.
-
-        Raises nothing.
-        """
+        """The keys of other formats in a file with most keys in this one; none for other files. Raises nothing."""
         names, keys, foreign = self._keys(path)
         return foreign if has_pairs(names) and len(names) - len(keys.unknown) > len(foreign) else []
 

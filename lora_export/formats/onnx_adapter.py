@@ -233,10 +233,7 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
 
 
 def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
-    """Raise InputRefused for adapters whose rank is larger than fits. Lists every weight.
-
-    `max_ranks` has the fixed rank of each weight; 0 and a weight that it lacks: any rank fits.
-    """
+    """Raise InputRefused for ranks larger than that of a weight (0 or no such weight: any fits). Lists all."""
     larger = []
     for step in plan.low_rank:
         ranks: dict[str, int] = {}
@@ -334,11 +331,7 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
 
 
 def read(path: Path) -> OnnxAdapter:
-    """Read a whole adapter file.
-
-    Raises InputRefused for a file that is not one, does not have the contents that its hash was made of, or holds
-    values that are not finite.
-    """
+    """Read a whole file. Raises InputRefused for another or a damaged one, and for values that are not finite."""
     input_files.must_be_regular(path)
     if path.stat().st_size > LIMIT + hashes.ENDING:
         raise InputRefused(f"{path} has {path.stat().st_size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")

@@ -208,10 +208,7 @@ class _StoredPairs:
 
 
 def _read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
-    """Return the rows of trained tokens, by tensor. Only the config records which rows they are.
-
-    Raises InputRefused with everything that is wrong with them.
-    """
+    """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
     indices = config.get("trainable_token_indices") or {}
     # A list is for the input embeddings, whatever their name in the model. A table names its modules.
     if isinstance(indices, list):

@@ -88,10 +88,7 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
 
 
 def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
-    """Move the pairs of bare parameters from the name of their module to that of the parameter.
-
-    The file names the module alone. Raises InputRefused where it does not tell which parameter of it is meant.
-    """
+    """Name the pairs of bare parameters, of which the file names the module. Raises InputRefused where it is open."""
     targets = config.get("target_parameters") or ()
     modules = config.get("target_modules")
     for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
@@ -137,10 +134,7 @@ def _low_rank_kind(match: re.Match[str]) -> str:
 
 
 def targeted_name(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
-    """The name that PEFT matches patterns with.
-
-    For an attention's output projection, it is the attention's; for a bare parameter, it is the parameter's.
-    """
+    """The name that PEFT matches with patterns: of an output projection its attention's, of a parameter its own."""
     if OUT_PROJ in keys[A][module]:
         return module.removesuffix(".out_proj")
     return keys[PARAMETER].get(module, module)

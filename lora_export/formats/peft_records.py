@@ -87,10 +87,7 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
 
 
 def axes_of_experts(
-    file: TensorSource,
-    keys: Mapping[str, Mapping[str, str]],
-    config: Mapping[str, Any],
-    pairs: Mapping[str, LoraPair],
+    file: TensorSource, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], pairs: Mapping[str, LoraPair]
 ) -> dict[str, ExpertAxes]:
     """How the pairs of experts relate to the stacked parameters of these."""
     return {

@@ -54,10 +54,7 @@ def without_absent(logits: NDArray[Any], count: int | None) -> NDArray[Any]:
 
 
 def read_row_adapters(metadata: Mapping[str, str], source: str) -> RowAdapters | None:
-    """Read the record in a graph's metadata; None where it has none, or where it is no such record.
-
-    Raises InputRefused where it is no JSON object.
-    """
+    """Read the record in a graph's metadata; None without one. Raises InputRefused where it is no JSON object."""
     if ROW_ADAPTERS_KEY not in metadata:
         return None
     record = parse_json(metadata[ROW_ADAPTERS_KEY].encode(), source)

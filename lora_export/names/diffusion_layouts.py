@@ -40,6 +40,11 @@ class TableRow:
     parts: tuple[str, ...]
     rows: RowLayout = RowLayout.EQUAL
 
+    def patterns(self, *, of_original: bool) -> list[str]:
+        """Regular expressions for its modules in one of the layouts."""
+        names = (self.original,) if of_original else self.parts
+        return [re.escape(name).replace(r"\{\}", r"(\d+)") for name in names]
+
 
 @dataclass(frozen=True)
 class NameTable:
@@ -81,56 +86,44 @@ def other_layouts(names: Iterable[str]) -> list[OtherLayout]:
     unet = unet_table(names)
     for table in TABLES if unet is None else (unet,):
         for is_original in (True, False):
-            sides = [_Side(row, original_side=not is_original) for row in table.rows]
-            prefix = _prefix(sides, names)
+            prefix = _prefix(table, names, of_original=not is_original)
             if prefix is not None:
-                tensors = dict(_tensors(sides, [name for name in names if name.startswith(prefix)], prefix))
+                own = [name for name in names if name.startswith(prefix)]
+                tensors = dict(_tensors(table, own, prefix, of_original=not is_original))
                 if any(tensor.conversion is not None for tensor in tensors.values()):
                     found.append(OtherLayout(table.model, table.diffusers_class, is_original, tensors))
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """A row of a table, read from the side of the base."""
-
-    row: TableRow
-    original_side: bool  # whether the base has the original names
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        return (self.row.original,) if self.original_side else self.row.parts
-
-    @property
-    def patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")) for name in self.own]
-
-
-def _prefix(sides: Sequence[_Side], names: Sequence[str]) -> str | None:
+def _prefix(table: NameTable, names: Sequence[str], *, of_original: bool) -> str | None:
     """What precedes the names of the table in the base, where one of its numbered rows is found there."""
-    numbered = [pattern.pattern for side in sides for pattern in side.patterns if r"(\d+)" in pattern.pattern]
+    patterns = [pattern for row in table.rows for pattern in row.patterns(of_original=of_original)]
+    numbered = [pattern for pattern in patterns if r"(\d+)" in pattern]
     if not numbered:
         return None
     anywhere = re.compile(rf"(?P<prefix>(?:.+\.)?)(?:{'|'.join(numbered)})(?:\.(?:weight|bias)|\.in_proj_\w+)")
     return next((found["prefix"] for found in map(anywhere.fullmatch, names) if found), None)
 
 
-def _tensors(sides: Sequence[_Side], names: Sequence[str], prefix: str) -> Iterator[tuple[str, LoadedTensor]]:
+def _tensors(
+    table: NameTable, names: Sequence[str], prefix: str, *, of_original: bool
+) -> Iterator[tuple[str, LoadedTensor]]:
     """The tensors of the other layout by name; those that the table does not name under their own name."""
     by_module: dict[str, list[tuple[str, str]]] = {}  # module, without the prefix -> (suffix, tensor)
     for name in names:
         module, suffix = _module_and_suffix(name.removeprefix(prefix))
         by_module.setdefault(module, []).append((suffix, name))
     used: set[str] = set()
-    for side in sides:
-        found = map(side.patterns[0].fullmatch, list(by_module))
+    for row in table.rows:
+        found = map(re.compile(row.patterns(of_original=of_original)[0]).fullmatch, list(by_module))
         for numbers in dict.fromkeys(match.groups() for match in found if match):
-            one, *many = (name.format(*numbers) for name in (side.row.original, *side.row.parts))
-            owned = [one] if side.original_side else many
+            one, *many = (name.format(*numbers) for name in (row.original, *row.parts))
+            owned = [one] if of_original else many
             if not all(module in by_module for module in owned):
                 continue
             used |= {name for module in owned for _, name in by_module[module]}
-            yield from _of_row(side, one, many, by_module)
+            of_base = [dict(by_module[module]) for module in owned]
+            yield from _of_row(row, one, many, of_base, of_original=of_original)
     for module, tensors in by_module.items():
         for suffix, name in tensors:
             if name not in used:
@@ -147,21 +140,17 @@ def _module_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _of_row(
-    side: _Side, one: str, many: Sequence[str], by_module: Mapping[str, Sequence[tuple[str, str]]]
+    row: TableRow, one: str, many: Sequence[str], owned: Sequence[Mapping[str, str]], *, of_original: bool
 ) -> Iterator[tuple[str, LoadedTensor]]:
-    tables = {module: dict(by_module[module]) for module in ([one] if side.original_side else many)}
+    """The tensors that a row makes of the modules that the base has of it, `owned`: suffix -> tensor of each."""
+    weights = [module.get(".weight", "") for module in owned]
     for suffix in SUFFIXES:
-        stored = [tables[module].get(suffix, "") for module in tables]
-        if not all(stored):
-            continue
-        weights = [tables[module].get(".weight", "") for module in tables]
-        if side.original_side:
-            for index, module in enumerate(many):
-                of_part = _LayoutConversion(module + suffix, stored, weights, side.row.rows, index, len(many))
-                yield of_part.name, LoadedTensor(of_part.name, conversion=of_part)
-        else:
-            of_whole = _LayoutConversion(one + suffix, stored, weights, side.row.rows)
-            yield of_whole.name, LoadedTensor(of_whole.name, conversion=of_whole)
+        stored = [module.get(suffix, "") for module in owned]
+        if all(stored):
+            made = many if of_original else [one]
+            for part, name in enumerate(made):
+                how = _LayoutConversion(name + suffix, stored, weights, row.rows, part, len(made))
+                yield how.name, LoadedTensor(how.name, conversion=how)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +161,8 @@ class _LayoutConversion:
     sources: Sequence[str]
     weights: Sequence[str]  # the weights of the modules that own the sources; a bias is split as the weight is
     rows: RowLayout
-    part: int | None = None
-    parts: int = 1
+    part: int
+    parts: int  # 1: the tensor is all of its sources
 
     @property
     def stacks(self) -> bool:
@@ -187,7 +176,7 @@ class _LayoutConversion:
         """The tensor by its name. Raises NotExpressible."""
         tensors = [AssembledTensor.stored(name, shape_of(name)) for name in self.sources]
         whole = tensors[0] if len(tensors) == 1 else joined(tensors, 0)
-        if self.part is not None and self.parts > 1:
+        if self.parts > 1:
             start, stop = self._range(whole.shape[0], shape_of)
             whole = whole.part(0, start, stop)
         size = whole.shape[0]
@@ -203,7 +192,6 @@ class _LayoutConversion:
 
     def _range(self, size: int, shape_of: ShapeOf) -> tuple[int, int]:
         """The rows of the part."""
-        assert self.part is not None
         if self.rows is RowLayout.EQUAL:
             if size % self.parts:
                 raise NotExpressible(f"splits {size} rows into {self.parts} equal parts")

@@ -185,10 +185,7 @@ PROJECTION_OF = {name: projection for projection, names in PROJECTIONS.items() f
 
 
 def is_turned(axes: ExpertAxes, wanted: ExpertAxes, model_types: Collection[str]) -> bool | None:
-    """Whether the pair of an expert is transposed to have other axes. None where nothing tells.
-
-    `model_types` are those of the base's config; none where it is unknown.
-    """
+    """Whether an expert's pair is transposed to have other axes. None where nothing tells, as without types."""
     if axes is wanted:
         return False
     one, other = (_differs_from_stored(each, model_types) for each in (axes, wanted))

@@ -55,10 +55,7 @@ class Conversion:
         return self.before + target + self.after
 
     def assembled(self, shape_of: ShapeOf, loaded_shape_of: LoadedShapeOf | None = None) -> dict[str, AssembledTensor]:
-        """The results, by their names in the loaded model. Raises NotExpressible.
-
-        `loaded_shape_of` has the shape of a result by its name, where it is known.
-        """
+        """The results by their names in the loaded model. `loaded_shape_of` has known shapes. Raises NotExpressible."""
 
         def size_of(target: str, axis: int) -> int | None:
             shape = None if loaded_shape_of is None else loaded_shape_of(self.name_of(target))
@@ -90,28 +87,19 @@ class LoadedTensor:
         return [self.stored] if self.conversion is None else self.conversion.sources
 
 
-class LoadedNames(Mapping[str, LoadedTensor]):
+class LoadedNames(dict[str, LoadedTensor]):
     """The tensors of the loaded model by name. A name that two stored tensors would get is left out."""
 
     def __init__(self, rules: ArchitectureRules, stored: Iterable[str]):
+        super().__init__()
         self.rules = rules
-        self._tensors: dict[str, LoadedTensor] = {}
         self.ambiguous: set[str] = set()
         for tensor in _loaded(rules, stored):
-            if tensor.name in self._tensors:
+            if tensor.name in self:
                 self.ambiguous.add(tensor.name)
-            self._tensors[tensor.name] = tensor
+            self[tensor.name] = tensor
         for name in self.ambiguous:
-            del self._tensors[name]
-
-    def __getitem__(self, name: str) -> LoadedTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+            del self[name]
 
     @functools.cached_property
     def by_stored(self) -> dict[str, list[LoadedTensor]]:

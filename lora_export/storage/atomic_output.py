@@ -82,7 +82,9 @@ def stage_file(
 
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-        former = set(_data_files(target))  # one of the same name has the same content, and may be replaced
+        data = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
+        beside = [path for path in target.parent.iterdir() if data.fullmatch(path.name)]
+        former = {path for path in beside if not path.is_symlink()}  # one of the same name has the same content
         _refuse_taken(target, overwrite=overwrite)
         foreign = [name for name in companions if target.parent / name not in former]
         equal = [] if overwrite else _equal_companions(stage, target.parent, foreign)
@@ -129,20 +131,12 @@ def data_name(target: str, digest: str) -> str:
     return f"{_stem(target)}.{digest[:DIGITS]}.data"
 
 
-def _data_files(target: Path) -> list[Path]:
-    pattern = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
-    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name) and not path.is_symlink()]
-
-
 def _absolute(target: Path) -> Path:
     """Absolute, with the parent resolved. The final component is never followed."""
     if target.name in ("", ".."):
         raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
-    return _real(target.parent) / target.name
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links that form a circle
+    # Path.resolve raises RuntimeError for links that form a circle.
+    return Path(os.path.realpath(target.parent), target.name)
 
 
 @contextlib.contextmanager
@@ -224,7 +218,7 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
     if not above.is_dir():
         raise OutputFailed(f"{above} is not a folder, so nothing can be written into it")
     for path in inputs:
-        _refuse_overlap(target, _real(path))
+        _refuse_overlap(target, Path(os.path.realpath(path)))
     refuse_lack_of_space(above, required_bytes)
 
 
@@ -241,14 +235,13 @@ def _refuse_overlap(target: Path, source: Path) -> None:
         raise OutputFailed(f"the output {target} is the input {source}")
     if source.is_dir() and any(folder.samefile(source) for folder in target.parents if folder.exists()):
         raise OutputFailed(f"the output {target} is inside the input {source}")
-    links = (_real(path) for path in source.rglob("*") if path.is_symlink())  # none, where the source is a file
+    links = (
+        Path(os.path.realpath(path)) for path in source.rglob("*") if path.is_symlink()
+    )  # none, where the source is a file
     for path in (source, *links):
-        if path.is_relative_to(target) or _is_within(path, target):
+        above = path.parents if target.is_dir() else ()
+        if path.is_relative_to(target) or any(folder.exists() and folder.samefile(target) for folder in above):
             raise OutputFailed(f"the input {path} is inside the output {target}, which would be replaced")
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    return folder.is_dir() and any(parent.exists() and parent.samefile(folder) for parent in path.parents)
 
 
 def _refuse_taken(target: Path, *, overwrite: bool) -> None:

@@ -74,10 +74,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def file_states(paths: Iterable[Path]) -> list[tuple[int, ...]]:
-    """Device, inode, size and times of change of files.
-
-    Where these are the same before and after a proof, the files were neither replaced nor written to in between.
-    """
+    """Device, inode, size and times of change: the same where files were neither replaced nor written to."""
     states = [path.stat() for path in paths]
     return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
 

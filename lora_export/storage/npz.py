@@ -19,10 +19,7 @@ MAX_INFLATED, MAX_RATIO = 1 << 26, 100  # bytes, times
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an .npz file. No array takes more memory than the file has bytes for it.
-
-    Raises InputRefused for a file that is not an .npz file of plain arrays, and for a zip bomb.
-    """
+    """Read the arrays of an .npz file, none larger than its bytes. Raises InputRefused for others and zip bombs."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()

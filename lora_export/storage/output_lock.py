@@ -24,10 +24,7 @@ LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os,
 
 @contextlib.contextmanager
 def output_lock(path: Path, target: Path) -> Iterator[None]:
-    """Hold the lock at `path` while the block writes `target`. Raises OutputFailed where another run holds it.
-
-    Nothing is left behind, unless the process is killed. Then the file stays, and the next run takes it over.
-    """
+    """Hold the lock at `path` while the block writes `target`. Raises OutputFailed where another run holds it."""
     import filelock  # here: commands that write nothing start sooner without it
 
     take = _locked_file if filelock.has_fcntl or sys.platform == "win32" else _marker_file
@@ -83,10 +80,7 @@ def _remove(path: Path, descriptor: int) -> None:
 
 
 def _marker_file(path: Path, target: Path) -> Callable[[], None]:
-    """Take the lock where the system has no file locks: the file's existence is the lock, and names its owner.
-
-    filelock recognises the file of a dead process, and replaces it.
-    """
+    """Where the system has no locks, the file's existence is the lock. filelock replaces the file of a dead process."""
     from filelock import SoftFileLock, Timeout
 
     marker = SoftFileLock(path)

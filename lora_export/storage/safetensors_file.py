@@ -107,10 +107,7 @@ class TensorFile:
 
 
 def open_file(path: Path) -> TensorFile:
-    """Read and check the header of a safetensors file. Reads no tensor data.
-
-    Raises InputRefused for a file that is not a regular, whole and consistent safetensors file.
-    """
+    """Read and check the header of a safetensors file. Raises InputRefused for another file, and for a damaged one."""
     with input_files.open_regular(path) as file:
         status = os.fstat(file.fileno())
         prefix = file.read(8)
@@ -126,10 +123,7 @@ def open_file(path: Path) -> TensorFile:
 
 
 def file_of_header(path: Path, header: bytes, size: int) -> TensorFile:
-    """The description of a file of `size` bytes that begins with this header. Reads no file.
-
-    Raises InputRefused as `open_file` does.
-    """
+    """What a file of `size` bytes with this header has. Reads no file. Raises InputRefused as `open_file` does."""
     header_size = _header_size(path, header[:8], size)
     if len(header) != 8 + header_size:
         raise InputRefused(f"the stored header of {path} has {len(header)} bytes, not {8 + header_size}")

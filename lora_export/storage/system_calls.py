@@ -20,10 +20,7 @@ _locks: dict[int, threading.Lock] = {}  # by descriptor
 
 
 def c_function(name: str) -> Any | None:
-    """Look up a function of the C library. Returns None where there is none of that name.
-
-    A call stores its error for `ctypes.get_errno()`.
-    """
+    """A function of the C library, or None. A call of it stores its error for `ctypes.get_errno()`."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
     except (TypeError, OSError):  # on Windows, the C library has no default name

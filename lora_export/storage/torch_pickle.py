@@ -63,10 +63,7 @@ class PickledTensors:
 
 
 def text_in_pickle(path: Path) -> frozenset[str]:
-    """Every text in the pickle of an archive, names of tensors among them. Unpickles nothing and raises nothing.
-
-    Empty where the file is no archive of `torch.save`.
-    """
+    """Every text in the pickle of an archive of `torch.save`; none for another file. Unpickles and raises nothing."""
     try:
         return frozenset(_texts(path))
     except (InputRefused, *FAILURES):

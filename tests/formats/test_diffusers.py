@@ -14,10 +14,7 @@ from lora_export.formats import diffusers
 from support.diffusion import adapter_file, arrays_of, folder_of, linear_shapes, merged_as_fused, random_pairs, unet
 
 PAIR = random_pairs({"a.to_q": (4, 6)})
-SPELLINGS = {
-    "PEFT": ("lora_A.weight", "lora_B.weight"),
-    "diffusers": ("lora.down.weight", "lora.up.weight"),
-}
+SPELLINGS = {"PEFT": ("lora_A.weight", "lora_B.weight"), "diffusers": ("lora.down.weight", "lora.up.weight")}
 
 
 def test_the_oldest_names_of_a_text_encoder_are_its_own(tmp_path):

@@ -47,10 +47,7 @@ class Net(nn.Module):
 
 
 def test_peft_loads_what_was_written(tmp_path: Path) -> None:
-    pairs = {
-        "embed": low_rank(3, 5, 2, embedding=True, scale=0.5),
-        "fc": low_rank(4, 3, 3, scale=7 / 3),
-    }
+    pairs = {"embed": low_rank(3, 5, 2, embedding=True, scale=0.5), "fc": low_rank(4, 3, 3, scale=7 / 3)}
     replaced = {"head.weight": np.ones((2, 4), np.float32), "head.bias": np.ones(2, np.float32)}
     lora_export.convert(adapter_of(pairs, replaced=replaced), tmp_path / "out", to="peft")
     net = Net()

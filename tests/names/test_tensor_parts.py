@@ -30,12 +30,7 @@ CASES = {
     "transpose of experts": (["a"], ["b"], [loading.Transpose(1, 2)], {"a": [(2, 4, 3)]}),
     "interleave": (["a"], ["b"], [loading.Interleave(dim=0)], {"a": [(6, 2)]}),
     "interleave back": (["a"], ["b"], [loading.Interleave(dim=1, inverse=True)], {"a": [(2, 6)]}),
-    "interleave and chunk": (
-        ["a"],
-        ["gate", "up"],
-        [loading.Interleave(dim=0), loading.Chunk(dim=0)],
-        {"a": [(6, 2)]},
-    ),
+    "interleave and chunk": (["a"], ["gate", "up"], [loading.Interleave(dim=0), loading.Chunk(dim=0)], {"a": [(6, 2)]}),
     "rope": (["a"], ["b"], [loading.PermuteForRope()], {"a": [(8, 3)]}),
     "rope of a bias": (["a"], ["b"], [loading.PermuteForRope(inverse=True)], {"a": [(8,)]}),
     "chunk and rope": (

@@ -18,9 +18,7 @@ def test_a_manifest_records_the_size_and_hash_of_every_file(tmp_path):
     write_manifest(tmp_path, {"base": {"model": "1234"}})
     assert read_manifest(tmp_path) == {
         "base": {"model": "1234"},
-        "files": {
-            "sub/a": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
-        },
+        "files": {"sub/a": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}},
     }
 
 

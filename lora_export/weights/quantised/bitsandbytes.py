@@ -10,10 +10,8 @@ Source: the library's own functions on a CPU, which the tests compare with bit f
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, pairs_of_bytes
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
 MOST_STATE_BYTES = 1 << 16
@@ -49,49 +47,6 @@ def bitsandbytes_weights(parts: StoredParts, _: Mapping[str, Any], dtype: str) -
 # --- nf4 and fp4 ---
 
 
-@dataclass(frozen=True, eq=False)
-class _Blocks:
-    """The values of a weight in blocks of 4 bits: a table of values and a scale for each block."""
-
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    block: int  # numbers that share a scale
-    table: NDArray[np.float32]
-    scales: NDArray[Any]  # fp32; or indices of 8 bits into `nested_table`
-    nested_table: NDArray[np.float32] | None = None
-    nested_scales: NDArray[np.float32] | None = None
-    nested_block: int = 1
-    offset: float = 0.0
-
-    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
-        """Some rows of the weight, from their packed bytes."""
-        first, count = rows.start * self.shape[1], (rows.stop - rows.start) * self.shape[1]
-        values = self._pairs.take(packed).view(np.float32)
-        own = slice(first // self.block, -(-(first + count) // self.block))
-        scales = self._scales(own)
-        if first % self.block == 0 and count % self.block == 0:
-            values.reshape(-1, self.block)[:] *= scales[:, None]
-        else:
-            lengths = np.full(own.stop - own.start, self.block)
-            lengths[0] -= first - own.start * self.block
-            lengths[-1] -= own.stop * self.block - (first + count)
-            values *= np.repeat(scales, lengths)
-        return values.astype(self.dtype).reshape(rows.stop - rows.start, self.shape[1])
-
-    @functools.cached_property
-    def _pairs(self) -> NDArray[np.complex64]:
-        """The two values of each byte, as one element: one look-up for both."""
-        both = np.arange(256)
-        return np.stack([self.table[both >> 4], self.table[both & 0xF]], axis=1).view(np.complex64).reshape(-1)
-
-    def _scales(self, own: slice) -> NDArray[np.float32]:
-        if self.nested_table is None or self.nested_scales is None:
-            return self.scales[own]
-        outer = np.arange(own.start, own.stop) // self.nested_block
-        scales: NDArray[np.float32] = self.nested_table[self.scales[own]] * self.nested_scales[outer]
-        return scales + np.float32(self.offset)
-
-
 def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
     state_name = f"{weight}.{STATE}{kind}"
     parts.expect(state_name, weight, "uint8", most=MOST_STATE_BYTES)
@@ -113,15 +68,43 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
         names += ["nested_absmax", "nested_quant_map"]
 
     def load() -> Decode:
-        table = parts.read(f"{weight}.quant_map").reshape(-1)
-        if nested is None:
-            return _Blocks(shape, dtype, block, table, parts.read_scales(f"{weight}.absmax").reshape(-1)).decode
-        scales, outer_table = (parts.read(f"{weight}.{name}").reshape(-1) for name in ("absmax", "nested_quant_map"))
-        outer = parts.read_scales(f"{weight}.nested_absmax").reshape(-1)
-        return _Blocks(shape, dtype, block, table, scales, outer_table, outer, *nested).decode
+        pairs = pairs_of_bytes(parts.read(f"{weight}.quant_map").reshape(-1), (4, 0))
+        scales_of = _scales(parts, weight, nested)
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            first, count = rows.start * shape[1], (rows.stop - rows.start) * shape[1]
+            values = pairs.take(packed).view(np.float32)
+            own = slice(first // block, -(-(first + count) // block))
+            if first % block == 0 and count % block == 0:
+                values.reshape(-1, block)[:] *= scales_of(own)[:, None]
+            else:
+                lengths = np.full(own.stop - own.start, block)
+                lengths[0] -= first - own.start * block
+                lengths[-1] -= own.stop * block - (first + count)
+                values *= np.repeat(scales_of(own), lengths)
+            return values.astype(dtype).reshape(-1, shape[1])
+
+        return decode
 
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
     return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load)
+
+
+def _scales(
+    parts: StoredParts, weight: str, nested: tuple[int, float] | None
+) -> Callable[[slice], NDArray[np.float32]]:
+    """The scales of some blocks: as they are stored, or indices of 8 bits into a table, with scales of their own."""
+    if nested is None:
+        scales = parts.read_scales(f"{weight}.absmax").reshape(-1)
+        return lambda own: scales[own]
+    indices, table = (parts.read(f"{weight}.{name}").reshape(-1) for name in ("absmax", "nested_quant_map"))
+    outer, (block, offset) = parts.read_scales(f"{weight}.nested_absmax").reshape(-1), nested
+
+    def unnested(own: slice) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = table[indices[own]] * outer[np.arange(own.start, own.stop) // block]
+        return values + np.float32(offset)
+
+    return unnested
 
 
 def _stated(state: Mapping[str, Any], name: str) -> tuple[tuple[int, int], np.dtype[Any], int]:

@@ -170,10 +170,7 @@ def refuse_damaged_scales(name: str, scales: NDArray[Any]) -> None:
 
 
 def scaled(
-    values: NDArray[np.float32],
-    scales: NDArray[Any],
-    dtype: np.dtype[Any],
-    zero_points: NDArray[Any] | None = None,
+    values: NDArray[np.float32], scales: NDArray[Any], dtype: np.dtype[Any], zero_points: NDArray[Any] | None = None
 ) -> NDArray[Any]:
     """(number - zero point) * scale in fp32, in place, and rounded once to the dtype.
 
@@ -196,13 +193,13 @@ WORD, WORD_BYTES = 32, 4  # bits, bytes
 MOST_BITS = 8
 
 
-def _pairs() -> NDArray[np.complex64]:
-    """The two values of each byte, as one element: one look-up for both."""
+def pairs_of_bytes(table: NDArray[np.float32], shifts: tuple[int, int] = (0, 4)) -> NDArray[np.complex64]:
+    """The two values of each byte, whose bits begin there, as one element: one look-up for both."""
     both = np.arange(256)
-    return np.stack([FLOAT4_VALUES[both & 0xF], FLOAT4_VALUES[both >> 4]], axis=1).view(np.complex64).reshape(-1)
+    return np.stack([table[both >> shift & 0xF] for shift in shifts], axis=1).view(np.complex64).reshape(-1)
 
 
-FLOAT4_PAIRS = _pairs()
+FLOAT4_PAIRS = pairs_of_bytes(FLOAT4_VALUES)
 
 
 def unpack_floats(packed: Bytes) -> NDArray[np.float32]:
