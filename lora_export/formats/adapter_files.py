@@ -24,7 +24,7 @@ from lora_export.storage.torch_pickle import PickledTensors
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
 MODEL_CONFIG = "config.json"
-LARGEST_SIZE, LARGEST_NUMBER = (1 << 31) - 1, 1e30  # in a config
+LARGEST_NUMBER = 1e30  # in a config
 # Modules that torch.compile, FSDP and activation checkpointing put around others. The base has none of them.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
@@ -91,14 +91,14 @@ def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] 
     return None if found is None else json_files.read_model_config(found)
 
 
-def size_of(source: object, name: str, value: Any) -> int:
+def positive_size(source: object, name: str, value: Any) -> int:
     """A field that is a positive integer. Raises InputRefused, which names `source`, for another value."""
-    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+    if type(value) is not int or not 0 < value < 1 << 31:
         raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive integer")
     return value
 
 
-def number_of(source: object, name: str, value: Any, most: float = LARGEST_NUMBER) -> float:
+def positive_number(source: object, name: str, value: Any, most: float = LARGEST_NUMBER) -> float:
     """A field that is a positive number. Raises InputRefused, which names `source`, for another value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
         raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive number")
@@ -108,7 +108,7 @@ def number_of(source: object, name: str, value: Any, most: float = LARGEST_NUMBE
 def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
     """A size in the base's config, where it has one. Raises InputRefused where that is no positive integer."""
     value = config.get(name)
-    return None if value is None else size_of("the base's config", name, value)
+    return None if value is None else positive_size("the base's config", name, value)
 
 
 def stated_rank_and_alpha(path: Path, program: str, options: ReadOptions) -> tuple[int, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import names_in, open_tensors
 from lora_export.formats.lora_file import OneFileFormat, scale_by_alpha, weights_of
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
-from lora_export.formats.writing import OneFile, alpha_of, beyond_pairs, without_component
+from lora_export.formats.writing import OneFile, alpha_of, beyond_pairs, usual_and_patterns, without_component
 from lora_export.lora import (
     DENOISER,
     SECOND_DENOISER,
@@ -188,16 +187,13 @@ def _config(pairs: dict[str, LoraPair], problems: list[str]) -> dict[str, Any]:
     ]
     if len({pair.magnitude is not None for pair in pairs.values()}) > 1:
         problems.append("DoRA on some layers of a model; diffusers has it on all or none")
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    patterns = {
-        field: {f"^{re.escape(module)}": value for module, value in values.items() if value != usual}
-        for field, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha))
-    }
+    rank, rank_pattern = usual_and_patterns({module: pair.rank for module, pair in pairs.items()})
+    alpha, alpha_pattern = usual_and_patterns(alphas)
     return {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(pairs),
         "use_dora": any(pair.magnitude is not None for pair in pairs.values()),
-        **patterns,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }

@@ -92,15 +92,15 @@ class _LitgptModel:
 
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key)
-            return default if value is None and default is not None else adapter_files.size_of(config_file, key, value)
+            return adapter_files.positive_size(config_file, key, default if value is None else value)
 
         heads = size("n_head")
         groups, head = size("n_query_groups", heads), size("head_size", max(1, size("n_embd") // heads))
         return cls(
             name=str(texts["name"]),
             names=names_of_family(str(texts["name"]), str(texts["mlp_class_name"])),
-            rank=adapter_files.size_of(settings_file, "lora_r", settings.get("lora_r")),
-            alpha=adapter_files.number_of(settings_file, "lora_alpha", settings.get("lora_alpha")),
+            rank=adapter_files.positive_size(settings_file, "lora_r", settings.get("lora_r")),
+            alpha=adapter_files.positive_number(settings_file, "lora_alpha", settings.get("lora_alpha")),
             parts=tuple(settings.get(key) is True for key in PARTS),
             heads=Heads(heads, groups, head),
         )

@@ -96,7 +96,8 @@ def _scale(path: Path, config: Mapping[str, Any]) -> float:
     if not isinstance(parameters, dict):
         raise InputRefused(f"{path} has no lora_parameters, which hold the scale")
     rank, scale = (
-        adapter_files.number_of(path, f"{name} in lora_parameters", parameters.get(name)) for name in ("rank", "scale")
+        adapter_files.positive_number(path, f"{name} in lora_parameters", parameters.get(name))
+        for name in ("rank", "scale")
     )
     alpha = parameters.get("alpha")
     if alpha is not None and alpha != rank:

@@ -30,6 +30,7 @@ from lora_export.formats.peft_keys import (
     WHOLE,
     A,
     B,
+    Keys,
     keys_by_kind,
     magnitude_shape,
     targeted_name,
@@ -109,7 +110,7 @@ class _StoredPairs:
     """The pairs of a file, whose keys are sorted."""
 
     file: TensorSource
-    keys: Mapping[str, Mapping[str, str]]
+    keys: Keys
     config: Mapping[str, Any]
     options: ReadOptions
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.adapter_files import WRAPPERS, number_of, unwrapped
+from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS
 from lora_export.formats.patterns import Patterns
 from lora_export.storage import json_files
@@ -75,11 +75,11 @@ def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
         raise InputRefused(f"{source}: " + "; ".join(refused))
     # There is no default: a missing alpha would silently become another scale.
     for name in ("r", "lora_alpha"):
-        number_of(source, name, config.get(name), sys.float_info.max)
+        positive_number(source, name, config.get(name), sys.float_info.max)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         for pattern, value in patterns.items():
-            number_of(source, f"{name}[{pattern!r}]", value, sys.float_info.max)
+            positive_number(source, f"{name}[{pattern!r}]", value, sys.float_info.max)
             if wrappers := [wrapper for wrapper in WRAPPERS if wrapper in pattern]:
                 raise InputRefused(f"{source}: {name}[{pattern!r}] names {wrappers[0]}, which no module of a base has")
         config[name] = Patterns(patterns, source=f"{source}: {name}")

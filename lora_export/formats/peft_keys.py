@@ -21,6 +21,7 @@ WRAPPER = "base_model.model."
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
 MAGNITUDE, EMBEDDING, ROWS, UNUSED = "magnitude", "embedding", "rows", "unused"
 PARAMETER = "parameter"
+Keys = Mapping[str, Mapping[str, str]]  # kind -> module or tensor -> key
 LOW_RANK_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
@@ -133,7 +134,7 @@ def _low_rank_kind(match: re.Match[str]) -> str:
     return f"{side}.{what}"
 
 
-def targeted_name(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
+def targeted_name(module: str, keys: Keys) -> str:
     """The name that PEFT matches with patterns: of an output projection its attention's, of a parameter its own."""
     if OUT_PROJ in keys[A][module]:
         return module.removesuffix(".out_proj")

@@ -16,7 +16,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
 from lora_export.formats.adapter_files import TensorSource
 from lora_export.formats.peft_config import is_declared
-from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, targeted_name
+from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.storage import json_files
 
@@ -34,9 +34,7 @@ def attention_note(module: str) -> str:
     )
 
 
-def notes_of(
-    keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], tied: Mapping[str, str]
-) -> tuple[str, ...]:
+def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> tuple[str, ...]:
     """Choices of this reader that may surprise the user."""
     notes = [attention_note(module) for module, key in keys[A].items() if OUT_PROJ in key]
     # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
@@ -87,7 +85,7 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
 
 
 def axes_of_experts(
-    file: TensorSource, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], pairs: Mapping[str, LoraPair]
+    file: TensorSource, keys: Keys, config: Mapping[str, Any], pairs: Mapping[str, LoraPair]
 ) -> dict[str, ExpertAxes]:
     """How the pairs of experts relate to the stacked parameters of these."""
     return {

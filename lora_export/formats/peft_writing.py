@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +29,14 @@ from lora_export.formats.expert_layouts import (
 )
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, OUT_PROJ, WEIGHTS, WRAPPER, magnitude_shape
 from lora_export.formats.peft_records import LAYOUTS
-from lora_export.formats.writing import alpha_of, beyond_pairs, pair_factors, refuse_inexpressible, smallest_dtype
+from lora_export.formats.writing import (
+    alpha_of,
+    beyond_pairs,
+    pair_factors,
+    refuse_inexpressible,
+    smallest_dtype,
+    usual_and_patterns,
+)
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.families import PROJECTIONS, is_turned, model_types
 from lora_export.storage import json_files, safetensors_file
@@ -217,22 +222,18 @@ def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[st
 def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:
     """The config, with what the most pairs have as its rank and alpha, and patterns for the others."""
     rslora = bool(adapter.metadata.get("use_rslora"))
-    kinds = {
-        name: (pair.rank, alpha_of(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank))
-        for name, pair in pairs.items()
-    }
-    rank, alpha = Counter(kinds.values()).most_common(1)[0][0] if kinds else (1, 1.0)
-    # A whole name, so that a pattern matches no other module.
-    patterns = {f"^{re.escape(name)}": kind for name, kind in sorted(kinds.items()) if kind != (rank, alpha)}
+    alphas = {name: alpha_of(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for name, pair in pairs.items()}
+    rank, rank_pattern = usual_and_patterns({name: pair.rank for name, pair in pairs.items()})
+    alpha, alpha_pattern = usual_and_patterns({name: _integer(alpha) for name, alpha in alphas.items()})
     modules = sorted(name for name in pairs if name not in parameters and name not in adapter.tied)
     known = modules and all(any(f".{name}".endswith(f".{ending}") for ending in adapter.targets) for name in modules)
     ends = [target for target in adapter.targets if any(f".{name}".endswith(f".{target}") for name in modules)]
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": _integer(alpha),
-        "rank_pattern": {name: kind[0] for name, kind in patterns.items() if kind[0] != rank},
-        "alpha_pattern": {name: _integer(kind[1]) for name, kind in patterns.items() if kind[1] != alpha},
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "target_modules": sorted(ends) if known else modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": None,

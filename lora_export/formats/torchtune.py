@@ -90,8 +90,8 @@ def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, li
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
     fields = json_files.read_json(config)
     rank, alpha = (
-        adapter_files.size_of(config, "r", fields.get("r")),
-        adapter_files.number_of(config, "lora_alpha", fields.get("lora_alpha")),
+        adapter_files.positive_size(config, "r", fields.get("r")),
+        adapter_files.positive_number(config, "lora_alpha", fields.get("lora_alpha")),
     )
     return rank, alpha, [config]
 
@@ -123,7 +123,7 @@ class _TorchtuneModel:
             raise InputRefused(f"how torchtune converts models of the type {kind!r} is not known; known: {known}")
         source = "the base's config"
         heads, width = (
-            adapter_files.size_of(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size")
+            adapter_files.positive_size(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size")
         )
         groups = adapter_files.size_in_config(config, "num_key_value_heads") or heads
         size = adapter_files.size_in_config(config, "head_dim") or max(1, width // heads)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,12 @@ def alpha_of(scale: float, divisor: float) -> float:
             value = math.nextafter(value, direction)
             candidates.append(value)
     return min(candidates, key=lambda alpha: abs(alpha / divisor - scale))
+
+
+def usual_and_patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The value that most modules have, 1 without any; and PEFT's patterns for the others, which match whole names."""
+    usual = Counter(values.values()).most_common(1)[0][0] if values else 1
+    return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
 
 def pair_factors(pairs: Iterable[LoraPair]) -> Iterator[NDArray[np.float32]]:

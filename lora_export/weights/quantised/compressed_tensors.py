@@ -40,6 +40,7 @@ COMPRESSED_FORMATS = (
 NO_FORMATS = ("dense", "mixed-precision")
 USUAL_BITS = (4, 8)  # where the config states none
 MOST_COLUMNS = 1 << 24
+_Arguments = Sequence[Mapping[str, Any]]  # what the groups of the config state of their weights
 # What the library stores of a module's inputs and outputs. A float model has no use for it.
 ACTIVATION_PARTS = tuple(
     f"{what}_{kind}" for what in ("input", "output") for kind in ("scale", "zero_point", "global_scale", "g_idx")
@@ -60,7 +61,7 @@ def compressed_weights(parts: StoredParts, quantization: Mapping[str, Any], _: s
     return {tensor.name: tensor for tensor in _found(parts, arguments)}
 
 
-def _found(parts: StoredParts, arguments: Sequence[Mapping[str, Any]]) -> Iterator[QuantisedTensor]:
+def _found(parts: StoredParts, arguments: _Arguments) -> Iterator[QuantisedTensor]:
     for name in parts.names():
         module, _, kind = name.rpartition(".")
         others = parts.present(*(f"{module}.{activation}" for activation in ACTIVATION_PARTS))
@@ -78,9 +79,7 @@ def _found(parts: StoredParts, arguments: Sequence[Mapping[str, Any]]) -> Iterat
 # --- Integers, and floats with scales of rows or blocks ---
 
 
-def _packed_integers(
-    parts: StoredParts, name: str, arguments: Sequence[Mapping[str, Any]], others: tuple[str, ...]
-) -> QuantisedTensor:
+def _packed_integers(parts: StoredParts, name: str, arguments: _Arguments, others: tuple[str, ...]) -> QuantisedTensor:
     """A weight of integers in words (pack-quantized). `arguments` are the config's of all weights."""
     parts.expect(f"{name}_shape", name, "int64", "int32", count=2)
     shape = tuple(parts.read(f"{name}_shape").reshape(-1).tolist())
@@ -97,9 +96,7 @@ def _packed_integers(
     return stored.tensor(f"{name}_packed", (f"{name}_shape", *others))
 
 
-def _plain_numbers(
-    parts: StoredParts, name: str, arguments: Sequence[Mapping[str, Any]], others: tuple[str, ...]
-) -> QuantisedTensor:
+def _plain_numbers(parts: StoredParts, name: str, arguments: _Arguments, others: tuple[str, ...]) -> QuantisedTensor:
     """A weight of int8 or 8-bit floats (int-quantized, float-quantized, naive-quantized)."""
     found = parts.find(name)
     if found is None or str(found.dtype) not in ("int8", "float8_e4m3fn") or len(found.shape) != 2:
@@ -108,12 +105,12 @@ def _plain_numbers(
     return stored.tensor(name, others)
 
 
-def _stated_bits(arguments: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+def _stated_bits(arguments: _Arguments) -> Sequence[int]:
     stated = {each.get("num_bits") for each in arguments}
     return sorted(bits for bits in stated if type(bits) is int and 0 < bits <= MOST_BITS) or USUAL_BITS
 
 
-def _block(arguments: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> tuple[int, int] | None:
+def _block(arguments: _Arguments, shape: Sequence[int]) -> tuple[int, int] | None:
     """The rows and columns that share a scale, where the config states it for a weight of blocks."""
     stated = {tuple(each["block_structure"]) for each in arguments if isinstance(each.get("block_structure"), list)}
     if len(stated) != 1:
