@@ -1,15 +1,124 @@
-"""Which format of compressed-tensors each module is stored in; formats that are refused by name."""
+"""Weights of compressed-tensors: integers and plain 8-bit floats are bit for bit what the library makes of them.
+
+Which format each module is stored in; formats that are refused by name.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from lora_export.errors import InputRefused
 from lora_export.weights.quantised.compressed_tensors import ACTIVATION_PARTS, COMPRESSED_FORMATS, compressed_weights
-from support.quantised import Tensors, parts_in
+from support.quantised import OpenedWeight, Tensors, bits_of, opened, parts_in
+
+ROWS, COLUMNS, GROUP = 12, 64, 16
+BLOCK = [5, 24]  # the last blocks are smaller, in both directions
+
+
+def compressed(
+    bits: int, strategy: str, *, symmetric: bool = True, kind: str = "int", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensors, torch.Tensor, dict[str, Any]]:
+    """The stored tensors of a weight, what the library makes of them, and the config's quantization_config."""
+    torch.manual_seed(0)
+    scales = {"tensor": (1,), "channel": (ROWS, 1), "group": (ROWS, COLUMNS // GROUP), "block": (3, 3)}[strategy]
+    more: dict[str, Any] = {"group": {"group_size": GROUP}, "block": {"block_structure": BLOCK}}.get(strategy, {})
+    args = QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, symmetric=symmetric, **more)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    state = {
+        "weight": torch.randn(ROWS, COLUMNS).to(dtype),
+        "weight_scale": (torch.rand(scales) / 2 ** (bits - 2) + 0.01).to(dtype),
+    }
+    if not symmetric:
+        low = -(2 ** (bits - 1))
+        state["weight_zero_point"] = torch.randint(low, -low, scales, dtype=torch.int8)
+    name = "pack-quantized" if bits < 8 or strategy == "group" else f"{kind}-quantized"
+    compressor = BaseCompressor.get_value_from_registry(name)
+    stored = compressor.compress(state, scheme)
+    floats = compressor.decompress(stored, scheme)["weight"]
+    config = {"format": name, "config_groups": {"group_0": {"weights": args.model_dump(mode="json")}}}
+    return {f"x.{key}": value.contiguous() for key, value in stored.items()}, floats, config
+
+
+def found(stored: Tensors, path: Path, config: dict[str, Any] | None = None) -> OpenedWeight:
+    return opened(path, stored, compressed_weights, config, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("bits", "strategy", "symmetric", "kind"),
+    [
+        *((bits, "group", symmetric, "int") for bits in (2, 3, 4, 5, 6, 7, 8) for symmetric in (True, False)),
+        *((bits, "channel", symmetric, "int") for bits in (3, 4, 8) for symmetric in (True, False)),
+        (8, "tensor", True, "int"),
+        (8, "block", True, "int"),
+        (8, "channel", True, "float"),
+        (8, "tensor", True, "float"),
+        (8, "block", True, "float"),
+    ],
+)
+def test_weights_are_the_library_s_bit_for_bit(
+    bits: int, strategy: str, symmetric: bool, kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    stored, expected, config = compressed(bits, strategy, symmetric=symmetric, kind=kind, dtype=dtype)
+    weight = found(stored, tmp_path / "m.safetensors", config)
+    assert (weight.tensor.name, weight.tensor.shape) == ("x.weight", (ROWS, COLUMNS))
+    assert {*weight.tensor.parts, weight.tensor.packed} == stored.keys()
+    assert expected.dtype == dtype and len(expected.unique()) > 2
+    for rows in (slice(0, ROWS), slice(3, 7), slice(ROWS - 1, ROWS)):
+        # The sign of a zero: a number minus its zero point is -0 nowhere, in the library's integers or in our floats.
+        assert bits_of(weight.rows(rows)) == bits_of(expected[rows])
+
+
+def test_columns_may_be_in_any_group(tmp_path: Path) -> None:
+    stored, expected, _ = compressed(4, "group", dtype=torch.float32)
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
+    groups = (torch.arange(COLUMNS) // GROUP)[order].int()
+    weight = found(stored | {"x.weight_g_idx": groups}, tmp_path / "m.safetensors")
+    scales = stored["x.weight_scale"]
+    numbers = expected / scales.repeat_interleave(GROUP, 1)
+    assert bits_of(weight.whole) == bits_of(numbers.round() * scales[:, groups.long()])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x.weight_shape": torch.tensor([ROWS, 999])}, "of 8 words are not 12 rows of 999 numbers of 4 or 8 bits"),
+        ({"x.weight_shape": torch.tensor([ROWS + 1, COLUMNS])}, "12 rows of 8 words are not 13 rows"),
+        ({"x.weight_shape": torch.tensor([ROWS, -1])}, "is no packed matrix"),
+        ({"x.weight_shape": torch.tensor([ROWS, 1 << 60])}, "is no packed matrix"),
+        ({"x.weight_shape": torch.tensor([ROWS])}, "1 elements, and x.weight needs 2"),
+        ({"x.weight_packed": torch.zeros(ROWS, 8)}, "its dtype is float32"),
+        ({"x.weight_packed": torch.zeros(2, ROWS, 8).int()}, "is no packed matrix"),
+        ({"x.weight_scale": torch.ones(ROWS - 1, 4)}, r"the shape \[11, 4\] does not fit a weight of \[12, 64\]"),
+        ({"x.weight_scale": torch.ones(ROWS, 5)}, "does not fit"),
+        ({"x.weight_scale": torch.ones(ROWS, 0)}, "does not fit"),
+        ({"x.weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "3 elements, and x.weight needs 64"),
+        ({"x.weight_g_idx": torch.full((COLUMNS,), 4, dtype=torch.int32)}, "a column is in none of the 4 groups"),
+        ({"x.weight_zero_point": torch.zeros(1, 4, dtype=torch.int32)}, "4 elements, and x.weight needs 8"),
+        ({"x.weight_scale": torch.full((ROWS, 4), torch.inf)}, "48 scales are not finite numbers"),
+        ({"y.weight_scale": torch.ones(1)}, r"y\.weight_scale scales a matrix of int8 or 8-bit floats, which is"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_path: Path) -> None:
+    stored, _, _ = compressed(4, "group")
+    with pytest.raises(InputRefused, match=message):
+        found(stored | change, tmp_path / "m.safetensors").rows(slice(0, 1))
+
+
+def test_blocks_without_their_size_are_refused(tmp_path: Path) -> None:
+    stored, _, config = compressed(8, "block", kind="float")
+    with pytest.raises(InputRefused, match=r"the shape \[3, 3\] does not fit"):
+        found(stored, tmp_path / "a.safetensors")
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = [0, 24]
+    with pytest.raises(InputRefused, match="and not two positive numbers"):
+        found(stored, tmp_path / "b.safetensors", config)
+
 
 # One module of each kind; what they become is tested with each format.
 MODULES: dict[str, Tensors] = {
