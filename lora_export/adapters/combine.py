@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_export.adapters.combination import combined_pair
-from lora_export.adapters.plain_pairs import refuse_beyond_pairs
+from lora_export.adapters.low_rank import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.combining import Combination

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export import plan, provenance
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.merge_checkpoint import notes_on_checkpoint
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
-from lora_export.api.pipeline_parts import parts_by_model
 from lora_export.callbacks import in_bytes
 from lora_export.errors import MatchError, Misfit
 from lora_export.lora import Adapter
 from lora_export.options.combining import Combination
 from lora_export.plan import Plan
+from lora_export.plan.build import checked_strengths
+from lora_export.plan.diffusion import components_of, of_component
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
@@ -24,6 +25,38 @@ from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, refuse_no_change
 from lora_export.weights.pipeline import Pipeline, open_pipeline
+
+
+@dataclass
+class ModelParts:
+    """What adapters change in one model of a pipeline."""
+
+    adapters: list[Adapter] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+
+
+def parts_by_model(
+    pipeline: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float]
+) -> tuple[dict[str, ModelParts], tuple[str, ...]]:
+    """The parts of the adapters by the folder of their model, and notes for the user.
+
+    A part without effect, as before training, is left out with a note: its model stays as it is. Raises InputRefused
+    for a component that the pipeline lacks, and for an adapter that has no effect on any model.
+    """
+    parts: dict[str, ModelParts] = {}
+    notes = []
+    for adapter, strength in zip(adapters, checked_strengths(adapters, strengths), strict=True):
+        components = components_of(adapter)
+        for component in components:
+            folder = pipeline.folder_of(component, components)
+            part = of_component(adapter, component)
+            if part.is_identity:
+                notes.append(f"{adapter.name} changes nothing in {folder}: its values there are those before training")
+                continue
+            own = parts.setdefault(folder, ModelParts())
+            own.adapters.append(part)
+            own.strengths.append(strength)
+    return parts, tuple(notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,10 @@ import onnx_ir as ir
 from lora_export.api.onnx_request import OnnxRequest, adapter_file
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.check_contract import contract_dora_factors
-from lora_export.graph.merge.isolate import without_unchanged_tables
+from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
 from lora_export.plan import Plan, TensorSpec

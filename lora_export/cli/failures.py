@@ -256,7 +256,7 @@ def _write_reports(failure: Failure, invocation: Invocation) -> None:
     """Write the failure into every report that was requested. A report that cannot be written is a message."""
     for path in (invocation.context.params.get("reports") or ()) if invocation.context else ():
         try:
-            from lora_export.report.write import write_error_report
+            from lora_export.report.files import write_error_report
 
             write_error_report(path, invocation.document(failure), seconds=time.perf_counter() - invocation.begun)
         except InputRefused:

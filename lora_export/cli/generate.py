@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.cli.arguments import Command, json_option, print_document, print_message
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.paths import FilePath
+from lora_export.cli.parameters import FilePath, takes_options
 from lora_export.errors import WrongUsage, one_line, printable
-from lora_export.options.generate import GenerateOptions, no_text
+from lora_export.options.export import GenerateOptions, no_text
 
 if TYPE_CHECKING:
     from lora_export.api.generate import Generation

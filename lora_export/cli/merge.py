@@ -9,8 +9,7 @@ import click
 
 from lora_export.cli import startup
 from lora_export.cli.arguments import Command, json_option, print_document, print_message
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.paths import Source
+from lora_export.cli.parameters import Source, takes_options
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from lora_export.cli.paths import FilePath, Source
-from lora_export.options.declaring import Declared, Options, Positional, nested_in, options_of
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Declared, Options, Positional, Section, nested_in, options_of
 from lora_export.options.spelling import as_command_line
+
+
+class FilePath(click.Path):
+    """A path as a `pathlib.Path`."""
+
+    def __init__(self, **checks: Any):
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, in the home folder where the path begins with `~`."""
+        return super().convert(_expanded(value) if isinstance(value, str) else value, param, ctx)
+
+
+class Source(click.ParamType[str]):
+    """MODEL or [NAME=]ADAPTER: a path, a name that is looked up, or a name with a path."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        """The text, with the home folder where the path begins with `~`."""
+        name, separator, path = value.partition("=")
+        return f"{name}={_expanded(path)}" if separator and path.startswith("~") else _expanded(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Let the shell complete a path."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+def _expanded(text: str) -> str:
+    """The path in the home folder; a file whose name begins with `~` stays what it is."""
+    if not text.startswith("~") or os.path.lexists(text):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:  # there is no such user
+        return text
 
 
 class SectionedOption(click.Option):
@@ -159,3 +196,24 @@ def _callback(read: Callable[[Iterable[str]], Any]) -> Callable[..., Any]:
             raise click.BadParameter(str(error)) from None
 
     return convert
+
+
+OF_EVERY_COMMAND = ("--json", "--quiet", "--verbose", "--help")
+
+
+def write_options(params: Iterable[click.Parameter], context: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write a command's options, in sections. The order inside of a section is that of the command."""
+    rows: dict[Section, list[tuple[str, str]]] = {section: [] for section in Section}
+    for param in params:
+        if record := param.get_help_record(context):
+            rows[_section(param)].append(record)
+    for heading, records in rows.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def _section(param: click.Parameter) -> Section:
+    if any(name in OF_EVERY_COMMAND for name in param.opts):
+        return Section.FILES
+    return getattr(param, "section", Section.OPTIONS)

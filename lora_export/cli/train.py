@@ -90,7 +90,7 @@ def print_comparison(runs: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from lora_export.report.comparison import TITLES, comparison_rows
+    from lora_export.report.training import TITLES, comparison_rows
 
     table = Table(*(Column(title, no_wrap=True) for title in TITLES), box=None, pad_edge=False)
     for cells in comparison_rows(runs):

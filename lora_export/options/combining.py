@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from lora_export.errors import WrongUsage
-from lora_export.options.declaring import Nested, Option, Options
+from lora_export.options.declaring import Nested, Option, Options, Section
 from lora_export.options.reading import ReadOptions
-from lora_export.options.sections import Section
 from lora_export.options.spelling import named
 
 if TYPE_CHECKING:

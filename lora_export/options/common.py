@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
-from lora_export.options.declaring import Option, Options
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Option, Options, Section
 
 NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
 TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error

@@ -22,13 +22,33 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from lora_export.errors import WrongUsage
-from lora_export.options.sections import Section
 from lora_export.options.spelling import named
+
+
+class Section(StrEnum):
+    """What options are about."""
+
+    OPTIONS = "Options"
+    DATA = "Data"
+    ADAPTER = "The adapter"
+    FROZEN_BASE = "The frozen base"
+    STEPS = "The steps"
+    MEASUREMENTS = "Measurements and checkpoints"
+    BASE = "The base"
+    OUTPUT = "The output"
+    GRAPH = "The graph"
+    PROOF = "The proof"
+    EXPECTED = "What the adapter and the base must be"
+    READING = "How adapters are read"
+    COMBINING = "How adapters are combined"
+    FILES = "Files and messages"
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -7,9 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
 from lora_export.options.common import LAYOUT, Output
-from lora_export.options.declaring import Only, Option, Positional
+from lora_export.options.declaring import Only, Option, Positional, Section
 from lora_export.options.reading import AllowPickle
-from lora_export.options.sections import Section
 
 OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
 

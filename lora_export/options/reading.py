@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.options.declaring import Option, Options
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Option, Options, Section
 from lora_export.options.spelling import command, named
 
 PipelineComponent = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]

@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from lora_export.errors import WrongUsage
 from lora_export.options.common import Output
-from lora_export.options.declaring import Option, Options, Positional, options_of
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Option, Options, Positional, Section, options_of
 from lora_export.options.spelling import named
 
 LearntTask = Literal[

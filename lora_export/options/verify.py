@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, GivenAdapters
 from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
-from lora_export.options.declaring import Nested, Option, Options, Positional
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Nested, Option, Options, Positional, Section
 from lora_export.options.spelling import named
 
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")

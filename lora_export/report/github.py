@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_export.errors import count, one_line, printable
-from lora_export.report.sentences import explanation, headline, placement_lines
+from lora_export.report.verdict_screen import explanation, headline, placement_lines
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import DECIDES, NOT_JUDGED, SHOWN, Comparison, Outcome, Verdict, percent
 

@@ -13,9 +13,9 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import MatchError
-from lora_export.graph.exporter_metadata import NAME_SCOPES
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.names.exporter_names import NAME_SCOPES
 from lora_export.graph.site import Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout

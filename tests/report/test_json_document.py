@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_export.report.files import write_report
 from lora_export.report.json_document import as_dict, document_of_proof
-from lora_export.report.write import write_report
 from lora_export.verification.proof import Proof
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.verdicts import DIFFERENT, SAME, STRAYED

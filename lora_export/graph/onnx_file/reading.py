@@ -17,10 +17,15 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph.exporter_metadata import texts
+from lora_export.graph.names.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
-from lora_export.graph.onnx_file.check_model import check_message, innermost_error
-from lora_export.graph.onnx_file.external_data import MAX_LISTED, moved_to, refuse_misplaced_data
+from lora_export.graph.onnx_file.check_model import (
+    MAX_LISTED,
+    check_message,
+    innermost_error,
+    moved_to,
+    refuse_misplaced_data,
+)
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.provenance import History
 

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph import quantised_weights
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised.packed_tensor import PackedTensor
 from lora_export.graph.quantised.requantise import RequantisedWeight
-from lora_export.graph.quantised.scheme import Groups, Rule, Scheme
+from lora_export.graph.quantised.scheme import Groups, PackedTensor, Rule, Scheme
 from lora_export.graph.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.options.spelling import named
 from lora_export.plan import Plan

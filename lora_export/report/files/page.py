@@ -12,9 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import EnvironmentLacking, one_line
-from lora_export.report.html_checkpoint import checkpoint_context
-from lora_export.report.html_facts import adapters_of, candidate_name, facts, files, inline, times, with_adapters
-from lora_export.report.html_verdict import verdict_context
+from lora_export.report.html_context import (
+    adapters_of,
+    candidate_name,
+    checkpoint_context,
+    facts,
+    files,
+    inline,
+    times,
+    verdict_context,
+    with_adapters,
+)
 from lora_export.report.json_document import document_of_proof
 from lora_export.verification.parity import percent
 

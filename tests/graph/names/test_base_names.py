@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.graph.exporter_metadata import FOLDED_FROM
 from lora_export.graph.find_sites import find_sites
+from lora_export.graph.names.exporter_names import FOLDED_FROM
 from lora_export.graph.site import NameSource
 from support.content_graphs import GEMM, OTHER, WEIGHT, base_checkpoint, product_graph
 from support.graphs import a_graph

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from lora_export.graph.exporter_metadata import FOLDED_FROM, INPUT_KIND
 from lora_export.graph.find_sites import find_sites
+from lora_export.graph.names.exporter_names import FOLDED_FROM, INPUT_KIND
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import NameSource
 from lora_export.plan import Layout
+from support.exported_models import EVERY_MODEL, exported, inputs
 from support.found_sites import layouts, named_by
-from support.graphs import a_graph
+from support.graphs import a_graph, run
 from support.one_weight_graphs import graph_reading
-from support.small_graphs import a_matmul
+from support.small_graphs import LINEAR, a_matmul
 
 
 def test_name_of_initializer_is_tried_first() -> None:
@@ -147,3 +153,40 @@ def test_names_of_genai_builder_are_no_parameters() -> None:
     found = find_sites(model)
     assert not found.by_name
     assert len(found.unnamed) == 1
+
+
+# --- Notes of exporters, which a saved graph does not contain, and names, which it does. ---
+
+
+@EVERY_MODEL
+def test_saved_export_contains_names_and_no_machine_paths(tmp_path: Path, name: str) -> None:
+    made = exported(name)
+    before = find_sites(made.graph).specs
+    feeds = {key: value.numpy() for key, value in inputs(name, 3, 5).items()}
+    expected = run(made.graph, **feeds)
+    (path,) = save_graph(made.graph, tmp_path, "model.onnx")
+    content = path.read_bytes()
+    for trace in (
+        b"site-packages",
+        b"graphs.py",
+        b'File "',
+        str(Path.cwd()).encode(),
+        str(Path.home()).encode() + b"/",
+    ):
+        assert trace not in content
+    again = load_graph(path)
+    assert find_sites(again).specs == before
+    assert all(np.array_equal(value, expected[key]) for key, value in run(again, **feeds).items())
+
+
+def test_other_notes_stay_except_stack_traces(tmp_path: Path) -> None:
+    model = a_graph(LINEAR)
+    node = model.graph[0]
+    node.metadata_props["author"] = "somebody"
+    node.metadata_props["trace"] = 'File "/home/somebody/model.py", line 3, in forward'
+    node.doc_string = 'File "/home/somebody/model.py", line 3'
+    model.graph[1].doc_string = "adds the bias"
+    (path,) = save_graph(model, tmp_path, "model.onnx")
+    again = load_graph(path).graph
+    assert dict(again[0].metadata_props) == {"author": "somebody"}
+    assert [node.doc_string for node in again] == [None, "adds the bias", None]

@@ -9,8 +9,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.report import files
-from lora_export.report.files import page
-from lora_export.report.write import check_report_path, write_report
+from lora_export.report.files import check_report_path, page, write_report
 from lora_export.verification.proof import Proof
 from support.verdicts import DIFFERENT, ON_CPU, SAME
 

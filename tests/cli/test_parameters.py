@@ -1,18 +1,58 @@
-"""Paths on the command line: `~` is expanded wherever a path is taken, and a merge takes adapters in two ways."""
+"""The sections of `--help`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from lora_export.cli import COMMANDS
-from lora_export.cli.paths import FilePath, Source
+from lora_export.cli import COMMANDS, command_named
+from lora_export.cli.parameters import FilePath, SectionedOption, Source, write_options
+from lora_export.options.declaring import Section
 from support.cli import call
 from support.handmade import base_file, peft_adapter
+
+OPTION = re.compile(r"^  (?:-\w, )?(--[a-z0-9-]+)", re.MULTILINE)
+HEADING = re.compile(r"^(\w.*):$", re.MULTILINE)
+
+
+def options_of(command: click.Command) -> list[str]:
+    context = click.Context(command, info_name="x")
+    return [
+        name
+        for param in command.get_params(context)
+        if isinstance(param, click.Option) and not param.hidden
+        for name in param.opts[-1:] if name.startswith("--")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_one_section(name: str) -> None:
+    command = command_named(name)
+    shown = CliRunner().invoke(command, ["--help"], terminal_width=200).output
+    options = OPTION.findall(shown)
+    assert len(options) == len(set(options)) == len(options_of(command))
+    headings = HEADING.findall(shown)
+    assert "Files and messages" in headings and len(headings) == len(set(headings))
+
+
+def test_sections_have_an_order() -> None:
+    sections = {"--json": Section.OPTIONS, "--prefix": Section.READING, "--lone": Section.OPTIONS}
+    sections |= {"--a": Section.DATA, "--b": Section.DATA}
+    options = [SectionedOption([name], section=section, help="It.") for name, section in sections.items()]
+    context, formatter = click.Context(click.Command("x")), click.HelpFormatter()
+    write_options(options, context, formatter)
+    lines = [line.split()[0] for line in formatter.getvalue().splitlines() if line]
+    assert lines == ["Options:", "--lone", "Data:", "--a", "--b", "How", "--prefix", "Files", "--json"]
+
+
+# --- Paths on the command line: `~` is expanded wherever a path is taken, and a merge takes adapters in two ways. ---
+
 
 W = np.arange(6).reshape(2, 3)
 
