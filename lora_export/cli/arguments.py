@@ -1,24 +1,26 @@
-"""What commands have in common: where their defaults come from, and how their results are printed."""
+"""What commands have in common: how they are declared, where their defaults come from, how results are printed."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from lora_export.cli import configuration, failures, foreign_options, help_sections, verbosity
+from lora_export.cli import configuration, failures, foreign_options, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
+from lora_export.cli.parameters import parameters_of, values_for, write_options
 from lora_export.errors import WrongUsage, one_line
+from lora_export.options.declaring import Options
 
 CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
 # Where a value comes from that is not an option's own default.
 CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 
 
 class Command(click.Command):
@@ -30,7 +32,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click does, in sections."""
-        help_sections.write_options(self.get_params(ctx), ctx, formatter)
+        write_options(self.get_params(ctx), ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, with defaults from the environment and from pyproject.toml.
@@ -80,6 +82,38 @@ class TakesAdapters(Command):
         return surplus
 
 
+def command(
+    record: type[Options] | None, *examples: str, cls: type[Command] = Command, json: bool = True
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a function `NAME_command` a command with the options of a record, besides those that it declares itself.
+
+    The function gets the keywords of the record, with the one that prints messages. `examples` end the help.
+    """
+    epilog = "\n  ".join(
+        [f"\b\nExample{'s' if len(examples) > 1 else ''}:", *(f"lora-export {one}" for one in examples)]
+    )
+
+    def decorate(function: Callable[..., Any]) -> Command:
+        parameters = [] if record is None else parameters_of(record)
+        parameters += reversed(getattr(function, "__click_params__", []))
+        if json:
+            help_text = "Print exactly one JSON document on stdout."
+            parameters.append(click.Option(["--json", "as_json"], is_flag=True, help=help_text))
+
+        @functools.wraps(function)
+        def call(**values: Any) -> Any:
+            if record is None:
+                return function(**values)
+            reports = any(field.name == "on_message" for field in dataclasses.fields(record))  # type: ignore[arg-type]
+            return function(**values_for(record, values), **({"on_message": print_message} if reports else {}))
+
+        call.__dict__.pop("__click_params__", None)
+        name = function.__name__.removesuffix("_command")
+        return click.command(name, cls=cls, params=parameters, epilog=epilog)(call)
+
+    return decorate
+
+
 def print_document(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout."""
     answered()
@@ -88,12 +122,12 @@ def print_document(document: Any, indent: int | None = None) -> None:
 
 def wrote(path: Path, more: str = "") -> None:
     """Print that a file was written, with its size."""
-    click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
+    print_wrote(path, f" ({path.stat().st_size:,} bytes){more}")
 
 
-def runs_in_ci() -> bool:
-    """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
-    return os.environ.get("CI", "").lower() in ("true", "1")
+def print_wrote(path: Path, more: str = "") -> None:
+    """Print that a file or folder was written."""
+    click.echo(f"wrote {one_line(str(path))}{more}")
 
 
 def command_line() -> list[str]:

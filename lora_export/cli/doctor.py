@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, print_document
+from lora_export.cli.arguments import command, print_document
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import Facts, examine
@@ -18,19 +18,14 @@ from lora_export.runtime.providers import VARIABLES
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXAMPLE = """\b
-Example:
-  lora-export doctor --provider cpu"""
 
-
-@click.command(cls=Command, epilog=EXAMPLE)
+@command(None, "doctor --provider cpu")
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     help="Provider that has to run.  [default: cuda where there is an NVIDIA GPU, else cpu]",
 )
-@json_option
-def command(provider: str | None, as_json: bool) -> None:
+def doctor_command(provider: str | None, as_json: bool) -> None:
     """Check the installed packages and the execution providers.
 
     Every package that lora-export needs is imported, and every execution provider runs a small model, each in a process

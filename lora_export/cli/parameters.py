@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -115,22 +114,6 @@ def values_for(record: type[Options], values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if value is not None}
 
 
-def takes_options(record: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the parameters of a record, and its function the keywords of the record."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(**values: Any) -> Any:
-            return function(**values_for(record, values))
-
-        # click takes the parameters of a function in reverse order.
-        own = list(getattr(function, "__click_params__", []))
-        call.__click_params__ = own + list(reversed(parameters_of(record)))  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
 def _parameter(name: str, declared: Declared) -> click.Parameter:
     option = declared.option
     settings: dict[str, Any] = {"type": _type_of(declared)}
@@ -157,6 +140,8 @@ def _switch(declared: Declared) -> str:
 
 def _default(declared: Declared) -> dict[str, Any]:
     """The default as click takes it. An empty text and None are no default."""
+    if declared.option.command_line_default is not None:
+        return {"default": declared.option.command_line_default}
     if declared.default is MISSING:
         return {"required": True}
     if declared.kind == "flag":

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from lora_export.callbacks import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
@@ -18,6 +16,8 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def shown() -> Iterator[OnProgress]:
     """Yield a callback that shows the stage, the work done and the time. Without a terminal it does nothing."""
+    from rich.console import Console
+
     # The stream itself, not what `sys.stderr` is later: exporters are silenced by replacing it.
     console = Console(file=sys.stderr)
     if not console.is_terminal:  # a disabled bar would still count every block of a merge

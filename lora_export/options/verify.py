@@ -1,5 +1,6 @@
 """The options of `verify`, and of the gates that `verify` and `inspect` have before a deployment."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,11 @@ from lora_export.options.declaring import Nested, Option, Options, Positional, S
 from lora_export.options.spelling import named
 
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")
+
+
+def runs_in_ci() -> bool:
+    """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
+    return os.environ.get("CI", "").lower() in ("true", "1")
 
 
 def read_sizes(texts: Iterable[str]) -> dict[str, int]:
@@ -162,6 +168,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
             "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
             section=Section.PROOF,
             flags=("--strict/--no-strict",),
+            command_line_default=runs_in_ci,
         ),
     ] = False
     about: Annotated[
