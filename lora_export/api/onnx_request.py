@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
+from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
@@ -45,9 +46,7 @@ class OnnxRequest(OnnxOptions):
     @property
     def targets(self) -> str | list[str] | None:
         """ "all-linear", endings of layer names, or None where no layer was named."""
-        if self.target is None or self.target == "all-linear":
-            return self.target
-        return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
+        return None if self.target is None else layer_endings(self.target)
 
     @property
     def has_encoder(self) -> bool:

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Output(Options):
-        overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=FILES)] = False
+        overwrite: bool = option(False, "Replace an existing output, in one step.", section=FILES)
 
 The field is the whole declaration. The keyword of the Python function, the parameter of the command line, the entry of
 `[tool.lora-export]`, the usage check and the record of provenance come from it. Records are dataclasses and no
@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from lora_export.errors import WrongUsage
 from lora_export.options.spelling import named
@@ -53,6 +53,7 @@ class Section(StrEnum):
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+_MEANING = "meaning"  # in the metadata of a field
 
 # What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
 Kind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
@@ -177,6 +178,52 @@ class Declared:
         return " and ".join(f"{words} {limit:g}" for words, (limit, _) in stated.items())
 
 
+def declares(meaning: Option | Nested) -> Mapping[str, Any]:
+    """What a field means, as its metadata."""
+    return {_MEANING: meaning}
+
+
+def means(default: _T, meaning: Option) -> _T:
+    """A field with a default and a meaning."""
+    return field(default=default, metadata=declares(meaning))
+
+
+def option(default: _T, help: str, **settings: Any) -> _T:
+    """A field that is an option with a default. `settings` are those of `Option`."""
+    return means(default, Option(help, **settings))
+
+
+def nested(record: Callable[[], _R], flags: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> _R:
+    """A field that is a record itself, by default without settings. See `Nested`."""
+    return field(default_factory=record, metadata=declares(Nested(record, flags)))  # type: ignore[arg-type]
+
+
+def table_of(
+    form: str, value: Callable[[str], _T], *, at_last: bool = False
+) -> Callable[[Iterable[str]], dict[str, _T]]:
+    """A function that reads NAME=VALUE... as a table. `at_last`: the last equals sign of a text counts, not the first.
+
+    Of several values of a name the last one counts, and is the last in the table. The function raises ValueError for a
+    text of another form, and where `value` raises ValueError or KeyError.
+    """
+
+    def read(texts: Iterable[str]) -> dict[str, _T]:
+        table: dict[str, _T] = {}
+        for text in texts:
+            name, _, written = text.rpartition("=") if at_last else text.partition("=")
+            try:
+                found = value(written)
+            except (ValueError, KeyError):
+                found = None
+            if found is None or not name or not written:
+                raise ValueError(f"{text} is not {form}")
+            table.pop(name, None)
+            table[name] = found
+        return table
+
+    return read
+
+
 class Options:
     """The base of all records. A record checks its values when it is made, and raises WrongUsage.
 
@@ -231,7 +278,8 @@ def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
 
 def options_of(record: type[Options]) -> tuple[Declared, ...]:
     """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
-    order = {name: depth for depth, cls in reversed(list(enumerate(record.__mro__))) for name in _own_fields(cls)}
+    classes = reversed(list(enumerate(record.__mro__)))
+    order = {name: depth for depth, cls in classes for name in inspect.get_annotations(cls)}
     found = [_declared(*found) for found in _fields(record) if isinstance(found[2], Option)]
     return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
 
@@ -266,21 +314,17 @@ def documentation(record: type[Options]) -> str:
     return "\n".join(["Options:", *lines])
 
 
-def _own_fields(cls: type) -> Iterable[str]:
-    return inspect.get_annotations(cls)
-
-
 def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any, Any, Section]]:
     """The fields that are declared, each with its type, its meaning and the section of its record.
 
     A record whose values are found and loaded narrows types of the one that it inherits from. The meaning stays.
     """
-    own = [(cls, inspect.get_annotations(cls)) for cls in record.__mro__]
     for one in dataclasses.fields(record):  # type: ignore[arg-type]
-        annotations: Iterator[tuple[type, Any]] = ((cls, names[one.name]) for cls, names in own if one.name in names)
-        for cls, annotation in annotations:
-            if get_origin(annotation) is Annotated:
-                yield one, *get_args(annotation)[:2], vars(cls).get("SECTION", Section.OPTIONS)
+        for cls in record.__mro__:
+            own = inspect.get_annotations(cls).get(one.name)
+            meaning = vars(cls)["__dataclass_fields__"][one.name].metadata.get(_MEANING) if own is not None else None
+            if meaning is not None:
+                yield one, own, meaning, vars(cls).get("SECTION", Section.OPTIONS)
                 break
 
 
