@@ -27,8 +27,7 @@ from lora_export.graph.insert.adapter_names import (
     dotted,
     module_of,
 )
-from lora_export.graph.insert.branches import common_rescaling
-from lora_export.graph.insert.dora import dora_factors_by_weight
+from lora_export.graph.insert.branches import common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.inserter import Inserter
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.site import Site, common_dtype

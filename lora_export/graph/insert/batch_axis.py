@@ -12,13 +12,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, count, listed
 from lora_export.graph import quantised_weights
+from lora_export.graph.insert.node_factory import Dim
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named
 
 UNKNOWN = -1  # a size that only a run knows
-
-Dim = int | ir.SymbolicDim
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,33 @@
-"""The nodes of a branch: x·A·B, computed beside a linear layer, an embedding or a convolution."""
+"""The nodes of a branch: x·A·B, computed beside a linear layer, an embedding or a convolution; and DoRA's factors.
+
+With DoRA, each output is multiplied by m / ‖W + sBA‖, from the weights that the graph stores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from lora_export.graph.insert.node_factory import NO_ATTRIBUTES, Attributes, Factor, NodeFactory
+from lora_export import sums
+from lora_export.errors import InputRefused
+from lora_export.graph.insert.node_factory import (
+    MIN_OPSET,
+    NO_ATTRIBUTES,
+    Attributes,
+    Factor,
+    NodeFactory,
+    NodeList,
+    last_size,
+    sizes_of,
+)
 from lora_export.graph.site import Site
+from lora_export.plan import Layout, Step
 
-MIN_OPSET = 11  # from here on, a Gemm's bias is optional, and the sizes of a Pad are an input
+OUTPUTS_AT_ONCE = 512  # outputs of a weight whose norms are computed in fp64 at a time
 
 Pairs = Sequence[tuple[Factor, Factor]]  # A and B
 
@@ -33,106 +49,55 @@ class Rescaling(NamedTuple):
 
 def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: range) -> BranchNodes:
     """x·A·B for these outputs of the site's node. For an embedding, x·A are the rows that it looks up in A."""
-    before, a, b = concatenated(factory, site, pairs)
-    padding, b = padded(factory, site, b, outputs, 0.0)
+    nodes = NodeList(factory, pairs[0][0].path)
+    a, b = concatenated(nodes, site, pairs)
+    b = nodes.padded_to(site, b, outputs, 0.0)
+    x, result = site.node.inputs[1 if site.is_lookup else 0], site.node.outputs[0]
+    assert x is not None
+    nodes.path = a.path
     if site.is_lookup:
-        nodes = _embedding_nodes(factory, site, a, b)
+        shape = None if x.shape is None else [*x.shape, last_size(a.value)]
+        product = nodes.product(nodes.add("Gather", [a.value, x], shape), b)
     elif site.is_convolution:
-        nodes = _convolution_nodes(factory, site, a, b)
+        inner = result.shape and [result.shape[0], sizes_of(a.value)[0], *result.shape[2:]]
+        down = nodes.add("Conv", [x, a.value], inner, None, site.node.attributes)
+        nodes.path = b.path
+        product = nodes.add("Conv", [down, b.value], result.shape)
     else:
-        x = site.node.inputs[0]
-        assert x is not None
         for_a, for_b = _gemm_attributes(site.node)
-        down = factory.product(x, a, for_a)
-        nodes = [down, factory.product(down.outputs[0], b, for_b)]
-    return BranchNodes([*before, *padding, *nodes], nodes[-1].outputs[0], b.path)
+        product = nodes.product(nodes.product(x, a, for_a), b, for_b)
+    return BranchNodes(nodes.nodes, product, b.path)
 
 
-def concatenated(factory: NodeFactory, site: Site, pairs: Pairs) -> tuple[list[ir.Node], Factor, Factor]:
-    """All pairs as one pair in the site's dtype, their ranks concatenated, and the nodes that make it."""
+def concatenated(nodes: NodeList, site: Site, pairs: Pairs) -> tuple[Factor, Factor]:
+    """All pairs as one pair in the site's dtype, their ranks concatenated."""
     rank_axes = (0, 1) if site.is_convolution else (1, 0)
-    nodes, result = [], []
-    for factors, axis in zip(zip(*pairs, strict=True), rank_axes, strict=True):
-        casts, cast_factors = zip(*(cast_to_site(factory, site, factor) for factor in factors), strict=True)
-        nodes += [node for cast in casts for node in cast]
-        if len(cast_factors) > 1:
-            shape = list(cast_factors[0].value.shape)
-            shape[axis] = sum(factor.value.shape[axis] for factor in cast_factors)
-            values = [factor.value for factor in cast_factors]
-            nodes.append(factory.node("Concat", values, cast_factors[0].path, ir.Shape(shape), {"axis": axis}))
-            cast_factors = (cast_factors[0].after(nodes),)
-        result.append(cast_factors[0])
-    a, b = result
-    return nodes, a, b
+    a, b = (
+        _concatenated(nodes, [nodes.cast_to_site(site, factor) for factor in factors], axis)
+        for factors, axis in zip(zip(*pairs, strict=True), rank_axes, strict=True)
+    )
+    return a, b
 
 
-def cast_to_site(factory: NodeFactory, site: Site, factor: Factor) -> tuple[list[ir.Node], Factor]:
-    """A factor in the dtype in which the site computes, and the nodes that cast it."""
-    dtype = ir.DataType.from_numpy(np.dtype(site.dtype))
-    nodes = [] if factor.value.dtype == dtype else [factory.cast(dtype, factor.value, factor.path)]
-    return nodes, factor.after(nodes)
-
-
-def padded(
-    factory: NodeFactory, site: Site, factor: Factor, outputs: range, number: float
-) -> tuple[list[ir.Node], Factor]:
-    """A factor whose last dimension covers these outputs of the site's node, and the nodes that pad it.
-
-    Pads with `number` for the neighbours of the site's block. Adds no node where the site has no block.
-    """
-    is_wider = site.block is not None and site.block != outputs
-    nodes = _padding(factory, site, factor, outputs, number) if is_wider else []
-    return nodes, factor.after(nodes)
+def _concatenated(nodes: NodeList, factors: Sequence[Factor], axis: int) -> Factor:
+    if len(factors) == 1:
+        return factors[0]
+    shape = sizes_of(factors[0].value)
+    shape[axis] = sum(factor.value.shape[axis] for factor in factors if factor.value.shape is not None)
+    nodes.path = factors[0].path
+    return factors[0]._replace(value=nodes.add("Concat", [each.value for each in factors], shape, axis=axis))
 
 
 def common_rescaling(factory: NodeFactory, site: Site, factor: Factor) -> Rescaling:
     """The multiplication of all rows by one factor (out,); of a convolution, (out, 1...)."""
     factory.require_opset(MIN_OPSET, "DoRA beside its weights")
-    casts, cast_factor = cast_to_site(factory, site, factor)
-    padding, last = padded(factory, site, cast_factor, range(site.node_outputs), 1.0)
+    before = NodeList(factory, factor.path)
+    last = before.padded_to(site, factor, range(site.node_outputs), 1.0).value
 
     def nodes(total: ir.Value) -> list[ir.Node]:
-        return [*casts, *padding, factory.node("Mul", [total, last.value], factor.path, total.shape)]
+        return [*before.nodes, factory.node("Mul", [total, last], factor.path, total.shape)]
 
     return Rescaling(nodes, factor.path)
-
-
-def _padding(factory: NodeFactory, site: Site, factor: Factor, outputs: range, number: float) -> list[ir.Node]:
-    assert site.block is not None
-    factory.require_opset(MIN_OPSET, "an adapter beside a part of a weight")
-    value, path = factor.value, factor.path
-    assert value.shape is not None
-    zeros = [0] * (len(value.shape) - 1)
-    sizes = [*zeros, site.block.start - outputs.start, *zeros, outputs.stop - site.block.stop]
-    shape = ir.Shape([*value.shape[:-1], len(outputs)])
-    nodes = []
-    if value.dtype == ir.DataType.BFLOAT16:  # onnxruntime has no Pad in bfloat16
-        nodes.append(factory.cast(ir.DataType.FLOAT, value, path))
-        value = nodes[-1].outputs[0]
-    assert value.dtype is not None
-    inputs = [value, factory.constant(path, "outputs", np.array(sizes, np.int64))]
-    if number:
-        inputs.append(factory.constant(path, "fill", np.array(number, value.dtype.numpy())))
-    nodes.append(factory.node("Pad", inputs, path, shape))
-    if factor.value.dtype == ir.DataType.BFLOAT16:
-        nodes.append(factory.cast(ir.DataType.BFLOAT16, nodes[-1].outputs[0], path))
-    return nodes
-
-
-def _embedding_nodes(factory: NodeFactory, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
-    ids = site.node.inputs[1]
-    assert ids is not None and a.value.shape is not None
-    shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
-    down = factory.node("Gather", [a.value, ids], a.path, shape)
-    return [down, factory.product(down.outputs[0], b, NO_ATTRIBUTES)]
-
-
-def _convolution_nodes(factory: NodeFactory, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
-    x, product = site.node.inputs[0], site.node.outputs[0]
-    assert x is not None and a.value.shape is not None
-    shape = product.shape and ir.Shape([product.shape[0], a.value.shape[0], *product.shape[2:]])
-    down = factory.node("Conv", [x, a.value], a.path, shape, site.node.attributes)
-    return [down, factory.node("Conv", [down.outputs[0], b.value], b.path, product.shape)]
 
 
 def _gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
@@ -144,3 +109,48 @@ def _gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
     for_a: Attributes = {"transA": 1} if is_transposed else NO_ATTRIBUTES
     for_b: Attributes = {"alpha": alpha} if alpha != 1 else NO_ATTRIBUTES
     return for_a, for_b
+
+
+# --- The factors of DoRA ---
+
+
+def site_dora_factors(step: Step, site: Site) -> NDArray[np.float64]:
+    """m / ‖W + sBA‖ of each output, in fp64: (out,); of a convolution, (out, 1...).
+
+    Reads the whole weight of the site. Raises InputRefused where an output of W + sBA is zero.
+    """
+    (term,) = step.terms  # a plan allows no second adapter where one has DoRA
+    matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
+    weight = matrix.reshape(term.pair.shape[0], -1)
+    a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
+    b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * term.scale
+    parts = [slice(begin, begin + OUTPUTS_AT_ONCE) for begin in range(0, len(weight), OUTPUTS_AT_ONCE)]
+    squares = np.concatenate([sums.squared_norms(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
+    return sums.dora_factors(step, squares).reshape(-1, *[1] * (term.pair.a.ndim - 2))
+
+
+def dora_factors_by_weight(
+    steps: Iterable[Step], adapter: str, sites_of: Callable[[str], Sequence[Site]]
+) -> dict[str, NDArray[np.float64]]:
+    """The factors of all weights that one adapter changes by DoRA, by weight. All readers of a weight share a factor.
+
+    `sites_of` returns the sites of a weight. Raises InputRefused where they store different numbers, and as
+    `site_dora_factors` does.
+    """
+    owns = {step.weight: step.for_adapter(adapter) for step in steps}
+    return {
+        weight: _common_factor(own, sites_of(weight))
+        for weight, own in owns.items()
+        if own is not None and own.magnitude is not None
+    }
+
+
+def _common_factor(step: Step, sites: Sequence[Site]) -> NDArray[np.float64]:
+    first, *others = {(site.holder, site.block): site for site in sites}.values()
+    factor = site_dora_factors(step, first)
+    if all(np.array_equal(site_dora_factors(step, site), factor) for site in others):
+        return factor
+    raise InputRefused(
+        f"{step.weight} is stored more than once in the graph, with different numbers: DoRA would need a factor for "
+        "each. Merge the adapter into the weights instead"
+    )

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from lora_export.errors import InputRefused
 from lora_export.graph.find_readers import CHANGES_WEIGHT
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.branches import BranchNodes, Pairs, Rescaling, concatenated, low_rank_branch, padded
-from lora_export.graph.insert.node_factory import NO_ATTRIBUTES, NodeFactory
+from lora_export.graph.insert.branches import BranchNodes, Pairs, Rescaling, concatenated, low_rank_branch
+from lora_export.graph.insert.node_factory import NodeFactory, NodeList, sizes_of
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site
 from lora_export.lora import split_part
@@ -144,28 +144,20 @@ class Inserter:
         total = site.node.inputs[site.index]
         assert total is not None and site.node.graph is not None
         path, is_out_in = pairs[0][1].path, site.layout_at_node is Layout.OUT_IN
-        nodes = [self._transpose(total, path)] if is_out_in else []
-        total = nodes[-1].outputs[0] if nodes else total
-        before, a, b = concatenated(self.factory, site, pairs)
-        padding, b = padded(self.factory, site, b, range(site.node_outputs), 0.0)
-        product = self.factory.product(a.value, b, NO_ATTRIBUTES)
-        add = self.factory.node("Add", [total, product.outputs[0]], path, total.shape)
-        add.metadata_props[CHANGES_WEIGHT] = "sum"
-        nodes += [*before, *padding, product, add]
-        total = add.outputs[0]
+        nodes = NodeList(self.factory, path)
+        total = _transposed(nodes, total) if is_out_in else total
+        a, b = concatenated(nodes, site, pairs)
+        product = nodes.product(a.value, nodes.padded_to(site, b, range(site.node_outputs), 0.0))
+        nodes.path = path
+        total = nodes.add("Add", [total, product], total.shape)
+        nodes.nodes[-1].metadata_props[CHANGES_WEIGHT] = "sum"
         if rescaling is not None:
-            nodes += rescaling.nodes(total)
-            nodes[-1].metadata_props[CHANGES_WEIGHT] = "length"
-            total = nodes[-1].outputs[0]
-        if is_out_in:
-            nodes.append(self._transpose(total, path))
-            total = nodes[-1].outputs[0]
-        site.node.graph.insert_before(site.node, nodes)
+            nodes.nodes += rescaling.nodes(total)
+            nodes.nodes[-1].metadata_props[CHANGES_WEIGHT] = "length"
+            total = nodes.nodes[-1].outputs[0]
+        total = _transposed(nodes, total) if is_out_in else total
+        site.node.graph.insert_before(site.node, nodes.nodes)
         site.node.replace_input_with(site.index, total)
-
-    def _transpose(self, matrix: ir.Value, path: str) -> ir.Node:
-        shape = None if matrix.shape is None else ir.Shape([matrix.shape[1], matrix.shape[0]])
-        return self.factory.node("Transpose", [matrix], path, shape, {"perm": [1, 0]})
 
     def _move_bias_after(self, site: Site, total: ir.Value, path: str) -> list[ir.Node]:
         """Remove the bias from a site's node. Returns the nodes that add it to `total`, none where it has no bias."""
@@ -186,6 +178,11 @@ class Inserter:
             return []
         factor = self.factory.constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
         return [self.factory.node("Mul", [bias, factor], path, bias.shape)]
+
+
+def _transposed(nodes: NodeList, matrix: ir.Value) -> ir.Value:
+    shape = None if matrix.shape is None else sizes_of(matrix)[::-1]
+    return nodes.add("Transpose", [matrix], shape, perm=[1, 0])
 
 
 def _unsplit(weight: str, sites: Sites) -> str:

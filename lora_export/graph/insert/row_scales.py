@@ -9,8 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_SCALES
-from lora_export.graph.insert.batch_axis import Dim
-from lora_export.graph.insert.node_list import NodeList, fixed_sizes, last_size, sizes_of
+from lora_export.graph.insert.node_factory import Dim, NodeList, fixed_sizes, last_size, sizes_of
 
 
 class RowScales:
@@ -90,6 +89,4 @@ class RowScales:
         assert dtype is not None
         zero = self.factory.constant(nodes.path, "zero", np.zeros((), np.float32))
         is_used = nodes.add("Not", [nodes.add("Equal", [factors, zero], sizes, ir.DataType.BOOL)], sizes)
-        if dtype != ir.DataType.FLOAT:
-            factors = nodes.add("Cast", [factors], sizes, dtype, to=int(dtype))
-        return nodes.add("Mul", [x, factors], shape, dtype), is_used
+        return nodes.add("Mul", [x, nodes.cast(factors, dtype)], shape, dtype), is_used

@@ -14,7 +14,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.dora import dora_factors_by_weight
+from lora_export.graph.insert.branches import dora_factors_by_weight
 from lora_export.graph.values import new_initializer
 from lora_export.lora import LoraPair
 from support.exported_models import EVERY_MODEL, attached, eager, exported, inputs

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.graph.insert.node_factory import NodeFactory
-from lora_export.graph.insert.node_list import NodeList, last_size, sizes_of
+from lora_export.graph.insert.node_factory import NodeFactory, NodeList, last_size, sizes_of
 from support.graphs import a_graph
 from support.small_graphs import GEMM
 
