@@ -22,6 +22,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
@@ -217,8 +218,9 @@ def _merge(
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < MIN_EXTERNAL_BYTES:
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-    written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=FAST)
-    return written.sources, [path.name for path in folder.iterdir() if path.name != file_name]
+    run = MergeRun(file_name=file_name)
+    write_merged(steps, replace(graph, model=program), sites, folder, run)
+    return run.hashes, [path.name for path in folder.iterdir() if path.name != file_name]
 
 
 def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:
