@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_export.adapters.combination import combined_pair
@@ -12,7 +12,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.combining import Combination
 from lora_export.options.spelling import named
-from lora_export.plan import Plan, Step, Term
+from lora_export.plan import Plan, Term
 from lora_export.plan.build import checked_strengths
 
 
@@ -45,7 +45,7 @@ def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str
     combined = _combined(terms, combination, plan.adapters, names)
     steps = tuple(dataclasses.replace(step, terms=(combined[step.weight],)) for step in plan.steps)
     note = f"the pairs of each weight are combined by {combination}, as PEFT does: not the exact sum"
-    return dataclasses.replace(plan, steps=_with_texts(steps, terms, combination), notes=(*plan.notes, note))
+    return dataclasses.replace(plan, steps=steps, notes=(*plan.notes, note))
 
 
 def combine_adapters(
@@ -68,12 +68,14 @@ def combine_adapters(
     metadata = [adapter.metadata for adapter in adapters]
     shared = {key: value for key, value in metadata[0].items() if all(other.get(key) == value for other in metadata)}
     kept = ("task_type", "base_model_name_or_path")
+    is_known = all(adapter.targets for adapter in adapters)
     return Adapter(
         name=name,
         format="combined",
         pairs={module: term.pair for module, term in combined.items()},
         layouts=_layouts(adapters),
-        targets=_targets(adapters),
+        # The endings of all; none where those of one are not fully known.
+        targets=tuple(sorted({target for adapter in adapters for target in adapter.targets})) if is_known else (),
         spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},
         metadata={key: shared[key] for key in kept if key in shared},
     )
@@ -104,7 +106,9 @@ def _combined(
         # Random entries depend on the names in the files, not on those of the base.
         in_files = [dataclasses.replace(one, module=by_name[one.adapter].spelled(one.module)) for one in own]
         try:
-            combined[name] = Term(own[0].adapter, own[0].module, combined_pair(combination, in_files, numbers, largest))
+            pair = combined_pair(combination, in_files, numbers, largest)
+            text = f"B A (rank {pair.rank}), {combination.method} of {' and '.join(map(str, own))}"
+            combined[name] = CombinedTerm(own[0].adapter, own[0].module, pair, text=text)
         except InputRefused as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -113,28 +117,6 @@ def _combined(
             listed(problems),
         )
     return combined
-
-
-def _with_texts(
-    steps: Iterable[Step], terms: Mapping[str, Sequence[Term]], combination: Combination
-) -> tuple[Step, ...]:
-    """The steps, whose terms print what they were made of."""
-    return tuple(
-        dataclasses.replace(
-            step,
-            terms=tuple(
-                CombinedTerm(
-                    term.adapter, term.module, term.pair, text=_described(term, terms[step.weight], combination)
-                )
-                for term in step.terms
-            ),
-        )
-        for step in steps
-    )
-
-
-def _described(term: Term, sources: Sequence[Term], combination: Combination) -> str:
-    return f"B A (rank {term.pair.rank}), {combination.method} of {' and '.join(map(str, sources))}"
 
 
 def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -148,10 +130,3 @@ def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:
                     f"one that is stored as {layouts[module]}"
                 )
     return layouts
-
-
-def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The endings of all adapters; empty where those of one are not fully known."""
-    if not all(adapter.targets for adapter in adapters):
-        return ()
-    return tuple(sorted({target for adapter in adapters for target in adapter.targets}))

@@ -47,11 +47,11 @@ from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_roundin
 
 def export_from_model(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
-    source, dtype = options.model, options.dtype
+    source = options.model
     with options.staged(model_paths(source)) as folder:
-        require_memory_to_export(source, dtype)
+        require_memory_to_export(source, options.dtype)
         options.stage("loading the model")
-        base = resolve_model(source, options.without_own_heads, dtype=dtype, inputs=options.inputs, export=True)
+        base = resolve_model(source, options.without_own_heads, dtype=options.dtype, inputs=options.inputs, export=True)
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         given = options
@@ -85,7 +85,8 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         beside = _write_generation_files(base, written, options, folder) if options.task else []
         precision = precision_of(find_sites(written))
         proofs = prove_all(path, references, options, before) if options.verify else None
-        settings = {"lora": options.lora, "opset": options.opset, "dtype": _dtype_of(base), **options.settings}
+        dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
+        settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
         chosen |= {"max_rank": options.max_rank}
@@ -267,7 +268,3 @@ def quantise(program: ir.Model, options: OnnxRequest) -> None:
     options.stage(f"quantising to {options.quantize}")
     for note in quantise_graph(program, options.quantize):
         options.on_message(f"note: {note}")
-
-
-def _dtype_of(base: Model) -> str:
-    return str(ModuleRunner(base.module).dtype).removeprefix("torch.")

@@ -38,12 +38,6 @@ def base_outputs(programs: Sequence[ir.Model], references: References, options: 
     return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
 
 
-def _opened(path: Path, options: OnnxRequest) -> Graphs:
-    if options.has_encoder:
-        return EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
-    return OnnxRunner(path, options.provider, timeout=options.timeout)
-
-
 def prove_all(
     path: Path, references: References, options: OnnxRequest, before: OutputsByCase, *, existing: Path | None = None
 ) -> OnnxProofs:
@@ -53,7 +47,11 @@ def prove_all(
 
     Raises Different or Undecided unless every proof is `same`.
     """
-    runner = _opened(path, options)
+    runner: Graphs
+    if options.has_encoder:
+        runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
+    else:
+        runner = OnnxRunner(path, options.provider, timeout=options.timeout)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         return OnnxProofs(require_same(_prove(runner, own, options, "")))
@@ -69,9 +67,13 @@ def prove_all(
     for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
-    several = _prove_several(runner, references, options) if options.per_row > 1 else None
-    proofs = [whole, *adapters.values()]
-    mixed = _prove_mixed(runner, references, options, proofs, several) if options.lora == "rows" else None
+    several = mixed = None
+    if options.per_row > 1:
+        own = references.with_adapters(options.adapters, options.strengths)
+        several = require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
+    if options.lora == "rows":
+        options.stage(f"verifying {MIXED}")
+        mixed = require_same(prove_mixed(runner, references, [whole, *adapters.values()], several), MIXED)
     return OnnxProofs(whole, adapters, mixed, unlike, several)
 
 
@@ -86,20 +88,6 @@ def _prove_base(runner: Graphs, references: References, options: OnnxRequest, ex
         options.stage("verifying the base, the graph that it was made from")
         proof = prove_by_origin(proof, runner, existing, references.as_run)
     return require_same(proof, BASE)
-
-
-def _prove_mixed(
-    runner: Graphs, references: References, options: OnnxRequest, proofs: Sequence[Proof], several: Proof | None
-) -> Proof:
-    """Prove batches that contain every adapter and the base."""
-    options.stage(f"verifying {MIXED}")
-    return require_same(prove_mixed(runner, references, proofs, several), MIXED)
-
-
-def _prove_several(runner: Graphs, references: References, options: OnnxRequest) -> Proof:
-    """Prove batches whose rows have several adapters."""
-    own = references.with_adapters(options.adapters, options.strengths)
-    return require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
 
 
 def _by_adapter(runner: Graphs, options: OnnxRequest) -> list[Graphs]:
@@ -119,16 +107,5 @@ def _outputs(runner: Graphs, references: References) -> OutputsByCase:
 
 def record_in(path: Path, record: dict[str, Any], proofs: OnnxProofs | None) -> None:
     """Store in the file where it comes from and what was proven of it."""
-    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": _summary(proofs)})})
-
-
-def _summary(proofs: OnnxProofs | None) -> dict[str, Any]:
-    verdict = recorded_verdict(proofs.whole if proofs else None)
-    if proofs and proofs.unlike_base is not None:
-        verdict["bits_of_base"] = not proofs.unlike_base
-        verdict["adapters"] = {name: recorded_verdict(proof) for name, proof in proofs.adapters.items()}
-    if proofs and proofs.mixed:
-        verdict["mixed"] = recorded_verdict(proofs.mixed)
-    if proofs and proofs.several:
-        verdict["several"] = recorded_verdict(proofs.several)
-    return verdict
+    verdict = recorded_verdict(proofs.whole if proofs else None) | (proofs.parts(recorded_verdict) if proofs else {})
+    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": verdict})})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_export import plan
 from lora_export.api.shared_head import Stored, without_shared_head
@@ -102,6 +102,15 @@ class OnnxProofs:
     mixed: Proof | None = None  # batches in which each row has its own adapter
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
     several: Proof | None = None  # batches in which each row has several adapters
+
+    def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
+        """What was proven besides the whole, by name; each proof in a form of it."""
+        found: dict[str, Any] = {}
+        if self.unlike_base is not None:
+            found["bits_of_base"] = not self.unlike_base
+            found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
+        batches = {"mixed": self.mixed, "several": self.several}
+        return found | {name: form(proof) for name, proof in batches.items() if proof}
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,9 +32,11 @@ def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path
         raise _unknown(path, f"{TABLE}.{name}", unknown[0], options)
     _check_shared(shared, options, path)
     known = {key: value for key, value in shared.items() if _spelled(key) in options} | own
-    return {
-        options[_spelled(key)].name or "": _value(value, options[_spelled(key)]) for key, value in known.items()
-    }, path
+    defaults = {}
+    for key, value in known.items():
+        option = options[_spelled(key)]
+        defaults[option.name or ""] = [value] if option.multiple and not isinstance(value, list) else value
+    return defaults, path
 
 
 def find_table() -> tuple[Path, dict[str, Any]] | None:
@@ -109,11 +111,6 @@ def _check_shared(shared: Iterable[str], options: Mapping[str, click.Option], pa
 
 def _spelled(key: str) -> str:
     return key.replace("_", "-")
-
-
-def _value(value: Any, option: click.Option) -> Any:
-    is_list = isinstance(value, list)
-    return [value] if option.multiple and not is_list else value
 
 
 def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import click
 
 # name here -> names elsewhere: transformers, PEFT, optimum, Olive, mergekit, mlx-lm, and Unix
@@ -63,13 +61,9 @@ def renamed(error: click.NoSuchOption, ctx: click.Context) -> click.UsageError:
     if possible:
         meant = " or ".join(f"'{name}'" for name in possible)
         return click.UsageError(f"No such option '{error.option_name}'. Did you mean {meant}?", ctx)
-    first = _first_argument(ctx.command.params)
+    first = next((one for one in ctx.command.params if isinstance(one, click.Argument)), None)
     if written in FIRST_ARGUMENT and first is not None:
         usage = f"{ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
         message = f"No such option '{error.option_name}'. {first.make_metavar(ctx)} is an argument: {usage}"
         return click.UsageError(message, ctx)
     return error
-
-
-def _first_argument(parameters: Iterable[click.Parameter]) -> click.Argument | None:
-    return next((parameter for parameter in parameters if isinstance(parameter, click.Argument)), None)

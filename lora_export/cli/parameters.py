@@ -191,14 +191,9 @@ def write_options(params: Iterable[click.Parameter], context: click.Context, for
     rows: dict[Section, list[tuple[str, str]]] = {section: [] for section in Section}
     for param in params:
         if record := param.get_help_record(context):
-            rows[_section(param)].append(record)
+            is_common = any(name in OF_EVERY_COMMAND for name in param.opts)
+            rows[Section.FILES if is_common else getattr(param, "section", Section.OPTIONS)].append(record)
     for heading, records in rows.items():
         if records:
             with formatter.section(heading):
                 formatter.write_dl(records)
-
-
-def _section(param: click.Parameter) -> Section:
-    if any(name in OF_EVERY_COMMAND for name in param.opts):
-        return Section.FILES
-    return getattr(param, "section", Section.OPTIONS)

@@ -48,15 +48,10 @@ def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
     """The proofs of an ONNX export as JSON."""
-    document: dict[str, Any] = {"proof": proof_document(proofs.whole if proofs else None)}
-    if proofs and proofs.unlike_base is not None:
-        document["bits_of_base"] = not proofs.unlike_base
-        document["adapters"] = {name: proof_document(proof) for name, proof in proofs.adapters.items()}
-    if proofs and proofs.mixed:
-        document["mixed"] = proof_document(proofs.mixed)
-    if proofs and proofs.several:
-        document["several"] = proof_document(proofs.several)
-    return document
+    return {
+        "proof": proof_document(proofs.whole if proofs else None),
+        **(proofs.parts(proof_document) if proofs else {}),
+    }
 
 
 def show_onnx_proofs(proofs: OnnxProofs | None) -> None:

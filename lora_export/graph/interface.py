@@ -55,12 +55,8 @@ def is_adapter_tensor(site: Site) -> bool:
 
 def _port(value: ir.Value, *, optional: bool = False) -> Port:
     shape = None if value.shape is None else tuple(_size(size) for size in value.shape)
-    dtype = "unknown" if value.dtype is None else "string" if value.dtype == ir.DataType.STRING else _name(value.dtype)
-    return Port(value.name or "", dtype, shape, optional)
-
-
-def _name(dtype: ir.DataType) -> str:
-    return "bool" if dtype == ir.DataType.BOOL else str(dtype.numpy())
+    names = {None: "unknown", ir.DataType.STRING: "string", ir.DataType.BOOL: "bool"}
+    return Port(value.name or "", names.get(value.dtype) or str(value.dtype and value.dtype.numpy()), shape, optional)
 
 
 def _size(size: int | ir.SymbolicDim) -> Size:

@@ -238,10 +238,9 @@ class Options:
 
     def chosen(self) -> dict[str, Any]:
         """The options whose values are not their defaults. An empty list or table is the default of several values."""
-        values = {
-            declared.name: (getattr(self, declared.name), declared.default) for declared in options_of(type(self))
-        }
-        return {name: value for name, (value, default) in values.items() if value != default and not _is_empty(value)}
+        values = [(one, getattr(self, one.name)) for one in options_of(type(self))]
+        chosen = [(one.name, value) for one, value in values if value != one.default]
+        return {name: value for name, value in chosen if value or not isinstance(value, Sequence | Mapping)}
 
     def chosen_of(self, record: type[Options]) -> dict[str, Any]:
         """The same, of the options that another record has too."""
@@ -329,8 +328,8 @@ def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any
 
 
 def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: Section) -> Declared:
-    annotation, multiple = _without_none(type_), False
-    parts = list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    union = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+    parts, multiple = [part for part in union if part is not NoneType], False
     if several := [part for part in parts if get_origin(part) in (Sequence, tuple)]:
         parts, multiple = [get_args(several[0])[0]], True
     if option.multiple is not None or option.read is not None:
@@ -341,17 +340,6 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
     kind: Kind = option.kind or ("choice" if choices else "path" if "path" in known else known[0] if known else "text")
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
     return Declared(one.name, option, kind, choices, multiple, option.section or section, default)
-
-
-def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, UnionType):
-        parts = tuple(part for part in get_args(annotation) if part is not NoneType)
-        return parts[0] if len(parts) == 1 else Union[parts]  # noqa: UP007 - the parts are known at run time
-    return annotation
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, Sequence | Mapping) and not value
 
 
 def _either(values: Sequence[str]) -> str:

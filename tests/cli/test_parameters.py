@@ -92,10 +92,7 @@ def test_an_unknown_user_is_a_missing_path(home: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_path_is_of_a_type_that_expands(name: str) -> None:
-    import importlib
-
-    command: click.Command = importlib.import_module(f"lora_export.cli.{name}").command
-    for parameter in command.params:
+    for parameter in command_named(name).params:
         if isinstance(parameter.type, click.Path) or parameter.name in ("model", "reference", "adapter", "adapters"):
             assert isinstance(parameter.type, FilePath | Source), parameter.name
 

@@ -5,7 +5,7 @@ The graph's contract lists them, with fingerprints of the base weights that an a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ def fingerprint(digests: dict[str, str]) -> str:
 
 def names_digest(sites: Sites) -> str:
     """A hash of all weights' names and quantisation. Only graphs that agree in it have comparable fingerprints."""
-    return hash_parts(_names(sites))
+    kinds = {name: quantisation_of(main_site(own_sites)) for name, own_sites in sites.by_name.items()}
+    return hash_parts(f"{name}, {kind}" if kind else name for name, kind in kinds.items())
 
 
 def main_site(sites: Sequence[Site]) -> Site:
@@ -151,12 +152,6 @@ def main_site(sites: Sequence[Site]) -> Site:
 def quantisation_of(site: Site) -> str:
     """How the weight is quantised, in words. Empty where it is not."""
     return site.quantised.kind if site.quantised is not None else ""
-
-
-def _names(sites: Sites) -> Iterator[str]:
-    for name, own_sites in sites.by_name.items():
-        kind = quantisation_of(main_site(own_sites))
-        yield f"{name}, {kind}" if kind else name
 
 
 def _weight_digest(site: Site, of_packed_nodes: dict[ir.Node, str]) -> str:

@@ -21,7 +21,6 @@ from lora_export.graph.insert.node_factory import (
     Factor,
     NodeFactory,
     NodeList,
-    last_size,
     sizes_of,
 )
 from lora_export.graph.site import Site
@@ -56,7 +55,7 @@ def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: ran
     assert x is not None
     nodes.path = a.path
     if site.is_lookup:
-        shape = None if x.shape is None else [*x.shape, last_size(a.value)]
+        shape = None if x.shape is None else [*x.shape, sizes_of(a.value)[-1]]
         product = nodes.product(nodes.add("Gather", [a.value, x], shape), b)
     elif site.is_convolution:
         inner = result.shape and [result.shape[0], sizes_of(a.value)[0], *result.shape[2:]]

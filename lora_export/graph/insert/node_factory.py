@@ -118,7 +118,7 @@ class NodeList:
         """x by a factor: a MatMul, or a Gemm where there are attributes."""
         self.path = factor.path
         is_known = x.shape is not None and "transA" not in attributes
-        shape = [*x.shape[:-1], last_size(factor.value)] if is_known and x.shape is not None else None
+        shape = [*x.shape[:-1], sizes_of(factor.value)[-1]] if is_known and x.shape is not None else None
         return self.add("Gemm" if attributes else "MatMul", [x, factor.value], shape, None, attributes)
 
     def cast_to_site(self, site: Site, factor: Factor) -> Factor:

@@ -161,18 +161,13 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
         tensors = [part.tensor for part in parts if part.tensor is not None]
-        sizes = [tensor_blocks.block_size(tensor.output for tensor in tensors), *map(_requantised_block_size, tensors)]
+        requantised = [tensor.requantised for tensor in tensors if tensor.requantised is not None]
+        sizes = [weight.max_block_bytes(component) for weight, component in requantised]
+        sizes.append(tensor_blocks.block_size(tensor.output for tensor in tensors))
         for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=max(sizes)):
             run.add(found or ())
             run.progress(block.target_stop - block.target_start)
     return hashes.source.hexdigest()
-
-
-def _requantised_block_size(tensor: MovedTensor) -> int:
-    if tensor.requantised is None:
-        return 0
-    weight, component = tensor.requantised
-    return weight.max_block_bytes(component)
 
 
 def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart], backend: Backend) -> Iterator[Block]:
@@ -230,11 +225,8 @@ def _are_neighbours(one: FilePart, other: FilePart) -> bool:
 def _skipped_blocks(start: int, stop: int, position: int) -> Iterator[Block]:
     """Bytes of the source that the target lacks. They are read for the hash of the source."""
     for first in range(start, stop, block_copy.BLOCK):
-        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=_write_nothing)
-
-
-def _write_nothing(_source: Bytes, _target: Bytes, _scratch: Bytes) -> None:
-    """The target of a skipped block is empty."""
+        # Their target is empty: the work has nothing to write.
+        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=lambda *_: None)
 
 
 def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:

@@ -114,7 +114,8 @@ class ContentIndex:
         matrix, start = matrix_of(site), 0
         out, inner = matrix.shape
         while start < out:
-            sizes = self._block_sizes(inner, out - start) if _is_matrix(site) else [out]
+            fitting = [size for size, wide in self.views_by_shape if wide == inner and size <= out - start]
+            sizes = fitting if _is_matrix(site) else [out]
             candidates = {size: self._views_equal_to_block(site, matrix, start, size) for size in sizes}
             candidates = {size: views for size, views in candidates.items() if views}
             if len(candidates) != 1:
@@ -123,10 +124,6 @@ class ContentIndex:
             ((size, views),) = candidates.items()
             yield ContentMatch(start, start + size, tuple(views))
             start += size
-
-    def _block_sizes(self, inputs: int, most: int) -> list[int]:
-        """The numbers of output features, up to `most`, of the base's matrices with this number of inputs."""
-        return [size for size, wide in self.views_by_shape if wide == inputs and size <= most]
 
     def _suits(self, view: BaseView, site: Site) -> bool:
         """Whether the view has the right rank. Only a linear layer's matrix can be a transpose."""

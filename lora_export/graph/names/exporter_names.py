@@ -32,14 +32,11 @@ STACK_TRACE_MARK = 'File "'  # every Python stack trace contains it
 def remove_exporter_notes(model: ir.Model) -> None:
     """Remove stack traces, source lines and paths of the exporter's machine. Keep the names of modules and weights."""
     for element in elements(model):
-        for key in [key for key, text in element.metadata_props.items() if not _is_publishable(key, text)]:
-            del element.metadata_props[key]
+        for key, text in list(element.metadata_props.items()):
+            if key not in NAME_KEYS and (EXPORTER_KEYS.match(key) or STACK_TRACE_MARK in text):
+                del element.metadata_props[key]
         if element.doc_string and STACK_TRACE_MARK in element.doc_string:
             element.doc_string = None
-
-
-def _is_publishable(key: str, text: str) -> bool:
-    return key in NAME_KEYS or not (EXPORTER_KEYS.match(key) or STACK_TRACE_MARK in text)
 
 
 def elements(model: ir.Model) -> Iterator[Any]:

@@ -71,7 +71,9 @@ def open_graph(path: Path) -> GraphFile:
     own_stamp = _stamp(own_file)
     location = secrets.token_hex(8)  # of data in the graph's own file; no graph can contain this name
     message, model = _parse(path, location)
-    _refuse_invalid_text(model, path)
+    for text in texts(model):
+        if isinstance(text, bytes):  # protobuf returns bytes for text that is not UTF-8
+            raise InputRefused(f"{path} is a damaged ONNX file: {text[:SHOWN_BYTES]!r} is not UTF-8 text")
     refuse_misplaced_data(model, path, _read_inline_data(model, location, own_file))
     try:
         check_message(message)  # onnx_ir accepts any node with any inputs and attributes
@@ -80,7 +82,8 @@ def open_graph(path: Path) -> GraphFile:
     tensors = (*initializer_tensors(model), *attribute_tensors(model))
     data_files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)} - {own_file}
     sources = {own_file: own_stamp} | {file: _stamp(file) for file in sorted(data_files)}
-    return GraphFile(path, model, sources, _history(path, model))
+    record = model.metadata_props.get(provenance.KEY)
+    return GraphFile(path, model, sources, provenance.read_history(record, path) if record else ())
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -105,12 +108,6 @@ def _parse(path: Path, location: str) -> tuple[bytes, ir.Model]:
     return message, model
 
 
-def _refuse_invalid_text(model: ir.Model, path: Path) -> None:
-    for text in texts(model):
-        if isinstance(text, bytes):  # protobuf returns bytes for text that is not UTF-8
-            raise InputRefused(f"{path} is a damaged ONNX file: {text[:SHOWN_BYTES]!r} is not UTF-8 text")
-
-
 def _read_inline_data(model: ir.Model, location: str, own_file: Path) -> set[ir.Value]:
     """Point tensors with this location to the graph's own file. Returns their values."""
     inline = set()
@@ -120,11 +117,6 @@ def _read_inline_data(model: ir.Model, location: str, own_file: Path) -> set[ir.
             value.const_value = moved_to(tensor, own_file)
             inline.add(value)
     return inline
-
-
-def _history(path: Path, model: ir.Model) -> History:
-    record = model.metadata_props.get(provenance.KEY)
-    return provenance.read_history(record, path) if record else ()
 
 
 def _stamp(path: Path) -> Stamp:

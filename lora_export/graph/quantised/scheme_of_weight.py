@@ -139,21 +139,14 @@ def _of_dequantize_linear(stored: DequantizeLinearWeight, name: str) -> Requanti
 def _with_rule(weight: RequantisedWeight) -> RequantisedWeight:
     """The weight with the rule by which its stored scales and zero points must have been made."""
     scheme = weight.scheme
-    if weight.zeros is not None and not _all_equal(weight, weight.zeros, scheme.default_zero):
+    zeros = () if weight.zeros is None else _parameter_pieces(weight, weight.zeros)
+    if not all((piece == scheme.default_zero).all() for piece in zeros):
         return replace(weight, scheme=replace(scheme, rule=Rule.ASYMMETRIC))
-    if not _none_negative(weight, weight.scales):
+    if not all((piece >= 0).all() for piece in _parameter_pieces(weight, weight.scales)):
         return replace(weight, scheme=replace(scheme, rule=Rule.SIGNED_SCALE, scale_of_zeros=0))
     if scheme.lowest < 0 and weight.levels.bits >= MIN_BITS_WITHOUT_LOWEST:
         scheme = replace(scheme, lowest=-scheme.highest)
     return replace(weight, scheme=scheme)
-
-
-def _all_equal(weight: RequantisedWeight, tensor: PackedTensor, number: int) -> bool:
-    return all(bool(np.all(piece == number)) for piece in _parameter_pieces(weight, tensor))
-
-
-def _none_negative(weight: RequantisedWeight, tensor: PackedTensor) -> bool:
-    return all(bool(np.all(piece >= 0)) for piece in _parameter_pieces(weight, tensor))
 
 
 def _parameter_pieces(weight: RequantisedWeight, tensor: PackedTensor) -> Iterator[NDArray[np.float32]]:
