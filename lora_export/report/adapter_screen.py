@@ -17,6 +17,8 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
 from lora_export.report.console import print_line, print_table
 
+NO_EFFECT = "this adapter changes nothing: every B, A or scale is zero, as in a new adapter"
+
 
 def print_adapter(to: Console, adapter: Adapter) -> None:
     """Print the contents of an adapter, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
@@ -26,27 +28,19 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         print_line(to, one_line(f"  {what}: {value}"))
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
-        rows.append(
-            [
-                module,
-                f"{pair.rank}",
-                f"{pair.scale:g}",
-                _shape(pair.shape),
-                f"{pair.norm:.4g}",
-                kind_of_pair(pair),
-            ]
-        )
+        figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), f"{pair.norm:.4g}"]
+        rows.append([module, *figures, kind_of_pair(pair)])
     print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         print_line(to, "DoRA rescales W + ΔW, so the whole change also depends on the base's weights")
     for name, tensor in adapter.replaced.items():
-        print_line(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
+        print_line(to, f"replaced as a whole: {name}  {shape_text(tensor.shape)} {tensor.dtype}")
     for name, rows_of_table in adapter.token_rows.items():
-        print_line(to, f"rows replaced: {name}  {_shape(rows_of_table.values.shape)} {rows_of_table.values.dtype}")
+        print_line(to, f"rows replaced: {name}  {shape_text(rows_of_table.values.shape)} {rows_of_table.values.dtype}")
     for name, change in adapter.biases.items():
-        print_line(to, f"added to a bias: {name}  {_shape(change.shape)}")
+        print_line(to, f"added to a bias: {name}  {shape_text(change.shape)}")
     if adapter.is_identity:
-        print_line(to, "this adapter changes nothing: every B, A or scale is zero, as in a new adapter", style="yellow")
+        print_line(to, NO_EFFECT, style="yellow")
     for note in adapter.notes:
         print_line(to, f"note: {note}")
 
@@ -68,7 +62,8 @@ def kind_of_pair(pair: LoraPair) -> str:
     return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
 
 
-def _shape(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """`32 x 16`."""
     return " x ".join(map(str, shape))
 
 
@@ -181,8 +176,13 @@ def print_shares(
         return
     rows = [["layers with the least share" if not whole else "layer", "shape", "rank", "of", "‖ΔW‖", "share"]]
     for layer in least:
-        shape = " x ".join(map(str, layer.shape))
-        figures = [shape, f"{layer.rank}", f"{layer.of_rank}", f"{layer.norm:.4g}", _percent(layer.share)]
+        figures = [
+            shape_text(layer.shape),
+            f"{layer.rank}",
+            f"{layer.of_rank}",
+            f"{layer.norm:.4g}",
+            _percent(layer.share),
+        ]
         rows.append([layer.module, *figures])
     print_table(to, rows)
     if len(layers) > len(least):

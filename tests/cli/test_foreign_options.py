@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
 import pytest
 
-from lora_export.cli import COMMANDS
+from lora_export.cli import COMMANDS, command_named
 from lora_export.cli.foreign_options import ELSEWHERE, FIRST_ARGUMENT, HERE
 from support.cli import call
 
 OPTIONS = {
-    name: {
-        spelling
-        for parameter in importlib.import_module(f"lora_export.cli.{name}").command.params
-        for spelling in parameter.opts
-    }
-    for name in COMMANDS
+    name: {spelling for parameter in command_named(name).params for spelling in parameter.opts} for name in COMMANDS
 }
 
 
@@ -56,4 +49,4 @@ def test_no_foreign_name_hides_an_option_of_the_command(command: str) -> None:
     for foreign, names in HERE.items():
         assert foreign not in OPTIONS[command] or foreign not in names
     assert all(name.startswith("-") for name in FIRST_ARGUMENT)
-    assert isinstance(importlib.import_module(f"lora_export.cli.{command}").command, click.Command)
+    assert isinstance(command_named(command), click.Command)
