@@ -176,14 +176,8 @@ def print_shares(
         return
     rows = [["layers with the least share" if not whole else "layer", "shape", "rank", "of", "‖ΔW‖", "share"]]
     for layer in least:
-        figures = [
-            shape_text(layer.shape),
-            f"{layer.rank}",
-            f"{layer.of_rank}",
-            f"{layer.norm:.4g}",
-            _percent(layer.share),
-        ]
-        rows.append([layer.module, *figures])
+        ranks_and_norm = [f"{layer.rank}", f"{layer.of_rank}", f"{layer.norm:.4g}"]
+        rows.append([layer.module, shape_text(layer.shape), *ranks_and_norm, _percent(layer.share)])
     print_table(to, rows)
     if len(layers) > len(least):
         more = count(len(layers) - len(least), "more layer")
