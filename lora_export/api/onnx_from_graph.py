@@ -14,9 +14,8 @@ from lora_export import provenance
 from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import resolve_model
-from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps
-from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
+from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head

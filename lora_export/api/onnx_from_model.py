@@ -18,9 +18,16 @@ from lora_export.api.generation_files import GENAI_CONFIG, write_generation_file
 from lora_export.api.generation_task import generating_model
 from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
-from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
-from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
+from lora_export.api.onnx_steps import (
+    Located,
+    base_outputs,
+    insert_and_save,
+    locate_steps,
+    prove_all,
+    record_in,
+    write_graph,
+)
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import GRAPH_FILES

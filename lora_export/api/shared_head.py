@@ -59,7 +59,7 @@ def stored_in_module(module: nn.Module) -> Stored:
 
 def stored_in_graph(sites: Sites) -> Stored:
     """The tensors of a graph, by name. Quantised ones are dequantised."""
-    from lora_export.graph.names.exporter_names import is_stored_transposed
+    from lora_export.graph.exporter_names import is_stored_transposed
 
     def read(name: str) -> NDArray[Any]:
         site = sites.by_name[name][0]

@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import command, print_document, print_wrote, wrote
-from lora_export.cli.progress import shown
-from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.errors import one_line
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
 
@@ -24,8 +23,8 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
     """
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
-    from lora_export.report.adapter_screen import print_adapter
     from lora_export.report.console import console
+    from lora_export.report.screens import print_adapter
 
     found = inspect(**options)
     every = every or verbosity() is Verbosity.FULL
@@ -107,9 +106,9 @@ def resize_command(as_json: bool, **options: Any) -> None:
 
 def _show_shares(result: Any, whole: tuple[str, ...] = (), *, as_json: bool) -> None:
     """Print what an adapter of lower rank holds of each layer. `whole` are the tensors that it saves whole."""
-    from lora_export.report.adapter_screen import print_shares
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict
+    from lora_export.report.screens import print_shares
 
     if as_json:
         print_document(as_dict(result))

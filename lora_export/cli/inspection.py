@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
 from lora_export.graph.interface import Port
-from lora_export.report.adapter_screen import (
+from lora_export.report.json_document import as_dict, plain
+from lora_export.report.screens import (
     NO_EFFECT,
     adapter_facts,
     by_kind,
@@ -17,7 +18,6 @@ from lora_export.report.adapter_screen import (
     shape_text,
     title,
 )
-from lora_export.report.json_document import as_dict, plain
 from lora_export.storage.hashes import SHORT_HASH
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _layer_lines(found: Inspection, graph: Sites) -> Iterator[str]:
 
 
 def _graph_as_document(found: Sites) -> dict[str, Any]:
-    from lora_export.graph.names.exporter_names import naming_attempts
+    from lora_export.graph.exporter_names import naming_attempts
 
     return {
         "tensors": [as_dict(spec) for spec in found.specs],

@@ -10,8 +10,7 @@ import click
 from lora_export.cli import startup
 from lora_export.cli.arguments import command, print_document, print_wrote
 from lora_export.cli.parameters import Source
-from lora_export.cli.progress import shown
-from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.options.merge import MergeOptions, UnmergeOptions
 
 PLANNED = 5  # weights of the short screen of --dry-run
@@ -35,7 +34,7 @@ def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: 
     with startup.brisk() if options["device"] == "cpu" else contextlib.nullcontext(), shown() as on_progress:
         from lora_export.api.merge import merge
         from lora_export.report.console import console
-        from lora_export.report.merge_screen import print_merge_report, print_merge_summary, print_plan
+        from lora_export.report.screens import print_merge_report, print_merge_summary, print_plan
 
         # Both together would leave the order of --weight open.
         if adapters and further:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, AdapterSlot, Contract, read_contract
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import (
     CONVENTIONS,
@@ -27,10 +26,9 @@ from lora_export.graph.insert.adapter_names import (
     dotted,
     module_of,
 )
-from lora_export.graph.insert.branches import common_rescaling, dora_factors_by_weight
-from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.site import Site, common_dtype
+from lora_export.graph.site import Site, common_dtype, find_readers
 from lora_export.graph.values import initializers
 from lora_export.plan import Layout, Plan
 from lora_export.storage.hashes import ALGORITHMS, FAST

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
-from lora_export.graph.insert.branches import Rescaling, common_rescaling, site_dora_factors
-from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch

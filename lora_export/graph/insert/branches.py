@@ -1,11 +1,12 @@
-"""The nodes of a branch: x·A·B, computed beside a linear layer, an embedding or a convolution; and DoRA's factors.
+"""Branches in a graph: x·A·B beside a layer's product, or A·B in the weight that a fused operator reads.
 
 With DoRA, each output is multiplied by m / ‖W + sBA‖, from the weights that the graph stores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused
+from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.node_factory import (
     MIN_OPSET,
     NO_ATTRIBUTES,
@@ -23,7 +25,9 @@ from lora_export.graph.insert.node_factory import (
     NodeList,
     sizes_of,
 )
-from lora_export.graph.site import Site
+from lora_export.graph.operators import BIAS_INPUTS
+from lora_export.graph.site import CHANGES_WEIGHT, Site
+from lora_export.lora import split_part
 from lora_export.plan import Layout, Step
 
 OUTPUTS_AT_ONCE = 512  # outputs of a weight whose norms are computed in fp64 at a time
@@ -153,3 +157,205 @@ def _common_factor(step: Step, sites: Sequence[Site]) -> NDArray[np.float64]:
         f"{step.weight} is stored more than once in the graph, with different numbers: DoRA would need a factor for "
         "each. Merge the adapter into the weights instead"
     )
+
+
+def branch_obstacle(site: Site, *, is_embedding: bool) -> str:
+    """As `Site.obstacle`, for a pair of an embedding or of another layer."""
+    is_whole = site.inner_node is None and site.block is None
+    if is_embedding:
+        return "" if is_whole and site.is_lookup else site.obstacle or site.node.op_type
+    return "" if is_whole and site.is_convolution else site.obstacle
+
+
+class Insertion(NamedTuple):
+    """What is added to the product of a site's node."""
+
+    site: Site
+    branch: Callable[[range], BranchNodes]  # for these outputs: the site's block, and neighbours that gain zeros
+    rescaling: Rescaling | None
+
+
+class Inserter:
+    """Inserts branches into a graph. All insertions beside a node are made together, by `finish`.
+
+    Several weights may be packed side by side in one matrix (q, k and v; gate and up). Their node then gets one
+    addition, as wide as its product.
+    """
+
+    def __init__(self, model: ir.Model):
+        self.factory = NodeFactory(model)
+        self.insertions: dict[ir.Node, list[Insertion]] = {}
+
+    def sites_of(
+        self, weight: str, sites: Sites, *, is_embedding: bool = False, allow_changed_weight: bool = False
+    ) -> tuple[Site, ...]:
+        """The sites of a weight. Raises InputRefused where no branch can be inserted beside one of its readers.
+
+        `allow_changed_weight` accepts fused operators, which read W + A·B instead.
+        """
+        if weight not in sites.by_name:
+            raise InputRefused(_unsplit(weight, sites))
+        own_sites = sites.by_name[weight]
+        beside = [site for site in own_sites if not (allow_changed_weight and site.accepts_changed_weight)]
+        obstacles = sorted({branch_obstacle(site, is_embedding=is_embedding) for site in beside} - {""})
+        if obstacles:
+            raise InputRefused(
+                f"{weight} is read by {', '.join(obstacles)}, beside which no branch can be inserted. Merge the "
+                "adapter into the weights instead, or start from the graph before its nodes were fused"
+            )
+        groups = max(site.node.attributes.get_int("group", 1) if site.is_convolution else 1 for site in own_sites)
+        if groups > 1:
+            raise InputRefused(f"{weight}: a pair has no meaning beside a convolution of {groups} groups")
+        return own_sites
+
+    def insert(self, site: Site, pairs: Pairs, rescaling: Rescaling | None = None) -> None:
+        """Insert pairs beside a site's node, or into the weight that it reads."""
+        if site.accepts_changed_weight:
+            self._change_weight_input(site, pairs, rescaling)
+        else:
+            self.insert_beside(site, lambda outputs: low_rank_branch(self.factory, site, pairs, outputs), rescaling)
+
+    def insert_beside(
+        self, site: Site, branch: Callable[[range], BranchNodes], rescaling: Rescaling | None = None
+    ) -> None:
+        """Insert a branch beside a site's node when `finish` is called. See `Insertion`."""
+        self.insertions.setdefault(site.node, []).append(Insertion(site, branch, rescaling))
+
+    def finish(self) -> None:
+        """Add the branches to the products of their nodes."""
+        for insertions in self.insertions.values():
+            rescalings = [insertion.rescaling for insertion in insertions if insertion.rescaling is not None]
+            self.add_to_product(insertions[0].site, self._branches(insertions), rescalings)
+        self.insertions.clear()
+
+    def add_to_product(self, site: Site, branches: Sequence[BranchNodes], rescalings: Sequence[Rescaling] = ()) -> None:
+        """Add branches to the product of a site's node, before any other node reads it.
+
+        The branches are as wide as the product. `rescalings` multiply the sum; the node's bias is added after them.
+        """
+        product = site.node.outputs[0]
+        assert site.node.graph is not None
+        uses = product.uses()
+        nodes: list[ir.Node] = []
+        total = product
+        for branch in branches:
+            add = self.factory.node("Add", [total, branch.product], branch.path, product.shape)
+            nodes += [*branch.nodes, add]
+            total = add.outputs[0]
+        for rescaling in rescalings:
+            nodes += rescaling.nodes(total)
+            total = nodes[-1].outputs[0]
+        if rescalings:
+            nodes += self._move_bias_after(site, total, rescalings[-1].path)
+            total = nodes[-1].outputs[0]
+        site.node.graph.insert_after(site.node, nodes)
+        for node, index in uses:
+            node.replace_input_with(index, total)
+        self.replace_graph_outputs(product, total)
+
+    def replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
+        """Make `new` the graph's output in place of `old`, under the same name."""
+        for graph in self.factory.model.graphs():
+            for index, output in enumerate(graph.outputs):
+                if output is old:
+                    new.name, old.name = old.name, new.name
+                    graph.outputs[index] = new
+
+    def _branches(self, insertions: Sequence[Insertion]) -> list[BranchNodes]:
+        """The branches of a node, as wide as its product. Branches of several blocks are concatenated to one.
+
+        This takes two thirds of the time of a zero-padded branch per block, measured with onnxruntime
+        (tests/benchmarks/README.md).
+        """
+        branches = [insertion.branch(outputs) for insertion, outputs in _output_ranges(insertions)]
+        if insertions[0].site.block is None or len(branches) == 1:
+            return branches
+        path, shape = branches[0].path, insertions[0].site.node.outputs[0].shape
+        concat = self.factory.node("Concat", [branch.product for branch in branches], path, shape, {"axis": -1})
+        nodes = [node for branch in branches for node in branch.nodes]
+        return [BranchNodes([*nodes, concat], concat.outputs[0], path)]
+
+    def _change_weight_input(self, site: Site, pairs: Pairs, rescaling: Rescaling | None) -> None:
+        """Let a site's node read W + A·B (in, out), which onnxruntime folds where A and B are constant.
+
+        Where A·B is zero, W keeps its bits. Any other way would change the node and thereby its rounding.
+        """
+        total = site.node.inputs[site.index]
+        assert total is not None and site.node.graph is not None
+        path, is_out_in = pairs[0][1].path, site.layout_at_node is Layout.OUT_IN
+        nodes = NodeList(self.factory, path)
+        total = _transposed(nodes, total) if is_out_in else total
+        a, b = concatenated(nodes, site, pairs)
+        product = nodes.product(a.value, nodes.padded_to(site, b, range(site.node_outputs), 0.0))
+        nodes.path = path
+        total = nodes.add("Add", [total, product], total.shape)
+        nodes.nodes[-1].metadata_props[CHANGES_WEIGHT] = "sum"
+        if rescaling is not None:
+            nodes.nodes += rescaling.nodes(total)
+            nodes.nodes[-1].metadata_props[CHANGES_WEIGHT] = "length"
+            total = nodes.nodes[-1].outputs[0]
+        total = _transposed(nodes, total) if is_out_in else total
+        site.node.graph.insert_before(site.node, nodes.nodes)
+        site.node.replace_input_with(site.index, total)
+
+    def _move_bias_after(self, site: Site, total: ir.Value, path: str) -> list[ir.Node]:
+        """Remove the bias from a site's node. Returns the nodes that add it to `total`, none where it has no bias."""
+        bias = _detach_bias(site.node)
+        if bias is None:
+            return []
+        before = self._bias_as_added(site, bias, path)
+        last = before[-1].outputs[0] if before else bias
+        return [*before, self.factory.node("Add", [total, last], path, site.node.outputs[0].shape)]
+
+    def _bias_as_added(self, site: Site, bias: ir.Value, path: str) -> list[ir.Node]:
+        """The nodes that make a bias what its node added: a Gemm's times beta, a convolution's reshaped."""
+        if site.is_convolution:
+            shape = np.array([-1, *[1] * (len(site.shape) - 2)], np.int64)
+            return [self.factory.node("Reshape", [bias, self.factory.constant(path, "shape", shape)], path)]
+        beta = site.node.attributes.get_float("beta", 1.0)
+        if beta == 1:
+            return []
+        factor = self.factory.constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
+        return [self.factory.node("Mul", [bias, factor], path, bias.shape)]
+
+
+def _transposed(nodes: NodeList, matrix: ir.Value) -> ir.Value:
+    shape = None if matrix.shape is None else sizes_of(matrix)[::-1]
+    return nodes.add("Transpose", [matrix], shape, perm=[1, 0])
+
+
+def _unsplit(weight: str, sites: Sites) -> str:
+    """Why no branch can be inserted beside a part of a stacked weight: no node multiplies by this part alone."""
+    stacked = split_part(weight)[0]
+    readers = " and ".join(sorted({site.node.op_type for site in sites.by_name[stacked]}))
+    return (
+        f"{stacked} is read by {readers} with the weights of all experts, beside which no branch can be inserted. "
+        "Merge the adapter into the weights instead, or export the model with one product for each expert"
+    )
+
+
+def _detach_bias(node: ir.Node) -> ir.Value | None:
+    """Remove the bias input of a node. Returns the bias, None where the node has none."""
+    index = BIAS_INPUTS.get(node.op_type, len(node.inputs))
+    bias = node.inputs[index] if index < len(node.inputs) else None
+    if bias is not None:
+        node.replace_input_with(index, None)
+        while node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
+    return bias
+
+
+def _output_ranges(insertions: Sequence[Insertion]) -> Iterator[tuple[Insertion, range]]:
+    """The insertions of a node in the order of their blocks, and the outputs that each covers.
+
+    Outputs without an adapter belong to the insertion before them, or to the first one.
+    """
+    if insertions[0].site.block is None:
+        yield from ((insertion, range(insertion.site.node_outputs)) for insertion in insertions)
+        return
+    by_start = {insertion.site.block.start: insertion for insertion in insertions if insertion.site.block is not None}
+    assert len(by_start) == len(insertions)
+    _, *starts = sorted(by_start)
+    ends = [0, *starts, insertions[0].site.node_outputs]
+    for (_, insertion), (start, stop) in zip(sorted(by_start.items()), pairwise(ends), strict=True):
+        yield insertion, range(start, stop)

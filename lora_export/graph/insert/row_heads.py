@@ -21,7 +21,7 @@ from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes, layer_input
-from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.branches import Inserter
 from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, sizes_of
 from lora_export.graph.insert.row_branches import RowBranches, transposed
 from lora_export.graph.operators import BIAS_INPUTS

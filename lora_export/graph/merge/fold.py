@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused
-from lora_export.graph.find_readers import find_readers
+from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.names.exporter_names import FOLDED_FROM
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.graph.quantised.scheme_of_weight import requantised_weight, stored_weight
 from lora_export.graph.quantised_weights import DequantizeLinearWeight
 from lora_export.graph.refusals import refuse_not_finite, refuse_quantised, refuse_unsupported_steps
-from lora_export.graph.site import NameSource, Site
+from lora_export.graph.site import NameSource, Site, find_readers
 from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Layout, Plan, Step, StoredRegion

@@ -22,10 +22,10 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
+from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
 from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes, isolate_quantised
-from lora_export.graph.names.exporter_names import remove_exporter_notes
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight

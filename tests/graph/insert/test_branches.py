@@ -13,11 +13,11 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
+from lora_export.graph.find_readers import find_readers
 from torch import Tensor, nn
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_export.graph.exporter_names import FOLDED_FROM, INPUT_KIND
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.names.exporter_names import FOLDED_FROM, INPUT_KIND
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import NameSource

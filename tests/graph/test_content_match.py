@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
+from lora_export.graph import content_match
+from lora_export.graph.content_match import Matrix, array_matrix, as_rows, dequantised_matrix, file_matrix
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.names import content_match
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
@@ -32,7 +33,7 @@ from support.content_graphs import (
     only_site,
     product_graph,
 )
-from support.graphs import a_graph
+from support.graphs import a_graph, quantised
 
 
 @pytest.mark.parametrize(
@@ -174,3 +175,56 @@ def test_block_equal_to_two_tensors_is_unnamed(tmp_path: Path) -> None:
     found = find_sites(product_graph(PACKED.T), base_checkpoint(tmp_path, {**QKV, "other.weight": K}))
     assert [site.name for site in found.linear] == ["q.weight", "v.weight"]
     assert [(site.block, site.equal_tensors) for site in found.unnamed] == [(range(2, 3), ("k.weight", "other.weight"))]
+
+
+# --- Matrices in files, in memory, quantised and transposed: the same numbers by tile and by position. ---
+
+
+ARRAY = np.random.default_rng(0).normal(size=(12, 32)).astype(np.float32)
+POSITIONS = np.array([0, 11, 5]), np.array([31, 0, 7])
+
+
+def in_file(folder: Path) -> Matrix:
+    (folder / "data").write_bytes(bytes(5) + ARRAY.tobytes())
+    return file_matrix(folder / "data", 5, ARRAY.dtype, (12, 32))
+
+
+def in_memory(_: Path) -> Matrix:
+    return array_matrix(ARRAY)
+
+
+def transposed(folder: Path) -> Matrix:
+    (folder / "data").write_bytes(ARRAY.T.tobytes())
+    return file_matrix(folder / "data", 0, ARRAY.dtype, (32, 12)).transposed
+
+
+@pytest.mark.parametrize("make", [in_file, in_memory, transposed])
+def test_tiles_and_positions_are_those_of_array(make, tmp_path: Path) -> None:
+    matrix = make(tmp_path)
+    assert (matrix.shape, matrix.dtype) == ((12, 32), np.float32)
+    assert np.array_equal(matrix.tile(range(2, 9), range(32)), ARRAY[2:9])
+    assert np.array_equal(matrix.tile(range(2, 9), range(3, 10)), ARRAY[2:9, 3:10])
+    assert np.array_equal(matrix.at(POSITIONS), ARRAY[POSITIONS])
+
+
+def test_quantised_matrix_is_dequantised() -> None:
+    site = only_site(find_sites(quantised(product_graph(np.ascontiguousarray(ARRAY.T)))))
+    assert site.quantised is not None
+    matrix = dequantised_matrix(site.quantised)
+    assert np.array_equal(matrix.tile(range(2, 9), range(3, 10)), site.matrix[2:9, 3:10])
+    assert np.array_equal(matrix.at(POSITIONS), site.matrix[POSITIONS])
+
+
+def test_double_transpose_is_simplified() -> None:
+    inner = array_matrix(ARRAY)
+    assert inner.transposed.transposed is inner
+
+
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(ARRAY.tobytes()[:-1])
+    with pytest.raises(InputRefused, match="became shorter"):
+        file_matrix(tmp_path / "data", 0, ARRAY.dtype, (12, 32)).tile(range(12), range(32))
+
+
+def test_rows_of_any_tensor_are_its_first_dimension() -> None:
+    assert [as_rows(shape) for shape in [(2, 3, 4), (5,), ()]] == [(2, 12), (5, 1), (1, 1)]

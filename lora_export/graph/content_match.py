@@ -10,20 +10,114 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph.names.matrices import FileMatrix, Matrix, Positions, Shape, TransposedMatrix, as_rows, matrix_of
+from lora_export.graph.quantised_weights import QuantisedWeight
 from lora_export.graph.site import Site
 from lora_export.lora import expert_name
-from lora_export.plan import FLOATS
+from lora_export.plan import FLOATS, Layout
+from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import Checkpoint
+
+Shape = tuple[int, int]
+Positions = tuple[NDArray[np.int64], NDArray[np.int64]]  # row and column numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Numbers in rows and columns, read piece by piece: rows and columns of them, or single ones at positions."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    tile: Callable[[range, range], NDArray[Any]]
+    at: Callable[[Positions], NDArray[Any]]
+    inner: Matrix | None = None  # whose transpose it is
+
+    @property
+    def transposed(self) -> Matrix:
+        """The transpose; of a transpose, the matrix itself."""
+        if self.inner is not None:
+            return self.inner
+        return Matrix(
+            self.shape[::-1],
+            self.dtype,
+            lambda rows, columns: self.tile(columns, rows).T,
+            lambda positions: self.at(positions[::-1]),
+            self,
+        )
+
+
+def file_matrix(path: Path, start: int, dtype: np.dtype[Any], shape: Shape) -> Matrix:
+    """A matrix in a file from a byte on, row after row. Reads only the bytes that are requested."""
+    width = shape[1]
+
+    def read(starts: Sequence[int], length: int) -> NDArray[Any]:
+        """`length` numbers from each start, which counts numbers: (starts, length)."""
+        data = np.empty((len(starts), length * dtype.itemsize), np.uint8)
+        with path.open("rb", buffering=0) as file:
+            for row, first in zip(data, starts, strict=True):
+                block_copy.read(path, file.fileno(), row, start + first * dtype.itemsize)
+        return data.view(dtype)
+
+    def tile(rows: range, columns: range) -> NDArray[Any]:
+        if len(columns) == width:
+            return read([rows.start * width], len(rows) * width).reshape(len(rows), width)
+        return read([row * width + columns.start for row in rows], len(columns))
+
+    return Matrix(shape, dtype, tile, lambda at: read((at[0] * width + at[1]).tolist(), 1).reshape(-1))
+
+
+def array_matrix(array: NDArray[Any]) -> Matrix:
+    """A matrix in memory."""
+    rows, columns = array.shape
+    return Matrix(
+        (rows, columns),
+        array.dtype,
+        lambda own, other: array[own.start : own.stop, other.start : other.stop],
+        array.__getitem__,
+    )
+
+
+def dequantised_matrix(quantised: QuantisedWeight) -> Matrix:
+    """A quantised matrix, dequantised row by row."""
+
+    def at(positions: Positions) -> NDArray[Any]:
+        rows, inverse = np.unique(positions[0], return_inverse=True)
+        return quantised.rows(rows)[inverse, positions[1]]
+
+    def tile(rows: range, columns: range) -> NDArray[Any]:
+        return quantised.rows(slice(rows.start, rows.stop))[:, columns.start : columns.stop]
+
+    return Matrix((quantised.shape[0], quantised.shape[1]), np.dtype(np.float32), tile, at)
+
+
+def matrix_of(site: Site) -> Matrix:
+    """The weight of a linear layer as (out, in). Any other weight as its rows."""
+    tensor = site.tensor
+    if site.quantised is not None:
+        matrix = dequantised_matrix(site.quantised)
+    elif isinstance(tensor, ir.ExternalTensor):
+        dtype = tensor.dtype.numpy()
+        before = (site.expert or 0) * math.prod(site.shape) * dtype.itemsize
+        matrix = file_matrix(Path(tensor.path), (tensor.offset or 0) + before, dtype, as_rows(site.shape))
+    else:
+        matrix = array_matrix(site.array.reshape(as_rows(site.shape)))
+    return matrix.transposed if site.layout is Layout.IN_OUT else matrix
+
+
+def as_rows(shape: Sequence[int]) -> Shape:
+    """The shape of a tensor as a matrix whose columns are all dimensions but the first."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
 
 SAMPLE_SIZE = 128  # entries of a tensor
 TILE_BYTES = 1 << 23
@@ -64,7 +158,7 @@ class ContentIndex:
             for entry in shard.entries.values():
                 if str(entry.dtype) in FLOATS and entry.nbytes:
                     rows = as_rows(entry.shape)
-                    self.matrices[entry.name] = FileMatrix(shard.path, entry.start, entry.dtype, rows)
+                    self.matrices[entry.name] = file_matrix(shard.path, entry.start, entry.dtype, rows)
                     self.shapes[entry.name] = entry.shape
                     self.views_by_shape.setdefault(rows, []).append(BaseView(entry.name, False))
                     if len(entry.shape) == 3:
@@ -83,7 +177,7 @@ class ContentIndex:
         count, *matrix = entry.shape
         for expert in range(count):
             name, start = expert_name(entry.name, expert), entry.start + expert * entry.row_bytes
-            self.matrices[name] = FileMatrix(path, start, entry.dtype, as_rows(matrix))
+            self.matrices[name] = file_matrix(path, start, entry.dtype, as_rows(matrix))
             self.shapes[name] = tuple(matrix)
 
     def spelling_of(self, name: str) -> str:
@@ -168,8 +262,8 @@ class ContentIndex:
         Compares along the rows in which `matrix` is stored, so that its file is read sequentially.
         """
         ours, theirs, offset = matrix, self._matrix(view), (start, 0)
-        if isinstance(ours, TransposedMatrix):
-            ours, theirs, offset = ours.inner, TransposedMatrix(theirs).simplified(), (0, start)
+        if ours.inner is not None:
+            ours, theirs, offset = ours.inner, theirs.transposed, (0, start)
         squared_error = squared_norm = 0.0
         for rows, columns in _tiles(theirs):
             one = ours.tile(_shifted(rows, offset[0]), _shifted(columns, offset[1]))
@@ -183,7 +277,7 @@ class ContentIndex:
 
     def _matrix(self, view: BaseView) -> Matrix:
         matrix = self.matrices[view.name]
-        return TransposedMatrix(matrix) if view.is_transposed else matrix
+        return matrix.transposed if view.is_transposed else matrix
 
     def _sample(self, view: BaseView) -> NDArray[Any]:
         if view not in self.samples:
@@ -212,7 +306,7 @@ def _tiles(matrix: Matrix) -> Iterator[tuple[range, range]]:
     """
     rows, columns = matrix.shape
     count = max(1, TILE_BYTES // matrix.dtype.itemsize)
-    width = min(columns, math.isqrt(count)) if isinstance(matrix, TransposedMatrix) else columns
+    width = min(columns, math.isqrt(count)) if matrix.inner is not None else columns
     starts = [0, 8, *range(max(9, count // width), rows, max(1, count // width))]
     for first, last in itertools.pairwise([*(start for start in starts if start < rows), rows]):
         for left in range(0, columns, width):
