@@ -20,7 +20,6 @@ from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.graph.quantised.scheme_of_weight import requantised_weight, stored_weight
-from lora_export.graph.quantised_weights import DequantizeLinearWeight
 from lora_export.graph.refusals import refuse_not_finite, refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.site import NameSource, Site, find_readers
 from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
@@ -220,8 +219,7 @@ def isolate_quantised(
     readers = list(value.uses())
     stored = stored_weight(*readers[0])
     assert stored is not None
-    positions = (0, 1, 2) if isinstance(stored, DequantizeLinearWeight) else (1, 2, 3)
-    inputs = dict(zip(Component, positions, strict=True))
+    inputs = dict(zip(Component, stored.POSITIONS, strict=True))
     name = value.name or "" if changes[0].is_block else changes[0].step.weight
     formats = {
         (type(stored_weight(node, index)), *node.inputs[inputs[Component.SCALES] : inputs[Component.ZEROS] + 1])

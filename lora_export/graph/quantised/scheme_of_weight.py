@@ -51,9 +51,7 @@ def is_quantised(value: ir.Value) -> bool:
 
 def refuse_unknown_scheme(stored: QuantisedWeight, name: str) -> None:
     """Raise InputRefused for integers of a type that cannot be quantised again. Reads nothing."""
-    levels = quantised_weights.tensor_at(stored.node, 0 if isinstance(stored, DequantizeLinearWeight) else 1)
-    assert levels is not None
-    if levels.dtype.name not in INTEGER_TYPES or 0 in stored.shape or not stored.shape:
+    if stored.tensors[0].dtype.name not in INTEGER_TYPES or 0 in stored.shape or not stored.shape:
         raise InputRefused(f"{name} is quantised in a way that cannot be repeated ({stored.kind})")
 
 
@@ -73,8 +71,7 @@ def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]
 
 
 def _of_nbits(stored: NBitsWeight, name: str) -> RequantisedWeight:
-    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (1, 2, 3))
-    assert levels is not None and scales is not None
+    levels, scales, zeros = stored.tensors
     blocks, bits, byte = stored.blocks, stored.bits, np.dtype(np.uint8)
     scale_bits = 8 * scales.dtype.numpy().itemsize
     packed_scales = PackedTensor(scales, scales.dtype.numpy(), scale_bits, blocks, scale_bits * blocks)
@@ -107,8 +104,7 @@ def _of_nbits(stored: NBitsWeight, name: str) -> RequantisedWeight:
 
 def _of_dequantize_linear(stored: DequantizeLinearWeight, name: str) -> RequantisedWeight:
     refuse_unknown_scheme(stored, name)
-    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (0, 1, 2))
-    assert levels is not None and scales is not None
+    levels, scales, zeros = stored.tensors
     bits, is_signed = levels.dtype.bitwidth, levels.dtype.name.startswith("INT")
     if zeros is None and not is_signed:
         raise InputRefused(f"{name} is quantised without zero points ({stored.kind}): it cannot store negative values")

@@ -13,7 +13,6 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
-from lora_export.graph.find_readers import find_readers
 from torch import Tensor, nn
 
 from lora_export import plan
@@ -22,6 +21,7 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.site import find_readers
 from lora_export.lora import LoraPair
 from lora_export.models import export
 from support.exported_models import attached, eager, exported, inputs
