@@ -59,7 +59,7 @@ class SingularValues:
 class Truncation:
     """How many singular values are kept: a rank, or the fewest that hold a share of ‖ΔW‖², or that but at most a rank.
 
-    Raises WrongUsage where neither is given, and for values out of range.
+    Raises WrongUsage where neither is given.
     """
 
     rank: int | None = None
@@ -68,10 +68,6 @@ class Truncation:
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
             raise WrongUsage(f"give {named('rank')}, or {named('energy')}: the share of each change that is kept")
-        if self.rank is not None and self.rank < 1:
-            raise WrongUsage(f"{named('rank')} is {self.rank}; it must be at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise WrongUsage(f"{named('energy')} is {self.energy:g}; it must be above 0 and at most 1")
 
     def rank_of(self, values: SingularValues) -> int:
         """The rank for a matrix of which all needed singular values are known."""

@@ -249,23 +249,19 @@ def write_with_adapters(
 
     `whole` are the weights of the model where the graph has some of them only.
     """
-    if not options.adapters and not future:
-        if options.lora == "merged":
-            quantise(program, options)
-        return None, write_graph(program, options, folder)
-    located = locate_steps(program, options, None, whole=whole)
-    if located.plan is not None and not located.plan.steps:  # all that the adapters change is in other graphs
-        if options.lora == "merged":
-            quantise(program, options)
-        return located, write_graph(program, options, folder)
+    located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
+    # Without steps, all that the adapters change is in other graphs.
+    is_changed = located is not None and (located.plan is None or bool(located.plan.steps))
+    if located is not None and is_changed and options.lora != "merged":
+        specs = located.sites.specs
+        targets = [step.weight for step in plan.make(future, specs, identity_ok=True).steps] if future else []
+        return located, insert_and_save(program, located, options, targets, folder)
     if options.lora == "merged":
-        assert located.plan is not None
-        options.stage("folding the adapters in")
-        refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
+        if located is not None and located.plan is not None and is_changed:
+            options.stage("folding the adapters in")
+            refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
         quantise(program, options)
-        return located, write_graph(program, options, folder)
-    targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
-    return located, insert_and_save(program, located, options, targets, folder)
+    return located, write_graph(program, options, folder)
 
 
 def quantise(program: ir.Model, options: OnnxRequest) -> None:

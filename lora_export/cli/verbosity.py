@@ -36,21 +36,13 @@ def verbosity(context: click.Context | None = None) -> Verbosity:
 
 def options() -> list[click.Option]:
     """-q and -v, for a command's parameters."""
+    helps = {
+        ("-q", "--quiet"): "Print the verdict and the paths of what was written, and no notes.",
+        ("-v", "--verbose"): "Print every figure and note, and the original of an error.",
+    }
     return [
-        click.Option(
-            ["-q", "--quiet"],
-            is_flag=True,
-            expose_value=False,
-            callback=_choose,
-            help="Print the verdict and the paths of what was written, and no notes.",
-        ),
-        click.Option(
-            ["-v", "--verbose"],
-            is_flag=True,
-            expose_value=False,
-            callback=_choose,
-            help="Print every figure and note, and the original of an error.",
-        ),
+        click.Option(names, is_flag=True, expose_value=False, callback=_choose, help=text)
+        for names, text in helps.items()
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking
-from lora_export.report.files.page import require_jinja2
+from lora_export.report.files.page import render
 from lora_export.storage.atomic_output import byte_size
 
 TITLES = (
@@ -77,13 +77,8 @@ def draw_losses(
 
 def comparison_page(document: Mapping[str, Any], picture: str) -> str:
     """The page of a comparison. `picture` is the PNG's name beside it. Raises EnvironmentLacking without jinja2."""
-    jinja2 = require_jinja2()
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("lora_export", "report/templates"), autoescape=True)
-    template = environment.get_template("comparison.html.j2")
-    rendered: str = template.render(
-        document=document, titles=TITLES, rows=comparison_rows(document["runs"]), picture=picture
-    )
-    return rendered
+    rows = comparison_rows(document["runs"])
+    return render("comparison.html.j2", document=document, titles=TITLES, rows=rows, picture=picture)
 
 
 MODEL_CARD = "README.md"

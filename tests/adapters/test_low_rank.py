@@ -12,6 +12,7 @@ from lora_export.adapters import low_rank
 from lora_export.adapters.low_rank import Truncation, refuse_beyond_pairs, resize_adapter
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
+from lora_export.options.adapters import ResizeOptions
 from lora_export.structured_pairs import HadamardPair, WholePair
 
 RNG = np.random.default_rng(2)
@@ -81,7 +82,8 @@ def test_a_truncation_is_a_rank_a_share_or_both(truncation: low_rank.Truncation,
 )
 def test_a_truncation_out_of_range_is_refused(rank: int | None, energy: float | None, message: str) -> None:
     with pytest.raises(WrongUsage, match=message):
-        low_rank.Truncation(rank, energy)
+        options = ResizeOptions("adapter", "out", rank=rank, energy=energy)
+        low_rank.Truncation(options.rank, options.energy)
 
 
 def test_shares_add_up_by_their_squared_norms() -> None:

@@ -43,9 +43,7 @@ def require_jinja2() -> Any:
         raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
 
 
-def require() -> None:
-    """Raise EnvironmentLacking where jinja2 is missing."""
-    require_jinja2()
+require = require_jinja2
 
 
 def of_proof(proof: Proof | Audit) -> str:
@@ -56,10 +54,10 @@ def of_proof(proof: Proof | Audit) -> str:
 def html_page(document: Mapping[str, Any]) -> str:
     """A verdict's document, or that of a checkpoint's audit, as an HTML page that needs no other file."""
     is_checkpoint = "weights" in document
-    template = _template("checkpoint.html.j2" if is_checkpoint else "verdict.html.j2")
     context = checkpoint_context(document) if is_checkpoint else verdict_context(document)
     about = document["about"]
-    rendered: str = template.render(
+    return render(
+        "checkpoint.html.j2" if is_checkpoint else "verdict.html.j2",
         document=document,
         about=about,
         mark=MARKS[document["outcome"]],
@@ -69,16 +67,15 @@ def html_page(document: Mapping[str, Any]) -> str:
         facts=facts(about),
         **context,
     )
-    return rendered
 
 
 def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 - the page shows no duration
     """An error that ended the command, as an HTML page that needs no other file."""
-    rendered: str = _template("error.html.j2").render(document={**error, "outcome": "error"}, candidate_name="")
-    return rendered
+    return render("error.html.j2", document={**error, "outcome": "error"}, candidate_name="")
 
 
-def _template(name: str) -> Any:
+def render(template: str, **values: Any) -> str:
+    """A page by its template. Raises EnvironmentLacking without jinja2."""
     jinja2 = require_jinja2()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_export", "report/templates"),
@@ -89,7 +86,8 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    return environment.get_template(name)
+    page: str = environment.get_template(template).render(**values)
+    return page
 
 
 def _escaped(value: Any) -> Any:
