@@ -221,3 +221,13 @@ def test_merge_without_low_rank_weights_is_one_line() -> None:
     assert printed(print_merge_report, a_merge_report()).splitlines() == [
         "0 weights merged; 88.1 MB written in 0.25 s (352.4 MB/s), 80.2 MB of them copied unchanged"
     ]
+
+
+# --- The console: nothing is cut, and nothing in a name is markup. ---
+
+
+def test_console_cuts_nothing_and_reads_no_markup() -> None:
+    file = io.StringIO()
+    to = console(file)
+    to.print("[bold]W[/bold] :smile: " + "1234567890 " * 30)
+    assert file.getvalue() == "[bold]W[/bold] :smile: " + "1234567890 " * 30 + "\n"

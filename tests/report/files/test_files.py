@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,9 +10,10 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.report import files
-from lora_export.report.files import check_report_path, page, write_report
+from lora_export.report.files import check_report_path, figures, page, write_report
+from lora_export.report.json_document import document_of_proof
 from lora_export.verification.proof import Proof
-from support.verdicts import DIFFERENT, ON_CPU, SAME
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME, STRAYED
 
 
 def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
@@ -58,3 +60,18 @@ def test_a_report_is_a_module_with_a_suffix_of_its_own() -> None:
     modules = {path.stem for path in Path(files.__path__[0]).glob("*.py")} - {"__init__"}
     assert {".json", ".xml", ".html"} <= set(files.report_files())
     assert {module.__name__.rpartition(".")[2] for module in files.report_files().values()} == modules
+
+
+# --- Every figure, as JSON: of a verdict, and of an error that ended the command. ---
+
+
+def test_the_file_has_the_document_of_the_proof() -> None:
+    proof = Proof(DIFFERENT, STRAYED, ABOUT, diagnosis=DIAGNOSIS)
+    text = figures.of_proof(proof)
+    assert text.endswith("}\n") and json.loads(text) == json.loads(json.dumps(document_of_proof(proof)))
+
+
+def test_an_error_is_its_own_document() -> None:
+    assert (
+        figures.of_error({"error": "no such file", "exit": 3}, 2.0) == '{\n  "error": "no such file",\n  "exit": 3\n}\n'
+    )
