@@ -5,7 +5,7 @@ The graph's contract lists them, with fingerprints of the base weights that an a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,10 @@ def checked_contract(model: ir.Model, source: Path) -> Contract:
     contract = read_contract(model.metadata_props, source)
     sites = _base_sites(model, contract)
     digests = weight_digests(sites)
-    slots = _with_current_dtypes(model, contract)
-    problems = [*_input_problems(model, contract), *_weight_problems(contract, slots, sites, digests)]
+    inputs = {value.name: value for value in model.graph.inputs}
+    dtypes = [(slot, inputs[slot.a].dtype if slot.a in inputs else None) for slot in contract.slots]
+    slots = [slot if dtype is None else replace(slot, dtype=str(dtype.numpy())) for slot, dtype in dtypes]
+    problems = [*_input_problems(inputs, contract), *_weight_problems(contract, slots, sites, digests)]
     same_dtype = all(now.dtype == slot.dtype for now, slot in zip(slots, contract.slots, strict=True))
     same_names = names_digest(sites) == contract.names
     if not problems and same_dtype and same_names and fingerprint(digests) != contract.base:
@@ -250,54 +252,35 @@ def _fits(site: Site, slot: AdapterSlot, block: range | None) -> bool:
     return (out, *shape[1:]) == slot.shape
 
 
-def _with_current_dtypes(model: ir.Model, contract: Contract) -> list[AdapterSlot]:
-    """The slots of a contract, with the dtypes of the inputs as they are now."""
-    inputs = {value.name: value for value in model.graph.inputs}
-    slots = []
-    for slot in contract.slots:
-        dtype = inputs[slot.a].dtype if slot.a in inputs else None
-        slots.append(slot if dtype is None else replace(slot, dtype=str(dtype.numpy())))
-    return slots
-
-
-def _input_problems(model: ir.Model, contract: Contract) -> list[str]:
+def _input_problems(inputs: Mapping[str | None, ir.Value], contract: Contract) -> Iterator[str]:
     """What is wrong with the inputs of the slots."""
-    inputs = {value.name: value for value in model.graph.inputs}
-    problems: list[str] = []
     for slot in contract.slots:
         values = {name: inputs[name] for name in slot.input_shapes if name in inputs}
-        problems += [f"{name}: no optional input of that name" for name in slot.input_shapes if name not in inputs]
+        yield from (f"{name}: no optional input of that name" for name in slot.input_shapes if name not in inputs)
         if len(values) == len(slot.input_shapes):
-            problems += _shape_problems(slot, values, is_required=contract.required)
-    return problems
+            yield from _shape_problems(slot, values, is_required=contract.required)
 
 
-def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_required: bool) -> list[str]:
+def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_required: bool) -> Iterator[str]:
     weight, first = " x ".join(map(str, slot.shape)), values[slot.a]
-    problems = []
     for name, value in values.items():
-        sizes = list(value.shape or ())
-        wanted = slot.input_shapes[name]
+        sizes, wanted = list(value.shape or ()), slot.input_shapes[name]
         pairs = list(zip(wanted, sizes, strict=False))
+        has_fixed_rank = any(size is None and isinstance(actual, int) for size, actual in pairs)
         if len(sizes) != len(wanted) or any(size is not None and size != actual for size, actual in pairs):
-            problems.append(f"{name}: has the shape {value.shape}, its weight is {weight}")
-        elif (not value.is_initializer() and not is_required) or any(
-            size is None and isinstance(actual, int) for size, actual in pairs
-        ):
-            problems.append(f"{name}: its rank is fixed, or it has no default")
+            yield f"{name}: has the shape {value.shape}, its weight is {weight}"
+        elif has_fixed_rank or not (value.is_initializer() or is_required):
+            yield f"{name}: its rank is fixed, or it has no default"
         elif value.dtype != first.dtype:
-            problems.append(f"{name}: is {value.dtype}, {first.name} is {first.dtype}")
-    return problems
+            yield f"{name}: is {value.dtype}, {first.name} is {first.dtype}"
 
 
 def _weight_problems(
     contract: Contract, slots: Sequence[AdapterSlot], sites: Sites, digests: Mapping[str, str]
-) -> list[str]:
+) -> Iterator[str]:
     """The weights of slots that have changed since their inputs were added, where they can be compared."""
     kinds = {name: quantisation_of(main_site(own_sites)) for name, own_sites in sites.by_name.items()}
-    problems = []
     for now, slot in zip(slots, contract.slots, strict=True):
         is_comparable = now.dtype == slot.dtype and kinds.get(slot.weight, slot.quantised) == slot.quantised
         if is_comparable and digests.get(slot.weight, slot.digest) != slot.digest:
-            problems.append(f"{slot.weight}: differs from the weight for which the inputs were added")
-    return problems
+            yield f"{slot.weight}: differs from the weight for which the inputs were added"
