@@ -36,9 +36,9 @@ from lora_export.formats.onnx_adapter import (
 from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
-from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
+from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes
 from lora_export.graph.insert.branches import Inserter, dora_factors_by_weight
-from lora_export.graph.insert.node_factory import Factor, NodeFactory
+from lora_export.graph.insert.node_factory import Factor, NodeFactory, layer_input
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.insert.row_heads import RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, count, listed
 from lora_export.graph import quantised_weights
-from lora_export.graph.insert.node_factory import Dim
+from lora_export.graph.insert.node_factory import Dim, layer_input
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named
@@ -117,13 +117,6 @@ def infer_shapes(model: ir.Model) -> None:
         known = inferred[value.name]
         value.shape = known.shape if value.shape is None else value.shape
         value.type = known.type if value.type is None else value.type
-
-
-def layer_input(site: Site) -> ir.Value:
-    """The value that a layer computes on. Of an embedding, the row numbers that it looks up."""
-    x = site.node.inputs[1 if site.is_lookup else 0]
-    assert x is not None
-    return x
 
 
 def is_symbol(size: Dim, symbol: str) -> bool:

@@ -23,6 +23,7 @@ from lora_export.graph.insert.node_factory import (
     Factor,
     NodeFactory,
     NodeList,
+    layer_input,
     sizes_of,
 )
 from lora_export.graph.operators import BIAS_INPUTS
@@ -55,8 +56,7 @@ def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: ran
     nodes = NodeList(factory, pairs[0][0].path)
     a, b = concatenated(nodes, site, pairs)
     b = nodes.padded_to(site, b, outputs, 0.0)
-    x, result = site.node.inputs[1 if site.is_lookup else 0], site.node.outputs[0]
-    assert x is not None
+    x, result = layer_input(site), site.node.outputs[0]
     nodes.path = a.path
     if site.is_lookup:
         shape = None if x.shape is None else [*x.shape, sizes_of(a.value)[-1]]

@@ -164,6 +164,19 @@ class NodeList:
             inputs.append(self.factory.constant(self.path, names[1], np.array(number, value.dtype.numpy())))
         return self.cast(self.add("Pad", inputs, shape), dtype)
 
+    def insert_behind(self, value: ir.Value) -> None:
+        """Insert the nodes behind the one that computes a value."""
+        producer = value.producer()
+        assert producer is not None and producer.graph is not None
+        producer.graph.insert_after(producer, self.nodes)
+
+
+def layer_input(site: Site) -> ir.Value:
+    """The value that a layer computes on. Of an embedding, the row numbers that it looks up."""
+    x = site.node.inputs[1 if site.is_lookup else 0]
+    assert x is not None
+    return x
+
 
 def sizes_of(value: ir.Value) -> list[Dim]:
     """The shape of a value, which is known."""

@@ -9,9 +9,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
-from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, layer_input
+from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
-from lora_export.graph.insert.node_factory import Dim, Factor, NodeFactory, NodeList, fixed_sizes, last_size, sizes_of
+from lora_export.graph.insert.node_factory import (
+    Dim,
+    Factor,
+    NodeFactory,
+    NodeList,
+    fixed_sizes,
+    last_size,
+    layer_input,
+    sizes_of,
+)
 from lora_export.graph.insert.row_scales import RowScales
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
@@ -238,7 +247,7 @@ class RowBranches:
         is_cheaper = made.add("LessOrEqual", [cost, limit], [1], ir.DataType.BOOL)
         is_cheaper = made.add("Squeeze", [is_cheaper, self.constant(0)], [])
         if producer is not None and producer.graph is not None:  # before the first of these layers
-            producer.graph.insert_after(producer, made.nodes)
+            made.insert_behind(x)
             self.conditions[x] = is_cheaper
         else:
             nodes.nodes += made.nodes
@@ -282,9 +291,7 @@ class RowBranches:
             table = self.factory.constant(f"/{ADAPTER_IDS}", f"owners.{rank}", mask)
             own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
             self.rank_masks[rank] = nodes.add("Unsqueeze", [own, self.constant(1)], [self.batch, 1, slots * rank])
-            producer = self.ids.producer()
-            assert producer is not None
-            self.factory.model.graph.insert_after(producer, nodes.nodes)
+            nodes.insert_behind(self.ids)
         return self.rank_masks[rank]
 
     def constant(self, *numbers: int) -> ir.Value:

@@ -20,9 +20,9 @@ from lora_export.formats.onnx_adapter import cast_factor
 from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import dotted, module_of
-from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes, layer_input
+from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes
 from lora_export.graph.insert.branches import Inserter
-from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, sizes_of
+from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, layer_input, sizes_of
 from lora_export.graph.insert.row_branches import RowBranches, transposed
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site, common_dtype
@@ -189,9 +189,7 @@ class RowHeads:
         chosen = nodes.add("Where", [owns, own, base], own.shape, own.dtype)
         shape = None if output.shape is None else [*output.shape[:-1], width]
         chosen = self.branches.as_layer(nodes, chosen, axis, shape)
-        producer = output.producer()
-        assert producer is not None and producer.graph is not None
-        producer.graph.insert_after(producer, nodes.nodes)
+        nodes.insert_behind(output)
         for node, index in uses:
             node.replace_input_with(index, chosen)
         self.inserter.replace_graph_outputs(output, chosen)

@@ -67,9 +67,7 @@ class RowScales:
             nodes = NodeList(self.factory, f"/{ADAPTER_SCALES}")
             indices = self.factory.constant(f"/{ADAPTER_SCALES}", "ranks", np.array(key[1], np.int64))
             self.made[key] = nodes.add("Gather", [scales, indices], [self.batch, len(key[1])], axis=1)
-            producer = scales.producer()
-            assert producer is not None
-            self.factory.model.graph.insert_after(producer, nodes.nodes)
+            nodes.insert_behind(scales)
         return self.made[key]
 
     def _product(
