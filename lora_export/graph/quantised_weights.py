@@ -76,7 +76,7 @@ class QuantisedWeight:
 
     def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round `values` to the nearest numbers that the stored scales and zero points can represent."""
-        bits, lowest = self._integers
+        bits, lowest = self.integers
         scales, zeros = (np.asarray(each, np.float64) for each in self._parameters(ALL_ROWS))
         levels = np.rint(self._split(values) / np.where(scales, scales, 1.0) + zeros)
         return self._joined((np.clip(levels, lowest, lowest + (1 << bits) - 1) - zeros) * scales)
@@ -87,10 +87,10 @@ class QuantisedWeight:
         own = np.abs(np.asarray(self._parameters(ALL_ROWS)[0], np.float64))
         whole = (np.broadcast_to(each, magnitudes.shape) for each in (own, self._largest(magnitudes)))
         own, largest = map(self._joined, whole)
-        return Steps(own, largest, max(1, (1 << (self._integers[0] - 1)) - 1))
+        return Steps(own, largest, max(1, (1 << (self.integers[0] - 1)) - 1))
 
     @property
-    def _integers(self) -> tuple[int, int]:
+    def integers(self) -> tuple[int, int]:
         """The bits of an integer, and the lowest one."""
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class NBitsWeight(QuantisedWeight):
         return zeros is not None and zeros.dtype not in BYTE_TYPES
 
     @property
-    def _integers(self) -> tuple[int, int]:
+    def integers(self) -> tuple[int, int]:
         return self.bits, 0
 
     def rows(self, part: Rows) -> NDArray[np.float32]:
@@ -187,7 +187,7 @@ class DequantizeLinearWeight(QuantisedWeight):
         return f"{integers.dtype.name.lower()} {blocks or ('by channel' if scales.size > 1 else 'by tensor')}"
 
     @property
-    def _integers(self) -> tuple[int, int]:
+    def integers(self) -> tuple[int, int]:
         dtype = self.tensors[0].dtype
         return dtype.bitwidth, -(1 << (dtype.bitwidth - 1)) if dtype.is_signed() else 0
 
