@@ -52,7 +52,7 @@ JOBS = {
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
 # The file of a command, where it is not that of its name: one with a record of options beside its own.
-FILES = {
+FILE_OF_COMMAND = {
     **dict.fromkeys(("inspect", "convert", "combine", "extract", "resize"), "adapters"),
     **dict.fromkeys(("onnx", "torchscript"), "export"),
     "unmerge": "merge",
@@ -63,7 +63,7 @@ PATIENCE = 1.0  # seconds
 
 def command_named(name: str) -> click.Command:
     """Import the command of this name."""
-    module = importlib.import_module(f"lora_export.cli.{FILES.get(name, name)}")
+    module = importlib.import_module(f"lora_export.cli.{FILE_OF_COMMAND.get(name, name)}")
     command: click.Command = getattr(module, f"{name}_command")
     return command
 

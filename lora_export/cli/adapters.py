@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from lora_export.cli.arguments import command, print_document, print_wrote, wrote
+from lora_export.cli.arguments import cli_command, print_document, print_wrote, wrote
 from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.errors import one_line
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
 
 
-@command(InspectOptions, "inspect adapter")
+@cli_command(InspectOptions, "inspect adapter")
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
 def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
     """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx or an .onnx_adapter.
@@ -37,7 +37,7 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
         click.echo("\n".join(map(one_line, lines[:1] if verbosity() is Verbosity.QUIET else lines)))
 
 
-@command(ConvertOptions, "convert de -o de.onnx_adapter --for served.onnx", "convert de -o de-mlx --to mlx")
+@cli_command(ConvertOptions, "convert de -o de.onnx_adapter --for served.onnx", "convert de -o de-mlx --to mlx")
 def convert_command(as_json: bool, **options: Any) -> None:
     """Convert ADAPTER to another format, or for an existing graph: next week's adapter, without another export.
 
@@ -60,7 +60,7 @@ def convert_command(as_json: bool, **options: Any) -> None:
         print_wrote(output, f": {result.weights} pairs in the format {to}")
 
 
-@command(CombineOptions, "combine fr de -o both --weight 0.7 --weight 0.3")
+@cli_command(CombineOptions, "combine fr de -o both --weight 0.7 --weight 0.3")
 def combine_command(as_json: bool, **options: Any) -> None:
     """Combine adapters into one PEFT adapter, exactly or as PEFT's add_weighted_adapter does.
 
@@ -78,7 +78,7 @@ def combine_command(as_json: bool, **options: Any) -> None:
         print_wrote(result.output, f": {counts}")
 
 
-@command(ExtractOptions, "extract base tuned -o adapter --rank 16")
+@cli_command(ExtractOptions, "extract base tuned -o adapter --rank 16")
 def extract_command(as_json: bool, **options: Any) -> None:
     """Write the adapter of what TUNED changed in BASE: a pair for each matrix, by an SVD of the difference.
 
@@ -92,7 +92,7 @@ def extract_command(as_json: bool, **options: Any) -> None:
     _show_shares(result, result.whole, as_json=as_json)
 
 
-@command(ResizeOptions, "resize fr -o small --energy 0.95")
+@cli_command(ResizeOptions, "resize fr -o small --energy 0.95")
 def resize_command(as_json: bool, **options: Any) -> None:
     """Write ADAPTER with a lower rank: the best pair of that rank for each layer, by an exact SVD.
 

@@ -153,7 +153,7 @@ class TakesAdapters(Command):
         return surplus
 
 
-def command(
+def cli_command(
     record: type[Options] | None, *examples: str, cls: type[Command] = Command, json: bool = True
 ) -> Callable[[Callable[..., Any]], Command]:
     """Make a function `NAME_command` a command with the options of a record, besides those that it declares itself.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import command, print_document
+from lora_export.cli.arguments import cli_command, print_document
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import Facts, examine
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@command(None, "doctor --provider cpu")
+@cli_command(None, "doctor --provider cpu")
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from lora_export.cli.arguments import TakesAdapters, command, print_document, wrote
+from lora_export.cli.arguments import TakesAdapters, cli_command, print_document, wrote
 from lora_export.cli.verbosity import shown
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
 
 
-@command(
+@cli_command(
     OnnxOptions,
     "onnx base -a adapter -o model.onnx",
     "onnx decoder -a pirate --with-cache -o served",
@@ -46,7 +46,7 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     show_files(result.files)
 
 
-@command(
+@cli_command(
     TorchScriptOptions,
     "torchscript base -a adapter -o model.pt",
     "torchscript base -a adapter -o model.pt2",

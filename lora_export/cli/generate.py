@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.cli.arguments import command, print_document
+from lora_export.cli.arguments import cli_command, print_document
 from lora_export.cli.parameters import FilePath
 from lora_export.errors import WrongUsage, one_line, printable
 from lora_export.options.export import GenerateOptions, no_text
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_export.api.generate import Generation
 
 
-@command(
+@cli_command(
     GenerateOptions,
     'generate served --prompt "Once upon a time"',
     'generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1',

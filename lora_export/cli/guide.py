@@ -8,7 +8,7 @@ import re
 
 import click
 
-from lora_export.cli.arguments import command
+from lora_export.cli.arguments import cli_command
 from lora_export.cli.verbosity import Verbosity, verbosity
 
 # topic -> what its page explains; the first pages come first
@@ -32,7 +32,7 @@ TOPICS = {
 }
 
 
-@command(None, "guide merging", json=False)
+@cli_command(None, "guide merging", json=False)
 @click.argument("topic", required=False)
 def guide_command(topic: str | None) -> None:
     """Show a page of the guide, or the list of its pages."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lora_export.cli import startup
-from lora_export.cli.arguments import command, print_document, print_wrote
+from lora_export.cli.arguments import cli_command, print_document, print_wrote
 from lora_export.cli.parameters import Source
 from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.options.merge import MergeOptions, UnmergeOptions
@@ -16,7 +16,7 @@ from lora_export.options.merge import MergeOptions, UnmergeOptions
 PLANNED = 5  # weights of the short screen of --dry-run
 
 
-@command(MergeOptions, "merge base adapter -o merged")
+@cli_command(MergeOptions, "merge base adapter -o merged")
 @click.option(
     *("-a", "--adapter", "further"),
     type=Source(),
@@ -59,7 +59,7 @@ def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: 
         show(console(), result.report, result.output)
 
 
-@command(UnmergeOptions, "unmerge kept fr -o base-again --base-from kept.residual")
+@cli_command(UnmergeOptions, "unmerge kept fr -o base-again --base-from kept.residual")
 def unmerge_command(as_json: bool, **options: Any) -> None:
     """Make the base of a merge again, bit for bit, from MERGED, its ADAPTERs and a residual.
 

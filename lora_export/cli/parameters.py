@@ -60,22 +60,6 @@ class SectionedOption(click.Option):
         self.section = section
 
 
-class Separated(click.ParamType[tuple[str, ...]]):
-    """Words out of a list, separated by commas."""
-
-    name = "words"
-
-    def __init__(self, known: Iterable[str]):
-        self.known = tuple(known)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """The words as a tuple, each once."""
-        words = tuple(value.split(",") if value else ()) if isinstance(value, str) else tuple(value)
-        if unknown := [word for word in words if word not in self.known]:
-            self.fail(f"{', '.join(unknown)} is none of {', '.join(self.known)}", param, ctx)
-        return tuple(dict.fromkeys(words))
-
-
 def command_line_spelling() -> AbstractContextManager[None]:
     """Let messages spell options as flags within the block. All records are imported when the first one is spelled."""
 
@@ -126,7 +110,7 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
         settings["callback"] = _callback(option.read)
     if declared.kind == "flag":
         settings = {"is_flag": True} if "/" not in declared.flags[-1] else {}
-    elif declared.multiple and not option.separated:
+    elif declared.multiple:
         settings["multiple"] = True
     settings |= _default(declared)
     name = _switch(declared) or name
@@ -155,8 +139,6 @@ def _type_of(declared: Declared) -> Any:
     option, kind = declared.option, declared.kind
     if option.read is not None:
         return None
-    if option.separated:
-        return Separated(declared.choices)
     if kind == "choice":
         return click.Choice(declared.choices)
     if kind in ("path", "folder"):

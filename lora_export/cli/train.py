@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lora_export.cli.arguments import command, command_line, print_document, print_message, print_wrote
+from lora_export.cli.arguments import cli_command, command_line, print_document, print_message, print_wrote
 from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.options.train import TrainOptions
 
@@ -22,7 +22,7 @@ MEASURED = {
 WIDEST_TABLE = 200  # characters
 
 
-@command(TrainOptions, "train base --data texts.jsonl -o adapter --rank 8 --target query,value")
+@cli_command(TrainOptions, "train base --data texts.jsonl -o adapter --rank 8 --target query,value")
 def train_command(as_json: bool, **options: Any) -> None:
     """Train a LoRA adapter for MODEL and save it in PEFT's format.
 

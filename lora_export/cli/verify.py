@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_export.cli.arguments import TakesAdapters, command, command_line, print_document
+from lora_export.cli.arguments import TakesAdapters, cli_command, command_line, print_document
 from lora_export.cli.failures import answered
 from lora_export.cli.verbosity import shown
 from lora_export.options.verify import VerifyOptions
 
 
-@command(
+@cli_command(
     VerifyOptions,
     "verify model.onnx --model base -a adapter --report verdict.xml",
     "verify merged --base base -a adapter",

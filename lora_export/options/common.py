@@ -29,14 +29,13 @@ class LoadedModel(Protocol):
 ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
 
 
-LAYOUTS = {layout: layout for layout in ("out_in", "in_out")}
 PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
     "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
     "repeated: the last match counts.",
     metavar="NAME=in_out|out_in",
-    read=table_of("NAME=out_in or NAME=in_out", LAYOUTS.__getitem__, at_last=True),
+    read=table_of("NAME=out_in or NAME=in_out", {"out_in": "out_in", "in_out": "in_out"}.__getitem__, at_last=True),
 )
 
 

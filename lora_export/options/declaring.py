@@ -100,7 +100,6 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    separated: bool = False  # whether one text of the command line has all values, separated by commas
     read: Callable[[Iterable[str]], Any] | None = None  # texts of the command line -> the value; raises ValueError
     only: tuple[Only, ...] = ()
     python_only: bool = False  # no option of the command line

@@ -1,9 +1,9 @@
 """The options of `train`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lora_export.errors import WrongUsage
 from lora_export.options.common import ALL_LINEAR, Output, layer_endings, written
@@ -28,6 +28,14 @@ BaseDtype = Literal["float32", "bfloat16", "float16"]
 ComparedStrategy = Literal["full", "frozen"]
 OF_CONTINUED = ("continue_from", "dropout", "heads")  # what a trained adapter that is continued may have beside it
 WITHOUT_INIT = ("dora", "target_parameters")  # what excludes a start from the weights
+
+
+def _strategies(texts: Iterable[str]) -> tuple[str, ...]:
+    """Words that are separated by commas, each once. Raises ValueError for an unknown one."""
+    words = [word for text in texts for word in text.split(",") if word]
+    if unknown := [word for word in words if word not in get_args(ComparedStrategy)]:
+        raise ValueError(f"{', '.join(unknown)} is none of {', '.join(get_args(ComparedStrategy))}")
+    return tuple(dict.fromkeys(words))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +254,7 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
         "Also train all weights, or the head alone on the frozen base, and write a table.",
         section=Section.MEASUREMENTS,
         metavar="full,frozen",
-        separated=True,
+        read=_strategies,
     )
     tensorboard: str | Path | None = option(
         None,

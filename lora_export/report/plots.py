@@ -72,12 +72,12 @@ class Frame(NamedTuple):
     right: float  # between the last value and the edge
 
 
-Size = tuple[str, float, float, float, float]  # the first fields of a Plot
+SizeOfPlot = tuple[str, float, float, float, float]  # the first fields of a Plot
 
 
 def _at_each_width(
     frame: Frame, x_range: tuple[float, float], y_range: tuple[float, float]
-) -> Iterator[tuple[Size, Scale, Scale, int]]:
+) -> Iterator[tuple[SizeOfPlot, Scale, Scale, int]]:
     """The size of a plot, its scales, and its most ticks."""
     for size, width in WIDTHS.items():
         x = Scale(*x_range, frame.left + frame.inset, width - frame.right)

@@ -139,30 +139,30 @@ def term(adapter: str, a: Any, b: Any, scale: float = 1.0, strength: float = 1.0
     return Term(adapter, "fc", LoraPair(np.array(a), np.array(b), scale, **kind), strength)
 
 
-ONE = term("one", [[1, 2]], [[1], [3]], scale=4.0)
-TWO = term("two", [[5, 0]], [[0], [2]], scale=2.0, strength=-2.0)
+FIRST_TERM = term("one", [[1, 2]], [[1], [3]], scale=4.0)
+SECOND_TERM = term("two", [[5, 0]], [[0], [2]], scale=2.0, strength=-2.0)
 
 
 def test_cat_is_the_sum_of_the_changes() -> None:
-    pair = combined_pair(Combination("cat"), [ONE, TWO], NUMBERS, 1)
+    pair = combined_pair(Combination("cat"), [FIRST_TERM, SECOND_TERM], NUMBERS, 1)
     assert (pair.a.tolist(), pair.b.tolist(), pair.scale) == ([[4, 8], [-20, 0]], [[1, 0], [3, 2]], 1.0)
     assert pair.delta().tolist() == [[4, 8], [12 - 40, 24]]
 
 
 def test_linear_sums_the_factors_and_has_cross_terms() -> None:
     pair = combined_pair(
-        Combination("linear"), [ONE, TWO], NUMBERS, 1
+        Combination("linear"), [FIRST_TERM, SECOND_TERM], NUMBERS, 1
     )  # roots of weight · scale: 2, and 2 with A negative
     assert (pair.a.tolist(), pair.b.tolist()) == ([[-8, 4]], [[2], [10]])
     assert pair.delta().tolist() == [[-16, 8], [-80, 40]]
 
 
 def test_svd_cuts_the_exact_sum_to_the_largest_rank() -> None:
-    pair = combined_pair(Combination("svd"), [ONE, TWO], NUMBERS, 1)
+    pair = combined_pair(Combination("svd"), [FIRST_TERM, SECOND_TERM], NUMBERS, 1)
     exact = np.array([[4, 8], [-28, 24]])
     left = np.linalg.svd(exact)[1][1]
     assert pair.rank == 1 and np.linalg.norm(pair.delta() - exact) == pytest.approx(left, rel=1e-5)
-    whole = combined_pair(Combination("svd", svd_rank=2), [ONE, TWO], NUMBERS, 1)
+    whole = combined_pair(Combination("svd", svd_rank=2), [FIRST_TERM, SECOND_TERM], NUMBERS, 1)
     np.testing.assert_allclose(whole.delta(), exact, atol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_a_seed_determines_what_dare_keeps() -> None:
 def test_pairs_that_do_not_go_together_are_refused(method: str, others: Term, message: str) -> None:
     combination = Combination(method, 0.5 if "prune" in method else None)
     with pytest.raises(InputRefused, match=message):
-        combined_pair(combination, [ONE, others], NUMBERS, 2)
+        combined_pair(combination, [FIRST_TERM, others], NUMBERS, 2)
 
 
 @pytest.mark.parametrize(
