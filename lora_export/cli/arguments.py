@@ -268,13 +268,8 @@ def find_table() -> tuple[Path, dict[str, Any]] | None:
 def options_by_name(command: click.Command) -> dict[str, click.Option]:
     """The options of a command by their long spelling, without its dashes."""
     options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
-    named = {long_name(option): option for option in options}
+    named = {max(option.opts, key=len).lstrip("-"): option for option in options}
     return {name: option for name, option in named.items() if name not in NOT_OPTIONS}
-
-
-def long_name(option: click.Option) -> str:
-    """`min-retention` of the option --min-retention."""
-    return max(option.opts, key=len).lstrip("-")
 
 
 def _table_in(path: Path) -> dict[str, Any] | None:

@@ -274,4 +274,4 @@ def _annotate(failure: Failure, invocation: Invocation) -> None:
         print_message(f"the job was not annotated: {error}")
         return
     with contextlib.suppress(OSError):
-        click.echo(github.annotation_of_error(failure.message, invocation.command), err=True)
+        click.echo(github.workflow_command("error", invocation.command, failure.message), err=True)

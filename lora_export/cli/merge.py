@@ -34,7 +34,7 @@ def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: 
     with startup.brisk() if options["device"] == "cpu" else contextlib.nullcontext(), shown() as on_progress:
         from lora_export.api.merge import merge
         from lora_export.report.console import console
-        from lora_export.report.screens import print_merge_report, print_merge_summary, print_plan
+        from lora_export.report.screens import print_merge, print_plan
 
         # Both together would leave the order of --weight open.
         if adapters and further:
@@ -55,8 +55,7 @@ def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: 
     elif verbosity() is Verbosity.QUIET:
         print_wrote(result.output)
     else:
-        show = print_merge_report if verbosity() is Verbosity.FULL else print_merge_summary
-        show(console(), result.report, result.output)
+        print_merge(console(), result.report, result.output, whole=verbosity() is Verbosity.FULL)
 
 
 @cli_command(UnmergeOptions, "unmerge kept fr -o base-again --base-from kept.residual")

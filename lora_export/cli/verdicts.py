@@ -61,7 +61,9 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         return
     adapters = list(proofs.adapters.items())
     if len(adapters) > MOST_ADAPTERS and verbosity() is not Verbosity.FULL:
-        adapters.sort(key=lambda named: -largest_limit_used(named[1]))
+        adapters.sort(
+            key=lambda named: -max((figures.limit_used for _, figures in named[1].verdict.measured), default=0.0)
+        )
         adapters = adapters[:MOST_ADAPTERS]
     show_proof(proofs.whole, "the base")
     for name, proof in adapters:
@@ -72,11 +74,6 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         show_proof(proofs.mixed, "mixed batches")
     if proofs.several:
         show_proof(proofs.several, "several adapters on a row")
-
-
-def largest_limit_used(proof: Proof) -> float:
-    """The used part of the limit of the output that is closest to it."""
-    return max((figures.limit_used for _, figures in proof.verdict.measured), default=0.0)
 
 
 def show_files(paths: Sequence[Path]) -> None:

@@ -162,11 +162,6 @@ class Site:
         return plain and operator_id(self.node) in FUSED_PRODUCTS
 
     @property
-    def layout_at_node(self) -> Layout:
-        """The layout of the matrix at the node's input, behind a Transpose if there is one."""
-        return transposed_layout(self.layout) if self.behind_transpose else self.layout
-
-    @property
     def obstacle(self) -> str:
         """The reader, where no branch can be added to its product. Empty where it computes x·W for x at input 0."""
         operator = self.node.op_type

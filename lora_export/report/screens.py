@@ -207,32 +207,31 @@ def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
         print_line(to, f"  and {count(more, 'weight')} more (-v)")
 
 
-def print_merge_summary(to: Console, report: MergeReport, output: Path | None = None) -> None:
-    """Print what a merge did in one line; the weights too, where rounding took more than a tenth of a change."""
+def print_merge(to: Console, report: MergeReport, output: Path | None = None, *, whole: bool = False) -> None:
+    """Print what a merge did in one line; the weights too with `whole`, or where rounding took over a tenth of one."""
     print_line(to, _merge_summary(report, output), style="bold")
-    if not all(result.retention >= LOW_RETENTION for result in report.results):
+    if whole or not all(result.retention >= LOW_RETENTION for result in report.results):
         _print_retention(to, report)
     if report.quantisation:
         print_line(to, _quantisation_summary(report.quantisation))
-
-
-def print_merge_report(to: Console, report: MergeReport, output: Path | None = None) -> None:
-    """Print what a merge did, and the weights that lost most of their change to rounding."""
-    print_line(to, _merge_summary(report, output), style="bold")
-    _print_retention(to, report)
-    if report.quantisation:
+    if report.quantisation and whole:
         _print_quantisation(to, report.quantisation)
+
+
+def _print_first(
+    to: Console, header: Sequence[str], rows: Sequence[Sequence[str]], others: str, marked: Iterable[int] = ()
+) -> None:
+    print_table(to, [header, *rows[:SHOWN_RESULTS]], marked)
+    if len(rows) > SHOWN_RESULTS:
+        print_line(to, f"{count(len(rows) - SHOWN_RESULTS, 'more weight')}, with {others}")
 
 
 def _print_retention(to: Console, report: MergeReport) -> None:
     # NaN comes first: a weight whose retention is not known needs attention most.
     results = sorted(report.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
-    shown = results[:SHOWN_RESULTS]
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
-    marked = {number for number, result in enumerate(shown, 1) if not result.retention >= LOW_RETENTION}
-    print_table(to, [header, *map(_result_row, shown)], marked)
-    if len(results) > SHOWN_RESULTS:
-        print_line(to, f"{count(len(results) - SHOWN_RESULTS, 'more weight')}, with the same retention or a higher one")
+    low = {number for number, result in enumerate(results, 1) if not result.retention >= LOW_RETENTION}
+    _print_first(to, header, [_result_row(result) for result in results], "the same retention or a higher one", low)
 
 
 def _quantisation_summary(losses: Sequence[QuantisationLoss]) -> str:
@@ -245,20 +244,12 @@ def _quantisation_summary(losses: Sequence[QuantisationLoss]) -> str:
 
 
 def _print_quantisation(to: Console, losses: Sequence[QuantisationLoss]) -> None:
-    print_line(to, _quantisation_summary(losses))
-    shown = sorted(losses, key=lambda loss: -loss.relative_error)[:SHOWN_RESULTS]
     header = ["weights with the largest quantisation error", "scheme", "‖Q-W‖/‖W‖", "‖Q-W‖", "‖ΔW‖"]
-    rows = [
-        [loss.weight, loss.scheme, f"{loss.relative_error:.3g}", f"{loss.error:.3g}", _figure(loss.change)]
-        for loss in shown
-    ]
-    print_table(to, [header, *rows])
-    if len(losses) > SHOWN_RESULTS:
-        print_line(to, f"{count(len(losses) - SHOWN_RESULTS, 'more weight')}, with the same error or a smaller one")
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    rows = []
+    for loss in sorted(losses, key=lambda loss: -loss.relative_error):
+        change = "-" if loss.change is None else f"{loss.change:.3g}"
+        rows.append([loss.weight, loss.scheme, f"{loss.relative_error:.3g}", f"{loss.error:.3g}", change])
+    _print_first(to, header, rows, "the same error or a smaller one")
 
 
 def _merge_summary(report: MergeReport, output: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -20,8 +21,7 @@ from lora_export.report.screens import (
     by_kind,
     kind_of,
     print_adapter,
-    print_merge_report,
-    print_merge_summary,
+    print_merge,
     print_plan,
     print_shares,
     title,
@@ -30,6 +30,8 @@ from lora_export.weights.merge_report import QuantisationLoss
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.screens import printed
 from support.written import adapter_of, low_rank
+
+whole_merge = functools.partial(print_merge, whole=True)
 
 
 def test_adapter_is_printed_as_a_table() -> None:
@@ -174,11 +176,11 @@ def test_quantisation_errors_are_a_range_and_the_largest_ones() -> None:
         for number in range(1, 31)
     )
     merged = replace(a_merge_report(), quantisation=losses)
-    (_, line) = printed(print_merge_summary, merged).splitlines()
+    (_, line) = printed(print_merge, merged).splitlines()
     assert line == (
         "quantisation error ‖Q-W‖/‖W‖ of 30 dequantised weights: 0.01 to 0.3, ‖Q-W‖/‖ΔW‖ of 1 of them: 0.08 to 0.08"
     )
-    rows = printed(print_merge_report, merged).splitlines()[1:]
+    rows = printed(whole_merge, merged).splitlines()[1:]
     assert rows[0] == line and rows[2].split() == ["w30", "nf4", "0.3", "0.3", "-"]
     assert rows[-1].endswith("more weights, with the same error or a smaller one")
     assert len(rows) < 30
@@ -191,7 +193,7 @@ def test_plan_is_printed_as_its_text() -> None:
 def test_merge_report_lists_the_weights_with_the_lowest_retention() -> None:
     retentions = [0.999, 0.42, 1.0, 0.95, math.nan, 0.97, 0.98]
     results = [a_result(f"layer.{number}", retention) for number, retention in enumerate(retentions)]
-    lines = printed(print_merge_report, a_merge_report(*results), Path("merged")).splitlines()
+    lines = printed(whole_merge, a_merge_report(*results), Path("merged")).splitlines()
     assert lines[0] == (
         "7 weights merged; 88.1 MB written to merged in 0.25 s (352.4 MB/s), 80.2 MB of them copied unchanged"
     )
@@ -203,22 +205,22 @@ def test_merge_report_lists_the_weights_with_the_lowest_retention() -> None:
 
 def test_merge_report_names_the_replaced_tensors() -> None:
     head = a_merge_report(*map(a_result, "abcd"), replaced=("score.weight",))
-    first = printed(print_merge_report, head).splitlines()[0]
+    first = printed(whole_merge, head).splitlines()[0]
     assert first.startswith("4 weights merged, 1 tensor replaced (score.weight); 88.1 MB written in 0.25 s")
     many = a_merge_report(replaced=tuple(f"head.{number}.weight" for number in range(7)))
-    first = printed(print_merge_report, many).splitlines()[0]
+    first = printed(whole_merge, many).splitlines()[0]
     assert first.startswith("0 weights merged, 7 tensors replaced (head.0.weight, ")
     assert "head.4.weight and 2 more); 88.1 MB" in first
 
 
 def test_weights_with_low_retention_are_coloured() -> None:
     results = a_result("lost", 0.4), a_result("retained", 1.0), a_result("unknown", math.nan)
-    lines = printed(print_merge_report, a_merge_report(*results), terminal=True).splitlines()
+    lines = printed(whole_merge, a_merge_report(*results), terminal=True).splitlines()
     assert [("lost" in line or "unknown" in line) for line in lines] == ["\x1b[33m" in line for line in lines]
 
 
 def test_merge_without_low_rank_weights_is_one_line() -> None:
-    assert printed(print_merge_report, a_merge_report()).splitlines() == [
+    assert printed(whole_merge, a_merge_report()).splitlines() == [
         "0 weights merged; 88.1 MB written in 0.25 s (352.4 MB/s), 80.2 MB of them copied unchanged"
     ]
 

@@ -26,7 +26,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.operators import BIAS_INPUTS
+from lora_export.graph.operators import BIAS_INPUTS, transposed_layout
 from lora_export.graph.site import CHANGES_WEIGHT, Site
 from lora_export.lora import split_part
 from lora_export.plan import Layout, Step
@@ -282,7 +282,8 @@ class Inserter:
         """
         total = site.node.inputs[site.index]
         assert total is not None and site.node.graph is not None
-        path, is_out_in = pairs[0][1].path, site.layout_at_node is Layout.OUT_IN
+        layout = transposed_layout(site.layout) if site.behind_transpose else site.layout
+        path, is_out_in = pairs[0][1].path, layout is Layout.OUT_IN
         nodes = NodeList(self.factory, path)
         total = _transposed(nodes, total) if is_out_in else total
         a, b = concatenated(nodes, site, pairs)
