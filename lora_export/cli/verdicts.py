@@ -61,9 +61,8 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         return
     adapters = list(proofs.adapters.items())
     if len(adapters) > MOST_ADAPTERS and verbosity() is not Verbosity.FULL:
-        adapters.sort(
-            key=lambda named: -max((figures.limit_used for _, figures in named[1].verdict.measured), default=0.0)
-        )
+        used = {name: max((f.limit_used for _, f in proof.verdict.measured), default=0.0) for name, proof in adapters}
+        adapters.sort(key=lambda named: -used[named[0]])
         adapters = adapters[:MOST_ADAPTERS]
     show_proof(proofs.whole, "the base")
     for name, proof in adapters:
