@@ -155,17 +155,6 @@ def test_factor_has_name_of_its_adapter() -> None:
     )
 
 
-def test_factor_has_dtype_of_weight() -> None:
-    model = a_graph(GEMM)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.dtype = ir.DataType.FLOAT16
-    weight = model.graph.initializers["m.weight"]
-    weight.const_value, weight.dtype = ir.Tensor(stored(model, "m.weight").astype(np.float16)), ir.DataType.FLOAT16
-    with_nodes(model, an_adapter({"m": DORA}))
-    assert stored(model, "m.lora_magnitude_vector.weight").dtype == np.float16
-    np.testing.assert_allclose(run(model, x=X.astype(np.float16))["y"], X @ dora_weight(W, DORA).T, rtol=2e-3)
-
-
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
