@@ -11,15 +11,12 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from lora_export.errors import InputRefused
+from lora_export.report.json_document import AnyProof
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import MANIFEST
-
-if TYPE_CHECKING:
-    from lora_export.verification.against_checkpoint import Audit
-    from lora_export.verification.proof import Proof
 
 
 class ReportFile(Protocol):
@@ -32,7 +29,7 @@ class ReportFile(Protocol):
     def require(self) -> None:
         """Raise EnvironmentLacking where a package is missing that the report needs. Called before any work."""
 
-    def of_proof(self, proof: Proof | Audit) -> str:
+    def of_proof(self, proof: AnyProof) -> str:
         """The report of a verdict, as the text of the file."""
 
     def of_error(self, error: Mapping[str, Any], seconds: float) -> str:
@@ -79,7 +76,7 @@ def _is_report(path: Path) -> bool:
     return path.name != MANIFEST and b"lora-export" in beginning
 
 
-def write_report(path: Path, proof: Proof | Audit) -> None:
+def write_report(path: Path, proof: AnyProof) -> None:
     """Write a report of a verdict. An existing file is replaced.
 
     The file is either written completely, or unchanged. Raises InputRefused for a suffix that no report has, and

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export.errors import EnvironmentLacking, one_line
 from lora_export.report.html_context import (
@@ -23,12 +23,8 @@ from lora_export.report.html_context import (
     verdict_context,
     with_adapters,
 )
-from lora_export.report.json_document import document_of_proof
+from lora_export.report.json_document import AnyProof, document_of_proof
 from lora_export.verification.parity import percent
-
-if TYPE_CHECKING:
-    from lora_export.verification.against_checkpoint import Audit
-    from lora_export.verification.proof import Proof
 
 SUFFIX = ".html"
 PURPOSE = "to read"
@@ -46,7 +42,7 @@ def require_jinja2() -> Any:
 require = require_jinja2
 
 
-def of_proof(proof: Proof | Audit) -> str:
+def of_proof(proof: AnyProof) -> str:
     """The verdict as an HTML page that needs no other file."""
     return html_page(document_of_proof(proof))
 
