@@ -19,7 +19,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
-from lora_export.api import onnx_proofs, onnx_steps
+from lora_export.api import onnx_steps
 from lora_export.formats import onnx_adapter
 from lora_export.graph.insert import row_branches
 from lora_export.graph.insert.row_scales import RowScales
@@ -413,7 +413,7 @@ def test_rows_that_mix_up_adapters_are_never_published(
                 self._adapter_ids = np.roll(self._adapter_ids, 1)
             return super().run(inputs)
 
-    monkeypatch.setattr(onnx_proofs, "OnnxRunner", Confused)
+    monkeypatch.setattr(onnx_steps, "OnnxRunner", Confused)
     words = ("-a", place / "fr", "-a", place / "legal", "--lora", "rows")
     assert call("onnx", MODEL, *words, "-o", tmp_path / "out.onnx") == 4
     assert capsys.readouterr().err.splitlines()[0].startswith("Error: mixed batches: different")
