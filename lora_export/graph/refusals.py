@@ -76,9 +76,9 @@ def base_as_remedy(sites: Sites) -> Iterator[None]:
         if not sites.unnamed:
             raise
         raise error.with_remedy(
-            f"{count(len(sites.unnamed), 'linear layer')} of the graph lost the name, or contain several weights in one, as a packed q, k and v. "
-            f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, finds the weights by their "
-            "content"
+            f"{count(len(sites.unnamed), 'linear layer')} of the graph lost the name, or contain several weights in "
+            f"one, as a packed q, k and v. {named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, "
+            "finds the weights by their content"
         ) from error
 
 
