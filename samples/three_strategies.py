@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lora_export.report.comparison import TITLES, comparison_rows
+from lora_export.report.training import TITLES, comparison_rows
 from rich.console import Console
 from rich.table import Table
 
