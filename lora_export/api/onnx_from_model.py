@@ -33,7 +33,8 @@ from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.callbacks import each_once, ignore
 from lora_export.errors import MatchError, RuntimeRefused
-from lora_export.graph.find_sites import find_sites, precision_of
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.interface import precision_of
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.quantised.quantise import quantise_graph

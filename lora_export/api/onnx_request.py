@@ -25,7 +25,7 @@ from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
-    from lora_export.graph.find_sites import WeightPrecision
+    from lora_export.graph.interface import WeightPrecision
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
