@@ -18,7 +18,7 @@ from rich.table import Table
 import docstrings
 import lora_export as le
 from lora_export.api.train import TrainResult
-from lora_export.report.comparison import TITLES, comparison_rows
+from lora_export.report.training import TITLES, comparison_rows
 
 TRAINING = {"rank": [4, 16], "compare": ["full", "frozen"], "target": "query,value"}
 TRAINING |= {"epochs": 2, "batch_size": 16, "learning_rate": 5e-3, "max_length": 32}

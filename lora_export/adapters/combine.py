@@ -1,19 +1,214 @@
-"""Combine adapters: within a plan, where all pairs of a weight meet, or by name into one adapter."""
+"""Combine adapters: within a plan, where all pairs of a weight meet, or by name into one adapter.
+
+The methods are those of PEFT's `add_weighted_adapter`, under their names:
+
+- `cat`: the exact sum. A and B are concatenated along the rank. A merge needs no such pair: it adds each.
+- `linear`: A is a weighted sum of all A, and B of all B. B A then has cross terms of one adapter's B and another's A:
+  it is no sum of the changes. Each factor takes the root of weight · scale, and A its sign.
+- `svd`: the exact sum, cut to a lower rank.
+- `ties`, `dare_linear`, `dare_ties`, `magnitude_prune`: as `linear`, of factors from which entries were removed.
+- the same with `_svd`: of the whole changes; the result is cut to a rank. It needs the SVD of a whole matrix.
+
+TIES: Yadav et al. 2023. DARE: Yu et al. 2024. PEFT gives the adapter that it makes the alpha of its rank. With rsLoRA
+its scale is then √rank, and the combined change is wrong by this factor (PEFT 0.21.2). Here the scale is 1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_export.adapters.combination import combined_pair
-from lora_export.adapters.plain_pairs import refuse_beyond_pairs
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.adapters import low_rank
+from lora_export.adapters.low_rank import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
-from lora_export.lora import Adapter
-from lora_export.options.combining import Combination
+from lora_export.lora import Adapter, LoraPair
+from lora_export.options.combining import EXACT, FACTORWISE, Combination
 from lora_export.options.spelling import named
-from lora_export.plan import Plan, Step, Term
+from lora_export.plan import Plan, Term
 from lora_export.plan.build import checked_strengths
+
+Factors = tuple[NDArray[np.float32], NDArray[np.float32]]  # A and B
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a pair refuses what is not finite
+def combined_pair(
+    combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int], largest_rank: int
+) -> LoraPair:
+    """The pair, of scale 1, that takes the place of these terms.
+
+    `numbers` are the positions of the adapters, `largest_rank` is that of all their pairs. Raises InputRefused,
+    without the name of the weight, for terms that this method cannot combine.
+    """
+    kinds = {(term.pair.embedding, term.pair.shape) for term in terms}
+    if len(kinds) > 1:
+        raise InputRefused("the adapters were trained on layers of different kinds or shapes")
+    if combination.is_exact:
+        a, b = _exact_sum(terms)
+    elif combination.method in FACTORWISE:
+        a, b = _of_factors(combination, terms, numbers)
+    else:
+        a, b = _of_changes(combination, terms, numbers, combination.svd_rank or largest_rank)
+    return LoraPair(a=a, b=b, scale=1.0, embedding=terms[0].pair.embedding)
+
+
+def _of_factors(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
+    if others := [term for term in terms if type(term.pair) is not LoraPair]:
+        kinds = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
+        raise InputRefused(
+            f"{kinds}: {combination.method} combines A with A and B with B, and a change of this kind has none. "
+            f"Use svd or {EXACT}, or another method with _svd"
+        )
+    if len({term.pair.rank for term in terms}) > 1:
+        ranks = ", ".join(f"{term.pair.rank} ({term.adapter})" for term in terms)
+        raise InputRefused(
+            f"the pairs have different ranks: {ranks}. {combination.method} combines A with A, entry by entry. Use "
+            f"svd or {EXACT}, or another method with _svd"
+        )
+    roots = [math.sqrt(abs(term.scale)) for term in terms]
+    signed = np.array([math.copysign(root, term.scale) for root, term in zip(roots, terms, strict=True)])
+    keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
+    a = _combined(combination, [term.pair.a for term in terms], signed, [f"{key}/A" for key in keys])
+    b = _combined(combination, [term.pair.b for term in terms], np.array(roots), [f"{key}/B" for key in keys])
+    return a, b
+
+
+def _of_changes(combination: Combination, terms: Sequence[Term], numbers: Mapping[str, int], rank: int) -> Factors:
+    shape = terms[0].pair.shape
+    if combination.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
+        if _are_low_rank(terms):
+            a, b = _concatenated(terms)
+            found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
+        else:
+            found = low_rank.of_matrix(_whole_sum(terms))
+    else:
+        strengths = np.array([term.strength for term in terms])
+        keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
+        change = _combined(combination, [low_rank.whole_change(term.pair) for term in terms], strengths, keys)
+        if not np.isfinite(change).all():
+            raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
+        found = low_rank.of_matrix(change)
+    a, b = found.factors(min(rank, len(found.s)))
+    kernel = [1] * (len(shape) - 2)
+    return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)
+
+
+def _combined(
+    combination: Combination, arrays: TaskTensors, weights: NDArray[np.float64], keys: Sequence[str]
+) -> NDArray[np.float32]:
+    """Several arrays as one: entries removed, then summed or averaged over the elected sign.
+
+    A key determines which random entries of its array are removed.
+    """
+    if combination.is_random:
+        arrays = [random_entries(array, combination.density or 1, key) for array, key in zip(arrays, keys, strict=True)]
+    elif combination.prunes:
+        arrays = [largest_entries(array, combination.density or 1) for array in arrays]
+    factors = weights.astype(np.float32)
+    if "ties" in combination.method:
+        return elected_mean(arrays, factors, combination.majority_sign or "total")
+    return weighted_sum(arrays, factors)
+
+
+def _exact_sum(terms: Sequence[Term]) -> Factors:
+    """A and B of the sum: those of all terms, or where these are larger than the change, the change and an identity."""
+    if _are_low_rank(terms):
+        return _concatenated(terms)
+    pair, change = terms[0].pair, _whole_sum(terms)
+    out, columns = change.shape
+    identity = np.eye(min(out, columns), dtype=np.float32)
+    a, b = (change, identity) if out <= columns else (identity, change)
+    return a.reshape(-1, *pair.shape[1:]), b.reshape(out, -1, *[1] * (len(pair.shape) - 2))
+
+
+def _are_low_rank(terms: Sequence[Term]) -> bool:
+    """Whether the factors of all terms together are no larger than the change, or are those of the files."""
+    rank = sum(term.pair.rank for term in terms)
+    return all(type(term.pair) is LoraPair for term in terms) or rank <= min(low_rank.matrix_shape(terms[0].pair))
+
+
+def _whole_sum(terms: Sequence[Term]) -> NDArray[np.float32]:
+    total = low_rank.whole_change(terms[0].pair, terms[0].strength)
+    for term in terms[1:]:
+        total += low_rank.whole_change(term.pair, term.strength)
+    return total
+
+
+def _concatenated(terms: Sequence[Term]) -> Factors:
+    """A and B of all terms along the rank, with weight and scale in A."""
+    scaled = [term.pair.a * np.float32(term.strength) * np.float32(term.pair.scale) for term in terms]
+    return np.concatenate(scaled), np.concatenate([term.pair.b for term in terms], axis=1)
+
+
+TaskTensors = Sequence[NDArray[np.float32]]
+
+
+def weighted_sum(arrays: TaskTensors, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Σ weight · array."""
+    total: NDArray[np.float32] = np.sum(_weighted(arrays, weights), axis=0)
+    return total
+
+
+def elected_mean(arrays: TaskTensors, weights: NDArray[np.float32], majority_sign: str) -> NDArray[np.float32]:
+    """For each entry, the mean of those weighted values whose sign is the elected one.
+
+    "total" elects the sign of the sum, "frequency" that of most values; both without the weights, as PEFT does. A
+    value of zero agrees with no sign.
+    """
+    stacked = np.stack(arrays)
+    signs = np.sign(stacked)
+    votes = (stacked if majority_sign == "total" else signs).sum(axis=0)
+    agree = signs == np.where(votes >= 0, np.float32(1), np.float32(-1))
+    total: NDArray[np.float32] = np.sum(_weighted(arrays, weights) * agree, axis=0)
+    mean: NDArray[np.float32] = total / np.maximum(agree.sum(axis=0), 1).astype(np.float32)
+    return mean
+
+
+def _weighted(arrays: TaskTensors, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.stack(arrays) * weights.reshape(-1, *[1] * arrays[0].ndim)
+
+
+def largest_entries(array: NDArray[np.float32], density: float) -> NDArray[np.float32]:
+    """The array with all entries zero but the largest: `int(density * size)` of them. 1.0 keeps all.
+
+    Of entries with one magnitude, the first ones are taken.
+    """
+    if density >= 1:
+        return array
+    count = int(density * array.size)
+    flat = np.abs(array).reshape(-1)
+    kept = np.zeros(array.size, np.bool_)
+    if count:
+        limit = np.partition(flat, array.size - count)[array.size - count]
+        kept = flat > limit
+        kept[np.flatnonzero(flat == limit)[: count - np.count_nonzero(kept)]] = True
+    return array * kept.reshape(array.shape)
+
+
+def random_entries(array: NDArray[np.float32], density: float, key: str) -> NDArray[np.float32]:
+    """The array with random entries zero; the others are divided by `density`. 1.0 keeps all, unchanged.
+
+    `key` determines which entries are kept: the same ones on every machine (see `kept_at_random`).
+    """
+    if density >= 1:
+        return array
+    return array * kept_at_random(array.shape, density, key) / np.float32(density)
+
+
+def kept_at_random(shape: tuple[int, ...], density: float, key: str) -> NDArray[np.bool_]:
+    """A mask in which each entry is true with the probability `density`.
+
+    NumPy promises that a bit generator gives the same raw numbers in every version; it promises no such thing for
+    distributions.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest(), "little")
+    raw = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
+    return np.reshape(raw < np.uint64(int(density * 2.0**64)), shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +237,10 @@ def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str
     if len(names) < 2:
         raise InputRefused(f"{named('combine', combination.method)} combines several adapters, and there is one")
     terms = {step.weight: step.terms for step in plan.steps}
-    combined = _combined(terms, combination, plan.adapters, names)
+    combined = _combined_terms(terms, combination, plan.adapters, names)
     steps = tuple(dataclasses.replace(step, terms=(combined[step.weight],)) for step in plan.steps)
     note = f"the pairs of each weight are combined by {combination}, as PEFT does: not the exact sum"
-    return dataclasses.replace(plan, steps=_with_texts(steps, terms, combination), notes=(*plan.notes, note))
+    return dataclasses.replace(plan, steps=steps, notes=(*plan.notes, note))
 
 
 def combine_adapters(
@@ -64,16 +259,18 @@ def combine_adapters(
     for adapter, strength in zip(adapters, strengths, strict=True):
         for module, pair in adapter.pairs.items():
             terms[module] = (*terms.get(module, ()), Term(adapter.name, module, pair, strength))
-    combined = _combined(terms, combination, adapters, [adapter.name for adapter in adapters])
+    combined = _combined_terms(terms, combination, adapters, [adapter.name for adapter in adapters])
     metadata = [adapter.metadata for adapter in adapters]
     shared = {key: value for key, value in metadata[0].items() if all(other.get(key) == value for other in metadata)}
     kept = ("task_type", "base_model_name_or_path")
+    is_known = all(adapter.targets for adapter in adapters)
     return Adapter(
         name=name,
         format="combined",
         pairs={module: term.pair for module, term in combined.items()},
         layouts=_layouts(adapters),
-        targets=_targets(adapters),
+        # The endings of all; none where those of one are not fully known.
+        targets=tuple(sorted({target for adapter in adapters for target in adapter.targets})) if is_known else (),
         spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},
         metadata={key: shared[key] for key in kept if key in shared},
     )
@@ -92,7 +289,7 @@ def combined_unless_exact(
     return [combine_adapters(adapters, strengths, combination, name)], ()
 
 
-def _combined(
+def _combined_terms(
     terms: Mapping[str, Sequence[Term]], combination: Combination, adapters: Sequence[Adapter], names: Sequence[str]
 ) -> dict[str, Term]:
     numbers = {name: number for number, name in enumerate(names)}
@@ -104,7 +301,9 @@ def _combined(
         # Random entries depend on the names in the files, not on those of the base.
         in_files = [dataclasses.replace(one, module=by_name[one.adapter].spelled(one.module)) for one in own]
         try:
-            combined[name] = Term(own[0].adapter, own[0].module, combined_pair(combination, in_files, numbers, largest))
+            pair = combined_pair(combination, in_files, numbers, largest)
+            text = f"B A (rank {pair.rank}), {combination.method} of {' and '.join(map(str, own))}"
+            combined[name] = CombinedTerm(own[0].adapter, own[0].module, pair, text=text)
         except InputRefused as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -113,28 +312,6 @@ def _combined(
             listed(problems),
         )
     return combined
-
-
-def _with_texts(
-    steps: Iterable[Step], terms: Mapping[str, Sequence[Term]], combination: Combination
-) -> tuple[Step, ...]:
-    """The steps, whose terms print what they were made of."""
-    return tuple(
-        dataclasses.replace(
-            step,
-            terms=tuple(
-                CombinedTerm(
-                    term.adapter, term.module, term.pair, text=_described(term, terms[step.weight], combination)
-                )
-                for term in step.terms
-            ),
-        )
-        for step in steps
-    )
-
-
-def _described(term: Term, sources: Sequence[Term], combination: Combination) -> str:
-    return f"B A (rank {term.pair.rank}), {combination.method} of {' and '.join(map(str, sources))}"
 
 
 def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -148,10 +325,3 @@ def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:
                     f"one that is stored as {layouts[module]}"
                 )
     return layouts
-
-
-def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The endings of all adapters; empty where those of one are not fully known."""
-    if not all(adapter.targets for adapter in adapters):
-        return ()
-    return tuple(sorted({target for adapter in adapters for target in adapter.targets}))

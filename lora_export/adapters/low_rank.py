@@ -7,14 +7,13 @@ of the product (Eckart and Young 1936: the first singular values and vectors are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.adapters.plain_pairs import refuse_beyond_pairs
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
 
@@ -60,7 +59,7 @@ class SingularValues:
 class Truncation:
     """How many singular values are kept: a rank, or the fewest that hold a share of ‖ΔW‖², or that but at most a rank.
 
-    Raises WrongUsage where neither is given, and for values out of range.
+    Raises WrongUsage where neither is given.
     """
 
     rank: int | None = None
@@ -69,10 +68,6 @@ class Truncation:
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
             raise WrongUsage(f"give {named('rank')}, or {named('energy')}: the share of each change that is kept")
-        if self.rank is not None and self.rank < 1:
-            raise WrongUsage(f"{named('rank')} is {self.rank}; it must be at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise WrongUsage(f"{named('energy')} is {self.energy:g}; it must be above 0 and at most 1")
 
     def rank_of(self, values: SingularValues) -> int:
         """The rank for a matrix of which all needed singular values are known."""
@@ -184,3 +179,33 @@ def _pair(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
     a, b = found.factors(rank)
     kernel = [1] * (len(old.shape) - 2)
     return LoraPair(a.reshape(-1, *old.shape[1:]), b.reshape(*b.shape, *kernel), 1.0, embedding=old.embedding)
+
+
+WHY = {  # what no pair of plain LoRA expresses
+    "magnitude": "has DoRA's magnitude, which rescales the whole weight",
+    "as_stored": "is a bare parameter (target_parameters), which has no layer of LoRA",
+    "replaced": "is saved whole",
+    "biases": "has a bias of B",
+    "added": "has a change of a vector, such as the weight of a norm",
+    "token_rows": "has trained rows of tokens",
+    "tied": "is tied to the input embeddings (ensure_weight_tying)",
+}
+
+
+def refuse_beyond_pairs(adapters: Sequence[Adapter], what: str, *, whole_ok: bool = False) -> None:
+    """Raise InputRefused for what no pair of plain LoRA expresses. The message names all of it.
+
+    `what` is the subject of the message. With `whole_ok`, tensors that are saved whole are allowed beside the pairs.
+    """
+    problems = [f"{adapter.name}: {problem}" for adapter in adapters for problem in _beyond_pairs(adapter, whole_ok)]
+    if problems:
+        raise InputRefused(f"{what} can contain pairs of A and B alone. Nothing was written.", listed(problems))
+
+
+def _beyond_pairs(adapter: Adapter, whole_ok: bool) -> Iterator[str]:
+    for kind, names in adapter.beyond_pairs.items():
+        if names and not (whole_ok and kind == "replaced"):
+            first, *others = names
+            yield f"{first}{f' (and {len(others)} more)' if others else ''} {WHY[kind]}"
+    if not adapter.pairs:
+        yield "it has no pair"

@@ -1,28 +1,42 @@
-"""An adapter under the names of its base, or of the base as transformers 5 loads it."""
+"""An adapter under other names: of its base, of the base as transformers 5 loads it, or of a diffusion pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.errors import InputRefused, listed
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
-from lora_export.names.tensor_parts import NotExpressible
+from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.options.spelling import named
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.converted_attempts import loaded_names
+from lora_export.plan.diffusion import (
+    CLIP,
+    SECOND_CLIP,
+    Family,
+    components_of,
+    family_of_model,
+    family_of_pipeline,
+    joined_components,
+    of_component,
+)
 from lora_export.plan.match_names import BaseTensors
-from lora_export.plan.spelling import spell
+from lora_export.plan.spelling import respelled, spell
 from lora_export.plan.types import TensorSpec
-from lora_export.weights.checkpoint import open_checkpoint
-
-NAMES_OF = ("transformers4", "transformers5", "vllm", "sglang")  # whose names an adapter can get
-_Value = TypeVar("_Value")
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.pipeline import is_pipeline, open_pipeline
+from lora_export.weights.weight_files import variant_like
 
 
 def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
@@ -123,3 +137,161 @@ def _stacked(
         pair = joined_outputs(own, [size for _, size in ordered])
         result[expert_name(name, expert)] = replace(pair, as_stored=True)
     return result
+
+
+OF_CLIP = "text_model."  # what transformers 5 leaves out before the names of a text encoder, and no other program does
+
+
+def family_of_base(base: Path) -> Family:
+    """The family of a pipeline, or of the pipelines that one model belongs to."""
+    if is_pipeline(base):
+        return family_of_pipeline(open_pipeline(base).class_name)
+    return family_of_model(open_checkpoint(base, variant=variant_like(base)).config)
+
+
+def named_for_pipeline(adapter: Adapter, base: Path, to: str) -> Adapter:
+    """The adapter under the names that a format has for a pipeline, or for the one model at `base`.
+
+    Each name begins with its component. ComfyUI has the names of the models' authors, and kohya's scripts have them for
+    most models; pairs that are parts of one weight of theirs become one. Reads headers only. Raises InputRefused
+    (MatchError) where the adapter does not fit, and for changes that the names of the authors cannot express.
+    """
+    parts = []
+    components = components_of(adapter)
+    for component in components:
+        folder = _folder_of(base, component, components)
+        checkpoint = open_checkpoint(folder, variant=variant_like(folder))
+        part = of_component(adapter, component)
+        plan.make([part], checkpoint.specs, identity_ok=True, unknown_layout_ok=True, rules=checkpoint.rules)
+        (named,) = respelled([part], checkpoint.specs, checkpoint.rules)
+        if component in (CLIP, SECOND_CLIP):
+            named = named.renamed(_with_text_model)
+        elif to == "comfyui" or (to == "kohya" and _has_names_of_authors(checkpoint.config)):
+            named = _under_names_of_authors(named, checkpoint, to)
+        parts.append(named.renamed(functools.partial(component_name, component)))
+    return joined_components(adapter, parts)
+
+
+def _folder_of(base: Path, component: str, components: list[str]) -> Path:
+    if is_pipeline(base):
+        pipeline = open_pipeline(base)
+        return pipeline.models[pipeline.folder_of(component, components)]
+    if len(components) > 1:
+        raise InputRefused(
+            f"{base} is one model, and the adapter changes several. Give the folder of the pipeline as {named('base')}"
+        )
+    return base
+
+
+def _with_text_model(name: str) -> str:
+    return name if name.startswith(OF_CLIP) or not name.startswith("encoder.layers.") else OF_CLIP + name
+
+
+def _has_names_of_authors(config: Mapping[str, Any]) -> bool:
+    """Whether kohya's scripts and musubi-tuner train a model under the names of its authors."""
+    return family_of_model(config) is not Family.SD and config.get("_class_name") != "ZImageTransformer2DModel"
+
+
+def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -> Adapter:
+    """The adapter under the names of the model's authors; itself where the model has only one kind of names."""
+    shapes = {spec.name: spec.shape for spec in checkpoint.specs}
+    layout = _layout_of_authors(shapes, checkpoint.config.get("_class_name"))
+    if layout is None:
+        return adapter
+    names = _NamesOfAuthors(adapter, shapes)
+    for name, tensor in layout.tensors.items():
+        if tensor.conversion is None:
+            names.add_rename(name, tensor.sources[0])
+        else:
+            names.add(name, list(tensor.sources), tensor.conversion.assembled(shapes.__getitem__)[name])
+    if names.problems:
+        raise InputRefused(
+            f"the format {to} cannot express everything in {adapter.name}:",
+            listed(names.problems, len(names.problems)),
+            "Nothing was written.",
+        )
+    return names.result()
+
+
+def _layout_of_authors(names: Iterable[str], diffusers_class: object) -> OtherLayout | None:
+    """The layout of the authors, for a model of diffusers whose class has one. Two families may share many names."""
+    layouts = [layout for layout in other_layouts(names) if layout.is_original]
+    return next((layout for layout in layouts if layout.diffusers_class == diffusers_class), None)
+
+
+class _NamesOfAuthors:
+    """An adapter on its way to the names of the authors, tensor after tensor of the authors' model."""
+
+    def __init__(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]):
+        self.adapter, self.shapes = adapter, shapes
+        self.new_names: dict[str, str] = {}  # of modules and of tensors
+        self.pairs: dict[str, LoraPair] = {}  # those that are no longer the adapter's own
+        self.biases: dict[str, NDArray[np.float32]] = {}
+        self.used: dict[str, str] = {}  # a module whose pair or bias is in these -> the module that has it
+        self.problems: list[str] = []
+
+    def add_rename(self, name: str, source: str) -> None:
+        self.new_names |= {source: name, _module(source): _module(name)}
+
+    def add(self, name: str, sources: list[str], whole: AssembledTensor) -> None:
+        """A tensor of the authors that consists of rows of the sources."""
+        order = self._order(sources, whole)
+        if len(sources) == 1 and np.array_equal(order, np.arange(len(order))):
+            self.add_rename(name, sources[0])
+            return
+        modules = [_module(source) for source in sources]
+        sizes = [self.shapes[source][0] for source in sources]
+        if name.endswith(".weight"):
+            self._add_pairs(_module(name), modules, sizes, order)
+        else:
+            self._add_biases(_module(name), modules, sizes, order)
+        self.problems += [f"{source}: a part of a vector" for source in sources if source in self.adapter.added]
+
+    def _order(self, sources: list[str], whole: AssembledTensor) -> NDArray[np.int64]:
+        """Which row of the sources, one after another, each row of the tensor is."""
+        starts = dict(zip(sources, np.cumsum([0, *(self.shapes[source][0] for source in sources)]), strict=False))
+        order = np.empty(whole.shape[0], np.int64)
+        for piece in whole.pieces:
+            order[piece.positions[0]] = starts[piece.source] + piece.indices[0]
+        return order
+
+    def _add_pairs(self, new: str, modules: list[str], sizes: list[int], order: NDArray[np.int64]) -> None:
+        own = {number: self.adapter.pairs[m] for number, m in enumerate(modules) if m in self.adapter.pairs}
+        self.used |= {modules[number]: new for number in own}
+        if others := [modules[number] for number, pair in own.items() if type(pair) is not LoraPair]:
+            self.problems += [
+                f"{module}: a part of a weight of the original model, and no pair of A and B" for module in others
+            ]
+        elif own:
+            try:
+                self.pairs[new] = joined_outputs(own, sizes).part(order, None)
+            except InputRefused as error:
+                named = ", ".join(modules[number] for number in own)
+                self.problems.append(f"{named}: parts of one weight of the original model: {error}")
+
+    def _add_biases(self, new: str, modules: list[str], sizes: list[int], order: NDArray[np.int64]) -> None:
+        own = [self.adapter.biases.get(module) for module in modules]
+        if any(bias is not None for bias in own):
+            whole = [
+                np.zeros(size, np.float32) if bias is None else bias for bias, size in zip(own, sizes, strict=True)
+            ]
+            self.biases[new] = np.concatenate(whole)[order]
+            self.used |= dict.fromkeys(modules, new)
+
+    def result(self) -> Adapter:
+        def name_of(name: str) -> str | None:
+            module, dot, what = name.rpartition(".")
+            return self.new_names.get(name) or self.new_names.get(module, module) + dot + what
+
+        renamed = self.adapter.renamed(lambda name: None if name in self.used else name_of(name))
+        spelling = {new: self.adapter.spelled(old) for old, new in reversed(self.used.items())}
+        return replace(
+            renamed,
+            pairs={**renamed.pairs, **self.pairs},
+            biases={**renamed.biases, **self.biases},
+            spelling={**renamed.spelling, **spelling},
+        )
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from lora_export import plan, provenance
-from lora_export.api.adapter_names import named_for
+from lora_export.api.adapter_names import family_of_base, named_for, named_for_pipeline
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
-from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
-from lora_export.graph.merge.isolate import without_unchanged_tables
+from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
+from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions

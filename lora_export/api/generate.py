@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.processors import open_tokenizer
 from lora_export.options.declaring import takes
-from lora_export.options.generate import GenerateOptions, OnText, Prompt
+from lora_export.options.export import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun

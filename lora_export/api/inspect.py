@@ -86,15 +86,11 @@ class Inspection:
     @property
     def linear(self) -> tuple[Site, ...]:
         """The linear layers and convolutions of a graph, without those that multiply by an adapter's A or B."""
-        sites = (*self.graph.linear, *self.graph.unnamed) if self.graph else ()
-        return tuple(site for site in sites if not reads_adapter(site))
+        if self.graph is None:
+            return ()
+        from lora_export.graph.interface import is_adapter_tensor
 
-
-def reads_adapter(site: Site) -> bool:
-    """Whether a site of a graph reads an adapter's A or B."""
-    from lora_export.graph import interface
-
-    return interface.is_adapter_tensor(site)
+        return tuple(site for site in (*self.graph.linear, *self.graph.unnamed) if not is_adapter_tensor(site))
 
 
 @takes(InspectOptions)

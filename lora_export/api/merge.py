@@ -45,7 +45,11 @@ def merge(options: MergeOptions) -> MergeResult:
         cuda.require_cuda()
     request = _request(options, base, kind)
     if request.keep_residual is not None:
-        _refuse_place(request.keep_residual, request.output)
+        residual, output = request.keep_residual.absolute(), request.output.absolute()
+        if output in (residual, *residual.parents):
+            raise WrongUsage(
+                f"{named('keep_residual', request.keep_residual)} is the output or inside it. Name a file beside it"
+            )
     if kind is ArtifactKind.PIPELINE:
         return merge_into_pipeline(request)
     if kind is not ArtifactKind.GRAPH:
@@ -80,10 +84,3 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         float_base=found(options.float_base),
         keep_residual=None if options.keep_residual is None else Path(options.keep_residual),
     )
-
-
-def _refuse_place(residual: Path, output: Path) -> None:
-    """Raise WrongUsage for a residual in the place of the output, or within it."""
-    one, other = residual.absolute(), output.absolute()
-    if one == other or other in one.parents:
-        raise WrongUsage(f"{named('keep_residual', residual)} is the output or inside it. Name a file beside it")

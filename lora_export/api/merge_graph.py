@@ -11,12 +11,14 @@ from lora_export.api.generation_files import copy_generation_files, size_of_gene
 from lora_export.api.merge_request import MergeRequest, MergeResult, nodes_remedy
 from lora_export.callbacks import in_bytes
 from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 from lora_export.graph.refusals import base_as_remedy
 from lora_export.plan.spelling import respelled
 from lora_export.storage import atomic_output, input_files
+from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge_report import refuse_no_change
 
@@ -41,19 +43,15 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         request.backend() as backend,
         request.staged(atomic_output.stage_file, graph.nbytes + size_of_generation_files(request.base)) as folder,
     ):
-        report = merge_graph(
-            steps,
-            graph,
-            sites,
-            folder,
+        run = MergeRun(
             file_name=request.output.name,
             min_retention=request.min_retention,
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", graph.nbytes),
             requantise=request.requantize,
-            backend=backend,
-            more_settings=request.combined.settings,
+            backend=backend or Backend(),
         )
+        report = merge_graph(steps, graph, sites, folder, run, request.combined.settings)
         refuse_no_change(report)
         copy_generation_files(request.base, request.output, folder, request.on_message)
     request.warn_of_rounding(report, nodes_remedy())

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export import plan, provenance
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.merge_checkpoint import notes_on_checkpoint
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
-from lora_export.api.pipeline_parts import parts_by_model
 from lora_export.callbacks import in_bytes
 from lora_export.errors import MatchError, Misfit
 from lora_export.lora import Adapter
-from lora_export.options.combining import Combination
 from lora_export.plan import Plan
+from lora_export.plan.build import checked_strengths
+from lora_export.plan.diffusion import components_of, of_component
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
@@ -24,6 +24,38 @@ from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, refuse_no_change
 from lora_export.weights.pipeline import Pipeline, open_pipeline
+
+
+@dataclass
+class ModelParts:
+    """What adapters change in one model of a pipeline."""
+
+    adapters: list[Adapter] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+
+
+def parts_by_model(
+    pipeline: Pipeline, adapters: Sequence[Adapter], strengths: Sequence[float]
+) -> tuple[dict[str, ModelParts], tuple[str, ...]]:
+    """The parts of the adapters by the folder of their model, and notes for the user.
+
+    A part without effect, as before training, is left out with a note: its model stays as it is. Raises InputRefused
+    for a component that the pipeline lacks, and for an adapter that has no effect on any model.
+    """
+    parts: dict[str, ModelParts] = {}
+    notes = []
+    for adapter, strength in zip(adapters, checked_strengths(adapters, strengths), strict=True):
+        components = components_of(adapter)
+        for component in components:
+            folder = pipeline.folder_of(component, components)
+            part = of_component(adapter, component)
+            if part.is_identity:
+                notes.append(f"{adapter.name} changes nothing in {folder}: its values there are those before training")
+                continue
+            own = parts.setdefault(folder, ModelParts())
+            own.adapters.append(part)
+            own.strengths.append(strength)
+    return parts, tuple(notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,38 +67,26 @@ class ModelMerge:
     plan: Plan
 
 
-def plan_pipeline(
-    pipeline: Pipeline,
-    adapters: Sequence[Adapter],
-    strengths: Sequence[float],
-    layout: Mapping[str, str],
-    combination: Combination,
-    variant: str | None = None,
-) -> tuple[list[ModelMerge], tuple[str, ...]]:
+def _plan_models(request: MergeRequest, pipeline: Pipeline) -> tuple[list[ModelMerge], tuple[str, ...]]:
     """A plan for each model that the adapters change, and notes on the models that they leave as they are.
 
-    `variant` chooses one of several sets of weights of each. Raises InputRefused for a component that the pipeline
-    lacks, and for a variant that a changed model lacks, MatchError with the misfits of all models.
+    Raises InputRefused for a component that the pipeline lacks, and for a variant that a changed model lacks,
+    MatchError with the misfits of all models.
     """
-    parts, notes = parts_by_model(pipeline, adapters, strengths)
+    parts, notes = parts_by_model(pipeline, request.adapters, request.weights)
     merges: list[ModelMerge] = []
     misfits: list[Misfit] = []
     targets = 0
     for folder, own in parts.items():
-        checkpoint = open_checkpoint(pipeline.models[folder], variant=variant)
+        checkpoint = open_checkpoint(pipeline.models[folder], variant=request.variant)
         try:
-            steps = plan.make(
-                own.adapters,
-                checkpoint.specs,
-                strengths=own.strengths,
-                layout=layout,
-                rules=checkpoint.rules,
-            )
+            specs, rules, layout = checkpoint.specs, checkpoint.rules, request.layout
+            steps = plan.make(own.adapters, specs, strengths=own.strengths, layout=layout, rules=rules)
         except MatchError as error:
             misfits += [replace(misfit, problem=f"{folder}: {misfit.problem}") for misfit in error.misfits]
             targets += error.targets
             continue
-        steps = combine_in_plan(steps, combination, [adapter.name for adapter in adapters])
+        steps = combine_in_plan(steps, request.combined, [adapter.name for adapter in request.adapters])
         refuse_before_merge(steps, checkpoint)
         merges.append(ModelMerge(folder, checkpoint, steps))
         targets += len(steps.steps)
@@ -75,7 +95,7 @@ def plan_pipeline(
     return merges, notes
 
 
-def plan_of_all(merges: Sequence[ModelMerge], adapters: Sequence[Adapter], strengths: Sequence[float]) -> Plan:
+def _plan_of_all(request: MergeRequest, merges: Sequence[ModelMerge]) -> Plan:
     """The plans of all models as one, for a report: each tensor's name begins with the folder of its model."""
     steps = [
         replace(step, spec=replace(step.spec, name=f"{each.folder}/{step.weight}", region=None))
@@ -83,12 +103,12 @@ def plan_of_all(merges: Sequence[ModelMerge], adapters: Sequence[Adapter], stren
         for step in each.plan.steps
     ]
     return Plan(
-        adapters=tuple(adapters),
-        strengths=tuple(strengths),
+        adapters=tuple(request.adapters),
+        strengths=tuple(request.strengths),
         steps=tuple(steps),
         kept=tuple(f"{each.folder}/{name}" for each in merges for name in each.plan.kept),
         notes=tuple(f"{each.folder}: {note}" for each in merges for note in each.plan.notes),
-        spellings=tuple(_spelling_of(adapter, merges) for adapter in adapters),
+        spellings=tuple(_spelling_of(adapter, merges) for adapter in request.adapters),
     )
 
 
@@ -106,26 +126,18 @@ def _spelling_of(adapter: Adapter, merges: Sequence[ModelMerge]) -> str:
 def merge_into_pipeline(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Every merged model has a manifest of its own. Raises as `merge`."""
     pipeline = open_pipeline(request.base)
-    merges, unchanged = plan_pipeline(
-        pipeline, request.adapters, request.weights, request.layout or {}, request.combined, request.variant
-    )
-    strengths = request.weights or [1.0] * len(request.adapters)
-    whole = plan_of_all(merges, request.adapters, strengths)
+    merges, unchanged = _plan_models(request, pipeline)
+    whole = _plan_of_all(request, merges)
     on_models = [note for each in merges for note in notes_on_checkpoint(each.checkpoint, request.adapters)]
     notes = request.report_notes(whole, list(dict.fromkeys((*unchanged, *on_models))))
     if request.dry_run:
         return MergeResult(request.output, whole, None, notes)
-    report = _write(request, pipeline, merges, strengths)
+    report = _write(request, pipeline, merges)
     request.warn_of_rounding(report, float32_remedy())
     return MergeResult(request.output, whole, report, notes)
 
 
-def _write(
-    request: MergeRequest,
-    pipeline: Pipeline,
-    merges: Sequence[ModelMerge],
-    strengths: Sequence[float],
-) -> MergeReport:
+def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerge]) -> MergeReport:
     others = list(pipeline.other_files({each.folder for each in merges}))
     size = sum((pipeline.path / relative).stat().st_size for relative in others)
     companions = [each.checkpoint.path / name for each in merges for name in each.checkpoint.other_files()]
@@ -152,7 +164,7 @@ def _write(
         for relative in others:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(pipeline.path / relative, stage / relative)
-        record = provenance.record(request.adapters, strengths, {}, (), {"models": sorted(reports), **settings})
+        record = provenance.record(request.adapters, request.strengths, {}, (), {"models": sorted(reports), **settings})
         write_manifest(stage, record, _known_hashes(stage, reports))
     return report
 

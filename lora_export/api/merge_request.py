@@ -51,6 +51,11 @@ class MergeRequest(MergeOptions):
     keep_residual: Path | None = None
 
     @property
+    def strengths(self) -> Sequence[float]:
+        """One factor for each adapter."""
+        return self.weights or (1.0,) * len(self.adapters)
+
+    @property
     def stored(self) -> str | None:
         """The type in which floats are stored; None: each in its own."""
         return None if self.dtype == "keep" else self.dtype

@@ -14,14 +14,14 @@ from lora_export import provenance
 from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import resolve_model
-from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps
-from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
+from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
@@ -48,12 +48,16 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
     with options.staged([path] if path.exists() else []) as folder:
         options.stage("reading the graph")
         graph, names = _open(path, options.checkpoint)
-        program = _copy_of(graph)
+        program = graph.model.clone()  # its large weights stay in their files
+        program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
         given = options
         options = _respelled(options, program, names)
         base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
         references = _references(base, options) if options.verify else None
-        options = _without_head(program, names, options)
+        if options.ignore_head:
+            found = find_sites(program, names)
+            options = options.without_head(found.specs, stored_in_graph(found))
+            del found
         before = base_outputs([program], references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
         if options.verify and options.reference is None:
@@ -89,13 +93,6 @@ def _respelled(options: OnnxRequest, program: ir.Model, names: Checkpoint | None
     return replace(options, adapters=adapters, weights=weights)
 
 
-def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxRequest) -> OnnxRequest:
-    if not options.ignore_head:
-        return options
-    sites = find_sites(program, names)
-    return options.without_head(sites.specs, stored_in_graph(sites))
-
-
 def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | None]:
     """Open the graph, and the checkpoint that names its weights.
 
@@ -106,13 +103,6 @@ def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | 
     if graph.takes_adapters:
         raise InputRefused(f"{path} takes adapters as inputs already. Start from the graph that it was made from")
     return graph, None if checkpoint is None else open_checkpoint(checkpoint)
-
-
-def _copy_of(graph: GraphFile) -> ir.Model:
-    """A copy that may be changed. Its large weights stay in their files."""
-    program = graph.model.clone()
-    program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
-    return program
 
 
 def _references(base: BaseGraph, options: OnnxRequest) -> References:
@@ -187,7 +177,7 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
                 f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, names them by content"
             )
         return [name for name, site in linear.items() if not is_output_head(site)]
-    matched = {name: [weight for weight in linear if _matches(weight, name)] for name in targets}
+    matched = {name: [weight for weight in linear if f".{module_of(weight)}".endswith(f".{name}")] for name in targets}
     if lost := [name for name, weights in matched.items() if not weights]:
         endings = sorted({module_of(weight).rpartition(".")[2] for weight in linear})
         near = [difflib.get_close_matches(name, endings, n=3, cutoff=0.5) or endings[:3] for name in lost]
@@ -198,10 +188,6 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
             )
         )
     return [weight for weight in linear if any(weight in weights for weights in matched.values())]
-
-
-def _matches(weight: str, name: str) -> bool:
-    return f".{module_of(weight)}".endswith(f".{name}")
 
 
 def _merge(
@@ -217,8 +203,9 @@ def _merge(
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < MIN_EXTERNAL_BYTES:
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-    written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=FAST)
-    return written.sources, [path.name for path in folder.iterdir() if path.name != file_name]
+    run = MergeRun(file_name=file_name)
+    write_merged(steps, replace(graph, model=program), sites, folder, run)
+    return run.hashes, [path.name for path in folder.iterdir() if path.name != file_name]
 
 
 def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:

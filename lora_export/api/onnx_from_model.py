@@ -18,15 +18,23 @@ from lora_export.api.generation_files import GENAI_CONFIG, write_generation_file
 from lora_export.api.generation_task import generating_model
 from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
-from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
-from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
+from lora_export.api.onnx_steps import (
+    Located,
+    base_outputs,
+    insert_and_save,
+    locate_steps,
+    prove_all,
+    record_in,
+    write_graph,
+)
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.callbacks import each_once, ignore
 from lora_export.errors import MatchError, RuntimeRefused
-from lora_export.graph.find_sites import find_sites, precision_of
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.interface import precision_of
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.quantised.quantise import quantise_graph
@@ -47,11 +55,11 @@ from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_roundin
 
 def export_from_model(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
-    source, dtype = options.model, options.dtype
+    source = options.model
     with options.staged(model_paths(source)) as folder:
-        require_memory_to_export(source, dtype)
+        require_memory_to_export(source, options.dtype)
         options.stage("loading the model")
-        base = resolve_model(source, options.without_own_heads, dtype=dtype, inputs=options.inputs, export=True)
+        base = resolve_model(source, options.without_own_heads, dtype=options.dtype, inputs=options.inputs, export=True)
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         given = options
@@ -85,7 +93,8 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         beside = _write_generation_files(base, written, options, folder) if options.task else []
         precision = precision_of(find_sites(written))
         proofs = prove_all(path, references, options, before) if options.verify else None
-        settings = {"lora": options.lora, "opset": options.opset, "dtype": _dtype_of(base), **options.settings}
+        dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
+        settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
         chosen |= {"max_rank": options.max_rank}
@@ -241,23 +250,19 @@ def write_with_adapters(
 
     `whole` are the weights of the model where the graph has some of them only.
     """
-    if not options.adapters and not future:
-        if options.lora == "merged":
-            quantise(program, options)
-        return None, write_graph(program, options, folder)
-    located = locate_steps(program, options, None, whole=whole)
-    if located.plan is not None and not located.plan.steps:  # all that the adapters change is in other graphs
-        if options.lora == "merged":
-            quantise(program, options)
-        return located, write_graph(program, options, folder)
+    located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
+    # Without steps, all that the adapters change is in other graphs.
+    is_changed = located is not None and (located.plan is None or bool(located.plan.steps))
+    if located is not None and is_changed and options.lora != "merged":
+        specs = located.sites.specs
+        targets = [step.weight for step in plan.make(future, specs, identity_ok=True).steps] if future else []
+        return located, insert_and_save(program, located, options, targets, folder)
     if options.lora == "merged":
-        assert located.plan is not None
-        options.stage("folding the adapters in")
-        refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
+        if located is not None and located.plan is not None and is_changed:
+            options.stage("folding the adapters in")
+            refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
         quantise(program, options)
-        return located, write_graph(program, options, folder)
-    targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
-    return located, insert_and_save(program, located, options, targets, folder)
+    return located, write_graph(program, options, folder)
 
 
 def quantise(program: ir.Model, options: OnnxRequest) -> None:
@@ -267,7 +272,3 @@ def quantise(program: ir.Model, options: OnnxRequest) -> None:
     options.stage(f"quantising to {options.quantize}")
     for note in quantise_graph(program, options.quantize):
         options.on_message(f"note: {note}")
-
-
-def _dtype_of(base: Model) -> str:
-    return str(ModuleRunner(base.module).dtype).removeprefix("torch.")

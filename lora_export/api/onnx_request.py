@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_export import plan
 from lora_export.api.shared_head import Stored, without_shared_head
@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.lora import Adapter
+from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
@@ -24,7 +25,7 @@ from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
-    from lora_export.graph.find_sites import WeightPrecision
+    from lora_export.graph.interface import WeightPrecision
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,9 +46,7 @@ class OnnxRequest(OnnxOptions):
     @property
     def targets(self) -> str | list[str] | None:
         """ "all-linear", endings of layer names, or None where no layer was named."""
-        if self.target is None or self.target == "all-linear":
-            return self.target
-        return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
+        return None if self.target is None else layer_endings(self.target)
 
     @property
     def has_encoder(self) -> bool:
@@ -103,6 +102,15 @@ class OnnxProofs:
     mixed: Proof | None = None  # batches in which each row has its own adapter
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
     several: Proof | None = None  # batches in which each row has several adapters
+
+    def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
+        """What was proven besides the whole, by name; each proof in a form of it."""
+        found: dict[str, Any] = {}
+        if self.unlike_base is not None:
+            found["bits_of_base"] = not self.unlike_base
+            found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
+        batches = {"mixed": self.mixed, "several": self.several}
+        return found | {name: form(proof) for name, proof in batches.items() if proof}
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,17 +25,12 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
     """
     path = Path(output)
     if library := LIBRARIES.get(suffix):
-        _require_utf8(path, library)
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise OutputFailed(f"{path} is not UTF-8, and {library} take no such path. Name it otherwise") from error
     if path.suffix in (suffix, *others) or path.name in ("", ".."):
         return path
     if path.suffix in KINDS:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")
     return path if os.path.lexists(path) else path.with_name(path.name + suffix)
-
-
-def _require_utf8(path: Path, library: str) -> None:
-    """Raise OutputFailed for a path that the library cannot open. Comes before any work is done."""
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError as error:
-        raise OutputFailed(f"{path} is not UTF-8, and {library} take no such path. Name it otherwise") from error

@@ -13,7 +13,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
-from lora_export.plan import Step, TensorSpec
+from lora_export.plan import TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,7 @@ def stored_in_module(module: nn.Module) -> Stored:
 
 def stored_in_graph(sites: Sites) -> Stored:
     """The tensors of a graph, by name. Quantised ones are dequantised."""
-    from lora_export.graph.names.exporter_names import is_stored_transposed
+    from lora_export.graph.exporter_names import is_stored_transposed
 
     def read(name: str) -> NDArray[Any]:
         site = sites.by_name[name][0]
@@ -72,12 +72,8 @@ def _own_tensors(adapter: Adapter, specs: Sequence[TensorSpec], stored: Stored) 
     if not adapter.replaced:
         return
     for step in plan.make([adapter], specs, may_add=True, identity_ok=True).steps:
-        if step.replace is not None and not _is_stored(step, stored):
+        if step.replace is None:
+            continue
+        value = None if step.added else stored(step.weight)
+        if value is None or not np.array_equal(step.replace.astype(value.dtype), value):
             yield step.weight
-
-
-def _is_stored(step: Step, stored: Stored) -> bool:
-    if step.added or step.replace is None:
-        return False
-    value = stored(step.weight)
-    return np.array_equal(step.replace.astype(value.dtype), value)

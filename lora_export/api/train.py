@@ -37,8 +37,8 @@ from lora_export.models.model import Model
 from lora_export.options.declaring import narrowed, takes
 from lora_export.options.spelling import named
 from lora_export.options.train import TrainingSettings, TrainOptions
-from lora_export.report.comparison import require_matplotlib
 from lora_export.report.files.page import require_jinja2
+from lora_export.report.training import require_matplotlib
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches

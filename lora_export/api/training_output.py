@@ -21,8 +21,7 @@ from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
-from lora_export.report.comparison import comparison_page, draw_losses
-from lora_export.report.model_card import MODEL_CARD, model_card
+from lora_export.report.training import MODEL_CARD, comparison_page, draw_losses, model_card
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name
 from lora_export.storage.json_files import write_json

@@ -30,9 +30,9 @@ from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
 from lora_export.options.verify import Judging, VerifyOptions
 from lora_export.provenance import adapter_records
+from lora_export.report.files import check_report_path, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
-from lora_export.report.write import check_report_path, write_report
 from lora_export.runtime.expectations import refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.api.pipeline_parts import parts_by_model
+from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import judge_weights
 from lora_export.lora import Adapter

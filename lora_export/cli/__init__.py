@@ -1,8 +1,8 @@
 """The command line: reads arguments, calls one function of `lora_export.api`, prints its result, exits.
 
-One file a command, loaded when it is called; heavy packages are imported inside the commands, so
-that `--help` is instant. stdout has the result, stderr the messages. `run` is the one place where an
-error becomes a message and an exit code.
+A command's file is loaded when it is called; heavy packages are imported inside the commands, so that `--help` is
+instant. stdout has the result, stderr the messages. `run` is the one place where an error becomes a message and an exit
+code.
 """
 
 from __future__ import annotations
@@ -51,18 +51,25 @@ JOBS = {
     },
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
+# The file of a command, where it is not that of its name: one with a record of options beside its own.
+FILE_OF_COMMAND = {
+    **dict.fromkeys(("inspect", "convert", "combine", "extract", "resize"), "adapters"),
+    **dict.fromkeys(("onnx", "torchscript"), "export"),
+    "unmerge": "merge",
+}
 
 PATIENCE = 1.0  # seconds
 
 
 def command_named(name: str) -> click.Command:
     """Import the command of this name."""
-    command: click.Command = importlib.import_module(f"lora_export.cli.{name}").command
+    module = importlib.import_module(f"lora_export.cli.{FILE_OF_COMMAND.get(name, name)}")
+    command: click.Command = getattr(module, f"{name}_command")
     return command
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, each from its own file."""
+    """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)

@@ -1,24 +1,97 @@
-"""What commands have in common: where their defaults come from, and how their results are printed."""
+"""What commands have in common: how they are declared, where their defaults come from, how results are printed.
+
+Defaults come from `LORA_EXPORT_*` and from the table `[tool.lora-export]` of the nearest pyproject.toml. An option of
+another tool leads to its name here.
+"""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from lora_export.cli import configuration, failures, foreign_options, help_sections, verbosity
+from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
+from lora_export.cli.parameters import parameters_of, values_for, write_options
 from lora_export.errors import WrongUsage, one_line
+from lora_export.options.declaring import Options
+from lora_export.storage import input_files
+
+# name here -> names elsewhere: transformers, PEFT, optimum, Olive, mergekit, mlx-lm, and Unix
+ELSEWHERE = {
+    "--adapter": "--adapters --adapter-path --lora-adapter --lora-adapters --lora-path --lora-model --lora-weights "
+    "--peft --peft-model --peft-path --lora",
+    "--output": "--out --output-dir --output-path --output-file --save-path --save-dir --save --out-path "
+    "--outfile --dest",
+    "--weight": "--weights --scale --strength --multiplier --lora-scale --lora-weight --ratio --adapter-weight "
+    "--factor",
+    "--overwrite": "--force --yes --replace --overwrite-output-dir --exist-ok -f -y",
+    "--dtype": "--precision --torch-dtype --data-type --fp16 --half --float16 --bf16 --out-dtype --save-dtype",
+    "--provider": "--device --execution-provider --ep --cuda --gpu",
+    "--device": "--provider --cuda --gpu --accelerator",
+    "--verbose": "--debug --loglevel --log-level",
+    "--quiet": "--silent --no-progress",
+    "--lora": "--mode --lora-mode --adapter-mode",
+    "--opset": "--opset-version --target-opset",
+    "--target": "--targets --target-module --target-modules --lora-target --lora-layers --modules",
+    "--rank": "--r --lora-r --lora-rank -r",
+    "--alpha": "--lora-alpha",
+    "--rslora": "--use-rslora",
+    "--data": "--dataset --train-file --training-data --train --dataset-path",
+    "--quantize-base": "--load-in-4bit --quantization-bit --qlora --use-4bit --bnb-4bit-quant-type",
+    "--epochs": "--num-epochs --num-train-epochs --n-epochs",
+    "--learning-rate": "--lr",
+    "--batch-size": "--batch --per-device-train-batch-size --bs",
+    "--max-length": "--max-seq-length --max-seq-len --seq-length --max-len",
+    "--head": "--modules-to-save --save-modules",
+    "--holdout": "--validation-split --test-size --eval-split --val-split",
+    "--report": "--junit --junit-xml --junitxml --report-file --html --xml",
+    "--inputs": "--input --input-file --example-inputs --sample-inputs --npz --load-inputs",
+    "--atol": "--tolerance --tol --abs-tol",
+    "--rtol": "--rel-tol",
+    "--no-verify": "--skip-verify --no-check --skip-validation --no-validate --skip-checks",
+    "--dry-run": "--plan --simulate",
+    "--base": "--checkpoint --base-checkpoint",
+    "--for": "--graph --onnx",
+    "--check": "--hash-check --validate",
+    "--json": "--as-json --format-json",
+}
+HERE: dict[str, list[str]] = {}
+for _name, _others in ELSEWHERE.items():
+    for _other in _others.split():
+        HERE.setdefault(_other, []).append(_name)
+
+# What other tools take by an option, and each command here as its first argument
+FIRST_ARGUMENT = {"--model", "--base", "--base-model", "--model-path", "--model-id", "--model-name", "--path", "-m"}
+FIRST_ARGUMENT |= {"--base-model-path", "--model-name-or-path", "--pretrained-model-name-or-path", "--candidate"}
+
+
+def renamed(error: click.NoSuchOption, ctx: click.Context) -> click.UsageError:
+    """The error with the name that the option has in this command, where one is known."""
+    written = error.option_name.partition("=")[0].replace("_", "-").lower()
+    options = {name for parameter in ctx.command.params for name in parameter.opts}
+    possible = [name for name in (written, *HERE.get(written, ())) if name in options]
+    if possible:
+        meant = " or ".join(f"'{name}'" for name in possible)
+        return click.UsageError(f"No such option '{error.option_name}'. Did you mean {meant}?", ctx)
+    first = next((one for one in ctx.command.params if isinstance(one, click.Argument)), None)
+    if written in FIRST_ARGUMENT and first is not None:
+        usage = f"{ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
+        message = f"No such option '{error.option_name}'. {first.make_metavar(ctx)} is an argument: {usage}"
+        return click.UsageError(message, ctx)
+    return error
+
 
 CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
 # Where a value comes from that is not an option's own default.
 CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 
 
 class Command(click.Command):
@@ -30,7 +103,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click does, in sections."""
-        help_sections.write_options(self.get_params(ctx), ctx, formatter)
+        write_options(self.get_params(ctx), ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, with defaults from the environment and from pyproject.toml.
@@ -44,20 +117,20 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            raise foreign_options.renamed(error, ctx) from error
+            raise renamed(error, ctx) from error
 
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
             return
-        for name, option in configuration.options_by_name(self).items():
+        for name, option in options_by_name(self).items():
             option.envvar = f"{ctx.auto_envvar_prefix}_{name.replace('-', '_').upper()}"
-        ctx.default_map, ctx.meta[CONFIGURATION] = configuration.defaults_of(self, str(ctx.info_name))
+        ctx.default_map, ctx.meta[CONFIGURATION] = defaults_of(self, str(ctx.info_name))
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does. A note names the defaults that pyproject.toml changed."""
         changed = [
             f"{name} = {ctx.default_map[option.name]}"
-            for name, option in configuration.options_by_name(self).items()
+            for name, option in options_by_name(self).items()
             if ctx.default_map and ctx.get_parameter_source(str(option.name)) is ParameterSource.DEFAULT_MAP
         ]
         if changed:
@@ -80,6 +153,38 @@ class TakesAdapters(Command):
         return surplus
 
 
+def cli_command(
+    record: type[Options] | None, *examples: str, cls: type[Command] = Command, json: bool = True
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a function `NAME_command` a command with the options of a record, besides those that it declares itself.
+
+    The function gets the keywords of the record, with the one that prints messages. `examples` end the help.
+    """
+    epilog = "\n  ".join(
+        [f"\b\nExample{'s' if len(examples) > 1 else ''}:", *(f"lora-export {one}" for one in examples)]
+    )
+
+    def decorate(function: Callable[..., Any]) -> Command:
+        parameters = [] if record is None else parameters_of(record)
+        parameters += reversed(getattr(function, "__click_params__", []))
+        if json:
+            help_text = "Print exactly one JSON document on stdout."
+            parameters.append(click.Option(["--json", "as_json"], is_flag=True, help=help_text))
+
+        @functools.wraps(function)
+        def call(**values: Any) -> Any:
+            if record is None:
+                return function(**values)
+            reports = any(field.name == "on_message" for field in dataclasses.fields(record))  # type: ignore[arg-type]
+            return function(**values_for(record, values), **({"on_message": print_message} if reports else {}))
+
+        call.__dict__.pop("__click_params__", None)
+        name = function.__name__.removesuffix("_command")
+        return click.command(name, cls=cls, params=parameters, epilog=epilog)(call)
+
+    return decorate
+
+
 def print_document(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout."""
     answered()
@@ -88,12 +193,12 @@ def print_document(document: Any, indent: int | None = None) -> None:
 
 def wrote(path: Path, more: str = "") -> None:
     """Print that a file was written, with its size."""
-    click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
+    print_wrote(path, f" ({path.stat().st_size:,} bytes){more}")
 
 
-def runs_in_ci() -> bool:
-    """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
-    return os.environ.get("CI", "").lower() in ("true", "1")
+def print_wrote(path: Path, more: str = "") -> None:
+    """Print that a file or folder was written."""
+    click.echo(f"wrote {one_line(str(path))}{more}")
 
 
 def command_line() -> list[str]:
@@ -117,3 +222,106 @@ def command_line() -> list[str]:
         else:
             words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
     return words
+
+
+TABLE = "tool.lora-export"
+NOT_OPTIONS = frozenset({"help", "version"})
+
+
+def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path | None]:
+    """The defaults of a command's options, by parameter, and the file that has them; nothing where there is none.
+
+    Keys of the table itself count for every command that has the option, those of `[tool.lora-export.COMMAND]` for one.
+    Raises click.UsageError for a file that cannot be read, and for a key that no command has.
+    """
+    found = find_table()
+    if found is None:
+        return {}, None
+    path, table = found
+    options = options_by_name(command)
+    shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    own = _own_table(table, name, path)
+    if unknown := [key for key in own if _spelled(key) not in options]:
+        raise _unknown(path, f"{TABLE}.{name}", unknown[0], options)
+    _check_shared(shared, options, path)
+    known = {key: value for key, value in shared.items() if _spelled(key) in options} | own
+    defaults = {}
+    for key, value in known.items():
+        option = options[_spelled(key)]
+        defaults[option.name or ""] = [value] if option.multiple and not isinstance(value, list) else value
+    return defaults, path
+
+
+def find_table() -> tuple[Path, dict[str, Any]] | None:
+    """The nearest pyproject.toml, from the current folder upward, that has the table; and the table."""
+    try:
+        here = Path.cwd()
+    except OSError:  # the current folder was removed
+        return None
+    for folder in (here, *here.parents):
+        path = folder / "pyproject.toml"
+        if path.is_file() and (table := _table_in(path)) is not None:
+            return path, table
+    return None
+
+
+def options_by_name(command: click.Command) -> dict[str, click.Option]:
+    """The options of a command by their long spelling, without its dashes."""
+    options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
+    named = {max(option.opts, key=len).lstrip("-"): option for option in options}
+    return {name: option for name, option in named.items() if name not in NOT_OPTIONS}
+
+
+def _table_in(path: Path) -> dict[str, Any] | None:
+    from lora_export.storage.json_files import MAX_JSON
+
+    with input_files.open_regular(path) as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise click.UsageError(f"{path} has more than {MAX_JSON:,} bytes")
+    if b"lora-export" not in text:  # the parser is imported where there is something to parse
+        return None
+    import tomllib
+
+    try:
+        table = tomllib.loads(text.decode("utf-8")).get("tool", {}).get("lora-export")
+    except (ValueError, AttributeError) as error:
+        raise click.UsageError(f"{path} is not valid TOML: {error}") from error
+    if table is not None and not isinstance(table, dict):
+        raise click.UsageError(f"{path}: {TABLE} is not a table")
+    return table
+
+
+def _own_table(table: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    from lora_export.cli import COMMANDS
+
+    for key, value in table.items():
+        if isinstance(value, dict) and key not in COMMANDS:
+            raise _unknown(path, TABLE, key, COMMANDS)
+    own = table.get(name, {})
+    if not isinstance(own, dict):
+        raise click.UsageError(f"{path}: {TABLE}.{name} is not a table")
+    return own
+
+
+def _check_shared(shared: Iterable[str], options: Mapping[str, click.Option], path: Path) -> None:
+    """Refuse keys that no command has. The other commands are imported for a key that this one lacks."""
+    others = [key for key in shared if _spelled(key) not in options]
+    if not others:
+        return
+    from lora_export.cli import COMMANDS, command_named
+
+    known = {option for name in COMMANDS for option in options_by_name(command_named(name))}
+    for key in others:
+        if _spelled(key) not in known:
+            raise _unknown(path, TABLE, key, known)
+
+
+def _spelled(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _unknown(path: Path, table: str, key: str, known: Iterable[str]) -> click.UsageError:
+    nearest = difflib.get_close_matches(_spelled(key), list(known), n=1, cutoff=0.3)
+    hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
+    return click.UsageError(f"{path}: [{table}] has the key `{key}`, which is no option{hint}")

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, print_document
+from lora_export.cli.arguments import cli_command, print_document
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import Facts, examine
-from lora_export.runtime.environment_problems import Problem, find_problems, list_versions
+from lora_export.runtime.environment_problems import find_problems, list_versions
 from lora_export.runtime.providers import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXAMPLE = """\b
-Example:
-  lora-export doctor --provider cpu"""
 
-
-@click.command(cls=Command, epilog=EXAMPLE)
+@cli_command(None, "doctor --provider cpu")
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     help="Provider that has to run.  [default: cuda where there is an NVIDIA GPU, else cpu]",
 )
-@json_option
-def command(provider: str | None, as_json: bool) -> None:
+def doctor_command(provider: str | None, as_json: bool) -> None:
     """Check the installed packages and the execution providers.
 
     Every package that lora-export needs is imported, and every execution provider runs a small model, each in a process
@@ -51,17 +45,12 @@ def command(provider: str | None, as_json: bool) -> None:
             show_tables(facts, console)
         elif verbosity() is Verbosity.SHORT:
             console.print(*_summary(facts), sep="\n", soft_wrap=True)
-        show_problems(found, console)
+        for number, problem in enumerate(found, start=1):
+            console.print(f"{number}. {problem.what}\n   -> {problem.remedy}", soft_wrap=True)
+        if not found:
+            console.print("Nothing is wrong.")
     if found:
         raise EnvironmentLacking("; ".join(problem.what for problem in found))
-
-
-def show_problems(found: Sequence[Problem], console: Console) -> None:
-    """Print what is wrong and what to do about it."""
-    for number, problem in enumerate(found, start=1):
-        console.print(f"{number}. {problem.what}\n   -> {problem.remedy}", soft_wrap=True)
-    if not found:
-        console.print("Nothing is wrong.")
 
 
 def show_tables(facts: Facts, console: Console) -> None:

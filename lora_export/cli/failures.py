@@ -256,7 +256,7 @@ def _write_reports(failure: Failure, invocation: Invocation) -> None:
     """Write the failure into every report that was requested. A report that cannot be written is a message."""
     for path in (invocation.context.params.get("reports") or ()) if invocation.context else ():
         try:
-            from lora_export.report.write import write_error_report
+            from lora_export.report.files import write_error_report
 
             write_error_report(path, invocation.document(failure), seconds=time.perf_counter() - invocation.begun)
         except InputRefused:
@@ -274,4 +274,4 @@ def _annotate(failure: Failure, invocation: Invocation) -> None:
         print_message(f"the job was not annotated: {error}")
         return
     with contextlib.suppress(OSError):
-        click.echo(github.annotation_of_error(failure.message, invocation.command), err=True)
+        click.echo(github.workflow_command("error", invocation.command, failure.message), err=True)

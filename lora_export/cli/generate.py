@@ -7,23 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, print_document, print_message
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.paths import FilePath
+from lora_export.cli.arguments import cli_command, print_document
+from lora_export.cli.parameters import FilePath
 from lora_export.errors import WrongUsage, one_line, printable
-from lora_export.options.generate import GenerateOptions, no_text
+from lora_export.options.export import GenerateOptions, no_text
 
 if TYPE_CHECKING:
     from lora_export.api.generate import Generation
 
-EXAMPLE = """\b
-Examples:
-  lora-export generate served --prompt "Once upon a time"
-  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1"""
 
-
-@click.command(cls=Command, epilog=EXAMPLE)
-@takes_options(GenerateOptions)
+@cli_command(
+    GenerateOptions,
+    'generate served --prompt "Once upon a time"',
+    'generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1',
+)
 @click.option(
     "--prompt",
     "texts",
@@ -49,8 +46,7 @@ Examples:
     metavar="NAME",
     help="Adapter to use: once for all prompts, or in a graph of --lora rows once for each. `base` is none.",
 )
-@json_option
-def command(
+def generate_command(
     texts: tuple[str, ...],
     sounds: tuple[Path, ...],
     images: tuple[Path, ...],
@@ -77,7 +73,6 @@ def command(
         adapters=_by_prompt(chosen),
         starts=texts if images else (),
         on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else no_text,
-        on_message=print_message,
         **options,
     )
     if as_json:

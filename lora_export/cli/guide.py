@@ -8,7 +8,7 @@ import re
 
 import click
 
-from lora_export.cli.arguments import Command
+from lora_export.cli.arguments import cli_command
 from lora_export.cli.verbosity import Verbosity, verbosity
 
 # topic -> what its page explains; the first pages come first
@@ -32,14 +32,9 @@ TOPICS = {
 }
 
 
-EXAMPLE = """\b
-Example:
-  lora-export guide merging"""
-
-
-@click.command(cls=Command, epilog=EXAMPLE)
+@cli_command(None, "guide merging", json=False)
 @click.argument("topic", required=False)
-def command(topic: str | None) -> None:
+def guide_command(topic: str | None) -> None:
     """Show a page of the guide, or the list of its pages."""
     if topic is None:
         width = max(map(len, TOPICS))

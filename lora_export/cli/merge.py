@@ -1,4 +1,4 @@
-"""`lora-export merge`: adapters into the weights of a checkpoint or a graph."""
+"""The commands that merge adapters into weights, and take them out again."""
 
 from __future__ import annotations
 
@@ -8,35 +8,23 @@ from typing import Any
 import click
 
 from lora_export.cli import startup
-from lora_export.cli.arguments import Command, json_option, print_document, print_message
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.paths import Source
-from lora_export.cli.progress import shown
-from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import one_line
-from lora_export.options.merge import MergeOptions
+from lora_export.cli.arguments import cli_command, print_document, print_wrote
+from lora_export.cli.parameters import Source
+from lora_export.cli.verbosity import Verbosity, shown, verbosity
+from lora_export.options.merge import MergeOptions, UnmergeOptions
 
 PLANNED = 5  # weights of the short screen of --dry-run
 
 
-EXAMPLE = """\b
-Example:
-  lora-export merge base adapter -o merged"""
-
-
-@click.command(cls=Command, epilog=EXAMPLE)
-@takes_options(MergeOptions)
+@cli_command(MergeOptions, "merge base adapter -o merged")
 @click.option(
-    "-a",
-    "--adapter",
-    "further",
+    *("-a", "--adapter", "further"),
     type=Source(),
     multiple=True,
     metavar="[NAME=]ADAPTER",
     help="Adapter to merge, in place of an argument. May be repeated.",
 )
-@json_option
-def command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Merge adapters into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
 
     BASE is a Hugging Face folder, a .safetensors file or an .onnx file. The output is the same kind, with the same
@@ -46,10 +34,14 @@ def command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: bool, 
     with startup.brisk() if options["device"] == "cpu" else contextlib.nullcontext(), shown() as on_progress:
         from lora_export.api.merge import merge
         from lora_export.report.console import console
-        from lora_export.report.merge_screen import print_merge_report, print_merge_summary, print_plan
+        from lora_export.report.screens import print_merge, print_plan
 
-        chosen = _one_way(adapters, further)
-        result = merge(adapters=chosen, on_message=print_message, on_progress=on_progress, **options)
+        # Both together would leave the order of --weight open.
+        if adapters and further:
+            raise click.UsageError("give the adapters as arguments or by -a, not in both ways")
+        if not adapters and not further:
+            raise click.UsageError("Missing argument '[NAME=]ADAPTER...'.")
+        result = merge(adapters=adapters or further, on_progress=on_progress, **options)
     if as_json:
         from lora_export.report.json_document import as_dict  # which imports the verdicts
 
@@ -61,17 +53,25 @@ def command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: bool, 
         most = {Verbosity.QUIET: 0, Verbosity.SHORT: PLANNED, Verbosity.FULL: None}[verbosity()]
         print_plan(console(), result.plan, most)
     elif verbosity() is Verbosity.QUIET:
-        click.echo(f"wrote {one_line(str(result.output))}")
-    elif verbosity() is Verbosity.FULL:
-        print_merge_report(console(), result.report, result.output)
+        print_wrote(result.output)
     else:
-        print_merge_summary(console(), result.report, result.output)
+        print_merge(console(), result.report, result.output, whole=verbosity() is Verbosity.FULL)
 
 
-def _one_way(arguments: tuple[str, ...], options: tuple[str, ...]) -> tuple[str, ...]:
-    """The adapters, which are given as arguments or by -a. Both together would leave the order of --weight open."""
-    if arguments and options:
-        raise click.UsageError("give the adapters as arguments or by -a, not in both ways")
-    if not arguments and not options:
-        raise click.UsageError("Missing argument '[NAME=]ADAPTER...'.")
-    return arguments or options
+@cli_command(UnmergeOptions, "unmerge kept fr -o base-again --base-from kept.residual")
+def unmerge_command(as_json: bool, **options: Any) -> None:
+    """Make the base of a merge again, bit for bit, from MERGED, its ADAPTERs and a residual.
+
+    `merge --keep-residual` writes the residual: what the merged weights and the adapters do not tell of the base. The
+    hash of each file is compared with that of the base. PyTorch is not needed.
+    """
+    with shown() as on_progress:
+        from lora_export.api.unmerge import unmerge
+
+        result = unmerge(on_progress=on_progress, **options)
+    if as_json:
+        facts = {"bytes": result.bytes, "restored": result.restored, "files": result.files}
+        print_document({"output": str(result.output), **facts})
+    else:
+        what = f"{result.restored} tensors restored; every file has the hash that it had in the base"
+        print_wrote(result.output, f": {what}")

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from lora_export.cli.paths import FilePath, Source
-from lora_export.options.declaring import Declared, Options, Positional, nested_in, options_of
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Declared, Options, Positional, Section, nested_in, options_of
 from lora_export.options.spelling import as_command_line
+
+
+class FilePath(click.Path):
+    """A path as a `pathlib.Path`."""
+
+    def __init__(self, **checks: Any):
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, in the home folder where the path begins with `~`."""
+        return super().convert(_expanded(value) if isinstance(value, str) else value, param, ctx)
+
+
+class Source(click.ParamType[str]):
+    """MODEL or [NAME=]ADAPTER: a path, a name that is looked up, or a name with a path."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        """The text, with the home folder where the path begins with `~`."""
+        name, separator, path = value.partition("=")
+        return f"{name}={_expanded(path)}" if separator and path.startswith("~") else _expanded(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Let the shell complete a path."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+def _expanded(text: str) -> str:
+    """The path in the home folder; a file whose name begins with `~` stays what it is."""
+    if not text.startswith("~") or os.path.lexists(text):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:  # there is no such user
+        return text
 
 
 class SectionedOption(click.Option):
@@ -22,22 +58,6 @@ class SectionedOption(click.Option):
     def __init__(self, *args: Any, section: Section = Section.OPTIONS, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.section = section
-
-
-class Separated(click.ParamType[tuple[str, ...]]):
-    """Words out of a list, separated by commas."""
-
-    name = "words"
-
-    def __init__(self, known: Iterable[str]):
-        self.known = tuple(known)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """The words as a tuple, each once."""
-        words = tuple(value.split(",") if value else ()) if isinstance(value, str) else tuple(value)
-        if unknown := [word for word in words if word not in self.known]:
-            self.fail(f"{', '.join(unknown)} is none of {', '.join(self.known)}", param, ctx)
-        return tuple(dict.fromkeys(words))
 
 
 def command_line_spelling() -> AbstractContextManager[None]:
@@ -78,22 +98,6 @@ def values_for(record: type[Options], values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if value is not None}
 
 
-def takes_options(record: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the parameters of a record, and its function the keywords of the record."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(**values: Any) -> Any:
-            return function(**values_for(record, values))
-
-        # click takes the parameters of a function in reverse order.
-        own = list(getattr(function, "__click_params__", []))
-        call.__click_params__ = own + list(reversed(parameters_of(record)))  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
 def _parameter(name: str, declared: Declared) -> click.Parameter:
     option = declared.option
     settings: dict[str, Any] = {"type": _type_of(declared)}
@@ -106,7 +110,7 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
         settings["callback"] = _callback(option.read)
     if declared.kind == "flag":
         settings = {"is_flag": True} if "/" not in declared.flags[-1] else {}
-    elif declared.multiple and not option.separated:
+    elif declared.multiple:
         settings["multiple"] = True
     settings |= _default(declared)
     name = _switch(declared) or name
@@ -120,6 +124,8 @@ def _switch(declared: Declared) -> str:
 
 def _default(declared: Declared) -> dict[str, Any]:
     """The default as click takes it. An empty text and None are no default."""
+    if declared.option.command_line_default is not None:
+        return {"default": declared.option.command_line_default}
     if declared.default is MISSING:
         return {"required": True}
     if declared.kind == "flag":
@@ -133,8 +139,6 @@ def _type_of(declared: Declared) -> Any:
     option, kind = declared.option, declared.kind
     if option.read is not None:
         return None
-    if option.separated:
-        return Separated(declared.choices)
     if kind == "choice":
         return click.Choice(declared.choices)
     if kind in ("path", "folder"):
@@ -159,3 +163,19 @@ def _callback(read: Callable[[Iterable[str]], Any]) -> Callable[..., Any]:
             raise click.BadParameter(str(error)) from None
 
     return convert
+
+
+OF_EVERY_COMMAND = ("--json", "--quiet", "--verbose", "--help")
+
+
+def write_options(params: Iterable[click.Parameter], context: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write a command's options, in sections. The order inside of a section is that of the command."""
+    rows: dict[Section, list[tuple[str, str]]] = {section: [] for section in Section}
+    for param in params:
+        if record := param.get_help_record(context):
+            is_common = any(name in OF_EVERY_COMMAND for name in param.opts)
+            rows[Section.FILES if is_common else getattr(param, "section", Section.OPTIONS)].append(record)
+    for heading, records in rows.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)

@@ -9,11 +9,8 @@ from typing import Any
 
 import click
 
-from lora_export.cli.arguments import Command, command_line, json_option, print_document, print_message
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.progress import shown
-from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import one_line
+from lora_export.cli.arguments import cli_command, command_line, print_document, print_message, print_wrote
+from lora_export.cli.verbosity import Verbosity, shown, verbosity
 from lora_export.options.train import TrainOptions
 
 # Score in the result -> what it was measured on
@@ -24,15 +21,9 @@ MEASURED = {
 
 WIDEST_TABLE = 200  # characters
 
-EXAMPLE = """\b
-Example:
-  lora-export train base --data texts.jsonl -o adapter --rank 8 --target query,value"""
 
-
-@click.command(cls=Command, epilog=EXAMPLE)
-@takes_options(TrainOptions)
-@json_option
-def command(as_json: bool, **options: Any) -> None:
+@cli_command(TrainOptions, "train base --data texts.jsonl -o adapter --rank 8 --target query,value")
+def train_command(as_json: bool, **options: Any) -> None:
     """Train a LoRA adapter for MODEL and save it in PEFT's format.
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The columns of the data decide what
@@ -44,7 +35,7 @@ def command(as_json: bool, **options: Any) -> None:
     output = Path(options["output"])
     try:
         with shown() as on_progress:
-            result = train(on_message=print_message, on_progress=on_progress, **options)
+            result = train(on_progress=on_progress, **options)
     except KeyboardInterrupt:
         from lora_export.training.checkpoint import checkpoint_folder
         from lora_export.training.processes import rank, world_size
@@ -82,7 +73,7 @@ def command(as_json: bool, **options: Any) -> None:
             click.echo(f"{what}: {score}")
     for adapter, run in zip(result.adapters, result.runs, strict=False):
         where = output if len(result.adapters) == 1 else output / f"rank-{run.rank}"
-        click.echo(f"wrote {one_line(str(where))} ({adapter.parameters:,} numbers)")
+        print_wrote(where, f" ({adapter.parameters:,} numbers)")
 
 
 def print_comparison(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -90,7 +81,7 @@ def print_comparison(runs: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from lora_export.report.comparison import TITLES, comparison_rows
+    from lora_export.report.training import TITLES, comparison_rows
 
     table = Table(*(Column(title, no_wrap=True) for title in TITLES), box=None, pad_edge=False)
     for cells in comparison_rows(runs):

@@ -48,15 +48,10 @@ def show_proof(proof: Proof | Audit | None, name: str = "") -> None:
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
     """The proofs of an ONNX export as JSON."""
-    document: dict[str, Any] = {"proof": proof_document(proofs.whole if proofs else None)}
-    if proofs and proofs.unlike_base is not None:
-        document["bits_of_base"] = not proofs.unlike_base
-        document["adapters"] = {name: proof_document(proof) for name, proof in proofs.adapters.items()}
-    if proofs and proofs.mixed:
-        document["mixed"] = proof_document(proofs.mixed)
-    if proofs and proofs.several:
-        document["several"] = proof_document(proofs.several)
-    return document
+    return {
+        "proof": proof_document(proofs.whole if proofs else None),
+        **(proofs.parts(proof_document) if proofs else {}),
+    }
 
 
 def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
@@ -66,7 +61,8 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         return
     adapters = list(proofs.adapters.items())
     if len(adapters) > MOST_ADAPTERS and verbosity() is not Verbosity.FULL:
-        adapters.sort(key=lambda named: -largest_limit_used(named[1]))
+        used = {name: max((f.limit_used for _, f in proof.verdict.measured), default=0.0) for name, proof in adapters}
+        adapters.sort(key=lambda named: -used[named[0]])
         adapters = adapters[:MOST_ADAPTERS]
     show_proof(proofs.whole, "the base")
     for name, proof in adapters:
@@ -77,11 +73,6 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         show_proof(proofs.mixed, "mixed batches")
     if proofs.several:
         show_proof(proofs.several, "several adapters on a row")
-
-
-def largest_limit_used(proof: Proof) -> float:
-    """The used part of the limit of the output that is closest to it."""
-    return max((figures.limit_used for _, figures in proof.verdict.measured), default=0.0)
 
 
 def show_files(paths: Sequence[Path]) -> None:

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
-from lora_export.cli.arguments import (
-    TakesAdapters,
-    command_line,
-    json_option,
-    print_document,
-    print_message,
-    runs_in_ci,
-)
-from lora_export.cli.parameters import takes_options
-from lora_export.cli.progress import shown
+from lora_export.cli.arguments import TakesAdapters, cli_command, command_line, print_document
+from lora_export.cli.failures import answered
+from lora_export.cli.verbosity import shown
 from lora_export.options.verify import VerifyOptions
 
-EXAMPLE = """\b
-Examples:
-  lora-export verify model.onnx --model base -a adapter --report verdict.xml
-  lora-export verify merged --base base -a adapter"""
 
-
-@click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@takes_options(VerifyOptions)
-@json_option
-def command(candidate: Path, as_json: bool, **options: Any) -> int:
+@cli_command(
+    VerifyOptions,
+    "verify model.onnx --model base -a adapter --report verdict.xml",
+    "verify merged --base base -a adapter",
+    cls=TakesAdapters,
+)
+def verify_command(candidate: Path, as_json: bool, **options: Any) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
 
     CANDIDATE is an .onnx, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder, or a merged
@@ -46,12 +35,11 @@ def command(candidate: Path, as_json: bool, **options: Any) -> int:
     With --strict it makes the verdict `undecided`.
     """
     from lora_export.api.verify import verify
-    from lora_export.cli.failures import answered
     from lora_export.cli.verdicts import annotate_github, show_proof
 
     about = {"command": command_line()}
     with shown() as on_progress:
-        result = verify(candidate, about=about, on_message=print_message, on_progress=on_progress, **options)
+        result = verify(candidate, about=about, on_progress=on_progress, **options)
     answered()
     if as_json:
         print_document(result.as_document())
@@ -61,7 +49,3 @@ def command(candidate: Path, as_json: bool, **options: Any) -> int:
     if result.error is not None:
         raise result.error
     return result.exit_code
-
-
-# The default is the environment's, which a record of options does not know.
-next(option for option in command.params if option.name == "strict").default = runs_in_ci

@@ -256,8 +256,8 @@ def input_values(
     """Return the values of the graph's inputs for one adapter of a plan: A, B times its scale, and DoRA's factors.
 
     Two pairs of one adapter that change one weight are concatenated along the rank, and padded with zeros to a fixed
-    rank. `factors` holds, by weight, what `graph.insert.dora` computed from the adapter's magnitudes; a pair without a
-    magnitude gets ones. Raises InputRefused where the graph's dtype cannot hold a value, for a rank larger than the
+    rank. `factors` holds, by weight, what `dora_factors_by_weight` computed of the magnitudes; a pair without one gets
+    ones. Raises InputRefused where the graph's dtype cannot hold a value, for a rank larger than the
     fixed one, and for DoRA where the graph does not take it.
     """
     refuse_dora_without_factor(contract, plan)

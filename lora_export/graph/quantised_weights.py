@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ INVALID = -(1 << 40)  # in place of an attribute that is no whole number; no axi
 SCALE_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 BYTE_TYPES = (ir.DataType.UINT8, ir.DataType.INT8)
 Rows = slice | NDArray[np.int64]
+ALL_ROWS = slice(None)
 
 
 class Steps(NamedTuple):
@@ -36,48 +37,88 @@ class Steps(NamedTuple):
         return self.largest / self.levels
 
 
-class QuantisedWeight(Protocol):
-    """A weight that is stored as integers and scales."""
+@dataclass(frozen=True, eq=False)
+class QuantisedWeight:
+    """A weight that is stored as integers and scales: (integers - zero point) * scale."""
+
+    node: ir.Node  # that reads the integers and scales
+    block_size: int  # entries that share a scale; 0: no blocks
+    shape: tuple[int, ...]  # of the dequantised weight, as it is stored
+    dtype: str  # of the dequantised weight
+
+    POSITIONS: ClassVar[tuple[int, int, int]]  # of the integers, scales and zero points in the node's inputs
 
     @property
-    def node(self) -> ir.Node: ...  # that reads the integers and scales
+    def tensors(self) -> tuple[ir.TensorProtocol, ir.TensorProtocol, ir.TensorProtocol | None]:
+        """The integers, scales and zero points, as they are stored."""
+        integers, scales, zeros = (tensor_at(self.node, position) for position in self.POSITIONS)
+        assert integers is not None and scales is not None
+        return integers, scales, zeros
+
     @property
-    def kind(self) -> str: ...  # for messages: `4 bits in blocks of 32`
+    def kind(self) -> str:
+        """How it is quantised, for messages: `4 bits in blocks of 32`."""
+        raise NotImplementedError
+
     @property
-    def shape(self) -> tuple[int, ...]: ...  # of the dequantised weight, as it is stored
+    def scale_dtype(self) -> str:
+        """The dtype of the scales, as they are stored."""
+        return str(self.tensors[1].dtype.numpy())
+
     @property
-    def dtype(self) -> str: ...  # of the dequantised weight
+    def has_float_zeros(self) -> bool:
+        """Whether zero points are rounded floats, not integers."""
+        return False
 
     def rows(self, part: Rows) -> NDArray[np.float32]:
         """Dequantise some rows. Reads all of the stored tensors."""
-        ...
+        raise NotImplementedError
 
     def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round `values` to the nearest numbers that the stored scales and zero points can represent."""
-        ...
+        bits, lowest = self.integers
+        scales, zeros = (np.asarray(each, np.float64) for each in self._parameters(ALL_ROWS))
+        levels = np.rint(self._split(values) / np.where(scales, scales, 1.0) + zeros)
+        return self._joined((np.clip(levels, lowest, lowest + (1 << bits) - 1) - zeros) * scales)
 
     def steps(self, values: NDArray[np.float64]) -> Steps:
         """The steps between the numbers that the stored scales can represent, beside those that `values` need."""
-        ...
+        magnitudes = np.abs(self._split(values))
+        own = np.abs(np.asarray(self._parameters(ALL_ROWS)[0], np.float64))
+        whole = (np.broadcast_to(each, magnitudes.shape) for each in (own, self._largest(magnitudes)))
+        own, largest = map(self._joined, whole)
+        return Steps(own, largest, max(1, (1 << (self.integers[0] - 1)) - 1))
 
     @property
-    def scale_dtype(self) -> str: ...  # as it is stored
-    @property
-    def has_float_zeros(self) -> bool: ...  # whether zero points are rounded floats, not integers
+    def integers(self) -> tuple[int, int]:
+        """The bits of an integer, and the lowest one."""
+        raise NotImplementedError
+
+    def _parameters(self, part: Rows) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Scales and zero points of some rows, in shapes that broadcast over the rows of `_split`."""
+        raise NotImplementedError
+
+    def _largest(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The largest magnitude under each scale, in a shape that broadcasts over the weight."""
+        raise NotImplementedError
+
+    def _split(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values
+
+    def _joined(self, split: NDArray[np.float64]) -> NDArray[np.float64]:
+        return split
 
 
 @dataclass(frozen=True, eq=False)
-class NBitsWeight:
+class NBitsWeight(QuantisedWeight):
     """The (out, in) weight of a MatMulNBits node.
 
     Each entry has `bits` bits, the lowest bits of a byte first. Each `block_size` entries of a row share a scale.
     """
 
-    node: ir.Node
     bits: int
-    block_size: int
-    shape: tuple[int, ...]
-    dtype: str
+
+    POSITIONS = (1, 2, 3)
 
     @property
     def kind(self) -> str:
@@ -88,37 +129,34 @@ class NBitsWeight:
         """Blocks in a row."""
         return -(-self.shape[1] // self.block_size)
 
-    def rows(self, part: Rows) -> NDArray[np.float32]:
-        out, inner = self.shape
-        packed = _array_at(self.node, 1).view(np.uint8).reshape(out, -1)[part]
-        levels = unpack_bits(packed, self.bits).reshape(len(packed), self.blocks, self.block_size).astype(np.float32)
-        scales = _array_at(self.node, 2).reshape(out, self.blocks)[part].astype(np.float32)
-        weight: NDArray[np.float32] = (levels - self._zero_points(part)) * scales[..., None]
-        return weight.reshape(len(packed), -1)[:, :inner]
-
-    def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        zeros = self._zero_points(slice(None))
-        return self._joined(_round_to_levels(self._split(values), self._scales, zeros, 0, (1 << self.bits) - 1))
-
-    def steps(self, values: NDArray[np.float64]) -> Steps:
-        blocks = self._split(values)
-        largest = np.abs(blocks).max(-1, keepdims=True)
-        every = np.ones_like(blocks)
-        own = self._joined(every * np.abs(self._scales.astype(np.float64)))
-        return Steps(own, self._joined(every * largest), _levels_on_a_side(self.bits))
-
-    @property
-    def scale_dtype(self) -> str:
-        return str(self._scales.dtype)
-
     @property
     def has_float_zeros(self) -> bool:
-        tensor = tensor_at(self.node, 3)
-        return tensor is not None and tensor.dtype not in BYTE_TYPES
+        zeros = self.tensors[2]
+        return zeros is not None and zeros.dtype not in BYTE_TYPES
 
     @property
-    def _scales(self) -> NDArray[Any]:
-        return _array_at(self.node, 2).reshape(self.shape[0], self.blocks, 1)
+    def integers(self) -> tuple[int, int]:
+        return self.bits, 0
+
+    def rows(self, part: Rows) -> NDArray[np.float32]:
+        out, inner = self.shape
+        packed = self.tensors[0].numpy().view(np.uint8).reshape(out, -1)[part]
+        levels = unpack_bits(packed, self.bits).reshape(len(packed), self.blocks, self.block_size).astype(np.float32)
+        scales, zeros = self._parameters(part)
+        weight: NDArray[np.float32] = (levels - zeros) * scales.astype(np.float32)
+        return weight.reshape(len(packed), -1)[:, :inner]
+
+    def _parameters(self, part: Rows) -> tuple[NDArray[Any], NDArray[Any]]:
+        out, (_, scales, zeros) = self.shape[0], self.tensors
+        scales_of_rows = scales.numpy().reshape(out, self.blocks, 1)[part]
+        if zeros is None:
+            return scales_of_rows, np.asarray(np.float32(1 << (self.bits - 1)))
+        points = zeros.numpy().reshape(out, -1)[part]
+        points = unpack_bits(points, self.bits) if points.dtype == np.uint8 else points
+        return scales_of_rows, points[:, : self.blocks, None].astype(np.float32)
+
+    def _largest(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(magnitudes.max(-1, keepdims=True))
 
     def _split(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(out, blocks, block_size), padded with zeros."""
@@ -126,88 +164,57 @@ class NBitsWeight:
         padded = np.pad(values, [(0, 0), (0, self.blocks * self.block_size - inner)])
         return padded.reshape(out, self.blocks, self.block_size)
 
-    def _joined(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _joined(self, split: NDArray[np.float64]) -> NDArray[np.float64]:
         out, inner = self.shape
-        return blocks.reshape(out, -1)[:, :inner]
-
-    def _zero_points(self, part: Rows) -> NDArray[np.float32] | np.float32:
-        """The zero points of some rows (rows, blocks, 1), or their default."""
-        tensor = tensor_at(self.node, 3)
-        if tensor is None:
-            return np.float32(1 << (self.bits - 1))
-        points = tensor.numpy()
-        points = points.reshape(self.shape[0], -1)[part]
-        if points.dtype == np.uint8:
-            points = unpack_bits(points, self.bits)
-        return points[:, : self.blocks, None].astype(np.float32)
+        return split.reshape(out, -1)[:, :inner]
 
 
 @dataclass(frozen=True, eq=False)
-class DequantizeLinearWeight:
-    """A weight behind a DequantizeLinear node: (integers - zero point) * scale.
+class DequantizeLinearWeight(QuantisedWeight):
+    """A weight behind a DequantizeLinear node.
 
     There is one scale for the tensor, one per slice along the axis, or one per block along the axis.
     """
 
-    node: ir.Node
     axis: int
-    block_size: int  # along the axis; 0: no blocks
-    shape: tuple[int, ...]
-    dtype: str
+
+    POSITIONS = (0, 1, 2)
 
     @property
     def kind(self) -> str:
-        tensor, scale = tensor_at(self.node, 0), tensor_at(self.node, 1)
-        assert tensor is not None and scale is not None
-        granularity = (
-            f"in blocks of {self.block_size}" if self.block_size else "by channel" if scale.size > 1 else "by tensor"
-        )
-        return f"{tensor.dtype.name.lower()} {granularity}"
+        integers, scales, _ = self.tensors
+        blocks = f"in blocks of {self.block_size}" if self.block_size else ""
+        return f"{integers.dtype.name.lower()} {blocks or ('by channel' if scales.size > 1 else 'by tensor')}"
+
+    @property
+    def integers(self) -> tuple[int, int]:
+        dtype = self.tensors[0].dtype
+        return dtype.bitwidth, -(1 << (dtype.bitwidth - 1)) if dtype.is_signed() else 0
 
     def rows(self, part: Rows) -> NDArray[np.float32]:
-        levels = _array_at(self.node, 0)[part].astype(np.float32)
-        zero_points = tensor_at(self.node, 2)
-        if zero_points is not None:
-            levels -= self._broadcast(zero_points.numpy(), part)
-        levels *= self._broadcast(_array_at(self.node, 1), part)
+        levels = self.tensors[0].numpy()[part].astype(np.float32)
+        scales, zeros = self._parameters(part)
+        levels -= zeros
+        levels *= scales
         return levels
 
-    def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        integers, zero_points = tensor_at(self.node, 0), tensor_at(self.node, 2)
-        assert integers is not None
-        bits, is_signed = integers.dtype.bitwidth, integers.dtype.is_signed()
-        lowest = -(1 << (bits - 1)) if is_signed else 0
-        all_rows = slice(None)
-        scales = self._broadcast(_array_at(self.node, 1), all_rows)
-        zeros = np.float32(0) if zero_points is None else self._broadcast(zero_points.numpy(), all_rows)
-        return _round_to_levels(values, scales, zeros, lowest, lowest + (1 << bits) - 1)
-
-    def steps(self, values: NDArray[np.float64]) -> Steps:
-        integers = tensor_at(self.node, 0)
-        assert integers is not None
-        scales = np.abs(self._broadcast(_array_at(self.node, 1), slice(None)).astype(np.float64))
-        largest = np.broadcast_to(self._largest(np.abs(values)), self.shape)
-        return Steps(np.broadcast_to(scales, self.shape), largest, _levels_on_a_side(integers.dtype.bitwidth))
-
-    @property
-    def scale_dtype(self) -> str:
-        return str(_array_at(self.node, 1).dtype)
-
-    @property
-    def has_float_zeros(self) -> bool:
-        return False
+    def _parameters(self, part: Rows) -> tuple[NDArray[Any], NDArray[Any]]:
+        _, scales, zeros = self.tensors
+        points = np.zeros((), np.float32) if zeros is None else self._broadcast(zeros.numpy(), part)
+        return self._broadcast(scales.numpy(), part), points
 
     def _largest(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The largest magnitude under each scale, in a shape that broadcasts over the weight."""
-        if _array_at(self.node, 1).size == 1:
+        if self.tensors[1].size == 1:
             return np.asarray(magnitudes.max(initial=0.0, keepdims=True))
         if not self.block_size:
             others = tuple(axis for axis in range(len(self.shape)) if axis != self.axis)
             return np.asarray(magnitudes.max(others, initial=0.0, keepdims=True))
         starts = np.arange(0, self.shape[self.axis], self.block_size)
-        by_block = np.maximum.reduceat(magnitudes, starts, axis=self.axis)
-        repeated = np.repeat(by_block, self.block_size, axis=self.axis)
-        return repeated[tuple(map(slice, self.shape))]
+        return self._repeated(np.maximum.reduceat(magnitudes, starts, axis=self.axis))
+
+    def _repeated(self, by_block: NDArray[Any]) -> NDArray[Any]:
+        """One number for each entry, of one for each block."""
+        return np.repeat(by_block, self.block_size, axis=self.axis)[tuple(map(slice, self.shape))]
 
     def _broadcast(self, parameters: NDArray[Any], part: Rows) -> NDArray[np.float32]:
         """Scales or zero points, in a shape that broadcasts over the rows."""
@@ -215,8 +222,7 @@ class DequantizeLinearWeight:
         if parameters.size == 1:
             return parameters.reshape(())
         if self.block_size:
-            parameters = np.repeat(parameters, self.block_size, axis=self.axis)
-            parameters = parameters[tuple(map(slice, self.shape))]
+            parameters = self._repeated(parameters)
         else:
             parameters = parameters.reshape([-1 if axis == self.axis else 1 for axis in range(len(self.shape))])
         return parameters[part] if parameters.shape[0] > 1 else parameters
@@ -250,7 +256,7 @@ def of_matmul_nbits(node: ir.Node, index: int) -> NBitsWeight | None:
     else:
         row = -(-blocks * bits // 8) if zero_points.dtype == ir.DataType.UINT8 else blocks
         is_valid = zero_points.size == out * row
-    return NBitsWeight(node, bits, block_size, (out, inner), str(scales.dtype.numpy())) if is_valid else None
+    return NBitsWeight(node, block_size, (out, inner), str(scales.dtype.numpy()), bits) if is_valid else None
 
 
 def of_dequantize_linear(node: ir.Node, index: int) -> DequantizeLinearWeight | None:
@@ -270,7 +276,7 @@ def of_dequantize_linear(node: ir.Node, index: int) -> DequantizeLinearWeight | 
     if block_size < 0 or (zero is not None and (zero.size, zero.dtype) != (scale.size, integers.dtype)):
         return None
     block_size = block_size if scale.size > 1 else 0
-    return DequantizeLinearWeight(node, axis, block_size, shape, str(scale.dtype.numpy()))
+    return DequantizeLinearWeight(node, block_size, shape, str(scale.dtype.numpy()), axis)
 
 
 def _scale_fits(scale: ir.TensorProtocol, shape: Sequence[int], axis: int, block_size: int) -> bool:
@@ -285,24 +291,6 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     unpacked = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return unpacked.reshape(*packed.shape[:-1], math.prod(unpacked.shape[-2:]))
-
-
-def _levels_on_a_side(bits: int) -> int:
-    """The integers on either side of zero in a symmetric range."""
-    return max(1, (1 << (bits - 1)) - 1)
-
-
-def _round_to_levels(
-    values: NDArray[np.float64],
-    scales: NDArray[Any],
-    zeros: NDArray[np.float32] | np.float32,
-    lowest: int,
-    highest: int,
-) -> NDArray[np.float64]:
-    scales, zeros = scales.astype(np.float64), np.asarray(zeros, np.float64)
-    levels = np.clip(np.rint(values / np.where(scales, scales, 1.0) + zeros), lowest, highest)
-    rounded: NDArray[np.float64] = (levels - zeros) * scales
-    return rounded
 
 
 def _integer(node: ir.Node, name: str, default: int = 0) -> int:
@@ -322,9 +310,3 @@ def tensor_at(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     """The stored tensor at an input of a node. None where the input is computed or absent."""
     value = node.inputs[index] if index < len(node.inputs) else None
     return ir.convenience.get_const_tensor(value) if value is not None else None
-
-
-def _array_at(node: ir.Node, index: int) -> NDArray[Any]:
-    tensor = tensor_at(node, index)
-    assert tensor is not None
-    return tensor.numpy()

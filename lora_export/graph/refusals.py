@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, MatchError
+from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan, Step
@@ -66,25 +66,20 @@ def base_as_remedy(sites: Sites) -> Iterator[None]:
         yield
     except MatchError as error:
         if sites.fused_experts:
-            raise error.with_remedy(_fused_experts(sites)) from error
+            kinds = " and ".join(f"com.microsoft::{kind}" for kind in sorted(set(sites.fused_experts)))
+            raise error.with_remedy(
+                f"{len(sites.fused_experts)} {kinds} nodes of the graph compute all experts of a layer at once, with "
+                "weights that have no names of the model: no adapter on experts is merged there or inserted beside "
+                "them. Merge it into the checkpoint, and export that. onnxruntime's CPU provider computes some of "
+                "these nodes wrongly (microsoft/onnxruntime#33866)"
+            ) from error
         if not sites.unnamed:
             raise
-        layers = "1 linear layer" if len(sites.unnamed) == 1 else f"{len(sites.unnamed)} linear layers"
         raise error.with_remedy(
-            f"{layers} of the graph lost the name, or contain several weights in one, as a packed q, k and v. "
-            f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, finds the weights by their "
-            "content"
+            f"{count(len(sites.unnamed), 'linear layer')} of the graph lost the name, or contain several weights in "
+            f"one, as a packed q, k and v. {named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, "
+            "finds the weights by their content"
         ) from error
-
-
-def _fused_experts(sites: Sites) -> str:
-    kinds = " and ".join(f"com.microsoft::{kind}" for kind in sorted(set(sites.fused_experts)))
-    return (
-        f"{len(sites.fused_experts)} {kinds} nodes of the graph compute all experts of a layer at once, with weights "
-        "that have no names of the model: no adapter on experts is merged there or inserted beside them. Merge it into "
-        "the checkpoint, and export that. onnxruntime's CPU provider computes some of these nodes wrongly "
-        "(microsoft/onnxruntime#33866)"
-    )
 
 
 def refuse_quantised(step: Step, sites: Sites) -> None:

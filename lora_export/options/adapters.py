@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import AdapterSource, AdapterSources, Combination, Weighted
-from lora_export.options.common import LAYOUT, Download, Output
-from lora_export.options.declaring import Nested, Only, Option, Options, Positional
+from lora_export.options.common import LAYOUT, Download, Output, written
+from lora_export.options.declaring import Only, Options, Positional, declares, means, nested, option
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.options.verify import Expectations
@@ -22,45 +22,35 @@ NamesOf = Literal["transformers4", "transformers5", "vllm", "sglang"]
 class ConvertOptions(Output):
     """What `convert` takes."""
 
-    adapter: Annotated[AdapterSource, Positional(metavar="[NAME=]ADAPTER", kind="source", multiple=False)] = field(
-        kw_only=False
+    adapter: AdapterSource = field(
+        kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER", kind="source", multiple=False))
     )
-    output: Annotated[
-        str | Path, Option("File or folder to write.", flags=("-o", "--output"), metavar="OUT", kind="path")
-    ] = field(kw_only=False)
-    to: Annotated[WrittenFormat, Option("Format to write.")] = "onnx_adapter"
-    graph: Annotated[
-        str | Path | None,
-        Option(
-            "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}`.",
-            flags=("--for",),
-            metavar="MODEL.onnx",
-        ),
-    ] = None
-    base: Annotated[
-        str | Path | None,
-        Option(
-            "Model that the adapter was trained on: for {names}, {to=gguf}, and formats that need its config.",
-            metavar="CHECKPOINT",
-        ),
-    ] = None
-    names: Annotated[
-        NamesOf | None,
-        Option(
-            "With {to=peft}: whose names the modules get. transformers4 and vllm: those of the original checkpoint; "
-            "sglang: the same, with all experts of a projection in one tensor; transformers5: those of the loaded "
-            "model."
-        ),
-    ] = None
-    weight: Annotated[float, Option("Factor on the adapter's scale.")] = 1.0
-    ignore_head: Annotated[
-        bool,
-        Option(
-            "Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
-            only=(TO_GRAPH,),
-        ),
-    ] = False
-    reading: Annotated[ReadOptions, Nested(ReadOptions)] = field(default_factory=ReadOptions)
+    output: str | Path = field(kw_only=False, metadata=written("File or folder to write.", "OUT"))
+    to: WrittenFormat = option("onnx_adapter", "Format to write.")
+    graph: str | Path | None = option(
+        None,
+        "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}`.",
+        flags=("--for",),
+        metavar="MODEL.onnx",
+    )
+    base: str | Path | None = option(
+        None,
+        "Model that the adapter was trained on: for {names}, {to=gguf}, and formats that need its config.",
+        metavar="CHECKPOINT",
+    )
+    names: NamesOf | None = option(
+        None,
+        "With {to=peft}: whose names the modules get. transformers4 and vllm: those of the original checkpoint; "
+        "sglang: the same, with all experts of a projection in one tensor; transformers5: those of the loaded "
+        "model.",
+    )
+    weight: float = option(1.0, "Factor on the adapter's scale.")
+    ignore_head: bool = option(
+        False,
+        "Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
+        only=(TO_GRAPH,),
+    )
+    reading: ReadOptions = nested(ReadOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,75 +70,61 @@ class ConvertOptions(Output):
 class CombineOptions(Weighted, Output):
     """What `combine` takes."""
 
-    adapters: Annotated[AdapterSources, Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True)] = field(
-        kw_only=False
+    adapters: AdapterSources = field(
+        kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True))
     )
-    output: Annotated[str | Path, Option("Folder for the combined adapter.", flags=("-o", "--output"), kind="path")] = (
-        field(kw_only=False)
-    )
-    combination: Annotated[str | Combination, Nested(Combination, {"method": ("--method", "--combine")})] = field(
-        default_factory=Combination
-    )
+    output: str | Path = field(kw_only=False, metadata=written("Folder for the combined adapter."))
+    combination: str | Combination = nested(Combination, {"method": ("--method", "--combine")})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Options):
     """The rank of pairs that an SVD makes."""
 
-    rank: Annotated[
-        int | None, Option("Rank of each pair. With {energy}: at most this rank.", metavar="R", at_least=1)
-    ] = None
-    energy: Annotated[
-        float | None,
-        Option(
-            "Share of each change's ‖ΔW‖² that is kept, above 0 and at most 1: the least rank that holds it.",
-            metavar="E",
-            above=0,
-            at_most=1,
-        ),
-    ] = None
+    rank: int | None = option(None, "Rank of each pair. With {energy}: at most this rank.", metavar="R", at_least=1)
+    energy: float | None = option(
+        None,
+        "Share of each change's ‖ΔW‖² that is kept, above 0 and at most 1: the least rank that holds it.",
+        metavar="E",
+        above=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(Truncated, Output):
     """What `extract` takes."""
 
-    base: Annotated[str | Path, Positional("BASE", kind="path")] = field(kw_only=False)
-    tuned: Annotated[str | Path, Positional("TUNED", kind="path")] = field(kw_only=False)
-    output: Annotated[str | Path, Option("Folder for the adapter.", flags=("-o", "--output"), kind="path")] = field(
-        kw_only=False
+    base: str | Path = field(kw_only=False, metadata=declares(Positional("BASE", kind="path")))
+    tuned: str | Path = field(kw_only=False, metadata=declares(Positional("TUNED", kind="path")))
+    output: str | Path = field(kw_only=False, metadata=written("Folder for the adapter."))
+    exclude: Sequence[str] = option(
+        (), "Tensor, module or glob whose difference is left out. May be repeated.", metavar="NAME"
     )
-    exclude: Annotated[
-        Sequence[str], Option("Tensor, module or glob whose difference is left out. May be repeated.", metavar="NAME")
-    ] = ()
-    layout: Annotated[Mapping[str, str] | None, LAYOUT] = None
+    layout: Mapping[str, str] | None = means(None, LAYOUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeOptions(Truncated, Output):
     """What `resize` takes."""
 
-    adapter: Annotated[AdapterSource, Positional(metavar="ADAPTER", kind="source", multiple=False)] = field(
-        kw_only=False
+    adapter: AdapterSource = field(
+        kw_only=False, metadata=declares(Positional(metavar="ADAPTER", kind="source", multiple=False))
     )
-    output: Annotated[str | Path, Option("Folder for the smaller adapter.", flags=("-o", "--output"), kind="path")] = (
-        field(kw_only=False)
-    )
-    reading: Annotated[ReadOptions, Nested(ReadOptions)] = field(default_factory=ReadOptions)
+    output: str | Path = field(kw_only=False, metadata=written("Folder for the smaller adapter."))
+    reading: ReadOptions = nested(ReadOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(Download):
     """What `inspect` takes."""
 
-    path: Annotated[str | Path, Positional("PATH", kind="path")] = field(kw_only=False)
-    checkpoint: Annotated[
-        str | Path | None,
-        Option(
-            "Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
-            flags=("--base",),
-        ),
-    ] = None
-    check: Annotated[bool, Option("Read every file of a merged folder, and compare it with the manifest.")] = False
-    expected: Annotated[Expectations, Nested(Expectations)] = field(default_factory=Expectations)
-    reading: Annotated[ReadOptions, Nested(ReadOptions)] = field(default_factory=ReadOptions)
+    path: str | Path = field(kw_only=False, metadata=declares(Positional("PATH", kind="path")))
+    checkpoint: str | Path | None = option(
+        None,
+        "Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
+        flags=("--base",),
+    )
+    check: bool = option(False, "Read every file of a merged folder, and compare it with the manifest.")
+    expected: Expectations = nested(Expectations)
+    reading: ReadOptions = nested(ReadOptions)

@@ -1,14 +1,13 @@
 """How several adapters are combined, and what happens to tied tensors of which one changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from lora_export.errors import WrongUsage
-from lora_export.options.declaring import Nested, Option, Options
+from lora_export.options.declaring import Option, Options, Section, means, nested, option
 from lora_export.options.reading import ReadOptions
-from lora_export.options.sections import Section
 from lora_export.options.spelling import named
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ Method = Literal[
     "dare_ties_svd",
     "magnitude_prune_svd",
 ]
-METHODS: tuple[str, ...] = get_args(Method)
 EXACT = "cat"
 FACTORWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 TiedEmbeddings = Literal["error", "untie", "both"]
@@ -57,37 +55,30 @@ class Combination(Options):
 
     SECTION: ClassVar[Section] = Section.COMBINING
 
-    method: Annotated[
-        Method,
-        Option(
-            "How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
-            flags=("--combine",),
-        ),
-    ] = "cat"
-    density: Annotated[
-        float | None,
-        Option(
-            "Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
-            metavar="D",
-            above=0,
-            at_most=1,
-        ),
-    ] = None
-    majority_sign: Annotated[
-        Literal["total", "frequency"] | None,
-        Option("Sign that ties and dare_ties elect: that of the sum, or of most values (default: total)."),
-    ] = None
-    svd_rank: Annotated[
-        int | None, Option("Rank after an SVD (default: the largest of the adapters).", metavar="R", at_least=1)
-    ] = None
-    seed: Annotated[
-        int | None,
-        Option(
-            "Random seed for the entries that dare_* keeps (default: 0).",
-            flags=("--combine-seed", "--seed"),
-            metavar="N",
-        ),
-    ] = None
+    method: Method = option(
+        "cat",
+        "How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
+        flags=("--combine",),
+    )
+    density: float | None = option(
+        None,
+        "Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
+        metavar="D",
+        above=0,
+        at_most=1,
+    )
+    majority_sign: Literal["total", "frequency"] | None = option(
+        None, "Sign that ties and dare_ties elect: that of the sum, or of most values (default: total)."
+    )
+    svd_rank: int | None = option(
+        None, "Rank after an SVD (default: the largest of the adapters).", metavar="R", at_least=1
+    )
+    seed: int | None = option(
+        None,
+        "Random seed for the entries that dare_* keeps (default: 0).",
+        flags=("--combine-seed", "--seed"),
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,28 +130,24 @@ class Combination(Options):
 class Weighted(Options):
     """Several adapters, each with a factor, under the names that a base has."""
 
-    weights: Annotated[
-        Sequence[float],
-        Option(
-            "Factor on an adapter's scale. Once per adapter, in the same order (default: 1.0).",
-            section=Section.COMBINING,
-            flags=("--weight",),
-            metavar="W",
-        ),
-    ] = ()
-    combination: Annotated[str | Combination, Nested(Combination)] = field(default_factory=Combination)
-    prefixes: Annotated[
-        Mapping[str, str] | None,
-        Option(
-            "Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
-            "base. May be repeated.",
-            section=Section.READING,
-            flags=("--prefix",),
-            metavar="FROM=TO",
-            read=read_prefixes,
-        ),
-    ] = None
-    reading: Annotated[ReadOptions, Nested(ReadOptions)] = field(default_factory=ReadOptions)
+    weights: Sequence[float] = option(
+        (),
+        "Factor on an adapter's scale. Once per adapter, in the same order (default: 1.0).",
+        section=Section.COMBINING,
+        flags=("--weight",),
+        metavar="W",
+    )
+    combination: str | Combination = nested(Combination)
+    prefixes: Mapping[str, str] | None = option(
+        None,
+        "Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
+        "base. May be repeated.",
+        section=Section.READING,
+        flags=("--prefix",),
+        metavar="FROM=TO",
+        read=read_prefixes,
+    )
+    reading: ReadOptions = nested(ReadOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +172,7 @@ TIED_OPTION = Option(
 class Applied(Weighted):
     """How adapters are applied to a base: options that merges, exports and proofs share."""
 
-    tied: Annotated[TiedEmbeddings, TIED_OPTION] = "error"
+    tied: TiedEmbeddings = means("error", TIED_OPTION)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -197,13 +184,11 @@ class Applied(Weighted):
 class GivenAdapters(Applied):
     """Adapters that the command line takes by -a, and how they are applied."""
 
-    adapters: Annotated[
-        AdapterSources,
-        Option(
-            "Adapter to apply. May be repeated.",
-            flags=("-a", "--adapter"),
-            metavar="[NAME=]ADAPTER",
-            kind="source",
-            multiple=True,
-        ),
-    ] = ()
+    adapters: AdapterSources = option(
+        (),
+        "Adapter to apply. May be repeated.",
+        flags=("-a", "--adapter"),
+        metavar="[NAME=]ADAPTER",
+        kind="source",
+        multiple=True,
+    )

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
 from lora_export.options.declaring import Options, options_of
-from lora_export.options.export import OnnxOptions, TorchScriptOptions
-from lora_export.options.generate import GenerateOptions
+from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions, UnmergeOptions
 from lora_export.options.train import TrainOptions
 from lora_export.options.verify import VerifyOptions

@@ -1,13 +1,12 @@
 """Options that several commands have: what is written, what is reported while it is made, how a proof runs."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
-from lora_export.options.declaring import Option, Options
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Option, Options, Section, declares, means, option, table_of
 
 NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
 TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error
@@ -30,26 +29,20 @@ class LoadedModel(Protocol):
 ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
 
 
-def read_layouts(texts: Iterable[str]) -> dict[str, str]:
-    """NAME=LAYOUT... as a table. Later ones come last: the last one that matches a weight counts. Raises ValueError."""
-    layouts: dict[str, str] = {}
-    for text in texts:
-        name, _, layout = text.rpartition("=")
-        if not name or layout not in ("out_in", "in_out"):
-            raise ValueError(f"{text} is not NAME=out_in or NAME=in_out")
-        layouts.pop(name, None)
-        layouts[name] = layout
-    return layouts
-
-
 PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
     "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
     "repeated: the last match counts.",
     metavar="NAME=in_out|out_in",
-    read=read_layouts,
+    read=table_of("NAME=out_in or NAME=in_out", {"out_in": "out_in", "in_out": "in_out"}.__getitem__, at_last=True),
 )
+
+
+def written(text: str, metavar: str = "") -> Mapping[str, Any]:
+    """The option that names the output, as the metadata of a field. `text` is its help."""
+    output = Option(text, section=Section.OPTIONS, flags=("-o", "--output"), metavar=metavar, kind="path")
+    return declares(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +57,29 @@ class Reported(Options):
 class Download(Options):
     """Whether names of the Hugging Face Hub are downloaded."""
 
-    download: Annotated[
-        bool,
-        Option("Download models and adapters named as on the Hugging Face Hub, if not cached.", section=Section.FILES),
-    ] = False
+    download: bool = option(
+        False, "Download models and adapters named as on the Hugging Face Hub, if not cached.", section=Section.FILES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output(Download, Reported):
     """What a function that writes takes."""
 
-    overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=Section.FILES)] = False
+    overwrite: bool = option(False, "Replace an existing output, in one step.", section=Section.FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProofInputs(Options):
     """Inputs that a proof takes besides the generated ones."""
 
-    inputs: Annotated[
-        str | Path | None,
-        Option(
-            "Further inputs for the proof: one array for each input of the model, by its name. They are the example "
-            "where the inputs of a Hugging Face model cannot be generated.",
-            section=Section.PROOF,
-            metavar="FILE.npz",
-        ),
-    ] = None
+    inputs: str | Path | None = option(
+        None,
+        "Further inputs for the proof: one array for each input of the model, by its name. They are the example "
+        "where the inputs of a Hugging Face model cannot be generated.",
+        section=Section.PROOF,
+        metavar="FILE.npz",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +88,20 @@ class Running(ProofInputs):
 
     SECTION: ClassVar[Section] = Section.PROOF
 
-    provider: Annotated[ProviderName, PROVIDER] = "cpu"
-    dtype: Annotated[
-        Dtype, Option("Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.")
-    ] = "float32"
-    timeout: Annotated[
-        float, Option("Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0)
-    ] = TIMEOUT
+    provider: ProviderName = means("cpu", PROVIDER)
+    dtype: Dtype = option(
+        "float32", "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision."
+    )
+    timeout: float = option(
+        TIMEOUT, "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published(ProofInputs, Output):
     """What a function takes that proves a file before it publishes it."""
 
-    verify: Annotated[bool, Option("Publish without a proof. The file records that.", section=Section.PROOF)] = True
+    verify: bool = option(True, "Publish without a proof. The file records that.", section=Section.PROOF)
 
 
 LORA_MODES = {
@@ -120,6 +110,16 @@ LORA_MODES = {
     "inputs": "make A and B optional inputs, with one file per adapter",
     "rows": "choose the adapter of each batch row by an input",
 }
+
+
+ALL_LINEAR = "all-linear"
+
+
+def layer_endings(target: str | Sequence[str]) -> str | list[str]:
+    """ALL_LINEAR, or endings of layer names: those of a list, or of a text that separates them by commas."""
+    if target == ALL_LINEAR:
+        return ALL_LINEAR
+    return [name for name in (target.split(",") if isinstance(target, str) else target) if name]
 
 
 def modes(*names: str) -> str:

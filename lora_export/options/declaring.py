@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Output(Options):
-        overwrite: Annotated[bool, Option("Replace an existing output, in one step.", section=FILES)] = False
+        overwrite: bool = option(False, "Replace an existing output, in one step.", section=FILES)
 
 The field is the whole declaration. The keyword of the Python function, the parameter of the command line, the entry of
 `[tool.lora-export]`, the usage check and the record of provenance come from it. Records are dataclasses and no
@@ -22,17 +22,38 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from lora_export.errors import WrongUsage
-from lora_export.options.sections import Section
 from lora_export.options.spelling import named
+
+
+class Section(StrEnum):
+    """What options are about."""
+
+    OPTIONS = "Options"
+    DATA = "Data"
+    ADAPTER = "The adapter"
+    FROZEN_BASE = "The frozen base"
+    STEPS = "The steps"
+    MEASUREMENTS = "Measurements and checkpoints"
+    BASE = "The base"
+    OUTPUT = "The output"
+    GRAPH = "The graph"
+    PROOF = "The proof"
+    EXPECTED = "What the adapter and the base must be"
+    READING = "How adapters are read"
+    COMBINING = "How adapters are combined"
+    FILES = "Files and messages"
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+_MEANING = "meaning"  # in the metadata of a field
 
 # What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
 Kind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
@@ -79,10 +100,10 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    separated: bool = False  # whether one text of the command line has all values, separated by commas
     read: Callable[[Iterable[str]], Any] | None = None  # texts of the command line -> the value; raises ValueError
     only: tuple[Only, ...] = ()
     python_only: bool = False  # no option of the command line
+    command_line_default: Callable[[], Any] | None = None  # there, in place of the default of the field
 
     def help_text(self) -> str:
         """The help, with other options as the interface spells them."""
@@ -156,6 +177,52 @@ class Declared:
         return " and ".join(f"{words} {limit:g}" for words, (limit, _) in stated.items())
 
 
+def declares(meaning: Option | Nested) -> Mapping[str, Any]:
+    """What a field means, as its metadata."""
+    return {_MEANING: meaning}
+
+
+def means(default: _T, meaning: Option) -> _T:
+    """A field with a default and a meaning."""
+    return field(default=default, metadata=declares(meaning))
+
+
+def option(default: _T, help: str, **settings: Any) -> _T:
+    """A field that is an option with a default. `settings` are those of `Option`."""
+    return means(default, Option(help, **settings))
+
+
+def nested(record: Callable[[], _R], flags: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> _R:
+    """A field that is a record itself, by default without settings. See `Nested`."""
+    return field(default_factory=record, metadata=declares(Nested(record, flags)))  # type: ignore[arg-type]
+
+
+def table_of(
+    form: str, value: Callable[[str], _T], *, at_last: bool = False
+) -> Callable[[Iterable[str]], dict[str, _T]]:
+    """A function that reads NAME=VALUE... as a table. `at_last`: the last equals sign of a text counts, not the first.
+
+    Of several values of a name the last one counts, and is the last in the table. The function raises ValueError for a
+    text of another form, and where `value` raises ValueError or KeyError.
+    """
+
+    def read(texts: Iterable[str]) -> dict[str, _T]:
+        table: dict[str, _T] = {}
+        for text in texts:
+            name, _, written = text.rpartition("=") if at_last else text.partition("=")
+            try:
+                found = value(written)
+            except (ValueError, KeyError):
+                found = None
+            if found is None or not name or not written:
+                raise ValueError(f"{text} is not {form}")
+            table.pop(name, None)
+            table[name] = found
+        return table
+
+    return read
+
+
 class Options:
     """The base of all records. A record checks its values when it is made, and raises WrongUsage.
 
@@ -170,10 +237,9 @@ class Options:
 
     def chosen(self) -> dict[str, Any]:
         """The options whose values are not their defaults. An empty list or table is the default of several values."""
-        values = {
-            declared.name: (getattr(self, declared.name), declared.default) for declared in options_of(type(self))
-        }
-        return {name: value for name, (value, default) in values.items() if value != default and not _is_empty(value)}
+        values = [(one, getattr(self, one.name)) for one in options_of(type(self))]
+        chosen = [(one.name, value) for one, value in values if value != one.default]
+        return {name: value for name, value in chosen if value or not isinstance(value, Sequence | Mapping)}
 
     def chosen_of(self, record: type[Options]) -> dict[str, Any]:
         """The same, of the options that another record has too."""
@@ -210,7 +276,8 @@ def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
 
 def options_of(record: type[Options]) -> tuple[Declared, ...]:
     """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
-    order = {name: depth for depth, cls in reversed(list(enumerate(record.__mro__))) for name in _own_fields(cls)}
+    classes = reversed(list(enumerate(record.__mro__)))
+    order = {name: depth for depth, cls in classes for name in inspect.get_annotations(cls)}
     found = [_declared(*found) for found in _fields(record) if isinstance(found[2], Option)]
     return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
 
@@ -245,27 +312,23 @@ def documentation(record: type[Options]) -> str:
     return "\n".join(["Options:", *lines])
 
 
-def _own_fields(cls: type) -> Iterable[str]:
-    return inspect.get_annotations(cls)
-
-
 def _fields(record: type[Options]) -> Iterator[tuple[dataclasses.Field[Any], Any, Any, Section]]:
     """The fields that are declared, each with its type, its meaning and the section of its record.
 
     A record whose values are found and loaded narrows types of the one that it inherits from. The meaning stays.
     """
-    own = [(cls, inspect.get_annotations(cls)) for cls in record.__mro__]
     for one in dataclasses.fields(record):  # type: ignore[arg-type]
-        annotations: Iterator[tuple[type, Any]] = ((cls, names[one.name]) for cls, names in own if one.name in names)
-        for cls, annotation in annotations:
-            if get_origin(annotation) is Annotated:
-                yield one, *get_args(annotation)[:2], vars(cls).get("SECTION", Section.OPTIONS)
+        for cls in record.__mro__:
+            own = inspect.get_annotations(cls).get(one.name)
+            meaning = vars(cls)["__dataclass_fields__"][one.name].metadata.get(_MEANING) if own is not None else None
+            if meaning is not None:
+                yield one, own, meaning, vars(cls).get("SECTION", Section.OPTIONS)
                 break
 
 
 def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: Section) -> Declared:
-    annotation, multiple = _without_none(type_), False
-    parts = list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    union = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+    parts, multiple = [part for part in union if part is not NoneType], False
     if several := [part for part in parts if get_origin(part) in (Sequence, tuple)]:
         parts, multiple = [get_args(several[0])[0]], True
     if option.multiple is not None or option.read is not None:
@@ -276,17 +339,6 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
     kind: Kind = option.kind or ("choice" if choices else "path" if "path" in known else known[0] if known else "text")
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
     return Declared(one.name, option, kind, choices, multiple, option.section or section, default)
-
-
-def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, UnionType):
-        parts = tuple(part for part in get_args(annotation) if part is not NoneType)
-        return parts[0] if len(parts) == 1 else Union[parts]  # noqa: UP007 - the parts are known at run time
-    return annotation
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, Sequence | Mapping) and not value
 
 
 def _either(values: Sequence[str]) -> str:

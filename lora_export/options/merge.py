@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import LAYOUT, Output
-from lora_export.options.declaring import Only, Option, Positional
+from lora_export.options.common import LAYOUT, Output, written
+from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option
 from lora_export.options.reading import AllowPickle
-from lora_export.options.sections import Section
 
 OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
 
@@ -30,142 +29,115 @@ class MergeOptions(Applied, Output):
 
     SECTION: ClassVar[Section] = Section.OUTPUT
 
-    base: Annotated[str | Path, Positional("BASE", kind="path")] = field(kw_only=False)
-    adapters: Annotated[
-        AdapterSources, Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True)
-    ] = field(kw_only=False)
-    output: Annotated[
-        str | Path,
-        Option(
-            "Folder or file for the merged weights: the same kind as BASE.",
-            flags=("-o", "--output"),
-            kind="path",
-            section=Section.OPTIONS,
-        ),
-    ] = field(kw_only=False)
+    base: str | Path = field(kw_only=False, metadata=declares(Positional("BASE", kind="path")))
+    adapters: AdapterSources = field(
+        kw_only=False,
+        metadata=declares(Positional(metavar="[NAME=]ADAPTER...", kind="source", multiple=True, optional=True)),
+    )
+    output: str | Path = field(
+        kw_only=False, metadata=written("Folder or file for the merged weights: the same kind as BASE.")
+    )
 
-    checkpoint: Annotated[
-        str | Path | None,
-        Option(
-            "Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
-            section=Section.BASE,
-            flags=("--base",),
-            metavar="CHECKPOINT",
-            only=graphs("the weights of a checkpoint have their names"),
-        ),
-    ] = None
-    variant: Annotated[
-        str | None,
-        Option(
-            "Weights to merge into, of a BASE folder with several sets: fp16 for model.fp16.safetensors, none for "
-            "model.safetensors.",
-            section=Section.BASE,
-            metavar="NAME",
-            only=(
-                Only(
-                    *("base", ("checkpoint", "pipeline")),
-                    words="folders of checkpoints, which may have several sets of weights",
-                ),
+    checkpoint: str | Path | None = option(
+        None,
+        "Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
+        section=Section.BASE,
+        flags=("--base",),
+        metavar="CHECKPOINT",
+        only=graphs("the weights of a checkpoint have their names"),
+    )
+    variant: str | None = option(
+        None,
+        "Weights to merge into, of a BASE folder with several sets: fp16 for model.fp16.safetensors, none for "
+        "model.safetensors.",
+        section=Section.BASE,
+        metavar="NAME",
+        only=(
+            Only(
+                *("base", ("checkpoint", "pipeline")),
+                words="folders of checkpoints, which may have several sets of weights",
             ),
         ),
-    ] = None
-    layout: Annotated[
-        Mapping[str, str] | None,
+    )
+    layout: Mapping[str, str] | None = means(
+        None,
         replace(
             LAYOUT,
             section=Section.BASE,
             only=checkpoints("a graph's operators determine the layout of its weights", "pipeline"),
         ),
-    ] = None
-    dequantize: Annotated[
-        bool,
-        Option(
-            "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
-            section=Section.BASE,
-            only=checkpoints("{requantize} merges into the quantised weights of a graph"),
-        ),
-    ] = False
-    requantize: Annotated[
-        bool,
-        Option(
-            "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
-            section=Section.BASE,
-            only=graphs("merging into a quantised checkpoint is not supported"),
-        ),
-    ] = False
-    float_base: Annotated[
-        str | Path | None,
-        Option(
-            "Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation "
-            "error.",
-            section=Section.BASE,
-            metavar="CHECKPOINT",
-            only=(Only(*("dequantize", (True,), "it is compared with the weights of a quantised BASE"), verb="needs"),),
-        ),
-    ] = None
+    )
+    dequantize: bool = option(
+        False,
+        "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
+        section=Section.BASE,
+        only=checkpoints("{requantize} merges into the quantised weights of a graph"),
+    )
+    requantize: bool = option(
+        False,
+        "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
+        section=Section.BASE,
+        only=graphs("merging into a quantised checkpoint is not supported"),
+    )
+    float_base: str | Path | None = option(
+        None,
+        "Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation error.",
+        section=Section.BASE,
+        metavar="CHECKPOINT",
+        only=(Only(*("dequantize", (True,), "it is compared with the weights of a quantised BASE"), verb="needs"),),
+    )
 
-    dtype: Annotated[
-        Literal["keep", "float32", "bfloat16", "float16"],
-        Option(
-            "Type in which every float tensor is stored.",
-            only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
-        ),
-    ] = "keep"
-    only_head: Annotated[
-        bool,
-        Option(
-            "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
-            only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
-        ),
-    ] = False
-    min_retention: Annotated[
-        float,
-        Option("Least part of a weight's change that has to survive rounding. Less is refused.", at_least=0, at_most=1),
-    ] = 0.5
-    keep_residual: Annotated[
-        str | Path | None,
-        Option(
-            "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
-            metavar="FILE",
-            only=(
-                *checkpoints("a graph is its own base: keep it"),
-                Only(
-                    *("dequantize", (False,), "keep the quantised base itself"),
-                    verb="does not go together with",
-                    words="{dequantize}",
-                ),
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
+        "keep",
+        "Type in which every float tensor is stored.",
+        only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
+    )
+    only_head: bool = option(
+        False,
+        "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
+        only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
+    )
+    min_retention: float = option(
+        0.5, "Least part of a weight's change that has to survive rounding. Less is refused.", at_least=0, at_most=1
+    )
+    keep_residual: str | Path | None = option(
+        None,
+        "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
+        metavar="FILE",
+        only=(
+            *checkpoints("a graph is its own base: keep it"),
+            Only(
+                *("dequantize", (False,), "keep the quantised base itself"),
+                verb="does not go together with",
+                words="{dequantize}",
             ),
         ),
-    ] = None
-    hashing: Annotated[
-        Literal["xxh3_128", "sha256"],
-        Option("Hash that identifies base and output. sha256 takes longer than the merge.", flags=("--hash",)),
-    ] = "xxh3_128"
-    device: Annotated[
-        Literal["cpu", "cuda"],
-        Option(
-            "Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
-            only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
-        ),
-    ] = "cpu"
-    tied: Annotated[
-        TiedEmbeddings,
+    )
+    hashing: Literal["xxh3_128", "sha256"] = option(
+        "xxh3_128", "Hash that identifies base and output. sha256 takes longer than the merge.", flags=("--hash",)
+    )
+    device: Literal["cpu", "cuda"] = option(
+        "cpu",
+        "Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
+        only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
+    )
+    tied: TiedEmbeddings = means(
+        "error",
         replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
-    ] = "error"
-    dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.")] = False
+    )
+    dry_run: bool = option(False, "Print which weights would change, and write nothing.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnmergeOptions(AllowPickle, Output):
     """What `unmerge` takes."""
 
-    merged: Annotated[str | Path, Positional("MERGED", kind="path")] = field(kw_only=False)
-    adapters: Annotated[
-        AdapterSources, Positional(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True)
-    ] = field(kw_only=False)
-    output: Annotated[str | Path, Option("Folder or file for the base.", flags=("-o", "--output"), kind="path")] = (
-        field(kw_only=False)
+    merged: str | Path = field(kw_only=False, metadata=declares(Positional("MERGED", kind="path")))
+    adapters: AdapterSources = field(
+        kw_only=False,
+        metadata=declares(Positional(metavar="[ADAPTER]...", kind="source", multiple=True, optional=True)),
     )
-    base_from: Annotated[
-        str | Path, Option("File that `merge --keep-residual` wrote.", metavar="RESIDUAL", kind="path")
-    ]
+    output: str | Path = field(kw_only=False, metadata=written("Folder or file for the base."))
+    base_from: str | Path = field(
+        metadata=declares(Option("File that `merge --keep-residual` wrote.", metavar="RESIDUAL", kind="path"))
+    )

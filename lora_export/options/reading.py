@@ -1,43 +1,32 @@
 """What a user states about the files of adapters, where these do not record it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.options.declaring import Option, Options
-from lora_export.options.sections import Section
+from lora_export.options.declaring import Option, Options, Section, declares, option, table_of
 from lora_export.options.spelling import command, named
 
 PipelineComponent = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 ColumnOrder = Literal["rank_major", "grouped_by_expert"]
 
 
-def read_parts(texts: Iterable[str]) -> dict[str, tuple[bool, ...]]:
-    """NAME=1,0,1... as a table. Raises ValueError for another text."""
-    table = {}
-    for text in texts:
-        name, _, digits = text.rpartition("=")
-        parts = digits.split(",")
-        if not name or not set(parts) <= {"0", "1"}:
-            raise ValueError(f"{text} is not NAME=1,0,1")
-        table[name] = tuple(part == "1" for part in parts)
-    return table
+def _parts(digits: str) -> tuple[bool, ...]:
+    return tuple({"0": False, "1": True}[digit] for digit in digits.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllowPickle(Options):
     """Whether a command reads pickles."""
 
-    allow_pickle: Annotated[
-        bool,
-        Option(
-            "Also read pickles of PyTorch (.bin, .pt, .pth), by torch.load with weights_only=True.",
-            section=Section.READING,
-        ),
-    ] = False
+    allow_pickle: bool = option(
+        False,
+        "Also read pickles of PyTorch (.bin, .pt, .pth), by torch.load with weights_only=True.",
+        section=Section.READING,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,44 +35,37 @@ class ReadOptions(AllowPickle):
 
     SECTION: ClassVar[Section] = Section.READING
 
-    format: Annotated[
-        str,
-        Option(
-            "Format of the adapters, where several formats fit. `lora-export guide adapters` lists them.",
-            metavar="NAME",
+    format: str = option(
+        "",
+        "Format of the adapters, where several formats fit. `lora-export guide adapters` lists them.",
+        metavar="NAME",
+    )
+    lora_rank: int | None = option(None, "Rank, for formats that do not record it.", metavar="R", at_least=1)
+    lora_alpha: float | None = option(None, "Alpha, for formats that do not record it.", metavar="ALPHA", above=0)
+    enable_lora: Mapping[str, tuple[bool, ...]] = field(
+        default_factory=dict,
+        metadata=declares(
+            Option(
+                "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
+                metavar="NAME=1,0,1",
+                read=table_of("NAME=1,0,1", _parts, at_last=True),
+            )
         ),
-    ] = ""
-    lora_rank: Annotated[int | None, Option("Rank, for formats that do not record it.", metavar="R", at_least=1)] = None
-    lora_alpha: Annotated[
-        float | None, Option("Alpha, for formats that do not record it.", metavar="ALPHA", above=0)
-    ] = None
-    enable_lora: Annotated[
-        Mapping[str, tuple[bool, ...]],
-        Option(
-            "Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
-            metavar="NAME=1,0,1",
-            read=read_parts,
-        ),
-    ] = field(default_factory=dict)
-    base_config: Annotated[
-        Path | None,
-        Option(
-            "config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
-            "needed where the command has the base, or the adapter a config.json beside it.",
-            metavar="PATH",
-        ),
-    ] = None
-    component: Annotated[
-        PipelineComponent | Literal[""],
-        Option("Use only the changes of this model, of an adapter for several models of a diffusion pipeline."),
-    ] = ""
-    moe_b_layout: Annotated[
-        ColumnOrder | Literal[""],
-        Option(
-            "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
-            "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major."
-        ),
-    ] = ""
+    )
+    base_config: Path | None = option(
+        None,
+        "config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
+        "needed where the command has the base, or the adapter a config.json beside it.",
+        metavar="PATH",
+    )
+    component: PipelineComponent | Literal[""] = option(
+        "", "Use only the changes of this model, of an adapter for several models of a diffusion pipeline."
+    )
+    moe_b_layout: ColumnOrder | Literal[""] = option(
+        "",
+        "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
+        "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lora_export.errors import WrongUsage
-from lora_export.options.common import Output
-from lora_export.options.declaring import Option, Options, Positional, options_of
-from lora_export.options.sections import Section
+from lora_export.options.common import ALL_LINEAR, Output, layer_endings, written
+from lora_export.options.declaring import Option, Options, Positional, Section, declares, option, options_of, table_of
 from lora_export.options.spelling import named
 
 LearntTask = Literal[
@@ -31,103 +30,56 @@ OF_CONTINUED = ("continue_from", "dropout", "heads")  # what a trained adapter t
 WITHOUT_INIT = ("dora", "target_parameters")  # what excludes a start from the weights
 
 
-def read_columns(texts: Iterable[str]) -> dict[str, str]:
-    """NAME=COLUMN... as a table. Raises ValueError for another text."""
-    columns: dict[str, str] = {}
-    for text in texts:
-        name, equals, column = text.partition("=")
-        if not equals or not name or not column:
-            raise ValueError(f"{text} is not NAME=COLUMN, such as text=body")
-        columns[name] = column
-    return columns
-
-
-def read_ranks(texts: Iterable[str]) -> dict[str, int]:
-    """REGEX=RANK... as a table. Raises ValueError for another text."""
-    return _read_patterns(texts, int, "REGEX=RANK")
-
-
-def read_alphas(texts: Iterable[str]) -> dict[str, float]:
-    """REGEX=ALPHA... as a table. Raises ValueError for another text."""
-    return _read_patterns(texts, float, "REGEX=ALPHA")
-
-
-def _read_patterns(texts: Iterable[str], number: Any, form: str) -> dict[str, Any]:
-    """The last equals sign counts."""
-    patterns = {}
-    for text in texts:
-        pattern, _, value = text.rpartition("=")
-        try:
-            patterns[pattern] = number(value)
-        except ValueError:
-            raise ValueError(f"{text} is not {form}, such as q_proj=4") from None
-        if not pattern:
-            raise ValueError(f"{text} has no pattern before the equals sign")
-    return patterns
+def _strategies(texts: Iterable[str]) -> tuple[str, ...]:
+    """Words that are separated by commas, each once. Raises ValueError for an unknown one."""
+    words = [word for text in texts for word in text.split(",") if word]
+    if unknown := [word for word in words if word not in get_args(ComparedStrategy)]:
+        raise ValueError(f"{', '.join(unknown)} is none of {', '.join(get_args(ComparedStrategy))}")
+    return tuple(dict.fromkeys(words))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(Options):
-    """The settings of the loop and of its optimiser, AdamW."""
+class Evaluating(Options):
+    """When a training measures on held-out data, and when it is saved."""
 
-    SECTION: ClassVar[Section] = Section.STEPS
+    SECTION: ClassVar[Section] = Section.MEASUREMENTS
 
-    epochs: Annotated[int, Option("Passes over the data.", at_least=1)] = 3
-    batch_size: Annotated[int, Option("Examples per step, of all processes together.", at_least=1)] = 32
-    accumulate: Annotated[
-        int, Option("Parts of a step's examples that are computed one after the other.", at_least=1)
-    ] = 1
-    learning_rate: Annotated[float, Option("Peak step size of AdamW.", above=0)] = 1e-3
-    b_ratio: Annotated[
-        float,
-        # Hayou et al. 2024
-        Option("Learning rate of B divided by that of A (LoRA+).", above=0),
-    ] = 1.0
-    schedule: Annotated[Literal["linear", "cosine", "constant"], Option("Learning rate after the warm-up.")] = "linear"
-    warmup: Annotated[float, Option("Part of all steps in which the learning rate rises.", at_least=0, below=1)] = 0.1
-    weight_decay: Annotated[float, Option("Weight decay of AdamW.", at_least=0)] = 0.01
-    max_gradient_norm: Annotated[float, Option("Norm to which gradients are clipped.", above=0)] = 1.0
-    precision: Annotated[Precision, Option("Precision of autocast.")] = "no"
-    gradient_checkpointing: Annotated[
-        bool, Option("Compute activations again in the backward pass: less memory, more time.")
-    ] = False
-    compile: Annotated[bool, Option("Compute the steps with torch.compile. The first step takes long.")] = False
-    seed: Annotated[int, Option("Random seed for the split, the initial values and the order.")] = 0
-    evaluate_every: Annotated[
-        int,
-        Option(
-            "Measure on the held-out data every so many steps.",
-            section=Section.MEASUREMENTS,
-            metavar="STEPS",
-            at_least=0,
-        ),
-    ] = 0
-    patience: Annotated[
-        int,
-        Option(
-            "Stop after N evaluations without a lower held-out loss, and keep the best adapter.",
-            section=Section.MEASUREMENTS,
-            metavar="N",
-            at_least=0,
-        ),
-    ] = 0
-    keep_best: Annotated[
-        bool, Option("Save the adapter of the lowest held-out loss, not the last one.", section=Section.MEASUREMENTS)
-    ] = False
-    save_every: Annotated[
-        int,
-        Option(
-            "Write a checkpoint to OUTPUT.training every so many steps.",
-            section=Section.MEASUREMENTS,
-            metavar="STEPS",
-            at_least=1,
-        ),
-    ] = 100
+    evaluate_every: int = option(0, "Measure on the held-out data every so many steps.", metavar="STEPS", at_least=0)
+    patience: int = option(
+        0, "Stop after N evaluations without a lower held-out loss, and keep the best adapter.", metavar="N", at_least=0
+    )
+    keep_best: bool = option(False, "Save the adapter of the lowest held-out loss, not the last one.")
+    save_every: int = option(
+        100, "Write a checkpoint to OUTPUT.training every so many steps.", metavar="STEPS", at_least=1
+    )
 
     @property
     def evaluates(self) -> bool:
         """Whether held-out examples are measured during training."""
         return bool(self.evaluate_every or self.patience or self.keep_best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Evaluating):
+    """The settings of the loop and of its optimiser, AdamW."""
+
+    SECTION: ClassVar[Section] = Section.STEPS
+
+    epochs: int = option(3, "Passes over the data.", at_least=1)
+    batch_size: int = option(32, "Examples per step, of all processes together.", at_least=1)
+    accumulate: int = option(1, "Parts of a step's examples that are computed one after the other.", at_least=1)
+    learning_rate: float = option(1e-3, "Peak step size of AdamW.", above=0)
+    b_ratio: float = option(1.0, "Learning rate of B divided by that of A (LoRA+).", above=0)
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "Learning rate after the warm-up.")
+    warmup: float = option(0.1, "Part of all steps in which the learning rate rises.", at_least=0, below=1)
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", at_least=0)
+    max_gradient_norm: float = option(1.0, "Norm to which gradients are clipped.", above=0)
+    precision: Precision = option("no", "Precision of autocast.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, more time."
+    )
+    compile: bool = option(False, "Compute the steps with torch.compile. The first step takes long.")
+    seed: int = option(0, "Random seed for the split, the initial values and the order.")
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -142,87 +94,70 @@ class AdapterChoice(Options):
 
     SECTION: ClassVar[Section] = Section.ADAPTER
 
-    rank: Annotated[
-        int | Sequence[int] | None,
-        Option(
-            "Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
-            shown_default="8",
-            at_least=1,
-        ),
-    ] = None
-    alpha: Annotated[
-        float | None, Option("B·A is multiplied by alpha/rank.", shown_default="twice the rank", above=0)
-    ] = None
-    rslora: Annotated[bool, Option("Multiply by alpha/√rank instead.")] = False
-    dora: Annotated[bool, Option("Also train the length of each output of a weight.")] = False
-    init: Annotated[
-        Init,
-        Option("First values of A and B: random and zero, or from the weights. Then the saved rank is twice {rank}."),
-    ] = "default"
-    target: Annotated[
-        str | Sequence[str] | None,
-        Option(
-            "Layers to adapt: endings of their names, separated by commas.",
-            metavar="NAMES|all-linear",
-            shown_default="all-linear",
-            multiple=False,
-        ),
-    ] = None
-    target_pattern: Annotated[str, Option("Regular expression for whole names of layers.", metavar="REGEX")] = ""
-    target_parameters: Annotated[
-        Sequence[str],
-        Option(
-            "Stacked parameter of experts, each of which gets a pair. May be repeated.",
-            flags=("--target-parameter",),
-            metavar="NAME",
-        ),
-    ] = ()
-    rank_pattern: Annotated[
-        Mapping[str, int] | None,
-        Option(
-            "Another rank for layers whose names end so. The first match counts. May be repeated.",
-            metavar="REGEX=RANK",
-            read=read_ranks,
-        ),
-    ] = None
-    alpha_pattern: Annotated[
-        Mapping[str, float] | None,
-        Option(
-            "Another alpha for layers whose names end so. May be repeated.", metavar="REGEX=ALPHA", read=read_alphas
-        ),
-    ] = None
-    dropout: Annotated[
-        float | None,
-        Option("Part of the inputs of A that is dropped in a step.", shown_default="0", at_least=0, below=1),
-    ] = None
-    bias: Annotated[TrainedBiases, Option("Biases to train: all, or those of the adapted layers.")] = "none"
-    token_indices: Annotated[
-        Sequence[int],
-        Option(
-            "Row of the input embeddings to train alone. May be repeated.",
-            flags=("--token-index",),
-            metavar="N",
-            at_least=0,
-        ),
-    ] = ()
-    heads: Annotated[
-        Sequence[str],
-        Option("Module to train and save as a whole. May be repeated.", flags=("--head",), metavar="NAME"),
-    ] = ()
-    continue_from: Annotated[
-        str | Path | None,
-        Option(
-            "Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
-            metavar="ADAPTER",
-            kind="source",
-        ),
-    ] = None
+    rank: int | Sequence[int] | None = option(
+        None,
+        "Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
+        shown_default="8",
+        at_least=1,
+    )
+    alpha: float | None = option(None, "B·A is multiplied by alpha/rank.", shown_default="twice the rank", above=0)
+    rslora: bool = option(False, "Multiply by alpha/√rank instead.")
+    dora: bool = option(False, "Also train the length of each output of a weight.")
+    init: Init = option(
+        "default", "First values of A and B: random and zero, or from the weights. Then the saved rank is twice {rank}."
+    )
+    target: str | Sequence[str] | None = option(
+        None,
+        "Layers to adapt: endings of their names, separated by commas.",
+        metavar="NAMES|all-linear",
+        shown_default="all-linear",
+        multiple=False,
+    )
+    target_pattern: str = option("", "Regular expression for whole names of layers.", metavar="REGEX")
+    target_parameters: Sequence[str] = option(
+        (),
+        "Stacked parameter of experts, each of which gets a pair. May be repeated.",
+        flags=("--target-parameter",),
+        metavar="NAME",
+    )
+    rank_pattern: Mapping[str, int] | None = option(
+        None,
+        "Another rank for layers whose names end so. The first match counts. May be repeated.",
+        metavar="REGEX=RANK",
+        read=table_of("REGEX=RANK, such as q_proj=4", int, at_last=True),
+    )
+    alpha_pattern: Mapping[str, float] | None = option(
+        None,
+        "Another alpha for layers whose names end so. May be repeated.",
+        metavar="REGEX=ALPHA",
+        read=table_of("REGEX=ALPHA, such as q_proj=4", float, at_last=True),
+    )
+    dropout: float | None = option(
+        None, "Part of the inputs of A that is dropped in a step.", shown_default="0", at_least=0, below=1
+    )
+    bias: TrainedBiases = option("none", "Biases to train: all, or those of the adapted layers.")
+    token_indices: Sequence[int] = option(
+        (),
+        "Row of the input embeddings to train alone. May be repeated.",
+        flags=("--token-index",),
+        metavar="N",
+        at_least=0,
+    )
+    heads: Sequence[str] = option(
+        (), "Module to train and save as a whole. May be repeated.", flags=("--head",), metavar="NAME"
+    )
+    continue_from: str | Path | None = option(
+        None,
+        "Train this adapter further, with a new optimiser. Its layers, ranks and scales stay.",
+        metavar="ADAPTER",
+        kind="source",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.ranks)) < len(self.ranks):
             raise WrongUsage(f"each {named('rank')} is given once")
-        given = [named(name) for name in self._chosen_here() if name not in OF_CONTINUED]
+        given = [named(name) for name in self.chosen_of(AdapterChoice) if name not in OF_CONTINUED]
         if self.continue_from is not None and given:
             raise WrongUsage(
                 f"{named('continue_from')} takes rank, alpha and layers of the adapter that it names; "
@@ -234,10 +169,6 @@ class AdapterChoice(Options):
                 f"possible with {', '.join(excluded)}"
             )
 
-    def _chosen_here(self) -> list[str]:
-        own = {declared.name for declared in options_of(AdapterChoice)}
-        return [name for name in self.chosen() if name in own]
-
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that were given; none where the default is meant."""
@@ -246,16 +177,14 @@ class AdapterChoice(Options):
     @property
     def names_layers(self) -> bool:
         """Whether single layers were named, so that a misfit of one of them is an error."""
-        return bool(self.targets != "all-linear")
+        return bool(self.targets != ALL_LINEAR)
 
     @property
     def targets(self) -> Any:
         """`all-linear`, or endings of layer names, which may be separated by commas."""
         if self.target is None:
-            return [] if self.target_pattern or self.target_parameters else "all-linear"
-        if self.target == "all-linear":
-            return self.target
-        return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
+            return [] if self.target_pattern or self.target_parameters else ALL_LINEAR
+        return layer_endings(self.target)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -278,81 +207,65 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
 
     SECTION: ClassVar[Section] = Section.DATA
 
-    model: Annotated[str | Path, Positional("MODEL", kind="source")] = field(kw_only=False)
-    data: Annotated[
-        str | Path,
-        Option(
-            "Training data: a .jsonl, .csv, .parquet or .npz file, a folder, or file.py:factory.",
-            flags=("--data",),
-            kind="source",
-            section=Section.OPTIONS,
+    model: str | Path = field(kw_only=False, metadata=declares(Positional("MODEL", kind="source")))
+    data: str | Path = field(
+        kw_only=False,
+        metadata=declares(
+            Option(
+                "Training data: a .jsonl, .csv, .parquet or .npz file, a folder, or file.py:factory.",
+                flags=("--data",),
+                kind="source",
+                section=Section.OPTIONS,
+            )
         ),
-    ] = field(kw_only=False)
-    output: Annotated[
-        str | Path, Option("Folder for the adapter.", flags=("-o", "--output"), kind="path", section=Section.OPTIONS)
-    ] = field(kw_only=False)
+    )
+    output: str | Path = field(kw_only=False, metadata=written("Folder for the adapter."))
 
-    columns: Annotated[
-        Mapping[str, str] | None,
-        Option(
-            "Column of the data that is read as NAME, such as text=body. May be repeated.",
-            flags=("--column",),
-            metavar="NAME=COLUMN",
-            read=read_columns,
-        ),
-    ] = None
-    task: Annotated[
-        LearntTask | None, Option("What is learnt from the columns, where they would fit several tasks.")
-    ] = None
-    max_length: Annotated[int, Option("Maximum number of tokens per text.", at_least=1)] = 128
-    packing: Annotated[bool, Option("Put several short texts into one row. For causal language models.")] = False
-    holdout: Annotated[
-        float, Option("Part of the data that is held out of training and measured on.", at_least=0, below=1)
-    ] = 0.2
+    columns: Mapping[str, str] | None = option(
+        None,
+        "Column of the data that is read as NAME, such as text=body. May be repeated.",
+        flags=("--column",),
+        metavar="NAME=COLUMN",
+        read=table_of("NAME=COLUMN, such as text=body", str),
+    )
+    task: LearntTask | None = option(None, "What is learnt from the columns, where they would fit several tasks.")
+    max_length: int = option(128, "Maximum number of tokens per text.", at_least=1)
+    packing: bool = option(False, "Put several short texts into one row. For causal language models.")
+    holdout: float = option(0.2, "Part of the data that is held out of training and measured on.", at_least=0, below=1)
 
-    quantize_base: Annotated[
-        BaseQuantization | None,
-        Option(
-            "Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
-            section=Section.FROZEN_BASE,
-        ),
-    ] = None
-    base_dtype: Annotated[
-        BaseDtype,
-        Option(
-            "Dtype of the frozen weights while training. A half precision needs the same {precision}.",
-            section=Section.FROZEN_BASE,
-        ),
-    ] = "float32"
-    shard_base: Annotated[
-        bool,
-        Option(
-            "With several processes: each holds a share of the frozen weights alone (FSDP).",
-            section=Section.FROZEN_BASE,
-        ),
-    ] = False
+    quantize_base: BaseQuantization | None = option(
+        None,
+        "Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
+        section=Section.FROZEN_BASE,
+    )
+    base_dtype: BaseDtype = option(
+        "float32",
+        "Dtype of the frozen weights while training. A half precision needs the same {precision}.",
+        section=Section.FROZEN_BASE,
+    )
+    shard_base: bool = option(
+        False,
+        "With several processes: each holds a share of the frozen weights alone (FSDP).",
+        section=Section.FROZEN_BASE,
+    )
 
-    compare: Annotated[
-        Sequence[ComparedStrategy],
-        Option(
-            "Also train all weights, or the head alone on the frozen base, and write a table.",
-            section=Section.MEASUREMENTS,
-            metavar="full,frozen",
-            separated=True,
-        ),
-    ] = ()
-    tensorboard: Annotated[
-        str | Path | None,
-        Option(
-            "Also write the metrics of each run to a folder there, for TensorBoard.",
-            section=Section.MEASUREMENTS,
-            metavar="FOLDER",
-        ),
-    ] = None
-    resume: Annotated[
-        bool, Option("Continue from the checkpoint of an interrupted training.", section=Section.MEASUREMENTS)
-    ] = False
-    device: Annotated[Literal["cpu", "cuda"], Option("Device to train on.", section=Section.STEPS)] = "cpu"
+    compare: Sequence[ComparedStrategy] = option(
+        (),
+        "Also train all weights, or the head alone on the frozen base, and write a table.",
+        section=Section.MEASUREMENTS,
+        metavar="full,frozen",
+        read=_strategies,
+    )
+    tensorboard: str | Path | None = option(
+        None,
+        "Also write the metrics of each run to a folder there, for TensorBoard.",
+        section=Section.MEASUREMENTS,
+        metavar="FOLDER",
+    )
+    resume: bool = option(
+        False, "Continue from the checkpoint of an interrupted training.", section=Section.MEASUREMENTS
+    )
+    device: Literal["cpu", "cuda"] = option("cpu", "Device to train on.", section=Section.STEPS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

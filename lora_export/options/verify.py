@@ -1,30 +1,40 @@
 """The options of `verify`, and of the gates that `verify` and `inspect` have before a deployment."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
 from lora_export.options.combining import Combination, GivenAdapters
 from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
-from lora_export.options.declaring import Nested, Option, Options, Positional
-from lora_export.options.sections import Section
+from lora_export.options.declaring import (
+    Option,
+    Options,
+    Positional,
+    Section,
+    declares,
+    means,
+    nested,
+    option,
+    table_of,
+)
 from lora_export.options.spelling import named
 
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 
 
-def read_sizes(texts: Iterable[str]) -> dict[str, int]:
-    """AXIS=SIZE... as a table. Raises ValueError for another text."""
-    sizes = {}
-    for text in texts:
-        name, _, size = text.partition("=")
-        if not name or not size.isdecimal() or not int(size):
-            raise ValueError(f"{text} is not AXIS=SIZE, such as sequence=128")
-        sizes[name] = int(size)
-    return sizes
+def runs_in_ci() -> bool:
+    """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
+    return os.environ.get("CI", "").lower() in ("true", "1")
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ValueError(text)
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -36,29 +46,24 @@ class Expectations(Options):
 
     SECTION: ClassVar[Section] = Section.EXPECTED
 
-    adapter_sha256: Annotated[
-        Sequence[str],
-        Option(
-            "End with exit code 4 unless this is the SHA-256 of the adapter. Once for each of several adapters.",
-            flags=("--expect-adapter-sha256",),
-            metavar="HEX",
-        ),
-    ] = ()
-    rank: Annotated[
-        int | None, Option("The same for the rank of every pair.", flags=("--expect-rank",), metavar="R", at_least=1)
-    ] = None
-    alpha: Annotated[
-        float | None,
-        Option("The same for alpha: scale x rank, with rsLoRA x its root.", flags=("--expect-alpha",), metavar="ALPHA"),
-    ] = None
-    base_sha256: Annotated[
-        Sequence[str],
-        Option(
-            "The same for the SHA-256 of the base's weights. Once for each of its files.",
-            flags=("--expect-base-sha256",),
-            metavar="HEX",
-        ),
-    ] = ()
+    adapter_sha256: Sequence[str] = option(
+        (),
+        "End with exit code 4 unless this is the SHA-256 of the adapter. Once for each of several adapters.",
+        flags=("--expect-adapter-sha256",),
+        metavar="HEX",
+    )
+    rank: int | None = option(
+        None, "The same for the rank of every pair.", flags=("--expect-rank",), metavar="R", at_least=1
+    )
+    alpha: float | None = option(
+        None, "The same for alpha: scale x rank, with rsLoRA x its root.", flags=("--expect-alpha",), metavar="ALPHA"
+    )
+    base_sha256: Sequence[str] = option(
+        (),
+        "The same for the SHA-256 of the base's weights. Once for each of its files.",
+        flags=("--expect-base-sha256",),
+        metavar="HEX",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,91 +86,76 @@ class Judging(Running):
 
     SECTION: ClassVar[Section] = Section.PROOF
 
-    onnx_adapter: Annotated[
-        str | Path | None,
-        Option(
-            "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.",
-            metavar="FILE",
-            section=Section.OPTIONS,
-        ),
-    ] = None
-    adapter_id: Annotated[
-        int | None,
-        Option(
-            "Adapter of all rows (0: the base), for a graph made by `onnx {lora=rows}`. Without it, the base, every "
-            "adapter of {adapters} (in the order of the ids) and mixed batches are proven.",
-            metavar="N",
-            at_least=0,
-            section=Section.OPTIONS,
-        ),
-    ] = None
-    atol: Annotated[
-        float | None, Option("Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
-    ] = None
-    rtol: Annotated[float | None, Option("See {atol}.", at_least=0)] = None
-    seed: Annotated[int | None, Option("Random seed for the generated inputs.  [default: 0]")] = None
-    cache: Annotated[
-        str | Path | None,
-        Option(
-            "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
-            section=Section.FILES,
-            metavar="FOLDER",
-            kind="folder",
-        ),
-    ] = None
-    trace: Annotated[bool, Option("Compare every module (always done when the verdict is `different`).")] = False
-    fixed: Annotated[
-        Mapping[str, int] | None,
-        Option(
-            "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
-            "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
-            metavar="AXIS=SIZE",
-            read=read_sizes,
-        ),
-    ] = None
+    onnx_adapter: str | Path | None = option(
+        None,
+        "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.",
+        metavar="FILE",
+        section=Section.OPTIONS,
+    )
+    adapter_id: int | None = option(
+        None,
+        "Adapter of all rows (0: the base), for a graph made by `onnx {lora=rows}`. Without it, the base, every "
+        "adapter of {adapters} (in the order of the ids) and mixed batches are proven.",
+        metavar="N",
+        at_least=0,
+        section=Section.OPTIONS,
+    )
+    atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
+    rtol: float | None = option(None, "See {atol}.", at_least=0)
+    seed: int | None = option(None, "Random seed for the generated inputs.  [default: 0]")
+    cache: str | Path | None = option(
+        None,
+        "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
+        section=Section.FILES,
+        metavar="FOLDER",
+        kind="folder",
+    )
+    trace: bool = option(False, "Compare every module (always done when the verdict is `different`).")
+    fixed: Mapping[str, int] | None = option(
+        None,
+        "An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that "
+        "CANDIDATE fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
+        metavar="AXIS=SIZE",
+        read=table_of("AXIS=SIZE, such as sequence=128", _size),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     """What `verify` takes."""
 
-    candidate: Annotated[str | Path, Positional("CANDIDATE", kind="path")] = field(kw_only=False)
-    model: Annotated[
-        "ModelSource | None",
-        Option("PyTorch model that CANDIDATE was made from.", metavar="MODEL", kind="source", multiple=False),
-    ] = field(default=None, kw_only=False)
-    base: Annotated[
-        str | Path | None,
-        Option(
-            "Without {model}: compare a merged checkpoint with this base and the adapters, weight by weight. With "
-            "{model}: the quantised .onnx that CANDIDATE was made from, by `merge {requantize}` or `onnx {lora}`.",
-            metavar="CHECKPOINT",
+    candidate: str | Path = field(kw_only=False, metadata=declares(Positional("CANDIDATE", kind="path")))
+    model: "ModelSource | None" = field(
+        default=None,
+        kw_only=False,
+        metadata=declares(
+            Option("PyTorch model that CANDIDATE was made from.", metavar="MODEL", kind="source", multiple=False)
         ),
-    ] = None
-    layout: Annotated[Mapping[str, str] | None, replace(LAYOUT, section=Section.PROOF)] = None
-    combination: Annotated[str | Combination, Nested(Combination, {"seed": ("--combine-seed",)})] = field(
-        default_factory=Combination
     )
-    reports: Annotated[
-        Sequence[str | Path],
-        Option(
-            "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
-            section=Section.FILES,
-            flags=("--report",),
-            metavar="FILE.json|.xml|.html",
-            kind="path",
-        ),
-    ] = ()
-    expected: Annotated[Expectations, Nested(Expectations)] = field(default_factory=Expectations)
-    strict: Annotated[
-        bool,
-        Option(
-            "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
-            section=Section.PROOF,
-            flags=("--strict/--no-strict",),
-        ),
-    ] = False
-    about: Annotated[
-        Mapping[str, Any] | None,
-        Option("Further facts for the reports.", python_only=True, kind="text", multiple=False),
-    ] = None
+    base: str | Path | None = option(
+        None,
+        "Without {model}: compare a merged checkpoint with this base and the adapters, weight by weight. With "
+        "{model}: the quantised .onnx that CANDIDATE was made from, by `merge {requantize}` or `onnx {lora}`.",
+        metavar="CHECKPOINT",
+    )
+    layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.PROOF))
+    combination: str | Combination = nested(Combination, {"seed": ("--combine-seed",)})
+    reports: Sequence[str | Path] = option(
+        (),
+        "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
+        section=Section.FILES,
+        flags=("--report",),
+        metavar="FILE.json|.xml|.html",
+        kind="path",
+    )
+    expected: Expectations = nested(Expectations)
+    strict: bool = option(
+        False,
+        "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
+        section=Section.PROOF,
+        flags=("--strict/--no-strict",),
+        command_line_default=runs_in_ci,
+    )
+    about: Mapping[str, Any] | None = option(
+        None, "Further facts for the reports.", python_only=True, kind="text", multiple=False
+    )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_export.errors import count, one_line, printable
-from lora_export.report.sentences import explanation, headline, placement_lines
+from lora_export.report.verdict_screen import explanation, headline, placement_lines
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import DECIDES, NOT_JUDGED, SHOWN, Comparison, Outcome, Verdict, percent
 
@@ -31,9 +31,9 @@ def workflow_commands(proof: Proof | Audit, title: str) -> Iterator[str]:
     Of a checkpoint that is not `same` one, with the weights that are wrong.
     """
     if proof.verdict:
-        yield _command("notice", title, "\n".join([proof.verdict.headline, *proof.verdict.summary_lines[1]]))
+        yield workflow_command("notice", title, "\n".join([proof.verdict.headline, *proof.verdict.summary_lines[1]]))
     elif isinstance(proof, Audit):
-        yield _command("error", f"{title}: {proof.outcome}", str(proof))
+        yield workflow_command("error", f"{title}: {proof.outcome}", str(proof))
     else:
         yield from _errors(proof, title)
 
@@ -42,21 +42,17 @@ def _errors(proof: Proof, title: str) -> Iterator[str]:
     verdict = proof.verdict
     title_of_outcome = f"{title}: {verdict.outcome}"
     if lines := explanation(proof):
-        yield _command("error", title_of_outcome, "\n".join(lines))
+        yield workflow_command("error", title_of_outcome, "\n".join(lines))
     shown = verdict.distinct_reasons[:SHOWN]
     for reason in shown:
         remedy = f"\n{DECIDES}: {reason.remedy}" if reason.remedy else ""
-        yield _command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
+        yield workflow_command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
     if more := len(verdict.reasons) - len(shown):
-        yield _command("error", title_of_outcome, f"and {count(more, 'reason')} more")
+        yield workflow_command("error", title_of_outcome, f"and {count(more, 'reason')} more")
 
 
-def annotation_of_error(message: str, title: str) -> str:
-    """A workflow command for an error that ended a command."""
-    return _command("error", title, message)
-
-
-def _command(name: str, title: str, message: str) -> str:
+def workflow_command(name: str, title: str, message: str) -> str:
+    """One workflow command: an `error` or a `notice`."""
     # In a property, `,` and `:` are escaped too, after `%` has been.
     data = _data(printable(message))
     return f"::{name} title={_data(one_line(title)).replace(':', '%3A').replace(',', '%2C')}::{data}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_export.verification.against_checkpoint import Audit
     from lora_export.verification.proof import Proof
 
+AnyProof: TypeAlias = "Proof | Audit"
 VERSIONS = {"verdict": 2}  # of a schema, 1 where none is given; grows when a field is removed or redefined
 
 
@@ -32,7 +33,7 @@ def as_dict(record: Any) -> dict[str, Any]:
     return {"schema": _schema(record), **_members(record)}
 
 
-def document_of_proof(proof: Proof | Audit) -> dict[str, Any]:
+def document_of_proof(proof: AnyProof) -> dict[str, Any]:
     """A verdict with its evidence: what ran where, and the facts about the run (versions, files, seed)."""
     result = as_dict(proof.verdict) | {
         "exit_code": proof.exit_code,

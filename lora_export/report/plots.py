@@ -6,7 +6,7 @@ Each plot is drawn at two widths, because letters in a scaled drawing would be t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,16 +47,6 @@ class Plot:
     cut: bool = False  # whether values to the left of the plot were left out
 
 
-class Contents(NamedTuple):
-    """The fields of a plot that depend on its scales."""
-
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    series: tuple[Series, ...]
-    mark: Tick | None
-    cut: bool = False
-
-
 @dataclass(frozen=True)
 class Scale:
     """A linear map from values to coordinates."""
@@ -82,18 +72,17 @@ class Frame(NamedTuple):
     right: float  # between the last value and the edge
 
 
+SizeOfPlot = tuple[str, float, float, float, float]  # the first fields of a Plot
+
+
 def _at_each_width(
-    frame: Frame,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    contents: Callable[[Scale, Scale, int], Contents],
-) -> list[Plot]:
-    plots = []
+    frame: Frame, x_range: tuple[float, float], y_range: tuple[float, float]
+) -> Iterator[tuple[SizeOfPlot, Scale, Scale, int]]:
+    """The size of a plot, its scales, and its most ticks."""
     for size, width in WIDTHS.items():
         x = Scale(*x_range, frame.left + frame.inset, width - frame.right)
         y = Scale(*y_range, frame.bottom, frame.top)
-        plots.append(Plot(size, width, frame.height, frame.left, frame.bottom, *contents(x, y, TICKS[size])))
-    return plots
+        yield (size, width, frame.height, frame.left, frame.bottom), x, y, TICKS[size]
 
 
 # --- Magnitudes of errors and of the adapter's effect ---
@@ -117,8 +106,9 @@ def magnitudes(series: Sequence[tuple[str, str, Iterable[Mapping[str, Any]]]], l
     low, high = min([*lows, *marks]) - 1, max([*exponents, *marks]) + 2
     tallest = max(fraction for _, _, fractions in counted for fraction in fractions.values())
 
-    def contents(x: Scale, y: Scale, ticks: int) -> Contents:
-        return Contents(
+    return [
+        Plot(
+            *size,
             x_ticks=tuple(_decades(low / math.log2(10), high / math.log2(10), x, ticks, log2=True)),
             y_ticks=(),
             series=tuple(
@@ -129,8 +119,8 @@ def magnitudes(series: Sequence[tuple[str, str, Iterable[Mapping[str, Any]]]], l
             mark=Tick(x(math.log2(limit)), "allowed rmse") if limit else None,
             cut=min(exponents) < low,
         )
-
-    return _at_each_width(OF_MAGNITUDES, (low, high), (0, tallest), contents)
+        for size, x, y, ticks in _at_each_width(OF_MAGNITUDES, (low, high), (0, tallest))
+    ]
 
 
 def _add_up(histograms: Iterable[Mapping[str, Any]]) -> dict[int, float]:
@@ -187,8 +177,9 @@ def layers(
     high = max(high, low + 1)
     marked = next((number for number, layer in enumerate(measured) if layer["name"] == first), None)
 
-    def contents(x: Scale, y: Scale, ticks: int) -> Contents:
-        return Contents(
+    return [
+        Plot(
+            *size,
             x_ticks=tuple(_numbers(len(measured), x, ticks)),
             y_ticks=tuple(_decades(low, high, y, Y_TICKS)),
             series=tuple(
@@ -197,8 +188,8 @@ def layers(
             ),
             mark=None if marked is None else Tick(x(marked), "first to differ"),
         )
-
-    return _at_each_width(OF_LAYERS, (0, max(1, len(measured) - 1)), (low, high), contents)
+        for size, x, y, ticks in _at_each_width(OF_LAYERS, (0, max(1, len(measured) - 1)), (low, high))
+    ]
 
 
 def _line(key: str, title: str, values: Sequence[tuple[str, float | None]], x: Scale, y: Scale) -> Series:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import peft
@@ -13,8 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.options.combining import METHODS
+from lora_export.options.combining import Method
 from support.combined import IDS, LAYERS, LAYOUT, WEIGHTS, adapted, combined_by_peft, layers, our_masks
+
+METHODS = get_args(Method)
 
 PRUNED = {"density": 0.6}
 OPTIONS: dict[str, dict[str, Any]] = {

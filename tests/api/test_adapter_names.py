@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import lora_export
-from lora_export.api.adapter_names import _placed
+from lora_export import formats
+from lora_export.api.adapter_names import _placed, family_of_base, named_for_pipeline
 from lora_export.errors import InputRefused, MatchError
+from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, TensorSpec
+from lora_export.plan.diffusion import Family
 from lora_export.plan.match_names import BaseTensors
+from lora_export.structured_pairs import WholePair
 from support import experts
+from support.diffusion import (
+    PIPELINES,
+    adapter_file,
+    arrays_of,
+    change,
+    clip_text_model,
+    folder_of,
+    fused_by_diffusers,
+    headers_of,
+    linear_shapes,
+    random_pairs,
+    transformer,
+    unet,
+)
 from support.experts import weights
 from support.handmade import base_file, peft_adapter
 from support.written import adapter_of, low_rank
@@ -128,3 +148,198 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             expected = {names[name] if wanted == "transformers5" else name: pair for name, pair in pairs.items()}
             assert sorted(back.pairs) == sorted(expected)
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
+
+
+# --- Adapters of diffusion models under other names: diffusers', and those of the models' authors. ---
+
+
+LAYERS = {"mid_block.attentions.0.proj_in": (64, 64, 1, 1), "up_blocks.0.resnets.1.conv1": (64, 96, 3, 3)}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    folder_of(unet(), folder / "unet")
+    folder_of(clip_text_model(), folder / "text_encoder")
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def kohya(folder: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]]):
+    return formats.load(adapter_file(folder / "a.safetensors", pairs, prefix="lora_", flattened=True, alpha=1))
+
+
+def test_flattened_names_get_their_dots_in_each_model(pipeline, tmp_path):
+    pairs = random_pairs(
+        {
+            **{f"unet.{name}": shape for name, shape in LAYERS.items()},
+            "te.text_model.encoder.layers.0.mlp.fc1": (37, 32),
+        }
+    )
+    named = named_for_pipeline(kohya(tmp_path, pairs), pipeline, "diffusers")
+    assert set(named.pairs) == {
+        *(f"denoiser/{name}" for name in LAYERS),
+        "text_encoder/text_model.encoder.layers.0.mlp.fc1",
+    }
+    assert not named.flattened and named.spelled("denoiser/up_blocks.0.resnets.1.conv1").startswith(
+        "lora_unet_up_blocks_0"
+    )
+    own = named.pairs["denoiser/mid_block.attentions.0.proj_in"]
+    assert np.array_equal(own.a, pairs["unet.mid_block.attentions.0.proj_in"][0]) and own.scale == 0.5
+
+
+def test_the_names_of_the_authors_are_those_of_the_original_model(pipeline, tmp_path):
+    adapter = kohya(tmp_path, random_pairs({f"unet.{name}": shape for name, shape in LAYERS.items()}))
+    named = named_for_pipeline(adapter, pipeline / "unet", "comfyui")
+    assert set(named.pairs) == {"denoiser/middle_block.1.proj_in", "denoiser/output_blocks.1.0.in_layers.2"}
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "shape", "original"),
+    [
+        ("Flux", "transformer_blocks.0.ff.net.2", (32, 128), "double_blocks.0.img_mlp.2"),
+        ("Flux 2", "transformer_blocks.0.ff.linear_out", (32, 96), "double_blocks.0.img_mlp.2"),
+        ("Stable Diffusion 3", "transformer_blocks.1.attn.to_out.0", (32, 32), "joint_blocks.1.x_block.attn.proj"),
+        ("Wan", "blocks.1.attn2.add_k_proj", (24, 24), "blocks.1.cross_attn.k_img"),
+        ("HunyuanVideo", "transformer_blocks.0.ff.net.2", (20, 80), "double_blocks.0.img_mlp.fc2"),
+        ("Z-Image", "layers.0.attention.to_out.0", (32, 32), "layers.0.attention.out"),
+        ("Qwen-Image", "transformer_blocks.0.attn.to_add_out", (32, 32), "transformer_blocks.0.attn.to_add_out"),
+    ],
+)  # fmt: skip
+def test_each_family_has_the_names_of_its_own_authors(family, module, shape, original, tmp_path):
+    base = folder_of(transformer(family), tmp_path / "base")
+    path = adapter_file(tmp_path / "a.safetensors", random_pairs({module: shape}), prefix="transformer.")
+    assert list(named_for_pipeline(formats.load(path), base, "comfyui").pairs) == [f"denoiser/{original}"]
+
+
+# Modules of Flux whose weights are parts of one weight of its authors, and their numbers of outputs there.
+FUSED = {
+    "double_blocks.0.img_attn.qkv": {f"transformer_blocks.0.attn.to_{part}": 32 for part in "qkv"},
+    "single_blocks.0.linear1": {
+        **{f"single_transformer_blocks.0.attn.to_{part}": 32 for part in "qkv"},
+        "single_transformer_blocks.0.proj_mlp": 128,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return folder_of(transformer("Flux"), tmp_path_factory.mktemp("base") / "flux")
+
+
+def named_as_flux(pairs: dict[str, LoraPair], flux: Path, **fields: object) -> Adapter:
+    adapter = adapter_of({f"denoiser/{name}": pair for name, pair in pairs.items()}, **fields)
+    return named_for_pipeline(adapter, flux, "comfyui")
+
+
+@pytest.mark.parametrize("new", FUSED)
+def test_the_parts_of_one_weight_of_the_authors_become_one_pair(new, flux):
+    parts = {name: low_rank(size, 32, rank) for rank, (name, size) in enumerate(FUSED[new].items(), 1)}
+    named = named_as_flux(parts, flux)
+    (pair,) = (named.pairs[name] for name in [f"denoiser/{new}"])
+    assert list(named.pairs) == [f"denoiser/{new}"] and pair.rank == sum(range(1, len(parts) + 1))
+    assert pair.delta() == pytest.approx(np.concatenate([part.delta() for part in parts.values()]), abs=1e-5)
+    some = dict(list(parts.items())[1:])
+    (pair,) = named_as_flux(some, flux).pairs.values()
+    assert pair.delta()[32:] == pytest.approx(np.concatenate([part.delta() for part in some.values()]), abs=1e-5)
+    assert not pair.delta()[:32].any()
+
+
+def test_the_halves_of_a_modulation_are_swapped_with_everything_on_them(flux):
+    pair = low_rank(64, 32, 2, magnitude=np.arange(1, 65, dtype=np.float32))
+    bias = np.arange(64, dtype=np.float32)
+    qkv = {"denoiser/transformer_blocks.0.attn.to_k": np.ones(32, np.float32)}
+    named = named_as_flux({"norm_out.linear": pair}, flux, biases={"denoiser/norm_out.linear": bias, **qkv})
+    new = "denoiser/final_layer.adaLN_modulation.1"
+    order = [*range(32, 64), *range(32)]
+    assert np.array_equal(named.pairs[new].delta(), pair.delta()[order])
+    assert np.array_equal(named.pairs[new].magnitude, pair.magnitude[order])
+    assert named.biases[new].tolist() == bias[order].tolist()
+    assert named.biases["denoiser/double_blocks.0.img_attn.qkv"].tolist() == [0] * 32 + [1] * 32 + [0] * 32
+    assert named.spelled(new) == "denoiser/norm_out.linear"
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (WholePair({"change": np.ones((32, 32))}, 1.0), "to_q: a part of a weight of the original model, and no pair"),
+        (
+            low_rank(32, 32, 1, scale=3.0),
+            "to_q, .*to_k: parts of one weight of the original model: .* different scales",
+        ),
+    ],
+)
+def test_parts_that_make_no_pair_are_refused_by_name(pair, message, flux):
+    parts = {"transformer_blocks.0.attn.to_q": pair, "transformer_blocks.0.attn.to_k": low_rank(32, 32, 1)}
+    with pytest.raises(InputRefused, match=f"the format comfyui cannot express .*\\s.*{message}"):
+        named_as_flux(parts, flux)
+
+
+# Linear layers of each family that diffusers converts from kohya's names.
+IN_BLOCKS = {
+    "Flux 2": ("transformer_blocks.", "single_transformer_blocks."),
+    "Wan": ("blocks.",),
+    "Qwen-Image": ("transformer_blocks.",),
+    "Z-Image": ("layers.",),
+}
+
+
+@pytest.mark.parametrize("family", IN_BLOCKS)
+def test_diffusers_reads_what_is_written_for_kohyas_scripts(family, tmp_path):
+    model = transformer(family)
+    shapes = {name: shape for name, shape in linear_shapes(model).items() if name.startswith(IN_BLOCKS[family])}
+    pairs = random_pairs(shapes)
+    path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="transformer.", alpha=1)
+    base = folder_of(model, tmp_path / "base")
+    written = lora_export.convert(path, tmp_path / "kohya", to="kohya", base=base).output
+    theirs, own = fused_by_diffusers(model, PIPELINES[family], written, "transformer"), arrays_of(model)
+    for module, pair in pairs.items():
+        assert np.abs(theirs[f"{module}.weight"] - own[f"{module}.weight"] - change(pair, 0.5)).max() < 5e-6
+
+
+@pytest.mark.parametrize("like_sdxl", [False, True])
+def test_a_unet_has_the_names_of_kohyas_scripts(like_sdxl, tmp_path):
+    model = unet(like_sdxl=like_sdxl)
+    shapes = {name: shape for name, shape in linear_shapes(model, convolutions=True).items() if "block" in name}
+    pairs = random_pairs({f"unet.{name}": shape for name, shape in shapes.items()})
+    path = adapter_file(tmp_path / "a.safetensors", pairs, alpha=1)
+    written = lora_export.convert(path, tmp_path / "kohya", to="kohya", base=folder_of(model, tmp_path / "base")).output
+    assert any(("input_blocks_" in key) == like_sdxl for key in load_file(written))
+    pipeline = "StableDiffusionXLPipeline" if like_sdxl else "StableDiffusionPipeline"
+    theirs, own = fused_by_diffusers(model, pipeline, written, "unet"), arrays_of(model)
+    for module in shapes:
+        changed = theirs[f"{module}.weight"] - own[f"{module}.weight"]
+        assert np.abs(changed - change(pairs[f"unet.{module}"], 0.5)).max() < 5e-6
+
+
+def test_diffusers_reads_flux_as_it_is_written_for_kohyas_scripts(tmp_path):
+    """diffusers has the width of the published model in its code: so has this one, without its weights."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    build = functools.partial(FluxTransformer2DModel, num_layers=1, num_single_layers=1)
+    with torch.device("meta"):
+        shapes = {name: shape for name, shape in linear_shapes(build()).items() if "blocks." in name}
+    pairs = random_pairs({f"transformer.{name}": shape for name, shape in shapes.items()})
+    path = adapter_file(tmp_path / "a.safetensors", pairs, alpha=1)
+    base = headers_of(build, tmp_path / "base")
+    written = lora_export.convert(path, tmp_path / "kohya", to="kohya", base=base).output
+    state = FluxPipeline.lora_state_dict(str(written))
+    assert {name.rpartition(".lora_")[0] for name in state} == set(pairs)
+    for name, (a, b) in pairs.items():
+        read = state[f"{name}.lora_B.weight"].numpy()[:8] @ state[f"{name}.lora_A.weight"].numpy()
+        assert np.abs(read - change((a, b[:8]), 0.5)).max() < 1e-5
+
+
+def test_the_family_of_a_base(pipeline, flux, tmp_path):
+    assert family_of_base(pipeline) is Family.UNKNOWN  # its index has no class
+    assert [family_of_base(base) for base in (pipeline / "unet", flux)] == [Family.SD, Family.FLUX]
+
+
+def test_a_base_that_does_not_fit_is_refused(pipeline, tmp_path):
+    adapter = kohya(tmp_path, random_pairs({"unet.no": (4, 4)}))
+    with pytest.raises(MatchError, match="lora_unet_no"):
+        named_for_pipeline(adapter, pipeline, "diffusers")
+    both = kohya(tmp_path, random_pairs({"unet.no": (4, 4), "te.no": (4, 4)}))
+    with pytest.raises(InputRefused, match="is one model, and the adapter changes several\\. Give the folder of the"):
+        named_for_pipeline(both, pipeline / "unet", "diffusers")

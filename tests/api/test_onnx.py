@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_export as le
-from lora_export.api import onnx_insert
+from lora_export.api import onnx_steps
 from lora_export.errors import Different, InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -149,8 +149,8 @@ def test_without_verification_there_is_no_proof(tmp_path: Path) -> None:
 
 
 def test_a_wrong_graph_raises_with_its_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = onnx_insert.insert_nodes
-    monkeypatch.setattr(onnx_insert, "insert_nodes", lambda program, sites, plan: right(program, sites, doubled(plan)))
+    right = onnx_steps.insert_nodes
+    monkeypatch.setattr(onnx_steps, "insert_nodes", lambda program, sites, plan: right(program, sites, doubled(plan)))
     with pytest.raises(Different, match="different") as refused:
         le.export_onnx(MODEL, tmp_path / "m.onnx", adapters=an_adapter(tmp_path / "adapter"), lora="nodes")
     assert refused.value.proof.verdict.outcome == "different"

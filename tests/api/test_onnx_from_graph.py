@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_export import formats, plan
-from lora_export.api import onnx_from_graph, onnx_insert
+from lora_export.api import onnx_from_graph, onnx_steps
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
@@ -366,7 +366,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, factory = rounded
-    right = onnx_insert.save_graph
+    right = onnx_steps.save_graph
 
     def nudged(program: ir.Model, *where: Any) -> Any:
         """One scale of one block is the next larger number."""
@@ -377,7 +377,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
         scales.const_value = ir.Tensor(array, name=scales.name)
         return right(program, *where)
 
-    monkeypatch.setattr(onnx_insert, "save_graph", nudged)
+    monkeypatch.setattr(onnx_steps, "save_graph", nudged)
     words = ("-a", folder / "fr", "--lora", mode, "--model", factory, "-o", tmp_path / "out.onnx")
     assert call("onnx", folder / "base.onnx", *words) == 5
     assert "the base: undecided" in capsys.readouterr().err
@@ -465,8 +465,8 @@ def turned(steps: Plan) -> Plan:
 @pytest.mark.parametrize(
     ("graph", "mode", "place_of", "name"),
     [
-        ("base", "merged", onnx_from_graph, "write_merged"), ("base", "nodes", onnx_insert, "insert_nodes"),
-        ("base", "rows", onnx_insert, "insert_rows"), ("bits", "nodes", onnx_insert, "insert_nodes"),
+        ("base", "merged", onnx_from_graph, "write_merged"), ("base", "nodes", onnx_steps, "insert_nodes"),
+        ("base", "rows", onnx_steps, "insert_rows"), ("bits", "nodes", onnx_steps, "insert_nodes"),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(

@@ -19,7 +19,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
-from lora_export.api import onnx_insert, onnx_proofs
+from lora_export.api import onnx_steps
 from lora_export.formats import onnx_adapter
 from lora_export.graph.insert import row_branches
 from lora_export.graph.insert.row_scales import RowScales
@@ -149,7 +149,7 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = onnx_insert.insert_inputs
+    right = onnx_steps.insert_inputs
 
     def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> onnx_adapter.Contract:
         """As a fusion might compute it: the last bit of a bias is another."""
@@ -158,7 +158,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
         bias.const_value = ir.Tensor(np.nextafter(bias.const_value.numpy(), np.float32(9)), name="head.bias")
         return right(program, *arguments, **options)
 
-    monkeypatch.setattr(onnx_insert, "insert_inputs", in_another_order)
+    monkeypatch.setattr(onnx_steps, "insert_inputs", in_another_order)
     code, told = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
     assert (code, told["bits_of_base"]) == (0, False)
     assert "not to the last bit" in capsys.readouterr().err
@@ -413,7 +413,7 @@ def test_rows_that_mix_up_adapters_are_never_published(
                 self._adapter_ids = np.roll(self._adapter_ids, 1)
             return super().run(inputs)
 
-    monkeypatch.setattr(onnx_proofs, "OnnxRunner", Confused)
+    monkeypatch.setattr(onnx_steps, "OnnxRunner", Confused)
     words = ("-a", place / "fr", "-a", place / "legal", "--lora", "rows")
     assert call("onnx", MODEL, *words, "-o", tmp_path / "out.onnx") == 4
     assert capsys.readouterr().err.splitlines()[0].startswith("Error: mixed batches: different")

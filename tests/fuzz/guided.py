@@ -15,7 +15,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # What is imported later, as commands import what they need, would not be seen.
 READERS = (
-    *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.inspect", "cli.convert", "cli.progress"),
+    *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.adapters", "cli.verbosity"),
     *(
         "formats.peft",
         "formats.peft_config",
@@ -25,7 +25,7 @@ READERS = (
         "weights.task_head",
         "weights.merge",
     ),
-    *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.check_contract"),
+    *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.adapter_inputs"),
     "models.pt2.program",
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):

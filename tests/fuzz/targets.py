@@ -38,7 +38,7 @@ from lora_export import cli, plan
 from lora_export.errors import LoraExportError
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert import base_fingerprint
+from lora_export.graph.insert import adapter_inputs
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
@@ -580,11 +580,11 @@ def open_graph_of(contract: bytes) -> bytes:
 
 @functools.cache
 def good_contract() -> bytes:
-    digests = base_fingerprint.weight_digests(find_sites(ir.from_proto(onnx.parser.parse_model(OPEN))))
+    digests = adapter_inputs.weight_digests(find_sites(ir.from_proto(onnx.parser.parse_model(OPEN))))
     digests = {name: digest for name, digest in digests.items() if "lora" not in name}
     places = [{**PLACE, "digest": digests["fc.weight"]}]
     return as_json(
-        {"base": base_fingerprint.fingerprint(digests), "names": base_fingerprint.hash_parts(digests), "places": places}
+        {"base": adapter_inputs.fingerprint(digests), "names": adapter_inputs.hash_parts(digests), "places": places}
     )
 
 

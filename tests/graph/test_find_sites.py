@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 from torch import nn
 
 from lora_export import plan
-from lora_export.errors import MatchError
-from lora_export.graph.find_sites import find_sites, precision_of
+from lora_export.errors import InputRefused, MatchError
+from lora_export.graph.exporter_names import FOLDED_FROM
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
+from support.content_graphs import GEMM, OTHER, WEIGHT, base_checkpoint, product_graph
 from support.exported_models import EVERY_MODEL, exported
 from support.found_sites import layouts, named_by, specs
 from support.graphs import a_graph, an_adapter
@@ -150,36 +155,104 @@ def test_weights_that_are_not_read_are_noted(body: str, note: str) -> None:
     assert any(note in line for line in find_sites(model).notes)
 
 
-# --- In which precision a graph stores its weights, and in which it computes with them: they need not be the same ---
+# --- Names from a base checkpoint: preferences, contradictions, prefixes and tied heads. ---
 
 
-GRAPHS = {
-    "weights stored in float32, computed in float32": "float[3,2] W = {1,2,3,4,5,6}> { y = MatMul(x, W) }",
-    "weights stored in float16, computed in float32": """float16[3,2] W = {1,2,3,4,5,6}>
-        { V = Cast <to = 1> (W)  y = MatMul(x, V) }""",
-    "weights stored in float32, computed in float16": """float[3,2] W = {1,2,3,4,5,6}>
-        { h = Cast <to = 10> (x)  V = Cast <to = 10> (W)  z = MatMul(h, V)  y = Cast <to = 1> (z) }""",
-    "weights stored in int8 by tensor, computed in float32": """int8[3,2] W = {1,2,3,4,5,6}, float s = {0.5}>
-        { V = DequantizeLinear(W, s)  y = MatMul(x, V) }""",
-}
+def test_equal_tensors_name_nothing_and_are_listed(tmp_path: Path) -> None:
+    found = find_sites(product_graph(WEIGHT.T), base_checkpoint(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    assert not found.by_name
+    assert "its content, which equals a.weight and b.weight" in str(found)
 
 
-@pytest.mark.parametrize("stated", GRAPHS)
-def test_stored_and_computed_are_stated_apart(stated: str) -> None:
-    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 20]>
-        g (float[N,3] x) => (float[N,2] y) <{GRAPHS[stated]}""")
-    precision = precision_of(find_sites(model))
-    assert str(precision) == stated
+@pytest.mark.parametrize("module", ["b", "model.b"])
+def test_equal_tensors_are_decided_by_module(tmp_path: Path, module: str) -> None:
+    weight = product_graph(WEIGHT.T, module=module)
+    found = find_sites(weight, base_checkpoint(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    assert list(found.by_name) == ["b.weight"]
 
 
-def test_most_entries_decide() -> None:
-    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 20]>
-        g (float[N,2] x) => (float[N,9] y) <float16[2,2] W = {1,2,3,4}, float[2,9] V> {
-            U = Cast <to = 1> (W)  h = MatMul(x, U)  y = MatMul(h, V) }""")
-    assert precision_of(find_sites(model)).stored == "float16"  # V has no value here
+@pytest.mark.parametrize(
+    ("origins", "named"), [(["b.weight", "val_3"], ["b.weight"]), (["a.weight", "b.weight"], []), (["val_3"], [])]
+)
+def test_equal_tensors_are_decided_by_folded_name(tmp_path: Path, origins: list[str], named: list[str]) -> None:
+    model = product_graph(WEIGHT.T)
+    model.graph.initializers["W"].metadata_props[FOLDED_FROM] = repr(origins)
+    found = find_sites(model, base_checkpoint(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    assert list(found.by_name) == named
 
 
-def test_a_graph_without_layers_has_no_precision() -> None:
-    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 20]>
-        g (float[N] x) => (float[N] y) { y = Add(x, x) }""")
-    assert precision_of(find_sites(model)) is None
+def test_tied_head_does_not_get_name_of_embedding(tmp_path: Path) -> None:
+    """An adapter of the embedding changes the lookup and not the head."""
+    table = np.float32([[1, 2], [3, 4], [5, 6]])
+    body = """
+        g (int64[N] ids) => (float[N,3] y)
+        <float[3,2] E = {1,2,3,4,5,6}, float[2,3] W = {1,3,5,2,4,6}>
+        { [e] x = Gather(E, ids)
+          [n] y = MatMul(x, W) }"""
+    checkpoint = base_checkpoint(tmp_path, {"embed.weight": table})
+    found = find_sites(a_graph(body), checkpoint)
+    assert {name: [site.node.name for site in sites] for name, sites in found.by_name.items()} == {
+        "embed.weight": ["e"]
+    }
+    assert "its content, which equals embed.weight" in str(found)
+    named = find_sites(a_graph(body, modules={"n": "head"}), checkpoint)
+    assert {name: [site.node.name for site in sites] for name, sites in named.by_name.items()} == {
+        "head.weight": ["n"], "embed.weight": ["e"],
+    }  # fmt: skip
+
+
+def test_name_of_other_content_is_refused_with_both_names(tmp_path: Path) -> None:
+    checkpoint = base_checkpoint(tmp_path, {"a.weight": WEIGHT, "b.weight": OTHER})
+    with pytest.raises(InputRefused, match=r"MatMul `n`: a.weight by name_scope, b.weight by content"):
+        find_sites(product_graph(OTHER.T, module="a"), checkpoint)
+
+
+def test_changed_weight_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, no tensor by content"):
+        find_sites(product_graph(WEIGHT + 1, GEMM, name="a.weight"), base_checkpoint(tmp_path, {"a.weight": WEIGHT}))
+
+
+def test_name_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, no tensor by content"):
+        find_sites(
+            product_graph(WEIGHT, GEMM, name="a.weight"), base_checkpoint(tmp_path, {"a.weight": np.ones((4, 4))})
+        )
+
+
+@pytest.mark.parametrize(("graph_name", "base_name"), [("model.a.weight", "a.weight"), ("a.weight", "model.a.weight")])
+def test_name_gets_prefix_of_base(tmp_path: Path, graph_name: str, base_name: str) -> None:
+    found = find_sites(
+        product_graph(WEIGHT, GEMM, name=graph_name), base_checkpoint(tmp_path, {base_name: WEIGHT, "b.weight": OTHER})
+    )
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {base_name: NameSource.INITIALIZER}
+
+
+def test_missing_name_gets_prefix_of_others(tmp_path: Path) -> None:
+    """A checkpoint lacks a tied head, whose adapter has the prefix of the other layers."""
+    model = a_graph(
+        """
+        g (float[N,3] x) => (float[N,2] y)
+        <float[2,3] wrapped.a.weight = {1,2,3,4,5,6}, float[2,2] wrapped.head.weight = {1,3,5,7}>
+        { h = Gemm <transB = 1> (x, wrapped.a.weight)
+          y = Gemm <transB = 1> (h, wrapped.head.weight) }"""
+    )
+    assert list(find_sites(model, base_checkpoint(tmp_path, {"a.weight": WEIGHT})).by_name) == [
+        "a.weight",
+        "head.weight",
+    ]
+    assert list(find_sites(model, base_checkpoint(tmp_path, {"model.wrapped.a.weight": WEIGHT})).by_name) == [
+        "model.wrapped.a.weight", "model.wrapped.head.weight",
+    ]  # fmt: skip
+
+
+def test_content_names_weight_that_base_calls_otherwise(tmp_path: Path) -> None:
+    found = find_sites(
+        product_graph(WEIGHT, GEMM, name="layers.0.fc.weight"), base_checkpoint(tmp_path, {"h.0.mlp.weight": WEIGHT})
+    )
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {"h.0.mlp.weight": NameSource.CONTENT}
+
+
+def test_missing_weight_keeps_name_with_note(tmp_path: Path) -> None:
+    found = find_sites(product_graph(OTHER, GEMM, name="head.weight"), base_checkpoint(tmp_path, {"a.weight": WEIGHT}))
+    assert list(found.by_name) == ["head.weight"]
+    assert any("head.weight: base.safetensors has neither this name nor this content" in note for note in found.notes)

@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph.exporter_metadata import NAME_SCOPES
+from lora_export.graph.exporter_names import NAME_SCOPES
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows

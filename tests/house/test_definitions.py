@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from support import ROOT
 
 MODULES = sorted((ROOT / "lora_export").rglob("*.py"))
-# Used with the name of their module in front: `peft.read`, `onnx_adapter.write`, `merge.command`,
-# `page.of_proof`.
+# Used with the name of their module in front: `peft.read`, `onnx_adapter.write`, `page.of_proof`.
 OF_EACH_MODULE = {
     *("read", "recognises", "foreign_keys", "write", "DESCRIPTION", "OF_PIPELINES"),
-    *("command", "main", "EXAMPLE"),
+    "main",
     *("SUFFIX", "PURPOSE", "require", "of_proof", "of_error"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from lora_export.cli import COMMANDS
+from lora_export.cli import COMMANDS, command_named
 from lora_export.cli.guide import TOPICS
 from lora_export.errors import LoraExportError
 from support import ROOT
@@ -52,8 +51,7 @@ COMMAND_LINES = [
 
 
 def command_of(name: str) -> click.Command:
-    command: click.Command = importlib.import_module(f"lora_export.cli.{name}").command
-    return command
+    return command_named(name)
 
 
 def options_of(name: str) -> list[click.Option]:

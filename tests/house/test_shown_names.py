@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_export.report.github import annotation_of_error
+from lora_export.report.github import workflow_command
 from support.cli import call
 from support.handmade import base_file, peft_adapter
 
@@ -217,6 +217,6 @@ def test_no_name_breaks_a_report(place: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_no_message_ends_its_annotation() -> None:
-    line = annotation_of_error(f"first {EVIL}", f"verify {EVIL}")
+    line = workflow_command("error", f"verify {EVIL}", f"first {EVIL}")
     assert "\n" not in line and "\r" not in line and line.count("::") >= 2
     assert line.startswith("::error title=")

@@ -24,8 +24,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, array_of_ort_value
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
-from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_export.adapters.task_arithmetic import kept_at_random
+from lora_export.adapters.combine import kept_at_random
 
 IDS = torch.tensor([[1, 4, 2, 0]])
 LAYERS = ("table", "linear", "conv1d", "kernel", "point")

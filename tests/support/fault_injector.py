@@ -24,8 +24,8 @@ LOADED = [
     *(
         "lora_export.cli.merge",
         "lora_export.weights.merge",
-        "lora_export.report.merge_screen",
-        "lora_export.cli.progress",
+        "lora_export.report.screens",
+        "lora_export.cli.verbosity",
     ),
     *(
         "lora_export.graph.onnx_file.reading",

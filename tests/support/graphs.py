@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.graph.exporter_metadata import FOLDED_FROM, NAME_SCOPES
+from lora_export.graph.exporter_names import FOLDED_FROM, NAME_SCOPES
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan, TensorSpec

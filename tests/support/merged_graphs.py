@@ -11,6 +11,7 @@ import pytest
 
 from lora_export import formats, plan
 from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
@@ -40,7 +41,7 @@ def merge_into(path: Path, stage: Path, *adapters: Adapter, **options: Any) -> M
     graph = open_graph(path)
     sites = find_sites(graph.model)
     stage.mkdir()
-    return merge_graph(plan.make(adapters, sites.specs), graph, sites, stage, file_name=path.name, **options)
+    return merge_graph(plan.make(adapters, sites.specs), graph, sites, stage, MergeRun(file_name=path.name, **options))
 
 
 def folded_file(path: Path, *adapters: Adapter) -> ir.Model:

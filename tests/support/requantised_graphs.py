@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export import formats, plan
 from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.weights.checkpoint import open_checkpoint
@@ -88,7 +89,7 @@ def merge_requantised(
     graph = open_graph(path)
     sites = find_sites(graph.model, None if base is None else open_checkpoint(base))
     steps = plan.make([formats.load(adapter)], sites.specs)
-    report = merge_graph(steps, graph, sites, stage, file_name="m.onnx", requantise=True, **options)
+    report = merge_graph(steps, graph, sites, stage, MergeRun(file_name="m.onnx", requantise=True, **options))
     return load_graph(stage / "m.onnx"), report
 
 

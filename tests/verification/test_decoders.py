@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_export import plan
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair

@@ -1,15 +1,22 @@
-"""Mode `inputs`: A and B as optional inputs of the graph, which onnxruntime fills from an adapter file."""
+"""Mode `inputs`: A and B as optional inputs of the graph, which onnxruntime fills from an adapter file.
+
+The graph's contract lists them, with fingerprints of the base weights that an adapter file was made for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import CONTRACT_KEY, AdapterSlot, Contract
-from lora_export.graph.find_sites import Sites
+from lora_export.errors import InputRefused, listed
+from lora_export.formats.onnx_adapter import CONTRACT_KEY, AdapterSlot, Contract, read_contract
+from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import (
     CONVENTIONS,
     DORA_FACTOR,
@@ -19,12 +26,12 @@ from lora_export.graph.insert.adapter_names import (
     dotted,
     module_of,
 )
-from lora_export.graph.insert.base_fingerprint import fingerprint, names_digest, quantisation_of, weight_digests
-from lora_export.graph.insert.branches import common_rescaling
-from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.site import Site, common_dtype
-from lora_export.plan import Layout
+from lora_export.graph.site import Site, common_dtype, find_readers
+from lora_export.graph.values import initializers
+from lora_export.plan import Layout, Plan
+from lora_export.storage.hashes import ALGORITHMS, FAST
 
 MIN_IR_VERSION = 4  # before it, every initializer had to be an input, and no input was optional
 
@@ -113,3 +120,167 @@ def _add_inputs(factory: NodeFactory, slot: AdapterSlot) -> list[Factor]:
         factory.model.graph.inputs.append(factor.value)
         factors.append(factor)
     return factors
+
+
+def weight_digests(sites: Sites) -> dict[str, str]:
+    """A hash of every named weight, in the orientation of the model. Reads all weights.
+
+    Of a quantised weight the stored tensors are hashed: integers, scales and zero points, neighbouring blocks included.
+    """
+    of_packed_nodes: dict[ir.Node, str] = {}
+    return {name: _weight_digest(main_site(own_sites), of_packed_nodes) for name, own_sites in sites.by_name.items()}
+
+
+def fingerprint(digests: dict[str, str]) -> str:
+    """One hash of all weights, independent of their order."""
+    return hash_parts(digests.items())
+
+
+def names_digest(sites: Sites) -> str:
+    """A hash of all weights' names and quantisation. Only graphs that agree in it have comparable fingerprints."""
+    kinds = {name: quantisation_of(main_site(own_sites)) for name, own_sites in sites.by_name.items()}
+    return hash_parts(f"{name}, {kind}" if kind else name for name, kind in kinds.items())
+
+
+def main_site(sites: Sequence[Site]) -> Site:
+    """The first linear site, or the first one."""
+    return min(sites, key=lambda site: not site.is_linear)
+
+
+def quantisation_of(site: Site) -> str:
+    """How the weight is quantised, in words. Empty where it is not."""
+    return site.quantised.kind if site.quantised is not None else ""
+
+
+def _weight_digest(site: Site, of_packed_nodes: dict[ir.Node, str]) -> str:
+    if site.quantised is None:
+        return _hash_arrays([np.ascontiguousarray(site.matrix)])
+    node = site.quantised.node
+    if node not in of_packed_nodes:
+        # Inputs after these are no part of the weight: DoRA removes the bias.
+        tensors = [None if value is None else ir.convenience.get_const_tensor(value) for value in node.inputs[:4]]
+        of_packed_nodes[node] = _hash_arrays([tensor.numpy() for tensor in tensors if tensor is not None])
+    block = site.block and (site.block.start, site.block.stop)
+    return hash_parts([of_packed_nodes[node], quantisation_of(site), site.stored_shape, block])
+
+
+def _hash_arrays(arrays: Iterable[NDArray[Any]]) -> str:
+    digest = ALGORITHMS[FAST]()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def hash_parts(parts: Iterable[object]) -> str:
+    """One hash of all parts, independent of their order."""
+    digest = ALGORITHMS[FAST]()
+    for part in sorted(map(repr, parts)):
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def checked_contract(model: ir.Model, source: Path) -> Contract:
+    """The contract of a graph with inputs for adapters, with each slot's dtype as it is now. Reads all base weights.
+
+    Raises InputRefused, with all problems, where an input is missing or has another shape than in the contract, and
+    where the base's weights changed after the inputs were added. What cannot be compared is accepted: a graph that was
+    converted to another dtype, weights that were quantised since, and weights without an adapter that have lost their
+    names.
+    """
+    contract = read_contract(model.metadata_props, source)
+    sites = _base_sites(model, contract)
+    digests = weight_digests(sites)
+    inputs = {value.name: value for value in model.graph.inputs}
+    dtypes = [(slot, inputs[slot.a].dtype if slot.a in inputs else None) for slot in contract.slots]
+    slots = [slot if dtype is None else replace(slot, dtype=str(dtype.numpy())) for slot, dtype in dtypes]
+    problems = [*_input_problems(inputs, contract), *_weight_problems(contract, slots, sites, digests)]
+    same_dtype = all(now.dtype == slot.dtype for now, slot in zip(slots, contract.slots, strict=True))
+    same_names = names_digest(sites) == contract.names
+    if not problems and same_dtype and same_names and fingerprint(digests) != contract.base:
+        problems.append("weights without an adapter differ from those when the inputs were added")
+    if problems:
+        raise InputRefused(f"{source} does not agree with its own record of inputs for adapters:", listed(problems))
+    return replace(contract, slots=tuple(slots))
+
+
+def contract_dora_factors(
+    model: ir.Model, contract: Contract, plan: Plan, adapter: str
+) -> dict[str, NDArray[np.float64]]:
+    """The factors of DoRA of one adapter, by weight, from the weights that the graph stores.
+
+    Reads the weights that the adapter changes by DoRA. Raises InputRefused where one of them cannot be found, and as
+    `site_dora_factors` does.
+    """
+    if not any(step.has_dora for step in plan.steps):
+        return {}
+    sites = _base_sites(model, contract)
+
+    def sites_of(weight: str) -> Sequence[Site]:
+        if weight not in sites.by_name:
+            raise InputRefused(
+                f"{adapter}, {weight}: DoRA needs the numbers of this weight, which cannot be found in the graph"
+            )
+        return sites.by_name[weight]
+
+    return dora_factors_by_weight(plan.low_rank, adapter, sites_of)
+
+
+def _base_sites(model: ir.Model, contract: Contract) -> Sites:
+    """The sites of the base's weights: found by name, or by the initializer that the contract records."""
+    sites = find_sites(model)
+    by_name = {name: own_sites for name, own_sites in sites.by_name.items() if name not in contract.inputs}
+    values = {value.name: value for value in initializers(model)}
+    values |= {output.name: output for node in model.graph for output in node.outputs if node.op_type == "Constant"}
+    for slot in contract.slots:
+        if slot.weight not in by_name and slot.value in values:
+            block = None if slot.block is None else range(*slot.block)
+            readers = find_readers(values[slot.value], model.functions)
+            own_sites = tuple(
+                replace(site, name=slot.weight, block=block) for site in readers if _fits(site, slot, block)
+            )
+            by_name |= {slot.weight: own_sites} if own_sites else {}
+    return replace(sites, by_name=by_name)
+
+
+def _fits(site: Site, slot: AdapterSlot, block: range | None) -> bool:
+    """Whether a site has the shape of the weight in a slot."""
+    if slot.embedding or len(slot.shape) > 2 or not site.is_linear:
+        return site.layout is slot.spec.layout and site.stored_shape == slot.spec.shape
+    shape = site.stored_shape[::-1] if site.layout is Layout.IN_OUT else site.stored_shape
+    out = len(block) if block is not None and block.stop <= shape[0] else shape[0]
+    return (out, *shape[1:]) == slot.shape
+
+
+def _input_problems(inputs: Mapping[str | None, ir.Value], contract: Contract) -> Iterator[str]:
+    """What is wrong with the inputs of the slots."""
+    for slot in contract.slots:
+        values = {name: inputs[name] for name in slot.input_shapes if name in inputs}
+        yield from (f"{name}: no optional input of that name" for name in slot.input_shapes if name not in inputs)
+        if len(values) == len(slot.input_shapes):
+            yield from _shape_problems(slot, values, is_required=contract.required)
+
+
+def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_required: bool) -> Iterator[str]:
+    weight, first = " x ".join(map(str, slot.shape)), values[slot.a]
+    for name, value in values.items():
+        sizes, wanted = list(value.shape or ()), slot.input_shapes[name]
+        pairs = list(zip(wanted, sizes, strict=False))
+        has_fixed_rank = any(size is None and isinstance(actual, int) for size, actual in pairs)
+        if len(sizes) != len(wanted) or any(size is not None and size != actual for size, actual in pairs):
+            yield f"{name}: has the shape {value.shape}, its weight is {weight}"
+        elif has_fixed_rank or not (value.is_initializer() or is_required):
+            yield f"{name}: its rank is fixed, or it has no default"
+        elif value.dtype != first.dtype:
+            yield f"{name}: is {value.dtype}, {first.name} is {first.dtype}"
+
+
+def _weight_problems(
+    contract: Contract, slots: Sequence[AdapterSlot], sites: Sites, digests: Mapping[str, str]
+) -> Iterator[str]:
+    """The weights of slots that have changed since their inputs were added, where they can be compared."""
+    kinds = {name: quantisation_of(main_site(own_sites)) for name, own_sites in sites.by_name.items()}
+    for now, slot in zip(slots, contract.slots, strict=True):
+        is_comparable = now.dtype == slot.dtype and kinds.get(slot.weight, slot.quantised) == slot.quantised
+        if is_comparable and digests.get(slot.weight, slot.digest) != slot.digest:
+            yield f"{slot.weight}: differs from the weight for which the inputs were added"

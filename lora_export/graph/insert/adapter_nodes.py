@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
-from lora_export.graph.insert.branches import Rescaling, common_rescaling
-from lora_export.graph.insert.dora import site_dora_factors
-from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch
@@ -50,20 +46,17 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     for step in plan.low_rank:
         if step.replace is not None:
             change_weight(model, sites, replace(step, terms=()))
-    inserter, several = Inserter(model), len(plan.adapters) > 1
+    inserter = Inserter(model)
+    labels = {adapter.name: f".{adapter.name}" if len(plan.adapters) > 1 else "" for adapter in plan.adapters}
     for step in plan.low_rank:
         is_embedding = step.terms[0].pair.embedding
         own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
-        pairs = [_pair(inserter.factory, step, term, own_sites, _label(term, several=several)) for term in step.terms]
-        factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), _label(step.terms[0], several=several))
+        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter]) for term in step.terms]
+        factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), labels[step.terms[0].adapter])
         for site in own_sites:
             inserter.insert(site, pairs, factors.rescaling(site))
     inserter.finish()
     return [result for result in merged if result is not None]
-
-
-def _label(term: Term, *, several: bool) -> str:
-    return f".{term.adapter}" if several else ""
 
 
 def _pair(factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str) -> tuple[Factor, Factor]:
@@ -79,7 +72,7 @@ class _DoraFactors:
 
     def __init__(self, factory: NodeFactory, step: Step, dtype: str, label: str):
         self.factory, self.step, self.dtype, self.label = factory, step, dtype, label
-        self.stored: list[tuple[NDArray[Any], Factor]] = []
+        self.by_content: dict[bytes, Factor] = {}
         self.by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
 
     def rescaling(self, site: Site) -> Rescaling | None:
@@ -89,14 +82,9 @@ class _DoraFactors:
         holder = site.holder, site.block
         if holder not in self.by_holder:
             with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
-                self.by_holder[holder] = self._initializer(site_dora_factors(self.step, site).astype(self.dtype))
+                array = site_dora_factors(self.step, site).astype(self.dtype)
+            if (content := array.tobytes()) not in self.by_content:
+                name = f"{DORA_FACTOR}{self.label}"
+                self.by_content[content] = self.factory.factor(module_of(self.step.weight), name, array)
+            self.by_holder[holder] = self.by_content[content]
         return common_rescaling(self.factory, site, self.by_holder[holder])
-
-    def _initializer(self, array: NDArray[Any]) -> Factor:
-        """The initializer of an equal factor, or a new one."""
-        for other, factor in self.stored:
-            if np.array_equal(other, array):
-                return factor
-        factor = self.factory.factor(module_of(self.step.weight), f"{DORA_FACTOR}{self.label}", array)
-        self.stored.append((array, factor))
-        return factor

@@ -36,10 +36,9 @@ from lora_export.formats.onnx_adapter import (
 from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
-from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
-from lora_export.graph.insert.dora import dora_factors_by_weight
-from lora_export.graph.insert.inserter import Inserter
-from lora_export.graph.insert.node_factory import Factor, NodeFactory
+from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes
+from lora_export.graph.insert.branches import Inserter, dora_factors_by_weight
+from lora_export.graph.insert.node_factory import Factor, NodeFactory, layer_input
 from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.insert.row_heads import RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
@@ -83,18 +82,14 @@ def insert_rows(
     inserted; where an adapter overflows the weights' dtype or has a rank above `max_rank`; for DoRA and heads where a
     row has several adapters; and for an opset below 15. The graph is then partly changed and must not be used.
     """
-    if model.opset_imports.get("", 0) < MIN_ROWS_OPSET:
-        raise InputRefused(
-            f"the graph has opset {model.opset_imports.get('', 0)}, and {named('lora', 'rows')} needs "
-            f"{MIN_ROWS_OPSET}. Export the model again"
-        )
+    inserter = Inserter(model)
+    inserter.factory.require_opset(MIN_ROWS_OPSET, named("lora", "rows"))
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
     refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
     _refuse_pairs_of_heads(plan, heads)
     if per_row > 1:
         _refuse_without_sum(plan, heads)
-    inserter = Inserter(model)
     for name in (ADAPTER_IDS, *([ADAPTER_SCALES] if per_row > 1 else [])):
         if name in inserter.factory.value_names:
             raise InputRefused(f"the graph has an input or value {name} already: start from the graph without adapters")

@@ -12,13 +12,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, count, listed
 from lora_export.graph import quantised_weights
+from lora_export.graph.insert.node_factory import Dim, layer_input
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named
 
 UNKNOWN = -1  # a size that only a run knows
-
-Dim = int | ir.SymbolicDim
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ def batch_input(model: ir.Model, batch: str, layers: Sequence[Site]) -> tuple[ir
     if not any(is_symbol(size, batch) for size in symbols.values()):
         names = {size.value for size in symbols.values() if isinstance(size, ir.SymbolicDim) and size.value}
         # Without names from the user, exporters give the inputs of one batch different symbols.
-        fits = names if len(set(symbols.values())) == 1 else {name for name in names if _enters_all(layers, name)}
-        batch = fits.pop() if len(fits) == 1 else batch
+        if len(set(symbols.values())) > 1:
+            names = {name for name in names if all(_enters(site, name) for site in layers)}
+        batch = names.pop() if len(names) == 1 else batch
     for value, size in symbols.items():
         if is_symbol(size, batch):
             return value, batch
@@ -65,7 +65,7 @@ def unclear_inputs(model: ir.Model, layers: Sequence[Site]) -> list[ir.Value]:
         infer_shapes(model)
     firsts = [value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)]
     batches = {size.value for size in firsts if isinstance(size, ir.SymbolicDim) and size.value}
-    unclear = [site for site in layers if all(isinstance(_batch_axis(site, name), str) for name in batches)]
+    unclear = [site for site in layers if not any(_enters(site, name) for name in batches)]
     inputs = [layer_input(site) for site in unclear if site.node.graph is model.graph]
     values = dict.fromkeys(value for x in inputs for value in (x, _before_reshape(x)))
     return [value for value in values if value is not None and value.producer() is not None and not is_stored(value)]
@@ -119,13 +119,6 @@ def infer_shapes(model: ir.Model) -> None:
         value.type = known.type if value.type is None else value.type
 
 
-def layer_input(site: Site) -> ir.Value:
-    """The value that a layer computes on. Of an embedding, the row numbers that it looks up."""
-    x = site.node.inputs[1 if site.is_lookup else 0]
-    assert x is not None
-    return x
-
-
 def is_symbol(size: Dim, symbol: str) -> bool:
     """Whether a dimension has this symbol."""
     return isinstance(size, ir.SymbolicDim) and size.value == symbol
@@ -136,8 +129,8 @@ def _node_outputs(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _enters_all(layers: Sequence[Site], symbol: str) -> bool:
-    return not any(isinstance(_batch_axis(site, symbol), str) for site in layers)
+def _enters(site: Site, symbol: str) -> bool:
+    return isinstance(_batch_axis(site, symbol), BatchAxis)
 
 
 def _batch_axis(site: Site, batch: str) -> BatchAxis | str:

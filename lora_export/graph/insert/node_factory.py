@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.refusals import refuse_not_finite
+from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name, value_names
+
+MIN_OPSET = 11  # from here on, a Gemm's bias is optional, and the sizes of a Pad are an input
 
 Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NO_ATTRIBUTES: Attributes = MappingProxyType({})
+Dim = int | ir.SymbolicDim
 
 
 class Factor(NamedTuple):
@@ -23,10 +27,6 @@ class Factor(NamedTuple):
 
     value: ir.Value
     path: str  # the prefix of its nodes' names
-
-    def after(self, nodes: Sequence[ir.Node]) -> Factor:
-        """The factor as the output of the last of these nodes."""
-        return self._replace(value=nodes[-1].outputs[0]) if nodes else self
 
 
 class NodeFactory:
@@ -53,19 +53,6 @@ class NodeFactory:
         name = unused_name(f"{path}/{op_type}", self.node_names)
         output = ir.Value(name=unused_name(f"{name}_output_0", self.value_names), type=inputs[0].type, shape=shape)
         return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
-
-    def cast(self, dtype: ir.DataType, value: ir.Value, path: str) -> ir.Node:
-        """A Cast node."""
-        node = self.node("Cast", [value], path, value.shape, {"to": int(dtype)})
-        node.outputs[0].type = ir.TensorType(dtype)
-        return node
-
-    def product(self, x: ir.Value, factor: Factor, attributes: Attributes) -> ir.Node:
-        """x by a factor: a MatMul, or a Gemm where there are attributes."""
-        assert factor.value.shape is not None
-        is_known = x.shape is not None and "transA" not in attributes
-        shape = ir.Shape([*x.shape[:-1], factor.value.shape[-1]]) if is_known and x.shape is not None else None
-        return self.node("Gemm" if attributes else "MatMul", [x, factor.value], factor.path, shape, attributes)
 
     def constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
         """A new initializer, whose name follows a node's path."""
@@ -96,3 +83,114 @@ class NodeFactory:
                 f"the graph has opset {graph_opset}, and {feature} needs {opset}. Export the model again, or merge the "
                 "adapter"
             )
+
+
+class NodeList:
+    """New nodes in the order in which they run. Their names begin with `path`."""
+
+    def __init__(self, factory: NodeFactory, path: str):
+        self.factory, self.path = factory, path
+        self.nodes: list[ir.Node] = []
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        shape: Iterable[Dim] | None,
+        dtype: ir.DataType | None = None,
+        copied: Attributes = NO_ATTRIBUTES,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
+        """Add a node. Its output has the type of the first input where `dtype` is None."""
+        known_shape = None if shape is None else ir.Shape(shape)
+        node = self.factory.node(op_type, inputs, self.path, known_shape, {**copied, **attributes})
+        if dtype is not None:
+            node.outputs[0].type = ir.TensorType(dtype)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """The value in this dtype. Adds no node where it has it."""
+        assert dtype is not None
+        return value if value.dtype == dtype else self.add("Cast", [value], value.shape, dtype, to=int(dtype))
+
+    def product(self, x: ir.Value, factor: Factor, attributes: Attributes = NO_ATTRIBUTES) -> ir.Value:
+        """x by a factor: a MatMul, or a Gemm where there are attributes."""
+        self.path = factor.path
+        is_known = x.shape is not None and "transA" not in attributes
+        shape = [*x.shape[:-1], sizes_of(factor.value)[-1]] if is_known and x.shape is not None else None
+        return self.add("Gemm" if attributes else "MatMul", [x, factor.value], shape, None, attributes)
+
+    def cast_to_site(self, site: Site, factor: Factor) -> Factor:
+        """A factor in the dtype in which the site computes."""
+        before, self.path = self.path, factor.path
+        value = self.cast(factor.value, ir.DataType.from_numpy(np.dtype(site.dtype)))
+        self.path = before
+        return factor._replace(value=value)
+
+    def padded_to(self, site: Site, factor: Factor, outputs: range, number: float) -> Factor:
+        """A factor in the site's dtype, whose last dimension covers these outputs of the site's node.
+
+        Pads with `number` for the neighbours of the site's block. Adds no Pad where the site has no block.
+        """
+        factor = self.cast_to_site(site, factor)
+        if site.block is None or site.block == outputs:
+            return factor
+        self.factory.require_opset(MIN_OPSET, "an adapter beside a part of a weight")
+        before, self.path = self.path, factor.path
+        zeros = [0] * (len(sizes_of(factor.value)) - 1)
+        sizes = [*zeros, site.block.start - outputs.start, *zeros, outputs.stop - site.block.stop]
+        shape = [*sizes_of(factor.value)[:-1], len(outputs)]
+        value = self.pad(factor.value, ("outputs", "fill"), sizes, number, shape)
+        self.path = before
+        return factor._replace(value=value)
+
+    def pad(
+        self,
+        value: ir.Value,
+        names: tuple[str, str],
+        sizes: Sequence[int],
+        number: float,
+        shape: Iterable[Dim] | None,
+    ) -> ir.Value:
+        """The value padded by these sizes with a number. `names` are those of the initializers of both."""
+        dtype = value.dtype
+        assert dtype is not None
+        # onnxruntime has no Pad in bfloat16.
+        value = self.cast(value, ir.DataType.FLOAT) if dtype == ir.DataType.BFLOAT16 else value
+        inputs = [value, self.factory.constant(self.path, names[0], np.array(sizes, np.int64))]
+        if number:
+            assert value.dtype is not None
+            inputs.append(self.factory.constant(self.path, names[1], np.array(number, value.dtype.numpy())))
+        return self.cast(self.add("Pad", inputs, shape), dtype)
+
+    def insert_behind(self, value: ir.Value) -> None:
+        """Insert the nodes behind the one that computes a value."""
+        producer = value.producer()
+        assert producer is not None and producer.graph is not None
+        producer.graph.insert_after(producer, self.nodes)
+
+
+def layer_input(site: Site) -> ir.Value:
+    """The value that a layer computes on. Of an embedding, the row numbers that it looks up."""
+    x = site.node.inputs[1 if site.is_lookup else 0]
+    assert x is not None
+    return x
+
+
+def sizes_of(value: ir.Value) -> list[Dim]:
+    """The shape of a value, which is known."""
+    assert value.shape is not None
+    return list(value.shape)
+
+
+def fixed_sizes(value: ir.Value, *axes: int) -> list[int]:
+    """The sizes of some dimensions of a value, which are no symbols."""
+    sizes = [size for axis in axes if isinstance(size := sizes_of(value)[axis], int)]
+    assert len(sizes) == len(axes)
+    return sizes
+
+
+def last_size(value: ir.Value) -> int:
+    """The size of a value's last dimension, which is no symbol."""
+    return fixed_sizes(value, -1)[0]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
-from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis, layer_input
+from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
-from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.insert.node_list import NodeList, fixed_sizes, last_size, sizes_of
+from lora_export.graph.insert.node_factory import (
+    Dim,
+    Factor,
+    NodeFactory,
+    NodeList,
+    fixed_sizes,
+    last_size,
+    layer_input,
+    sizes_of,
+)
 from lora_export.graph.insert.row_scales import RowScales
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
@@ -19,6 +29,13 @@ from lora_export.graph.values import new_initializer, unused_name
 # adapters * (tokens + READ_COST) <= COPY_COST * rows. Reading an adapter costs as much as multiplying READ_COST tokens
 # by it, and copying it as much as multiplying COPY_COST tokens.
 READ_COST, COPY_COST = 16, 32
+
+
+def transposed(nodes: NodeList, x: ir.Value, order: Sequence[int]) -> ir.Value:
+    """x with its dimensions in this order. Adds no node where they are."""
+    if list(order) == sorted(order):
+        return x
+    return nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in order], perm=order)
 
 
 class RowBranches:
@@ -75,12 +92,7 @@ class RowBranches:
             x = self.product_by_row(nodes, x, b.value)
         else:
             x = self._cheaper_product(nodes, x, a, b)
-        if batch.axis:
-            x = nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in back], perm=back)
-        if batch.is_flat:
-            x = nodes.add("Reshape", [x, self.constant(-1, last_size(x))], shape)
-        elif batch.rank == 2:
-            x = nodes.add("Squeeze", [x, self.constant(1)], shape)
+        x = self.as_layer(nodes, transposed(nodes, x, back), batch, shape)
         return BranchNodes(nodes.nodes, x, b.path)
 
     def convolution_branch(
@@ -119,8 +131,7 @@ class RowBranches:
                 nodes.add("Mul", [total, own], shape)
                 return nodes.nodes
             separated = self.separate_batch(nodes, total, batch, features)
-            separated = nodes.add("Mul", [separated, own], sizes_of(separated))
-            nodes.add("Reshape", [separated, self.constant(-1, features)], shape)
+            self.as_layer(nodes, nodes.add("Mul", [separated, own], sizes_of(separated)), batch, shape)
             return nodes.nodes
 
         return Rescaling(rescaling_nodes, factors.path)
@@ -129,8 +140,7 @@ class RowBranches:
         """The rows of A that are looked up, each batch row in its own adapter's part of the table."""
         tokens, count = layer_input(site), site.stored_shape[0]
         sizes = sizes_of(tokens)
-        if tokens.dtype != ir.DataType.INT64:
-            tokens = nodes.add("Cast", [tokens], sizes, ir.DataType.INT64, to=int(ir.DataType.INT64))
+        tokens = nodes.cast(tokens, ir.DataType.INT64)
         # Negative tokens count from the end of the adapter's own part.
         is_negative = nodes.add("Less", [tokens, self.constant(0)], sizes, ir.DataType.BOOL)
         from_end = nodes.add("Add", [tokens, self.constant(count)], sizes)
@@ -179,9 +189,13 @@ class RowBranches:
     def batch_first(self, nodes: NodeList, x: ir.Value, batch: BatchAxis) -> tuple[ir.Value, list[int]]:
         """x with the batch as its first dimension, and the permutation that undoes it."""
         order = [batch.axis, *(axis for axis in range(len(sizes_of(x))) if axis != batch.axis)]
-        if batch.axis:
-            x = nodes.add("Transpose", [x], [sizes_of(x)[axis] for axis in order], perm=order)
-        return x, [order.index(axis) for axis in range(len(order))]
+        return transposed(nodes, x, order), [order.index(axis) for axis in range(len(order))]
+
+    def as_layer(self, nodes: NodeList, x: ir.Value, batch: BatchAxis, shape: Iterable[Dim] | None) -> ir.Value:
+        """x without the dimension that `separate_batch` added, in the shape of the layer's output."""
+        if batch.is_flat:
+            return nodes.add("Reshape", [x, self.constant(-1, last_size(x))], shape)
+        return nodes.add("Squeeze", [x, self.constant(1)], shape) if batch.rank == 2 else x
 
     def _scaled(self, nodes: NodeList, x: ir.Value) -> ir.Value:
         """x (batch, ..., ranks), each rank times the factor of its adapter, where a row has several."""
@@ -233,7 +247,7 @@ class RowBranches:
         is_cheaper = made.add("LessOrEqual", [cost, limit], [1], ir.DataType.BOOL)
         is_cheaper = made.add("Squeeze", [is_cheaper, self.constant(0)], [])
         if producer is not None and producer.graph is not None:  # before the first of these layers
-            producer.graph.insert_after(producer, made.nodes)
+            made.insert_behind(x)
             self.conditions[x] = is_cheaper
         else:
             nodes.nodes += made.nodes
@@ -277,9 +291,7 @@ class RowBranches:
             table = self.factory.constant(f"/{ADAPTER_IDS}", f"owners.{rank}", mask)
             own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
             self.rank_masks[rank] = nodes.add("Unsqueeze", [own, self.constant(1)], [self.batch, 1, slots * rank])
-            producer = self.ids.producer()
-            assert producer is not None
-            self.factory.model.graph.insert_after(producer, nodes.nodes)
+            nodes.insert_behind(self.ids)
         return self.rank_masks[rank]
 
     def constant(self, *numbers: int) -> ir.Value:

@@ -20,11 +20,10 @@ from lora_export.formats.onnx_adapter import cast_factor
 from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import dotted, module_of
-from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes, layer_input
-from lora_export.graph.insert.inserter import Inserter
-from lora_export.graph.insert.node_factory import Factor
-from lora_export.graph.insert.node_list import NodeList
-from lora_export.graph.insert.row_branches import RowBranches
+from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes
+from lora_export.graph.insert.branches import Inserter
+from lora_export.graph.insert.node_factory import Factor, NodeList, last_size, layer_input, sizes_of
+from lora_export.graph.insert.row_branches import RowBranches, transposed
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
@@ -185,18 +184,12 @@ class RowHeads:
         uses, axis, width = output.uses(), self.axes[site.node_input], max(layer.labels)
         nodes = NodeList(self.factory, "/" + dotted(layer.module, SAVED_WHOLE))
         own = self._own(nodes, site, axis, weights, biases)
-        rank = len(own.shape or ())
         base = self.branches.separate_batch(nodes, self._widened(nodes, output, axis, layer), axis, width)
-        owns = self.branches.of_rows(nodes, mask, rank, batch_axis=axis.axis)
+        owns = self.branches.of_rows(nodes, mask, len(sizes_of(own)), batch_axis=axis.axis)
         chosen = nodes.add("Where", [owns, own, base], own.shape, own.dtype)
         shape = None if output.shape is None else [*output.shape[:-1], width]
-        if axis.is_flat:
-            chosen = nodes.add("Reshape", [chosen, self.branches.constant(-1, width)], shape)
-        elif axis.rank == 2:
-            chosen = nodes.add("Squeeze", [chosen, self.branches.constant(1)], shape)
-        producer = output.producer()
-        assert producer is not None and producer.graph is not None
-        producer.graph.insert_after(producer, nodes.nodes)
+        chosen = self.branches.as_layer(nodes, chosen, axis, shape)
+        nodes.insert_behind(output)
         for node, index in uses:
             node.replace_input_with(index, chosen)
         self.inserter.replace_graph_outputs(output, chosen)
@@ -206,18 +199,13 @@ class RowHeads:
         """x·W + b by each row's own W and b, with a dimension for the batch."""
         weights = nodes.cast_to_site(site, weights)
         x = layer_input(site)
-        assert x.shape is not None and isinstance(x.shape[-1], int)
-        x, back = self.branches.batch_first(nodes, self.branches.separate_batch(nodes, x, axis, x.shape[-1]), axis)
+        x, back = self.branches.batch_first(nodes, self.branches.separate_batch(nodes, x, axis, last_size(x)), axis)
         own = self.branches.product_by_row(nodes, x, weights.value)
-        assert own.shape is not None
         if biases is not None:
             biases = nodes.cast_to_site(site, biases)
-            bias = self.branches.of_rows(nodes, biases.value, len(own.shape), batch_axis=0)
+            bias = self.branches.of_rows(nodes, biases.value, len(sizes_of(own)), batch_axis=0)
             own = nodes.add("Add", [own, bias], own.shape)
-        if axis.axis:
-            sizes = list(own.shape or ())
-            own = nodes.add("Transpose", [own], [sizes[each] for each in back], perm=back)
-        return own
+        return transposed(nodes, own, back)
 
     def _widened(self, nodes: NodeList, output: ir.Value, axis: BatchAxis, layer: HeadLayer) -> ir.Value:
         """The base's own output with absent labels, where it has fewer than the widest head."""
@@ -225,15 +213,7 @@ class RowHeads:
         if not more:
             return output
         shape = None if output.shape is None else [*output.shape[:-1], max(layer.labels)]
-        dtype, path = output.dtype, nodes.path
-        assert dtype is not None
-        if dtype == ir.DataType.BFLOAT16:  # onnxruntime has no Pad in bfloat16
-            output = nodes.add("Cast", [output], output.shape, ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-        pads = self.factory.constant(path, "labels", np.array([0] * (2 * axis.rank - 1) + [more], np.int64))
-        kind = np.float32 if dtype == ir.DataType.BFLOAT16 else dtype.numpy()
-        absent = self.factory.constant(path, "absent", np.array(ABSENT_LABEL, kind))
-        output = nodes.add("Pad", [output, pads, absent], shape)
-        return output if output.dtype == dtype else nodes.add("Cast", [output], shape, dtype, to=int(dtype))
+        return nodes.pad(output, ("labels", "absent"), [0] * (2 * axis.rank - 1) + [more], ABSENT_LABEL, shape)
 
 
 def _layer_output(site: Site, layer: HeadLayer) -> ir.Value:

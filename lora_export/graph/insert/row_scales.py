@@ -9,8 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.formats.onnx_adapter import ADAPTER_SCALES
-from lora_export.graph.insert.batch_axis import Dim
-from lora_export.graph.insert.node_list import NodeList, fixed_sizes, last_size, sizes_of
+from lora_export.graph.insert.node_factory import Dim, NodeList, fixed_sizes, last_size, sizes_of
 
 
 class RowScales:
@@ -68,9 +67,7 @@ class RowScales:
             nodes = NodeList(self.factory, f"/{ADAPTER_SCALES}")
             indices = self.factory.constant(f"/{ADAPTER_SCALES}", "ranks", np.array(key[1], np.int64))
             self.made[key] = nodes.add("Gather", [scales, indices], [self.batch, len(key[1])], axis=1)
-            producer = scales.producer()
-            assert producer is not None
-            self.factory.model.graph.insert_after(producer, nodes.nodes)
+            nodes.insert_behind(scales)
         return self.made[key]
 
     def _product(
@@ -90,6 +87,4 @@ class RowScales:
         assert dtype is not None
         zero = self.factory.constant(nodes.path, "zero", np.zeros((), np.float32))
         is_used = nodes.add("Not", [nodes.add("Equal", [factors, zero], sizes, ir.DataType.BOOL)], sizes)
-        if dtype != ir.DataType.FLOAT:
-            factors = nodes.add("Cast", [factors], sizes, dtype, to=int(dtype))
-        return nodes.add("Mul", [x, factors], shape, dtype), is_used
+        return nodes.add("Mul", [x, nodes.cast(factors, dtype)], shape, dtype), is_used

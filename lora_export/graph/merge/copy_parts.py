@@ -22,10 +22,11 @@ from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
+from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import PAGE, Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import OnBytesWritten, Statistics
+from lora_export.weights.merge_report import MIN_RETENTION, OnBytesWritten, Statistics, StepResult
 from lora_export.weights.tensor_blocks import OutputTensor
 
 
@@ -108,22 +109,37 @@ def set_location(value: ir.Value, location: str, offset: int, length: int) -> No
     )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class MergeRun:
     """The settings of one merge, and the statistics and hashes that it collects."""
 
-    hashing: str
-    progress: OnBytesWritten
-    backend: Backend
+    file_name: str  # of the merged graph
+    min_retention: float = MIN_RETENTION
+    hashing: str = FAST
+    progress: OnBytesWritten = lambda _: None
+    requantise: bool = False  # quantised weights, in their own scheme; otherwise they are refused
+    backend: Backend = field(default_factory=Backend)  # changes float weights in files
     statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
     sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files
+    copied: int = 0  # bytes
 
-    def statistics_of(self, weight: str) -> Statistics:
-        """The statistics of a weight, which may be added to."""
-        return self.statistics.setdefault(weight, Statistics(weight))
+    def add(self, found: Iterable[Statistics]) -> None:
+        """Add statistics to those of their weights."""
+        for statistics in found:
+            self.statistics.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+
+    @property
+    def results(self) -> tuple[StepResult, ...]:
+        """What the merge did to each weight."""
+        return tuple(statistics.result() for statistics in self.statistics.values())
+
+    @property
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """The hashes of the old files, in the form of a record."""
+        return {path.name: {self.hashing: digest} for path, digest in self.sources.items()}
 
 
-def write_data_file(stage: Path, file_name: str, tensors: Sequence[MovedTensor], run: MergeRun) -> None:
+def write_data_file(stage: Path, tensors: Sequence[MovedTensor], run: MergeRun) -> None:
     """Write the weights that are stored beside the graph, and point their initializers to the new file.
 
     The file is named by its content.
@@ -133,7 +149,7 @@ def write_data_file(stage: Path, file_name: str, tensors: Sequence[MovedTensor],
         for source, group in itertools.groupby(parts, key=lambda part: part[0]):
             hashes = hashes.for_next_source()
             run.sources[source] = copy_parts(source, target, [part for _, part in group], hashes, run)
-    name = data_name(file_name, hashes.target.hexdigest())
+    name = data_name(run.file_name, hashes.target.hexdigest())
     path.rename(stage / name)
     for _, part in parts:
         if part.tensor is not None:
@@ -145,19 +161,13 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
         tensors = [part.tensor for part in parts if part.tensor is not None]
-        sizes = [tensor_blocks.block_size(tensor.output for tensor in tensors), *map(_requantised_block_size, tensors)]
+        requantised = [tensor.requantised for tensor in tensors if tensor.requantised is not None]
+        sizes = [weight.max_block_bytes(component) for weight, component in requantised]
+        sizes.append(tensor_blocks.block_size(tensor.output for tensor in tensors))
         for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=max(sizes)):
-            for statistics in found or ():
-                run.statistics_of(statistics.weight).merge(statistics)
+            run.add(found or ())
             run.progress(block.target_stop - block.target_start)
     return hashes.source.hexdigest()
-
-
-def _requantised_block_size(tensor: MovedTensor) -> int:
-    if tensor.requantised is None:
-        return 0
-    weight, component = tensor.requantised
-    return weight.max_block_bytes(component)
 
 
 def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart], backend: Backend) -> Iterator[Block]:
@@ -215,11 +225,8 @@ def _are_neighbours(one: FilePart, other: FilePart) -> bool:
 def _skipped_blocks(start: int, stop: int, position: int) -> Iterator[Block]:
     """Bytes of the source that the target lacks. They are read for the hash of the source."""
     for first in range(start, stop, block_copy.BLOCK):
-        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=_write_nothing)
-
-
-def _write_nothing(_source: Bytes, _target: Bytes, _scratch: Bytes) -> None:
-    """The target of a skipped block is empty."""
+        # Their target is empty: the work has nothing to write.
+        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=lambda *_: None)
 
 
 def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:

@@ -22,11 +22,10 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
-from lora_export.graph.exporter_metadata import remove_exporter_notes
+from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
-from lora_export.graph.merge.fold import change_in_memory
-from lora_export.graph.merge.isolate import InitializerChange, isolate_changes, isolate_quantised
+from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes, isolate_quantised
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight
@@ -36,17 +35,11 @@ from lora_export.graph.values import initializers
 from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.storage.block_copy import RunningHashes
-from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import (
-    MIN_RETENTION,
-    MergeReport,
-    OnBytesWritten,
-    StepResult,
-    refuse_below_rounding,
-)
+from lora_export.weights.merge_report import MergeReport, refuse_below_rounding
 from lora_export.weights.tensor_blocks import OutputTensor
+
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def merge_graph(
@@ -54,52 +47,31 @@ def merge_graph(
     graph: GraphFile,
     sites: Sites,
     stage: Path,
-    *,
-    file_name: str,
-    min_retention: float = MIN_RETENTION,
-    hashing: str = FAST,
-    progress: OnBytesWritten = lambda _: None,
-    requantise: bool = False,
-    backend: Backend | None = None,
-    more_settings: Mapping[str, Any] = MappingProxyType({}),
+    run: MergeRun,
+    settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> MergeReport:
     """Merge a plan into the graph of a file. Writes into the folder `stage` (see `atomic_output.stage_file`).
 
     Weights inside the graph's file stay inside. Weights in files beside it go into one file that is named by its
     content. Only the plan's weights change: other readers of a changed tensor keep the old one. The graph's properties
-    stay, and get a record of this merge; exporter notes are removed. With `requantise`, quantised weights are quantised
-    again in their own scheme; otherwise they are refused. `backend` changes float weights in files, by default with
-    NumPy. `more_settings` are recorded too. Peak memory is the graph without its weights and a few blocks.
-    `graph.model` must not be used afterwards.
+    stay, and get a record of this merge, with these settings; exporter notes are removed. Peak memory is the graph
+    without its weights and a few blocks. `graph.model` must not be used afterwards.
 
     Raises InputRefused where an adapter is merged already, a value is not finite, a file changes during the merge, or
-    a weight retains less than `min_retention` of its change.
+    a weight retains less than `run.min_retention` of its change.
     """
-    begun, backend = time.perf_counter(), backend or Backend()
-    merged = write_merged(
-        plan,
-        graph,
-        sites,
-        stage,
-        file_name=file_name,
-        min_retention=min_retention,
-        hashing=hashing,
-        progress=progress,
-        requantise=requantise,
-        backend=backend,
-    )
-    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
-    settings |= {**backend.settings, **more_settings}
-    record = provenance.record(
-        plan.adapters, plan.strengths, merged.sources, graph.history, settings, base_path=graph.path
-    )
-    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
+    begun = time.perf_counter()
+    write_merged(plan, graph, sites, stage, run)
+    requantised = {"requantize": True} if run.requantise else {}
+    settings = {"lora": "merged", "min_retention": run.min_retention, **requantised, **run.backend.settings, **settings}
+    record = provenance.record(plan.adapters, plan.strengths, run.hashes, graph.history, settings, base_path=graph.path)
+    append_metadata(stage / run.file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
-        results=merged.results,
-        copied=merged.copied,
+        results=run.results,
+        copied=run.copied,
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
         replaced=len(replaced),
         replaced_weights=replaced,
@@ -107,31 +79,9 @@ def merge_graph(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class MergedFiles:
-    """Statistics and hashes of a merge into a graph's files."""
-
-    results: tuple[StepResult, ...]
-    copied: int  # bytes
-    sources: dict[str, dict[str, str]]  # hashes of the old files, in the form of a record
-
-
-def write_merged(
-    plan: Plan,
-    graph: GraphFile,
-    sites: Sites,
-    stage: Path,
-    *,
-    file_name: str,
-    min_retention: float = MIN_RETENTION,
-    hashing: str = FAST,
-    progress: OnBytesWritten = lambda _: None,
-    requantise: bool = False,
-    backend: Backend | None = None,
-) -> MergedFiles:
+def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: MergeRun) -> None:
     """Do the work of `merge_graph`, without its record and without its check for files that change."""
-    refuse_before_graph_merge(plan, graph, sites, requantise=requantise)
-    run = MergeRun(hashing, progress, backend or Backend())
+    refuse_before_graph_merge(plan, graph, sites, requantise=run.requantise)
     with threadpool_limits(1, user_api="blas"):
         changes = _change_or_defer(plan, graph.model, sites, run)
     remove_exporter_notes(graph.model)
@@ -141,21 +91,16 @@ def write_merged(
     with threadpool_limits(1, user_api="blas"):  # the transfer itself runs one thread per core
         beside = [tensor for tensor in tensors if tensor.source != own_file]
         if beside:
-            write_data_file(stage, file_name, beside, run)
+            write_data_file(stage, beside, run)
         parts = graph_file_parts(graph.model, [tensor for tensor in tensors if tensor.source == own_file])
-        with (stage / file_name).open("xb") as target:
-            run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(hashing), run)
-    results = [statistics.result() for statistics in run.statistics.values()]
+        with (stage / run.file_name).open("xb") as target:
+            run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(run.hashing), run)
+    run.copied = sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy)
     refuse_below_rounding(
-        results,
-        min_retention,
+        run.results,
+        run.min_retention,
         f"Keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')}), or merge into the float "
         "model and export or quantise that",
-    )
-    return MergedFiles(
-        tuple(results),
-        sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy),
-        {path.name: {hashing: digest} for path, digest in run.sources.items()},
     )
 
 
@@ -195,8 +140,7 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
                 deferred.floats.setdefault(change.value, []).append(change)
             else:
                 statistics = change_in_memory(change)
-                if not step.is_replacement:
-                    run.statistics_of(step.weight).merge(statistics)
+                run.add(() if step.is_replacement else (statistics,))
     for value, changes in quantised.items():
         weight, component_values = isolate_quantised(model, value, changes)
         for component, component_value in component_values.items():
@@ -204,8 +148,7 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
                 deferred.quantised[component_value] = weight, component
                 continue
             component_value.const_value, found = weight.changed_in_memory(component)
-            for statistics in found:
-                run.statistics_of(statistics.weight).merge(statistics)
+            run.add(found)
     return deferred
 
 

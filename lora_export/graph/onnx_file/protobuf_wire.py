@@ -141,12 +141,10 @@ def _tensor_without_data(reader: _Reader, stop: int) -> bytes:
         else:
             parts.append(_copied(reader, number, kind, b"" if kind == VARINT else reader.bytes(length)))
     if extent is not None:
-        entries = {
-            "location": reader.location,
-            "offset": str(extent.start),
-            "length": str(extent.stop - extent.start),
-        }
-        parts += [_field(EXTERNAL_DATA, _entry(key, value)) for key, value in entries.items()]
+        length = extent.stop - extent.start
+        for key, value in (("location", reader.location), ("offset", extent.start), ("length", length)):
+            entry = _field(ENTRY_KEY, key.encode()) + _field(ENTRY_VALUE, str(value).encode())
+            parts.append(_field(EXTERNAL_DATA, entry))
         parts += [_varint(DATA_LOCATION << 3 | VARINT), _varint(EXTERNAL)]
     return b"".join(parts)
 
@@ -229,10 +227,6 @@ def _copied(reader: _Reader, number: int, kind: int, content: bytes) -> bytes:
     if kind == VARINT:
         return _varint(number << 3 | kind) + _varint(reader.varint())
     return _field(number, content) if kind == DELIMITED else _varint(number << 3 | kind) + content
-
-
-def _entry(key: str, value: str) -> bytes:
-    return _field(ENTRY_KEY, key.encode()) + _field(ENTRY_VALUE, value.encode())
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -14,10 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.exporter_metadata import remove_exporter_notes
-from lora_export.graph.onnx_file.check_model import check_file, check_message, innermost_error
-from lora_export.graph.onnx_file.external_data import moved_to
+from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors
+from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, moved_to
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import import_quantiser
-from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
 from lora_export.graph.quantised_weights import MATMUL_NBITS
 from lora_export.graph.site import Site
@@ -41,7 +41,9 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
     bits, sites = BITS[kind], find_sites(model)
     layers = {id(site.node): site for site in (*sites.linear, *sites.unnamed)}
     inputs = set(model.graph.inputs)  # among them those of adapters, with a default value
-    shared = _read_otherwise(sites)
+    # Read by something else than a product, too: the table of words, tied to the head.
+    others = [site for readers in sites.by_name.values() for site in readers if not site.is_linear]
+    shared = {name for site in others for name in (site.name, site.value.name) if name}
     suited = [
         site
         for site in layers.values()
@@ -65,17 +67,8 @@ def quantise_graph(model: ir.Model, kind: str) -> list[str]:
             model.graph.initializers.pop(value.name or "")
     model.opset_imports.setdefault(MICROSOFT, 1)
     left = [site.name or site.location for site in layers.values() if site not in suited]
-    return (
-        [one_line(f"not quantised: {', '.join(left[:NAMED_LAYERS])}{' and more' if left[NAMED_LAYERS:] else ''}")]
-        if left
-        else []
-    )
-
-
-def _read_otherwise(sites: Sites) -> set[str]:
-    """The names of weights that something else than a product reads, too: the table of words, tied to the head."""
-    others = [site for readers in sites.by_name.values() for site in readers if not site.is_linear]
-    return {name for site in others for name in (site.name, site.value.name) if name}
+    more = " and more" if left[NAMED_LAYERS:] else ""
+    return [one_line(f"not quantised: {', '.join(left[:NAMED_LAYERS])}{more}")] if left else []
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused
-from lora_export.graph.quantised.packed_tensor import PackedTensor
-from lora_export.graph.quantised.scheme import Groups, QuantParameters, Rule, Scheme, ValueRange
+from lora_export.graph.quantised.scheme import Groups, PackedTensor, QuantParameters, Rule, Scheme, ValueRange
 from lora_export.graph.refusals import refuse_not_finite
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph import quantised_weights
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised.packed_tensor import PackedTensor
 from lora_export.graph.quantised.requantise import RequantisedWeight
-from lora_export.graph.quantised.scheme import Groups, Rule, Scheme
+from lora_export.graph.quantised.scheme import Groups, PackedTensor, Rule, Scheme
 from lora_export.graph.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
@@ -32,11 +31,35 @@ def requantised_weight(stored: QuantisedWeight, patches: Sequence[Patch], name: 
 
     Raises InputRefused for a scheme that is not supported, and where a patch shares a scale with its neighbours.
     """
-    if isinstance(stored, NBitsWeight):
-        weight = _of_nbits(stored, name)
+    refuse_unknown_scheme(stored, name)
+    (levels, scales, zeros), (bits, lowest) = stored.tensors, stored.integers
+    is_nbits, scale_dtype = isinstance(stored, NBitsWeight), scales.dtype.numpy()
+    if zeros is None and not lowest and not is_nbits:
+        raise InputRefused(f"{name} is quantised without zero points ({stored.kind}): it cannot store negative values")
+    axis = stored.axis if isinstance(stored, DequantizeLinearWeight) else 1
+    groups = Groups(stored.shape, None if scales.size == 1 and not is_nbits else axis, stored.block_size)
+    band, integer = groups.band_groups, np.dtype(f"{'i' if lowest else 'u'}{max(bits // 8, 1)}")
+    width = band * stored.block_size if is_nbits else math.prod(stored.shape[1:])
+    scale_bits = 8 * scale_dtype.itemsize
+    packed_scales = PackedTensor(scales, scale_dtype, scale_bits, band, scale_bits * band)
+    if zeros is None:
+        packed_zeros = None
+    elif is_nbits and zeros.dtype != ir.DataType.UINT8:  # floats, as the scales
+        packed_zeros = replace(packed_scales, tensor=zeros, dtype=zeros.dtype.numpy())
     else:
-        assert isinstance(stored, DequantizeLinearWeight)
-        weight = _of_dequantize_linear(stored, name)
+        row_bits = 8 * -(-band * bits // 8) if is_nbits else band * bits
+        packed_zeros = PackedTensor(zeros, integer, bits, band, row_bits)
+    scheme = Scheme(
+        lowest=lowest,
+        highest=lowest + (1 << bits) - 1,
+        default_zero=0 if lowest else 1 << (bits - 1),
+        rule=Rule.SYMMETRIC,
+        scale_dtype=scale_dtype,
+        zero_dtype=None if packed_zeros is None else packed_zeros.dtype,
+        scale_of_zeros=0 if is_nbits else 1,
+    )
+    packed_levels = PackedTensor(levels, integer, bits, width, width * bits)
+    weight = RequantisedWeight(name, stored.shape, groups, scheme, packed_levels, packed_scales, packed_zeros)
     return _with_rule(weight).with_patches(patches)
 
 
@@ -52,9 +75,7 @@ def is_quantised(value: ir.Value) -> bool:
 
 def refuse_unknown_scheme(stored: QuantisedWeight, name: str) -> None:
     """Raise InputRefused for integers of a type that cannot be quantised again. Reads nothing."""
-    levels = quantised_weights.tensor_at(stored.node, 0 if isinstance(stored, DequantizeLinearWeight) else 1)
-    assert levels is not None
-    if levels.dtype.name not in INTEGER_TYPES or 0 in stored.shape or not stored.shape:
+    if stored.tensors[0].dtype.name not in INTEGER_TYPES or 0 in stored.shape or not stored.shape:
         raise InputRefused(f"{name} is quantised in a way that cannot be repeated ({stored.kind})")
 
 
@@ -73,88 +94,17 @@ def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]
         yield f"{activations} activations are quantised too, in ranges that were measured without the adapter"
 
 
-def _of_nbits(stored: NBitsWeight, name: str) -> RequantisedWeight:
-    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (1, 2, 3))
-    assert levels is not None and scales is not None
-    blocks, bits, byte = stored.blocks, stored.bits, np.dtype(np.uint8)
-    scale_bits = 8 * scales.dtype.numpy().itemsize
-    packed_scales = PackedTensor(scales, scales.dtype.numpy(), scale_bits, blocks, scale_bits * blocks)
-    if zeros is None:
-        packed_zeros = None
-    elif zeros.dtype == ir.DataType.UINT8:
-        packed_zeros = PackedTensor(zeros, byte, bits, blocks, 8 * -(-blocks * bits // 8))
-    else:
-        packed_zeros = replace(packed_scales, tensor=zeros, dtype=zeros.dtype.numpy())
-    scheme = Scheme(
-        lowest=0,
-        highest=(1 << bits) - 1,
-        default_zero=1 << (bits - 1),
-        rule=Rule.SYMMETRIC,
-        scale_dtype=packed_scales.dtype,
-        zero_dtype=None if packed_zeros is None else packed_zeros.dtype,
-        scale_of_zeros=0,
-    )
-    width = blocks * stored.block_size
-    return RequantisedWeight(
-        name,
-        stored.shape,
-        Groups(stored.shape, 1, stored.block_size),
-        scheme,
-        PackedTensor(levels, byte, bits, width, width * bits),
-        packed_scales,
-        packed_zeros,
-    )
-
-
-def _of_dequantize_linear(stored: DequantizeLinearWeight, name: str) -> RequantisedWeight:
-    refuse_unknown_scheme(stored, name)
-    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (0, 1, 2))
-    assert levels is not None and scales is not None
-    bits, is_signed = levels.dtype.bitwidth, levels.dtype.name.startswith("INT")
-    if zeros is None and not is_signed:
-        raise InputRefused(f"{name} is quantised without zero points ({stored.kind}): it cannot store negative values")
-    groups = Groups(stored.shape, None if scales.size == 1 else stored.axis, stored.block_size)
-    integer = np.dtype(f"{'i' if is_signed else 'u'}{max(bits // 8, 1)}")
-    width, scale_bits = math.prod(stored.shape[1:]), 8 * scales.dtype.numpy().itemsize
-    band = groups.band_groups
-    scheme = Scheme(
-        lowest=-(1 << (bits - 1)) if is_signed else 0,
-        highest=(1 << (bits - is_signed)) - 1,
-        default_zero=0 if is_signed else 1 << (bits - 1),
-        rule=Rule.SYMMETRIC,
-        scale_dtype=scales.dtype.numpy(),
-        zero_dtype=None if zeros is None else integer,
-        scale_of_zeros=1,
-    )
-    return RequantisedWeight(
-        name,
-        stored.shape,
-        groups,
-        scheme,
-        PackedTensor(levels, integer, bits, width, width * bits),
-        PackedTensor(scales, scales.dtype.numpy(), scale_bits, band, scale_bits * band),
-        None if zeros is None else PackedTensor(zeros, integer, bits, band, bits * band),
-    )
-
-
 def _with_rule(weight: RequantisedWeight) -> RequantisedWeight:
     """The weight with the rule by which its stored scales and zero points must have been made."""
     scheme = weight.scheme
-    if weight.zeros is not None and not _all_equal(weight, weight.zeros, scheme.default_zero):
+    zeros = () if weight.zeros is None else _parameter_pieces(weight, weight.zeros)
+    if not all((piece == scheme.default_zero).all() for piece in zeros):
         return replace(weight, scheme=replace(scheme, rule=Rule.ASYMMETRIC))
-    if not _none_negative(weight, weight.scales):
+    if not all((piece >= 0).all() for piece in _parameter_pieces(weight, weight.scales)):
         return replace(weight, scheme=replace(scheme, rule=Rule.SIGNED_SCALE, scale_of_zeros=0))
     if scheme.lowest < 0 and weight.levels.bits >= MIN_BITS_WITHOUT_LOWEST:
         scheme = replace(scheme, lowest=-scheme.highest)
     return replace(weight, scheme=scheme)
-
-
-def _all_equal(weight: RequantisedWeight, tensor: PackedTensor, number: int) -> bool:
-    return all(bool(np.all(piece == number)) for piece in _parameter_pieces(weight, tensor))
-
-
-def _none_negative(weight: RequantisedWeight, tensor: PackedTensor) -> bool:
-    return all(bool(np.all(piece >= 0)) for piece in _parameter_pieces(weight, tensor))
 
 
 def _parameter_pieces(weight: RequantisedWeight, tensor: PackedTensor) -> Iterator[NDArray[np.float32]]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_export.report.json_document import document_of_proof
-
-if TYPE_CHECKING:
-    from lora_export.verification.against_checkpoint import Audit
-    from lora_export.verification.proof import Proof
+from lora_export.report.json_document import AnyProof, document_of_proof
 
 SUFFIX = ".json"
 PURPOSE = "every figure"
@@ -20,7 +16,7 @@ def require() -> None:
     """Do nothing: JSON needs no package."""
 
 
-def of_proof(proof: Proof | Audit) -> str:
+def of_proof(proof: AnyProof) -> str:
     """The document that `verify` prints as JSON."""
     return _json(document_of_proof(proof))
 

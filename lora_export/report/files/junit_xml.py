@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from lora_export.report.sentences import explanation, placement_lines
+from lora_export.report.verdict_screen import explanation, placement_lines
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import (
     CONTROLS,

@@ -9,18 +9,22 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export.errors import EnvironmentLacking, one_line
-from lora_export.report.html_checkpoint import checkpoint_context
-from lora_export.report.html_facts import adapters_of, candidate_name, facts, files, inline, times, with_adapters
-from lora_export.report.html_verdict import verdict_context
-from lora_export.report.json_document import document_of_proof
+from lora_export.report.html_context import (
+    adapters_of,
+    candidate_name,
+    checkpoint_context,
+    facts,
+    files,
+    inline,
+    times,
+    verdict_context,
+    with_adapters,
+)
+from lora_export.report.json_document import AnyProof, document_of_proof
 from lora_export.verification.parity import percent
-
-if TYPE_CHECKING:
-    from lora_export.verification.against_checkpoint import Audit
-    from lora_export.verification.proof import Proof
 
 SUFFIX = ".html"
 PURPOSE = "to read"
@@ -35,12 +39,10 @@ def require_jinja2() -> Any:
         raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
 
 
-def require() -> None:
-    """Raise EnvironmentLacking where jinja2 is missing."""
-    require_jinja2()
+require = require_jinja2
 
 
-def of_proof(proof: Proof | Audit) -> str:
+def of_proof(proof: AnyProof) -> str:
     """The verdict as an HTML page that needs no other file."""
     return html_page(document_of_proof(proof))
 
@@ -48,10 +50,10 @@ def of_proof(proof: Proof | Audit) -> str:
 def html_page(document: Mapping[str, Any]) -> str:
     """A verdict's document, or that of a checkpoint's audit, as an HTML page that needs no other file."""
     is_checkpoint = "weights" in document
-    template = _template("checkpoint.html.j2" if is_checkpoint else "verdict.html.j2")
     context = checkpoint_context(document) if is_checkpoint else verdict_context(document)
     about = document["about"]
-    rendered: str = template.render(
+    return render(
+        "checkpoint.html.j2" if is_checkpoint else "verdict.html.j2",
         document=document,
         about=about,
         mark=MARKS[document["outcome"]],
@@ -61,16 +63,15 @@ def html_page(document: Mapping[str, Any]) -> str:
         facts=facts(about),
         **context,
     )
-    return rendered
 
 
 def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 - the page shows no duration
     """An error that ended the command, as an HTML page that needs no other file."""
-    rendered: str = _template("error.html.j2").render(document={**error, "outcome": "error"}, candidate_name="")
-    return rendered
+    return render("error.html.j2", document={**error, "outcome": "error"}, candidate_name="")
 
 
-def _template(name: str) -> Any:
+def render(template: str, **values: Any) -> str:
+    """A page by its template. Raises EnvironmentLacking without jinja2."""
     jinja2 = require_jinja2()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_export", "report/templates"),
@@ -81,7 +82,8 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    return environment.get_template(name)
+    page: str = environment.get_template(template).render(**values)
+    return page
 
 
 def _escaped(value: Any) -> Any:

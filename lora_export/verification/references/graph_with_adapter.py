@@ -19,9 +19,8 @@ from lora_export.errors import Undecided
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
-from lora_export.graph.insert.branches import MIN_OPSET, BranchNodes
-from lora_export.graph.insert.inserter import Inserter, branch_obstacle
-from lora_export.graph.insert.node_factory import NodeFactory
+from lora_export.graph.insert.branches import BranchNodes, Inserter, branch_obstacle
+from lora_export.graph.insert.node_factory import MIN_OPSET, NodeFactory
 from lora_export.graph.operators import transposed_layout
 from lora_export.graph.refusals import refuse_unsupported_steps
 from lora_export.graph.site import Site

@@ -28,8 +28,8 @@ from torch import nn
 
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
+from lora_export.graph.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,15 +111,17 @@ def test_factors_are_named_after_modules_of_unusual_weights() -> None:
     assert bare.graph[1].name == "/lora_A/MatMul"
 
 
-def test_a_and_b_have_dtype_of_weight() -> None:
+@pytest.mark.parametrize("pair", [PAIR, dataclasses.replace(PAIR, magnitude=[1, 2])])
+def test_factors_have_dtype_of_weight(pair: LoraPair) -> None:
     model = a_graph(GEMM)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.dtype = ir.DataType.FLOAT16
     weight = model.graph.initializers["m.weight"]
     weight.const_value, weight.dtype = ir.Tensor(stored(model, "m.weight").astype(np.float16)), ir.DataType.FLOAT16
-    with_nodes(model, an_adapter({"m": PAIR}))
+    with_nodes(model, an_adapter({"m": pair}))
     assert {stored(model, name).dtype for name in model.graph.initializers} == {np.dtype(np.float16)}
-    assert np.array_equal(run(model, x=X.astype(np.float16))["y"], [[7, 17], [7, 17]])
+    if pair is PAIR:
+        assert np.array_equal(run(model, x=X.astype(np.float16))["y"], [[7, 17], [7, 17]])
 
 
 def test_biases_and_whole_tensors_are_merged() -> None:
@@ -131,14 +134,15 @@ def test_biases_and_whole_tensors_are_merged() -> None:
     assert [result.weight for result in results] == ["m.bias"]
 
 
-def test_branch_of_layer_in_subgraph_is_inserted_there() -> None:
+@pytest.mark.parametrize("put", [with_nodes, folded])
+def test_layer_in_subgraph_is_changed_there(put: Callable[..., Any]) -> None:
     model = a_graph("""
         g (float[N,2] x, bool c) => (float[N,2] y)
         <float[2,2] fc.weight = {1,2,3,4}>
         { y = If (c) <
             then_branch = t () => (float[N,2] a) { [inner] a = MatMul(x, fc.weight) },
             else_branch = e () => (float[N,2] b) { [other] b = Identity(x) }> }""")
-    with_nodes(model, an_adapter({"fc": SQUARE}))
+    put(model, an_adapter({"fc": SQUARE}))
     assert np.array_equal(run(model, x=np.float32([[1, 0]]), c=np.array(True))["y"], [[2, 4]])
     assert np.array_equal(run(model, x=np.float32([[1, 0]]), c=np.array(False))["y"], [[1, 0]])
 

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.batch_axis import unclear_inputs
+from lora_export.graph.site import find_readers
 from lora_export.lora import LoraPair
 from support.exported_models import exported
 from support.graphs import a_graph, an_adapter, run

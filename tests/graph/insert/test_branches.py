@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.site import find_readers
 from lora_export.lora import LoraPair
 from lora_export.models import export
 from support.exported_models import attached, eager, exported, inputs

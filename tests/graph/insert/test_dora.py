@@ -14,7 +14,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.dora import dora_factors_by_weight
+from lora_export.graph.insert.branches import dora_factors_by_weight
 from lora_export.graph.values import new_initializer
 from lora_export.lora import LoraPair
 from support.exported_models import EVERY_MODEL, attached, eager, exported, inputs
@@ -153,17 +153,6 @@ def test_factor_has_name_of_its_adapter() -> None:
     np.testing.assert_allclose(
         run(model, x=np.float32([[1, 2]]))["y"], [[1, 2]] @ weights[0].T @ weights[1].T, rtol=1e-6
     )
-
-
-def test_factor_has_dtype_of_weight() -> None:
-    model = a_graph(GEMM)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.dtype = ir.DataType.FLOAT16
-    weight = model.graph.initializers["m.weight"]
-    weight.const_value, weight.dtype = ir.Tensor(stored(model, "m.weight").astype(np.float16)), ir.DataType.FLOAT16
-    with_nodes(model, an_adapter({"m": DORA}))
-    assert stored(model, "m.lora_magnitude_vector.weight").dtype == np.float16
-    np.testing.assert_allclose(run(model, x=X.astype(np.float16))["y"], X @ dora_weight(W, DORA).T, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,13 @@ from torch import nn
 
 from lora_export import formats, plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.check_contract import contract_dora_factors
-from lora_export.graph.insert.inserter import branch_obstacle
+from lora_export.graph.insert.branches import branch_obstacle
+from lora_export.graph.site import find_readers
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exported_models import attached, eager, exported, inputs

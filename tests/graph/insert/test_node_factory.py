@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.graph.insert.node_factory import NodeFactory
+from lora_export.graph.insert.node_factory import NodeFactory, NodeList, last_size, sizes_of
 from support.graphs import a_graph
 from support.small_graphs import GEMM
 
@@ -24,7 +24,7 @@ def test_nodes_of_one_path_are_numbered() -> None:
 def test_cast_changes_type_and_keeps_shape() -> None:
     factory = NodeFactory(a_graph(GEMM))
     x = factory.model.graph.inputs[0]
-    (output,) = factory.cast(ir.DataType.FLOAT16, x, "/m").outputs
+    output = NodeList(factory, "/m").cast(x, ir.DataType.FLOAT16)
     assert (output.dtype, output.shape) == (ir.DataType.FLOAT16, x.shape)
 
 
@@ -48,3 +48,19 @@ def test_older_opset_is_refused_with_feature() -> None:
     factory.require_opset(20, "a feature")
     with pytest.raises(InputRefused, match="the graph has opset 20, and a feature needs 21"):
         factory.require_opset(21, "a feature")
+
+
+# --- New nodes in order: their names, shapes and types. ---
+
+
+def test_nodes_keep_their_order_and_outputs_have_shape_and_type() -> None:
+    model = a_graph(GEMM)
+    nodes = NodeList(NodeFactory(model), "/m")
+    (x,) = model.graph.inputs
+    halves = nodes.add("Cast", [x], ["N", 3], ir.DataType.FLOAT16, to=int(ir.DataType.FLOAT16))
+    turned = nodes.add("Transpose", [halves], [3, "N"], perm=[1, 0])
+    assert [node.op_type for node in nodes.nodes] == ["Cast", "Transpose"]
+    assert [node.name for node in nodes.nodes] == ["/m/Cast", "/m/Transpose"]
+    assert turned.dtype == ir.DataType.FLOAT16 and nodes.add("Relu", [turned], None).shape is None
+    assert [str(size) for size in sizes_of(turned)] == ["3", "N"] and last_size(halves) == 3
+    assert list(nodes.nodes[1].attributes.get_ints("perm") or ()) == [1, 0]

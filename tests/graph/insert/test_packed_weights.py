@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.site import find_readers
 from lora_export.lora import LoraPair
 from support.graphs import Arrays, a_graph, an_adapter, quantised, run
 

@@ -16,7 +16,6 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.hashes import file_hash
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.apply_step import Backend
 from lora_export.weights.tensor_blocks import OutputTensor
 from support.graphs import stored
 from support.handmade import graph_file
@@ -55,7 +54,7 @@ def test_parts_are_written_and_source_is_hashed_once(
         expected += content
         parts.append(FilePart(start, len(expected), moved, piece if isinstance(piece, bytes) else b""))
     written: list[int] = []
-    run = MergeRun("xxh3_128", written.append, Backend())
+    run = MergeRun(file_name="m.onnx", progress=written.append)
     hashes = RunningHashes("xxh3_128")
     with (tmp_path / "target").open("xb") as target:
         digest = copy_parts(source, target, parts, hashes, run)

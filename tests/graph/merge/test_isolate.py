@@ -17,8 +17,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import refuse_new_tables
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold_graph
-from lora_export.graph.merge.isolate import without_unchanged_tables
+from lora_export.graph.merge.fold import fold_graph, without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import LoraPair
 from lora_export.plan import Plan

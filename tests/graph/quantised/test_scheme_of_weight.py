@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 from lora_export import cli
 from lora_export.graph.onnx_file.reading import load_graph
@@ -18,37 +21,19 @@ from support.handmade import peft_adapter
 from support.requantised_graphs import dequantize_graph, merge_command, save_model
 
 
-def float8() -> ir.Model:
-    model = dequantize_graph("int8 by tensor")
-    for name, array in {"fc.weight_quantized": np.ones((2, 2), ml_dtypes.float8_e4m3fn)}.items():
-        value = model.graph.initializers[name]
-        value.const_value, value.type = ir.Tensor(array, name=name), ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-    value = model.graph.initializers["z"]
-    value.const_value = ir.Tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name="z")
-    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+def with_tensors(kind: str, arrays: dict[str, NDArray[Any]]) -> ir.Model:
+    model = dequantize_graph(kind)
+    for name, array in arrays.items():
+        value, tensor = model.graph.initializers[name], ir.Tensor(array, name=name)
+        value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
     return model
 
 
-def int32() -> ir.Model:
-    model = dequantize_graph("int8 by row")
-    value = model.graph.initializers["fc.weight_quantized"]
-    value.const_value = ir.Tensor(np.ones((2, 2), np.int32), name=value.name)
-    value.type = ir.TensorType(ir.DataType.INT32)
-    return model
-
-
-def without_zero_points() -> ir.Model:
-    model = dequantize_graph("int8 by row")
-    value = model.graph.initializers["fc.weight_quantized"]
-    value.const_value = ir.Tensor(np.ones((2, 2), np.uint8), name=value.name)
-    value.type = ir.TensorType(ir.DataType.UINT8)
-    return model
-
-
-def not_finite() -> ir.Model:
-    model = dequantize_graph("int8 by row")
-    model.graph.initializers["s"].const_value = ir.Tensor(np.float32([1, np.nan]), name="s")
-    return model
+WEIGHT, FLOAT8 = "fc.weight_quantized", ml_dtypes.float8_e4m3fn
+float8 = partial(with_tensors, "int8 by tensor", {WEIGHT: np.ones((2, 2), FLOAT8), "z": np.zeros((), FLOAT8)})
+int32 = partial(with_tensors, "int8 by row", {WEIGHT: np.ones((2, 2), np.int32)})
+without_zero_points = partial(with_tensors, "int8 by row", {WEIGHT: np.ones((2, 2), np.uint8)})
+not_finite = partial(with_tensors, "int8 by row", {"s": np.float32([1, np.nan])})
 
 
 def nf4() -> ir.Model:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lora_export.report import plots
+from lora_export.report.files import write_report
 from lora_export.report.files.page import html_page
 from lora_export.report.json_document import document_of_proof
-from lora_export.report.write import write_report
 from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge

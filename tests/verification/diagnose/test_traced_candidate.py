@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_export import layers, plan
-from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph

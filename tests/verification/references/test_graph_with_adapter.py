@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.graph.site import NameSource

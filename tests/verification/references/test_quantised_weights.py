@@ -24,6 +24,7 @@ from lora_export import cli, layers, plan
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.copy_parts import MergeRun
 from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.onnx_file.writing import save_graph
@@ -173,7 +174,7 @@ def requantised(base: Path, adapter: Adapter, folder: Path) -> Path:
     found = find_sites(graph.model)
     steps = plan.make([adapter], found.specs)
     folder.mkdir(exist_ok=True)
-    merge_graph(steps, graph, found, folder, file_name="merged.onnx", requantise=True, min_retention=0)
+    merge_graph(steps, graph, found, folder, MergeRun(file_name="merged.onnx", requantise=True, min_retention=0))
     return folder / "merged.onnx"
 
 
@@ -420,7 +421,11 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
     found = find_sites(graph.model, open_checkpoint(Path(llama.source)))
     (tmp_path / "merged").mkdir()
     merge_graph(
-        plan.make([adapter], found.specs), graph, found, tmp_path / "merged", file_name="m.onnx", requantise=True
+        plan.make([adapter], found.specs),
+        graph,
+        found,
+        tmp_path / "merged",
+        MergeRun(file_name="m.onnx", requantise=True),
     )
     path = tmp_path / "merged" / "m.onnx"
     verdict = prove(OnnxRunner(path), PyTorchReferences(llama, [adapter], origin=base)).verdict

@@ -1,0 +1,236 @@
+"""Put adapters into a graph, write it, and prove it before it is published.
+
+Where its adapters are swapped, it is proven without any, with each, and mixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from lora_export import provenance
+from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
+from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
+from lora_export.formats import onnx_adapter
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.merge.fold import without_unchanged_tables
+from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
+from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
+from lora_export.plan import Plan, TensorSpec
+from lora_export.plan.own_heads import Head, own_heads
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.verification.candidate_outputs import OutputsByCase
+from lora_export.verification.compare_outputs import bits_that_differ
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof, prove, prove_by_origin
+from lora_export.verification.references import References
+from lora_export.verification.row_proofs import BASE, MIXED, SEVERAL, prove_mixed, prove_several
+from lora_export.weights.checkpoint import Checkpoint
+
+
+class Located(NamedTuple):
+    """Where the weights of a graph are read, and which of them the adapters change; None without adapters."""
+
+    sites: Sites
+    plan: Plan | None
+    heads: Sequence[Head] = ()  # the layers that each adapter brings whole, where rows choose them
+
+
+def locate_steps(
+    program: ir.Model,
+    options: OnnxRequest,
+    checkpoint: Checkpoint | None,
+    *,
+    is_existing: bool = False,
+    whole: Sequence[TensorSpec] = (),
+) -> Located:
+    """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit.
+
+    `checkpoint` is what an existing graph was exported from. `whole` are the weights of the model where the graph has
+    some of them only: what the adapters do to the others is left out.
+    """
+    options.stage("finding its weights")
+    sites = find_sites(program, checkpoint)
+    with base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext():
+        elsewhere = [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
+        steps = options.plan([*sites.specs, *elsewhere]) if options.adapters else None
+    if steps and elsewhere:
+        others = {spec.name for spec in elsewhere}
+        steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
+    if steps and options.lora != "merged":
+        steps = without_unchanged_tables(steps, sites)
+        refuse_full_rank(steps)
+    if steps and options.is_swapped:
+        onnx_adapter.refuse_new_tables(steps)
+    notes = [note for adapter in options.adapters for note in adapter.notes]
+    for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
+        options.on_message(f"note: {note}")
+    heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
+    return Located(sites, steps, heads)
+
+
+def insert_and_save(
+    program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
+) -> list[str]:
+    """Insert the adapters as nodes, rows or inputs, and write the graph; return the names of the files beside it.
+
+    `targets` are weights beside which inputs for future adapters are added. The graph is changed.
+    """
+    if options.lora == "inputs":
+        return _with_inputs(program, located, options, targets, folder)
+    assert located.plan is not None
+    options.stage("inserting the adapters")
+    if options.lora == "rows":
+        insert_rows(
+            program,
+            located.sites,
+            located.plan,
+            max_rank=options.max_rank or 0,
+            heads=located.heads,
+            per_row=options.per_row,
+        )
+    else:
+        insert_nodes(program, located.sites, located.plan)
+    return write_graph(program, options, folder)
+
+
+def _with_inputs(
+    program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
+) -> list[str]:
+    options.stage("inserting inputs for adapters")
+    sites, steps = located.sites, located.plan
+    changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
+    wanted = changed.keys() | set(targets)
+    dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
+    parts = [name for name in changed if name not in sites.by_name]
+    weights = [*(name for name in sites.by_name if name in wanted), *parts]
+    contract = insert_inputs(
+        program,
+        sites,
+        weights,
+        names=options.names,
+        dora=dora,
+        max_rank=options.max_rank or 0,
+        required=options.required_inputs,
+    )
+    names = []
+    for adapter in options.adapters:
+        assert steps is not None
+        factors = contract_dora_factors(program, contract, steps, adapter.name)
+        # One of several graphs may have nothing of this adapter. Its file then has a pair of zeros.
+        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.slots[0].zeros()
+        path = folder / adapter_file(adapter, options)
+        onnx_adapter.write(path, parameters, contract, sha256=adapter.sha256)
+        names.append(path.name)
+    return [*names, *write_graph(program, options, folder)]
+
+
+def write_graph(program: ir.Model, options: OnnxRequest, folder: Path) -> list[str]:
+    """Write the graph; return the names of the files beside it."""
+    if options.fuse:
+        from lora_export.models.fused_operators import fuse_operators  # a graph alone needs no PyTorch
+
+        options.stage(f"fusing operators for {options.fuse}")
+        fuse_operators(program, options.fuse)
+    options.stage("writing")
+    *beside, _ = save_graph(program, folder, options.output.name)
+    return [path.name for path in beside]
+
+
+Graphs = OnnxRunner | EncoderDecoderRunner
+
+
+def base_outputs(programs: Sequence[ir.Model], references: References, options: OnnxRequest) -> OutputsByCase:
+    """The outputs of the graphs before anything is put into them; nothing where no proof compares them."""
+    if not options.verify or not options.is_swapped:
+        return {}
+    options.stage("running the base")
+    graphs = [
+        OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.timeout)
+        for program in programs
+    ]
+    return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
+
+
+def prove_all(
+    path: Path, references: References, options: OnnxRequest, before: OutputsByCase, *, existing: Path | None = None
+) -> OnnxProofs:
+    """Prove the file; that of an encoder-decoder with the two beside it.
+
+    `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
+
+    Raises Different or Undecided unless every proof is `same`.
+    """
+    runner: Graphs
+    if options.has_encoder:
+        runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
+    else:
+        runner = OnnxRunner(path, options.provider, timeout=options.timeout)
+    if not options.is_swapped:
+        own = references.with_adapters(options.adapters, options.weights)
+        return OnnxProofs(require_same(_prove(runner, own, options, "")))
+    without, *runners = _by_adapter(runner, options)
+    whole = _prove_base(without, references.with_adapters(()), options, existing)
+    unlike = bits_that_differ(before, _outputs(without, references))
+    if unlike:
+        options.on_message(
+            "note: without an adapter the graph is the base, but not to the last bit: onnxruntime computes it in "
+            f"another order ({unlike[0]})"
+        )
+    adapters = {}
+    for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
+        own = references.with_adapters([adapter], [strength])
+        adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
+    several = mixed = None
+    if options.per_row > 1:
+        own = references.with_adapters(options.adapters, options.strengths)
+        several = require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
+    if options.lora == "rows":
+        options.stage(f"verifying {MIXED}")
+        mixed = require_same(prove_mixed(runner, references, [whole, *adapters.values()], several), MIXED)
+    return OnnxProofs(whole, adapters, mixed, unlike, several)
+
+
+def _prove(runner: Graphs, references: References, options: OnnxRequest, what: str) -> Proof:
+    return prove(references.as_run(runner), references, step=stage_of_proof(options.stage, what))
+
+
+def _prove_base(runner: Graphs, references: References, options: OnnxRequest, existing: Path | None) -> Proof:
+    """Prove the graph without an adapter; where fp64 cannot decide it, against the graph that it was made from."""
+    proof = _prove(runner, references, options, BASE)
+    if proof.verdict.outcome is Outcome.UNDECIDED and existing is not None and isinstance(runner, OnnxRunner):
+        options.stage("verifying the base, the graph that it was made from")
+        proof = prove_by_origin(proof, runner, existing, references.as_run)
+    return require_same(proof, BASE)
+
+
+def _by_adapter(runner: Graphs, options: OnnxRequest) -> list[Graphs]:
+    """The graph without an adapter, and with each."""
+    if options.lora == "rows":
+        return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
+    if isinstance(runner, EncoderDecoderRunner):
+        return [runner, *(runner.with_adapter(adapter.name) for adapter in options.adapters)]
+    files = [runner.path.with_name(adapter_file(adapter, options)) for adapter in options.adapters]
+    return [runner, *(runner.with_adapter(file) for file in files)]
+
+
+def _outputs(runner: Graphs, references: References) -> OutputsByCase:
+    graph = references.as_run(runner)
+    return {case: graph.run(arrays) for case, arrays in references.inputs(graph).cases.items()}
+
+
+def record_in(path: Path, record: dict[str, Any], proofs: OnnxProofs | None) -> None:
+    """Store in the file where it comes from and what was proven of it."""
+    verdict = recorded_verdict(proofs.whole if proofs else None) | (proofs.parts(recorded_verdict) if proofs else {})
+    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": verdict})})

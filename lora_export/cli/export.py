@@ -1,0 +1,70 @@
+"""The commands that export a model with its adapters: onnx and torchscript."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from lora_export.cli.arguments import TakesAdapters, cli_command, print_document, wrote
+from lora_export.cli.verbosity import shown
+from lora_export.options.export import OnnxOptions, TorchScriptOptions
+
+
+@cli_command(
+    OnnxOptions,
+    "onnx base -a adapter -o model.onnx",
+    "onnx decoder -a pirate --with-cache -o served",
+    "onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o served.onnx",
+    cls=TakesAdapters,
+)
+def onnx_command(as_json: bool, **options: Any) -> None:
+    """Put adapters into an ONNX graph of MODEL, prove the graph, and only then publish it.
+
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. It is exported once, with dynamic
+    batch and sequence. MODEL may also be an existing .onnx, quantised or not. Then PyTorch is not needed, and the proof
+    compares with that graph unless --model names the PyTorch model.
+
+    With --lora inputs, each adapter becomes a file NAME.onnx_adapter beside the graph. With --lora rows, the graph has
+    the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter. With
+    --adapters-per-row, a row has several.
+    """
+    from lora_export.api.onnx import export_onnx
+    from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
+
+    with shown() as on_progress:
+        result = export_onnx(on_progress=on_progress, **options)
+    if as_json:
+        files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
+        stated = {"precision": dataclasses.asdict(result.precision)} if result.precision else {}
+        print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **stated, **files})
+        return
+    show_onnx_proofs(result.proofs)
+    if result.precision and not result.precision.is_full:
+        click.echo(str(result.precision))
+    show_files(result.files)
+
+
+@cli_command(
+    TorchScriptOptions,
+    "torchscript base -a adapter -o model.pt",
+    "torchscript base -a adapter -o model.pt2",
+    cls=TakesAdapters,
+)
+def torchscript_command(as_json: bool, **options: Any) -> None:
+    """Export MODEL with its adapters to TorchScript or a .pt2, prove the file, and only then publish it.
+
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The extra file `lora_export.json` in
+    the output has the names of the inputs.
+    """
+    from lora_export.api.torchscript import export_torchscript
+    from lora_export.cli.verdicts import proof_document, show_proof
+
+    with shown() as on_progress:
+        result = export_torchscript(on_progress=on_progress, **options)
+    if as_json:
+        print_document({"output": str(result.output), "proof": proof_document(result.proof)})
+    else:
+        show_proof(result.proof)
+        wrote(result.output)

@@ -1,0 +1,77 @@
+"""Writing a report: the suffix selects the format, and a path is checked before the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
+from lora_export.report import files
+from lora_export.report.files import check_report_path, figures, page, write_report
+from lora_export.report.json_document import document_of_proof
+from lora_export.verification.proof import Proof
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME, STRAYED
+
+
+def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    write_report(path, Proof(DIFFERENT))
+    write_report(path, Proof(SAME, ON_CPU, seconds=2))
+    root = ElementTree.parse(path).getroot()
+    assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("9", "0", "2.000")
+    assert [each.name for each in tmp_path.iterdir()] == ["junit.xml"]
+
+
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.htm"])
+def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, name: str) -> None:
+    message = r"unknown report format. Name it \.json .*, \.xml .* or \.html"
+    with pytest.raises(InputRefused, match=message):
+        check_report_path(tmp_path / name)
+    with pytest.raises(InputRefused, match=message):
+        write_report(tmp_path / name, Proof(SAME))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
+    write_report(tmp_path / "no" / "such" / "report.json", Proof(SAME))
+    assert (tmp_path / "no/such/report.json").is_file()
+
+
+def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFailed, match="is not a folder"):
+        write_report(tmp_path / "file" / "report.json", Proof(SAME))
+
+
+def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(page.importlib, "import_module", missing)
+    with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
+        check_report_path(tmp_path / "page.html")
+    check_report_path(tmp_path / "page.json")
+
+
+def test_a_report_is_a_module_with_a_suffix_of_its_own() -> None:
+    modules = {path.stem for path in Path(files.__path__[0]).glob("*.py")} - {"__init__"}
+    assert {".json", ".xml", ".html"} <= set(files.report_files())
+    assert {module.__name__.rpartition(".")[2] for module in files.report_files().values()} == modules
+
+
+# --- Every figure, as JSON: of a verdict, and of an error that ended the command. ---
+
+
+def test_the_file_has_the_document_of_the_proof() -> None:
+    proof = Proof(DIFFERENT, STRAYED, ABOUT, diagnosis=DIAGNOSIS)
+    text = figures.of_proof(proof)
+    assert text.endswith("}\n") and json.loads(text) == json.loads(json.dumps(document_of_proof(proof)))
+
+
+def test_an_error_is_its_own_document() -> None:
+    assert (
+        figures.of_error({"error": "no such file", "exit": 3}, 2.0) == '{\n  "error": "no such file",\n  "exit": 3\n}\n'
+    )
