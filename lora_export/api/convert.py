@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from lora_export import plan, provenance
 from lora_export.api.adapter_names import named_for
+from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
@@ -30,7 +30,6 @@ from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,11 @@ def convert(options: ConvertOptions) -> ConvertResult:
         notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
         if not writer.SUFFIX:
             if to == "peft":
-                _copy_model_config(adapter, folder)
-            origin = provenance.record([loaded], [weight], {}, (), {"to": to, "names": names})
-            facts = {"made_by": origin["made_by"], "sources": origin["adapters"], "settings": origin["settings"]}
-            write_manifest(folder, facts)
+                copy_head_config(adapter_paths(adapter), folder)
+            write_origin(folder, provenance.record([loaded], [weight], {}, (), {"to": to, "names": names}))
     for note in notes:
         options.on_message(f"note: {note}")
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes)
-
-
-def _copy_model_config(adapter: AdapterSource, folder: Path) -> None:
-    """Copy the config.json beside an adapter, which has the labels of its task head."""
-    for path in adapter_paths(adapter):
-        if path.is_dir() and (path / "config.json").is_file():
-            shutil.copyfile(path / "config.json", folder / "config.json")
 
 
 def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOptions:

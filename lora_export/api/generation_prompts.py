@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.api.generation_settings import GenerationSettings
+from lora_export.api.generation_files import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
-from lora_export.models.image_forms import PIXELS
-from lora_export.models.pictures import pixels_of
-from lora_export.models.sounds import features_of, open_extractor, read_sound
+from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound
 from lora_export.options.generate import Prompt, Starts
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays

@@ -30,11 +30,16 @@ from lora_export.api.publish import record_of_model, recorded_verdict, require_s
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
-from lora_export.models.export import save_torchscript, to_torchscript
-from lora_export.models.export_program import load_own_program, save_program, to_program
+from lora_export.models.export_program import (
+    load_own_program,
+    save_program,
+    save_torchscript,
+    to_program,
+    to_torchscript,
+)
 from lora_export.models.model import Model
 from lora_export.models.outputs import named_outputs
-from lora_export.models.tracing import cache_disabled
+from lora_export.models.tracing import cache_setting
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner
@@ -160,7 +165,7 @@ def _without_images(base: Model, why: str, on_message: OnMessage) -> Model:
 def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:
     """Whether a trace returns nearly what the module does, for other sizes than it was traced with."""
     inputs = base.inputs(base.checked_sizes({})[0], seed=1)
-    with torch.no_grad(), cache_disabled(module):
+    with torch.no_grad(), cache_setting(module, to=False):
         wanted = named_outputs(module(**inputs))
         try:
             found = named_outputs(script(**inputs))

@@ -25,7 +25,7 @@ def command(as_json: bool, **options: Any) -> None:
     The exact sum (cat) has the sum of all ranks; `lora-export resize` makes it smaller. No base and no PyTorch are
     needed. `lora-export merge --combine` merges the same combination.
     """
-    from lora_export.api.combine import combine
+    from lora_export.api.adapters import combine
 
     result = combine(on_message=print_message, **options)
     if as_json:

@@ -27,7 +27,7 @@ def command(as_json: bool, **options: Any) -> None:
     cannot hold is refused by name. PyTorch is not needed, and memory does not grow with the size of the model.
     """
     with shown() as on_progress:
-        from lora_export.api.extract import extract
+        from lora_export.api.adapters import extract
         from lora_export.report.adapter_screen import print_shares
         from lora_export.report.console import console
         from lora_export.report.json_document import as_dict

@@ -25,7 +25,7 @@ def command(as_json: bool, **options: Any) -> None:
     The share of each layer's change that is left is reported. The output is a PEFT adapter. No base and no PyTorch
     are needed.
     """
-    from lora_export.api.resize import resize
+    from lora_export.api.adapters import resize
     from lora_export.report.adapter_screen import print_shares
     from lora_export.report.console import console
     from lora_export.report.json_document import as_dict

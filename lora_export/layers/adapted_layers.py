@@ -22,11 +22,17 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.exchanged_class import subclass
-from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
-from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
+from lora_export.layers.frozen_linear import (
+    FourBitLayer,
+    add_frozen_pair,
+    float_weight,
+    has_four_bit_forward,
+    is_plain,
+    linear,
+    linear_with_pair,
+)
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, oriented
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, subclass
 from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module

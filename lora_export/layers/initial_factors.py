@@ -93,10 +93,8 @@ def _first_orthogonal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, 
     return q.T @ weight, q
 
 
-DECOMPOSITIONS: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
-    "pissa": _largest_singular,
-    "olora": _first_orthogonal,
-}
+Decomposition = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+DECOMPOSITIONS: Mapping[str, Decomposition] = {"pissa": _largest_singular, "olora": _first_orthogonal}
 
 
 def frozen_start(started: Adapter) -> Adapter:

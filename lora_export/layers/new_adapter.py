@@ -7,17 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.patterns import Patterns
 from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
-from lora_export.layers.four_bit_weights import is_4bit
-from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, wide_dtype
+from lora_export.layers.frozen_linear import is_4bit
+from lora_export.layers.module_tensors import as_array, named_tensors
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
-from lora_export.options.train import TrainedBiases
+from lora_export.options.train import AdapterChoice, TrainedBiases
 from lora_export.plan import Layout
 
 
@@ -36,7 +35,7 @@ def create_adapter(
     rslora: bool = False,
     dora: bool = False,
     dropout: float = 0.0,
-    bias: TrainedBiases = "none",
+    bias: TrainedBiases = AdapterChoice.bias,
     modules_to_save: Sequence[str] = (),
     token_indices: Sequence[int] = (),
     exclude: Sequence[str] = (),
@@ -59,7 +58,9 @@ def create_adapter(
     adapted layers, or all. `dropout` is recorded for `attach`.
     Raises InputRefused with every name that matches nothing, and the nearest names that would.
     """
-    _refuse_numbers(rank, alpha, dropout, rank_pattern or {}, alpha_pattern or {})
+    shapes = _Shapes(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora=rslora)
+    if not 0 <= dropout < 1:
+        raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
     weights = AdaptableWeights(module)
     wanted = () if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets)
     weights.refuse_unmatched(modules_to_save, weights.modules, "module")
@@ -71,8 +72,8 @@ def create_adapter(
     chosen = {path: one for path, one in matched.items() if not one.spec.name.startswith((*saved, *excluded))}
     if not chosen and not token_indices:
         raise InputRefused("no layer is left to adapt")
-    _refuse_dora(chosen, dora=dora)
-    shapes = _Shapes(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora=rslora)
+    if dora and (stacked := [name for name, one in chosen.items() if one.is_stacked]):
+        raise InputRefused(f"DoRA has no meaning for stacked parameters: {', '.join(stacked)}")
     shapes.refuse_unmatched(chosen)
     trained = _trained_tensors(module, chosen, saved, bias)
     named_alone = wanted and chosen.keys() == matched.keys() and not (target_pattern or target_parameters)
@@ -84,15 +85,10 @@ def create_adapter(
         pairs=dict(_new_pairs(chosen, shapes, seed=seed, dora=dora)),
         replaced=trained,
         token_rows=_token_rows(module, token_indices) if token_indices else {},
-        layouts={path: _stored_layout(one) for path, one in chosen.items() if one.is_linear},
+        layouts={path: one.stored_layout for path, one in chosen.items() if one.is_linear},
         targets=wanted if named_alone else tuple(chosen),
         metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora, **recorded},
     )
-
-
-def _stored_layout(one: AdaptableWeight) -> str:
-    """The layout in the files of a model. transformers makes a Linear4bit, (out, in), of a Conv1D, (in, out)."""
-    return (Layout.IN_OUT if getattr(one.owner, "source_cls", None) in conv1d() else one.spec.layout).value
 
 
 def full_rank_layers(adapter: Adapter) -> dict[str, str]:
@@ -123,6 +119,15 @@ class _Shapes:
     """The rank and the scale of each layer."""
 
     def __init__(self, rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float], *, rslora: bool):
+        """Raises InputRefused for numbers that are not positive."""
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
+        wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
+        others = [
+            f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
+        ]
+        if wrong := wrong or others:
+            raise InputRefused(f"{', '.join(wrong)}: it must be positive")
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.tables = {
             what: (Patterns(table, source=f"the {what} pattern"), table)
@@ -151,26 +156,6 @@ class _Shapes:
         return float(next(iter(self.tables[what][0].values(name)), default))
 
 
-def _refuse_numbers(
-    rank: int, alpha: float, dropout: float, ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> None:
-    if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
-        raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
-    if not 0 <= dropout < 1:
-        raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
-    wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
-    wrong = wrong or [
-        f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
-    ]
-    if wrong:
-        raise InputRefused(f"{', '.join(wrong)}: it must be positive")
-
-
-def _refuse_dora(chosen: Mapping[str, AdaptableWeight], *, dora: bool) -> None:
-    if dora and (stacked := [name for name, one in chosen.items() if one.is_stacked]):
-        raise InputRefused(f"DoRA has no meaning for stacked parameters: {', '.join(stacked)}")
-
-
 def _new_pairs(
     chosen: Mapping[str, AdaptableWeight], shapes: _Shapes, *, seed: int, dora: bool
 ) -> Iterator[tuple[str, LoraPair]]:
@@ -182,7 +167,7 @@ def _new_pairs(
             for expert in range(one.spec.shape[0]):
                 yield expert_name(path, expert), _expert_pair(one, options)
             continue
-        lengths = _lengths(one) if dora else None
+        lengths = one.lengths if dora else None
         if one.spec.layout is Layout.EMBEDDING:
             yield path, new_embedding_pair(one.spec.shape, **options, magnitude=lengths)
         else:
@@ -196,12 +181,6 @@ def _expert_pair(one: AdaptableWeight, options: Mapping[str, Any]) -> LoraPair:
     pair = new_pair((second, first) if transposed else (first, second), **options)
     a, b = (pair.b.T, pair.a.T) if transposed else (pair.a, pair.b)
     return LoraPair(a=a, b=b, scale=pair.scale, as_stored=True)
-
-
-def _lengths(one: AdaptableWeight) -> NDArray[np.float32]:
-    """The norm of each output of the weight, (out,)."""
-    weight = oriented(one.values, one.spec.layout).to(wide_dtype(one.tensor.dtype))
-    return as_array(torch.linalg.vector_norm(weight.flatten(1), dim=1)).astype(np.float32)
 
 
 def _trained_tensors(

@@ -1,4 +1,4 @@
-"""Export a module to an ONNX graph in memory, or to a TorchScript file. Knows nothing of LoRA.
+"""Export a module to an ONNX graph in memory. Knows nothing of LoRA.
 
 The exporters are PyTorch's and, for Hugging Face models, transformers' own. This file adds four guarantees: every
 parameter is in the graph under its own name and with its own values, dynamic axes have the names that the user gave
@@ -8,15 +8,11 @@ them, nothing is printed, and an error names what the exporter refused.
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import importlib
-import io
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -24,15 +20,19 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.failures import exporter_refusals, named_failures
-from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
+from lora_export.layers.torch_internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
 from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify
-from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
+from lora_export.models.tracing import (
+    USE_CACHE,
+    exporter_refusals,
+    is_hugging_face,
+    named_failures,
+    tracing,
+    without_cache,
+)
 from lora_export.options.spelling import named
-
-# --- ONNX ---
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, opset: int | None = None) -> ir.Model:
@@ -49,11 +49,13 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
+    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
+    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
     with tracing(module), without_cache(module):
-        names = _output_names(module, inputs)
-        model = _simplified(
-            module, opset, lambda: _run_exporter(module, inputs, dynamic, names, opset), *_ways_with_state(module)
-        )
+        with named_failures(module, inputs, "example inputs", remedy):
+            names = list(named_outputs(module(**inputs)))
+        run = functools.partial(_run_exporter, module, inputs, dynamic, names, opset)
+        model = _simplified(module, opset, run, *([way] if is_stateful(module) else []))
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -88,12 +90,6 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
             f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
             "both. Rename the parameters of forward"
         )
-
-
-def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
-    with named_failures(module, inputs, "example inputs", remedy):
-        return list(named_outputs(module(**inputs)))
 
 
 def _run_exporter(
@@ -132,12 +128,10 @@ def _forgotten_kernels() -> Iterator[None]:
     """
     kernels: list[Any] = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
     try:
-        for kernel in kernels:
-            forget_kernels(kernel)
+        forget_kernels(kernels)
         yield
     finally:
-        for kernel in kernels:
-            forget_kernels(kernel)
+        forget_kernels(kernels)
 
 
 def exported_with_cache(
@@ -209,47 +203,3 @@ def _renamed(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir
     if isinstance(size, int) or size.value is None:
         return size
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), size.value))
-
-
-# --- TorchScript ---
-
-
-def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.jit.ScriptModule:
-    """Trace a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
-
-    The traced module takes the same keywords, or positional arguments in the order of the module's signature. It
-    returns what the module returns: a tensor, a tuple, or, for a Hugging Face model, a dict.
-
-    Raises RuntimeRefused when the module cannot be traced.
-    """
-    with exporter_refusals(module):
-        traced = copy.deepcopy(module).requires_grad_(False)
-    with tracing(traced), without_cache(traced), exporter_refusals(module):
-        # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
-        script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
-    assert isinstance(script, torch.jit.ScriptModule)
-    return script
-
-
-def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mapping[str, str]) -> None:
-    """Write a traced module. `torch.jit.load(..., _extra_files=...)` reads the texts of `extra` again.
-
-    PyTorch's debugging records are left out: they contain paths and source lines of this machine.
-    """
-    with silence():
-        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
-        content = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
-    _copy_without_debug_records(content, path)
-
-
-def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
-        for record in old.infolist():
-            if not record.filename.endswith(".debug_pkl"):
-                with old.open(record) as read, new.open(record.filename, "w", force_zip64=True) as write:
-                    shutil.copyfileobj(read, write)
-
-
-def _ways_with_state(module: nn.Module) -> list[str]:
-    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
-    return [way] if is_stateful(module) else []

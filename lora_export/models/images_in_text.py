@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.models.image_forms import IMAGES, PATCHES, ImageForm, image_forms
+from lora_export.models.images import IMAGES, PATCHES, ImageForm, image_forms
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 from lora_export.options.spelling import named
 

@@ -8,10 +8,12 @@ inputs, the user's own are the example.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,12 +25,12 @@ from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.factory import find_factory, from_factory, resampled, varying_axes
-from lora_export.models.failures import named_failures
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
-from lora_export.models.model import Model, ModelInputs, Sizes, in_dtype_of
+from lora_export.models.model import Model, in_dtype, in_dtype_of
 from lora_export.models.pt2.program_model import from_program
-from lora_export.models.streamed_folder import is_streamed, load_streamed
+from lora_export.models.stored_parameter import is_streamed, load_streamed
+from lora_export.models.tracing import named_failures
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.npz import read_arrays
@@ -61,14 +63,10 @@ def load_model(
 
 
 def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
-    def make_inputs(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        inputs = model.make_inputs(sizes, generator)
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-    note = (
-        f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it ({named('dtype')})"
-    )
-    return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
+    name = str(dtype).removeprefix("torch.")
+    note = f"the model runs in {name}, and its weights are rounded to it ({named('dtype')})"
+    made = model.make_inputs
+    return replace(model, make_inputs=lambda *wanted: in_dtype(dtype, made(*wanted)), notes=(*model.notes, note))
 
 
 def _load(
@@ -137,18 +135,10 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad():
         model.module(**example)
     axes, sizes = varying_axes(str(path), model.module, example)
-    note = f"the generated inputs are like those in {path}"
-    return replace(
-        model,
-        axes=axes,
-        make_inputs=lambda wanted, generator: resampled(example, axes, wanted, generator),
-        traced_sizes=sizes,
-        steps={},
-        notes=(*model.notes, note),
-        not_judged=(),
-        derive=None,
-        text_only=None,
-    )
+    notes = (*model.notes, f"the generated inputs are like those in {path}")
+    make = functools.partial(resampled, example, axes)
+    others: dict[str, Any] = {"steps": {}, "not_judged": (), "derive": None, "text_only": None}
+    return replace(model, axes=axes, make_inputs=make, traced_sizes=sizes, notes=notes, **others)
 
 
 def _runs(model: Model) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_export.errors import RuntimeRefused
-from lora_export.layers.exchanged_class import exchange_forward
+from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
 
 
@@ -57,16 +57,17 @@ def with_dictionaries(module: nn.Module, example_inputs: ModelInputs) -> nn.Modu
     """
     with contextlib.suppress(Exception), torch.no_grad():
         if _has_dataclass(module(**example_inputs)):
-            _return_dictionaries(module)
+            convert_outputs(module, _as_dictionaries)
     return module
 
 
-def _return_dictionaries(module: nn.Module) -> None:
+def convert_outputs(module: nn.Module, convert: Callable[[Any], Any]) -> None:
+    """Let a module return what `convert` makes of its outputs, from now on."""
     cls = type(module)
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _as_dictionaries(cls.forward(self, *args, **kwargs))
+        return convert(cls.forward(self, *args, **kwargs))
 
     exchange_forward(module, forward)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.exchanged_class import exchange_forward
+from lora_export.layers.torch_internals import exchange_forward
 from lora_export.storage import json_files, safetensors_file
 from lora_export.weights.sentence_modules import ALONE, TRANSFORMER_CONFIG, SentenceModule, sentence_modules
 from lora_export.weights.task_head import CLASS_ENDINGS
@@ -38,7 +38,8 @@ ENCODERS = {
     "longt5": "LongT5EncoderModel",
 }
 TASK = {"transformer_task": "feature-extraction", "module_output_name": TOKENS}
-TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+LAST_STATE = "last_hidden_state"
+TEXT: dict[str, Any] = {"method": "forward", "method_output_name": LAST_STATE}
 OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -74,10 +75,7 @@ def embedder_modules(folder: Path, fields: Mapping[str, Any]) -> tuple[SentenceM
         if config.get(name, supported) != supported:
             raise InputRefused(f"{path}: {name} is {config[name]!r}; only {supported!r} is supported. {ALONE}")
     kinds = config.get("modality_config", {"text": TEXT})
-    if not isinstance(kinds, dict) or kinds.get("text") not in (
-        TEXT,
-        {**TEXT, "method_output_name": ["last_hidden_state"]},
-    ):
+    if not isinstance(kinds, dict) or kinds.get("text") not in (TEXT, TEXT | {"method_output_name": [LAST_STATE]}):
         raise InputRefused(f"{path}: only the last hidden state of texts is supported (modality_config). {ALONE}")
     return modules
 
@@ -163,10 +161,6 @@ class Pooling(nn.Module):
         features[SENTENCE] = torch.cat([POOLINGS[mode](features[TOKENS], mask) for mode in self.modes], dim=-1)
 
 
-def _sum_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.float32 if tokens.dtype in (torch.float16, torch.bfloat16) else tokens.dtype
-
-
 def _positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device)
 
@@ -181,46 +175,27 @@ def _at(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.gather(1, positions[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
 
 
-def _cls(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _at(tokens, _first_position(tokens, mask))
-
-
-def _last_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _at(tokens, torch.where(mask == 0, 0, _positions(tokens)).amax(1))
-
-
-def _max(tokens: Tensor, mask: Tensor) -> Tensor:
-    return tokens.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)
-
-
 def _weighted(tokens: Tensor, weights: Tensor, root: bool = False) -> Tensor:
     """Σ weight · token / Σ weight, or its root in the denominator; weights are (batch, sequence)."""
+    weights = weights.to(torch.float32 if tokens.dtype in (torch.float16, torch.bfloat16) else tokens.dtype)
     total = weights.sum(1, keepdim=True).clamp(min=1e-9)
     summed = (tokens * weights[:, :, None]).sum(1)
     return (summed / (total.sqrt() if root else total)).to(tokens.dtype)
 
 
-def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _weighted(tokens, mask.to(_sum_dtype(tokens)))
+def _numbers(tokens: Tensor, mask: Tensor) -> Tensor:
+    """1 for the first token of a row, 2 for the second, and so on."""
+    return _positions(tokens) + 1 - _first_position(tokens, mask)[:, None]
 
 
-def _mean_sqrt_length(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _weighted(tokens, mask.to(_sum_dtype(tokens)), root=True)
-
-
-def _weighted_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The n-th token of a row has the weight n."""
-    numbers = _positions(tokens) + 1 - _first_position(tokens, mask)[:, None]
-    return _weighted(tokens, (mask * numbers).to(_sum_dtype(tokens)))
-
-
+# Of the tokens (batch, sequence, hidden) and their mask (batch, sequence)
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls": _cls,
-    "max": _max,
-    "mean": _mean,
-    "mean_sqrt_len_tokens": _mean_sqrt_length,
-    "weightedmean": _weighted_mean,
-    "lasttoken": _last_token,
+    "cls": lambda tokens, mask: _at(tokens, _first_position(tokens, mask)),
+    "max": lambda tokens, mask: tokens.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1),
+    "mean": _weighted,
+    "mean_sqrt_len_tokens": lambda tokens, mask: _weighted(tokens, mask, root=True),
+    "weightedmean": lambda tokens, mask: _weighted(tokens, mask * _numbers(tokens, mask)),
+    "lasttoken": lambda tokens, mask: _at(tokens, torch.where(mask == 0, 0, _positions(tokens)).amax(1)),
 }
 
 
@@ -268,8 +243,8 @@ class Dense(_Applied):
 class LayerNorm(_Applied):
     """A layer norm of the embedding."""
 
-    def __init__(self, source: str, target: str, tensors: Mapping[str, Tensor]):
-        super().__init__(source, target)
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(SENTENCE, SENTENCE)
         self.norm = nn.LayerNorm(tensors["norm.weight"].shape[0])
         self.load_state_dict(tensors)
 
@@ -299,10 +274,6 @@ def _pooling(module: SentenceModule) -> Pooling:
     return Pooling(modes)
 
 
-def _normalize(module: SentenceModule) -> Normalize:
-    return Normalize(*_features(module, module.config()))
-
-
 def _dense(module: SentenceModule) -> nn.Module:
     config, tensors = module.config(), _tensors(module, "linear.weight")
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -315,19 +286,15 @@ def _dense(module: SentenceModule) -> nn.Module:
 
 def _layer_norm(module: SentenceModule) -> nn.Module:
     tensors = _tensors(module, "norm.weight")
-    return _built(module, lambda: LayerNorm(SENTENCE, SENTENCE, tensors))
-
-
-def _dropout(_: SentenceModule) -> Dropout:
-    return Dropout()
+    return _built(module, lambda: LayerNorm(tensors))
 
 
 BUILDERS: dict[str, Callable[[SentenceModule], nn.Module]] = {
     "Pooling": _pooling,
-    "Normalize": _normalize,
+    "Normalize": lambda module: Normalize(*_features(module, module.config())),
     "Dense": _dense,
     "LayerNorm": _layer_norm,
-    "Dropout": _dropout,
+    "Dropout": lambda _: Dropout(),
 }
 
 

@@ -1,17 +1,20 @@
-"""A module as exporters need it: in eval mode, silent, and without its key-value cache, which is no tensor."""
+"""A module as exporters need it: in eval mode, silent, without its key-value cache, and with its failures explained."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_export.errors import LoraExportError, RuntimeRefused
 
 USE_CACHE = "use_cache"
 
@@ -27,22 +30,8 @@ def disable_cache(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def cache_disabled(module: nn.Module) -> Iterator[None]:
-    """A model of transformers that makes no cache while the context is active."""
-    with _cache_setting(module, to=False):
-        yield
-
-
-@contextlib.contextmanager
-def cache_enabled(module: nn.Module) -> Iterator[None]:
-    """A model of transformers that makes a cache while the context is active."""
-    with _cache_setting(module, to=True):
-        yield
-
-
-@contextlib.contextmanager
-def _cache_setting(module: nn.Module, *, to: bool) -> Iterator[None]:
-    """All configs of a model with this value of `use_cache`, while active; those that lack the setting keep none."""
+def cache_setting(module: nn.Module, *, to: bool) -> Iterator[None]:
+    """A model of transformers with this value of `use_cache` in all configs that have one, while active."""
     configs = [getattr(part, "config", None) for part in module.modules()]
     parts = {id(part): part for config in configs for part in _parts(config)}
     changed = [part for part in parts.values() if getattr(part, USE_CACHE, to) != to]
@@ -72,7 +61,7 @@ def is_hugging_face(module: nn.Module) -> bool:
 
 def without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A module that makes no cache while the context is active; nothing but transformers' models makes one."""
-    return cache_disabled(module) if is_hugging_face(module) else contextlib.nullcontext()
+    return cache_setting(module, to=False) if is_hugging_face(module) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -108,3 +97,89 @@ def silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+LONGEST = 400  # characters of a cause: some contain tensors
+# Of PyTorch and Python, where memory is short: a failure of the machine
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")
+# Of torch.onnx, where no function of ONNX computes an operator of PyTorch
+MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
+DEPENDS_ON_VALUES = (
+    "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
+    "export only the part of the model that a graph can contain."
+)
+NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
+
+
+@contextlib.contextmanager
+def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "inputs", remedy: str = "") -> Iterator[None]:
+    """Turn an exception of the module's forward into RuntimeRefused, with its cause in one sentence.
+
+    `inputs` are the names of what the module is called with, and `which` is what the message calls them.
+    `remedy` ends it.
+    """
+    try:
+        yield
+    except (LoraExportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if NO_MEMORY.search(str(error)):
+            raise
+        raise RuntimeRefused(
+            f"{type(module).__name__} itself fails on the {which} ({', '.join(inputs)}): {innermost_cause(error)}"
+            f"{remedy and f'. {remedy}'}"
+        ) from error
+
+
+def innermost_cause(error: BaseException) -> str:
+    """The first paragraph of the innermost cause's message, and the line of the model that it names."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).strip()
+    first = " ".join(message.partition("\n\n")[0].split())
+    line = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
+    first = f"{first[:LONGEST]} ..." if len(first) > LONGEST else first
+    where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
+    return f"{first or type(error).__name__}{where}"
+
+
+# --- of exporters ---
+
+
+@contextlib.contextmanager
+def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
+    try:
+        yield
+    except Exception as error:
+        cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
+        if missing := MISSING_OPERATOR.search(cause):
+            cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
+        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
+
+
+def _place(error: BaseException) -> str:
+    """The module and the line of the model's code that made the node on which the exporter failed; empty if unknown."""
+    node = _failing_node(error)
+    if node is None:
+        return ""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+    line = f"{frames[-1][0]}, {frames[-1][1]}: `{frames[-1][2].strip()}`" if frames else ""
+    parts = [f"in the module {modules[-1]}" if modules else "", line]
+    found = "; ".join(part for part in parts if part)
+    return f" ({found})" if found else ""
+
+
+def _failing_node(error: BaseException | None) -> torch.fx.Node | None:
+    """The node of the program that torch.onnx was about to translate: no exception has it but in its frames."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node):
+                return node
+            trace = trace.tb_next
+        error = error.__cause__
+    return None

@@ -155,13 +155,10 @@ def read_own_batches(source: str, factory: Callable[[], Any]) -> ReadyBatches:
     if not batches:
         raise InputRefused(f"{source} made no batches")
     for number, batch in enumerate(batches, 1):
-        if not isinstance(batch, tuple) or len(batch) != 2 or not _are_inputs(batch[0]):
+        inputs = batch[0] if isinstance(batch, tuple) and len(batch) == 2 else None
+        if not isinstance(inputs, Mapping) or not inputs or not all(isinstance(name, str) for name in inputs):
             raise InputRefused(f"{source}: batch {number} is no pair of inputs, by the names of forward, and labels")
     return ReadyBatches([Batch(*batch) for batch in batches], OwnLoss(loss))
-
-
-def _are_inputs(inputs: Any) -> bool:
-    return isinstance(inputs, Mapping) and bool(inputs) and all(isinstance(name, str) for name in inputs)
 
 
 def batches_sha256(data: ReadyBatches) -> str:

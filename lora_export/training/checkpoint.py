@@ -96,25 +96,20 @@ class Checkpoints:
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for parameter, state in optimizer.state.items():
             tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
-        facts = {
-            "identity": dict(self.identity),
-            "history": history.as_table(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        self._write(
-            TRAINING_STATE, tensors, {"format": CHECKPOINT_FORMAT, "facts": json.dumps(facts)}, len(history.steps)
-        )
+        of_scaler = scaler.state_dict() if scaler is not None else None
+        facts = {"identity": dict(self.identity), "history": history.as_table(), "scaler": of_scaler}
+        self._write(TRAINING_STATE, tensors, len(history.steps), facts=json.dumps(facts))
 
     def save_best(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Write the tensors of the evaluation with the lowest loss. Raises OutputFailed."""
-        self._write(BEST, tensors, {"format": CHECKPOINT_FORMAT}, step)
+        self._write(BEST, tensors, step)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], step: int) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], step: int, **facts: str) -> None:
         copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         beside = self.folder / f"{name}.partial"
         try:
             with beside.open("wb") as file:
-                file.write(to_bytes(copies, metadata))
+                file.write(to_bytes(copies, {"format": CHECKPOINT_FORMAT, **facts}))
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.folder / name)
@@ -133,9 +128,8 @@ class Checkpoints:
         tensors, facts = self._read()
         self._refuse_another(facts["identity"])
         trained = trained_tensors(module)
-        stored = {
-            name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")
-        }
+        own = "trained."
+        stored = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
         if set(stored) != set(trained) or any(stored[name].shape != trained[name].shape for name in trained):
             raise InputRefused(f"{self.folder} is the checkpoint of another adapter")
         with torch.no_grad():

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_export.errors import EnvironmentLacking
-from lora_export.models.failures import innermost_cause
-from lora_export.models.internals import compiler_errors
+from lora_export.layers.torch_internals import compiler_errors
+from lora_export.models.tracing import innermost_cause
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision
 
@@ -21,7 +21,7 @@ AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": 
 def refuse_without_compiler(device: str) -> None:
     """Compile a function of one tensor. Raises EnvironmentLacking where this machine cannot: it has no C++ compiler."""
     with _explained("any function"):
-        torch.compile(_doubled)(torch.ones(2, device=device))
+        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))
 
 
 def compiled(module: nn.Module) -> Any:
@@ -44,10 +44,6 @@ def _explained(what: str) -> Iterator[None]:
             f"torch.compile cannot compile {what} here: {innermost_cause(error)}. Train without "
             f"{named('compile', True)}"
         ) from error
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return 2 * x
 
 
 def autocast(device: str | torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:

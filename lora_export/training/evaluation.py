@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.options.train import Precision
+from lora_export.options.train import Precision, TrainOptions
 from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
 from lora_export.training.compiling import autocast
 from lora_export.training.losses import module_outputs
-from lora_export.training.processes import rank, sum_over_processes, world_size
-from lora_export.training.sharding import is_sharded, move
+from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ def evaluate(
     data: Data,
     *,
     batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    precision: Precision = "no",
+    device: str | torch.device = TrainOptions.device,
+    precision: Precision = TrainOptions.precision,
 ) -> Score:
     """Measure loss and accuracy, without dropout and without gradients. Several processes share the examples.
 
@@ -62,7 +61,9 @@ def evaluate(
                 right = data.loss.correct(outputs, batch)
                 has_accuracy = has_accuracy and right is not None
                 correct += right or 0
-            for _ in range(_idle_runs(module, len(data), len(own_rows), batch_size)):
+            # A process runs a base in shares as often as the first one, which has most batches.
+            most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if is_sharded(module) else 0
+            for _ in range(most - math.ceil(len(own_rows) / batch_size)):
                 batch = batch_on_device(data.batch([0]), device)
                 with autocast(device, precision):
                     module_outputs(module, batch.inputs)
@@ -73,11 +74,3 @@ def evaluate(
     if not counted:
         raise InputRefused("there is no labelled example to evaluate on")
     return Score(total / counted, right_ones / counted if has_accuracy else None, int(counted))
-
-
-def _idle_runs(module: nn.Module, rows: int, own: int, batch_size: int) -> int:
-    """How often a process runs a base in shares beyond its own batches: as often as the first one, which has most."""
-    if not is_sharded(module):
-        return 0
-    most = math.ceil(rows / world_size())
-    return math.ceil(most / batch_size) - math.ceil(own / batch_size)

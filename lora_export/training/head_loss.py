@@ -38,7 +38,7 @@ class HeadLoss:
     @contextlib.contextmanager
     def hidden_states(self) -> Iterator[None]:
         """Let the model return hidden states in place of scores while the context is active."""
-        self.head.forward = _as_it_is  # type: ignore[method-assign,assignment]
+        self.head.forward = lambda states: states  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -60,7 +60,7 @@ class HeadLoss:
         return total
 
 
-def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Precision = "no") -> HeadLoss | None:
+def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Precision) -> HeadLoss | None:
     """The loss in parts, where the module's scores are exactly what its frozen output embeddings return.
 
     One example shows it, under autocast in this precision: some models scale or cap their scores. Leaves the module in
@@ -81,10 +81,6 @@ def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Pr
     finally:
         hook.remove()
     return HeadLoss(head) if len(made) == 1 and scores_of(outputs) is made[0] else None
-
-
-def _as_it_is(states: Tensor) -> Tensor:
-    return states
 
 
 class _Total(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.models.factory import failures_of_user_code
-from lora_export.models.failures import named_failures
+from lora_export.models.tracing import named_failures
 from lora_export.training.arrays import IGNORED
 
 

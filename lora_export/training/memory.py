@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_export.layers.four_bit_weights import scales_of_4bit
+from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.layers.module_tensors import own_share
 from lora_export.training.history import MemoryUse
 
@@ -18,20 +18,14 @@ def memory_use(module: nn.Module, optimizer: torch.optim.Optimizer, activations:
     """Measure the tensors of a module and its optimiser, after a step. Shared storage counts once."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    scales = itertools.chain.from_iterable(map(scales_of_4bit, module.parameters()))
     return MemoryUse(
-        weights=_bytes_of(_weights_of(module)),
+        weights=_bytes_of([*module.parameters(), *scales, *module.buffers()]),
         gradients=_bytes_of(gradients),
         optimizer=_bytes_of(states),
         activations=activations,
         peak=0,
     )
-
-
-def _weights_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, and the scales of weights in 4 bits."""
-    for parameter in module.parameters():
-        yield from (parameter, *scales_of_4bit(parameter))
-    yield from module.buffers()
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

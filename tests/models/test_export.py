@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models import export
+from lora_export.models import export, export_program
 from lora_export.models.model import Axes
 from support.exported_models import EVERY_MODEL, MODEL_BUILDERS, Encoder, Mlp, eager, exported, inputs
 from support.graphs import run
@@ -158,7 +158,7 @@ def test_nothing_is_printed_warned_or_logged(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         export.to_onnx(Noisy(), ones(2, 2), axes=axes_of("x"))
-        export.to_torchscript(Noisy(), ones(2, 2))
+        export_program.to_torchscript(Noisy(), ones(2, 2))
     assert capfd.readouterr() == ("", "")
     assert not caught
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -291,7 +291,9 @@ def test_axes_that_do_not_fit_the_example_inputs_are_refused(axes: Axes, message
 def test_a_traced_module_takes_other_shapes_by_name_and_position(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = MODEL_BUILDERS[name]().eval()
-    export.save_torchscript(export.to_torchscript(module, inputs(name)), tmp_path / "model.pt", extra={})
+    export_program.save_torchscript(
+        export_program.to_torchscript(module, inputs(name)), tmp_path / "model.pt", extra={}
+    )
     script = torch.jit.load(tmp_path / "model.pt")
     for batch, length in OTHER_SHAPES:
         feeds = inputs(name, batch, length, seed=1)
@@ -309,7 +311,7 @@ def test_a_traced_module_takes_other_shapes_by_name_and_position(name: str, tmp_
 
 def test_a_trace_has_no_fused_attention_and_no_gradients() -> None:
     module = Encoder().train()
-    script = export.to_torchscript(module, inputs("encoder"))
+    script = export_program.to_torchscript(module, inputs("encoder"))
     assert "_transformer_encoder_layer_fwd" not in str(script.inlined_graph)
     assert not [name for name, parameter in script.named_parameters() if parameter.requires_grad]
     assert not script.training
@@ -324,12 +326,14 @@ def test_a_module_that_cannot_be_traced_is_refused() -> None:
             return {"scores": self.linear(x), "words": "none"}
 
     with pytest.raises(RuntimeRefused, match="refused Wordy"):
-        export.to_torchscript(Wordy(), ones(2, 2))
+        export_program.to_torchscript(Wordy(), ones(2, 2))
 
 
 def test_a_saved_trace_has_extra_files_and_no_paths(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    export.save_torchscript(export.to_torchscript(Mlp(), inputs("mlp")), path, extra={"lora_export.json": '{"a": 1}'})
+    export_program.save_torchscript(
+        export_program.to_torchscript(Mlp(), inputs("mlp")), path, extra={"lora_export.json": '{"a": 1}'}
+    )
     extra = {"lora_export.json": ""}
     torch.jit.load(path, _extra_files=extra)
     assert extra["lora_export.json"] == b'{"a": 1}'

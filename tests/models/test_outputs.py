@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models import export
+from lora_export.models import export, export_program
 from lora_export.models.factory import from_module
 from lora_export.models.outputs import have_names, named_outputs, with_dictionaries
 from support.graphs import run
@@ -80,7 +80,7 @@ def test_a_dataclass_is_a_graph_of_its_fields() -> None:
 
 
 def test_a_traced_module_returns_the_fields_by_name() -> None:
-    script = export.to_torchscript(from_module(Net(), X).module, {"x": X})
+    script = export_program.to_torchscript(from_module(Net(), X).module, {"x": X})
     assert set(script(X)) == {"scores", "is_large"}
 
 

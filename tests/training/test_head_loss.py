@@ -58,7 +58,7 @@ WORDS = torch.tensor([[2, 3, -100], [2, 1, -100]])
 def test_a_model_that_returns_what_its_head_returns_gets_it() -> None:
     for model in (LlamaForCausalLM(LlamaConfig(**SIZES)), BertForMaskedLM(BertConfig(**SIZES))):
         model.requires_grad_(False)
-        found = head_loss(model, data_for(WORDS), CPU)
+        found = head_loss(model, data_for(WORDS), CPU, "no")
         assert found is not None and found.head is model.get_output_embeddings()
         ids = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
@@ -76,8 +76,8 @@ def test_models_that_change_their_scores_or_train_their_head_do_not() -> None:
         GraniteForCausalLM(GraniteConfig(logits_scaling=2.0, **one_head)),
     ]
     for model in changed:
-        assert head_loss(model.requires_grad_(False), data_for(WORDS), CPU) is None
+        assert head_loss(model.requires_grad_(False), data_for(WORDS), CPU, "no") is None
     trained = LlamaForCausalLM(LlamaConfig(**SIZES))
-    assert head_loss(trained, data_for(WORDS), CPU) is None  # its head has gradients
-    assert head_loss(trained.requires_grad_(False), data_for(WORDS.float()), CPU) is None  # values, not words
-    assert head_loss(nn.Linear(2, 2), data_for(WORDS), CPU) is None
+    assert head_loss(trained, data_for(WORDS), CPU, "no") is None  # its head has gradients
+    assert head_loss(trained.requires_grad_(False), data_for(WORDS.float()), CPU, "no") is None  # values, not words
+    assert head_loss(nn.Linear(2, 2), data_for(WORDS), CPU, "no") is None

@@ -2,7 +2,7 @@
 
 `torch.export.load` trusts its file: it unpickles the sample inputs, sympifies sizes, imports the types that a structure
 names, looks up any `torch.` name and compiles guards. Here a file is a zip of uncompressed members
-(`artifacts.archive`). The graph and the descriptions of the tensors in it are JSON (`json_fields`, `program_types`,
+(`artifacts.archive`). The graph and the descriptions of the tensors in it are JSON (`program_types`,
 `reader`: none of these imports PyTorch), and the weights are raw bytes. No pickle is opened and no text is evaluated. A
 name in a file is looked up only in that file and in fixed lists (`allowed_operators`). The program is run node by node,
 as a module with layers again (`recover_layers`, `program`), on inputs made for it (`program_model`).

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.models.internals import schema_of
+from lora_export.layers.torch_internals import schema_of
 
 Function = Callable[..., Any]
 
@@ -87,35 +87,13 @@ def _group_norm(input: Tensor, weight: Any, bias: Any, *, group: int, eps: float
 
 
 def _batch_norm(
-    input: Tensor,
-    weight: Any,
-    bias: Any,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    **_: float,
+    input: Tensor, weight: Any, bias: Any, running_mean: Tensor, running_var: Tensor, eps: float, **_: float
 ) -> tuple[Any, ...]:
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps), None, None
 
 
-def _all_true(self: Tensor) -> Tensor:
-    return torch.all(self)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
 def _zeros(size: Any, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     return torch.zeros(size, dtype=dtype, device=device)
-
-
-def _zeros_like(self: Tensor, dtype: Any = None, **_: Any) -> Tensor:
-    return torch.zeros_like(self, dtype=dtype)
-
-
-def _new_zeros(self: Tensor, size: Any, dtype: Any = None, **_: Any) -> Tensor:
-    return self.new_zeros(size, dtype=dtype)
 
 
 # Functions that replace operators which do not check their arguments, or which return uninitialised memory. A None in
@@ -130,12 +108,12 @@ REPLACEMENTS: dict[str, Function] = {
     "_scaled_dot_product_flash_attention_for_cpu.default": _attention,
     "native_group_norm.default": _group_norm,
     "_native_batch_norm_legit_no_training.default": _batch_norm,
-    "_is_all_true.default": _all_true,
-    "_weight_norm.default": _weight_norm,
+    "_is_all_true.default": lambda self: self.all(),
+    "_weight_norm.default": lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)),
     "_unsafe_view.default": lambda self, size: self.reshape(size),
     "empty.memory_format": _zeros,
-    "empty_like.default": _zeros_like,
-    "new_empty.default": _new_zeros,
+    "empty_like.default": lambda self, dtype=None, **_: torch.zeros_like(self, dtype=dtype),
+    "new_empty.default": lambda self, size, dtype=None, **_: self.new_zeros(size, dtype=dtype),
     "empty_permuted.default": _zeros,
 }
 OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
@@ -157,13 +135,11 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
+BOUNDED = ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pos")
 # The functions that compute sizes; a program names Python's own.
 SIZE_FUNCTIONS: dict[str, Function] = {
     **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{
-        f"_operator.{name}": _bounded(getattr(operator, name))
-        for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pos")
-    },
+    **{f"_operator.{name}": _bounded(getattr(operator, name)) for name in BOUNDED},
     "_operator.and_": operator.and_,
     "_operator.or_": operator.or_,
     "_operator.pow": _bounded(_power),
@@ -176,8 +152,8 @@ SIZE_FUNCTIONS: dict[str, Function] = {
     "torch.sym_sum": _bounded(sum),
     "torch.sym_ite": lambda condition, yes, no: yes if condition else no,
     "torch.sym_sqrt": math.sqrt,
+    "torch._sym_sqrt": math.sqrt,
 }
-SIZE_FUNCTIONS["torch._sym_sqrt"] = math.sqrt
 
 
 class Operator(NamedTuple):
@@ -192,12 +168,13 @@ def resolve(target: str, where: str) -> Operator:
     """The operator of this name. Raises InputRefused, with the location `where`, for all but those of the lists."""
     if target in SIZE_FUNCTIONS:
         return Operator(SIZE_FUNCTIONS[target], None, writes=False)
+    refused = InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
     match = ATEN_NAME.fullmatch(target)
     name, overload = match.groups() if match else ("", "")
     spelled = f"{name}.{overload}"
     known = name in OPERATORS or (name.endswith("_") and not name.endswith("__") and name[:-1] in OPERATORS)
     if not match or spelled in REFUSED_OPERATORS or not (known or spelled in REPLACEMENTS):
-        raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
+        raise refused
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():
         raise InputRefused(f"{where}: this PyTorch ({torch.__version__}) has no operator {target[:80]!r}")
@@ -207,6 +184,6 @@ def resolve(target: str, where: str) -> Operator:
     # TorchScript's operators on strings and lists have the same names, and can make a list of any length.
     on_tensors = any("Tensor" in str(value.type) for value in (*arguments, *schema.returns))
     if any(argument.is_out for argument in arguments) or not (on_tensors or spelled in REPLACEMENTS):
-        raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
+        raise refused
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
     return Operator(REPLACEMENTS.get(spelled, found), [argument.name for argument in arguments], writes)

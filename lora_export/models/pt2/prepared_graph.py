@@ -113,17 +113,14 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
     operator = allowed_operators.resolve(node.target, where)
     if any(isinstance(argument, Graph) for _, argument in node.inputs):
         raise InputRefused(f"{where}: {readable(node.target)} takes no graph as an argument")
-    if operator.names is not None:
-        unknown = [name for name, _ in node.inputs if name not in operator.names]
-        if unknown:
-            raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
-    if operator.writes and (target := next(iter(node.inputs), None)) is not None:
-        written = set(values_in(target[1])) & fixed
-        if written:
-            raise InputRefused(
-                f"{where}: {readable(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
-                "program: programs that keep state from run to run are not supported"
-            )
+    if unknown := [name for name, _ in node.inputs if operator.names is not None and name not in operator.names]:
+        raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
+    target = next(iter(node.inputs), None)
+    if operator.writes and target is not None and (written := set(values_in(target[1])) & fixed):
+        raise InputRefused(
+            f"{where}: {readable(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
+            "program: programs that keep state from run to run are not supported"
+        )
     layer_input = argument_of(node, LAYER_INPUTS.get(operator_of(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")

@@ -14,15 +14,6 @@ from typing import Any
 from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
-from lora_export.models.pt2.json_fields import (
-    integer,
-    json_list,
-    json_object,
-    single_field,
-    size_of,
-    string,
-    tensor_type_of,
-)
 from lora_export.models.pt2.program_types import (
     ITEM_BYTES,
     Graph,
@@ -30,6 +21,13 @@ from lora_export.models.pt2.program_types import (
     ProgramTensor,
     StoredArray,
     TensorType,
+    integer,
+    json_list,
+    json_object,
+    single_field,
+    size_of,
+    string,
+    tensor_type_of,
 )
 from lora_export.storage import json_files
 

@@ -23,19 +23,11 @@ CONVOLUTION_OPERATORS = (
 )
 CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
 TRANSPOSES = (
-    "t.default",
-    "numpy_T.default",
-    "permute.default",
-    "transpose.int",
-    "swapaxes.default",
-    "swapdims.default",
+    *("t.default", "numpy_T.default", "permute.default"),
+    *("transpose.int", "swapaxes.default", "swapdims.default"),
 )
 # The right factor of a matrix product, which is multiplied as it is stored: (in, out).
-RIGHT_FACTOR = {
-    "mm.default": "mat2",
-    "addmm.default": "mat2",
-    "matmul.default": "other",
-}
+RIGHT_FACTOR = {"mm.default": "mat2", "addmm.default": "mat2", "matmul.default": "other"}
 
 
 class InOutWeight(nn.Module):
@@ -256,16 +248,8 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTenso
     if transposed is not False or not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
         return _Layer(nn.Module())
     try:
-        layer = CONVOLUTION_CLASSES[len(sizes)](
-            sizes[1] * groups,
-            sizes[0],
-            tuple(sizes[2:]),  # type: ignore[arg-type]
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias is not None,
-        )
+        cls: Any = CONVOLUTION_CLASSES[len(sizes)]
+        layer = cls(sizes[1] * groups, sizes[0], tuple(sizes[2:]), stride, padding, dilation, groups, bias is not None)
     except (ValueError, TypeError, RuntimeError):
         return _Layer(nn.Module())
     return _Layer(layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else [])
@@ -273,9 +257,9 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTenso
 
 def _setting(value: Any) -> Any:
     """A convolution's setting: one number for all dimensions, or one for each."""
-    if isinstance(value, list):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
+    return (
+        tuple(value) if isinstance(value, list) and len(value) > 1 else value[0] if isinstance(value, list) else value
+    )
 
 
 def argument_of(node: Node, name: str, default: Any) -> Any:
