@@ -21,7 +21,6 @@ from lora_export.layers.torch_internals import (
     subclass,
     unsaved_buffers,
 )
-from lora_export.models import internals
 
 
 def test_parameters_buffers_and_children_are_those_of_the_module_itself() -> None:
@@ -74,7 +73,7 @@ OF_OBJECTS = [
 
 @pytest.mark.parametrize("names", NAMES, ids=".".join)
 def test_a_private_name_exists(names: tuple[str, ...]) -> None:
-    assert internals.private(*names) is not None
+    assert torch_internals.private(*names) is not None
 
 
 @pytest.mark.parametrize(("owner", "names"), OF_OBJECTS, ids=["module", "tensor", "operator"])
@@ -84,22 +83,22 @@ def test_a_private_attribute_exists(owner: object, names: tuple[str, ...]) -> No
 
 def test_a_name_that_is_gone_is_named_with_the_release() -> None:
     with pytest.raises(EnvironmentLacking) as refused:
-        internals.private("torch", "_C", "_gone")
+        torch_internals.private("torch", "_C", "_gone")
     assert str(refused.value) == f"torch {torch.__version__} has no torch._C._gone, which is needed"
 
 
 def test_changes_in_place_are_counted() -> None:
     tensor = torch.zeros(2)
-    before = internals.changes_of(tensor)
+    before = torch_internals.changes_of(tensor)
     tensor.add_(1)
-    assert internals.changes_of(tensor) == before + 1
+    assert torch_internals.changes_of(tensor) == before + 1
 
 
 def test_one_fusion_of_the_cpu_makes_attention_over_a_cache() -> None:
-    of_cpu = list(internals.fusions_for("cpu"))
+    of_cpu = list(torch_internals.fusions_for("cpu"))
     assert sum(is_attention for _, is_attention in of_cpu) == 1
     assert all(callable(step) for step, _ in of_cpu) and len(of_cpu) > 5
-    assert not any(is_attention for _, is_attention in internals.fusions_for("no provider"))
+    assert not any(is_attention for _, is_attention in torch_internals.fusions_for("no provider"))
 
 
 def test_copies_compute_with_the_new_forward_until_the_class_comes_back() -> None:

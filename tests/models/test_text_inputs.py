@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_export.models import text_lengths
+from lora_export.models import text_inputs
 from lora_export.models.load import load_model
 from lora_export.models.text_inputs import LONG, PAST_WINDOW, padding_mask, placeholders
 from support.small_models import MODELS, TEXT, VISION, small_model
@@ -123,10 +123,10 @@ def test_every_row_but_the_first_has_padding_at_one_end() -> None:
 TEXTS, BOTH = {"batch", "sequence"}, {"batch", "sequence", "target"}
 
 
-def lengths_of(config: Any, symbols: set[str] = TEXTS, architecture: str = "") -> text_lengths.TextLengths:
+def lengths_of(config: Any, symbols: set[str] = TEXTS, architecture: str = "") -> text_inputs.TextLengths:
     cls = getattr(transformers, architecture) if architecture else transformers.AutoModel
     module = cls(config) if architecture else cls.from_config(config)
-    return text_lengths.text_lengths(module, symbols)
+    return text_inputs.text_lengths(module, symbols)
 
 
 def mistral(window: int | None, **fields: Any) -> Any:
@@ -156,7 +156,7 @@ def test_encoder_and_decoder_have_limits_of_their_own() -> None:
     made = config()
     module = getattr(transformers, architecture)(made)
     module.model.decoder.embed_positions = nn.Embedding(30, 16)
-    found = text_lengths.text_lengths(module, BOTH)
+    found = text_inputs.text_lengths(module, BOTH)
     assert (found.most("sequence"), found.most("target")) == (64, 30)
     assert found.long == {"sequence": 64, "target": 30}
 
@@ -197,4 +197,4 @@ def test_window_beyond_the_position_table_is_not_noted() -> None:
 
 def test_models_without_texts_have_no_long_text() -> None:
     found = lengths_of(MODELS["vit"][1](), {"batch"}, MODELS["vit"][0])
-    assert found == text_lengths.TextLengths({}, {})
+    assert found == text_inputs.TextLengths({}, {})
