@@ -38,8 +38,7 @@ from lora_export.models.export_program import (
     to_torchscript,
 )
 from lora_export.models.model import Model
-from lora_export.models.outputs import named_outputs
-from lora_export.models.tracing import cache_setting
+from lora_export.models.tracing import cache_setting, named_outputs
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner

@@ -15,14 +15,13 @@ from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, listed
 from lora_export.layers.adapted_layers import branch_tensors
-from lora_export.layers.initial_factors import as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
-from lora_export.training.checkpoint import Checkpoints
+from lora_export.training.checkpoint import Checkpoints, EventLog
 from lora_export.training.evaluation import Score, evaluate
-from lora_export.training.event_log import EventLog
 from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import OnStep, fit
 from lora_export.training.processes import shard_base, take_from_first

@@ -22,13 +22,13 @@ from torch.export import Dim
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
-from lora_export.models.outputs import named_outputs
 from lora_export.models.simplify import simplify
 from lora_export.models.tracing import (
     USE_CACHE,
     exporter_refusals,
     is_hugging_face,
     named_failures,
+    named_outputs,
     tracing,
     without_cache,
 )

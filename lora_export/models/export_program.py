@@ -22,8 +22,16 @@ from torch.export import Dim, ExportedProgram
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import check_axes
 from lora_export.models.model import Axes
-from lora_export.models.outputs import convert_outputs, named_outputs
-from lora_export.models.tracing import USE_CACHE, exporter_refusals, is_hugging_face, silence, tracing, without_cache
+from lora_export.models.tracing import (
+    USE_CACHE,
+    convert_outputs,
+    exporter_refusals,
+    is_hugging_face,
+    named_outputs,
+    silence,
+    tracing,
+    without_cache,
+)
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply

@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
-from lora_export.models.outputs import with_dictionaries
+from lora_export.models.tracing import with_dictionaries
 from lora_export.storage import input_files
 
 # --- Find and call the factory ---

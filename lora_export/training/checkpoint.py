@@ -1,4 +1,4 @@
-"""The checkpoint of an unfinished training, in a folder beside its output: `OUT.training`.
+"""The checkpoint of an unfinished training, in a folder beside its output, `OUT.training`; and TensorBoard's files.
 
 It has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step. What is
 random in a step depends on the seed and the step alone. A file is written beside the former one and renamed, so that
@@ -7,11 +7,12 @@ a kill or a full disk leaves the former one whole.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
 from lora_export.options.spelling import named
-from lora_export.training.history import METRICS, TrainingHistory, json_line
+from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory, json_line
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
@@ -180,3 +181,43 @@ class Checkpoints:
         ]
         if differing:
             raise InputRefused(f"{self.folder} is the checkpoint of another training:", listed(differing, 10))
+
+
+def require_tensorboard() -> None:
+    """Raise EnvironmentLacking where TensorBoard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise EnvironmentLacking(f"{named('tensorboard')} needs tensorboard: pip install 'lora-export[tensorboard]'")
+
+
+class EventLog:
+    """The event files of one training, in a folder that is made with the first record.
+
+    Files that are there stay. After a resumed training, TensorBoard shows no step twice. Raises OutputFailed where the
+    folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._tracker: Any = None
+
+    def write(self, records: Iterable[StepRecord | EvaluationRecord]) -> None:
+        """Write each number of the records as a curve of its own."""
+        for record in records:
+            numbers = {name: value for name, value in asdict(record).items() if name != "step" and value is not None}
+            try:
+                self._opened(record.step).log(numbers, step=record.step)
+            except OSError as error:
+                raise OutputFailed(f"{self.folder} could not be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def _opened(self, step: int) -> Any:
+        if self._tracker is None:
+            from accelerate.tracking import TensorBoardTracker
+
+            self._tracker = TensorBoardTracker("", str(self.folder), purge_step=step)
+            self._tracker.start()
+        return self._tracker

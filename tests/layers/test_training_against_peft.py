@@ -23,7 +23,7 @@ from lora_export import formats, layers, plan
 from lora_export.formats.peft_records import as_peft_computes
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers import peft as peft_writer
-from lora_export.layers.initial_factors import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from support import experts
 from support.small_layers import Everything, an_encoder_layer, base_of

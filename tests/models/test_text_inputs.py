@@ -178,14 +178,14 @@ def test_window_too_long_for_a_mask_is_noted() -> None:
 def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     config = mistral(200, max_position_embeddings=512)
     parameters = sum(each.numel() for each in transformers.AutoModel.from_config(config).parameters())
-    monkeypatch.setattr(text_lengths, "MOST_WORK", 100.0 * parameters)
+    monkeypatch.setattr(text_inputs, "MOST_WORK", 100.0 * parameters)
     found = lengths_of(config)
     assert found.long == {"sequence": LONG}
     assert found.not_judged == (
         "what its sliding window of 200 tokens leaves out. Generated texts have up to 96 tokens. Give a "
         "longer one by inputs="
     )
-    monkeypatch.setattr(text_lengths, "MOST_WORK", 10.0 * parameters)
+    monkeypatch.setattr(text_inputs, "MOST_WORK", 10.0 * parameters)
     found = lengths_of(mistral(None, max_position_embeddings=512))
     assert not found.long and found.not_judged.startswith("texts of more than 29 tokens")
 
