@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused
 from lora_export.models.images import IMAGES, draw_pixels, image_shape, pixel_range, refuse_huge
 from lora_export.models.images_in_text import LEAST_TEXT, PROBED, ImagesInText, images_in_text
 from lora_export.models.model import CHECKED_SIZES, TRACED_SIZES, Model, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.text_inputs import Part, decoder_part, placeholders, text_lengths, text_part
-from lora_export.models.tracing import named_failures
+from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 
 # Mean and standard deviation of CLAP's spectrograms, in decibels. Those of others are about 0 and 1: Whisper's values
@@ -132,13 +132,7 @@ def _failure_on_images(model: Model, images: ImagesInText) -> str:
     needed = max(images.derived(dict(sizes))["sequence"] for sizes in CHECKED_SIZES)
     if longest is not None and longest < needed:
         return f"a text with its images takes {needed} tokens, and the model has positions for {longest}"
-    made = in_dtype_of(model.module, model.inputs(smallest, seed=0))
-    try:
-        with named_failures(model.module, made), torch.no_grad():
-            model.module(**made)
-    except RuntimeRefused as error:
-        return str(error)
-    return ""
+    return failure_on(model.module, in_dtype_of(model.module, model.inputs(smallest, seed=0)))
 
 
 def _inputs_with(module: Any, takes: list[str], folder: Path, images: ImagesInText | None, why: str) -> Model:

@@ -31,7 +31,7 @@ from lora_export.models.sentence_transformer import (
     has_removable_pooler,
 )
 from lora_export.models.stored_parameter import StoredParameter, StreamedFolder, streamed_folder
-from lora_export.models.tracing import disable_cache
+from lora_export.models.tracing import disable_cache, first_line
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
@@ -94,18 +94,9 @@ def from_folder(
     streamed: bool,
     base: TrainedBase | None,
 ) -> Model:
-    """Load the model of a folder, with the task head that the adapters bring, or this one.
-
-    With `streamed`, the weights of a large model are read whenever something computes with them, and cannot be changed.
+    """Load the model of a folder. Arguments and errors are those of `models.load.load_model`.
 
     A sentence-transformers folder is the whole embedding model, unless it is to be trained or has a classifier.
-
-    With `base`, weights in 4 bits of bitsandbytes stay so, and those of a float folder may be quantised.
-
-    With a head or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
-
-    Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
-    EnvironmentLacking without transformers.
     """
     # Refuses what is damaged, quantised or pickled before anything is built.
     checkpoint = open_checkpoint(folder, dequantise=base is not None)
@@ -268,7 +259,7 @@ def _pretrained(
     try:
         config = transformers.AutoConfig.for_model(**with_numbers(fields))
     except Exception as error:  # values of the wrong type raise any type
-        raise InputRefused(f"{path}: transformers does not know this model ({_first_line(error)})") from error
+        raise InputRefused(f"{path}: transformers does not know this model ({first_line(error)})") from error
     architecture = (fields.get("architectures") or ["AutoModel"])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
@@ -304,11 +295,6 @@ def _pretrained(
         floats = replace(base, floats=(*base.floats, *trained))
         return _pretrained(transformers, checkpoint, fields, dtype, None, floats)
     return module, new
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _built(cls: Any, config: Any) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
-from lora_export.errors import InputRefused, RuntimeRefused, listed
+from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
@@ -30,7 +30,7 @@ from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, in_dtype, in_dtype_of
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.stored_parameter import is_streamed, load_streamed
-from lora_export.models.tracing import named_failures
+from lora_export.models.tracing import failure_on, named_failures
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.npz import read_arrays
@@ -58,7 +58,26 @@ def load_model(
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
+    path = Path(source)
+    is_diffusion = path.is_dir() and is_diffusion_model(path)
+    if base and base.quantization and (is_diffusion or not path.is_dir()):
+        raise InputRefused(
+            f"{named('quantize_base')} is for Hugging Face folders of transformers, and {source} is none. A "
+            "factory may return a module with layers of bitsandbytes.nn.Linear4bit"
+        )
+    if is_diffusion:
+        loaded = from_diffusers(path, dtype)
+    elif path.is_dir():
+        loaded = from_folder(path, adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
+    elif artifact_kind(path) is ArtifactKind.PROGRAM:
+        if dtype is not torch.float32:
+            raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
+        loaded = from_program(path)
+    else:
+        refuse_no_model(source)
+        location, _, name = source.rpartition(":")
+        made = from_factory(source, find_factory(location, name))
+        loaded = replace(made, module=made.module.to(dtype))
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -67,36 +86,6 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
     note = f"the model runs in {name}, and its weights are rounded to it ({named('dtype')})"
     made = model.make_inputs
     return replace(model, make_inputs=lambda *wanted: in_dtype(dtype, made(*wanted)), notes=(*model.notes, note))
-
-
-def _load(
-    source: str,
-    adapters: Sequence[Adapter],
-    head: TaskHead | None,
-    dtype: torch.dtype,
-    *,
-    may_add: bool,
-    streamed: bool,
-    base: TrainedBase | None,
-) -> Model:
-    is_diffusion = Path(source).is_dir() and is_diffusion_model(Path(source))
-    if base and base.quantization and (is_diffusion or not Path(source).is_dir()):
-        raise InputRefused(
-            f"{named('quantize_base')} is for Hugging Face folders of transformers, and {source} is none. A "
-            "factory may return a module with layers of bitsandbytes.nn.Linear4bit"
-        )
-    if is_diffusion:
-        return from_diffusers(Path(source), dtype)
-    if Path(source).is_dir():
-        return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
-    if artifact_kind(Path(source)) is ArtifactKind.PROGRAM:
-        if dtype is not torch.float32:
-            raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
-        return from_program(Path(source))
-    refuse_no_model(source)
-    location, _, name = source.rpartition(":")
-    loaded = from_factory(source, find_factory(location, name))
-    return replace(loaded, module=loaded.module.to(dtype))
 
 
 def module_with_weights(model: Model, path: Path) -> nn.Module:
@@ -127,7 +116,11 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     arrays = read_arrays(path)
     takes = list(inspect.signature(model.module.forward).parameters)
     unknown = [name for name in arrays if name not in takes]
-    if model.axes and (unknown or set(arrays) <= set(model.axes)) and _runs(model):
+    if (
+        model.axes
+        and (unknown or set(arrays) <= set(model.axes))
+        and not failure_on(model.module, model.example_inputs())
+    ):
         return model
     if unknown or not arrays:
         raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
@@ -139,14 +132,3 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     make = functools.partial(resampled, example, axes)
     others: dict[str, Any] = {"steps": {}, "not_judged": (), "derive": None, "text_only": None}
     return replace(model, axes=axes, make_inputs=make, traced_sizes=sizes, notes=notes, **others)
-
-
-def _runs(model: Model) -> bool:
-    """Whether the model computes something of its generated inputs."""
-    inputs = model.example_inputs()
-    try:
-        with named_failures(model.module, inputs), torch.no_grad():
-            model.module(**inputs)
-    except RuntimeRefused:
-        return False
-    return True

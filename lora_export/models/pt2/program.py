@@ -30,6 +30,7 @@ from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
 from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
+from lora_export.models.tracing import first_line
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
 
@@ -110,10 +111,8 @@ class Program(nn.Module):
             except LoraExportError:
                 raise
             except Exception as error:  # operators raise exceptions of any type
-                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(
-                    f"node {prepared.node.name} ({readable(prepared.node.target)}): {cause}"
-                ) from error
+                where = f"node {prepared.node.name} ({readable(prepared.node.target)})"
+                raise RuntimeRefused(f"{where}: {first_line(error)}") from error
             _store(prepared.node, result, values)
             for name in prepared.last_reads:
                 values.pop(name, None)
