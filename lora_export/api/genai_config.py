@@ -81,11 +81,7 @@ def genai_config(
                 },
             },
         },
-        "search": {
-            **_search(generation),
-            "max_length": longest,
-            "past_present_share_buffer": shares,
-        },
+        "search": {**_search(generation), "max_length": longest, "past_present_share_buffer": shares},
     }
 
 

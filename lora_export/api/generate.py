@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.api.generation_files import GenerationSettings, genai_model
-from lora_export.api.generation_prompts import (
-    encoder_inputs,
-    first_tokens,
-    refuse_other_kinds,
-    token_ids,
-)
+from lora_export.api.generation_prompts import encoder_inputs, first_tokens, refuse_other_kinds, token_ids
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.errors import InputRefused, WrongUsage

@@ -100,7 +100,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
                 on_message(f"note: {note}")
             (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
         stage("exporting" if is_program else "tracing")
-        base, save = (_exported if is_program else _traced)(base, module, on_message)
+        base, save = _made(base, module, on_message, is_program=is_program)
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
@@ -127,38 +127,30 @@ def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
     return ModuleRunner(load_own_program(path), axes=axes, path=path)
 
 
-def _exported(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
-    """How to write the program, and the model with its inputs: without the images of its texts if they are refused."""
-    try:
-        program = to_program(module, base.example_inputs(), axes=base.axes)
-    except RuntimeRefused as error:
-        if base.text_only is None:
-            raise
-        base = _without_images(base, str(error).splitlines()[0], on_message)
-        program = to_program(module, base.example_inputs(), axes=base.axes)
-    return base, functools.partial(save_program, program)
-
-
-def _traced(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
-    """How to write the trace, and the model with its inputs: without the images of its texts where their number is
-    fixed.
+def _made(
+    base: Model, module: nn.Module, on_message: OnMessage, *, is_program: bool
+) -> tuple[Model, Callable[..., None]]:
+    """The model with its inputs, and how to write its file: without the images of its texts where they are refused,
+    or where a trace fixes their number.
     """
-    try:
+
+    def save(base: Model) -> Callable[..., None]:
+        if is_program:
+            return functools.partial(save_program, to_program(module, base.example_inputs(), axes=base.axes))
         script = to_torchscript(module, base.example_inputs())
-        if base.text_only is None or _follows(script, module, base):
-            return base, functools.partial(save_torchscript, script)
-        why = "the trace is right for one number and one size of images alone"
+        if base.text_only is not None and not _follows(script, module, base):
+            raise RuntimeRefused("the trace is right for one number and one size of images alone")
+        return functools.partial(save_torchscript, script)
+
+    try:
+        return base, save(base)
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
-    base = _without_images(base, why, on_message)
-    return base, functools.partial(save_torchscript, to_torchscript(module, base.example_inputs()))
-
-
-def _without_images(base: Model, why: str, on_message: OnMessage) -> Model:
     on_message(f"note: the file takes texts without images. With images, {why}")
-    return base.without_images(why)
+    base = base.without_images(why)
+    return base, save(base)
 
 
 def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:

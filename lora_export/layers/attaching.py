@@ -52,12 +52,7 @@ NO_WORD = re.compile(r"\W+", re.ASCII)
 
 
 def attach(
-    module: nn.Module,
-    plan: Plan,
-    *,
-    trainable: bool = False,
-    dropout: float = 0.0,
-    frozen: Collection[str] = (),
+    module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: float = 0.0, frozen: Collection[str] = ()
 ) -> None:
     """Attach a plan's adapters, in place: pairs and bias shifts as branches, replaced tensors in place of the base's.
 

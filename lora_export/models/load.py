@@ -116,11 +116,8 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     arrays = read_arrays(path)
     takes = list(inspect.signature(model.module.forward).parameters)
     unknown = [name for name in arrays if name not in takes]
-    if (
-        model.axes
-        and (unknown or set(arrays) <= set(model.axes))
-        and not failure_on(model.module, model.example_inputs())
-    ):
+    may_stay = model.axes and (unknown or set(arrays) <= set(model.axes))
+    if may_stay and not failure_on(model.module, model.example_inputs()):
         return model
     if unknown or not arrays:
         raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
