@@ -104,7 +104,11 @@ def as_embedder(transformer: Any, modules: Iterable[SentenceModule], dtype: torc
             )
         if hasattr(transformer, module.name):
             raise InputRefused(f"{module.folder.parent} has a module with the name {module.name!r} of another part")
-        step = BUILDERS[module.kind](module)
+        try:
+            step = BUILDERS[module.kind](module)
+        except RuntimeError as error:
+            why = listed(str(error).splitlines())
+            raise InputRefused(f"{module.folder}: its weights do not fit:", why) from error
         transformer.add_module(module.name, step.to(dtype).requires_grad_(False).eval())
         if isinstance(step, Pooling) and not module.config().get("include_prompt", True):
             notes.append(
@@ -153,9 +157,15 @@ def _embed(transformer: nn.Module, names: tuple[str, ...]) -> None:
 class Pooling(nn.Module):
     """One vector from those of all tokens whose mask is 1; several modes are joined."""
 
-    def __init__(self, modes: tuple[str, ...]):
+    def __init__(self, module: SentenceModule):
         super().__init__()
-        self.modes = modes
+        config = module.config()
+        stated = config.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if config.get(old)] or "mean"
+        self.modes = tuple(stated) if isinstance(stated, list) else (stated,)
+        if unknown := [mode for mode in self.modes if not isinstance(mode, str) or mode not in POOLINGS]:
+            raise InputRefused(
+                f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(POOLINGS)}"
+            )
 
     def forward(self, features: Features, mask: Tensor) -> None:
         features[SENTENCE] = torch.cat([POOLINGS[mode](features[TOKENS], mask) for mode in self.modes], dim=-1)
@@ -202,9 +212,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class _Applied(nn.Module):
     """A layer on one feature, whose result is another, or replaces it."""
 
-    def __init__(self, source: str, target: str):
-        super().__init__()
-        self.source, self.target = source, target
+    source = target = SENTENCE
 
     def forward(self, features: Features, _: Tensor) -> None:
         features[self.target] = self.applied(features[self.source])
@@ -212,9 +220,21 @@ class _Applied(nn.Module):
     def applied(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def read_features(self, module: SentenceModule) -> None:
+        """Read from the config which feature the module reads, and which one it writes."""
+        config = module.config()
+        self.source = config.get("module_input_name") or SENTENCE
+        self.target = config.get("module_output_name") or self.source
+        if unknown := [name for name in (self.source, self.target) if name not in (TOKENS, SENTENCE)]:
+            raise InputRefused(f"{module.folder} uses {unknown[0]!r}, which is neither {TOKENS} nor {SENTENCE}")
+
 
 class Normalize(_Applied):
     """Vectors of the length 1."""
+
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        self.read_features(module)
 
     def applied(self, values: Tensor) -> Tensor:
         return nn.functional.normalize(values, p=2.0, dim=-1)
@@ -223,14 +243,18 @@ class Normalize(_Applied):
 class Dense(_Applied):
     """A linear layer and an activation, beside which the values may be added again."""
 
-    def __init__(
-        self, source: str, target: str, tensors: Mapping[str, Tensor], activation: nn.Module, *, is_added: bool
-    ):
-        super().__init__(source, target)
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        config, tensors = module.config(), _tensors(module, "linear.weight")
+        name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        if name not in ACTIVATIONS:
+            known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
+            raise InputRefused(f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn")
+        self.read_features(module)
         outputs, inputs = tensors["linear.weight"].shape
+        self.activation, self.is_added = ACTIVATIONS[name](), bool(config.get("use_residual", False))
         self.linear = nn.Linear(inputs, outputs, bias="linear.bias" in tensors)
-        self.residual = nn.Linear(inputs, outputs, bias=False) if is_added and inputs != outputs else None
-        self.activation, self.is_added = activation, is_added
+        self.residual = nn.Linear(inputs, outputs, bias=False) if self.is_added and inputs != outputs else None
         self.load_state_dict(tensors)
 
     def applied(self, values: Tensor) -> Tensor:
@@ -243,8 +267,9 @@ class Dense(_Applied):
 class LayerNorm(_Applied):
     """A layer norm of the embedding."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        super().__init__(SENTENCE, SENTENCE)
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        tensors = _tensors(module, "norm.weight")
         self.norm = nn.LayerNorm(tensors["norm.weight"].shape[0])
         self.load_state_dict(tensors)
 
@@ -256,55 +281,16 @@ class LayerNorm(_Applied):
 class Dropout(nn.Module):
     """Nothing, outside of training."""
 
+    def __init__(self, _: SentenceModule):
+        super().__init__()
+
     def forward(self, features: Features, _: Tensor) -> None:
         pass
 
 
-# --- From their folders ---
-
-
-def _pooling(module: SentenceModule) -> Pooling:
-    config = module.config()
-    stated = config.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if config.get(old)] or "mean"
-    modes = tuple(stated) if isinstance(stated, list) else (stated,)
-    if unknown := [mode for mode in modes if not isinstance(mode, str) or mode not in POOLINGS]:
-        raise InputRefused(
-            f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(POOLINGS)}"
-        )
-    return Pooling(modes)
-
-
-def _dense(module: SentenceModule) -> nn.Module:
-    config, tensors = module.config(), _tensors(module, "linear.weight")
-    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    if name not in ACTIVATIONS:
-        known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
-        raise InputRefused(f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn")
-    is_added = bool(config.get("use_residual", False))
-    return _built(module, lambda: Dense(*_features(module, config), tensors, ACTIVATIONS[name](), is_added=is_added))
-
-
-def _layer_norm(module: SentenceModule) -> nn.Module:
-    tensors = _tensors(module, "norm.weight")
-    return _built(module, lambda: LayerNorm(tensors))
-
-
 BUILDERS: dict[str, Callable[[SentenceModule], nn.Module]] = {
-    "Pooling": _pooling,
-    "Normalize": lambda module: Normalize(*_features(module, module.config())),
-    "Dense": _dense,
-    "LayerNorm": _layer_norm,
-    "Dropout": lambda _: Dropout(),
+    cls.__name__: cls for cls in (Pooling, Normalize, Dense, LayerNorm, Dropout)
 }
-
-
-def _features(module: SentenceModule, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The feature that a module reads, and the one that it writes."""
-    source = config.get("module_input_name") or SENTENCE
-    target = config.get("module_output_name") or source
-    if unknown := [name for name in (source, target) if name not in (TOKENS, SENTENCE)]:
-        raise InputRefused(f"{module.folder} uses {unknown[0]!r}, which is neither {TOKENS} nor {SENTENCE}")
-    return source, target
 
 
 def _tensors(module: SentenceModule, needed: str) -> dict[str, Tensor]:
@@ -318,10 +304,3 @@ def _tensors(module: SentenceModule, needed: str) -> dict[str, Tensor]:
     if len(shape) != (2 if needed.startswith("linear") else 1):
         raise InputRefused(f"{module.folder} lacks {needed}, or has it in another shape")
     return found
-
-
-def _built(module: SentenceModule, build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return build()
-    except RuntimeError as error:
-        raise InputRefused(f"{module.folder}: its weights do not fit:", listed(str(error).splitlines())) from error

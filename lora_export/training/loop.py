@@ -1,9 +1,8 @@
 """The training loop, for whatever parameters of a module require gradients.
 
 accelerate gives the device, the other processes, the scale of the loss in fp16 and the norm of the gradients. Its
-`prepare` of a model and its `accumulate` would take the place of 30 of these 360 lines (`sum_gradients`, `parts_of`).
-They are not used: `prepare` wraps the model, which gives every tensor another name, and all that is trained here fits
-into one sum a step. The examples of a step depend on its number alone, so that a training continues to the same bits.
+`prepare` of a model would give every tensor another name, and all that is trained here fits into one sum a step. The
+examples of a step depend on its number alone, so that a training continues to the same bits.
 
 It knows nothing of LoRA: the caller attaches an adapter with trainable branches, and reads it back afterwards. Frozen
 parameters do not change, to the last bit.

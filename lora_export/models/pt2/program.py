@@ -1,13 +1,10 @@
 """An exported program as a module: its graph is run node by node, and its weights are in layers again.
 
-A program has no layers, only named parameters and operators that read them. Where all operators that read `X.weight`
-are those of a linear layer, a convolution or an embedding, X becomes that layer (`nn.Linear` and so on) and is called
-in place of the operator. Adapters can then be attached, layers observed and table rows looked up as in any module,
-and a reference with adapters computes `W x + s·B (A x)`, which no merge does.
-
-Where a weight is read in another way (transposed and multiplied, as in a decomposed program), the operator reads
-`W + s·BA`, which the reference computes itself, in fp64. That is not the sum that a merge wrote, and an adapter has no
-other meaning where its layer cannot be recovered.
+Where all operators that read `X.weight` are those of a linear layer, a convolution or an embedding, X becomes that
+layer (`nn.Linear` and so on) and is called in place of the operator. Adapters can be attached then as in any module,
+and a reference with adapters computes `W x + s·B (A x)`, which no merge does. Where a weight is read in another way
+(transposed and multiplied, as in a decomposed program), the operator reads `W + s·BA`, computed by the reference itself
+in fp64: not the sum that a merge wrote.
 
 The graph names dtypes. Where the module is cast (`.double()`, `.to()`), the dtype in which the file stores its weights
 is replaced, wherever the graph names it, by the dtype that they have now.

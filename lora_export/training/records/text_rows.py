@@ -21,7 +21,20 @@ from lora_export.training.records.rows import MAX_ROW, Records, Row
 BOM = b"\xef\xbb\xbf"
 
 
-class JsonLines(Records):
+class _OfLines(Records):
+    """Rows by the places and the numbers of their lines."""
+
+    offsets: array[int]
+    numbers: array[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def where(self, row: int) -> str:
+        return f"line {self.numbers[row]}"
+
+
+class JsonLines(_OfLines):
     """The objects of a .jsonl file. Memory holds 16 bytes for each line that is not empty."""
 
     def __init__(self, path: Path):
@@ -36,9 +49,6 @@ class JsonLines(Records):
                     self.offsets.append(offset)
                     self.numbers.append(number)
         self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.offsets)
 
     def read(self, row: int) -> Row:
         with open_regular(self.path) as file:
@@ -57,9 +67,6 @@ class JsonLines(Records):
             raise InputRefused(f"{self.path}, {self.where(row)}: not an object with columns by name")
         return values
 
-    def where(self, row: int) -> str:
-        return f"line {self.numbers[row]}"
-
 
 def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Line number from 1, offset in bytes, and the line. Raises InputRefused for a line longer than MAX_ROW."""
@@ -72,7 +79,7 @@ def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes
         offset += len(line)
 
 
-class CsvRows(Records):
+class CsvRows(_OfLines):
     """The rows of a .csv file; every value is a string. Memory holds 24 bytes for each row."""
 
     has_types = False
@@ -115,18 +122,12 @@ class CsvRows(Records):
             names = ", ".join(self.columns) or "nothing"
             raise InputRefused(f"{self.path}: the first line must name each column once, not {names}")
 
-    def __len__(self) -> int:
-        return len(self.offsets)
-
     def read(self, row: int) -> Row:
         with open_regular(self.path) as file:
             file.seek(self.offsets[row])
             text = file.read(self.ends[row] - self.offsets[row]).decode()
         values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
         return dict(zip(self.columns, values, strict=True))
-
-    def where(self, row: int) -> str:
-        return f"line {self.numbers[row]}"
 
 
 class _Lines:
