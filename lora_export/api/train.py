@@ -43,10 +43,9 @@ from lora_export.report.files.page import require_jinja2
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches
-from lora_export.training.checkpoint import Checkpoints, checkpoint_folder, require_tensorboard
+from lora_export.training.checkpoint import Checkpoints, TrainingHistory, checkpoint_folder, require_tensorboard
 from lora_export.training.compiling import refuse_without_compiler
 from lora_export.training.evaluation import Score
-from lora_export.training.history import TrainingHistory
 from lora_export.training.loop import accelerator_for
 from lora_export.training.processes import rank as process_rank
 from lora_export.training.processes import wait_for_all, world_size

@@ -27,8 +27,7 @@ from lora_export.report.model_card import MODEL_CARD, model_card
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name
 from lora_export.storage.json_files import write_json
-from lora_export.training.checkpoint import TRAINING_STATE, checkpoint_folder
-from lora_export.training.history import METRICS
+from lora_export.training.checkpoint import METRICS, TRAINING_STATE, checkpoint_folder
 from lora_export.training.processes import rank as process_rank
 from lora_export.version import __version__
 from lora_export.weights.quantised import QUANTIZATION

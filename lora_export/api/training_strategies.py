@@ -20,9 +20,8 @@ from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
-from lora_export.training.checkpoint import Checkpoints, EventLog
+from lora_export.training.checkpoint import Checkpoints, EventLog, MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.evaluation import Score, evaluate
-from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import OnStep, fit
 from lora_export.training.processes import shard_base, take_from_first
 from lora_export.weights.checkpoint import open_checkpoint

@@ -19,7 +19,7 @@ from lora_export.graph.cache_names import IDS, MASK, PAST
 from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.layers.torch_internals import fusions_for
 from lora_export.models.cached_decoder import BATCH_SYMBOL
-from lora_export.models.simplify import is_nearly_neutral
+from lora_export.models.export import is_nearly_neutral
 from lora_export.models.tracing import innermost_cause, silence
 from lora_export.options.spelling import named
 
@@ -61,7 +61,7 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
 def _without_values(graph: ir.Model) -> Iterator[None]:
     """Take the values of optional inputs, and of numbers that are nearly 0 or 1, away while active.
 
-    The rewrites would take the former for constants, and the latter for 0 and 1 (see `models.simplify`).
+    The rewrites would take the former for constants, and the latter for 0 and 1 (see `models.export`).
     """
     hidden = {
         value: value.const_value

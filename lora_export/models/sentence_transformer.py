@@ -249,7 +249,9 @@ class Dense(_Applied):
         name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         if name not in ACTIVATIONS:
             known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
-            raise InputRefused(f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn")
+            raise InputRefused(
+                f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn"
+            )
         self.read_features(module)
         outputs, inputs = tensors["linear.weight"].shape
         self.activation, self.is_added = ACTIVATIONS[name](), bool(config.get("use_residual", False))

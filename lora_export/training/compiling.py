@@ -17,7 +17,7 @@ from lora_export.layers.torch_internals import compiler_errors
 from lora_export.models.tracing import innermost_cause
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision
-from lora_export.training.history import MemoryUse
+from lora_export.training.checkpoint import MemoryUse
 
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

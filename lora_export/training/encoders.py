@@ -13,7 +13,7 @@ import torch
 from lora_export.errors import InputRefused
 from lora_export.models.processors import read_image
 from lora_export.training.arrays import IGNORED
-from lora_export.training.losses import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
+from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
 from lora_export.training.records.rows import Row
 from lora_export.training.row_forms import LabelKind, label_value
 

@@ -21,9 +21,17 @@ from torch.autograd.function import once_differentiable
 from lora_export.errors import InputRefused
 from lora_export.options.train import Precision, TrainOptions
 from lora_export.training.arrays import IGNORED
-from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
+from lora_export.training.batches import (
+    Batch,
+    CrossEntropy,
+    Data,
+    batch_on_device,
+    batches_in_order,
+    module_outputs,
+    refuse_unknown_inputs,
+    scores_of,
+)
 from lora_export.training.compiling import autocast
-from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
 
 # Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth

@@ -25,12 +25,18 @@ from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefus
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.storage.system_calls import deferred_signals
-from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
-from lora_export.training.checkpoint import NORMS_WITH_STATISTICS, Checkpoints, EventLog, trained_tensors
+from lora_export.training.batches import Batch, Data, batch_on_device, module_outputs, refuse_unknown_inputs
+from lora_export.training.checkpoint import (
+    NORMS_WITH_STATISTICS,
+    Checkpoints,
+    EvaluationRecord,
+    EventLog,
+    StepRecord,
+    TrainingHistory,
+    trained_tensors,
+)
 from lora_export.training.compiling import PeakMemory, SavedActivations, autocast, compiled, memory_use
 from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
-from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
-from lora_export.training.losses import Batch, module_outputs
 from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
 from lora_export.training.processes import (
     is_sharded,

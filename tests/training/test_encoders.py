@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_export.errors import InputRefused
+from lora_export.training.batches import BinaryCrossEntropy, CosineError, CrossEntropy, SquaredError
 from lora_export.training.encoders import (
     AnswerEncoder,
     ImageEncoder,
@@ -24,7 +25,6 @@ from lora_export.training.encoders import (
     completion_tokens,
     text_tokens,
 )
-from lora_export.training.losses import BinaryCrossEntropy, CosineError, CrossEntropy, SquaredError
 from lora_export.training.row_forms import LabelKind
 from support.small_models import WORDS, words_tokenizer
 

@@ -20,9 +20,8 @@ from transformers import (
 
 from lora_export.errors import InputRefused
 from lora_export.training import evaluation as subject
-from lora_export.training.batches import ArrayData
+from lora_export.training.batches import ArrayData, Batch
 from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
-from lora_export.training.losses import Batch
 
 CPU = torch.device("cpu")
 

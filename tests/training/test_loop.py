@@ -18,11 +18,9 @@ from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.options.train import TrainingSettings
 from lora_export.training import loop
-from lora_export.training.batches import ArrayData, Data, ReadyBatches
-from lora_export.training.checkpoint import Checkpoints
+from lora_export.training.batches import ArrayData, Batch, Data, OwnLoss, ReadyBatches
+from lora_export.training.checkpoint import Checkpoints, StepRecord, TrainingHistory
 from lora_export.training.evaluation import evaluate
-from lora_export.training.history import StepRecord, TrainingHistory
-from lora_export.training.losses import Batch, OwnLoss
 
 
 class Net(nn.Module):
