@@ -1,4 +1,4 @@
-"""Examples as batches: of arrays, of encoded rows, or as a factory of the user makes them; and what outputs on them cost.
+"""Examples as batches: of arrays, of encoded rows, or as a factory of the user makes them; and losses on them.
 
 A loss is a sum and a count, not a mean. So the parts of a batch, in several steps or on several devices, add up to
 what the whole batch gives.

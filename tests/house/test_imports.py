@@ -64,7 +64,7 @@ NUMPY_CORE = (
         "artifacts",
         "report",
     ),
-    *("training.records", "training.arrays", "training.row_forms", "training.checkpoint"),
+    *("training.records", "training.arrays", "training.row_forms"),
     *("runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
     *("runtime.generation.decoder", "runtime.generation.loop", "runtime.generation.sampling"),
