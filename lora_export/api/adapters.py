@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_export.callbacks import in_bytes
 from lora_export.formats.writers.peft import name_in_patterns, write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeOptions
+from lora_export.options.common import Output
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
 from lora_export.storage import atomic_output
@@ -56,17 +58,19 @@ def combine(options: CombineOptions) -> CombineResult:
     for note in notes:
         options.on_message(f"note: {note}")
     origin = provenance.record(loaded, weights or (1.0,) * len(loaded), {}, (), combination.settings)
-    with atomic_output.stage_folder(
-        output,
-        inputs=adapter_paths(adapters),
-        overwrite=options.overwrite,
-        required_bytes=4 * combined.parameters,
-        on_message=options.on_message,
-    ) as stage:
+    with staged(options, output, adapter_paths(adapters), 4 * combined.parameters) as stage:
         write_any_ranks(combined, stage, metadata={provenance.KEY: json.dumps(origin)})
         write_origin(stage, origin)
     ranks = [pair.rank for pair in combined.pairs.values()]
     return CombineResult(output, len(combined.pairs), len(shared), max(ranks), notes)
+
+
+def staged(
+    options: Output, target: Path, inputs: Sequence[Path], size: int = 0, *, is_file: bool = False
+) -> AbstractContextManager[Path]:
+    """A folder for an output of so many bytes, as `storage.atomic_output` makes it of a folder, or of a file."""
+    stage = atomic_output.stage_file if is_file else atomic_output.stage_folder
+    return stage(target, inputs=inputs, overwrite=options.overwrite, required_bytes=size, on_message=options.on_message)
 
 
 def write_origin(stage: Path, origin: Mapping[str, Any]) -> None:
@@ -122,13 +126,7 @@ def resize(options: ResizeOptions) -> ResizeResult:
         options.on_message(f"note: {note}")
     origin = provenance.record([loaded], [1.0], {}, (), {"resize": _limits(truncation)})
     inputs = adapter_paths(adapter)
-    with atomic_output.stage_folder(
-        output,
-        inputs=inputs,
-        overwrite=options.overwrite,
-        required_bytes=4 * resized.parameters,
-        on_message=options.on_message,
-    ) as stage:
+    with staged(options, output, inputs, 4 * resized.parameters) as stage:
         write_any_ranks(resized, stage, metadata={provenance.KEY: json.dumps(origin)})
         copy_head_config(inputs, stage)
         write_origin(stage, origin)
@@ -176,9 +174,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
     output, truncation = Path(options.output), Truncation(options.rank, options.energy)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
-    with atomic_output.stage_folder(
-        output, inputs=[base, tuned], overwrite=options.overwrite, on_message=options.on_message
-    ) as stage:
+    with staged(options, output, [base, tuned]) as stage:
         found = extract_adapter(
             one,
             other,

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_export import plan, provenance
 from lora_export.api.adapter_names import named_for
-from lora_export.api.adapters import copy_head_config, write_origin
+from lora_export.api.adapters import copy_head_config, staged, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
@@ -28,7 +28,7 @@ from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
-from lora_export.storage import atomic_output, input_files
+from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 
 
@@ -78,19 +78,12 @@ def convert(options: ConvertOptions) -> ConvertResult:
         loaded = named_for(loaded, names or "transformers4", base)
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
-    stage = atomic_output.stage_file if writer.SUFFIX else atomic_output.stage_folder
     family = Family.UNKNOWN
     if holds_pipelines(to):
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
-    with stage(
-        target,
-        inputs=inputs,
-        overwrite=options.overwrite,
-        required_bytes=4 * loaded.parameters,
-        on_message=options.on_message,
-    ) as folder:
+    with staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
         notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
         if not writer.SUFFIX:
             if to == "peft":
@@ -150,10 +143,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     onnx_adapter.refuse_dora_without_factor(contract, steps)
     factors = contract_dora_factors(model, contract, steps, loaded.name)
     parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
-    inputs = [graph, *adapter_paths(adapter)]
-    with atomic_output.stage_file(
-        output, inputs=inputs, overwrite=options.overwrite, on_message=options.on_message
-    ) as folder:
+    with staged(options, output, [graph, *adapter_paths(adapter)], is_file=True) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
     return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)

@@ -51,9 +51,9 @@ def write_generation_files(
     """
     texts = {} if genai is None else {GENAI_CONFIG: json.dumps(genai, indent=4) + "\n"}
     home = output.absolute().parent
-    if home.is_dir() and model.is_dir() and home.samefile(model):
-        return _publish_beside(output, folder, texts, [], on_message, overwrite=overwrite)
-    present = [model / name for name in (*MODEL_CONFIGS, *TOKENIZER) if (model / name).is_file()]
+    is_there = home.is_dir() and model.is_dir() and home.samefile(model)
+    names = () if is_there else (*MODEL_CONFIGS, *TOKENIZER)
+    present = [model / name for name in names if (model / name).is_file()]
     return _publish_beside(output, folder, texts, present, on_message, overwrite=overwrite)
 
 

@@ -71,6 +71,9 @@ class CheckedRows:
     records: Records
     survey: Survey
 
+    def __str__(self) -> str:
+        return str(self.survey)
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
@@ -80,12 +83,7 @@ class TrainingData:
     sha256: str
 
     def __str__(self) -> str:
-        match self.content:
-            case CheckedRows(_, found):
-                return str(found)
-            case ReadyBatches():
-                return f"{len(self.content):,} batches"
-        return str(self.content)
+        return f"{len(self.content):,} batches" if isinstance(self.content, ReadyBatches) else str(self.content)
 
     @property
     def head(self) -> TaskHead | None:
