@@ -220,8 +220,8 @@ class Encoder(Protocol):
         """What one row contributes. Raises InputRefused, without the place, where the row does not fit."""
         ...
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of encoded rows. `keys` (epoch, row) seed what is random in each."""
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        """The batch of encoded rows."""
         ...
 
 
@@ -248,9 +248,8 @@ class EncodedRows:
         except InputRefused as error:
             raise InputRefused(f"{self.records.path}, {self.records.where(number)}: {error}") from error
 
-    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
-        keys = [(epoch, int(self.rows[row])) for row in rows]
-        return self.encoder.collate([self.encoded(row) for row in rows], keys)
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
+        return self.encoder.collate([self.encoded(row) for row in rows])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.processors import read_image
+from lora_export.models.processors import PIXELS, read_image
 from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
 from lora_export.training.records.rows import Row
 from lora_export.training.row_forms import LabelKind, label_value
-
-
-def padded_tokens(tokenizer: Any, encoded: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Tokenised texts as tensors, padded to the longest of them."""
-    return dict(tokenizer.pad(list(encoded), return_tensors="pt"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,53 +49,57 @@ class LabelEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class TextEncoder:
-    """`text`, with `text_pair` where the row has one, and `label`."""
+class _Tokenised:
+    """For rows of texts, which are cut to a length."""
 
     tokenizer: Any
     max_length: int
+
+    def tokens(self, *texts: Any, **options: Any) -> Any:
+        return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
+
+    def padded(self, encoded: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Tokenised texts as tensors, padded to the longest of them."""
+        return dict(self.tokenizer.pad(list(map(dict, encoded)), return_tensors="pt"))
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder(_Tokenised):
+    """`text`, with `text_pair` where the row has one, and `label`."""
+
     labels: LabelEncoder
 
     @property
     def loss(self) -> Loss:
         return self.labels.loss
 
-    def encode(self, row: Row) -> tuple[dict[str, Any], Any]:
+    def encode(self, row: Row) -> tuple[Any, Any]:
         texts = [row["text"], row["text_pair"]] if "text_pair" in row else [row["text"]]
-        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length)), row["label"]
+        return self.tokens(*texts), row["label"]
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
-        return Batch(
-            padded_tokens(self.tokenizer, [tokens for tokens, _ in encoded]),
-            self.labels.tensor([x for _, x in encoded]),
-        )
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        tokens, labels = zip(*encoded, strict=True)
+        return Batch(self.padded(tokens), self.labels.tensor(labels))
 
 
 @dataclass(frozen=True, eq=False)
-class TagEncoder:
+class TagEncoder(_Tokenised):
     """`tokens`, the words of a text, with `tags`. The first token of a word has its tag; the others are ignored."""
 
-    tokenizer: Any
-    max_length: int
     labels: LabelEncoder
 
     loss = CrossEntropy()
 
-    def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
+    def encode(self, row: Row) -> tuple[Any, list[int]]:
         if not self.tokenizer.is_fast:
             raise InputRefused("tags need a fast tokenizer (tokenizer.json), which knows the word of each token")
-        tokens = self.tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
-        words = tokens.word_ids()
+        tokens = self.tokens(row["tokens"], is_split_into_words=True)
         numbers = [self.labels.index_of[tag] for tag in row["tags"]]
-        before = [None, *words]
-        tags = [
-            IGNORED if word is None or word == last else numbers[word]
-            for word, last in zip(words, before, strict=False)
-        ]
-        return dict(tokens), tags
+        words = itertools.pairwise([None, *tokens.word_ids()])
+        return tokens, [IGNORED if word is None or word == last else numbers[word] for last, word in words]
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
-        inputs = padded_tokens(self.tokenizer, [tokens for tokens, _ in encoded])
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        inputs = self.padded([tokens for tokens, _ in encoded])
         labels = torch.full(inputs["input_ids"].shape, IGNORED)
         for row, (_, tags) in enumerate(encoded):
             at_left = getattr(self.tokenizer, "padding_side", "right") == "left"
@@ -109,24 +109,17 @@ class TagEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class SimilarityEncoder:
+class SimilarityEncoder(_Tokenised):
     """`sentence1`, `sentence2` and their `score`: a batch has all first sentences, then all second ones."""
-
-    tokenizer: Any
-    max_length: int
 
     loss = CosineError()
 
-    def encode(self, row: Row) -> tuple[dict[str, Any], dict[str, Any], float]:
-        first, second = (
-            dict(self.tokenizer(row[name], truncation=True, max_length=self.max_length))
-            for name in ("sentence1", "sentence2")
-        )
-        return first, second, float(row["score"])
+    def encode(self, row: Row) -> tuple[Any, Any, float]:
+        return self.tokens(row["sentence1"]), self.tokens(row["sentence2"]), float(row["score"])
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
-        texts = [first for first, _, _ in encoded] + [second for _, second, _ in encoded]
-        return Batch(padded_tokens(self.tokenizer, texts), torch.tensor([score for _, _, score in encoded]))
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        first, second, scores = zip(*encoded, strict=True)
+        return Batch(self.padded([*first, *second]), torch.tensor(scores))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +135,11 @@ class ImageEncoder:
 
     def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
         prepared = self.processor(read_image(row["image"]), return_tensors="pt")
-        return prepared["pixel_values"][0], row["label"]  # (channels, height, width)
+        return prepared[PIXELS][0], row["label"]  # (channels, height, width)
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
-        pixels = torch.stack([pixels for pixels, _ in encoded])
-        return Batch({"pixel_values": pixels}, self.labels.tensor([label for _, label in encoded]))
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        pixels, labels = zip(*encoded, strict=True)
+        return Batch({PIXELS: torch.stack(pixels)}, self.labels.tensor(labels))
 
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks the assistant's turns in a chat template
@@ -260,21 +253,18 @@ def decoder_tensors(
 
 
 @dataclass(frozen=True, eq=False)
-class AnswerEncoder:
+class AnswerEncoder(_Tokenised):
     """`prompt` for an encoder, and `completion` for its decoder."""
 
-    tokenizer: Any
-    max_length: int
     start_token: int  # with which the decoder begins
 
     loss = CrossEntropy()
 
-    def encode(self, row: Row) -> tuple[dict[str, Any], list[int]]:
-        prompt = dict(self.tokenizer(row["prompt"], truncation=True, max_length=self.max_length))
-        target = self.tokenizer(text_target=row["completion"], truncation=True, max_length=self.max_length)
-        return prompt, ended(self.tokenizer, list(target["input_ids"]))
+    def encode(self, row: Row) -> tuple[Any, list[int]]:
+        target = self.tokens(text_target=row["completion"])
+        return self.tokens(row["prompt"]), ended(self.tokenizer, list(target["input_ids"]))
 
-    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
-        inputs = padded_tokens(self.tokenizer, [prompt for prompt, _ in encoded])
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        inputs = self.padded([prompt for prompt, _ in encoded])
         decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
         return Batch({**inputs, "decoder_input_ids": decoder}, labels)

@@ -90,7 +90,7 @@ class TranscriptEncoder(SpeechEncoder):
             )
         return ids
 
-    def collate(self, encoded: Sequence[Encoded], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
         decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
         return Batch({**inputs, "decoder_input_ids": decoder}, labels)
@@ -123,7 +123,7 @@ class FrameEncoder(SpeechEncoder):
             raise InputRefused(f"the tokenizer has no token for {missing or 'a part of the transcript'}")
         return ids
 
-    def collate(self, encoded: Sequence[Encoded], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
         labels = torch.full((len(encoded), max(len(ids) for _, ids in encoded)), IGNORED)
         for row, (_, ids) in enumerate(encoded):

@@ -34,20 +34,16 @@ from lora_export.training.records.text_rows import JsonLines
 
 
 class Numbers:
-    """Encodes `n`, and keeps the keys that it gets."""
+    """Encodes `n`."""
 
     loss = SquaredError()
-
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, int]] = []
 
     def encode(self, row: Any) -> int:
         if row["n"] < 0:
             raise InputRefused("below zero")
         return int(row["n"])
 
-    def collate(self, encoded: Any, keys: Any) -> Batch:
-        self.keys += keys
+    def collate(self, encoded: Any) -> Batch:
         return Batch({"x": torch.tensor(encoded)}, torch.tensor(encoded))
 
 
@@ -57,7 +53,6 @@ def test_rows_are_encoded_when_their_batch_is_made(tmp_path: Path) -> None:
     data = EncodedRows(JsonLines(tmp_path / "a.jsonl"), np.array([1, 2, 3]), encoder)
     assert len(data) == 3 and data.loss is encoder.loss
     assert data.batch([2, 0], epoch=4).labels.tolist() == [8, 6]
-    assert encoder.keys == [(4, 3), (4, 1)]
     with pytest.raises(InputRefused, match=r"a\.jsonl, line 3: below zero"):
         data.batch([1])
 

@@ -35,7 +35,7 @@ def tokenizer(tmp_path: Path) -> Any:
 
 
 def collated(encoder: Any, *rows: dict[str, Any]) -> Any:
-    return encoder.collate([encoder.encode(row) for row in rows], [(0, number) for number in range(len(rows))])
+    return encoder.collate([encoder.encode(row) for row in rows])
 
 
 def test_labels_become_numbers_zeros_and_ones_or_values() -> None:
@@ -107,7 +107,7 @@ def test_images_are_prepared_as_the_models_processor_does(tmp_path: Path) -> Non
         {"image": tmp_path / "grey.png", "label": "blue"},
         {"image": Image.open(tmp_path / "red.png"), "label": "red"},
     ]
-    inputs, labels = encoder.collate([encoder.encode(row) for row in rows], [(0, 0), (0, 1)])
+    inputs, labels = encoder.collate([encoder.encode(row) for row in rows])
     pixels = inputs["pixel_values"]
     assert pixels.shape == (2, 3, 4, 4) and labels.tolist() == [0, 1]
     assert torch.allclose(pixels[1, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))  # (x / 255 - 0.5) / 0.5
@@ -175,7 +175,7 @@ def test_dialogues_without_a_place_for_each_turn_are_refused(tokenizer: Any) -> 
 def test_a_decoder_begins_with_its_start_token(tokenizer: Any) -> None:
     encoder = AnswerEncoder(tokenizer, 9, 8)
     rows = ({"prompt": "a film", "completion": "good"}, {"prompt": "a", "completion": "very bad"})
-    inputs, labels = encoder.collate([encoder.encode(row) for row in rows], [(0, 0), (0, 1)])
+    inputs, labels = encoder.collate([encoder.encode(row) for row in rows])
     assert inputs["input_ids"].tolist() == [[7, 6, 2], [7, 2, 0]]
     assert labels.tolist() == [[4, 2, -100], [5, 3, 2]]
     assert inputs["decoder_input_ids"].tolist() == [[8, 4, 0], [8, 5, 3]]
