@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from lora_export.callbacks import OnMessage, ignore
-from lora_export.options.common import PROVIDER, ProviderName
+from lora_export.options.common import PROVIDER, ProviderName, Running
 from lora_export.options.declaring import Option, Options, Positional
 
 if TYPE_CHECKING:
@@ -65,6 +65,6 @@ class GenerateOptions(Options):
     ] = 1.0
     seed: Annotated[int, Option("Seed of the draws.", at_least=0)] = 0
     chat: Annotated[bool, Option("Put each prompt into the tokenizer's chat template, as a user's message.")] = False
-    provider: Annotated[ProviderName, PROVIDER] = "cpu"
+    provider: Annotated[ProviderName, PROVIDER] = Running.provider
     on_text: OnText = field(default=no_text, repr=False, compare=False)
     on_message: OnMessage = field(default=ignore, repr=False, compare=False)

@@ -151,7 +151,7 @@ class MergeOptions(Applied, Output):
     tied: Annotated[
         TiedEmbeddings,
         replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
-    ] = "error"
+    ] = Applied.tied
     dry_run: Annotated[bool, Option("Print which weights would change, and write nothing.")] = False
 
 

@@ -24,6 +24,7 @@ from lora_export.graph.insert.branches import common_rescaling
 from lora_export.graph.insert.inserter import Inserter
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.site import Site, common_dtype
+from lora_export.options.export import OnnxOptions
 from lora_export.plan import Layout
 
 MIN_IR_VERSION = 4  # before it, every initializer had to be an input, and no input was optional
@@ -34,7 +35,7 @@ def insert_inputs(
     sites: Sites,
     weights: Iterable[str],
     *,
-    names: str = "olive",
+    names: str = OnnxOptions.names,
     dora: Iterable[str] = (),
     max_rank: int = 0,
     required: bool = False,
