@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,11 @@ class Trainer:
         InputRefused where a parameter of the base would be trained, and for weights that cannot be started from.
         """
         init, on_progress = self.options.init, self.options.on_progress
-        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, on_progress))
+
+        def report(done: int, layers: int) -> None:
+            on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
+
+        start = started_from_weights(self.module, new, init, on_layer=report)
         frozen = [] if init == "default" else [frozen_start(start)]
         parts = plan.make([start, *frozen], layers.specs(self.module), identity_ok=True)
         dropout = new.metadata.get("lora_dropout", 0.0)
@@ -170,10 +174,6 @@ def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
         on_progress(Progress(stage, record.step, steps, "steps", detail))
 
     return report
-
-
-def _layer_progress(init: str, on_progress: OnProgress) -> Callable[[int, int], None]:
-    return lambda done, layers: on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
 
 
 def _duration(seconds: float) -> str:

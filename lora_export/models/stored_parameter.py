@@ -152,7 +152,8 @@ class StreamedFolder:
                         if f"{path}.{attribute}".lstrip(".") in missing:
                             continue
                         return False
-                    if not _is_same_view(tensor, self.empty[name]):
+                    other = self.empty[name]
+                    if (tensor.dtype, tensor.shape, tensor.stride()) != (other.dtype, other.shape, other.stride()):
                         return False
                     if name not in made:
                         made[name] = self._tensor(name, tensor, is_parameter=registry is parameters)
@@ -207,10 +208,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     strides = range(len(shape))
     needed = 1 + sum(stride * max(size - 1, 0) for stride, size in zip(strides, shape, strict=True))
     return torch.full((needed,), torch.nan, dtype=dtype).as_strided(shape, tuple(strides))
-
-
-def _is_same_view(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.dtype is other.dtype and (tensor.shape, tensor.stride()) == (other.shape, other.stride())
 
 
 def _read(file: TensorFile, name: str) -> Tensor:

@@ -193,7 +193,8 @@ def _layer(tensors: Mapping[str, ProgramTensor], uses: Mapping[str, Sequence[Use
             return _convolution(nodes, sizes, bias)
         if kinds and len(sizes) == 2 and all(_transposes(use) for use in readers):
             layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            products = [use for node in nodes for name in _results(node) for use in uses.get(name, [])]
+            results = [name for node in nodes for name in node.outputs if isinstance(name, str)]
+            products = [use for name in results for use in uses.get(name, [])]
             if products and all(_is_linear(use, bias) for use in products):
                 return _Layer(layer, [use.node for use in products], unused=nodes)
             return _Layer(layer)
@@ -208,10 +209,6 @@ def _embedding(tensors: Mapping[str, ProgramTensor], nodes: Sequence[Node], size
     known = isinstance(padding, int) and -1 <= padding < sizes[0] and set(tensors) == {"weight"}
     table = nn.Embedding(sizes[0], sizes[1], padding_idx=padding if known and padding != -1 else None)
     return _Layer(table, nodes if known else [])
-
-
-def _results(node: Node) -> list[str]:
-    return [name for name in node.outputs if isinstance(name, str)]
 
 
 def _is_linear(use: Use, bias: ProgramTensor | None) -> bool:
