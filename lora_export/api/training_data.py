@@ -21,6 +21,7 @@ from lora_export.options.spelling import named
 from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
+from lora_export.training import encoders
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
 from lora_export.training.batches import (
     ArrayData,
@@ -30,18 +31,6 @@ from lora_export.training.batches import (
     ReadyBatches,
     batches_sha256,
     read_own_batches,
-)
-from lora_export.training.encoders import (
-    AnswerEncoder,
-    ImageEncoder,
-    LabelEncoder,
-    SimilarityEncoder,
-    TagEncoder,
-    TextEncoder,
-    Tokenise,
-    chat_tokens,
-    completion_tokens,
-    text_tokens,
 )
 from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import open_records
@@ -198,22 +187,22 @@ class _Encoders:
 
     def data(self, rows: RowNumbers) -> Data:
         form, loaded, records = self.content.survey.form, self.loaded, self.content.records
-        labels = LabelEncoder(self.content.survey.kind, self.content.survey.classes)
+        labels = encoders.LabelEncoder(self.content.survey.kind, self.content.survey.classes)
         if form is RowForm.IMAGE:
-            return EncodedRows(records, rows, ImageEncoder(load_image_processor(loaded), labels))
+            return EncodedRows(records, rows, encoders.ImageEncoder(load_image_processor(loaded), labels))
         tokenizer = load_tokenizer(loaded)
         if form is RowForm.SPEECH:
             return EncodedRows(records, rows, self._speech(tokenizer))
         self._set_padding(tokenizer)
         of_model = text_lengths(loaded.module, {"sequence"}).most("sequence")
         most = min(self.options.max_length, tokenizer.model_max_length, of_model)
-        encoders: dict[RowForm, Callable[[], Encoder]] = {
-            RowForm.LABELLED: lambda: TextEncoder(tokenizer, most, labels),
-            RowForm.TAGS: lambda: TagEncoder(tokenizer, most, labels),
-            RowForm.SIMILARITY: lambda: SimilarityEncoder(tokenizer, most),
+        of_texts: dict[RowForm, Callable[[], Encoder]] = {
+            RowForm.LABELLED: lambda: encoders.TextEncoder(tokenizer, most, labels),
+            RowForm.TAGS: lambda: encoders.TagEncoder(tokenizer, most, labels),
+            RowForm.SIMILARITY: lambda: encoders.SimilarityEncoder(tokenizer, most),
         }
-        if form in encoders:
-            return EncodedRows(records, rows, encoders[form]())
+        if form in of_texts:
+            return EncodedRows(records, rows, of_texts[form]())
         return self._language(rows, tokenizer, most)
 
     def _speech(self, tokenizer: Any) -> TranscriptEncoder | FrameEncoder:
@@ -265,7 +254,7 @@ class _Encoders:
         if module.config.is_encoder_decoder and form is RowForm.COMPLETION:
             if self.options.packing:
                 raise WrongUsage(f"{named('packing')} is for causal language models; {name} has an encoder")
-            encoder = AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id)
+            encoder = encoders.AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id)
             return EncodedRows(self.content.records, rows, encoder)
         is_masked = name.endswith(MASKED_ENDING)
         if not name.endswith(CAUSAL_ENDINGS) and not (is_masked and form is RowForm.TEXT):
@@ -276,10 +265,10 @@ class _Encoders:
             )
         if is_masked:
             return self._masked(rows, tokenizer, most)
-        tokenise: Tokenise = {
-            RowForm.TEXT: lambda: text_tokens(tokenizer, ends=True),
-            RowForm.COMPLETION: lambda: completion_tokens(tokenizer),
-            RowForm.CHAT: lambda: chat_tokens(tokenizer),
+        tokenise: encoders.Tokenise = {
+            RowForm.TEXT: lambda: encoders.text_tokens(tokenizer, ends=True),
+            RowForm.COMPLETION: lambda: encoders.completion_tokens(tokenizer),
+            RowForm.CHAT: lambda: encoders.chat_tokens(tokenizer),
         }[form]()
         file, pack = TokenFile(self.content.records, rows, tokenise), self.options.packing
         pad = tokenizer.pad_token_id
@@ -293,7 +282,7 @@ class _Encoders:
             raise WrongUsage(f"{named('packing')} is for causal language models: a masked one reads in both directions")
         if tokenizer.mask_token_id is None:
             raise InputRefused(f"the tokenizer of {self.loaded.source} has no mask token, which its model predicts")
-        file = TokenFile(self.content.records, rows, text_tokens(tokenizer, ends=False))
+        file = TokenFile(self.content.records, rows, encoders.text_tokens(tokenizer, ends=False))
         pieces = file.pieces(most, cut=True)
         if not pieces:
             raise InputRefused(f"no token is left to predict within {most} tokens; raise {named('max_length')}")
