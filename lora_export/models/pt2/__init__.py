@@ -3,7 +3,7 @@
 `torch.export.load` trusts its file: it unpickles the sample inputs, sympifies sizes, imports the types that a structure
 names, looks up any `torch.` name and compiles guards. So no part of it can read the file. Here a file is a zip of
 uncompressed members (`artifacts.archive`): JSON (`program_types`, `graph_json`, `reader`) and raw bytes. No pickle is
-opened and no text is evaluated. A name is looked up only in the file and in fixed lists (`allowed_operators`). The
+opened and no text is evaluated. A name is looked up only in the file and in fixed lists (`prepared_graph`). The
 program is run node by node, as a module with layers again (`recover_layers`, `program`), on inputs made for it
 (`program_model`).
 
