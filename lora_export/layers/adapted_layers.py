@@ -232,12 +232,12 @@ def adapted_bias(owner: nn.Module) -> Tensor | None:
     return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
 
 
-Layer = Callable[[Tensor, Tensor | None], Tensor]  # of x and the bias
-Pair = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, A and B
+_Layer = Callable[[Tensor, Tensor | None], Tensor]  # of x and the bias
+_Pair = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, A and B
 
 
 def _forward_with_branches(
-    owner: nn.Module, x: Tensor, layer: Layer, pair: Pair, bias: Tensor | None = None, output_axis: int = 1
+    owner: nn.Module, x: Tensor, layer: _Layer, pair: _Pair, bias: Tensor | None = None, output_axis: int = 1
 ) -> Tensor:
     """`layer(x, bias) + Σ factor * scale * pair(x, A, B)`, computed in the dtype of A and returned in the layer's.
 
@@ -260,7 +260,7 @@ def _forward_with_branches(
 
 
 def _forward_with_dora(
-    owner: nn.Module, x: Tensor, layer: Layer, pair: Pair, bias: Tensor | None, output_axis: int
+    owner: nn.Module, x: Tensor, layer: _Layer, pair: _Pair, bias: Tensor | None, output_axis: int
 ) -> Tensor:
     attachment = attachment_of(owner)
     (branch,) = attachment.branches  # a plan allows no other branch beside DoRA's
