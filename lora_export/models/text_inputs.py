@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 
 from lora_export.models.images import PATCHES
 from lora_export.models.images_in_text import ImagesInText, is_token
-from lora_export.models.model import CHECKED_SIZES, TOKEN_TYPES, Axes, Limits, ModelInputs, Sizes
+from lora_export.models.model import CHECKED_SIZES, TOKEN_TYPES, Axes, Limits, MakeInputs, ModelInputs, Sizes
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
-
-Make = Callable[[Sizes, torch.Generator], ModelInputs]
 
 # Fields of a config with the token that stands for an image, a video or a sound among the tokens of a text
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
@@ -33,7 +30,7 @@ class Part:
     """Some of a model's inputs, which belong together."""
 
     axes: Axes
-    make: Make
+    make: MakeInputs
     sizes: Sizes = field(default_factory=dict)  # of symbols that TRACED_SIZES lacks
     steps: Sizes = field(default_factory=dict)  # by how much such a size has to change to make a difference
     note: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,18 +128,20 @@ def _register_module(program: nn.Module, path: str, module: nn.Module, file: Pat
     *parents, last = path.split(".")
     if len(parents) > MAX_MODULE_DEPTH:
         raise InputRefused(f"{file}: {path[:80]!r}... cannot be a module's name: it is {len(parents)} modules deep")
-    for part in parents:
-        if part not in own_modules(parent):
-            _add_module(parent, part, nn.Module(), path, file)
-        parent = own_modules(parent)[part]  # type: ignore[assignment]
-    _add_module(parent, last, module, path, file)
+    with _refused_names(file, path, "module"):
+        for part in parents:
+            if part not in own_modules(parent):
+                parent.add_module(part, nn.Module())
+            parent = own_modules(parent)[part]  # type: ignore[assignment]
+        parent.add_module(last, module)
 
 
-def _add_module(parent: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
+@contextlib.contextmanager
+def _refused_names(file: Path, name: str, what: str) -> Iterator[None]:
     try:
-        parent.add_module(name, module)
+        yield
     except (KeyError, TypeError) as error:  # empty, or an attribute that every module has
-        raise InputRefused(f"{file}: {path!r} cannot be a module's name") from error
+        raise InputRefused(f"{file}: {name!r} cannot be a {what}'s name") from error
 
 
 def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
@@ -155,13 +158,11 @@ def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
 
 def _register_tensor(owner: nn.Module, attribute: str, tensor: ProgramTensor, value: Tensor, file: Path) -> None:
     own_parameters(owner).pop(attribute, None)
-    try:
+    with _refused_names(file, tensor.name, "tensor"):
         if isinstance(value, nn.Parameter):
             owner.register_parameter(attribute, value)
         else:
             owner.register_buffer(attribute, value, persistent=tensor.persistent and tensor.kind != "constant")
-    except (KeyError, TypeError) as error:
-        raise InputRefused(f"{file}: {tensor.name!r} cannot be a tensor's name") from error
 
 
 class _Layer(NamedTuple):
