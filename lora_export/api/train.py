@@ -193,8 +193,8 @@ def _read_data(options: TrainOptions) -> TrainingData:
     """Read and check the data, for the base. Messages tell what is learnt."""
     learnt = read_training_data(options.data, columns=options.columns, task=options.task)
     options.on_message(f"{options.data}: {learnt}")
-    learnt = learnt.for_base(options.model)
-    if note := learnt.note_on_labels(options.model):
+    learnt, note = learnt.for_base(options.model)
+    if note:
         options.on_message(note)
     return learnt
 

@@ -90,31 +90,26 @@ class TrainingData:
         tasks = {RowForm.LABELLED: "SEQ_CLS", RowForm.TAGS: "TOKEN_CLS", RowForm.SIMILARITY: "FEATURE_EXTRACTION"}
         return tasks.get(self.content.survey.form)
 
-    def for_base(self, model: str | Path) -> TrainingData:
-        """The same data, with the classes of the base's classifier in its order, where that names all of theirs."""
+    def for_base(self, model: str | Path) -> tuple[TrainingData, str]:
+        """The same data, with the classes of the base's classifier in its order, where that names all of theirs.
+
+        And a note where its labels get other names; empty where they keep theirs, or had none. transformers calls
+        labels without a name LABEL_0, LABEL_1 and so on.
+        """
         head, config = self.head, Path(model) / CONFIG
         if head is None or not isinstance(self.content, CheckedRows) or not config.is_file():
-            return self
+            return self, ""
         found, names = self.content.survey, label_names(read_json(config), head.ending)
-        own = dict(zip(found.class_names, found.classes, strict=True))
-        if not own or not set(own) <= set(names) or (len(own) < len(names) and isinstance(found.classes[0], int)):
-            return self
-        classes = tuple(own.get(name, name) for name in names)
-        return replace(self, content=replace(self.content, survey=replace(found, classes=classes)))
-
-    def note_on_labels(self, model: str | Path) -> str:
-        """A note where the labels of the base's classifier get other names; empty where they keep theirs, or had none.
-
-        transformers calls labels without a name LABEL_0, LABEL_1 and so on.
-        """
-        config = Path(model) / CONFIG
-        if self.head is None or not config.is_file():
-            return ""
-        before, now = label_names(read_json(config), self.head.ending), tuple(map(str, self.head.labels))
-        is_unnamed = all(name.startswith("LABEL_") for name in before)
-        if is_unnamed or before == now or len(before) != len(now):
-            return ""
-        return f"note: the base's labels {', '.join(before)} are called {', '.join(now)} from now on, as in the data"
+        own, now = dict(zip(found.class_names, found.classes, strict=True)), tuple(map(str, head.labels))
+        if own and set(own) <= set(names) and not (len(own) < len(names) and isinstance(found.classes[0], int)):
+            classes = tuple(own.get(name, name) for name in names)
+            return replace(self, content=replace(self.content, survey=replace(found, classes=classes))), ""
+        if all(name.startswith("LABEL_") for name in names) or names == now or len(names) != len(now):
+            return self, ""
+        return (
+            self,
+            f"note: the base's labels {', '.join(names)} are called {', '.join(now)} from now on, as in the data",
+        )
 
     @property
     def groups(self) -> NDArray[np.int64]:
