@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lora_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lora_export.api.combine import combine
+    from lora_export.api.adapters import combine, extract, resize
     from lora_export.api.convert import convert
-    from lora_export.api.extract import extract
     from lora_export.api.generate import generate
     from lora_export.api.inspect import inspect
     from lora_export.api.merge import merge
     from lora_export.api.onnx import export_onnx
-    from lora_export.api.resize import resize
     from lora_export.api.torchscript import export_torchscript
     from lora_export.api.train import train
     from lora_export.api.unmerge import unmerge
@@ -59,14 +57,14 @@ _HOMES = {
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
-    "combine": "api.combine:combine",
+    "combine": "api.adapters:combine",
     "convert": "api.convert:convert",
     "count_parameters": "layers:count_parameters",
     "create_adapter": "layers:create_adapter",
     "detach": "layers:detach",
     "export_onnx": "api.onnx:export_onnx",
     "export_torchscript": "api.torchscript:export_torchscript",
-    "extract": "api.extract:extract",
+    "extract": "api.adapters:extract",
     "fold_module": "layers:fold",
     "generate": "api.generate:generate",
     "inspect": "api.inspect:inspect",
@@ -78,7 +76,7 @@ _HOMES = {
     "module_specs": "layers:specs",
     "open_checkpoint": "weights.checkpoint:open_checkpoint",
     "prove": "verification.proof:prove",
-    "resize": "api.resize:resize",
+    "resize": "api.adapters:resize",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
     "train": "api.train:train",

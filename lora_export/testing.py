@@ -13,7 +13,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.models.model import Model
 from lora_export.options.combining import AdapterSources, Applied, Combination, TiedEmbeddings
-from lora_export.options.common import ModelSource
+from lora_export.options.common import ModelSource, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.open_artifact import open_candidate
@@ -42,8 +42,8 @@ def assert_parity(
     prefixes: Mapping[str, str] | None = None,
     reading: ReadOptions = DEFAULTS,
     combination: str | Combination = "cat",
-    tied: TiedEmbeddings = "error",
-    provider: str = "cpu",
+    tied: TiedEmbeddings = Applied.tied,
+    provider: str = Running.provider,
     inputs: File | None = None,
     seed: int = 0,
     atol: float | None = None,

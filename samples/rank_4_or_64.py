@@ -20,8 +20,8 @@ from rich.table import Table
 
 import lora_export as le
 import small_task
+from lora_export.training.checkpoint import StepRecord
 from lora_export.training.evaluation import evaluate
-from lora_export.training.history import StepRecord
 from lora_export.training.loop import fit
 
 LINES = {4: ("blue, solid", "-o", "#0072b2"), 64: ("orange, dashed", "--s", "#d55e00")}

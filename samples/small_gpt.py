@@ -26,7 +26,7 @@ import docstrings
 import lora_export as le
 from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
-from lora_export.training.history import TrainingHistory
+from lora_export.training.checkpoint import TrainingHistory
 from lora_export.training.loop import fit
 
 PACKAGES = [name for name in docstrings.PACKAGES if name != "encodings"]  # which is tables, not code

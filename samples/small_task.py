@@ -25,9 +25,9 @@ from lora_export.models import huggingface
 from lora_export.models.load import load_model
 from lora_export.options.train import TrainingSettings
 from lora_export.training.batches import ArrayData
+from lora_export.training.order import split_rows
 from lora_export.training.records.opening import open_records
 from lora_export.training.row_forms import RowForm, survey
-from lora_export.training.splitting import split_rows
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask
 EXAMPLES = 160  # for training, and as many held out

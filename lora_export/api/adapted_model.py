@@ -28,11 +28,7 @@ class AdaptedModel:
 
 
 def adapted_model(
-    model: Model,
-    adapters: Sequence[Adapter],
-    strengths: Sequence[float],
-    applied: Applied,
-    on_message: OnMessage,
+    model: Model, adapters: Sequence[Adapter], strengths: Sequence[float], applied: Applied, on_message: OnMessage
 ) -> AdaptedModel:
     """The model and the adapters under its names, combined into one unless the combination is the exact sum.
 

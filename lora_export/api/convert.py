@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from lora_export import plan, provenance
 from lora_export.api.adapter_names import family_of_base, named_for, named_for_pipeline
+from lora_export.api.adapters import copy_head_config, staged, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
@@ -26,9 +26,8 @@ from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
-from lora_export.storage import atomic_output, input_files
+from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -77,36 +76,20 @@ def convert(options: ConvertOptions) -> ConvertResult:
         loaded = named_for(loaded, names or "transformers4", base)
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
-    stage = atomic_output.stage_file if writer.SUFFIX else atomic_output.stage_folder
     family = Family.UNKNOWN
     if holds_pipelines(to):
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
-    with stage(
-        target,
-        inputs=inputs,
-        overwrite=options.overwrite,
-        required_bytes=4 * loaded.parameters,
-        on_message=options.on_message,
-    ) as folder:
+    with staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
         notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
         if not writer.SUFFIX:
             if to == "peft":
-                _copy_model_config(adapter, folder)
-            origin = provenance.record([loaded], [weight], {}, (), {"to": to, "names": names})
-            facts = {"made_by": origin["made_by"], "sources": origin["adapters"], "settings": origin["settings"]}
-            write_manifest(folder, facts)
+                copy_head_config(adapter_paths(adapter), folder)
+            write_origin(folder, provenance.record([loaded], [weight], {}, (), {"to": to, "names": names}))
     for note in notes:
         options.on_message(f"note: {note}")
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes)
-
-
-def _copy_model_config(adapter: AdapterSource, folder: Path) -> None:
-    """Copy the config.json beside an adapter, which has the labels of its task head."""
-    for path in adapter_paths(adapter):
-        if path.is_dir() and (path / "config.json").is_file():
-            shutil.copyfile(path / "config.json", folder / "config.json")
 
 
 def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOptions:
@@ -158,10 +141,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     onnx_adapter.refuse_dora_without_factor(contract, steps)
     factors = contract_dora_factors(model, contract, steps, loaded.name)
     parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
-    inputs = [graph, *adapter_paths(adapter)]
-    with atomic_output.stage_file(
-        output, inputs=inputs, overwrite=options.overwrite, on_message=options.on_message
-    ) as folder:
+    with staged(options, output, [graph, *adapter_paths(adapter)], is_file=True) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
     return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)

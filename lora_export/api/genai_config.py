@@ -50,8 +50,12 @@ def genai_config(
     longest = getattr(text, "max_position_embeddings", None) or generation.max_length
     convolutions = [value for name, value in inputs.items() if name.startswith(f"{PAST_CONV}.")]
     layers = sum(name.endswith(".key") for name in inputs) + len(convolutions)
-    buffer = 2 * layers * heads * features * (longest or 0) * _bytes_of_number(inputs)
+    dtypes = [value.dtype for name, value in inputs.items() if name.startswith(f"{PAST}.")]
+    bytes_each = next((dtype.itemsize for dtype in dtypes if dtype is not None), 4)
+    buffer = 2 * layers * heads * features * (longest or 0) * bytes_each
     shares = may_share and not convolutions and takes_shared_buffer(graph) and 0 < buffer <= LARGEST_BUFFER
+    chosen = {name: getattr(generation, name, None) for name in SEARCH_DEFAULTS}
+    search = {name: SEARCH_DEFAULTS[name] if value is None else value for name, value in chosen.items()}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: value for name in names if (value := getattr(generation, name, None)) is not None}
     return {
@@ -81,18 +85,8 @@ def genai_config(
                 },
             },
         },
-        "search": {
-            **_search(generation),
-            "max_length": longest,
-            "past_present_share_buffer": shares,
-        },
+        "search": {**search, "max_length": longest, "past_present_share_buffer": shares},
     }
-
-
-def _bytes_of_number(inputs: Mapping[str, ir.Value]) -> float:
-    """The size of a number in the cache."""
-    dtypes = (value.dtype for name, value in inputs.items() if name.startswith(f"{PAST}."))
-    return next((dtype.itemsize for dtype in dtypes if dtype is not None), 4)
 
 
 def _layers(inputs: Mapping[str, ir.Value], count: int, convolutions: Sequence[ir.Value]) -> dict[str, Any]:
@@ -107,9 +101,3 @@ def _layers(inputs: Mapping[str, ir.Value], count: int, convolutions: Sequence[i
 def _heads_and_features(value: ir.Value) -> tuple[Any, Any]:
     assert value.shape is not None
     return value.shape[1], value.shape[3]
-
-
-def _search(generation: Any) -> Mapping[str, Any]:
-    """How the model's generation config chooses tokens."""
-    stated = {name: getattr(generation, name, None) for name in SEARCH_DEFAULTS}
-    return {name: SEARCH_DEFAULTS[name] if value is None else value for name, value in stated.items()}

@@ -9,19 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.api.generation_files import GENAI_CONFIG
-from lora_export.api.generation_prompts import (
-    encoder_inputs,
-    first_tokens,
-    refuse_other_kinds,
-    token_ids,
-)
-from lora_export.api.generation_settings import GenerationSettings
+from lora_export.api.generation_files import GenerationSettings, genai_model
+from lora_export.api.generation_prompts import encoder_inputs, first_tokens, refuse_other_kinds, token_ids
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.models.image_forms import PIXELS
-from lora_export.models.processors import open_tokenizer
+from lora_export.models.processors import PIXELS, open_tokenizer
 from lora_export.options.declaring import takes
 from lora_export.options.export import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
@@ -29,7 +22,7 @@ from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
 from lora_export.runtime.generation.sampling import Sampling
-from lora_export.storage import input_files, json_files
+from lora_export.storage import input_files
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
         streams[number].add(token)
 
     if isinstance(model, EncoderDecoder):
-        _refuse_options_of_speech(settings, options.language, translate=options.translate)
+        if (options.language is not None or options.translate) and not settings.languages:
+            raise WrongUsage("a language and translating are for multilingual speech models")
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
         first = first_tokens(starts, len(prompts), tokenizer, settings) if starts else None
         run = model.start(inputs, *_chosen_adapters(model, graph, options.adapters, len(prompts)))
@@ -113,11 +107,6 @@ def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
         )
     if chat:
         raise WrongUsage("a chat template is for prompts, not for the first tokens behind an image")
-
-
-def _refuse_options_of_speech(settings: GenerationSettings, language: str | None, *, translate: bool) -> None:
-    if (language is not None or translate) and not settings.languages:
-        raise WrongUsage("a language and translating are for multilingual speech models")
 
 
 def _start_tokens(
@@ -191,13 +180,10 @@ def _graph_in(source: Path) -> Path:
     if not source.is_dir():
         input_files.must_exist(source, "graph")
         return source
-    config = source / GENAI_CONFIG
-    if config.is_file():
-        model = json_files.read_json(config).get("model")
-        decoder = model.get("decoder") if isinstance(model, dict) else None
-        name = decoder.get("filename") if isinstance(decoder, dict) else None
-        if isinstance(name, str) and "/" not in name and (source / name).is_file():
-            return source / name
+    decoder = genai_model(source).get("decoder")
+    name = decoder.get("filename") if isinstance(decoder, dict) else None
+    if isinstance(name, str) and "/" not in name and (source / name).is_file():
+        return source / name
     graphs = sorted(source.glob("*.onnx"))
     if not graphs:
         raise InputRefused(
@@ -209,20 +195,17 @@ def _graph_in(source: Path) -> Path:
     return graphs[0]
 
 
-def _by_prompt(adapters: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """The name of each prompt's adapter. Raises WrongUsage for another number of names."""
-    names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
-    if len(names) != count:
-        raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
-    return names
-
-
 def _chosen_adapters(
     model: Decoder | EncoderDecoder, source: Path, adapters: str | Sequence[str | None] | None, count: int
 ) -> tuple[str | None, list[int] | None]:
-    """The adapter that is loaded, or the ids of the rows' adapters. Raises InputRefused for unknown names."""
-    names, rows = _by_prompt(adapters, count), model.rows
-    if rows:
+    """The adapter that is loaded, or the ids of the rows' adapters.
+
+    Raises InputRefused for unknown names, and WrongUsage for another number of them.
+    """
+    names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
+    if len(names) != count:
+        raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
+    if rows := model.rows:
         unknown = sorted({name for name in names if name is not None} - set(rows))
         if unknown:
             raise InputRefused(f"{source} has no adapter {', '.join(unknown)}; it has {', '.join(rows)}")

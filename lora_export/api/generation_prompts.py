@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lora_export.api.generation_settings import GenerationSettings
+from lora_export.api.generation_files import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
-from lora_export.models.image_forms import PIXELS
-from lora_export.models.pictures import pixels_of
-from lora_export.models.sounds import features_of, open_extractor, read_sound
+from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound
 from lora_export.options.export import Prompt, Starts
 from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
@@ -78,7 +75,11 @@ def encoder_inputs(
     arrays = [prompt for prompt in prompts if isinstance(prompt, np.ndarray) and prompt.ndim > 1]
     if not arrays and name in SOUNDS:
         extractor = open_extractor(settings.folder)
-        made = features_of([_samples(prompt, extractor.sampling_rate) for prompt in prompts], extractor)
+        rate = extractor.sampling_rate
+        sounds = [
+            read_sound(each, rate) if isinstance(each, Path) else np.asarray(each, np.float32) for each in prompts
+        ]
+        made = features_of(sounds, extractor)
         return {key: value for key, value in made.items() if key in (*model.takes, MASK)}
     if not arrays and name == PIXELS:
         paths = [prompt for prompt in prompts if isinstance(prompt, Path)]
@@ -100,11 +101,6 @@ def refuse_other_kinds(prompts: Sequence[Prompt], model: EncoderDecoder) -> None
         what = "images: a prompt is the path of an image, or an array"
     if not all(isinstance(prompt, np.ndarray | Path) for prompt in prompts):
         raise InputRefused(f"the model reads {what}")
-
-
-def _samples(prompt: Prompt, rate: int) -> NDArray[np.float32]:
-    """The samples of a sound (samples,)."""
-    return read_sound(prompt, rate) if isinstance(prompt, Path) else np.asarray(prompt, np.float32)
 
 
 def _refuse_other_shape(shape: tuple[int, ...], sizes: tuple[int | None, ...], name: str) -> None:

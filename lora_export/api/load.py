@@ -12,7 +12,7 @@ from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource, AdapterSources
-from lora_export.options.common import ModelSource
+from lora_export.options.common import ModelSource, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
@@ -33,10 +33,8 @@ def split_name(argument: str) -> tuple[str | None, Path]:
 
 def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bool = False) -> list[AdapterSource]:
     """The same sources, where names of the Hugging Face Hub are their snapshots in the cache (see `locate`)."""
-    return [
-        source if isinstance(source, Adapter) else _located(source, on_message, download)
-        for source in _as_list(sources)
-    ]
+    all_sources = _as_list(sources)
+    return [each if isinstance(each, Adapter) else _located(each, on_message, download) for each in all_sources]
 
 
 def _located(source: str | Path, on_message: OnMessage, download: bool) -> str | Path:
@@ -95,7 +93,7 @@ def resolve_model(
     source: ModelSource,
     adapters: Sequence[Adapter] = (),
     *,
-    dtype: str = "float32",
+    dtype: str = Running.dtype,
     inputs: str | Path | None = None,
     export: bool = False,
     streamed: bool = False,
@@ -153,6 +151,5 @@ def refuse_pt2(model: ModelSource) -> None:
     if names_kind(model, ArtifactKind.PROGRAM):
         raise InputRefused(
             f"{model} is an exported program already. `lora-export verify` accepts it as {named('model')} and as "
-            "CANDIDATE. "
-            "To make another file, give the model that it was exported from"
+            "CANDIDATE. To make another file, give the model that it was exported from"
         )

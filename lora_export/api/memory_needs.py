@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused
-from lora_export.options.common import ModelSource
+from lora_export.options.common import ModelSource, Running
 from lora_export.options.spelling import command
 from lora_export.runtime.memory import require_memory
 from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
@@ -30,7 +30,7 @@ MERGE_INSTEAD = (
 )
 
 
-def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "float32") -> None:
+def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
     is_checkpoint = open_artifact(candidate).kind.is_checkpoint
     count, is_read = _parameters(model), dtype == "float32" and _is_streamable(model)
@@ -43,7 +43,7 @@ def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "
     require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
 
 
-def require_memory_to_export(model: ModelSource, dtype: str = "float32") -> None:
+def require_memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
     count = _parameters(model)
     each = EXPORT_READ if dtype == "float32" and _is_streamable(model) else EXPORT
@@ -72,7 +72,7 @@ def _parameters(model: ModelSource) -> int:
 
 
 def _is_streamable(source: ModelSource) -> bool:
-    """Whether the weights of a folder or a file can stay there (see `models.streamed_folder`)."""
+    """Whether the weights of a folder or a file can stay there (see `models.stored_parameter`)."""
     checkpoint = _checkpoint(source)
     return checkpoint is not None and is_streamable(checkpoint)
 

@@ -44,7 +44,7 @@ from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
-from lora_export.models.streamed_folder import is_streamed
+from lora_export.models.stored_parameter import is_streamed
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner

@@ -13,28 +13,16 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
+from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.load import (
-    adapter_paths,
-    load_adapters,
-    locate_adapters,
-    locate_model,
-    model_paths,
-    refuse_no_source,
-    refuse_pt2,
-    refuse_weights_alone,
-    resolve_model,
-)
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
-from lora_export.models.export import save_torchscript, to_torchscript
-from lora_export.models.export_program import load_own_program, save_program, to_program
+from lora_export.models import export_program
 from lora_export.models.model import Model
-from lora_export.models.outputs import named_outputs
-from lora_export.models.tracing import cache_disabled
+from lora_export.models.tracing import cache_setting, named_outputs
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner
@@ -70,22 +58,22 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
     then, and an existing output is unchanged.
     """
-    refuse_pt2(options.model)
-    refuse_weights_alone(options.adapters, options.weights)
+    load.refuse_pt2(options.model)
+    load.refuse_weights_alone(options.adapters, options.weights)
     on_message, weights = options.on_message, options.weights
-    model = locate_model(options.model, on_message, options.download)
-    refuse_no_source(model)
-    adapters = locate_adapters(options.adapters, on_message, options.download)
+    model = load.locate_model(options.model, on_message, options.download)
+    load.refuse_no_source(model)
+    adapters = load.locate_adapters(options.adapters, on_message, options.download)
     is_program = options.format == PT2 or (
         options.format is None and artifact_kind(Path(options.output)) is ArtifactKind.PROGRAM
     )
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
     output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
-    loaded = load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
-    sources = [*model_paths(model), *adapter_paths(adapters)]
+    loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
+    sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=options.overwrite, on_message=on_message) as folder:
         stage("loading the model")
-        base = resolve_model(model, loaded, inputs=options.inputs, export=True)
+        base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)
         base = adapted.model
         module, notes = copy.deepcopy(base.module), []
@@ -96,7 +84,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
                 on_message(f"note: {note}")
             (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
         stage("exporting" if is_program else "tracing")
-        base, save = (_exported if is_program else _traced)(base, module, on_message)
+        base, save = _made(base, module, on_message, is_program=is_program)
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
@@ -120,47 +108,40 @@ def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
         name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
         for name, value in base.example_inputs().items()
     }
-    return ModuleRunner(load_own_program(path), axes=axes, path=path)
+    return ModuleRunner(export_program.load_own_program(path), axes=axes, path=path)
 
 
-def _exported(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
-    """How to write the program, and the model with its inputs: without the images of its texts if they are refused."""
-    try:
-        program = to_program(module, base.example_inputs(), axes=base.axes)
-    except RuntimeRefused as error:
-        if base.text_only is None:
-            raise
-        base = _without_images(base, str(error).splitlines()[0], on_message)
-        program = to_program(module, base.example_inputs(), axes=base.axes)
-    return base, functools.partial(save_program, program)
-
-
-def _traced(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, Callable[..., None]]:
-    """How to write the trace, and the model with its inputs: without the images of its texts where their number is
-    fixed.
+def _made(
+    base: Model, module: nn.Module, on_message: OnMessage, *, is_program: bool
+) -> tuple[Model, Callable[..., None]]:
+    """The model with its inputs, and how to write its file: without the images of its texts where they are refused,
+    or where a trace fixes their number.
     """
+
+    def save(base: Model) -> Callable[..., None]:
+        if is_program:
+            program = export_program.to_program(module, base.example_inputs(), axes=base.axes)
+            return functools.partial(export_program.save_program, program)
+        script = export_program.to_torchscript(module, base.example_inputs())
+        if base.text_only is not None and not _follows(script, module, base):
+            raise RuntimeRefused("the trace is right for one number and one size of images alone")
+        return functools.partial(export_program.save_torchscript, script)
+
     try:
-        script = to_torchscript(module, base.example_inputs())
-        if base.text_only is None or _follows(script, module, base):
-            return base, functools.partial(save_torchscript, script)
-        why = "the trace is right for one number and one size of images alone"
+        return base, save(base)
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
-    base = _without_images(base, why, on_message)
-    return base, functools.partial(save_torchscript, to_torchscript(module, base.example_inputs()))
-
-
-def _without_images(base: Model, why: str, on_message: OnMessage) -> Model:
     on_message(f"note: the file takes texts without images. With images, {why}")
-    return base.without_images(why)
+    base = base.without_images(why)
+    return base, save(base)
 
 
 def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:
     """Whether a trace returns nearly what the module does, for other sizes than it was traced with."""
     inputs = base.inputs(base.checked_sizes({})[0], seed=1)
-    with torch.no_grad(), cache_disabled(module):
+    with torch.no_grad(), cache_setting(module, to=False):
         wanted = named_outputs(module(**inputs))
         try:
             found = named_outputs(script(**inputs))

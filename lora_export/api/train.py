@@ -12,14 +12,6 @@ from lora_export import formats, layers
 from lora_export.api.load import model_paths, refuse_no_source, refuse_pt2
 from lora_export.api.requested_adapter import requested_adapters
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
-from lora_export.api.training_modules import (
-    HEADS,
-    heads_of,
-    note_on_other_names,
-    note_on_untrained,
-    refuse_rank_beyond_layers,
-    with_new_modules,
-)
 from lora_export.api.training_output import (
     facts_for_card,
     noted_checkpoint,
@@ -27,7 +19,16 @@ from lora_export.api.training_output import (
     write_comparison,
     write_trained_adapter,
 )
-from lora_export.api.training_strategies import Trainer, TrainingRun
+from lora_export.api.training_strategies import (
+    HEADS,
+    Trainer,
+    TrainingRun,
+    heads_of,
+    note_on_other_names,
+    note_on_untrained,
+    refuse_rank_beyond_layers,
+    with_new_modules,
+)
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.lora import Adapter
@@ -42,11 +43,9 @@ from lora_export.report.training import require_matplotlib
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches
-from lora_export.training.checkpoint import Checkpoints, checkpoint_folder
+from lora_export.training.checkpoint import Checkpoints, TrainingHistory, checkpoint_folder, require_tensorboard
 from lora_export.training.compiling import refuse_without_compiler
 from lora_export.training.evaluation import Score
-from lora_export.training.event_log import require_tensorboard
-from lora_export.training.history import TrainingHistory
 from lora_export.training.loop import accelerator_for
 from lora_export.training.processes import rank as process_rank
 from lora_export.training.processes import wait_for_all, world_size
@@ -140,7 +139,7 @@ def train(options: TrainOptions) -> TrainResult:
         runs: list[TrainingRun] = []
         for rank, adapter in new.items():
             with noted_checkpoint(folder):
-                run = trainer.adapter(adapter, rank, checkpoints=checkpoints, resume=options.resume)
+                run = trainer.adapter(adapter, rank, checkpoints)
             runs.append(run)
             place = stage / f"rank-{rank}" if len(new) > 1 else stage
             _write_run(options, base, learnt, run, adapter, place)
@@ -194,8 +193,8 @@ def _read_data(options: TrainOptions) -> TrainingData:
     """Read and check the data, for the base. Messages tell what is learnt."""
     learnt = read_training_data(options.data, columns=options.columns, task=options.task)
     options.on_message(f"{options.data}: {learnt}")
-    learnt = learnt.for_base(options.model)
-    if note := learnt.note_on_labels(options.model):
+    learnt, note = learnt.for_base(options.model)
+    if note:
         options.on_message(note)
     return learnt
 
@@ -278,7 +277,7 @@ def _write_run(
         on_message(f"kept: step {best.step}, with the lowest held-out loss ({best.held_out_loss:.4g})")
     if note := note_on_untrained(run):
         on_message(note)
-    facts = facts_for_card(base.model, learnt, run, base.sha256, str(options.data), base.quantised, options.base_dtype)
+    facts = facts_for_card(base.model, learnt, run, base.sha256, base.quantised, options)
     write_trained_adapter(place, base.model, learnt, run, new, facts)
     if not facts["plot"]:
         on_message("note: the losses are not drawn: matplotlib is missing (pip install 'lora-export[plot]')")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,34 +15,28 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.factory import find_factory
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
-from lora_export.models.sounds import open_extractor
-from lora_export.models.text_lengths import text_lengths
+from lora_export.models.processors import open_extractor
+from lora_export.models.text_inputs import text_lengths
 from lora_export.options.spelling import named
 from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
+from lora_export.training import encoders
 from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
-from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches, batches_sha256, read_own_batches
-from lora_export.training.encoders.classified import (
-    ImageEncoder,
-    LabelEncoder,
-    SimilarityEncoder,
-    TagEncoder,
-    TextEncoder,
+from lora_export.training.batches import (
+    ArrayData,
+    Data,
+    EncodedRows,
+    Encoder,
+    ReadyBatches,
+    batches_sha256,
+    read_own_batches,
 )
-from lora_export.training.encoders.speech import FrameEncoder, SoundReader, TranscriptEncoder
-from lora_export.training.encoders.texts import (
-    AnswerEncoder,
-    Tokenise,
-    chat_tokens,
-    completion_tokens,
-    text_tokens,
-)
+from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import open_records
-from lora_export.training.records.rows import Records
-from lora_export.training.records.sound_files import sha256_with_sounds
+from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
-from lora_export.training.splitting import RowNumbers, split_rows
+from lora_export.training.speech import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
 from lora_export.weights.checkpoint import CONFIG
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
@@ -66,6 +60,9 @@ class CheckedRows:
     records: Records
     survey: Survey
 
+    def __str__(self) -> str:
+        return str(self.survey)
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
@@ -75,12 +72,7 @@ class TrainingData:
     sha256: str
 
     def __str__(self) -> str:
-        match self.content:
-            case CheckedRows(_, found):
-                return str(found)
-            case ReadyBatches():
-                return f"{len(self.content):,} batches"
-        return str(self.content)
+        return f"{len(self.content):,} batches" if isinstance(self.content, ReadyBatches) else str(self.content)
 
     @property
     def head(self) -> TaskHead | None:
@@ -98,34 +90,26 @@ class TrainingData:
         tasks = {RowForm.LABELLED: "SEQ_CLS", RowForm.TAGS: "TOKEN_CLS", RowForm.SIMILARITY: "FEATURE_EXTRACTION"}
         return tasks.get(self.content.survey.form)
 
-    def for_base(self, model: str | Path) -> TrainingData:
-        """The same data, with the classes of the base's classifier in its order, where that names all of theirs."""
+    def for_base(self, model: str | Path) -> tuple[TrainingData, str]:
+        """The same data, with the classes of the base's classifier in its order, where that names all of theirs.
+
+        And a note where its labels get other names; empty where they keep theirs, or had none. transformers calls
+        labels without a name LABEL_0, LABEL_1 and so on.
+        """
         head, config = self.head, Path(model) / CONFIG
         if head is None or not isinstance(self.content, CheckedRows) or not config.is_file():
-            return self
-        found = self.content.survey
-        names, own = (
-            label_names(read_json(config), head.ending),
-            dict(zip(found.class_names, found.classes, strict=True)),
+            return self, ""
+        found, names = self.content.survey, label_names(read_json(config), head.ending)
+        own, now = dict(zip(found.class_names, found.classes, strict=True)), tuple(map(str, head.labels))
+        if own and set(own) <= set(names) and not (len(own) < len(names) and isinstance(found.classes[0], int)):
+            classes = tuple(own.get(name, name) for name in names)
+            return replace(self, content=replace(self.content, survey=replace(found, classes=classes))), ""
+        if all(name.startswith("LABEL_") for name in names) or names == now or len(names) != len(now):
+            return self, ""
+        return (
+            self,
+            f"note: the base's labels {', '.join(names)} are called {', '.join(now)} from now on, as in the data",
         )
-        if not own or not set(own) <= set(names) or (len(own) < len(names) and isinstance(found.classes[0], int)):
-            return self
-        classes = tuple(own.get(name, name) for name in names)
-        return replace(self, content=replace(self.content, survey=replace(found, classes=classes)))
-
-    def note_on_labels(self, model: str | Path) -> str:
-        """A note where the labels of the base's classifier get other names; empty where they keep theirs, or had none.
-
-        transformers calls labels without a name LABEL_0, LABEL_1 and so on.
-        """
-        config = Path(model) / CONFIG
-        if self.head is None or not config.is_file():
-            return ""
-        before, now = label_names(read_json(config), self.head.ending), tuple(map(str, self.head.labels))
-        is_unnamed = all(name.startswith("LABEL_") for name in before)
-        if is_unnamed or before == now or len(before) != len(now):
-            return ""
-        return f"note: the base's labels {', '.join(before)} are called {', '.join(now)} from now on, as in the data"
 
     @property
     def groups(self) -> NDArray[np.int64]:
@@ -165,28 +149,24 @@ def encoded_data(loaded: Model, data: TrainingData, options: TrainOptions) -> tu
     Raises InputRefused for data that the model cannot take: texts without a tokenizer, texts to continue without a
     language model.
     """
-    holdout, seed, packing = options.holdout, options.seed, options.packing
-    everything = np.arange(len(data.groups))
-    trained_on, held_out = split_rows(data.groups, holdout, seed=seed) if holdout else (everything, None)
+    groups, holdout, packing = data.groups, options.holdout, options.packing
+    split = split_rows(groups, holdout, seed=options.seed) if holdout else (np.arange(len(groups)),)
     if packing and not (isinstance(data.content, CheckedRows) and data.content.survey.form in _TOKENISERS):
         raise WrongUsage(f"{named('packing')} is for texts that a causal language model continues")
     match data.content:
         case LabelledArrays(inputs, labels):
-            return _split(trained_on, held_out, lambda rows: _arrays(inputs, labels, rows))
+            made: list[Data] = [
+                ArrayData(
+                    {name: torch.from_numpy(of_all[rows]) for name, of_all in inputs.items()},
+                    torch.from_numpy(labels[rows]),
+                )
+                for rows in split
+            ]
         case ReadyBatches(batches, loss):
-            return _split(trained_on, held_out, lambda rows: ReadyBatches([batches[row] for row in rows], loss))
-    encoder = _Encoders(loaded, data.content, seed=seed, max_length=options.max_length, packing=packing)
-    return _split(trained_on, held_out, encoder.data)
-
-
-def _split(trained_on: RowNumbers, held_out: RowNumbers | None, make: Any) -> tuple[Data, Data | None]:
-    return make(trained_on), None if held_out is None else make(held_out)
-
-
-def _arrays(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any], rows: RowNumbers) -> ArrayData:
-    return ArrayData(
-        {name: torch.from_numpy(values[rows]) for name, values in inputs.items()}, torch.from_numpy(labels[rows])
-    )
+            made = [ReadyBatches([batches[row] for row in rows], loss) for rows in split]
+        case CheckedRows():
+            made = list(map(_Encoders(loaded, data.content, options).data, split))
+    return made[0], made[1] if len(made) > 1 else None
 
 
 _TOKENISERS = {RowForm.TEXT, RowForm.COMPLETION, RowForm.CHAT}
@@ -198,27 +178,26 @@ class _Encoders:
 
     loaded: Model
     content: CheckedRows
-    seed: int
-    max_length: int
-    packing: bool
+    options: TrainOptions
 
     def data(self, rows: RowNumbers) -> Data:
-        form = self.content.survey.form
-        labels = LabelEncoder(self.content.survey.kind, self.content.survey.classes)
+        form, loaded, records = self.content.survey.form, self.loaded, self.content.records
+        labels = encoders.LabelEncoder(self.content.survey.kind, self.content.survey.classes)
         if form is RowForm.IMAGE:
-            return self._rows(rows, ImageEncoder(load_image_processor(self.loaded), labels))
-        tokenizer = load_tokenizer(self.loaded)
+            return EncodedRows(records, rows, encoders.ImageEncoder(load_image_processor(loaded), labels))
+        tokenizer = load_tokenizer(loaded)
         if form is RowForm.SPEECH:
-            return self._rows(rows, self._speech(tokenizer))
+            return EncodedRows(records, rows, self._speech(tokenizer))
         self._set_padding(tokenizer)
-        most = min(self.max_length, tokenizer.model_max_length)
-        most = min(most, text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
-        if form is RowForm.LABELLED:
-            return self._rows(rows, TextEncoder(tokenizer, most, labels))
-        if form is RowForm.TAGS:
-            return self._rows(rows, TagEncoder(tokenizer, most, labels))
-        if form is RowForm.SIMILARITY:
-            return self._rows(rows, SimilarityEncoder(tokenizer, most))
+        of_model = text_lengths(loaded.module, {"sequence"}).most("sequence")
+        most = min(self.options.max_length, tokenizer.model_max_length, of_model)
+        of_texts: dict[RowForm, Callable[[], Encoder]] = {
+            RowForm.LABELLED: lambda: encoders.TextEncoder(tokenizer, most, labels),
+            RowForm.TAGS: lambda: encoders.TagEncoder(tokenizer, most, labels),
+            RowForm.SIMILARITY: lambda: encoders.SimilarityEncoder(tokenizer, most),
+        }
+        if form in of_texts:
+            return EncodedRows(records, rows, of_texts[form]())
         return self._language(rows, tokenizer, most)
 
     def _speech(self, tokenizer: Any) -> TranscriptEncoder | FrameEncoder:
@@ -231,14 +210,11 @@ class _Encoders:
             if hasattr(module, "freeze_feature_encoder"):
                 module.freeze_feature_encoder()  # otherwise it asks for gradients of the sound itself
             frames = getattr(module, "_get_feat_extract_output_lengths", None)
-            encoder = FrameEncoder(
-                sounds,
-                tokenizer,
-                None if config.ctc_zero_infinity or frames is None else lambda samples: int(frames(samples)),
-                is_mean=config.ctc_loss_reduction == "mean",
-            )
+            counted = None if config.ctc_zero_infinity or frames is None else lambda samples: int(frames(samples))
+            encoder = FrameEncoder(sounds, tokenizer, counted, is_mean=config.ctc_loss_reduction == "mean")
         elif config.is_encoder_decoder and module.main_input_name in SPEECH_INPUTS:
-            most = min(self.max_length, getattr(config, "max_target_positions", None) or self.max_length)
+            most = self.options.max_length
+            most = min(most, getattr(config, "max_target_positions", None) or most)
             encoder = TranscriptEncoder(sounds, tokenizer, most, config.decoder_start_token_id)
         else:
             raise InputRefused(
@@ -248,15 +224,12 @@ class _Encoders:
         refuse_rows(self.content.records, lambda row: self._problem(encoder, row))
         return encoder
 
-    def _problem(self, encoder: TranscriptEncoder | FrameEncoder, row: int) -> str:
+    def _problem(self, encoder: SpeechEncoder, row: int) -> str:
         try:
             encoder.check(self.content.records[row])
         except InputRefused as error:
             return f"{self.content.records.where(row)}: {error}"
         return ""
-
-    def _rows(self, rows: RowNumbers, encoder: Any) -> EncodedRows:
-        return EncodedRows(self.content.records, rows, encoder)
 
     def _set_padding(self, tokenizer: Any) -> None:
         """Padding of a classifier must be known to the model. That of a language model is never looked at."""
@@ -274,9 +247,10 @@ class _Encoders:
         module: Any = self.loaded.module
         name, form = type(module).__name__, self.content.survey.form
         if module.config.is_encoder_decoder and form is RowForm.COMPLETION:
-            if self.packing:
+            if self.options.packing:
                 raise WrongUsage(f"{named('packing')} is for causal language models; {name} has an encoder")
-            return self._rows(rows, AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id))
+            encoder = encoders.AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id)
+            return EncodedRows(self.content.records, rows, encoder)
         is_masked = name.endswith(MASKED_ENDING)
         if not name.endswith(CAUSAL_ENDINGS) and not (is_masked and form is RowForm.TEXT):
             raise InputRefused(
@@ -286,29 +260,28 @@ class _Encoders:
             )
         if is_masked:
             return self._masked(rows, tokenizer, most)
-        tokenise: Tokenise = {
-            RowForm.TEXT: lambda: text_tokens(tokenizer, ends=True),
-            RowForm.COMPLETION: lambda: completion_tokens(tokenizer),
-            RowForm.CHAT: lambda: chat_tokens(tokenizer),
+        tokenise: encoders.Tokenise = {
+            RowForm.TEXT: lambda: encoders.text_tokens(tokenizer, ends=True),
+            RowForm.COMPLETION: lambda: encoders.completion_tokens(tokenizer),
+            RowForm.CHAT: lambda: encoders.chat_tokens(tokenizer),
         }[form]()
-        file = TokenFile(self.content.records, rows, tokenise)
-        made = causal_rows(
-            file, max_length=most, cut=form is RowForm.TEXT, pack=self.packing, pad_token=tokenizer.pad_token_id
-        )
-        if self.packing:
+        file, pack = TokenFile(self.content.records, rows, tokenise), self.options.packing
+        pad = tokenizer.pad_token_id
+        made = causal_rows(file, max_length=most, cut=form is RowForm.TEXT, pack=pack, pad_token=pad)
+        if pack:
             refuse_mixed_texts(module, made)
         return made
 
     def _masked(self, rows: RowNumbers, tokenizer: Any, most: int) -> MaskedRows:
-        if self.packing:
+        if self.options.packing:
             raise WrongUsage(f"{named('packing')} is for causal language models: a masked one reads in both directions")
         if tokenizer.mask_token_id is None:
             raise InputRefused(f"the tokenizer of {self.loaded.source} has no mask token, which its model predicts")
-        file = TokenFile(self.content.records, rows, text_tokens(tokenizer, ends=False))
+        file = TokenFile(self.content.records, rows, encoders.text_tokens(tokenizer, ends=False))
         pieces = file.pieces(most, cut=True)
         if not pieces:
             raise InputRefused(f"no token is left to predict within {most} tokens; raise {named('max_length')}")
         return MaskedRows(
             file, pieces, tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer),
-            frozenset(tokenizer.all_special_ids), self.seed,
+            frozenset(tokenizer.all_special_ids), self.options.seed,
         )  # fmt: skip

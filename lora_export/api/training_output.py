@@ -21,12 +21,12 @@ from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
+from lora_export.options.train import TrainOptions
 from lora_export.report.training import MODEL_CARD, comparison_page, draw_losses, model_card
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name
 from lora_export.storage.json_files import write_json
-from lora_export.training.checkpoint import TRAINING_STATE, checkpoint_folder
-from lora_export.training.history import METRICS
+from lora_export.training.checkpoint import METRICS, TRAINING_STATE, checkpoint_folder
 from lora_export.training.processes import rank as process_rank
 from lora_export.version import __version__
 from lora_export.weights.quantised import QUANTIZATION
@@ -96,20 +96,12 @@ def write_trained_adapter(
 
 
 def facts_for_card(
-    loaded: Model,
-    learnt: TrainingData,
-    run: TrainingRun,
-    base_hash: str,
-    data: str,
-    quantised: str = "",
-    base_dtype: str = "float32",
+    loaded: Model, learnt: TrainingData, run: TrainingRun, base_hash: str, quantised: str, options: TrainOptions
 ) -> dict[str, Any]:
-    """What the card of an adapter contains. `quantised` describes a base in 4 bits.
-
-    `base_dtype` is that of the other frozen weights.
-    """
+    """What the card of an adapter contains. `quantised` describes a base in 4 bits."""
     assert run.adapter is not None
     scores = {"held out": run.score, "held out, adapter off": run.score_without}
+    settings = {**run.settings.recorded, "base_dtype": options.base_dtype}
     versions = {"lora-export": __version__}
     for package in (*SHOWN_VERSIONS, *(["bitsandbytes"] if quantised else [])):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -118,13 +110,11 @@ def facts_for_card(
         "base": hub_name(Path(loaded.source)) or loaded.source,
         "base_sha256": base_hash,
         "base_quantization": quantised,
-        "data": data,
+        "data": str(options.data),
         "data_sha256": learnt.sha256,
         "examples": str(learnt),
         "adapter": {**run.adapter.metadata, "layers": len(run.adapter.pairs), "trained": str(run.parameters)},
-        "settings": {
-            name.replace("_", " "): value for name, value in {**run.settings.recorded, "base_dtype": base_dtype}.items()
-        },
+        "settings": {name.replace("_", " "): value for name, value in settings.items()},
         "figures": {"training": str(run.history), **{name: str(score) for name, score in scores.items() if score}},
         "versions": versions,
         "plot": LOSSES if importlib.util.find_spec("matplotlib") else "",

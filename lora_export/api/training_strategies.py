@@ -1,10 +1,10 @@
-"""The ways of training one model that `train` compares: an adapter of each rank, all weights, the head alone."""
+"""The ways of training one model that `train` compares, and which of its modules are trained."""
 
 from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ from typing import Any
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.callbacks import OnProgress, Progress
+from lora_export.callbacks import OnMessage, OnProgress, Progress
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, listed
 from lora_export.layers.adapted_layers import branch_tensors
-from lora_export.layers.initial_factors import as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
+from lora_export.models.model import Model
 from lora_export.options.train import ComparedStrategy, TrainingSettings, TrainOptions
 from lora_export.training.batches import Data
-from lora_export.training.checkpoint import Checkpoints
+from lora_export.training.checkpoint import Checkpoints, EventLog, MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.evaluation import Score, evaluate
-from lora_export.training.event_log import EventLog
-from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
 from lora_export.training.loop import OnStep, fit
-from lora_export.training.processes import take_from_first
-from lora_export.training.sharding import shard_base
+from lora_export.training.processes import shard_base, take_from_first
+from lora_export.weights.checkpoint import open_checkpoint
 
 FULL_RATE = 0.1  # of the adapter's learning rate: all weights are trained with about a tenth of it
 
@@ -85,21 +85,18 @@ class Trainer:
     heads: tuple[str, ...]
     options: TrainOptions
 
-    def adapter(
-        self,
-        new: Adapter,
-        rank: int,
-        *,
-        checkpoints: Checkpoints | None = None,
-        resume: bool = False,
-    ) -> TrainingRun:
+    def adapter(self, new: Adapter, rank: int, checkpoints: Checkpoints | None = None) -> TrainingRun:
         """Train a new adapter. The base is as before afterwards, to the last bit.
 
         An adapter that starts from the weights (`init`) is returned as a plain one, of twice the rank. Raises
         InputRefused where a parameter of the base would be trained, and for weights that cannot be started from.
         """
         init, on_progress = self.options.init, self.options.on_progress
-        start = started_from_weights(self.module, new, init, on_layer=_layer_progress(init, on_progress))
+
+        def report(done: int, layers: int) -> None:
+            on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
+
+        start = started_from_weights(self.module, new, init, on_layer=report)
         frozen = [] if init == "default" else [frozen_start(start)]
         parts = plan.make([start, *frozen], layers.specs(self.module), identity_ok=True)
         dropout = new.metadata.get("lora_dropout", 0.0)
@@ -112,9 +109,8 @@ class Trainer:
             count = layers.count_parameters(self.module)
             if self.options.shard_base:
                 shard_base(self.module, self.options.device)
-            stage = f"training, rank {rank}"
-            more = {"checkpoints": checkpoints, "resume": resume}
-            history = self._fit(self.module, self.settings, stage, f"rank-{rank}", **more)
+            more = {"checkpoints": checkpoints, "resume": self.options.resume}
+            history = self._fit(self.module, self.settings, f"training, rank {rank}", f"rank-{rank}", **more)
             trained = layers.read_back(self.module, start)
             trained = as_plain_lora(trained, start) if frozen else trained
             score = self._score(self.module)
@@ -139,18 +135,13 @@ class Trainer:
 
     def compared(self, strategies: Iterable[ComparedStrategy]) -> list[TrainingRun]:
         """Train by each of these, in their order."""
-        runs: Mapping[ComparedStrategy, Callable[[], TrainingRun]] = {
-            "full": self.whole_model,
-            "frozen": self.head_alone,
-        }
-        return [runs[strategy]() for strategy in strategies]
+        return [self.whole_model() if strategy == "full" else self.head_alone() for strategy in strategies]
 
     def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
         layers.widen_trained(module)
         count = layers.count_parameters(module)
-        history = (
-            self._fit(module, settings, stage, strategy) if count.trained else TrainingHistory(self.options.device)
-        )
+        untrained = TrainingHistory(self.options.device)
+        history = self._fit(module, settings, stage, strategy) if count.trained else untrained
         return TrainingRun(strategy, None, count, history, settings, self._score(module))
 
     def _fit(
@@ -164,10 +155,9 @@ class Trainer:
     def _score(self, module: nn.Module) -> Score | None:
         if self.held_out is None:
             return None
-        # A user's own batches are one row each.
-        size = min(self.settings.batch_size, 64)
-        precision = self.settings.precision
-        return evaluate(module, self.held_out, batch_size=size, device=self.options.device, precision=precision)
+        size = min(self.settings.batch_size, 64)  # a user's own batches are one row each
+        device, precision = self.options.device, self.settings.precision
+        return evaluate(module, self.held_out, batch_size=size, device=device, precision=precision)
 
 
 def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
@@ -186,10 +176,6 @@ def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
     return report
 
 
-def _layer_progress(init: str, on_progress: OnProgress) -> Callable[[int, int], None]:
-    return lambda done, layers: on_progress(Progress(f"factors of the weights ({init})", done, layers, "layers"))
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
@@ -198,3 +184,71 @@ def _duration(seconds: float) -> str:
 def losses_of(runs: Sequence[TrainingRun]) -> dict[str, tuple[float, ...]]:
     """The loss of each step, by the label of the run."""
     return {run.label: run.history.losses for run in runs if run.history.losses}
+
+
+HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of task heads in transformers
+
+
+def refuse_rank_beyond_layers(adapter: Adapter, *, named: bool, on_message: OnMessage) -> None:
+    """Raise InputRefused for a rank that is larger than a named layer, or than all layers. Others get a note.
+
+    A pattern that gives a layer a rank of its own names it.
+    """
+    small = layers.full_rank_layers(adapter)
+    if not small:
+        return
+    message = f"the rank is larger than {len(small)} of {len(adapter.pairs)} layers"
+    of_pattern = [name for name in small if adapter.pairs[name].rank != adapter.metadata["r"]]
+    if named or of_pattern or len(small) == len(adapter.pairs):
+        first = sorted(small, key=lambda name: name not in of_pattern)
+        raise InputRefused(f"{message}. Lower it, or choose other layers:", listed([small[name] for name in first]))
+    on_message(f"note: {message}, such as {next(iter(small.values()))}")
+
+
+def heads_of(loaded: Model) -> tuple[str, ...]:
+    """The task head of a Hugging Face classifier: the modules that its class has besides the base model."""
+    if not loaded.is_huggingface:
+        return ()
+    return tuple(name for name, _ in loaded.module.named_children() if name in HEADS)
+
+
+def with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:
+    """The heads, and the modules whose weights the folder lacks. They are trained and saved too, or would be lost.
+
+    Raises InputRefused where a new weight is not in a module of new weights alone.
+    """
+    new = set(loaded.new_weights)
+    found: list[str] = []
+    for path, part in loaded.module.named_modules():
+        tensors = {f"{path}.{name}" for name in part.state_dict()} if path else set()
+        if tensors and tensors <= new and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    if lost := [name for name in sorted(new) if not name.startswith(tuple(f"{path}." for path in found))]:
+        raise InputRefused(f"{loaded.source} lacks weights that no head contains:", listed(lost, 10))
+    return (*heads, *(path for path in found if not any(f".{path}.".startswith(f".{head}.") for head in heads)))
+
+
+def note_on_other_names(loaded: Model, new: Adapter) -> str:
+    """A note where the names of the module are not those of the folder's files; empty where the adapter fits both."""
+    if not loaded.is_huggingface:
+        return ""
+    try:
+        checkpoint = open_checkpoint(Path(loaded.source), dequantise=True)
+        plan.make([new], checkpoint.specs, identity_ok=True, may_add=True, rules=checkpoint.rules)
+    except MatchError as error:
+        example = min(misfit.key for misfit in error.misfits)
+        return (
+            f"note: the adapter will not fit the files of {loaded.source}: {len(error.misfits)} of its {error.targets} "
+            f"tensors have names that transformers gives them when it loads the model, such as {example}. `merge` will "
+            "refuse it. `onnx`, `torchscript` and PEFT take it"
+        )
+    return ""
+
+
+def note_on_untrained(run: TrainingRun) -> str:
+    """A note on the layers that the loss does not depend on; empty where there are none."""
+    assert run.adapter is not None
+    names = [f"`{name}`" for name, pair in run.adapter.pairs.items() if not (pair.a.any() and pair.b.any())]
+    more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
+    listing = ", ".join(names[:SHOWN_PROBLEMS])
+    return f"note: {listing}{more} got no gradient, so that the adapter does not change them" if names else ""

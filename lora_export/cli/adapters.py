@@ -67,7 +67,7 @@ def combine_command(as_json: bool, **options: Any) -> None:
     The exact sum (cat) has the sum of all ranks; `lora-export resize` makes it smaller. No base and no PyTorch are
     needed. `lora-export merge --combine` merges the same combination.
     """
-    from lora_export.api.combine import combine
+    from lora_export.api.adapters import combine
 
     result = combine(**options)
     if as_json:
@@ -86,7 +86,7 @@ def extract_command(as_json: bool, **options: Any) -> None:
     cannot hold is refused by name. PyTorch is not needed, and memory does not grow with the size of the model.
     """
     with shown() as on_progress:
-        from lora_export.api.extract import extract
+        from lora_export.api.adapters import extract
 
         result = extract(on_progress=on_progress, **options)
     _show_shares(result, result.whole, as_json=as_json)
@@ -99,7 +99,7 @@ def resize_command(as_json: bool, **options: Any) -> None:
     The share of each layer's change that is left is reported. The output is a PEFT adapter. No base and no PyTorch
     are needed.
     """
-    from lora_export.api.resize import resize
+    from lora_export.api.adapters import resize
 
     _show_shares(resize(**options), as_json=as_json)
 

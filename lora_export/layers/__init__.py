@@ -2,14 +2,12 @@
 
 from lora_export.layers.adapted_layers import recorded_branches
 from lora_export.layers.attaching import attach, detach, scale_adapters, without_branches
-from lora_export.layers.folding import fold
-from lora_export.layers.four_bit_weights import compute_in_input_dtype, four_bit_layers
+from lora_export.layers.folding import fold, has_changed_ties, refuse_tied, untie, with_shared_ties
+from lora_export.layers.frozen_linear import compute_in_input_dtype, four_bit_layers
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
-from lora_export.layers.module_spelling import respelled_for, with_loaded_names
-from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, respelled_for, specs, with_loaded_names
 from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
-from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie, with_shared_ties
 from lora_export.layers.trained_adapter import (
     ParameterCount,
     count_parameters,

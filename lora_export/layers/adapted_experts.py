@@ -21,8 +21,7 @@ from lora_export.layers.adapted_layers import (
     is_recording,
     record_branch,
 )
-from lora_export.layers.exchanged_class import subclass
-from lora_export.layers.torch_internals import own_parameters
+from lora_export.layers.torch_internals import own_parameters, subclass
 
 # The parameter of `forward` that has the chosen experts of each token, in all classes of transformers.
 CHOSEN_EXPERTS = ("top_k_index", "router_indices")

@@ -22,11 +22,17 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.exchanged_class import subclass
-from lora_export.layers.four_bit_weights import FourBitLayer, float_weight, has_four_bit_forward, linear
-from lora_export.layers.frozen_linear import add_frozen_pair, is_plain, linear_with_pair
+from lora_export.layers.frozen_linear import (
+    FourBitLayer,
+    add_frozen_pair,
+    float_weight,
+    has_four_bit_forward,
+    is_plain,
+    linear,
+    linear_with_pair,
+)
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, oriented
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, subclass
 from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
@@ -146,8 +152,7 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
 
 def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
     """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W."""
-    factor = attachment_of(owner).factor
-    dtype = low_rank_factors(owner, branches[0])[0].dtype
+    factor, dtype = attachment_of(owner).factor, low_rank_factors(owner, branches[0])[0].dtype
     total = weight.to(dtype).clone(memory_format=torch.contiguous_format)
     for branch in branches:
         assert branch.region is not None
@@ -170,12 +175,12 @@ def part_of(tensor: Tensor, region: StoredRegion) -> Tensor:
 
 def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
     """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
-    changes = []
+    changes, factor = [], attachment_of(owner).factor
     for branch in branches:
         record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
-        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (attachment_of(owner).factor * branch.scale))
+        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (factor * branch.scale))
     change = sum(changes[1:], start=changes[0])
     total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
     return total
@@ -227,14 +232,12 @@ def adapted_bias(owner: nn.Module) -> Tensor | None:
     return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
 
 
+_Layer = Callable[[Tensor, Tensor | None], Tensor]  # of x and the bias
+_Pair = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, A and B
+
+
 def _forward_with_branches(
-    owner: nn.Module,
-    x: Tensor,
-    layer: Callable[[Tensor, Tensor | None], Tensor],
-    pair: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    bias: Tensor | None = None,
-    output_axis: int = 1,
+    owner: nn.Module, x: Tensor, layer: _Layer, pair: _Pair, bias: Tensor | None = None, output_axis: int = 1
 ) -> Tensor:
     """`layer(x, bias) + Σ factor * scale * pair(x, A, B)`, computed in the dtype of A and returned in the layer's.
 
@@ -257,12 +260,7 @@ def _forward_with_branches(
 
 
 def _forward_with_dora(
-    owner: nn.Module,
-    x: Tensor,
-    layer: Callable[[Tensor, Tensor | None], Tensor],
-    pair: Callable[[Tensor, Tensor, Tensor], Tensor],
-    bias: Tensor | None,
-    output_axis: int,
+    owner: nn.Module, x: Tensor, layer: _Layer, pair: _Pair, bias: Tensor | None, output_axis: int
 ) -> Tensor:
     attachment = attachment_of(owner)
     (branch,) = attachment.branches  # a plan allows no other branch beside DoRA's
@@ -273,7 +271,7 @@ def _forward_with_dora(
     factor = per_output(_dora_factor(owner, branch, _weight_sum(owner, weight, [branch])), output_axis)
     y, kept = layer(x, None), _pair_input(owner, x, a, branch)
     change = pair(kept, a, b) * (attachment.factor * branch.scale)
-    if _drops(owner) and x.is_floating_point():
+    if owner.training and attachment.dropout and x.is_floating_point():
         # As in PEFT: the share of W x in the change gets the dropped x, too.
         total = y + (factor - 1) * layer(kept.to(x.dtype), None) + factor * change
     else:
@@ -286,11 +284,8 @@ def _pair_input(owner: nn.Module, x: Tensor, a: Tensor, branch: Branch) -> Tenso
     if not x.is_floating_point():
         return x
     wide = x.to(a.dtype)
-    return F.dropout(wide, attachment_of(owner).dropout) if _drops(owner) and not branch.frozen else wide
-
-
-def _drops(owner: nn.Module) -> bool:
-    return owner.training and attachment_of(owner).dropout > 0
+    dropout = attachment_of(owner).dropout if owner.training and not branch.frozen else 0.0
+    return F.dropout(wide, dropout) if dropout else wide
 
 
 def _output_in_training(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -334,13 +329,11 @@ class _LinearBranches(_AdaptedLayer):
 def _linear_with_branches(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if (trained := _output_in_training(owner, x, weight, bias)) is not None:
         return trained
-    return _forward_with_branches(
-        owner,
-        x,
-        lambda x, bias: linear(x, weight, bias),
-        lambda x, a, b: F.linear(F.linear(x, a), b),
-        bias=bias,
-    )
+    return _forward_with_branches(owner, x, lambda x, bias: linear(x, weight, bias), _linear_pair, bias)
+
+
+def _linear_pair(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.linear(x, a), b)
 
 
 class _FourBitBranches(nn.Module):
@@ -366,7 +359,7 @@ class _Conv1DBranches(_AdaptedLayer):
             y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
             return y.view(*x.shape[:-1], weight.shape[1])
 
-        return _forward_with_branches(self, x, layer, lambda x, a, b: F.linear(F.linear(x, a), b), bias=self.bias)
+        return _forward_with_branches(self, x, layer, _linear_pair, self.bias)
 
 
 class _ConvolutionBranches(_AdaptedLayer):
@@ -375,13 +368,12 @@ class _ConvolutionBranches(_AdaptedLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, own_parameters(self)["weight"])
         convolve = cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], self._conv_forward)
+
+        def pair(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return CONVOLVE[b.ndim](convolve(x, a, None), b)
+
         return _forward_with_branches(
-            self,
-            input,
-            lambda x, bias: convolve(x, weight, bias),
-            lambda x, a, b: CONVOLVE[b.ndim](convolve(x, a, None), b),
-            bias=self.bias,
-            output_axis=weight.ndim - 1,
+            self, input, lambda x, bias: convolve(x, weight, bias), pair, self.bias, weight.ndim - 1
         )
 
 
@@ -394,10 +386,7 @@ class _EmbeddingBranches(nn.Embedding):
         if attachment_of(self).rows is not None:
             return _embedded_with_rows(self, input, F.embedding(input, weight, pad))
         return _forward_with_branches(
-            self,
-            input,
-            lambda x, _: F.embedding(x, weight, pad),
-            lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b),
+            self, input, lambda x, _: F.embedding(x, weight, pad), lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b)
         )
 
 

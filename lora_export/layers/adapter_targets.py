@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.four_bit_weights import float_weight
-from lora_export.layers.module_tensors import named_tensors, specs
+from lora_export.layers.frozen_linear import float_weight
+from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, specs, wide_dtype
 from lora_export.plan import Layout, TensorSpec
 
 NEAREST = 3  # names that a message shows
@@ -22,10 +25,14 @@ NEAREST = 3  # names that a message shows
 class AdaptableWeight:
     """A weight that can get a pair, or a stacked parameter whose slices (experts) can."""
 
-    name: str  # of its pair: its module's name, or its own where a module has several
     spec: TensorSpec
     owner: nn.Module
     tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        """The name of its pair: its module's, or its own where a module has several."""
+        return self.spec.name.removesuffix(".weight").removesuffix(".in_proj_weight")
 
     @property
     def values(self) -> Tensor:
@@ -38,6 +45,17 @@ class AdaptableWeight:
         return self.spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(self.spec.shape) == 2
 
     @property
+    def stored_layout(self) -> str:
+        """The layout in the files of a model. transformers makes a Linear4bit, (out, in), of a Conv1D, (in, out)."""
+        return (Layout.IN_OUT if getattr(self.owner, "source_cls", None) in conv1d() else self.spec.layout).value
+
+    @property
+    def lengths(self) -> NDArray[np.float32]:
+        """The norm of each output of the weight, (out,)."""
+        weight = oriented(self.values, self.spec.layout).to(wide_dtype(self.tensor.dtype))
+        return as_array(torch.linalg.vector_norm(weight.flatten(1), dim=1)).astype(np.float32)
+
+    @property
     def is_stacked(self) -> bool:
         """Whether it is a bare parameter (experts, ., .)."""
         return self.spec.layout is Layout.OTHER
@@ -48,10 +66,8 @@ class AdaptableWeights:
 
     def __init__(self, module: nn.Module):
         self.modules = [path for path, _ in module.named_modules() if path]
-        found = [
-            AdaptableWeight(_pair_name(spec.name), spec, entry.owner, entry.tensor)
-            for entry, spec in zip(named_tensors(module), specs(module), strict=True)
-        ]
+        tensors = zip(named_tensors(module), specs(module), strict=True)
+        found = [AdaptableWeight(spec, entry.owner, entry.tensor) for entry, spec in tensors]
         self.layers = {one.name: one for one in found if spec_takes_pair(one.spec)}
         self.linear = {name: one for name, one in self.layers.items() if one.is_linear}
         self.stacked = {
@@ -82,10 +98,9 @@ class AdaptableWeights:
             matched = [name for name in self.linear if name not in self._left_out]
         if pattern:
             matched += [name for name in self._matching(pattern, layers) if name not in matched]
-        stacked = [name for name in self.stacked if matches_ending(name, parameters)]
-        return {name: layers[name] for name in layers if name in set(matched)} | {
-            name: self.stacked[name] for name in stacked
-        }
+        chosen = set(matched)
+        stacked = {name: one for name, one in self.stacked.items() if matches_ending(name, parameters)}
+        return {name: one for name, one in layers.items() if name in chosen} | stacked
 
     def _matching(self, pattern: str, layers: Mapping[str, AdaptableWeight]) -> list[str]:
         try:
@@ -109,7 +124,10 @@ class AdaptableWeights:
                 continue
             exists = "is no" if any(matches_ending(path, [name]) for path in self.modules) else "matches no"
             inside = [path for path in paths if f".{name}." in f".{path}"]
-            near = f"in it are: {_first_of(inside)}" if inside else f"the nearest: {nearest(name, paths)}"
+            more = f" and {len(inside) - NEAREST} more" if len(inside) > NEAREST else ""
+            near = (
+                f"in it are: {', '.join(inside[:NEAREST])}{more}" if inside else f"the nearest: {nearest(name, paths)}"
+            )
             problems.append(f"`{name}` {exists} {what}; {near if paths else 'the model has none'}")
         if problems:
             raise InputRefused("; ".join(problems))
@@ -124,11 +142,6 @@ def nearest(name: str, paths: Iterable[str]) -> str:
     return ", ".join(found) or "none"
 
 
-def _first_of(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - NEAREST} more" if len(paths) > NEAREST else ""
-    return ", ".join(paths[:NEAREST]) + more
-
-
 def matches_ending(path: str, names: Iterable[str]) -> bool:
     """Whether one of the names is the path or its end after a dot."""
     return any(f".{path}".endswith(f".{name}") for name in names)
@@ -139,10 +152,6 @@ def spec_takes_pair(spec: TensorSpec) -> bool:
     return spec.layout is Layout.EMBEDDING or (
         spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and 2 <= len(spec.shape) <= 5
     )
-
-
-def _pair_name(weight: str) -> str:
-    return weight.removesuffix(".weight").removesuffix(".in_proj_weight")
 
 
 def _output_embeddings(module: nn.Module) -> set[str]:

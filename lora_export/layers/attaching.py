@@ -32,9 +32,8 @@ from lora_export.layers.adapted_layers import (
     attachment_of,
     has_own_branches,
 )
-from lora_export.layers.exchanged_class import exchange_class
-from lora_export.layers.folding import folded_tensor, replacement_tensor
-from lora_export.layers.four_bit_weights import float_weight, four_bit_linear, is_4bit
+from lora_export.layers.folding import folded_tensor, replacement_tensor, target_tensors
+from lora_export.layers.frozen_linear import float_weight, four_bit_linear, is_4bit
 from lora_export.layers.module_tensors import (
     CONVOLUTION_TYPES,
     ModuleTensor,
@@ -43,8 +42,7 @@ from lora_export.layers.module_tensors import (
     tensor_registry,
     wide_dtype,
 )
-from lora_export.layers.plan_targets import target_tensors
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, unsaved_buffers
+from lora_export.layers.torch_internals import exchange_class, own_buffers, own_modules, own_parameters, unsaved_buffers
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 
@@ -54,12 +52,7 @@ NO_WORD = re.compile(r"\W+", re.ASCII)
 
 
 def attach(
-    module: nn.Module,
-    plan: Plan,
-    *,
-    trainable: bool = False,
-    dropout: float = 0.0,
-    frozen: Collection[str] = (),
+    module: nn.Module, plan: Plan, *, trainable: bool = False, dropout: float = 0.0, frozen: Collection[str] = ()
 ) -> None:
     """Attach a plan's adapters, in place: pairs and bias shifts as branches, replaced tensors in place of the base's.
 
@@ -76,8 +69,11 @@ def attach(
     targets = target_tensors(module, plan, may_tie=trainable)
     for step in plan.steps:
         _refuse_unattachable(step, targets[step.spec.stored_name])
-        if trainable:
-            _refuse_untrainable(step)
+        if trainable and step.shift is not None:
+            raise InputRefused(
+                f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
+                f"{named('bias', 'lora_only')}"
+            )
     if dropout:
         _refuse_dropout(module, plan, targets)
     replacements = {
@@ -90,7 +86,7 @@ def attach(
     names = _parameter_names(adapter.name for adapter in plan.adapters)
     for step in plan.steps:
         target = targets[step.spec.stored_name]
-        _begin_attachment(target.owner)
+        attachment = _begin_attachment(target.owner)
         if step.replaces_only_rows and trainable:
             _train_rows(module, target, plan, step)
         elif step.replaces_only_rows:
@@ -103,12 +99,15 @@ def attach(
         if step.terms:
             _adapt_class(target.owner, of_parts=step.spec.region is not None)
             _add_branches(target, step, names, trainable=trainable, frozen=frozen)
-            attachment_of(target.owner).dropout = dropout
+            attachment.dropout = dropout
 
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     owner = target.owner
-    _refuse_packed(step, target)
+    if is_4bit(target.tensor) and (step.replace is not None or step.token_rows is not None):
+        raise InputRefused(f"{step.weight} is in 4 bits: a pair can be trained beside it, but not its values")
+    if isinstance(owner, four_bit_linear()) and target.attribute == "weight" and not is_4bit(target.tensor):
+        raise InputRefused(f"{step.weight} is not quantised yet: move the Linear4bit to its device first")
     if step.spec.region is not None and (target.tensor.ndim < 3 or isinstance(owner, CONVOLUTION_TYPES)):
         raise InputRefused(f"{step.weight} is a part of a layer's weight; only a merge into a checkpoint can change it")
     if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES, *conv1d())):
@@ -131,23 +130,6 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
         folded_tensor(step, float_weight(target.tensor))
 
 
-def _refuse_packed(step: Step, target: ModuleTensor) -> None:
-    """Raise InputRefused for new values of a weight in 4 bits, and for one that is not packed yet."""
-    if is_4bit(target.tensor):
-        if step.replace is not None or step.token_rows is not None:
-            raise InputRefused(f"{step.weight} is in 4 bits: a pair can be trained beside it, but not its values")
-    elif isinstance(target.owner, four_bit_linear()) and target.attribute == "weight":
-        raise InputRefused(f"{step.weight} is not quantised yet: move the Linear4bit to its device first")
-
-
-def _refuse_untrainable(step: Step) -> None:
-    if step.shift is not None:
-        raise InputRefused(
-            f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
-            f"{named('bias', 'lora_only')}"
-        )
-
-
 def _refuse_dropout(module: nn.Module, plan: Plan, targets: Mapping[str, ModuleTensor]) -> None:
     """Raise InputRefused for layers that use W + ΔW: dropping entries of x would change W x too."""
     of_attention = {
@@ -166,18 +148,15 @@ def _refuse_dropout(module: nn.Module, plan: Plan, targets: Mapping[str, ModuleT
         )
 
 
-def _begin_attachment(owner: nn.Module) -> None:
-    owner.__dict__.setdefault(ATTACHMENT, Attachment(type(owner)))
+def _begin_attachment(owner: nn.Module) -> Attachment:
+    made: Attachment = owner.__dict__.setdefault(ATTACHMENT, Attachment(type(owner)))
+    return made
 
 
 def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
-    original = attachment_of(owner).original
-    if of_parts:
-        parameters = own_parameters(owner).items()
-        stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
-        exchange_class(owner, adapted_experts_class(original, stacked))
-    else:
-        exchange_class(owner, adapted_class(original))
+    original, parameters = attachment_of(owner).original, own_parameters(owner).items()
+    stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
+    exchange_class(owner, adapted_experts_class(original, stacked) if of_parts else adapted_class(original))
 
 
 def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
@@ -188,8 +167,7 @@ def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
 def _add_branches(
     target: ModuleTensor, step: Step, names: Mapping[str, str], *, trainable: bool, frozen: Collection[str]
 ) -> None:
-    owner = target.owner
-    region = step.spec.region
+    owner, region = target.owner, step.spec.region
     for term in step.terms:
         name, is_frozen = names[term.adapter], term.adapter in frozen
         if region is not None:
@@ -203,8 +181,7 @@ def _add_branches(
                 owner.register_module(part, nn.ParameterDict())
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable and not is_frozen)
             cast(nn.ParameterDict, own_modules(owner)[part])[name] = parameter
-        scale, dora = term.scale, term.pair.magnitude is not None
-        layout = step.spec.layout
+        scale, dora, layout = term.scale, term.pair.magnitude is not None, step.spec.layout
         branch = Branch(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen)
         attachment_of(owner).branches += (branch,)
 
@@ -236,16 +213,20 @@ def _replace(target: ModuleTensor, plan: Plan, step: Step, value: Tensor, *, tra
 def _replace_rows(module: nn.Module, target: ModuleTensor, value: Tensor) -> None:
     """Replace a table of which some rows are changed, under each of its names: PEFT trains tied tables as one."""
     table = nn.Parameter(value, requires_grad=False)
-    for twin in [twin for twin in named_tensors(module) if twin.tensor is target.tensor]:
-        _begin_attachment(twin.owner)
-        attachment_of(twin.owner).replaced += (ReplacedTensor("", "", twin.attribute, twin.tensor),)
+    for twin in _twins(module, target):
+        _begin_attachment(twin.owner).replaced += (ReplacedTensor("", "", twin.attribute, twin.tensor),)
         tensor_registry(twin.owner, twin.attribute)[twin.attribute] = table
+
+
+def _twins(module: nn.Module, target: ModuleTensor) -> list[ModuleTensor]:
+    """The tensor under all its names."""
+    return [twin for twin in named_tensors(module) if twin.tensor is target.tensor]
 
 
 def _train_rows(module: nn.Module, target: ModuleTensor, plan: Plan, step: Step) -> None:
     """Make rows of a table one parameter, which every name of the table reads."""
     assert step.token_rows is not None
-    twins = [twin for twin in named_tensors(module) if twin.tensor is target.tensor]
+    twins = _twins(module, target)
     for twin in twins:
         if not isinstance(twin.owner, nn.Linear | nn.Embedding) or not has_own_branches(type(twin.owner)):
             raise InputRefused(f"{twin.name}: rows of a {type(twin.owner).__name__} cannot be trained alone")
@@ -258,9 +239,8 @@ def _train_rows(module: nn.Module, target: ModuleTensor, plan: Plan, step: Step)
     rows = nn.Parameter(_adapter_tensor(target.tensor, step.token_rows.values.astype(np.float32)))
     indices = torch.from_numpy(step.token_rows.indices).to(target.tensor.device)
     for twin in twins:
-        _begin_attachment(twin.owner)
+        _begin_attachment(twin.owner).rows = TrainedRows(adapter, name)
         _adapt_class(twin.owner)
-        attachment_of(twin.owner).rows = TrainedRows(adapter, name)
         twin.owner.register_parameter(TRAINED_ROWS, rows)
         twin.owner.register_buffer(ROW_INDICES, indices, persistent=False)
 
@@ -316,10 +296,9 @@ def scale_adapters(
     fp64, whatever the module is in. Contexts nest.
     Raises InputRefused where nothing is attached.
     """
-    owners = attached_modules(module)
-    factors_before = [attachment_of(owner).factor for owner in owners]
+    before = [(attachment_of(owner), attachment_of(owner).factor) for owner in attached_modules(module)]
     tensors_before: list[tuple[dict[str, Any], str, Tensor]] = []
-    for owner in owners:
+    for owner in attached_modules(module):
         attachment = attachment_of(owner)
         attachment.factor *= factor
         for replaced in attachment.replaced if (factor == 0 and not keep_replaced) or scale_replaced else ():
@@ -337,8 +316,8 @@ def scale_adapters(
     try:
         yield
     finally:
-        for owner, factor_before in zip(owners, factors_before, strict=True):
-            attachment_of(owner).factor = factor_before
+        for attachment, factor_before in before:
+            attachment.factor = factor_before
         for registry, attribute, tensor in reversed(tensors_before):
             registry[attribute] = tensor
 

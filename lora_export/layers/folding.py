@@ -1,18 +1,137 @@
-"""A plan folded into the weights of an nn.Module, in memory."""
+"""A plan folded into the weights of an nn.Module, in memory; the tensors that a plan changes, and ties among them."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lora_export import sums
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.adapted_layers import part_of, per_output
-from lora_export.layers.four_bit_weights import is_4bit
-from lora_export.layers.module_tensors import as_tensor, named_tensors, oriented, wide_dtype
-from lora_export.layers.plan_targets import target_tensors, untie
-from lora_export.plan import Plan, Step
+from lora_export.layers.adapted_layers import attachment_of, is_attached, part_of, per_output
+from lora_export.layers.frozen_linear import is_4bit
+from lora_export.layers.module_tensors import (
+    ModuleTensor,
+    as_tensor,
+    named_tensors,
+    oriented,
+    specs,
+    tensor_registry,
+    wide_dtype,
+)
+from lora_export.lora import Adapter
+from lora_export.options.spelling import named
+from lora_export.plan import Layout, Plan, Step, Tied, Ties, are_same_change
+from lora_export.plan.match_names import BaseTensors, find_prefix
+from lora_export.plan.ties import shared
+
+
+def target_tensors(module: nn.Module, plan: Plan, *, may_tie: bool = False) -> dict[str, ModuleTensor]:
+    """The module's tensors by name, among them the target of every step of the plan.
+
+    With `may_tie`, a pair on one name of a tied weight is allowed.
+
+    Raises InputRefused for what neither `attach` nor `fold` can do: adapters that are already attached,
+    tensors that the module lacks, and tied weights.
+    """
+    _refuse_attached(module)
+    added = [step.weight for step in plan.steps if step.added]
+    if added:
+        raise InputRefused(f"the module has no {', '.join(added)}: load it with the head that the adapter was made for")
+    if not may_tie:
+        refuse_tied(module, plan)
+    return {target.name: target for target in named_tensors(module)}
+
+
+def _refuse_attached(module: nn.Module) -> None:
+    attachments = [attachment_of(owner) for owner in module.modules() if is_attached(owner)]
+    if not attachments:
+        return
+    names = {branch.adapter for attachment in attachments for branch in attachment.branches}
+    names |= {tensor.adapter or "rows of tokens" for attachment in attachments for tensor in attachment.replaced}
+    raise InputRefused(
+        f"adapters are attached already ({', '.join(sorted(names))}): detach first, or make one plan of all of them"
+    )
+
+
+def refuse_tied(module: nn.Module, plan: Plan) -> None:
+    """Raise InputRefused if a step changes a tensor that the module has under several names.
+
+    Allowed are rows of tokens, which PEFT trains for all names at once, whole tensors, with which a name gets a tensor
+    of its own, and equal changes of all names.
+    """
+    tied = [
+        group for group in _changed_ties(module, plan) if not (_are_equal(group, plan) or _get_own_tensors(group, plan))
+    ]
+    if tied:
+        groups = "; ".join(" and ".join(target.name for target in group) for group in tied)
+        raise InputRefused(
+            f"one tensor under several names: {groups}. A change under one name would silently change the others. "
+            f"{named('tied', 'untie')} gives each a tensor of its own, as the adapter was trained; "
+            f"{named('tied', 'both')} changes all of them. Nothing was changed."
+        )
+
+
+def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[str]:
+    """Give each name of a tied tensor that steps change a parameter of its own, with the same values, in place.
+
+    Returns these names. With `keep_equal`, a tensor stays tied if all its names change equally. For plans that
+    `refuse_tied` accepts.
+    """
+    untied = []
+    for group in _changed_ties(module, plan):
+        for target in group[1:] if not (keep_equal and _are_equal(group, plan)) else ():
+            copy = nn.Parameter(target.tensor.detach().clone(), requires_grad=target.tensor.requires_grad)
+            tensor_registry(target.owner, target.attribute)[target.attribute] = copy
+            untied.append(target.name)
+    return untied
+
+
+def with_shared_ties(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, under the names of the module, with the changes of one tied tensor for all its names.
+
+    Raises InputRefused as `plan.ties.shared`.
+    """
+    tensors = {target.name: group[0].name for group in _tie_groups(module) for target in group[1:]}
+    tables = {spec.name for spec in specs(module) if spec.layout is Layout.EMBEDDING}
+    names = BaseTensors(specs(module))
+    ties = Ties(Tied.BOTH, tensors)
+    return [shared(adapter, ties, find_prefix(adapter, names), tables) for adapter in adapters]
+
+
+def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
+    """Whether steps change tensors that the module has under several names."""
+    return bool(_changed_ties(module, plan))
+
+
+def _changed_ties(module: nn.Module, plan: Plan) -> list[list[ModuleTensor]]:
+    """The names of every tensor that has several, where a step other than rows of tokens changes one of them."""
+    changed = {step.spec.stored_name for step in plan.steps if not step.replaces_only_rows}
+    return [group for group in _tie_groups(module) if any(target.name in changed for target in group)]
+
+
+def _tie_groups(module: nn.Module) -> list[list[ModuleTensor]]:
+    """The names of every tensor that has several."""
+    groups: dict[int, list[ModuleTensor]] = {}
+    for target in named_tensors(module):
+        tensor = target.tensor
+        # The address also finds two parameters that share their memory; meta tensors have none.
+        groups.setdefault(tensor.data_ptr() or id(tensor), []).append(target)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _are_equal(group: Sequence[ModuleTensor], plan: Plan) -> bool:
+    steps = [plan.by_weight.get(target.name) for target in group]
+    first, *others = steps
+    return first is not None and all(other is not None and are_same_change(first, other) for other in others)
+
+
+def _get_own_tensors(group: Sequence[ModuleTensor], plan: Plan) -> bool:
+    """Whether whole tensors replace the changed names, and each name has a place of its own in the module."""
+    steps = [plan.by_weight[target.name] for target in group if target.name in plan.by_weight]
+    places = {(id(target.owner), target.attribute) for target in group}
+    return all(step.replace is not None and not step.terms for step in steps) and len(places) == len(group)
 
 
 def fold(module: nn.Module, plan: Plan) -> None:
@@ -50,7 +169,7 @@ def folded_tensor(step: Step, base: Tensor) -> Tensor:
     """The result of a step on the base's tensor, in its dtype. Raises InputRefused unless all values are finite."""
     if step.is_replacement:
         return replacement_tensor(step, base)
-    start = base.detach() if step.replace is None else as_tensor(np.asarray(step.replace)).to(base.device)
+    start = base.detach() if step.replace is None else as_tensor(step.replace).to(base.device)
     change = _change(step, wide_dtype(base.dtype)).to(base.device)
     total = oriented(start, step.spec.layout).to(change.dtype) + change
     if step.magnitude is not None:

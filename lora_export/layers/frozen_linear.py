@@ -1,21 +1,164 @@
-"""A frozen linear layer with one trained pair beside it, as one step of autograd.
+"""Linear layers with a frozen weight: in 4 bits, as bitsandbytes stores it, and with one trained pair beside it.
 
-Composed of its parts, `W x + scale * (B A x)` takes four passes over the outputs and two over the gradient of x. Here
-the pair's product is added into the output of W in place, and so is its share of the gradient. Saved are x and A x:
-W x needs nothing saved, and B A x is not made. A W in 4 bits or in another dtype is converted again in the backward
-pass: nothing of its size is kept.
+The weight of a `bitsandbytes.nn.Linear4bit` is a parameter of packed bytes: nf4 or fp4, with their scales quantised
+again or not. Its `quant_state` has the shape, the scales and the table of values. Here it is read as floats, one layer
+at a time. Nothing of bitsandbytes is imported: only a module that was built with it has such weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_export.layers.four_bit_weights import in_shape, is_4bit, state_of_4bit, values_of
+from lora_export.errors import count
+from lora_export.layers.torch_internals import (
+    exchange_class,
+    own_parameters,
+    reshaped_alone,
+    subclass,
+    without_subclass_rules,
+)
+
+DEQUANTISED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes writes
+
+State = Any  # bitsandbytes.functional.QuantState
+
+
+def four_bit_linear() -> tuple[type[nn.Module], ...]:
+    """The Linear4bit class of bitsandbytes, or nothing while bitsandbytes is not loaded."""
+    loaded = sys.modules.get("bitsandbytes.nn.modules")
+    return (loaded.Linear4bit,) if loaded else ()
+
+
+def has_four_bit_forward(original: type[nn.Module]) -> bool:
+    """Whether a class computes as bitsandbytes' Linear4bit does."""
+    return any(original.forward is known.forward for known in four_bit_linear())
+
+
+def state_of_4bit(weight: Tensor) -> State | None:
+    """The shape, scales and table of a weight in 4 bits; None for any other tensor."""
+    loaded = sys.modules.get("bitsandbytes.nn.modules")
+    return getattr(weight, "quant_state", None) if loaded and isinstance(weight, loaded.Params4bit) else None
+
+
+def is_4bit(weight: Tensor) -> bool:
+    """Whether a tensor has packed numbers of 4 bits."""
+    return state_of_4bit(weight) is not None
+
+
+def float_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight as floats."""
+    state = state_of_4bit(weight)
+    return tuple(weight.shape) if state is None else tuple(state.shape)
+
+
+def float_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of a weight in 4 bits, in this dtype. Any other tensor as it is."""
+    return values_of(weight, state_of_4bit(weight), dtype)
+
+
+def values_of(weight: Tensor, state: State | None, dtype: torch.dtype) -> Tensor:
+    """As `float_weight`, of a weight whose state was kept apart: autograd may return it as a plain tensor."""
+    if state is None:
+        return weight
+    if dtype not in DEQUANTISED_DTYPES:
+        return values_of(weight, state, torch.float32).to(dtype)
+    operators = torch.ops.bitsandbytes
+    scales = state.absmax
+    if state.nested:
+        outer = state.state2
+        scales = operators.dequantize_blockwise(scales, outer.absmax, outer.code, outer.blocksize, torch.float32)
+        scales = scales + state.offset
+    with without_subclass_rules():  # the result is no parameter of bitsandbytes
+        packed = weight.detach().view(-1, 1)
+        floats = operators.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, state.shape, dtype)
+    return cast(Tensor, floats)
+
+
+def scales_of_4bit(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors that a weight in 4 bits has besides its packed numbers; none for any other tensor."""
+    state = state_of_4bit(weight)
+    if state is None:
+        return
+    yield from (state.absmax, state.code)
+    if state.nested:
+        yield from (state.offset, state.state2.absmax, state.state2.code)
+
+
+# --- Layers ---
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, also for a weight in 4 bits: its floats exist during the product alone, and again in the backward."""
+    if not is_4bit(weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _FourBitProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def in_shape(y: Tensor, x: Tensor) -> Tensor:
+    """The rows of y (rows, out) as (..., out), for an x (..., in). It counts as no view, so that models may change it.
+
+    y must not be used afterwards.
+    """
+    return reshaped_alone(y, [*x.shape[:-1], y.shape[-1]])
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.state = state_of_4bit(weight)
+        ctx.save_for_backward(weight)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        y = F.linear(rows, values_of(weight, ctx.state, dtype), None if bias is None else bias.to(dtype))
+        return in_shape(y, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        of_x, _, of_bias = ctx.needs_input_grad
+        found_x = found_bias = None
+        if of_x:
+            found_x = (gradient @ values_of(weight, ctx.state, gradient.dtype)).to(ctx.dtypes[0])
+        if of_bias:
+            found_bias = gradient.flatten(0, -2).sum(0).to(ctx.dtypes[1])
+        return found_x, None, found_bias
+
+
+class FourBitLayer(nn.Module):
+    """For the `forward` of bitsandbytes' Linear4bit, in the dtype of its input or of autocast.
+
+    bitsandbytes' own one rounds to bf16 in eval mode, on processors that have instructions for it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """W x + bias, of a frozen W."""
+        return linear(input, cast(Tensor, own_parameters(self)["weight"]), own_parameters(self).get("bias"))
+
+
+def compute_in_input_dtype(module: nn.Module) -> None:
+    """Let every Linear4bit below a module compute as `FourBitLayer`, in place."""
+    for part in module.modules():
+        original = type(part)
+        if has_four_bit_forward(original):
+            exchange_class(part, subclass(f"Frozen{original.__name__}", (FourBitLayer, original)))
+
+
+def four_bit_layers(module: nn.Module) -> str:
+    """The weights in 4 bits below a module, as `14 layers in 4 bits (nf4, double quantisation)`; empty without any."""
+    states = [state for parameter in module.parameters() if (state := state_of_4bit(parameter)) is not None]
+    kinds = sorted({state.quant_type + (", double quantisation" if state.nested else "") for state in states})
+    return f"{count(len(states), 'layer')} in 4 bits ({'; '.join(kinds)})" if states else ""
 
 
 def is_plain(x: Tensor, weight: Tensor, a: Tensor) -> bool:

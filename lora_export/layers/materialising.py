@@ -13,13 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_export.layers.adapted_layers import (
-    ATTACHMENT,
-    adapted_bias,
-    adapted_weight,
-    attached_modules,
-    attachment_of,
-)
+from lora_export.layers.adapted_layers import ATTACHMENT, adapted_bias, adapted_weight, attached_modules, attachment_of
 from lora_export.layers.attaching import detach, scaled_replacement
 from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor_registry
 from lora_export.layers.torch_internals import own_buffers, own_parameters
@@ -121,14 +115,9 @@ def _rounded_sum(
             exact[block],
             _rounded(exact[block], rounding),
             None if wanted is None else wanted[block],
-            functools.partial(_term_sizes, exact, base_values, block),
+            lambda at, block=block: exact[block][at].abs() + base_values()[block][at].abs(),  # type: ignore[misc]
         )
     return rounded.view(value.shape)
-
-
-def _term_sizes(exact: Tensor, base: Callable[[], Tensor], block: slice, at: tuple[Tensor, ...]) -> Tensor:
-    """|W + ΔW| + |W| at some indices of a block."""
-    return exact[block][at].abs() + base()[block][at].abs()
 
 
 def _with_preferred(

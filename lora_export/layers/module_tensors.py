@@ -1,9 +1,10 @@
-"""The tensors that an nn.Module holds: their names, their owners and their layouts."""
+"""The tensors that an nn.Module holds: their names, also as transformers renames them, their owners and layouts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -13,9 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.four_bit_weights import float_shape, is_4bit
+from lora_export.layers.frozen_linear import float_shape, is_4bit
 from lora_export.layers.torch_internals import own_buffers, own_parameters, unsaved_buffers
+from lora_export.lora import Adapter
+from lora_export.names.architecture import ArchitectureRules, rules_of
+from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import Layout, TensorSpec
+from lora_export.plan.name_prefixes import with_prefixes
+from lora_export.plan.spelling import respelled
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -133,3 +139,58 @@ def own_share(tensor: Tensor) -> Tensor:
 def is_in_shares(tensor: Tensor) -> bool:
     """Whether this process holds a share of the tensor alone."""
     return own_share(tensor) is not tensor
+
+
+def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters under the names of a module. Raises as `plan.spelling.respelled`.
+
+    Where a module is the inner part of a model (`outer_names`), names of the whole model fit it, too. Pairs on a layer
+    that it had and does not read (`unread`) are left out, with a note.
+    """
+    adapters = [_without_unread(module, _without_outer_names(module, adapter)) for adapter in adapters]
+    rules = _conversion_rules(module) if adapters else None
+    return adapters if rules is None else respelled(adapters, specs(module), rules)
+
+
+def _without_outer_names(module: nn.Module, adapter: Adapter) -> Adapter:
+    outer: tuple[str, ...] = getattr(module, "outer_names", ())
+    used = {prefix: "" for prefix in outer if any(name.startswith(prefix) for name in _names(adapter))}
+    return with_prefixes([adapter], used)[0]
+
+
+def _without_unread(module: nn.Module, adapter: Adapter) -> Adapter:
+    unread: tuple[str, ...] = getattr(module, "unread", ())
+    dropped = [name for name in _names(adapter) if name.startswith(unread)] if unread else []
+    if not dropped:
+        return adapter
+    note = f"{adapter.name} changes {', '.join(dropped)}, which no output of the model reads: left out"
+    kept = adapter.renamed(lambda name: None if name.startswith(unread) else name)
+    return replace(kept, notes=(*adapter.notes, note))
+
+
+def _names(adapter: Adapter) -> list[str]:
+    return [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
+
+
+def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str, str]:
+    """Dtypes of stored tensors, also under the names that these have in the module.
+
+    A tensor that was made of several stored ones has a dtype if all of these have it.
+    """
+    rules = _conversion_rules(module)
+    if rules is None:
+        return dict(dtypes)
+    found = dict(dtypes)
+    for tensor in LoadedNames(rules, dtypes).values():
+        kinds = {dtypes[name] for name in tensor.sources}
+        if len(kinds) == 1:
+            found[tensor.name] = kinds.pop()
+    return found
+
+
+def _conversion_rules(module: nn.Module) -> ArchitectureRules | None:
+    """How transformers renames the weights of one of its models while it loads them; None for other modules."""
+    config = getattr(module, "config", None)
+    if config is None or not type(module).__module__.startswith("transformers."):
+        return None
+    return rules_of({**config.to_dict(), "architectures": [type(module).__name__]})

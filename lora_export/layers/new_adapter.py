@@ -1,23 +1,31 @@
-"""A new adapter for a module, ready to be trained."""
+"""A new adapter for a module, ready to be trained: from random numbers, or from the weights themselves.
+
+PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) split W into W - s·B₀A₀ and s·B₀A₀, and train the second part. Here
+W stays as it is: the pair that is trained has a frozen one beside it, (A₀, B₀, -s), so that a layer computes
+W x + s·B A x - s·B₀A₀ x. This is what PEFT computes with the weights that it changes, needs no second copy of them, and
+rounds nothing. What is saved is a plain pair of twice the rank, for the unchanged W: B A - B₀A₀ = [B | -B₀] [A; A₀].
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.patterns import Patterns
 from lora_export.layers.adapter_targets import AdaptableWeight, AdaptableWeights, matches_ending, nearest
-from lora_export.layers.four_bit_weights import is_4bit
-from lora_export.layers.module_tensors import as_array, conv1d, named_tensors, oriented, wide_dtype
+from lora_export.layers.frozen_linear import is_4bit
+from lora_export.layers.module_tensors import as_array, named_tensors, oriented
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, new_embedding_pair, new_pair
-from lora_export.options.train import TrainedBiases
+from lora_export.options.spelling import named
+from lora_export.options.train import AdapterChoice, Init, TrainedBiases
 from lora_export.plan import Layout
 
 
@@ -36,7 +44,7 @@ def create_adapter(
     rslora: bool = False,
     dora: bool = False,
     dropout: float = 0.0,
-    bias: TrainedBiases = "none",
+    bias: TrainedBiases = AdapterChoice.bias,
     modules_to_save: Sequence[str] = (),
     token_indices: Sequence[int] = (),
     exclude: Sequence[str] = (),
@@ -59,7 +67,9 @@ def create_adapter(
     adapted layers, or all. `dropout` is recorded for `attach`.
     Raises InputRefused with every name that matches nothing, and the nearest names that would.
     """
-    _refuse_numbers(rank, alpha, dropout, rank_pattern or {}, alpha_pattern or {})
+    shapes = _Shapes(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora=rslora)
+    if not 0 <= dropout < 1:
+        raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
     weights = AdaptableWeights(module)
     wanted = () if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets)
     weights.refuse_unmatched(modules_to_save, weights.modules, "module")
@@ -71,8 +81,8 @@ def create_adapter(
     chosen = {path: one for path, one in matched.items() if not one.spec.name.startswith((*saved, *excluded))}
     if not chosen and not token_indices:
         raise InputRefused("no layer is left to adapt")
-    _refuse_dora(chosen, dora=dora)
-    shapes = _Shapes(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora=rslora)
+    if dora and (stacked := [name for name, one in chosen.items() if one.is_stacked]):
+        raise InputRefused(f"DoRA has no meaning for stacked parameters: {', '.join(stacked)}")
     shapes.refuse_unmatched(chosen)
     trained = _trained_tensors(module, chosen, saved, bias)
     named_alone = wanted and chosen.keys() == matched.keys() and not (target_pattern or target_parameters)
@@ -84,15 +94,10 @@ def create_adapter(
         pairs=dict(_new_pairs(chosen, shapes, seed=seed, dora=dora)),
         replaced=trained,
         token_rows=_token_rows(module, token_indices) if token_indices else {},
-        layouts={path: _stored_layout(one) for path, one in chosen.items() if one.is_linear},
+        layouts={path: one.stored_layout for path, one in chosen.items() if one.is_linear},
         targets=wanted if named_alone else tuple(chosen),
         metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora, **recorded},
     )
-
-
-def _stored_layout(one: AdaptableWeight) -> str:
-    """The layout in the files of a model. transformers makes a Linear4bit, (out, in), of a Conv1D, (in, out)."""
-    return (Layout.IN_OUT if getattr(one.owner, "source_cls", None) in conv1d() else one.spec.layout).value
 
 
 def full_rank_layers(adapter: Adapter) -> dict[str, str]:
@@ -123,6 +128,15 @@ class _Shapes:
     """The rank and the scale of each layer."""
 
     def __init__(self, rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float], *, rslora: bool):
+        """Raises InputRefused for numbers that are not positive."""
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
+        wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
+        others = [
+            f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
+        ]
+        if wrong := wrong or others:
+            raise InputRefused(f"{', '.join(wrong)}: it must be positive")
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.tables = {
             what: (Patterns(table, source=f"the {what} pattern"), table)
@@ -151,26 +165,6 @@ class _Shapes:
         return float(next(iter(self.tables[what][0].values(name)), default))
 
 
-def _refuse_numbers(
-    rank: int, alpha: float, dropout: float, ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> None:
-    if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
-        raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
-    if not 0 <= dropout < 1:
-        raise InputRefused(f"dropout {dropout}: it must be from 0 to below 1")
-    wrong = [f"the rank of `{pattern}` is {value}" for pattern, value in ranks.items() if value < 1]
-    wrong = wrong or [
-        f"the alpha of `{pattern}` is {value}" for pattern, value in alphas.items() if not 0 < value < math.inf
-    ]
-    if wrong:
-        raise InputRefused(f"{', '.join(wrong)}: it must be positive")
-
-
-def _refuse_dora(chosen: Mapping[str, AdaptableWeight], *, dora: bool) -> None:
-    if dora and (stacked := [name for name, one in chosen.items() if one.is_stacked]):
-        raise InputRefused(f"DoRA has no meaning for stacked parameters: {', '.join(stacked)}")
-
-
 def _new_pairs(
     chosen: Mapping[str, AdaptableWeight], shapes: _Shapes, *, seed: int, dora: bool
 ) -> Iterator[tuple[str, LoraPair]]:
@@ -182,7 +176,7 @@ def _new_pairs(
             for expert in range(one.spec.shape[0]):
                 yield expert_name(path, expert), _expert_pair(one, options)
             continue
-        lengths = _lengths(one) if dora else None
+        lengths = one.lengths if dora else None
         if one.spec.layout is Layout.EMBEDDING:
             yield path, new_embedding_pair(one.spec.shape, **options, magnitude=lengths)
         else:
@@ -196,12 +190,6 @@ def _expert_pair(one: AdaptableWeight, options: Mapping[str, Any]) -> LoraPair:
     pair = new_pair((second, first) if transposed else (first, second), **options)
     a, b = (pair.b.T, pair.a.T) if transposed else (pair.a, pair.b)
     return LoraPair(a=a, b=b, scale=pair.scale, as_stored=True)
-
-
-def _lengths(one: AdaptableWeight) -> NDArray[np.float32]:
-    """The norm of each output of the weight, (out,)."""
-    weight = oriented(one.values, one.spec.layout).to(wide_dtype(one.tensor.dtype))
-    return as_array(torch.linalg.vector_norm(weight.flatten(1), dim=1)).astype(np.float32)
 
 
 def _trained_tensors(
@@ -237,3 +225,102 @@ def _token_rows(module: nn.Module, indices: Sequence[int]) -> dict[str, TokenRow
 def _prefixes(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The prefixes of all tensor names in the modules that these names match."""
     return tuple(f"{path}." for path in modules if matches_ending(path, names))
+
+
+STARTING_POINT = "start"  # the name of the adapter of frozen pairs
+SMALLEST = 1e-7  # of the largest singular value: fp32 cannot tell less from zero
+OnLayer = Callable[[int, int], None]  # (layers done, layers in all)
+
+
+def started_from_weights(
+    module: torch.nn.Module, adapter: Adapter, init: Init, *, on_layer: OnLayer | None = None
+) -> Adapter:
+    """The adapter with A and B that come from the weights of its layers. Takes one decomposition for each layer.
+
+    With "pissa", s·B A is made of the largest singular values of W, and A and B have equal shares of them. With
+    "olora", B and A are the first columns of Q and rows of R, from W = Q R. A weight counts as (out, in · kernel).
+    Raises InputRefused for a rank that is larger than a layer, for stacked parameters, and for weights with NaN.
+    """
+    if init == "default":
+        return adapter
+    if small := full_rank_layers(adapter):
+        raise InputRefused(
+            f"the weights have too few directions for their rank ({named('init', init)}):", listed(list(small.values()))
+        )
+    layers = AdaptableWeights(module).layers
+    if stacked := [name for name in adapter.pairs if name not in layers]:
+        raise InputRefused(
+            f"only layers start from their weights ({named('init', init)}), not parts of:", listed(stacked)
+        )
+    pairs = {}
+    for done, (name, pair) in enumerate(adapter.pairs.items(), 1):
+        pairs[name] = _started(layers[name], pair, DECOMPOSITIONS[init])
+        if on_layer is not None:
+            on_layer(done, len(adapter.pairs))
+    metadata = {**adapter.metadata, "init": init}
+    return dataclasses.replace(adapter, pairs=pairs, metadata=metadata)
+
+
+def _started(layer: AdaptableWeight, pair: LoraPair, factors_of: Callable[..., tuple[Tensor, Tensor]]) -> LoraPair:
+    weight = oriented(layer.values, layer.spec.layout).float().flatten(1)  # (out, in * kernel)
+    if not weight.isfinite().all():
+        raise InputRefused(f"{layer.spec.name} has values that are not finite, and has no singular values then")
+    a, b = factors_of(weight, pair.rank, pair.scale)
+    return dataclasses.replace(pair, a=as_array(a).reshape(pair.a.shape), b=as_array(b).reshape(pair.b.shape))
+
+
+def _largest_singular(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), whose product times the scale is the nearest to W of this rank.
+
+    Of the shorter side, the eigenvectors of W Wᵀ in fp64: as exact as a decomposition of W in fp32, and faster.
+    """
+    is_wide = weight.shape[0] <= weight.shape[1]
+    short = (weight if is_wide else weight.T).double()
+    squares, vectors = torch.linalg.eigh(short @ short.T)  # in rising order
+    values, left = squares[-rank:].flip(0).clamp(min=0).sqrt(), vectors[:, -rank:].flip(1)
+    has_direction = values > SMALLEST * values[0]  # the others are noise, and have no other side
+    right = torch.where(has_direction[:, None], left.T @ short / values[:, None], 0.0)
+    roots = torch.where(has_direction, values / scale, 0.0).sqrt()
+    if not is_wide:
+        left, right = right.T, left.T
+    return (roots[:, None] * right).float(), (left * roots).float()
+
+
+def _first_orthogonal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - one signature
+    """A (rank, in) and B (out, rank). As in PEFT, the scale multiplies their product and does not divide it.
+
+    The first columns of Q depend on as many columns of W alone.
+    """
+    q, _ = torch.linalg.qr(weight[:, :rank])
+    return q.T @ weight, q
+
+
+Decomposition = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+DECOMPOSITIONS: Mapping[str, Decomposition] = {"pissa": _largest_singular, "olora": _first_orthogonal}
+
+
+def frozen_start(started: Adapter) -> Adapter:
+    """The adapter that takes away what `started` adds, to be attached frozen beside it."""
+    pairs = {name: dataclasses.replace(pair, scale=-pair.scale) for name, pair in started.pairs.items()}
+    return Adapter(name=STARTING_POINT, format="new", pairs=pairs, layouts=dict(started.layouts))
+
+
+def as_plain_lora(trained: Adapter, started: Adapter) -> Adapter:
+    """The change that training made, for the unchanged base: pairs of twice the rank, with the same scale.
+
+    A pair that training left as it was has B = 0.
+    """
+    pairs = {name: _difference(pair, started.pairs[name]) for name, pair in trained.pairs.items()}
+    rank, alpha = started.metadata["r"], started.metadata["lora_alpha"]
+    factor = math.sqrt(2) if started.metadata.get("use_rslora") else 2
+    init = f"{started.metadata['init']} of rank {rank}"
+    metadata = {**trained.metadata, "r": 2 * rank, "lora_alpha": factor * alpha, "init": init}
+    return dataclasses.replace(trained, pairs=pairs, metadata=metadata)
+
+
+def _difference(trained: LoraPair, started: LoraPair) -> LoraPair:
+    a = np.concatenate([trained.a, started.a])
+    b = np.concatenate([trained.b, -started.b], axis=1)
+    if np.array_equal(trained.a, started.a) and np.array_equal(trained.b, started.b):
+        b = np.zeros_like(b)  # the product of equal halves would be rounded, and not be zero
+    return dataclasses.replace(trained, a=a, b=b)

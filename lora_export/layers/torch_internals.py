@@ -1,16 +1,23 @@
-"""Names that PyTorch keeps to itself and that layers need, each behind one function.
+"""Private names of PyTorch and transformers, each behind a function that states what it is needed for.
 
-The tests name what a new version of PyTorch has removed.
+No public name does the same. A release may rename any of them: `tests/layers/test_torch_internals.py` then fails with
+the name, and a user gets EnvironmentLacking with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_map as tree_map
+
+from lora_export.errors import EnvironmentLacking
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -42,3 +49,102 @@ def reshaped_alone(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The values in another shape, which count as no view. The tensor must not be used afterwards."""
     reshaped: Tensor = torch.ops.aten._unsafe_view(tensor, list(shape))
     return reshaped
+
+
+def private(module: str, *names: str) -> Any:
+    """An attribute of a module of another library. Raises EnvironmentLacking where this release has none."""
+    found = importlib.import_module(module)
+    for name in names:
+        if not hasattr(found, name):
+            library = module.partition(".")[0]
+            version = importlib.import_module(library).__version__
+            raise EnvironmentLacking(f"{library} {version} has no {'.'.join((module, *names))}, which is needed")
+        found = getattr(found, name)
+    return found
+
+
+# --- PyTorch ---
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place: a program that changes its weights shows by it."""
+    return int(tensor._version)
+
+
+def schema_of(operator: Any) -> Any:
+    """An operator's arguments and results, with which of them it writes into."""
+    return operator._schema
+
+
+def grouped_products() -> Callable[..., Tensor]:
+    """What torch.nn.functional.grouped_mm calls: the products of experts, for which PyTorch has no fp64 kernel."""
+    return private("torch", "_grouped_mm")  # type: ignore[no-any-return]
+
+
+def script_archive(path: str) -> Any:
+    """The reader of torch.jit.load: what checks a file must find the records that are loaded."""
+    return private("torch", "_C", "PyTorchFileReader")(path)
+
+
+def script_operators() -> set[str]:
+    """The names of all operators that TorchScript can call in this PyTorch."""
+    return {schema.name.partition("::")[2] for schema in private("torch", "_C", "_jit_get_all_schemas")()}
+
+
+def compiler_errors() -> type[Exception]:
+    """What torch.compile raises where it fails."""
+    return private("torch._dynamo.exc", "TorchDynamoException")  # type: ignore[no-any-return]
+
+
+def forget_kernels(operators: Iterable[Any]) -> None:
+    """Let PyTorch look up again what computes these operators."""
+    for operator in operators:
+        operator._dispatch_cache.clear()
+
+
+# --- transformers ---
+
+
+def is_stateful(module: object) -> bool:
+    """Whether a model of transformers keeps a state, as Mamba and hybrids do. False for other modules."""
+    return bool(getattr(module, "_is_stateful", False))
+
+
+def fusions_for(provider: str) -> Iterator[tuple[Callable[[Any], Any], bool]]:
+    """The rewrites into onnxruntime's operators for a provider, in order, and whether each makes GroupQueryAttention.
+
+    transformers has one function for all of them, and takes a graph of one row alone for this operator.
+    """
+    module = "transformers.exporters.onnxruntime_fusions"
+    attention = private(module, "_fuse_group_query_attention")
+    for step, providers in private(module, "_STEPS"):
+        if providers is None or provider in providers:
+            yield step, getattr(step, "func", step) is attention
+
+
+_MADE: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def subclass(
+    name: str, bases: tuple[type[nn.Module], ...], attributes: Mapping[str, object] = MappingProxyType({})
+) -> type[nn.Module]:
+    """The class of this name, with these bases and attributes. One is made for each name, bases and attributes' names.
+
+    Modules of one class get one class again: code that is compiled or chosen by class is so once.
+    """
+    key = name, bases, *attributes
+    if key not in _MADE:
+        _MADE[key] = type(name, bases, dict(attributes))
+    return _MADE[key]
+
+
+def exchange_class(module: nn.Module, other: type[nn.Module]) -> None:
+    """Make a module an instance of `other`: a subclass of its class, or the class that it had before."""
+    module.__class__ = other
+
+
+def exchange_forward(module: nn.Module, forward: Callable[..., Any], **attributes: object) -> None:
+    """Give a module this `forward`, and these attributes of a class. Its class keeps its name and place."""
+    cls = type(module)
+    names = {"forward": forward, "__module__": cls.__module__, **attributes}
+    exchange_class(module, type(cls.__name__, (cls,), names))

@@ -18,7 +18,7 @@ from lora_export.layers.adapted_layers import (
     branch_parameter,
     low_rank_factors,
 )
-from lora_export.layers.four_bit_weights import float_shape
+from lora_export.layers.frozen_linear import float_shape
 from lora_export.layers.module_tensors import as_array, tensor_registry, wide_dtype
 from lora_export.layers.torch_internals import own_modules, own_parameters
 from lora_export.lora import Adapter, LoraPair
@@ -52,12 +52,8 @@ def refuse_trainable_base(module: nn.Module) -> None:
             allowed.add(id(rows))
         for tensor in attachment_of(owner).replaced:
             allowed.add(id(tensor_registry(owner, tensor.attribute)[tensor.attribute]))
-    trained = [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and id(parameter) not in allowed
-    ]
-    if trained:
+    parameters = module.named_parameters()
+    if trained := [name for name, one in parameters if one.requires_grad and id(one) not in allowed]:
         raise InputRefused("the base must be frozen, but these of its parameters would be trained:", listed(trained))
 
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
-from lora_export.layers.exchanged_class import exchange_forward
-from lora_export.models.failures import innermost_cause
-from lora_export.models.model import Axes, Model, ModelInputs, Sizes
-from lora_export.models.tracing import silence
+from lora_export.layers.torch_internals import exchange_forward
+from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.tracing import innermost_cause, silence
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, OF_DIFFUSERS, open_checkpoint
 
@@ -31,19 +30,17 @@ NESTED = "added_cond_kwargs"  # the argument of a UNet that has SDXL's further i
 NOISE_STEPS = 1000  # of a schedule of noise
 POSITIONS_OF_IDS = 64  # of a patch in an image, or of a token in a text, in drawn inputs
 TRACED = {"batch": 2, "sequence": 7, "patches": 12}
-DrawValues = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One input: its sizes, by symbol where they vary, and the values that it takes."""
+    """One input: its sizes, by symbol where they vary, and how its values are drawn: by default as normal numbers."""
 
     name: str
     shape: tuple[int | str, ...]
-    below: int = 0  # an integer input has values from 0 to this; 0: normal numbers
+    draw: Callable[..., torch.Tensor] = torch.randn  # (shape, generator=...)
     is_nested: bool = False
-    draw: DrawValues | None = None  # other values
 
 
 def is_diffusion_model(folder: Path) -> bool:
@@ -89,8 +86,9 @@ def from_diffusers(folder: Path, dtype: torch.dtype) -> Model:
     step = 2 ** (len(module.config.get("block_out_channels", "1")) - 1)  # a UNet halves the image so often
     sides = dict.fromkeys(SIDES, 8 * max(step // 4, 1))
     traced = {symbol: {**TRACED, **sides}[symbol] for symbol in symbols}
+    axes = {each.name: {axis: size for axis, size in enumerate(each.shape) if isinstance(size, str)} for each in wanted}
     return Model(
-        str(folder), module, _axes(wanted), _made_of(wanted), traced,
+        str(folder), module, axes, _made_of(wanted), traced,
         steps={symbol: step for symbol in SIDES if symbol in symbols},
         derive=functools.partial(_in_whole_steps, step),
     )  # fmt: skip
@@ -101,21 +99,12 @@ def _in_whole_steps(step: int, sizes: Sizes) -> Sizes:
     return {symbol: -(-size // step) * step if symbol in SIDES else size for symbol, size in sizes.items()}
 
 
-def _axes(wanted: tuple[Wanted, ...]) -> Axes:
-    return {each.name: {axis: size for axis, size in enumerate(each.shape) if isinstance(size, str)} for each in wanted}
-
-
 def _made_of(wanted: tuple[Wanted, ...]) -> Callable[[Sizes, torch.Generator], ModelInputs]:
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         made: ModelInputs = {}
         for each in wanted:
             shape = tuple(sizes[size] if isinstance(size, str) else size for size in each.shape)
-            if each.draw is not None:
-                made[each.name] = each.draw(shape, generator)
-            elif each.below:
-                made[each.name] = torch.randint(0, each.below, shape, generator=generator)
-            else:
-                made[each.name] = torch.randn(shape, generator=generator)
+            made[each.name] = each.draw(shape, generator=generator)
         return made
 
     return make
@@ -142,11 +131,18 @@ def _flatten_arguments(module: Any, wanted: tuple[Wanted, ...]) -> None:
 # --- Inputs by class ---
 
 
+def _below(end: int) -> Callable[..., torch.Tensor]:
+    return functools.partial(torch.randint, 0, end)
+
+
+NOISE_STEP = Wanted("timestep", ("batch",), _below(NOISE_STEPS))
+
+
 def _unet(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
     width = config["cross_attention_dim"]
     inputs = [
         Wanted("sample", ("batch", config["in_channels"], "height", "width")),
-        Wanted("timestep", ("batch",), below=NOISE_STEPS),
+        NOISE_STEP,
         Wanted("encoder_hidden_states", ("batch", "sequence", width[0] if isinstance(width, list | tuple) else width)),
     ]
     if config.get("addition_embed_type") == "text_time":
@@ -171,8 +167,8 @@ def _image(config: Mapping[str, Any]) -> tuple[int | str, ...]:
 def _dit(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
     return (
         Wanted("hidden_states", _image(config)),
-        Wanted("timestep", ("batch",), below=NOISE_STEPS),
-        Wanted("class_labels", ("batch",), below=config["num_embeds_ada_norm"]),
+        NOISE_STEP,
+        Wanted("class_labels", ("batch",), _below(config["num_embeds_ada_norm"])),
     )
 
 
@@ -181,7 +177,7 @@ def _sd3(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
         Wanted("hidden_states", _image(config)),
         Wanted("encoder_hidden_states", ("batch", "sequence", config["joint_attention_dim"])),
         Wanted("pooled_projections", ("batch", config["pooled_projection_dim"])),
-        Wanted("timestep", ("batch",), below=NOISE_STEPS),
+        NOISE_STEP,
     )
 
 
@@ -192,15 +188,11 @@ def _flux(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
         Wanted("hidden_states", ("batch", "patches", config["in_channels"])),
         Wanted("encoder_hidden_states", ("batch", "sequence", config["joint_attention_dim"])),
         Wanted("pooled_projections", ("batch", config["pooled_projection_dim"])),
-        Wanted("timestep", ("batch",), draw=_fractions),
-        Wanted("img_ids", ("patches", axes), draw=_positions),
-        Wanted("txt_ids", ("sequence", axes), draw=_positions),
+        Wanted("timestep", ("batch",), torch.rand),
+        Wanted("img_ids", ("patches", axes), _positions),
+        Wanted("txt_ids", ("sequence", axes), _positions),
     ]
-    return (*inputs, *([Wanted("guidance", ("batch",), draw=_fractions)] if config["guidance_embeds"] else []))
-
-
-def _fractions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, generator=generator)
+    return (*inputs, *([Wanted("guidance", ("batch",), torch.rand)] if config["guidance_embeds"] else []))
 
 
 def _positions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -10,10 +10,9 @@ optimum has the same three graphs with the same names.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import re
-from collections.abc import Iterator, MutableSequence
+from collections.abc import MutableSequence
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -34,17 +33,10 @@ from lora_export.graph.cache_names import (
     PAST,
     PRESENT,
 )
-from lora_export.models.cached_decoder import (
-    BATCH_SYMBOL,
-    PAST_SYMBOL,
-    SEQUENCE_SYMBOL,
-    TRACED_PAST,
-    TRACED_SEQUENCE,
-)
+from lora_export.models.cached_decoder import BATCH_SYMBOL, PAST_SYMBOL, SEQUENCE_SYMBOL, TRACED_PAST, TRACED_SEQUENCE
 from lora_export.models.export import exported_with_cache, name_axes, to_onnx
-from lora_export.models.failures import named_failures
 from lora_export.models.model import Model, ModelInputs
-from lora_export.models.tracing import USE_CACHE, cache_enabled, is_hugging_face, tracing
+from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
 
 ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
 ENCODER_OUTPUTS = "encoder_outputs"  # the keyword of forward
@@ -117,17 +109,17 @@ class _DecoderExporter:
 
     def cache(self) -> Any:
         """The cache after a few tokens. Raises InputRefused for one of another kind."""
-        transformers: Any = importlib.import_module("transformers.cache_utils")
+        module, transformers = self.module, importlib.import_module("transformers.cache_utils")
         cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
         tokens = self._tokens(TRACED_PAST)
-        with self._tracing(), named_failures(self.module, tokens, "first tokens"):
-            own = getattr(self.module(**self.given, **tokens, **{USE_CACHE: True}), PAST, None)
+        with tracing(module), cache_setting(module, to=True), named_failures(module, tokens, "first tokens"):
+            own = getattr(module(**self.given, **tokens, **{USE_CACHE: True}), PAST, None)
             if not isinstance(own, transformers.EncoderDecoderCache):
                 raise InputRefused(
-                    f"{type(self.module).__name__} has a cache of {type(own).__name__}: graphs with a cache are made "
+                    f"{type(module).__name__} has a cache of {type(own).__name__}: graphs with a cache are made "
                     "of models that keep a key and a value for each attention, and nothing else"
                 )
-            self.module(**self.given, **tokens, **{PAST: cache, USE_CACHE: True})
+            module(**self.given, **tokens, **{PAST: cache, USE_CACHE: True})
         return cache
 
     def graph(self, cache: Any) -> ir.Model:
@@ -144,15 +136,10 @@ class _DecoderExporter:
             cross = dict.fromkeys(self.cross_axes, Dim.DYNAMIC)
             layers = (cache.self_attention_cache.layers, cache.cross_attention_cache.layers)
             dynamic[PAST] = [own] * (2 * len(layers[0])) + [cross] * (2 * len(layers[1]))
-        with self._tracing():
+        with tracing(self.module), cache_setting(self.module, to=True):
             program = exported_with_cache(self.module, inputs, dynamic, self.opset)
         self._rename(program, has_past=cache is not None)
         return program
-
-    @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
-        with tracing(self.module), cache_enabled(self.module):
-            yield
 
     def _tokens(self, count: int) -> ModelInputs:
         return {DECODER_IDS: torch.zeros((self.batch, count), dtype=torch.int64)}

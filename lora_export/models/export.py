@@ -1,38 +1,128 @@
-"""Export a module to an ONNX graph in memory, or to a TorchScript file. Knows nothing of LoRA.
+"""Export a module to an ONNX graph in memory. Knows nothing of LoRA.
 
-The exporters are PyTorch's and, for Hugging Face models, transformers' own. This file adds four guarantees: every
-parameter is in the graph under its own name and with its own values, dynamic axes have the names that the user gave
-them, nothing is printed, and an error names what the exporter refused.
+The exporters are PyTorch's and, for Hugging Face models, transformers' own; the optimiser is onnxscript's. This file
+adds four guarantees: every parameter is in the graph under its own name and with its own values, dynamic axes have the
+names that the user gave them, nothing is printed, and an error names what the exporter refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import importlib
-import io
+import math
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
+from onnx_ir.passes.common import InlinePass
+from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
-from lora_export.models.failures import exporter_refusals, named_failures
-from lora_export.models.internals import forget_kernels, is_stateful, own_buffers, own_parameters
+from lora_export.layers.torch_internals import forget_kernels, is_stateful, own_buffers, own_parameters
 from lora_export.models.model import Axes
-from lora_export.models.outputs import named_outputs
-from lora_export.models.simplify import simplify
-from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
+from lora_export.models.tracing import (
+    USE_CACHE,
+    exporter_refusals,
+    is_hugging_face,
+    named_failures,
+    named_outputs,
+    tracing,
+    without_cache,
+)
 from lora_export.options.spelling import named
 
-# --- ONNX ---
+# onnxscript 0.7.2 removes x + c, x - c, x * c and x / c where c is within these tolerances of 0 or 1
+# (rewriter/_pattern_ir.py, Constant). Helium's norm divides by sqrt(mean(x * x) + 1e-8): without the 1e-8, a row of
+# zeros becomes NaN.
+NEUTRAL, RELATIVE, ABSOLUTE = (0.0, 1.0), 1e-5, 1e-8
+
+
+def simplify(model: ir.Model) -> None:
+    """Optimise a graph in place; every weight stays as it is, under its own name.
+
+    The optimiser would fold batch norms into the weights before them, drop zero biases and merge equal tensors of
+    different layers: an initializer would no longer be the parameter of its name. It would also take numbers that are
+    nearly 0 or 1 for these. A matrix that one Transpose reads is stored transposed, and marked as folded.
+    """
+    graph = model.graph
+    InlinePass()(model)  # so that the numbers in functions are seen
+    weights = [(value, value.const_value) for value in graph.initializers.values()]
+    hidden = weights + _hidden_numbers(graph)
+    count = len(graph.inputs)
+    graph.initializers.clear()
+    for value, _ in hidden:
+        value.const_value = None
+        graph.inputs.append(value)
+    onnxscript.optimizer.optimize_ir(model)
+    del graph.inputs[count:]
+    for value, tensor in hidden:
+        if value.uses() or value.is_graph_output():
+            value.const_value = tensor
+            graph.register_initializer(value)
+    for value, _ in weights:
+        if value.is_initializer():
+            _store_transposed(value)
+
+
+def _hidden_numbers(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtocol | None]]:
+    """Numbers that are nearly 0 or 1, each once, with their values, in place of the Constants that had them."""
+    found: dict[tuple[ir.DataType, float], ir.Value] = {}
+    tensors: list[tuple[ir.Value, ir.TensorProtocol | None]] = []
+    for node, tensor in list(_nearly_neutral(graph)):
+        (output,) = node.outputs
+        key = (tensor.dtype, tensor.numpy().item())
+        if key not in found:
+            found[key] = ir.Value(
+                name=f"number_{len(found)}", shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            tensors.append((found[key], tensor))
+        ir.convenience.replace_all_uses_with(output, found[key])
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+    return tensors
+
+
+def _nearly_neutral(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
+    """The Constants of one float that is within the optimiser's tolerance of 0 or 1, and is neither."""
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        if node.op_type != "Constant" or node.outputs[0].is_graph_output():
+            continue
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        if tensor is not None and is_nearly_neutral(tensor):
+            yield node, tensor
+
+
+def is_nearly_neutral(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor is one float that is within the optimiser's tolerance of 0 or 1, and is neither."""
+    if tuple(tensor.shape) != () or not tensor.dtype.is_floating_point():
+        return False
+    number = tensor.numpy().item()
+    near = (math.isclose(number, each, rel_tol=RELATIVE, abs_tol=ABSOLUTE) for each in NEUTRAL)
+    return number not in NEUTRAL and any(near)
+
+
+def _store_transposed(weight: ir.Value) -> None:
+    """Store a matrix transposed, and marked as folded, if all that reads it is one Transpose."""
+    uses = list(weight.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Transpose" or weight.shape is None or len(weight.shape) != 2:
+        return
+    transpose = uses[0].node
+    (transposed,) = transpose.outputs
+    if transposed.is_graph_output() or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+        return
+    tensor = weight.const_value
+    assert tensor is not None and weight.name is not None and transpose.graph is not None
+    ir.convenience.replace_all_uses_with(transposed, weight)
+    transpose.graph.remove(transpose, safe=True)
+    weight.const_value = ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=weight.name)  # a view: nothing is copied
+    weight.shape = ir.Shape(weight.const_value.shape)
+    weight.metadata_props[FOLDED_FROM_KEY] = repr([weight.name])
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, opset: int | None = None) -> ir.Model:
@@ -49,11 +139,13 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
+    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
+    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
     with tracing(module), without_cache(module):
-        names = _output_names(module, inputs)
-        model = _simplified(
-            module, opset, lambda: _run_exporter(module, inputs, dynamic, names, opset), *_ways_with_state(module)
-        )
+        with named_failures(module, inputs, "example inputs", remedy):
+            names = list(named_outputs(module(**inputs)))
+        run = functools.partial(_run_exporter, module, inputs, dynamic, names, opset)
+        model = _simplified(module, opset, run, *([way] if is_stateful(module) else []))
     refuse_unused_inputs(model, inputs)
     name_axes(model, axes)
     return model
@@ -88,12 +180,6 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
             f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
             "both. Rename the parameters of forward"
         )
-
-
-def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    remedy = f"If it needs other inputs, give them: {named('inputs', 'FILE.npz')}" if is_hugging_face(module) else ""
-    with named_failures(module, inputs, "example inputs", remedy):
-        return list(named_outputs(module(**inputs)))
 
 
 def _run_exporter(
@@ -132,12 +218,10 @@ def _forgotten_kernels() -> Iterator[None]:
     """
     kernels: list[Any] = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
     try:
-        for kernel in kernels:
-            forget_kernels(kernel)
+        forget_kernels(kernels)
         yield
     finally:
-        for kernel in kernels:
-            forget_kernels(kernel)
+        forget_kernels(kernels)
 
 
 def exported_with_cache(
@@ -209,47 +293,3 @@ def _renamed(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir
     if isinstance(size, int) or size.value is None:
         return size
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), size.value))
-
-
-# --- TorchScript ---
-
-
-def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.jit.ScriptModule:
-    """Trace a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
-
-    The traced module takes the same keywords, or positional arguments in the order of the module's signature. It
-    returns what the module returns: a tensor, a tuple, or, for a Hugging Face model, a dict.
-
-    Raises RuntimeRefused when the module cannot be traced.
-    """
-    with exporter_refusals(module):
-        traced = copy.deepcopy(module).requires_grad_(False)
-    with tracing(traced), without_cache(traced), exporter_refusals(module):
-        # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
-        script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
-    assert isinstance(script, torch.jit.ScriptModule)
-    return script
-
-
-def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mapping[str, str]) -> None:
-    """Write a traced module. `torch.jit.load(..., _extra_files=...)` reads the texts of `extra` again.
-
-    PyTorch's debugging records are left out: they contain paths and source lines of this machine.
-    """
-    with silence():
-        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
-        content = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
-    _copy_without_debug_records(content, path)
-
-
-def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
-        for record in old.infolist():
-            if not record.filename.endswith(".debug_pkl"):
-                with old.open(record) as read, new.open(record.filename, "w", force_zip64=True) as write:
-                    shutil.copyfileobj(read, write)
-
-
-def _ways_with_state(module: nn.Module) -> list[str]:
-    way = f"A decoder that keeps a state is exported token by token: {named('with_cache', True)}."
-    return [way] if is_stateful(module) else []

@@ -1,15 +1,15 @@
-"""Export a module to a program of torch.export (.pt2). Knows nothing of LoRA.
+"""Export a module to a file of PyTorch: a program of torch.export (.pt2), or TorchScript. Knows nothing of LoRA.
 
-The program needs neither this package nor the model's: it takes and returns tensors, in dictionaries, tuples and lists
+A program needs neither this package nor the model's: it takes and returns tensors, in dictionaries, tuples and lists
 of Python. No path and no source line of this machine is in its file, and the same module gives the same bytes.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import io
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +20,18 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from lora_export.errors import RuntimeRefused
-from lora_export.layers.exchanged_class import exchange_forward
 from lora_export.models.export import check_axes
-from lora_export.models.failures import exporter_refusals
 from lora_export.models.model import Axes
-from lora_export.models.outputs import named_outputs
-from lora_export.models.tracing import USE_CACHE, is_hugging_face, silence, tracing, without_cache
+from lora_export.models.tracing import (
+    USE_CACHE,
+    convert_outputs,
+    exporter_refusals,
+    is_hugging_face,
+    named_outputs,
+    silence,
+    tracing,
+    without_cache,
+)
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 UNWRITABLE = torch.ops.higher_order.flat_apply
@@ -46,11 +52,15 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     with exporter_refusals(module):
         copied = copy.deepcopy(module).requires_grad_(False)
-    _return_dictionaries(copied)
+    # A file cannot name the classes of other packages.
+    convert_outputs(copied, lambda outputs: named_outputs(outputs) if isinstance(outputs, Mapping) else outputs)
     with tracing(copied), without_cache(copied), exporter_refusals(module):
         program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
-    _remove_records(program)
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            for record in MACHINES_OWN:
+                node.meta.pop(record, None)
     return program
 
 
@@ -66,18 +76,6 @@ def _exported(
     return program
 
 
-def _return_dictionaries(module: nn.Module) -> None:
-    """Let a module that returns a mapping return a dictionary: a file cannot name the classes of other packages."""
-    cls = type(module)
-
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outputs = cls.forward(self, *args, **kwargs)
-        return named_outputs(outputs) if isinstance(outputs, Mapping) else outputs
-
-    exchange_forward(module, forward)
-
-
 def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
     """Raise RuntimeRefused for a call of a Python function, which no file can contain, and of a package's operator."""
     targets = [node.target for node in program.graph.nodes]
@@ -89,18 +87,10 @@ def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
             "Export an ONNX graph: lora-export onnx.",
         )
     if UNWRITABLE in targets:
+        name = type(module).__name__
         raise RuntimeRefused(
-            f"torch.export cannot write the program of {type(module).__name__}: it calls a function of Python "
-            "(flat_apply)"
+            f"torch.export cannot write the program of {name}: it calls a function of Python (flat_apply)"
         )
-
-
-def _remove_records(program: ExportedProgram) -> None:
-    """Remove what a program records of this machine: the paths and source lines of its nodes."""
-    for graph in program.graph_module.modules():
-        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
-            for record in MACHINES_OWN:
-                node.meta.pop(record, None)
 
 
 def load_own_program(path: Path) -> nn.Module:
@@ -114,11 +104,46 @@ def save_program(program: ExportedProgram, path: Path, *, extra: Mapping[str, st
     content = io.BytesIO()
     with silence():
         torch.export.save(program, content, extra_files=dict(extra))
-    content.seek(0)
-    _copy_with_fixed_times(content, path)
+    _copy(content, path)
 
 
-def _copy_with_fixed_times(source: BinaryIO, target: Path) -> None:
+def _copy(source: BinaryIO, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy an archive, with fixed times, without the records whose names end so."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for record in old.infolist():
-            new.writestr(zipfile.ZipInfo(record.filename, FIXED_TIME), old.read(record))
+            if not record.filename.endswith(without):
+                fixed = zipfile.ZipInfo(record.filename, FIXED_TIME)
+                fixed.file_size = record.file_size  # by which zipfile chooses the format
+                with old.open(record) as read, new.open(fixed, "w") as write:
+                    shutil.copyfileobj(read, write)
+
+
+# --- TorchScript ---
+
+
+def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.jit.ScriptModule:
+    """Trace a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
+
+    The traced module takes the same keywords, or positional arguments in the order of the module's signature. It
+    returns what the module returns: a tensor, a tuple, or, for a Hugging Face model, a dict.
+
+    Raises RuntimeRefused when the module cannot be traced.
+    """
+    with exporter_refusals(module):
+        traced = copy.deepcopy(module).requires_grad_(False)
+    with tracing(traced), without_cache(traced), exporter_refusals(module):
+        # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
+        script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
+    assert isinstance(script, torch.jit.ScriptModule)
+    return script
+
+
+def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mapping[str, str]) -> None:
+    """Write a traced module. `torch.jit.load(..., _extra_files=...)` reads the texts of `extra` again.
+
+    PyTorch's debugging records are left out: they contain paths and source lines of this machine.
+    """
+    with silence():
+        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
+        content = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
+    _copy(content, path, without=(".debug_pkl",))

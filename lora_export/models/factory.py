@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
-from lora_export.models.outputs import with_dictionaries
+from lora_export.models.tracing import with_dictionaries
 from lora_export.storage import input_files
 
 # --- Find and call the factory ---
@@ -99,7 +100,7 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
     named = _named(source, module, example_inputs)
     module = with_dictionaries(module, named)
     axes, sizes = varying_axes(source, module, named)
-    return Model(source, module, axes, lambda wanted, generator: resampled(named, axes, wanted, generator), sizes)
+    return Model(source, module, axes, functools.partial(resampled, named, axes), sizes)
 
 
 # --- Example inputs ---
@@ -139,9 +140,7 @@ def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) ->
                 raise InputRefused(f"{source}: the model fails at another batch size, {size + 1}: {error}") from error
         else:
             varying.add(symbol)
-    axes = {
-        name: {axis: symbol for axis, symbol in symbols.items() if symbol in varying} for name, symbols in every.items()
-    }
+    axes = {name: {axis: each for axis, each in own.items() if each in varying} for name, own in every.items()}
     return axes, {symbol: sizes[symbol] for symbol in varying}
 
 

@@ -10,7 +10,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.layers.four_bit_weights import four_bit_linear
+from lora_export.layers.frozen_linear import four_bit_linear
 from lora_export.options.spelling import named
 from lora_export.options.train import BaseQuantization
 from lora_export.weights.checkpoint import Checkpoint
@@ -77,15 +77,16 @@ def loading_options(
     """
     if not (checkpoint.quantised or base.quantization):
         return {}
-    if checkpoint.quantised:
-        _refuse_other_scheme(checkpoint, base)
+    _refuse_other_scheme(checkpoint, base)
     require_bitsandbytes()
     stored = dict(checkpoint.config.get(QUANTIZATION) or {})
     left_out = stored.get(SKIPPED)
     if left_out is None:
         with torch.device("meta"):  # output embeddings, what is tied to them, and the last layer
             left_out = transformers.quantizers.base.get_keys_to_not_convert(build())
-    left_out = sorted({*left_out, *_patterns(base.floats, checkpoint.quantised)})
+    own = [rf"(.*\.)?{re.escape(module)}" for module in base.floats]  # expressions for names, or their endings
+    own = [one for one in own if not any(re.match(rf"{one}\.", weight) for weight in checkpoint.quantised)]
+    left_out = sorted({*left_out, *own})
     options: dict[str, Any] = {"device_map": {"": "cpu"}}
     if checkpoint.quantised:
         config.quantization_config = {**stored, SKIPPED: left_out}
@@ -96,12 +97,6 @@ def loading_options(
             bnb_4bit_compute_dtype=torch.float32, **{SKIPPED: left_out},
         )
     }  # fmt: skip
-
-
-def _patterns(modules: Sequence[str], stored: Iterable[str]) -> list[str]:
-    """Expressions for the names of modules, or their endings, that are not stored in 4 bits."""
-    found = [rf"(.*\.)?{re.escape(module)}" for module in modules]
-    return [one for one in found if not any(re.match(rf"{one}\.", weight) for weight in stored)]
 
 
 def quantised_modules(module: Any, tensors: Sequence[str]) -> tuple[str, ...]:
@@ -118,13 +113,14 @@ def widen_floats(module: Any, dtype: torch.dtype) -> None:
 
 
 def _refuse_other_scheme(checkpoint: Checkpoint, base: TrainedBase) -> None:
+    """Raise InputRefused for a folder of another scheme, and for one in 4 bits that is to be quantised."""
     schemes = {tensor.scheme for tensor in checkpoint.quantised.values()}
     if other := schemes - STORED_SCHEMES:
         raise InputRefused(
             f"{checkpoint.path} is quantised ({', '.join(sorted(other))}): adapters are trained beside floats, and "
             f"beside nf4 and fp4 of bitsandbytes. Make it a float model: merge {named('dequantize', True)}"
         )
-    if base.quantization:
+    if schemes and base.quantization:
         raise InputRefused(
             f"{checkpoint.path} is quantised already ({', '.join(sorted(schemes))}): leave out {named('quantize_base')}"
         )

@@ -17,11 +17,10 @@ import onnx_ir as ir
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.cache_names import IDS, MASK, PAST
 from lora_export.graph.operators import MICROSOFT, operator_id
+from lora_export.layers.torch_internals import fusions_for
 from lora_export.models.cached_decoder import BATCH_SYMBOL
-from lora_export.models.failures import innermost_cause
-from lora_export.models.internals import fusions_for
-from lora_export.models.simplify import is_nearly_neutral
-from lora_export.models.tracing import silence
+from lora_export.models.export import is_nearly_neutral
+from lora_export.models.tracing import innermost_cause, silence
 from lora_export.options.spelling import named
 
 ATTENTION = (MICROSOFT, "GroupQueryAttention")
@@ -44,7 +43,9 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
             for step, is_attention in steps:
                 # transformers fuses a graph for any batch only where it takes one token at once. Decoders are given a
                 # prompt, and then one token at once: what the operator computes for a single row is right for each.
-                for_any_batch = is_attention and _runs_on(provider, graph)
+                # CUDA has no kernel of it for float32.
+                is_float = any(value.dtype is ir.DataType.FLOAT for value in graph.graph.inputs)
+                for_any_batch = is_attention and not (provider == "cuda" and is_float)
                 with _batch_of_one(graph) if for_any_batch else contextlib.nullcontext():
                     step(graph)
             if provider == "cpu":
@@ -56,17 +57,11 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
         ) from error
 
 
-def _runs_on(provider: str, graph: ir.Model) -> bool:
-    """Whether the provider has a kernel of GroupQueryAttention for the graph's cache: CUDA has none for float32."""
-    dtypes = {value.dtype for value in graph.graph.inputs}
-    return provider != "cuda" or ir.DataType.FLOAT not in dtypes
-
-
 @contextlib.contextmanager
 def _without_values(graph: ir.Model) -> Iterator[None]:
     """Take the values of optional inputs, and of numbers that are nearly 0 or 1, away while active.
 
-    The rewrites would take the former for constants, and the latter for 0 and 1 (see `models.simplify`).
+    The rewrites would take the former for constants, and the latter for 0 and 1 (see `models.export`).
     """
     hidden = {
         value: value.const_value
@@ -96,7 +91,8 @@ def _batch_of_one(graph: ir.Model) -> Iterator[None]:
     outputs = [value.shape for value in graph.graph.outputs]
     for value, shape in before.items():
         if shape is not None:
-            value.shape = ir.Shape([1 if _is_batch(size) else size for size in shape])
+            is_batch = [isinstance(size, ir.SymbolicDim) and size.value == BATCH_SYMBOL for size in shape]
+            value.shape = ir.Shape([1 if batch else size for batch, size in zip(is_batch, shape, strict=True)])
     try:
         yield
     finally:
@@ -111,10 +107,6 @@ def _values(graph: ir.Model) -> Iterator[ir.Value]:
     yield from graph.graph.inputs
     for node in ir.traversal.RecursiveGraphIterator(graph.graph):
         yield from node.outputs
-
-
-def _is_batch(size: int | ir.SymbolicDim) -> bool:
-    return isinstance(size, ir.SymbolicDim) and size.value == BATCH_SYMBOL
 
 
 # --- the length of a past ---

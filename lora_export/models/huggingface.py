@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
-from lora_export.layers.four_bit_weights import scales_of_4bit
+from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
-from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
+from lora_export.models.generated_inputs import generated_inputs
 from lora_export.models.model import Model, ModelInputs, Sizes
-from lora_export.models.pictures import open_image_processor
-from lora_export.models.processors import open_tokenizer, optional_package
+from lora_export.models.processors import open_image_processor, open_tokenizer, optional_package
 from lora_export.models.sentence_transformer import (
     POOLER,
     as_embedder,
@@ -31,9 +30,8 @@ from lora_export.models.sentence_transformer import (
     encoder_fields,
     has_removable_pooler,
 )
-from lora_export.models.stored_parameter import StoredParameter
-from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
-from lora_export.models.tracing import disable_cache
+from lora_export.models.stored_parameter import StoredParameter, StreamedFolder, streamed_folder
+from lora_export.models.tracing import disable_cache, first_line
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
@@ -52,18 +50,19 @@ PLACE = "encoder.pooler."
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer in a Hugging Face model's folder. Raises InputRefused where there is none."""
-    if not model.is_huggingface:
-        raise InputRefused(f"{model.source} has no tokenizer: it is no Hugging Face folder. Give arrays (.npz)")
-    with _quiet(_transformers()):
-        return open_tokenizer(Path(model.source), needed=True)
+    return _beside(model, "tokenizer", lambda folder: open_tokenizer(folder, needed=True))
 
 
 def load_image_processor(model: Model) -> Any:
     """The image processor in a Hugging Face model's folder. Raises InputRefused where there is none."""
+    return _beside(model, "image processor", open_image_processor)
+
+
+def _beside(model: Model, what: str, opened: Callable[[Path], Any]) -> Any:
     if not model.is_huggingface:
-        raise InputRefused(f"{model.source} has no image processor: it is no Hugging Face folder. Give arrays (.npz)")
+        raise InputRefused(f"{model.source} has no {what}: it is no Hugging Face folder. Give arrays (.npz)")
     with _quiet(_transformers()):
-        return open_image_processor(Path(model.source))
+        return opened(Path(model.source))
 
 
 def set_padding_token(model: Model, tokenizer: Any) -> None:
@@ -91,22 +90,13 @@ def from_folder(
     head: TaskHead | None,
     dtype: torch.dtype,
     *,
-    may_add: bool = False,
-    streamed: bool = False,
-    base: TrainedBase | None = None,
+    may_add: bool,
+    streamed: bool,
+    base: TrainedBase | None,
 ) -> Model:
-    """Load the model of a folder, with the task head that the adapters bring, or this one.
-
-    With `streamed`, the weights of a large model are read whenever something computes with them, and cannot be changed.
+    """Load the model of a folder. Arguments and errors are those of `models.load.load_model`.
 
     A sentence-transformers folder is the whole embedding model, unless it is to be trained or has a classifier.
-
-    With `base`, weights in 4 bits of bitsandbytes stay so, and those of a float folder may be quantised.
-
-    With a head or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
-
-    Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
-    EnvironmentLacking without transformers.
     """
     # Refuses what is damaged, quantised or pickled before anything is built.
     checkpoint = open_checkpoint(folder, dequantise=base is not None)
@@ -144,28 +134,18 @@ def from_folder(
 def _with_inputs(
     module: Any, folder: Path, new: tuple[str, ...], notes: Sequence[str], *, with_images: bool = True
 ) -> Model:
-    inputs = _inputs_of(module, folder, with_images=with_images)
-    images = inputs.images
-    return Model(
-        str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, limits=inputs.limits,
-        steps=inputs.steps, long=inputs.long, derive=images.derived if images else None,
-        notes=(*inputs.notes, *notes), not_judged=inputs.not_judged, new_weights=new,
-        placeholders=(images.placeholder,) if images else (),
-        text_only=_with_inputs(module, folder, new, notes, with_images=False) if images else None,
-    )  # fmt: skip
-
-
-def _inputs_of(module: Any, folder: Path, *, with_images: bool) -> GeneratedInputs:
-    """The inputs of a model. Where they cannot be generated, that is an error when they are first needed."""
+    """The model. Where its inputs cannot be generated, that is an error when they are first needed."""
     try:
-        return generated_inputs(module, folder, with_images=with_images)
+        model = generated_inputs(module, folder, with_images=with_images)
     except InputRefused as error:
         reason = error
 
-    def refuse(_: Sizes, __: torch.Generator) -> ModelInputs:
-        raise reason
+        def refuse(_: Sizes, __: torch.Generator) -> ModelInputs:
+            raise reason
 
-    return GeneratedInputs({}, refuse, {}, {}, ())
+        model = Model(str(folder), module, {}, refuse, {}, is_huggingface=True)
+    text_only = _with_inputs(module, folder, new, notes, with_images=False) if model.placeholders else None
+    return replace(model, new_weights=new, notes=(*model.notes, *notes), text_only=text_only)
 
 
 def _config_fields(folder: Path, adapters: Sequence[Adapter], head: TaskHead | None) -> dict[str, Any]:
@@ -216,10 +196,7 @@ def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) 
 
 def _refuse_larger_model(cls: Any, config: Any, checkpoint: Checkpoint) -> None:
     """Raise InputRefused where a config describes a far larger model than the folder has: before it takes memory."""
-    module = None
-    with torch.device("meta"), contextlib.suppress(Exception):  # what cannot be built fails when it is loaded, too
-        module = _built(cls, config)
-    if module is None:
+    if (module := _described(cls, config)) is None:
         return
     described = sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
     stored = sum(math.prod(spec.shape) for spec in checkpoint.specs)
@@ -282,7 +259,7 @@ def _pretrained(
     try:
         config = transformers.AutoConfig.for_model(**with_numbers(fields))
     except Exception as error:  # values of the wrong type raise any type
-        raise InputRefused(f"{path}: transformers does not know this model ({_first_line(error)})") from error
+        raise InputRefused(f"{path}: transformers does not know this model ({first_line(error)})") from error
     architecture = (fields.get("architectures") or ["AutoModel"])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
@@ -307,7 +284,8 @@ def _pretrained(
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
-        why = _shapes_by_config(cls, config, checkpoint) if "ignore_mismatched_sizes" in str(error) else ""
+        described = _described(cls, config) if "ignore_mismatched_sizes" in str(error) else None
+        why = EscapedLines() if described is None else _other_shapes(described, checkpoint)
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
@@ -319,20 +297,15 @@ def _pretrained(
     return module, new
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _shapes_by_config(cls: Any, config: Any, checkpoint: Checkpoint) -> EscapedLines:
-    """As `_other_shapes`; empty, too, where the model cannot be built from this config."""
-    with torch.device("meta"), contextlib.suppress(Exception):
-        return _other_shapes(_built(cls, config), checkpoint)
-    return EscapedLines()
-
-
 def _built(cls: Any, config: Any) -> Any:
     return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def _described(cls: Any, config: Any) -> Any:
+    """The model without weights; None where it cannot be built: loading it fails, too."""
+    with torch.device("meta"), contextlib.suppress(Exception):
+        return _built(cls, config)
+    return None
 
 
 def _other_shapes(module: Any, checkpoint: Checkpoint) -> EscapedLines:
@@ -383,7 +356,7 @@ def with_numbers(value: Any) -> Any:
 def without_unread_pooler(module: Any, new: Sequence[str]) -> tuple[str, ...]:
     """Remove the pooler whose weights are all `new`, those that the folder lacks; return the other new weights.
 
-    Pairs on it are then left out, with a note (see `layers.module_spelling`).
+    Pairs on it are then left out, with a note (see `layers.module_tensors`).
     """
     encoder = getattr(module, "encoder", None)
     if encoder is None or not type(module).__name__.endswith(COMPOSITE) or not has_removable_pooler(encoder):

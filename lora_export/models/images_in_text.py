@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.models.image_forms import IMAGES, PATCHES, ImageForm, image_forms
+from lora_export.models.images import IMAGES, PATCHES, ImageForm, image_forms
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
+from lora_export.models.tracing import first_line
 from lora_export.options.spelling import named
 
 PLACEHOLDER_NAMES = ("image_token_id", "image_token_index")  # fields of a config
@@ -108,7 +109,7 @@ def images_in_text(module: Any, takes: Sequence[str], folder: Path) -> tuple[Ima
             try:
                 tokens = _tokens_of_images(module, features, form)
             except Exception as error:  # noqa: BLE001  a form that the model does not take raises any type
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                why = first_line(error)
                 continue
             types = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in takes), "")
             marks_suffix = types == "token_type_ids" and "paligemma" in str(module.config.model_type)

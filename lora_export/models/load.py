@@ -8,27 +8,29 @@ inputs, the user's own are the example.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
-from lora_export.errors import InputRefused, RuntimeRefused, listed
+from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.factory import find_factory, from_factory, resampled, varying_axes
-from lora_export.models.failures import named_failures
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
-from lora_export.models.model import Model, ModelInputs, Sizes, in_dtype_of
+from lora_export.models.model import Model, in_dtype, in_dtype_of
 from lora_export.models.pt2.program_model import from_program
-from lora_export.models.streamed_folder import is_streamed, load_streamed
+from lora_export.models.stored_parameter import is_streamed, load_streamed
+from lora_export.models.tracing import failure_on, named_failures
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.npz import read_arrays
@@ -56,49 +58,34 @@ def load_model(
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
-    return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
-
-
-def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
-    def make_inputs(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        inputs = model.make_inputs(sizes, generator)
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-    note = (
-        f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it ({named('dtype')})"
-    )
-    return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
-
-
-def _load(
-    source: str,
-    adapters: Sequence[Adapter],
-    head: TaskHead | None,
-    dtype: torch.dtype,
-    *,
-    may_add: bool,
-    streamed: bool,
-    base: TrainedBase | None,
-) -> Model:
-    is_diffusion = Path(source).is_dir() and is_diffusion_model(Path(source))
-    if base and base.quantization and (is_diffusion or not Path(source).is_dir()):
+    path = Path(source)
+    is_diffusion = path.is_dir() and is_diffusion_model(path)
+    if base and base.quantization and (is_diffusion or not path.is_dir()):
         raise InputRefused(
             f"{named('quantize_base')} is for Hugging Face folders of transformers, and {source} is none. A "
             "factory may return a module with layers of bitsandbytes.nn.Linear4bit"
         )
     if is_diffusion:
-        return from_diffusers(Path(source), dtype)
-    if Path(source).is_dir():
-        return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
-    if artifact_kind(Path(source)) is ArtifactKind.PROGRAM:
+        loaded = from_diffusers(path, dtype)
+    elif path.is_dir():
+        loaded = from_folder(path, adapters, head, dtype, may_add=may_add, streamed=streamed, base=base)
+    elif artifact_kind(path) is ArtifactKind.PROGRAM:
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out {named('dtype')}")
-        return from_program(Path(source))
-    refuse_no_model(source)
-    location, _, name = source.rpartition(":")
-    loaded = from_factory(source, find_factory(location, name))
-    return replace(loaded, module=loaded.module.to(dtype))
+        loaded = from_program(path)
+    else:
+        refuse_no_model(source)
+        location, _, name = source.rpartition(":")
+        made = from_factory(source, find_factory(location, name))
+        loaded = replace(made, module=made.module.to(dtype))
+    return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
+
+
+def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
+    name = str(dtype).removeprefix("torch.")
+    note = f"the model runs in {name}, and its weights are rounded to it ({named('dtype')})"
+    made = model.make_inputs
+    return replace(model, make_inputs=lambda *wanted: in_dtype(dtype, made(*wanted)), notes=(*model.notes, note))
 
 
 def module_with_weights(model: Model, path: Path) -> nn.Module:
@@ -129,7 +116,8 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     arrays = read_arrays(path)
     takes = list(inspect.signature(model.module.forward).parameters)
     unknown = [name for name in arrays if name not in takes]
-    if model.axes and (unknown or set(arrays) <= set(model.axes)) and _runs(model):
+    may_stay = model.axes and (unknown or set(arrays) <= set(model.axes))
+    if may_stay and not failure_on(model.module, model.example_inputs()):
         return model
     if unknown or not arrays:
         raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
@@ -137,26 +125,7 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad():
         model.module(**example)
     axes, sizes = varying_axes(str(path), model.module, example)
-    note = f"the generated inputs are like those in {path}"
-    return replace(
-        model,
-        axes=axes,
-        make_inputs=lambda wanted, generator: resampled(example, axes, wanted, generator),
-        traced_sizes=sizes,
-        steps={},
-        notes=(*model.notes, note),
-        not_judged=(),
-        derive=None,
-        text_only=None,
-    )
-
-
-def _runs(model: Model) -> bool:
-    """Whether the model computes something of its generated inputs."""
-    inputs = model.example_inputs()
-    try:
-        with named_failures(model.module, inputs), torch.no_grad():
-            model.module(**inputs)
-    except RuntimeRefused:
-        return False
-    return True
+    notes = (*model.notes, f"the generated inputs are like those in {path}")
+    make = functools.partial(resampled, example, axes)
+    others: dict[str, Any] = {"steps": {}, "not_judged": (), "derive": None, "text_only": None}
+    return replace(model, axes=axes, make_inputs=make, traced_sizes=sizes, notes=notes, **others)

@@ -12,15 +12,10 @@ from torch import nn
 from lora_export.models.stored_parameter import state_of
 
 ModelInputs = dict[str, torch.Tensor]
-
 Axes = dict[str, dict[int, str]]  # input -> axis -> the size's symbol
-
 Sizes = dict[str, int]  # symbol -> size
-
 Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
-
 MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
-
 Derive = Callable[[Sizes], Sizes]
 
 TOKEN_TYPES = "token_type_ids"
@@ -140,5 +135,9 @@ class Model:
 
 def in_dtype_of(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> ModelInputs:
     """The inputs with floats in the dtype of the module's first float parameter."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return in_dtype(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32), inputs)
+
+
+def in_dtype(dtype: torch.dtype, inputs: Mapping[str, torch.Tensor]) -> ModelInputs:
+    """The inputs with floats in this dtype."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

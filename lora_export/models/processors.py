@@ -1,24 +1,31 @@
-"""What a folder has beside a model: tokenizers and the like, opened by transformers' own classes.
+"""What a folder has beside a model: its tokenizer, and what makes inputs of image and sound files.
 
-Nothing is downloaded, and no code of the folder is run.
+Nothing is downloaded, and no code of the folder is run. Pillow reads images. libsndfile reads .wav, .flac, .ogg, .mp3
+and others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+import numpy as np
+from numpy.typing import NDArray
 
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.storage import input_files
+
+PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
+PIXELS = "pixel_values"  # the input that an image processor makes
 # One of them is in every folder that transformers reads a tokenizer from.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "spiece.model"),
 )
 
 
@@ -57,3 +64,130 @@ def open_tokenizer(folder: Path, *, needed: bool) -> Any:
         return None
     failure = f"{folder}: the tokenizer cannot be read"
     return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)
+
+
+def open_image_processor(folder: Path) -> Any:
+    """The image processor of transformers in a folder.
+
+    Raises InputRefused where it is missing or damaged, and EnvironmentLacking without transformers.
+    """
+    failure = f"{folder} has no image processor ({PROCESSOR})"
+    return open_processor("AutoImageProcessor", folder, needs="images need", failure=failure)
+
+
+def read_image(image: Path | Any) -> Any:
+    """An image file, or an image of Pillow, as Pillow's image in RGB.
+
+    Raises InputRefused for a file that is no image, and EnvironmentLacking without Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise EnvironmentLacking(f"images need Pillow ({error}): pip install 'lora-export[data]'") from error
+    if not isinstance(image, Path):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputRefused(f"no image that can be read ({error})") from error
+
+
+def pixels_of(paths: Sequence[Path], folder: Path) -> NDArray[np.float32]:
+    """The pixels of image files as the image processor in a folder makes them, (files, channels, height, width).
+
+    Raises InputRefused for what is no image, for a processor that is missing or makes images of several sizes, and
+    EnvironmentLacking without Pillow or transformers.
+    """
+    processor = open_image_processor(folder)
+    for path in paths:
+        input_files.must_be_regular(path)
+    made = [processor(read_image(path), return_tensors="pt")[PIXELS][0].numpy() for path in paths]
+    shapes = {array.shape for array in made}
+    if len(shapes) > 1:
+        sizes = " and ".join(sorted(str(list(shape)) for shape in shapes))
+        raise InputRefused(f"the image processor in {folder} makes images of several sizes: {sizes}")
+    return np.stack(made).astype(np.float32)
+
+
+NEED = "sounds need"
+PROCESSOR_FILE = "processor_config.json"  # of transformers 5: the extractor is a part of it
+
+
+def open_extractor(folder: Path) -> Any:
+    """The feature extractor of transformers in a folder.
+
+    Raises InputRefused where it is missing or damaged, and EnvironmentLacking without transformers.
+    """
+    if not any((folder / name).is_file() for name in (PROCESSOR, PROCESSOR_FILE)):
+        raise InputRefused(
+            f"{folder} has no {PROCESSOR}: it states how a sound becomes what the encoder reads",
+            "The features themselves may be given: lora_export.generate takes arrays",
+        )
+    return open_processor("AutoFeatureExtractor", folder, needs=NEED, failure=f"{folder}: {PROCESSOR} cannot be read")
+
+
+@dataclass(frozen=True)
+class SoundHeader:
+    """What the header of a sound states."""
+
+    samples: int  # of each channel
+    rate: int  # samples a second
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+    def samples_at(self, rate: int) -> int:
+        """How many samples of each channel the sound has at another rate."""
+        return self.samples * rate // self.rate
+
+
+def sound_header(source: Path | bytes) -> SoundHeader:
+    """The header of a sound: of a file, or of its bytes. Raises as `read_sound`."""
+    with _opened(source) as sound:
+        return SoundHeader(sound.frames, sound.samplerate, sound.channels)
+
+
+def read_sound(source: Path | bytes, rate: int) -> NDArray[np.float32]:
+    """The samples of a sound, mostly between -1 and 1, (samples,): the mean of its channels, at this rate.
+
+    Raises InputRefused for what libsndfile does not read and for samples that are not finite, and EnvironmentLacking
+    without soundfile, or without soxr for a sound of another rate.
+    """
+    with _opened(source) as sound:
+        samples: NDArray[np.float32] = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+        own_rate = sound.samplerate
+    if not np.isfinite(samples).all():
+        raise InputRefused(f"{_name(source)} has samples that are not finite")
+    return samples if own_rate == rate else optional_package("soxr", NEED, "audio").resample(samples, own_rate, rate)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[Any]:
+    soundfile = optional_package("soundfile", NEED, "audio")
+    if isinstance(source, Path):
+        input_files.must_be_regular(source)
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as sound:
+            yield sound
+    except soundfile.LibsndfileError as error:
+        message = "{0} is damaged, or no sound that libsndfile reads. ffmpeg -i {0} sound.flac makes one"
+        raise InputRefused(message.format(_name(source))) from error
+
+
+def _name(source: Path | bytes) -> str:
+    return "the sound" if isinstance(source, bytes) else str(source)
+
+
+def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[str, NDArray[Any]]:
+    """What an extractor makes of sounds (samples,), one row each. Raises InputRefused where it refuses them."""
+    # Whisper's extractor makes every sound as long as the model needs it. Others pad by an option.
+    same_length = len({len(sound) for sound in sounds}) == 1
+    padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
+    try:
+        made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="np", **padding)
+    except (ValueError, TypeError) as error:
+        raise InputRefused(f"the sounds cannot be read by the model's extractor: {error}") from error
+    return {name: np.asarray(value) for name, value in made.items()}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.exchanged_class import exchange_forward
+from lora_export.layers.torch_internals import exchange_forward
 from lora_export.storage import json_files, safetensors_file
 from lora_export.weights.sentence_modules import ALONE, TRANSFORMER_CONFIG, SentenceModule, sentence_modules
 from lora_export.weights.task_head import CLASS_ENDINGS
@@ -38,7 +38,8 @@ ENCODERS = {
     "longt5": "LongT5EncoderModel",
 }
 TASK = {"transformer_task": "feature-extraction", "module_output_name": TOKENS}
-TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+LAST_STATE = "last_hidden_state"
+TEXT: dict[str, Any] = {"method": "forward", "method_output_name": LAST_STATE}
 OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -74,10 +75,7 @@ def embedder_modules(folder: Path, fields: Mapping[str, Any]) -> tuple[SentenceM
         if config.get(name, supported) != supported:
             raise InputRefused(f"{path}: {name} is {config[name]!r}; only {supported!r} is supported. {ALONE}")
     kinds = config.get("modality_config", {"text": TEXT})
-    if not isinstance(kinds, dict) or kinds.get("text") not in (
-        TEXT,
-        {**TEXT, "method_output_name": ["last_hidden_state"]},
-    ):
+    if not isinstance(kinds, dict) or kinds.get("text") not in (TEXT, TEXT | {"method_output_name": [LAST_STATE]}):
         raise InputRefused(f"{path}: only the last hidden state of texts is supported (modality_config). {ALONE}")
     return modules
 
@@ -106,7 +104,11 @@ def as_embedder(transformer: Any, modules: Iterable[SentenceModule], dtype: torc
             )
         if hasattr(transformer, module.name):
             raise InputRefused(f"{module.folder.parent} has a module with the name {module.name!r} of another part")
-        step = BUILDERS[module.kind](module)
+        try:
+            step = BUILDERS[module.kind](module)
+        except RuntimeError as error:
+            why = listed(str(error).splitlines())
+            raise InputRefused(f"{module.folder}: its weights do not fit:", why) from error
         transformer.add_module(module.name, step.to(dtype).requires_grad_(False).eval())
         if isinstance(step, Pooling) and not module.config().get("include_prompt", True):
             notes.append(
@@ -155,16 +157,18 @@ def _embed(transformer: nn.Module, names: tuple[str, ...]) -> None:
 class Pooling(nn.Module):
     """One vector from those of all tokens whose mask is 1; several modes are joined."""
 
-    def __init__(self, modes: tuple[str, ...]):
+    def __init__(self, module: SentenceModule):
         super().__init__()
-        self.modes = modes
+        config = module.config()
+        stated = config.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if config.get(old)] or "mean"
+        self.modes = tuple(stated) if isinstance(stated, list) else (stated,)
+        if unknown := [mode for mode in self.modes if not isinstance(mode, str) or mode not in POOLINGS]:
+            raise InputRefused(
+                f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(POOLINGS)}"
+            )
 
     def forward(self, features: Features, mask: Tensor) -> None:
         features[SENTENCE] = torch.cat([POOLINGS[mode](features[TOKENS], mask) for mode in self.modes], dim=-1)
-
-
-def _sum_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.float32 if tokens.dtype in (torch.float16, torch.bfloat16) else tokens.dtype
 
 
 def _positions(tokens: Tensor) -> Tensor:
@@ -181,55 +185,34 @@ def _at(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.gather(1, positions[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
 
 
-def _cls(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _at(tokens, _first_position(tokens, mask))
-
-
-def _last_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _at(tokens, torch.where(mask == 0, 0, _positions(tokens)).amax(1))
-
-
-def _max(tokens: Tensor, mask: Tensor) -> Tensor:
-    return tokens.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)
-
-
 def _weighted(tokens: Tensor, weights: Tensor, root: bool = False) -> Tensor:
     """Σ weight · token / Σ weight, or its root in the denominator; weights are (batch, sequence)."""
+    weights = weights.to(torch.float32 if tokens.dtype in (torch.float16, torch.bfloat16) else tokens.dtype)
     total = weights.sum(1, keepdim=True).clamp(min=1e-9)
     summed = (tokens * weights[:, :, None]).sum(1)
     return (summed / (total.sqrt() if root else total)).to(tokens.dtype)
 
 
-def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _weighted(tokens, mask.to(_sum_dtype(tokens)))
+def _numbers(tokens: Tensor, mask: Tensor) -> Tensor:
+    """1 for the first token of a row, 2 for the second, and so on."""
+    return _positions(tokens) + 1 - _first_position(tokens, mask)[:, None]
 
 
-def _mean_sqrt_length(tokens: Tensor, mask: Tensor) -> Tensor:
-    return _weighted(tokens, mask.to(_sum_dtype(tokens)), root=True)
-
-
-def _weighted_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The n-th token of a row has the weight n."""
-    numbers = _positions(tokens) + 1 - _first_position(tokens, mask)[:, None]
-    return _weighted(tokens, (mask * numbers).to(_sum_dtype(tokens)))
-
-
+# Of the tokens (batch, sequence, hidden) and their mask (batch, sequence)
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls": _cls,
-    "max": _max,
-    "mean": _mean,
-    "mean_sqrt_len_tokens": _mean_sqrt_length,
-    "weightedmean": _weighted_mean,
-    "lasttoken": _last_token,
+    "cls": lambda tokens, mask: _at(tokens, _first_position(tokens, mask)),
+    "max": lambda tokens, mask: tokens.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1),
+    "mean": _weighted,
+    "mean_sqrt_len_tokens": lambda tokens, mask: _weighted(tokens, mask, root=True),
+    "weightedmean": lambda tokens, mask: _weighted(tokens, mask * _numbers(tokens, mask)),
+    "lasttoken": lambda tokens, mask: _at(tokens, torch.where(mask == 0, 0, _positions(tokens)).amax(1)),
 }
 
 
 class _Applied(nn.Module):
     """A layer on one feature, whose result is another, or replaces it."""
 
-    def __init__(self, source: str, target: str):
-        super().__init__()
-        self.source, self.target = source, target
+    source = target = SENTENCE
 
     def forward(self, features: Features, _: Tensor) -> None:
         features[self.target] = self.applied(features[self.source])
@@ -237,9 +220,21 @@ class _Applied(nn.Module):
     def applied(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def read_features(self, module: SentenceModule) -> None:
+        """Read from the config which feature the module reads, and which one it writes."""
+        config = module.config()
+        self.source = config.get("module_input_name") or SENTENCE
+        self.target = config.get("module_output_name") or self.source
+        if unknown := [name for name in (self.source, self.target) if name not in (TOKENS, SENTENCE)]:
+            raise InputRefused(f"{module.folder} uses {unknown[0]!r}, which is neither {TOKENS} nor {SENTENCE}")
+
 
 class Normalize(_Applied):
     """Vectors of the length 1."""
+
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        self.read_features(module)
 
     def applied(self, values: Tensor) -> Tensor:
         return nn.functional.normalize(values, p=2.0, dim=-1)
@@ -248,14 +243,20 @@ class Normalize(_Applied):
 class Dense(_Applied):
     """A linear layer and an activation, beside which the values may be added again."""
 
-    def __init__(
-        self, source: str, target: str, tensors: Mapping[str, Tensor], activation: nn.Module, *, is_added: bool
-    ):
-        super().__init__(source, target)
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        config, tensors = module.config(), _tensors(module, "linear.weight")
+        name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        if name not in ACTIVATIONS:
+            known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
+            raise InputRefused(
+                f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn"
+            )
+        self.read_features(module)
         outputs, inputs = tensors["linear.weight"].shape
+        self.activation, self.is_added = ACTIVATIONS[name](), bool(config.get("use_residual", False))
         self.linear = nn.Linear(inputs, outputs, bias="linear.bias" in tensors)
-        self.residual = nn.Linear(inputs, outputs, bias=False) if is_added and inputs != outputs else None
-        self.activation, self.is_added = activation, is_added
+        self.residual = nn.Linear(inputs, outputs, bias=False) if self.is_added and inputs != outputs else None
         self.load_state_dict(tensors)
 
     def applied(self, values: Tensor) -> Tensor:
@@ -268,8 +269,9 @@ class Dense(_Applied):
 class LayerNorm(_Applied):
     """A layer norm of the embedding."""
 
-    def __init__(self, source: str, target: str, tensors: Mapping[str, Tensor]):
-        super().__init__(source, target)
+    def __init__(self, module: SentenceModule):
+        super().__init__()
+        tensors = _tensors(module, "norm.weight")
         self.norm = nn.LayerNorm(tensors["norm.weight"].shape[0])
         self.load_state_dict(tensors)
 
@@ -281,63 +283,16 @@ class LayerNorm(_Applied):
 class Dropout(nn.Module):
     """Nothing, outside of training."""
 
+    def __init__(self, _: SentenceModule):
+        super().__init__()
+
     def forward(self, features: Features, _: Tensor) -> None:
         pass
 
 
-# --- From their folders ---
-
-
-def _pooling(module: SentenceModule) -> Pooling:
-    config = module.config()
-    stated = config.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if config.get(old)] or "mean"
-    modes = tuple(stated) if isinstance(stated, list) else (stated,)
-    if unknown := [mode for mode in modes if not isinstance(mode, str) or mode not in POOLINGS]:
-        raise InputRefused(
-            f"{module.folder} has the unknown pooling mode {unknown[0]!r}. Supported are {', '.join(POOLINGS)}"
-        )
-    return Pooling(modes)
-
-
-def _normalize(module: SentenceModule) -> Normalize:
-    return Normalize(*_features(module, module.config()))
-
-
-def _dense(module: SentenceModule) -> nn.Module:
-    config, tensors = module.config(), _tensors(module, "linear.weight")
-    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    if name not in ACTIVATIONS:
-        known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
-        raise InputRefused(f"{module.folder} has the unsupported activation {name}. Supported are {known} of torch.nn")
-    is_added = bool(config.get("use_residual", False))
-    return _built(module, lambda: Dense(*_features(module, config), tensors, ACTIVATIONS[name](), is_added=is_added))
-
-
-def _layer_norm(module: SentenceModule) -> nn.Module:
-    tensors = _tensors(module, "norm.weight")
-    return _built(module, lambda: LayerNorm(SENTENCE, SENTENCE, tensors))
-
-
-def _dropout(_: SentenceModule) -> Dropout:
-    return Dropout()
-
-
 BUILDERS: dict[str, Callable[[SentenceModule], nn.Module]] = {
-    "Pooling": _pooling,
-    "Normalize": _normalize,
-    "Dense": _dense,
-    "LayerNorm": _layer_norm,
-    "Dropout": _dropout,
+    cls.__name__: cls for cls in (Pooling, Normalize, Dense, LayerNorm, Dropout)
 }
-
-
-def _features(module: SentenceModule, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The feature that a module reads, and the one that it writes."""
-    source = config.get("module_input_name") or SENTENCE
-    target = config.get("module_output_name") or source
-    if unknown := [name for name in (source, target) if name not in (TOKENS, SENTENCE)]:
-        raise InputRefused(f"{module.folder} uses {unknown[0]!r}, which is neither {TOKENS} nor {SENTENCE}")
-    return source, target
 
 
 def _tensors(module: SentenceModule, needed: str) -> dict[str, Tensor]:
@@ -351,10 +306,3 @@ def _tensors(module: SentenceModule, needed: str) -> dict[str, Tensor]:
     if len(shape) != (2 if needed.startswith("linear") else 1):
         raise InputRefused(f"{module.folder} lacks {needed}, or has it in another shape")
     return found
-
-
-def _built(module: SentenceModule, build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return build()
-    except RuntimeError as error:
-        raise InputRefused(f"{module.folder}: its weights do not fit:", listed(str(error).splitlines())) from error

@@ -1,17 +1,27 @@
-"""A module as exporters need it: in eval mode, silent, and without its key-value cache, which is no tensor."""
+"""A module as exporters need it: in eval mode, silent, without its cache, its outputs named and its failures explained.
+
+Exporters take no dataclasses: a module that returns one returns a dictionary instead.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.layers.torch_internals import exchange_forward
+from lora_export.models.model import ModelInputs
 
 USE_CACHE = "use_cache"
 
@@ -27,22 +37,8 @@ def disable_cache(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def cache_disabled(module: nn.Module) -> Iterator[None]:
-    """A model of transformers that makes no cache while the context is active."""
-    with _cache_setting(module, to=False):
-        yield
-
-
-@contextlib.contextmanager
-def cache_enabled(module: nn.Module) -> Iterator[None]:
-    """A model of transformers that makes a cache while the context is active."""
-    with _cache_setting(module, to=True):
-        yield
-
-
-@contextlib.contextmanager
-def _cache_setting(module: nn.Module, *, to: bool) -> Iterator[None]:
-    """All configs of a model with this value of `use_cache`, while active; those that lack the setting keep none."""
+def cache_setting(module: nn.Module, *, to: bool) -> Iterator[None]:
+    """A model of transformers with this value of `use_cache` in all configs that have one, while active."""
     configs = [getattr(part, "config", None) for part in module.modules()]
     parts = {id(part): part for config in configs for part in _parts(config)}
     changed = [part for part in parts.values() if getattr(part, USE_CACHE, to) != to]
@@ -72,7 +68,7 @@ def is_hugging_face(module: nn.Module) -> bool:
 
 def without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A module that makes no cache while the context is active; nothing but transformers' models makes one."""
-    return cache_disabled(module) if is_hugging_face(module) else contextlib.nullcontext()
+    return cache_setting(module, to=False) if is_hugging_face(module) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -108,3 +104,173 @@ def silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+LONGEST = 400  # characters of a cause: some contain tensors
+# Of PyTorch and Python, where memory is short: a failure of the machine
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")
+# Of torch.onnx, where no function of ONNX computes an operator of PyTorch
+MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
+DEPENDS_ON_VALUES = (
+    "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
+    "export only the part of the model that a graph can contain."
+)
+NOT_IN_ONNX = "Compute it there with operators that ONNX has, or export only the part of the model before it."
+
+
+@contextlib.contextmanager
+def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "inputs", remedy: str = "") -> Iterator[None]:
+    """Turn an exception of the module's forward into RuntimeRefused, with its cause in one sentence.
+
+    `inputs` are the names of what the module is called with, and `which` is what the message calls them.
+    `remedy` ends it.
+    """
+    try:
+        yield
+    except (LoraExportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if NO_MEMORY.search(str(error)):
+            raise
+        raise RuntimeRefused(
+            f"{type(module).__name__} itself fails on the {which} ({', '.join(inputs)}): {innermost_cause(error)}"
+            f"{remedy and f'. {remedy}'}"
+        ) from error
+
+
+def failure_on(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str:
+    """Why the module fails on these inputs; empty where it runs."""
+    try:
+        with named_failures(module, inputs), torch.no_grad():
+            module(**inputs)
+    except RuntimeRefused as error:
+        return str(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def innermost_cause(error: BaseException) -> str:
+    """The first paragraph of the innermost cause's message, and the line of the model that it names."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).strip()
+    first = " ".join(message.partition("\n\n")[0].split())
+    line = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
+    first = f"{first[:LONGEST]} ..." if len(first) > LONGEST else first
+    where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
+    return f"{first or type(error).__name__}{where}"
+
+
+# --- of exporters ---
+
+
+@contextlib.contextmanager
+def exporter_refusals(module: nn.Module, *ways: str) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence, and ways out."""
+    try:
+        yield
+    except Exception as error:
+        cause, remedy = innermost_cause(error), DEPENDS_ON_VALUES
+        if missing := MISSING_OPERATOR.search(cause):
+            cause, remedy = f"ONNX has no operator for {missing[1]}{_place(error)}", NOT_IN_ONNX
+        raise RuntimeRefused(f"the exporter refused {type(module).__name__}: {cause}", *ways, remedy) from error
+
+
+def _place(error: BaseException) -> str:
+    """The module and the line of the model's code that made the node on which the exporter failed; empty if unknown."""
+    node = _failing_node(error)
+    if node is None:
+        return ""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+    line = f"{frames[-1][0]}, {frames[-1][1]}: `{frames[-1][2].strip()}`" if frames else ""
+    parts = [f"in the module {modules[-1]}" if modules else "", line]
+    found = "; ".join(part for part in parts if part)
+    return f" ({found})" if found else ""
+
+
+def _failing_node(error: BaseException | None) -> torch.fx.Node | None:
+    """The node of the program that torch.onnx was about to translate: no exception has it but in its frames."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node):
+                return node
+            trace = trace.tb_next
+        error = error.__cause__
+    return None
+
+
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """The tensors in a module's outputs, by a mapping's own keys, or as `output_0`, `output_1` … in order.
+
+    The names of nested tensors are joined with a dot. Values that are no tensors are left out. Raises
+    RuntimeRefused where no tensor is found.
+    """
+    named = dict(_named(outputs))
+    if not named:
+        raise RuntimeRefused(f"the model returned {type(outputs).__name__}, which contains no tensors")
+    return named
+
+
+def have_names(outputs: Mapping[str, Any]) -> bool:
+    """Whether a model named its outputs. False where `named_outputs` did, so that only their order has a meaning."""
+    return not all(name.startswith("output_") for name in outputs)
+
+
+def _named(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(outputs, torch.Tensor):
+        yield prefix or "output_0", outputs
+    elif isinstance(outputs, Mapping):
+        for key, value in outputs.items():
+            yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(outputs, tuple | list):
+        for number, value in enumerate(outputs):
+            yield from _named(value, f"{prefix}.{number}" if prefix else f"output_{number}")
+
+
+# --- dataclasses ---
+
+
+def with_dictionaries(module: nn.Module, example_inputs: ModelInputs) -> nn.Module:
+    """The module itself; if it returns a dataclass for these inputs, it returns its fields by name from now on.
+
+    Runs it once. A module that fails is left as it is: the next run reports the failure.
+    """
+    with contextlib.suppress(Exception), torch.no_grad():
+        if _has_dataclass(module(**example_inputs)):
+            convert_outputs(module, _as_dictionaries)
+    return module
+
+
+def convert_outputs(module: nn.Module, convert: Callable[[Any], Any]) -> None:
+    """Let a module return what `convert` makes of its outputs, from now on."""
+    cls = type(module)
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return convert(cls.forward(self, *args, **kwargs))
+
+    exchange_forward(module, forward)
+
+
+def _as_dictionaries(value: Any) -> Any:
+    """The value with every dataclass as a dictionary of those of its fields that are not None."""
+    if _is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _as_dictionaries(each) for name, each in fields.items() if each is not None}
+    return type(value)(map(_as_dictionaries, value)) if type(value) in (tuple, list) else value
+
+
+def _has_dataclass(value: Any) -> bool:
+    return _is_dataclass(value) or (type(value) in (tuple, list) and any(map(_has_dataclass, value)))
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping)  # transformers' outputs are both

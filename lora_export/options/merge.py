@@ -122,7 +122,7 @@ class MergeOptions(Applied, Output):
         only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
     )
     tied: TiedEmbeddings = means(
-        "error",
+        Applied.tied,
         replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
     )
     dry_run: bool = option(False, "Print which weights would change, and write nothing.")

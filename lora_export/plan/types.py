@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import escaped_lines
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.options.combining import Applied
 from lora_export.plan.stored_region import StoredRegion
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -204,7 +205,7 @@ class Plan:
     name_prefix: str = ""  # added to the name of every base tensor in the output, so that a new head finds its model
     spellings: tuple[str, ...] = ()  # of each adapter: how its names relate to the base's, see `spelling.Spelling`
     untied: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the stored one whose values it starts from
-    tied: str = "error"  # what happens to tied tensors, see `ties.Tied`
+    tied: str = Applied.tied  # what happens to tied tensors, see `ties.Tied`
     by_weight: Mapping[str, Step] = field(init=False, repr=False)
     by_part: Mapping[str, tuple[Step, ...]] = field(init=False, repr=False)  # stored tensor -> the steps on parts of it
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lora_export.models.internals import TorchDispatchMode, grouped_products, tree_map
+from lora_export.layers.torch_internals import TorchDispatchMode, grouped_products, tree_map
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
 
 NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})

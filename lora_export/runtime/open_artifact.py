@@ -21,6 +21,7 @@ from lora_export.models.cached_decoder import counts_by_mask, takes_positions
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
+from lora_export.options.common import Running
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -35,7 +36,7 @@ class HowToOpen:
     """What a runner is opened with, beside the path. Each kind takes what it needs of it."""
 
     base: Model
-    provider: str = "cpu"
+    provider: str = Running.provider
     onnx_adapter: Path | None = None  # run with a graph that takes it
     adapter_id: int | None = None  # of every row of a graph with adapters by row; None: the caller sets the ids
     timeout: float = TIMEOUT  # seconds of a run
@@ -45,7 +46,7 @@ def open_candidate(
     path: Path,
     base: Model,
     *,
-    provider: str = "cpu",
+    provider: str = Running.provider,
     onnx_adapter: Path | None = None,
     adapter_id: int | None = None,
     timeout: float = TIMEOUT,

@@ -28,6 +28,7 @@ from lora_export.formats.onnx_adapter import (
     array_of_ort_value,
     import_onnxruntime,
 )
+from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.runtime.ort_session import LOG_ERRORS, open_session, raising_refusals
 
@@ -63,7 +64,7 @@ class Session:
         model: str | Path,
         adapters: Mapping[str, str | Path] = NO_ADAPTERS,
         *,
-        provider: str = "cpu",
+        provider: str = Running.provider,
         options: Any = None,
         session: Any = None,
     ):

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lora_export.models.failures import named_failures
-from lora_export.models.outputs import have_names, named_outputs
+from lora_export.models.tracing import have_names, named_failures, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow

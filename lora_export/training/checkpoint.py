@@ -1,17 +1,18 @@
-"""The checkpoint of an unfinished training, in a folder beside its output: `OUT.training`.
+"""What a training measured, and the files that it writes: metrics, TensorBoard's, and the checkpoint `OUT.training`.
 
-It has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step. What is
-random in a step depends on the seed and the step alone. A file is written beside the former one and renamed, so that
-a kill or a full disk leaves the former one whole.
+A checkpoint has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step.
+What is random in a step depends on the seed and the step alone. A file is written beside the former one and renamed, so
+that a kill or a full disk leaves the former one whole.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,111 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
 from lora_export.options.spelling import named
-from lora_export.training.history import METRICS, TrainingHistory, json_line
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    loss: float  # the mean of what counted in the step, before it
+    learning_rate: float
+    tokens: int  # of the inputs; examples, where they are no tokens
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One measurement on held-out examples."""
+
+    step: int  # after which it was made
+    held_out_loss: float
+    held_out_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """The memory of a training, in bytes."""
+
+    weights: int  # parameters and buffers
+    gradients: int
+    optimizer: int
+    activations: int  # what the forward pass of one part of a step keeps for the backward pass, without weights
+    peak: int  # on CUDA of all tensors; on the CPU of the process, measured between forward and backward
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients, the state of the optimiser and activations together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass
+class TrainingHistory:
+    """All steps and evaluations."""
+
+    device: str
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    memory: MemoryUse = MemoryUse(0, 0, 0, 0, 0)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(step.loss for step in self.steps)
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(step.seconds for step in self.steps)
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """The evaluation with the lowest held-out loss, the first of equal ones."""
+        return min(self.evaluations, key=lambda record: record.held_out_loss, default=None)
+
+    @property
+    def latest(self) -> list[StepRecord | EvaluationRecord]:
+        """The last step, and the evaluation after it where there is one."""
+        step = self.steps[-1]
+        return [step, *(record for record in self.evaluations[-1:] if record.step == step.step)]
+
+    def without_improvement(self) -> int:
+        """How many evaluations have followed the best one."""
+        return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0
+
+    def __str__(self) -> str:
+        taken = sum(self.seconds)
+        return (
+            f"{len(self.steps):,} {'step' if len(self.steps) == 1 else 'steps'} on {self.device} in {taken:.1f} s, "
+            f"loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}, peak memory {self.memory.peak / 2**20:,.0f} MiB"
+        )
+
+    def as_table(self) -> dict[str, Any]:
+        """Steps and evaluations as lists, for a checkpoint."""
+        return {
+            "steps": [list(asdict(step).values()) for step in self.steps],
+            "evaluations": [list(asdict(record).values()) for record in self.evaluations],
+        }
+
+    def restore(self, table: dict[str, Any]) -> None:
+        """Take over what `as_table` returned."""
+        self.steps = [StepRecord(*values) for values in table["steps"]]
+        self.evaluations = [EvaluationRecord(*values) for values in table["evaluations"]]
+
+    def write(self, path: Path) -> None:
+        """Write all records as lines of JSON, by step."""
+        records: list[StepRecord | EvaluationRecord] = [*self.steps, *self.evaluations]
+        records.sort(key=lambda record: record.step)
+        path.write_text("".join(map(json_line, records)), encoding="utf-8", newline="\n")
+
+
+def json_line(record: StepRecord | EvaluationRecord) -> str:
+    """A record as one line of JSON."""
+    return json.dumps(asdict(record), allow_nan=False) + "\n"
+
 
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
@@ -96,25 +199,20 @@ class Checkpoints:
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for parameter, state in optimizer.state.items():
             tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
-        facts = {
-            "identity": dict(self.identity),
-            "history": history.as_table(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        self._write(
-            TRAINING_STATE, tensors, {"format": CHECKPOINT_FORMAT, "facts": json.dumps(facts)}, len(history.steps)
-        )
+        of_scaler = scaler.state_dict() if scaler is not None else None
+        facts = {"identity": dict(self.identity), "history": history.as_table(), "scaler": of_scaler}
+        self._write(TRAINING_STATE, tensors, len(history.steps), facts=json.dumps(facts))
 
     def save_best(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Write the tensors of the evaluation with the lowest loss. Raises OutputFailed."""
-        self._write(BEST, tensors, {"format": CHECKPOINT_FORMAT}, step)
+        self._write(BEST, tensors, step)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], step: int) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], step: int, **facts: str) -> None:
         copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         beside = self.folder / f"{name}.partial"
         try:
             with beside.open("wb") as file:
-                file.write(to_bytes(copies, metadata))
+                file.write(to_bytes(copies, {"format": CHECKPOINT_FORMAT, **facts}))
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.folder / name)
@@ -133,9 +231,8 @@ class Checkpoints:
         tensors, facts = self._read()
         self._refuse_another(facts["identity"])
         trained = trained_tensors(module)
-        stored = {
-            name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")
-        }
+        own = "trained."
+        stored = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
         if set(stored) != set(trained) or any(stored[name].shape != trained[name].shape for name in trained):
             raise InputRefused(f"{self.folder} is the checkpoint of another adapter")
         with torch.no_grad():
@@ -186,3 +283,43 @@ class Checkpoints:
         ]
         if differing:
             raise InputRefused(f"{self.folder} is the checkpoint of another training:", listed(differing, 10))
+
+
+def require_tensorboard() -> None:
+    """Raise EnvironmentLacking where TensorBoard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise EnvironmentLacking(f"{named('tensorboard')} needs tensorboard: pip install 'lora-export[tensorboard]'")
+
+
+class EventLog:
+    """The event files of one training, in a folder that is made with the first record.
+
+    Files that are there stay. After a resumed training, TensorBoard shows no step twice. Raises OutputFailed where the
+    folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._tracker: Any = None
+
+    def write(self, records: Iterable[StepRecord | EvaluationRecord]) -> None:
+        """Write each number of the records as a curve of its own."""
+        for record in records:
+            numbers = {name: value for name, value in asdict(record).items() if name != "step" and value is not None}
+            try:
+                self._opened(record.step).log(numbers, step=record.step)
+            except OSError as error:
+                raise OutputFailed(f"{self.folder} could not be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def _opened(self, step: int) -> Any:
+        if self._tracker is None:
+            from accelerate.tracking import TensorBoardTracker
+
+            self._tracker = TensorBoardTracker("", str(self.folder), purge_step=step)
+            self._tracker.start()
+        return self._tracker

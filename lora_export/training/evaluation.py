@@ -1,20 +1,126 @@
-"""The loss and accuracy of a module on labelled examples."""
+"""The loss and accuracy of a module on examples; and the loss of a language model in parts of its rows.
+
+A batch of 8192 tokens and 32,000 words has 1 GB of scores in fp32, and PyTorch makes them three times. In parts, the
+scores of all words never exist at once: some rows get their scores, their share of the loss and their share of the
+gradient of the hidden states, one part after the other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lora_export.errors import InputRefused
-from lora_export.options.train import Precision
-from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
+from lora_export.options.train import Precision, TrainOptions
+from lora_export.training.arrays import IGNORED
+from lora_export.training.batches import (
+    Batch,
+    CrossEntropy,
+    Data,
+    batch_on_device,
+    batches_in_order,
+    module_outputs,
+    refuse_unknown_inputs,
+    scores_of,
+)
 from lora_export.training.compiling import autocast
-from lora_export.training.losses import module_outputs
-from lora_export.training.processes import rank, sum_over_processes, world_size
-from lora_export.training.sharding import is_sharded, move
+from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
+
+# Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth
+# longer than with 2²⁴.
+SCORES_AT_ONCE = 1 << 24
+LEAST_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLoss:
+    """The loss of a model whose scores are what a frozen linear layer makes of hidden states."""
+
+    head: nn.Linear
+
+    @contextlib.contextmanager
+    def hidden_states(self) -> Iterator[None]:
+        """Let the model return hidden states in place of scores while the context is active."""
+        self.head.forward = lambda states: states  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            del self.head.forward
+
+    def total(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of hidden states (n, ..., width), summed over all labels that count, in fp32. As CrossEntropy."""
+        states, labels = scores_of(outputs), batch.labels
+        if states.shape[:-1] != labels.shape:
+            raise InputRefused(f"the model's scores are {tuple(states.shape[:-1])}, the labels {tuple(labels.shape)}")
+        counted = labels != IGNORED
+        if labels.numel() and labels.max() >= self.head.out_features:
+            raise InputRefused(
+                f"there is a label {int(labels.max())}, but the model scores {self.head.out_features} classes"
+            )
+        weight = self.head.weight.to(states.dtype)
+        bias = None if self.head.bias is None else self.head.bias.to(states.dtype)
+        total: Tensor = _Total.apply(states[counted], labels[counted], weight, bias)  # type: ignore[no-untyped-call]
+        return total
+
+
+def head_loss(module: nn.Module, data: Data, device: torch.device, precision: Precision) -> HeadLoss | None:
+    """The loss in parts, where the module's scores are exactly what its frozen output embeddings return.
+
+    One example shows it, under autocast in this precision: some models scale or cap their scores. Leaves the module in
+    eval mode.
+    """
+    if type(data.loss) is not CrossEntropy or not callable(getattr(module, "get_output_embeddings", None)):
+        return None
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    made: list[Any] = []
+    hook = head.register_forward_hook(lambda _module, _inputs, output: made.append(output))
+    module.eval()
+    example = batch_on_device(data.batch([0]), device)  # not under autocast, which is for the model alone
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            outputs = module_outputs(module, example.inputs)
+    finally:
+        hook.remove()
+    return HeadLoss(head) if len(made) == 1 and scores_of(outputs) is made[0] else None
+
+
+class _Total(torch.autograd.Function):
+    """Σ (log Σ exp(scores) - score of the label), with the gradient of the hidden states computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        size = max(LEAST_ROWS_AT_ONCE, SCORES_AT_ONCE // weight.shape[0])
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
+            scores, own = F.linear(states[part], weight, bias).float(), labels[part, None]
+            scores.sub_(scores.amax(-1, keepdim=True))
+            of_labels = scores.gather(-1, own)
+            sums = scores.exp_().sum(-1, keepdim=True)
+            total += (sums.log() - of_labels).sum()
+            if gradient is not None:
+                chances = scores.div_(sums)
+                chances.scatter_add_(-1, own, chances.new_full(own.shape, -1.0))
+                torch.mm(chances.to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient.mul_(scale.to(gradient.dtype)), None, None, None
 
 
 @dataclass(frozen=True)
@@ -35,8 +141,8 @@ def evaluate(
     data: Data,
     *,
     batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    precision: Precision = "no",
+    device: str | torch.device = TrainOptions.device,
+    precision: Precision = TrainOptions.precision,
 ) -> Score:
     """Measure loss and accuracy, without dropout and without gradients. Several processes share the examples.
 
@@ -62,7 +168,9 @@ def evaluate(
                 right = data.loss.correct(outputs, batch)
                 has_accuracy = has_accuracy and right is not None
                 correct += right or 0
-            for _ in range(_idle_runs(module, len(data), len(own_rows), batch_size)):
+            # A process runs a base in shares as often as the first one, which has most batches.
+            most = math.ceil(math.ceil(len(data) / world_size()) / batch_size) if is_sharded(module) else 0
+            for _ in range(most - math.ceil(len(own_rows) / batch_size)):
                 batch = batch_on_device(data.batch([0]), device)
                 with autocast(device, precision):
                     module_outputs(module, batch.inputs)
@@ -73,11 +181,3 @@ def evaluate(
     if not counted:
         raise InputRefused("there is no labelled example to evaluate on")
     return Score(total / counted, right_ones / counted if has_accuracy else None, int(counted))
-
-
-def _idle_runs(module: nn.Module, rows: int, own: int, batch_size: int) -> int:
-    """How often a process runs a base in shares beyond its own batches: as often as the first one, which has most."""
-    if not is_sharded(module):
-        return 0
-    most = math.ceil(rows / world_size())
-    return math.ceil(most / batch_size) - math.ceil(own / batch_size)

@@ -1,9 +1,8 @@
 """The training loop, for whatever parameters of a module require gradients.
 
 accelerate gives the device, the other processes, the scale of the loss in fp16 and the norm of the gradients. Its
-`prepare` of a model and its `accumulate` would take the place of 30 of these 360 lines (`sum_gradients`, `parts_of`).
-They are not used: `prepare` wraps the model, which gives every tensor another name, and all that is trained here fits
-into one sum a step. The examples of a step depend on its number alone, so that a training continues to the same bits.
+`prepare` of a model would give every tensor another name, and all that is trained here fits into one sum a step. The
+examples of a step depend on its number alone, so that a training continues to the same bits.
 
 It knows nothing of LoRA: the caller attaches an adapter with trainable branches, and reads it back afterwards. Frozen
 parameters do not change, to the last bit.
@@ -24,28 +23,31 @@ from torch import Tensor, nn
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
 from lora_export.options.spelling import named
-from lora_export.options.train import Precision, TrainingSettings
+from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.storage.system_calls import deferred_signals
-from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
-from lora_export.training.checkpoint import NORMS_WITH_STATISTICS, Checkpoints, trained_tensors
-from lora_export.training.compiling import autocast, compiled
-from lora_export.training.evaluation import evaluate
-from lora_export.training.event_log import EventLog
-from lora_export.training.head_loss import HeadLoss, head_loss
-from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
-from lora_export.training.losses import Batch, module_outputs
-from lora_export.training.memory import PeakMemory, SavedActivations, memory_use
-from lora_export.training.order import ShuffledOrder, parts_of
+from lora_export.training.batches import Batch, Data, batch_on_device, module_outputs, refuse_unknown_inputs
+from lora_export.training.checkpoint import (
+    NORMS_WITH_STATISTICS,
+    Checkpoints,
+    EvaluationRecord,
+    EventLog,
+    StepRecord,
+    TrainingHistory,
+    trained_tensors,
+)
+from lora_export.training.compiling import PeakMemory, SavedActivations, autocast, compiled, memory_use
+from lora_export.training.evaluation import HeadLoss, evaluate, head_loss
+from lora_export.training.order import ShuffledOrder, learning_rate_factor, parts_of
 from lora_export.training.processes import (
+    is_sharded,
     leave_at_exit,
+    move,
     rank,
     refuse_sharding,
     sum_gradients,
     sum_over_processes,
     world_size,
 )
-from lora_export.training.schedule import learning_rate_factor
-from lora_export.training.sharding import is_sharded, move
 
 Device = Literal["cpu", "cuda"]
 OnStep = Callable[[StepRecord, int, int], None]  # (the step, steps in all, peak memory in bytes)
@@ -56,7 +58,7 @@ def fit(
     data: Data,
     settings: TrainingSettings,
     *,
-    device: Device = "cpu",
+    device: Device = TrainOptions.device,
     held_out: Data | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
@@ -152,9 +154,8 @@ class _Run:
             with deferred_signals():  # a checkpoint must not see half a step
                 self._update()
                 seconds = time.perf_counter() - begun
-                self.history.steps.append(
-                    StepRecord(step + 1, self.order.epoch_of(step) + 1, loss, rate, tokens, seconds)
-                )
+                epoch = self.order.epoch_of(step) + 1
+                self.history.steps.append(StepRecord(step + 1, epoch, loss, rate, tokens, seconds))
             if not self.history.memory.weights:
                 self.history.memory = memory_use(self.module, self.optimizer.optimizer, self.activations.bytes)
             self.optimizer.zero_grad()
@@ -212,7 +213,8 @@ class _Run:
                 self.accelerator.backward(value)
             del outputs, value
         total, tokens = sum_over_processes([total, float(sum(map(_tokens_in, batches)))], self.accelerator.device)
-        self._refuse_divergence(total, step + 1)
+        if not math.isfinite(total):
+            raise self._divergence(f"the loss is {total} at", step + 1)
         if not self.history.memory.weights:  # the first step of this process: a forward does the same in each
             self._refuse_gradients_of_the_base()
         rate = settings.learning_rate * learning_rate_factor(settings.schedule, step, self.total, settings.warmup)
@@ -232,10 +234,6 @@ class _Run:
         sum_gradients(self.trained)
         self.accelerator.clip_grad_norm_(self.trained, self.settings.max_gradient_norm)
         self.optimizer.step()
-
-    def _refuse_divergence(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise self._divergence(f"the loss is {loss} at", step)
 
     def _divergence(self, what: str, step: int) -> InputRefused:
         kept = "Nothing was written."
@@ -258,13 +256,8 @@ class _Run:
         if self.held_out is None or not self.settings.evaluates or not is_due or is_made:
             return
         batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
-        score = evaluate(
-            self.module,
-            self.held_out,
-            batch_size=batch_size,
-            device=self.accelerator.device,
-            precision=self.settings.precision,
-        )
+        device, precision = self.accelerator.device, self.settings.precision
+        score = evaluate(self.module, self.held_out, batch_size=batch_size, device=device, precision=precision)
         self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
         if self.history.best is self.history.evaluations[-1]:
             self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
@@ -275,7 +268,7 @@ class _Run:
         return bool(self.settings.patience) and self.history.without_improvement() >= self.settings.patience
 
 
-def accelerator_for(device: Device, precision: Precision = "no") -> Any:
+def accelerator_for(device: Device, precision: Precision) -> Any:
     """accelerate's Accelerator on this device. Joins the other processes, where a launcher started several.
 
     Raises EnvironmentLacking without accelerate or the device, WrongUsage where it would distribute the base.
@@ -291,9 +284,8 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
         raise EnvironmentLacking("training needs accelerate: pip install 'lora-export[train]'") from error
     try:
         # Its precision is one for the whole process. bf16 is autocast alone; fp16 has a scale of the loss.
-        accelerator = accelerate.Accelerator(
-            cpu=device == "cpu", mixed_precision="fp16" if precision == "fp16" else "no"
-        )
+        mixed = "fp16" if precision == "fp16" else "no"
+        accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=mixed)
     except ValueError as error:  # its state is one per process
         raise EnvironmentLacking(f"accelerate cannot train on {device} in precision {precision}: {error}") from error
     leave_at_exit()
@@ -302,15 +294,12 @@ def accelerator_for(device: Device, precision: Precision = "no") -> Any:
 
 def _groups(module: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
     """The trained parameters: B apart, where its learning rate is another one."""
-    factors: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_b = settings.b_ratio != 1 and ".lora_B." in f".{name}."
-            (factors if is_b else others).append(parameter)
-    groups: Sequence[tuple[list[nn.Parameter], float]] = ((others, 1.0), (factors, settings.b_ratio))
+            groups.setdefault(settings.b_ratio if ".lora_B." in f".{name}." else 1.0, []).append(parameter)
     rate = settings.learning_rate
-    return [{"params": params, "ratio": ratio, "lr": rate * ratio} for params, ratio in groups if params]
+    return [{"params": params, "ratio": ratio, "lr": rate * ratio} for ratio, params in groups.items() if params]
 
 
 @contextlib.contextmanager
@@ -328,9 +317,7 @@ def _restored_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
 def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     module.train()
     for part in module.modules():
-        if isinstance(part, NORMS_WITH_STATISTICS) and not any(
-            parameter.requires_grad for parameter in part.parameters()
-        ):
+        if isinstance(part, NORMS_WITH_STATISTICS) and not any(one.requires_grad for one in part.parameters()):
             part.eval()
     if settings.gradient_checkpointing:
         if not hasattr(module, "activation_checkpointing_enable"):
@@ -353,16 +340,11 @@ def _explained_memory() -> Iterator[None]:
         is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or ALLOCATION_FAILED in str(error)
         if not is_short:
             raise
-        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {_smaller()}") from error
-
-
-def _smaller() -> str:
-    """Options with which a training takes less memory."""
-    return (
-        f"a smaller {named('batch_size')}, more parts ({named('accumulate')}), {named('max_length')}, "
-        f"{named('gradient_checkpointing', True)}, {named('precision', 'bf16')}, {named('base_dtype', 'bfloat16')} or "
-        f"{named('quantize_base', 'nf4')}"
-    )
+        raise EnvironmentLacking(
+            f"there is not enough memory to train. What helps: a smaller {named('batch_size')}, more parts "
+            f"({named('accumulate')}), {named('max_length')}, {named('gradient_checkpointing', True)}, "
+            f"{named('precision', 'bf16')}, {named('base_dtype', 'bfloat16')} or {named('quantize_base', 'nf4')}"
+        ) from error
 
 
 def _tokens_in(batch: Batch) -> int:

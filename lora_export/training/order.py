@@ -1,11 +1,46 @@
-"""Which examples each step sees: all of them once an epoch, in an order that the seed and the epoch decide."""
+"""What each step sees: the rows that are not held out, in an order that seed and epoch decide, and a learning rate.
+
+Both depend on the number of the step alone, so that a training that is continued needs no state of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
+
+RowNumbers = NDArray[np.int64]
+
+
+def split_rows(groups: NDArray[np.int64], holdout: float, *, seed: int) -> tuple[RowNumbers, RowNumbers]:
+    """The rows to train on and those held out, sorted: of each group the same part, drawn by the seed.
+
+    `groups` has a number for each row, such as its class. `holdout` is the part to hold out, between 0 and 1. A group
+    always has a row to train on. Raises InputRefused for another `holdout`, and where nothing would be held out.
+    """
+    if not 0 < holdout < 1:
+        raise InputRefused(f"the part to hold out is {holdout}; it must be between 0 and 1")
+    rng = np.random.default_rng(seed)
+    trained_on: list[RowNumbers] = []
+    held_out: list[RowNumbers] = []
+    for group in np.unique(groups):
+        rows = rng.permutation(np.flatnonzero(groups == group))
+        count = min(round(len(rows) * holdout), len(rows) - 1)
+        held_out.append(rows[:count])
+        trained_on.append(rows[count:])
+    if not sum(map(len, held_out)):
+        of_what = "each class" if len(held_out) > 1 else "them"
+        raise InputRefused(
+            f"{len(groups)} examples are too few to hold out {holdout:g} of {of_what}. "
+            f"Give more examples, or train on all of them ({named('holdout', 0)})"
+        )
+    return np.sort(np.concatenate(trained_on)), np.sort(np.concatenate(held_out))
 
 
 class ShuffledOrder:
@@ -36,3 +71,22 @@ def parts_of(rows: Sequence[int], parts: int, *, rank: int, processes: int) -> l
     own = rows[rank::processes]
     size = max(1, math.ceil(len(rows) / (parts * processes)))
     return [own[start : start + size] for start in range(0, len(own), size)]
+
+
+# Name -> the factor at a part (0 to 1) of the steps after the warm-up
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "constant": lambda _: 1.0,
+}
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
+    """The factor, from 0 to 1, of step `step` (from 0) of `steps`: linear up to 1 over the warm-up, then the schedule.
+
+    `warmup` is the part of all steps, from 0 to below 1. Every step has a factor above 0.
+    """
+    warm = min(round(steps * warmup), steps - 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return SCHEDULES[schedule]((step - warm) / (steps - warm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
 from lora_export.options.spelling import named
-from lora_export.training.records.rows import Records, Row
-from lora_export.training.records.sound_files import AUDIO, sound_problem
+from lora_export.training.records.rows import AUDIO, Records, Row, sound_problem
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -102,15 +102,9 @@ def survey(records: Records, form: RowForm) -> Survey:
 
 def refuse_rows(records: Records, problem_of: Callable[[int], str]) -> None:
     """Raise InputRefused where rows have a problem, with the first of them."""
-    problems: list[str] = []
-    more = 0
-    for row in range(len(records)):
-        problem = problem_of(row)
-        if problem and len(problems) < SHOWN_PROBLEMS:
-            problems.append(problem)
-        elif problem:
-            more += 1
-    if problems:
+    found = filter(None, map(problem_of, range(len(records))))
+    if problems := list(itertools.islice(found, SHOWN_PROBLEMS)):
+        more = sum(1 for _ in found)
         raise InputRefused(f"{records.path}:", listed(problems), *([f"  and {more} more"] if more else []))
 
 
@@ -173,9 +167,8 @@ def _is_class(label: Any) -> bool:
 def _label_problem(values: Row) -> str:
     label = values["label"]
     if isinstance(label, list | tuple):
-        return (
-            "" if all(map(_is_class, label)) else f"`label` is {label!r}; a list of labels contains names or integers"
-        )
+        is_right = all(map(_is_class, label))
+        return "" if is_right else f"`label` is {label!r}; a list of labels contains names or integers"
     if isinstance(label, float):
         return "" if math.isfinite(label) else f"`label` is {label!r}"
     if not _is_class(label):
@@ -202,18 +195,12 @@ def _tagged(values: Row) -> str:
 def _compared(values: Row) -> str:
     if problem := _texts("sentence1", "sentence2")(values):
         return problem
-    score = _number(values["score"])
-    in_range = score is not None and -1 <= score <= 1
-    return "" if in_range else f"`score` is {values['score']!r}; a cosine is from -1 to 1"
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
+    score = values["score"]
     try:
-        return float(value)
+        in_range = not isinstance(score, bool) and -1 <= float(score) <= 1
     except (TypeError, ValueError):
-        return None
+        in_range = False
+    return "" if in_range else f"`score` is {score!r}; a cosine is from -1 to 1"
 
 
 def _chat(values: Row) -> str:
@@ -230,16 +217,12 @@ def _chat(values: Row) -> str:
     return "" if any(message["role"] == "assistant" for message in messages) else "no message of the assistant"
 
 
-def _image(values: Row) -> str:
-    return _label_problem(values)
-
-
 CHECKS: Mapping[RowForm, Callable[[Row], str]] = {
     RowForm.CHAT: _chat,
     RowForm.COMPLETION: _texts("prompt", "completion"),
     RowForm.TAGS: _tagged,
     RowForm.SIMILARITY: _compared,
-    RowForm.IMAGE: _image,
+    RowForm.IMAGE: _label_problem,
     RowForm.SPEECH: _texts("text"),
     RowForm.LABELLED: _labelled,
     RowForm.TEXT: _texts("text"),
@@ -298,7 +281,7 @@ def _typed(records: Records, members: set[Any], labels: _Labels) -> tuple[set[An
     """The labels in one type, and what that makes of them. 007 is a name, and not a number."""
     types = {type(label) for label in members}
     if types == {str}:
-        if records.path.suffix.lower() != ".csv":
+        if records.has_types:
             return members, LabelKind.CLASS
         if all(INTEGER.fullmatch(label) for label in members):
             return {int(label) for label in members}, LabelKind.CLASS

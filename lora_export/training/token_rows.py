@@ -18,10 +18,10 @@ from torch import nn
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
-from lora_export.training.encoders.texts import Tokenise
-from lora_export.training.losses import Batch, CrossEntropy, module_outputs, scores_of
+from lora_export.training.batches import Batch, CrossEntropy, module_outputs, scores_of
+from lora_export.training.encoders import Tokenise
+from lora_export.training.order import RowNumbers
 from lora_export.training.records.rows import Records
-from lora_export.training.splitting import RowNumbers
 
 MASKED_PART = 0.15  # of the tokens that a masked language model predicts (Devlin et al. 2019)
 REPLACED_BY_MASK, REPLACED_BY_ANY = 0.8, 0.1  # of these; the others stay as they are
@@ -57,9 +57,8 @@ class TokenFile:
                 tokens = np.asarray(ids, np.int32)
                 file.write(np.where(np.asarray(trained, bool), tokens, -1 - tokens).tobytes())
                 self.ends.append(self.ends[-1] + len(ids))
-        self.tokens: NDArray[np.int32] = (
-            np.memmap(path, np.int32, "r") if self.ends[-1] else np.zeros(0, np.int32)
-        )  # fmt: skip
+        has_any = self.ends[-1] > 0
+        self.tokens: NDArray[np.int32] = np.memmap(path, np.int32, "r") if has_any else np.zeros(0, np.int32)
 
     def pieces(self, max_length: int, *, cut: bool) -> list[TextPiece]:
         """The texts in pieces of at most `max_length` tokens; or, where they are not cut, their beginnings.
@@ -151,13 +150,11 @@ class MaskedRows:
             piece = self.pieces[row]
             tokens = np.asarray(self.file.tokens[piece.start : piece.stop], np.int64)
             part = slice(0, len(tokens))
-            ids[number, part], labels[number, part] = self._masked(
-                tokens, np.random.default_rng((self.seed, epoch, row))
-            )
+            rng = np.random.default_rng((self.seed, epoch, row))
+            ids[number, part], labels[number, part] = self._masked(tokens, rng)
             mask[number, part] = 1
-        return Batch(
-            {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}, torch.from_numpy(labels)
-        )
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        return Batch(inputs, torch.from_numpy(labels))
 
     def _masked(
         self, tokens: NDArray[np.int64], rng: np.random.Generator
@@ -182,11 +179,8 @@ def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_
     if not pieces:
         raise InputRefused(f"no token is left to predict within {max_length} tokens; raise {named('max_length')}")
     lengths = [piece.stop - piece.start for piece in pieces]
-    bins = (
-        [[pieces[item] for item in items] for items in packed_rows(lengths, max_length)]
-        if pack
-        else [[p] for p in pieces]
-    )
+    numbers = packed_rows(lengths, max_length) if pack else [[item] for item in range(len(pieces))]
+    bins = [[pieces[item] for item in items] for items in numbers]
     return CausalRows(file, bins, pad_token, pack)
 
 

@@ -26,6 +26,7 @@ from lora_export.errors import count
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
+from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
@@ -77,7 +78,7 @@ class GraphReferences:
         strengths: Sequence[float] | None = None,
         *,
         checkpoint: Checkpoint | None = None,
-        provider: str = "cpu",
+        provider: str = Running.provider,
         user_inputs: Path | None = None,
         seed: int = 0,
     ) -> GraphReferences:

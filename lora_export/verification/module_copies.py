@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_export.layers.exchanged_class import exchange_forward
+from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models import stored_parameter
-from lora_export.models.outputs import named_outputs
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
+from lora_export.models.tracing import named_outputs
 from lora_export.runtime.memory import release_memory
 
 

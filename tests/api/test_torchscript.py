@@ -78,10 +78,10 @@ def test_a_trace_that_repeats_its_example_leaves_out_the_images() -> None:
 
     texts = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2}, not_judged=("images",))
     messages: list[str] = []
-    taken, _ = torchscript._traced(replace(texts, text_only=texts), Counting(), messages.append)
+    taken, _ = torchscript._made(replace(texts, text_only=texts), Counting(), messages.append, is_program=False)
     assert taken.not_judged == ("images (the trace is right for one number and one size of images alone)",)
     assert messages and "takes texts without images" in messages[0]
-    assert torchscript._traced(texts, Counting(), messages.append)[0] is texts and len(messages) == 1
+    assert torchscript._made(texts, Counting(), messages.append, is_program=False)[0] is texts and len(messages) == 1
 
 
 class Named(nn.Module):

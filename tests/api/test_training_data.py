@@ -113,11 +113,11 @@ def test_a_classifier_keeps_the_order_of_its_labels(
     base = {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
     (tmp_path / "config.json").write_text(json.dumps(base))
     read = read_training_data(rows(tmp_path, *({"text": "a", "label": label} for label in labels)))
-    found = read.for_base(tmp_path)
+    found, _ = read.for_base(tmp_path)
     assert isinstance(found.content, CheckedRows) and found.content.survey.classes == expected
     assert found.head is not None and found.head.labels == tuple(map(str, expected))
     assert found.groups.tolist() == read.groups.tolist()  # the split into training and held-out rows stays
-    assert read.for_base("net.py:make") is read
+    assert read.for_base("net.py:make") == (read, "")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,7 @@ def test_labels_that_get_other_names_are_a_note(names: list[str], note: str, tmp
     base = {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(names))}
     (tmp_path / "config.json").write_text(json.dumps(base))
     read = read_training_data(rows(tmp_path, *({"text": "a", "label": label} for label in ("good", "bad"))))
-    assert read.for_base(tmp_path).note_on_labels(tmp_path) == note
-    assert read.note_on_labels("net.py:make") == ""
+    assert read.for_base(tmp_path)[1] == note
 
 
 def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_path: Path) -> None:

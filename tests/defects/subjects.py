@@ -31,7 +31,7 @@ from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models import export
+from lora_export.models import export, export_program
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.plan import Layout, TensorSpec
@@ -415,9 +415,9 @@ class Column:
         module(merged)
         if self.mode == "checkpoint":
             return ModuleRunner(merged, stored_dtypes=self._rounded(merged))
-        script = export.to_torchscript(merged, self.base.example_inputs())
+        script = export_program.to_torchscript(merged, self.base.example_inputs())
         path = new_folder() / "model.pt"
-        export.save_torchscript(script, path, extra={})
+        export_program.save_torchscript(script, path, extra={})
         return ScriptRunner(path, self.base.input_names)
 
     def _rounded(self, merged: nn.Module) -> dict[str, str]:

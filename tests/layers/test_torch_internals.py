@@ -1,12 +1,26 @@
-"""The names that PyTorch keeps to itself are what they were: each function fails under its own name."""
+"""Private names of PyTorch and transformers: an upgrade that removes one fails here, with its name."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
+from lora_export.errors import EnvironmentLacking
 from lora_export.layers import torch_internals
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, unsaved_buffers
+from lora_export.layers.torch_internals import (
+    exchange_class,
+    exchange_forward,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    subclass,
+    unsaved_buffers,
+)
 
 
 def test_parameters_buffers_and_children_are_those_of_the_module_itself() -> None:
@@ -35,3 +49,77 @@ def test_reshaped_values_are_no_view() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     reshaped = torch_internals.reshaped_alone(x * 2, [3, 2])
     assert reshaped.shape == (3, 2) and not reshaped._is_view() and (x * 2).view(3, 2)._is_view()
+
+
+FUSIONS = "transformers.exporters.onnxruntime_fusions"
+NAMES = [
+    ("torch", "_grouped_mm"),
+    ("torch", "_C", "DisableTorchFunctionSubclass"),
+    ("torch", "_C", "PyTorchFileReader"),
+    ("torch", "_C", "_jit_get_all_schemas"),
+    ("torch._dynamo.exc", "TorchDynamoException"),
+    ("torch.utils._python_dispatch", "TorchDispatchMode"),
+    ("torch.utils._pytree", "tree_map"),
+    ("transformers", "PreTrainedModel", "_is_stateful"),
+    (FUSIONS, "_STEPS"),
+    (FUSIONS, "_fuse_group_query_attention"),
+]
+OF_OBJECTS = [
+    (nn.Linear(1, 1), ("_parameters", "_buffers", "_modules")),
+    (torch.zeros(1), ("_version",)),
+    (torch.ops.aten.lstm.input, ("_schema", "_dispatch_cache")),
+]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=".".join)
+def test_a_private_name_exists(names: tuple[str, ...]) -> None:
+    assert torch_internals.private(*names) is not None
+
+
+@pytest.mark.parametrize(("owner", "names"), OF_OBJECTS, ids=["module", "tensor", "operator"])
+def test_a_private_attribute_exists(owner: object, names: tuple[str, ...]) -> None:
+    assert [name for name in names if not hasattr(owner, name)] == []
+
+
+def test_a_name_that_is_gone_is_named_with_the_release() -> None:
+    with pytest.raises(EnvironmentLacking) as refused:
+        torch_internals.private("torch", "_C", "_gone")
+    assert str(refused.value) == f"torch {torch.__version__} has no torch._C._gone, which is needed"
+
+
+def test_changes_in_place_are_counted() -> None:
+    tensor = torch.zeros(2)
+    before = torch_internals.changes_of(tensor)
+    tensor.add_(1)
+    assert torch_internals.changes_of(tensor) == before + 1
+
+
+def test_one_fusion_of_the_cpu_makes_attention_over_a_cache() -> None:
+    of_cpu = list(torch_internals.fusions_for("cpu"))
+    assert sum(is_attention for _, is_attention in of_cpu) == 1
+    assert all(callable(step) for step, _ in of_cpu) and len(of_cpu) > 5
+    assert not any(is_attention for _, is_attention in torch_internals.fusions_for("no provider"))
+
+
+def test_copies_compute_with_the_new_forward_until_the_class_comes_back() -> None:
+    module, x = nn.Linear(2, 1), torch.ones(1, 2)
+    weight, own = module.weight, module(x)
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, input) + self.shift
+
+    exchange_forward(module, forward, shift=2)
+    assert isinstance(module, nn.Linear) and module.weight is weight and list(module.state_dict()) == ["weight", "bias"]
+    assert (type(module).__name__, type(module).__module__) == ("Linear", nn.Linear.__module__)
+    assert list(inspect.signature(module.forward).parameters) == ["input"]
+    for each in (module, copy.deepcopy(module)):
+        assert torch.equal(each(x), own + 2)
+    exchange_class(module, nn.Linear)
+    assert type(module) is nn.Linear and torch.equal(module(x), own)
+
+
+def test_a_subclass_is_made_once_for_its_bases_and_attributes() -> None:
+    made = subclass("Mine", (nn.Linear,))
+    assert made is subclass("Mine", (nn.Linear,)) and issubclass(made, nn.Linear)
+    others = {subclass("Mine", (nn.Conv1d,)), subclass("Mine", (nn.Linear,), {"a": 1}), subclass("Own", (nn.Linear,))}
+    assert len(others | {made}) == 4

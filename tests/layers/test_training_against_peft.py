@@ -23,7 +23,7 @@ from lora_export import formats, layers, plan
 from lora_export.formats import WriteOptions
 from lora_export.formats import peft as peft_writer
 from lora_export.formats.peft_records import as_peft_computes
-from lora_export.layers.initial_factors import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
+from lora_export.layers.new_adapter import STARTING_POINT, Init, as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from support import experts
 from support.small_layers import Everything, an_encoder_layer, base_of
@@ -73,95 +73,70 @@ def an_encoder() -> nn.Module:
     return base_of(Encoder)
 
 
+PEFTS_NAMES = {  # of our options; the others have the same in PEFT's config
+    "targets": "target_modules",
+    "target_pattern": "target_modules",
+    "dora": "use_dora",
+    "rslora": "use_rslora",
+    "dropout": "lora_dropout",
+    "token_indices": "trainable_token_indices",
+}
+TASK = {"task_type": "CAUSAL_LM"}
+
+
+def of_pefts_config(options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {PEFTS_NAMES.get(name, name): value for name, value in options.items() if value} | more
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way to adapt a model: our options, and the fields of PEFT's config."""
+    """One way to adapt a model: our options, and further fields of PEFT's config."""
 
     make: Callable[[], nn.Module]
     ours: dict[str, Any]
-    theirs: dict[str, Any]
-    frozen: tuple[str, ...] = field(default=())  # what PEFT would train besides
+    more: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()  # what PEFT would train besides
 
 
+def a_net() -> nn.Module:
+    return base_of(Everything)
+
+
+def untied() -> LlamaForCausalLM:
+    return a_llama(tied=False)
+
+
+PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"mlp.*": 3}}
+OTHER_PATTERNS = {"rank_pattern": {r"0\..*\.q_proj": 4, "q_proj": 1}, "alpha_pattern": {"layers.1.mlp.*": 3}}
+TOKENS = {"targets": ["q_proj"], "token_indices": [3, 1, 10]}
+EXPERTS = {"targets": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 VARIANTS = {
-    "kinds": Variant(lambda: base_of(Everything), {"targets": KINDS}, {"target_modules": KINDS}),
-    "dora": Variant(
-        lambda: base_of(Everything), {"targets": KINDS, "dora": True}, {"target_modules": KINDS, "use_dora": True}
-    ),
-    "dropout": Variant(
-        lambda: base_of(Everything),
-        {"targets": KINDS, "dropout": 0.3},
-        {"target_modules": KINDS, "lora_dropout": 0.3},
-    ),
-    "dora with dropout": Variant(
-        lambda: base_of(Everything),
-        {"targets": KINDS, "dropout": 0.3, "dora": True},
-        {"target_modules": KINDS, "lora_dropout": 0.3, "use_dora": True},
-    ),
-    "patterns": Variant(
-        lambda: a_llama(tied=False),
-        {
-            "targets": "all-linear",
-            "rank_pattern": {r"0\..*\.q_proj": 4, "q_proj": 1},
-            "alpha_pattern": {"layers.1.mlp.*": 3},
-        },
-        {
-            "target_modules": "all-linear",
-            "task_type": "CAUSAL_LM",
-            "rank_pattern": {r"0\..*\.q_proj": 4, "q_proj": 1},
-            "alpha_pattern": {"layers.1.mlp.*": 3},
-        },
-    ),
-    "regex": Variant(
-        lambda: a_llama(tied=False),
-        {"targets": [], "target_pattern": r".*\.1\..*(q|v)_proj", "rslora": True},
-        {"target_modules": r".*\.1\..*(q|v)_proj", "use_rslora": True},
-    ),
-    "all biases": Variant(
-        a_bert, {"targets": ["query", "value"], "bias": "all"}, {"target_modules": ["query", "value"], "bias": "all"}
-    ),
+    "kinds": Variant(a_net, {"targets": KINDS}),
+    "dora": Variant(a_net, {"targets": KINDS, "dora": True}),
+    "dropout": Variant(a_net, {"targets": KINDS, "dropout": 0.3}),
+    "dora with dropout": Variant(a_net, {"targets": KINDS, "dropout": 0.3, "dora": True}),
+    "patterns": Variant(untied, {"targets": "all-linear", **OTHER_PATTERNS}, TASK),
+    "regex": Variant(untied, {"targets": [], "target_pattern": r".*\.1\..*(q|v)_proj", "rslora": True}),
+    "all biases": Variant(a_bert, {"targets": ["query", "value"], "bias": "all"}),
     "biases of layers and a head": Variant(
-        a_bert,
-        {"targets": ["query", "dense"], "bias": "lora_only", "modules_to_save": ["classifier"]},
-        {"target_modules": ["query", "dense"], "bias": "lora_only", "modules_to_save": ["classifier"]},
+        a_bert, {"targets": ["query", "dense"], "bias": "lora_only", "modules_to_save": ["classifier"]}
     ),
-    "tokens": Variant(
-        lambda: a_llama(tied=False),
-        {"targets": ["q_proj"], "token_indices": [3, 1, 10]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 10]},
-    ),
-    "tied tokens": Variant(
-        lambda: a_llama(tied=True),
-        {"targets": ["q_proj"], "token_indices": [3, 1, 10]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1, 10]},
-    ),
-    "a tied table": Variant(
-        lambda: a_llama(tied=True),
-        {"targets": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["embed_tokens", "q_proj"]},
-    ),
+    "tokens": Variant(untied, TOKENS),
+    "tied tokens": Variant(lambda: a_llama(tied=True), TOKENS),
+    "a tied table": Variant(lambda: a_llama(tied=True), {"targets": ["embed_tokens", "q_proj"]}),
     "4 bits": Variant(
-        lambda: in_4_bits(a_llama(tied=False)),
-        {"targets": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only"},
-        {"target_modules": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only", "task_type": "CAUSAL_LM"},
+        lambda: in_4_bits(untied()), {"targets": ["q_proj", "v_proj", "down_proj"], "bias": "lora_only"}, TASK
     ),
     "dora and dropout in 4 bits": Variant(
-        lambda: in_4_bits(a_llama(tied=False)),
-        {"targets": "all-linear", "dora": True, "dropout": 0.3},
-        {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.3, "task_type": "CAUSAL_LM"},
+        lambda: in_4_bits(untied()), {"targets": "all-linear", "dora": True, "dropout": 0.3}, TASK
     ),
     "attention": Variant(
         an_encoder,
         {"targets": ["self_attn", "linear1", "linear2"]},
-        {"target_modules": ["self_attn", "linear1", "linear2"]},
         frozen=("out_proj",),  # PEFT 0.21 adds its change twice
     ),
     **{
-        f"experts of {name}": Variant(
-            lambda name=name: experts.tiny_model(name),
-            {"targets": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-            {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        )
+        f"experts of {name}": Variant(lambda name=name: experts.tiny_model(name), EXPERTS)
         for name in ("mixtral", "gpt_oss", "llama4_text")
     },
 }
@@ -242,7 +217,7 @@ def test_what_peft_trained_is_continued_as_peft_does(name: str, tmp_path: Path) 
     variant = VARIANTS[name]
     base = variant.make()
     torch.manual_seed(2)
-    config = peft.LoraConfig(r=2, lora_alpha=4, **variant.theirs)
+    config = peft.LoraConfig(r=2, lora_alpha=4, **of_pefts_config(variant.ours, **variant.more))
     model = peft.get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for part, parameter in model.named_parameters():
@@ -285,23 +260,13 @@ def test_an_attention_that_peft_trained_is_continued_as_peft_does(tmp_path: Path
 # --- Starts from the weights ---
 
 BROKEN = ("conv1d", "olora")
-LLAMA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"mlp.*": 3}}
 STARTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "linear": (lambda: a_llama(tied=False), {}, LLAMA),
-    "rslora": (lambda: a_llama(tied=False), {"rslora": True}, {**LLAMA, "use_rslora": True}),
-    "patterns": (lambda: a_llama(tied=False), PATTERNS, {**LLAMA, **PATTERNS}),
-    "rslora and patterns": (
-        lambda: a_llama(tied=False),
-        {"rslora": True, **PATTERNS},
-        {**LLAMA, **PATTERNS, "use_rslora": True},
-    ),
-    "dropout": (lambda: a_llama(tied=False), {"dropout": 0.3}, {**LLAMA, "lora_dropout": 0.3}),
-    "conv1d": (
-        lambda: base_of(Everything),
-        {"targets": ["fan"]},
-        {"target_modules": ["fan"], "fan_in_fan_out": True},
-    ),
+    "linear": (untied, {}, TASK),
+    "rslora": (untied, {"rslora": True}, TASK),
+    "patterns": (untied, PATTERNS, TASK),
+    "rslora and patterns": (untied, {"rslora": True, **PATTERNS}, TASK),
+    "dropout": (untied, {"dropout": 0.3}, TASK),
+    "conv1d": (a_net, {"targets": ["fan"]}, {"fan_in_fan_out": True}),
 }
 
 
@@ -315,16 +280,16 @@ def trained_from_weights(base: nn.Module, new: Adapter, init: Init) -> tuple[nn.
     return module, start
 
 
-# PEFT 0.21 decomposes the stored (in, out) matrix of a Conv1D for OLoRA: test_initial_factors.py has that sum.
+# PEFT 0.21 decomposes the stored (in, out) matrix of a Conv1D for OLoRA: test_new_adapter.py has that sum.
 @pytest.mark.parametrize(
     ("name", "init"), [(name, init) for name in STARTS for init in ("pissa", "olora") if (name, init) != BROKEN]
 )
 def test_a_start_from_the_weights_has_pefts_losses(name: str, init: Init, tmp_path: Path) -> None:
-    make, options, theirs_options = STARTS[name]
-    base = make()
-    new = layers.create_adapter(base, **{"rank": 2, "alpha": 4, "seed": 0, "targets": "all-linear", **options})
+    make, options, more = STARTS[name]
+    base, options = make(), {"targets": "all-linear", **options}
+    new = layers.create_adapter(base, rank=2, alpha=4, seed=0, **options)
     ours, start = trained_from_weights(base, new, init)
-    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=init, **theirs_options)
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=init, **of_pefts_config(options, **more))
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
     theirs.save_pretrained(tmp_path / "start")
     torch.testing.assert_close(outputs_of(ours), outputs_of(base), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.layers.four_bit_weights import float_weight
+from lora_export.layers.frozen_linear import float_weight
 from lora_export.models.four_bit_base import TrainedBase, quantised_modules, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.weights.task_head import TaskHead

@@ -82,7 +82,7 @@ def test_pages_characters_and_videos_are_drawn(name: str, takes: set[str]) -> No
     module = getattr(hf, architecture)(config()).eval()
     inputs = generated_inputs(module, Path("no-such-folder"))
     assert set(inputs.axes) == takes
-    made = inputs.make(inputs.sizes, torch.Generator().manual_seed(0))
+    made = inputs.make_inputs(inputs.traced_sizes, torch.Generator().manual_seed(0))
     with torch.no_grad():
         module(**made)
     if name == "bros":
@@ -128,7 +128,7 @@ def test_a_model_of_segments_takes_points_with_labels() -> None:
     inputs = generated_inputs(module, FOLDER)
     axes = {0: "batch", 1: "objects", 2: "points"}
     assert inputs.axes == {"pixel_values": {0: "batch"}, "input_points": axes, "input_labels": axes}
-    made = inputs.make({"batch": 2, "objects": 4, "points": 5}, torch.Generator().manual_seed(0))
+    made = inputs.make_inputs({"batch": 2, "objects": 4, "points": 5}, torch.Generator().manual_seed(0))
     assert made["input_points"].shape == (2, 4, 5, 2) and made["input_labels"].shape == (2, 4, 5)
     assert 0 <= made["input_points"].min() < 4 and 12 < made["input_points"].max() <= 16  # the image has 16 x 16 pixels
     assert set(made["input_labels"].unique().tolist()) == {-1, 0, 1}
@@ -146,3 +146,48 @@ def test_other_models_of_images_get_no_points() -> None:
         hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
     )
     assert set(generated_inputs(module, FOLDER).axes) == {"pixel_values"}
+
+
+def of(name: str) -> hf.PreTrainedModel:
+    architecture, config = MORE_MODELS[name]
+    torch.manual_seed(0)
+    return getattr(hf, architecture)(config()).eval()
+
+
+def encodec() -> hf.PreTrainedModel:
+    config = hf.EncodecConfig(num_filters=4, hidden_size=16, codebook_size=16, upsampling_ratios=[4, 2])
+    return hf.EncodecModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "axes"),
+    [
+        (lambda: of("parakeet"), {"input_features": {0: "batch", 1: "frames"}}),
+        (encodec, {"input_values": {0: "batch", 2: "samples"}}),
+        (lambda: of("patchtst"), {"past_values": {0: "batch"}}),
+        (lambda: of("patchtsmixer"), {"past_values": {0: "batch"}}),
+        (
+            lambda: of("moonshine"),
+            {"input_values": {0: "batch", 1: "samples"}, "decoder_input_ids": {0: "batch", 1: "target"}},
+        ),
+    ],
+)
+def test_a_model_takes_the_signal_of_its_layout(model, axes) -> None:
+    module = model()
+    inputs = generated_inputs(module, FOLDER)
+    assert inputs.axes == axes
+    sizes = (
+        inputs.traced_sizes
+        | {"batch": 3}
+        | {symbol: inputs.traced_sizes[symbol] + 2 * step for symbol, step in inputs.steps.items()}
+    )
+    with torch.no_grad():
+        first, second = (
+            module(**inputs.make_inputs(wanted, torch.Generator().manual_seed(0)))
+            for wanted in (inputs.traced_sizes, sizes)
+        )
+    varying = next((name for name in ("frames", "samples") if name in inputs.traced_sizes), None)
+    one, other = (next(iter(outputs.values())).shape for outputs in (first, second))
+    assert other[0] == 3 * one[0] // 2
+    if varying and "decoder_input_ids" not in axes:
+        assert one[1:] != other[1:]  # the step changes the number of frames that the model makes of it

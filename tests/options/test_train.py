@@ -10,8 +10,8 @@ import pytest
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import options_of
 from lora_export.options.train import LearntTask, TrainingSettings
+from lora_export.training.order import SCHEDULES
 from lora_export.training.row_forms import RowForm
-from lora_export.training.schedule import SCHEDULES
 
 GOOD: dict[str, Any] = {"epochs": 1, "learning_rate": 0.1, "batch_size": 2, "seed": 0}
 

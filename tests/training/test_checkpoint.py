@@ -1,9 +1,11 @@
-"""The checkpoint of an unfinished training: whole or absent, and of this training alone."""
+"""What a training measured, its checkpoints, and its event files."""
 
 from __future__ import annotations
 
 import errno
 import inspect
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,25 @@ import pytest
 import torch
 from torch import nn
 
-from lora_export.errors import InputRefused, OutputFailed
+import lora_export as le
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.training import checkpoint
 from lora_export.training.checkpoint import (
     BEST,
+    METRICS,
     NORMS_WITH_STATISTICS,
     TRAINING_STATE,
     Checkpoints,
+    EvaluationRecord,
+    EventLog,
+    MemoryUse,
+    StepRecord,
+    TrainingHistory,
     checkpoint_folder,
+    require_tensorboard,
     trained_tensors,
 )
-from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory
+from support.api import MODEL
 
 IDENTITY = {"data": "abc", "learning_rate": 0.1, "rank": 4}
 
@@ -141,3 +151,81 @@ def test_every_norm_of_pytorch_with_statistics_is_known() -> None:
         if isinstance(cls, type) and "track_running_stats" in inspect.signature(cls).parameters
     }  # fmt: skip
     assert norms == set(NORMS_WITH_STATISTICS)
+
+
+def a_step(number: int, loss: float) -> StepRecord:
+    return StepRecord(number, 1, loss, 0.5, 8, 0.25)
+
+
+def test_tensorboard_reads_the_curves_and_no_step_twice(tmp_path: Path) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    first = EventLog(tmp_path / "log" / "rank-4")
+    first.write([a_step(1, 2.0), a_step(2, 1.5), EvaluationRecord(2, 1.75, None)])
+    first.write([a_step(3, 9.0)])  # killed after this step, and before its checkpoint
+    first.close()
+    resumed = EventLog(tmp_path / "log" / "rank-4")
+    resumed.write([a_step(3, 1.25)])
+    resumed.close()
+    events = reader.EventAccumulator(str(tmp_path / "log" / "rank-4"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {*("epoch", "loss", "learning_rate", "tokens", "seconds", "held_out_loss")}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.5), (3, 1.25)]
+    assert [(event.step, event.value) for event in events.Scalars("held_out_loss")] == [(2, 1.75)]
+
+
+def test_without_records_no_folder_is_made(tmp_path: Path) -> None:
+    EventLog(tmp_path / "log").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, *names: str, **options: int) -> None: ...
+
+        def start(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker", Full)
+    with pytest.raises(OutputFailed, match="log could not be written: No space left on device"):
+        EventLog(tmp_path / "log").write([a_step(1, 2.0)])
+
+
+def test_a_missing_tensorboard_is_missed_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(EnvironmentLacking, match=r"needs tensorboard: pip install 'lora-export\[tensorboard\]'"):
+        le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", tensorboard=tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "tensorboard", sys)
+    monkeypatch.setattr(sys, "__spec__", object(), raising=False)
+    require_tensorboard()
+
+
+def a_history() -> TrainingHistory:
+    steps = [StepRecord(number, 1, 1 / number, 0.1, 7, 0.5) for number in (1, 2, 3)]
+    evaluations = [EvaluationRecord(1, 0.7, 0.5), EvaluationRecord(2, 0.3, None), EvaluationRecord(3, 0.3, None)]
+    return TrainingHistory("cpu", steps, evaluations, MemoryUse(1, 2, 3, 4, 2**21))
+
+
+def test_the_first_of_equal_evaluations_is_the_best() -> None:
+    history = a_history()
+    assert history.best is history.evaluations[1] and history.without_improvement() == 1
+    assert TrainingHistory("cpu").best is None and TrainingHistory("cpu").without_improvement() == 0
+    assert str(TrainingHistory("cpu", history.steps[:1])).startswith("1 step on cpu in ")
+    assert str(history) == "3 steps on cpu in 1.5 s, loss 1 -> 0.3333, peak memory 2 MiB"
+    assert history.memory.total == 10
+
+
+def test_records_come_back_from_a_checkpoint_and_are_lines_by_step(tmp_path: Path) -> None:
+    history, restored = a_history(), TrainingHistory("cpu")
+    restored.restore(json.loads(json.dumps(history.as_table())))
+    assert (restored.steps, restored.evaluations) == (history.steps, history.evaluations)
+    history.write(tmp_path / "metrics.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "held_out_loss" in line) for line in lines] == [
+        (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)
+    ]  # fmt: skip
+    assert lines[2] == {"step": 2, "epoch": 1, "loss": 0.5, "learning_rate": 0.1, "tokens": 7, "seconds": 0.5}

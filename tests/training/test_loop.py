@@ -18,11 +18,9 @@ from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.options.train import TrainingSettings
 from lora_export.training import loop
-from lora_export.training.batches import ArrayData, Data, ReadyBatches
-from lora_export.training.checkpoint import Checkpoints
+from lora_export.training.batches import ArrayData, Batch, Data, OwnLoss, ReadyBatches
+from lora_export.training.checkpoint import Checkpoints, StepRecord, TrainingHistory
 from lora_export.training.evaluation import evaluate
-from lora_export.training.history import StepRecord, TrainingHistory
-from lora_export.training.losses import Batch, OwnLoss
 
 
 class Net(nn.Module):
@@ -394,14 +392,17 @@ def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:
     assert torch.equal(module.body[0].weight, before)
 
 
-def test_evaluation_needs_held_out_examples() -> None:
-    with pytest.raises(InputRefused, match="need held-out examples"):
-        fitted(adapted(), patience=1)
-
-
-def test_gradient_checkpointing_needs_a_model_that_knows_its_blocks() -> None:
-    with pytest.raises(InputRefused, match="needs a model of transformers"):
-        fitted(adapted(), gradient_checkpointing=True)
+@pytest.mark.parametrize(
+    ("is_trained", "options", "message"),
+    [
+        (False, {}, "nothing to train"),
+        (True, {"patience": 1}, "need held-out examples"),
+        (True, {"gradient_checkpointing": True}, "needs a model of transformers"),
+    ],
+)
+def test_a_training_that_cannot_begin_is_refused(is_trained: bool, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
+        fitted(adapted() if is_trained else Net().requires_grad_(False), **options)
 
 
 @pytest.mark.parametrize("on_the_cpu", [False, True])
@@ -414,11 +415,6 @@ def test_short_memory_names_what_helps(on_the_cpu: bool) -> None:
 
     with pytest.raises(EnvironmentLacking, match=r"not enough memory to train\. What helps: a smaller batch_size="):
         fitted(Hungry())
-
-
-def test_a_frozen_model_is_refused() -> None:
-    with pytest.raises(InputRefused, match="nothing to train"):
-        fitted(Net().requires_grad_(False))
 
 
 def test_without_accelerate_the_environment_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from lora_export.api.onnx_request import OnnxProofs
 from lora_export.api.verify import Verification
 from lora_export.graph.values import initializer_tensors
 from lora_export.models import export, stored_parameter
-from lora_export.models.stored_parameter import MOST_WIDENED_WEIGHTS
-from lora_export.models.streamed_folder import is_streamed
+from lora_export.models.stored_parameter import MOST_WIDENED_WEIGHTS, is_streamed
 from lora_export.runtime.ort_session import HeldSession
 from lora_export.verification.against_pytorch import PyTorchReferences
 from support import peak

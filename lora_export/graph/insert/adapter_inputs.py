@@ -30,6 +30,7 @@ from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_f
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.site import Site, common_dtype, find_readers
 from lora_export.graph.values import initializers
+from lora_export.options.export import OnnxOptions
 from lora_export.plan import Layout, Plan
 from lora_export.storage.hashes import ALGORITHMS, FAST
 
@@ -41,7 +42,7 @@ def insert_inputs(
     sites: Sites,
     weights: Iterable[str],
     *,
-    names: str = "olive",
+    names: str = OnnxOptions.names,
     dora: Iterable[str] = (),
     max_rank: int = 0,
     required: bool = False,

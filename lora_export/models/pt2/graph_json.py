@@ -5,14 +5,18 @@ And the nested containers of its inputs and outputs (torch's pytrees): read from
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.models.pt2.json_fields import (
+from lora_export.models.pt2.program_types import (
     STRIDED,
+    Argument,
+    Graph,
+    Node,
+    TorchName,
+    Value,
     boolean,
     dtype_of,
     integer,
@@ -22,7 +26,6 @@ from lora_export.models.pt2.json_fields import (
     single_field,
     string,
 )
-from lora_export.models.pt2.program_types import Argument, Graph, Node, TorchName, Value
 from lora_export.storage import json_files
 
 MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
@@ -118,8 +121,8 @@ class _GraphReader:
             "as_sym_bool": lambda each: self._symbolic(each, known, where, boolean),
             "as_optional_tensor": lambda each: self._argument(each, known, where),
             "as_scalar_type": lambda each: TorchName("dtype", dtype_of(each, where)),
-            "as_memory_format": lambda each: TorchName("memory_format", self._memory_format(each, where)),
-            "as_layout": lambda each: TorchName("layout", self._layout(each, where)),
+            "as_memory_format": lambda each: TorchName("memory_format", _memory_format(each, where)),
+            "as_layout": lambda each: TorchName("layout", _layout(each, where)),
             "as_device": lambda each: TorchName("device", string(json_object(each, where).get("type"), where)),
             "as_graph": lambda each: self.graph(json_object(json_object(each, where).get("graph"), where), where),
         }
@@ -138,15 +141,17 @@ class _GraphReader:
         kind, value = single_field(union, where)
         return self._value(value, known, where) if kind == "as_name" else number(value, where)
 
-    def _memory_format(self, number: Any, where: str) -> str:
-        if integer(number, where) not in MEMORY_FORMATS:
-            raise InputRefused(f"{where}: {number} is no memory format of torch")
-        return MEMORY_FORMATS[number]
 
-    def _layout(self, number: Any, where: str) -> str:
-        if number != STRIDED:
-            raise InputRefused(f"{where}: only dense tensors are supported")
-        return "strided"
+def _memory_format(number: Any, where: str) -> str:
+    if integer(number, where) not in MEMORY_FORMATS:
+        raise InputRefused(f"{where}: {number} is no memory format of torch")
+    return MEMORY_FORMATS[number]
+
+
+def _layout(number: Any, where: str) -> str:
+    if number != STRIDED:
+        raise InputRefused(f"{where}: only dense tensors are supported")
+    return "strided"
 
 
 def _output_names(outputs: Sequence[Any]) -> Iterator[str]:
@@ -197,11 +202,9 @@ def _container(spec: dict[str, Any], where: str, positions: Iterator[int], field
 
 
 def count_leaves(structure: Any) -> int:
-    if isinstance(structure, dict):
-        structure = structure.values()
-    elif not isinstance(structure, tuple | list):
+    if not isinstance(structure, dict | tuple | list):
         return 1
-    return functools.reduce(lambda count, part: count + count_leaves(part), structure, 0)
+    return sum(map(count_leaves, structure.values() if isinstance(structure, dict) else structure))
 
 
 def fill(structure: Any, results: Sequence[Any]) -> Any:

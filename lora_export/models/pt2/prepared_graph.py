@@ -1,16 +1,198 @@
-"""A program's graph prepared to run: each node with its operator or layer, and the values that it reads last."""
+"""A program's graph prepared to run: each node with its operator, of a closed list, or the layer called in its place.
+
+The list is closed since the file is not trusted. PyTorch's operators are looked up by these names alone. All others are
+refused by name: operators that open files (`aten::from_file`), that place a tensor on another's memory (`set_`,
+`resize_`), that draw random numbers, or that do not check the sizes they are given; every other namespace; all
+functions of Python. Some operators that exported programs contain do not check their arguments. In their place, the
+public function that does is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from torch import Tensor
+
 from lora_export.errors import InputRefused
-from lora_export.models.pt2 import allowed_operators
+from lora_export.layers.torch_internals import schema_of
 from lora_export.models.pt2.program_types import Graph, Node
 from lora_export.models.pt2.recover_layers import argument_of, operator_of, readable, values_in
+
+Function = Callable[..., Any]
+
+LARGEST_SIZE = 1 << 62  # beyond this, Python would compute on with integers that torch cannot hold
+ATEN_NAME = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+HIGHER_ORDER = "torch.ops.higher_order."
+
+ARITHMETIC = """
+    abs acos acosh add addcdiv addcmul amax amin argmax argmin argsort asin asinh atan atan2 atanh bitwise_and
+    bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh count_nonzero cumprod cumsum
+    deg2rad diff div eq erf erfc erfinv exp exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt histc hypot isfinite
+    isinf isnan isneginf isposinf le lerp lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or
+    logical_xor logit logsumexp lt max maximum mean median min minimum mul nan_to_num nanmean nansum ne neg norm pow
+    prod rad2deg reciprocal remainder round rsqrt rsub sgn sign signbit sin sinc sinh sort sqrt square std std_mean
+    sub sum tan tanh topk true_divide trunc var var_mean xlogy all any kthvalue __and__ __or__ __xor__ linalg_norm
+    linalg_vector_norm
+"""
+PRODUCTS = """
+    addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    convolution dot einsum embedding inner linear matmul mm mv outer scaled_dot_product_attention tensordot
+    cosine_similarity cdist
+"""
+LAYERS = """
+    _log_softmax _softmax adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d batch_norm celu dropout elu feature_dropout gelu glu
+    group_norm hardshrink hardsigmoid hardswish hardtanh instance_norm layer_norm leaky_relu log_sigmoid log_softmax
+    max_pool1d max_pool2d max_pool2d_with_indices max_pool3d mish native_dropout native_layer_norm prelu relu relu6
+    rms_norm selu sigmoid silu softmax softplus softshrink threshold upsample_bicubic2d
+    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+"""
+SHAPES = """
+    _to_copy alias arange as_strided broadcast_tensors broadcast_to bucketize cat chunk clone column_stack concat
+    constant_pad_nd contiguous copy detach diag diag_embed diagonal dstack expand expand_as eye fill flatten flip
+    full full_like gather hstack im2col index index_add index_copy index_fill index_put index_select item lift_fresh
+    lift_fresh_copy linspace _local_scalar_dense masked_fill masked_scatter masked_select meshgrid movedim narrow
+    new_full new_ones new_zeros nonzero numpy_T one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle
+    reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d reshape reshape_as roll rot90 scalar_tensor scatter scatter_add scatter_reduce select
+    select_scatter slice slice_scatter split split_with_sizes squeeze stack swapaxes swapdims sym_numel sym_size
+    sym_storage_offset sym_stride t take take_along_dim tensor_split tile to transpose tril tril_indices triu
+    triu_indices type_as unbind unflatten unfold unsqueeze view view_as vstack where zero zeros zeros_like
+"""
+# Reads a tensor's bytes as another type, which has another meaning once the tensor is in fp64.
+REFUSED_OPERATORS = {"view.dtype"}
+
+
+def _assert(self: Any, assert_msg: str = "") -> None:
+    if not bool(self):
+        raise RuntimeError(assert_msg or "an assertion of the program fails")
+
+
+def _checked_range(size: Any, min: Any = None, max: Any = None) -> None:
+    if (min is not None and size < min) or (max is not None and size > max):
+        raise RuntimeError(f"a size is {size}; it must be between {min} and {max}")
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[Tensor, None]:
+    named = {name: more[name] for name in ("attn_mask", "dropout_p", "is_causal", "scale") if name in more}
+    return F.scaled_dot_product_attention(query, key, value, **named), None
+
+
+def _group_norm(input: Tensor, weight: Any, bias: Any, *, group: int, eps: float, **_: int) -> tuple[Any, ...]:
+    return F.group_norm(input, group, weight, bias, eps), None, None
+
+
+def _batch_norm(
+    input: Tensor, weight: Any, bias: Any, running_mean: Tensor, running_var: Tensor, eps: float, **_: float
+) -> tuple[Any, ...]:
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps), None, None
+
+
+def _zeros(size: Any, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+# Functions that replace operators which do not check their arguments, or which return uninitialised memory. A None in
+# their results is a by-product for gradients; a program that reads it fails.
+REPLACEMENTS: dict[str, Function] = {
+    "_assert_scalar.default": _assert,
+    "_assert_async.default": _assert,
+    "_assert_async.msg": _assert,
+    "_assert_tensor_metadata.default": lambda **_: None,  # asserts dtypes, which differ in a reference in fp64
+    "sym_constrain_range.default": _checked_range,
+    "sym_constrain_range_for_size.default": _checked_range,
+    "_scaled_dot_product_flash_attention_for_cpu.default": _attention,
+    "native_group_norm.default": _group_norm,
+    "_native_batch_norm_legit_no_training.default": _batch_norm,
+    "_is_all_true.default": lambda self: self.all(),
+    "_weight_norm.default": lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)),
+    "_unsafe_view.default": lambda self, size: self.reshape(size),
+    "empty.memory_format": _zeros,
+    "empty_like.default": lambda self, dtype=None, **_: torch.zeros_like(self, dtype=dtype),
+    "new_empty.default": lambda self, size, dtype=None, **_: self.new_zeros(size, dtype=dtype),
+    "empty_permuted.default": _zeros,
+}
+OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
+
+
+def _bounded(function: Function) -> Function:
+    def computed(*numbers: Any) -> Any:
+        result = function(*numbers)
+        if not -LARGEST_SIZE <= result <= LARGEST_SIZE:
+            raise ValueError(f"a size computed from {numbers} is too large")
+        return result
+
+    return computed
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if not -64 <= exponent <= 64:
+        raise ValueError(f"a size to the power of {exponent} is too large")
+    return base**exponent
+
+
+BOUNDED = ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pos")
+# The functions that compute sizes; a program names Python's own.
+SIZE_FUNCTIONS: dict[str, Function] = {
+    **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{f"_operator.{name}": _bounded(getattr(operator, name)) for name in BOUNDED},
+    "_operator.and_": operator.and_,
+    "_operator.or_": operator.or_,
+    "_operator.pow": _bounded(_power),
+    "math.trunc": math.trunc,
+    "torch.sym_not": operator.not_,
+    "torch.sym_int": int,
+    "torch.sym_float": float,
+    "torch.sym_max": max,
+    "torch.sym_min": min,
+    "torch.sym_sum": _bounded(sum),
+    "torch.sym_ite": lambda condition, yes, no: yes if condition else no,
+    "torch.sym_sqrt": math.sqrt,
+    "torch._sym_sqrt": math.sqrt,
+}
+
+
+class Operator(NamedTuple):
+    """A function that a node runs."""
+
+    run: Function
+    names: Collection[str] | None  # of its arguments; None where they are positional
+    writes: bool  # into one of its arguments
+
+
+def resolve(target: str, where: str) -> Operator:
+    """The operator of this name. Raises InputRefused, with the location `where`, for all but those of the lists."""
+    if target in SIZE_FUNCTIONS:
+        return Operator(SIZE_FUNCTIONS[target], None, writes=False)
+    refused = InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
+    match = ATEN_NAME.fullmatch(target)
+    name, overload = match.groups() if match else ("", "")
+    spelled = f"{name}.{overload}"
+    known = name in OPERATORS or (name.endswith("_") and not name.endswith("__") and name[:-1] in OPERATORS)
+    if not match or spelled in REFUSED_OPERATORS or not (known or spelled in REPLACEMENTS):
+        raise refused
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or overload not in packet.overloads():
+        raise InputRefused(f"{where}: this PyTorch ({torch.__version__}) has no operator {target[:80]!r}")
+    found = getattr(packet, overload)
+    schema = schema_of(found)
+    arguments = schema.arguments
+    # TorchScript's operators on strings and lists have the same names, and can make a list of any length.
+    on_tensors = any("Tensor" in str(value.type) for value in (*arguments, *schema.returns))
+    if any(argument.is_out for argument in arguments) or not (on_tensors or spelled in REPLACEMENTS):
+        raise refused
+    writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
+    return Operator(REPLACEMENTS.get(spelled, found), [argument.name for argument in arguments], writes)
+
 
 # The argument of each operator that is the input of a layer called in its place. For other operators it is "input".
 LAYER_INPUTS = {"embedding.default": "indices", "mm.default": "self", "addmm.default": "mat1"}
@@ -33,7 +215,7 @@ class PreparedNode:
     """One node, ready to run."""
 
     node: Node
-    operator: allowed_operators.Operator | None  # None: the inner graph runs in its place
+    operator: Operator | None  # None: the inner graph runs in its place
     arguments: tuple[tuple[str, Any], ...]
     layer: str  # the module that is called in the operator's place; empty where the operator runs
     layer_input: Any  # the argument that this module gets
@@ -108,26 +290,23 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
     where = f"{path}: node {node.name}"
     if node.target in INLINED:
         return _inlined(node, path, last_reads)
-    if node.target.startswith(allowed_operators.HIGHER_ORDER):
+    if node.target.startswith(HIGHER_ORDER):
         raise InputRefused(f"{where}: {readable(node.target)} runs graphs in a way that is not supported")
-    operator = allowed_operators.resolve(node.target, where)
+    found = resolve(node.target, where)
     if any(isinstance(argument, Graph) for _, argument in node.inputs):
         raise InputRefused(f"{where}: {readable(node.target)} takes no graph as an argument")
-    if operator.names is not None:
-        unknown = [name for name, _ in node.inputs if name not in operator.names]
-        if unknown:
-            raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
-    if operator.writes and (target := next(iter(node.inputs), None)) is not None:
-        written = set(values_in(target[1])) & fixed
-        if written:
-            raise InputRefused(
-                f"{where}: {readable(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
-                "program: programs that keep state from run to run are not supported"
-            )
+    if unknown := [name for name, _ in node.inputs if found.names is not None and name not in found.names]:
+        raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
+    target = next(iter(node.inputs), None)
+    if found.writes and target is not None and (written := set(values_in(target[1])) & fixed):
+        raise InputRefused(
+            f"{where}: {readable(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
+            "program: programs that keep state from run to run are not supported"
+        )
     layer_input = argument_of(node, LAYER_INPUTS.get(operator_of(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
-    return PreparedNode(node, operator, arguments, layer, layer_input, None, last_reads)
+    return PreparedNode(node, found, arguments, layer, layer_input, None, last_reads)
 
 
 def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> PreparedNode:

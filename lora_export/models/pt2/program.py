@@ -1,13 +1,10 @@
 """An exported program as a module: its graph is run node by node, and its weights are in layers again.
 
-A program has no layers, only named parameters and operators that read them. Where all operators that read `X.weight`
-are those of a linear layer, a convolution or an embedding, X becomes that layer (`nn.Linear` and so on) and is called
-in place of the operator. Adapters can then be attached, layers observed and table rows looked up as in any module,
-and a reference with adapters computes `W x + s·B (A x)`, which no merge does.
-
-Where a weight is read in another way (transposed and multiplied, as in a decomposed program), the operator reads
-`W + s·BA`, which the reference computes itself, in fp64. That is not the sum that a merge wrote, and an adapter has no
-other meaning where its layer cannot be recovered.
+Where all operators that read `X.weight` are those of a linear layer, a convolution or an embedding, X becomes that
+layer (`nn.Linear` and so on) and is called in place of the operator. Adapters can be attached then as in any module,
+and a reference with adapters computes `W x + s·B (A x)`, which no merge does. Where a weight is read in another way
+(transposed and multiplied, as in a decomposed program), the operator reads `W + s·BA`, computed by the reference itself
+in fp64: not the sum that a merge wrote.
 
 The graph names dtypes. Where the module is cast (`.double()`, `.to()`), the dtype in which the file stores its weights
 is replaced, wherever the graph names it, by the dtype that they have now.
@@ -24,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
-from lora_export.layers.torch_internals import own_buffers, own_parameters
-from lora_export.models.internals import changes_of
+from lora_export.layers.torch_internals import changes_of, own_buffers, own_parameters
 from lora_export.models.pt2 import reader
 from lora_export.models.pt2.graph_json import fill
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
 from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
+from lora_export.models.tracing import first_line
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
 
@@ -43,10 +40,8 @@ class Program(nn.Module):
         # All attributes are set before the modules are: none of these may have the name of one.
         self.unobserved_weights: tuple[str, ...] = ()  # weights that no layer multiplies by: no hook sees their use
         self.file_dtype = _float_dtype(description)  # of the file's weights: that of the first float tensor
-        self._shared = _SharedDescription(description)
-        self._locations = {
-            tensor.value: TensorLocation(*split_attribute(tensor.name)) for tensor in description.tensors
-        }
+        self.description = description
+        self._locations = {each.value: TensorLocation(*split_attribute(each.name)) for each in description.tensors}
         self._graph, self._writes = PreparedGraph(description.graph, ()), False
         layers = recover_layers(self, description, uses_of(description.graph))
         called = {layer for layer in layers.values() if layer is not None}
@@ -57,11 +52,6 @@ class Program(nn.Module):
         self._graph = prepare(description.graph, self._locations, inputs, layers, description.path)
         self._writes = any(node.operator is not None and node.operator.writes for node in all_nodes(self._graph))
         self.eval()
-
-    @property
-    def description(self) -> ProgramDescription:
-        """The program as its file describes it."""
-        return self._shared.description
 
     @property
     def stored_dtypes(self) -> dict[str, str]:
@@ -118,10 +108,8 @@ class Program(nn.Module):
             except LoraExportError:
                 raise
             except Exception as error:  # operators raise exceptions of any type
-                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(
-                    f"node {prepared.node.name} ({readable(prepared.node.target)}): {cause}"
-                ) from error
+                where = f"node {prepared.node.name} ({readable(prepared.node.target)})"
+                raise RuntimeRefused(f"{where}: {first_line(error)}") from error
             _store(prepared.node, result, values)
             for name in prepared.last_reads:
                 values.pop(name, None)
@@ -134,9 +122,8 @@ class Program(nn.Module):
             assert prepared.inner is not None
             arguments = [read(value) for _, value in prepared.arguments]
             inputs = dict(zip(prepared.inner.graph.inputs, arguments, strict=True))
-            results = self._run(
-                prepared.inner, {name: value for name, value in inputs.items() if name is not None}, dtype
-            )
+            own = {name: value for name, value in inputs.items() if name is not None}
+            results = self._run(prepared.inner, own, dtype)
             return results[0] if prepared.inner.graph.is_single else results
         if prepared.operator.names is None:
             return prepared.operator.run(*(read(value) for _, value in prepared.arguments))
@@ -218,16 +205,6 @@ class Program(nn.Module):
         return value.to(dtype if wanted is self.file_dtype and dtype is not None else wanted)
 
 
-class _SharedDescription:
-    """Holds the description of a program. All copies of the module share it."""
-
-    def __init__(self, description: ProgramDescription):
-        self.description = description
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedDescription:
-        return self
-
-
 def load_program(path: Path) -> Program:
     """The program in a .pt2 file. Raises InputRefused for what cannot be read, or is not run from a file."""
     return Program(reader.read(path))
@@ -244,17 +221,12 @@ def _float_dtype(description: ProgramDescription) -> torch.dtype | None:
 
 def _store(node: Node, result: Any, values: dict[str, Any]) -> None:
     """Store a node's results under the names of its outputs."""
-    outputs = node.outputs
-    if not outputs:
+    if not node.outputs:
         return
-    if len(outputs) == 1:
-        if isinstance(outputs[0], list):
-            values.update(zip(outputs[0], result, strict=True))
-        elif outputs[0] is not None:
-            many = isinstance(result, tuple | list) and len(result) == 1
-            values[outputs[0]] = result[0] if many else result
-        return
-    for output, part in zip(outputs, result, strict=True):
+    if len(node.outputs) == 1:
+        is_one_of_one = not isinstance(node.outputs[0], list) and isinstance(result, tuple | list) and len(result) == 1
+        result = result if is_one_of_one else [result]
+    for output, part in zip(node.outputs, result, strict=True):
         if isinstance(output, list):
             values.update(zip(output, part, strict=True))
         elif output is not None:

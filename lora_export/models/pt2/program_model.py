@@ -40,15 +40,9 @@ def from_program(path: Path) -> Model:
     """
     module = program.load_program(path)
     inputs = ProgramInputs(module.description)
-    return Model(
-        source=str(path),
-        module=module.to(torch.float32),
-        axes=inputs.axes,
-        make_inputs=inputs.make,
-        traced_sizes=inputs.traced_sizes,
-        limits=inputs.limits,
-        notes=_notes(module, inputs),
-    )
+    notes, limits = _notes(module, inputs), inputs.limits
+    module = module.to(torch.float32)
+    return Model(str(path), module, inputs.axes, inputs.make, inputs.traced_sizes, limits=limits, notes=notes)
 
 
 def _notes(module: program.Program, inputs: ProgramInputs) -> tuple[str, ...]:
@@ -78,16 +72,13 @@ class ProgramInputs:
         if not 0 < len(program.inputs) <= MAX_INPUTS:
             raise InputRefused(f"{program.path} takes {len(program.inputs)} inputs; a model takes 1 to {MAX_INPUTS}")
         self.symbols = self._named_symbols()
-        self.axes: Axes = {
-            name: {axis: self.symbols[size.name] for axis, size in enumerate(tensor.sizes) if isinstance(size, Symbol)}
-            for name, tensor in program.inputs.items()
-        }
         self.limits = self._limits()
+        self.axes: Axes = {name: {} for name in program.inputs}
         self.traced_sizes: Sizes = {}
-        for tensor in program.inputs.values():
-            for size in tensor.sizes:
-                if isinstance(size, Symbol):
-                    self.traced_sizes.setdefault(self.symbols[size.name], self._traced_size(size))
+        for axis, name, size in self._varying_axes():
+            symbol = self.axes[name][axis] = self.symbols[size.name]
+            low, _ = program.ranges.get(size.name, (0, None))
+            self.traced_sizes.setdefault(symbol, size.hint if size.hint is not None and size.hint > 0 else max(2, low))
         self.draws = {name: self._draw(name) for name in program.inputs}
 
     def make(self, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
@@ -115,10 +106,6 @@ class ProgramInputs:
             highs = [limit for limit in (high, before[1]) if limit is not None]
             limits[name] = max(low, before[0]), min(highs, default=None)
         return limits
-
-    def _traced_size(self, size: Symbol) -> int:
-        low, _ = self.program.ranges.get(size.name, (0, None))
-        return size.hint if size.hint is not None and size.hint > 0 else max(2, low)
 
     def _named_symbols(self) -> dict[str, str]:
         """The program's symbols -> ours: `batch`, `sequence`, or the name of an input and its axis."""

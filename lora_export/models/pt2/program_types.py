@@ -1,15 +1,17 @@
-"""What a program of torch.export consists of, as its file describes it. Nothing here imports PyTorch."""
+"""What a program of torch.export consists of, and checks of the fields of its JSON. Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_export.artifacts import archive
+from lora_export.errors import InputRefused
 
 # torch's own numbers for dtypes (torch/_export/serde/schema.py), and the names in NumPy and ml_dtypes.
 DTYPES_BY_NUMBER = {
@@ -119,8 +121,89 @@ class ProgramDescription:
     graph_sha256: str  # of the graph's JSON
     members: Mapping[str, zipfile.ZipInfo] = field(repr=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramDescription:
+        return self  # immutable, and a module is copied often
+
     def read_members(self) -> dict[str, bytearray]:
         """The bytes of each member that holds a tensor, their checksums verified."""
         names = dict.fromkeys(tensor.data.member for tensor in self.tensors)
         with archive.opened(self.path) as file:
             return {name: archive.content(file, self.members[name], self.path) for name in names}
+
+
+SYMBOL = re.compile(r"Symbol\('(\w{1,64})'(?:, \w{1,32}=(?:True|False))*\)|(?!\d)(\w{1,64})")
+NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as torch writes them
+STRIDED = 7  # torch's number for dense tensors
+
+
+def _of_type(kind: type[Any], what: str) -> Callable[[Any, str], Any]:
+    """A check that returns a value of this type, and raises InputRefused for others; a bool is no number."""
+
+    def expect(value: Any, where: str) -> Any:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputRefused(f"{where}: expected {what}, found {str(value)[:80]!r}")
+        return value
+
+    return expect
+
+
+json_object: Callable[[Any, str], dict[str, Any]] = _of_type(dict, "a JSON object")
+json_list: Callable[[Any, str], list[Any]] = _of_type(list, "a list")
+string: Callable[[Any, str], str] = _of_type(str, "a string")
+boolean: Callable[[Any, str], bool] = _of_type(bool, "true or false")
+_any_integer: Callable[[Any, str], int] = _of_type(int, "an integer")
+_number: Callable[[Any, str], float] = _of_type((int, float), "a number")  # type: ignore[arg-type]
+
+
+def integer(value: Any, where: str) -> int:
+    number = _any_integer(value, where)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise InputRefused(f"{where}: an integer of {number.bit_length()} bits is too large")
+    return number
+
+
+def real(value: Any, where: str) -> float:
+    if isinstance(value, str) and value in NOT_FINITE:
+        return NOT_FINITE[value]
+    try:
+        return float(_number(value, where))
+    except OverflowError:
+        raise InputRefused(f"{where}: a number is too large") from None
+
+
+def single_field(union: Any, where: str) -> tuple[str, Any]:
+    """The name and the value of a union's one field."""
+    fields = json_object(union, where)
+    if len(fields) != 1:
+        raise InputRefused(f"{where}: expected one field, found {', '.join(fields) or 'none'}")
+    ((name, value),) = fields.items()
+    return name, value
+
+
+def size_of(union: Any, where: str) -> int | Symbol:
+    """A size: a number, or the symbol of one that varies. An expression has no name, and is not evaluated."""
+    kind, value = single_field(union, where)
+    if kind == "as_int":
+        if integer(value, where) < 0:
+            raise InputRefused(f"{where}: a size is negative")
+        return int(value)
+    if kind != "as_expr":
+        raise InputRefused(f"{where}: a size is of the kind {kind}, which is not supported")
+    expression = json_object(value, where)
+    match = SYMBOL.fullmatch(string(expression.get("expr_str"), where))
+    hint = expression.get("hint")
+    number = None if hint is None else integer(json_object(hint, where).get("as_int"), where)
+    return Symbol((match[1] or match[2]) if match else "", number)
+
+
+def tensor_type_of(meta: dict[str, Any], where: str) -> TensorType:
+    if meta.get("layout") != STRIDED:
+        raise InputRefused(f"{where} is no dense tensor; only dense tensors are supported")
+    sizes = tuple(size_of(size, where) for size in json_list(meta.get("sizes"), where))
+    return TensorType(dtype_of(meta.get("dtype"), where), sizes)
+
+
+def dtype_of(number: Any, where: str) -> str:
+    if integer(number, where) not in DTYPES_BY_NUMBER:
+        raise InputRefused(f"{where} has torch's dtype {number}, which is not supported ({', '.join(ITEM_BYTES)} are)")
+    return DTYPES_BY_NUMBER[number]

@@ -14,15 +14,6 @@ from typing import Any
 from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
-from lora_export.models.pt2.json_fields import (
-    integer,
-    json_list,
-    json_object,
-    single_field,
-    size_of,
-    string,
-    tensor_type_of,
-)
 from lora_export.models.pt2.program_types import (
     ITEM_BYTES,
     Graph,
@@ -30,6 +21,13 @@ from lora_export.models.pt2.program_types import (
     ProgramTensor,
     StoredArray,
     TensorType,
+    integer,
+    json_list,
+    json_object,
+    single_field,
+    size_of,
+    string,
+    tensor_type_of,
 )
 from lora_export.storage import json_files
 
@@ -137,7 +135,12 @@ class _ProgramReader:
     def description(self, content: bytearray) -> ProgramDescription:
         where = f"{self.path}: its graph"
         root = json_files.parse_json(bytes(content), where, most=MAX_GRAPH_OBJECTS)
-        self._refuse_other_schemas(root, where)
+        version = json_object(root.get("schema_version"), where)
+        if version.get("major") != SCHEMA:
+            raise InputRefused(
+                f"{self.path} is written in version {str(version.get('major'))[:20]} of torch's schema; only version "
+                f"{SCHEMA} is supported. Export it again with torch 2.10 or later"
+            )
         module = json_object(root.get("graph_module"), where)
         raw_graph = json_object(module.get("graph"), where)
         graph = read_graph(raw_graph, self.path)
@@ -161,14 +164,6 @@ class _ProgramReader:
             graph_sha256=hashlib.sha256(content).hexdigest(),
             members=self.members,
         )
-
-    def _refuse_other_schemas(self, root: dict[str, Any], where: str) -> None:
-        version = json_object(root.get("schema_version"), where)
-        if version.get("major") != SCHEMA:
-            raise InputRefused(
-                f"{self.path} is written in version {str(version.get('major'))[:20]} of torch's schema; only version "
-                f"{SCHEMA} is supported. Export it again with torch 2.10 or later"
-            )
 
     def _call(self, module: dict[str, Any], where: str) -> dict[str, Any]:
         """How the program is called: the signature of its root module."""
@@ -237,9 +232,6 @@ class _ProgramReader:
             spelled = [*parameters[: len(positional)], *([None] * (len(positional) - len(parameters)))]
             for name, part in [*zip(spelled, positional, strict=True), *keywords.items()]:
                 flat += [name] if isinstance(part, int) else [None] * count_leaves(part)
-        return self._distinct(flat, values)
-
-    def _distinct(self, flat: Sequence[str | None], values: Sequence[str]) -> list[str]:
         # Leaves that are no tensors have no value. Then leaves and values do not correspond, and the values name all.
         names = list(values)
         if len(flat) == len(values):

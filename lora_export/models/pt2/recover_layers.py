@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +24,11 @@ CONVOLUTION_OPERATORS = (
 )
 CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
 TRANSPOSES = (
-    "t.default",
-    "numpy_T.default",
-    "permute.default",
-    "transpose.int",
-    "swapaxes.default",
-    "swapdims.default",
+    *("t.default", "numpy_T.default", "permute.default"),
+    *("transpose.int", "swapaxes.default", "swapdims.default"),
 )
 # The right factor of a matrix product, which is multiplied as it is stored: (in, out).
-RIGHT_FACTOR = {
-    "mm.default": "mat2",
-    "addmm.default": "mat2",
-    "matmul.default": "other",
-}
+RIGHT_FACTOR = {"mm.default": "mat2", "addmm.default": "mat2", "matmul.default": "other"}
 
 
 class InOutWeight(nn.Module):
@@ -135,18 +128,20 @@ def _register_module(program: nn.Module, path: str, module: nn.Module, file: Pat
     *parents, last = path.split(".")
     if len(parents) > MAX_MODULE_DEPTH:
         raise InputRefused(f"{file}: {path[:80]!r}... cannot be a module's name: it is {len(parents)} modules deep")
-    for part in parents:
-        if part not in own_modules(parent):
-            _add_module(parent, part, nn.Module(), path, file)
-        parent = own_modules(parent)[part]  # type: ignore[assignment]
-    _add_module(parent, last, module, path, file)
+    with _refused_names(file, path, "module"):
+        for part in parents:
+            if part not in own_modules(parent):
+                parent.add_module(part, nn.Module())
+            parent = own_modules(parent)[part]  # type: ignore[assignment]
+        parent.add_module(last, module)
 
 
-def _add_module(parent: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
+@contextlib.contextmanager
+def _refused_names(file: Path, name: str, what: str) -> Iterator[None]:
     try:
-        parent.add_module(name, module)
+        yield
     except (KeyError, TypeError) as error:  # empty, or an attribute that every module has
-        raise InputRefused(f"{file}: {path!r} cannot be a module's name") from error
+        raise InputRefused(f"{file}: {name!r} cannot be a {what}'s name") from error
 
 
 def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
@@ -163,13 +158,11 @@ def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
 
 def _register_tensor(owner: nn.Module, attribute: str, tensor: ProgramTensor, value: Tensor, file: Path) -> None:
     own_parameters(owner).pop(attribute, None)
-    try:
+    with _refused_names(file, tensor.name, "tensor"):
         if isinstance(value, nn.Parameter):
             owner.register_parameter(attribute, value)
         else:
             owner.register_buffer(attribute, value, persistent=tensor.persistent and tensor.kind != "constant")
-    except (KeyError, TypeError) as error:
-        raise InputRefused(f"{file}: {tensor.name!r} cannot be a tensor's name") from error
 
 
 class _Layer(NamedTuple):
@@ -201,7 +194,8 @@ def _layer(tensors: Mapping[str, ProgramTensor], uses: Mapping[str, Sequence[Use
             return _convolution(nodes, sizes, bias)
         if kinds and len(sizes) == 2 and all(_transposes(use) for use in readers):
             layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            products = [use for node in nodes for name in _results(node) for use in uses.get(name, [])]
+            results = [name for node in nodes for name in node.outputs if isinstance(name, str)]
+            products = [use for name in results for use in uses.get(name, [])]
             if products and all(_is_linear(use, bias) for use in products):
                 return _Layer(layer, [use.node for use in products], unused=nodes)
             return _Layer(layer)
@@ -216,10 +210,6 @@ def _embedding(tensors: Mapping[str, ProgramTensor], nodes: Sequence[Node], size
     known = isinstance(padding, int) and -1 <= padding < sizes[0] and set(tensors) == {"weight"}
     table = nn.Embedding(sizes[0], sizes[1], padding_idx=padding if known and padding != -1 else None)
     return _Layer(table, nodes if known else [])
-
-
-def _results(node: Node) -> list[str]:
-    return [name for name in node.outputs if isinstance(name, str)]
 
 
 def _is_linear(use: Use, bias: ProgramTensor | None) -> bool:
@@ -256,16 +246,8 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTenso
     if transposed is not False or not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
         return _Layer(nn.Module())
     try:
-        layer = CONVOLUTION_CLASSES[len(sizes)](
-            sizes[1] * groups,
-            sizes[0],
-            tuple(sizes[2:]),  # type: ignore[arg-type]
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias is not None,
-        )
+        cls: Any = CONVOLUTION_CLASSES[len(sizes)]
+        layer = cls(sizes[1] * groups, sizes[0], tuple(sizes[2:]), stride, padding, dilation, groups, bias is not None)
     except (ValueError, TypeError, RuntimeError):
         return _Layer(nn.Module())
     return _Layer(layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else [])
@@ -273,9 +255,9 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTenso
 
 def _setting(value: Any) -> Any:
     """A convolution's setting: one number for all dimensions, or one for each."""
-    if isinstance(value, list):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
+    return (
+        tuple(value) if isinstance(value, list) and len(value) > 1 else value[0] if isinstance(value, list) else value
+    )
 
 
 def argument_of(node: Node, name: str, default: Any) -> Any:

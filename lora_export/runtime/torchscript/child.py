@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.models.internals import script_archive, script_operators
-from lora_export.models.outputs import have_names, named_outputs
+from lora_export.layers.torch_internals import script_archive, script_operators
+from lora_export.models.tracing import have_names, named_outputs
 from lora_export.runtime.torch_runners import to_numpy
 from lora_export.runtime.torchscript.code_check import check_code, check_pickle
 from lora_export.runtime.torchscript.messages import read_message, write_message

@@ -6,7 +6,7 @@ tensor on another's memory, and none of other libraries.
 
 from __future__ import annotations
 
-from lora_export.models.pt2.allowed_operators import OPERATORS as OF_PROGRAMS
+from lora_export.models.pt2.prepared_graph import OPERATORS as OF_PROGRAMS
 
 TENSOR_OPERATORS = """
     __iand__ __ior__ __lshift__ __rshift__ _batch_norm_impl_index _cast_Double _cast_Float _cast_Half _cast_Long

@@ -6,20 +6,22 @@ In a folder, each text file is a row, or each image, whose class is the name of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.errors import InputRefused, listed
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import must_exist, open_regular, regular_files
-from lora_export.training.records.arrow import DATASET_FILES, ParquetRows, SavedDataset
 from lora_export.training.records.rows import MAX_ROW, Records, Row, with_columns
-from lora_export.training.records.text_rows import CsvRows, JsonLines
+from lora_export.training.records.text_rows import DATASET_FILES, CsvRows, JsonLines, ParquetRows, SavedDataset
 
-SOUND_SUFFIXES = frozenset({".aac", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
 SOUND_METADATA: Mapping[str, type[CsvRows | JsonLines]] = {"metadata.csv": CsvRows, "metadata.jsonl": JsonLines}
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 ROW_READERS: Mapping[str, Callable[[Path], Records]] = {".jsonl": JsonLines, ".csv": CsvRows, ".parquet": ParquetRows}
+FILE_KINDS = {  # of files in a folder; all others are texts
+    **dict.fromkeys((".aac", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"), "sound"),
+    **dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "image"),
+    **dict.fromkeys(ROW_READERS, "table"),
+}
 DATA_FORMATS = (
     ".jsonl, .csv and .parquet (with columns such as `text` and `label`), .npz (with the model's inputs and `labels`), "
     "a folder of text files, of images by class, of sounds with metadata.csv, or of a saved `datasets` data set, and "
@@ -27,17 +29,25 @@ DATA_FORMATS = (
 )
 
 
-class TextFiles:
-    """The text files below a folder, in the order of their paths. A row has the whole text in `text`."""
+class _Files(Records):
+    """Files below a folder, in the order of their paths: each is a row."""
 
     def __init__(self, path: Path, files: Sequence[Path]):
         self.path, self.files = path, files
-        self.sha256 = _hash_of(path, files)
+        lines = (f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n" for file in files)
+        self.sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> Row:
+    def where(self, row: int) -> str:
+        return str(self.files[row].relative_to(self.path))
+
+
+class TextFiles(_Files):
+    """Text files. A row has the whole text in `text`."""
+
+    def read(self, row: int) -> Row:
         with open_regular(self.files[row]) as file:
             content = file.read(MAX_ROW + 1)
         if len(content) > MAX_ROW:
@@ -47,31 +57,15 @@ class TextFiles:
         except UnicodeDecodeError as error:
             raise InputRefused(f"{self.files[row]} is not UTF-8: byte {error.start}") from error
 
-    def where(self, row: int) -> str:
-        return str(self.files[row].relative_to(self.path))
 
-
-class ImagesByClass:
+class ImagesByClass(_Files):
     """The images in the folders of a folder. A row has the path of one in `image`, and its folder's name in `label`."""
 
-    def __init__(self, path: Path, files: Sequence[Path]):
-        """Raises InputRefused for images that are in no folder of a class."""
-        self.path, self.files = path, files
-        if loose := [str(file.relative_to(path)) for file in files if len(file.relative_to(path).parts) < 2]:
-            raise InputRefused(f"{path} has images that are in no folder of a class:", listed(loose))
-        self.sha256 = _hash_of(path, files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> Row:
+    def read(self, row: int) -> Row:
         return {"image": self.files[row], "label": self.files[row].relative_to(self.path).parts[0]}
 
-    def where(self, row: int) -> str:
-        return str(self.files[row].relative_to(self.path))
 
-
-class DescribedSounds:
+class DescribedSounds(Records):
     """The sounds of a folder, which its metadata.csv or .jsonl names. A row has the path of one in `audio`.
 
     As in `datasets`, the path is in `file_name`. The transcript is in `transcription`, `text`, or a column of the user.
@@ -85,13 +79,13 @@ class DescribedSounds:
                 f"{path} has sounds, and no {' or '.join(SOUND_METADATA)} with the columns file_name and transcription"
             )
         self.path, self.metadata = path, found[0]
-        self.rows: CsvRows | JsonLines = SOUND_METADATA[self.metadata](path / self.metadata)
+        self.rows = SOUND_METADATA[self.metadata](path / self.metadata)
         self.sha256 = self.rows.sha256
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> Row:
+    def read(self, row: int) -> Row:
         values = self.rows[row]
         names = {"file_name": "audio"} | ({} if "text" in values else {"transcription": "text"})
         return {names.get(name, name): value for name, value in values.items()}
@@ -100,28 +94,33 @@ class DescribedSounds:
         return f"{self.metadata}, {self.rows.where(row)}"
 
 
-def open_folder(path: Path) -> TextFiles | ImagesByClass | DescribedSounds:
+def open_folder(path: Path) -> Records:
     """The images of a folder by class, its sounds with their metadata, or its text files. Hidden files are left out.
 
-    Raises InputRefused for images beside other files, for sounds without metadata, and for an empty folder.
+    Raises InputRefused for images beside other files or in no folder of a class, for sounds without metadata, for files
+    of rows among texts (each would be one long text), and for an empty folder.
     """
+    if any((path / name).is_file() for name in DATASET_FILES):
+        return SavedDataset(path)
     files = [file for file in regular_files(path) if not any(part[0] == "." for part in file.relative_to(path).parts)]
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
+    kinds = {file: _kind_of(file) for file in files}
+    if not kinds:
         raise InputRefused(f"{path} contains no files")
-    if any(file.suffix.lower() in SOUND_SUFFIXES for file in files):
+    if "sound" in kinds.values():
         return DescribedSounds(path)
-    if not images:
-        return TextFiles(path, files)
-    if others := sorted(set(files) - set(images)):
-        names = [str(file.relative_to(path)) for file in others]
-        raise InputRefused(f"{path} has {len(images):,} images, and other files:", listed(names))
-    return ImagesByClass(path, images)
+    images = [file for file, kind in kinds.items() if kind == "image"]
+    others = [str(file.relative_to(path)) for file, kind in kinds.items() if kind != "image"]
+    if images and others:
+        raise InputRefused(f"{path} has {len(images):,} images, and other files:", listed(sorted(others)))
+    if loose := [str(file.relative_to(path)) for file in images if file.parent == path]:
+        raise InputRefused(f"{path} has images that are in no folder of a class:", listed(loose))
+    if tables := [str(file) for file, kind in kinds.items() if kind == "table"]:
+        raise InputRefused(f"{path} contains files of rows. Name one of them as the data:", listed(tables))
+    return ImagesByClass(path, images) if images else TextFiles(path, list(kinds))
 
 
-def _hash_of(path: Path, files: Iterable[Path]) -> str:
-    lines = (f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _kind_of(file: Path) -> str:
+    return FILE_KINDS.get(file.suffix.lower(), "text")
 
 
 def open_records(path: Path, columns: Mapping[str, str] | None = None) -> Records:
@@ -132,8 +131,7 @@ def open_records(path: Path, columns: Mapping[str, str] | None = None) -> Record
     """
     must_exist(path, "data")
     if path.is_dir():
-        is_saved = any((path / name).is_file() for name in DATASET_FILES)
-        records: Records = SavedDataset(path) if is_saved else _opened_folder(path)
+        records = open_folder(path)
     elif (reader := ROW_READERS.get(path.suffix.lower())) is None:
         raise InputRefused(f"{path}: data are read from {DATA_FORMATS}")
     else:
@@ -141,13 +139,3 @@ def open_records(path: Path, columns: Mapping[str, str] | None = None) -> Record
     if not len(records):
         raise InputRefused(f"{path} contains no examples")
     return with_columns(records, columns or {})
-
-
-def _opened_folder(path: Path) -> Records:
-    """The rows of a folder. Raises InputRefused for tables among text files: each would be one long text."""
-    records = open_folder(path)
-    if isinstance(records, TextFiles):
-        tables = [str(file) for file in records.files if file.suffix.lower() in ROW_READERS]
-        if tables:
-            raise InputRefused(f"{path} contains files of rows. Name one of them as the data:", listed(tables))
-    return records

@@ -1,66 +1,46 @@
-"""What every reader of rows offers, and the names of their columns."""
+"""What every reader of rows offers, the names of their columns, and the sounds that rows name."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 from lora_export.errors import InputRefused
+from lora_export.models.processors import sound_header
+from lora_export.storage.hashes import file_sha256
 
 Row = Mapping[str, Any]  # column -> value
 MAX_ROW = 1 << 26  # bytes of one line; a longer one is no text that anybody trains on
 
 
-class Records(Protocol):
+class Records:
     """The rows of a data set. They stay on the disk: memory grows by a few bytes for each row."""
 
-    @property
-    def path(self) -> Path: ...
+    path: Path
+    sha256: str  # of all data, in hexadecimal
+    has_types = True  # otherwise every value is a text
+    names: Mapping[str, str] = MappingProxyType({})  # name of a column here -> its name in the data, where it differs
 
-    @property
-    def sha256(self) -> str:
-        """The hash of all data, in hexadecimal."""
-        ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Row:
+    def read(self, row: int) -> Row:
         """Read one row. Raises InputRefused, with the place, where it cannot be read."""
-        ...
+        raise NotImplementedError
 
     def where(self, row: int) -> str:
         """Where a row is in its file: `line 7`."""
-        ...
-
-
-@dataclass(frozen=True)
-class RenamedColumns:
-    """The same rows, with other names for some columns. A renamed column hides another one of its new name."""
-
-    records: Records
-    names: Mapping[str, str]  # name here -> name in the data
-
-    @property
-    def path(self) -> Path:
-        return self.records.path
-
-    @property
-    def sha256(self) -> str:
-        return self.records.sha256
-
-    def __len__(self) -> int:
-        return len(self.records)
+        return f"row {row + 1}"
 
     def __getitem__(self, row: int) -> Row:
-        values = self.records[row]
+        """One row, as it was read. A renamed column hides another one of its new name."""
+        values, sources = self.read(row), set(self.names.values())
         renamed = {name: values[source] for name, source in self.names.items() if source in values}
-        sources = set(self.names.values())
         return {**{name: value for name, value in values.items() if name not in sources}, **renamed}
-
-    def where(self, row: int) -> str:
-        return self.records.where(row)
 
 
 def with_columns(records: Records, names: Mapping[str, str]) -> Records:
@@ -73,4 +53,47 @@ def with_columns(records: Records, names: Mapping[str, str]) -> Records:
     known = list(records[0])
     if unknown := [source for source in names.values() if source not in known]:
         raise InputRefused(f"{records.path} has no column {', '.join(unknown)}; it has {', '.join(known)}")
-    return RenamedColumns(records, dict(names))
+    renamed = copy.copy(records)
+    renamed.names = dict(names)
+    return renamed
+
+
+# --- Sounds ---
+
+AUDIO = "audio"  # the column
+
+
+def sound_in(records: Records, value: Any) -> Path | bytes:
+    """The file or the bytes of a sound: a path relative to the data, or the `bytes` or `path` of a `datasets` row.
+
+    Raises InputRefused for a value of another kind.
+    """
+    if isinstance(value, Mapping):
+        if isinstance(content := value.get("bytes"), bytes):
+            return content
+        value = value.get("path")
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise InputRefused(f"`{AUDIO}` is {value!r:.80}; it must be the path of a sound")
+    home = records.path if records.path.is_dir() else records.path.parent
+    return home / value
+
+
+def sound_problem(records: Records, value: Any) -> str:
+    """What is wrong with the sound of a row, from its header alone; empty where nothing is."""
+    try:
+        found = sound_in(records, value)
+        if isinstance(found, Path) and not found.is_file():
+            return f"there is no file {found}"
+        return "" if sound_header(found).samples else "the sound has no samples"
+    except InputRefused as error:
+        return str(error)
+
+
+def sha256_with_sounds(records: Records) -> str:
+    """The hash of the rows and of all files that they name."""
+    digest = hashlib.sha256(records.sha256.encode())
+    for row in range(len(records)):
+        found = sound_in(records, records[row][AUDIO])
+        if isinstance(found, Path):
+            digest.update(file_sha256(found).encode())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Rows of a .jsonl file, one JSON object a line, and of a .csv file with a header. Both may be larger than memory."""
+"""Rows of .jsonl, .csv and .parquet files, and of a folder that `datasets` saved. All may be larger than memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,35 @@ import csv
 import hashlib
 import io
 import json
+import tempfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_export.errors import InputRefused, listed
-from lora_export.storage.input_files import open_regular
-from lora_export.training.records.rows import MAX_ROW, Row
+from lora_export.models.processors import optional_package
+from lora_export.storage.hashes import file_sha256
+from lora_export.storage.input_files import must_be_regular, open_regular, regular_files
+from lora_export.training.records.rows import MAX_ROW, Records, Row
 
 BOM = b"\xef\xbb\xbf"
 
 
-class JsonLines:
+class _OfLines(Records):
+    """Rows by the places and the numbers of their lines."""
+
+    offsets: array[int]
+    numbers: array[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def where(self, row: int) -> str:
+        return f"line {self.numbers[row]}"
+
+
+class JsonLines(_OfLines):
     """The objects of a .jsonl file. Memory holds 16 bytes for each line that is not empty."""
 
     def __init__(self, path: Path):
@@ -34,10 +50,7 @@ class JsonLines:
                     self.numbers.append(number)
         self.sha256 = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, row: int) -> Row:
+    def read(self, row: int) -> Row:
         with open_regular(self.path) as file:
             file.seek(self.offsets[row])
             line = file.readline(MAX_ROW)
@@ -54,9 +67,6 @@ class JsonLines:
             raise InputRefused(f"{self.path}, {self.where(row)}: not an object with columns by name")
         return values
 
-    def where(self, row: int) -> str:
-        return f"line {self.numbers[row]}"
-
 
 def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Line number from 1, offset in bytes, and the line. Raises InputRefused for a line longer than MAX_ROW."""
@@ -69,8 +79,10 @@ def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes
         offset += len(line)
 
 
-class CsvRows:
+class CsvRows(_OfLines):
     """The rows of a .csv file; every value is a string. Memory holds 24 bytes for each row."""
+
+    has_types = False
 
     def __init__(self, path: Path):
         """Read the file once. Raises InputRefused, with the lines, for what is no CSV in UTF-8 with a header."""
@@ -81,7 +93,7 @@ class CsvRows:
         problems: list[str] = []
         csv.field_size_limit(MAX_ROW)
         with open_regular(path) as file:
-            source = _Lines(numbered_lines(file, path), path, digest.update)
+            source = _Lines(file, path, digest)
             reader = csv.reader(source, strict=True)
             try:
                 self.columns = tuple(next(reader, []))
@@ -89,8 +101,8 @@ class CsvRows:
                 begin = source.end
                 for row in reader:
                     if row and len(row) != len(self.columns):
-                        problem = f"line {reader.line_num}: {len(row)} fields, the header has {len(self.columns)}"
-                        problems.append(problem)
+                        found = f"{len(row)} fields, the header has {len(self.columns)}"
+                        problems.append(f"line {reader.line_num}: {found}")
                     elif row:
                         self.offsets.append(begin)
                         self.ends.append(source.end)
@@ -110,33 +122,101 @@ class CsvRows:
             names = ", ".join(self.columns) or "nothing"
             raise InputRefused(f"{self.path}: the first line must name each column once, not {names}")
 
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, row: int) -> Row:
+    def read(self, row: int) -> Row:
         with open_regular(self.path) as file:
             file.seek(self.offsets[row])
             text = file.read(self.ends[row] - self.offsets[row]).decode()
         values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
         return dict(zip(self.columns, values, strict=True))
 
-    def where(self, row: int) -> str:
-        return f"line {self.numbers[row]}"
-
 
 class _Lines:
     """Decoded lines for csv.reader, and where the last one ends. A BOM is not part of the first."""
 
-    def __init__(self, lines: Iterator[tuple[int, int, bytes]], path: Path, update: object):
-        self.lines, self.path, self.update = lines, path, update
+    def __init__(self, file: BinaryIO, path: Path, digest: Any):
+        self.file, self.path, self.digest = file, path, digest
         self.end = 0  # bytes
 
     def __iter__(self) -> Iterator[str]:
-        for number, offset, line in self.lines:
-            self.update(line)  # type: ignore[operator]
+        for number, offset, line in numbered_lines(self.file, self.path):
+            self.digest.update(line)
             self.end = offset + len(line)
-            text = line.removeprefix(BOM) if number == 1 else line
             try:
-                yield text.decode()
+                yield (line.removeprefix(BOM) if number == 1 else line).decode()
             except UnicodeDecodeError as error:
                 raise InputRefused(f"{self.path}, line {number} is not UTF-8: byte {error.start + 1}") from error
+
+
+# --- in Arrow's memory layout, mapped from the disk ---
+
+TRAINING_SPLIT = "train"
+ARROW = ("pyarrow", "pyarrow.parquet")
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
+
+
+class ParquetRows(Records):
+    """The rows of a .parquet file.
+
+    The file is unpacked once into a temporary Arrow file, which is mapped: single rows of packed groups would be slow.
+    """
+
+    def __init__(self, path: Path):
+        """Unpack the file. Raises InputRefused where it is damaged, and EnvironmentLacking without pyarrow."""
+        must_be_regular(path)
+        pyarrow, parquet = (optional_package(name, "a .parquet file needs", "data") for name in ARROW)
+        self.path = path
+        self.sha256 = file_sha256(path)
+        self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")  # removed with this object
+        unpacked = Path(self._folder.name, "rows.arrow")
+        try:
+            with parquet.ParquetFile(path) as file, pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer:
+                for group in file.iter_batches():
+                    writer.write_batch(group)
+        except pyarrow.ArrowException as error:
+            raise InputRefused(f"{path} is no .parquet file: {str(error).strip()}") from error
+        self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(unpacked))).read_all()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def read(self, row: int) -> Row:
+        (values,) = self._table.slice(row, 1).to_pylist()
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class SavedDataset(Records):
+    """The rows of a folder that `Dataset.save_to_disk` wrote. Of several splits, `train` is read."""
+
+    def __init__(self, path: Path):
+        """Map the folder. Raises InputRefused where it is damaged, and EnvironmentLacking without `datasets`."""
+        datasets = optional_package("datasets", "a saved data set needs", "data")
+        self.path = path
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:  # damaged folders raise a dozen types
+            raise InputRefused(f"{path} is no folder that `datasets` can load: {error}") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if TRAINING_SPLIT not in loaded:
+                raise InputRefused(
+                    f"{path} has no split `{TRAINING_SPLIT}`; give one of {', '.join(loaded)} as a folder"
+                )
+            loaded = loaded[TRAINING_SPLIT]
+        for name, feature in loaded.features.items():
+            if isinstance(feature, datasets.Audio):  # its bytes: `datasets` would need one more package to decode them
+                loaded = loaded.cast_column(name, datasets.Audio(decode=False))
+        self._dataset = loaded
+        self._names = {
+            name: feature for name, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)
+        }
+        hashes = (f"{file.relative_to(path)} {file_sha256(file)}\n" for file in regular_files(path))
+        self.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, row: int) -> Row:
+        values: dict[str, Any] = {name: value for name, value in self._dataset[row].items() if value is not None}
+        for name, feature in self._names.items():
+            if name in values:
+                values[name] = feature.int2str(values[name])
+        return values

@@ -14,6 +14,7 @@ from typing import Any
 from lora_export.artifacts.record import WrittenRecord
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter
+from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 
@@ -32,7 +33,7 @@ class ComparedWith:
     base: Path | None = None  # the folder or file of the base's weights
     base_record: WrittenRecord = field(default_factory=WrittenRecord)  # what that base records itself
     fingerprint: str = ""  # SHA-256 of the PyTorch model's weights
-    dtype: str = "float32"  # of the PyTorch model
+    dtype: str = Running.dtype  # of the PyTorch model
     adapter_file: Path | None = None  # `onnx_adapter`
     adapter_version: int | None = None  # 31 bits of the hash of the adapter in that file
     adapter_id: int | None = None

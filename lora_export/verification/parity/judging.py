@@ -34,6 +34,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_export.errors import InputRefused
+from lora_export.options.common import Running
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import (
     EPS,
@@ -87,7 +88,7 @@ DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is f
 def judge(
     cases: Sequence[Case],
     *,
-    dtype: str = "float32",
+    dtype: str = Running.dtype,
     sensitivity: Sequence[Sensitivity] = (),
     atol: float | None = None,
     rtol: float | None = None,

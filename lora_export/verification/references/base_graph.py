@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
+from lora_export.options.common import Running
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.storage.hashes import file_sha256
@@ -32,7 +33,7 @@ class BaseGraph:
     path: Path
     model: ir.Model
     checkpoint: Checkpoint | None = None
-    provider: str = "cpu"
+    provider: str = Running.provider
     user_inputs: Path | None = None
     seed: int = 0
     timeout: float = TIMEOUT  # seconds for one run

@@ -15,7 +15,7 @@ from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.models import export
+from lora_export.models import export_program
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -93,7 +93,9 @@ def test_bf16_merge_is_compared_with_bf16_weights() -> None:
 
 
 def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
-    export.save_torchscript(export.to_torchscript(module, bert().example_inputs()), folder / "script.pt", extra={})
+    export_program.save_torchscript(
+        export_program.to_torchscript(module, bert().example_inputs()), folder / "script.pt", extra={}
+    )
     return ScriptRunner(folder / "script.pt", bert().input_names)
 
 

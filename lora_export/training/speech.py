@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.models.sounds import features_of, read_sound, sound_header
+from lora_export.models.processors import features_of, read_sound, sound_header
 from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
-from lora_export.training.encoders.texts import decoder_tensors, ended
-from lora_export.training.losses import Batch, CrossEntropy, Loss, LossOfTheModel
-from lora_export.training.records.rows import Records, Row
-from lora_export.training.records.sound_files import AUDIO, sound_in
+from lora_export.training.batches import Batch, CrossEntropy, Loss, LossOfTheModel
+from lora_export.training.encoders import decoder_tensors, ended
+from lora_export.training.records.rows import AUDIO, Records, Row, sound_in
 
 Encoded = tuple[NDArray[np.float32], list[int]]  # samples, and the tokens of the transcript
 
@@ -54,25 +53,35 @@ class SoundReader:
 
 
 @dataclass(frozen=True, eq=False)
-class TranscriptEncoder:
-    """`audio` for an encoder, and `text` for its decoder."""
+class SpeechEncoder:
+    """`audio`, and the tokens of `text`."""
 
     sounds: SoundReader
     tokenizer: Any
+
+    def check(self, row: Row) -> None:
+        """Raise InputRefused for a row that cannot be trained on. Reads the header of its sound alone."""
+        self.sounds.check(row)
+        self.tokens(row)
+
+    def encode(self, row: Row) -> Encoded:
+        return self.sounds.samples(row), self.tokens(row)
+
+    def tokens(self, row: Row) -> list[int]:
+        """The tokens of the transcript. Raises InputRefused for one that cannot be trained on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class TranscriptEncoder(SpeechEncoder):
+    """`audio` for an encoder, and `text` for its decoder."""
+
     max_length: int  # tokens of a transcript
     start_token: int  # with which the decoder begins
 
     loss = CrossEntropy()
 
-    def check(self, row: Row) -> None:
-        """Raise InputRefused for a row that cannot be trained on. Reads the header of its sound alone."""
-        self.sounds.check(row)
-        self._tokens(row)
-
-    def encode(self, row: Row) -> Encoded:
-        return self.sounds.samples(row), self._tokens(row)
-
-    def _tokens(self, row: Row) -> list[int]:
+    def tokens(self, row: Row) -> list[int]:
         ids = ended(self.tokenizer, list(self.tokenizer(row["text"])["input_ids"]))
         ids = ids[1:] if ids[0] == self.start_token else ids
         if len(ids) > self.max_length:
@@ -81,18 +90,16 @@ class TranscriptEncoder:
             )
         return ids
 
-    def collate(self, encoded: Sequence[Encoded], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
         decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
         return Batch({**inputs, "decoder_input_ids": decoder}, labels)
 
 
 @dataclass(frozen=True, eq=False)
-class FrameEncoder:
+class FrameEncoder(SpeechEncoder):
     """`audio`, and the characters of `text`, which a model finds in its frames (CTC). The model computes its loss."""
 
-    sounds: SoundReader
-    tokenizer: Any
     frames: Callable[[int], int] | None  # of so many samples; None where it is not known
     is_mean: bool  # whether the model's loss is a mean over the rows of a batch, not their sum
 
@@ -101,18 +108,14 @@ class FrameEncoder:
         return LossOfTheModel(self.is_mean)
 
     def check(self, row: Row) -> None:
-        """Raise InputRefused for a row that cannot be trained on. Reads the header of its sound alone."""
-        samples, ids = self.sounds.check(row), self._tokens(row)
+        samples, ids = self.sounds.check(row), self.tokens(row)
         needed = len(ids) + sum(one == other for one, other in itertools.pairwise(ids))
         if self.frames is not None and self.frames(samples) < needed:
             raise InputRefused(
                 f"the transcript needs {needed} frames, and the sound has {self.frames(samples)}: it is too short"
             )
 
-    def encode(self, row: Row) -> Encoded:
-        return self.sounds.samples(row), self._tokens(row)
-
-    def _tokens(self, row: Row) -> list[int]:
+    def tokens(self, row: Row) -> list[int]:
         ids = list(self.tokenizer(row["text"])["input_ids"])
         if self.tokenizer.unk_token_id in ids:
             known = {" ", *self.tokenizer.get_vocab()}
@@ -120,7 +123,7 @@ class FrameEncoder:
             raise InputRefused(f"the tokenizer has no token for {missing or 'a part of the transcript'}")
         return ids
 
-    def collate(self, encoded: Sequence[Encoded], keys: Sequence[tuple[int, int]]) -> Batch:  # noqa: ARG002
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
         labels = torch.full((len(encoded), max(len(ids) for _, ids in encoded)), IGNORED)
         for row, (_, ids) in enumerate(encoded):

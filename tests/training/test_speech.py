@@ -14,9 +14,9 @@ import transformers as hf
 from lora_export.api.training_data import encoded_data, read_training_data
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
-from lora_export.models.sounds import read_sound
+from lora_export.models.processors import read_sound
 from lora_export.options.train import TrainOptions
-from lora_export.training.losses import module_outputs
+from lora_export.training.batches import module_outputs
 from support.small_models import small_model, words_tokenizer
 from support.sounds import RATE, small_ctc, small_whisper, write_sound
 

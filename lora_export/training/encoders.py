@@ -1,0 +1,270 @@
+"""Rows as inputs and labels of a model: texts and images with labels, and tokens of which some are predicted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models.processors import PIXELS, read_image
+from lora_export.training.arrays import IGNORED
+from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
+from lora_export.training.records.rows import Row
+from lora_export.training.row_forms import LabelKind, label_value
+
+
+@dataclass(frozen=True, eq=False)
+class LabelEncoder:
+    """A label as a number, a row of zeros and ones, or a value."""
+
+    kind: LabelKind
+    classes: tuple[str | int, ...]
+
+    @cached_property
+    def index_of(self) -> dict[str | int, int]:
+        return {label: number for number, label in enumerate(self.classes)}
+
+    @property
+    def loss(self) -> Loss:
+        if self.kind is LabelKind.CLASS:
+            return CrossEntropy()
+        return BinaryCrossEntropy() if self.kind is LabelKind.CLASSES else SquaredError()
+
+    def tensor(self, labels: Sequence[Any]) -> torch.Tensor:
+        """int64 (n,) of classes, float32 (n, classes) of several at once, or float32 (n,) of values."""
+        if self.kind is LabelKind.CLASS:
+            return torch.tensor([self.index_of[label_value(label, self.classes)] for label in labels])
+        if self.kind is LabelKind.VALUE:
+            return torch.tensor([float(label) for label in labels])
+        chosen = torch.zeros(len(labels), len(self.classes))
+        for row, group in enumerate(labels):
+            chosen[row, [self.index_of[label] for label in group]] = 1
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokenised:
+    """For rows of texts, which are cut to a length."""
+
+    tokenizer: Any
+    max_length: int
+
+    def tokens(self, *texts: Any, **options: Any) -> Any:
+        return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
+
+    def padded(self, encoded: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Tokenised texts as tensors, padded to the longest of them."""
+        return dict(self.tokenizer.pad(list(map(dict, encoded)), return_tensors="pt"))
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder(_Tokenised):
+    """`text`, with `text_pair` where the row has one, and `label`."""
+
+    labels: LabelEncoder
+
+    @property
+    def loss(self) -> Loss:
+        return self.labels.loss
+
+    def encode(self, row: Row) -> tuple[Any, Any]:
+        texts = [row["text"], row["text_pair"]] if "text_pair" in row else [row["text"]]
+        return self.tokens(*texts), row["label"]
+
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        tokens, labels = zip(*encoded, strict=True)
+        return Batch(self.padded(tokens), self.labels.tensor(labels))
+
+
+@dataclass(frozen=True, eq=False)
+class TagEncoder(_Tokenised):
+    """`tokens`, the words of a text, with `tags`. The first token of a word has its tag; the others are ignored."""
+
+    labels: LabelEncoder
+
+    loss = CrossEntropy()
+
+    def encode(self, row: Row) -> tuple[Any, list[int]]:
+        if not self.tokenizer.is_fast:
+            raise InputRefused("tags need a fast tokenizer (tokenizer.json), which knows the word of each token")
+        tokens = self.tokens(row["tokens"], is_split_into_words=True)
+        numbers = [self.labels.index_of[tag] for tag in row["tags"]]
+        words = itertools.pairwise([None, *tokens.word_ids()])
+        return tokens, [IGNORED if word is None or word == last else numbers[word] for last, word in words]
+
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        inputs = self.padded([tokens for tokens, _ in encoded])
+        labels = torch.full(inputs["input_ids"].shape, IGNORED)
+        for row, (_, tags) in enumerate(encoded):
+            at_left = getattr(self.tokenizer, "padding_side", "right") == "left"
+            start = labels.shape[1] - len(tags) if at_left else 0
+            labels[row, start : start + len(tags)] = torch.tensor(tags)
+        return Batch(inputs, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityEncoder(_Tokenised):
+    """`sentence1`, `sentence2` and their `score`: a batch has all first sentences, then all second ones."""
+
+    loss = CosineError()
+
+    def encode(self, row: Row) -> tuple[Any, Any, float]:
+        return self.tokens(row["sentence1"]), self.tokens(row["sentence2"]), float(row["score"])
+
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        first, second, scores = zip(*encoded, strict=True)
+        return Batch(self.padded([*first, *second]), torch.tensor(scores))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """`image`, a path or an image of Pillow, prepared as the model's own processor does, and `label`."""
+
+    processor: Any  # transformers' image processor
+    labels: LabelEncoder
+
+    @property
+    def loss(self) -> Loss:
+        return self.labels.loss
+
+    def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
+        prepared = self.processor(read_image(row["image"]), return_tensors="pt")
+        return prepared[PIXELS][0], row["label"]  # (channels, height, width)
+
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        pixels, labels = zip(*encoded, strict=True)
+        return Batch({PIXELS: torch.stack(pixels)}, self.labels.tensor(labels))
+
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks the assistant's turns in a chat template
+
+
+class Tokens(NamedTuple):
+    """A text as tokens, and which of them are predicted from those before."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+Tokenise = Callable[[Row], Tokens]
+
+
+def text_tokens(tokenizer: Any, *, ends: bool) -> Tokenise:
+    """For `text`: all tokens are predicted. With `ends`, the text ends with the tokenizer's end of text."""
+
+    def tokenise(row: Row) -> Tokens:
+        ids = list(tokenizer(row["text"])["input_ids"])
+        ids = ended(tokenizer, ids) if ends else ids
+        return Tokens(ids, [True] * len(ids))
+
+    return tokenise
+
+
+def completion_tokens(tokenizer: Any) -> Tokenise:
+    """For `prompt` and `completion`: the completion and the end of the text are predicted.
+
+    Each is tokenised by itself, because a model that answers gets the prompt's tokens alone.
+    """
+
+    def tokenise(row: Row) -> Tokens:
+        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        if prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt.pop()
+        answer = ended(tokenizer, list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]))
+        return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+    return tokenise
+
+
+def chat_tokens(tokenizer: Any) -> Tokenise:
+    """For `messages`: what the tokenizer's template makes of them; the assistant's turns are predicted.
+
+    The turns are those that the template marks by `{% generation %}`. Without marks they are what each message adds
+    behind the prompt for it. Raises InputRefused where there is no template, or it changes earlier turns.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputRefused(
+            "the tokenizer has no chat template (chat_template.jinja beside the model), so that `messages` have no form"
+        )
+    if not tokenizer.is_fast:
+        raise InputRefused("`messages` need a fast tokenizer (tokenizer.json), which knows the place of each token")
+
+    def rendered(messages: Sequence[Any], **options: Any) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template raises what it wants
+            raise InputRefused(f"the chat template refuses the messages ({error})") from error
+        return text
+
+    def marked(messages: Sequence[Any]) -> Tokens:
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return Tokens(list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]])
+
+    def tokenise(row: Row) -> Tokens:
+        messages = row["messages"]
+        if isinstance(template, str) and GENERATION.search(template):
+            return marked(messages)
+        whole = rendered(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = rendered(messages[:number], add_generation_prompt=True)
+            after = rendered(messages[: number + 1])
+            if not whole.startswith(before) or not whole.startswith(after) or len(after) <= len(before):
+                raise InputRefused(
+                    f"the chat template changes earlier turns, so that message {number + 1} has no fixed place. "
+                    "Mark the assistant's turns in the template by {% generation %}"
+                )
+            spans.append((len(before), len(after)))
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        places = encoded["offset_mapping"]
+        trained = [any(begin <= start < end for begin, end in spans) for start, _ in places]
+        return Tokens(list(encoded["input_ids"]), trained)
+
+    return tokenise
+
+
+def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The tokens of a text, with the tokenizer's end of text behind them."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def decoder_tensors(
+    rows: Sequence[Sequence[int]], start_token: int, pad_token: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a decoder reads, and what it is to predict: each (rows, longest). A token is predicted from those before."""
+    longest = max(map(len, rows))
+    decoder, labels = torch.full((len(rows), longest), pad_token), torch.full((len(rows), longest), IGNORED)
+    for row, ids in enumerate(rows):
+        labels[row, : len(ids)] = torch.tensor(ids)
+        decoder[row, : len(ids)] = torch.tensor([start_token, *ids[:-1]])
+    return decoder, labels
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerEncoder(_Tokenised):
+    """`prompt` for an encoder, and `completion` for its decoder."""
+
+    start_token: int  # with which the decoder begins
+
+    loss = CrossEntropy()
+
+    def encode(self, row: Row) -> tuple[Any, list[int]]:
+        target = self.tokens(text_target=row["completion"])
+        return self.tokens(row["prompt"]), ended(self.tokenizer, list(target["input_ids"]))
+
+    def collate(self, encoded: Sequence[Any]) -> Batch:
+        inputs = self.padded([prompt for prompt, _ in encoded])
+        decoder, labels = decoder_tensors([ids for _, ids in encoded], self.start_token, self.tokenizer.pad_token_id)
+        return Batch({**inputs, "decoder_input_ids": decoder}, labels)
