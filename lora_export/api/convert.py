@@ -11,9 +11,9 @@ import numpy as np
 from lora_export import plan, provenance
 from lora_export.api.adapter_names import named_for
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.api.output_names import with_suffix
 from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
+from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.writers import WriteOptions, holds_pipelines, writer_of

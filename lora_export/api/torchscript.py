@@ -25,9 +25,9 @@ from lora_export.api.load import (
     refuse_weights_alone,
     resolve_model,
 )
-from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.output_names import with_suffix
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
 from lora_export.models.export import save_torchscript, to_torchscript

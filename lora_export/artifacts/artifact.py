@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -24,10 +24,11 @@ from lora_export.artifacts.record import (
     record_of_weights,
 )
 from lora_export.errors import InputRefused
-from lora_export.plan import TensorSpec
-from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.storage import input_files
+from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline
-from lora_export.weights.sentence_modules import MODULES_FILE
+from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
 
 
 class ArtifactKind(StrEnum):
@@ -41,6 +42,7 @@ class ArtifactKind(StrEnum):
     GRAPH = "graph"
     SCRIPT = "TorchScript"
     PROGRAM = "program of torch.export"
+    ADAPTER = "adapter for a graph"
     OTHER = "other file"
 
     @property
@@ -56,6 +58,7 @@ class ArtifactKind(StrEnum):
 
 CLAIMED: Mapping[str, ArtifactKind] = {
     ".onnx": ArtifactKind.GRAPH,
+    ".onnx_adapter": ArtifactKind.ADAPTER,
     ".safetensors": ArtifactKind.WEIGHTS,
     ".pt": ArtifactKind.SCRIPT,
     ".pth": ArtifactKind.SCRIPT,
@@ -74,7 +77,12 @@ def artifact_kind(path: Path) -> ArtifactKind:
         if is_pipeline(path):
             return ArtifactKind.PIPELINE
         return ArtifactKind.EMBEDDER if (path / MODULES_FILE).is_file() else ArtifactKind.CHECKPOINT
-    return CLAIMED.get(path.suffix) or _kind_of_content(path)
+    return claimed_kind(path) or _kind_of_content(path)
+
+
+def claimed_kind(name: str | Path) -> ArtifactKind | None:
+    """The kind that the name of a file claims; None where it claims none."""
+    return CLAIMED.get(Path(name).suffix)
 
 
 def _kind_of_content(path: Path) -> ArtifactKind:
@@ -97,6 +105,13 @@ class Artifact:
         """Name -> path of each of its files: those in a folder, or a graph and its external data."""
         return files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
 
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
+        input_files.must_exist(self.path, "candidate")
+        with input_files.unchanged(self.path, lambda: list(open_artifact(self.path).files.values())):
+            yield
+
     @cached_property
     def hashes(self) -> Mapping[str, str]:
         """Name -> SHA-256 of each of its files."""
@@ -111,13 +126,41 @@ class Artifact:
         if self.path.is_dir():
             return record_of_folder(self.path)
         if self.kind is ArtifactKind.GRAPH:
-            return record_of_graph(self.path)
+            return record_of_graph(self.metadata, self.path)
         return (record_of_weights if self.kind is ArtifactKind.WEIGHTS else record_of_archive)(self.path)
 
     @cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> shape, dtype and file of each tensor of a checkpoint. Raises InputRefused as `open_checkpoint`."""
-        return {spec.name: spec for spec in open_checkpoint(self.path).specs}
+    def metadata(self) -> Mapping[str, str]:
+        """What a graph's own metadata contain. Raises InputRefused where the graph is damaged."""
+        from lora_export.graph.onnx_file.reading import load_graph  # onnx is not needed for a checkpoint
+
+        return load_graph(self.path).metadata_props
+
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each row of a graph has the head that its adapter saves whole."""
+        rows = read_row_adapters(self.metadata, str(self.path)) if self.kind is ArtifactKind.GRAPH else None
+        return rows is not None and bool(rows.labels)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint`."""
+        return open_checkpoint(self.path)
+
+    @property
+    def is_streamable(self) -> bool:
+        """Whether the weights of a folder or a file can stay there (see `models.streamed_folder`)."""
+        try:
+            return is_streamable(self.checkpoint)
+        except InputRefused:  # loading it will refuse it with a better message
+            return False
+
+    @property
+    def module_files(self) -> list[str]:
+        """The names of the files that make an embedding model of a folder."""
+        folders = module_folders(self.path)
+        own = [name for name, path in self.files.items() if any(path.is_relative_to(folder) for folder in folders)]
+        return [MODULES_FILE, TRANSFORMER_CONFIG, *own]
 
 
 def open_artifact(path: str | Path) -> Artifact:

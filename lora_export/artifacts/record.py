@@ -59,11 +59,8 @@ def record_of_archive(path: Path) -> WrittenRecord:
     return _parsed(_text_in_archive(path), path) if zipfile.is_zipfile(path) else WrittenRecord()
 
 
-def record_of_graph(path: Path) -> WrittenRecord:
+def record_of_graph(metadata: Mapping[str, str], path: Path) -> WrittenRecord:
     """What the metadata of a graph record."""
-    from lora_export.graph.onnx_file.reading import open_graph  # onnx is not needed for a checkpoint
-
-    metadata = open_graph(path).model.metadata_props
     found = _parsed(metadata.get(provenance.KEY), path)
     text = metadata.get(ROW_ADAPTERS_KEY)
     if text is None:

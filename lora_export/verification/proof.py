@@ -33,7 +33,7 @@ from lora_export.verification.compare_outputs import (
     with_larger_peer_error,
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.inputs import Inputs, describe_arrays
+from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
@@ -139,12 +139,12 @@ def prove(
 def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs) -> list[parity.Case]:
     """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
     cases = []
-    for name, arrays in inputs.cases.items():
+    for name, summary in inputs.summaries.items():
         by_role: dict[str, Any] = {role: by_case[name] for role, by_case in expected.by_role.items()}
         own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
         case = parity.Case(
             name,
-            describe_arrays(arrays),
+            summary,
             deployed=expected.deployed[name],
             candidate=own,
             peer=expected.peer,

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, Undecided
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Arrays, RowsRunner, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep, no_step
 from lora_export.verification.compare_outputs import named_as
@@ -44,8 +42,17 @@ def several_on_row(adapters: int, per_row: int) -> SeveralOnRow:
     return SeveralOnRow(ids, tuple(SCALES_OF_SEVERAL[number % len(SCALES_OF_SEVERAL)] for number in numbers))
 
 
+def prove_candidate(
+    candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = no_step
+) -> Proof:
+    """The proof of a candidate; of a graph whose rows choose their adapters, with every adapter and mixed batches."""
+    if isinstance(candidate, RowsRunner) and candidate.takes_rows:
+        return prove_rows(candidate, references, prove=prove, step=step)
+    return prove(candidate, references.with_adapters(references.adapters, references.strengths), step=step)
+
+
 def prove_several(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     *,
     prove: Prove = prove,
@@ -64,7 +71,7 @@ def prove_several(
 
 
 def prove_mixed(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     proofs: Sequence[Proof],
     several: Proof | None = None,
@@ -103,7 +110,7 @@ def judge_mixed(
 
 
 def prove_rows(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     *,
     prove: Prove = prove,

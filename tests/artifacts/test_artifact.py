@@ -56,7 +56,8 @@ def test_what_a_folder_contains_decides_its_kind(files: tuple[str, ...], kind: A
     [
         *(("m.onnx", ArtifactKind.GRAPH), ("m.safetensors", ArtifactKind.WEIGHTS), ("m.pt2", ArtifactKind.PROGRAM)),
         *((f"m{suffix}", ArtifactKind.SCRIPT) for suffix in (".pt", ".pth", ".ts")),
-        *((name, ArtifactKind.OTHER) for name in ("m", "m.txt", "m.ONNX", "m.onnx_adapter")),
+        *((name, ArtifactKind.OTHER) for name in ("m", "m.txt", "m.ONNX")),
+        ("m.onnx_adapter", ArtifactKind.ADAPTER),
     ],
 )
 def test_a_file_is_what_its_name_claims_whether_or_not_it_exists(name: str, kind: ArtifactKind, tmp_path: Path) -> None:
@@ -88,5 +89,5 @@ def test_an_archive_whose_name_claims_nothing_is_what_it_contains(
 
 def test_the_tensors_of_a_checkpoint_are_known_from_its_header(tmp_path: Path) -> None:
     save_file({"a": np.zeros((2, 3), np.float16)}, tmp_path / "m.safetensors")
-    found = open_artifact(tmp_path / "m.safetensors").specs
-    assert {name: (spec.shape, spec.dtype) for name, spec in found.items()} == {"a": ((2, 3), "float16")}
+    found = open_artifact(tmp_path / "m.safetensors").checkpoint.specs
+    assert {spec.name: (spec.shape, spec.dtype) for spec in found} == {"a": ((2, 3), "float16")}
