@@ -8,6 +8,7 @@
     pair_controls.py      single pairs of the adapters, switched off
     candidate_outputs.py  runs of the candidate
     compare_outputs.py    what the outputs of two runs have in common
+    companion_files.py    the files beside the weights
     parity/               arrays in, verdict out
     module_copies.py      copies of a module that share or convert its tensors; a module widened to fp64 in place
     inputs/               the inputs of a proof

@@ -37,9 +37,8 @@ from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import STEPS, Diagnosed, FurtherPeer, ReferenceOutputs, note_on_fp64
-from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph
+from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_pairs import control_graph_pairs
-from lora_export.verification.references.graph_sessions import open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
     branches_at_quantised_weights,

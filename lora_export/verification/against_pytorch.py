@@ -28,6 +28,13 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
+from lora_export.verification.compare_outputs import (
+    UnjudgedPositions,
+    notes_on_padding,
+    outputs_beyond_rounding,
+    padding_beyond_rounding,
+)
+from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import seeds_that_reach
 from lora_export.verification.inputs.model_inputs import (
@@ -47,27 +54,22 @@ from lora_export.verification.references import (
     quantised_weights,
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
-from lora_export.verification.references.beyond_rounding import (
-    UnjudgedPositions,
-    notes_on_padding,
-    outputs_beyond_rounding,
-    padding_beyond_rounding,
-)
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
-from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.candidate_weights import (
+    explain_half,
+    is_half_inside,
+    note_on_half,
+    quantised_weights_of,
+    returns_halves,
+    rounding_of,
+)
 from lora_export.verification.references.deployed_module import (
     coarser_dtype,
     deployed_module,
     dtype_name,
     in_candidate_dtype,
-)
-from lora_export.verification.references.deployed_runs import run_further_peers, run_observed
-from lora_export.verification.references.diagnosed_module import diagnose_module
-from lora_export.verification.references.half_precision import (
-    explain_half,
-    is_half_inside,
-    note_on_half,
-    returns_halves,
+    run_further_peers,
+    run_observed,
 )
 from lora_export.verification.references.single_pairs import control_pairs
 

@@ -2,7 +2,6 @@
 
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, is_float, rms
-from lora_export.verification.parity.fill_values import fill_mask
 from lora_export.verification.parity.gates import (
     CONTROL_SCALE,
     CONTROLS,
@@ -16,6 +15,8 @@ from lora_export.verification.parity.gates import (
 )
 from lora_export.verification.parity.judging import DEPLOYED_DTYPES, judge
 from lora_export.verification.parity.missing_part import LARGEST_SHARE, EffectShare, MissingPart, judge_missing_part
+from lora_export.verification.parity.reasons import frozen_input
+from lora_export.verification.parity.special_values import fill_mask
 from lora_export.verification.parity.verdict import (
     DECIDES,
     NOT_JUDGED,
@@ -37,7 +38,6 @@ from lora_export.verification.parity.verdict import (
     percent,
     with_reasons,
 )
-from lora_export.verification.parity.whole_set import frozen_input
 
 __all__ = [
     "CONTROLS",

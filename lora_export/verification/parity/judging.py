@@ -34,7 +34,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.verification.parity.case import Case
+from lora_export.verification.parity.case import Case, structure_reasons
 from lora_export.verification.parity.figures import (
     EPS,
     Wide,
@@ -54,7 +54,6 @@ from lora_export.verification.parity.figures import (
     wide,
     worst_element,
 )
-from lora_export.verification.parity.fill_values import without_fill
 from lora_export.verification.parity.gates import (
     FEW_ELEMENTS,
     Tolerance,
@@ -62,11 +61,10 @@ from lora_export.verification.parity.gates import (
     controls_of,
     gates_of,
     ratio_limit,
+    small_feature_reasons,
 )
-from lora_export.verification.parity.reasons import reasons_of
-from lora_export.verification.parity.small_features import small_feature_reasons
-from lora_export.verification.parity.structure import structure_reasons
-from lora_export.verification.parity.tied_indices import without_ties
+from lora_export.verification.parity.reasons import input_reasons, notes_on_scope, power_reasons, reasons_of
+from lora_export.verification.parity.special_values import without_fill, without_ties
 from lora_export.verification.parity.verdict import (
     PYTORCH,
     Comparison,
@@ -78,7 +76,6 @@ from lora_export.verification.parity.verdict import (
     WorstElement,
     outcome_of,
 )
-from lora_export.verification.parity.whole_set import input_reasons, notes_on_scope, power_reasons
 
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these

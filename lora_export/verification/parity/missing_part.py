@@ -17,9 +17,9 @@ import numpy as np
 
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, Outputs, coarser, difference, is_float, rms, wide
-from lora_export.verification.parity.fill_values import without_fill
 from lora_export.verification.parity.gates import FEW_ELEMENTS
 from lora_export.verification.parity.judging import judge
+from lora_export.verification.parity.special_values import without_fill
 from lora_export.verification.parity.verdict import Outcome
 
 LARGEST_SHARE = 0.5  # of a part's effect that may be missing

@@ -2,24 +2,6 @@
 
 `References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
 implement both, in `against_pytorch.py` and `against_graph.py`.
-
-    beyond_rounding.py     where the error of PyTorch itself is more than rounding
-    attached_module.py     PyTorch's references in fp64: adapters attached as branches
-    single_pairs.py        PyTorch in fp64 without single pairs
-    recorded_blocks.py     outputs of a module's blocks, in place of computing them again
-    deployed_module.py     PyTorch as deployed, and with its adapters merged
-    deployed_runs.py       its runs: what the inputs reach, and how large its own error can be
-    diagnosed_module.py    a candidate compared with PyTorch module by module
-    half_precision.py      candidates in half precision, also where only their weights show it
-    candidate_weights.py   how a candidate rounds or quantises its weights
-    quantised_weights.py   the weights that a quantised graph computes with
-    quantisation_error.py  whether these are the model's weights, rounded
-    cached_outputs.py      outputs of PyTorch's references, stored for the next candidate
-    base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
-    graph_with_adapter.py  adapters in a graph, in other forms than the candidate's
-    graph_fp64.py          a graph rewritten to compute in fp64
-    graph_pairs.py         a graph in fp64 without single pairs
-    graph_sessions.py      sessions of graphs in memory
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.verification.references.base_graph import inferred_types
 from lora_export.verification.references.graph_fp64 import widen
-from lora_export.verification.references.graph_sessions import inferred_types
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
     branches_at_quantised_weights,
