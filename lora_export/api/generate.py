@@ -25,10 +25,8 @@ from lora_export.models.processors import open_tokenizer
 from lora_export.options.declaring import takes
 from lora_export.options.generate import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
-from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
-from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
-from lora_export.runtime.generation.sampling import Sampling
+from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
+from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_from_encoder, generate_tokens
 from lora_export.storage import input_files, json_files
 
 

@@ -16,7 +16,7 @@ from lora_export.models.image_forms import PIXELS
 from lora_export.models.pictures import pixels_of
 from lora_export.models.sounds import features_of, open_extractor, read_sound
 from lora_export.options.generate import Prompt, Starts
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from lora_export.runtime.generation.decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
 
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or

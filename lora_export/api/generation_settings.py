@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.api.generation_files import GENAI_CONFIG, MODEL_CONFIGS
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.sampling import TokenRules
+from lora_export.runtime.generation.loop import TokenRules
 from lora_export.storage import json_files
 
 # Fields of a generation config that ask for what is not done here, with their values that ask for nothing

@@ -11,9 +11,8 @@ import click
 from lora_export.cli.arguments import Command, json_option, print_document
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
-from lora_export.runtime.environment import Facts, examine
-from lora_export.runtime.environment_problems import Problem, find_problems, list_versions
-from lora_export.runtime.providers import VARIABLES
+from lora_export.runtime.environment import Facts, Problem, examine, find_problems, list_versions
+from lora_export.runtime.environment_probes import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -24,8 +24,8 @@ from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxrunt
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
 from lora_export.options.spelling import named
+from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
-from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, deadline
 from lora_export.version import __version__
 

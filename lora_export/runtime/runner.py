@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
 from lora_export.options.common import TIMEOUT as TIMEOUT
 from lora_export.options.spelling import named
-from lora_export.runtime.providers import CPU
+from lora_export.runtime.environment_probes import CPU
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.sampling import NO_RULES, TokenRules
+from lora_export.runtime.generation.loop import NO_RULES, TokenRules
 
 SPEECH = {
     "lang_to_id": {"<|en|>": 11, "<|de|>": 12},

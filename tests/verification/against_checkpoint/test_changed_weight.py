@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, Term
-from lora_export.verification.against_checkpoint import compare_rows as module
+from lora_export.verification.against_checkpoint import changed_weight as module
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows, compare_rows
 from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
