@@ -10,7 +10,8 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.verification import parity
-from lora_export.verification.parity import Allowance, Case, Outcome, Tolerance, gates, judge, judging
+from lora_export.verification.parity import Case, Outcome, gates, judge, judging
+from lora_export.verification.parity.gates import Allowance, Tolerance
 from support.parity_cases import (
     COUNT,
     EFFECT,
@@ -70,8 +71,8 @@ def test_ratio_limit_depends_on_size_and_precision(elements: int, dtype: str, k:
 
 def test_infinite_limit_lets_nothing_pass() -> None:
     unbounded = Allowance(ratio_limit=2.0, rmse=math.inf, peak=math.inf)
-    assert not parity.error_gate(np.zeros(3), np.zeros(3), unbounded).passed
-    assert not parity.tail_gate(np.zeros(3), np.zeros(3), unbounded).passed
+    assert not parity.gates.error_gate(np.zeros(3), np.zeros(3), unbounded).passed
+    assert not parity.gates.tail_gate(np.zeros(3), np.zeros(3), unbounded).passed
 
 
 def test_one_eps_is_allowed_where_pytorch_is_integers() -> None:
