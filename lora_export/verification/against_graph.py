@@ -14,7 +14,7 @@ GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,14 @@ from lora_export.verification.candidate_outputs import CandidateOutputs, OnProof
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.references import STEPS, Diagnosed, FurtherPeer, ReferenceOutputs, note_on_fp64
+from lora_export.verification.references import (
+    STEPS,
+    FurtherPeer,
+    PreparedReferences,
+    ReferenceOutputs,
+    References,
+    note_on_fp64,
+)
 from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_with_adapter import (
@@ -55,7 +62,7 @@ MERGED_GRAPH = (
 
 
 @dataclass(frozen=True, eq=False)
-class GraphReferences:
+class GraphReferences(References):
     """The base graph with the adapters in another form than the candidates', as the references of a proof.
 
     `mode` is the form in the candidates: merged, nodes, inputs or rows. Without an adapter the base graph itself is
@@ -93,10 +100,6 @@ class GraphReferences:
         return self.base.seed
 
     @property
-    def origin(self) -> None:
-        """None: the base is the graph that the candidate was made from."""
-
-    @property
     def remedy(self) -> str:
         """The PyTorch model."""
         return f"the PyTorch model that the graph was exported from ({named('model', 'MODEL')})"
@@ -109,24 +112,13 @@ class GraphReferences:
         """Make the inputs. Raises InputRefused where none can be made, RuntimeRefused where the base does not run."""
         _ = self.base.inputs
 
-    def as_run(self, runner: Runner) -> Runner:
-        """The graph as it is. The generated inputs include a cache, where it takes one."""
-        return runner
-
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
         """The base graph's inputs."""
         return self.base.inputs
 
-    def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
-        """None: which pairs a graph computes is not known."""
-
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
         """The references for one candidate. Nothing is computed yet."""
         return PreparedGraphReferences(self, inputs)
-
-    def explain(self, refusal: str) -> str:
-        """The refusal as it is."""
-        return refusal
 
     def about(self) -> dict[str, Any]:
         """Versions, and the graph's path and hash."""
@@ -140,7 +132,7 @@ class GraphReferences:
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedGraphReferences:
+class PreparedGraphReferences(PreparedReferences):
     """The references for one candidate. The graphs are made, run and released one after the other."""
 
     references: GraphReferences
@@ -183,10 +175,6 @@ class PreparedGraphReferences:
         model, sites, steps = self._planned()
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         return control_graph_pairs(model, sites, steps, self.inputs.cases, cases, judge, timeout=base.timeout)
-
-    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
-        """None: two graphs are not compared module by module."""
-        return None, []
 
     def _run_peer(self, outputs: CandidateOutputs) -> tuple[OutputsByCase, tuple[parity.Sensitivity, ...], list[str]]:
         """Run the base graph with the adapters in another form, in its own types. Returns notes, too."""

@@ -49,7 +49,9 @@ from lora_export.verification.references import (
     STEPS,
     Diagnosed,
     FurtherPeer,
+    PreparedReferences,
     ReferenceOutputs,
+    References,
     note_on_fp64,
     quantised_weights,
 )
@@ -81,7 +83,7 @@ def _no_message(_: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class PyTorchReferences:
+class PyTorchReferences(References):
     """A model with its adapters attached as branches, as the references of a proof.
 
     The adapters may have the names of the loaded model or the original ones (see `plan.spelling`). The references merge
@@ -121,9 +123,6 @@ class PyTorchReferences:
         """The same references with other adapters."""
         own = replace(self, adapters=adapters, strengths=strengths)
         return replace(own, model=with_labels(self.model, own.adapters)) if self.has_own_heads else own
-
-    def check(self) -> None:
-        """Do nothing: inputs can be made for every model."""
 
     def as_run(self, runner: Runner) -> Runner:
         """The graph; a decoder with a key/value cache is given whole sequences, as the model is."""
@@ -169,11 +168,6 @@ class PyTorchReferences:
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
         return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
 
-    @property
-    def remedy(self) -> str:
-        """Empty: there is no better reference than PyTorch."""
-        return ""
-
     def explain(self, refusal: str) -> str:
         """The refusal, with what to do where the candidate takes float16 and the model float32."""
         return explain_half(refusal)
@@ -185,7 +179,7 @@ class PyTorchReferences:
 
 
 @dataclass(eq=False)
-class PreparedPyTorch:
+class PreparedPyTorch(PreparedReferences):
     """The model with adapters attached, for one candidate."""
 
     references: PyTorchReferences

@@ -9,7 +9,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,8 +93,7 @@ def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> t
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 
-@dataclass(frozen=True)
-class ProviderDefaults:
+class ProviderDefaults(NamedTuple):
     """What a candidate returns with its provider's own settings, where the proof runs with more exact ones."""
 
     not_judged: tuple[str, ...] = ()

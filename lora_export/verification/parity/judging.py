@@ -10,17 +10,7 @@ verdict uses up to five arrays for each output, all computed from the same input
     B  the base: the reference without its adapters
     S  the reference with every adapter scale × 1.1
 
-    exact      integers are R's or P's, or indices whose scores tie within the limits; else different
-    fill       the fill values of a mask (-1e9, an infinity) are P's; else different
-    structure  all have the same names, count, dtypes and shapes, and are finite; else different
-    error      rmse(O, R) <= k · rmse(P, R), or eps · rms(R) where P happens to be exact; else different
-    tail       max |O - R| <= k · max |P - R| + 4 eps max |R|; else different
-    bulk       the same for the median of |O - R|, where a few elements hold most of P's error; else different
-    features   the error gate for features a tenth as large as the largest, and smaller, all cases together
-    effect     rmse(O, R) <= 0.1 · rmse(R, B); else undecided: merged and unmerged could not be distinguished
-    loss       rounded weights move the outputs less than the adapter does; else undecided
-    controls   error, tail or bulk must *fail* for O against B, and for O against S; else undecided
-
+The gates are listed in `gates.py`. The controls must fail error, tail or bulk for O against B, and for O against S.
 "As close to the truth as PyTorch itself" is the rule of PyTorch's own compiler tests (torch._dynamo.utils.same).
 `different` outweighs `undecided`. Only a set of cases without any reason against it is `same`. This package knows
 arrays alone, neither torch nor onnxruntime.
@@ -135,8 +125,7 @@ def judge(
         notes=(
             *notes,
             *([PADDED] if any(case.positions for case in cases) else []),
-            *(note for each in prepared for note in each.notes),
-            *(note for each in untied for note in each.notes),
+            *(note for each in (*prepared, *untied) for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
         not_judged=tuple(not_judged),

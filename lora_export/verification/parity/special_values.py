@@ -12,8 +12,8 @@ can this be judged.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,37 +31,32 @@ SAME_FILL = 0.1  # relative to a fill value: what scores that are added to it ma
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False)
-class WithoutFill:
-    """A case whose fill values are zero in every run, and the reasons against the candidate's fill values."""
+class Prepared(NamedTuple):
+    """A case without what was compared by itself, the reasons against the candidate, and what the verdict notes."""
 
     case: Case
-    fills: dict[str, Mask]  # output -> where its fill values are
-    reasons: tuple[Reason, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the verdict notes about fill values."""
-        return [
-            f"{count(int(mask.sum()), 'value')} of {name} in case {self.case.name} are fill values of a mask: compared "
-            "one by one, and left out of all figures"
-            for name, mask in self.fills.items()
-        ]
+    reasons: Sequence[Reason] = ()
+    notes: Sequence[str] = ()
 
 
-def without_fill(case: Case, dtype: str) -> WithoutFill:
+def without_fill(case: Case, dtype: str) -> Prepared:
     """Compare the fill values of a case, and set them to zero in every run. `dtype` is the deployed precision."""
     fills = {name: mask for name in case.reference if (mask := _fill_mask(case, name)) is not None}
     if not fills:
-        return WithoutFill(case, {})
+        return Prepared(case)
     reasons = [reason for name, mask in fills.items() for reason in _reasons(case, name, mask, dtype)]
+    notes = [
+        f"{count(int(mask.sum()), 'value')} of {name} in case {case.name} are fill values of a mask: compared one by "
+        "one, and left out of all figures"
+        for name, mask in fills.items()
+    ]
     runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
-    by_run = {run: getattr(case, run) for run in runs if getattr(case, run) is not None}
     cleared: dict[str, Any] = {
         run: {name: _cleared(value, fills.get(name)) for name, value in outputs.items()}
-        for run, outputs in by_run.items()
+        for run in runs
+        if (outputs := getattr(case, run)) is not None
     }
-    return WithoutFill(replace(case, **cleared, filled=frozenset(fills)), fills, tuple(reasons))
+    return Prepared(replace(case, **cleared, filled=frozenset(fills)), reasons, notes)
 
 
 def _cleared(value: Array, fill: Mask | None) -> Array:
@@ -129,15 +124,7 @@ def _reasons(case: Case, output: str, fill: Mask, dtype: str) -> Sequence[Reason
 # --- indices of scores that tie ---
 
 
-@dataclass(frozen=True, eq=False)
-class WithoutTies:
-    """A case in which tied indices of the candidate are replaced by the reference's, and what the verdict notes."""
-
-    case: Case
-    notes: tuple[str, ...] = ()
-
-
-def without_ties(case: Case, dtype: str) -> WithoutTies:
+def without_ties(case: Case, dtype: str) -> Prepared:
     """Replace indices of the candidate whose scores tie with the reference's. `dtype` is the deployed precision."""
     changed, notes = {}, []
     for output, reference in case.reference.items():
@@ -154,8 +141,8 @@ def without_ties(case: Case, dtype: str) -> WithoutTies:
                 f"than {case.peer}'s, with the same scores in {scores} within its limits: not counted as wrong"
             )
     if not changed:
-        return WithoutTies(case)
-    return WithoutTies(replace(case, candidate={**case.candidate, **changed}), tuple(notes))
+        return Prepared(case)
+    return Prepared(replace(case, candidate={**case.candidate, **changed}), notes=notes)
 
 
 def _are_indices(reference: Array, own: Array | None, deployed: Array | None) -> bool:

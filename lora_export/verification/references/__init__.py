@@ -1,7 +1,7 @@
 """The references of a proof: what computes the outputs that a candidate should have.
 
 `References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
-implement both, in `against_pytorch.py` and `against_graph.py`.
+are both, in `against_pytorch.py` and `against_graph.py`. What has a body here is true unless they differ.
 """
 
 from __future__ import annotations
@@ -43,30 +43,37 @@ class References(Protocol):
     @property
     def seed(self) -> int: ...  # of the generated inputs
     @property
-    def origin(self) -> Path | None: ...  # the quantised graph from which the candidate was made, where known
+    def origin(self) -> Path | None:  # the quantised graph from which the candidate was made, where known
+        return None
+
     @property
-    def remedy(self) -> str: ...  # other references that may decide what these cannot; empty where there are none
+    def remedy(self) -> str:  # other references that may decide what these cannot
+        return ""
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Self:
         """The same references with other adapters. What was computed without adapters is shared."""
 
     def check(self) -> None:
         """Raise the error that would end every proof, before there is a candidate."""
+        return  # none would
 
     def as_run(self, runner: Runner) -> Runner:
         """The runner that runs a graph on the inputs of these references."""
+        return runner
 
     def inputs(self, candidate: Runner) -> Inputs:
         """The inputs for candidate and references. Raises InputRefused where none can be made."""
 
-    def reaching(self, candidate: Runner, unreached: Collection[str]) -> Self | None:
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> Self | None:  # noqa: ARG002
         """The references with further inputs that reach some of these pairs; None where none is found."""
+        return None
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedReferences:
         """The references for one candidate. Raises MatchError where the adapters do not fit the model."""
 
     def explain(self, refusal: str) -> str:
         """The message for a candidate that refuses all inputs; `refusal` is its first error."""
+        return refusal
 
     def about(self) -> dict[str, Any]:
         """Versions, and the source and hash of the model, for the record of the proof."""
@@ -84,11 +91,12 @@ class PreparedReferences(Protocol):
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Switch off single pairs of the adapters, which `run` has run."""
 
-    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
         """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.
 
         With `every`, all modules are compared. Raises nothing: no failure here changes a verdict.
         """
+        return None, []
 
 
 @dataclass(frozen=True, eq=False)

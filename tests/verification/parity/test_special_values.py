@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.verification.parity import Case, Outcome, judge, judging
-from lora_export.verification.parity.special_values import WithoutFill, without_ties
+from lora_export.verification.parity.special_values import Prepared, without_ties
 from support.parity_cases import COUNT, EFFECT, ERROR, OWN, TRIED, make
 
 FILLS = [-1e4, -1e9, float(np.finfo(np.float32).min), -np.inf, np.inf]
@@ -55,7 +55,7 @@ def test_fill_values_do_not_widen_the_limits_of_the_others(fill: float, plus: bo
 
 
 def test_without_the_separation_fill_values_would_allow_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "without_fill", lambda case, _: WithoutFill(case, {}))
+    monkeypatch.setattr(judging, "without_fill", lambda case, _: Prepared(case))
     assert judge([masked(-1e9, error=1e-2, plus=True)], sensitivity=TRIED).outcome is not Outcome.DIFFERENT
 
 
