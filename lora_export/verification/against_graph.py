@@ -22,7 +22,6 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import plan
-from lora_export.errors import count
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
@@ -55,7 +54,10 @@ from lora_export.verification.references.graph_with_adapter import (
 )
 from lora_export.weights.checkpoint import Checkpoint
 
+Form = Callable[[ir.Model, Sites, Plan], list[str]]  # puts adapters into a graph, in memory; returns notes
+
 PEER = "the other graph"
+_ROUNDED_SUMS: Form = functools.partial(sum_at_weights, rounded=True)
 MERGED_GRAPH = (
     "the other graph was measured with W + ΔW at each weight, too; the larger error counts: ΔW is large beside W"
 )
@@ -164,7 +166,7 @@ class PreparedGraphReferences(PreparedReferences):
         if not self.references.adapters or self.references.mode != "merged" or self.references.rounds_sums:
             return
         step("the other graph, merged")
-        model, _ = self._with_adapters(_sums)
+        model, _ = self._with_adapters(sum_at_weights)
         peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
         yield FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
@@ -196,10 +198,10 @@ class PreparedGraphReferences(PreparedReferences):
     def _form_of_peer(self) -> tuple[Form, str]:
         """Another form than the candidate's, the most exact one in the graph's types, and its description."""
         if self.references.mode != "merged":
-            return _sums_and_quantised_branches, "W + ΔW is computed at each weight when it runs"
+            return branches_at_quantised_weights, "W + ΔW is computed at each weight when it runs"
         if self.references.rounds_sums:
-            return _rounded_sums, "W + ΔW is computed and rounded at each weight when it runs"
-        return _branches, "x·ΔW is computed in a branch beside each weight"
+            return _ROUNDED_SUMS, "W + ΔW is computed and rounded at each weight when it runs"
+        return branches_where_possible, "x·ΔW is computed in a branch beside each weight"
 
     def _in_fp64(self, step: OnProofStep) -> tuple[dict[str, OutputsByCase], set[str]]:
         """Role -> case -> outputs, and the operators without a kernel in fp64."""
@@ -223,13 +225,15 @@ class PreparedGraphReferences(PreparedReferences):
         adapters, rounds = self.references.adapters, self.references.rounds_sums
         if not adapters:
             return
-        form = _rounded_sums if rounds else _branches if self.references.mode == "merged" else _sums
+        form = (
+            _ROUNDED_SUMS if rounds else branches_where_possible if self.references.mode == "merged" else sum_at_weights
+        )
         yield "reference", form, 1.0
         yield "scaled", form, parity.CONTROL_SCALE
         if rounds:
-            yield "attached", _sums, 1.0
+            yield "attached", sum_at_weights, 1.0
         if any(adapter.pairs for adapter in adapters) and any(adapter.replaced for adapter in adapters):
-            yield "base", _sums, 0.0  # with the replaced tensors: the control is about the effect of the pairs
+            yield "base", sum_at_weights, 0.0  # with the replaced tensors: the control is about the effect of the pairs
 
     def _with_adapters(self, form: Form, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with the adapters in a form, and notes."""
@@ -243,32 +247,6 @@ class PreparedGraphReferences(PreparedReferences):
         steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
         refuse_parts(steps)
         return model, sites, steps
-
-
-# --- forms of adapters in a graph; each returns notes -----------------------------------------------
-
-Form = Callable[[ir.Model, Sites, Plan], list[str]]
-
-
-def _sums(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    sum_at_weights(model, sites, steps)
-    return []
-
-
-def _rounded_sums(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    sum_at_weights(model, sites, steps, rounded=True)
-    return []
-
-
-def _sums_and_quantised_branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    branches_at_quantised_weights(model, sites, steps)
-    return []
-
-
-def _branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    if number := branches_where_possible(model, sites, steps):
-        return [f"{count(number, 'weight')} cannot have a branch: W + ΔW is computed where it is read"]
-    return []
 
 
 def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lora_export import layers, plan
+from lora_export.callbacks import ignore
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.plan import Plan
@@ -78,10 +79,6 @@ from lora_export.verification.references.single_pairs import control_pairs
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 
 
-def _no_message(_: str) -> None:
-    """Ignore a message."""
-
-
 @dataclass(frozen=True, eq=False)
 class PyTorchReferences(References):
     """A model with its adapters attached as branches, as the references of a proof.
@@ -114,7 +111,7 @@ class PyTorchReferences(References):
     fixed: Mapping[str, int] | None = None
     further_seeds: Sequence[int] = ()
     has_own_heads: bool = False
-    say: Callable[[str], None] = _no_message
+    say: Callable[[str], None] = ignore
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))

@@ -27,10 +27,6 @@ INPUTS_NOT_CHANGED = "whether each input affects the outputs"
 OnProofStep = Callable[[str], None]  # is called with the name of each step of a proof
 
 
-def no_step(_: str) -> None:
-    """Ignore the name of a step."""
-
-
 @dataclass(frozen=True, eq=False)
 class CandidateOutputs:
     """The outputs of a candidate, before any reference runs."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.callbacks import ignore
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
@@ -22,7 +23,6 @@ from lora_export.verification.against_origin import AGAINST, judge_by_origin
 from lora_export.verification.candidate_outputs import (
     CandidateOutputs,
     OnProofStep,
-    no_step,
     run_candidate,
     run_with_provider_defaults,
 )
@@ -83,7 +83,7 @@ def prove(
     atol: float | None = None,
     rtol: float | None = None,
     trace: bool = False,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge whether a candidate computes what its references compute.
 
@@ -192,16 +192,11 @@ def _by_further_peers(
     """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before."""
     measured = cases
     for peer in peers:
-        measured = with_larger_peer_error(measured, _with_peer(cases, peer.outputs))
+        measured = with_larger_peer_error(measured, [replace(case, deployed=peer.outputs[case.name]) for case in cases])
         found = judge(measured, peer.note)
         if found.outcome is not parity.Outcome.DIFFERENT:
             return found, measured
     return verdict, cases
-
-
-def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays]) -> list[parity.Case]:
-    """The cases with the outputs of another peer."""
-    return [replace(case, deployed=peer[case.name]) for case in cases]
 
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:

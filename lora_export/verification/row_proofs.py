@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import OnProofStep, no_step
+from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.compare_outputs import named_as
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
@@ -43,7 +44,7 @@ def several_on_row(adapters: int, per_row: int) -> SeveralOnRow:
 
 
 def prove_candidate(
-    candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = no_step
+    candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
 ) -> Proof:
     """The proof of a candidate; of a graph whose rows choose their adapters, with every adapter and mixed batches."""
     if isinstance(candidate, RowsRunner) and candidate.takes_rows:
@@ -56,7 +57,7 @@ def prove_several(
     references: References,
     *,
     prove: Prove = prove,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge a graph whose rows have several adapters, by the sum of these. Errors are those of `prove`."""
     ids, scales = several_on_row(len(references.adapters), candidate.adapters_per_row)
@@ -114,7 +115,7 @@ def prove_rows(
     references: References,
     *,
     prove: Prove = prove,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge a graph whose rows choose their adapters: the base, each adapter alone, and all of them in one batch.
 

@@ -205,55 +205,40 @@ def _in_batches(
     generators = sampling.generators(len(given))
     texts: list[list[int]] = [[] for _ in given]
     for rows, run in runs:
-        own = _Texts(run, [given[row] for row in rows], limits, sampling, [generators[row] for row in rows])
-        for row, text in zip(rows, own.generate(_of_rows(rows, on_token)), strict=True):
-            texts[row] = text
+        _generate(run, rows, given, texts, limits, sampling, [generators[row] for row in rows], on_token)
     return texts
 
 
-class _Texts:
-    """The texts of one batch."""
-
-    def __init__(
-        self,
-        run: Run,
-        given: Sequence[Sequence[int]],
-        limits: TextLimits,
-        sampling: Sampling,
-        generators: Sequence[np.random.Generator],
-    ):
-        self.run, self.given, self.limits = run, given, limits
-        self.sampling, self.generators = sampling, list(generators)
-
-    def generate(self, on_token: OnToken) -> list[list[int]]:
-        """The new tokens of each row."""
-        limits, rows = self.limits, len(self.given)
-        texts: list[list[int]] = [[] for _ in range(rows)]
-        tokens, mask = _padded(self.given, limits.padding)
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        going = np.ones(rows, bool)
-        for number in range(limits.new_tokens):
-            logits = self.run.step(tokens, mask, positions)
-            if limits.rules != NO_RULES:
-                so_far = [[*given, *text] for given, text in zip(self.given, texts, strict=True)]
-                logits = limits.rules.apply(logits, so_far, number, is_last=number == limits.new_tokens - 1)
-            chosen = self.sampling.choose(logits, self.generators)
-            for row in np.flatnonzero(going):
-                token = int(chosen[row])
-                texts[row].append(token)
-                on_token(int(row), token)
-                going[row] = token not in limits.end_tokens
-            if not going.any():
-                break
-            tokens = np.where(going, chosen, limits.padding)[:, None]
-            mask = np.concatenate([mask, np.ones((rows, 1), np.int64)], axis=1)
-            positions = positions[:, -1:] + 1
-        return texts
-
-
-def _of_rows(rows: Sequence[int], on_token: OnToken) -> OnToken:
-    """Pass a token on with the number of its prompt in place of that of its row."""
-    return lambda row, token: on_token(rows[row], token)
+def _generate(
+    run: Run,
+    numbers: Sequence[int],
+    given: Sequence[Sequence[int]],
+    texts: list[list[int]],
+    limits: TextLimits,
+    sampling: Sampling,
+    generators: list[np.random.Generator],
+    on_token: OnToken,
+) -> None:
+    """Add the new tokens of the texts with these numbers, which are the rows of one batch, to `texts`."""
+    tokens, mask = _padded([given[number] for number in numbers], limits.padding)
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    going = np.ones(len(numbers), bool)
+    for count in range(limits.new_tokens):
+        logits = run.step(tokens, mask, positions)
+        if limits.rules != NO_RULES:
+            so_far = [[*given[number], *texts[number]] for number in numbers]
+            logits = limits.rules.apply(logits, so_far, count, is_last=count == limits.new_tokens - 1)
+        chosen = sampling.choose(logits, generators)
+        for row in np.flatnonzero(going):
+            number, token = numbers[int(row)], int(chosen[row])
+            texts[number].append(token)
+            on_token(number, token)
+            going[row] = token not in limits.end_tokens
+        if not going.any():
+            break
+        tokens = np.where(going, chosen, limits.padding)[:, None]
+        mask = np.concatenate([mask, np.ones((len(numbers), 1), np.int64)], axis=1)
+        positions = positions[:, -1:] + 1
 
 
 def _batches(prompts: Sequence[Sequence[int]], *, takes_padding: bool) -> list[list[int]]:

@@ -24,6 +24,7 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification import parity
+from lora_export.verification.compare_outputs import aligned
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from lora_export.verification.diagnose.module_calls import (
     CallValues,
@@ -87,9 +88,7 @@ class DiagnosisCase:
 
 def outputs_renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
     """Outputs under the names of others, by order; unchanged where their numbers differ."""
-    if outputs.keys() == others.keys() or len(outputs) != len(others):
-        return outputs
-    return dict(zip(others, outputs.values(), strict=True))
+    return aligned(outputs, others, names_known=outputs.keys() == others.keys())
 
 
 # --- the candidate: outputs added to a graph, or hooks on a module ---

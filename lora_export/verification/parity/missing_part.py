@@ -9,8 +9,9 @@ or near 1, and how near is known from the same share of PyTorch's own error.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -44,13 +45,7 @@ class EffectShare:
     rows: int = 0
 
     def __add__(self, other: EffectShare) -> EffectShare:
-        return EffectShare(
-            self.candidate + other.candidate,
-            self.peer + other.peer,
-            self.effect + other.effect,
-            self.variance + other.variance,
-            self.rows + other.rows,
-        )
+        return EffectShare(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def missing(self) -> float | None:

@@ -43,7 +43,8 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     its dequantised weight. Nodes with subgraphs do not change. `types_of` returns the dtypes of values for which the
     graph has none.
     """
-    _dequantise_all(model)
+    for node in list(model.graph):
+        dequantise(model, node)
     untyped = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
     if untyped:
         types = types_of(model)
@@ -188,11 +189,6 @@ def compute_weights_late(model: ir.Model, parts: Collection[ir.Value] = ()) -> N
     if nodes:
         model.graph.remove(nodes)
         model.graph.insert_before(model.graph[0], nodes)
-
-
-def _dequantise_all(model: ir.Model) -> None:
-    for node in list(model.graph):
-        dequantise(model, node)
 
 
 def dequantise(model: ir.Model, node: ir.Node) -> ir.Node | None:
