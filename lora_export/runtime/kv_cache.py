@@ -73,12 +73,10 @@ class CacheRunner:
         return dict.fromkeys((IDS, MASK), (batch, None))
 
     def close(self) -> None:
-        """Give the session's memory back until the next run."""
         self.inner.close()
 
     @property
     def placement(self) -> Placement:
-        """The placement of the graph's nodes."""
         return self.inner.placement
 
     @property
@@ -93,7 +91,6 @@ class CacheRunner:
 
     @property
     def notes(self) -> list[str]:
-        """How the graph ran, and what was not tried."""
         notes = [f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one"]
         if self.tokens_at_once == 1:
             notes = ["run with its cache: token by token"]
@@ -106,7 +103,6 @@ class CacheRunner:
         return notes
 
     def with_provider_defaults(self) -> CacheRunner:
-        """The same graph with the provider's own settings."""
         return replace(self, inner=self.inner.with_provider_defaults())
 
     def without_padding(self, inputs: Arrays) -> Arrays:

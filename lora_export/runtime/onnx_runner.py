@@ -126,7 +126,6 @@ class OnnxRunner(PlainRunner):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether each row of a batch chooses its adapter, and the ids are not set."""
         return onnx_adapter.ADAPTER_IDS in self.axes
 
     @property
@@ -169,7 +168,6 @@ class OnnxRunner(PlainRunner):
 
     @property
     def adapters_per_row(self) -> int:
-        """How many adapters a row of a batch has."""
         record = read_row_adapters(self._metadata, str(self.path))
         return 1 if record is None else record.per_row
 

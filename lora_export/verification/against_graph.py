@@ -103,11 +103,9 @@ class GraphReferences(References):
 
     @property
     def remedy(self) -> str:
-        """The PyTorch model."""
         return f"the PyTorch model that the graph was exported from ({named('model', 'MODEL')})"
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> GraphReferences:
-        """The same references with other adapters. The base's inputs and outputs are shared."""
         return replace(self, adapters=adapters, strengths=strengths)
 
     def check(self) -> None:
@@ -115,15 +113,12 @@ class GraphReferences(References):
         _ = self.base.inputs
 
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
-        """The base graph's inputs."""
         return self.base.inputs
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
-        """The references for one candidate. Nothing is computed yet."""
         return PreparedGraphReferences(self, inputs)
 
     def about(self) -> dict[str, Any]:
-        """Versions, and the graph's path and hash."""
         model = {"source": str(self.base.path), "sha256": self.base.sha256}
         return {**onnx_runner.describe_ort_environment(), "model": model, "against": AGAINST}
 
@@ -141,7 +136,6 @@ class PreparedGraphReferences(PreparedReferences):
     inputs: Inputs
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
-        """Run the other graph in its own types, then the references in fp64."""
         step("the other graph")
         deployed, sensitivity, notes = self._run_peer(outputs)
         if not self.references.adapters and not outputs.refusals and _are_same(outputs.by_case, deployed):

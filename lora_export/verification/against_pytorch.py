@@ -117,7 +117,6 @@ class PyTorchReferences(References):
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
-        """The same references with other adapters."""
         own = replace(self, adapters=adapters, strengths=strengths)
         return replace(own, model=with_labels(self.model, own.adapters)) if self.has_own_heads else own
 
@@ -126,7 +125,6 @@ class PyTorchReferences(References):
         return with_cache(runner) if isinstance(runner, OnnxRunner) else runner
 
     def inputs(self, candidate: Runner) -> Inputs:
-        """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
         return inputs_of_proof(
             self.model,
             candidate,
@@ -137,7 +135,6 @@ class PyTorchReferences(References):
         )
 
     def reaching(self, candidate: Runner, unreached: Collection[str]) -> PyTorchReferences | None:
-        """The references with further inputs that reach some of these pairs; None where none is found."""
         if self.further_seeds:
             return None
         module = attach_adapters(shared_copy(self.model.module), self.adapters, self.strengths)
@@ -166,11 +163,9 @@ class PyTorchReferences(References):
         return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
 
     def explain(self, refusal: str) -> str:
-        """The refusal, with what to do where the candidate takes float16 and the model float32."""
         return explain_half(refusal)
 
     def about(self) -> dict[str, Any]:
-        """Versions, and the model's source and hash."""
         model = {"source": self.model.source, "sha256": self.model.fingerprint()}
         return {**torch_runners.describe_environment(), "model": model}
 
@@ -208,7 +203,6 @@ class PreparedPyTorch(PreparedReferences):
         return is_half_inside(self.candidate)
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
-        """Run PyTorch as deployed, then the references in fp64."""
         is_large_model = is_large(self.attached.module)
         if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | EncoderDecoderRunner):
             _ = self.is_half_inside  # reads the session
@@ -309,7 +303,6 @@ class PreparedPyTorch(PreparedReferences):
         )
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
-        """Run the module in fp64 without single pairs, and judge what it returns."""
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         is_as_cached = all(case.deployed is expected.deployed[case.name] for case in cases)
         cache = self._cache if is_as_cached else None
@@ -324,7 +317,6 @@ class PreparedPyTorch(PreparedReferences):
         return controls
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
-        """Compare the candidate with PyTorch module by module, in one case."""
         step("comparing modules")
         return diagnose_module(
             self.candidate,

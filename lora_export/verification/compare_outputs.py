@@ -115,7 +115,6 @@ def same_bits(one: Arrays, other: Arrays) -> bool:
 
 
 def differ(one: Arrays, other: Arrays) -> bool:
-    """Whether any output differs."""
     return any(not np.array_equal(value, other[name]) for name, value in one.items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -105,9 +105,19 @@ def judge_mixed(
     which are the ids of the adapters without them. Raises Undecided where no output has a row for each row of the
     batch.
     """
-    first, last = proofs[0], proofs[-1]
-    cases = mixed_cases(candidate, first.inputs, [proof.cases for proof in proofs], order, labels)
-    return Proof(parity.judge(cases, dtype=last.verdict.dtype), first.placement, last.about, first.inputs, cases)
+    first, last, cases = proofs[0], proofs[-1], []
+    for number, (name, arrays) in enumerate(first.inputs.items()):
+        alone = [proof.cases[number] for proof in proofs]
+        batch = len(next(iter(arrays.values())))
+        by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
+        if not by_row:
+            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
+        outputs = named_as(alone[0].reference, candidate.run(arrays))
+        places = np.resize(np.array(order), batch)
+        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
+        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
+    verdict = parity.judge(cases, dtype=last.verdict.dtype)
+    return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
 
 
 def prove_rows(
@@ -154,33 +164,6 @@ def prove_rows(
 
 def _step_of(role: str, step: OnProofStep, name: str) -> None:
     step(f"{role}, {name}")
-
-
-def mixed_cases(
-    candidate: Runner,
-    inputs: Mapping[str, Arrays],
-    whole: Sequence[Sequence[parity.Case]],
-    order: Sequence[int],
-    labels: Sequence[str] | None = None,
-) -> tuple[parity.Case, ...]:
-    """Run a candidate whose rows have different adapters, over and over along the batch.
-
-    `whole` holds the cases of whole batches whose rows all have the same adapters, on the same inputs, the base's
-    first. `order` has for each row its place there, and `labels` may name the places. Raises Undecided where no output
-    has a row for each row of the batch.
-    """
-    cases = []
-    for number, (name, arrays) in enumerate(inputs.items()):
-        alone = [own[number] for own in whole]
-        batch = len(next(iter(arrays.values())))
-        by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
-        if not by_row:
-            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
-        outputs = named_as(alone[0].reference, candidate.run(arrays))
-        places = np.resize(np.array(order), batch)
-        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
-        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
-    return tuple(cases)
 
 
 def _by_labels(key: str, references: Sequence[NDArray[Any]]) -> dict[str, list[int]]:

@@ -44,7 +44,6 @@ OnWeight = Callable[[str, Tensor | None, Tensor], None]
 
 
 def matrix_weights(module: nn.Module) -> dict[str, MatrixWeight]:
-    """The module's matrix weights by name."""
     return {weight.name: weight for weight in layers.find_matrix_weights(module)}
 
 

@@ -53,12 +53,10 @@ class DiagnosisCase:
 
     @cached_property
     def base_weights(self) -> dict[str, MatrixWeight]:
-        """The weights of the base, by name."""
         return matrix_weights(self.base)
 
     @cached_property
     def attached_weights(self) -> dict[str, MatrixWeight]:
-        """The weights of the module with the adapters attached."""
         return matrix_weights(self.attached.module)
 
     @cached_property
@@ -100,7 +98,8 @@ class TracedCandidate(Protocol):
     """A candidate whose inner values can be read."""
 
     @property
-    def calls(self) -> Sequence[ModuleCall]: ...  # in the order in which they run; empty where any may be traced
+    def calls(self) -> Sequence[ModuleCall]:  # in the order in which they run; empty where any may be traced
+        return []
 
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]: ...
 
@@ -108,7 +107,9 @@ class TracedCandidate(Protocol):
 
     def stored_weight(self, call: ModuleCall) -> Wide | None: ...
 
-    def has_bias(self, call: ModuleCall, /) -> bool: ...  # whether the call's output contains the bias
+    def has_bias(self, call: ModuleCall) -> bool:  # noqa: ARG002
+        """Whether the call's output contains the bias."""
+        return True
 
 
 def trace(case: DiagnosisCase) -> TracedCandidate:
@@ -125,7 +126,7 @@ def trace(case: DiagnosisCase) -> TracedCandidate:
     raise InputRefused(f"the modules of a {type(candidate).__name__} cannot be traced")
 
 
-class TracedGraph:
+class TracedGraph(TracedCandidate):
     """A graph with inner values as further outputs, in memory; its weights are read from their files.
 
     A graph with a `cache` takes a prompt, with an empty cache.
@@ -159,7 +160,6 @@ class TracedGraph:
         return [call for call, tap in self.taps.items() if tap.y is not None]
 
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
-        """The values of calls in one run."""
         names = {name for call in calls for name in (self.taps[call].x, self.taps[call].y) if name}
         feeds = self._feeds(inputs)
         values = {**feeds, **self.runner.run(feeds, sorted(names - feeds.keys()))}
@@ -182,17 +182,14 @@ class TracedGraph:
 
     @property
     def lacks_adapter(self) -> bool:
-        """Whether the graph takes an adapter's file, and runs without one."""
         return self.runner.lacks_adapter
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        """The graph's own outputs, without the cache."""
         others = self.added_outputs | ({tensor.present for tensor in self.cache.cache} if self.cache else set())
         names = [value.name for value in self.runner.session.get_outputs() if value.name not in others]
         return self.runner.run(self._feeds(inputs), names)
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
-        """The weight (out, in) in the graph."""
         site = self.taps[call].site
         matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
         return matrix.reshape(len(matrix), -1).astype(np.float64)
@@ -204,7 +201,7 @@ class TracedGraph:
         return inputs if self.cache is None else self.cache.prompt_feeds(inputs)
 
 
-class TracedModule:
+class TracedModule(TracedCandidate):
     """A module whose calls are recorded by hooks."""
 
     def __init__(self, runner: ModuleRunner):
@@ -213,24 +210,14 @@ class TracedModule:
         if not self.weights:
             raise InputRefused("the module has no layer whose calls can be recorded")
 
-    @property
-    def calls(self) -> Sequence[ModuleCall]:
-        return []
-
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
-        """The values of calls in one run."""
         return record_calls(self.runner.module, lambda: self.runner.run(inputs), calls)
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        """The module's outputs."""
         return self.runner.run(inputs)
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
-        """The weight (out, in) of the module."""
         return weight_matrix(self.weights[call.weight])
-
-    def has_bias(self, _: ModuleCall) -> bool:
-        return True
 
 
 def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight]) -> dict[str, str]:

@@ -55,7 +55,6 @@ class BaseGraph:
 
     @cached_property
     def fp64(self) -> Fp64Outputs:
-        """The graph's outputs in fp64."""
         return run_in_fp64(self.model.clone(), self.inputs.cases, timeout=self.timeout)
 
     @cached_property
