@@ -17,17 +17,17 @@ from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
 from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
 from lora_export.formats.tensor_files import (
-    PICKLES,
     TensorSource,
     hash_of_unchanged,
+    is_pickle,
     names_in,
     open_tensors,
 )
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.structured_pairs import WholePair
 
-_SUFFIX = ".safetensors"
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
 # Parts of which a module has one: the other would be lost, or both be added.
@@ -43,11 +43,11 @@ Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> t
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
-        return path if path.suffix in (_SUFFIX, *PICKLES) else None
+        return path if is_safetensors(path) or is_pickle(path) else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
-    for suffixes in ((_SUFFIX,), PICKLES):
-        found = sorted(each for each in path.iterdir() if each.suffix in suffixes and each.is_file())
+    for is_kind in (is_safetensors, is_pickle):
+        found = sorted(each for each in path.iterdir() if is_kind(each) and each.is_file())
         if found:
             return found[0] if len(found) == 1 else None
     return None
@@ -65,7 +65,7 @@ class OneFileFormat:
         """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
         weights = weights_of(path)
         names = frozenset() if weights is None else names_in(weights)
-        if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
+        if weights is not None and is_pickle(weights):  # which contains other texts, too
             names = frozenset(name for name in names if split_key(name) is not None)
         keys = sort_keys(names, self.module_of)
         has_places = not any(self.module_of(key) is None for key in keys.unknown)

@@ -23,6 +23,7 @@ from lora_export.names.families import FamilyNames, column
 from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
+from lora_export.storage.safetensors_file import is_safetensors
 
 DESCRIPTION = "a folder with mlx-lm's adapter_config.json and adapters.safetensors"
 MLX_CONFIG = "adapter_config.json"
@@ -77,7 +78,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
 def _mlx_folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by a file of tensors, such as a checkpoint's."""
-    return path.parent if path.suffix == ".safetensors" else path
+    return path.parent if is_safetensors(path) else path
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> str:

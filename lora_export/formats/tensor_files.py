@@ -34,9 +34,14 @@ class TensorSource(Protocol):
         """Whether the file is still the one whose names were read."""
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether the name of a file is one that trainers give to pickles."""
+    return path.suffix in PICKLES
+
+
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
     """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
-    if path.suffix == ".safetensors":
+    if safetensors_file.is_safetensors(path):
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
@@ -51,12 +56,12 @@ def names_in(path: Path) -> frozenset[str]:
 
     Reads headers only, and unpickles nothing.
     """
-    if path.suffix == ".safetensors":
+    if safetensors_file.is_safetensors(path):
         try:
             return frozenset(safetensors_file.open_file(path).entries)
         except (InputRefused, OSError):
             return frozenset()
-    return torch_pickle.text_in_pickle(path) if path.suffix in PICKLES else frozenset()
+    return torch_pickle.text_in_pickle(path) if is_pickle(path) else frozenset()
 
 
 def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:

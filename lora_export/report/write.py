@@ -32,8 +32,8 @@ def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
 
 def _kind_of(path: Path) -> ReportFile:
     kinds = report_files()
-    if path.suffix in kinds:
-        return kinds[path.suffix]
+    if (found := kinds.get(path.suffix)) is not None:
+        return found
     *others, last = (f"{suffix} ({kind.PURPOSE})" for suffix, kind in kinds.items())
     raise InputRefused(f"{path}: unknown report format. Name it {', '.join(others)} or {last}")
 
