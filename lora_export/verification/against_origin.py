@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ, error_of, named_as
+
+if TYPE_CHECKING:
+    from lora_export.verification.proof import Proof
 
 AGAINST = "the base graph"  # the field `against` of a record, for a verdict without a PyTorch model
 
@@ -28,39 +33,39 @@ NOT_BY_FP64 = "whether that graph computes the model was not decided: its output
 NEAR = 0.1  # largest distance of two graphs that differ only in what onnxruntime fuses, relative to PyTorch's error
 
 
-def judge_by_origin(
-    cases: Sequence[parity.Case],
-    undecided: parity.Verdict,
-    candidate: OnnxRunner,
-    origin: Path,
-    run: Callable[[OnnxRunner], OutputsByCase],
-) -> tuple[parity.Verdict, tuple[parity.Case, ...]] | None:
-    """Judge a graph without an adapter by the graph that it was made from; None where the two differ.
+def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: Callable[[OnnxRunner], Runner]) -> Proof:
+    """Decide an undecided proof of a graph without an adapter by the graph that it was made from.
 
-    `undecided` is the verdict of `cases` in fp64. A base that rounds what it multiplies, to int8 or to half
-    precision, can be too far from its model in fp64. Then only its own outputs can decide: the candidate must return
-    their bits. Where onnxruntime fuses other nodes of the two graphs, they must return the same bits unoptimised, and
-    optimised they may differ by a tenth of PyTorch's error. `run` runs a graph on the inputs of the proof.
-    Raises InputRefused for an origin with other inputs or outputs.
+    A base that rounds what it multiplies, to int8 or to half precision, can be too far from its model in fp64. Then
+    only its own outputs can decide: the candidate must return their bits. Where onnxruntime fuses other nodes of the
+    two graphs, they must return the same bits unoptimised, and optimised they may differ by a tenth of PyTorch's error.
+    Returns `proof` where the two graphs differ. `as_run` is that of the proof's references. Raises InputRefused for
+    an origin with other inputs or outputs.
     """
+
+    def run(runner: OnnxRunner) -> OutputsByCase:
+        return {name: as_run(runner).run(arrays) for name, arrays in proof.inputs.items()}
+
+    def run_origin(like: OutputsByCase, *, optimise: bool) -> OutputsByCase:
+        made = OnnxRunner(origin, candidate.provider, optimise=optimise, timeout=candidate.timeout)
+        return _run_origin(made, run, like)
+
     own = run(candidate)
     if not candidate.takes_adapters or bits_that_differ(own, run(candidate)):
-        return None
-    before = _run_origin(OnnxRunner(origin, candidate.provider, timeout=candidate.timeout), run, own)
-    note = UNCHANGED
+        return proof
+    before, note = run_origin(own, optimise=True), UNCHANGED
     if difference := bits_that_differ(own, before):
-        if not all(_is_near(case, own, before) for case in cases):
-            return None
+        if not all(_is_near(case, own, before) for case in proof.cases):
+            return proof
         note = f"{NODE_BY_NODE} ({difference[0]})"
         own = run(candidate.unoptimised())
-        before = _run_origin(
-            OnnxRunner(origin, candidate.provider, optimise=False, timeout=candidate.timeout), run, own
-        )
+        before = run_origin(own, optimise=False)
         if bits_that_differ(own, before):
-            return None
-    judged = tuple(_beside_origin(case, own, before) for case in cases)
+            return proof
+    cases, undecided = tuple(_beside_origin(case, own, before) for case in proof.cases), proof.verdict
     notes = [note, NOT_BY_FP64, *undecided.notes]
-    return parity.judge(judged, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes), judged
+    verdict = parity.judge(cases, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes)
+    return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
 
 
 def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], OutputsByCase], like: OutputsByCase) -> OutputsByCase:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from lora_export.callbacks import ignore
@@ -19,7 +18,7 @@ from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
-from lora_export.verification.against_origin import AGAINST, judge_by_origin
+from lora_export.verification.against_origin import prove_by_origin
 from lora_export.verification.candidate_outputs import (
     CandidateOutputs,
     OnProofStep,
@@ -251,23 +250,3 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
         return replace(proof, verdict=_noted(proof.verdict, [note]))
     step("the graph that it was made from")
     return prove_by_origin(proof, graph, references.origin, references.as_run)
-
-
-# --- a proof that rests on another -------------------------------------------------------------
-
-
-def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: Callable[[OnnxRunner], Runner]) -> Proof:
-    """Decide an undecided proof of a graph without an adapter by the graph that it was made from.
-
-    Returns `proof` where the two graphs differ. `as_run` is that of the proof's references. Raises InputRefused for
-    an origin with other inputs or outputs.
-    """
-
-    def run(runner: OnnxRunner) -> dict[str, Arrays]:
-        return {name: as_run(runner).run(arrays) for name, arrays in proof.inputs.items()}
-
-    decided = judge_by_origin(proof.cases, proof.verdict, candidate, origin, run)
-    if decided is None:
-        return proof
-    verdict, cases = decided
-    return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
