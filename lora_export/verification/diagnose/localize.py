@@ -86,9 +86,7 @@ def first_wrong_graph(case: parity.Case, candidate: EncoderDecoderRunner) -> str
     """The file of the first graph of an encoder-decoder whose outputs differ in a case; empty where none does."""
     for file, (output, positions) in candidate.outputs_by_graph(case.reference[LOGITS].shape[1]).items():
         own: dict[str, Any] = {
-            role: {output: values[output][:, positions]}
-            for role in ("reference", "deployed", "candidate", "base", "scaled", "attached")
-            if (values := getattr(case, role)) is not None and output in values
+            role: {output: values[output][:, positions]} for role, values in case.by_role.items() if output in values
         }
         if "candidate" in own and _differs(replace(case, unjudged=None, **own)):
             return file

@@ -47,6 +47,12 @@ class Case:
     positions: Mapping[str, NDArray[np.intp]] = field(default_factory=lambda: MappingProxyType({}))  # see `judged`
 
     @property
+    def by_role(self) -> dict[str, Outputs]:
+        """The outputs of every run of the case, by the field that has them."""
+        roles = ("reference", "deployed", "candidate", "base", "scaled", "attached")
+        return {role: outputs for role in roles if (outputs := getattr(self, role)) is not None}
+
+    @property
     def runs(self) -> dict[str, Outputs]:
         """The outputs of every run of the case, by the name that a message gives the run."""
         every = {
@@ -73,12 +79,9 @@ class Case:
         if self.unjudged is None and not self.unjudged_by_output:
             return self
         judged = {name: found for name in self.reference if (found := self._judged_positions(name)) is not None}
-        runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
-        by_run: dict[str, Outputs | None] = {run: getattr(self, run) for run in runs}
         reduced: dict[str, Any] = {
-            run: {name: value[judged[name]] if name in judged else value for name, value in outputs.items()}
-            for run, outputs in by_run.items()
-            if outputs is not None
+            role: {name: value[judged[name]] if name in judged else value for name, value in outputs.items()}
+            for role, outputs in self.by_role.items()
         }
         positions = {name: np.argwhere(mask) for name, mask in judged.items()}
         return replace(self, **reduced, unjudged=None, unjudged_by_output={}, positions=positions)

@@ -50,11 +50,9 @@ def without_fill(case: Case, dtype: str) -> Prepared:
         "one, and left out of all figures"
         for name, mask in fills.items()
     ]
-    runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
     cleared: dict[str, Any] = {
-        run: {name: _cleared(value, fills.get(name)) for name, value in outputs.items()}
-        for run in runs
-        if (outputs := getattr(case, run)) is not None
+        role: {name: _cleared(value, fills.get(name)) for name, value in outputs.items()}
+        for role, outputs in case.by_role.items()
     }
     return Prepared(replace(case, **cleared, filled=frozenset(fills)), reasons, notes)
 

@@ -78,9 +78,7 @@ class _Widener:
 
     def visit(self, node: ir.Node) -> None:
         """Widen a node, or cast its inputs to their former dtypes."""
-        if KEEPS_ROUNDING in node.metadata_props:
-            self._round(node)
-        elif operator_id(node) == (ONNX, "Cast") and self._is_float_cast(node):
+        if KEEPS_ROUNDING in node.metadata_props or (operator_id(node) == (ONNX, "Cast") and self._is_float_cast(node)):
             self._widen_cast(node)
         elif operator_id(node) in FP64_OPERATORS:
             self._widen_node(node)
@@ -91,21 +89,16 @@ class _Widener:
         return ir.DataType(node.attributes["to"].as_int()) in NARROW_FLOATS
 
     def _widen_cast(self, node: ir.Node) -> None:
-        """A cast from any dtype to a float dtype becomes a cast to fp64."""
+        """A cast from any dtype to a float dtype becomes a cast to fp64, unless its rounding is intended."""
         (source,), (output,) = node.inputs, node.outputs
         assert source is not None
         if self._is_float(source):
             node.replace_input_with(0, self._as_wide(source, node))
-        node.attributes["to"] = ir.AttrInt64("to", int(DOUBLE))
-        self._make_wide(output)
-
-    def _round(self, node: ir.Node) -> None:
-        """A cast whose rounding is intended keeps its dtype."""
-        (source,), (output,) = node.inputs, node.outputs
-        assert source is not None
-        if self._is_float(source):
-            node.replace_input_with(0, self._as_wide(source, node))
-        output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+        if KEEPS_ROUNDING in node.metadata_props:
+            output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+        else:
+            node.attributes["to"] = ir.AttrInt64("to", int(DOUBLE))
+            self._make_wide(output)
 
     def _widen_node(self, node: ir.Node) -> None:
         for index, value in enumerate(node.inputs):
