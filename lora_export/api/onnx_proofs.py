@@ -16,11 +16,10 @@ from lora_export.graph.onnx_file.writing import append_metadata, in_memory
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.verification.against_origin import prove_by_origin
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import Proof, prove
+from lora_export.verification.proof import Proof, prove, prove_by_origin
 from lora_export.verification.references import References
 from lora_export.verification.row_proofs import BASE, MIXED, SEVERAL, prove_mixed, prove_several
 

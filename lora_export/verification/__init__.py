@@ -3,7 +3,6 @@
     proof.py              what a proof is, and the flow of every proof: run, judge, diagnose
     against_pytorch.py    references: a PyTorch model with its adapters attached
     against_graph.py      references: the graph that the candidate was made from
-    against_origin.py     a graph without an adapter, by the bits of the graph that it was made from
     row_proofs.py         proofs of graphs whose rows choose their adapters
     pair_controls.py      single pairs of the adapters, switched off
     candidate_outputs.py  runs of the candidate

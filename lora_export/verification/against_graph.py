@@ -30,11 +30,11 @@ from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
-from lora_export.verification.against_origin import AGAINST, UNCHANGED
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.proof import AGAINST, UNCHANGED
 from lora_export.verification.references import (
     STEPS,
     FurtherPeer,

@@ -68,7 +68,7 @@ NUMPY_CORE = (
     *("runtime.environment", "runtime.environment_probes"),
     *("runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
     *("runtime.generation.decoder", "runtime.generation.loop"),
-    *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),
+    *("verification.parity", "verification.proof", "verification.compare_outputs"),
     "verification.candidate_outputs",
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
     *(

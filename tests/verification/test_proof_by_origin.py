@@ -13,9 +13,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, Contract
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, prove_by_origin
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
-from lora_export.verification.proof import Proof
+from lora_export.verification.proof import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, Proof, prove_by_origin
 from support.graphs import a_graph
 
 # Rounds x to multiples of 1/4, as a base in int8 does: far from its fp64, which does not round.
