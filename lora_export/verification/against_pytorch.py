@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_export import layers, plan
 from lora_export.callbacks import ignore
@@ -67,11 +68,16 @@ from lora_export.verification.references.candidate_weights import (
     rounding_of,
 )
 from lora_export.verification.references.deployed_module import (
+    DRAWS_OF_ROUNDING,
+    MERGED_MODULE,
+    MOVED_WEIGHTS,
     coarser_dtype,
     deployed_module,
     dtype_name,
     in_candidate_dtype,
-    run_further_peers,
+    merged_module,
+    moved_module,
+    on_device,
     run_observed,
 )
 from lora_export.verification.references.single_pairs import control_pairs
@@ -285,22 +291,26 @@ class PreparedPyTorch(PreparedReferences):
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
 
-        Where a graph rounds what enters its layers to int8, there are none: the weights are then not what decides its
-        error.
+        The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
+        moved by one rounding changes the outputs as much as that. Where a graph rounds what enters its layers to int8,
+        there are none: the weights are then not what decides its error.
         """
+        attached, device = self.attached, self.references.device
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
         if rounds_inputs or self.dtype is not torch.float32:
-            return iter(())
-        return run_further_peers(
-            lambda: self.deployed,
-            self.attached,
-            self.changes,
-            self.inputs.cases,
-            device=self.references.device,
-            seed=self.references.seed,
-            is_quantised=bool(self.quantised),
-            step=step,
-        )
+            return
+        if self.changes is not None and attached.has_pairs and not self.quantised and not attached.rounding:
+            step("PyTorch, the adapters merged")
+            yield self._peer(on_device(merged_module(attached.module, self.changes), device), MERGED_MODULE)
+        if is_large(attached.module):
+            return
+        for number in range(DRAWS_OF_ROUNDING):
+            step("PyTorch, its weights moved by a rounding")
+            yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
+
+    def _peer(self, module: nn.Module, note: str) -> FurtherPeer:
+        peer = ModuleRunner(module, self.references.device)
+        return FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, note)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)

@@ -6,7 +6,7 @@ Its runs show what the inputs reach, and how large its own error can be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from lora_export.plan import Layout, Plan
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import OnProofStep, kept
+from lora_export.verification.candidate_outputs import kept
 from lora_export.verification.inputs.coverage import RowCoverage, coverage_of_pairs
 from lora_export.verification.module_copies import (
     converted_copy,
@@ -33,7 +33,7 @@ from lora_export.verification.module_copies import (
     to_single,
 )
 from lora_export.verification.parity import DECIDES
-from lora_export.verification.references import FurtherPeer, quantisation_error
+from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
@@ -214,37 +214,3 @@ def run_observed(
     pairs = coverage_of_pairs(attached, cases, computed)
     found = quantisation_error.findings_on(errors, layer)
     return ObservedRun(outputs, (*doubts, *pairs.doubts), tuple(not_judged), pairs.unreached, found)
-
-
-def run_further_peers(
-    deployed: Callable[[], ModuleRunner],
-    attached: AttachedModule,
-    changes: Plan | None,
-    cases: Mapping[str, Arrays],
-    *,
-    device: str,
-    seed: int,
-    is_quantised: bool,
-    step: OnProofStep,
-) -> Iterator[FurtherPeer]:
-    """Run PyTorch in fp32 with its adapters merged, and then with moved weights.
-
-    The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
-    moved by one rounding changes the outputs as much as that. `deployed` returns the runner of PyTorch as deployed; it
-    is not called for a large model.
-    """
-    if not is_quantised and changes is not None and attached.has_pairs and not attached.rounding:
-        step("PyTorch, the adapters merged")
-        merged = on_device(merged_module(attached.module, changes), device)
-        yield _peer(merged, device, cases, MERGED_MODULE)
-        del merged
-    if is_large(attached.module):
-        return
-    for number in range(DRAWS_OF_ROUNDING):
-        step("PyTorch, its weights moved by a rounding")
-        yield _peer(moved_module(deployed().module, seed + number), device, cases, MOVED_WEIGHTS)
-
-
-def _peer(module: nn.Module, device: str, cases: Mapping[str, Arrays], note: str) -> FurtherPeer:
-    peer = ModuleRunner(module, device)
-    return FurtherPeer({name: peer.run(arrays) for name, arrays in cases.items()}, note)
