@@ -184,7 +184,8 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
     A cache tensor is an input and an output with the same name but for its first part: `past_key_values.0.key` and
     `present.0.key`.
     """
-    inputs = {value.name: value for value in runner.session.get_inputs() if _may_be_cache(value)}
+    values = runner.session.get_inputs()
+    inputs = {value.name: value for value in values if value.type in CACHE_DTYPES and len(value.shape) > 2}
     outputs = {value.name: value for value in runner.session.get_outputs()}
     cache = []
     for past, present in present_by_past(inputs, outputs).items():
@@ -214,10 +215,6 @@ def _graph_of(source: Path | InMemoryGraph) -> ir.Graph:
 
 def _has_bias(node: ir.Node) -> bool:
     return len(node.inputs) > BIAS and node.inputs[BIAS] is not None
-
-
-def _may_be_cache(value: Any) -> bool:
-    return value.type in CACHE_DTYPES and len(value.shape) > 2
 
 
 def _size(declared: int | str | None) -> int | None:

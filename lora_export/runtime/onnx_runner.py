@@ -235,7 +235,8 @@ class OnnxRunner(PlainRunner):
             scales = None if self._adapter_scales is None else self._adapter_scales[rows]
             inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
         try:
-            with deadline(self.timeout, functools.partial(_terminate, self._run_options)) as expired:
+            # It makes onnxruntime end the run before its next node.
+            with deadline(self.timeout, functools.partial(setattr, self._run_options, "terminate", True)) as expired:
                 outputs = dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
                 return self._with_own_labels(outputs)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
@@ -292,11 +293,6 @@ def _opened(source: Path | InMemoryGraph, provider: str, options: Any, provider_
         if reference is None:
             raise
         return reference
-
-
-def _terminate(run_options: Any) -> None:
-    """Make onnxruntime end a run before its next node."""
-    run_options.terminate = True
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:

@@ -60,15 +60,8 @@ class Decoder:
             )
         self.graph, self.provider, self.cache = graph, provider, runner.cache
         self.takes = frozenset(runner.inner.axes)
-        unknown = self.takes - {
-            IDS,
-            MASK,
-            POSITION_IDS,
-            CACHE_POSITION,
-            BRANCH,
-            *ROW_INPUTS,
-            *(tensor.past for tensor in self.cache),
-        }
+        unknown = self.takes - {IDS, MASK, POSITION_IDS, CACHE_POSITION, BRANCH, *ROW_INPUTS}
+        unknown -= {tensor.past for tensor in self.cache}
         self.takes_padding = runner.takes_padding
         self.tokens_at_once = runner.tokens_at_once
         self.rows: list[str] = runner.inner.adapters_by_row or []

@@ -44,7 +44,10 @@ def audit(
     layouts = StoredLayouts.of(plan, base, layout or {})
     steps = [layouts.stored_as(step) for step in plan.steps]
     expected |= {plan.output_name(step): (step.weight, step) for step in steps if step.spec.region is None}
-    parts = _steps_on_parts(steps)
+    parts: dict[str, list[Step]] = {}  # the steps on parts of stored tensors, by the name of the tensor
+    for step in steps:
+        if step.spec.region is not None:
+            parts.setdefault(step.spec.stored_name, []).append(step)
     dtype = _common_dtype(after)
 
     def judgements(name: str) -> list[_Judgement]:
@@ -96,15 +99,6 @@ def _judge_all(
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure
     return [found[one] for one in every]
-
-
-def _steps_on_parts(steps: Sequence[Step]) -> dict[str, list[Step]]:
-    """The steps on parts of stored tensors, by the name of the tensor."""
-    found: dict[str, list[Step]] = {}
-    for step in steps:
-        if step.spec.region is not None:
-            found.setdefault(step.spec.stored_name, []).append(step)
-    return found
 
 
 def _judge_parts(

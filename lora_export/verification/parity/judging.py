@@ -63,7 +63,6 @@ from lora_export.verification.parity.verdict import (
     Reason,
     Sensitivity,
     Verdict,
-    WorstElement,
     outcome_of,
 )
 
@@ -159,7 +158,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
     error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
     has_classes = is_class_scores(output, o) and output not in case.filled
-    finest = coarser(o, dtype)
+    finest, worst = coarser(o, dtype), worst_element(o, r)
     allowed = None
     if is_float(o):
         allowed = allowance(r, peer_errors, ratio_limit=ratio_limit(o.size, finest), eps=EPS[finest])
@@ -173,7 +172,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         max_error=peak(difference(o, r)),
         deployed_max_error=peak(difference(p, r)),
         max_relative_error=max_relative(wide(o), wide(r)),
-        worst=_worst(case, output),
+        worst=replace(worst, index=case.index(output, worst.index)),
         effect=effect,
         relative_to_effect=ratio(error, effect),
         cosine=cosine(wide(o), wide(r)),
@@ -189,8 +188,3 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         ),
         peer=case.peer,
     )
-
-
-def _worst(case: Case, output: str) -> WorstElement:
-    worst = worst_element(case.candidate[output], case.reference[output])
-    return replace(worst, index=case.index(output, worst.index))

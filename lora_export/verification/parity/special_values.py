@@ -51,14 +51,13 @@ def without_fill(case: Case, dtype: str) -> Prepared:
         for name, mask in fills.items()
     ]
     cleared: dict[str, Any] = {
-        role: {name: _cleared(value, fills.get(name)) for name, value in outputs.items()}
+        role: {
+            name: np.where(fills[name], value.dtype.type(0), value) if name in fills else value
+            for name, value in outputs.items()
+        }
         for role, outputs in case.by_role.items()
     }
     return Prepared(replace(case, **cleared, filled=frozenset(fills)), reasons, notes)
-
-
-def _cleared(value: Array, fill: Mask | None) -> Array:
-    return value if fill is None else np.where(fill, value.dtype.type(0), value)
 
 
 def _fill_mask(case: Case, output: str) -> Mask | None:

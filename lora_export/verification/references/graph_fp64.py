@@ -45,7 +45,8 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     """
     for node in list(model.graph):
         dequantise(model, node)
-    untyped = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
+    produced = (output for node in model.graph for output in node.outputs if output.name)
+    untyped = [output for output in produced if output.dtype in (None, ir.DataType.UNDEFINED)]
     if untyped:
         types = types_of(model)
         for value in untyped:
@@ -60,10 +61,6 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
             output.name, wide.name = f"{output.name}.narrow", output.name
             model.graph.outputs[index] = wide
     return tuple(sorted(widener.narrow_operators))
-
-
-def _lacks_type(value: ir.Value) -> bool:
-    return value.dtype is None or value.dtype is ir.DataType.UNDEFINED
 
 
 class _Widener:

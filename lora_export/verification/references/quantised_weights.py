@@ -324,13 +324,12 @@ def _with_merges(
         _refuse_unknown_bases(merges)
     elif all(np.array_equal(weight.values, before[name].values) for name, weight in weights.items() if name in before):
         merges = {}  # the adapters are beside the very weights of the origin
-    return {**weights, **{name: _merged(weights[name], merge, before.get(name)) for name, merge in merges.items()}}
-
-
-def _merged(weight: DequantisedWeight, merge: QuantisedMerge, before: DequantisedWeight | None) -> DequantisedWeight:
-    # `merge_faults` reports wrong integers of the sum.
-    error = replace(merge.error, misrounded=0) if before is None else before.error
-    return replace(weight, merge=merge, distance=merge.distance, error=error)
+    merged = dict(weights)
+    for name, merge in merges.items():
+        # `merge_faults` reports wrong integers of the sum.
+        error = before[name].error if name in before else replace(merge.error, misrounded=0)
+        merged[name] = replace(weights[name], merge=merge, distance=merge.distance, error=error)
+    return merged
 
 
 def _merges(
