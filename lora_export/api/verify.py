@@ -94,8 +94,8 @@ def verify(options: VerifyOptions) -> Verification:
     `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
-    with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with
-    the base's folder. A weight whose layout is unknown is `undecided`.
+    with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with the base's folder. A
+    weight whose layout is unknown is `undecided`.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
@@ -171,7 +171,8 @@ def _read(request: VerifyRequest) -> VerifyRequest:
 
 def _as_expected(request: VerifyRequest) -> VerifyRequest:
     """The request with its adapters loaded. Raises Different or Undecided where they, or the base, are unexpected."""
-    base_hashes = _weight_hashes(request.model or request.base) if request.expected.base_sha256 else []
+    base = request.base if request.model is None else request.model
+    base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
     adapters = load_adapters(request.adapters, of_models=request.model is None)
     records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
     refuse_unexpected(Path(request.candidate), request.expected, records, base_hashes)
