@@ -69,11 +69,12 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
             continue
         before, after = read(base, name), read(merged, name)
         expected = _expected_config(before, after, adapters) if name == "config.json" else before
-        found = [f"{name}: {line}" for line in _differences(expected, after)]
+        compared = list(_compared(expected, after))
+        found = [f"{name}: {line}" for differs, line in compared if differs]
         differences += found[:SHOWN_DIFFERENCES]
         if len(found) > SHOWN_DIFFERENCES:
             differences.append(f"{name}: and {len(found) - SHOWN_DIFFERENCES} more values")
-        if only := sorted(_only_in_one(expected, after)):
+        if only := sorted(value for differs, value in compared if not differs):
             more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
             not_judged.append(f"values in {name} that only one folder has: {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
     templates = [_chat_template(folder) for folder in (base, merged)]
@@ -97,29 +98,19 @@ def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter])
     return expected if QUANTIZATION in after else without_quantisation(expected)
 
 
-def _differences(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
-    """The values that both have and that differ, one sentence each."""
-    for key in expected.keys() & found.keys():
-        one, other, name = expected[key], found[key], f"{prefix}{key}"
-        if key in UNIMPORTANT or one == other or None in (one, other):
-            continue
-        if key == "tie_word_embeddings" and one and not other:
-            continue  # a merge that adds a head of its own unties it; that this head is right, the weights show
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{name}.")
-        else:
-            yield f"{name} is {_shown(other)}, the base has {_shown(one)}"
-
-
-def _only_in_one(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
+def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tuple[bool, str]]:
+    """Whether both have a value that differs, and then a sentence; or the name of the value that only one has."""
     for key in expected.keys() | found.keys():
-        one, other = expected.get(key), found.get(key)
-        if key in UNIMPORTANT or (one is None and other is None):
+        one, other, name = expected.get(key), found.get(key), f"{prefix}{key}"
+        if key in UNIMPORTANT or one == other:
             continue
         if one is None or other is None:
-            yield f"{prefix}{key}"
+            yield False, name
         elif isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _only_in_one(one, other, f"{prefix}{key}.")
+            yield from _compared(one, other, f"{name}.")
+        elif not (key == "tie_word_embeddings" and one and not other):
+            # A merge that adds a head of its own unties it; that this head is right, the weights show.
+            yield True, f"{name} is {_shown(other)}, the base has {_shown(one)}"
 
 
 def _shown(value: Any) -> str:
