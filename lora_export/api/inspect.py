@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
-from lora_export.artifacts.record import WrittenRecord
+from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.artifact import Artifact, claimed_kind, open_artifact
-from lora_export.artifacts.record import WrittenRecord
+from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter

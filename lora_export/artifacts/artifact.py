@@ -1,34 +1,82 @@
-"""What a path is. The code behind `open_artifact` asks its kind, and never looks at a suffix.
+"""What a path is, and what it records. The code behind `open_artifact` asks its kind, and never looks at a suffix.
 
 A folder's kind is decided by what it contains. A file's name claims its kind, and the reader of this kind refuses other
-content by what is wrong with it. Where the name claims none, the content decides. Needs neither PyTorch nor onnx.
+content by what is wrong with it. Where the name claims none, the content decides. A record is what lora-export stores
+in what it writes: base, adapters, settings, verdict. Needs neither PyTorch nor onnx, and runs nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from lora_export import provenance
 from lora_export.artifacts import archive
 from lora_export.artifacts.files import files_of_artifact, hashes_of, is_encoder_decoder_folder
-from lora_export.artifacts.record import (
-    WrittenRecord,
-    record_of_archive,
-    record_of_folder,
-    record_of_graph,
-    record_of_weights,
-)
 from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.formats.row_adapters import read_row_adapters
-from lora_export.storage import input_files
+from lora_export.provenance import History
+from lora_export.storage import input_files, json_files, safetensors_file
+from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
+
+MAX_RECORD = 10_000_000  # bytes of the record in a TorchScript archive
+
+
+@dataclass(frozen=True)
+class WrittenRecord:
+    """What a file or folder records about how it was made. False where it records nothing."""
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    adapters: History = ()  # all of them, those of earlier merges first
+    by_row: Sequence[str] | None = None  # the names that rows may choose from, from id 1 on; None: not by row
+
+    def __bool__(self) -> bool:
+        return bool(self.content)
+
+    @property
+    def mode(self) -> str:
+        """`merged`, `nodes`, `inputs` or `rows`."""
+        return str(self.settings.get("lora", "merged"))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return _table(self.content, "settings")
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """Hashes of the base: {"sha256": of all weights of a PyTorch model}, or {file name: {algorithm: hash}}."""
+        return _table(self.content, "base")
+
+
+def _text_in_archive(path: Path) -> str | None:
+    """The record in a TorchScript file or a program; None where it has none, and for what is no archive."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(f"/extra/{MANIFEST}"):
+                if member.file_size > MAX_RECORD:
+                    raise InputRefused(f"{path}: the record has {member.file_size:,} bytes, which no record needs")
+                return archive.read(member).decode(errors="replace")
+    return None
+
+
+def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+# --- artifacts ---
 
 
 class ArtifactKind(StrEnum):
@@ -123,11 +171,24 @@ class Artifact:
 
         Raises InputRefused where the record or its file is damaged.
         """
-        if self.path.is_dir():
-            return record_of_folder(self.path)
-        if self.kind is ArtifactKind.GRAPH:
-            return record_of_graph(self.metadata, self.path)
-        return (record_of_weights if self.kind is ArtifactKind.WEIGHTS else record_of_archive)(self.path)
+        path, rows = self.path, None
+        if path.is_dir():
+            content = read_manifest(path)
+        else:
+            if self.kind is ArtifactKind.GRAPH:
+                text, rows = self.metadata.get(provenance.KEY), self.metadata.get(ROW_ADAPTERS_KEY)
+            elif self.kind is ArtifactKind.WEIGHTS:
+                text = safetensors_file.open_file(path).metadata.get(provenance.KEY)
+            else:
+                text = _text_in_archive(path)
+            content = (
+                json_files.parse_json(text.encode(errors="surrogatepass"), f"the record in {path}") if text else {}
+            )
+        adapters = provenance.history(content, path)
+        if rows is None:
+            return WrittenRecord(content, adapters)
+        names = json_files.parse_json(rows.encode(errors="surrogatepass"), path).get("adapters", [])
+        return WrittenRecord(content, adapters, [str(name) for name in names])
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:
