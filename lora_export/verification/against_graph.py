@@ -14,7 +14,7 @@ GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,16 @@ class GraphReferences(References):
 
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
         return self.base.inputs
+
+    def as_run(self, runner: Runner) -> Runner:
+        """The graph as it is. The generated inputs include a cache, where it takes one."""
+        return runner
+
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
+        """None: which pairs a graph computes is not known."""
+
+    def explain(self, refusal: str) -> str:
+        return refusal
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
         return PreparedGraphReferences(self, inputs)
