@@ -18,7 +18,8 @@ from lora_export.api.generation_prompts import (
 )
 from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
-from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.image_forms import PIXELS
 from lora_export.models.processors import open_tokenizer
@@ -185,7 +186,7 @@ def _graph_in(source: Path) -> Path:
     folder = source.parent if source.name in GRAPH_FILES else source
     if is_encoder_decoder_folder(folder):
         return folder
-    refuse_missing_graph(folder)
+    open_artifact(folder).refuse_missing_graph()
     if not source.is_dir():
         input_files.must_exist(source, "graph")
         return source

@@ -21,7 +21,6 @@ from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
-from lora_export.artifacts.files import refuse_missing_graph
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
@@ -192,7 +191,7 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
     model, origin, is_graph = request.model, request.base, candidate.kind.is_graph
-    refuse_missing_graph(candidate.path)
+    candidate.refuse_missing_graph()
     if model is None and origin is None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"

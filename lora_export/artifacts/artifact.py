@@ -18,10 +18,11 @@ from typing import Any
 
 from lora_export import provenance
 from lora_export.artifacts import archive
-from lora_export.artifacts.files import files_of_artifact, hashes_of, is_encoder_decoder_folder
+from lora_export.artifacts.files import GRAPH_FILES, files_of_artifact, hashes_of, is_encoder_decoder_folder
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.options.spelling import command
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
@@ -153,11 +154,32 @@ class Artifact:
         """Name -> path of each of its files: those in a folder, or a graph and its external data."""
         return files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
 
+    @property
+    def graph_files(self) -> Mapping[str, Path]:
+        """Name -> path of the three graphs of an encoder-decoder, and of their external data."""
+        graphs = (Artifact(self.path / name, ArtifactKind.GRAPH) for name in GRAPH_FILES)
+        return {name: path for graph in graphs for name, path in graph.files.items()}
+
+    def refuse_missing_graph(self) -> None:
+        """Raise InputRefused for a folder that has one or two of the three graphs, and no other model.
+
+        Exporters write such a folder where the cache is switched off.
+        """
+        if not self.path.is_dir() or any(self.path.glob("*.safetensors")):
+            return
+        missing = [name for name in GRAPH_FILES if not (self.path / name).is_file()]
+        if 0 < len(missing) < len(GRAPH_FILES):
+            found = ", ".join(name for name in GRAPH_FILES if name not in missing)
+            raise InputRefused(
+                f"{self.path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its "
+                f"cache, by all three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
+            )
+
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
         input_files.must_exist(self.path, "candidate")
-        with input_files.unchanged(self.path, lambda: list(open_artifact(self.path).files.values())):
+        with input_files.unchanged(self.path, lambda: list(Artifact(self.path, self.kind).files.values())):
             yield
 
     @cached_property

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
-from lora_export.artifacts.files import GRAPH_FILES, hashes_of
+from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.files import hashes_of
 from lora_export.errors import InputRefused, one_line
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
@@ -215,8 +215,7 @@ def loaded_files(candidate: Artifact) -> LoadedFiles:
         return LoadedFiles(candidate.files)
     files, differences = candidate.files, []
     if candidate.kind is ArtifactKind.GENERATION:
-        graphs = {name: path for graph in GRAPH_FILES for name, path in open_artifact(folder / graph).files.items()}
-        judged = graphs | {name: files[name] for name in beside if name in files}
+        judged = dict(candidate.graph_files) | {name: files[name] for name in beside if name in files}
         why = "a loader takes it before the two decoders"
     else:
         checkpoint = candidate.checkpoint
