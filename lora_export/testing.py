@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.load import load_adapters, resolve_model
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.models.model import Model
@@ -16,7 +17,7 @@ from lora_export.options.combining import AdapterSources, Applied, Combination, 
 from lora_export.options.common import ModelSource, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.report.verdict_screen import screen
-from lora_export.runtime.open_artifact import open_candidate
+from lora_export.runtime.open_artifact import HowToOpen, open_candidate
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -98,4 +99,4 @@ def _runner(
     if not Path(candidate).exists():
         raise InputRefused(f"there is no candidate at {candidate}")
     own = None if onnx_adapter is None else Path(onnx_adapter)
-    return open_candidate(Path(candidate), base, provider=provider, onnx_adapter=own, adapter_id=adapter_id)
+    return open_candidate(open_artifact(candidate), HowToOpen(base, provider, own, adapter_id))

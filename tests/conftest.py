@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_export.runtime import environment, providers
+from lora_export.runtime import environment
+from lora_export.runtime.environment_probes import CUDA
 
 if TYPE_CHECKING:
     from support.programs import ProgramFiles
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def why_no_cuda() -> str:
-    return environment.try_provider(providers.CUDA).fault
+    return environment.try_provider(CUDA).fault
 
 
 def pytest_configure() -> None:

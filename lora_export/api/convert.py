@@ -11,8 +11,8 @@ from lora_export import plan, provenance
 from lora_export.api.adapter_names import family_of_base, named_for, named_for_pipeline
 from lora_export.api.adapters import copy_head_config, staged, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
+from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.graph.find_sites import find_sites

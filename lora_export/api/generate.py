@@ -12,16 +12,15 @@ import numpy as np
 from lora_export.api.generation_files import GenerationSettings, genai_model
 from lora_export.api.generation_prompts import encoder_inputs, first_tokens, refuse_other_kinds, token_ids
 from lora_export.api.publish import require_provider
-from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder, refuse_missing_graph
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.processors import PIXELS, open_tokenizer
 from lora_export.options.declaring import takes
 from lora_export.options.export import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
-from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
-from lora_export.runtime.generation.loop import TextLimits, generate_from_encoder, generate_tokens
-from lora_export.runtime.generation.sampling import Sampling
+from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
+from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_from_encoder, generate_tokens
 from lora_export.storage import input_files
 
 
@@ -176,7 +175,7 @@ def _graph_in(source: Path) -> Path:
     folder = source.parent if source.name in GRAPH_FILES else source
     if is_encoder_decoder_folder(folder):
         return folder
-    refuse_missing_graph(folder)
+    open_artifact(folder).refuse_missing_graph()
     if not source.is_dir():
         input_files.must_exist(source, "graph")
         return source

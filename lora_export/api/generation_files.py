@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.sampling import TokenRules
+from lora_export.runtime.generation.loop import TokenRules
 from lora_export.storage import atomic_output, input_files, json_files
 
 GENAI_CONFIG = "genai_config.json"

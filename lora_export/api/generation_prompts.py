@@ -13,7 +13,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
 from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound
 from lora_export.options.export import Prompt, Starts
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from lora_export.runtime.generation.decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
 
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
-from lora_export.artifacts.artifact import open_artifact
-from lora_export.artifacts.record import WrittenRecord
+from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter
@@ -116,17 +115,18 @@ def inspect(options: InspectOptions) -> Inspection:
 def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
-    if options.checkpoint is not None and path.suffix != ".onnx":
+    artifact = open_artifact(path)
+    if options.checkpoint is not None and artifact.kind is not ArtifactKind.GRAPH:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
     if options.check and (damaged := damage(path)):
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
     if formats.recognised(path):
         return Inspection(path, adapter=formats.load(path, options=options.reading))
-    if path.suffix == ".onnx_adapter":
+    if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 
         return Inspection(path, onnx_adapter=onnx_adapter.read(path))
-    if path.suffix == ".onnx":
+    if artifact.kind is ArtifactKind.GRAPH:
         from lora_export.graph.find_sites import find_sites
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
@@ -135,7 +135,5 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         if options.checkpoint is not None:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
         model = load_graph(path)
-        return Inspection(
-            path, graph=find_sites(model, names), interface=read_interface(model), record=open_artifact(path).record
-        )
-    return Inspection(path, checkpoint=open_checkpoint(path), record=open_artifact(path).record)
+        return Inspection(path, graph=find_sites(model, names), interface=read_interface(model), record=artifact.record)
+    return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)

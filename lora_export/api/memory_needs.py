@@ -7,15 +7,15 @@ its headers. The size of any other model is known when it is loaded, so that not
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
-from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.options.common import ModelSource, Running
 from lora_export.options.spelling import command
 from lora_export.runtime.memory import require_memory
-from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 
 PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:
@@ -30,17 +30,18 @@ MERGE_INSTEAD = (
 )
 
 
-def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = Running.dtype) -> None:
+def require_memory_to_verify(model: ModelSource, candidate: Artifact, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
-    is_checkpoint = open_artifact(candidate).kind.is_checkpoint
+    is_checkpoint = candidate.kind.is_checkpoint
     count, is_read = _parameters(model), dtype == "float32" and _is_streamable(model)
     if is_checkpoint:
-        each = VERIFY_CHECKPOINT_READ if is_read and _is_streamable(candidate) else VERIFY_CHECKPOINT
+        each = VERIFY_CHECKPOINT_READ if is_read and candidate.is_streamable else VERIFY_CHECKPOINT
     else:
         each = VERIFY_FILE_READ if is_read else VERIFY_FILE
     instead = command("verify", "MERGED", base="BASE")
     ways_out = [f"`{instead}` compares the weights of a merged checkpoint in 300 MiB."] if is_checkpoint else []
-    require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
+    needed = _needed(count, each)
+    require_memory(needed, f"verify against a model of {_size(count)}", *ways_out)
 
 
 def require_memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> None:
@@ -67,20 +68,11 @@ def _size(parameters: int) -> str:
 
 def _parameters(model: ModelSource) -> int:
     """The number of floats in a Hugging Face folder; 0 where it is unknown."""
-    checkpoint = _checkpoint(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
-    return sum(math.prod(spec.shape) for spec in checkpoint.specs if spec.is_float) if checkpoint else 0
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        with contextlib.suppress(InputRefused):  # loading it will refuse it with a better message
+            return sum(math.prod(spec.shape) for spec in open_artifact(model).checkpoint.specs if spec.is_float)
+    return 0
 
 
-def _is_streamable(source: ModelSource) -> bool:
-    """Whether the weights of a folder or a file can stay there (see `models.stored_parameter`)."""
-    checkpoint = _checkpoint(source)
-    return checkpoint is not None and is_streamable(checkpoint)
-
-
-def _checkpoint(source: ModelSource) -> Checkpoint | None:
-    if not isinstance(source, str | Path) or not Path(source).exists():
-        return None
-    try:
-        return open_checkpoint(Path(source))
-    except InputRefused:  # loading it will refuse it with a better message
-        return None
+def _is_streamable(model: ModelSource) -> bool:
+    return isinstance(model, str | Path) and open_artifact(model).is_streamable

@@ -12,7 +12,8 @@ from lora_export.lora import Adapter
 from lora_export.options.common import NO_PROOF
 from lora_export.options.spelling import command, named
 from lora_export.provenance import record
-from lora_export.runtime import environment, providers
+from lora_export.runtime import environment
+from lora_export.runtime.environment_probes import CUDA, VARIABLES
 from lora_export.runtime.runner import Placement
 from lora_export.verification.parity import Outcome, Reason, Verdict
 from lora_export.verification.proof import Proof
@@ -43,7 +44,7 @@ def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
         "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
         "error_relative_to_effect": max(relative, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
-        "variables": {name: proof.about[name] for name in providers.VARIABLES if name in proof.about},
+        "variables": {name: proof.about[name] for name in VARIABLES if name in proof.about},
     }
 
 
@@ -56,9 +57,9 @@ def require_provider(provider: str) -> None:
             "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, and a proof in float32 needs float32. "
             "Unset the variable"
         )
-    if fault := environment.try_provider(providers.CUDA).fault:
+    if fault := environment.try_provider(CUDA).fault:
         raise EnvironmentLacking(
-            f"{providers.CUDA} does not run here: {fault}. `{command('doctor', provider='cuda')}` shows how to get it"
+            f"{CUDA} does not run here: {fault}. `{command('doctor', provider='cuda')}` shows how to get it"
         )
 
 

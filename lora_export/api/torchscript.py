@@ -15,9 +15,9 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.output_names import with_suffix
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export_program

@@ -18,11 +18,9 @@ from lora_export.api.load import (
     refuse_weights_alone,
 )
 from lora_export.api.verify_outputs import judge_outputs
-from lora_export.api.verify_pipeline import audit_pipeline
 from lora_export.api.verify_record import VerifyRequest
-from lora_export.api.verify_weights import judge_weights
-from lora_export.artifacts.artifact import artifact_kind
-from lora_export.artifacts.files import refuse_missing_graph
+from lora_export.api.verify_weights import audit_pipeline, judge_weights
+from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
@@ -37,7 +35,6 @@ from lora_export.runtime.expectations import refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.pipeline import is_pipeline
 
 if TYPE_CHECKING:
@@ -96,39 +93,46 @@ def verify(options: VerifyOptions) -> Verification:
     `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
-    with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with
-    the base's folder. A weight whose layout is unknown is `undecided`.
+    with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with the base's folder. A
+    weight whose layout is unknown is `undecided`.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
     """
     begun = time.perf_counter()
     request = _request(options)
-    _check_usage(request)
-    request = _read(request)
-    candidate, model, origin, strict = request.candidate, request.model, request.base, request.strict
-    if request.expected:
-        base_hashes = _weight_hashes(origin if model is None else model) if request.expected.base_sha256 else []
-        adapters = load_adapters(request.adapters, of_models=model is None)
-        request = replace(request, adapters=adapters)
-        records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
-        refuse_unexpected(candidate, request.expected, records, base_hashes)
-    proof: Proof | Audit
-    if model is not None:
-        proof = judge_outputs(request)
-    elif is_pipeline(request.checkpoint):
-        proof = audit_pipeline(request, load_adapters(request.adapters, of_models=True))
-    else:
-        proof = judge_weights(request)
-    if strict:
+    proof = _judge(open_artifact(options.candidate), request)
+    if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
-    when = {"strict": strict, "seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    when = {
+        "strict": request.strict,
+        "seconds": round(seconds, 1),
+        "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
     about = {**proof.about, **when, **(options.about or {})}
     result = Verification(replace(proof, about=about, seconds=seconds))
     for path in options.reports:
         result.write_report(path)
     return result
+
+
+def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
+    """The verdict on what the candidate computes; without a model, on its weights.
+
+    Raises WrongUsage for options that do not go together, Different or Undecided where the adapters or the base are not
+    those that were expected, and InputRefused where there is no candidate, or its files change meanwhile.
+    """
+    _check_usage(candidate, request)
+    request = _read(request)
+    if request.expected:
+        request = _as_expected(request)
+    with candidate.unchanged():
+        if request.model is not None:
+            return judge_outputs(candidate, request)
+        if is_pipeline(request.checkpoint):
+            return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
+        return judge_weights(candidate, request)
 
 
 def _request(options: VerifyOptions) -> VerifyRequest:
@@ -138,7 +142,6 @@ def _request(options: VerifyOptions) -> VerifyRequest:
     request = extended(
         options,
         VerifyRequest,
-        candidate=Path(options.candidate),
         model=None if options.model is None else locate_model(options.model, on_message, download),
         base=None if options.base is None else locate(options.base, on_message, download),
         adapters=locate_adapters(options.adapters, on_message, download),
@@ -149,7 +152,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         layout=dict(options.layout or {}),
     )
     paths = [*model_paths(request.model or ""), *adapter_paths(request.adapters)]
-    sources = [request.candidate, request.base, request.onnx_adapter, request.inputs, *paths]
+    sources = [Path(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
         check_report_path(Path(path), [source for source in sources if source is not None])
     return request
@@ -165,20 +168,30 @@ def _read(request: VerifyRequest) -> VerifyRequest:
     return replace(request, adapters=loaded)
 
 
+def _as_expected(request: VerifyRequest) -> VerifyRequest:
+    """The request with its adapters loaded. Raises Different or Undecided where they, or the base, are unexpected."""
+    base = request.base if request.model is None else request.model
+    base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
+    adapters = load_adapters(request.adapters, of_models=request.model is None)
+    records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
+    refuse_unexpected(Path(request.candidate), request.expected, records, base_hashes)
+    return replace(request, adapters=adapters)
+
+
 def _weight_hashes(base: ModelSource | None) -> list[str | None]:
     """The SHA-256 of each file with weights of a base, or of the model's file."""
     if not isinstance(base, str | Path) or not Path(base).exists():
         raise WrongUsage(f"{named('expect_base_sha256')} is for a base that is a folder or a file")
-    if not Path(base).is_dir() and Path(base).suffix != ".safetensors":
-        return [file_sha256(Path(base))]
-    return [file_sha256(shard.path) for shard in open_checkpoint(Path(base)).shards.values()]
+    artifact = open_artifact(base)
+    if not artifact.path.is_dir() and artifact.kind is not ArtifactKind.WEIGHTS:
+        return [file_sha256(artifact.path)]
+    return [file_sha256(shard.path) for shard in artifact.checkpoint.shards.values()]
 
 
-def _check_usage(request: VerifyRequest) -> None:
+def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
-    candidate, model, origin = request.candidate, request.model, request.base
-    refuse_missing_graph(candidate)
-    is_graph = artifact_kind(candidate).is_graph
+    model, origin, is_graph = request.model, request.base, candidate.kind.is_graph
+    candidate.refuse_missing_graph()
     if model is None and origin is None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"
@@ -191,7 +204,12 @@ def _check_usage(request: VerifyRequest) -> None:
         raise WrongUsage(
             f"{named('base')} alone judges checkpoints; what an .onnx computes is judged with {named('model')}"
         )
-    if model is not None and origin is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
+    if model is None and not request.adapters:
+        raise WrongUsage(
+            f"{named('base')} needs the adapters that were merged ({named('adapters')}){_contained(candidate)}"
+        )
+    kinds = {candidate.kind, *([] if origin is None else [artifact_kind(origin)])}
+    if model is not None and origin is not None and kinds != {ArtifactKind.GRAPH}:
         raise WrongUsage(f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from")
     if request.provider != "cpu" and not is_graph:
         raise WrongUsage(
@@ -204,3 +222,11 @@ def _check_usage(request: VerifyRequest) -> None:
             f"{named('layout')} is for {named('base')} without {named('model')}: a model determines the layout of its "
             "weights"
         )
+
+
+def _contained(candidate: Artifact) -> str:
+    """Which adapters the candidate records, as the end of a message; empty where it records none."""
+    if not candidate.path.exists():
+        return ""
+    names = ", ".join(f"`{adapter.get('name')}`" for adapter in candidate.record.adapters)
+    return f". {candidate.path} contains {names}" if names else ""

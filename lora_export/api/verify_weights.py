@@ -1,73 +1,73 @@
-"""The weights of a merged checkpoint, compared with W + s·BA. Nothing is run, and PyTorch is not needed."""
+"""The weights of a merged checkpoint or pipeline, compared with W + s·BA. Nothing is run, and PyTorch is not needed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
+from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
-from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import in_bytes
-from lora_export.errors import InputRefused, WrongUsage
-from lora_export.options.spelling import named
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
+from lora_export.storage.hashes import file_sha256
+from lora_export.storage.manifest import MANIFEST
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.companion_files import compare_files
-from lora_export.verification.loaded_files import loaded_files
+from lora_export.verification.companion_files import compare_files, loaded_files
+from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
 
+ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
-def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> Audit:
+
+def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequence[str] = ()) -> Audit:
     """A merged checkpoint against W + s·BA, weight by weight. Needs no PyTorch.
 
     Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
     """
-    candidate, base, layout = request.candidate, request.checkpoint, request.layout
+    path, base, layout = candidate.path, request.checkpoint, request.layout
     loaded = load_adapters(request.adapters, of_models=True)
-    if not loaded:
-        raise WrongUsage(
-            f"{named('base')} needs the adapters that were merged ({named('adapters')}){_contained(candidate)}"
+    merged = candidate.checkpoint
+    origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
+    progress = in_bytes(request.on_progress, "judging", merged.nbytes)
+    if origin.path.resolve() == merged.path.resolve():
+        raise InputRefused(f"{path} is the base itself")
+    with tied_as_remedy(origin, request.tied):
+        steps = plan.make(
+            loaded,
+            origin.specs,
+            strengths=request.weights,
+            may_add=True,
+            layout=layout,
+            unknown_layout_ok=True,
+            rules=origin.rules,
+            ties=ties_of(origin, request.tied),
         )
-    input_files.must_exist(candidate, "candidate")
-    with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
-        merged = open_checkpoint(candidate)
-        origin = open_checkpoint(base, dequantise=True, variant=variant_like(Path(base), merged.shards))
-        if origin.path.resolve() == merged.path.resolve():
-            raise InputRefused(f"{candidate} is the base itself")
-        with tied_as_remedy(origin, request.tied):
-            steps = plan.make(
-                loaded,
-                origin.specs,
-                strengths=request.weights,
-                may_add=True,
-                layout=layout,
-                unknown_layout_ok=True,
-                rules=origin.rules,
-                ties=ties_of(origin, request.tied),
-            )
-        steps = combine_in_plan(steps, request.combined, together)
-        for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
-            request.on_message(f"note: {note}")
-        files = loaded_files(merged)
-        audit = against_checkpoint.audit(
-            steps, origin, merged, layout=layout, progress=in_bytes(request.on_progress, "judging", merged.nbytes)
-        )
-        for found in (compare_files(base, candidate, loaded), files.others):
-            audit = audit.with_files(found)
-    recorded = recorded_explanation(audit, request, loaded, base)
+    steps = combine_in_plan(steps, request.combined, together)
+    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+        request.on_message(f"note: {note}")
+    files = loaded_files(candidate)
+    audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
+    for found in (compare_files(base, path, loaded), files.others):
+        audit = audit.with_files(found)
+    recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {
-        "candidate": str(candidate),
+        "candidate": str(path),
         "judged_files": sorted(files.judged),
         "base": str(base),
         **({"layout": dict(layout)} if layout else {}),
@@ -80,9 +80,68 @@ def judge_weights(request: VerifyRequest, together: Sequence[str] = ()) -> Audit
     return replace(audit, recorded=recorded, about=about)
 
 
-def _contained(candidate: Path) -> str:
-    """Which adapters the candidate records, as the end of a message; empty where it records none."""
-    if not candidate.exists():
-        return ""
-    names = ", ".join(f"`{adapter.get('name')}`" for adapter in open_artifact(candidate).record.adapters)
-    return f". {candidate} contains {names}" if names else ""
+def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:
+    """The audits of all models that the adapters change as one.
+
+    Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge_weights`,
+    and for a component that the pipeline lacks.
+    """
+    base, strengths = request.checkpoint, request.weights
+    pipeline = open_pipeline(base)
+    parts, notes = parts_by_model(pipeline, adapters, strengths)
+    names = [adapter.name for adapter in adapters]
+    audits = {}
+    for folder, own in parts.items():
+        one = replace(request, base=base / folder, adapters=own.adapters, weights=own.strengths)
+        part = open_artifact(candidate.path / folder)
+        input_files.must_exist(part.path, "candidate")
+        audits[folder] = judge_weights(part, one, names)
+    other = tuple(_other_differences(pipeline, candidate.path, parts))
+    whole = _joined(audits)
+    whole = replace(whole, notes=(*notes, *whole.notes))
+    if other:
+        whole = replace(whole, outcome=Outcome.DIFFERENT, files=(*whole.files, *other))
+    about = {
+        "candidate": str(candidate.path),
+        "base": str(base),
+        "models": {folder: dict(audit.about) for folder, audit in audits.items()},
+        "adapters": adapter_records(adapters, strengths or [1.0] * len(adapters)),
+    }
+    return replace(whole, about=about)
+
+
+def _joined(audits: Mapping[str, Audit]) -> Audit:
+    """The audits of several models as one: each tensor's name begins with the folder of its model."""
+
+    def lines(field: str) -> tuple[str, ...]:
+        return tuple(f"{folder}: {line}" for folder, audit in audits.items() for line in getattr(audit, field))
+
+    return Audit(
+        outcome=max((audit.outcome for audit in audits.values()), key=ORDER.index),
+        weights=tuple(
+            replace(weight, name=f"{folder}/{weight.name}")
+            for folder, audit in audits.items()
+            for weight in audit.weights
+        ),
+        recorded=lines("recorded"),
+        files=lines("files"),
+        not_judged=lines("not_judged"),
+        notes=lines("notes"),
+    )
+
+
+def _other_differences(pipeline: Pipeline, candidate: Path, changed: Mapping[str, Any]) -> Iterator[str]:
+    """The files outside of the judged models that are missing, new or other than the base's."""
+    own = {path.as_posix() for path in pipeline.other_files(changed)}
+    theirs = {
+        path.relative_to(candidate).as_posix()
+        for path in candidate.rglob("*")
+        if path.is_file() and path.relative_to(candidate).parts[0] not in changed and path.name != MANIFEST
+    }
+    hidden = {name for name in theirs if any(part.startswith(".") for part in name.split("/"))}
+    yield from (f"{name} is missing" for name in sorted(own - theirs))
+    yield from (f"{name} is new" for name in sorted(theirs - own - hidden))
+    for name in sorted(own & theirs):
+        one, other = pipeline.path / name, candidate / name
+        if one.stat().st_size != other.stat().st_size or file_sha256(one) != file_sha256(other):
+            yield f"{name} has other bytes than the base's"

@@ -1,33 +1,83 @@
-"""What a path is. The code behind `open_artifact` asks its kind, and never looks at a suffix.
+"""What a path is, and what it records. The code behind `open_artifact` asks its kind, and never looks at a suffix.
 
 A folder's kind is decided by what it contains. A file's name claims its kind, and the reader of this kind refuses other
-content by what is wrong with it. Where the name claims none, the content decides. Needs neither PyTorch nor onnx.
+content by what is wrong with it. Where the name claims none, the content decides. A record is what lora-export stores
+in what it writes: base, adapters, settings, verdict. Needs neither PyTorch nor onnx, and runs nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from lora_export import provenance
 from lora_export.artifacts import archive
-from lora_export.artifacts.files import files_of_artifact, hashes_of, is_encoder_decoder_folder
-from lora_export.artifacts.record import (
-    WrittenRecord,
-    record_of_archive,
-    record_of_folder,
-    record_of_graph,
-    record_of_weights,
-)
+from lora_export.artifacts.files import GRAPH_FILES, files_of_artifact, hashes_of, is_encoder_decoder_folder
 from lora_export.errors import InputRefused
-from lora_export.plan import TensorSpec
-from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
+from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.options.spelling import command
+from lora_export.provenance import History
+from lora_export.storage import input_files, json_files, safetensors_file
+from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline
-from lora_export.weights.sentence_modules import MODULES_FILE
+from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
+
+MAX_RECORD = 10_000_000  # bytes of the record in a TorchScript archive
+
+
+@dataclass(frozen=True)
+class WrittenRecord:
+    """What a file or folder records about how it was made. False where it records nothing."""
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    adapters: History = ()  # all of them, those of earlier merges first
+    by_row: Sequence[str] | None = None  # the names that rows may choose from, from id 1 on; None: not by row
+
+    def __bool__(self) -> bool:
+        return bool(self.content)
+
+    @property
+    def mode(self) -> str:
+        """`merged`, `nodes`, `inputs` or `rows`."""
+        return str(self.settings.get("lora", "merged"))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return _table(self.content, "settings")
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """Hashes of the base: {"sha256": of all weights of a PyTorch model}, or {file name: {algorithm: hash}}."""
+        return _table(self.content, "base")
+
+
+def _text_in_archive(path: Path) -> str | None:
+    """The record in a TorchScript file or a program; None where it has none, and for what is no archive."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(f"/extra/{MANIFEST}"):
+                if member.file_size > MAX_RECORD:
+                    raise InputRefused(f"{path}: the record has {member.file_size:,} bytes, which no record needs")
+                return archive.read(member).decode(errors="replace")
+    return None
+
+
+def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+# --- artifacts ---
 
 
 class ArtifactKind(StrEnum):
@@ -41,6 +91,7 @@ class ArtifactKind(StrEnum):
     GRAPH = "graph"
     SCRIPT = "TorchScript"
     PROGRAM = "program of torch.export"
+    ADAPTER = "adapter for a graph"
     OTHER = "other file"
 
     @property
@@ -56,6 +107,7 @@ class ArtifactKind(StrEnum):
 
 CLAIMED: Mapping[str, ArtifactKind] = {
     ".onnx": ArtifactKind.GRAPH,
+    ".onnx_adapter": ArtifactKind.ADAPTER,
     ".safetensors": ArtifactKind.WEIGHTS,
     ".pt": ArtifactKind.SCRIPT,
     ".pth": ArtifactKind.SCRIPT,
@@ -74,7 +126,12 @@ def artifact_kind(path: Path) -> ArtifactKind:
         if is_pipeline(path):
             return ArtifactKind.PIPELINE
         return ArtifactKind.EMBEDDER if (path / MODULES_FILE).is_file() else ArtifactKind.CHECKPOINT
-    return CLAIMED.get(path.suffix) or _kind_of_content(path)
+    return claimed_kind(path) or _kind_of_content(path)
+
+
+def claimed_kind(name: str | Path) -> ArtifactKind | None:
+    """The kind that the name of a file claims; None where it claims none."""
+    return CLAIMED.get(Path(name).suffix)
 
 
 def _kind_of_content(path: Path) -> ArtifactKind:
@@ -97,6 +154,34 @@ class Artifact:
         """Name -> path of each of its files: those in a folder, or a graph and its external data."""
         return files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
 
+    @property
+    def graph_files(self) -> Mapping[str, Path]:
+        """Name -> path of the three graphs of an encoder-decoder, and of their external data."""
+        graphs = (Artifact(self.path / name, ArtifactKind.GRAPH) for name in GRAPH_FILES)
+        return {name: path for graph in graphs for name, path in graph.files.items()}
+
+    def refuse_missing_graph(self) -> None:
+        """Raise InputRefused for a folder that has one or two of the three graphs, and no other model.
+
+        Exporters write such a folder where the cache is switched off.
+        """
+        if not self.path.is_dir() or any(self.path.glob("*.safetensors")):
+            return
+        missing = [name for name in GRAPH_FILES if not (self.path / name).is_file()]
+        if 0 < len(missing) < len(GRAPH_FILES):
+            found = ", ".join(name for name in GRAPH_FILES if name not in missing)
+            raise InputRefused(
+                f"{self.path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its "
+                f"cache, by all three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
+            )
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
+        input_files.must_exist(self.path, "candidate")
+        with input_files.unchanged(self.path, lambda: list(Artifact(self.path, self.kind).files.values())):
+            yield
+
     @cached_property
     def hashes(self) -> Mapping[str, str]:
         """Name -> SHA-256 of each of its files."""
@@ -108,16 +193,57 @@ class Artifact:
 
         Raises InputRefused where the record or its file is damaged.
         """
-        if self.path.is_dir():
-            return record_of_folder(self.path)
-        if self.kind is ArtifactKind.GRAPH:
-            return record_of_graph(self.path)
-        return (record_of_weights if self.kind is ArtifactKind.WEIGHTS else record_of_archive)(self.path)
+        path, rows = self.path, None
+        if path.is_dir():
+            content = read_manifest(path)
+        else:
+            if self.kind is ArtifactKind.GRAPH:
+                text, rows = self.metadata.get(provenance.KEY), self.metadata.get(ROW_ADAPTERS_KEY)
+            elif self.kind is ArtifactKind.WEIGHTS:
+                text = safetensors_file.open_file(path).metadata.get(provenance.KEY)
+            else:
+                text = _text_in_archive(path)
+            content = (
+                json_files.parse_json(text.encode(errors="surrogatepass"), f"the record in {path}") if text else {}
+            )
+        adapters = provenance.history(content, path)
+        if rows is None:
+            return WrittenRecord(content, adapters)
+        names = json_files.parse_json(rows.encode(errors="surrogatepass"), path).get("adapters", [])
+        return WrittenRecord(content, adapters, [str(name) for name in names])
 
     @cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> shape, dtype and file of each tensor of a checkpoint. Raises InputRefused as `open_checkpoint`."""
-        return {spec.name: spec for spec in open_checkpoint(self.path).specs}
+    def metadata(self) -> Mapping[str, str]:
+        """What a graph's own metadata contain. Raises InputRefused where the graph is damaged."""
+        from lora_export.graph.onnx_file.reading import load_graph  # onnx is not needed for a checkpoint
+
+        return load_graph(self.path).metadata_props
+
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether each row of a graph has the head that its adapter saves whole."""
+        rows = read_row_adapters(self.metadata, str(self.path)) if self.kind is ArtifactKind.GRAPH else None
+        return rows is not None and bool(rows.labels)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint`."""
+        return open_checkpoint(self.path)
+
+    @property
+    def is_streamable(self) -> bool:
+        """Whether the weights of a folder or a file can stay there (see `models.streamed_folder`)."""
+        try:
+            return is_streamable(self.checkpoint)
+        except InputRefused:  # loading it will refuse it with a better message
+            return False
+
+    @property
+    def module_files(self) -> list[str]:
+        """The names of the files that make an embedding model of a folder."""
+        folders = module_folders(self.path)
+        own = [name for name, path in self.files.items() if any(path.is_relative_to(folder) for folder in folders)]
+        return [MODULES_FILE, TRANSFORMER_CONFIG, *own]
 
 
 def open_artifact(path: str | Path) -> Artifact:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
-from lora_export.options.spelling import command
 from lora_export.storage import input_files
 from lora_export.storage.hashes import HASH_BLOCK, file_sha256
 
@@ -31,22 +29,6 @@ def adapter_of_file(path: Path) -> str:
 def is_encoder_decoder_folder(path: Path) -> bool:
     """Whether a folder has the three graphs of an encoder-decoder."""
     return path.is_dir() and all((path / name).is_file() for name in GRAPH_FILES)
-
-
-def refuse_missing_graph(path: Path) -> None:
-    """Raise InputRefused for a folder that has one or two of the three graphs, and no other model.
-
-    Exporters write such a folder where the cache is switched off.
-    """
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return
-    missing = [name for name in GRAPH_FILES if not (path / name).is_file()]
-    if 0 < len(missing) < len(GRAPH_FILES):
-        found = ", ".join(name for name in GRAPH_FILES if name not in missing)
-        raise InputRefused(
-            f"{path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its cache, by all "
-            f"three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
-        )
 
 
 # --- files and their hashes ---

@@ -10,9 +10,8 @@ import click
 from lora_export.cli.arguments import cli_command, print_document
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
-from lora_export.runtime.environment import Facts, examine
-from lora_export.runtime.environment_problems import find_problems, list_versions
-from lora_export.runtime.providers import VARIABLES
+from lora_export.runtime.environment import Facts, examine, find_problems, list_versions
+from lora_export.runtime.environment_probes import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,7 +21,6 @@ from lora_export.storage import input_files, json_files, safetensors_file, torch
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.storage.torch_pickle import PickledTensors
 
-SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
 MODEL_CONFIG = "config.json"
 LARGEST_NUMBER = 1e30  # in a config
@@ -33,9 +32,14 @@ Tensors = Mapping[str, NDArray[Any]]  # of one module: the side of a pair ("a", 
 TensorSource = TensorFile | PickledTensors
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether the name of a file is one that trainers give to pickles."""
+    return path.suffix in PICKLES
+
+
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
     """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
-    if path.suffix == SAFETENSORS:
+    if safetensors_file.is_safetensors(path):
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
@@ -48,12 +52,12 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
 def names_in(path: Path) -> frozenset[str]:
     """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
     names: frozenset[str] = frozenset()
-    if path.suffix == SAFETENSORS:
+    if safetensors_file.is_safetensors(path):
         try:
             names = frozenset(safetensors_file.open_file(path).entries)
         except (InputRefused, OSError):
             return names
-    elif path.suffix in PICKLES:
+    elif is_pickle(path):
         names = torch_pickle.text_in_pickle(path)
     return frozenset(map(unwrapped, names))
 

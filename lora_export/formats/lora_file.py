@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.adapter_files import (
-    PICKLES,
-    SAFETENSORS,
     TensorSource,
     hash_of_unchanged,
+    is_pickle,
     names_in,
     open_tensors,
     refuse_problems,
@@ -37,6 +36,7 @@ from lora_export.formats.lora_changes import (
 )
 from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.structured_pairs import WholePair
 
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
@@ -54,11 +54,11 @@ Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> t
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
-        return path if path.suffix in (SAFETENSORS, *PICKLES) else None
+        return path if is_safetensors(path) or is_pickle(path) else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
-    for suffixes in ((SAFETENSORS,), PICKLES):
-        found = sorted(each for each in path.iterdir() if each.suffix in suffixes and each.is_file())
+    for is_kind in (is_safetensors, is_pickle):
+        found = sorted(each for each in path.iterdir() if is_kind(each) and each.is_file())
         if found:
             return found[0] if len(found) == 1 else None
     return None
@@ -76,7 +76,7 @@ class OneFileFormat:
         """The names in an adapter's file, sorted, and those of another format among them. Raises nothing."""
         weights = weights_of(path)
         names = frozenset() if weights is None else names_in(weights)
-        if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
+        if weights is not None and is_pickle(weights):  # which contains other texts, too
             names = frozenset(name for name in names if split_key(name) is not None)
         keys = sort_keys(names, self.module_of)
         return names, keys, sorted(key for key in keys.unknown if self.module_of(key) is None)

@@ -25,6 +25,7 @@ from lora_export.names.families import FamilyNames, column, model_types
 from lora_export.names.table import is_embedding
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files, safetensors_file
+from lora_export.storage.safetensors_file import is_safetensors
 
 DESCRIPTION = "a folder with mlx-lm's adapter_config.json and adapters.safetensors"
 SUFFIX = ""
@@ -75,7 +76,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
 def _mlx_folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by a file of tensors, such as a checkpoint's."""
-    return path.parent if path.suffix == adapter_files.SAFETENSORS else path
+    return path.parent if is_safetensors(path) else path
 
 
 def _rows_of(base: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -104,7 +104,6 @@ class EncoderDecoderRunner:
 
     @property
     def placement(self) -> Placement:
-        """The placement of all three graphs' nodes."""
         own = [graph.placement for graph in self.graphs]
         by_provider: dict[str, tuple[tuple[str, str], ...]] = {}
         for placement in own:
@@ -114,7 +113,6 @@ class EncoderDecoderRunner:
 
     @property
     def notes(self) -> list[str]:
-        """How the graphs ran, and what was not tried."""
         return [
             f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one",
             "no token of padding among the decoder's: with a cache it counts as a position, without one it may not",
@@ -137,13 +135,11 @@ class EncoderDecoderRunner:
         return names[0] if names else None
 
     def close(self) -> None:
-        """Give the memory of all sessions back until the next run."""
         for graph in self.graphs:
             graph.close()
 
     @property
     def adapters_per_row(self) -> int:
-        """How many adapters a row of a batch has."""
         return max(graph.adapters_per_row for graph in self.graphs)
 
     def with_rows(
@@ -182,7 +178,6 @@ class EncoderDecoderRunner:
         return path
 
     def with_provider_defaults(self) -> EncoderDecoderRunner:
-        """The same graphs with the provider's own settings."""
         return self._each(OnnxRunner.with_provider_defaults)
 
     def _each(self, change: Callable[[OnnxRunner], OnnxRunner]) -> EncoderDecoderRunner:
@@ -220,7 +215,6 @@ class EncoderDecoderRunner:
 
     @property
     def takes_rows(self) -> bool:
-        """Whether each row of a batch chooses its adapter, and the ids are not set."""
         return any(graph.takes_rows for graph in self.graphs)
 
 

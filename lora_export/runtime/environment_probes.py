@@ -1,7 +1,7 @@
-"""Probes of packages, providers and the driver, each run in a process of its own.
+"""The execution providers, the variables that change results, and probes of packages, providers and the driver.
 
-A package that crashes, hangs or writes to stderr from C++ becomes a result with a fault, and its stderr gives the
-reason.
+Each probe is run in a process of its own. A package that crashes, hangs or writes to stderr from C++ becomes a result
+with a fault, and its stderr gives the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_export.runtime.providers import CUDA
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}  # `provider` -> onnxruntime's name
+
+ARITHMETIC_VARIABLES = {
+    "NVIDIA_TF32_OVERRIDE": "0 turns TF32 off and 1 turns it on in every CUDA library, whatever the program asks for",
+    "ORT_CUDA_GEMM_OPTIONS": "changes how onnxruntime multiplies matrices on CUDA",
+}
+VARIABLES = {"CUDA_VISIBLE_DEVICES": "the GPUs that programs may see", **ARITHMETIC_VARIABLES}  # name -> effect
+
+
+# --- probes ---
 
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 PROBE_TIMEOUT = 120  # seconds for one probe

@@ -73,12 +73,10 @@ class CacheRunner:
         return dict.fromkeys((IDS, MASK), (batch, None))
 
     def close(self) -> None:
-        """Give the session's memory back until the next run."""
         self.inner.close()
 
     @property
     def placement(self) -> Placement:
-        """The placement of the graph's nodes."""
         return self.inner.placement
 
     @property
@@ -93,7 +91,6 @@ class CacheRunner:
 
     @property
     def notes(self) -> list[str]:
-        """How the graph ran, and what was not tried."""
         notes = [f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one"]
         if self.tokens_at_once == 1:
             notes = ["run with its cache: token by token"]
@@ -106,7 +103,6 @@ class CacheRunner:
         return notes
 
     def with_provider_defaults(self) -> CacheRunner:
-        """The same graph with the provider's own settings."""
         return replace(self, inner=self.inner.with_provider_defaults())
 
     def without_padding(self, inputs: Arrays) -> Arrays:
@@ -188,7 +184,8 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
     A cache tensor is an input and an output with the same name but for its first part: `past_key_values.0.key` and
     `present.0.key`.
     """
-    inputs = {value.name: value for value in runner.session.get_inputs() if _may_be_cache(value)}
+    values = runner.session.get_inputs()
+    inputs = {value.name: value for value in values if value.type in CACHE_DTYPES and len(value.shape) > 2}
     outputs = {value.name: value for value in runner.session.get_outputs()}
     cache = []
     for past, present in present_by_past(inputs, outputs).items():
@@ -218,10 +215,6 @@ def _graph_of(source: Path | InMemoryGraph) -> ir.Graph:
 
 def _has_bias(node: ir.Node) -> bool:
     return len(node.inputs) > BIAS and node.inputs[BIAS] is not None
-
-
-def _may_be_cache(value: Any) -> bool:
-    return value.type in CACHE_DTYPES and len(value.shape) > 2
 
 
 def _size(declared: int | str | None) -> int | None:

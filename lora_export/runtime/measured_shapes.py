@@ -38,7 +38,10 @@ def set_measured_shapes(
     for value, name in zip(values, shapes, strict=True):
         sizes = [run[name].tolist() for run in runs]
         if len({len(own) for own in sizes}) == 1:
-            value.shape = ir.Shape([_dimension(own, symbols) for own in zip(*sizes, strict=True)])
+            dimensions = zip(*sizes, strict=True)
+            value.shape = ir.Shape(
+                [own[0] if len(set(own)) == 1 else ir.SymbolicDim(symbols.get(own)) for own in dimensions]
+            )
         value.type = ir.TensorType(ir.DataType[types[value.name].removeprefix("tensor(").removesuffix(")").upper()])
 
 
@@ -69,9 +72,3 @@ def _symbols_by_sizes(model: ir.Model, cases: Sequence[Arrays]) -> dict[SizesByC
                 sizes = tuple(array.shape[axis] for array in arrays)
                 found[sizes] = size.value if found.get(sizes, size.value) == size.value else None
     return found
-
-
-def _dimension(sizes: SizesByCase, symbols: Mapping[SizesByCase, str | None]) -> int | ir.SymbolicDim:
-    if len(set(sizes)) == 1:
-        return sizes[0]
-    return ir.SymbolicDim(symbols.get(sizes))

@@ -24,8 +24,8 @@ from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxrunt
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
 from lora_export.options.spelling import named
+from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
-from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, deadline
 from lora_export.version import __version__
 
@@ -126,7 +126,6 @@ class OnnxRunner(PlainRunner):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether each row of a batch chooses its adapter, and the ids are not set."""
         return onnx_adapter.ADAPTER_IDS in self.axes
 
     @property
@@ -169,7 +168,6 @@ class OnnxRunner(PlainRunner):
 
     @property
     def adapters_per_row(self) -> int:
-        """How many adapters a row of a batch has."""
         record = read_row_adapters(self._metadata, str(self.path))
         return 1 if record is None else record.per_row
 
@@ -237,7 +235,8 @@ class OnnxRunner(PlainRunner):
             scales = None if self._adapter_scales is None else self._adapter_scales[rows]
             inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
         try:
-            with deadline(self.timeout, functools.partial(_terminate, self._run_options)) as expired:
+            # It makes onnxruntime end the run before its next node.
+            with deadline(self.timeout, functools.partial(setattr, self._run_options, "terminate", True)) as expired:
                 outputs = dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
                 return self._with_own_labels(outputs)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
@@ -294,11 +293,6 @@ def _opened(source: Path | InMemoryGraph, provider: str, options: Any, provider_
         if reference is None:
             raise
         return reference
-
-
-def _terminate(run_options: Any) -> None:
-    """Make onnxruntime end a run before its next node."""
-    run_options.terminate = True
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:

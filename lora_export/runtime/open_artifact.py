@@ -1,7 +1,7 @@
 """A runner of the artifact that is to be verified, by its kind.
 
-`RUNNERS` is the one table of runners: another kind is a row in it, an opener that makes a `CandidateRunner` of a path,
-and its test.
+`RUNNERS` is the one table of runners: another kind is a row in it, an opener that makes a `CandidateRunner`, and its
+test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_export import layers
-from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import ENCODER_FILE, adapter_of_file, file_for_graph
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import POSITION_IDS
@@ -28,47 +28,34 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, CandidateRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
-from lora_export.storage import input_files
 
 
 @dataclass(frozen=True, eq=False)
 class HowToOpen:
-    """What a runner is opened with, beside the path. Each kind takes what it needs of it."""
+    """What a runner is opened with, beside the artifact. Each kind takes what it needs of it."""
 
-    base: Model
+    base: Model  # whose weights a .safetensors file has
     provider: str = Running.provider
     onnx_adapter: Path | None = None  # run with a graph that takes it
     adapter_id: int | None = None  # of every row of a graph with adapters by row; None: the caller sets the ids
-    timeout: float = TIMEOUT  # seconds of a run
+    timeout: float = TIMEOUT  # seconds of a run; that of a folder or a .pt2 ends once its operator has ended
 
 
-def open_candidate(
-    path: Path,
-    base: Model,
-    *,
-    provider: str = Running.provider,
-    onnx_adapter: Path | None = None,
-    adapter_id: int | None = None,
-    timeout: float = TIMEOUT,
-) -> CandidateRunner:
+def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     """A runner of a candidate: an .onnx, a folder with the three graphs of an encoder-decoder, a .pt or .pt2, a Hugging
-    Face folder, or weights (.safetensors) of `base`.
+    Face folder, or weights (.safetensors) of the base.
 
-    `onnx_adapter` is run with an .onnx that takes it. `adapter_id` is the id of every row of a graph with adapters by
-    row; without it, the caller sets the ids. A run is stopped after `timeout` seconds, that of a folder or a .pt2 once
-    its operator has ended. Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does
-    not load.
+    Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
     """
-    if not path.is_dir():
-        input_files.must_be_regular(path)
-    opener = RUNNERS.get(open_artifact(path).kind)
+    opener = RUNNERS.get(candidate.kind)
     if opener is None:
-        raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
-    return opener(path, HowToOpen(base, provider, onnx_adapter, adapter_id, timeout))
+        kinds = "an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder"
+        raise InputRefused(f"{candidate.path}: a candidate is {kinds}")
+    return opener(candidate, how)
 
 
-def _graph(path: Path, how: HowToOpen) -> CandidateRunner:
-    runner = OnnxRunner(path, how.provider, timeout=how.timeout)
+def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    runner = OnnxRunner(candidate.path, how.provider, timeout=how.timeout)
     base = how.base
     if POSITION_IDS in runner.axes and POSITION_IDS not in base.axes and takes_positions(base.module):
         runner.positions_by_mask = base.is_huggingface and counts_by_mask(base.module)
@@ -78,9 +65,9 @@ def _graph(path: Path, how: HowToOpen) -> CandidateRunner:
     return with_cache(runner if how.adapter_id is None else runner.with_rows([how.adapter_id]))
 
 
-def _graphs_of_encoder_decoder(path: Path, how: HowToOpen) -> CandidateRunner:
+def _graphs_of_encoder_decoder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    path, adapter = candidate.path, how.onnx_adapter
     runner = EncoderDecoderRunner.open(path, how.provider, timeout=how.timeout)
-    adapter = how.onnx_adapter
     if adapter is None:
         return runner if how.adapter_id is None else runner.with_rows([how.adapter_id])
     name = adapter_of_file(adapter)
@@ -92,37 +79,36 @@ def _graphs_of_encoder_decoder(path: Path, how: HowToOpen) -> CandidateRunner:
     return runner.with_adapter(name)
 
 
-def _folder(path: Path, how: HowToOpen) -> CandidateRunner:
-    return _module(path, load_model(str(path), streamed=True).module, how)
+def _folder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    return _module(candidate, load_model(str(candidate.path), streamed=True).module, how)
 
 
-def _weights(path: Path, how: HowToOpen) -> CandidateRunner:
-    return _module(path, module_with_weights(how.base, path), how)
+def _weights(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    return _module(candidate, module_with_weights(how.base, candidate.path), how)
 
 
-def _module(path: Path, module: nn.Module, how: HowToOpen) -> CandidateRunner:
-    stored = {name: spec.dtype for name, spec in open_artifact(path).specs.items()}
-    dtypes = layers.with_loaded_names(module, stored)
-    return ModuleRunner(module, stored_dtypes=dtypes, path=path, timeout=how.timeout)
+def _module(candidate: Artifact, module: nn.Module, how: HowToOpen) -> CandidateRunner:
+    dtypes = layers.with_loaded_names(module, {spec.name: spec.dtype for spec in candidate.checkpoint.specs})
+    return ModuleRunner(module, stored_dtypes=dtypes, path=candidate.path, timeout=how.timeout)
 
 
-def _script(path: Path, how: HowToOpen) -> CandidateRunner:
-    return ScriptRunner(path, how.base.input_names, timeout=how.timeout)
+def _script(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    return ScriptRunner(candidate.path, how.base.input_names, timeout=how.timeout)
 
 
-def _program(path: Path, how: HowToOpen) -> CandidateRunner:
-    loaded = program.load_program(path)
+def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    loaded = program.load_program(candidate.path)
     return ModuleRunner(
         loaded,
         axes=loaded.axes,
         stored_dtypes=loaded.stored_dtypes,
         limits=loaded.limits,
-        path=path,
+        path=candidate.path,
         timeout=how.timeout,
     )
 
 
-RUNNERS: Mapping[ArtifactKind, Callable[[Path, HowToOpen], CandidateRunner]] = {
+RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {
     ArtifactKind.GRAPH: _graph,
     ArtifactKind.GENERATION: _graphs_of_encoder_decoder,
     ArtifactKind.CHECKPOINT: _folder,

@@ -16,7 +16,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.options.spelling import command
-from lora_export.runtime.providers import PROVIDERS
+from lora_export.runtime.environment_probes import PROVIDERS
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's log severity levels
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})

@@ -109,11 +109,9 @@ class _RoundingNode:
             return tuple(self._node.run(*inputs, **options))
         wide = [value.astype(np.float32) if narrow else value for value, narrow in zip(inputs, is_narrow, strict=True)]
         outputs = self._node.run(*wide, **options)
-        return tuple(value.astype(NARROW) if _is_single(value) else value for value in outputs)
-
-
-def _is_single(value: Any) -> bool:
-    return getattr(value, "dtype", None) == np.float32
+        return tuple(
+            value.astype(NARROW) if getattr(value, "dtype", None) == np.float32 else value for value in outputs
+        )
 
 
 def open_reference(graph: Path | InMemoryGraph) -> ReferenceSession | None:

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
 from lora_export.options.common import TIMEOUT as TIMEOUT
 from lora_export.options.spelling import named
-from lora_export.runtime.providers import CPU
+from lora_export.runtime.environment_probes import CPU
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,6 +53,24 @@ class CandidateRunner(Runner, Protocol):
     def cannot_give(self) -> Sequence[str]: ...  # such as "scores of all tokens: log-probabilities of the best alone"
 
     def close(self) -> None: ...  # gives memory or processes back
+
+
+@runtime_checkable
+class RowsRunner(CandidateRunner, Protocol):
+    """A runner of graphs in which each row of a batch may choose its adapter."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def takes_rows(self) -> bool: ...  # and the ids are not set
+    @property
+    def adapters_by_row(self) -> list[str] | None: ...  # names, from id 1 on; None where they are unknown
+    @property
+    def adapters_per_row(self) -> int: ...
+
+    def with_rows(
+        self, ids: Sequence[int] | Sequence[Sequence[int]], scales: Sequence[Sequence[float]] | None = None
+    ) -> RowsRunner: ...  # the adapters of the rows of every batch, and their factors
 
 
 class PlainRunner:

@@ -81,7 +81,6 @@ class Session:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the loaded adapters."""
         return tuple(self._loaded)
 
     def load(self, name: str, path: str | Path) -> None:

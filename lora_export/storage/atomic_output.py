@@ -287,9 +287,9 @@ def _remove_orphans(target: Path, on_message: OnMessage) -> None:
     """Remove what killed runs left beside the target, and put back an old output that has no successor."""
     # The whole name is compared: the target `out` must not touch a live run that writes `out.v2`.
     pattern = re.compile(re.escape(_hidden_name(target, "")) + r"\d+\.(partial|old)")
-    left = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
-    stages = {path for path in left if path.suffix == ".partial"}
-    for aside in sorted(set(left) - stages):
+    left = {path: found[1] for path in target.parent.iterdir() if (found := pattern.fullmatch(path.name))}
+    stages = {path for path, state in left.items() if state == "partial"}
+    for aside in sorted(left.keys() - stages):
         stage = aside.with_suffix(".partial")
         if not target.exists():
             aside.rename(target)

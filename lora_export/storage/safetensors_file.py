@@ -49,6 +49,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether the name of a file claims this format."""
+    return path.suffix == ".safetensors"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file, and the bytes [start, stop) of the file that hold it."""

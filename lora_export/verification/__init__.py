@@ -3,11 +3,11 @@
     proof.py              what a proof is, and the flow of every proof: run, judge, diagnose
     against_pytorch.py    references: a PyTorch model with its adapters attached
     against_graph.py      references: the graph that the candidate was made from
-    against_origin.py     a graph without an adapter, by the bits of the graph that it was made from
     row_proofs.py         proofs of graphs whose rows choose their adapters
     pair_controls.py      single pairs of the adapters, switched off
     candidate_outputs.py  runs of the candidate
     compare_outputs.py    what the outputs of two runs have in common
+    companion_files.py    the files beside the weights
     parity/               arrays in, verdict out
     module_copies.py      copies of a module that share or convert its tensors; a module widened to fp64 in place
     inputs/               the inputs of a proof

@@ -22,7 +22,6 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import plan
-from lora_export.errors import count
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
@@ -32,15 +31,21 @@ from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
-from lora_export.verification.against_origin import AGAINST, UNCHANGED
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.references import STEPS, Diagnosed, FurtherPeer, ReferenceOutputs, note_on_fp64
-from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph
+from lora_export.verification.proof import AGAINST, UNCHANGED
+from lora_export.verification.references import (
+    STEPS,
+    FurtherPeer,
+    PreparedReferences,
+    ReferenceOutputs,
+    References,
+    note_on_fp64,
+)
+from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_pairs import control_graph_pairs
-from lora_export.verification.references.graph_sessions import open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
     branches_at_quantised_weights,
@@ -50,14 +55,17 @@ from lora_export.verification.references.graph_with_adapter import (
 )
 from lora_export.weights.checkpoint import Checkpoint
 
+Form = Callable[[ir.Model, Sites, Plan], list[str]]  # puts adapters into a graph, in memory; returns notes
+
 PEER = "the other graph"
+_ROUNDED_SUMS: Form = functools.partial(sum_at_weights, rounded=True)
 MERGED_GRAPH = (
     "the other graph was measured with W + ΔW at each weight, too; the larger error counts: ΔW is large beside W"
 )
 
 
 @dataclass(frozen=True, eq=False)
-class GraphReferences:
+class GraphReferences(References):
     """The base graph with the adapters in another form than the candidates', as the references of a proof.
 
     `mode` is the form in the candidates: merged, nodes, inputs or rows. Without an adapter the base graph itself is
@@ -95,43 +103,33 @@ class GraphReferences:
         return self.base.seed
 
     @property
-    def origin(self) -> None:
-        """None: the base is the graph that the candidate was made from."""
-
-    @property
     def remedy(self) -> str:
-        """The PyTorch model."""
         return f"the PyTorch model that the graph was exported from ({named('model', 'MODEL')})"
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> GraphReferences:
-        """The same references with other adapters. The base's inputs and outputs are shared."""
         return replace(self, adapters=adapters, strengths=strengths)
 
     def check(self) -> None:
         """Make the inputs. Raises InputRefused where none can be made, RuntimeRefused where the base does not run."""
         _ = self.base.inputs
 
+    def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
+        return self.base.inputs
+
     def as_run(self, runner: Runner) -> Runner:
         """The graph as it is. The generated inputs include a cache, where it takes one."""
         return runner
 
-    def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
-        """The base graph's inputs."""
-        return self.base.inputs
-
     def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
         """None: which pairs a graph computes is not known."""
 
-    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
-        """The references for one candidate. Nothing is computed yet."""
-        return PreparedGraphReferences(self, inputs)
-
     def explain(self, refusal: str) -> str:
-        """The refusal as it is."""
         return refusal
 
+    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
+        return PreparedGraphReferences(self, inputs)
+
     def about(self) -> dict[str, Any]:
-        """Versions, and the graph's path and hash."""
         model = {"source": str(self.base.path), "sha256": self.base.sha256}
         return {**onnx_runner.describe_ort_environment(), "model": model, "against": AGAINST}
 
@@ -142,14 +140,13 @@ class GraphReferences:
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedGraphReferences:
+class PreparedGraphReferences(PreparedReferences):
     """The references for one candidate. The graphs are made, run and released one after the other."""
 
     references: GraphReferences
     inputs: Inputs
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
-        """Run the other graph in its own types, then the references in fp64."""
         step("the other graph")
         deployed, sensitivity, notes = self._run_peer(outputs)
         if not self.references.adapters and not outputs.refusals and _are_same(outputs.by_case, deployed):
@@ -174,7 +171,7 @@ class PreparedGraphReferences:
         if not self.references.adapters or self.references.mode != "merged" or self.references.rounds_sums:
             return
         step("the other graph, merged")
-        model, _ = self._with_adapters(_sums)
+        model, _ = self._with_adapters(sum_at_weights)
         peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
         yield FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
@@ -185,10 +182,6 @@ class PreparedGraphReferences:
         model, sites, steps = self._planned()
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         return control_graph_pairs(model, sites, steps, self.inputs.cases, cases, judge, timeout=base.timeout)
-
-    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
-        """None: two graphs are not compared module by module."""
-        return None, []
 
     def _run_peer(self, outputs: CandidateOutputs) -> tuple[OutputsByCase, tuple[parity.Sensitivity, ...], list[str]]:
         """Run the base graph with the adapters in another form, in its own types. Returns notes, too."""
@@ -210,10 +203,10 @@ class PreparedGraphReferences:
     def _form_of_peer(self) -> tuple[Form, str]:
         """Another form than the candidate's, the most exact one in the graph's types, and its description."""
         if self.references.mode != "merged":
-            return _sums_and_quantised_branches, "W + ΔW is computed at each weight when it runs"
+            return branches_at_quantised_weights, "W + ΔW is computed at each weight when it runs"
         if self.references.rounds_sums:
-            return _rounded_sums, "W + ΔW is computed and rounded at each weight when it runs"
-        return _branches, "x·ΔW is computed in a branch beside each weight"
+            return _ROUNDED_SUMS, "W + ΔW is computed and rounded at each weight when it runs"
+        return branches_where_possible, "x·ΔW is computed in a branch beside each weight"
 
     def _in_fp64(self, step: OnProofStep) -> tuple[dict[str, OutputsByCase], set[str]]:
         """Role -> case -> outputs, and the operators without a kernel in fp64."""
@@ -237,13 +230,15 @@ class PreparedGraphReferences:
         adapters, rounds = self.references.adapters, self.references.rounds_sums
         if not adapters:
             return
-        form = _rounded_sums if rounds else _branches if self.references.mode == "merged" else _sums
+        form = (
+            _ROUNDED_SUMS if rounds else branches_where_possible if self.references.mode == "merged" else sum_at_weights
+        )
         yield "reference", form, 1.0
         yield "scaled", form, parity.CONTROL_SCALE
         if rounds:
-            yield "attached", _sums, 1.0
+            yield "attached", sum_at_weights, 1.0
         if any(adapter.pairs for adapter in adapters) and any(adapter.replaced for adapter in adapters):
-            yield "base", _sums, 0.0  # with the replaced tensors: the control is about the effect of the pairs
+            yield "base", sum_at_weights, 0.0  # with the replaced tensors: the control is about the effect of the pairs
 
     def _with_adapters(self, form: Form, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with the adapters in a form, and notes."""
@@ -257,32 +252,6 @@ class PreparedGraphReferences:
         steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
         refuse_parts(steps)
         return model, sites, steps
-
-
-# --- forms of adapters in a graph; each returns notes -----------------------------------------------
-
-Form = Callable[[ir.Model, Sites, Plan], list[str]]
-
-
-def _sums(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    sum_at_weights(model, sites, steps)
-    return []
-
-
-def _rounded_sums(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    sum_at_weights(model, sites, steps, rounded=True)
-    return []
-
-
-def _sums_and_quantised_branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    branches_at_quantised_weights(model, sites, steps)
-    return []
-
-
-def _branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    if number := branches_where_possible(model, sites, steps):
-        return [f"{count(number, 'weight')} cannot have a branch: W + ΔW is computed where it is read"]
-    return []
 
 
 def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_export import layers, plan
+from lora_export.callbacks import ignore
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.plan import Plan
@@ -28,6 +30,13 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
+from lora_export.verification.compare_outputs import (
+    UnjudgedPositions,
+    notes_on_padding,
+    outputs_beyond_rounding,
+    padding_beyond_rounding,
+)
+from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.inputs.coverage import seeds_that_reach
 from lora_export.verification.inputs.model_inputs import (
@@ -42,44 +51,42 @@ from lora_export.verification.references import (
     STEPS,
     Diagnosed,
     FurtherPeer,
+    PreparedReferences,
     ReferenceOutputs,
+    References,
     note_on_fp64,
     quantised_weights,
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
-from lora_export.verification.references.beyond_rounding import (
-    UnjudgedPositions,
-    notes_on_padding,
-    outputs_beyond_rounding,
-    padding_beyond_rounding,
-)
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
-from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.candidate_weights import (
+    explain_half,
+    is_half_inside,
+    note_on_half,
+    quantised_weights_of,
+    returns_halves,
+    rounding_of,
+)
 from lora_export.verification.references.deployed_module import (
+    DRAWS_OF_ROUNDING,
+    MERGED_MODULE,
+    MOVED_WEIGHTS,
     coarser_dtype,
     deployed_module,
     dtype_name,
     in_candidate_dtype,
-)
-from lora_export.verification.references.deployed_runs import run_further_peers, run_observed
-from lora_export.verification.references.diagnosed_module import diagnose_module
-from lora_export.verification.references.half_precision import (
-    explain_half,
-    is_half_inside,
-    note_on_half,
-    returns_halves,
+    merged_module,
+    moved_module,
+    on_device,
+    run_observed,
 )
 from lora_export.verification.references.single_pairs import control_pairs
 
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 
 
-def _no_message(_: str) -> None:
-    """Ignore a message."""
-
-
 @dataclass(frozen=True, eq=False)
-class PyTorchReferences:
+class PyTorchReferences(References):
     """A model with its adapters attached as branches, as the references of a proof.
 
     The adapters may have the names of the loaded model or the original ones (see `plan.spelling`). The references merge
@@ -110,25 +117,20 @@ class PyTorchReferences:
     fixed: Mapping[str, int] | None = None
     further_seeds: Sequence[int] = ()
     has_own_heads: bool = False
-    say: Callable[[str], None] = _no_message
+    say: Callable[[str], None] = ignore
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
-        """The same references with other adapters."""
         own = replace(self, adapters=adapters, strengths=strengths)
         return replace(own, model=with_labels(self.model, own.adapters)) if self.has_own_heads else own
-
-    def check(self) -> None:
-        """Do nothing: inputs can be made for every model."""
 
     def as_run(self, runner: Runner) -> Runner:
         """The graph; a decoder with a key/value cache is given whole sequences, as the model is."""
         return with_cache(runner) if isinstance(runner, OnnxRunner) else runner
 
     def inputs(self, candidate: Runner) -> Inputs:
-        """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
         return inputs_of_proof(
             self.model,
             candidate,
@@ -139,7 +141,6 @@ class PyTorchReferences:
         )
 
     def reaching(self, candidate: Runner, unreached: Collection[str]) -> PyTorchReferences | None:
-        """The references with further inputs that reach some of these pairs; None where none is found."""
         if self.further_seeds:
             return None
         module = attach_adapters(shared_copy(self.model.module), self.adapters, self.strengths)
@@ -167,23 +168,16 @@ class PyTorchReferences:
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
         return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
 
-    @property
-    def remedy(self) -> str:
-        """Empty: there is no better reference than PyTorch."""
-        return ""
-
     def explain(self, refusal: str) -> str:
-        """The refusal, with what to do where the candidate takes float16 and the model float32."""
         return explain_half(refusal)
 
     def about(self) -> dict[str, Any]:
-        """Versions, and the model's source and hash."""
         model = {"source": self.model.source, "sha256": self.model.fingerprint()}
         return {**torch_runners.describe_environment(), "model": model}
 
 
 @dataclass(eq=False)
-class PreparedPyTorch:
+class PreparedPyTorch(PreparedReferences):
     """The model with adapters attached, for one candidate."""
 
     references: PyTorchReferences
@@ -215,7 +209,6 @@ class PreparedPyTorch:
         return is_half_inside(self.candidate)
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
-        """Run PyTorch as deployed, then the references in fp64."""
         is_large_model = is_large(self.attached.module)
         if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | EncoderDecoderRunner):
             _ = self.is_half_inside  # reads the session
@@ -298,25 +291,28 @@ class PreparedPyTorch:
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
         """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
 
-        Where a graph rounds what enters its layers to int8, there are none: the weights are then not what decides its
-        error.
+        The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
+        moved by one rounding changes the outputs as much as that. Where a graph rounds what enters its layers to int8,
+        there are none: the weights are then not what decides its error.
         """
+        attached, device = self.attached, self.references.device
         rounds_inputs = any(weight.activation_block for weight in self.quantised.values())
         if rounds_inputs or self.dtype is not torch.float32:
-            return iter(())
-        return run_further_peers(
-            lambda: self.deployed,
-            self.attached,
-            self.changes,
-            self.inputs.cases,
-            device=self.references.device,
-            seed=self.references.seed,
-            is_quantised=bool(self.quantised),
-            step=step,
-        )
+            return
+        if self.changes is not None and attached.has_pairs and not self.quantised and not attached.rounding:
+            step("PyTorch, the adapters merged")
+            yield self._peer(on_device(merged_module(attached.module, self.changes), device), MERGED_MODULE)
+        if is_large(attached.module):
+            return
+        for number in range(DRAWS_OF_ROUNDING):
+            step("PyTorch, its weights moved by a rounding")
+            yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
+
+    def _peer(self, module: nn.Module, note: str) -> FurtherPeer:
+        peer = ModuleRunner(module, self.references.device)
+        return FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, note)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
-        """Run the module in fp64 without single pairs, and judge what it returns."""
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         is_as_cached = all(case.deployed is expected.deployed[case.name] for case in cases)
         cache = self._cache if is_as_cached else None
@@ -331,7 +327,6 @@ class PreparedPyTorch:
         return controls
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
-        """Compare the candidate with PyTorch module by module, in one case."""
         step("comparing modules")
         return diagnose_module(
             self.candidate,

@@ -9,7 +9,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,6 @@ OutputsByCase = Mapping[str, Arrays]
 INPUTS_NOT_CHANGED = "whether each input affects the outputs"
 
 OnProofStep = Callable[[str], None]  # is called with the name of each step of a proof
-
-
-def no_step(_: str) -> None:
-    """Ignore the name of a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +89,7 @@ def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> t
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 
-@dataclass(frozen=True)
-class ProviderDefaults:
+class ProviderDefaults(NamedTuple):
     """What a candidate returns with its provider's own settings, where the proof runs with more exact ones."""
 
     not_judged: tuple[str, ...] = ()

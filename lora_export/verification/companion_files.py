@@ -1,20 +1,28 @@
-"""What no weight shows: the config, generation config, tokenizer and chat template of a merged folder.
+"""What no weight shows: the config, generation config, tokenizer and chat template of a merged folder, and leftovers.
 
 They are compared with those of the base. What a merge itself changes is expected. A value that both have and that is
 another makes the folder different. A value that only one of them has is noted: it may be the default of the other.
+
+transformers and the runtimes that serve its folders choose among several sets of weights by their names. A folder that
+is judged by one set must not have another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.artifacts.artifact import Artifact, ArtifactKind
+from lora_export.artifacts.files import hashes_of
 from lora_export.errors import InputRefused, one_line
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
 from lora_export.storage.hashes import file_sha256
+from lora_export.storage.manifest import MANIFEST
+from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
 from lora_export.weights.quantised import QUANTIZATION, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 
@@ -61,11 +69,12 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
             continue
         before, after = read(base, name), read(merged, name)
         expected = _expected_config(before, after, adapters) if name == "config.json" else before
-        found = [f"{name}: {line}" for line in _differences(expected, after)]
+        compared = list(_compared(expected, after))
+        found = [f"{name}: {line}" for differs, line in compared if differs]
         differences += found[:SHOWN_DIFFERENCES]
         if len(found) > SHOWN_DIFFERENCES:
             differences.append(f"{name}: and {len(found) - SHOWN_DIFFERENCES} more values")
-        if only := sorted(_only_in_one(expected, after)):
+        if only := sorted(value for differs, value in compared if not differs):
             more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
             not_judged.append(f"values in {name} that only one folder has: {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
     templates = [_chat_template(folder) for folder in (base, merged)]
@@ -89,29 +98,19 @@ def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter])
     return expected if QUANTIZATION in after else without_quantisation(expected)
 
 
-def _differences(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
-    """The values that both have and that differ, one sentence each."""
-    for key in expected.keys() & found.keys():
-        one, other, name = expected[key], found[key], f"{prefix}{key}"
-        if key in UNIMPORTANT or one == other or None in (one, other):
-            continue
-        if key == "tie_word_embeddings" and one and not other:
-            continue  # a merge that adds a head of its own unties it; that this head is right, the weights show
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{name}.")
-        else:
-            yield f"{name} is {_shown(other)}, the base has {_shown(one)}"
-
-
-def _only_in_one(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
+def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tuple[bool, str]]:
+    """Whether both have a value that differs, and then a sentence; or the name of the value that only one has."""
     for key in expected.keys() | found.keys():
-        one, other = expected.get(key), found.get(key)
-        if key in UNIMPORTANT or (one is None and other is None):
+        one, other, name = expected.get(key), found.get(key), f"{prefix}{key}"
+        if key in UNIMPORTANT or one == other:
             continue
         if one is None or other is None:
-            yield f"{prefix}{key}"
+            yield False, name
         elif isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _only_in_one(one, other, f"{prefix}{key}.")
+            yield from _compared(one, other, f"{name}.")
+        elif not (key == "tie_word_embeddings" and one and not other):
+            # A merge that adds a head of its own unties it; that this head is right, the weights show.
+            yield True, f"{name} is {_shown(other)}, the base has {_shown(one)}"
 
 
 def _shown(value: Any) -> str:
@@ -177,3 +176,74 @@ def _chat_template(folder: Path) -> str:
     except InputRefused:
         return ""
     return template.strip() if isinstance(template, str) else repr(template) if template else ""
+
+
+# --- Files that were judged, and others that a loader of the folder might take in their place ---
+
+# Names under which loaders look for weights in a model's folder, or for an adapter to attach.
+NAMES_OF_LOADERS = re.compile(
+    r"""(pytorch_model|model|tf_model|flax_model|adapter_model)([.-].*)?\.(safetensors|bin|h5|msgpack)(\.index\.json)?
+    |consolidated([.-].*)?\.(safetensors|pth|pt)
+    |model\.ckpt.*
+    |adapter_config\.json""",
+    re.VERBOSE | re.IGNORECASE,
+)
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # of a tokenizer, among others
+OTHER_FILE = "transformers_weights"  # of a config: the file that transformers loads in place of the model's
+SHOWN_FILES = 8
+# optimum's graph with a branch for the first tokens and one for the others
+MERGED_DECODER = "decoder_model_merged.onnx"
+
+
+@dataclass(frozen=True)
+class LoadedFiles:
+    """The files of a candidate that were judged, by their names, and what was found of the others."""
+
+    judged: Mapping[str, Path]
+    others: ComparedFiles = field(default_factory=ComparedFiles)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Name -> SHA-256 of the files that were judged."""
+        return hashes_of(self.judged)
+
+
+def loaded_files(candidate: Artifact) -> LoadedFiles:
+    """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights."""
+    folder, beside = candidate.path, (*READERS, *VOCABULARIES, CHAT_TEMPLATE)
+    if not folder.is_dir():
+        return LoadedFiles(candidate.files)
+    files, differences = candidate.files, []
+    if candidate.kind is ArtifactKind.GENERATION:
+        judged = dict(candidate.graph_files) | {name: files[name] for name in beside if name in files}
+        why = "a loader takes it before the two decoders"
+    else:
+        checkpoint = candidate.checkpoint
+        names = {*checkpoint.shards, checkpoint.index, *beside, *candidate.module_files}
+        judged = {name: files[name] for name in sorted(names & set(files))}
+        why = "a loader may take it"
+        if named := checkpoint.config.get(OTHER_FILE):
+            differences = [
+                f"{CONFIG} names the weights {named!r} ({OTHER_FILE}), which transformers loads in place of those that "
+                "were judged. Remove this entry"
+            ]
+    others = sorted(set(files) - set(judged) - {MANIFEST})
+    leftovers = [name for name in others if _is_leftover(name, candidate.kind)]
+    differences = [f"{name} is not what was judged, and {why}. Remove it" for name in leftovers] + differences
+    notes = _notes_on(name for name in others if name not in leftovers)
+    return LoadedFiles(judged, ComparedFiles(tuple(map(one_line, differences)), notes=notes))
+
+
+def _is_leftover(name: str, kind: ArtifactKind) -> bool:
+    if kind is ArtifactKind.GENERATION:
+        return Path(name).name == MERGED_DECODER
+    return NAMES_OF_LOADERS.fullmatch(name) is not None
+
+
+def _notes_on(names: Iterable[str]) -> tuple[str, ...]:
+    """A note on other weights, which no loader takes by their names, and on texts."""
+    weights, texts = (".safetensors", ".onnx", *OTHER_WEIGHTS), TEXTS
+    shown = sorted((not name.endswith(weights), name) for name in names if name.endswith((*weights, *texts)))
+    more = f" and {len(shown) - SHOWN_FILES} more" if len(shown) > SHOWN_FILES else ""
+    text = f"not compared: {', '.join(name for _, name in shown[:SHOWN_FILES])}{more}"
+    return (one_line(text),) if shown else ()

@@ -1,6 +1,7 @@
 """The flow of every proof: run candidate and references on the same inputs, judge, and find where they differ.
 
-What differs between PyTorch (`against_pytorch`) and a graph (`against_graph`) as references is in `References`.
+What differs between PyTorch (`against_pytorch`) and a graph (`against_graph`) as references is in `References`. A graph
+that takes adapters, without one, may also be judged by the bits of the graph that it was made from.
 """
 
 from __future__ import annotations
@@ -11,29 +12,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import LoraExportError, RuntimeRefused
+import numpy as np
+
+from lora_export.callbacks import ignore
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
-from lora_export.verification.against_origin import AGAINST, judge_by_origin
 from lora_export.verification.candidate_outputs import (
     CandidateOutputs,
     OnProofStep,
-    no_step,
+    OutputsByCase,
     run_candidate,
     run_with_provider_defaults,
 )
 from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.compare_outputs import (
     aligned,
+    bits_that_differ,
     differs_in_precision_alone,
+    error_of,
+    named_as,
     with_larger_peer_error,
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.inputs import Inputs, describe_arrays
+from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
@@ -83,7 +89,7 @@ def prove(
     atol: float | None = None,
     rtol: float | None = None,
     trace: bool = False,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge whether a candidate computes what its references compute.
 
@@ -139,12 +145,12 @@ def prove(
 def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs) -> list[parity.Case]:
     """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
     cases = []
-    for name, arrays in inputs.cases.items():
+    for name, summary in inputs.summaries.items():
         by_role: dict[str, Any] = {role: by_case[name] for role, by_case in expected.by_role.items()}
         own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
         case = parity.Case(
             name,
-            describe_arrays(arrays),
+            summary,
             deployed=expected.deployed[name],
             candidate=own,
             peer=expected.peer,
@@ -192,16 +198,11 @@ def _by_further_peers(
     """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before."""
     measured = cases
     for peer in peers:
-        measured = with_larger_peer_error(measured, _with_peer(cases, peer.outputs))
+        measured = with_larger_peer_error(measured, [replace(case, deployed=peer.outputs[case.name]) for case in cases])
         found = judge(measured, peer.note)
         if found.outcome is not parity.Outcome.DIFFERENT:
             return found, measured
     return verdict, cases
-
-
-def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays]) -> list[parity.Case]:
-    """The cases with the outputs of another peer."""
-    return [replace(case, deployed=peer[case.name]) for case in cases]
 
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
@@ -258,21 +259,78 @@ def _by_origin(proof: Proof, candidate: Runner, references: References, step: On
     return prove_by_origin(proof, graph, references.origin, references.as_run)
 
 
-# --- a proof that rests on another -------------------------------------------------------------
+# --- a graph without an adapter, by the graph that it was made from ---
+
+AGAINST = "the base graph"  # the field `against` of a record, for a verdict without a PyTorch model
+
+UNCHANGED = "its outputs are those of the graph that it was made from, bit for bit"
+
+NODE_BY_NODE = (
+    "its outputs are those of the graph that it was made from, bit for bit, where onnxruntime optimises neither; "
+    "optimised, other nodes of the two are fused"
+)
+
+NOT_BY_FP64 = "whether that graph computes the model was not decided: its outputs are too coarse for a verdict in fp64"
+
+NEAR = 0.1  # largest distance of two graphs that differ only in what onnxruntime fuses, relative to PyTorch's error
 
 
 def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: Callable[[OnnxRunner], Runner]) -> Proof:
     """Decide an undecided proof of a graph without an adapter by the graph that it was made from.
 
+    A base that rounds what it multiplies, to int8 or to half precision, can be too far from its model in fp64. Then
+    only its own outputs can decide: the candidate must return their bits. Where onnxruntime fuses other nodes of the
+    two graphs, they must return the same bits unoptimised, and optimised they may differ by a tenth of PyTorch's error.
     Returns `proof` where the two graphs differ. `as_run` is that of the proof's references. Raises InputRefused for
     an origin with other inputs or outputs.
     """
 
-    def run(runner: OnnxRunner) -> dict[str, Arrays]:
+    def run(runner: OnnxRunner) -> OutputsByCase:
         return {name: as_run(runner).run(arrays) for name, arrays in proof.inputs.items()}
 
-    decided = judge_by_origin(proof.cases, proof.verdict, candidate, origin, run)
-    if decided is None:
+    def run_origin(like: OutputsByCase, *, optimise: bool) -> OutputsByCase:
+        made = OnnxRunner(origin, candidate.provider, optimise=optimise, timeout=candidate.timeout)
+        return _run_origin(made, run, like)
+
+    own = run(candidate)
+    if not candidate.takes_adapters or bits_that_differ(own, run(candidate)):
         return proof
-    verdict, cases = decided
+    before, note = run_origin(own, optimise=True), UNCHANGED
+    if difference := bits_that_differ(own, before):
+        if not all(_is_near(case, own, before) for case in proof.cases):
+            return proof
+        note = f"{NODE_BY_NODE} ({difference[0]})"
+        own = run(candidate.unoptimised())
+        before = run_origin(own, optimise=False)
+        if bits_that_differ(own, before):
+            return proof
+    cases, undecided = tuple(_beside_origin(case, own, before) for case in proof.cases), proof.verdict
+    notes = [note, NOT_BY_FP64, *undecided.notes]
+    verdict = parity.judge(cases, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes)
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
+
+
+def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], OutputsByCase], like: OutputsByCase) -> OutputsByCase:
+    refused = f"{origin.path} is not what the candidate was made from:"
+    try:
+        outputs = run(origin)
+    except RuntimeRefused as error:
+        raise InputRefused(f"{refused} {error}") from error
+    if any(outputs[case].keys() != own.keys() for case, own in like.items()):
+        raise InputRefused(f"{refused} it has other outputs")
+    return outputs
+
+
+def _beside_origin(case: parity.Case, own: OutputsByCase, before: OutputsByCase) -> parity.Case:
+    candidate, origin = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
+    return replace(case, candidate=candidate, reference=origin, deployed=origin, peer=AGAINST)
+
+
+def _is_near(case: parity.Case, own: OutputsByCase, before: OutputsByCase) -> bool:
+    """Whether the outputs of two graphs differ by less than a tenth of PyTorch's error."""
+    one, other = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
+    return all(
+        parity.rms(one[name].astype(np.float64) - other[name]) <= NEAR * error_of(truth, case.deployed[name])
+        for name, truth in case.reference.items()
+        if one[name].dtype.kind == "f"
+    )

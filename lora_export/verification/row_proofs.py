@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Arrays, RowsRunner, Runner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import OnProofStep, no_step
+from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.compare_outputs import named_as
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
@@ -44,12 +43,21 @@ def several_on_row(adapters: int, per_row: int) -> SeveralOnRow:
     return SeveralOnRow(ids, tuple(SCALES_OF_SEVERAL[number % len(SCALES_OF_SEVERAL)] for number in numbers))
 
 
+def prove_candidate(
+    candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
+) -> Proof:
+    """The proof of a candidate; of a graph whose rows choose their adapters, with every adapter and mixed batches."""
+    if isinstance(candidate, RowsRunner) and candidate.takes_rows:
+        return prove_rows(candidate, references, prove=prove, step=step)
+    return prove(candidate, references.with_adapters(references.adapters, references.strengths), step=step)
+
+
 def prove_several(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     *,
     prove: Prove = prove,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge a graph whose rows have several adapters, by the sum of these. Errors are those of `prove`."""
     ids, scales = several_on_row(len(references.adapters), candidate.adapters_per_row)
@@ -64,7 +72,7 @@ def prove_several(
 
 
 def prove_mixed(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     proofs: Sequence[Proof],
     several: Proof | None = None,
@@ -97,17 +105,27 @@ def judge_mixed(
     which are the ids of the adapters without them. Raises Undecided where no output has a row for each row of the
     batch.
     """
-    first, last = proofs[0], proofs[-1]
-    cases = mixed_cases(candidate, first.inputs, [proof.cases for proof in proofs], order, labels)
-    return Proof(parity.judge(cases, dtype=last.verdict.dtype), first.placement, last.about, first.inputs, cases)
+    first, last, cases = proofs[0], proofs[-1], []
+    for number, (name, arrays) in enumerate(first.inputs.items()):
+        alone = [proof.cases[number] for proof in proofs]
+        batch = len(next(iter(arrays.values())))
+        by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
+        if not by_row:
+            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
+        outputs = named_as(alone[0].reference, candidate.run(arrays))
+        places = np.resize(np.array(order), batch)
+        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
+        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
+    verdict = parity.judge(cases, dtype=last.verdict.dtype)
+    return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
 
 
 def prove_rows(
-    candidate: OnnxRunner | EncoderDecoderRunner,
+    candidate: RowsRunner,
     references: References,
     *,
     prove: Prove = prove,
-    step: OnProofStep = no_step,
+    step: OnProofStep = ignore,
 ) -> Proof:
     """Judge a graph whose rows choose their adapters: the base, each adapter alone, and all of them in one batch.
 
@@ -146,33 +164,6 @@ def prove_rows(
 
 def _step_of(role: str, step: OnProofStep, name: str) -> None:
     step(f"{role}, {name}")
-
-
-def mixed_cases(
-    candidate: Runner,
-    inputs: Mapping[str, Arrays],
-    whole: Sequence[Sequence[parity.Case]],
-    order: Sequence[int],
-    labels: Sequence[str] | None = None,
-) -> tuple[parity.Case, ...]:
-    """Run a candidate whose rows have different adapters, over and over along the batch.
-
-    `whole` holds the cases of whole batches whose rows all have the same adapters, on the same inputs, the base's
-    first. `order` has for each row its place there, and `labels` may name the places. Raises Undecided where no output
-    has a row for each row of the batch.
-    """
-    cases = []
-    for number, (name, arrays) in enumerate(inputs.items()):
-        alone = [own[number] for own in whole]
-        batch = len(next(iter(arrays.values())))
-        by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
-        if not by_row:
-            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
-        outputs = named_as(alone[0].reference, candidate.run(arrays))
-        places = np.resize(np.array(order), batch)
-        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
-        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
-    return tuple(cases)
 
 
 def _by_labels(key: str, references: Sequence[NDArray[Any]]) -> dict[str, list[int]]:

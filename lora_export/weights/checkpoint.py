@@ -166,7 +166,7 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
         return _open_folder(path, dequantise, variant)
     if variant is not None:
         raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
-    if path.suffix != ".safetensors":
+    if not safetensors_file.is_safetensors(path):
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
     return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], {})), history=_history(path, {}, shard))

@@ -16,7 +16,7 @@ import pytest
 import lora_export as le
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.exporters import optimum_python
 from support.generators import (
     DECODERS,

@@ -12,7 +12,7 @@ import pytest
 import lora_export as le
 from lora_export.api.generation_files import GenerationSettings
 from lora_export.errors import InputRefused
-from lora_export.runtime.generation.sampling import NO_RULES, TokenRules
+from lora_export.runtime.generation.loop import NO_RULES, TokenRules
 from support.api import Recorder
 from support.folder_contents import folder_contents
 from support.handmade import graph_file, peft_adapter

@@ -18,7 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from lora_export.api.generation_files import GenerationSettings
 from lora_export.api.generation_prompts import encoder_inputs, first_tokens, token_ids
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.generators import small_tokenizer
 
 TEXTS: dict[str, Any] = {"takes": {"input_ids": (None, None)}, "takes_mask": True}

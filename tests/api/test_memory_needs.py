@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_export.api.memory_needs import require_memory_to_export, require_memory_to_verify
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import EnvironmentLacking
 from lora_export.models import load
 from lora_export.runtime.memory import AVAILABLE
@@ -45,24 +46,24 @@ def test_the_need_grows_with_the_model_and_depends_on_the_candidate(
     """Weights that can stay in their files are not counted."""
     graph = tmp_path / "m.onnx"
     for candidate, need in ((large, 3.4), (tmp_path, 17.1), (tmp_path / "m.safetensors", 17.1), (graph, 6.8)):
-        refused = missing(monkeypatch, need - 0.1, require_memory_to_verify, large, candidate)
+        refused = missing(monkeypatch, need - 0.1, require_memory_to_verify, large, open_artifact(candidate))
         assert f"1.10 billion parameters needs about {need} GiB" in refused
         assert ('`verify("MERGED", base="BASE")`' in refused) == (candidate.suffix != ".onnx")
-        assert not missing(monkeypatch, need + 0.1, require_memory_to_verify, large, candidate)
-    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large, "float16")
+        assert not missing(monkeypatch, need + 0.1, require_memory_to_verify, large, open_artifact(candidate))
+    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, open_artifact(large), "float16")
     assert "`lora-export merge`" in missing(monkeypatch, 8.3, require_memory_to_export, large)
     assert not missing(monkeypatch, 8.5, require_memory_to_export, large)
     assert "21.2 GiB" in missing(monkeypatch, 1, require_memory_to_export, large, "float16")
     (large / "config.json").write_text('{"model_type": "mixtral"}')
-    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, large)
-    assert "15.0 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, graph)
+    assert "17.1 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, open_artifact(large))
+    assert "15.0 GiB" in missing(monkeypatch, 1, require_memory_to_verify, large, open_artifact(graph))
     assert "21.2 GiB" in missing(monkeypatch, 1, require_memory_to_export, large)
 
 
 def test_a_model_of_unknown_size_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     for model in ("some.module:factory", tmp_path / "empty", tmp_path / "m.pt2"):
-        assert not missing(monkeypatch, 0.001, require_memory_to_verify, model, tmp_path / "m.onnx")
+        assert not missing(monkeypatch, 0.001, require_memory_to_verify, model, open_artifact(tmp_path / "m.onnx"))
 
 
 def test_commands_end_with_6_before_the_model_is_loaded(

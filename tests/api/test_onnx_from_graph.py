@@ -29,7 +29,7 @@ from lora_export.models.load import load_model
 from lora_export.plan import Plan
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage.hashes import file_hash
-from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
+from lora_export.verification.proof import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
 from support.cli import answer, call
 from support.exported_models import eager, exported, inputs, with_changes

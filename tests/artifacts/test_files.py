@@ -17,7 +17,6 @@ from lora_export.artifacts.files import (
     adapter_of_file,
     file_for_graph,
     is_encoder_decoder_folder,
-    refuse_missing_graph,
 )
 from lora_export.errors import InputRefused
 from lora_export.storage.hashes import HASH_BLOCK
@@ -58,16 +57,16 @@ def test_folder_that_lacks_one_is_none(tmp_path: Path, name: str) -> None:
 
 
 def test_folder_with_some_of_the_graphs_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
-    refuse_missing_graph(tmp_path)
+    open_artifact(tmp_path).refuse_missing_graph()
     for name in GRAPH_FILES[:2]:
         (tmp_path / name).touch()
         with pytest.raises(InputRefused, match=f"and no {GRAPH_FILES[2]}. An encoder-decoder is run with its cache"):
-            refuse_missing_graph(tmp_path)
+            open_artifact(tmp_path).refuse_missing_graph()
     (tmp_path / GRAPH_FILES[2]).touch()
-    refuse_missing_graph(tmp_path)
+    open_artifact(tmp_path).refuse_missing_graph()
     (tmp_path / GRAPH_FILES[2]).unlink()
     (tmp_path / "model.safetensors").touch()  # it is the folder of a model
-    refuse_missing_graph(tmp_path)
+    open_artifact(tmp_path).refuse_missing_graph()
 
 
 @pytest.mark.parametrize("line", ["generate FOLDER --prompt x", "verify FOLDER --model base"])

@@ -23,8 +23,7 @@ import lora_export as le
 from benchmarks.llama_graph import MAKE
 from benchmarks.measure import keep, machine, run
 from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.loop import TextLimits, generate_tokens
-from lora_export.runtime.generation.sampling import Sampling
+from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_tokens
 from support.exporters import save_tokenizer
 from support.genai import build_genai_graph
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.cli import doctor, run
 from lora_export.runtime import environment
-from lora_export.runtime.providers import CUDA
+from lora_export.runtime.environment_probes import CUDA
 from support.machines import HEALTHY, LIBRARIES, WITHOUT_CUDA, install, installed, this_machine
 
 

@@ -80,7 +80,7 @@ def measured(right: Right, seed: int) -> Iterator[Measured]:
 
 def table(found: Sequence[Measured]) -> str:
     """A row for each storage dtype and each size that has a ratio limit of its own."""
-    few = parity.FEW_ELEMENTS
+    few = parity.gates.FEW_ELEMENTS
     sizes = {f"up to {few}": (0, few), f"{few + 1} to 500": (few + 1, 500), "more": (501, 10**9)}
     columns = ["outputs of", "stored in", "compared", "error, median", "99 %", "largest", "tail, median", "99 %"]
     columns += ["largest", "limit"]

@@ -16,7 +16,7 @@ from support.verdicts import LAYERS
 
 
 def counted(*numbers: float) -> dict[str, Any]:
-    return as_dict(parity.histogram(np.array(numbers)))
+    return as_dict(parity.figures.histogram(np.array(numbers)))
 
 
 def heights(path: str) -> list[float]:

@@ -1,18 +1,103 @@
-"""Packages and providers, each tried in a process of its own."""
+"""The commands on each provider: the same proofs on the CPU, and on a GPU where there is one.
+
+`pytest -m cuda` runs the tests that need a GPU, `make test-slow` their pairs on the CPU.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from lora_export import Session
 from lora_export.runtime import environment, environment_probes
-from lora_export.runtime.environment import Package, Provider
-from lora_export.runtime.environment_probes import ProbeResult
-from lora_export.runtime.environment_problems import find_problems
-from lora_export.runtime.providers import CPU, CUDA
+from lora_export.runtime.environment import Package, Provider, find_problems
+from lora_export.runtime.environment_probes import CPU, CUDA, PROVIDERS, ProbeResult
+from support import FACTORIES
+from support.cli import answer, call
+from support.handmade import peft_adapter
 from support.machines import HEALTHY, NO_DRIVER
+
+MODEL = f"{FACTORIES}:spotter"
+LAYER = "encoder.layers.1"
+EACH_PROVIDER = pytest.mark.parametrize(
+    "provider", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+DEFAULTS = "CUDAExecutionProvider's own settings"  # of a second run, in TF32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter, and the same with one layer's scale a tenth too large."""
+    folder, rng = tmp_path_factory.mktemp("providers"), np.random.default_rng(0)
+
+    def a_pair(out: int, into: int) -> tuple[Any, Any]:
+        return 0.3 * rng.standard_normal((4, into)), 0.3 * rng.standard_normal((out, 4))
+
+    pairs = {f"{LAYER}.linear1": a_pair(32, 16), f"{LAYER}.linear2": a_pair(16, 32), "head": a_pair(3, 16)}
+    peft_adapter(folder / "right", pairs)
+    peft_adapter(folder / "wrong", {name: (a, 1.1 * b if name == "head" else b) for name, (a, b) in pairs.items()})
+    return folder
+
+
+def proves(result: dict[str, Any], provider: str) -> bool:
+    """Whether a verdict is `same`, this provider did the work, and TF32's effect is noted on CUDA."""
+    placement = result["placement"]
+    return bool(
+        result["outcome"] == "same"
+        and placement["requested_provider"] == PROVIDERS[provider]
+        and not placement["off_provider"]
+        and any(text.startswith(DEFAULTS) for text in [*result["notes"], *result["not_judged"]]) is (provider == "cuda")
+    )
+
+
+@EACH_PROVIDER
+@pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
+def test_each_mode_is_same_and_a_wrong_scale_different(
+    place: Path, tmp_path: Path, mode: str, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    words = ("onnx", MODEL, "-a", place / "right", "--lora", mode, "-o", out, "--provider", provider)
+    code, result = answer(capsys, *words)
+    assert code == 0 and out.exists(), result
+    given = ("--onnx-adapter", tmp_path / "right.onnx_adapter") if mode == "inputs" else ()
+    judged = ("verify", out, "--model", MODEL, *given, "--provider", provider)
+    code, result = answer(capsys, *judged, "-a", place / "right")
+    assert code == 0 and proves(result, provider), result
+    assert answer(capsys, *judged, "-a", place / "wrong")[0] == 4
+
+
+@EACH_PROVIDER
+def test_session_switches_adapters(place: Path, tmp_path: Path, provider: str) -> None:
+    out = tmp_path / "graph.onnx"
+    words = ("-a", place / "right", "-a", place / "wrong", "--lora", "inputs", "-o", out, "--provider", provider)
+    assert call("onnx", MODEL, *words) == 0
+    names = ("right", "wrong")
+    session = Session(out, {name: tmp_path / f"{name}.onnx_adapter" for name in names}, provider=provider)
+    fed = {"signal": np.random.default_rng(1).standard_normal((3, 4, 7)).astype(np.float32)}
+    base, *both = (session.run(fed, adapter=name)["output_0"] for name in (None, *names))
+    right, wrong = (answer - base for answer in both)
+    assert np.abs(right).min() > 1e-3 and np.abs(wrong - right).max() > 1e-2
+    assert session.run(fed)["output_0"].tobytes() == base.tobytes()
+
+
+@EACH_PROVIDER
+def test_adapter_trained_on_the_provider_is_merged_and_proven(
+    tmp_path: Path, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    signals = rng.standard_normal((64, 4, 9)).astype(np.float32)
+    labels = (signals[:, 0].mean(1) > 0).astype(np.int64)
+    np.savez(tmp_path / "data.npz", signal=signals, labels=labels)
+    words = ("--data", tmp_path / "data.npz", "-o", tmp_path / "made", "--rank", "2", "--target", "linear1,head")
+    assert call("train", MODEL, *words, "--epochs", "3", "--device", provider) == 0, capsys.readouterr().err
+    assert call("onnx", MODEL, "-a", tmp_path / "made", "-o", tmp_path / "out.onnx", "--provider", provider) == 0
+
+
+# --- environment probes ---
 
 
 def module(site: Path, name: str, source: str) -> Package:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_export.artifacts.artifact import ArtifactKind
+from lora_export.artifacts.artifact import ArtifactKind, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.models import factory
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.open_artifact import RUNNERS, open_candidate
+from lora_export.runtime.open_artifact import RUNNERS, HowToOpen, open_candidate
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from support.generators import small_decoder
@@ -33,11 +33,11 @@ MODEL = factory.from_module(torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)})
 def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(TEXT), tmp_path / "m.onnx")
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(3, 2)), tmp_path / "m.pt")
-    assert isinstance(open_candidate(tmp_path / "m.onnx", MODEL), OnnxRunner)
-    assert isinstance(open_candidate(tmp_path / "m.pt", MODEL), ScriptRunner)
+    assert isinstance(open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(MODEL)), OnnxRunner)
+    assert isinstance(open_candidate(open_artifact(tmp_path / "m.pt"), HowToOpen(MODEL)), ScriptRunner)
     (tmp_path / "m.txt").write_text("words")
     with pytest.raises(InputRefused, match=r"a candidate is an \.onnx, \.pt, \.pt2 or \.safetensors file"):
-        open_candidate(tmp_path / "m.txt", MODEL)
+        open_candidate(open_artifact(tmp_path / "m.txt"), HowToOpen(MODEL))
 
 
 def test_every_kind_of_candidate_has_a_time_limit(tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_every_kind_of_candidate_has_a_time_limit(tmp_path: Path) -> None:
     bases = {"m.pt2": MODEL, "m.safetensors": MODEL, "folder": load_model(str(model))}
     for name, base in bases.items():
         inputs = {key: value.numpy() for key, value in base.example_inputs().items()}
-        assert open_candidate(tmp_path / name, base).run(inputs)
+        assert open_candidate(open_artifact(tmp_path / name), HowToOpen(base)).run(inputs)
         with pytest.raises(TooSlow, match=rf"{name} did not finish within 1e-09 seconds"):
-            open_candidate(tmp_path / name, base, timeout=1e-9).run(inputs)
+            open_candidate(open_artifact(tmp_path / name), HowToOpen(base, timeout=1e-9)).run(inputs)
 
 
 @pytest.mark.parametrize(("name", "positions"), [("llama", [0, 1, 2]), ("opt", [-1, 0, 1])])
@@ -63,11 +63,11 @@ def test_a_graph_gets_the_positions_that_the_model_finds(name: str, positions: l
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
     base = load_model(str(small_decoder(name, tmp_path / "base")))
     inputs = {"input_ids": np.array([[5, 5, 5]]), "attention_mask": np.array([[0, 1, 1]])}
-    assert open_candidate(tmp_path / "m.onnx", base).run(inputs)["y"].tolist() == [positions]
+    assert open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(base)).run(inputs)["y"].tolist() == [positions]
 
 
 def test_every_kind_of_artifact_has_a_runner_or_is_refused() -> None:
-    assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.OTHER}
+    assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.ADAPTER, ArtifactKind.OTHER}
 
 
 def test_a_runner_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +80,6 @@ def test_a_runner_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.Monk
 
     (tmp_path / "m.txt").write_text("words")
     monkeypatch.setitem(RUNNERS, ArtifactKind.OTHER, lambda path, how: Doubled())  # type: ignore[arg-type, index]
-    with contextlib.closing(open_candidate(tmp_path / "m.txt", MODEL)) as runner:
+    with contextlib.closing(open_candidate(open_artifact(tmp_path / "m.txt"), HowToOpen(MODEL))) as runner:
         assert runner.run({"x": np.ones(2)})["x"].tolist() == [2, 2]
         assert (runner.placement, *runner.notes, *runner.cannot_give) == (None,)

@@ -9,7 +9,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from lora_export.runtime.environment import Driver, Facts, Package, Provider, examine
-from lora_export.runtime.providers import CPU, CUDA
+from lora_export.runtime.environment_probes import CPU, CUDA
 
 NO_DRIVER = Driver(fault="there is no NVIDIA driver (libcuda.so.1: cannot open shared object file)")
 ONE_GPU = Driver(cuda="13.0", gpus=1)

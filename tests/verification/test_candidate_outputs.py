@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora_export.callbacks import ignore
 from lora_export.errors import RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement
 from lora_export.verification import candidate_outputs
@@ -18,7 +19,6 @@ from lora_export.verification.candidate_outputs import (
     ProviderDefaults,
     changed_outputs,
     kept,
-    no_step,
     run_candidate,
     run_with_provider_defaults,
     sensitivity_of,
@@ -64,9 +64,9 @@ def without_z() -> FakeRunner:
 
 def test_an_output_that_the_candidate_lacks_shows_no_input() -> None:
     peer = FakeRunner(lambda inputs, _: {"y": inputs["x"], "more": inputs["z"]})
-    found = run_candidate(without_z(), INPUTS, no_step)
+    found = run_candidate(without_z(), INPUTS, ignore)
     assert sensitivity_of(found, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", False, False))
-    renamed = run_candidate(FakeRunner(lambda inputs, _: {"0": inputs["x"]}), INPUTS, no_step)
+    renamed = run_candidate(FakeRunner(lambda inputs, _: {"0": inputs["x"]}), INPUTS, ignore)
     assert sensitivity_of(renamed, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
 
 
@@ -80,7 +80,7 @@ def test_every_case_is_run_and_every_step_named() -> None:
 
 
 def test_an_input_that_changes_nothing_is_found() -> None:
-    found = run_candidate(without_z(), INPUTS, no_step)
+    found = run_candidate(without_z(), INPUTS, ignore)
     assert found.changed == {"x": True, "z": False}
     assert sensitivity_of(found, sums(), INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
 
@@ -88,7 +88,7 @@ def test_an_input_that_changes_nothing_is_found() -> None:
 def test_without_other_draws_no_input_is_judged() -> None:
     alone = Inputs(INPUTS.cases)
     assert changed_outputs(sums(), alone) == {}
-    assert sensitivity_of(run_candidate(sums(), alone, no_step), sums(), alone) == ()
+    assert sensitivity_of(run_candidate(sums(), alone, ignore), sums(), alone) == ()
 
 
 def test_refused_cases_end_the_run_with_their_names() -> None:
@@ -97,14 +97,14 @@ def test_refused_cases_end_the_run_with_their_names() -> None:
             raise RuntimeRefused("no batch of 2")
         return {"y": inputs["x"]}
 
-    found = run_candidate(FakeRunner(refuse_two), INPUTS, no_step)
+    found = run_candidate(FakeRunner(refuse_two), INPUTS, ignore)
     assert list(found.by_case) == ["one"] and found.changed == {}
     assert found.refusals == ("case two, which the candidate refused: no batch of 2",)
 
 
 @pytest.mark.parametrize("last", [{"y": OTHER}, {"z": X}, {"y": X.astype(np.float64)}])
 def test_another_result_of_the_first_case_is_noted(last: Arrays) -> None:
-    found = run_candidate(FakeRunner(lambda _, run: last if run == 6 else {"y": X}), INPUTS, no_step)
+    found = run_candidate(FakeRunner(lambda _, run: last if run == 6 else {"y": X}), INPUTS, ignore)
     assert found.repeated is last
     assert found.notes == ("the candidate returns other bits when it runs one again",)
 

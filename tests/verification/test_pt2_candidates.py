@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.lora import Adapter
 from lora_export.models import factory, model
 from lora_export.models.load import load_model
 from lora_export.models.pt2 import program, reader
-from lora_export.runtime import open_artifact
+from lora_export.runtime.open_artifact import HowToOpen, open_candidate
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
@@ -34,7 +35,7 @@ EVERY = [*SMALL, "llama", *(pytest.param(name, marks=pytest.mark.slow) for name 
 
 
 def verdict(path: Path, base: model.Model, adapters: list[Adapter], **how: Any) -> Proof:
-    return prove(open_artifact.open_candidate(path, base), PyTorchReferences(base, adapters, **how))
+    return prove(open_candidate(open_artifact(path), HowToOpen(base)), PyTorchReferences(base, adapters, **how))
 
 
 # --- The reference ---

@@ -21,7 +21,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
-from lora_export.verification.row_proofs import judge_mixed, mixed_cases, several_on_row
+from lora_export.verification.row_proofs import judge_mixed, several_on_row
 from support.graphs import an_adapter
 from support.small_graphs import PAIR
 
@@ -89,7 +89,9 @@ def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:
         def run(self, inputs: Arrays) -> Arrays:
             return {"y": truth}
 
-    (mixed,) = mixed_cases(Same(nn.Identity()), {"a": {"ids": np.zeros((3, 2))}}, [[case] for case in cases], [1, 0])
+    inputs = {"a": {"ids": np.zeros((3, 2))}}
+    proofs = [Proof(parity.judge([case]), inputs=inputs, cases=(case,)) for case in cases]
+    (mixed,) = judge_mixed(Same(nn.Identity()), proofs, [1, 0]).cases
     assert mixed.unjudged_by_output["y"].tolist() == [[False, True], [True, False], [False, True]]
 
 

@@ -14,17 +14,6 @@ Every tensor of base, adapters and candidate is accounted for:
 
 The error bound of a sum in fp32 is the usual one, about (rank + 4) · 2⁻²⁴ · |s| ‖b‖ ‖a‖ + 2⁻²² · |V| for an entry made
 of the row b of B and the column a of A. The plan (which pair changes which weight) is made as for a merge.
-
-    result.py              Audit, AuditedWeight, Fate
-    audit_checkpoint.py    audit: every tensor, one result
-    compare_rows.py        some rows against one sum: the bits of most entries decide them
-    judge_changed.py       weights to which something is added
-    judge_rounded.py       tensors that are only copied, rounded or replaced
-    stored_layout.py       how each changed matrix is stored
-    fp64_sums.py           W + s·BA in fp64, with the error bound of fp32; deliberately wrong sums
-    explain_difference.py  what may have happened to a weight that is different
-    stored_tensor.py       a tensor in its file, read in pieces into memory that is used again
-    changed_weight.py      a weight of the base and of the candidate, and the step between them
 """
 
 from lora_export.verification.against_checkpoint.audit_checkpoint import audit

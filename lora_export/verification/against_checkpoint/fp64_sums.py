@@ -99,7 +99,7 @@ class Fp64Sum:
                     bound += (4 + len(step.terms)) * abs(term.scale * factor) * np.abs(part)
                     continue
                 left = np.linalg.norm(self._left(number, rows, transposed=transposed), axis=1)
-                right = self._right_norms(number)
+                right = np.linalg.norm(self._right(number, transposed), axis=0)
                 operations = (term.pair.rank + 4 + len(step.terms)) * abs(term.scale * factor)
                 if isinstance(entries, slice):
                     bound += operations * np.outer(left, right).reshape(-1)
@@ -142,10 +142,6 @@ class Fp64Sum:
             self._wholes[number] = whole
         return self._wholes[number]
 
-    def _right_norms(self, number: int) -> Wide:
-        norms: Wide = np.linalg.norm(self._right(number, self.step.spec.layout.is_transposed), axis=0)
-        return norms
-
     def _rescaled(self, rows: slice, total: Wide, bound: Wide) -> tuple[Wide, Wide]:
         """The sum with DoRA's lengths."""
         step = self.step
@@ -158,9 +154,6 @@ class Fp64Sum:
             factor, factor_bound = (each.reshape(-1, *[1] * (total.ndim - 1)) for each in (factor, factor_bound))
         total *= factor
         return total, np.abs(factor) * bound + np.abs(total) * (factor_bound + 4 * FP32_ROUNDOFF)
-
-    def without_magnitude(self) -> Fp64Sum:
-        return replace(self, with_magnitude=False)
 
     def only_term(self, number: int) -> Fp64Sum:
         """W and one term alone, without DoRA's lengths."""

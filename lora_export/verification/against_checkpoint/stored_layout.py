@@ -34,7 +34,9 @@ class StoredLayouts:
         unreliable = {adapter for step in changed for adapter in _contradicted(step, plan, shown[step.weight], stated)}
         layouts = {}
         for step in changed:
-            layout = shown[step.weight] or _of_part(step) or _stated(step.weight, stated)
+            # Only the converter that cuts a part of a stored tensor tells whether it transposes it.
+            of_part = step.spec.layout if step.spec.region is not None else None
+            layout = shown[step.weight] or of_part or _stated(step.weight, stated)
             layout = layout or _of_model(step.weight, shapes, model_types)
             layouts[step.weight] = layout or _of_adapters(step, plan, unreliable) or Layout.UNKNOWN
         return cls(layouts)
@@ -55,11 +57,6 @@ def _shown_by_pair(step: Step) -> Layout | None:
     if shape[0] == shape[1]:
         return None
     return Layout.OUT_IN if shape[0] == pair.shape[0] else Layout.IN_OUT
-
-
-def _of_part(step: Step) -> Layout | None:
-    """The layout of a part of a stored tensor: only the converter that cuts it tells whether it transposes it."""
-    return step.spec.layout if step.spec.region is not None else None
 
 
 def _stated(weight: str, stated: Mapping[str, str]) -> Layout | None:

@@ -104,5 +104,4 @@ class StoredTensor:
             yield slice(first, min(first + count, rows))
 
     def part(self, region: StoredRegion) -> StoredTensor:
-        """A part of this tensor."""
         return replace(self, region=region)

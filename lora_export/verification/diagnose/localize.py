@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_export.errors import EscapedLines, InputRefused, escaped_lines
+from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines
 from lora_export.graph.cache_names import IDS, LOGITS
+from lora_export.models.pt2.program import Program
+from lora_export.plan import Plan
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.memory import GIB, available_memory
+from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.diagnose.compare_calls import MODULE_FACTOR, ComparedCall, compare_calls
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase, outputs_renamed
-from lora_export.verification.diagnose.first_difference import FirstDifference, find_first_difference
+from lora_export.verification.diagnose.first_difference import (
+    MODULE_FACTOR,
+    ComparedCall,
+    FirstDifference,
+    compare_calls,
+    find_first_difference,
+)
 from lora_export.verification.diagnose.module_calls import ModuleCall, observing_calls
-from lora_export.verification.diagnose.traced_candidate import TracedCandidate, trace
+from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, TracedCandidate, outputs_renamed, trace
+from lora_export.verification.module_copies import converted_copy, fp64_bytes, is_large, to_double
+from lora_export.verification.references import Diagnosed
+from lora_export.verification.references.attached_module import AttachedModule
 
 MAX_HELD_NUMBERS = 1 << 25  # inputs and outputs of modules that each run holds at a time
 
@@ -74,9 +86,7 @@ def first_wrong_graph(case: parity.Case, candidate: EncoderDecoderRunner) -> str
     """The file of the first graph of an encoder-decoder whose outputs differ in a case; empty where none does."""
     for file, (output, positions) in candidate.outputs_by_graph(case.reference[LOGITS].shape[1]).items():
         own: dict[str, Any] = {
-            role: {output: values[output][:, positions]}
-            for role in ("reference", "deployed", "candidate", "base", "scaled", "attached")
-            if (values := getattr(case, role)) is not None and output in values
+            role: {output: values[output][:, positions]} for role, values in case.by_role.items() if output in values
         }
         if "candidate" in own and _differs(replace(case, unjudged=None, **own)):
             return file
@@ -162,3 +172,50 @@ def _why_none_differs(case: DiagnosisCase, traced: TracedCandidate, calls: Seque
     if max(limits, default=math.inf) <= MODULE_FACTOR:
         return "the difference is small and no module stands out: it may grow from one module to the next"
     return f"every module that was compared agrees: the fault is after {calls[-1]}, or outside these modules"
+
+
+# What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
+CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
+
+
+def diagnose_module(
+    candidate: Runner,
+    attached: AttachedModule,
+    deployed: Callable[[], ModuleRunner],
+    base: nn.Module,
+    changes: Plan | None,
+    case: parity.Case,
+    inputs: Arrays,
+    *,
+    every: bool,
+) -> Diagnosed:
+    """Compare the modules of a candidate with PyTorch's in one case. Returns notes, too; raises nothing.
+
+    `base` is the module without adapters; `deployed` returns the runner of PyTorch as deployed.
+    """
+    watched = [base, *([candidate.module] if isinstance(candidate, ModuleRunner) else [])]
+    unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
+    if unseen:
+        return None, [
+            f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
+            "by operators that belong to no layer"
+        ]
+    is_large_model = is_large(attached.module)
+    copies = 0 if is_large_model else 2 if attached.rounding else 1
+    needed = copies * fp64_bytes(attached.module)
+    if (available := available_memory()) is not None and needed > available:
+        gib = f"{needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
+        return None, [f"modules were not compared: this needs {gib}"]
+    try:
+        peer, wide = deployed(), attached  # the weights of a large model are widened where they are used
+        if not is_large_model:
+            wide = replace(wide, module=converted_copy(wide.module, to_double))
+        unrounded = Fp64Runner(wide.module)
+        reference = Fp64Runner(wide.ready or wide.rounded_module()) if wide.rounding else unrounded
+        keep_replaced = attached.has_pairs
+        made = DiagnosisCase(
+            candidate, reference, unrounded, peer, base, changes, inputs, case, keep_replaced=keep_replaced
+        )
+        return diagnose(made, every=every), []
+    except CANNOT_FOLLOW as error:
+        return None, [f"modules could not be compared: {(str(error) or repr(error)).splitlines()[0]}"]

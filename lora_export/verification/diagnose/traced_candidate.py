@@ -1,31 +1,95 @@
-"""The inner values of a candidate, module by module: outputs added to a graph, or hooks on a module."""
+"""One case of a proof, with everything that ran it, and the inner values of its candidate, module by module."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.layers import MatrixWeight
-from lora_export.plan import Layout
+from lora_export.plan import Layout, Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays
-from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
-from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
+from lora_export.verification import parity
+from lora_export.verification.compare_outputs import aligned
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
-from lora_export.verification.diagnose.layer_products import weight_matrix
-from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
+from lora_export.verification.diagnose.module_calls import (
+    CallValues,
+    ModuleCall,
+    matrix_weights,
+    record_calls,
+    weight_matrix,
+)
 from lora_export.verification.module_copies import converted_copy
-from lora_export.verification.parity import Wide
+from lora_export.verification.parity import Array, Wide
+
+
+@dataclass(frozen=True, eq=False)
+class DiagnosisCase:
+    """One case of a proof, with the candidate, the references and PyTorch."""
+
+    candidate: Runner
+    reference: Fp64Runner
+    attached: Fp64Runner  # with the adapters unrounded; the reference itself where nothing is rounded
+    deployed: ModuleRunner
+    base: nn.Module  # without adapters
+    plan: Plan | None
+    inputs: Arrays
+    outputs: parity.Case  # of all of them
+    keep_replaced: bool = False  # the base without adapters keeps the tensors that an adapter replaces whole
+
+    @cached_property
+    def base_weights(self) -> dict[str, MatrixWeight]:
+        return matrix_weights(self.base)
+
+    @cached_property
+    def attached_weights(self) -> dict[str, MatrixWeight]:
+        return matrix_weights(self.attached.module)
+
+    @cached_property
+    def rounded_weights(self) -> dict[str, MatrixWeight]:
+        """The weights of the reference, where it rounds some; else an empty dict."""
+        return {} if self.reference is self.attached else matrix_weights(self.reference.module)
+
+    def reference_values(self, calls: Collection[ModuleCall], **inputs: Array) -> dict[ModuleCall, CallValues]:
+        """The values of calls in the reference, with some inputs changed."""
+        return record_calls(self.reference.module, lambda: self.reference.run({**self.inputs, **inputs}), calls)
+
+    def deployed_values(self, calls: Collection[ModuleCall], **inputs: Array) -> dict[ModuleCall, CallValues]:
+        """The values of calls in PyTorch as deployed, with some inputs changed."""
+        return record_calls(self.deployed.module, lambda: self.deployed.run({**self.inputs, **inputs}), calls)
+
+    def base_values(self, calls: Collection[ModuleCall]) -> dict[ModuleCall, CallValues]:
+        """The values of calls without adapters; an empty dict where there are none."""
+        if self.plan is None:
+            return {}
+        with layers.scale_adapters(self.attached.module, 0.0, keep_replaced=self.keep_replaced, in_fp64=True):
+            return record_calls(self.attached.module, lambda: self.attached.run(self.inputs), calls)
+
+    def aligned(self, outputs: Arrays) -> Arrays:
+        """The candidate's outputs under the names that the case gives them."""
+        return outputs_renamed(outputs, self.outputs.candidate)
+
+
+def outputs_renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
+    """Outputs under the names of others, by order; unchanged where their numbers differ."""
+    return aligned(outputs, others, names_known=outputs.keys() == others.keys())
+
+
+# --- the candidate: outputs added to a graph, or hooks on a module ---
 
 SCRIPT_RTOL, SCRIPT_ATOL = 1e-4, 1e-5  # within which a script must compute what a module with its weights does
 
@@ -34,7 +98,8 @@ class TracedCandidate(Protocol):
     """A candidate whose inner values can be read."""
 
     @property
-    def calls(self) -> Sequence[ModuleCall]: ...  # in the order in which they run; empty where any may be traced
+    def calls(self) -> Sequence[ModuleCall]:  # in the order in which they run; empty where any may be traced
+        return []
 
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]: ...
 
@@ -42,7 +107,9 @@ class TracedCandidate(Protocol):
 
     def stored_weight(self, call: ModuleCall) -> Wide | None: ...
 
-    def has_bias(self, call: ModuleCall, /) -> bool: ...  # whether the call's output contains the bias
+    def has_bias(self, call: ModuleCall) -> bool:  # noqa: ARG002
+        """Whether the call's output contains the bias."""
+        return True
 
 
 def trace(case: DiagnosisCase) -> TracedCandidate:
@@ -59,7 +126,7 @@ def trace(case: DiagnosisCase) -> TracedCandidate:
     raise InputRefused(f"the modules of a {type(candidate).__name__} cannot be traced")
 
 
-class TracedGraph:
+class TracedGraph(TracedCandidate):
     """A graph with inner values as further outputs, in memory; its weights are read from their files.
 
     A graph with a `cache` takes a prompt, with an empty cache.
@@ -93,7 +160,6 @@ class TracedGraph:
         return [call for call, tap in self.taps.items() if tap.y is not None]
 
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
-        """The values of calls in one run."""
         names = {name for call in calls for name in (self.taps[call].x, self.taps[call].y) if name}
         feeds = self._feeds(inputs)
         values = {**feeds, **self.runner.run(feeds, sorted(names - feeds.keys()))}
@@ -116,17 +182,14 @@ class TracedGraph:
 
     @property
     def lacks_adapter(self) -> bool:
-        """Whether the graph takes an adapter's file, and runs without one."""
         return self.runner.lacks_adapter
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        """The graph's own outputs, without the cache."""
         others = self.added_outputs | ({tensor.present for tensor in self.cache.cache} if self.cache else set())
         names = [value.name for value in self.runner.session.get_outputs() if value.name not in others]
         return self.runner.run(self._feeds(inputs), names)
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
-        """The weight (out, in) in the graph."""
         site = self.taps[call].site
         matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
         return matrix.reshape(len(matrix), -1).astype(np.float64)
@@ -138,7 +201,7 @@ class TracedGraph:
         return inputs if self.cache is None else self.cache.prompt_feeds(inputs)
 
 
-class TracedModule:
+class TracedModule(TracedCandidate):
     """A module whose calls are recorded by hooks."""
 
     def __init__(self, runner: ModuleRunner):
@@ -147,24 +210,14 @@ class TracedModule:
         if not self.weights:
             raise InputRefused("the module has no layer whose calls can be recorded")
 
-    @property
-    def calls(self) -> Sequence[ModuleCall]:
-        return []
-
     def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
-        """The values of calls in one run."""
         return record_calls(self.runner.module, lambda: self.runner.run(inputs), calls)
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        """The module's outputs."""
         return self.runner.run(inputs)
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
-        """The weight (out, in) of the module."""
         return weight_matrix(self.weights[call.weight])
-
-    def has_bias(self, _: ModuleCall) -> bool:
-        return True
 
 
 def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,10 @@ class Inputs:
         """Case -> input -> shape."""
         return {case: {name: array.shape for name, array in arrays.items()} for case, arrays in self.cases.items()}
 
-
-def describe_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Names, dtypes and shapes, such as `input_ids int64 [2, 7]`."""
-    return ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
+    @property
+    def summaries(self) -> dict[str, str]:
+        """Case -> names, dtypes and shapes, such as `input_ids int64 [2, 7]`."""
+        return {
+            case: ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
+            for case, arrays in self.cases.items()
+        }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,22 +20,11 @@ from lora_export.verification.pair_controls import first_names
 MOST_DRAWS = 32  # that are tried for pairs which no case reaches
 
 
-@dataclass(frozen=True)
-class PairCoverage:
-    """The pairs of the adapters, and those that were computed in no case: of an image tower, or of a rare expert."""
+class PairCoverage(NamedTuple):
+    """The pairs of the adapters that were computed in no case: of an image tower, or of a rare expert."""
 
-    pairs: int = 0
-    unreached: tuple[str, ...] = ()  # the adapter's names of their modules
-
-    @property
-    def doubts(self) -> list[str]:
-        """One message on the pairs that no input reaches."""
-        if not self.unreached:
-            return []
-        return [
-            f"no input reaches {first_names(self.unreached)}: {len(self.unreached)} of the "
-            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them ({named('inputs')})"
-        ]
+    unreached: tuple[str, ...]  # the adapter's names of their modules
+    doubts: list[str]  # one message on them
 
 
 def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed: Collection[Branch]) -> PairCoverage:
@@ -51,7 +39,12 @@ def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed
             for arrays in cases.values():
                 ModuleRunner(attached).run(arrays)
         computed = found
-    return PairCoverage(len(every), tuple(branch.module for branch in every if branch not in computed))
+    unreached = tuple(branch.module for branch in every if branch not in computed)
+    doubt = (
+        f"no input reaches {first_names(unreached)}: {len(unreached)} of the {len(every)} pairs of the adapters were "
+        f"not computed. Give inputs that reach them ({named('inputs')})"
+    )
+    return PairCoverage(unreached, [doubt] if unreached else [])
 
 
 def seeds_that_reach(

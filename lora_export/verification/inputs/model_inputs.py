@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,12 @@ def inputs_of_proof(
     constant = [name for name in model.input_names if name not in perturbed]
     # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
     single, unknown = (constant, []) if model.is_huggingface else ([], constant)
+    first_tokens = {name: before_first_token(arrays) for name, arrays in cases.items() if model.is_huggingface}
     return Inputs(
         cases,
         varied,
         perturbed,
-        unjudged=_unjudged(cases) if model.is_huggingface else {},
+        unjudged={name: positions for name, positions in first_tokens.items() if positions is not None},
         notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
         doubts=tuple(
             f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
@@ -76,12 +77,6 @@ def _perturbed(model: Model, candidate: Runner, before: Arrays, seed: int) -> di
     return perturbed
 
 
-def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:
-    """Case -> the positions before each row's first token, where there are any."""
-    by_case = ((name, before_first_token(arrays)) for name, arrays in cases.items())
-    return {name: positions for name, positions in by_case if positions is not None}
-
-
 def case_inputs(
     model: Model,
     candidate: Runner,
@@ -98,25 +93,15 @@ def case_inputs(
     """
     rows = [index for adapter in adapters for rows in adapter.token_rows.values() for index in rows.indices.tolist()]
     tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
-    return dict(_inputs(model, candidate, seed, user_inputs, tokens, further_seeds))
-
-
-def _inputs(
-    model: Model,
-    candidate: Runner,
-    seed: int,
-    user_inputs: Path | None,
-    tokens: NDArray[np.int64],
-    further_seeds: Sequence[int],
-) -> Iterator[tuple[str, Arrays]]:
+    cases = {}
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         arrays = draw(model, candidate, sizes, seed + number + 1)
-        yield label, _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
-    for further in further_seeds:
-        yield f"seed {further}", further_draw(model, candidate, further)
+        cases[label] = _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
+    cases |= {f"seed {further}": further_draw(model, candidate, further) for further in further_seeds}
     if user_inputs is not None:
-        yield user_inputs.name, _read_inputs(user_inputs, model)
+        cases[user_inputs.name] = _read_inputs(user_inputs, model)
+    return cases
 
 
 def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:

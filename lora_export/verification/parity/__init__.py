@@ -1,88 +1,37 @@
 """The verdict on two sets of arrays: same, different or undecided. Knows neither torch nor onnxruntime."""
 
-from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, is_float, rms
-from lora_export.verification.parity.fill_values import fill_mask
-from lora_export.verification.parity.gates import (
-    CONTROL_SCALE,
-    CONTROLS,
-    FEW_ELEMENTS,
-    Allowance,
-    Tolerance,
-    allowance,
-    error_gate,
-    ratio_limit,
-    tail_gate,
-)
-from lora_export.verification.parity.judging import DEPLOYED_DTYPES, judge
-from lora_export.verification.parity.missing_part import LARGEST_SHARE, EffectShare, MissingPart, judge_missing_part
-from lora_export.verification.parity.verdict import (
-    DECIDES,
-    NOT_JUDGED,
-    PYTORCH,
-    SHOWN,
-    Comparison,
-    Control,
-    Figures,
-    Gate,
-    Histogram,
-    Outcome,
-    Reason,
-    Sensitivity,
-    Verdict,
-    WorstElement,
-    joint_verdict,
-    multiple,
-    outcome_of,
-    percent,
-    with_reasons,
-)
-from lora_export.verification.parity.whole_set import frozen_input
-
-__all__ = [
-    "CONTROLS",
-    "CONTROL_SCALE",
-    "DECIDES",
-    "DEPLOYED_DTYPES",
-    "EPS",
-    "FEW_ELEMENTS",
-    "FEW_EPS",
-    "LARGEST_SHARE",
-    "NOT_JUDGED",
-    "PYTORCH",
-    "SHOWN",
-    "Allowance",
-    "Array",
-    "Case",
-    "Comparison",
-    "Control",
-    "EffectShare",
-    "Figures",
-    "Gate",
-    "Histogram",
-    "MissingPart",
-    "Outcome",
-    "Outputs",
-    "Reason",
-    "Sensitivity",
-    "Tolerance",
-    "Verdict",
-    "Wide",
-    "WorstElement",
-    "allowance",
-    "error_gate",
-    "fill_mask",
-    "frozen_input",
-    "histogram",
-    "is_float",
-    "joint_verdict",
-    "judge",
-    "judge_missing_part",
-    "multiple",
-    "outcome_of",
-    "percent",
-    "ratio_limit",
-    "rms",
-    "tail_gate",
-    "with_reasons",
-]
+from lora_export.verification.parity.case import Case as Case
+from lora_export.verification.parity.figures import EPS as EPS
+from lora_export.verification.parity.figures import FEW_EPS as FEW_EPS
+from lora_export.verification.parity.figures import Array as Array
+from lora_export.verification.parity.figures import Outputs as Outputs
+from lora_export.verification.parity.figures import Wide as Wide
+from lora_export.verification.parity.figures import is_float as is_float
+from lora_export.verification.parity.figures import rms as rms
+from lora_export.verification.parity.gates import CONTROL_SCALE as CONTROL_SCALE
+from lora_export.verification.parity.gates import CONTROLS as CONTROLS
+from lora_export.verification.parity.gates import allowance as allowance
+from lora_export.verification.parity.gates import ratio_limit as ratio_limit
+from lora_export.verification.parity.judging import DEPLOYED_DTYPES as DEPLOYED_DTYPES
+from lora_export.verification.parity.judging import judge as judge
+from lora_export.verification.parity.missing_part import LARGEST_SHARE as LARGEST_SHARE
+from lora_export.verification.parity.missing_part import EffectShare as EffectShare
+from lora_export.verification.parity.missing_part import MissingPart as MissingPart
+from lora_export.verification.parity.missing_part import judge_missing_part as judge_missing_part
+from lora_export.verification.parity.reasons import frozen_input as frozen_input
+from lora_export.verification.parity.special_values import fill_mask as fill_mask
+from lora_export.verification.parity.verdict import DECIDES as DECIDES
+from lora_export.verification.parity.verdict import NOT_JUDGED as NOT_JUDGED
+from lora_export.verification.parity.verdict import PYTORCH as PYTORCH
+from lora_export.verification.parity.verdict import SHOWN as SHOWN
+from lora_export.verification.parity.verdict import Comparison as Comparison
+from lora_export.verification.parity.verdict import Control as Control
+from lora_export.verification.parity.verdict import Outcome as Outcome
+from lora_export.verification.parity.verdict import Reason as Reason
+from lora_export.verification.parity.verdict import Sensitivity as Sensitivity
+from lora_export.verification.parity.verdict import Verdict as Verdict
+from lora_export.verification.parity.verdict import WorstElement as WorstElement
+from lora_export.verification.parity.verdict import joint_verdict as joint_verdict
+from lora_export.verification.parity.verdict import outcome_of as outcome_of
+from lora_export.verification.parity.verdict import percent as percent
+from lora_export.verification.parity.verdict import with_reasons as with_reasons

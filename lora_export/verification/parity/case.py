@@ -1,8 +1,9 @@
-"""One set of inputs, and the outputs of every run on it."""
+"""One set of inputs, the outputs of every run on it, and the structure gate: whether these can be compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.verification.parity.figures import Outputs
-from lora_export.verification.parity.verdict import PYTORCH
+from lora_export.errors import count
+from lora_export.verification.parity.figures import Array, Outputs, is_float
+from lora_export.verification.parity.verdict import PYTORCH, Outcome, Reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +43,14 @@ class Case:
     peer: str = PYTORCH  # the implementation that computed `deployed`
     unjudged: NDArray[np.bool_] | None = None  # [batch, sequence]
     unjudged_by_output: Mapping[str, NDArray[np.bool_]] = field(default_factory=lambda: MappingProxyType({}))
-    filled: frozenset[str] = frozenset()  # the outputs whose fill values are set to zero, see `fill_values`
+    filled: frozenset[str] = frozenset()  # the outputs whose fill values are set to zero, see `special_values`
     positions: Mapping[str, NDArray[np.intp]] = field(default_factory=lambda: MappingProxyType({}))  # see `judged`
+
+    @property
+    def by_role(self) -> dict[str, Outputs]:
+        """The outputs of every run of the case, by the field that has them."""
+        roles = ("reference", "deployed", "candidate", "base", "scaled", "attached")
+        return {role: outputs for role in roles if (outputs := getattr(self, role)) is not None}
 
     @property
     def runs(self) -> dict[str, Outputs]:
@@ -71,12 +79,9 @@ class Case:
         if self.unjudged is None and not self.unjudged_by_output:
             return self
         judged = {name: found for name in self.reference if (found := self._judged_positions(name)) is not None}
-        runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
-        by_run: dict[str, Outputs | None] = {run: getattr(self, run) for run in runs}
         reduced: dict[str, Any] = {
-            run: {name: value[judged[name]] if name in judged else value for name, value in outputs.items()}
-            for run, outputs in by_run.items()
-            if outputs is not None
+            role: {name: value[judged[name]] if name in judged else value for name, value in outputs.items()}
+            for role, outputs in self.by_role.items()
         }
         positions = {name: np.argwhere(mask) for name, mask in judged.items()}
         return replace(self, **reduced, unjudged=None, unjudged_by_output={}, positions=positions)
@@ -98,3 +103,88 @@ class Case:
         if output not in self.positions:
             return index
         return (*map(int, self.positions[output][index[0]]), *index[1:])
+
+
+# --- structure: outputs have the same names, shapes and dtypes, and are finite ---
+
+CANDIDATE, REFERENCE, DEPLOYED = "the candidate", "the reference", "the deployed model"  # as in `Case.runs`
+
+
+def structure_reasons(case: Case, output: str, *, adapted: bool) -> list[Reason]:
+    """The reasons why an output cannot be measured; empty where it can.
+
+    A fault of the candidate is `different`. A fault of another run is `undecided`: the measure itself is broken.
+    """
+    by_run = {run: outputs[output] for run, outputs in case.runs.items() if output in outputs}
+    for problems in (  # each is evaluated only where those before it found nothing
+        _missing(case, by_run, adapted=adapted),
+        itertools.chain(_wrong_shapes(case, by_run), _wrong_dtypes(case, by_run)),
+        _not_finite(case, output, by_run),
+    ):
+        if reasons := [Reason(outcome, "structure", text, case.name, output) for outcome, text in problems]:
+            return reasons
+    return []
+
+
+StructureProblem = tuple[Outcome, str]
+
+
+def _missing(case: Case, by_run: Outputs, *, adapted: bool) -> Iterator[StructureProblem]:
+    if list(by_run) == [CANDIDATE]:
+        yield Outcome.DIFFERENT, "only the candidate has this output"
+        return
+    for run in case.runs:
+        if run not in by_run:
+            yield _outcome(run), f"{run} lacks this output"
+    if adapted and (case.base is None or case.scaled is None):
+        missing = "without adapters" if case.base is None else "with every scale × 1.1"
+        yield Outcome.UNDECIDED, f"the case was not run {missing}, so a control cannot be checked"
+
+
+def _wrong_shapes(case: Case, by_run: Outputs) -> Iterator[StructureProblem]:
+    shape = by_run[REFERENCE].shape
+    for run, array in by_run.items():
+        if array.shape != shape:
+            shapes = f"{list(array.shape)}, the reference's is {list(shape)}"
+            yield _outcome(run), f"{run}'s shape is {shapes}, for the inputs {case.inputs_summary}"
+
+
+def _wrong_dtypes(case: Case, by_run: Outputs) -> Iterator[StructureProblem]:
+    deployed = by_run[DEPLOYED]
+    for run, array in by_run.items():
+        if run == CANDIDATE and array.dtype != deployed.dtype:
+            yield Outcome.DIFFERENT, f"the candidate's dtype is {array.dtype}, {case.peer}'s is {deployed.dtype}"
+        elif run != CANDIDATE and not _are_comparable(array, deployed):
+            yield (
+                Outcome.UNDECIDED,
+                f"{run}'s dtype is {array.dtype} and {case.peer}'s is {deployed.dtype}: these are not comparable",
+            )
+
+
+def _outcome(run: str) -> Outcome:
+    return Outcome.DIFFERENT if run == CANDIDATE else Outcome.UNDECIDED
+
+
+def _are_comparable(array: Array, deployed: Array) -> bool:
+    """Floats of any width are comparable. Integers and booleans need the same dtype."""
+    if is_float(deployed):
+        return is_float(array)
+    return array.dtype == deployed.dtype and deployed.dtype.kind in "iub"
+
+
+def _not_finite(case: Case, output: str, by_run: Outputs) -> Iterator[StructureProblem]:
+    """NaN and infinity. NaN in all runs is no agreement: where the measure is not finite, nothing is decided."""
+    measure_is_finite = np.isfinite(by_run[REFERENCE]) & np.isfinite(by_run[DEPLOYED])
+    for run, array in by_run.items():
+        bad = ~np.isfinite(array)
+        is_fault_of_candidate = run == CANDIDATE and bool(np.any(bad & measure_is_finite))
+        if is_fault_of_candidate:
+            bad &= measure_is_finite
+        if bad.any():
+            index = tuple(int(i) for i in np.argwhere(bad)[0])
+            place = list(case.index(output, index))
+            yield (
+                Outcome.DIFFERENT if is_fault_of_candidate else Outcome.UNDECIDED,
+                f"{run} has {count(int(bad.sum()), 'value')} not finite, the first at {place}: "
+                f"{float(array[index])}, where the reference has {float(by_run[REFERENCE][index]):.9g}",
+            )

@@ -40,12 +40,10 @@ def peak(x: Wide) -> float:
 
 
 def wide(x: Array) -> Wide:
-    """The array in fp64."""
     return x.astype(np.float64, copy=False)
 
 
 def difference(one: Array, other: Array) -> Wide:
-    """one - other, in fp64."""
     return wide(one) - wide(other)
 
 

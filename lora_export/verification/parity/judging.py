@@ -10,17 +10,7 @@ verdict uses up to five arrays for each output, all computed from the same input
     B  the base: the reference without its adapters
     S  the reference with every adapter scale × 1.1
 
-    exact      integers are R's or P's, or indices whose scores tie within the limits; else different
-    fill       the fill values of a mask (-1e9, an infinity) are P's; else different
-    structure  all have the same names, count, dtypes and shapes, and are finite; else different
-    error      rmse(O, R) <= k · rmse(P, R), or eps · rms(R) where P happens to be exact; else different
-    tail       max |O - R| <= k · max |P - R| + 4 eps max |R|; else different
-    bulk       the same for the median of |O - R|, where a few elements hold most of P's error; else different
-    features   the error gate for features a tenth as large as the largest, and smaller, all cases together
-    effect     rmse(O, R) <= 0.1 · rmse(R, B); else undecided: merged and unmerged could not be distinguished
-    loss       rounded weights move the outputs less than the adapter does; else undecided
-    controls   error, tail or bulk must *fail* for O against B, and for O against S; else undecided
-
+The gates are listed in `gates.py`. The controls must fail error, tail or bulk for O against B, and for O against S.
 "As close to the truth as PyTorch itself" is the rule of PyTorch's own compiler tests (torch._dynamo.utils.same).
 `different` outweighs `undecided`. Only a set of cases without any reason against it is `same`. This package knows
 arrays alone, neither torch nor onnxruntime.
@@ -35,7 +25,7 @@ import numpy as np
 
 from lora_export.errors import InputRefused
 from lora_export.options.common import Running
-from lora_export.verification.parity.case import Case
+from lora_export.verification.parity.case import Case, structure_reasons
 from lora_export.verification.parity.figures import (
     EPS,
     Wide,
@@ -55,7 +45,6 @@ from lora_export.verification.parity.figures import (
     wide,
     worst_element,
 )
-from lora_export.verification.parity.fill_values import without_fill
 from lora_export.verification.parity.gates import (
     FEW_ELEMENTS,
     Tolerance,
@@ -63,11 +52,10 @@ from lora_export.verification.parity.gates import (
     controls_of,
     gates_of,
     ratio_limit,
+    small_feature_reasons,
 )
-from lora_export.verification.parity.reasons import reasons_of
-from lora_export.verification.parity.small_features import small_feature_reasons
-from lora_export.verification.parity.structure import structure_reasons
-from lora_export.verification.parity.tied_indices import without_ties
+from lora_export.verification.parity.reasons import input_reasons, notes_on_scope, power_reasons, reasons_of
+from lora_export.verification.parity.special_values import without_fill, without_ties
 from lora_export.verification.parity.verdict import (
     PYTORCH,
     Comparison,
@@ -76,10 +64,8 @@ from lora_export.verification.parity.verdict import (
     Reason,
     Sensitivity,
     Verdict,
-    WorstElement,
     outcome_of,
 )
-from lora_export.verification.parity.whole_set import input_reasons, notes_on_scope, power_reasons
 
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
@@ -139,8 +125,7 @@ def judge(
         notes=(
             *notes,
             *([PADDED] if any(case.positions for case in cases) else []),
-            *(note for each in prepared for note in each.notes),
-            *(note for each in untied for note in each.notes),
+            *(note for each in (*prepared, *untied) for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
         not_judged=tuple(not_judged),
@@ -174,7 +159,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
     error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
     has_classes = is_class_scores(output, o) and output not in case.filled
-    finest = coarser(o, dtype)
+    finest, worst = coarser(o, dtype), worst_element(o, r)
     allowed = None
     if is_float(o):
         allowed = allowance(r, peer_errors, ratio_limit=ratio_limit(o.size, finest), eps=EPS[finest])
@@ -188,7 +173,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         max_error=peak(difference(o, r)),
         deployed_max_error=peak(difference(p, r)),
         max_relative_error=max_relative(wide(o), wide(r)),
-        worst=_worst(case, output),
+        worst=replace(worst, index=case.index(output, worst.index)),
         effect=effect,
         relative_to_effect=ratio(error, effect),
         cosine=cosine(wide(o), wide(r)),
@@ -204,8 +189,3 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         ),
         peer=case.peer,
     )
-
-
-def _worst(case: Case, output: str) -> WorstElement:
-    worst = worst_element(case.candidate[output], case.reference[output])
-    return replace(worst, index=case.index(output, worst.index))

@@ -9,17 +9,18 @@ or near 1, and how near is known from the same share of PyTorch's own error.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, Outputs, coarser, difference, is_float, rms, wide
-from lora_export.verification.parity.fill_values import without_fill
 from lora_export.verification.parity.gates import FEW_ELEMENTS
 from lora_export.verification.parity.judging import judge
+from lora_export.verification.parity.special_values import without_fill
 from lora_export.verification.parity.verdict import Outcome
 
 LARGEST_SHARE = 0.5  # of a part's effect that may be missing
@@ -44,13 +45,7 @@ class EffectShare:
     rows: int = 0
 
     def __add__(self, other: EffectShare) -> EffectShare:
-        return EffectShare(
-            self.candidate + other.candidate,
-            self.peer + other.peer,
-            self.effect + other.effect,
-            self.variance + other.variance,
-            self.rows + other.rows,
-        )
+        return EffectShare(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def missing(self) -> float | None:

@@ -369,7 +369,6 @@ def _in_role(role: str, reason: Reason) -> Reason:
 
 
 def with_reasons(verdict: Verdict, *more: Reason) -> Verdict:
-    """The verdict with more reasons against it."""
     reasons = (*verdict.reasons, *more)
     return replace(verdict, outcome=outcome_of(reasons), reasons=reasons)
 

@@ -1,25 +1,7 @@
 """The references of a proof: what computes the outputs that a candidate should have.
 
 `References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
-implement both, in `against_pytorch.py` and `against_graph.py`.
-
-    beyond_rounding.py     where the error of PyTorch itself is more than rounding
-    attached_module.py     PyTorch's references in fp64: adapters attached as branches
-    single_pairs.py        PyTorch in fp64 without single pairs
-    recorded_blocks.py     outputs of a module's blocks, in place of computing them again
-    deployed_module.py     PyTorch as deployed, and with its adapters merged
-    deployed_runs.py       its runs: what the inputs reach, and how large its own error can be
-    diagnosed_module.py    a candidate compared with PyTorch module by module
-    half_precision.py      candidates in half precision, also where only their weights show it
-    candidate_weights.py   how a candidate rounds or quantises its weights
-    quantised_weights.py   the weights that a quantised graph computes with
-    quantisation_error.py  whether these are the model's weights, rounded
-    cached_outputs.py      outputs of PyTorch's references, stored for the next candidate
-    base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
-    graph_with_adapter.py  adapters in a graph, in other forms than the candidate's
-    graph_fp64.py          a graph rewritten to compute in fp64
-    graph_pairs.py         a graph in fp64 without single pairs
-    graph_sessions.py      sessions of graphs in memory
+are both, in `against_pytorch.py` and `against_graph.py`. What has a body here is true unless they differ.
 """
 
 from __future__ import annotations
@@ -61,15 +43,19 @@ class References(Protocol):
     @property
     def seed(self) -> int: ...  # of the generated inputs
     @property
-    def origin(self) -> Path | None: ...  # the quantised graph from which the candidate was made, where known
+    def origin(self) -> Path | None:  # the quantised graph from which the candidate was made, where known
+        return None
+
     @property
-    def remedy(self) -> str: ...  # other references that may decide what these cannot; empty where there are none
+    def remedy(self) -> str:  # other references that may decide what these cannot
+        return ""
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Self:
         """The same references with other adapters. What was computed without adapters is shared."""
 
     def check(self) -> None:
         """Raise the error that would end every proof, before there is a candidate."""
+        return  # none would
 
     def as_run(self, runner: Runner) -> Runner:
         """The runner that runs a graph on the inputs of these references."""
@@ -102,11 +88,12 @@ class PreparedReferences(Protocol):
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Switch off single pairs of the adapters, which `run` has run."""
 
-    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
         """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.
 
         With `every`, all modules are compared. Raises nothing: no failure here changes a verdict.
         """
+        return None, []
 
 
 @dataclass(frozen=True, eq=False)

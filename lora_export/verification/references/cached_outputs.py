@@ -64,70 +64,58 @@ class CacheEntry:
     warn: Warn
 
     def read(self) -> CachedOutputs | None:
-        """The outputs in the entry; None where there are none that can be used."""
-        return None if self.folder is None or self.key is None else read(self.folder, self.key, self.warn)
+        """The outputs in the entry; None where it is missing, stale or damaged. The last two are warned of."""
+        if self.folder is None or self.key is None or not (path := self._path(self.folder, self.key)).exists():
+            return None
+        by_role: dict[str, dict[str, Arrays]] = {}
+        try:
+            file = safetensors_file.open_file(path)
+            record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
+            flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
+            if record.get("digest") != _digest(flat, record["detected"]):
+                raise InputRefused("its values are not those that were written")
+            if record["made_with"] != self.key.made_with:
+                changes = _changes(record["made_with"], self.key.made_with)
+                self.warn(f"cache: {path.name} is stale ({changes}): the reference runs again")
+                return None
+            for (case, role, output), values in flat:
+                by_role.setdefault(role, {}).setdefault(case, {})[output] = values
+            return CachedOutputs(by_role, frozenset(record["stayed"]), frozenset(record["detected"]))
+        except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
+            self.warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
+            return None
 
     def write(self, outputs: CachedOutputs) -> None:
-        """Write the outputs. Warns where these cannot be cached."""
+        """Write the entry, whole or not at all. A failure is warned of, and never ends a proof."""
         if self.folder is None:
             return
         if self.key is None:
             self.warn("cache: not used: an adapter came from no file, or was merged into quantised weights")
-        else:
-            write(self.folder, self.key, outputs, self.warn)
+            return
+        path, detected = self._path(self.folder, self.key), sorted(outputs.detected)
+        flat = [
+            ((case, role, output), values)
+            for role, by_case in outputs.by_role.items()
+            for case, arrays in by_case.items()
+            for output, values in arrays.items()
+        ]
+        record = {
+            "made_with": self.key.made_with,
+            "stayed": sorted(outputs.narrow_operators),
+            "detected": detected,
+            "digest": _digest(flat, detected),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
+                named = {json.dumps(name): values for name, values in flat}
+                safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(record)})
+        except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
+            self.warn(f"cache: nothing was saved: {error}")
 
-
-def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
-    """The outputs in the folder's entry; None where it is missing, stale or damaged. The last two are warned of."""
-    path = _path(folder, key)
-    if not path.exists():
-        return None
-    by_role: dict[str, dict[str, Arrays]] = {}
-    try:
-        file = safetensors_file.open_file(path)
-        record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
-        flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
-        if record.get("digest") != _digest(flat, record["detected"]):
-            raise InputRefused("its values are not those that were written")
-        if record["made_with"] != key.made_with:
-            changes = _changes(record["made_with"], key.made_with)
-            warn(f"cache: {path.name} is stale ({changes}): the reference runs again")
-            return None
-        for (case, role, output), values in flat:
-            by_role.setdefault(role, {}).setdefault(case, {})[output] = values
-        return CachedOutputs(by_role, frozenset(record["stayed"]), frozenset(record["detected"]))
-    except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
-        warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
-        return None
-
-
-def write(folder: Path, key: CacheKey, outputs: CachedOutputs, warn: Warn) -> None:
-    """Write the entry, whole or not at all. A failure is warned of, and never ends a proof."""
-    path = _path(folder, key)
-    flat = [
-        ((case, role, output), values)
-        for role, by_case in outputs.by_role.items()
-        for case, arrays in by_case.items()
-        for output, values in arrays.items()
-    ]
-    detected = sorted(outputs.detected)
-    record = {
-        "made_with": key.made_with,
-        "stayed": sorted(outputs.narrow_operators),
-        "detected": detected,
-        "digest": _digest(flat, detected),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
-            named = {json.dumps(name): values for name, values in flat}
-            safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(record)})
-    except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
-        warn(f"cache: nothing was saved: {error}")
-
-
-def _path(folder: Path, key: CacheKey) -> Path:
-    return folder / f"reference-{key.digest[:32]}.safetensors"
+    @staticmethod
+    def _path(folder: Path, key: CacheKey) -> Path:
+        return folder / f"reference-{key.digest[:32]}.safetensors"
 
 
 def cache_key(

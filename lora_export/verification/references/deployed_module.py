@@ -1,23 +1,29 @@
-"""PyTorch as it would be deployed beside a candidate: in its precision, and with the weights that it should store."""
+"""PyTorch as it would be deployed beside a candidate: in its precision, and with the weights that it should store.
+
+Its runs show what the inputs reach, and how large its own error can be.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused, Undecided
+from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan
-from lora_export.runtime.runner import Runner
+from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
+from lora_export.verification.candidate_outputs import kept
+from lora_export.verification.inputs.coverage import RowCoverage, coverage_of_pairs
 from lora_export.verification.module_copies import (
     converted_copy,
     is_large,
@@ -27,6 +33,7 @@ from lora_export.verification.module_copies import (
     to_single,
 )
 from lora_export.verification.parity import DECIDES
+from lora_export.verification.references import quantisation_error
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
@@ -163,3 +170,47 @@ def _rounded_to_int8(values: torch.Tensor, block_size: int) -> torch.Tensor:
     levels = torch.where(scale > 0, blocks / scale, blocks).round()
     rounded: torch.Tensor = (levels * scale).flatten(-2)[..., :features]
     return rounded
+
+
+# --- runs ---
+
+MERGED_MODULE = (
+    "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
+)
+MOVED_WEIGHTS = (
+    "PyTorch was measured with each weight moved to a neighbouring number in fp32, too; the largest error counts: the "
+    "order of its sums alone was a lucky one"
+)
+DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
+
+
+class ObservedRun(NamedTuple):
+    """The outputs of PyTorch, and what these inputs could not show."""
+
+    outputs: dict[str, Arrays]  # by case
+    doubts: tuple[str, ...]  # pairs and rows that no input reaches
+    not_judged: tuple[str, ...]
+    unreached: tuple[str, ...]  # the pairs among them, by the adapter's names of their modules
+    quantisation: quantisation_error.Findings  # what the quantised weights cost in these runs
+
+
+def run_observed(
+    deployed: ModuleRunner,
+    attached: nn.Module,
+    cases: Mapping[str, Arrays],
+    model: Model,
+    adapters: Sequence[Adapter],
+    quantised: Mapping[str, DequantisedWeight],
+) -> ObservedRun:
+    """Run all cases, and observe which pairs and rows of the adapters they reach, and what the quantisation costs.
+
+    `attached` is the module with the adapters attached, whose branches show what is reached.
+    """
+    rows = RowCoverage(deployed.module, model, adapters)
+    errors = {name: weight.error for name, weight in quantised.items() if weight.error is not None}
+    with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
+        outputs = {name: kept(deployed.run(arrays)) for name, arrays in cases.items()}
+    doubts, not_judged = rows.doubts, rows.not_judged  # read here: runs on other inputs would add to them
+    pairs = coverage_of_pairs(attached, cases, computed)
+    found = quantisation_error.findings_on(errors, layer)
+    return ObservedRun(outputs, (*doubts, *pairs.doubts), tuple(not_judged), pairs.unreached, found)

@@ -43,8 +43,10 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     its dequantised weight. Nodes with subgraphs do not change. `types_of` returns the dtypes of values for which the
     graph has none.
     """
-    _dequantise_all(model)
-    untyped = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
+    for node in list(model.graph):
+        dequantise(model, node)
+    produced = (output for node in model.graph for output in node.outputs if output.name)
+    untyped = [output for output in produced if output.dtype in (None, ir.DataType.UNDEFINED)]
     if untyped:
         types = types_of(model)
         for value in untyped:
@@ -61,10 +63,6 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     return tuple(sorted(widener.narrow_operators))
 
 
-def _lacks_type(value: ir.Value) -> bool:
-    return value.dtype is None or value.dtype is ir.DataType.UNDEFINED
-
-
 class _Widener:
     """Visits the nodes in their order. Every float value becomes wide, or gets a wide copy."""
 
@@ -77,9 +75,7 @@ class _Widener:
 
     def visit(self, node: ir.Node) -> None:
         """Widen a node, or cast its inputs to their former dtypes."""
-        if KEEPS_ROUNDING in node.metadata_props:
-            self._round(node)
-        elif operator_id(node) == (ONNX, "Cast") and self._is_float_cast(node):
+        if KEEPS_ROUNDING in node.metadata_props or (operator_id(node) == (ONNX, "Cast") and self._is_float_cast(node)):
             self._widen_cast(node)
         elif operator_id(node) in FP64_OPERATORS:
             self._widen_node(node)
@@ -90,21 +86,16 @@ class _Widener:
         return ir.DataType(node.attributes["to"].as_int()) in NARROW_FLOATS
 
     def _widen_cast(self, node: ir.Node) -> None:
-        """A cast from any dtype to a float dtype becomes a cast to fp64."""
+        """A cast from any dtype to a float dtype becomes a cast to fp64, unless its rounding is intended."""
         (source,), (output,) = node.inputs, node.outputs
         assert source is not None
         if self._is_float(source):
             node.replace_input_with(0, self._as_wide(source, node))
-        node.attributes["to"] = ir.AttrInt64("to", int(DOUBLE))
-        self._make_wide(output)
-
-    def _round(self, node: ir.Node) -> None:
-        """A cast whose rounding is intended keeps its dtype."""
-        (source,), (output,) = node.inputs, node.outputs
-        assert source is not None
-        if self._is_float(source):
-            node.replace_input_with(0, self._as_wide(source, node))
-        output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+        if KEEPS_ROUNDING in node.metadata_props:
+            output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+        else:
+            node.attributes["to"] = ir.AttrInt64("to", int(DOUBLE))
+            self._make_wide(output)
 
     def _widen_node(self, node: ir.Node) -> None:
         for index, value in enumerate(node.inputs):
@@ -188,11 +179,6 @@ def compute_weights_late(model: ir.Model, parts: Collection[ir.Value] = ()) -> N
     if nodes:
         model.graph.remove(nodes)
         model.graph.insert_before(model.graph[0], nodes)
-
-
-def _dequantise_all(model: ir.Model) -> None:
-    for node in list(model.graph):
-        dequantise(model, node)
 
 
 def dequantise(model: ir.Model, node: ir.Node) -> ir.Node | None:

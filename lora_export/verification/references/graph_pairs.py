@@ -26,7 +26,7 @@ from lora_export.verification.pair_controls import (
     with_difference,
 )
 from lora_export.verification.parity import Wide
-from lora_export.verification.references.graph_sessions import open_in_fp64
+from lora_export.verification.references.base_graph import open_in_fp64
 from lora_export.verification.references.graph_with_adapter import RecordedConstant, sum_at_weights
 
 

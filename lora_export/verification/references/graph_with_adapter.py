@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import Undecided
+from lora_export.errors import Undecided, count
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -47,34 +47,37 @@ class RecordedConstant(NamedTuple):
 
 def sum_at_weights(
     model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False, record: list[RecordedConstant] | None = None
-) -> None:
+) -> list[str]:
     """Let every reader of a planned weight read W + ΔW, computed by nodes of the graph. Changes `model` in memory.
 
     ΔW = Σ strength·scale·B·A, as products of the adapter's own factors. DoRA's norms are computed from the sum by nodes
     too. Weights in half precision are summed in fp32 and rounded once. With `rounded`, `graph_fp64.widen` keeps that
     rounding. A MatMulNBits becomes a MatMul by its dequantised weight. `record` receives the tensors of the pairs.
-    `sites` is invalid afterwards.
+    `sites` is invalid afterwards. Returns no notes.
     """
     refuse_unsupported_steps(plan)
     factory, products = NodeFactory(model), _DequantisedProducts(model)
     for step in plan.steps:
         for site in sites.by_name[step.weight]:
             _WeightSum(factory, step, site, products.of(site), rounded=rounded, record=record).insert()
+    return []
 
 
-def branches_where_possible(model: ir.Model, sites: Sites, plan: Plan) -> int:
-    """As `insert_nodes` where that is possible, `sum_at_weights` elsewhere. Returns how many weights are elsewhere."""
+def branches_where_possible(model: ir.Model, sites: Sites, plan: Plan) -> list[str]:
+    """As `insert_nodes` where that is possible, `sum_at_weights` elsewhere. Returns a note on the weights elsewhere."""
     steps = [step for step in plan.steps if not _can_have_branch(model, step, sites)]
     sum_at_weights(model, sites, replace(plan, steps=tuple(steps)))
     insert_nodes(model, sites, replace(plan, steps=tuple(step for step in plan.steps if step not in steps)))
-    return len(steps)
+    if not steps:
+        return []
+    return [f"{count(len(steps), 'weight')} cannot have a branch: W + ΔW is computed where it is read"]
 
 
-def branches_at_quantised_weights(model: ir.Model, sites: Sites, plan: Plan) -> None:
+def branches_at_quantised_weights(model: ir.Model, sites: Sites, plan: Plan) -> list[str]:
     """x·ΔW beside weights that stay quantised, and W + ΔW at all others. Shows how exactly such a graph can compute.
 
     A quantised product has an error of its own (it may round x to 8 bits), which a graph with float weights lacks. ΔW
-    is one matrix, computed from the factors when the graph runs. With DoRA it is computed here.
+    is one matrix, computed from the factors when the graph runs. With DoRA it is computed here. Returns no notes.
     """
     quantised = [step for step in plan.steps if any(site.quantised for site in sites.by_name[step.weight])]
     others = tuple(step for step in plan.steps if step not in quantised)
@@ -83,6 +86,7 @@ def branches_at_quantised_weights(model: ir.Model, sites: Sites, plan: Plan) -> 
     for step in quantised:
         for site in inserter.sites_of(step.weight, sites):
             inserter.add_to_product(site, [_delta_branch(inserter.factory, step, site)])
+    return []
 
 
 def refuse_parts(plan: Plan) -> None:

@@ -88,21 +88,22 @@ def quantisation_error_of(
     excess = np.abs(own) - np.abs(least)
     is_wrong = excess > slack
     in_steps = excess / np.where(rounding.steps.own, rounding.steps.own, 1.0)
-    needed = _norm(rounding.steps.needed) / math.sqrt(12)  # errors are uniform within a step
+    needed = norm(rounding.steps.needed) / math.sqrt(12)  # errors are uniform within a step
     differing = slice(None) if is_wrong.any() else slice(0)
     return QuantisationError(
         values.size,
         int(is_wrong.sum()),
         float(np.max(in_steps, initial=0.0, where=is_wrong)),
-        _relative(_norm(own), needed),
-        _relative(_norm(own), _norm(least)),
+        _relative(norm(own), needed),
+        _relative(norm(own), norm(least)),
         own[differing].astype(np.float32),
         least[differing].astype(np.float32),
     )
 
 
-def _norm(array: Wide) -> float:
-    return float(np.linalg.norm(array))
+def norm(array: NDArray[Any]) -> float:
+    """The Euclidean norm, in fp64."""
+    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def _relative(value: float, unit: float) -> float:

@@ -18,7 +18,6 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -43,6 +42,7 @@ from lora_export.verification.parity import DECIDES, Wide
 from lora_export.verification.references.quantisation_error import (
     NearestNumbers,
     QuantisationError,
+    norm,
     quantisation_error_of,
 )
 from lora_export.weights.checkpoint import open_checkpoint
@@ -188,13 +188,14 @@ def _dequantised(
     for name, site in sites.items():
         if name not in parameters:
             continue
+        assert site.quantised is not None
         original = tensors[name].detach().float().numpy()
         is_transposed = parameters[name].layout is Layout.IN_OUT
         values = site.matrix.T if is_transposed else site.matrix
         weight = DequantisedWeight(
-            _kind(site),
+            site.quantised.kind,
             np.ascontiguousarray(values, np.float32),
-            _norm(values - original) / (_norm(original) or 1.0),
+            norm(values - original) / (norm(original) or 1.0),
             _activation_block(site, executed),
             functools.partial(_rounding, site, is_transposed, str(tensors[name].dtype).removeprefix("torch.")),
         )
@@ -214,11 +215,6 @@ def _rounding(site: Site, is_transposed: bool, dtype: str, values: Wide) -> Near
     )
 
 
-def _kind(site: Site) -> str:
-    assert site.quantised is not None
-    return site.quantised.kind
-
-
 def _activation_block(site: Site, executed: Collection[tuple[str, str]]) -> int:
     """How many inputs of the layer are rounded to int8 with one scale; 0 where they are not rounded."""
     assert site.quantised is not None
@@ -230,10 +226,6 @@ def _activation_block(site: Site, executed: Collection[tuple[str, str]]) -> int:
     # in blocks of its own where the scales have none. The fused node has the product's name.
     is_fused = (site.node.name, MATMUL_NBITS) in executed
     return (node.attributes.get_int("block_size", 0) or FUSED_BLOCK_SIZE) if is_fused else 0
-
-
-def _norm(array: NDArray[Any]) -> float:
-    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def _refuse_unrelated(weights: Mapping[str, DequantisedWeight], owner: str) -> None:
@@ -332,13 +324,12 @@ def _with_merges(
         _refuse_unknown_bases(merges)
     elif all(np.array_equal(weight.values, before[name].values) for name, weight in weights.items() if name in before):
         merges = {}  # the adapters are beside the very weights of the origin
-    return {**weights, **{name: _merged(weights[name], merge, before.get(name)) for name, merge in merges.items()}}
-
-
-def _merged(weight: DequantisedWeight, merge: QuantisedMerge, before: DequantisedWeight | None) -> DequantisedWeight:
-    # `merge_faults` reports wrong integers of the sum.
-    error = replace(merge.error, misrounded=0) if before is None else before.error
-    return replace(weight, merge=merge, distance=merge.distance, error=error)
+    merged = dict(weights)
+    for name, merge in merges.items():
+        # `merge_faults` reports wrong integers of the sum.
+        error = before[name].error if name in before else replace(merge.error, misrounded=0)
+        merged[name] = replace(weights[name], merge=merge, distance=merge.distance, error=error)
+    return merged
 
 
 def _merges(
@@ -360,7 +351,7 @@ def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> 
     energy = float((change**2).sum()) or 1.0
     fraction = float((moved * change).sum()) / energy
     standard_error = float(np.sqrt(np.mean((moved - fraction * change) ** 2) / energy))
-    distance = _norm(weight.values - total) / (_norm(total) or 1.0)
+    distance = norm(weight.values - total) / (norm(total) or 1.0)
     return QuantisedMerge(
         base, fraction, standard_error, distance, quantisation_error_of(weight.values, total, weight.rounding(total))
     )

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from fuzz.targets import bounded
 from lora_export import layers, plan
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import RuntimeRefused
 from lora_export.models.load import load_model
 from lora_export.models.pt2 import program, reader
 from lora_export.models.tracing import named_outputs
-from lora_export.runtime import open_artifact
+from lora_export.runtime.open_artifact import HowToOpen, open_candidate
 from lora_export.runtime.torch_runners import Fp64Runner
 from support.factories import Spotter
 from support.hostile_programs import changed, nodes
@@ -118,7 +119,7 @@ def test_blocks_and_in_place_operators_compute_as_in_the_module(
 
 def test_outputs_have_the_modules_names(tmp_path: Path) -> None:
     path = export(Switches(), {"x": noise(2, 4)}, tmp_path / "named.pt2")
-    runner = open_artifact.open_candidate(path, None)  # type: ignore[arg-type]
+    runner = open_candidate(open_artifact(path), HowToOpen(None))  # type: ignore[arg-type]
     answer = runner.run({"x": np.ones((3, 4), np.float32)})
     assert list(answer) == ["sum", "parts.0", "parts.1.0", "parts.1.1"]
     assert [value.shape for value in answer.values()] == [(3, 4), (8,), (3, 2), (3, 2)]

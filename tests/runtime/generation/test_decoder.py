@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
+import transformers as hf
 
+import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
-from lora_export.runtime.generation.decoder import Decoder
+from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder
 from support import FACTORIES
 from support.decoders import WORDS, a_graph, a_graph_with_a_state
+from support.generators import small_encoder_decoder, sounds
 
 
 @pytest.fixture
@@ -68,3 +73,46 @@ def test_further_input_is_refused_by_name(sums: Path, tmp_path: Path) -> None:
 def test_adapter_of_a_graph_that_takes_none_is_refused(sums: Path) -> None:
     with pytest.raises(InputRefused, match='takes no adapter: it was not made with lora="inputs" or rows'):
         Decoder(sums).load("fr")
+
+
+# --- encoder decoder ---
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whisper")
+    small_encoder_decoder("whisper", folder / "base")
+    le.export_onnx(folder / "base", folder / "served", with_cache=True, verify=False)
+    return folder
+
+
+def logits(base: Path, tokens: np.ndarray) -> np.ndarray:
+    module: Any = hf.WhisperForConditionalGeneration.from_pretrained(base).eval()
+    with torch.no_grad():
+        outputs = module(input_features=torch.tensor(np.stack(sounds())), decoder_input_ids=torch.tensor(tokens))
+    last: np.ndarray = outputs.logits[:, -1].numpy()
+    return last
+
+
+def test_steps_give_the_logits_of_the_model(whisper: Path) -> None:
+    model = EncoderDecoder(whisper / "served")
+    assert model.takes.keys() == {"input_features"}
+    assert not model.takes_mask
+    assert model.rows == []
+    run = model.start({"input_features": np.stack(sounds())})
+    tokens = np.random.default_rng(0).integers(3, 60, (3, 6))
+    done = 0
+    for stop in (2, 3, 6):
+        step = tokens[:, done:stop]
+        right = logits(whisper / "base", tokens[:, :stop])
+        found = run.step(step, np.ones_like(step), np.zeros_like(step))
+        np.testing.assert_allclose(found, right, rtol=0, atol=2e-4 * np.abs(right).max())
+        done = stop
+    rows, one = [2, 0], np.ones((2, 1), np.int64)
+    of_two = run.of_rows(rows)
+    right = logits(whisper / "base", tokens[:, :1])
+    found = of_two.step(tokens[rows, :1], one, one)
+    np.testing.assert_allclose(found, right[rows], rtol=0, atol=2e-4 * np.abs(right).max())
+    run.restart()
+    again = run.step(tokens[:, :1], np.ones((3, 1), np.int64), np.zeros((3, 1), np.int64))
+    np.testing.assert_allclose(again, right, rtol=0, atol=2e-4 * np.abs(right).max())

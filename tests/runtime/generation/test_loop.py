@@ -1,4 +1,4 @@
-"""The loop of generation: batches, padding, ends, and what is passed on."""
+"""The choice of a token: the most probable one, or a seeded draw."""
 
 from __future__ import annotations
 
@@ -7,13 +7,135 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers.generation import logits_process as hf
 
+from lora_export.errors import WrongUsage
 from lora_export.models.load import load_model
 from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.loop import TextLimits, generate_tokens
-from lora_export.runtime.generation.sampling import Sampling
+from lora_export.runtime.generation.loop import NO_RULES, Sampling, TextLimits, TokenRules, generate_tokens
 from support import FACTORIES
 from support.decoders import a_graph
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+
+def drawn(sampling: Sampling, count: int, logits: np.ndarray = LOGITS) -> np.ndarray:
+    generators = sampling.generators(1)
+    return np.array([sampling.choose(logits, generators)[0] for _ in range(count)])
+
+
+def test_no_temperature_takes_the_most_probable_token_of_each_row() -> None:
+    logits = np.array([[1, 3, 2], [5, 0, 9]], np.float32)
+    assert Sampling().choose(logits, Sampling().generators(2)).tolist() == [1, 2]
+
+
+def test_draws_have_the_probabilities_of_the_softmax() -> None:
+    tokens = drawn(Sampling(temperature=1.0), 4000)
+    shares = np.bincount(tokens, minlength=4) / len(tokens)
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+
+
+def test_higher_temperature_evens_the_probabilities_out() -> None:
+    tokens = drawn(Sampling(temperature=2.0), 4000)
+    expected = np.sqrt([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(np.bincount(tokens) / len(tokens), expected / expected.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(("top_p", "possible"), [(0.5, {0}), (0.51, {0, 1}), (0.8, {0, 1}), (0.94, {0, 1, 2})])
+def test_top_p_leaves_out_improbable_tokens(top_p: float, possible: set[int]) -> None:
+    assert set(drawn(Sampling(temperature=1.0, top_p=top_p), 500).tolist()) == possible
+
+
+def test_draws_of_a_row_depend_on_the_seed_and_no_neighbour() -> None:
+    logits = np.zeros((1, 50), np.float32)
+    one = drawn(Sampling(1.0, seed=3), 20, logits)
+    assert one.tolist() == drawn(Sampling(1.0, seed=3), 20, logits).tolist()
+    assert one.tolist() != drawn(Sampling(1.0, seed=4), 20, logits).tolist()
+    sampling = Sampling(1.0, seed=3)
+    generators = sampling.generators(2)
+    both = np.array([sampling.choose(np.zeros((2, 50), np.float32), generators) for _ in range(20)])
+    assert both[:, 0].tolist() == one.tolist()
+    assert both[:, 1].tolist() != one.tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "the temperature is -1"),
+        ({"temperature": float("nan")}, "the temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"seed": -1}, "the seed is -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+TEXTS = [[1, 2, 3, 1, 2], [4, 4, 4, 5, 6]]  # given: 3 tokens; new: 2
+SCORES = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
+
+
+def right(processor: hf.LogitsProcessor, texts: list[list[int]] | None = None) -> np.ndarray:
+    return processor(torch.tensor(TEXTS if texts is None else texts), torch.tensor(SCORES)).numpy()
+
+
+@pytest.mark.parametrize(
+    ("rules", "processor"),
+    [
+        (TokenRules(repetition_penalty=1.3), hf.RepetitionPenaltyLogitsProcessor(1.3)),
+        (TokenRules(repetition_penalty=0.7), hf.RepetitionPenaltyLogitsProcessor(0.7)),
+        (TokenRules(no_repeat_ngram_size=1), hf.NoRepeatNGramLogitsProcessor(1)),
+        (TokenRules(no_repeat_ngram_size=3), hf.NoRepeatNGramLogitsProcessor(3)),
+        (TokenRules(no_repeat_ngram_size=9), hf.NoRepeatNGramLogitsProcessor(9)),
+        (TokenRules(suppress=(2, 7)), hf.SuppressTokensLogitsProcessor([2, 7])),
+    ],
+)
+def test_rule_is_that_of_transformers(rules: TokenRules, processor: hf.LogitsProcessor) -> None:
+    found = rules.apply(SCORES, TEXTS, 2, is_last=False)
+    np.testing.assert_array_equal(found, right(processor))
+    longest = isinstance(processor, hf.NoRepeatNGramLogitsProcessor) and rules.no_repeat_ngram_size == 9
+    assert longest == np.array_equal(found, SCORES)
+
+
+def test_first_and_last_tokens_are_forced() -> None:
+    rules = TokenRules(forced_bos=5, forced_eos=8)
+    first = rules.apply(SCORES, [[1], [2]], 0, is_last=False)
+    np.testing.assert_array_equal(first, right(hf.ForcedBOSTokenLogitsProcessor(5), [[1], [2]]))
+    given = [[1, 2], [3, 4]]  # behind several given tokens, none is forced
+    np.testing.assert_array_equal(rules.apply(SCORES, given, 0, is_last=False), SCORES)
+    np.testing.assert_array_equal(SCORES, right(hf.ForcedBOSTokenLogitsProcessor(5), given))
+    last = rules.apply(SCORES, TEXTS, 4, is_last=True)
+    np.testing.assert_array_equal(last, right(hf.ForcedEOSTokenLogitsProcessor(6, 8, device="cpu")))
+    np.testing.assert_array_equal(rules.apply(SCORES, TEXTS, 2, is_last=False), SCORES)
+
+
+def test_tokens_are_suppressed_at_the_begin() -> None:
+    rules = TokenRules(begin_suppress=(1, 3))
+    first = rules.apply(SCORES, TEXTS, 0, is_last=False)
+    assert np.isneginf(first).sum() == 4
+    assert np.isneginf(first[:, [1, 3]]).all()
+    np.testing.assert_array_equal(rules.apply(SCORES, TEXTS, 1, is_last=False), SCORES)
+    behind = TokenRules(begin_suppress=(1, 3), forced_bos=5)
+    forced = [[2, 5], [2, 5]]
+    assert np.isneginf(behind.apply(SCORES, forced, 1, is_last=False)[:, [1, 3]]).all(), "after the forced one"
+    np.testing.assert_array_equal(behind.apply(SCORES, TEXTS, 0, is_last=False), first)
+
+
+def test_tokens_that_the_model_lacks_are_ignored() -> None:
+    np.testing.assert_array_equal(TokenRules(suppress=(50256,)).apply(SCORES, TEXTS, 0, is_last=False), SCORES)
+
+
+def test_logits_that_are_given_stay_as_they_are() -> None:
+    before = SCORES.copy()
+    TokenRules(repetition_penalty=2.0, suppress=(0,)).apply(SCORES, TEXTS, 0, is_last=False)
+    np.testing.assert_array_equal(SCORES, before)
+    assert TokenRules() == NO_RULES
+
+
+# --- loop ---
 
 PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -12,10 +14,16 @@ from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step, Term
 from lora_export.verification.against_checkpoint import changed_weight, stored_tensor
-from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
+from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
+from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
+from lora_export.verification.against_checkpoint.judge_changed import (
+    explain_difference,
+    judge_changed,
+    judge_unknown_layout,
+)
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
-from support.plans import matrix, pair, square
+from support.plans import matrix, pair, square, vector
 from support.stored_tensors import stored
 
 W = np.float64([[100, 200, 300], [400, 500, 600]])
@@ -105,3 +113,74 @@ def test_a_sum_of_neither_layout_is_different(tmp_path: Path) -> None:
     found = judged(tmp_path, 5 * SQUARE_CHANGE, weight=np.zeros((2, 2)), step=SQUARE)
     assert found.outcome is Outcome.DIFFERENT
     assert found.why.endswith("(its layout is unknown: it is not the sum of either layout)")
+
+
+# --- explain difference ---
+
+RNG = np.random.default_rng(0)
+OTHER = RNG.normal(size=(40, 30))
+ONE = pair(RNG.normal(size=(2, 30)), RNG.normal(size=(40, 2)))
+TWO = pair(RNG.normal(size=(2, 30)), RNG.normal(size=(40, 2)))
+FIRST, SECOND = (one.b @ one.a for one in (ONE, TWO))
+BOTH = Step(matrix("fc.weight", 40, 30), (Term("one", "fc", ONE), Term("two", "fc", TWO)))
+DETECTED: Mapping[str, bool] = MappingProxyType({"one left out": True, "one x 1.1": True})
+
+
+def explained(
+    folder: Path, values: Any, *, base: Any = OTHER, step: Step = BOTH, detected: Mapping[str, bool] = DETECTED,
+    is_local: bool = False, dtype: Any = np.float32,
+) -> str:  # fmt: skip
+    pieces = [slice(0, 1), slice(1, len(np.asarray(base)))]
+    weight = ChangedWeight(step, stored(folder / "b", base, dtype), stored(folder / "c", values, dtype), pieces)
+    return explain_difference(weight, Fp64Sum.right(step), detected, is_local=is_local)
+
+
+def test_a_wrong_sum_that_was_not_detected_is_the_explanation(tmp_path: Path) -> None:
+    detected = {"one left out": True, "two x 1.1": False}
+    assert explained(tmp_path, OTHER + FIRST + 1.1 * SECOND, detected=detected) == "it is the sum with two x 1.1"
+
+
+def test_scales_are_fitted_for_each_adapter(tmp_path: Path) -> None:
+    assert explained(tmp_path, OTHER + 2 * FIRST + SECOND) == "its scale is off: one x 2"
+    assert explained(tmp_path, OTHER - FIRST + 0.25 * SECOND) == "its scale is off: one x -1, two x 0.25"
+    shift = Step(vector("fc.bias", 3), shift=np.float32([1, 2, 3]))
+    assert explained(tmp_path, [3, 6, 9], base=[0, 0, 0], step=shift) == "its scale is off: the bias's change x 3"
+
+
+def test_what_no_scale_explains_is_not_explained(tmp_path: Path) -> None:
+    assert explained(tmp_path, OTHER + FIRST[::-1] + SECOND) == ""
+    assert explained(tmp_path, OTHER) == "", "it is the base itself: there is no difference to fit"
+
+
+def test_a_few_entries_are_damaged(tmp_path: Path) -> None:
+    values = OTHER + FIRST + SECOND
+    values[3, 4] += 1
+    assert explained(tmp_path, values, is_local=True) == "a few entries are damaged"
+
+
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    values = OTHER + FIRST + SECOND
+    values[:, 0] = np.inf
+    assert explained(tmp_path, values) == "some are not finite"
+
+
+def test_a_change_that_was_rounded_first_is_recognised(tmp_path: Path) -> None:
+    bf16 = ml_dtypes.bfloat16
+    base = OTHER.astype(bf16)
+    change = (FIRST + SECOND).astype(bf16).astype(np.float64)
+    values = (base.astype(np.float64) + change).astype(bf16)
+    assert explained(tmp_path, values, base=base, dtype=bf16) == (
+        "the change seems to have been rounded before it was added"
+    )
+    values[0] = base[0]  # the rows of the first piece differ for another reason
+    assert "rounded" not in explained(tmp_path, values, base=base, dtype=bf16)
+
+
+@pytest.mark.parametrize(("layout", "other"), [(Layout.OUT_IN, "in_out"), (Layout.IN_OUT, "out_in")])
+def test_a_matrix_read_in_the_other_layout_is_recognised(tmp_path: Path, layout: Layout, other: str) -> None:
+    step = Step(matrix("fc.weight", 2, 2, layout=layout), (Term("ad", "fc", square()),))
+    change = np.float64([[1, 2], [10, 20]])
+    values = change.T if layout is Layout.OUT_IN else change
+    assert explained(tmp_path, values, base=np.zeros((2, 2)), step=step) == (
+        f"it is the sum with BA transposed, that of a weight stored {other}; this one is stored {layout}"
+    )

@@ -1,7 +1,8 @@
-"""The first wrong module of a candidate is found and its fault explained: each defect is seeded into a graph."""
+"""Errors of a call's values, beside PyTorch's own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose import root_cause
+from lora_export.verification.diagnose.first_difference import figures_of
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
 from support.diagnosed_graphs import (
@@ -40,6 +42,30 @@ from support.diagnosed_graphs import (
     the_dora,
 )
 from support.graphs import an_adapter, stored
+
+REFERENCE = np.random.default_rng(0).normal(size=(2, 3, 4))
+
+
+def test_pytorchs_own_error_sets_the_allowed_error() -> None:
+    deployed = REFERENCE + 1e-6
+    near, far = (figures_of(REFERENCE + error, REFERENCE, deployed) for error in (2e-6, 1e-3))
+    assert near.error <= near.allowed < far.error
+    assert math.isclose(near.deployed_error, 1e-6, rel_tol=1e-3)
+
+
+def test_swapped_batch_and_length_are_read_either_way() -> None:
+    swapped = np.ascontiguousarray(REFERENCE.swapaxes(0, 1))
+    assert figures_of(swapped, REFERENCE, REFERENCE).error == 0
+    assert figures_of(REFERENCE.reshape(-1), REFERENCE, REFERENCE).error == 0
+    assert figures_of(REFERENCE[:1], REFERENCE, REFERENCE).error == math.inf
+
+
+def test_wrong_integers_are_counted() -> None:
+    ids = np.array([[1, 2, 3]])
+    assert figures_of(np.array([[1, 9, 8]]), ids, ids) == (2.0, 0.0, 0.0)
+
+
+# --- first difference ---
 
 
 def base_weight(module: str) -> NDArray[np.float64]:

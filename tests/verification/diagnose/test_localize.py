@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from lora_export.errors import RuntimeRefused
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -87,3 +88,24 @@ def test_large_models_are_compared_in_groups(tmp_path: Path, monkeypatch: pytest
     result = proven(made, the_adapter(), trace=True)
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
     assert sum(groups) == len(result.diagnosis.layers) == 11
+
+
+# --- diagnosed module.py ---
+
+
+def test_same_candidate_is_not_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(localize, "diagnose", unexpected)
+    assert proven(make("merged", tmp_path, the_adapter()), the_adapter()).diagnosis is None
+
+
+def test_failed_diagnosis_leaves_the_verdict_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeRefused("onnxruntime: no", "more")
+
+    monkeypatch.setattr(traced_candidate, "expose", failing)
+    result = proven(half_value(make("merged", tmp_path, the_adapter())), the_adapter())
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
+    assert "modules could not be compared: onnxruntime: no" in result.verdict.notes

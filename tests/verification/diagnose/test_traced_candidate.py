@@ -1,11 +1,13 @@
-"""Candidates whose inner values are read: graphs by further outputs, modules and TorchScript by hooks."""
+"""One case, and what ran it: weights by name, values with inputs changed, and without adapters."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -17,13 +19,85 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models import export_program
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.parity import Outcome
+from lora_export.verification.diagnose.module_calls import ModuleCall
+from lora_export.verification.diagnose.traced_candidate import DiagnosisCase, outputs_renamed
+from lora_export.verification.parity import Case, Outcome
 from lora_export.verification.proof import prove
-from lora_export.verification.references.attached_module import attached_copy
+from lora_export.verification.references.attached_module import attach_adapters, attached_copy
 from support.diagnosed_graphs import DOWN, SHAPES, VALUE, bert, delta, half_value, make, proven, the_adapter
+from support.small_layers import PAIR, a_model, an_adapter, plan_for
+
+CALL = ModuleCall("0.weight", 0)
+ROWS = np.float32([[1, 1, 2]])  # W x + bias = [10, 20], ΔW x = [-2, -4]
+
+
+class NamedInput(torch.nn.Module):
+    """The layer of `a_model`, with a named input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", a_model()[0])
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return {"y": self.get_submodule("0")(rows)}
+
+
+def a_case(**fields: Any) -> DiagnosisCase:
+    base, deployed, attached = NamedInput(), NamedInput(), NamedInput().double()
+    adapter = an_adapter({"0": PAIR})
+    attach_adapters(attached, [adapter], None)
+    attach_adapters(deployed, [adapter], None)
+    reference = Fp64Runner(attached, set())
+    outputs = Case("first", "", {"y": ROWS}, {"y": ROWS}, {"logits": ROWS})
+    parts = {
+        "candidate": ModuleRunner(deployed), "reference": reference, "attached": reference,
+        "deployed": ModuleRunner(deployed), "base": base, "plan": plan_for(base, adapter), "inputs": {"rows": ROWS},
+        "outputs": outputs,
+    }  # fmt: skip
+    return DiagnosisCase(**(parts | fields))
+
+
+def test_values_of_a_call_are_those_of_each_run() -> None:
+    case = a_case()
+    assert case.reference_values([CALL])[CALL].y.tolist() == [[8, 16]]
+    assert case.reference_values([CALL])[CALL].y.dtype == np.float64
+    assert case.deployed_values([CALL])[CALL].y.dtype == np.float32
+    assert case.base_values([CALL])[CALL].y.tolist() == [[10, 20]]
+    assert case.reference_values([CALL])[CALL].y.tolist() == [[8, 16]], "the adapter is on again"
+
+
+def test_inputs_can_be_replaced() -> None:
+    case = a_case()
+    for values in (case.reference_values([CALL], rows=0 * ROWS), case.deployed_values([CALL], rows=0 * ROWS)):
+        assert values[CALL].y.tolist() == [[1, -1]]
+    assert case.inputs["rows"] is ROWS
+
+
+def test_without_a_plan_there_is_no_base_to_compare() -> None:
+    assert a_case(plan=None).base_values([CALL]) == {}
+
+
+def test_weights_are_found_by_name() -> None:
+    case = a_case()
+    assert list(case.base_weights) == list(case.attached_weights) == ["0.weight"]
+    assert case.rounded_weights == {}
+    rounded = NamedInput().double()
+    layers.attach(rounded, plan_for(rounded, an_adapter({"0": PAIR})))
+    assert list(a_case(reference=Fp64Runner(rounded, set())).rounded_weights) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["y"], ["logits"]), (["logits"], ["logits"]), (["y", "z"], ["y", "z"])]
+)
+def test_outputs_get_the_names_of_the_case_by_order(names: list[str], expected: list[str]) -> None:
+    outputs = dict.fromkeys(names, ROWS)
+    assert list(a_case().aligned(outputs)) == list(outputs_renamed(outputs, {"logits": ROWS})) == expected
+
+
+# --- traced candidate ---
 
 
 def test_external_weights_remain_in_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 from lora_export.errors import InputRefused
 from lora_export.verification import parity
-from lora_export.verification.parity import (
-    Gate,
-    Outcome,
-    judge,
-)
+from lora_export.verification.parity import Outcome, judge
+from lora_export.verification.parity.verdict import Gate
 from support.parity_cases import EFFECT, ERROR, OWN, TRIED, failed_gates, make, with_output
 
 

@@ -28,7 +28,7 @@ def test_percent_has_two_digits(fraction: float, text: str) -> None:
 
 @pytest.mark.parametrize(("factor", "text"), [(1.34, "1.3"), (12.34, "12"), (8492.0, "8,492"), (8.49e6, "8.5e+06")])
 def test_multiple_has_two_digits_below_ten(factor: float, text: str) -> None:
-    assert parity.multiple(factor) == text
+    assert parity.verdict.multiple(factor) == text
 
 
 def test_headline_of_same_has_error_and_number_of_cases() -> None:

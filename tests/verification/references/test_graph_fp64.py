@@ -17,8 +17,8 @@ from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.graph.operators import MICROSOFT
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.verification.references.base_graph import inferred_types
 from lora_export.verification.references.graph_fp64 import FP64_OPERATORS, KEEPS_ROUNDING, compute_weights_late, widen
-from lora_export.verification.references.graph_sessions import inferred_types
 from support.graphs import a_graph, quantised, run
 
 DOUBLE, INT, BOOL = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL

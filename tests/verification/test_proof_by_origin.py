@@ -13,8 +13,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, Contract
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, judge_by_origin
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
+from lora_export.verification.proof import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED, Proof, prove_by_origin
 from support.graphs import a_graph
 
 # Rounds x to multiples of 1/4, as a base in int8 does: far from its fp64, which does not round.
@@ -52,11 +52,9 @@ def undecided(case: Case) -> Verdict:
 def judged(folder: Path, candidate: str, origin: str = ORIGIN, **fields: Any) -> Any:
     case = a_case(**fields)
     runner = OnnxRunner(graph(folder, "candidate.onnx", candidate))
-
-    def run(graph: OnnxRunner) -> dict[str, Arrays]:
-        return {"first": graph.run({"x": X})}
-
-    return judge_by_origin([case], undecided(case), runner, graph(folder, "origin.onnx", origin), run)
+    proof = Proof(undecided(case), inputs={"first": {"x": X}}, cases=(case,))
+    found = prove_by_origin(proof, runner, graph(folder, "origin.onnx", origin), lambda graph: graph)
+    return None if found is proof else (found.verdict, found.cases)
 
 
 def test_the_bits_of_the_origin_are_the_same(tmp_path: Path) -> None:
