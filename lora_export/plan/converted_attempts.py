@@ -32,6 +32,7 @@ class NamesOfConvertedTensors(ConvertedNames):
         self.prefix = _prefix_or_none(adapter, self.every_name)
         self.shapes = {self.prefix.to_base(name) or name: shape for name, shape in _tensor_shapes(adapter)}
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+        self.matched_tensors = sum((self.prefix.to_base(name) or name) in self.every_name for name in self._tensors())
 
     @property
     def own_prefix(self) -> Prefix:
@@ -117,6 +118,7 @@ class AsOriginal(ConvertedNames):
         self.shapes = with_missing_experts(self.shapes, rules, self._base_shape)
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+        self.matched_tensors = sum(self._is_in_base(name) for name in self._tensors())
 
     def converts(self, tensor: str) -> str:
         return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
@@ -144,8 +146,11 @@ class AsOriginal(ConvertedNames):
     def tensor_of(self, module: str) -> str | None:
         pair = self.adapter.pairs.get(module)
         name = f"{module}.weight" if pair is None else pair_weight(module, pair)
-        found = self.by_stored.get(split_part(name)[0], ())
-        return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
+        return name if self._is_in_base(split_part(name)[0]) else None
+
+    def _is_in_base(self, tensor: str) -> bool:
+        found = self.by_stored.get(tensor, ())
+        return bool(found) and all(self.prefix.to_base(each.name) in self.base for each in found)
 
     def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
         places = []

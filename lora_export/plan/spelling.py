@@ -68,7 +68,8 @@ def _layouts(base: BaseTensors) -> list[OtherLayout]:
 
 
 def _best(attempts: Sequence[AsSpelled | ConvertedNames]) -> AsSpelled | ConvertedNames:
-    return max(attempts, key=lambda attempt: attempt.matched)  # the first, where several match as many
+    # the first, where several match as many
+    return max(attempts, key=lambda attempt: (attempt.matched, attempt.matched_tensors))
 
 
 def _shape(attempt: Attempt, tensor: str) -> tuple[int, ...] | None:
