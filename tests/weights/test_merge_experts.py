@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -68,6 +70,26 @@ def test_a_merge_equals_that_of_peft(saved, tmp_path, spelling):
     } < changed  # Granite's experts
     audit = lora_export.verify(tmp_path / "out", base=saved[spelling], adapters=saved["adapter"])
     assert audit.verdict.outcome == "same"
+
+
+@pytest.mark.parametrize("family", sorted(experts.ALL_LINEAR))
+def test_what_peft_targets_by_default_is_merged(family, tmp_path):
+    """`all-linear` names experts by bare endings, and the router by its module: each pair has one of them."""
+    config = getattr(transformers, f"{family}Config")(**{**experts.SIZES, **experts.ALL_LINEAR[family]})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, options).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert sorted(targets) == ["down_proj", "gate.weight", "gate_up_proj"]
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids, use_cache=False).logits
+        lora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        found = type(model).from_pretrained(tmp_path / "out").eval()(input_ids=ids, use_cache=False).logits
+    assert float((found - expected).norm()) < 5e-6 * float(expected.norm())
 
 
 def test_an_adapter_of_single_experts_merges_into_both_spellings(mixtral, tmp_path):
