@@ -59,6 +59,7 @@ class Attempt(ABC):
         self.modules = considered_modules(adapter)
         self.matched = 0  # how many of these modules have a weight in the base
         self.matched_tensors = 0  # how many of the adapter's tensors that are no pairs the base has
+        self.has_converted_experts = False  # whether a converter makes the adapter's experts of the base's
 
     @abstractmethod
     def weights_of(self, module: str) -> list[str]:

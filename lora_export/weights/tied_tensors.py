@@ -14,7 +14,7 @@ from typing import Any
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.loaded_names import LoadedNames
-from lora_export.names.table import read_table
+from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
 from lora_export.plan import TensorSpec, Tied, Ties
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
@@ -68,11 +68,12 @@ def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
         loaded = LoadedNames(rules, [spec.name for spec in specs])
         return [spec.name for spec in specs if len(spec.shape) == 2 and names.intersection(_loaded(spec.name, loaded))]
     parts = {name.split(".")[-2] for each in table.ties.values() for name in (*each, *each.values()) if "." in name}
-    return [
+    found = [
         spec.name
         for spec in specs
         if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in parts
     ]
+    return found if any(map(is_embedding, map(_last_part, found))) else []  # a head alone is tied to nothing
 
 
 def _loaded(name: str, loaded: LoadedNames) -> list[str]:

@@ -46,6 +46,22 @@ KINDS = {
     Inkling2IndexOffsetWeightRename: "offset",
     LayerPairCollapse: "layer pairs",
 }
+_RESNET = {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_OF_TIMM = {"use_timm_backbone": False, "backbone_config": _RESNET}
+_OF_THREE = _OF_TIMM | {"backbone_config": _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}}
+# What the config of a type needs besides its defaults, so that its classes can be built without further packages.
+NEEDED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), _OF_TIMM),
+    "deformable_detr": _OF_THREE,
+    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    **{name: {"vocabulary_map": {"<image>": 4}} for name in ("chameleon", "emu3")},
+    **{name: {"prediction_length": 4} for name in ("informer", "autoformer", "time_series_transformer")},
+    **{name: {"vocab_size": 32} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "nemotron": {"num_key_value_heads": 48},
+    "reformer": {"is_decoder": True},
+}
 TRANSIENT = {"num_shards_attribute": None, "check_dims": False, "inverse": False, "subconfig_key": None}
 
 
@@ -119,9 +135,8 @@ class ClassModules(NamedTuple):
 
 
 def modules_of(model: PreTrainedModel) -> ClassModules:
-    names = {re.sub(r"\d+", "#", name) for name in ("." + key.rpartition(".")[0] for key in model.state_dict())}
-    names |= {f".{name}" for name in model.state_dict() if "." not in name}
-    names = {name[1:] for name in names} - {""}
+    names = {name.rpartition(".")[0] or name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {re.sub(r"(?<![^.])\d+(?![^.])", "#", name) for name in names}
     prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "-") else ""
     inner = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     return ClassModules(frozenset(name for name in names if not name.startswith(prefix)), frozenset(inner), prefix)
@@ -168,7 +183,7 @@ def build(cls: type[PreTrainedModel], config: Any = None) -> PreTrainedModel:
     """A model of this class without memory for its weights."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return cls(cls.config_class() if config is None else config)
+        return cls(cls.config_class(**NEEDED.get(cls.config_class.model_type, {})) if config is None else config)
 
 
 def describe(model: PreTrainedModel, rules: Mapping[str, Any]) -> dict[str, Any] | None:

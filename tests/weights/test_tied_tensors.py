@@ -20,7 +20,7 @@ from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_head, ties_of, untied_config
 from support import transformers_names
-from support.tied import WORDS, TiedModel, tied_model
+from support.tied import ONE_LAYER, TOKENS, WORDS, TiedModel, tied_model
 
 HEAD, TABLE = "lm_head", "embed_tokens"
 LLAMA_TABLE = "model.embed_tokens.weight"
@@ -201,6 +201,33 @@ def test_a_matrix_with_a_row_for_each_word_by_chance_is_no_table_of_words(target
     le.merge(model.base, adapter, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
     assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(model.trained(target)))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_whose_input_table_has_more_rows_is_not_tied(options, tmp_path):
+    """Mllama has rows for images in its input embeddings: nothing can be tied, and its config says nothing of it."""
+    text = {**ONE_LAYER, "num_hidden_layers": 2, "num_key_value_heads": 2, **TOKENS}
+    text |= {"cross_attention_layers": [1], "vocab_size": WORDS}
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28}
+    vision |= {
+        "intermediate_size": 12,
+        "vision_output_dim": 16,
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    vision |= {"intermediate_layers_indices": [0]}
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(1)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tied = TiedModel(model, tmp_path / "base")
+    targets = ["q_proj", *options.pop("target_modules", ())]
+    trained = tied.trained(*targets, **options)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(WORDS).reshape(1, -1)
+    with torch.no_grad():
+        assert is_near(tied.reloaded(tmp_path / "out").eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
 def test_a_table_of_words_is_known_by_its_name_where_the_class_is_not(tmp_path):
