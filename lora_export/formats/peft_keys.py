@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,15 @@ def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any]
     for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
         if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
             continue  # PEFT refuses to adapt a module and one of its parameters
-        owned = {target.rpartition(".")[2] for target in targets}
-        named = [name for name in owned if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
+        named = _named_parameters(module, targets)
         nested = [module]  # from outside to inside
         while nested[-1] + INNER in table[A]:
             nested.append(nested[-1] + INNER)
         if not named and len(nested) == 1:
             continue
-        names = nested_parameters(module, named, len(nested))
+        # A target that names the module is there. One that is a bare name may be that of another module's parameter.
+        stated = _named_parameters(module, [target for target in targets if "." in target])
+        names = nested_parameters(module, named, len(nested)) or nested_parameters(module, stated, len(nested))
         if names is None:
             raise InputRefused(
                 f"{path}: {len(named)} parameters of {module} are in target_parameters ({', '.join(sorted(named))}), "
@@ -115,6 +116,16 @@ def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any]
             for kind in (A, B):
                 if wrapped in table[kind]:
                     table[kind][pair] = table[kind].pop(wrapped)
+
+
+def _named_parameters(module: str, targets: Iterable[str]) -> list[str]:
+    """The last parts of the names of the parameters that a module would have for these targets."""
+    names = (
+        target.rpartition(".")[2]
+        for target in targets
+        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+    )
+    return sorted(set(names))
 
 
 def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:

@@ -40,6 +40,8 @@ class ConversionTable:
     ties: Mapping[str, Mapping[str, str]]  # architecture -> tied tensor -> the tensor whose values it has, loaded names
     cannot_untie: frozenset[str]  # architectures that are other models without `tie_word_embeddings`
     unbuilt: frozenset[str]  # architectures whose parts are unknown
+    # Model type -> class -> modules that not all classes of the type have, such as heads and poolers. `#` is a number.
+    modules: Mapping[str, Mapping[str, list[str]]]
 
 
 @functools.cache
@@ -61,6 +63,7 @@ def read_table() -> ConversionTable:
         ties={name: tied for tied, names in raw["ties"] for name in names},
         cannot_untie=frozenset(raw["cannot_untie"]),
         unbuilt=frozenset(raw["unbuilt"]),
+        modules=raw["modules"],
     )
 
 

@@ -49,6 +49,13 @@ class AssembledTensor:
         every = tuple(np.arange(size) for size in shape)
         return cls(tuple(shape), (Piece(name, every, tuple(range(len(shape))), every),))
 
+    @property
+    def order(self) -> tuple[int | None, ...]:
+        """The axes of the one stored tensor that this is, transposed at most; empty where it is none."""
+        first, *others = self.pieces
+        is_in_order = all(map(np.array_equal, first.positions, first.indices))
+        return first.axes if is_in_order and not others and not first.fixed else ()
+
     def permuted(self, axis: int, order: Indices) -> AssembledTensor:
         """The tensor T' with T'[k] = T[order[k]] along an axis."""
         places = np.argsort(order)
@@ -204,10 +211,14 @@ class _Operations:
 
     def transpose(self, collected: Collected, dim0: int = 0, dim1: int = 1, check_dims: bool = False) -> Collected:
         tensor = _only_tensor(collected)
-        if check_dims:
-            raise NotExpressible("transposes a tensor only where its shape is not that of the model")
         target = self.rule.sources[0] if len(self.rule.targets) > 1 else self.rule.targets[0]
-        return {target: [tensor.transposed(dim0, dim1)]}
+        transposed = tensor.transposed(dim0, dim1)
+        if check_dims:
+            shape = tuple(self.size_of(target, axis) for axis in range(len(tensor.shape)))
+            if shape not in (tensor.shape, transposed.shape):
+                raise NotExpressible("transposes a tensor only where its shape is not that of the model")
+            transposed = tensor if shape == tensor.shape else transposed
+        return {target: [transposed]}
 
     def interleave(self, collected: Collected, dim: int = 0, inverse: bool = False) -> Collected:
         tensor = _only_tensor(collected)

@@ -57,7 +57,9 @@ class Attempt(ABC):
     def __init__(self, adapter: Adapter, base: BaseTensors):
         self.adapter, self.base = adapter, base
         self.modules = considered_modules(adapter)
-        self.matched = 0
+        self.matched = 0  # how many of these modules have a weight in the base
+        self.matched_tensors = 0  # how many of the adapter's tensors that are no pairs the base has
+        self.has_converted_experts = False  # whether a converter makes the adapter's experts of the base's
 
     @abstractmethod
     def weights_of(self, module: str) -> list[str]:
@@ -69,6 +71,11 @@ class Attempt(ABC):
 
         Raises NotExpressible.
         """
+
+    def _tensors(self) -> list[str]:
+        """The tensors of the adapter that are no pairs."""
+        biases = (f"{module}.bias" for module in self.adapter.biases)
+        return [*self.adapter.replaced, *self.adapter.token_rows, *self.adapter.added, *biases]
 
     def stack_of_parts(self, parameter: str) -> tuple[int, ...] | None:
         """The shape of a stacked parameter of which the base has each expert as a tensor of its own, as graphs do."""
@@ -84,6 +91,7 @@ class AsSpelled(Attempt):
         super().__init__(adapter, base)
         self.prefix = find_prefix(adapter, base)
         self.matched = sum(bool(self.weights_of(module)) for module in self.modules)
+        self.matched_tensors = sum((self.prefix.to_base(name) or name) in base for name in self._tensors())
 
     def weights_of(self, module: str) -> list[str]:
         weight = weight_of(self.prefix.to_base(module), self.base)

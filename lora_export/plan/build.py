@@ -29,7 +29,7 @@ from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
 from lora_export.plan.spelling import spell, unknown_names
-from lora_export.plan.ties import Tied, Ties, shared, untied, with_copies
+from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
 from lora_export.plan.types import Plan, Step, TensorSpec
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
@@ -71,7 +71,8 @@ def make(
     ties = ties or Ties()
     base = BaseTensors(specs)
     stored = frozenset(base)
-    base = BaseTensors(with_copies(base.values(), ties)) if ties.tensors else base
+    if ties.handling is not Tied.ERROR and ties.tensors:
+        base = BaseTensors(with_copies(base.values(), ties))
     unstored = base.keys() - stored
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
@@ -89,7 +90,8 @@ def make(
         raise error.with_remedy(remedy or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
-    own_tensors = untied({step.weight: step for step in steps}, ties, stored)
+    settle = untied_by_added if ties.handling is Tied.ERROR else untied
+    own_tensors = settle({step.weight: step for step in steps}, ties, stored)
     steps = [step for step in steps if step.spec.stored_name in own_tensors or step.spec.stored_name not in unstored]
     if not unknown_layout_ok:
         refuse_unknown(steps)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter, LoraPair, split_part
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.diffusion_layouts import OtherLayout
 from lora_export.names.loaded_names import LoadedNames, LoadedTensor
@@ -32,6 +32,7 @@ class NamesOfConvertedTensors(ConvertedNames):
         self.prefix = _prefix_or_none(adapter, self.every_name)
         self.shapes = {self.prefix.to_base(name) or name: shape for name, shape in _tensor_shapes(adapter)}
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+        self.matched_tensors = sum((self.prefix.to_base(name) or name) in self.every_name for name in self._tensors())
 
     @property
     def own_prefix(self) -> Prefix:
@@ -74,6 +75,8 @@ class AsLoaded(NamesOfConvertedTensors):
     def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
         super().__init__(adapter, base, loaded_names(base, rules))
         self.rules = rules
+        experts = (self.loaded.get(self.prefix.to_base(name) or name) for name in adapter.experts)
+        self.has_converted_experts = any(found is not None and found.conversion is not None for found in experts)
 
     def converts(self, tensor: str) -> str:
         return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
@@ -117,6 +120,7 @@ class AsOriginal(ConvertedNames):
         self.shapes = with_missing_experts(self.shapes, rules, self._base_shape)
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+        self.matched_tensors = sum(self._is_in_base(name) for name in self._tensors())
 
     def converts(self, tensor: str) -> str:
         return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
@@ -144,8 +148,11 @@ class AsOriginal(ConvertedNames):
     def tensor_of(self, module: str) -> str | None:
         pair = self.adapter.pairs.get(module)
         name = f"{module}.weight" if pair is None else pair_weight(module, pair)
-        found = self.by_stored.get(split_part(name)[0], ())
-        return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
+        return name if self._is_in_base(split_part(name)[0]) else None
+
+    def _is_in_base(self, tensor: str) -> bool:
+        found = self.by_stored.get(tensor, ())
+        return bool(found) and all(self.prefix.to_base(each.name) in self.base for each in found)
 
     def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
         places = []
@@ -170,10 +177,18 @@ class AsOriginal(ConvertedNames):
         (found,) = self.by_stored.get(parameter, ()) or (None,)
         if found is None:
             return None
-        if found.conversion is not None:
-            raise NotExpressible("converts a stacked tensor")
         name = self.prefix.to_base(found.name) or found.name
-        return AssembledTensor.stored(name, self._stored_shape(name)) if name in self.base else None
+        if name not in self.base:
+            return None
+        stored = AssembledTensor.stored(name, self._stored_shape(name))
+        if found.conversion is None:
+            return stored
+        assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
+        if assembled.shape == stored.shape and assembled.order == (0, 1, 2):
+            return stored
+        if assembled.shape == stored.shape and assembled.order == (0, 2, 1):  # which is its own inverse
+            return stored.transposed(1, 2)
+        raise NotExpressible("converts a stacked tensor")
 
     def _base_shape(self, name: str) -> tuple[int, ...] | None:
         spec = self.base.get(self.prefix.to_base(name) or name)
@@ -224,7 +239,11 @@ def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
     experts = Counter(split_part(module)[0] for module in adapter.pairs if split_part(module)[1])
     for module, pair in adapter.pairs.items():
         owner, indices = split_part(pair_weight(module, pair))
-        yield owner, (experts[owner], *shape_in_model(pair)) if indices else shape_in_model(pair)
+        if not indices:
+            yield owner, shape_in_model(pair)
+        elif (axes := adapter.experts.get(owner)) is not ExpertAxes.UNKNOWN:
+            shape = shape_in_model(pair)
+            yield owner, (experts[owner], *(shape[::-1] if axes is ExpertAxes.TRANSPOSED else shape))
     for module, change in adapter.biases.items():
         yield f"{module}.bias", change.shape
     for tensor, value in adapter.replaced.items():

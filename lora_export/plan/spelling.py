@@ -68,7 +68,8 @@ def _layouts(base: BaseTensors) -> list[OtherLayout]:
 
 
 def _best(attempts: Sequence[AsSpelled | ConvertedNames]) -> AsSpelled | ConvertedNames:
-    return max(attempts, key=lambda attempt: attempt.matched)  # the first, where several match as many
+    # The first, where several match as many. Experts may have one name before and after transformers converts them.
+    return max(attempts, key=lambda attempt: (attempt.matched, attempt.matched_tensors, attempt.has_converted_experts))
 
 
 def _shape(attempt: Attempt, tensor: str) -> tuple[int, ...] | None:

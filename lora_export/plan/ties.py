@@ -39,6 +39,8 @@ class Ties:
     handling: Tied = Tied.ERROR
     tensors: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> the one whose values it has
     by_config: bool = False  # whether one value of the model's config ties all of them
+    loaded: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> its name in the loaded model
+    bound: str = ""  # why the config cannot untie them; empty where it can
 
     def groups(self) -> Iterator[tuple[str, ...]]:
         """The names of each tensor, the stored one first."""
@@ -66,6 +68,32 @@ def untied(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> di
     if ties.by_config and apart:
         apart = groups
     return {name: group[0] for group in apart for name in group if name not in stored}
+
+
+def untied_by_added(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> dict[str, str]:
+    """As `untied`, where a tensor is added under a tied name without an option: it unties all names of the config.
+
+    A name that is not stored has the values of the stored one. Raises InputRefused where the config cannot untie.
+    """
+    added = {name for name in ties.tensors if any(each in steps and steps[each].added for each in _names(name, ties))}
+    if not added:
+        return {}
+    own = {*stored, *added}
+
+    def change_of(name: str) -> Step | None:
+        return next((steps[each] for each in _names(name, ties) if each in steps), None)
+
+    groups = list(ties.groups())
+    if all(_change_alike([change_of(name) for name in group if name in own]) for group in groups):
+        return {}
+    if ties.bound:
+        raise InputRefused(f"the adapter adds {', '.join(sorted(added))}, which the model ties. {ties.bound}")
+    return {name: group[0] for group in groups for name in group if name not in own}
+
+
+def _names(name: str, ties: Ties) -> tuple[str, str]:
+    """A tied tensor as files of the base spell it, and as the loaded model does."""
+    return name, ties.loaded.get(name, name)
 
 
 def _change_alike(changes: Sequence[Step | None]) -> bool:

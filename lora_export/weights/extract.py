@@ -25,7 +25,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
-from lora_export.weights.tied_tensors import tied_head
+from lora_export.weights.tied_tensors import TIED, tied_head, word_tables
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,14 @@ class _Extraction:
 
     def _is_tied_table(self, tensor: str) -> bool:
         """Whether a tensor is the input embeddings of a language model, which are the output embeddings too."""
-        words = self.base.word_count
-        tables = [spec for spec in self.specs.values() if len(spec.shape) == 2 and spec.shape[0] == words]
-        is_tied = len(tables) == 1 and self.base.config.get("tie_word_embeddings", True)
+        tables = word_tables(self.base, self.specs.values())
+        is_tied = len(tables) == 1 and self.base.config.get(TIED, True)
         has_head = WORD_HEAD.search(self._architecture) is not None
         return bool(
-            is_tied and has_head and is_embedding(tensor.removesuffix(".weight")) and tables[0] == self._spec(tensor)
+            is_tied
+            and has_head
+            and is_embedding(tensor.removesuffix(".weight"))
+            and tables == [self._spec(tensor).name]
         )
 
     def _add_pair(self, tensor: str, difference: Difference) -> None:

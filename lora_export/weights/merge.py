@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
 from lora_export.storage import block_copy, json_files, safetensors_file
@@ -33,6 +33,7 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
+from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
@@ -44,7 +45,7 @@ from lora_export.weights.merge_report import (
 from lora_export.weights.quantised import QuantisedTensor, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED, untied_config
+from lora_export.weights.tied_tensors import TIED, untied_config, word_tables
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -149,6 +150,13 @@ def refuse_before_merge(plan: Plan, base: Checkpoint) -> None:
     provenance.refuse_second_merge(plan.adapters, base.path, base.history)
     if plan.tied == Tied.ERROR:
         refuse_broken_tie(plan, base)
+    if lost := lost_names(base, _output_names(plan, base), _output_config(plan, base, None), added_names(plan)):
+        lines = [f"{name}: {why}" for name, why in lost.items()]
+        raise InputRefused(
+            "transformers would ignore weights of the result, or draw some at random:",
+            listed(lines),
+            "Nothing was written.",
+        )
 
 
 def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
@@ -172,10 +180,19 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
 
 
 def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
-    """The output's tensors with one row per word (input and output embeddings), and the step on each of them."""
+    """The output's tables of words (input and output embeddings), and the step on each of them."""
     specs = {spec.name: spec for spec in (*base.specs, *(step.spec for step in plan.steps))}
-    names = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] == base.word_count]
-    return {name: plan.by_weight.get(name) for name in names}
+    return {name: plan.by_weight.get(name) for name in word_tables(base, specs.values())}
+
+
+def added_names(plan: Plan) -> list[str]:
+    """The tensors of the output that the base does not store."""
+    return [*map(plan.output_name, plan.untied), *(plan.output_name(step) for step in plan.steps if step.added)]
+
+
+def _output_names(plan: Plan, base: Checkpoint) -> list[str]:
+    """The names of all tensors that a merge writes."""
+    return [*(plan.output_name(spec.name) for spec in base.specs), *added_names(plan)]
 
 
 # --- Writing ---
@@ -327,9 +344,9 @@ def _write_other_files(
 def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, Any]:
     config = config_with_heads(base.config, plan.adapters)
     replaced = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
-    if any(step.added for step in replaced) and not (len(replaced) == 2 and _are_equal(*replaced)):
-        config[TIED] = False  # otherwise a loader would drop the added table
-    if config and (plan.untied or _are_untied(plan, base)):
+    are_equal = len(replaced) > 1 and all(_are_equal(replaced[0], other) for other in replaced[1:])
+    is_added_apart = any(step.added for step in replaced) and not are_equal  # a loader would drop the added table
+    if config and (plan.untied or is_added_apart or _are_untied(plan, base)):
         config = untied_config(config)
     if base.quantised:
         config = without_quantisation(config)
@@ -340,12 +357,12 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
 
 
 def _are_untied(plan: Plan, base: Checkpoint) -> bool:
-    """Whether the base stores two word tables, its config ties them, and they change differently."""
+    """Whether the base stores several word tables, its config ties them, and they change differently."""
     tables = _word_tables(plan, base)
-    if len(tables) != 2 or not base.config.get(TIED) or not tables.keys() <= {spec.name for spec in base.specs}:
+    if len(tables) < 2 or not base.config.get(TIED) or not tables.keys() <= {spec.name for spec in base.specs}:
         return False
-    one, other = tables.values()
-    return one is not other and (one is None or other is None or not are_same_change(one, other))
+    first, *others = tables.values()
+    return any(one is not first and (one is None or first is None or not are_same_change(first, one)) for one in others)
 
 
 def _are_equal(one: Step, other: Step) -> bool:

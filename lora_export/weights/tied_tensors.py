@@ -8,43 +8,80 @@ files may name them in their headers, as safetensors' `save_model` does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.names.loaded_names import LoadedNames
-from lora_export.names.table import read_table
+from lora_export.names.table import is_embedding, read_table
 from lora_export.options.spelling import named
-from lora_export.plan import Tied, Ties
+from lora_export.plan import TensorSpec, Tied, Ties
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 
 TIED = "tie_word_embeddings"
 
 
 def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
-    """The ties of a base, to be handled so. None where they are not to be handled, or where its config has none.
+    """The ties of a base, to be handled so. None where its config has none.
 
-    Raises InputRefused for a class whose ties are not known, and for one that its config cannot untie.
+    Unless they are errors, raises InputRefused for a class whose ties are not known, and for one that its config cannot
+    untie.
     """
     handling = Tied(handling)
-    if handling is Tied.ERROR or base.config.get(TIED) is False:
+    if base.config.get(TIED) is False:
         return Ties(handling)
     rules = base.rules
     if rules is None:
-        return Ties(handling, tensor_aliases(base.shards.values()))
+        return Ties(handling, {} if handling is Tied.ERROR else tensor_aliases(base.shards.values()))
     table = read_table()
-    if rules.architecture not in table.ties:
+    tied = table.ties.get(rules.architecture)
+    if tied is None:
+        if handling is Tied.ERROR:
+            return Ties(handling)
         raise InputRefused(
             f"{named('tied', handling)}: which tensors {rules.architecture} ties is not known (of transformers "
             f"{table.version}). Leave {named('tied')} out, or store each of them as a tensor of its own first"
         )
-    if handling is Tied.UNTIE and rules.architecture in table.cannot_untie:
-        raise InputRefused(
-            f"{named('tied', 'untie')}: {rules.architecture} without {TIED} is another model in transformers "
-            f"{table.version}, which does not scale its outputs, or stays tied. Use {named('tied', 'both')}"
+    bound = ""
+    if rules.architecture in table.cannot_untie:
+        bound = (
+            f"{rules.architecture} without {TIED} is another model in transformers {table.version}, which does not "
+            "scale its outputs, or stays tied"
         )
-    return _by_config(base, handling, rules, table.ties[rules.architecture])
+    if handling is Tied.UNTIE and bound:
+        raise InputRefused(f"{named('tied', 'untie')}: {bound}. Use {named('tied', 'both')}")
+    return _by_config(base, handling, rules, tied, bound)
+
+
+def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
+    """The tensors among these that are tables of words: input embeddings, and output embeddings that may be tied to
+    them.
+
+    Of a class of transformers that ties tensors, they are these tensors. Of another one, they are matrices with a row
+    for each word whose modules have a name that a class of transformers ties.
+    """
+    specs, table, rules = list(specs), read_table(), base.rules
+    tied = {} if rules is None else table.ties.get(rules.architecture, {})
+    if rules is not None and tied:
+        names = {*tied, *tied.values()}
+        loaded = LoadedNames(rules, [spec.name for spec in specs])
+        return [spec.name for spec in specs if len(spec.shape) == 2 and names.intersection(_loaded(spec.name, loaded))]
+    parts = {name.split(".")[-2] for each in table.ties.values() for name in (*each, *each.values()) if "." in name}
+    found = [
+        spec.name
+        for spec in specs
+        if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in parts
+    ]
+    return found if any(map(is_embedding, map(_last_part, found))) else []  # a head alone is tied to nothing
+
+
+def _loaded(name: str, loaded: LoadedNames) -> list[str]:
+    return [tensor.name for tensor in loaded.by_stored.get(name, ())] or [name]
+
+
+def _last_part(tensor: str) -> str:
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 @contextlib.contextmanager
@@ -87,20 +124,23 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**untied, TIED: False}
 
 
-def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied: Mapping[str, str]) -> Ties:
+def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied: Mapping[str, str], bound: str) -> Ties:
     names = [spec.name for spec in base.specs]
     loaded = LoadedNames(rules, names)
     stored = {name: found.stored for name, found in loaded.items() if found.conversion is None}
-    _refuse_missing_prefix(stored, tied, handling)
+    if handling is not Tied.ERROR:
+        _refuse_missing_prefix(stored, tied, handling)
     tensors: dict[str, str] = {}
+    own_names: dict[str, str] = {}
     for source in dict.fromkeys(tied.values()):
         group = [source, *(name for name, other in tied.items() if other == source)]
         first = next((name for name in group if name in stored), None)
         if first is not None:
-            others = (name for name in group if name != first)
-            spelled = ((stored.get(name) or _as_spelled(name, first, stored[first], rules)) for name in others)
+            others = [name for name in group if name != first]
+            spelled = {stored.get(name) or _as_spelled(name, first, stored[first], rules): name for name in others}
             tensors |= dict.fromkeys(spelled, stored[first])
-    return Ties(handling, tensors, by_config=True)
+            own_names |= spelled
+    return Ties(handling, tensors, by_config=True, loaded=own_names, bound=bound)
 
 
 def _refuse_missing_prefix(stored: Mapping[str, str], tied: Mapping[str, str], handling: Tied) -> None:

@@ -77,6 +77,7 @@ def parameters(tmp_path: Path, keys: list[str], targets: list[str], a: Any = ((1
         ("m.lin", ["m.lin.kernel"], "m.lin.kernel"),
         ("m.lin", ["kernel"], "m.lin.kernel"),
         ("m.lin", ["other.weight", "lin.kernel"], "m.lin.kernel"),
+        ("m.lin", ["down_proj", "lin.weight", "up_proj"], "m.lin"),  # the bare names are those of another module
     ],
 )
 def test_a_pair_of_a_bare_parameter_has_its_name(tmp_path, key, targets, pair):

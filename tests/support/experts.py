@@ -61,6 +61,33 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": COUNT}, "q_proj"),
     "granitemoe": ("GraniteMoe", {"intermediate_size": 24, "num_local_experts": COUNT}, "q_proj"),
 }
+_ROUTED = {"moe_intermediate_size": 8, "n_routed_experts": COUNT, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_GROUPED = _ROUTED | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 2}
+# Families for which PEFT's `all-linear` names experts and routers in `target_parameters`: class -> its sizes
+ALL_LINEAR: dict[str, dict[str, Any]] = {
+    **{MODELS[name][0]: MODELS[name][1] for name in ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe")},
+    "DeepseekV2": MODELS["deepseek_v3"][1] | {"n_shared_experts": 1},
+    "FlexOlmo": MODELS["olmoe"][1],
+    "Glm4Moe": _GROUPED,
+    "Dots1": _GROUPED,
+    "Ernie4_5_Moe": {
+        "moe_intermediate_size": 8,
+        "moe_num_experts": COUNT,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 2,
+    },
+    "MiniMax": MODELS["mixtral"][1] | {"num_hidden_layers": 2},
+    "Qwen3Next": {
+        "moe_intermediate_size": 8,
+        "num_experts": COUNT,
+        "shared_expert_intermediate_size": 8,
+        **{f"linear_num_{kind}_heads": 2 for kind in ("key", "value")},
+        **{f"linear_{kind}_head_dim": 8 for kind in ("key", "value")},
+        "num_hidden_layers": 4,
+    },
+}
 
 
 def tiny_model(name: str, **sizes: Any) -> PreTrainedModel:

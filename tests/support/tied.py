@@ -14,8 +14,20 @@ from transformers import PreTrainedModel
 
 WORDS, WIDTH = 23, 8
 ONE_LAYER = {"hidden_size": WIDTH, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+BART = {
+    "d_model": WIDTH,
+    **{
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in {"layers": 1, "attention_heads": 2, "ffn_dim": 12}.items()
+    },
+}
 SIZES = {
     "LlamaForCausalLM": ONE_LAYER,
+    "GPTNeoXForCausalLM": ONE_LAYER,
+    "BartForConditionalGeneration": BART,
+    "MBartForConditionalGeneration": BART,
+    "M2M100ForConditionalGeneration": BART,
     "BertForMaskedLM": ONE_LAYER,
     "GPT2LMHeadModel": {"n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 32},
     "T5ForConditionalGeneration": {"d_model": WIDTH, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2},
@@ -42,7 +54,7 @@ class TiedModel:
         model = peft.get_peft_model(copy.deepcopy(self.model), config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_" in name or "modules_to_save" in name:
                     parameter.normal_()
         return model.eval()
 
@@ -61,11 +73,11 @@ class TiedModel:
         return model
 
 
-def tied_model(folder: Path, architecture: str = "LlamaForCausalLM") -> TiedModel:
-    """A model with tied embeddings, saved in a folder."""
+def tied_model(folder: Path, architecture: str = "LlamaForCausalLM", *, tied: bool = True, **sizes: int) -> TiedModel:
+    """A model with tied embeddings, saved in a folder; or one with a head of its own."""
     torch.manual_seed(1)
     cls = getattr(transformers, architecture)
-    config = cls.config_class(vocab_size=WORDS, tie_word_embeddings=True, **SIZES[architecture], **TOKENS)
+    config = cls.config_class(vocab_size=WORDS, tie_word_embeddings=tied, **SIZES[architecture] | sizes, **TOKENS)
     model = cls(config).eval()
     model.save_pretrained(folder)
     return TiedModel(model, folder)

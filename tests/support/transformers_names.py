@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -46,6 +46,22 @@ KINDS = {
     Inkling2IndexOffsetWeightRename: "offset",
     LayerPairCollapse: "layer pairs",
 }
+_RESNET = {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_OF_TIMM = {"use_timm_backbone": False, "backbone_config": _RESNET}
+_OF_THREE = _OF_TIMM | {"backbone_config": _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}}
+# What the config of a type needs besides its defaults, so that its classes can be built without further packages.
+NEEDED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), _OF_TIMM),
+    "deformable_detr": _OF_THREE,
+    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    **{name: {"vocabulary_map": {"<image>": 4}} for name in ("chameleon", "emu3")},
+    **{name: {"prediction_length": 4} for name in ("informer", "autoformer", "time_series_transformer")},
+    **{name: {"vocab_size": 32} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "nemotron": {"num_key_value_heads": 48},
+    "reformer": {"is_decoder": True},
+}
 TRANSIENT = {"num_shards_attribute": None, "check_dims": False, "inverse": False, "subconfig_key": None}
 
 
@@ -53,6 +69,7 @@ def derive_table() -> dict[str, Any]:
     """The table as it would be written from the installed transformers. Builds every model once, without memory."""
     rules = derive_rules()
     classes, unbuilt, ties, bound = {}, [], {}, []
+    modules: dict[str, dict[str, ClassModules]] = {}
     for cls in model_classes():
         try:
             model = build(cls)
@@ -65,6 +82,7 @@ def derive_table() -> dict[str, Any]:
         if tied := tied_names(model):
             ties[cls.__name__] = tied
             bound += [cls.__name__] if cannot_untie(model) else []
+        modules.setdefault(model.config.model_type, {})[cls.__name__] = modules_of(model)
     used = {part["class"] for each in classes.values() for part in each["parts"]} | set(classes)
     auto = {name: {key: _only(value) for key, value in table.items()} for name, table in AUTO_TABLES.items()}
     auto = {
@@ -78,6 +96,7 @@ def derive_table() -> dict[str, Any]:
         "ties": ties,
         "cannot_untie": bound,
         "unbuilt": unbuilt,
+        "modules": {kind: found for kind, each in sorted(modules.items()) if (found := own_modules(each))},
     }
 
 
@@ -105,6 +124,35 @@ def cannot_untie(model: PreTrainedModel) -> bool:
     parts = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
     is_read = any("tie_word_embeddings" in inspect.getsource(part.forward) for part in parts)
     return is_read or type(model.config)(tie_word_embeddings=False).tie_word_embeddings
+
+
+class ClassModules(NamedTuple):
+    """The modules of a class that have weights. `#` stands for a number."""
+
+    own: frozenset[str]  # those outside of its inner model
+    inner: frozenset[str]  # those of its inner model, or of a class without one, as the inner model names them
+    prefix: str  # of the inner model; empty where the class has none
+
+
+def modules_of(model: PreTrainedModel) -> ClassModules:
+    names = {name.rpartition(".")[0] or name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {re.sub(r"(?<![^.])\d+(?![^.])", "#", name) for name in names}
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "-") else ""
+    inner = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return ClassModules(frozenset(name for name in names if not name.startswith(prefix)), frozenset(inner), prefix)
+
+
+def own_modules(classes: Mapping[str, ClassModules]) -> dict[str, list[str]]:
+    """Class -> the modules that not all classes of its model type have: heads and poolers.
+
+    Numbered modules of an inner model are left out: how many there are is up to a config.
+    """
+    shared = frozenset.intersection(*(each.inner for each in classes.values()))
+    return {
+        name: found
+        for name, each in classes.items()
+        if (found := sorted(each.own | {each.prefix + inner for inner in each.inner - shared if "#" not in inner}))
+    }
 
 
 @functools.cache
@@ -135,7 +183,7 @@ def build(cls: type[PreTrainedModel], config: Any = None) -> PreTrainedModel:
     """A model of this class without memory for its weights."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return cls(cls.config_class() if config is None else config)
+        return cls(cls.config_class(**NEEDED.get(cls.config_class.model_type, {})) if config is None else config)
 
 
 def describe(model: PreTrainedModel, rules: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -325,7 +373,8 @@ def encoded(table: Mapping[str, Any]) -> str:
     lines += [",\n".join(f"  {json.dumps(name)}: {_wrapped(value)}" for name, value in table["auto"].items())]
     lines += [" },", ' "ties": [', ",\n".join(_encoded_ties(table["ties"])), " ],"]
     lines += [f' "cannot_untie": {json.dumps(table["cannot_untie"])},']
-    lines += [f' "unbuilt": {json.dumps(table["unbuilt"])}', "}"]
+    lines += [f' "unbuilt": {json.dumps(table["unbuilt"])},', ' "modules": {']
+    lines += [",\n".join(_encoded_modules(table["modules"])), " }", "}"]
     return "\n".join(lines) + "\n"
 
 
@@ -347,6 +396,13 @@ def _encoded_ties(ties: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
         classes.setdefault(json.dumps(tied), []).append(name)
     for tied, names in classes.items():
         yield f"  [{tied},\n   {json.dumps(names)}]"
+
+
+def _encoded_modules(modules: Mapping[str, Mapping[str, list[str]]]) -> Iterator[str]:
+    """A line for each class, by model type."""
+    for model_type, classes in modules.items():
+        lines = ",\n   ".join(f"{json.dumps(name)}: {json.dumps(own)}" for name, own in classes.items())
+        yield f"  {json.dumps(model_type)}: {{\n   {lines}}}"
 
 
 def _wrapped(table: Mapping[str, str]) -> str:

@@ -337,11 +337,11 @@ def test_a_change_of_tied_input_embeddings_alone_is_refused(tmp_path, tied):
 )
 def test_untied_embeddings_may_be_replaced(tmp_path, config):
     (tmp_path / "base").mkdir()
-    base_file(tmp_path / "base/model.safetensors", {"embed.weight": [[1, 2], [3, 4]]})
+    base_file(tmp_path / "base/model.safetensors", {"embed_tokens.weight": [[1, 2], [3, 4]]})
     (tmp_path / "base/config.json").write_text(json.dumps(config))
-    whole = peft_adapter(tmp_path / "adapter", {}, {"embed.weight": np.ones((2, 2), np.float32)})
+    whole = peft_adapter(tmp_path / "adapter", {}, {"embed_tokens.weight": np.ones((2, 2), np.float32)})
     merged(tmp_path / "base", whole, tmp_path / "out")
-    assert load_file(tmp_path / "out/model.safetensors")["embed.weight"].tolist() == [[1, 1], [1, 1]]
+    assert load_file(tmp_path / "out/model.safetensors")["embed_tokens.weight"].tolist() == [[1, 1], [1, 1]]
     assert json.loads((tmp_path / "out/config.json").read_text()) == config
 
 
@@ -466,18 +466,18 @@ def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
     # The adapter replaces both tables by equal ones and has a pair for one: the results differ.
     (tmp_path / "base").mkdir()
     words = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
-    base_file(tmp_path / "base/model.safetensors", {"embed.weight": words})
+    base_file(tmp_path / "base/model.safetensors", {"embed_tokens.weight": words})
     config = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 3}
     (tmp_path / "base/config.json").write_text(json.dumps(config))
-    adapter = peft_adapter(tmp_path / "adapter", {}, {"embed.base_layer.weight": words, "head.weight": words})
+    adapter = peft_adapter(tmp_path / "adapter", {}, {"embed_tokens.base_layer.weight": words, "lm_head.weight": words})
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.embed.lora_embedding_A"] = np.array([[0, 0, 1]], np.float32)
-    tensors["base_model.model.embed.lora_embedding_B"] = np.array([[10], [20]], np.float32)
+    tensors["base_model.model.embed_tokens.lora_embedding_A"] = np.array([[0, 0, 1]], np.float32)
+    tensors["base_model.model.embed_tokens.lora_embedding_B"] = np.array([[10], [20]], np.float32)
     save_file(tensors, adapter / "adapter_model.safetensors")
     merged(tmp_path / "base", adapter, tmp_path / "out")
     ours = load_file(tmp_path / "out/model.safetensors")
-    assert ours["embed.weight"].tolist() == [[1, 2], [3, 4], [15, 26]]
-    assert ours["head.weight"].tolist() == words.tolist()
+    assert ours["embed_tokens.weight"].tolist() == [[1, 2], [3, 4], [15, 26]]
+    assert ours["lm_head.weight"].tolist() == words.tolist()
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -68,6 +70,64 @@ def test_a_merge_equals_that_of_peft(saved, tmp_path, spelling):
     } < changed  # Granite's experts
     audit = lora_export.verify(tmp_path / "out", base=saved[spelling], adapters=saved["adapter"])
     assert audit.verdict.outcome == "same"
+
+
+@pytest.mark.parametrize("family", sorted(experts.ALL_LINEAR))
+def test_what_peft_targets_by_default_is_merged(family, tmp_path):
+    """`all-linear` names experts by bare endings, and the router by its module: each pair has one of them."""
+    config = getattr(transformers, f"{family}Config")(**{**experts.SIZES, **experts.ALL_LINEAR[family]})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, options).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert sorted(targets) == ["down_proj", "gate.weight", "gate_up_proj"]
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids, use_cache=False).logits
+        lora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        found = type(model).from_pretrained(tmp_path / "out").eval()(input_ids=ids, use_cache=False).logits
+    assert float((found - expected).norm()) < 5e-6 * float(expected.norm())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("width", [12, 8, 16])  # with 8 gate_up_proj is square, with 16 down_proj
+def test_experts_that_are_transposed_where_their_shape_is_not_the_models(width, is_transposed, tmp_path):
+    """Qwen3-VL-MoE was published with (experts, in, out), and is saved as (experts, out, in) today."""
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 16}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    text = experts.SIZES | {"num_experts": COUNT, "moe_intermediate_size": width, "rope_parameters": rope}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    if is_transposed:
+        file = tmp_path / "base" / "model.safetensors"
+        save_file(
+            {
+                name: value.transpose(1, 2).contiguous()
+                if value.ndim == 3 and value.shape[1] != value.shape[2]
+                else value
+                for name, value in load_file(file).items()
+            },
+            file,
+            metadata={"format": "pt"},
+        )
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    options = peft.LoraConfig(r=RANK, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, options).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    lora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids).logits
+        found = type(model).from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+    assert float((found - expected).norm()) < 5e-6 * float(expected.norm())
+    assert lora_export.verify(tmp_path / "out", base=tmp_path / "base", adapters=tmp_path / "adapter")
 
 
 def test_an_adapter_of_single_experts_merges_into_both_spellings(mixtral, tmp_path):

@@ -20,7 +20,7 @@ from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_head, ties_of, untied_config
 from support import transformers_names
-from support.tied import TiedModel, tied_model
+from support.tied import ONE_LAYER, TOKENS, WORDS, TiedModel, tied_model
 
 HEAD, TABLE = "lm_head", "embed_tokens"
 LLAMA_TABLE = "model.embed_tokens.weight"
@@ -187,3 +187,59 @@ def test_a_head_is_known_where_one_weight_is_tied():
     assert tied_head("LlamaForCausalLM") == tied_head("LlavaForConditionalGeneration") == "lm_head"
     assert tied_head("BertLMHeadModel") == "cls.predictions.decoder"
     assert [tied_head(name) for name in ("T5ForConditionalGeneration", "BertModel", "")] == ["", "", ""]
+
+
+@pytest.mark.parametrize(("target", "is_refused"), [(TABLE, True), ("gate_proj", False)])
+def test_a_matrix_with_a_row_for_each_word_by_chance_is_no_table_of_words(target, is_refused, tmp_path):
+    """`gate_proj` has as many rows as there are words: neither is its change one of a table, nor does it hide one."""
+    model = tied_model(tmp_path / "base", intermediate_size=WORDS)
+    adapter = model.adapter(tmp_path / "adapter", target)
+    if is_refused:
+        with pytest.raises(InputRefused, match=r"model\.embed_tokens\.weight is the output embeddings too"):
+            le.merge(model.base, adapter, tmp_path / "out")
+        return
+    le.merge(model.base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(model.trained(target)))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_whose_input_table_has_more_rows_is_not_tied(options, tmp_path):
+    """Mllama has rows for images in its input embeddings: nothing can be tied, and its config says nothing of it."""
+    text = {**ONE_LAYER, "num_hidden_layers": 2, "num_key_value_heads": 2, **TOKENS}
+    text |= {"cross_attention_layers": [1], "vocab_size": WORDS}
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28}
+    vision |= {
+        "intermediate_size": 12,
+        "vision_output_dim": 16,
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    vision |= {"intermediate_layers_indices": [0]}
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(1)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tied = TiedModel(model, tmp_path / "base")
+    targets = ["q_proj", *options.pop("target_modules", ())]
+    trained = tied.trained(*targets, **options)
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(WORDS).reshape(1, -1)
+    with torch.no_grad():
+        assert is_near(tied.reloaded(tmp_path / "out").eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_a_table_of_words_is_known_by_its_name_where_the_class_is_not(tmp_path):
+    """A class that transformers does not have: `up` has a row for each word, and is none of its tables."""
+    (tmp_path / "base").mkdir()
+    config = {"tie_word_embeddings": True, "architectures": ["MyForCausalLM"], "vocab_size": 3}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    weights = {"embed_tokens.weight": np.ones((3, 2), np.float32), "up.weight": np.ones((3, 2), np.float32)}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    table = LoraPair(np.ones((1, 3)), np.ones((2, 1)), 1.0, embedding=True)
+    with pytest.raises(InputRefused, match=r"embed_tokens\.weight is the output embeddings too"):
+        le.merge(tmp_path / "base", Adapter("one", "peft", {"embed_tokens": table}), tmp_path / "out")
+    up = LoraPair(np.ones((1, 2)), np.ones((3, 1)), 1.0)
+    le.merge(tmp_path / "base", Adapter("one", "peft", {"up": up}), tmp_path / "out", layout={"up": "out_in"})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config

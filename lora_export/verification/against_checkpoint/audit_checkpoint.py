@@ -22,6 +22,8 @@ from lora_export.verification.against_checkpoint.stored_layout import StoredLayo
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome
 from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.lost_names import lost_names
+from lora_export.weights.merge import added_names
 
 
 def audit(
@@ -66,6 +68,11 @@ def audit(
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
         for name in after
         if name not in expected
+    ]
+    judged = {weight.name for weight in weights if weight.outcome is Outcome.DIFFERENT}
+    lost = lost_names(base, after, merged.config, added_names(plan))
+    weights += [
+        AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, why) for name, why in lost.items() if name not in judged
     ]
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
