@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,8 +190,7 @@ class _Encoders:
         if form is RowForm.SPEECH:
             return EncodedRows(records, rows, self._speech(tokenizer))
         self._set_padding(tokenizer)
-        of_model = text_lengths(loaded.module, {"sequence"}).most("sequence")
-        most = min(self.options.max_length, tokenizer.model_max_length, of_model)
+        most = self._most_tokens
         of_texts: dict[RowForm, Callable[[], Encoder]] = {
             RowForm.LABELLED: lambda: encoders.TextEncoder(tokenizer, most, labels),
             RowForm.TAGS: lambda: encoders.TagEncoder(tokenizer, most, labels),
@@ -199,6 +199,16 @@ class _Encoders:
         if form in of_texts:
             return EncodedRows(records, rows, of_texts[form]())
         return self._language(rows, tokenizer, most)
+
+    @functools.cached_property
+    def _most_tokens(self) -> int:
+        """The length to which texts are cut: the one that was asked for, or all that the model takes."""
+        asked, most = self.options.max_length, int(text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
+        if asked > most:
+            self.options.on_message(
+                f"note: texts are cut to {most} tokens, all that the model takes ({named('max_length', asked)})."
+            )
+        return min(asked, most)
 
     def _speech(self, tokenizer: Any) -> TranscriptEncoder | FrameEncoder:
         """The encoder of sounds with transcripts. Raises InputRefused with all rows that the model cannot take."""

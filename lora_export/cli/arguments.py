@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ class Command(click.Command):
             return
         for name, option in options_by_name(self).items():
             option.envvar = f"{ctx.auto_envvar_prefix}_{name.replace('-', '_').upper()}"
-        ctx.default_map, ctx.meta[CONFIGURATION] = defaults_of(self, str(ctx.info_name))
+        ctx.default_map, ctx.meta[CONFIGURATION], left_out = defaults_of(self, str(ctx.info_name))
+        for note in left_out:
+            print_message(f"note: {note}")
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does. A note names the defaults that pyproject.toml changed."""
@@ -226,17 +229,19 @@ def command_line() -> list[str]:
 
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
+# Options that run code, open pickles, or say what is written. A file of somebody else does not set them.
+GUARDED = frozenset({"model", "allow-pickle", "output", "overwrite", "report", "cache", "keep-residual", "tensorboard"})
 
 
-def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path | None]:
-    """The defaults of a command's options, by parameter, and the file that has them; nothing where there is none.
+def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path | None, list[str]]:
+    """The defaults of a command's options, by parameter, the file that has them, and notes on what is left out of it.
 
     Keys of the table itself count for every command that has the option, those of `[tool.lora-export.COMMAND]` for one.
     Raises click.UsageError for a file that cannot be read, and for a key that no command has.
     """
     found = find_table()
     if found is None:
-        return {}, None
+        return {}, None, []
     path, table = found
     options = options_by_name(command)
     shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
@@ -245,11 +250,28 @@ def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path
         raise _unknown(path, f"{TABLE}.{name}", unknown[0], options)
     _check_shared(shared, options, path)
     known = {key: value for key, value in shared.items() if _spelled(key) in options} | own
-    defaults = {}
+    defaults, left_out = {}, []
     for key, value in known.items():
         option = options[_spelled(key)]
-        defaults[option.name or ""] = [value] if option.multiple and not isinstance(value, list) else value
-    return defaults, path
+        if why := _distrust(path, _spelled(key), value):
+            left_out.append(f"`{key}` of {path} is left out: {why}. Give it on the command line")
+        else:
+            defaults[option.name or ""] = [value] if option.multiple and not isinstance(value, list) else value
+    return defaults, path, left_out
+
+
+def _distrust(path: Path, option: str, value: Any) -> str:
+    """Why a value is not taken from a file that was found: it may be somebody else's. Empty where it is."""
+    is_here = path.parent == Path.cwd()
+    if option not in GUARDED:
+        return ""
+    if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():
+        return "the file belongs to another user"
+    if not is_here and not (path.parent / ".git").exists():
+        return "the file is neither in the current folder nor in the root of a git repository"
+    if option == "model" and not is_here and ":" in str(value):
+        return "code is named by a file in the current folder alone"
+    return ""
 
 
 def find_table() -> tuple[Path, dict[str, Any]] | None:

@@ -22,6 +22,9 @@ from lora_export.storage import input_files
 
 PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
 PIXELS = "pixel_values"  # the input that an image processor makes
+# Pillow opens others by programs of their own: an EPS starts Ghostscript, whatever the name of the file.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 1 << 26  # of one image: 200 MB in RGB
 # One of them is in every folder that transformers reads a tokenizer from.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -87,7 +90,9 @@ def read_image(image: Path | Any) -> Any:
     if not isinstance(image, Path):
         return image.convert("RGB")
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=IMAGE_FORMATS) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MOST_PIXELS:,} are decoded")
             return opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputRefused(f"no image that can be read ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,27 @@ def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_pa
         bases["bert"], rows(tmp_path, *({"text": "a " * 200, "label": label} for label in "xyxy")), max_length=500
     )
     assert data.batch([0]).inputs["input_ids"].shape == (1, 64)
+
+
+@pytest.mark.parametrize(("asked", "length", "notes"), [(40, 40, 0), (500, 64, 1)])
+def test_texts_are_as_long_as_was_asked_for(
+    bases: dict[str, Path], tmp_path: Path, asked: int, length: int, notes: int
+) -> None:
+    """The tokenizer's own limit does not count; the model's does, and a note says so."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["bert"], base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 8}))
+    found: list[str] = []
+    data, _ = encoded(
+        base,
+        rows(tmp_path, *({"text": "a " * 200, "label": label} for label in "xyxy")),
+        max_length=asked,
+        on_message=found.append,
+    )
+    assert data.batch([0]).inputs["input_ids"].shape == (1, length)
+    assert [note for note in found if "texts are cut to 64 tokens, all that the model takes" in note] == found
+    assert len(found) == notes
 
 
 def test_a_padding_token_is_needed_by_classifiers_alone(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -136,8 +137,9 @@ def test_no_command_has_an_option_twice(name: str) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base and an adapter, in a folder below that of a pyproject.toml."""
+    """A base and an adapter, in a folder below that of a pyproject.toml, which is the root of a repository."""
     (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
     base_file(tmp_path / "sub/base.safetensors", {"fc.weight": W})
     peft_adapter(tmp_path / "sub/adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
     monkeypatch.chdir(tmp_path / "sub")
@@ -225,6 +227,48 @@ def test_a_report_has_the_options_from_everywhere(place: Path, monkeypatch: pyte
     assert words[:3] == ["lora-export", "verify", "merged.safetensors"]
     pairs = [("--adapter", "adapter"), ("--base", "base.safetensors"), ("--report", "v.json")]
     assert sorted(zip(words[3::2], words[4::2], strict=True)) == pairs
+
+
+FACTORY = 'model = "evil.py:make"\n'
+REPORT = 'report = "v.json"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "is_root", "is_mine", "why"),
+    [
+        (REPORT, False, True, "`report` of {} is left out: the file is neither in the current folder nor in the root"),
+        (REPORT, True, False, "`report` of {} is left out: the file belongs to another user"),
+        (FACTORY, True, True, "`model` of {} is left out: code is named by a file in the current folder alone"),
+        (FACTORY, True, False, "`model` of {} is left out: the file belongs to another user"),
+    ],
+)
+def test_a_file_that_was_found_runs_no_code_and_names_no_output(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text, is_root, is_mine, why
+) -> None:
+    assert call(*MERGE) == 0
+    configure(place, f"[tool.lora-export.verify]\nstrict = true\n{text}")
+    Path("evil.py").write_text("raise SystemExit('ran')\n")
+    if not is_root:
+        (place / ".git").rmdir()
+    if not is_mine:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    capsys.readouterr()
+    assert call("verify", "merged.safetensors", "-a", "adapter", "--base", "base.safetensors") == 0
+    note = f"note: {why.format(place / 'pyproject.toml')}"
+    printed = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(note) and line.endswith("Give it on the command line") for line in printed), printed
+    assert f"note: from {place / 'pyproject.toml'}: strict = True" in printed  # what is harmless is taken
+    assert not Path("v.json").exists()
+
+
+def test_a_file_in_the_current_folder_names_outputs_and_models(place: Path) -> None:
+    assert call(*MERGE) == 0
+    configure(place / "sub", f"[tool.lora-export.verify]\n{REPORT}")
+    assert call("verify", "merged.safetensors", "-a", "adapter", "--base", "base.safetensors") == 0
+    assert Path("v.json").exists()
+    configure(place / "sub", f"[tool.lora-export.verify]\n{FACTORY}")
+    Path("evil.py").write_text("raise RuntimeError('ran')\n")
+    assert call("verify", "merged.safetensors", "-a", "adapter") == 3
 
 
 def test_environment_sets_flags_lists_and_verbosity(

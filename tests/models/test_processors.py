@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,24 @@ def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
     paths = [an_image(tmp_path / "a.png", RED), an_image(tmp_path / "b.png", RED, (5, 5))]
     with pytest.raises(InputRefused, match=r"several sizes: \[3, 5, 5\] and \[3, 7, 9\]"):
         pixels_of(paths, tmp_path)
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\x00\x00\x00\x00IDAT" + b"\x00" * 4)
+    with pytest.raises(InputRefused, match=r"9,000 x 9,000 pixels; at most 67,108,864 are decoded"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_file_that_starts_another_program_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow opens an EPS, whatever its name, and runs Ghostscript on it."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: Image.new("RGB", (9, 9)).im)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.convert("RGB").size == (9, 9)
+    with pytest.raises(InputRefused, match="no image that can be read"):
+        read_image(tmp_path / "a.png")
 
 
 def test_what_is_no_image_or_no_processor_is_refused(tmp_path: Path) -> None:
