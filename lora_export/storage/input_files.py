@@ -86,7 +86,7 @@ def unchanged(path: Path, files: Callable[[], Iterable[Path]]) -> Iterator[None]
     yield
     try:
         after = file_states(files())
-    except FileNotFoundError:
+    except (FileNotFoundError, InputRefused):  # they are gone, or no longer what they were
         after = []
     if after != before:
         raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")

@@ -133,7 +133,7 @@ class ChangedWeight:
         if not one.needs_column_norms:
             return one
         assert self.step.magnitude is not None
-        plain, squares = replace(one, with_magnitude=False), np.zeros((2, len(self.step.magnitude)))
+        plain, squares = one.without_magnitude(), np.zeros((2, len(self.step.magnitude)))
         for rows in self.pieces:
             squares += [np.square(part).sum(axis=0) for part in plain.rows(rows, self.before(rows))]
         norms, bounds = np.sqrt(squares)

@@ -155,6 +155,9 @@ class Fp64Sum:
         total *= factor
         return total, np.abs(factor) * bound + np.abs(total) * (factor_bound + 4 * FP32_ROUNDOFF)
 
+    def without_magnitude(self) -> Fp64Sum:
+        return replace(self, with_magnitude=False)
+
     def only_term(self, number: int) -> Fp64Sum:
         """W and one term alone, without DoRA's lengths."""
         factors = tuple(float(position == number) for position in range(len(self.factors)))
