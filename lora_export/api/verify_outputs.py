@@ -18,6 +18,7 @@ from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
 from lora_export.verification.companion_files import compare_files, loaded_files
+from lora_export.verification.diagnose.root_cause import without_guesses
 
 if TYPE_CHECKING:
     from lora_export.verification.proof import Proof
@@ -93,6 +94,9 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         recorded = recorded_explanation(
             proof.verdict, candidate, request, loaded, weights_from, fingerprint=fingerprint
         )
-        proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
+        diagnosis = proof.diagnosis
+        if recorded and diagnosis is not None:
+            diagnosis = replace(diagnosis, why=without_guesses(diagnosis.why))
+        proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded), diagnosis=diagnosis)
     about = {"candidate": {"path": str(candidate.path), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)

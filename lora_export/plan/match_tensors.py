@@ -50,7 +50,8 @@ def match_adapter(
         pair = stored if weight is None else _with_kernel_of(base[weight], _of_layer(stored, base[weight].layout))
         problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
         repeated_by = tuple(f"{prefix.to_base(head) or head}.weight" for head in adapter.tied_to(module))
-        sort(module, weight, problem, term=Term(adapter.name, module, pair, strength), repeated_by=repeated_by)
+        term = Term(adapter.name, module, pair, strength, rslora=bool(adapter.metadata.get("use_rslora")))
+        sort(module, weight, problem, term=term, repeated_by=repeated_by)
     for module, change in adapter.biases.items():
         if _is_packed(prefix.to_base(module), base) and not change.any():
             continue  # PEFT saves it, and never trains it

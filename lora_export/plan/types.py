@@ -86,6 +86,7 @@ class Term:
     module: str  # as the adapter spells it
     pair: LoraPair
     strength: float = 1.0
+    rslora: bool = False  # whether the scale of the pair is alpha / √rank
 
     @property
     def scale(self) -> float:

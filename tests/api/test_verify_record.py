@@ -46,6 +46,19 @@ def test_a_wrong_weight_of_a_merged_file_is_named(place: Path, tmp_path: Path) -
     assert str(result).splitlines()[1] == f"  {sentence}" and sentence in report.read_text()
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_known_cause_silences_guesses(place: Path, tmp_path: Path, is_recorded: bool) -> None:
+    """Half the weight looks like a scale of 2 that was left out; the record states what it is."""
+    graph = onnx.load(place / "m.onnx")
+    if not is_recorded:
+        del graph.metadata_props[:]
+    onnx.save(graph, tmp_path / "m.onnx")
+    result = le.verify(tmp_path / "m.onnx", MODEL, adapters=place / "adapter", weights=[2.0])
+    assert result.exit_code == 4 and bool(result.verdict.recorded) is is_recorded
+    assert "0.5 times the correct strength" in str(result)
+    assert ("as if" in str(result)) is not is_recorded
+
+
 def test_a_record_changes_no_verdict(place: Path, tmp_path: Path) -> None:
     """A right graph with a record of another adapter is the same, and a wrong one without a record is different."""
     graph = onnx.load(place / "m.onnx")

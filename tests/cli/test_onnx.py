@@ -383,7 +383,9 @@ def test_verify_tells_where_it_goes_wrong_and_why(
     code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
     assert code == 4 and json.loads(report.read_text())["diagnosis"] == told["diagnosis"]
     assert told["diagnosis"]["first"] == PACKED
-    assert "as if its weight, 7, were left out" in told["diagnosis"]["why"]
+    assert "its adapter has 0.1429 times the correct strength" in told["diagnosis"]["why"]
+    assert "the weight 7; this file contains it with the weight 1" in told["recorded"][0]
+    assert "as if" not in told["diagnosis"]["why"]  # the record states the cause
     assert "2 are wrong, 2 in the same way; 10 of 10 modules were compared" in told["diagnosis"]["why"]
     layers = {layer.pop("name"): layer for layer in told["diagnosis"]["layers"]}
     assert list(layers)[:3] == ["conv", PACKED, OUT] and set(layers[OUT]) == {"error", "deployed_error", "effect"}

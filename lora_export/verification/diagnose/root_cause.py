@@ -9,6 +9,7 @@ next to nothing of the difference unexplained. Arrays only.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ UNEXPLAINED = 0.02  # of the difference, that an explanation may leave
 SAME_FACTOR = 2e-3  # relative difference up to which a fitted factor is a known one
 ROUNDINGS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 MAX_RANGES = 3  # of outputs, that are listed one by one
+_GUESS = re.compile(r", as if [^;()\n]*[^;()\s]")  # as `_describe_strength` ends
 NOT_EXPLAINED = "none of the known mistakes explains it"
 
 
@@ -131,6 +133,11 @@ def _wrong_strength(layer: LayerObservation) -> Iterator[Explanation]:
             yield Explanation(kind, "; ".join(texts), predicted)
 
 
+def without_guesses(text: str) -> str:
+    """A diagnosis without what a wrong strength may come from: where the cause is known, that would be another one."""
+    return _GUESS.sub("", text)
+
+
 def _nearest_known(factor: float, term: Term) -> float:
     known = [0.0, 1.0, round(factor, 2), *(value for value, _ in _known_factors(term))]
     nearest = min(known, key=lambda value: abs(value - factor))
@@ -149,17 +156,24 @@ def _describe_strength(factor: float, term: Term, *, several: bool) -> str:
 
 
 def _known_factors(term: Term) -> list[tuple[float, str]]:
-    """The factors by which known mistakes change a scale, each with its description."""
+    """The factors by which mistakes that are possible with a pair change its scale, each with its description."""
     rank, scale, root = float(term.pair.rank), term.pair.scale, math.sqrt(term.pair.rank)
     known = [
         (2.0, "it were added twice"),
         (-1.0, "it were subtracted"),
         (1.1, "it were a tenth too strong"),
-        (rank, f"alpha were not divided by the rank, {rank:g}"),
         (1 / rank, f"it were divided by the rank, {rank:g}, once more"),
-        (root, f"alpha were divided by the root of the rank, as in rsLoRA, and not by the rank, {rank:g}"),
-        (1 / root, f"alpha were divided by the rank, {rank:g}, and not by its root, as in rsLoRA"),
     ]
+    if term.rslora:
+        known += [
+            (root, f"alpha were not divided by the root of the rank, {rank:g}"),
+            (1 / root, f"alpha were divided by the rank, {rank:g}, and not by its root, as in rsLoRA"),
+        ]
+    else:
+        known += [
+            (rank, f"alpha were not divided by the rank, {rank:g}"),
+            (root, f"alpha were divided by the root of the rank, as in rsLoRA, and not by the rank, {rank:g}"),
+        ]
     if scale:
         known += [
             (scale, f"the scale, {scale:g}, were applied twice"),

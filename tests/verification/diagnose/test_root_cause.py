@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,24 @@ def test_correct_output_agrees() -> None:
     np.testing.assert_array_equal(layer.expected, [[3, 0], [4, 1], [-1, -1]])
     assert layer.agrees and layer.error == 0
     assert not observed(X @ (W + 2.001 * DELTA).T).agrees
+
+
+def test_a_guess_is_possible_for_the_adapter() -> None:
+    """1/√rank is rsLoRA taken for LoRA, where the adapter is one; √rank is the reverse, or undivided."""
+    rows = np.zeros((3, 2))
+    pair = LoraPair(np.concatenate([A, rows]), np.concatenate([B, rows.T], axis=1), 3.0)
+    for rslora, factor, text in (
+        (True, 0.5, "as if alpha were divided by the rank, 4, and not by its root, as in rsLoRA"),
+        (False, 0.5, ""),
+        (True, 2, "alpha were not divided by the root of the rank, 4"),
+        (False, 2, "alpha were divided by the root of the rank, as in rsLoRA, and not by the rank, 4"),
+        (False, 4, "as if alpha were not divided by the rank, 4"),
+        (True, 4, ""),
+    ):
+        step = replace(a_step(pair), terms=(Term("ad", "m", pair, rslora=rslora),))
+        cause = find_root_cause(observed(X @ (W + factor * 3 * DELTA).T, step=step))
+        assert cause is not None and f"{factor:g} times the correct strength" in str(cause)
+        assert text in str(cause) and ("as if" in str(cause)) == bool(text)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +165,7 @@ def test_mistakes_with_dora_are_recognised() -> None:
         (X @ (total * magnitude[:, None]).T + bias, "divided by the norm of W"),
         (right - bias + bias * magnitude / lengths, "rescales the bias too"),
     ):
-        cause = find_root_cause(dataclasses.replace(layer, y=y))
+        cause = find_root_cause(replace(layer, y=y))
         assert cause is not None and text in cause.text
 
 
@@ -158,7 +176,7 @@ def test_rounding_is_recognised_by_the_rounded_values() -> None:
     cause = find_root_cause(layer)
     assert cause is not None and cause.text == "its weights are rounded to float16"
     noise = 2.0**-11 * np.abs(w) * rng.uniform(-1, 1, w.shape)
-    cause = find_root_cause(dataclasses.replace(layer, y=x @ (w + noise).T))
+    cause = find_root_cause(replace(layer, y=x @ (w + noise).T))
     assert cause is None  # as large as rounding, but not rounding
 
 
@@ -182,7 +200,7 @@ def test_embedding_ids_select_columns() -> None:
     w = np.array([[1.0, 2, 3], [4, 5, 6]])  # (width, words)
     layer = LayerObservation("m", np.array([2, 0]), np.array([[5.0, 8], [2, 5]]), w, step=a_step(pair))
     assert layer.agrees
-    cause = find_root_cause(dataclasses.replace(layer, y=np.array([[3.0, 6], [1, 4]])))
+    cause = find_root_cause(replace(layer, y=np.array([[3.0, 6], [1, 4]])))
     assert cause is not None and cause.text == "its adapter is missing"
 
 
