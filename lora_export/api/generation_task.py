@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.files import ENCODER_FILE
+from lora_export.artifacts.files import ENCODER_FILE, SINGLE_GRAPH
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from lora_export.models.model import Model
 
-SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 # The main input of a model with an encoder -> its task
 TASK_BY_INPUT = {
     "input_ids": TEXT_TO_TEXT,

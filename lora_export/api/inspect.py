@@ -134,6 +134,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         names = None
         if options.checkpoint is not None:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))
-        model = load_graph(path)
+        model = load_graph(artifact.path)
         return Inspection(path, graph=find_sites(model, names), interface=read_interface(model), record=artifact.record)
     return Inspection(path, checkpoint=artifact.checkpoint, record=artifact.record)

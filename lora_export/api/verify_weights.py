@@ -63,7 +63,8 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
         request.on_message(f"note: {note}")
     files = loaded_files(candidate)
     audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
-    for found in (compare_files(base, path, loaded), files.others):
+    dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
+    for found in (compare_files(base, path, loaded, dtypes), files.others):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {

@@ -18,7 +18,13 @@ from typing import Any
 
 from lora_export import provenance
 from lora_export.artifacts import archive
-from lora_export.artifacts.files import GRAPH_FILES, files_of_artifact, hashes_of, is_encoder_decoder_folder
+from lora_export.artifacts.files import (
+    GRAPH_FILES,
+    SINGLE_GRAPH,
+    files_of_artifact,
+    hashes_of,
+    is_encoder_decoder_folder,
+)
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.formats.row_adapters import read_row_adapters
@@ -247,8 +253,14 @@ class Artifact:
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """A path with its kind. Reads no weights, and refuses nothing: the reader of a kind does."""
-    return Artifact(Path(path), artifact_kind(Path(path)))
+    """A path with its kind. Reads no weights, and refuses nothing: the reader of a kind does.
+
+    A folder of one graph without a checkpoint's weights, as a decoder is exported to, is its graph.
+    """
+    path = Path(path)
+    if (path / SINGLE_GRAPH).is_file() and not any(path.glob("*.safetensors")):
+        path /= SINGLE_GRAPH
+    return Artifact(path, artifact_kind(path))
 
 
 def refuse_no_model(source: str | Path) -> None:

@@ -11,6 +11,7 @@ from lora_export.storage import input_files
 from lora_export.storage.hashes import HASH_BLOCK, file_sha256
 
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
+SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
 LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
 

@@ -49,8 +49,10 @@ def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -
     transformers = optional_package("transformers", needs, "hf")
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises any type
-        raise InputRefused(f"{failure}: {str(error).strip().split(chr(10))[0]}") from error
+    except BaseException as error:  # a damaged file raises any type: tokenizers' panics in Rust are no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputRefused(f"{failure}: {str(error).strip().split(chr(10))[0]}") from error
+        raise
 
 
 def open_tokenizer(folder: Path, *, needed: bool) -> Any:

@@ -10,7 +10,7 @@ is judged by one set must not have another one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST
+from lora_export.verification.tokenizer_behaviour import tokenizer_differences
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
 from lora_export.weights.quantised import QUANTIZATION, without_quantisation
 from lora_export.weights.task_head import config_with_heads
+from lora_export.weights.weight_files import is_index
 
 # Fields that say how and by what a file was written, and not what the model computes
 UNIMPORTANT = frozenset(
@@ -40,6 +42,9 @@ VOCABULARIES = (
 )
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+CONFIGS = (CONFIG, GENERATION_CONFIG)
+UNREAD = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".ipynb", ".log")
 SHOWN_VALUE = 60  # characters of a value in a message
 SHOWN_DIFFERENCES = 8  # of one file
 
@@ -55,41 +60,170 @@ class ComparedFiles:
     notes: tuple[str, ...] = ()
 
 
-def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> ComparedFiles:
+def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter], stored: Collection[str] = ()) -> ComparedFiles:
     """Compare the files beside the weights of two Hugging Face folders; nothing where one of them is no folder.
 
-    Raises InputRefused for a file that is no JSON.
+    Every file of either folder is judged, listed as not judged, or one that no loader reads. `stored` are the dtypes of
+    the merged weights. Raises InputRefused for a file that is no JSON.
     """
     if not (base.is_dir() and merged.is_dir()):
         return ComparedFiles()
-    differences: list[str] = []
-    not_judged: list[str] = []
-    for name, read in READERS.items():
-        if not ((base / name).exists() and (merged / name).exists()):
-            continue
-        before, after = read(base, name), read(merged, name)
-        expected = _expected_config(before, after, adapters) if name == "config.json" else before
-        compared = list(_compared(expected, after))
-        found = [f"{name}: {line}" for differs, line in compared if differs]
-        differences += found[:SHOWN_DIFFERENCES]
-        if len(found) > SHOWN_DIFFERENCES:
-            differences.append(f"{name}: and {len(found) - SHOWN_DIFFERENCES} more values")
-        if only := sorted(value for differs, value in compared if not differs):
-            more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
-            not_judged.append(f"values in {name} that only one folder has: {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
+    found = _Found()
+    for name in CONFIGS:
+        if (base / name).exists() and (merged / name).exists():
+            before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
+            expected = before
+            if name == CONFIG:
+                expected = _expected_config(before, after, adapters)
+                found.differences += _wrong_dtype(before, after, stored)
+            found.add_values(name, list(_compared(expected, after)), _same_in_transformers(base, merged, name))
+    _compare_tokenizers(base, merged, found)
     templates = [_chat_template(folder) for folder in (base, merged)]
     if all(templates) and templates[0] != templates[1]:
-        differences.append("the chat template is another than the base's")
+        found.differences.append("the chat template is another than the base's")
     elif any(templates) and not all(templates):
-        not_judged.append("the chat template, which only one folder has")
+        found.not_judged.append("the chat template, which only one folder has")
+    if not any(merged.glob("*.onnx")):  # an export for a runtime has files of its own
+        _compare_other_files(base, merged, found)
+    return ComparedFiles(tuple(map(one_line, found.differences)), tuple(map(one_line, found.not_judged)))
+
+
+@dataclass
+class _Found:
+    """What `compare_files` collects."""
+
+    differences: list[str] = field(default_factory=list)
+    not_judged: list[str] = field(default_factory=list)
+
+    def add_values(
+        self, name: str, compared: Sequence[tuple[bool, str]], are_defaults: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Take what `_compared` found in a file. `are_defaults` tells whether values of one folder are none of note."""
+        differing = [f"{name}: {line}" for differs, line in compared if differs]
+        self.differences += differing[:SHOWN_DIFFERENCES]
+        if len(differing) > SHOWN_DIFFERENCES:
+            self.differences.append(f"{name}: and {len(differing) - SHOWN_DIFFERENCES} more values")
+        only = sorted(value for differs, value in compared if not differs)
+        if only and (differing or not are_defaults()):
+            more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
+            shown = ", ".join(only[:SHOWN_DIFFERENCES])
+            self.not_judged.append(f"values in {name} that only one folder has: {shown}{more}")
+
+
+def _wrong_dtype(before: Values, after: Values, stored: Collection[str]) -> Iterator[str]:
+    """A dtype in which a loader would compute, that is neither the base's nor the one of the weights."""
+    one, other = (values.get("dtype") or values.get("torch_dtype") for values in (before, after))
+    if other is not None and other != one and stored and set(stored) != {other}:
+        kinds = " and ".join(sorted(stored))
+        yield f"{CONFIG}: dtype is {other!r}, the base has {one!r}, and the weights are {kinds}"
+
+
+def _same_in_transformers(base: Path, merged: Path, name: str) -> Callable[[], bool]:
+    """Whether transformers reads the same values of both folders: its versions spell some of them differently."""
+
+    def are_same() -> bool:
+        try:
+            import transformers
+        except ImportError:
+            return False
+        reader = {CONFIG: "AutoConfig", GENERATION_CONFIG: "GenerationConfig"}.get(name)
+        if reader is None:
+            return False
+        try:
+            read = [
+                getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
+                for folder in (base, merged)
+            ]
+        except Exception:  # noqa: BLE001  a config that it cannot read: it stays not judged
+            return False
+        one, other = (each.to_dict() for each in read)
+        return not list(_compared(one, other))
+
+    return are_same
+
+
+# --- Files of tokenizers, and all others ---
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name in (*VOCABULARIES, "special_tokens_map.json") or (name.startswith("tokenizer") and "/" not in name)
+
+
+def _compare_tokenizers(base: Path, merged: Path, found: _Found) -> None:
+    """The tokenizers by what they do, where their files are not the same; by their files where one cannot be opened."""
+    before, after = ({name for name in _names(folder) if _is_of_tokenizer(name)} for folder in (base, merged))
+    if not (before and after):
+        found.not_judged += ["the tokenizer, which only one folder has"] if before or after else []
+        return
+    if before == after and all(_are_equal(base / name, merged / name) for name in before):
+        return
+    stages = [_cutting(folder) for folder in (base, merged)]
+    done = tokenizer_differences(base, merged)
+    if done is not None:
+        found.differences += [f"the tokenizer: {line}" for line in done]
+        found.add_values("tokenizer.json", list(_compared(*stages)))
+        return
+    for name, read in TOKENIZER_READERS.items():
+        if name in before and name in after:
+            found.add_values(name, list(_compared(read(base, name), read(merged, name))))
     for name in VOCABULARIES:
-        if not (merged / name).is_file():
+        if name in after and name not in before:
+            found.not_judged.append(f"{name}, which the base does not have")
+        elif name in after and not _are_equal(base / name, merged / name):
+            found.differences.append(f"{name} is not the base's")
+
+
+def _cutting(folder: Path) -> Values:
+    """How a tokenizer.json cuts and pads texts by itself, as runtimes without transformers use it."""
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    values = json_files.read_json(folder / "tokenizer.json")
+    return {key: [values.get(key)] for key in ("truncation", "padding")}
+
+
+def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
+    """Processors, further templates, modules of embedding models, code, and what else lies beside the weights."""
+    before, after = (
+        {name for name in _names(folder) if not (_is_of_tokenizer(name) or name == CHAT_TEMPLATE or _is_unread(name))}
+        for folder in (base, merged)
+    )
+    for name in sorted(before & after - {*CONFIGS}):
+        if _are_equal(base / name, merged / name):
             continue
-        if not (base / name).is_file():
-            not_judged.append(f"{name}, which the base does not have")
-        elif file_sha256(base / name) != file_sha256(merged / name):
-            differences.append(f"{name} is not the base's")
-    return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, not_judged)))
+        try:
+            values = (
+                [json_files.read_json(folder / name) for folder in (base, merged)] if name.endswith(".json") else []
+            )
+        except InputRefused:  # a list, such as modules.json
+            values = []
+        if values:
+            found.add_values(name, list(_compared(*values)))
+        else:
+            found.differences.append(f"{name} is not the base's")
+    only = sorted(before ^ after)
+    if only:
+        more = f" and {len(only) - SHOWN_FILES} more" if len(only) > SHOWN_FILES else ""
+        found.not_judged.append(f"files that only one folder has: {', '.join(only[:SHOWN_FILES])}{more}")
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """The files of a folder without hidden ones and weights."""
+    for path in input_files.regular_files(folder):
+        relative = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if not (is_hidden or relative.name.endswith((".safetensors", *OTHER_WEIGHTS)) or is_index(relative.name)):
+            yield relative.as_posix()
+
+
+def _is_unread(name: str) -> bool:
+    """Whether no loader reads a file: documents, pictures of them, and our own record."""
+    return (
+        name == MANIFEST or name.rpartition("/")[2].startswith(("LICENSE", "NOTICE", "README")) or name.endswith(UNREAD)
+    )
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and file_sha256(one) == file_sha256(other)
 
 
 def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter]) -> Values:
@@ -121,12 +255,8 @@ def _shown(value: Any) -> str:
 # --- Readers: the values of a file that decide what a model or tokenizer computes ---
 
 
-def _json(folder: Path, name: str) -> Values:
-    return json_files.read_json(folder / name)
-
-
 def _tokenizer(folder: Path, name: str) -> Values:
-    """The vocabulary, merges, added tokens and steps of a tokenizer.json; not its padding and truncation."""
+    """The vocabulary, merges, added tokens with their flags, steps, padding and truncation of a tokenizer.json."""
     tokenizer = json_files.read_json(folder / name)
     model = tokenizer.get("model")
     model = model if isinstance(model, Mapping) else {}
@@ -135,32 +265,28 @@ def _tokenizer(folder: Path, name: str) -> Values:
         merges = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges]
     added = tokenizer.get("added_tokens")
     tokens = {
-        str(token.get("id")): token.get("content")
+        str(token.get("id")): {key: value for key, value in token.items() if key != "id"}
         for token in (added if isinstance(added, list) else ())
         if isinstance(token, Mapping)
     }
     steps = {part: [tokenizer.get(part)] for part in TOKENIZER_PARTS if tokenizer.get(part) is not None}
-    return {"vocab": model.get("vocab"), "merges": merges, "added_tokens": tokens, **steps}
+    return {"vocab": model.get("vocab"), "merges": merges, "added_tokens": tokens, **steps, **_cutting(folder)}
 
 
 def _special_tokens(folder: Path, name: str) -> Values:
-    """The special tokens of a tokenizer_config.json or special_tokens_map.json, and which of them are added."""
+    """The special tokens and settings of a tokenizer_config.json or special_tokens_map.json."""
     values = json_files.read_json(folder / name)
-    chosen = {
-        key: value for key, value in values.items() if key.endswith("_token") and not isinstance(value, list | bool)
+    return {
+        key: value.get("content", value) if isinstance(value, Mapping) and key.endswith("_token") else value
+        for key, value in values.items()
+        if key not in ("chat_template", "added_tokens_decoder")
     }
-    added = {key: value for key, value in values.items() if key.startswith("add_") and isinstance(value, bool)}
-    contents = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in chosen.items()}
-    return {**contents, **added}
 
 
-READERS: Mapping[str, Callable[[Path, str], Values]] = {
-    "config.json": _json,
-    "generation_config.json": _json,
+TOKENIZER_READERS: Mapping[str, Callable[[Path, str], Values]] = {
     "tokenizer.json": _tokenizer,
     "tokenizer_config.json": _special_tokens,
     "special_tokens_map.json": _special_tokens,
-    "preprocessor_config.json": _json,
 }
 
 
@@ -210,7 +336,10 @@ class LoadedFiles:
 
 def loaded_files(candidate: Artifact) -> LoadedFiles:
     """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights."""
-    folder, beside = candidate.path, (*READERS, *VOCABULARIES, CHAT_TEMPLATE)
+    folder, beside = (
+        candidate.path,
+        (*CONFIGS, *TOKENIZER_READERS, *VOCABULARIES, CHAT_TEMPLATE, "preprocessor_config.json"),
+    )
     if not folder.is_dir():
         return LoadedFiles(candidate.files)
     files, differences = candidate.files, []

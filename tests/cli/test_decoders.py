@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def assert_all_same_by_steps(told: Any, *, swapped: bool) -> None:
     assert {proof["outcome"] for proof in every} == {"same"} and len({proof["dtype"] for proof in every}) == 1
     assert all(BY_STEPS in proof["notes"] for proof in proofs)
     assert told.get("bits_of_base", True)
+
+
+def test_the_folder_of_a_decoder_is_its_graph(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "genai_config.json").write_text("{}")
+    for graph, code in (("right", 0), ("wrong", 4)):
+        shutil.copy(place / f"{graph}.onnx", tmp_path / "folder" / "model.onnx")
+        found, told = answer(capsys, "verify", tmp_path / "folder", "--model", SUMS, "--no-strict")
+        assert found == code and told["about"]["candidate"]["path"].endswith("folder/model.onnx")
+    assert call("inspect", tmp_path / "folder") == 0
+    assert "past_key" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", MODES)

