@@ -1,4 +1,4 @@
-"""The record in what lora-export writes, read again from each kind of output."""
+"""What a path is, and the record in what lora-export writes, read again from each kind of output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_export as le
-from lora_export.artifacts import record
+from lora_export.artifacts import artifact
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, open_artifact, refuse_no_model
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused
@@ -56,7 +56,7 @@ def test_an_enormous_or_damaged_record_is_refused(tmp_path: Path, monkeypatch: p
         archive.writestr("m/extra/lora_export.json", '{"adapters": 1}')
     with pytest.raises(InputRefused, match="damaged"):
         _ = open_artifact(tmp_path / "m.pt").record
-    monkeypatch.setattr(record, "MAX_RECORD", 3)
+    monkeypatch.setattr(artifact, "MAX_RECORD", 3)
     with pytest.raises(InputRefused, match="the record has 15 bytes"):
         _ = open_artifact(tmp_path / "m.pt").record
 
