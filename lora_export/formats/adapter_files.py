@@ -68,8 +68,7 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
     digest = hashlib.sha256()
     for path in (*beside, file.path):
         with input_files.open_regular(path) as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
     return digest.hexdigest()

@@ -54,13 +54,18 @@ def _is_generated(descriptor: int) -> bool:
         return True
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises InputRefused beyond `most` of them."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
+    return content
+
+
 def read_text(path: Path, most: int) -> str:
     """The text of a file in UTF-8, with a mark for each byte that is none. Raises InputRefused beyond `most` bytes."""
-    with open_regular(path) as file:
-        text = file.read(most + 1)
-    if len(text) > most:
-        raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
-    return text.decode("utf-8", errors="replace")
+    return read_bytes(path, most).decode("utf-8", errors="replace")
 
 
 def regular_files(folder: Path) -> list[Path]:
