@@ -21,7 +21,6 @@ from lora_export.storage import input_files, json_files, safetensors_file, torch
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.storage.torch_pickle import PickledTensors
 
-SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
 MODEL_CONFIG = "config.json"
 LARGEST_NUMBER = 1e30  # in a config
@@ -33,9 +32,32 @@ Tensors = Mapping[str, NDArray[Any]]  # of one module: the side of a pair ("a", 
 TensorSource = TensorFile | PickledTensors
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file of tensors is taken for one of safetensors: trainers have no other name for it."""
+    return path.suffix == ".safetensors"
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file of tensors is taken for a pickle."""
+    return path.suffix in PICKLES
+
+
+def weights_of(path: Path) -> Path | None:
+    """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
+    if path.is_file():
+        return path if is_safetensors(path) or is_pickle(path) else None
+    if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
+        return None
+    for is_wanted in (is_safetensors, is_pickle):
+        found = sorted(each for each in path.iterdir() if is_wanted(each) and each.is_file())
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
     """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
-    if path.suffix == SAFETENSORS:
+    if is_safetensors(path):
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
@@ -48,12 +70,12 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
 def names_in(path: Path) -> frozenset[str]:
     """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
     names: frozenset[str] = frozenset()
-    if path.suffix == SAFETENSORS:
+    if is_safetensors(path):
         try:
             names = frozenset(safetensors_file.open_file(path).entries)
         except (InputRefused, OSError):
             return names
-    elif path.suffix in PICKLES:
+    elif is_pickle(path):
         names = torch_pickle.text_in_pickle(path)
     return frozenset(map(unwrapped, names))
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.adapter_files import (
-    PICKLES,
-    SAFETENSORS,
     TensorSource,
     hash_of_unchanged,
+    is_pickle,
     names_in,
     open_tensors,
     refuse_problems,
+    weights_of,
 )
 from lora_export.formats.lora_changes import (
     CHANGE_KINDS,
@@ -51,19 +51,6 @@ NOT_TOGETHER = (
 Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
 
 
-def weights_of(path: Path) -> Path | None:
-    """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
-    if path.is_file():
-        return path if path.suffix in (SAFETENSORS, *PICKLES) else None
-    if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
-        return None
-    for suffixes in ((SAFETENSORS,), PICKLES):
-        found = sorted(each for each in path.iterdir() if each.suffix in suffixes and each.is_file())
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
-
-
 @dataclass(frozen=True)
 class OneFileFormat:
     """A format of one file: how it spells modules. It recognises and reads files as a module of a format does."""
@@ -76,7 +63,7 @@ class OneFileFormat:
         """The names in an adapter's file, sorted, and those of another format among them. Raises nothing."""
         weights = weights_of(path)
         names = frozenset() if weights is None else names_in(weights)
-        if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
+        if weights is not None and is_pickle(weights):  # which contains other texts, too
             names = frozenset(name for name in names if split_key(name) is not None)
         keys = sort_keys(names, self.module_of)
         return names, keys, sorted(key for key in keys.unknown if self.module_of(key) is None)

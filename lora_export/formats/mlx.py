@@ -75,7 +75,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
 def _mlx_folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by a file of tensors, such as a checkpoint's."""
-    return path.parent if path.suffix == adapter_files.SAFETENSORS else path
+    return path.parent if adapter_files.is_safetensors(path) else path
 
 
 def _rows_of(base: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lora_export.errors import InputRefused
 
@@ -27,7 +27,7 @@ def must_be_regular(path: Path) -> None:
     open_regular(path).close()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open an input for reading. Raises InputRefused where it cannot be opened, or is not a regular file."""
     # O_NONBLOCK: a FIFO is refused at once instead of waiting for a writer. Windows has no O_NONBLOCK, cannot open
     # folders, and reads text unless O_BINARY is set. So the type is checked before the file is opened, and again
