@@ -169,7 +169,12 @@ class _FileChanges:
         for kind in kinds:
             self._add_pair(module, kind, keys, tensors)
         if KeyPart.CHANGE in tensors:
-            self._add_change(module, keys[KeyPart.CHANGE], fp32(tensors[KeyPart.CHANGE]))
+            change, of_matrix = fp32(tensors[KeyPart.CHANGE]), tensors[KeyPart.CHANGE].ndim >= 2
+            if of_matrix:
+                self.pairs[module] = WholePair({"change": change}, 1.0)
+            else:
+                self.added[f"{module}.weight"] = change
+            self.spelling[module if of_matrix else f"{module}.weight"] = keys[KeyPart.CHANGE]
         if not kinds and (alone := [part for part in OF_A_PAIR if part in tensors]):
             raise InputRefused(f"it has {', '.join(alone)}, and no pair")
         if KeyPart.BIAS_CHANGE in tensors:
@@ -195,14 +200,6 @@ class _FileChanges:
         self.spelling[module] = next(key for part, key in keys.items() if part in kind.own)
         if KeyPart.B_BIAS in tensors:
             self._add_bias(module, keys[KeyPart.B_BIAS], np.float32(pair.scale) * fp32(tensors[KeyPart.B_BIAS]))
-
-    def _add_change(self, module: str, key: str, change: NDArray[np.float32]) -> None:
-        if change.ndim < 2:
-            self.added[f"{module}.weight"] = change
-            self.spelling[f"{module}.weight"] = key
-        else:
-            self.pairs[module] = WholePair({"change": change}, 1.0)
-            self.spelling[module] = key
 
     def _add_bias(self, module: str, key: str, change: NDArray[np.float32]) -> None:
         if module in self.biases:
