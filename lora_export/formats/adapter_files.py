@@ -18,7 +18,7 @@ from lora_export.lora import LoraPair
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
-from lora_export.storage.safetensors_file import TensorFile
+from lora_export.storage.safetensors_file import TensorFile, is_safetensors
 from lora_export.storage.torch_pickle import PickledTensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
@@ -33,13 +33,26 @@ TensorSource = TensorFile | PickledTensors
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the name of a file is one that trainers give to pickles."""
+    """Whether a file of tensors is taken for a pickle."""
     return path.suffix in PICKLES
+
+
+def weights_of(path: Path) -> Path | None:
+    """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
+    if path.is_file():
+        return path if is_safetensors(path) or is_pickle(path) else None
+    if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
+        return None
+    for is_wanted in (is_safetensors, is_pickle):
+        found = sorted(each for each in path.iterdir() if is_wanted(each) and each.is_file())
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
     """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
-    if safetensors_file.is_safetensors(path):
+    if is_safetensors(path):
         return safetensors_file.open_file(path)
     if not options.allow_pickle:
         raise InputRefused(
@@ -52,7 +65,7 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
 def names_in(path: Path) -> frozenset[str]:
     """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
     names: frozenset[str] = frozenset()
-    if safetensors_file.is_safetensors(path):
+    if is_safetensors(path):
         try:
             names = frozenset(safetensors_file.open_file(path).entries)
         except (InputRefused, OSError):
@@ -72,8 +85,7 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
     digest = hashlib.sha256()
     for path in (*beside, file.path):
         with input_files.open_regular(path) as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
     return digest.hexdigest()

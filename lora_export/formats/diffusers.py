@@ -15,8 +15,8 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions
-from lora_export.formats.adapter_files import names_in, open_tensors
-from lora_export.formats.lora_file import OneFileFormat, scale_by_alpha, weights_of
+from lora_export.formats.adapter_files import names_in, open_tensors, weights_of
+from lora_export.formats.lora_file import OneFileFormat, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
 from lora_export.formats.writing import OneFile, alpha_of, beyond_pairs, usual_and_patterns, without_component
 from lora_export.lora import (

@@ -21,6 +21,7 @@ from lora_export.formats.adapter_files import (
     names_in,
     open_tensors,
     refuse_problems,
+    weights_of,
 )
 from lora_export.formats.lora_changes import (
     CHANGE_KINDS,
@@ -36,7 +37,6 @@ from lora_export.formats.lora_changes import (
 )
 from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.structured_pairs import WholePair
 
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
@@ -49,19 +49,6 @@ NOT_TOGETHER = (
     (KeyPart.LOKR_W2, KeyPart.LOKR_T2),
 )
 Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
-
-
-def weights_of(path: Path) -> Path | None:
-    """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
-    if path.is_file():
-        return path if is_safetensors(path) or is_pickle(path) else None
-    if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
-        return None
-    for is_kind in (is_safetensors, is_pickle):
-        found = sorted(each for each in path.iterdir() if is_kind(each) and each.is_file())
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
 
 
 @dataclass(frozen=True)
@@ -182,7 +169,12 @@ class _FileChanges:
         for kind in kinds:
             self._add_pair(module, kind, keys, tensors)
         if KeyPart.CHANGE in tensors:
-            self._add_change(module, keys[KeyPart.CHANGE], fp32(tensors[KeyPart.CHANGE]))
+            change, of_matrix = fp32(tensors[KeyPart.CHANGE]), tensors[KeyPart.CHANGE].ndim >= 2
+            if of_matrix:
+                self.pairs[module] = WholePair({"change": change}, 1.0)
+            else:
+                self.added[f"{module}.weight"] = change
+            self.spelling[module if of_matrix else f"{module}.weight"] = keys[KeyPart.CHANGE]
         if not kinds and (alone := [part for part in OF_A_PAIR if part in tensors]):
             raise InputRefused(f"it has {', '.join(alone)}, and no pair")
         if KeyPart.BIAS_CHANGE in tensors:
@@ -208,14 +200,6 @@ class _FileChanges:
         self.spelling[module] = next(key for part, key in keys.items() if part in kind.own)
         if KeyPart.B_BIAS in tensors:
             self._add_bias(module, keys[KeyPart.B_BIAS], np.float32(pair.scale) * fp32(tensors[KeyPart.B_BIAS]))
-
-    def _add_change(self, module: str, key: str, change: NDArray[np.float32]) -> None:
-        if change.ndim < 2:
-            self.added[f"{module}.weight"] = change
-            self.spelling[f"{module}.weight"] = key
-        else:
-            self.pairs[module] = WholePair({"change": change}, 1.0)
-            self.spelling[module] = key
 
     def _add_bias(self, module: str, key: str, change: NDArray[np.float32]) -> None:
         if module in self.biases:

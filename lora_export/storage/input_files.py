@@ -6,8 +6,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lora_export.errors import InputRefused
 
@@ -27,7 +27,7 @@ def must_be_regular(path: Path) -> None:
     open_regular(path).close()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open an input for reading. Raises InputRefused where it cannot be opened, or is not a regular file."""
     # O_NONBLOCK: a FIFO is refused at once instead of waiting for a writer. Windows has no O_NONBLOCK, cannot open
     # folders, and reads text unless O_BINARY is set. So the type is checked before the file is opened, and again
@@ -54,13 +54,18 @@ def _is_generated(descriptor: int) -> bool:
         return True
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises InputRefused beyond `most` of them."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
+    return content
+
+
 def read_text(path: Path, most: int) -> str:
     """The text of a file in UTF-8, with a mark for each byte that is none. Raises InputRefused beyond `most` bytes."""
-    with open_regular(path) as file:
-        text = file.read(most + 1)
-    if len(text) > most:
-        raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
-    return text.decode("utf-8", errors="replace")
+    return read_bytes(path, most).decode("utf-8", errors="replace")
 
 
 def regular_files(folder: Path) -> list[Path]:

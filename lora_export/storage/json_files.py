@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.storage.input_files import open_regular
+from lora_export.storage.input_files import read_bytes
 
 MAX_JSON = 100_000_000  # bytes; the index of the largest models has a tenth
 MAX_OBJECTS = 250_000  # in one file; a header has one for each tensor, and each takes a hundred times its bytes here
@@ -57,11 +57,7 @@ def _is_deep(content: Any) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do, and above MAX_JSON."""
-    with open_regular(path) as file:
-        text = file.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise InputRefused(f"{path} has more than {MAX_JSON:,} bytes, which no such file needs")
-    return parse_json(text, path)
+    return parse_json(read_bytes(path, MAX_JSON), path)
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:

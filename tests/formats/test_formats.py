@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +16,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.options.reading import ReadOptions
 from support import ROOT
 from support.diffusion import adapter_file, random_pairs
-from support.handmade import peft_adapter
-
-
-def simple(folder: Path) -> Path:
-    return peft_adapter(folder, {"fc": ([[1, 2]], [[1], [2], [3]])})
-
-
-def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises(InputRefused) as refused:
-        formats.load(path, options=ReadOptions(**options))
-    return str(refused.value).replace(str(path), "ADAPTER")
+from support.peft_folders import refusal, simple
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats.litgpt import MAX_YAML, read_yaml
 from lora_export.options.reading import ReadOptions
-from support import ROOT
+from support import ROOT, peft_folders
 
 EXAMPLES = json.loads((ROOT / "tests/support/litgpt_examples.json").read_text())
 ALLOWED = ReadOptions(allow_pickle=True)
@@ -33,10 +34,7 @@ def saved(folder: Path, example: dict[str, Any], **settings: Any) -> Path:
     return folder
 
 
-def refusal(folder: Path, options: ReadOptions = ALLOWED) -> str:
-    with pytest.raises(InputRefused) as refused:
-        formats.load(folder, options=options)
-    return str(refused.value).replace(str(folder), "ADAPTER")
+refusal = functools.partial(peft_folders.refusal, allow_pickle=True)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -85,10 +83,8 @@ def test_layers_without_a_name_in_the_family_are_refused(tmp_path: Path) -> None
 
 def test_files_that_are_missing_or_need_an_option(tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", EXAMPLES["llama"])
-    assert "ADAPTER/lit_model.pth.lora is a pickle" in refusal(folder, ReadOptions())
-    assert "lora_rank= is for adapters that do not record it" in refusal(
-        folder, ReadOptions(allow_pickle=True, lora_rank=2)
-    )
+    assert "ADAPTER/lit_model.pth.lora is a pickle" in refusal(folder, allow_pickle=False)
+    assert "lora_rank= is for adapters that do not record it" in refusal(folder, lora_rank=2)
     (folder / "model_config.yaml").unlink()
     assert "ADAPTER has no model_config.yaml, which names the model" in refusal(folder)
     (folder / "hyperparameters.yaml").unlink()

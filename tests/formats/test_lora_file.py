@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import formats, merge
 from lora_export.errors import InputRefused
-from lora_export.formats import kohya, lora_file
+from lora_export.formats import adapter_files, kohya, lora_file
 from lora_export.options.reading import ReadOptions
 from support.diffusion import adapter_file, random_pairs
 
@@ -183,14 +183,14 @@ def test_what_is_not_understood_is_refused_by_name(name, tmp_path):
 
 def test_the_file_is_the_only_one_of_its_folder(tmp_path):
     path = written(LORA, tmp_path)
-    assert lora_file.weights_of(tmp_path) == lora_file.weights_of(path) == path
+    assert adapter_files.weights_of(tmp_path) == adapter_files.weights_of(path) == path
     (tmp_path / "other.safetensors").write_bytes(path.read_bytes())
-    assert lora_file.weights_of(tmp_path) is None
+    assert adapter_files.weights_of(tmp_path) is None
     with pytest.raises(InputRefused, match="is not an adapter of one file"):
         kohya.read(tmp_path, "x")
     (tmp_path / "other.safetensors").unlink()
     (tmp_path / "config.json").write_text("{}")
-    assert lora_file.weights_of(tmp_path) is None  # the folder of a model
+    assert adapter_files.weights_of(tmp_path) is None  # the folder of a model
 
 
 def test_a_model_and_a_damaged_file_are_not_recognised(tmp_path):

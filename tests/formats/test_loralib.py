@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 from lora_export import formats
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import WrongUsage
 from lora_export.formats import loralib as loralib_format
 from lora_export.options.reading import ReadOptions
+from support import peft_folders
 from support.cli import call
 
 STATED = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6)
@@ -54,10 +56,7 @@ def change(model: Model) -> np.ndarray[Any, Any]:
     return weight_of(model.layer) - before
 
 
-def refusal(path: Path, options: ReadOptions) -> str:
-    with pytest.raises(InputRefused) as refused:
-        formats.load(path, options=options)
-    return str(refused.value)
+refusal = functools.partial(peft_folders.refusal, allow_pickle=True, lora_rank=2, lora_alpha=6)
 
 
 @pytest.mark.parametrize(
@@ -103,27 +102,27 @@ def test_biases_are_saved_whole(tmp_path: Path) -> None:
 
 def test_what_the_file_does_not_record_is_asked_for(tmp_path: Path) -> None:
     linear = saved(tmp_path / "a.pt", Model("fc", loralib.Linear(4, 5, r=2)))
-    alone = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=2))
+    alone = refusal(linear, lora_alpha=None)
     assert alone.endswith('State both as in training: lora_rank="R" lora_alpha="ALPHA"')
-    wrong = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=3, lora_alpha=6))
+    wrong = refusal(linear, lora_rank=3)
     assert "fc: A (2, 4) and B (5, 2) do not have lora_rank=3" in wrong
     fused = saved(tmp_path / "b.pt", Model("qkv", loralib.MergedLinear(4, 12, r=2, enable_lora=[True, False, True])))
-    assert 'such as enable_lora={"c_attn": (True, False, True)}' in refusal(fused, STATED)
-    parts = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6, enable_lora={"qkv": (True, True, True)})
-    assert "A (4, 4) and B (8, 2) belong to 2 parts, enable_lora= has 3" in refusal(fused, parts)
+    assert 'such as enable_lora={"c_attn": (True, False, True)}' in refusal(fused)
+    parts = {"qkv": (True, True, True)}
+    assert "A (4, 4) and B (8, 2) belong to 2 parts, enable_lora= has 3" in refusal(fused, enable_lora=parts)
 
 
 def test_damage_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
     tensors = {"a.lora_A": torch.ones(2, 3), "b.lora_A": torch.ones(2, 3), "b.lora_B": torch.full((3, 2), torch.nan)}
     torch.save({**tensors, "c.weight": torch.ones(2)}, tmp_path / "a.pt")
-    assert refusal(tmp_path / "a.pt", STATED).splitlines()[1:] == [
+    assert refusal(tmp_path / "a.pt").splitlines()[1:] == [
         "  a: B is missing",
         "  b: B holds 6 values that are not finite (NaN or infinity)",
         "  c.weight: unknown kind of tensor",
     ]
     torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "a.bias": torch.tensor([torch.inf])},
                tmp_path / "a.pt")  # fmt: skip
-    assert "a.bias holds values that are not finite" in refusal(tmp_path / "a.pt", STATED)
+    assert "a.bias holds values that are not finite" in refusal(tmp_path / "a.pt")
 
 
 def test_parts_are_stated_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

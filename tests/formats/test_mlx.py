@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export
 from lora_export import formats
-from lora_export.errors import InputRefused
 from lora_export.lora import ExpertAxes
 from lora_export.options.reading import ReadOptions
 from support import experts
+from support.peft_folders import refusal
 
 mx = pytest.importorskip("mlx.core", reason="mlx runs on Linux and macOS")
 
@@ -44,12 +44,6 @@ def fused(layer: Any, weight: np.ndarray[Any, Any], tensors: dict[str, Any]) -> 
     for name, value in tensors.items():
         setattr(layer, name, mx.array(value))
     return np.array(layer.fuse().weight)
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(InputRefused) as refused:
-        formats.load(folder, options=ReadOptions(**options))
-    return str(refused.value).replace(str(folder), "ADAPTER")
 
 
 def test_a_linear_layer_is_what_mlx_fuses(tmp_path: Path) -> None:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 
 import lora_export
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name
-from support.written import adapter_of, assert_same_pairs, converted, drawn_pairs, low_rank
+from support.written import adapter_of, assert_same_pairs, converted, low_rank
 
 E = "model.layers.0.mlp.experts"
-
-
-@settings(deadline=None, max_examples=40)
-@given(drawn_pairs(one_kind=True))
-def test_pairs_come_back(pairs: dict[str, LoraPair]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = adapter_of(pairs)
-        assert_same_pairs(converted(adapter, Path(folder), "mlx"), adapter)
 
 
 def test_the_config_is_mlx_lms_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import lora_export
 from lora_export import formats
-from lora_export.errors import InputRefused
 from lora_export.lora import ExpertAxes
 from lora_export.options.reading import ReadOptions
+from support import peft_folders
 
 HEADS, GROUPS, SIZE, WIDTH = 4, 2, 4, 8
 CONFIG = {
@@ -54,10 +55,7 @@ def load(folder: Path, **options: Any) -> lora_export.Adapter:
     return formats.load(folder, options=ReadOptions(**{**STATED, **options}))
 
 
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(InputRefused) as refused:
-        load(folder, **options)
-    return str(refused.value).replace(str(folder), "ADAPTER")
+refusal = functools.partial(peft_folders.refusal, **STATED)
 
 
 def in_hugging_faces_order(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 from support.diffusion import arrays_of, change, fused_by_diffusers, linear_shapes, random_pairs, unet
 from support.one_files import drawn_adapters
-from support.written import adapter_of, assert_same_pairs, converted, low_rank
+from support.written import adapter_of, assert_same_pairs, converted, drawn_pairs, low_rank
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,15 @@ def test_pairs_come_back(to: str, adapter: Adapter) -> None:
     expected = adapter.renamed(lambda name: name.replace(".", "_")) if to == "kohya" else adapter
     with tempfile.TemporaryDirectory() as folder:
         assert_same_pairs(converted(adapter, Path(folder), to), expected)
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_pairs_of_any_rank_and_scale_come_back(to: str, data: st.DataObject) -> None:
+    adapter = adapter_of(data.draw(drawn_pairs(one_kind=to == "mlx")))
+    with tempfile.TemporaryDirectory() as folder:
+        assert_same_pairs(converted(adapter, Path(folder), to), adapter)
 
 
 # A scale that is no float divided by 3.

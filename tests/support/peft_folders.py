@@ -12,14 +12,16 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
 from lora_export.errors import InputRefused
+from lora_export.options.reading import ReadOptions
 from support.handmade import peft_adapter
 
 A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"
 
 
-def refusal(folder: Path) -> str:
+def refusal(folder: Path, **options: Any) -> str:
+    """Why an adapter in any format is not read."""
     with pytest.raises(InputRefused) as refused:
-        formats.load(folder)
+        formats.load(folder, options=ReadOptions(**options))
     return str(refused.value).replace(str(folder), "ADAPTER")
 
 

@@ -131,7 +131,10 @@ def find_quantised(
     found = scheme.read(parts, quantization, dtype)
     if not found:
         raise InputRefused(f"the config names {method}, and no weight is stored so: remove its quantization_config")
-    _refuse_orphans(parts, scheme, found, method)
+    # Parts of a quantised weight whose numbers are missing would be copied as weights.
+    used = {name for tensor in found.values() for name in (tensor.packed, *tensor.parts)}
+    if orphans := [name for name in parts.names() if name.endswith(tuple(scheme.parts)) and name not in used]:
+        raise InputRefused(f"parts of weights in {method} belong to no quantised weight:", listed(orphans))
     cache_scales = _cache_scales(parts, quantization, found)
     return {
         name: as_conv1d(
@@ -158,14 +161,6 @@ def _cache_scales(
         if kind in CACHE_SCALES and module in by_module:
             scales.setdefault(by_module[module], []).append(name)
     return scales
-
-
-def _refuse_orphans(parts: StoredParts, scheme: _Scheme, found: Mapping[str, QuantisedTensor], method: str) -> None:
-    """Raise InputRefused for parts of a quantised weight whose numbers are missing: they would be copied as weights."""
-    used = {name for tensor in found.values() for name in (tensor.packed, *tensor.parts)}
-    orphans = [name for name in parts.names() if name.endswith(tuple(scheme.parts)) and name not in used]
-    if orphans:
-        raise InputRefused(f"parts of weights in {method} belong to no quantised weight:", listed(orphans))
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ The library makes bfloat16 of all four.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -31,64 +32,6 @@ from lora_export.weights.quantised.stored_parts import (
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-# (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group
-GROUP_FORMATS = {
-    ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16),
-    ("uint8", "uint8", 16): ("mxfp4", 32),
-    ("uint8", "uint8", 24): ("mxfp6", 32),
-    ("float8_e4m3fn", "uint8", 32): ("mxfp8", 32),
-}
-
-
-def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
-    """A weight of floats in groups. The dtypes and the shapes of its numbers and scales decide its format."""
-    numbers, scales = parts.find(packed), parts.expect(f"{name}_scale", name, "uint8", "float8_e4m3fn")
-    if numbers is None:
-        raise InputRefused(f"{name} is quantised, and its numbers are missing")
-    kind, columns = _kind(name, numbers, scales)
-    if parts.present(f"{name}_zero_point"):
-        raise InputRefused(f"{name}_zero_point: {kind} has no zero points, and the library does not use them")
-    every = (f"{name}_scale", *others)
-    if kind == "nvfp4":
-        parts.expect(f"{name}_global_scale", name, "float32", count=1)
-        every = (f"{name}_global_scale", *every)
-
-    def load() -> Decode:
-        stored, divisor = parts.read(f"{name}_scale"), np.ones(1, np.float32)
-        if kind == "nvfp4":
-            refuse_damaged_scales(f"{name}_scale", stored)
-            divisor = parts.read(f"{name}_global_scale").reshape(-1)
-            if not (np.isfinite(divisor).all() and divisor.all()):
-                raise InputRefused(f"{name}_global_scale: {divisor[0]} is no divisor. The file is damaged")
-
-        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
-            own = stored[rows]
-            scales = own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
-            return scaled(_floats(kind, packed).reshape(len(scales), -1), scales, BFLOAT16)
-
-        return decode
-
-    return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
-
-
-def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int]:
-    """The name of the format, and the columns of the weight."""
-    if len(numbers.shape) == len(scales.shape) == 2 and scales.shape[0] == numbers.shape[0] and scales.nbytes:
-        groups = scales.shape[1]
-        found = GROUP_FORMATS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
-        if found is not None and numbers.shape[1] % groups == 0:
-            return found[0], found[1] * groups
-    raise InputRefused(
-        f"{name}: numbers of {numbers.dtype} {list(numbers.shape)} with scales of {scales.dtype} {list(scales.shape)} "
-        f"are none of {', '.join(kind for kind, _ in GROUP_FORMATS.values())}"
-    )
-
-
-def _floats(kind: str, packed: Bytes) -> NDArray[np.float32]:
-    if kind == "mxfp8":
-        wide: NDArray[np.float32] = packed.view(FLOAT8).astype(np.float32)
-        return wide
-    return _six_bit_floats(packed) if kind == "mxfp6" else unpack_floats(packed)
 
 
 def _e2m3() -> NDArray[np.float32]:
@@ -107,3 +50,54 @@ def _six_bit_floats(packed: Bytes) -> NDArray[np.float32]:
     codes = (words[:, None] >> np.arange(0, 24, 6, dtype=np.uint32)) & 0x3F
     values: NDArray[np.float32] = SIX_BIT_VALUES.take(codes.reshape(-1))
     return values
+
+
+# (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group, the floats in some bytes
+GROUP_FORMATS: dict[tuple[str, str, int], tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]] = {
+    ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16, unpack_floats),
+    ("uint8", "uint8", 16): ("mxfp4", 32, unpack_floats),
+    ("uint8", "uint8", 24): ("mxfp6", 32, _six_bit_floats),
+    ("float8_e4m3fn", "uint8", 32): ("mxfp8", 32, lambda packed: packed.view(FLOAT8).astype(np.float32)),
+}
+
+
+def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
+    """A weight of floats in groups. The dtypes and the shapes of its numbers and scales decide its format."""
+    numbers, scales = parts.expect(packed, name), parts.expect(f"{name}_scale", name, "uint8", "float8_e4m3fn")
+    kind, columns, floats_of = _kind(name, numbers, scales)
+    if parts.present(f"{name}_zero_point"):
+        raise InputRefused(f"{name}_zero_point: {kind} has no zero points, and the library does not use them")
+    every = (f"{name}_scale", *others)
+    if kind == "nvfp4":
+        parts.expect(f"{name}_global_scale", name, "float32", count=1)
+        every = (f"{name}_global_scale", *every)
+
+    def load() -> Decode:
+        stored, divisor = parts.read(f"{name}_scale"), np.ones(1, np.float32)
+        if kind == "nvfp4":
+            refuse_damaged_scales(f"{name}_scale", stored)
+            divisor = parts.read(f"{name}_global_scale").reshape(-1)
+            if not (np.isfinite(divisor).all() and divisor.all()):
+                raise InputRefused(f"{name}_global_scale: {divisor[0]} is no divisor. The file is damaged")
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            own = stored[rows]
+            scales = own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
+            return scaled(floats_of(packed).reshape(len(scales), -1), scales, BFLOAT16)
+
+        return decode
+
+    return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
+
+
+def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]:
+    """The name of the format, the columns of the weight, and what unpacks its numbers."""
+    if len(numbers.shape) == len(scales.shape) == 2 and scales.shape[0] == numbers.shape[0] and scales.nbytes:
+        groups = scales.shape[1]
+        found = GROUP_FORMATS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
+        if found is not None and numbers.shape[1] % groups == 0:
+            return found[0], found[1] * groups, found[2]
+    raise InputRefused(
+        f"{name}: numbers of {numbers.dtype} {list(numbers.shape)} with scales of {scales.dtype} {list(scales.shape)} "
+        f"are none of {', '.join(kind for kind, *_ in GROUP_FORMATS.values())}"
+    )
