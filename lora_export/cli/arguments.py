@@ -25,6 +25,8 @@ from lora_export.errors import WrongUsage, one_line
 from lora_export.options.declaring import Options
 from lora_export.storage import input_files
 
+# --- Options of other tools ---
+
 # name here -> names elsewhere: transformers, PEFT, optimum, Olive, mergekit, mlx-lm, and Unix
 ELSEWHERE = {
     "--adapter": "--adapters --adapter-path --lora-adapter --lora-adapters --lora-path --lora-model --lora-weights "
@@ -89,6 +91,8 @@ def renamed(error: click.NoSuchOption, ctx: click.Context) -> click.UsageError:
         return click.UsageError(message, ctx)
     return error
 
+
+# --- Commands ---
 
 CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
 # Where a value comes from that is not an option's own default.
@@ -226,6 +230,8 @@ def command_line() -> list[str]:
             words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
     return words
 
+
+# --- Defaults from pyproject.toml ---
 
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})

@@ -239,7 +239,7 @@ class Options:
         """The options whose values are not their defaults. An empty list or table is the default of several values."""
         values = [(one, getattr(self, one.name)) for one in options_of(type(self))]
         chosen = [(one.name, value) for one, value in values if value != one.default]
-        return {name: value for name, value in chosen if value or not isinstance(value, Sequence | Mapping)}
+        return {name: value for name, value in chosen if not isinstance(value, Sequence | Mapping) or value}
 
     def chosen_of(self, record: type[Options]) -> dict[str, Any]:
         """The same, of the options that another record has too."""

@@ -159,6 +159,9 @@ def _common_factor(step: Step, sites: Sequence[Site]) -> NDArray[np.float64]:
     )
 
 
+# --- Inserting branches ---
+
+
 def branch_obstacle(site: Site, *, is_embedding: bool) -> str:
     """As `Site.obstacle`, for a pair of an embedding or of another layer."""
     is_whole = site.inner_node is None and site.block is None
