@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import nn
 
 from lora_export import layers
-from lora_export.layers.adapted_layers import Branch, attachment_of, branch_parameter, is_attached
+from lora_export.layers.attachments import Branch, attachment_of, branch_parameter, is_attached
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
