@@ -127,6 +127,8 @@ def json_line(record: StepRecord | EvaluationRecord) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"
 
 
+# --- Checkpoints ---
+
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
