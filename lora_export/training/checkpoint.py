@@ -183,10 +183,6 @@ class Checkpoints:
         if not self.exists:
             self.remove()
 
-    def rewrite(self, history: TrainingHistory) -> None:
-        """Write the file of metrics anew: a killed training may have recorded steps after its checkpoint."""
-        history.write(self.folder / METRICS)
-
     def record(self, history: TrainingHistory) -> None:
         """Append the last step, and an evaluation after it, to the file of metrics."""
         with (self.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
