@@ -48,7 +48,7 @@ class AdaptableWeight:
     @property
     def is_linear(self) -> bool:
         """Whether it is the matrix of a linear layer or of a packed attention projection."""
-        return self.takes_pair and len(self.spec.shape) == 2 and self.spec.layout is not Layout.EMBEDDING
+        return self.spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(self.spec.shape) == 2
 
     @property
     def stored_layout(self) -> str:
