@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from lora_export.models.model import Model
 
 
-def split_name(argument: str) -> tuple[str | None, Path]:
+def split_name(argument: str | Path) -> tuple[str | None, Path]:
     """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path."""
-    name, separator, path = argument.partition("=")
-    if not separator or Path(argument).exists() or "/" in name:
+    name, separator, path = str(argument).partition("=")
+    if isinstance(argument, Path) or not separator or Path(argument).exists() or "/" in name:
         return None, Path(argument)
     return name, Path(path)
 
@@ -38,7 +38,7 @@ def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bo
 
 
 def _located(source: str | Path, on_message: OnMessage, download: bool) -> str | Path:
-    name, path = split_name(source) if isinstance(source, str) else (None, source)
+    name, path = split_name(source)
     located = locate(path, on_message, download)
     # A snapshot's folder is named after its commit, which is no name for an adapter.
     return source if located == path else f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
@@ -69,14 +69,13 @@ def load_adapters(
 
 
 def _load_adapter(source: str | Path, options: ReadOptions) -> Adapter:
-    name, path = split_name(source) if isinstance(source, str) else (None, source)
+    name, path = split_name(source)
     return formats.load(path, name=name, options=options)
 
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:
     """The paths from which adapters are read; an output must not be inside one of them."""
-    paths = [source for source in _as_list(sources) if not isinstance(source, Adapter)]
-    return [split_name(path)[1] if isinstance(path, str) else path for path in paths]
+    return [split_name(source)[1] for source in _as_list(sources) if not isinstance(source, Adapter)]
 
 
 def refuse_weights_alone(sources: AdapterSources, weights: Sequence[float]) -> None:

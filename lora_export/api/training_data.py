@@ -289,8 +289,6 @@ class _Encoders:
             raise InputRefused(f"the tokenizer of {self.loaded.source} has no mask token, which its model predicts")
         file = TokenFile(self.content.records, rows, encoders.text_tokens(tokenizer, ends=False))
         pieces = file.pieces(most, cut=True)
-        if not pieces:
-            raise InputRefused(f"no token is left to predict within {most} tokens; raise {named('max_length')}")
         return MaskedRows(
             file, pieces, tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer),
             frozenset(tokenizer.all_special_ids), self.options.seed,

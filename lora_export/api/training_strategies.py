@@ -14,7 +14,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, listed
-from lora_export.layers.adapted_layers import branch_tensors
+from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
 from lora_export.models.model import Model

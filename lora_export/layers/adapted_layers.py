@@ -1,237 +1,50 @@
-"""The forward pass, `.weight` and `.bias` of layers that have adapters attached.
+"""The forward pass of layers that have adapters attached.
 
-The `forward` of a linear layer, a convolution or an embedding computes `W x + factor * scale * B (A x)`. Code that
-reads `.weight` or `.in_proj_weight` directly gets W + ΔW. The fast path of nn.TransformerEncoderLayer and
-nn.MultiheadAttention do so. DoRA multiplies both by m / ‖W + factor * scale * B A‖. The bias is not multiplied, and
-no gradient flows through the norm (Liu et al. 2024, section 4.3).
-
-A and B are stored in fp32 (fp64 for fp64 weights). As in PEFT, a branch is computed in their dtype, and the result
-is rounded once to the dtype of the layer.
+The `forward` of a linear layer, a convolution or an embedding computes `W x + factor * scale * B (A x)`. DoRA
+multiplies it by m / ‖W + factor * scale * B A‖, but not the bias, and no gradient flows through the norm (Liu et al.
+2024, section 4.3). As in PEFT, a branch is computed in the dtype of A and B, and the result is rounded once to the
+dtype of the layer. Experts are slices of one stacked parameter (experts, ., .), which their module's own `forward`
+reads: it gets W + ΔW, and computes those experts only that the router chose for a token.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused
+from lora_export.layers.attachments import (
+    Branch,
+    adapted_bias,
+    adapted_weight,
+    attachment_of,
+    dora_factor,
+    is_recording,
+    low_rank_factors,
+    per_output,
+    record_branch,
+    trained_rows,
+    weight_sum,
+)
 from lora_export.layers.frozen_linear import (
     FourBitLayer,
     add_frozen_pair,
-    float_weight,
     has_four_bit_forward,
     is_plain,
     linear,
     linear_with_pair,
 )
-from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, oriented
-from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters, subclass
-from lora_export.plan import Layout, StoredRegion
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d
+from lora_export.layers.torch_internals import own_parameters, subclass
 
-ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
-BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
-TRAINED_ROWS, ROW_INDICES = "lora_rows", "lora_row_indices"  # of a table: a parameter, and a buffer of their indices
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One pair beside one weight."""
-
-    adapter: str
-    module: str  # the adapter's own name for the layer
-    weight: str  # the attribute of the layer
-    parameter: str  # the key of A in the layer's `lora_A`, of B in `lora_B`, of DoRA's magnitude in `lora_magnitude`
-    scale: float  # the pair's scale times the adapter's strength
-    layout: Layout
-    dora: bool
-    region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
-    frozen: bool = False  # not trained; its x is not dropped
-
-
-@dataclass(frozen=True)
-class ReplacedTensor:
-    """A tensor that replaces one of the base. Without names, it is the base's own with some rows changed."""
-
-    adapter: str
-    name: str  # the adapter's own name for it
-    attribute: str  # of the layer
-    base: Tensor  # the tensor that it replaces
-
-
-@dataclass(frozen=True)
-class TrainedRows:
-    """Rows of a table that are trained alone."""
-
-    adapter: str
-    name: str  # the adapter's own name for the table
-
-
-@dataclass
-class Attachment:
-    """All that `attach` changed in one module, for `detach` to undo."""
-
-    original: type[nn.Module]
-    branches: tuple[Branch, ...] = ()
-    replaced: tuple[ReplacedTensor, ...] = ()
-    rows: TrainedRows | None = None
-    factor: float = 1.0  # `scale_adapters` changes it
-    dropout: float = 0.0  # of what A gets, in train mode
-
-
-# The functions below read the owner's dictionaries. An AttributeError inside a property would make
-# nn.Module.__getattr__ return the base's tensor, and the adapter would silently be missing.
-
-
-def is_attached(owner: nn.Module) -> bool:
-    """Whether `attach` has changed this one module."""
-    return ATTACHMENT in owner.__dict__
-
-
-def attachment_of(owner: nn.Module) -> Attachment:
-    """The attachment of a module. Raises KeyError unless `is_attached`."""
-    found: Attachment = owner.__dict__[ATTACHMENT]
-    return found
-
-
-def attached_modules(module: nn.Module) -> list[nn.Module]:
-    """Every module below (and with) this one that has an attachment. Raises InputRefused where none has."""
-    owners = [owner for owner in module.modules() if is_attached(owner)]
-    if not owners:
-        raise InputRefused("no adapter is attached to this module")
-    return owners
-
-
-def branch_parameter(owner: nn.Module, part: str, branch: Branch) -> Tensor:
-    """The A, B or magnitude of a branch, by the `part` (see BRANCH_PARTS)."""
-    found: Tensor = cast(nn.ParameterDict, own_modules(owner)[part])[branch.parameter]
-    return found
-
-
-def low_rank_factors(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
-    """A (rank, in, ...) and B (out, rank, 1...)."""
-    return branch_parameter(owner, "lora_A", branch), branch_parameter(owner, "lora_B", branch)
-
-
-def branch_tensors(module: nn.Module) -> list[Tensor]:
-    """The A, B and magnitudes of all branches below a module, trained or frozen."""
-    parts = [own_modules(owner).get(part) for owner in attached_modules(module) for part in BRANCH_PARTS]
-    return [parameter.data for part in parts if part is not None for parameter in part.parameters()]
-
-
-def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
-    """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once.
-
-    Of a W in shares, the share: PyTorch reads it here, and nothing computes with it.
-    """
-    weight = own_parameters(owner)[attribute]
-    if weight is not None and is_in_shares(weight):
-        return weight
-    attachment = attachment_of(owner)
-    if weight is not None and attachment.rows is not None:  # never with branches
-        rows, indices = _rows(owner)
-        return weight.index_copy(0, indices, rows.to(weight.dtype))
-    branches = [branch for branch in attachment.branches if branch.weight == attribute]
-    if weight is None or not branches or not attachment.factor:
-        return weight
-    if branches[0].region is not None:
-        return _sum_of_parts(owner, weight, branches).to(weight.dtype)
-    total = _weight_sum(owner, weight, branches)  # (out, in, ...)
-    for branch in branches:
-        if branch.dora:
-            total = total * per_output(_dora_factor(owner, branch, total), total.ndim)
-    return oriented(total, branches[0].layout).to(weight.dtype)
-
-
-def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W."""
-    factor, dtype = attachment_of(owner).factor, low_rank_factors(owner, branches[0])[0].dtype
-    total = weight.to(dtype).clone(memory_format=torch.contiguous_format)
-    for branch in branches:
-        assert branch.region is not None
-        a, b = low_rank_factors(owner, branch)
-        part_of(total, branch.region).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
-    return total
-
-
-def _rows(owner: nn.Module) -> tuple[Tensor, Tensor]:
-    """The rows that are trained (count, width), and their indices (count,)."""
-    rows, indices = own_parameters(owner)[TRAINED_ROWS], own_buffers(owner)[ROW_INDICES]
-    assert rows is not None and indices is not None
-    return rows, indices
-
-
-def part_of(tensor: Tensor, region: StoredRegion) -> Tensor:
-    """A view of a part of a contiguous tensor."""
-    return tensor.view(region.shape)[region.rows, region.columns]
-
-
-def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
-    changes, factor = [], attachment_of(owner).factor
-    for branch in branches:
-        record_branch(branch)
-        a, b = low_rank_factors(owner, branch)
-        product = b.flatten(1) @ a.flatten(1)
-        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (factor * branch.scale))
-    change = sum(changes[1:], start=changes[0])
-    total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
-    return total
-
-
-def _dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:
-    """DoRA's factor for each output (out,): m / ‖W + ΔW‖. No gradient flows through the norm."""
-    norm: Tensor = torch.linalg.vector_norm(total.detach().flatten(1), dim=1)
-    return branch_parameter(owner, "lora_magnitude", branch) / norm
-
-
-# Where a context asks for it, the branches that are computed. A proof must know which pairs its inputs reach.
-_RECORDED: ContextVar[set[Branch] | None] = ContextVar("_RECORDED", default=None)
-
-
-@contextlib.contextmanager
-def recorded_branches() -> Iterator[set[Branch]]:
-    """The branches that are computed while the context is active, for at least one row of input."""
-    branches: set[Branch] = set()
-    token = _RECORDED.set(branches)
-    try:
-        yield branches
-    finally:
-        _RECORDED.reset(token)
-
-
-def is_recording() -> bool:
-    """Whether a context asks for the branches that are computed. In a module that torch.compile traces, none does."""
-    return not torch.compiler.is_compiling() and _RECORDED.get() is not None
-
-
-def record_branch(branch: Branch) -> None:
-    """Add a branch to the recorded ones, where a context asks for them."""
-    if not torch.compiler.is_compiling() and (recorded := _RECORDED.get()) is not None:
-        recorded.add(branch)
-
-
-def per_output(values: Tensor, dimensions: int) -> Tensor:
-    """Reshape one value per output (out,) to (out, 1, ...) with so many dimensions."""
-    return values.reshape(-1, *[1] * (dimensions - 1))
-
-
-def adapted_bias(owner: nn.Module) -> Tensor | None:
-    """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
-    bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
-    factor = attachment_of(owner).factor
-    if bias is None or shift is None or not factor:
-        return bias
-    return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
-
-
+# The parameter of `forward` that has the chosen experts of each token, in all classes of transformers.
+CHOSEN_EXPERTS = ("top_k_index", "router_indices")
 _Layer = Callable[[Tensor, Tensor | None], Tensor]  # of x and the bias
 _Pair = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, A and B
 
@@ -268,7 +81,7 @@ def _forward_with_dora(
         record_branch(branch)
     a, b = low_rank_factors(owner, branch)
     weight = cast(Tensor, own_parameters(owner)[branch.weight])
-    factor = per_output(_dora_factor(owner, branch, _weight_sum(owner, weight, [branch])), output_axis)
+    factor = per_output(dora_factor(owner, branch, weight_sum(owner, weight, [branch])), output_axis)
     y, kept = layer(x, None), _pair_input(owner, x, a, branch)
     change = pair(kept, a, b) * (attachment.factor * branch.scale)
     if owner.training and attachment.dropout and x.is_floating_point():
@@ -319,7 +132,7 @@ class _LinearBranches(_AdaptedLayer):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = cast(Tensor, own_parameters(self)["weight"]), self.bias
         if attachment_of(self).rows is not None:
-            rows, indices = _rows(self)
+            rows, indices = trained_rows(self)
             y = F.linear(input, weight, bias)
             own = F.linear(input, rows.to(input.dtype), None if bias is None else bias[indices])
             return y.index_copy(-1, indices, own.to(y.dtype))
@@ -392,7 +205,7 @@ class _EmbeddingBranches(nn.Embedding):
 
 def _embedded_with_rows(owner: nn.Embedding, ids: Tensor, y: Tensor) -> Tensor:
     """y (..., width) of the frozen table, with the trained rows in place of theirs."""
-    rows, indices = _rows(owner)
+    rows, indices = trained_rows(owner)
     matches = ids[..., None] == indices  # (..., count)
     is_trained = matches.any(-1)
     if owner.padding_idx is not None:
@@ -436,3 +249,45 @@ def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
     if any(original.forward is known.forward for known in CONVOLUTION_TYPES):
         return _ConvolutionBranches
     return _AdaptedLayer  # the layer has a `forward` of its own, which reads the adapted weight
+
+
+# --- Experts ---
+
+
+def adapted_experts_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of the class of experts. `attributes` are its stacked parameters."""
+    properties = {name: property(functools.partial(_read, name)) for name in attributes}
+    return subclass(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
+
+
+def _read(attribute: str, owner: nn.Module) -> Tensor | None:
+    return adapted_weight(owner, attribute)
+
+
+class _AdaptedExperts(nn.Module):
+    """For the `forward` of a module with stacked parameters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recording():
+            for branch in _computed(self, args, kwargs):
+                record_branch(branch)
+        return super().forward(*args, **kwargs)
+
+
+def _computed(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Branch]:
+    """The branches of the experts that get a token. Without chosen experts all of them do."""
+    attachment = attachment_of(owner)
+    forward: Callable[..., Any] = attachment.original.forward
+    given = inspect.signature(forward).bind(owner, *args, **kwargs).arguments
+    chosen = next((given[name] for name in CHOSEN_EXPERTS if isinstance(given.get(name), Tensor)), None)
+    reached = None if chosen is None else set(chosen.unique().tolist())
+    for branch in attachment.branches if attachment.factor else ():
+        if reached is None or expert_of(branch, owner) in reached:
+            yield branch
+
+
+def expert_of(branch: Branch, owner: nn.Module) -> int:
+    """The expert whose weight the branch changes."""
+    region, weight = branch.region, own_parameters(owner)[branch.weight]
+    assert region is not None and weight is not None
+    return int(region.rows.start * weight.shape[0] // region.shape[0])

@@ -40,6 +40,12 @@ class AdaptableWeight:
         return float_weight(self.tensor).detach()
 
     @property
+    def takes_pair(self) -> bool:
+        """Whether it is that of a linear layer, a convolution, an embedding or a packed attention projection."""
+        is_product = self.spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and 2 <= len(self.spec.shape) <= 5
+        return is_product or self.spec.layout is Layout.EMBEDDING
+
+    @property
     def is_linear(self) -> bool:
         """Whether it is the matrix of a linear layer or of a packed attention projection."""
         return self.spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(self.spec.shape) == 2
@@ -68,7 +74,7 @@ class AdaptableWeights:
         self.modules = [path for path, _ in module.named_modules() if path]
         tensors = zip(named_tensors(module), specs(module), strict=True)
         found = [AdaptableWeight(spec, entry.owner, entry.tensor) for entry, spec in tensors]
-        self.layers = {one.name: one for one in found if spec_takes_pair(one.spec)}
+        self.layers = {one.name: one for one in found if one.takes_pair}
         self.linear = {name: one for name, one in self.layers.items() if one.is_linear}
         self.stacked = {
             one.name: one
@@ -145,13 +151,6 @@ def nearest(name: str, paths: Iterable[str]) -> str:
 def matches_ending(path: str, names: Iterable[str]) -> bool:
     """Whether one of the names is the path or its end after a dot."""
     return any(f".{path}".endswith(f".{name}") for name in names)
-
-
-def spec_takes_pair(spec: TensorSpec) -> bool:
-    """Whether the weight is that of a linear layer, a convolution, an embedding or a packed attention projection."""
-    return spec.layout is Layout.EMBEDDING or (
-        spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and 2 <= len(spec.shape) <= 5
-    )
 
 
 def _output_embeddings(module: nn.Module) -> set[str]:

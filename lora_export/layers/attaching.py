@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.adapted_experts import adapted_experts_class
-from lora_export.layers.adapted_layers import (
+from lora_export.layers.adapted_layers import adapted_class, adapted_experts_class, has_own_branches
+from lora_export.layers.attachments import (
     ATTACHMENT,
     BRANCH_PARTS,
     ROW_INDICES,
@@ -27,10 +27,8 @@ from lora_export.layers.adapted_layers import (
     Branch,
     ReplacedTensor,
     TrainedRows,
-    adapted_class,
     attached_modules,
     attachment_of,
-    has_own_branches,
 )
 from lora_export.layers.folding import folded_tensor, replacement_tensor, target_tensors
 from lora_export.layers.frozen_linear import float_weight, four_bit_linear, is_4bit

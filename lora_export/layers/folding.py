@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_export import sums
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.adapted_layers import attachment_of, is_attached, part_of, per_output
+from lora_export.layers.attachments import attachment_of, is_attached, part_of, per_output
 from lora_export.layers.frozen_linear import is_4bit
 from lora_export.layers.module_tensors import (
     ModuleTensor,

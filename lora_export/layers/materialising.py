@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_export.layers.adapted_layers import ATTACHMENT, adapted_bias, adapted_weight, attached_modules, attachment_of
 from lora_export.layers.attaching import detach, scaled_replacement
+from lora_export.layers.attachments import ATTACHMENT, adapted_bias, adapted_weight, attached_modules, attachment_of
 from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor_registry
 from lora_export.layers.torch_internals import own_buffers, own_parameters
 

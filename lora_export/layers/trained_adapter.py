@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_export.errors import InputRefused, listed
-from lora_export.layers.adapted_layers import (
+from lora_export.layers.attachments import (
     BRANCH_PARTS,
     TRAINED_ROWS,
     Branch,

@@ -102,6 +102,8 @@ def _normal(
     return Part({name: axes}, make, dict(sizes or {}), dict(steps or {}))
 
 
+# --- All inputs ---
+
 FRAME_COUNTS = ("num_frames", "frames_per_clip")  # fields of a config with the images of a video
 POINTS, POINT_LABELS = "input_points", "input_labels"
 OBJECTS = "objects"  # symbol: objects to segment in an image, each by its own points

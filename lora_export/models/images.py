@@ -148,6 +148,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_VALUE
 
 
+# --- Forms in which language models take images ---
+
 IMAGES, PATCHES = "images", "patches"  # symbols of the number of images, and of the patches of all of them
 GRIDS, IMAGE_SIZES = "image_grid_thw", "image_sizes"  # inputs
 PATCHES_ACROSS = (2, 3)  # of the first image and the second, after the merge of neighbours; both are 2 high

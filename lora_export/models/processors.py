@@ -117,6 +117,8 @@ def pixels_of(paths: Sequence[Path], folder: Path) -> NDArray[np.float32]:
     return np.stack(made).astype(np.float32)
 
 
+# --- Sounds ---
+
 NEED = "sounds need"
 PROCESSOR_FILE = "processor_config.json"  # of transformers 5: the extractor is a part of it
 

@@ -191,6 +191,8 @@ def padding_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return mask
 
 
+# --- Lengths ---
+
 LONG = 96  # tokens: more than a mask or a table of 64, the usual length of an example
 PAST_WINDOW = 32  # tokens beyond a sliding window
 LONGEST_TEXT = 4096 + PAST_WINDOW  # tokens: a mask holds their square, which is 136 MB in fp64

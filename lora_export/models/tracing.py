@@ -106,6 +106,8 @@ def silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
+# --- Failures ---
+
 LONGEST = 400  # characters of a cause: some contain tensors
 # Of PyTorch and Python, where memory is short: a failure of the machine
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")

@@ -127,6 +127,8 @@ def json_line(record: StepRecord | EvaluationRecord) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"
 
 
+# --- Checkpoints ---
+
 TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
 CHECKPOINT_FORMAT = "lora-export/training/1"
 MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
@@ -180,10 +182,6 @@ class Checkpoints:
         """Remove the folder of a training that has ended before its first checkpoint."""
         if not self.exists:
             self.remove()
-
-    def rewrite(self, history: TrainingHistory) -> None:
-        """Write the file of metrics anew: a killed training may have recorded steps after its checkpoint."""
-        history.write(self.folder / METRICS)
 
     def record(self, history: TrainingHistory) -> None:
         """Append the last step, and an evaluation after it, to the file of metrics."""

@@ -27,6 +27,7 @@ from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.storage.system_calls import deferred_signals
 from lora_export.training.batches import Batch, Data, batch_on_device, module_outputs, refuse_unknown_inputs
 from lora_export.training.checkpoint import (
+    METRICS,
     NORMS_WITH_STATISTICS,
     Checkpoints,
     EvaluationRecord,
@@ -138,8 +139,8 @@ class _Run:
         if resume:
             self.checkpoints.load(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
             self.best = self.checkpoints.load_best()
-            if rank() == 0:
-                self.checkpoints.rewrite(self.history)
+            if rank() == 0:  # a killed training may have recorded steps after its checkpoint
+                self.history.write(self.checkpoints.folder / METRICS)
             self._evaluate_after(len(self.history.steps))  # where the evaluation was interrupted
         elif rank() == 0:
             self.checkpoints.begin()

@@ -35,18 +35,6 @@ class RowForm(StrEnum):
     TEXT = "language-modelling"
 
 
-COLUMNS: Mapping[RowForm, tuple[str, ...]] = {
-    RowForm.CHAT: ("messages",),
-    RowForm.COMPLETION: ("prompt", "completion"),
-    RowForm.TAGS: ("tokens", "tags"),
-    RowForm.SIMILARITY: ("sentence1", "sentence2", "score"),
-    RowForm.IMAGE: ("image", "label"),
-    RowForm.SPEECH: (AUDIO, "text"),
-    RowForm.LABELLED: ("text", "label"),  # `text_pair` is optional
-    RowForm.TEXT: ("text",),
-}
-
-
 class LabelKind(StrEnum):
     """What is predicted for a row."""
 
@@ -78,13 +66,13 @@ class Survey:
 def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
     """The form of the rows, by the columns of the first. Raises InputRefused where there is none, or not `wanted`."""
     present = set(records[0])
-    forms = [wanted] if wanted else list(COLUMNS)
+    forms = [wanted] if wanted else list(FORMS)
     for form in forms:
-        if present >= set(COLUMNS[form]):
+        if present >= set(FORMS[form][0]):
             return form
     raise InputRefused(
         f"{records.path}, {records.where(0)} has the columns {', '.join(sorted(present)) or '(none)'}. Needed are:",
-        *(f"  {form}: {', '.join(COLUMNS[form])}" for form in forms),
+        *(f"  {form}: {', '.join(FORMS[form][0])}" for form in forms),
         f"Name the columns of your data, such as {named('columns', {'text': 'body'})}",
     )
 
@@ -129,8 +117,8 @@ def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> 
         values = records[row]
     except InputRefused as error:
         return str(error).removeprefix(f"{records.path}, ").removeprefix(f"{records.path}/")
-    missing = [f"no `{name}`" for name in COLUMNS[form] if name not in values]
-    problem = ", ".join(missing) or CHECKS[form](values)
+    columns, problem_of = FORMS[form]
+    problem = ", ".join(f"no `{name}`" for name in columns if name not in values) or problem_of(values)
     if form is RowForm.SPEECH and not problem:
         problem = sound_problem(records, values[AUDIO])
     if problem:
@@ -217,15 +205,16 @@ def _chat(values: Row) -> str:
     return "" if any(message["role"] == "assistant" for message in messages) else "no message of the assistant"
 
 
-CHECKS: Mapping[RowForm, Callable[[Row], str]] = {
-    RowForm.CHAT: _chat,
-    RowForm.COMPLETION: _texts("prompt", "completion"),
-    RowForm.TAGS: _tagged,
-    RowForm.SIMILARITY: _compared,
-    RowForm.IMAGE: _label_problem,
-    RowForm.SPEECH: _texts("text"),
-    RowForm.LABELLED: _labelled,
-    RowForm.TEXT: _texts("text"),
+# The columns of each form, and what is wrong with the values of a row: empty where nothing is
+FORMS: Mapping[RowForm, tuple[tuple[str, ...], Callable[[Row], str]]] = {
+    RowForm.CHAT: (("messages",), _chat),
+    RowForm.COMPLETION: (("prompt", "completion"), _texts("prompt", "completion")),
+    RowForm.TAGS: (("tokens", "tags"), _tagged),
+    RowForm.SIMILARITY: (("sentence1", "sentence2", "score"), _compared),
+    RowForm.IMAGE: (("image", "label"), _label_problem),
+    RowForm.SPEECH: ((AUDIO, "text"), _texts("text")),
+    RowForm.LABELLED: (("text", "label"), _labelled),  # `text_pair` is optional
+    RowForm.TEXT: (("text",), _texts("text")),
 }
 
 

@@ -63,7 +63,7 @@ class TokenFile:
     def pieces(self, max_length: int, *, cut: bool) -> list[TextPiece]:
         """The texts in pieces of at most `max_length` tokens; or, where they are not cut, their beginnings.
 
-        Pieces in which nothing is predicted are left out.
+        Pieces in which nothing is predicted are left out. Raises InputRefused where none is left.
         """
         found = []
         for begin, end in zip(self.ends[:-1], self.ends[1:], strict=True):
@@ -72,6 +72,8 @@ class TokenFile:
                 # The last token of a piece predicts the first one of the next.
                 if (self.tokens[start + 1 : stop + (stop < end and cut)] >= 0).any():
                     found.append(TextPiece(start, stop, end if cut else stop))
+        if not found:
+            raise InputRefused(f"no token is left to predict within {max_length} tokens; raise {named('max_length')}")
         return found
 
 
@@ -171,13 +173,8 @@ class MaskedRows:
 
 
 def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_token: int) -> CausalRows:
-    """The data of a causal language model. With `cut`, texts longer than `max_length` tokens give several pieces.
-
-    Raises InputRefused where no token is left to predict.
-    """
+    """The data of a causal language model. With `cut`, texts longer than `max_length` tokens give several pieces."""
     pieces = file.pieces(max_length, cut=cut)
-    if not pieces:
-        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise {named('max_length')}")
     lengths = [piece.stop - piece.start for piece in pieces]
     numbers = packed_rows(lengths, max_length) if pack else [[item] for item in range(len(pieces))]
     bins = [[pieces[item] for item in items] for items in numbers]

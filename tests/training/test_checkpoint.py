@@ -68,7 +68,7 @@ def test_the_state_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert torch.equal(module[0].weight, base)  # the base is not part of it
     assert history.losses == (0.5,)
     (checkpoints.folder / METRICS).write_text("of later steps\n" * 9)
-    checkpoints.rewrite(history)
+    history.write(checkpoints.folder / METRICS)
     assert len((checkpoints.folder / METRICS).read_text().splitlines()) == 2
 
 

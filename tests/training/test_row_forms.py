@@ -12,7 +12,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.training.records.opening import open_records
 from lora_export.training.records.rows import Records
-from lora_export.training.row_forms import COLUMNS, LabelKind, RowForm, Survey, form_of, label_value, survey
+from lora_export.training.row_forms import FORMS, LabelKind, RowForm, Survey, form_of, label_value, survey
 from support.sounds import write_sound
 
 
@@ -54,7 +54,7 @@ def test_columns_decide_the_form(form: RowForm, tmp_path: Path) -> None:
     write_sound(tmp_path / "a.wav")
     assert form_of(records) is form
     assert survey(records, form).count == 1
-    assert set(COLUMNS) == set(GOOD)
+    assert set(FORMS) == set(GOOD)
 
 
 def test_a_wanted_form_comes_first_and_needs_its_columns(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_wanted_form_comes_first_and_needs_its_columns(tmp_path: Path) -> None
         form_of(jsonl(tmp_path, GOOD[RowForm.LABELLED]), RowForm.TAGS)
     with pytest.raises(InputRefused, match=r'has the columns body(.|\n)*columns=\{"text": "body"\}$') as refused:
         form_of(jsonl(tmp_path, {"body": "a"}))
-    assert len(str(refused.value).splitlines()) == len(COLUMNS) + 2
+    assert len(str(refused.value).splitlines()) == len(FORMS) + 2
 
 
 def test_labels_of_one_class_each_are_sorted_and_numbered(tmp_path: Path) -> None:

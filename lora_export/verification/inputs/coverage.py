@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
+from lora_export.layers.attachments import Branch, attachment_of, is_attached
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.spelling import named

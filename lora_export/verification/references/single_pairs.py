@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lora_export import layers
-from lora_export.layers.adapted_layers import Branch, attachment_of, branch_parameter, is_attached
+from lora_export.layers.attachments import Branch, attachment_of, branch_parameter, is_attached
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.layers.adapted_layers import attachment_of
+from lora_export.layers.attachments import attachment_of
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.models import factory, model
 from lora_export.verification import parity

@@ -1,0 +1,276 @@
+"""What is attached to the layers of a module, and the weights that its code then reads.
+
+Code that reads `.weight` or `.in_proj_weight` directly gets W + ΔW, with DoRA multiplied by
+m / ‖W + factor * scale * B A‖. The fast path of nn.TransformerEncoderLayer and nn.MultiheadAttention do so. A and B are
+stored in fp32 (fp64 for fp64 weights). Sums are computed in their dtype, and rounded once to the dtype of the layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_export.errors import InputRefused
+from lora_export.layers.frozen_linear import float_weight
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
+from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.plan import Layout, StoredRegion
+
+ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
+BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
+TRAINED_ROWS, ROW_INDICES = "lora_rows", "lora_row_indices"  # of a table: a parameter, and a buffer of their indices
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One pair beside one weight."""
+
+    adapter: str
+    module: str  # the adapter's own name for the layer
+    weight: str  # the attribute of the layer
+    parameter: str  # the key of A in the layer's `lora_A`, of B in `lora_B`, of DoRA's magnitude in `lora_magnitude`
+    scale: float  # the pair's scale times the adapter's strength
+    layout: Layout
+    dora: bool
+    region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
+    frozen: bool = False  # not trained; its x is not dropped
+
+
+@dataclass(frozen=True)
+class ReplacedTensor:
+    """A tensor that replaces one of the base. Without names, it is the base's own with some rows changed."""
+
+    adapter: str
+    name: str  # the adapter's own name for it
+    attribute: str  # of the layer
+    base: Tensor  # the tensor that it replaces
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of a table that are trained alone."""
+
+    adapter: str
+    name: str  # the adapter's own name for the table
+
+
+@dataclass
+class Attachment:
+    """All that `attach` changed in one module, for `detach` to undo."""
+
+    original: type[nn.Module]
+    branches: tuple[Branch, ...] = ()
+    replaced: tuple[ReplacedTensor, ...] = ()
+    rows: TrainedRows | None = None
+    factor: float = 1.0  # `scale_adapters` changes it
+    dropout: float = 0.0  # of what A gets, in train mode
+
+
+# The functions below read the owner's dictionaries. An AttributeError inside a property would make
+# nn.Module.__getattr__ return the base's tensor, and the adapter would silently be missing.
+
+
+def is_attached(owner: nn.Module) -> bool:
+    """Whether `attach` has changed this one module."""
+    return ATTACHMENT in owner.__dict__
+
+
+def attachment_of(owner: nn.Module) -> Attachment:
+    """The attachment of a module. Raises KeyError unless `is_attached`."""
+    found: Attachment = owner.__dict__[ATTACHMENT]
+    return found
+
+
+def attached_modules(module: nn.Module) -> list[nn.Module]:
+    """Every module below (and with) this one that has an attachment. Raises InputRefused where none has."""
+    owners = [owner for owner in module.modules() if is_attached(owner)]
+    if not owners:
+        raise InputRefused("no adapter is attached to this module")
+    return owners
+
+
+def branch_parameter(owner: nn.Module, part: str, branch: Branch) -> Tensor:
+    """The A, B or magnitude of a branch, by the `part` (see BRANCH_PARTS)."""
+    found: Tensor = cast(nn.ParameterDict, own_modules(owner)[part])[branch.parameter]
+    return found
+
+
+def low_rank_factors(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
+    """A (rank, in, ...) and B (out, rank, 1...)."""
+    return branch_parameter(owner, "lora_A", branch), branch_parameter(owner, "lora_B", branch)
+
+
+def branch_tensors(module: nn.Module) -> list[Tensor]:
+    """The A, B and magnitudes of all branches below a module, trained or frozen."""
+    parts = [own_modules(owner).get(part) for owner in attached_modules(module) for part in BRANCH_PARTS]
+    return [parameter.data for part in parts if part is not None for parameter in part.parameters()]
+
+
+def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
+    """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once.
+
+    Of a W in shares, the share: PyTorch reads it here, and nothing computes with it.
+    """
+    weight = own_parameters(owner)[attribute]
+    if weight is not None and is_in_shares(weight):
+        return weight
+    attachment = attachment_of(owner)
+    if weight is not None and attachment.rows is not None:  # never with branches
+        rows, indices = trained_rows(owner)
+        return weight.index_copy(0, indices, rows.to(weight.dtype))
+    branches = [branch for branch in attachment.branches if branch.weight == attribute]
+    if weight is None or not branches or not attachment.factor:
+        return weight
+    if branches[0].region is not None:
+        return _sum_of_parts(owner, weight, branches).to(weight.dtype)
+    total = weight_sum(owner, weight, branches)  # (out, in, ...)
+    for branch in branches:
+        if branch.dora:
+            total = total * per_output(dora_factor(owner, branch, total), total.ndim)
+    return oriented(total, branches[0].layout).to(weight.dtype)
+
+
+def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W."""
+    factor, dtype = attachment_of(owner).factor, low_rank_factors(owner, branches[0])[0].dtype
+    total = weight.to(dtype).clone(memory_format=torch.contiguous_format)
+    for branch in branches:
+        assert branch.region is not None
+        a, b = low_rank_factors(owner, branch)
+        part_of(total, branch.region).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
+    return total
+
+
+def trained_rows(owner: nn.Module) -> tuple[Tensor, Tensor]:
+    """The rows that are trained (count, width), and their indices (count,)."""
+    rows, indices = own_parameters(owner)[TRAINED_ROWS], own_buffers(owner)[ROW_INDICES]
+    assert rows is not None and indices is not None
+    return rows, indices
+
+
+def part_of(tensor: Tensor, region: StoredRegion) -> Tensor:
+    """A view of a part of a contiguous tensor."""
+    return tensor.view(region.shape)[region.rows, region.columns]
+
+
+def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
+    changes, factor = [], attachment_of(owner).factor
+    for branch in branches:
+        record_branch(branch)
+        a, b = low_rank_factors(owner, branch)
+        product = b.flatten(1) @ a.flatten(1)
+        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (factor * branch.scale))
+    change = sum(changes[1:], start=changes[0])
+    total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
+    return total
+
+
+def dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:
+    """DoRA's factor for each output (out,): m / ‖W + ΔW‖. No gradient flows through the norm."""
+    norm: Tensor = torch.linalg.vector_norm(total.detach().flatten(1), dim=1)
+    return branch_parameter(owner, "lora_magnitude", branch) / norm
+
+
+# Where a context asks for it, the branches that are computed. A proof must know which pairs its inputs reach.
+_RECORDED: ContextVar[set[Branch] | None] = ContextVar("_RECORDED", default=None)
+
+
+@contextlib.contextmanager
+def recorded_branches() -> Iterator[set[Branch]]:
+    """The branches that are computed while the context is active, for at least one row of input."""
+    branches: set[Branch] = set()
+    token = _RECORDED.set(branches)
+    try:
+        yield branches
+    finally:
+        _RECORDED.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether a context asks for the branches that are computed. In a module that torch.compile traces, none does."""
+    return not torch.compiler.is_compiling() and _RECORDED.get() is not None
+
+
+def record_branch(branch: Branch) -> None:
+    """Add a branch to the recorded ones, where a context asks for them."""
+    if not torch.compiler.is_compiling() and (recorded := _RECORDED.get()) is not None:
+        recorded.add(branch)
+
+
+def per_output(values: Tensor, dimensions: int) -> Tensor:
+    """Reshape one value per output (out,) to (out, 1, ...) with so many dimensions."""
+    return values.reshape(-1, *[1] * (dimensions - 1))
+
+
+def adapted_bias(owner: nn.Module) -> Tensor | None:
+    """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
+    bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
+    factor = attachment_of(owner).factor
+    if bias is None or shift is None or not factor:
+        return bias
+    return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
+
+
+# --- Weights that are only multiplied by an input, so that each product can be observed by itself ---
+
+
+class MatrixWeight(NamedTuple):
+    """The weight W of a layer that returns x Wᵀ of one input, with a bias at most."""
+
+    name: str
+    owner: nn.Module  # the module that holds the tensor
+    attribute: str
+    layout: Layout
+    attention: nn.MultiheadAttention | None = None  # the module that computes with W, if its owner is never called
+
+    @property
+    def tensor(self) -> Tensor:
+        """The stored tensor, without adapters."""
+        return cast(Tensor, own_parameters(self.owner)[self.attribute])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in), a convolution's kernel flattened."""
+        first, *others = self.tensor.shape
+        return (math.prod(others), first) if self.layout.is_transposed else (first, math.prod(others))
+
+    @property
+    def has_bias(self) -> bool:
+        return own_parameters(self.owner).get(self._bias) is not None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), with the shift of the adapters."""
+        return cast(Tensor, getattr(self.owner, self._bias)) if self.has_bias else None
+
+    @property
+    def _bias(self) -> str:
+        return "in_proj_bias" if self.attribute == "in_proj_weight" else "bias"
+
+
+def find_matrix_weights(module: nn.Module) -> list[MatrixWeight]:
+    """The weights of linear layers, convolutions, embeddings and attention projections, attached or not.
+
+    A tied tensor is listed once, under its first name. A subclass with a `forward` of its own is left out.
+    """
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTION_TYPES, *conv1d())
+    known = {kind.forward for kind in kinds}
+    parents = {child: parent for parent in module.modules() for child in parent.children()}
+    found = []
+    for path, owner in module.named_modules():
+        original = attachment_of(owner).original if is_attached(owner) else type(owner)
+        attention = owner if isinstance(owner, nn.MultiheadAttention) else parents.get(owner)
+        attention = attention if isinstance(attention, nn.MultiheadAttention) else None
+        attribute = "in_proj_weight" if attention is owner else "weight"
+        if (attention is owner or original.forward in known) and own_parameters(owner).get(attribute) is not None:
+            layout = layout_of(owner, attribute)
+            found.append(MatrixWeight(tensor_name(path, attribute), owner, attribute, layout, attention))
+    return found
