@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
-from lora_export.layers.adapted_layers import Branch, attached_modules, attachment_of
+from lora_export.layers.attachments import Branch, attached_modules, attachment_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import pair_controls
