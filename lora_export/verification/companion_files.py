@@ -72,7 +72,7 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter], stored:
     for name in CONFIGS:
         if (base / name).exists() and (merged / name).exists():
             before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
-            expected = before
+            expected: Values = before
             if name == CONFIG:
                 expected = _expected_config(before, after, adapters)
                 found.differences += _wrong_dtype(before, after, stored)
@@ -157,11 +157,10 @@ def _compare_tokenizers(base: Path, merged: Path, found: _Found) -> None:
         return
     if before == after and all(_are_equal(base / name, merged / name) for name in before):
         return
-    stages = [_cutting(folder) for folder in (base, merged)]
     done = tokenizer_differences(base, merged)
     if done is not None:
         found.differences += [f"the tokenizer: {line}" for line in done]
-        found.add_values("tokenizer.json", list(_compared(*stages)))
+        found.add_values("tokenizer.json", list(_compared(_cutting(base), _cutting(merged))))
         return
     for name, read in TOKENIZER_READERS.items():
         if name in before and name in after:
@@ -197,7 +196,7 @@ def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
         except InputRefused:  # a list, such as modules.json
             values = []
         if values:
-            found.add_values(name, list(_compared(*values)))
+            found.add_values(name, list(_compared(values[0], values[1])))
         else:
             found.differences.append(f"{name} is not the base's")
     only = sorted(before ^ after)
