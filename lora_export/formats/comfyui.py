@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_export.formats import WriteOptions
 from lora_export.formats.lora_file import OneFileFormat, module_by_prefix
 from lora_export.formats.writing import OneFile, without_component
-from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, split_component
+from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
 from lora_export.options.spelling import named
 
 DESCRIPTION = "a .safetensors file for ComfyUI, with keys such as diffusion_model.X.lora_A.weight"
@@ -29,7 +29,7 @@ recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORM
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:  # noqa: ARG001
-    """Write the file, with an alpha for each pair. Of two transformers, both are numbered."""
+    """Write the file. Of two transformers, both are numbered. Pairs have no alpha: diffusers reads few of them."""
     prefixes = {component: prefix for prefix, component in _COMPONENTS.items()} | {"": "diffusion_model."}
     if any(split_component(name)[0] == SECOND_DENOISER for name in adapter.names):
         prefixes[DENOISER] = _FIRST
@@ -43,6 +43,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         file.problems.append(
             f"names in which `_` stands for the dots: state the model that has them by {named('base')}"
         )
-    file.add_changes(("lora_A.weight", "lora_B.weight"))
+    file.add_changes(("lora_A.weight", "lora_B.weight"), with_alpha=False)
     file.write(path)
-    return without_component(adapter)
+    is_scaled = any(pair.scale != 1 for pair in adapter.pairs.values() if type(pair) is LoraPair)
+    scaled = (f"{adapter.name}: scales are multiplied into B, so that ComfyUI and diffusers read the same.",)
+    return (*without_component(adapter), *(scaled if is_scaled else ()))

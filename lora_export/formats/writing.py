@@ -115,8 +115,8 @@ class OneFile:
     alphas: dict[str, NDArray[Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def add_changes(self, sides: tuple[str, str]) -> None:
-        """Every change of the adapter, each pair with its alpha. `sides` are the endings of A and B.
+    def add_changes(self, sides: tuple[str, str], *, with_alpha: bool = True) -> None:
+        """Every change of the adapter, each pair with its alpha or multiplied by its scale. `sides` end A and B.
 
         LoHa, LoKr and whole changes are written as LyCORIS does: a LoHa's core as a part of its factors.
         """
@@ -130,9 +130,12 @@ class OneFile:
             elif isinstance(pair, WholePair):
                 self._put(module, {KeyPart.CHANGE: pair.delta()})
                 self._put_magnitude(module, pair)
-            else:
+            elif with_alpha:
                 self._put(module, {sides[0]: pair.a, sides[1]: pair.b})
                 self._put_scale(module, pair, pair.rank)
+            else:
+                self._put(module, {sides[0]: pair.a, sides[1]: pair.b * np.float32(pair.scale)})
+                self._put_magnitude(module, pair)
         for module, change in self.adapter.biases.items():
             self._put(module, {KeyPart.BIAS_CHANGE: change})
         for tensor, change in self.adapter.added.items():

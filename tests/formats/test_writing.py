@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -84,11 +87,22 @@ def numbers(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+def with_scales_in_b(adapter: Adapter) -> Adapter:
+    """The adapter as files for ComfyUI have it: B is multiplied by the scale, and there is no alpha."""
+    pairs = {
+        name: replace(pair, b=pair.b * np.float32(pair.scale), scale=1.0) if type(pair) is LoraPair else pair
+        for name, pair in adapter.pairs.items()
+    }
+    return replace(adapter, pairs=pairs)
+
+
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
 @settings(deadline=None, max_examples=40)
 @given(drawn_adapters())
 def test_pairs_come_back(to: str, adapter: Adapter) -> None:
     expected = adapter.renamed(lambda name: name.replace(".", "_")) if to == "kohya" else adapter
+    if to == "comfyui":
+        expected = with_scales_in_b(adapter)
     with tempfile.TemporaryDirectory() as folder:
         assert_same_pairs(converted(adapter, Path(folder), to), expected)
 
@@ -245,13 +259,27 @@ def test_two_transformers_are_numbered(tmp_path: Path) -> None:
     names = ("denoiser/a", "denoiser_2/a", "text_encoder/a", "text_encoder_3/a")
     adapter = adapter_of({name: low_rank(3, 2, 1) for name in names})
     keys = load_file(lora_export.convert(adapter, tmp_path / "out", to="comfyui").output)
-    assert {key.removesuffix(".a.alpha") for key in keys if key.endswith("alpha")} == {
+    assert {key.removesuffix(".a.lora_A.weight") for key in keys if key.endswith("A.weight")} == {
         "diffusion_model.transformer_1",
         "diffusion_model.transformer_2",
         "text_encoders.clip_l.transformer",
         "text_encoders.t5xxl.transformer",
     }
-    assert_same_pairs(converted(adapter, tmp_path, "comfyui"), adapter)
+    assert_same_pairs(converted(adapter, tmp_path, "comfyui"), with_scales_in_b(adapter))
+
+
+def test_a_file_for_comfyui_has_its_strength_in_diffusers(tmp_path: Path) -> None:
+    """diffusers passes an alpha of `diffusion_model.` over in files for LTX: the pair had half its strength."""
+    sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(**sizes, cross_attention_dim=16, caption_channels=8)
+    name = "transformer_blocks.0.attn1.to_q"
+    pair = low_rank(16, 16, 2, scale=0.5)
+    result = lora_export.convert(adapter_of({f"denoiser/{name}": pair}), tmp_path / "out", to="comfyui")
+    assert result.notes == ("mine: scales are multiplied into B, so that ComfyUI and diffusers read the same.",)
+    base = arrays_of(model)[f"{name}.weight"]
+    fused = fused_by_diffusers(model, "LTXPipeline", result.output, "transformer")[f"{name}.weight"]
+    np.testing.assert_allclose(fused - base, pair.delta(), atol=1e-5)
 
 
 def test_names_without_a_model_are_noted(tmp_path: Path) -> None:
