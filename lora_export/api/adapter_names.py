@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, component_name, expert_name, split_part
-from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
+from lora_export.names.diffusion_layouts import KNOWN_CLASSES, OtherLayout, other_layouts
 from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
@@ -195,8 +195,14 @@ def _has_names_of_authors(config: Mapping[str, Any]) -> bool:
 def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -> Adapter:
     """The adapter under the names of the model's authors; itself where the model has only one kind of names."""
     shapes = {spec.name: spec.shape for spec in checkpoint.specs}
-    layout = _layout_of_authors(shapes, checkpoint.config.get("_class_name"))
+    diffusers_class = checkpoint.config.get("_class_name")
+    layout = _layout_of_authors(shapes, diffusers_class)
     if layout is None:
+        if diffusers_class is not None and diffusers_class not in KNOWN_CLASSES:
+            raise InputRefused(
+                f"what the authors of {diffusers_class} call its layers is not known, and files for {to} have their names. "
+                f"{named('to', 'diffusers')} keeps those of diffusers. Nothing was written."
+            )
         return adapter
     names = _NamesOfAuthors(adapter, shapes)
     for name, tensor in layout.tensors.items():

@@ -202,13 +202,13 @@ class _Encoders:
 
     @functools.cached_property
     def _most_tokens(self) -> int:
-        """The length to which texts are cut: the one that was asked for, or all that the model takes."""
-        asked, most = self.options.max_length, int(text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
-        if asked > most:
+        """The length to which texts are cut: the requested one, or all that the model takes."""
+        requested, most = self.options.max_length, int(text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
+        if requested > most:
             self.options.on_message(
-                f"note: texts are cut to {most} tokens, all that the model takes ({named('max_length', asked)})."
+                f"note: texts are cut to {most} tokens, all that the model takes ({named('max_length', requested)})."
             )
-        return min(asked, most)
+        return min(requested, most)
 
     def _speech(self, tokenizer: Any) -> TranscriptEncoder | FrameEncoder:
         """The encoder of sounds with transcripts. Raises InputRefused with all rows that the model cannot take."""

@@ -66,7 +66,10 @@ def _rows(model: Mapping[str, Any]) -> Iterator[TableRow]:
             )
 
 
+UNET = "UNet2DConditionModel"
 TABLES = tuple(NameTable(model["model"], model["diffusers_class"], tuple(_rows(model))) for model in _DATA["models"])
+# Classes of diffusers of which the names of the authors are known: by a table, or as they are
+KNOWN_CLASSES = frozenset({UNET, *_DATA["one_kind_of_names"], *(table.diffusers_class for table in TABLES)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +226,7 @@ def unet_table(names: Iterable[str]) -> NameTable | None:
         if 0 < depth <= MOST_BLOCKS and 0 < blocks <= MOST_BLOCKS:
             rows = _DATA["unet"]["outside"] | dict(_unet_rows(depth, blocks, with_attention))
             table = tuple(TableRow(original, (diffusers,)) for original, diffusers in rows.items())
-            return NameTable("UNet", "UNet2DConditionModel", table)
+            return NameTable("UNet", UNET, table)
     return None
 
 

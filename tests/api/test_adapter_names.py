@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AuraFlowTransformer2DModel
 from safetensors.numpy import load_file
 
 import lora_export
@@ -211,6 +212,21 @@ def test_each_family_has_the_names_of_its_own_authors(family, module, shape, ori
     base = folder_of(transformer(family), tmp_path / "base")
     path = adapter_file(tmp_path / "a.safetensors", random_pairs({module: shape}), prefix="transformer.")
     assert list(named_for_pipeline(formats.load(path), base, "comfyui").pairs) == [f"denoiser/{original}"]
+
+
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_names_of_authors_that_are_not_known_are_refused(to, tmp_path):
+    """AuraFlow: a file with the names of diffusers would be read by nobody."""
+    sizes = {"in_channels": 4, "out_channels": 4, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 4}
+    model = AuraFlowTransformer2DModel(
+        **sizes, num_mmdit_layers=1, num_single_dit_layers=1, joint_attention_dim=8, caption_projection_dim=16
+    )
+    base, module = folder_of(model, tmp_path / "base"), "joint_transformer_blocks.0.attn.to_q"
+    path = adapter_file(tmp_path / "a.safetensors", random_pairs({module: (16, 16)}), prefix="transformer.")
+    with pytest.raises(
+        InputRefused, match=r'authors of AuraFlowTransformer2DModel call its layers is not known.*to="diffusers"'
+    ):
+        named_for_pipeline(formats.load(path), base, to)
 
 
 # Modules of Flux whose weights are parts of one weight of its authors, and their numbers of outputs there.
