@@ -181,7 +181,7 @@ def _cutting(folder: Path) -> Values:
 
 
 def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
-    """Processors, further templates, modules of embedding models, code, and what else is stored beside the weights."""
+    """Processors, further templates, modules of embedding models, code, and other files beside the weights."""
     before, after = (
         {name for name in _names(folder) if not (_is_of_tokenizer(name) or name == CHAT_TEMPLATE or _is_unread(name))}
         for folder in (base, merged)
