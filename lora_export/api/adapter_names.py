@@ -200,8 +200,8 @@ def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -
     if layout is None:
         if diffusers_class is not None and diffusers_class not in KNOWN_CLASSES:
             raise InputRefused(
-                f"what the authors of {diffusers_class} call its layers is not known, and files for {to} have their names. "
-                f"{named('to', 'diffusers')} keeps those of diffusers. Nothing was written."
+                f"what the authors of {diffusers_class} call its layers is not known, and files for {to} have "
+                f"their names. {named('to', 'diffusers')} keeps those of diffusers. Nothing was written."
             )
         return adapter
     names = _NamesOfAuthors(adapter, shapes)
