@@ -11,7 +11,7 @@ import numpy as np
 from lora_export.api.generation_files import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
-from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound
+from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound, render_chat
 from lora_export.options.export import Prompt, Starts
 from lora_export.runtime.generation.decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays
@@ -32,9 +32,8 @@ def token_ids(
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
     if isinstance(prompt, str):
         if chat:
-            ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-            )
+            messages = [{"role": "user", "content": prompt}]
+            ids = render_chat(tokenizer, messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenizer(prompt, **({} if special else {"add_special_tokens": False}))["input_ids"]
     else:

@@ -262,8 +262,23 @@ def defaults_of(command: click.Command, name: str) -> tuple[dict[str, Any], Path
         if why := _distrust(path, _spelled(key), value):
             left_out.append(f"`{key}` of {path} is left out: {why}. Give it on the command line")
         else:
-            defaults[option.name or ""] = [value] if option.multiple and not isinstance(value, list) else value
+            values = value if option.multiple and isinstance(value, list) else [value]
+            if not all(_is_value(option, one) for one in values):
+                kind = "true or false" if option.is_flag else option.type.name
+                raise click.UsageError(f"{path}: `{key}` is {value!r}; it must be {kind}")
+            defaults[option.name or ""] = values if option.multiple else value
     return defaults, path, left_out
+
+
+def _is_value(option: click.Option, value: Any) -> bool:
+    """Whether a value of TOML is of a type that the option takes."""
+    if option.is_flag:
+        return isinstance(value, bool)
+    if isinstance(
+        option.type, click.types.IntParamType | click.types.FloatParamType | click.IntRange | click.FloatRange
+    ):
+        return isinstance(value, int | float | str) and not isinstance(value, bool)
+    return isinstance(value, str)
 
 
 def _distrust(path: Path, option: str, value: Any) -> str:

@@ -57,6 +57,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list),
     "trainable_token_indices": (list, dict),
 }
+NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # lists of names, or None
 BIASES = (None, "none", "all", "lora_only")
 SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
@@ -85,7 +86,7 @@ def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
         config[name] = Patterns(patterns, source=f"{source}: {name}")
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config.get(name), list):
-            config[name] = [unwrapped(str(each)) for each in config[name]]
+            config[name] = [unwrapped(each) for each in config[name]]
     return config
 
 
@@ -110,6 +111,12 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
         f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
         for field, types in FIELD_TYPES.items()
         if config.get(field) is not None and not isinstance(config[field], types)
+    ]
+    refused += [
+        f"{field} has {each!r}; it must have names"
+        for field in NAMES
+        for each in (config.get(field) if isinstance(config.get(field), list) else ())
+        if not isinstance(each, str)
     ]
     if config.get("bias") not in BIASES:
         refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, one_line
 from lora_export.storage import input_files
 
 PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
@@ -69,6 +69,28 @@ def open_tokenizer(folder: Path, *, needed: bool) -> Any:
         return None
     failure = f"{folder}: the tokenizer cannot be read"
     return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)
+
+
+def chat_template_of(tokenizer: Any) -> Any:
+    """The chat template of a tokenizer. Raises InputRefused where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputRefused(
+            "the tokenizer has no chat template (chat_template.jinja beside the model), so that `messages` have no form"
+        )
+    return template
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Any], **options: Any) -> Any:
+    """What the chat template of a tokenizer makes of messages. `options` are those of `apply_chat_template`.
+
+    Raises InputRefused without a template, and for whatever the template raises: it is a program of the folder.
+    """
+    chat_template_of(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template raises any type
+        raise InputRefused(one_line(f"the chat template refuses the messages ({error})")) from error
 
 
 def open_image_processor(folder: Path) -> Any:

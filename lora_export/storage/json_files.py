@@ -23,9 +23,22 @@ def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> d
     Raises InputRefused, which names `source`, for text that is not JSON, is not an object, nests deeper than MAX_DEPTH,
     contains more than `most` objects, or names a key twice (Python would silently take the last one).
     """
+    try:
+        content = json.loads(text, object_pairs_hook=checked_objects(source, most))
+    except (ValueError, RecursionError) as error:
+        raise InputRefused(f"{source} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputRefused(f"{source} is not a JSON object")
+    if _is_deep(content):
+        raise InputRefused(f"{source} nests objects and lists more than {MAX_DEPTH} deep")
+    return content
+
+
+def checked_objects(source: Path | str, most: int = MAX_OBJECTS) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """What makes tables of the objects of one text. It raises InputRefused as `parse_json`."""
     objects = itertools.count(1)
 
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if next(objects) > most:
             raise InputRefused(f"{source} contains more than {most:,} objects, which no such file needs")
         table = dict(pairs)
@@ -34,15 +47,7 @@ def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> d
             raise InputRefused(f"{source} names {', '.join(duplicates)} more than once")
         return table
 
-    try:
-        content = json.loads(text, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{source} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputRefused(f"{source} is not a JSON object")
-    if _is_deep(content):
-        raise InputRefused(f"{source} nests objects and lists more than {MAX_DEPTH} deep")
-    return content
+    return made
 
 
 def _is_deep(content: Any) -> bool:

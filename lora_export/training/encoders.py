@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.processors import PIXELS, read_image
+from lora_export.models.processors import PIXELS, chat_template_of, read_image, render_chat
 from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
 from lora_export.training.records.rows import Row
@@ -188,25 +188,15 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
     The turns are those that the template marks by `{% generation %}`. Without marks they are what each message adds
     behind the prompt for it. Raises InputRefused where there is no template, or it changes earlier turns.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise InputRefused(
-            "the tokenizer has no chat template (chat_template.jinja beside the model), so that `messages` have no form"
-        )
+    template = chat_template_of(tokenizer)
     if not tokenizer.is_fast:
         raise InputRefused("`messages` need a fast tokenizer (tokenizer.json), which knows the place of each token")
 
     def rendered(messages: Sequence[Any], **options: Any) -> str:
-        try:
-            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template raises what it wants
-            raise InputRefused(f"the chat template refuses the messages ({error})") from error
-        return text
+        return str(render_chat(tokenizer, messages, tokenize=False, **options))
 
     def marked(messages: Sequence[Any]) -> Tokens:
-        found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        found = render_chat(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return Tokens(list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]])
 
     def tokenise(row: Row) -> Tokens:

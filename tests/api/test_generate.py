@@ -435,6 +435,27 @@ def test_chat_puts_the_prompt_into_the_template(swapped: Path) -> None:
     assert chat.tokens == plain.tokens
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the tokenizer has no chat template"),
+        ("{{ raise_exception('no\\nsystem') }}", r"the chat template refuses the messages \(no.*system\)"),
+        ("{% for %}", "the chat template refuses the messages"),
+        ("{{ messages[9].content.x.y }}", "the chat template refuses the messages"),
+    ],
+)
+def test_a_chat_without_a_working_template_is_refused(
+    swapped: Path, tmp_path: Path, template: str | None, message: str
+) -> None:
+    folder = shutil.copytree(swapped, tmp_path / "served")
+    (folder / "chat_template.jinja").unlink()
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputRefused, match=message) as refused:
+        le.generate(folder, ["w5 w9"], max_new_tokens=5, chat=True)
+    assert "\n" not in str(refused.value)
+
+
 def test_text_ends_with_a_token_of_the_generation_config(llama: Path, swapped: Path, tmp_path: Path) -> None:
     text = expected_tokens(llama / "base", PROMPTS[:1])[0]
     folder = shutil.copytree(swapped, tmp_path / "served")

@@ -201,6 +201,10 @@ def test_the_nearest_table_counts_and_a_file_without_one_does_not(place: Path) -
         ("[tool.lora-export]\nmerge = 3\n", "tool.lora-export.merge is not a table"),
         ("[tool.lora-export\n", "is not valid TOML"),
         ('[tool.lora-export]\nhash = "md5"\n', "'md5' is not one of"),
+        ("[tool.lora-export]\nhash = 5\n", "`hash` is 5; it must be choice"),
+        ("[tool.lora-export]\nmin-retention = [1]\n", "`min-retention` is [1]; it must be float range"),
+        ('[tool.lora-export]\noverwrite = "yes"\n', "`overwrite` is 'yes'; it must be true or false"),
+        ("[tool.lora-export]\nlayout = [5]\n", "`layout` is [5]; it must be text"),
     ],
 )
 def test_a_wrong_table_is_a_usage_error_and_writes_nothing(

@@ -55,6 +55,8 @@ def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
+        ({"target_parameters": [["x"]]}, "target_parameters has ['x']; it must have names"),
+        ({"modules_to_save": ["head", 1]}, "modules_to_save has 1; it must have names"),
         ({"target_parameters": "experts.up"}, "target_parameters is 'experts.up'; its type must be list"),
         ({"trainable_token_indices": "1"}, "trainable_token_indices is '1'; its type must be list or dict"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),

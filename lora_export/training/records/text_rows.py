@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.models.processors import optional_package
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import must_be_regular, open_regular, regular_files
+from lora_export.storage.json_files import checked_objects
 from lora_export.training.records.rows import MAX_ROW, Records, Row
 
 BOM = b"\xef\xbb\xbf"
@@ -55,7 +56,7 @@ class JsonLines(_OfLines):
             file.seek(self.offsets[row])
             line = file.readline(MAX_ROW)
         try:
-            values: Any = json.loads(line)
+            values: Any = json.loads(line, object_pairs_hook=checked_objects(f"{self.path}, {self.where(row)}"))
         except json.JSONDecodeError as error:
             column = min(error.pos, len(error.doc.rstrip())) + 1  # its own line and column count from this line
             raise InputRefused(f"{self.path}, {self.where(row)}: not JSON ({error.msg}: column {column})") from error

@@ -38,6 +38,7 @@ def test_rows_are_read_by_number_whatever_is_between_them(tmp_path: Path) -> Non
         (b'{"text": "\xff"}', "line 2: not UTF-8: byte 11$"),
         ("[" * 100_000, "line 2: not JSON"),
         ("[1]", "line 2: not an object"),
+        ('{"text": "a", "text": "b"}', "line 2 names text more than once"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused_when_it_is_read(tmp_path: Path, line: str | bytes, message: str) -> None:
