@@ -24,6 +24,7 @@ from support.transformers_names import LINEAR_ELSEWHERE, assigned_modules, conv1
 SAMPLE = (
     *("ViTForImageClassification", "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
     *("MixtralForCausalLM", "VisionEncoderDecoderModel", "Dinov2Model", "BertModel", "JinaEmbeddingsV3Model"),
+    *("DetrForObjectDetection", "ConditionalDetrForObjectDetection", "TableTransformerForObjectDetection"),
 )
 
 
@@ -37,6 +38,22 @@ def written() -> dict:
     lists = {key: value for key, value in raw["rules"].items() if isinstance(value, list)}
     rules = {key: lists[value] if isinstance(value, str) else value for key, value in raw["rules"].items()}
     return {**raw, "rules": rules}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("GPTNeoXForCausalLM", ["lm_head"]),
+        ("BertForSequenceClassification", ["bert.pooler.dense", "classifier"]),
+        ("DebertaV2ForSequenceClassification", ["classifier", "pooler.dense"]),
+        ("LlamaForSequenceClassification", ["score"]),
+    ],
+)
+def test_a_class_has_modules_that_not_all_of_its_type_have(name: str, own: list[str]) -> None:
+    cls = getattr(transformers, name)
+    assert table.read_table().modules[cls.config_class.model_type][name] == own
+    found = transformers_names.modules_of(transformers_names.build(cls))
+    assert set(own) <= found.own | {found.prefix + inner for inner in found.inner}
 
 
 def test_every_rule_is_that_of_the_installed_transformers():

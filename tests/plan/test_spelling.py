@@ -111,8 +111,8 @@ def test_an_older_or_strange_version_is_no_remark(version):
 
 
 def test_an_architecture_of_unknown_parts_is_named():
-    rules = rules_of({"model_type": "detr", "architectures": ["DetrModel"]})
-    with pytest.raises(MatchError, match="the parts of DetrModel are not in the table"):
+    rules = rules_of({"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"]})
+    with pytest.raises(MatchError, match="the parts of TimmWrapperModel are not in the table"):
         plan.make([adapter(nowhere=pair())], base(OLD), rules=rules)
 
 

@@ -142,3 +142,30 @@ def test_two_tensors_of_one_name_in_the_loaded_model_are_different(tmp_path):
     both = merged | {HEAD: merged["embed_out.weight"], "embed_out.weight": weights["embed_out.weight"]}
     save_file(both, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     assert le.verify(tmp_path / "out", base=model.base, adapters=tmp_path / "adapter").verdict.outcome == "different"
+
+
+def test_names_that_a_class_has_since_transformers_5_are_those_of_its_file(tmp_path):
+    """DETR's attention is stored with `out_proj`, and loaded with `o_proj`."""
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"]
+    )
+    sizes = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in {"layers": 1, "attention_heads": 2, "ffn_dim": 16}.items()
+    }
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, backbone_config=backbone, d_model=16, num_queries=5, **sizes
+    )
+    torch.manual_seed(0)
+    model = transformers.DetrForObjectDetection(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False)
+    trained = peft.get_peft_model(model, options).eval()
+    trained.save_pretrained(tmp_path / "adapter")
+    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = trained(pixel_values=pixels).logits
+        found = type(model).from_pretrained(tmp_path / "out").eval()(pixel_values=pixels).logits
+    assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
