@@ -33,7 +33,7 @@ def lost_names(
     has_same_class = config.get("architectures") == base.config.get("architectures")
     if has_same_class and not added and config.get(TIED) == base.config.get(TIED):
         return {}
-    rules = rules_of(config)
+    rules = rules_of(config) if config.get("architectures") else None
     if rules is None:
         return {}
     loaded = LoadedNames(rules, names)

@@ -20,6 +20,7 @@ from lora_export import cli, formats
 from lora_export.models.load import load_model
 from support import FACTORIES
 from support.cli import answer, call
+from support.handmade import graph_file
 
 MODEL = f"{FACTORIES}:spotter"
 
@@ -209,11 +210,10 @@ def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
 @pytest.mark.fault(43)
 @pytest.mark.parametrize(
     ("package", "arguments"),
-    [("torch", ["verify", "x.onnx", "--model", "y"]), ("onnx", ["inspect", "{graph}"])],
+    [("torch", ["verify", "{graph}", "--model", "y"]), ("onnx", ["inspect", "{graph}"])],
 )
 def test_a_missing_package_is_exit_6_by_its_name(tmp_path: Path, package: str, arguments: list[str]) -> None:
-    graph = tmp_path / "some.onnx"
-    graph.write_bytes(b"")
+    graph = graph_file(tmp_path / "some.onnx", {"fc": np.ones((3, 2), np.float32)})
     words = [argument.format(graph=graph) for argument in arguments]
     code = f"import sys; sys.modules[{package!r}] = None; from lora_export.cli import run; sys.exit(run({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import EscapedLines
 from lora_export.plan import Step, Term
 from lora_export.verification.diagnose.layer_observation import (
     LayerObservation,
@@ -133,9 +134,9 @@ def _wrong_strength(layer: LayerObservation) -> Iterator[Explanation]:
             yield Explanation(kind, "; ".join(texts), predicted)
 
 
-def without_guesses(text: str) -> str:
+def without_guesses(text: str) -> EscapedLines:
     """A diagnosis without what a wrong strength may come from: where the cause is known, that would be another one."""
-    return _GUESS.sub("", text)
+    return EscapedLines(_GUESS.sub("", text))
 
 
 def _nearest_known(factor: float, term: Term) -> float:
