@@ -13,7 +13,7 @@ from typing import Any
 from lora_export.errors import EnvironmentLacking, InputRefused
 
 # Where tokenizers part: case, accents, white space, scripts, digits, symbols, what is no character of any text.
-TEXTS = (
+CORPUS = (
     *("", " ", "  two  spaces ", "\ttab\n\nlines\r\n", "MiXeD CASE Word", "naïve café Ünïcode ﬁ ①", "e\u0301 é"),
     *("don't we'll it's", "1234567890 3.14 1,000", "a_b-c/d\\e", "foo(bar)[0] = {x: 'y'}; // z", "!?…—“”«»"),
     *("日本語の文章です。", "中文文本", "한국어 텍스트", "Русский текст", "العربية", "עברית", "हिन्दी", "ไทย"),
@@ -53,7 +53,7 @@ def _of_ids(before: Any, after: Any) -> Iterator[str]:
     vocabulary = sorted(before.get_vocab())
     added = [str(token) for each in (before, after) for token in each.added_tokens_decoder.values()]
     around = [text for token in dict.fromkeys(added) for text in (token, f"a{token}b", f"a {token} b", token.upper())]
-    texts = [*TEXTS, *around, *vocabulary[:: max(1, len(vocabulary) // SAMPLED)]]
+    texts = [*CORPUS, *around, *vocabulary[:: max(1, len(vocabulary) // SAMPLED)]]
     for special in (True, False):
         wrong = [
             (text, one, other)

@@ -18,7 +18,7 @@ from lora_export.names.table import read_table
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.tied_tensors import TIED
 
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+NUMBERED_PART = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def lost_names(
@@ -100,7 +100,7 @@ def _first_part(name: str) -> str:
 
 def _module(name: str) -> str:
     """The module of a tensor without its numbers; a parameter of the model itself is its own."""
-    return NUMBER.sub("#", name.rpartition(".")[0] or name)
+    return NUMBERED_PART.sub("#", name.rpartition(".")[0] or name)
 
 
 def _is_same(one: str, other: str) -> bool:

@@ -283,7 +283,7 @@ def test_a_file_for_comfyui_has_its_strength_in_diffusers(tmp_path: Path) -> Non
 
 
 def test_names_without_a_model_are_noted(tmp_path: Path) -> None:
-    result = lora_export.convert(adapter_of({"a.b": low_rank(3, 2, 1)}), tmp_path / "out", to="comfyui")
+    result = lora_export.convert(adapter_of({"a.b": low_rank(3, 2, 1, scale=1.0)}), tmp_path / "out", to="comfyui")
     assert result.notes == ("mine: names without a model are written as those of the UNet or transformer.",)
     assert "diffusion_model.a.b.lora_A.weight" in load_file(result.output)
 

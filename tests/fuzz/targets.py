@@ -80,7 +80,12 @@ ADAPTER_CONFIG = {
     "bias": "none",
     "init_lora_weights": True,
 }
-BASE_TENSORS = {"fc.weight": W, "embed.weight": np.ones((4, 3), np.float32), "norm.weight": np.ones(2, np.float32)}
+BASE_TENSORS = {
+    "fc.weight": W,
+    "embed.weight": np.ones((4, 3), np.float32),
+    "norm.weight": np.ones(2, np.float32),
+    "pooler.dense.weight": np.ones((2, 2), np.float32),  # the class with the adapter's head has it
+}
 BASE_CONFIG = {
     "model_type": "bert",
     "architectures": ["BertForMaskedLM"],
@@ -90,7 +95,10 @@ BASE_CONFIG = {
     "id2label": {"0": "no", "1": "yes"},
     "torch_dtype": "float32",
 }
-SHARDS = {"model-1.safetensors": ["fc.weight"], "model-2.safetensors": ["embed.weight", "norm.weight"]}
+SHARDS = {
+    "model-1.safetensors": ["fc.weight"],
+    "model-2.safetensors": ["embed.weight", "norm.weight", "pooler.dense.weight"],
+}
 INDEX = {
     "metadata": {"total_size": 80},
     "weight_map": {tensor: shard for shard, tensors in SHARDS.items() for tensor in tensors},
@@ -809,7 +817,7 @@ def npz(**arrays: object) -> bytes:
 # Inputs that are read to their end: whatever a fuzzer changes, it begins behind the first checks.
 GOOD: dict[str, bytes] = {
     "adapter_config": as_json(ADAPTER_CONFIG),
-    "adapter_model_config": as_json(BASE_CONFIG),
+    "adapter_model_config": as_json(BASE_CONFIG | {"architectures": ["BertForSequenceClassification"]}),
     "adapter_header": header_of(GOOD_ADAPTER),
     "adapter_keys": "\n".join(ADAPTER_TENSORS).encode(),
     "mlx_config": as_json(MLX_CONFIG),

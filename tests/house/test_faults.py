@@ -378,10 +378,10 @@ def test_a_merge_that_changes_nothing_is_refused_at_any_limit(place):
 def test_embeddings_under_two_names(place):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
     (place.base / "config.json").write_text(json.dumps(config))
-    base_file(place.base / "model.safetensors", {"dense.weight": np.ones((3, 8)), "embed.weight": WEIGHT})
-    peft_adapter(place.adapter, {}, {"embed.weight": WEIGHT.astype(np.float32) + 1})
+    base_file(place.base / "model.safetensors", {"dense.weight": np.ones((3, 8)), "model.embed_tokens.weight": WEIGHT})
+    peft_adapter(place.adapter, {}, {"model.embed_tokens.weight": WEIGHT.astype(np.float32) + 1})
     place.merge_refuses(
-        "embed.weight is the output embeddings too (tie_word_embeddings)",
+        "model.embed_tokens.weight is the output embeddings too (tie_word_embeddings)",
         "--tied untie gives these a tensor of their own",
     )
     peft_adapter(place.adapter, {"lm_head": (A, B)})
@@ -916,7 +916,7 @@ def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeyp
 
 def test_inspect_shows_names_escaped(place, monkeypatch):
     spec = TensorSpec(STEERING, (1,), "float32")
-    monkeypatch.setattr("lora_export.api.inspect.open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
+    monkeypatch.setattr("lora_export.artifacts.artifact.open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
     code, out, _ = place.run("inspect", place.base)
     assert (code, out) == (0, f"1 tensors, 0 bytes\n  {ESCAPED}  1 float32\n")
 

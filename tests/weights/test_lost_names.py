@@ -144,7 +144,7 @@ def test_two_tensors_of_one_name_in_the_loaded_model_are_different(tmp_path):
     assert le.verify(tmp_path / "out", base=model.base, adapters=tmp_path / "adapter").verdict.outcome == "different"
 
 
-def test_names_that_a_class_has_since_transformers_5_are_those_of_its_file(tmp_path):
+def test_an_attention_of_detr_is_stored_under_another_name(tmp_path):
     """DETR's attention is stored with `out_proj`, and loaded with `o_proj`."""
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"]

@@ -190,7 +190,7 @@ def test_a_head_is_known_where_one_weight_is_tied():
 
 
 @pytest.mark.parametrize(("target", "is_refused"), [(TABLE, True), ("gate_proj", False)])
-def test_a_matrix_with_a_row_for_each_word_by_chance_is_no_table_of_words(target, is_refused, tmp_path):
+def test_a_matrix_of_as_many_rows_is_no_table_of_words(target, is_refused, tmp_path):
     """`gate_proj` has as many rows as there are words: neither is its change one of a table, nor does it hide one."""
     model = tied_model(tmp_path / "base", intermediate_size=WORDS)
     adapter = model.adapter(tmp_path / "adapter", target)
@@ -230,7 +230,7 @@ def test_a_head_whose_input_table_has_more_rows_is_not_tied(options, tmp_path):
         assert is_near(tied.reloaded(tmp_path / "out").eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
-def test_a_table_of_words_is_known_by_its_name_where_the_class_is_not(tmp_path):
+def test_a_table_of_words_is_known_by_its_name(tmp_path):
     """A class that transformers does not have: `up` has a row for each word, and is none of its tables."""
     (tmp_path / "base").mkdir()
     config = {"tie_word_embeddings": True, "architectures": ["MyForCausalLM"], "vocab_size": 3}
