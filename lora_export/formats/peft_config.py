@@ -112,10 +112,11 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
         for field, types in FIELD_TYPES.items()
         if config.get(field) is not None and not isinstance(config[field], types)
     ]
+    lists = {field: config[field] for field in NAMES if isinstance(config.get(field), list)}
     refused += [
         f"{field} has {each!r}; it must have names"
-        for field in NAMES
-        for each in (config.get(field) if isinstance(config.get(field), list) else ())
+        for field, names in lists.items()
+        for each in names
         if not isinstance(each, str)
     ]
     if config.get("bias") not in BIASES:
