@@ -48,7 +48,9 @@ def model(folder: Path, seed: int) -> None:
     tensors = {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) for name, shape in LAYERS.items()}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "X", "_diffusers_version": "0.42.1"}))
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "QwenImageTransformer2DModel", "_diffusers_version": "0.42.1"})
+    )
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class Variant:
         base, merged = (
             {f"{MODULE}.{name}": value for name, value in each.items()} for each in (self.base, self.merged)
         )
-        config = {"_class_name": "X", "_diffusers_version": "0.42.1"}
+        config = {"_class_name": "QwenImageTransformer2DModel", "_diffusers_version": "0.42.1"}
         return FormatExample(folder / "adapter.safetensors", base, merged, config=config)
 
 
