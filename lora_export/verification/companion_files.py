@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import hashes_of
-from lora_export.errors import InputRefused, one_line
+from lora_export.errors import EnvironmentLacking, InputRefused, one_line
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
 from lora_export.storage.hashes import file_sha256
@@ -122,21 +122,18 @@ def _same_in_transformers(base: Path, merged: Path, name: str) -> Callable[[], b
     """Whether transformers reads the same values of both folders: its versions spell some of them differently."""
 
     def are_same() -> bool:
+        from lora_export.models.processors import open_processor
+
+        reader = {CONFIG: "AutoConfig", GENERATION_CONFIG: "GenerationConfig"}[name]
         try:
-            import transformers
-        except ImportError:
-            return False
-        reader = {CONFIG: "AutoConfig", GENERATION_CONFIG: "GenerationConfig"}.get(name)
-        if reader is None:
-            return False
-        try:
-            read = [
-                getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
+            one, other = (
+                open_processor(
+                    reader, folder, needs="configs need", failure=f"{folder / name} cannot be read"
+                ).to_dict()
                 for folder in (base, merged)
-            ]
-        except Exception:  # noqa: BLE001  a config that it cannot read: it stays not judged
+            )
+        except (EnvironmentLacking, InputRefused):  # it stays not judged
             return False
-        one, other = (each.to_dict() for each in read)
         return not list(_compared(one, other))
 
     return are_same

@@ -65,8 +65,9 @@ def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
     tied = {} if rules is None else table.ties.get(rules.architecture, {})
     if rules is not None and tied:
         names = {*tied, *tied.values()}
-        loaded = LoadedNames(rules, [spec.name for spec in specs])
-        return [spec.name for spec in specs if len(spec.shape) == 2 and names.intersection(_loaded(spec.name, loaded))]
+        matrices = _outside_of_layers(spec.name for spec in specs if len(spec.shape) == 2)
+        loaded = LoadedNames(rules, matrices)
+        return [name for name in matrices if names.intersection(_loaded(name, loaded))]
     parts = {name.split(".")[-2] for each in table.ties.values() for name in (*each, *each.values()) if "." in name}
     found = [
         spec.name
@@ -74,6 +75,11 @@ def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
         if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in parts
     ]
     return found if any(map(is_embedding, map(_last_part, found))) else []  # a head alone is tied to nothing
+
+
+def _outside_of_layers(names: Iterable[str]) -> list[str]:
+    """The names without a number. Those that a config ties have none, and the others are thousands."""
+    return [name for name in names if not any(part.isdecimal() for part in name.split("."))]
 
 
 def _loaded(name: str, loaded: LoadedNames) -> list[str]:
@@ -125,8 +131,7 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied: Mapping[str, str], bound: str) -> Ties:
-    names = [spec.name for spec in base.specs]
-    loaded = LoadedNames(rules, names)
+    loaded = LoadedNames(rules, _outside_of_layers(spec.name for spec in base.specs))
     stored = {name: found.stored for name, found in loaded.items() if found.conversion is None}
     if handling is not Tied.ERROR:
         _refuse_missing_prefix(stored, tied, handling)
