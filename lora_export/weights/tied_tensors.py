@@ -55,8 +55,7 @@ def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
 
 
 def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
-    """The tensors among these that are tables of words: input embeddings, and output embeddings that may be tied to
-    them.
+    """The tensors among these that are tables of words: input embeddings, and what may be tied to them.
 
     Of a class of transformers that ties tensors, they are these tensors. Of another one, they are matrices with a row
     for each word whose modules have a name that a class of transformers ties.
