@@ -84,6 +84,7 @@ def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> N
         assert_parity(place / "right.pt", FACTORY, strengths=[2.0])
 
 
+@pytest.mark.slow
 def test_adapters_are_applied_as_by_verify(place: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     other = peft_adapter(tmp_path / "other", {"renamed": (rng.standard_normal((2, 8)), rng.standard_normal((8, 2)))})

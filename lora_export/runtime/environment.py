@@ -148,9 +148,12 @@ def distributions_of(package: str, installed: Iterable[Distribution]) -> dict[st
 
 
 def _contains(distribution: Distribution, package: str) -> bool:
-    if distribution.files is None:  # conda and Linux distributions may have no list of files
+    # To parse the lists of all distributions takes seconds. To search their text does not.
+    module, lists = f"{package}/__init__.py", ("RECORD", "installed-files.txt", "SOURCES.txt")
+    texts = [text for text in map(distribution.read_text, lists) if text is not None]
+    if not texts:  # conda and Linux distributions may have no list of files
         return name_of(distribution) in (package, f"{package}-gpu")
-    return any(file.as_posix() == f"{package}/__init__.py" for file in distribution.files)
+    return any(module in text for text in texts) and module in map(str, distribution.files or ())
 
 
 def name_of(distribution: Distribution) -> str:

@@ -93,6 +93,7 @@ def test_without_an_option_tied_tensors_are_refused_with_both() -> None:
         layers.attach(module, plan.make([FIRST], layers.specs(module)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", ["untie", "both"])
 def test_a_torchscript_file_with_tied_changes_is_proven(tied: str, tmp_path: Path) -> None:
     source = (TiedWords(), IDS)
@@ -138,6 +139,7 @@ def test_exports_combine_as_a_merge_does(untied, lora: str, tmp_path: Path) -> N
         assert le.verify(tmp_path / "m.pt", untied, **wrong).verdict.outcome == "different"
 
 
+@pytest.mark.slow
 def test_an_onnx_graph_combines_as_a_merge_does(untied, tmp_path: Path) -> None:
     how = {"adapters": [FIRST, SECOND_LINEAR], "weights": [1.0, -0.5], "combination": "linear"}
     le.export_onnx(untied, tmp_path / "base.onnx", verify=False)

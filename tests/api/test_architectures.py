@@ -170,6 +170,7 @@ def vit_attention(tmp_path) -> Trained:
     return trained("ViTForImageClassification", tmp_path, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
+@pytest.mark.slow
 def test_an_original_adapter_fits_the_module_and_the_graph(vit_attention, tmp_path):
     model, old = vit_attention, renamed_as_original(vit_attention.adapter, tmp_path / "old")
     # In the module: exported and proven against PyTorch with the adapter attached.
@@ -181,6 +182,7 @@ def test_an_original_adapter_fits_the_module_and_the_graph(vit_attention, tmp_pa
     assert not lora_export.verify(tmp_path / "merged", model.original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["original", "loaded"])
 def test_a_graph_named_by_a_checkpoint_takes_either_spelling(vit_attention, spelling, tmp_path):
     model = vit_attention
@@ -236,6 +238,7 @@ def without_names(graph: Path, stripped: Path) -> Path:
     return stripped
 
 
+@pytest.mark.slow
 def test_a_graph_without_names_gets_the_originals_by_content(vit_attention, tmp_path):
     model = vit_attention
     lora_export.export_onnx(model.original, tmp_path / "base.onnx")

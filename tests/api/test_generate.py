@@ -31,6 +31,7 @@ from support.generators import (
     small_encoder_decoder,
     sounds,
 )
+from support.slow import slow_but
 
 MERGED = ("qwen3", "gemma3", "gpt2", "lfm2")
 
@@ -58,6 +59,7 @@ def tokens(folder: Path, *, count: int = 64, **options: object) -> list[list[int
     return [list(result.tokens) for result in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, "fr", "de"])
 def test_batch_gives_the_tokens_of_transformers_with_each_adapter(
     llama: Path, swapped: Path, adapter: str | None
@@ -72,7 +74,7 @@ def test_adapters_change_the_texts(llama: Path) -> None:
     assert texts[0] != texts[1] != texts[2] != texts[0]
 
 
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", slow_but(["gpt2"], MERGED))
 def test_merged_and_fused_graphs_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     base = small_decoder(name, tmp_path / "base")
     adapter = decoder_adapter(base, tmp_path / "fr")
@@ -144,6 +146,7 @@ def test_short_convolutions_run_in_onnxruntime_genai(tmp_path: Path) -> None:
     assert by_genai(tmp_path / "served") == expected_tokens(base, PROMPTS[:1], count=32)[0]
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_have_adapters_of_their_own(llama: Path) -> None:
     adapters = [f"{name}={llama / name}" for name in ("fr", "de")]
     le.export_onnx(llama / "base", llama / "rows", adapters=adapters, lora="rows", with_cache=True, verify=False)
@@ -281,7 +284,7 @@ def test_graphs_of_an_encoder_decoder_are_proven(name: str, tmp_path: Path) -> N
     assert le.verify(tmp_path / "served", base, adapters=adapter, weights=[0.5]).exit_code == 4
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["t5"], ["t5", "whisper", "bart"]))
 def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Callable[[str], Path]) -> None:
     folder = served(name)
     prompts = sounds() if name == "whisper" else PROMPTS

@@ -209,6 +209,7 @@ def spotter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [slow("merged"), slow("nodes"), slow("inputs"), "rows"])
 def test_a_graph_is_proven_against_the_model_that_it_was_made_from(
     spotter: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
@@ -387,6 +388,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
 # --- in half precision ---
 
 
+@pytest.mark.slow
 def test_a_model_in_half_precision_is_exported_and_judged_in_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -700,6 +702,7 @@ def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, 
 # --- of every maker ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "exporter", "after", "mode"),
     [
@@ -727,6 +730,7 @@ def test_graphs_of_every_maker(
         assert {proof["outcome"] for proof in told["adapters"].values()} == {"same"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proof", ["", "--no-verify"])
 def test_rows_in_a_fused_graph_that_lost_its_shapes(
     proof: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -78,6 +78,7 @@ def test_what_peft_trained_is_continued_with_its_losses(texts: Path) -> None:
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_continued_classifier_keeps_its_head_and_its_classes(texts: Path) -> None:
     rows = [{"text": line, "label": "xy"[n % 2]} for n, line in enumerate(LINES)]
     (texts / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,6 +142,7 @@ def test_a_start_from_the_weights_is_saved_for_the_unchanged_base(init: Any, tex
         torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_start_from_the_weights_is_resumed_to_the_last_bit(texts: Path) -> None:
     settings = {"rank": 2, "init": "pissa", "epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
     whole = le.train(texts / "base", texts / "data.jsonl", texts / "whole", **settings)

@@ -13,6 +13,7 @@ from lora_export.models.load import load_model
 from support import FACTORIES
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
+from support.slow import slow
 
 SPOTTER = f"{FACTORIES}:spotter"
 LAYER = "encoder.layers.0.linear1"  # 32 x 16
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("mode", ["inputs", slow("rows")])
 def test_shared_head_is_left_out_and_proven(place: Path, tmp_path: Path, mode: str) -> None:
     adapters = [place / "fr", place / "de"]
     with pytest.raises(InputRefused, match=r"fr, head.bias: a whole tensor(?s:.)*only_head=(?s:.)*ignore_head="):
@@ -56,6 +57,7 @@ def test_head_of_its_own_is_refused_and_nothing_left(place: Path, tmp_path: Path
     assert folder_contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_existing_graph_and_convert_take_the_shared_head(place: Path, tmp_path: Path) -> None:
     le.export_onnx(SPOTTER, tmp_path / "base.onnx", verify=False)
     options = {"lora": "inputs", "verify": False, "ignore_head": True}

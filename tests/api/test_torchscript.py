@@ -42,6 +42,7 @@ def test_a_wrong_script_is_not_published(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.slow
 def test_a_trace_takes_texts_alone_where_it_fixes_the_images(tmp_path: Path) -> None:
     """LLaVA's code lists the images of its example one by one."""
     base = small_model("llava", tmp_path / "base")

@@ -135,6 +135,7 @@ def test_a_base_is_shared_among_several_processes_for_one_adapter(
     assert not list(tmp_path.glob("ad*"))
 
 
+@pytest.mark.slow
 def test_a_base_in_half_precision_takes_half_the_memory(tmp_path: Path) -> None:
     base = words_tokenizer(small_model("bert", tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled(lambda n: f"{n % 2}")))
@@ -281,6 +282,7 @@ def in_4_bits(base: Path) -> Any:
     return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits_is_recorded_and_its_training_continued(tmp_path: Path) -> None:
     base = words_tokenizer(small_model("llama", tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": words(n, 7)}) + "\n" for n in range(16)))

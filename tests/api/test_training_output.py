@@ -18,6 +18,7 @@ from lora_export.errors import OutputFailed
 from support.api import MODEL, Recorder
 
 
+@pytest.mark.slow
 def test_ranks_and_strategies_are_compared_in_a_table(data: Path, tmp_path: Path) -> None:
     options = {"epochs": 2, "batch_size": 8, "compare": ["full", "frozen"]}
     result = le.train(MODEL, data, tmp_path / "out", rank=[2, 4], **options)

@@ -72,6 +72,7 @@ def test_a_record_changes_no_verdict(place: Path, tmp_path: Path) -> None:
     assert wrong.exit_code == 4 and wrong.verdict.recorded == ()
 
 
+@pytest.mark.slow
 def test_a_damaged_record_explains_nothing(place: Path, tmp_path: Path) -> None:
     le.export_torchscript(MODEL, tmp_path / "m.pt", adapters=place / "adapter", verify=False)
     script = torch.jit.load(tmp_path / "m.pt")

@@ -30,6 +30,7 @@ def reviews(path: Path, classes: int = 2) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_decoder_without_padding_id_is_trained_merged_and_proven(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -176,6 +177,7 @@ def fed(graph: onnxruntime.InferenceSession, texts: dict[str, torch.Tensor], ids
     return graph.run(["logits"], feeds)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in list(WITH_HEADS)[1:])]
 )
@@ -227,6 +229,7 @@ def equal_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_heads_of_equal_labels_are_what_peft_chooses_by_row(equal_heads: Path, tmp_path: Path) -> None:
     words = ("-a", equal_heads / "fr", "-a", equal_heads / "de", "--lora", "rows", "-o", tmp_path / "rows.onnx")
     assert call("onnx", equal_heads / "base.onnx", *words) == 0  # proven against the graph that it was
@@ -252,6 +255,7 @@ def test_other_labels_than_the_graph_s_need_the_model(
     assert call("onnx", equal_heads / "base.onnx", *words, "--model", equal_heads / "base") == 0
 
 
+@pytest.mark.slow
 def test_labels_that_should_be_absent_and_are_not_are_different(
     equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

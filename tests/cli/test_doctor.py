@@ -18,6 +18,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, facts: environment.Facts) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: facts)
 
 
+@pytest.mark.slow
 def test_doctor_without_problems_exits_0_with_one_json_document(monkeypatch, capsys):
     pretend(monkeypatch, this_machine())
     assert run(["doctor", "--provider", "cpu", "--json"]) == 0

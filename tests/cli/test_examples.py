@@ -12,6 +12,7 @@ import pytest
 
 from lora_export import cli
 from support.page_inputs import MAKERS, PageInputs
+from support.slow import slow
 
 
 def commands() -> dict[str, click.Command]:
@@ -40,6 +41,11 @@ def inputs(words: list[str]) -> Iterator[str]:
             yield name
 
 
+LONG = (
+    "lora-export doctor --provider cpu",
+    'lora-export generate served --prompt "Once upon a time"',
+    "lora-export onnx decoder -a pirate --with-cache -o served",
+)
 LINES = [(name, line) for name, command in commands().items() for line in examples(command)]
 
 
@@ -56,7 +62,7 @@ def test_the_help_of_a_command_ends_with_its_examples(name: str) -> None:
     assert [line.strip() for line in help_text.splitlines()][-len(examples(command)) :] == examples(command)
 
 
-@pytest.mark.parametrize(("name", "line"), LINES)
+@pytest.mark.parametrize(("name", "line"), [slow(*each) if each[1] in LONG else each for each in LINES])
 def test_an_example_of_the_help_works(
     name: str, line: str, files: PageInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

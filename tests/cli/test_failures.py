@@ -258,6 +258,7 @@ def test_an_interruption_after_the_result_is_no_second_document(
     assert json.loads((tmp_path / "verdict.json").read_text())["outcome"] == "same"
 
 
+@pytest.mark.slow
 def test_sigterm_of_a_process_ends_with_a_document(place: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\n\ndef make():\n    print('begun', flush=True)\n    time.sleep(60)\n"

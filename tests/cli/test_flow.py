@@ -21,6 +21,7 @@ from lora_export.models.load import load_model
 from support import FACTORIES
 from support.cli import answer, call
 from support.handmade import graph_file
+from support.slow import slow
 
 MODEL = f"{FACTORIES}:spotter"
 
@@ -68,7 +69,7 @@ def test_training_is_repeatable_and_better_than_nothing(
     assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("mode", ["merged", "nodes"])
+@pytest.mark.parametrize("mode", [slow("merged"), "nodes"])
 def test_onnx_is_proven_published_and_proven_again(
     place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +92,7 @@ def test_onnx_is_proven_published_and_proven_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "verdict.json", "verdict.xml"]
 
 
-@pytest.mark.parametrize("mode", ["merged", "nodes"])
+@pytest.mark.parametrize("mode", ["merged", slow("nodes")])
 def test_torchscript_is_proven_published_and_proven_again(
     place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ def faint(place: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_an_adapter_too_faint_to_see_is_undecided_and_nothing_is_published(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +283,7 @@ def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.fault(44)
 def test_variables_that_change_results_are_in_file_and_verdict(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -295,6 +298,7 @@ def test_variables_that_change_results_are_in_file_and_verdict(
     assert record["verdict"]["variables"] == variables
 
 
+@pytest.mark.slow
 def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

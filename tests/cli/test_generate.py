@@ -76,6 +76,7 @@ def test_unknown_adapter_and_missing_folder_exit_with_3(place: Path, capsys: pyt
     assert "nowhere" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_second_export_into_the_folder_is_refused_and_replaces_it_with_overwrite(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +116,7 @@ def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
     assert shown_text("a\tb\nc\x1b[2J\r\x07d") == "a\tb\nc\\x1b[2J\\r\\x07d"
 
 
+@pytest.mark.slow
 def test_speech_model_reads_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = small_encoder_decoder("whisper", tmp_path / "base")
     assert call("onnx", base, "--with-cache", "--no-verify", "-o", tmp_path / "speech") == 0
@@ -136,6 +138,7 @@ def test_speech_model_reads_sounds(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the model reads sounds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_image_to_text_model_reads_image_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = small_encoder_decoder("trocr", tmp_path / "base")
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})

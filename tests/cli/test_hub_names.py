@@ -51,6 +51,7 @@ def work(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_takes_names_that_are_in_the_cache(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("merge", "org/small", "someone/fr", "-o", "merged") == 0
     assert f"org/small: the snapshot {COMMIT} in the Hugging Face cache" in capsys.readouterr().err
@@ -70,6 +71,7 @@ def test_every_command_takes_names_that_are_in_the_cache(work: Path, capsys: pyt
     assert (code, verdict["outcome"]) == (0, "same")
 
 
+@pytest.mark.slow
 def test_an_adapter_records_the_name_of_its_base(work: Path) -> None:
     lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
     Path("data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -117,6 +119,7 @@ def test_a_merge_of_downloads_is_that_of_the_files(
     assert all(tensors[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
+@pytest.mark.slow
 def test_a_cut_download_leaves_no_output(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {file.name: file.read_bytes() for file in (hub.parent / "base").iterdir()}
     (tmp_path / "work").mkdir()

@@ -45,6 +45,7 @@ def lines(capsys: pytest.CaptureFixture[str], *words: str | Path) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_graph_shows_what_it_takes_to_use_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = le.inspect(place / "rows.onnx")
     digests = [adapter.sha256 for adapter in found.adapters]

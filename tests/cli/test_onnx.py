@@ -72,6 +72,7 @@ def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
 # --- onnx --lora inputs ---
 
 
+@pytest.mark.slow
 def test_inputs_are_proven_one_adapter_after_the_other_and_the_base(place: Path) -> None:
     verdict = record(place / "graph.onnx")["verdict"]
     assert verdict["outcome"] == "same" and verdict["bits_of_base"] is True
@@ -129,6 +130,7 @@ def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
     assert contract.base == other.base
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_written_wrongly_is_never_published(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +148,7 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     assert "not to the last bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_graphs_in_one_folder_share_an_equal_adapter_file(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +182,7 @@ def test_graphs_in_one_folder_share_an_equal_adapter_file(
     assert "louder.onnx_adapter" in {path.name for path in (tmp_path / "new").iterdir()}
 
 
+@pytest.mark.slow
 def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,6 +490,7 @@ def with_dora(place: Path) -> Path:
     return place / "factors" / "graph.onnx"
 
 
+@pytest.mark.slow
 def test_dora_and_convolutions_are_proven_as_inputs_beside_plain_lora(with_dora: Path) -> None:
     verdict = record(with_dora)["verdict"]
     assert verdict["outcome"] == "same"
@@ -537,6 +543,7 @@ def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place
 # --- a fixed rank ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 def test_a_fixed_rank_leaves_no_dynamic_shape_of_an_adapter(
     mode: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -565,6 +572,7 @@ def test_a_rank_above_the_fixed_one_is_refused_with_both(
     assert code == 2 and "--max-rank is for --lora inputs and rows" in found["error"]
 
 
+@pytest.mark.slow
 def test_convert_pads_to_the_fixed_rank_of_a_graph(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,6 +597,7 @@ def test_convert_pads_to_the_fixed_rank_of_a_graph(
 # --- plain inputs ---
 
 
+@pytest.mark.slow
 def test_a_graph_of_plain_inputs_is_proven_and_takes_other_adapters(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -621,6 +630,7 @@ def berts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_row_of_several_adapters_is_what_peft_adds_up(
     berts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -654,6 +664,7 @@ def test_a_row_of_several_adapters_is_what_peft_adds_up(
     assert (code, verdict["outcome"]) == (0, "same")
 
 
+@pytest.mark.slow
 def test_a_graph_that_adds_up_wrongly_is_never_published(
     berts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

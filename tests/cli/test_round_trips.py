@@ -43,6 +43,7 @@ def example_data(name: str, base: Path, folder: Path) -> Path:
     return folder / "data.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*TEXTS, *IMAGES)]
 )

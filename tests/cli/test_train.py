@@ -47,6 +47,7 @@ def test_json_has_the_figures_of_the_training(data: Path, capsys: pytest.Capture
     assert {(pair.rank, pair.scale) for pair in adapter.pairs.values()} == {(3, 2.0)}
 
 
+@pytest.mark.slow
 def test_several_ranks_print_a_table(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = data.parent / "ad"
     line = ("train", MODEL, "--data", data, "-o", out, "--rank", "2", "--rank", "4", "--compare", "full,frozen")
@@ -61,6 +62,7 @@ def test_several_ranks_print_a_table(data: Path, capsys: pytest.CaptureFixture[s
     assert code == 0 and [run["strategy"] for run in document["runs"]] == ["lora", "lora", "full", "frozen"]
 
 
+@pytest.mark.slow
 def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = words_tokenizer(small_model("llama", tmp_path / "base"))
     (tmp_path / "a.csv").write_text("body,kind\n" + "a good film,1\nbad film,2\n" * 4)

@@ -19,6 +19,7 @@ from lora_export.runtime import environment_probes
 from support.api import MODEL, an_adapter, base_weights
 from support.cli import call
 from support.handmade import peft_adapter
+from support.slow import slow
 
 probed_once = functools.cache(environment_probes.run_in_child)
 SHORT = 10  # lines of the short screen when all is well
@@ -72,9 +73,9 @@ def test_a_green_verdict_is_one_line(place: Path, capsys: pytest.CaptureFixture[
         (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors"], ["wrote OUT.safetensors"]),
         (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors", "--dry-run"], ["1 weights changed, 1 kept"]),
         (["onnx", MODEL, "-a", "adapter", "-o", "OUT.onnx"], ["same: ", "wrote OUT.onnx"]),
-        (["torchscript", MODEL, "-a", "adapter", "-o", "OUT.pt"], ["same: ", "wrote OUT.pt"]),
+        slow(["torchscript", MODEL, "-a", "adapter", "-o", "OUT.pt"], ["same: ", "wrote OUT.pt"]),
         (["train", MODEL, "--data", "data.npz", "-o", "OUT", "--epochs", "1"], ["wrote OUT"]),
-        (["doctor"], ["Nothing is wrong."]),
+        slow(["doctor"], ["Nothing is wrong."]),
     ],
 )
 def test_quiet_is_verdict_and_paths_and_short_is_short(
@@ -101,6 +102,7 @@ def test_quiet_is_verdict_and_paths_and_short_is_short(
     assert len(full) >= len(out)
 
 
+@pytest.mark.slow
 def test_many_adapters_are_summed_up(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapters = [word for number in range(6) for word in ("-a", str(place / f"a{number}"))]
     out, err = printed(capsys, "onnx", MODEL, *adapters, "--lora", "inputs", "-o", tmp_path / "m.onnx")
@@ -130,6 +132,7 @@ def test_a_wrong_verdict_is_explained_without_figures(place: Path, capsys: pytes
     assert "NOT within its limits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_undecided_export_shows_figures_with_verbose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     an_adapter(tmp_path / "faint", scale=1e-7)
     words = ["onnx", MODEL, "-a", tmp_path / "faint", "-o", tmp_path / "m.onnx"]

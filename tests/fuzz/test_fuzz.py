@@ -110,6 +110,7 @@ NEEDS_ATHERIS = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @NEEDS_ATHERIS
 def test_a_guided_run_finds_its_way(tmp_path: Path) -> None:
     code, said, count = guided("examples_csv", tmp_path, "-runs=300", "-seed=1")

@@ -126,6 +126,7 @@ def export(graph: Path, output: Path, sources: list[str], lora: str) -> None:
     export_onnx(graph, output, adapters=sources, lora=lora, inputs=graph.with_suffix(".npz"), reading=UNET)
 
 
+@pytest.mark.slow
 def test_a_merged_graph_is_the_same_as_diffusers(graph, adapters, inputs, tmp_path):
     export(graph, tmp_path / "merged.onnx", [str(adapters["kohya"])], "merged")
     model = Denoiser(loaded_by_diffusers(adapters["kohya"])).eval()
@@ -176,6 +177,7 @@ def test_the_rows_of_a_batch_use_different_files(graph, adapters, inputs, tmp_pa
         assert found[row] == pytest.approx(own[name][row], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_lokr_is_merged_and_refused_beside_the_weights(graph, tmp_path):
     rng = np.random.default_rng(0)
     name = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -187,6 +187,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(tmp_path_factory.mktemp("mixtral"), "mixtral")
 
 
+@pytest.mark.slow
 def test_inputs_of_experts_are_proven_and_take_another_adapter(exported, tmp_path):
     adapter, graph = exported.paths["adapter"], tmp_path / "model.onnx"
     found = lora_export.export_onnx(exported.paths["old"], graph, adapters=[adapter], lora="inputs")

@@ -171,6 +171,7 @@ def assert_generates(tokens: list[int], module: Any, other: Any) -> None:
     assert expected != pytorch_tokens(other)
 
 
+@pytest.mark.slow
 def test_genai_generates_tokens_of_pytorch_with_merged_adapter(
     base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:

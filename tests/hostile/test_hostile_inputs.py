@@ -435,6 +435,7 @@ def a_member(shape: tuple[int, ...], content: bytes, *, version: int = 1) -> byt
     return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + content
 
 
+@pytest.mark.slow
 def test_an_npz_that_inflates_to_gigabytes_is_refused_at_little_cost(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("x.npy", "labels.npy"):

@@ -16,6 +16,7 @@ from lora_export.errors import LoraExportError
 from support import ROOT
 from support.page_inputs import PageInputs
 from support.pages import GUIDE, PageRun, blocks, forget_modules, page_text
+from support.slow import slow
 
 # Page -> what is in its folder before its first block runs.
 NEEDS = {
@@ -37,6 +38,8 @@ NEEDS = {
     "configuration": (),
     "limits": (),
 }
+# Several exports or trainings
+LONG = ("training", "onnx", "torchscript", "many-adapters", "generation", "genai", "quantised")
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
@@ -70,7 +73,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
     return PageInputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("page", NEEDS)
+@pytest.mark.parametrize("page", [slow(page) if page in LONG else page for page in NEEDS])
 def test_every_block_of_a_page_runs(
     page: str,
     inputs: PageInputs,

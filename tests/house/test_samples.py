@@ -155,6 +155,7 @@ def test_exercise_1_notices_an_adapter_that_changes_the_layer() -> None:
 # --- Exercise 2 ---
 
 
+@pytest.mark.slow
 def test_only_the_adapter_of_a_frozen_base_is_the_trained_model(capsys: pytest.CaptureFixture[str]) -> None:
     import unfrozen_base
 
@@ -178,6 +179,7 @@ def test_only_the_adapter_of_a_frozen_base_is_the_trained_model(capsys: pytest.C
 # --- Exercise 3 ---
 
 
+@pytest.mark.slow
 def test_exercise_3_draws_the_curves_and_prints_the_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import rank_4_or_64
     import small_task
@@ -323,6 +325,7 @@ def test_the_api_sample_merges_exports_and_verifies(
     assert changed == [f"encoder.layer.{number}.attention.self.query.weight" for number in range(2)]
 
 
+@pytest.mark.slow
 def test_the_api_sample_publishes_no_graph_that_is_not_proven(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +339,7 @@ def test_the_api_sample_publishes_no_graph_that_is_not_proven(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
 
 
+@pytest.mark.slow
 def test_the_generation_sample_generates_what_pytorch_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     import peft
@@ -393,6 +397,7 @@ def test_each_style_of_the_swapping_sample_is_what_pytorch_computes(tmp_path: Pa
     assert all(np.abs(noise[name] - noise["base"]).max() > 0.1 for name in sample.STYLES)
 
 
+@pytest.mark.slow
 def test_the_parity_test_passes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SAMPLES / "parity_test.py")]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -429,6 +434,7 @@ def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "summary.md"
 
 
+@pytest.mark.slow
 def test_the_workflow_runs_and_its_summary_shows_the_verdicts(
     repository: Path, summary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from lora_export.weights import merge
 from support import FACTORIES, ROOT, fault_injector
 from support.fault_injector import Ended
 from support.handmade import base_file, graph_file, peft_adapter
+from support.slow import slow, slow_but
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -142,7 +143,8 @@ def outputs(place: Path) -> dict[str, Output]:
     }
 
 
-EVERY_OUTPUT = pytest.mark.parametrize("kind", ["folder", "file", "folder without exchange", "graph", "merged graph"])
+OUTPUTS = ["folder", "file", "folder without exchange", "graph", "merged graph"]
+EVERY_OUTPUT = pytest.mark.parametrize("kind", OUTPUTS)
 
 
 # --- SIGKILL ---
@@ -162,7 +164,7 @@ def is_cleaned_by_the_next_run(output: Output, version: int, known: tuple[Conten
 
 
 @pytest.mark.fault(28)
-@EVERY_OUTPUT
+@pytest.mark.parametrize("kind", slow_but(["file", "graph"], OUTPUTS))
 def test_a_kill_at_any_moment_leaves_old_or_new_output(place, kind):
     output = outputs(place)[kind]
     known = output.versions()
@@ -253,6 +255,7 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int, kind: str = "fo
     return hit
 
 
+@pytest.mark.slow
 @pytest.mark.fault(28)
 def test_a_merge_killed_at_random_leaves_old_or_new_output(place):
     assert killed_and_run_again(place, 10, seed=1) > 0
@@ -335,11 +338,11 @@ def test_exports_killed_at_random_leave_old_or_new_graph(tmp_path):
     [
         ("folder", signal.SIGINT, 1),
         ("file", signal.SIGINT, 1),
-        ("folder without exchange", signal.SIGINT, 1),
+        slow("folder without exchange", signal.SIGINT, 1),
         ("graph", signal.SIGINT, 1),
-        ("folder", signal.SIGINT, 2),
+        slow("folder", signal.SIGINT, 2),
         ("graph", signal.SIGINT, 2),
-        ("folder", signal.SIGTERM, 1),
+        slow("folder", signal.SIGTERM, 1),
     ],
 )
 def test_a_signal_that_asks_leaves_nothing_at_whatever_moment_it_comes(place, kind, sent, times):
@@ -462,6 +465,7 @@ def test_too_little_memory_is_told_and_leaves_the_old_output(place, where, fault
     assert everything(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.fault(28)
 def test_at_any_memory_limit_a_merge_completes_or_is_refused(place):
     line = large_merge(place, rows=2048)
@@ -497,7 +501,7 @@ def positions(sizes: list[int]) -> list[int]:
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("kind", ["folder", "file", "graph", "merged graph"])
+@pytest.mark.parametrize("kind", [slow("folder"), "file", "graph", slow("merged graph")])
 def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
     output = outputs(place)[kind]
     new, old = output.versions()[::-1]
@@ -554,6 +558,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
     assert done.stderr.count("No space left on device") == len(failed) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("command", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
 def test_a_full_disk_during_an_export_ends_with_7(tmp_path, command):

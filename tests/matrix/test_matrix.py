@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from support import TESTS, matrix, tables
+from support.slow import slow
 
 README, TABLE = TESTS / "README.md", "architectures"
 # An embedding with a row of zeros under a norm of a small epsilon; a refusal; a lucky run of PyTorch; a waveform.
-QUICK = [("helium", "merged"), ("mamba", "merged"), ("olmo2", "merged"), ("wav2vec2", "nodes")]
+QUICK = [slow("helium", "merged"), ("mamba", "merged"), slow("olmo2", "merged"), slow("wav2vec2", "nodes")]
 
 
 def kept() -> dict[str, dict[str, str]]:

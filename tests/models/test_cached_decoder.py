@@ -27,12 +27,10 @@ from lora_export.models.fused_operators import fuse_operators
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import DECODERS, LLAMA_LIKE, STEPWISE, VOCABULARY, assert_same_logits, exported_decoder
-
-QUICK = ("gemma3", "opt")  # a window that slides; positions by the mask
-OTHERS = sorted(DECODERS.keys() - {*QUICK, *STEPWISE})
+from support.slow import slow_but
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("name", slow_but(["opt"], sorted(DECODERS.keys() - {*STEPWISE})))
 def test_graph_computes_the_logits_of_every_position(name: str, tmp_path: Path) -> None:
     module, program = exported_decoder(name)
     *_, path = save_graph(program, tmp_path, "model.onnx")
@@ -53,6 +51,7 @@ def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
     assert module.config.use_cache is False
 
 
+@pytest.mark.slow
 def test_names_and_axes_are_those_of_genai_and_optimum() -> None:
     _, program = exported_decoder("llama")
     graph = ir.to_proto(program).graph
@@ -73,6 +72,7 @@ def test_names_and_axes_are_those_of_genai_and_optimum() -> None:
     }
 
 
+@pytest.mark.slow
 def test_graph_with_a_recurrent_state_takes_one_token_at_once(tmp_path: Path) -> None:
     module, program = exported_decoder("mamba2")
     *_, path = save_graph(program, tmp_path, "model.onnx")

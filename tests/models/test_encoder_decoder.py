@@ -19,8 +19,9 @@ from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.plan import Layout
 from support.generators import DECODERS, ENCODER_DECODERS, FRAMES, MELS, small_encoder_decoder
+from support.slow import slow
 
-KINDS = ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("whisper", "bart"))]
+KINDS = [slow(name) for name in ("t5", "whisper", "bart")]
 Exported = Callable[[str], tuple[Model, EncoderDecoderGraphs]]
 
 
@@ -61,6 +62,7 @@ def test_graphs_take_and_return_what_optimum_expects(name: str, exported: Export
     ]
 
 
+@pytest.mark.slow
 def test_axes_vary_and_have_names(exported: Exported) -> None:
     shapes = {value.name: str(value.shape) for graph in exported("t5")[1] for value in graph.graph.inputs}
     assert shapes["encoder_hidden_states"] == "[batch,encoder_sequence,32]"
@@ -119,6 +121,7 @@ def test_kinds_of_models_are_told_apart() -> None:
     assert not is_encoder_decoder(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_cache_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(small_encoder_decoder("bart", tmp_path)))
     forward = model.module.forward

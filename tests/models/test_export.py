@@ -182,6 +182,7 @@ class Recurrent(nn.Module):
         return self.rnn(x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_recurrent_network_is_exported_a_second_time_in_one_process(kind: type[nn.RNNBase]) -> None:
     module, axes = Recurrent(kind), {"x": {0: "batch", 1: "steps"}}

@@ -130,6 +130,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_what_peft_does(llama: Path, tmp_path: Path) -> None:
     result = le.export_torchscript(llama / "base", tmp_path / "m.pt2", adapters=llama / "adapter", lora="nodes")
     assert result.proof is not None and result.proof.verdict.same

@@ -115,6 +115,7 @@ def adapter_of(model: nn.Module, folder: Path, targets: list[str]) -> Any:
     return adapted
 
 
+@pytest.mark.slow
 def test_a_graph_with_an_adapter_of_the_whole_model_is_pefts(embedder, tmp_path):
     whole = SentenceTransformer(str(embedder), device="cpu").eval()
     adapted = adapter_of(whole, tmp_path / "adapter", ["query", "2.linear"])

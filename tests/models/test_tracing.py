@@ -56,6 +56,7 @@ def encoder_decoder() -> Any:
     return transformers.EncoderDecoderModel(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [qwen2_vl, encoder_decoder])
 def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -69,6 +70,7 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
     assert [output.name for output in graph.outputs] == list(named_outputs(model.module(**inputs)))
 
 
+@pytest.mark.slow
 def test_a_model_from_a_factory_gets_its_cache_back() -> None:
     torch.manual_seed(0)
     module = qwen2_vl().eval()

@@ -65,6 +65,7 @@ def expected(folder: Path, adapter: str | None) -> dict[str, np.ndarray]:
     return {name: outputs[name].numpy() for name in ("logits", "encoder_last_hidden_state")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "adapter"), [(0, None), (1, "all"), (2, "decoder")])
 def test_outputs_are_those_of_the_model(
     folder: Path, runner: EncoderDecoderRunner, number: int, adapter: str | None

@@ -170,6 +170,7 @@ def test_what_the_cache_has_is_not_downloaded_again(hub: HubServer) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_after_a_cut_connection_the_same_command_downloads_the_rest(hub: HubServer) -> None:
     hub.cut.add("model.safetensors")
     error = refused("org/small")

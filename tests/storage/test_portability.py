@@ -96,6 +96,7 @@ def test_reports_without_linux_have_no_other_line_ends(inputs):
         assert content.endswith(b"\n") and b"\r" not in content
 
 
+@pytest.mark.slow
 def test_the_tests_of_storage_pass_without_linux(tmp_path):
     tests = [ROOT / "tests/storage" / name for name in STORAGE]
     options = [

@@ -278,6 +278,7 @@ def test_the_end_of_a_training_is_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
     options = {"held_out": noise(), "keep_best": True, "epochs": 4, "save_every": 3, "evaluate_every": 2}
     whole, continued = adapted(), adapted()
@@ -301,6 +302,7 @@ def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(tensor, continued.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_an_interruption_within_a_step_loses_that_step_alone(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a.training", {})
     expected = fitted(adapted(), epochs=2)

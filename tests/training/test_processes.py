@@ -54,6 +54,7 @@ def test_one_process_is_alone() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_group_is_gone_before_the_process_ends(tmp_path: Path) -> None:
     """Otherwise its threads are still there: PyTorch then aborted 7 of 8 runs of three processes on two cores."""
     script = """if True:

@@ -56,6 +56,7 @@ def test_a_folder_without_the_pairs_of_its_image_tower_is_different(name: str, t
     assert "vis" in wrong.proof.diagnosis.first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(WITH_IMAGES, {"internvl"}))
 def test_an_export_with_images_lists_what_no_image_reaches(name: str, tmp_path: Path) -> None:
     """Pairs of the language model alone are proven in every graph; images are listed where it takes none."""
@@ -72,6 +73,7 @@ def test_an_export_with_images_lists_what_no_image_reaches(name: str, tmp_path: 
     assert bool(noted) == (name in TEXTS_ALONE)
 
 
+@pytest.mark.slow
 def test_a_graph_without_images_refuses_pairs_of_the_tower_with_the_reason(tmp_path: Path) -> None:
     base = small_model("llava", tmp_path / "base")
     adapter = small_adapter("llava", base, tmp_path / "adapter")
@@ -80,6 +82,7 @@ def test_a_graph_without_images_refuses_pairs_of_the_tower_with_the_reason(tmp_p
     assert not list(tmp_path.glob("model.onnx*"))
 
 
+@pytest.mark.slow
 def test_inputs_without_images_export_the_language_model_alone(tmp_path: Path) -> None:
     base = small_model("internvl", tmp_path / "base")
     adapter = small_adapter("internvl", base, tmp_path / "adapter", inside=r"language_model.*layers")

@@ -109,6 +109,7 @@ def test_graph_that_is_wrong_at_some_sizes_is_different(
     assert wrong.outcome is parity.Outcome.DIFFERENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [32, 150])
 def test_export_without_its_sliding_window_is_different(window: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -185,6 +185,7 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_needs, "MOST_WIDENED_PARAMETERS", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidate", ["merged", "twice", pytest.param("merged.onnx", marks=pytest.mark.slow)])
 def test_large_model_has_the_verdict_of_a_small_one(
     candidate: str, small_base: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -94,6 +94,7 @@ def logits(base: Path, tokens: np.ndarray) -> np.ndarray:
     return last
 
 
+@pytest.mark.slow
 def test_steps_give_the_logits_of_the_model(whisper: Path) -> None:
     model = EncoderDecoder(whisper / "served")
     assert model.takes.keys() == {"input_features"}

@@ -17,6 +17,7 @@ from torch import nn
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.torchscript import runner as script_runner
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from support.slow import slow
 
 X = {"x": np.array([[1.0, 2.0]], np.float32)}
 
@@ -179,6 +180,7 @@ def test_error_of_a_script_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_child_ends_with_its_runner(tmp_path: Path) -> None:
     runner = ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"])
     process = runner._process
@@ -199,7 +201,9 @@ def test_child_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: pyt
         ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"])
 
 
-@pytest.mark.parametrize("record", ["[1]", "{", '{"inputs": 3}', '{"inputs": [1]}', '{"inputs": ["a\\n::error::"]}'])
+@pytest.mark.parametrize(
+    "record", ["{", *map(slow, ("[1]", '{"inputs": 3}', '{"inputs": [1]}', '{"inputs": ["a\\n::error::"]}'))]
+)
 def test_damaged_record_of_inputs_is_refused(tmp_path: Path, record: str) -> None:
     torch.jit.save(torch.jit.script(nn.Identity()), tmp_path / "r.pt", _extra_files={"lora_export.json": record})
     with pytest.raises(InputRefused, match=r"its record lora_export\.json is damaged"):

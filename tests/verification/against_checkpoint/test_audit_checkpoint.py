@@ -381,6 +381,7 @@ def test_a_file_that_becomes_shorter_ends_the_audit(
     assert "became shorter while it was being read" in capsys.readouterr().err and begun
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
     peaks = []
     for rows in (2_000, 40_000):

@@ -183,6 +183,7 @@ def test_torchscript_is_diagnosed_by_its_weights(tmp_path: Path) -> None:
     assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
+@pytest.mark.slow
 def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> None:
     wrong = the_adapter()
     pair = wrong.pairs[DOWN.removesuffix(".weight")]
@@ -194,6 +195,7 @@ def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> No
     assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
+@pytest.mark.slow
 def test_torchscript_with_other_tensors_is_not_diagnosed(tmp_path: Path) -> None:
     candidate = scripted(attached_copy(bert(), [the_adapter("de", 1)]), tmp_path)
     result = prove(candidate, PyTorchReferences(bert(), [the_adapter()]))

@@ -42,6 +42,7 @@ from lora_export.verification.references.candidate_weights import (
 from lora_export.verification.references.quantisation_error import NearestNumbers, quantisation_error_of
 from lora_export.verification.references.quantised_weights import DequantisedWeight, QuantisedMerge
 from support.graphs import a_graph, quantised
+from support.slow import slow_but
 from support.small_layers import a_linear, a_model
 from support.small_models import small_model
 
@@ -185,7 +186,7 @@ def halved(name: str) -> Model:
 
 
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", slow_but(["net"], SUBJECTS))
 def test_fp16_graph_with_fp32_outputs_is_judged_in_fp16(name: str, mode: str, tmp_path: Path) -> None:
     adapter = subjects.adapter(name, "linear")
     runner = saved(in_fp16(adapted(name, adapter, mode)), tmp_path)
@@ -245,6 +246,7 @@ def test_quantised_graph_with_fp16_scales_is_judged_in_fp16(tmp_path: Path) -> N
     assert verdict.same, str(verdict)
 
 
+@pytest.mark.slow
 def test_float_inputs_are_given_in_the_declared_dtype(tmp_path: Path) -> None:
     base = small_model("vit", tmp_path / "base")
     model = load_model(str(base))

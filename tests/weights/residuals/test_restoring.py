@@ -28,6 +28,7 @@ def test_blocks_of_any_size_give_the_same_base(tmp_path: Path, monkeypatch: pyte
     assert result.output.read_bytes() == base.read_bytes()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lora_export"]
     row = RNG.normal(size=2048).astype(ml_dtypes.bfloat16)
