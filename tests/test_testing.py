@@ -66,6 +66,7 @@ def test_what_could_not_have_failed_has_not_passed(place: Path) -> None:
         assert_parity(module, (module, examples), place / "weak")
 
 
+@pytest.mark.slow
 def test_modules_in_memory_are_judged_and_stay_as_they_are(place: Path) -> None:
     module, examples = scaled()
     module = module.train()

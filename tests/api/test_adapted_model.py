@@ -127,6 +127,7 @@ def combined_by_plan(module: nn.Module, combination: Combination) -> torch.Tenso
 SECOND_LINEAR = adapter("second", 2, "fc", "head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", ["merged", "nodes"])
 def test_exports_combine_as_a_merge_does(untied, lora: str, tmp_path: Path) -> None:
     how = {"adapters": [FIRST, SECOND_LINEAR], "weights": [1.0, -0.5], "combination": COMBINED}

@@ -31,7 +31,7 @@ from support.generators import (
     small_encoder_decoder,
     sounds,
 )
-from support.slow import slow_but
+from support.slow import slow
 
 MERGED = ("qwen3", "gemma3", "gpt2", "lfm2")
 
@@ -74,7 +74,7 @@ def test_adapters_change_the_texts(llama: Path) -> None:
     assert texts[0] != texts[1] != texts[2] != texts[0]
 
 
-@pytest.mark.parametrize("name", slow_but(["gpt2"], MERGED))
+@pytest.mark.parametrize("name", [slow(name) for name in MERGED])
 def test_merged_and_fused_graphs_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     base = small_decoder(name, tmp_path / "base")
     adapter = decoder_adapter(base, tmp_path / "fr")
@@ -284,7 +284,7 @@ def test_graphs_of_an_encoder_decoder_are_proven(name: str, tmp_path: Path) -> N
     assert le.verify(tmp_path / "served", base, adapters=adapter, weights=[0.5]).exit_code == 4
 
 
-@pytest.mark.parametrize("name", slow_but(["t5"], ["t5", "whisper", "bart"]))
+@pytest.mark.parametrize("name", ["t5", slow("whisper"), slow("bart")])
 def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Callable[[str], Path]) -> None:
     folder = served(name)
     prompts = sounds() if name == "whisper" else PROMPTS
@@ -333,6 +333,7 @@ def test_speech_model_tells_the_language_or_is_told(served: Callable[[str], Path
         le.generate(served("whisper") / "served", sounds(), language="en")
 
 
+@pytest.mark.slow
 def test_adapters_of_an_encoder_decoder_are_verified_by_their_files(
     served: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -359,6 +360,7 @@ def test_wishes_of_a_generation_config_that_are_not_done_are_named(
     assert said == ["note: not done: num_beams 4, which the generation config asks for"]
 
 
+@pytest.mark.slow
 def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], tmp_path: Path) -> None:
     folder = served("t5")
     adapters = [folder / "fr", folder / "de"]

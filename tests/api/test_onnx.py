@@ -18,6 +18,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from support import factories
 from support.api import MODEL, A, B, Recorder, an_adapter
 from support.handmade import add_tensors
+from support.slow import slow
 
 INPUTS = {
     "rows": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 3, 8),
@@ -122,7 +123,7 @@ def test_a_saved_head_is_untied_in_a_graph(tmp_path: Path, lora: str) -> None:
     assert source[0].head.weight is source[0].words.weight
 
 
-@pytest.mark.parametrize("lora", ["merged", "nodes", "inputs", "rows"])
+@pytest.mark.parametrize("lora", ["merged", slow("nodes"), slow("inputs"), "rows"])
 @pytest.mark.parametrize("changed", [False, True])
 def test_the_table_that_peft_saves_beside_its_pair_is_compared(tmp_path: Path, lora: str, changed: bool) -> None:
     model = trained_on_words(tmp_path / "adapter", target_modules=["words"], apart=True)

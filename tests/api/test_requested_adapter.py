@@ -45,6 +45,7 @@ def pefts_losses(model: Any, base: Path) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_what_peft_trained_is_continued_with_its_losses(texts: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(texts / "base")
     config = peft.LoraConfig(
@@ -160,6 +161,7 @@ def test_a_start_from_the_weights_is_resumed_to_the_last_bit(texts: Path) -> Non
     assert resumed.adapter.sha256 == whole.adapter.sha256
 
 
+@pytest.mark.slow
 def test_each_rank_starts_from_the_weights(texts: Path) -> None:
     settings = {"rank": (1, 2), "init": "olora", "target": "q_proj", "epochs": 1}
     result = le.train(texts / "base", texts / "data.jsonl", texts / "ad", **settings)

@@ -169,6 +169,7 @@ def test_images_in_folders_train_a_classifier(tmp_path: Path) -> None:
 
 # The loss of CTC falls to a fortieth in so few steps that a rounding in the first ones decides about the later ones: in
 # bf16 its curve is that of fp32 for some steps, on each processor for another number of them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "texts", "alike", "rounding"),
     [(small_whisper, ["good film", "bad"], 24, 0.03), (small_ctc, ["abba", "cd"], 3, 0.01)],
@@ -346,6 +347,7 @@ def test_cuda_that_is_absent_is_missed_before_the_data_are_read(tmp_path: Path) 
         le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", device="cuda")
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_is_continued(data: Path, tmp_path: Path) -> None:
     options = {"rank": 2, "epochs": 3, "batch_size": 8}
     expected = le.train(MODEL, data, tmp_path / "whole", **options)

@@ -84,6 +84,7 @@ def trackers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTracker]:
     return FakeTracker.made
 
 
+@pytest.mark.slow
 def test_every_run_is_logged_while_it_trains(data: Path, tmp_path: Path, trackers: list[FakeTracker]) -> None:
     options = {"epochs": 2, "batch_size": 8, "evaluate_every": 2, "compare": ["full"], "tensorboard": tmp_path / "log"}
     result = le.train(MODEL, data, tmp_path / "out", rank=[2, 4], **options)

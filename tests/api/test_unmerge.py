@@ -176,6 +176,7 @@ def test_the_residual_is_small_and_its_size_is_reported(tmp_path: Path) -> None:
     assert (tmp_path / "naive").stat().st_size > 10 * size
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from([np.float64, np.float32, np.float16, BF16]),

@@ -270,6 +270,7 @@ def test_labels_that_should_be_absent_and_are_not_are_different(
     assert (code, verdict["outcome"]) == (4, "different")
 
 
+@pytest.mark.slow
 def test_a_head_that_the_base_lacks_is_refused_with_the_way_out(
     equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

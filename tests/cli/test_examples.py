@@ -45,6 +45,9 @@ LONG = (
     "lora-export doctor --provider cpu",
     'lora-export generate served --prompt "Once upon a time"',
     "lora-export onnx decoder -a pirate --with-cache -o served",
+    "lora-export convert de -o de.onnx_adapter --for served.onnx",
+    "lora-export torchscript base -a adapter -o model.pt2",
+    "lora-export verify model.onnx --model base -a adapter --report verdict.xml",
 )
 LINES = [(name, line) for name, command in commands().items() for line in examples(command)]
 

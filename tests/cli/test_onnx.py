@@ -114,6 +114,7 @@ def test_onnxruntimes_own_loader_computes_what_pytorch_computes(place: Path) -> 
         assert np.abs(given - session.run(None, signal())[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,6 +400,7 @@ def test_verify_tells_where_it_goes_wrong_and_why(
     assert "with adapter id 2 (legal) its output would be correct" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_compares_every_module_where_it_is_asked_to(
     place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -530,6 +532,7 @@ def test_dora_for_a_graph_without_dora_is_refused_with_advice(
     assert call("onnx", MODEL, "-a", later, "--lora", "nodes", "--dora", "-o", tmp_path / "x.onnx") == 2
 
 
+@pytest.mark.slow
 def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place: Path, tmp_path: Path) -> None:
     # Both change the head, and would be refused as a sum: DoRA rescales all that it finds there.
     adapter = dora_adapter(tmp_path / "dora", seed=3)

@@ -18,6 +18,7 @@ def test_the_verdict_and_the_file_are_printed(tmp_path: Path, capsys: pytest.Cap
     assert lines[-1] == f"wrote {out} ({out.stat().st_size:,} bytes)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
 def test_json_has_the_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
     adapter, out = an_adapter(tmp_path / "adapter"), tmp_path / "m.pt"

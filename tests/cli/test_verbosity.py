@@ -72,7 +72,7 @@ def test_a_green_verdict_is_one_line(place: Path, capsys: pytest.CaptureFixture[
     [
         (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors"], ["wrote OUT.safetensors"]),
         (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors", "--dry-run"], ["1 weights changed, 1 kept"]),
-        (["onnx", MODEL, "-a", "adapter", "-o", "OUT.onnx"], ["same: ", "wrote OUT.onnx"]),
+        slow(["onnx", MODEL, "-a", "adapter", "-o", "OUT.onnx"], ["same: ", "wrote OUT.onnx"]),
         slow(["torchscript", MODEL, "-a", "adapter", "-o", "OUT.pt"], ["same: ", "wrote OUT.pt"]),
         (["train", MODEL, "--data", "data.npz", "-o", "OUT", "--epochs", "1"], ["wrote OUT"]),
         slow(["doctor"], ["Nothing is wrong."]),

@@ -24,7 +24,7 @@ from fuzz.targets import GOOD, TARGETS, Target
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 SECONDS = float(os.environ.get("LORA_EXPORT_FUZZ_SECONDS", "180"))
-SHORT = 60  # inputs a target in `make test`
+SHORT = 30  # inputs a target in `make test`
 BATCH = 1000  # inputs between two looks at the clock
 
 EVERY_TARGET = pytest.mark.parametrize("name", TARGETS)

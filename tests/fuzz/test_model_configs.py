@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from support import FACTORIES
 from support.cli import call
 from support.handmade import peft_adapter
-from support.slow import slow_but
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,7 +123,8 @@ def fuzz(models: Path, name: str, place: Path, examples: int, *, all_of_them: bo
     check()
 
 
-@pytest.mark.parametrize("name", slow_but(["vit"], MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_changed_configs_are_loaded_or_refused(models: Path, tmp_path: Path, name: str) -> None:
     run_commands(models, name, models / name, all_of_them=True)  # as it is
     fuzz(models, name, tmp_path, FEW, all_of_them=False)

@@ -201,6 +201,7 @@ def transposed(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["merged", "nodes"])
 def test_experts_that_are_stored_transposed_are_proven(transposed, tmp_path, mode):
     adapter, reference = transposed.paths["adapter"], transposed.paths["old"]

@@ -16,7 +16,7 @@ from lora_export.errors import LoraExportError
 from support import ROOT
 from support.page_inputs import PageInputs
 from support.pages import GUIDE, PageRun, blocks, forget_modules, page_text
-from support.slow import slow
+from support.slow import slow_but
 
 # Page -> what is in its folder before its first block runs.
 NEEDS = {
@@ -38,8 +38,8 @@ NEEDS = {
     "configuration": (),
     "limits": (),
 }
-# Several exports or trainings
-LONG = ("training", "onnx", "torchscript", "many-adapters", "generation", "genai", "quantised")
+# The others have several exports or trainings
+QUICK = ("README", "install", "python", "configuration", "limits")
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
@@ -73,7 +73,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
     return PageInputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("page", [slow(page) if page in LONG else page for page in NEEDS])
+@pytest.mark.parametrize("page", slow_but(QUICK, NEEDS))
 def test_every_block_of_a_page_runs(
     page: str,
     inputs: PageInputs,

@@ -332,6 +332,7 @@ def test_a_base_with_values_that_are_not_finite(place, poison):
     place.merge_refuses("dense.weight: the base holds 2 values that are not finite. Nothing was written.")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(12)
 def test_a_module_with_values_that_are_not_finite(place, tmp_path_factory):
     factory = a_factory(tmp_path_factory, "module.dense.weight[3, 4] = module.dense.weight[5, 6] = -torch.inf")

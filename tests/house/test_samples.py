@@ -308,6 +308,7 @@ def test_make_runs_every_sample() -> None:
 # --- The API ---
 
 
+@pytest.mark.slow
 def test_the_api_sample_merges_exports_and_verifies(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,13 +488,19 @@ def test_every_sample_is_in_the_readme() -> None:
 
 # --- JavaScript ---
 
+RUNTIMES = ("onnxruntime-web", "onnxruntime-node")
 NODE = Path(os.environ.get("NODE_FOLDER", ROOT / ".venv" / "node"))  # where `make test-node` installs packages of npm
 
 
+def why_no_javascript(runtime: str) -> pytest.MarkDecorator:
+    """A mark that skips the test, with the reason, where the sample cannot run."""
+    missing = "no node" if shutil.which("node") is None else f"no {runtime} in {NODE}"
+    runs = shutil.which("node") is not None and (NODE / "node_modules" / runtime).is_dir()
+    return pytest.mark.skipif(not runs, reason=f"{missing}: make test-node")
+
+
 def javascript(runtime: str, graph: Path, adapter: Path) -> dict[str, list[float]]:
-    """What the sample prints; the test is skipped, with the reason, where it cannot run."""
-    if shutil.which("node") is None or not (NODE / "node_modules" / runtime).is_dir():
-        pytest.skip(f"{'no node' if shutil.which('node') is None else f'no {runtime} in {NODE}'}: make test-node")
+    """What the sample prints."""
     command = ["node", SAMPLES / "adapter_inputs.mjs", graph, adapter, "5,7,9", runtime]
     run = subprocess.run(command, check=False, cwd=NODE, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -511,7 +518,7 @@ def plain_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime-web", "onnxruntime-node"])
+@pytest.mark.parametrize("runtime", [pytest.param(name, marks=why_no_javascript(name)) for name in RUNTIMES])
 def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path) -> None:
     printed = javascript(runtime, plain_inputs / "model.onnx", plain_inputs / "fr")
     model = transformers.BertModel.from_pretrained(plain_inputs / "base").eval()

@@ -82,6 +82,7 @@ def test_the_sides_of_an_image_can_be_halved(tmp_path: Path) -> None:
         assert sizes["height"] % 2 == sizes["width"] % 2 == 0
 
 
+@pytest.mark.slow
 def test_a_graph_with_an_adapter_is_proven_and_has_optimums_names(tmp_path: Path) -> None:
     module = dit()
     module.save_pretrained(tmp_path / "base")

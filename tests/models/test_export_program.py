@@ -152,6 +152,7 @@ def test_a_fresh_process_computes_what_peft_does(llama: Path, tmp_path: Path) ->
     assert le.verify(result.output, llama / "base").exit_code == 4
 
 
+@pytest.mark.slow
 def test_a_merged_program_is_proven(llama: Path, tmp_path: Path) -> None:
     result = le.export_torchscript(llama / "base", tmp_path / "m", adapters=llama / "adapter", format="pt2")
     assert result.output == tmp_path / "m.pt2" and result.proof is not None and result.proof.verdict.same

@@ -155,6 +155,7 @@ def test_a_merge_keeps_the_weights_of_all_modules(embedder, tmp_path):
     assert le.verify(tmp_path / "merged", embedder, adapters=tmp_path / "adapter").exit_code == 4
 
 
+@pytest.mark.slow
 def test_torchscript_returns_the_embedding(embedder, tmp_path):
     adapter_of(hf.AutoModel.from_pretrained(embedder), tmp_path / "adapter", ["query"])
     result = le.export_torchscript(embedder, tmp_path / "m", adapters=tmp_path / "adapter")

@@ -172,6 +172,7 @@ def test_schema_permits_further_fields() -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
 
 
+@pytest.mark.slow
 def test_json_option_and_json_report_are_the_same_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = f"{FACTORIES}:spotter"
     assert cli.run(["torchscript", model, "-o", str(tmp_path / "m.pt"), "--no-verify"]) == 0

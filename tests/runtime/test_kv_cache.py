@@ -123,6 +123,7 @@ def test_graph_without_a_cache_is_returned_unchanged(tmp_path: Path) -> None:
 # --- a graph that an exporter made ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -76,6 +76,7 @@ def test_a_model_that_cannot_be_compiled_is_named(no_compiler: None) -> None:
         compiled(torch.nn.Linear(2, 2))(input=torch.ones(1, 2))
 
 
+@pytest.mark.slow
 def test_a_machine_with_a_compiler_is_not() -> None:
     torch.compiler.reset()
     refuse_without_compiler("cpu")

@@ -204,6 +204,7 @@ def plain() -> nn.Module:
     return module
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_add_up_to_it() -> None:
     ignored = some_data()
     ignored.labels[::3] = -100  # so that the parts have different counts
@@ -252,6 +253,7 @@ def noise(count: int = 32) -> ArrayData:
     return ArrayData({"x": x}, (x[:, 0] <= x[:, 1]).long())
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_ends_with_the_best() -> None:
     module = adapted()
     history = fitted(module, held_out=noise(), patience=2, epochs=20)
@@ -359,6 +361,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
     assert not module.training
 
 
+@pytest.mark.slow
 def test_the_checkpoint_before_a_divergence_is_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a.training", {})
     with pytest.raises(InputRefused, match=r"step 3 of 4: .*a\.training: resume=True continues from it"):
@@ -437,6 +440,7 @@ def test_accelerate_in_another_precision_is_explained() -> None:
         fitted(adapted(), epochs=1, precision="fp16")
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_in_fp32_parameters() -> None:
     fitted(adapted(), epochs=1)  # a process may train in several precisions
     module, seen = adapted(), set()

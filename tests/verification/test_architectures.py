@@ -29,6 +29,7 @@ def names_of_pairs(adapter: Path) -> set[str]:
     return {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", pytest.param("whisper", marks=pytest.mark.slow)])
 def test_a_merged_folder_of_several_inputs_is_proven(name: str, tmp_path: Path) -> None:
     base = small_model(name, tmp_path / "base")
@@ -38,6 +39,7 @@ def test_a_merged_folder_of_several_inputs_is_proven(name: str, tmp_path: Path) 
     assert not le.verify(tmp_path / "merged", base, adapters=adapter, weights=[0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(WITH_IMAGES, {"llava"}))
 def test_a_folder_without_the_pairs_of_its_image_tower_is_different(name: str, tmp_path: Path) -> None:
     """Texts alone would never reach them."""

@@ -73,6 +73,7 @@ def test_single_pair_of_query_or_key_that_is_missing_is_named(llama: tuple[Model
     )
 
 
+@pytest.mark.slow
 def test_queries_and_keys_of_a_layer_that_are_missing_are_different(llama: tuple[Model, Adapter]) -> None:
     for number in LAYERS:
         both = [name for name in PAIRS if f".{number}." in name]

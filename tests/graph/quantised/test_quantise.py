@@ -22,6 +22,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.quantised.quantise import quantise_graph
 from support.generators import encoder_decoder_adapter, small_encoder_decoder, sounds
 from support.graphs import a_graph, run
+from support.slow import slow
 
 # Multiples of a power of two, with the largest magnitude in each block: 4 bits hold them exactly.
 W = (np.arange(64).reshape(2, 32) % 15 - 7).astype(np.float32)  # (out, in)
@@ -114,7 +115,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize(
     ("lora", "kind"),
-    [("merged", "int4"), ("merged", "int8"), ("nodes", "int4"), ("inputs", "int4"), ("rows", "int8")],
+    [("merged", "int4"), slow("merged", "int8"), ("nodes", "int4"), slow("inputs", "int4"), slow("rows", "int8")],
 )
 def test_every_mode_is_proven_with_quantised_weights(adapted, tmp_path, lora, kind):
     model, adapter = adapted

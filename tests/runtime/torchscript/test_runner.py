@@ -104,6 +104,7 @@ def test_outputs_have_their_names_and_dtypes(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_state_is_every_parameter_and_buffer(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     state = ScriptRunner(saved(module, tmp_path / "s.pt"), ["x"]).state()
@@ -122,6 +123,7 @@ def test_file_that_writes_files_while_it_loads_is_refused(tmp_path: Path) -> Non
     assert not target.exists()
 
 
+@pytest.mark.slow
 def test_child_cannot_write_files_even_without_the_check(tmp_path: Path, unchecked: None) -> None:
     target = tmp_path / "planted"
     saved(Loading(str(target)), tmp_path / "l.pt")
@@ -135,6 +137,7 @@ def test_print_is_refused(tmp_path: Path) -> None:
         ScriptRunner(saved(Loud(), tmp_path / "p.pt"), ["x"])
 
 
+@pytest.mark.slow
 def test_child_prints_nothing_even_without_the_check(
     tmp_path: Path, unchecked: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,12 +213,14 @@ def test_damaged_record_of_inputs_is_refused(tmp_path: Path, record: str) -> Non
         ScriptRunner(tmp_path / "r.pt", ["x"])
 
 
+@pytest.mark.slow
 def test_record_without_inputs_leaves_the_models_names(tmp_path: Path) -> None:
     record = json.dumps({"inputs": []})
     torch.jit.save(torch.jit.script(nn.Identity()), tmp_path / "r.pt", _extra_files={"lora_export.json": record})
     assert ScriptRunner(tmp_path / "r.pt", ["x"]).input_names == ("x",)
 
 
+@pytest.mark.slow
 def test_standard_library_streams_are_untouched(tmp_path: Path) -> None:
     before = (sys.stdin, sys.stdout, io.TextIOWrapper)
     ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"]).close()

@@ -173,6 +173,7 @@ def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
     return ScriptRunner(folder / "script.pt", bert().input_names)
 
 
+@pytest.mark.slow
 def test_torchscript_is_diagnosed_by_its_weights(tmp_path: Path) -> None:
     module = copy.deepcopy(bert().module)
     layers.fold(module, plan.make([the_adapter()], layers.specs(module)))

@@ -108,6 +108,7 @@ def in_file(model: Model, read: list[str]) -> Model:
     return replace(model, module=module)
 
 
+@pytest.mark.slow
 def test_weights_in_a_file_give_way_to_the_quantised_ones(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = beside(exact(quantised(graph.clone()), 0), adapter_for_wide(4.0), tmp_path)
     model = in_file(wide, [])
