@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import MAX_MEASURED
 from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
 
 PRODUCT_BLOCK = 1 << 22  # entries of a product that are computed at a time
-MOST_MEASURED = 1 << 28  # entries of a product whose norm is computed: no layer has more, and a hostile file may
 _Indices = NDArray[np.int64]
 _Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -104,7 +104,7 @@ class StructuredPair(LoraPair):
     @property
     def norm(self) -> float:
         total, rows = 0.0, max(1, PRODUCT_BLOCK // math.prod(self.shape[1:]))
-        if math.prod(self.shape) > MOST_MEASURED:
+        if math.prod(self.shape) > MAX_MEASURED:
             return math.nan
         for first in range(0, self.shape[0], rows):
             block = self.delta(slice(first, first + rows)).astype(np.float64)
@@ -241,7 +241,7 @@ class KroneckerPair(StructuredPair):
         return abs(self.scale) * self._norm_of_factor("w1") * self._norm_of_factor("w2")
 
     def _norm_of_factor(self, name: str) -> float:
-        if name not in self.stored and math.prod(self._shape_of_factor(name)) > MOST_MEASURED:
+        if name not in self.stored and math.prod(self._shape_of_factor(name)) > MAX_MEASURED:
             return math.nan
         return float(np.linalg.norm(self._product_of_factor(name).astype(np.float64)))
 

@@ -115,6 +115,7 @@ def _config_of(graph: Path, output: Path) -> dict[str, str]:
     return {GENAI_CONFIG: json.dumps(config, indent=4) + "\n"}
 
 
+MOST_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
 # Fields of a generation config that ask for what is not done here, with their values that ask for nothing
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -144,8 +145,7 @@ class GenerationSettings:
     @property
     def vocabulary(self) -> int | None:
         """The number of tokens that the model has rows for; None where no config tells."""
-        size = self.value("vocab_size")
-        return size if isinstance(size, int) else None
+        return next(iter(_tokens(self.value("vocab_size"))), None)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -155,8 +155,7 @@ class GenerationSettings:
     @property
     def padding(self) -> int:
         """The token of padding; 0 where there is none."""
-        token = self.value("pad_token_id")
-        return token if isinstance(token, int) else 0
+        return next(iter(_tokens(self.value("pad_token_id"))), 0)
 
     @property
     def rules(self) -> TokenRules:
@@ -222,12 +221,12 @@ class GenerationSettings:
         tasks, name = self._table("task_to_id"), "translate" if translate else "transcribe"
         if translate and name not in tasks:
             raise InputRefused("the model has no token for translating: it only transcribes")
-        without = self.value("no_timestamps_token_id")
-        return [*([tasks[name]] if name in tasks else []), *([without] if isinstance(without, int) else [])]
+        return [*([tasks[name]] if name in tasks else []), *_tokens(self.value("no_timestamps_token_id"))]
 
     def _table(self, name: str) -> dict[str, int]:
         table = self.value(name)
-        return {str(key): token for key, token in table.items() if isinstance(token, int)} if table else {}
+        entries = table.items() if isinstance(table, dict) else ()
+        return {str(key): token for key, value in entries for token in _tokens(value)}
 
 
 def _value(configs: Sequence[dict[str, Any]], name: str) -> Any:
@@ -242,8 +241,9 @@ def _value(configs: Sequence[dict[str, Any]], name: str) -> Any:
 
 def _tokens(value: Any) -> tuple[int, ...]:
     tokens = value if isinstance(value, list) else [value]
-    return tuple(token for token in tokens if isinstance(token, int) and token >= 0)
+    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < MOST_TOKENS)
 
 
 def _number(value: Any, neutral: float) -> float:
-    return float(value) if isinstance(value, int | float) else neutral
+    is_one = isinstance(value, int | float) and abs(value) < MOST_TOKENS  # which no infinity and no NaN is
+    return float(value) if is_one else neutral

@@ -22,6 +22,7 @@ from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.parameters import parameters_of, values_for, write_options
 from lora_export.errors import WrongUsage, one_line
+from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
 from lora_export.storage import input_files
 
@@ -316,19 +317,17 @@ def options_by_name(command: click.Command) -> dict[str, click.Option]:
 
 
 def _table_in(path: Path) -> dict[str, Any] | None:
-    from lora_export.storage.json_files import MAX_JSON
-
     with input_files.open_regular(path) as file:
-        text = file.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise click.UsageError(f"{path} has more than {MAX_JSON:,} bytes")
+        text = file.read(MAX_SETTINGS + 1)
+    if len(text) > MAX_SETTINGS:
+        raise click.UsageError(f"{path} has more than {MAX_SETTINGS:,} bytes")
     if b"lora-export" not in text:  # the parser is imported where there is something to parse
         return None
     import tomllib
 
     try:
         table = tomllib.loads(text.decode("utf-8")).get("tool", {}).get("lora-export")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise click.UsageError(f"{path} is not valid TOML: {error}") from error
     if table is not None and not isinstance(table, dict):
         raise click.UsageError(f"{path}: {TABLE} is not a table")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats import adapter_files
 from lora_export.formats.peft_config import adapter_scale
+from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import FamilyNames, read_rows
 from lora_export.names.row_orders import Heads
@@ -33,7 +34,6 @@ _KEY = re.compile(
 )
 _QKV = ".qkv"  # the one layer for q, k and v, in this order
 PARTS = ("lora_query", "lora_key", "lora_value")
-MAX_YAML = 1_000_000  # bytes; such files have some kilobytes
 
 
 def recognises(path: Path) -> bool:
@@ -152,12 +152,12 @@ def names_of_family(name: str, mlp_class: str) -> FamilyNames:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The table of settings in a file, by PyYAML's safe loader: it makes plain values alone.
 
-    Raises InputRefused for text that is not YAML, that is no table with names, and above MAX_YAML. Values may share
+    Raises InputRefused for text that is not YAML, that is no table with names, and above MAX_SETTINGS. Values may share
     parts with each other, and be larger than the file when they are printed.
     """
     import yaml  # here, because most adapters have no such file, and importing it takes 8 ms of each merge
 
-    text = input_files.read_text(path, MAX_YAML)
+    text = input_files.read_text(path, MAX_SETTINGS)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:

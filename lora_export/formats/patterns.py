@@ -16,10 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_export.errors import InputRefused
-
-MAX_LENGTH = 1000  # characters of a pattern; names of modules have a tenth of it
-MAX_GROUP_DEPTH = 20  # nested groups
-MAX_STEPS = 10_000_000  # for one table of patterns and all modules: some seconds; usual tables take thousands
+from lora_export.isolation.limits import MAX_GROUP_DEPTH, MAX_PATTERN, MAX_PATTERNS, MAX_STEPS
 
 TextPositions = frozenset[int]
 Matcher = Callable[[str, TextPositions], TextPositions]  # (name, where a match may begin) -> where it may end
@@ -41,6 +38,8 @@ class Patterns:
     def __init__(self, table: Mapping[str, Any], *, source: str = "the config"):
         self.source = source
         self.steps = 0
+        if len(table) > MAX_PATTERNS:  # each is compiled
+            raise self._refused(f"{len(table):,} patterns; at most {MAX_PATTERNS:,} are read")
         self.entries = [(self._compiled(pattern), value) for pattern, value in table.items()]
 
     def values(self, module: str) -> list[Any]:
@@ -48,9 +47,9 @@ class Patterns:
         return [value for matches, value in self.entries if matches(module)]
 
     def _compiled(self, pattern: str) -> Callable[[str], bool]:
-        if len(pattern) > MAX_LENGTH:
+        if len(pattern) > MAX_PATTERN:
             raise self._refused(
-                f"a pattern of {len(pattern)} characters is longer than {MAX_LENGTH}: {pattern[:50]!r}..."
+                f"a pattern of {len(pattern)} characters is longer than {MAX_PATTERN}: {pattern[:50]!r}..."
             )
         try:
             by_python = re.compile(rf"(.*\.)?({pattern})$")

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, one_line
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.isolation.limits import MAX_PIXELS, MAX_SAMPLES
 from lora_export.storage import input_files
 
 PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
 PIXELS = "pixel_values"  # the input that an image processor makes
 # Pillow opens others by programs of their own: an EPS starts Ghostscript, whatever the name of the file.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MOST_PIXELS = 1 << 26  # of one image: 200 MB in RGB
 # One of them is in every folder that transformers reads a tokenizer from.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -47,11 +47,20 @@ def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -
     `failure` before the cause, for what is missing or damaged.
     """
     transformers = optional_package("transformers", needs, "hf")
-    try:
+    with refusing_failures(failure):
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except BaseException as error:  # a damaged file raises any type: tokenizers' panics in Rust are no Exception
+
+
+@contextlib.contextmanager
+def refusing_failures(failure: str) -> Iterator[None]:
+    """Raise InputRefused, with `failure` before the cause, for whatever a library raises on what a file states."""
+    try:
+        yield
+    except InputRefused:
+        raise
+    except BaseException as error:  # any type: tokenizers' panics in Rust are no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputRefused(f"{failure}: {str(error).strip().split(chr(10))[0]}") from error
+            raise InputRefused(f"{failure}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
         raise
 
 
@@ -71,26 +80,10 @@ def open_tokenizer(folder: Path, *, needed: bool) -> Any:
     return open_processor("AutoTokenizer", folder, needs="a tokenizer needs", failure=failure)
 
 
-def chat_template_of(tokenizer: Any) -> Any:
-    """The chat template of a tokenizer. Raises InputRefused where it has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise InputRefused(
-            "the tokenizer has no chat template (chat_template.jinja beside the model), so that `messages` have no form"
-        )
-    return template
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Any], **options: Any) -> Any:
-    """What the chat template of a tokenizer makes of messages. `options` are those of `apply_chat_template`.
-
-    Raises InputRefused without a template, and for whatever the template raises: it is a program of the folder.
-    """
-    chat_template_of(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template raises any type
-        raise InputRefused(one_line(f"the chat template refuses the messages ({error})")) from error
+def tokenised(tokenizer: Any, *texts: Any, **options: Any) -> Any:
+    """What a tokenizer makes of texts. Raises InputRefused where it fails: its rules are the folder's."""
+    with refusing_failures("the tokenizer fails on a text"):
+        return tokenizer(*texts, **options)
 
 
 def open_image_processor(folder: Path) -> Any:
@@ -115,11 +108,17 @@ def read_image(image: Path | Any) -> Any:
         return image.convert("RGB")
     try:
         with Image.open(image, formats=IMAGE_FORMATS) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MOST_PIXELS:,} are decoded")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MAX_PIXELS:,} are decoded")
             return opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputRefused(f"no image that can be read ({error})") from error
+
+
+def image_pixels(processor: Any, image: Any) -> Any:
+    """What an image processor makes of an image: (channels, height, width). Raises InputRefused where it fails."""
+    with refusing_failures("the image processor fails on an image"):
+        return processor(image, return_tensors="pt")[PIXELS][0]
 
 
 def pixels_of(paths: Sequence[Path], folder: Path) -> NDArray[np.float32]:
@@ -131,7 +130,7 @@ def pixels_of(paths: Sequence[Path], folder: Path) -> NDArray[np.float32]:
     processor = open_image_processor(folder)
     for path in paths:
         input_files.must_be_regular(path)
-    made = [processor(read_image(path), return_tensors="pt")[PIXELS][0].numpy() for path in paths]
+    made = [image_pixels(processor, read_image(path)).numpy() for path in paths]
     shapes = {array.shape for array in made}
     if len(shapes) > 1:
         sizes = " and ".join(sorted(str(list(shape)) for shape in shapes))
@@ -188,6 +187,8 @@ def read_sound(source: Path | bytes, rate: int) -> NDArray[np.float32]:
     without soundfile, or without soxr for a sound of another rate.
     """
     with _opened(source) as sound:
+        if sound.frames * sound.channels > MAX_SAMPLES:
+            raise InputRefused(f"{_name(source)} has {sound.frames:,} samples of {sound.channels} channels: too many")
         samples: NDArray[np.float32] = sound.read(dtype="float32", always_2d=True).mean(axis=1)
         own_rate = sound.samplerate
     if not np.isfinite(samples).all():
@@ -217,8 +218,6 @@ def features_of(sounds: Sequence[NDArray[np.float32]], extractor: Any) -> dict[s
     # Whisper's extractor makes every sound as long as the model needs it. Others pad by an option.
     same_length = len({len(sound) for sound in sounds}) == 1
     padding = {} if same_length or hasattr(extractor, "nb_max_frames") else {"padding": True}
-    try:
+    with refusing_failures("the sounds cannot be read by the model's extractor"):
         made = extractor(list(sounds), sampling_rate=extractor.sampling_rate, return_tensors="np", **padding)
-    except (ValueError, TypeError) as error:
-        raise InputRefused(f"the sounds cannot be read by the model's extractor: {error}") from error
     return {name: np.asarray(value) for name, value in made.items()}

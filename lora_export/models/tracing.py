@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
 
@@ -110,7 +111,6 @@ def silence() -> Iterator[None]:
 
 LONGEST = 400  # characters of a cause: some contain tensors
 # Of PyTorch and Python, where memory is short: a failure of the machine
-NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")
 # Of torch.onnx, where no function of ONNX computes an operator of PyTorch
 MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback
@@ -133,7 +133,7 @@ def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "input
     except (LoraExportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if NO_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         raise RuntimeRefused(
             f"{type(module).__name__} itself fails on the {which} ({', '.join(inputs)}): {innermost_cause(error)}"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lora_export.callbacks import OnMessage, OnProgress, ignore
+from lora_export.isolation.limits import TIMEOUT
 from lora_export.options.declaring import Option, Options, Section, declares, means, option, table_of
 
 NO_PROOF = "--no-verify"  # what files record where no proof was requested, whichever interface it was
-TIMEOUT = 600.0  # seconds for one run of a file: an endless loop in it ends with an error
 
 ProviderName = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -93,7 +93,7 @@ class Running(ProofInputs):
         "float32", "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision."
     )
     timeout: float = option(
-        TIMEOUT, "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
+        float(TIMEOUT), "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +24,18 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
+from lora_export.isolation.deadline import call_within
+from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, deadline
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, within_memory
 from lora_export.version import __version__
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
+LOCATION_LENGTH = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")  # of the name of external data; the name follows
+MAX_SCANNED = 64 * MIB  # bytes of a message
 NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a provider does not compute with
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
@@ -59,9 +64,11 @@ class OnnxRunner(PlainRunner):
     ):
         provider_options = CUDA_OPTIONS if provider == "cuda" and not provider_defaults else {}
         options = _session_options(optimise=optimise, low_memory=low_memory)
-        self._held = HeldSession(functools.partial(_opened, source, provider, options, provider_options))
         self.source = source  # an in-memory graph's tensors must live as long as its session
         self.path, self.provider = Path(source.name if isinstance(source, InMemoryGraph) else source), provider
+        self._memory = _memory_of(source) if provider == "cpu" else None  # bytes that a run may take
+        with within_memory(self._memory, self.path):
+            self._held = HeldSession(functools.partial(_opened, source, provider, options, provider_options))
         self.placement: Placement = _placement(self.session, provider, provider_options)
         self.axes: Mapping[str, tuple[int | None, ...]] = {
             value.name: tuple(size if isinstance(size, int) else None for size in value.shape)
@@ -234,14 +241,18 @@ class OnnxRunner(PlainRunner):
             rows = np.arange(batch) % len(self._adapter_ids)
             scales = None if self._adapter_scales is None else self._adapter_scales[rows]
             inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
+        computed = functools.partial(self._outputs, names, {**inputs, **self._adapter_values})
+        # It makes onnxruntime end the run before its next node.
+        stop = functools.partial(setattr, self._run_options, "terminate", True)
         try:
-            # It makes onnxruntime end the run before its next node.
-            with deadline(self.timeout, functools.partial(setattr, self._run_options, "terminate", True)) as expired:
-                outputs = dict(zip(names, self._outputs(names, {**inputs, **self._adapter_values}), strict=True))
-                return self._with_own_labels(outputs)
+            with within_memory(self._memory, self.path):
+                outputs = call_within(self.timeout, computed, stop)
+            return self._with_own_labels(dict(zip(names, outputs, strict=True)))
+        except TimeoutError as error:
+            raise TooSlow(self.path, self.timeout) from error
+        except RuntimeRefused:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
-            if expired.is_set():
-                raise TooSlow(self.path, self.timeout) from error
             raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
         finally:
             self._run_options.terminate = False
@@ -280,6 +291,20 @@ class OnnxRunner(PlainRunner):
         return [
             array_of_ort_value(value) for value in self.session.run_with_ort_values(names, values, self._run_options)
         ]
+
+
+def _memory_of(source: Path | InMemoryGraph) -> int:
+    """The bytes of memory that a graph may take where it is run: by the size of its message and its weights."""
+    if isinstance(source, Path):
+        size = source.stat().st_size if source.is_file() else 0
+        message = source.read_bytes() if 0 < size < MAX_SCANNED else b""  # a larger one has its weights inside
+        weights, folder = size, source.parent
+    else:
+        message, folder = source.message, source.folder or Path()
+        weights = len(message) + sum(array.nbytes for array in source.tensors.values())
+    lengths = LOCATION_LENGTH.finditer(message)
+    files = {folder / os.fsdecode(message[found.end() : found.end() + found[1][0]]) for found in lengths}
+    return memory_for(weights + sum(file.stat().st_size for file in files if file.is_file()))
 
 
 def _opened(source: Path | InMemoryGraph, provider: str, options: Any, provider_options: Mapping[str, str]) -> Any:

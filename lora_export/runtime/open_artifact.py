@@ -17,6 +17,7 @@ from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import ENCODER_FILE, adapter_of_file, file_for_graph
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import POSITION_IDS
+from lora_export.isolation.limits import memory_for
 from lora_export.models.cached_decoder import counts_by_mask, takes_positions
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
@@ -105,6 +106,7 @@ def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
         limits=loaded.limits,
         path=candidate.path,
         timeout=how.timeout,
+        memory=memory_for(candidate.path.stat().st_size),
     )
 
 

@@ -1,22 +1,19 @@
-"""The contract of everything that runs a model, the record of where its nodes ran, and the time limit of a run."""
+"""The contract of everything that runs a model, the record of where its nodes ran, and the limits of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-from numpy.typing import NDArray
+from typing import Protocol, runtime_checkable
 
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
-from lora_export.options.common import TIMEOUT as TIMEOUT
+from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
+from lora_export.isolation.limits import TIMEOUT as TIMEOUT
+from lora_export.isolation.process import Arrays as Arrays
 from lora_export.options.spelling import named
 from lora_export.runtime.environment_probes import CPU
-
-Arrays = dict[str, NDArray[Any]]
 
 # These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.
 COMPUTE_OPERATORS = frozenset(
@@ -135,22 +132,15 @@ class TooSlow(RuntimeRefused):
 
 
 @contextlib.contextmanager
-def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
-
-    `stop` is never called after the context, and nothing refers to it then.
-    """
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        stop()
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
+def within_memory(memory: int | None, path: Path) -> Iterator[None]:
+    """Bound the memory that a file takes while it is run. Raises RuntimeRefused where it needs more. None: no bound."""
+    if memory is None:
+        yield
+        return
     try:
-        yield expired
-    finally:
-        timer.cancel()
-        timer.join()
+        with bounded_memory(memory):
+            yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RuntimeRefused(f"{path} needs more memory than the {memory / 2**30:.1f} GiB that it may take") from error

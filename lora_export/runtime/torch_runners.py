@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lora_export.models.tracing import have_names, named_failures, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
-from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
+from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
 
 
 @dataclass
@@ -37,6 +37,7 @@ class ModuleRunner(PlainRunner):
     has_fp32_outputs: bool = False  # whether float outputs are cast to fp32, whatever the module computes in
     path: Path = Path()  # of the file that the module is from, for the message of TooSlow
     timeout: float = math.inf  # seconds after which a run ends with TooSlow, once its operator has ended
+    memory: int | None = None  # bytes that a run may take; None: without a bound
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,7 +50,8 @@ class ModuleRunner(PlainRunner):
         tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         limit = contextlib.nullcontext() if math.isinf(self.timeout) else _TimeLimit(self.path, self.timeout)
-        with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs), limit:
+        bound = within_memory(self.memory, self.path)
+        with bound, torch.no_grad(), _tf32_off(), named_failures(self.module, inputs), limit:
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import MAX_DEPTH, MAX_JSON, MAX_OBJECTS, MAX_VALUES
 from lora_export.storage.input_files import read_bytes
-
-MAX_JSON = 100_000_000  # bytes; the index of the largest models has a tenth
-MAX_OBJECTS = 250_000  # in one file; a header has one for each tensor, and each takes a hundred times its bytes here
-MAX_DEPTH = 100  # of nested objects and lists; later functions recurse through them
 
 
 def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
@@ -23,6 +20,7 @@ def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> d
     Raises InputRefused, which names `source`, for text that is not JSON, is not an object, nests deeper than MAX_DEPTH,
     contains more than `most` objects, or names a key twice (Python would silently take the last one).
     """
+    refuse_flood(text, source)
     try:
         content = json.loads(text, object_pairs_hook=checked_objects(source, most))
     except (ValueError, RecursionError) as error:
@@ -32,6 +30,12 @@ def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> d
     if _is_deep(content):
         raise InputRefused(f"{source} nests objects and lists more than {MAX_DEPTH} deep")
     return content
+
+
+def refuse_flood(text: bytes, source: Path | str) -> None:
+    """Raise InputRefused for a JSON text with so many commas and lists that a parser would take gigabytes."""
+    if text.count(b",") + text.count(b"[") > MAX_VALUES:
+        raise InputRefused(f"{source} contains more than {MAX_VALUES:,} values and lists, which no such file needs")
 
 
 def checked_objects(source: Path | str, most: int = MAX_OBJECTS) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

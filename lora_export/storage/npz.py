@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import MAX_INFLATED, MAX_RATIO
 from lora_export.storage.input_files import open_regular
 
 # An .npz file that grows beyond MAX_INFLATED, and by more than MAX_RATIO, is a zip bomb. Masks and padding among other
 # arrays are compressed less.
-MAX_INFLATED, MAX_RATIO = 1 << 26, 100  # bytes, times
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -45,7 +45,8 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
         if version not in headers:
             raise ValueError(f"{member.filename} is of version {version}")
         shape, _, dtype = headers[version](stream)
-        if math.prod(shape) * dtype.itemsize > member.file_size:  # NumPy would take the memory first
+        # NumPy would take the memory first. Entries without a size would be any number of them.
+        if math.prod(shape) * max(dtype.itemsize, 1) > member.file_size:
             raise ValueError(f"{member.filename} is too short for {shape} of {dtype}")
         stream.seek(0)
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)

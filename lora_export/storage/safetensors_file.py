@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.isolation.limits import MAX_HEADER
 from lora_export.storage import input_files, json_files
 
-MAX_HEADER = 100_000_000  # bytes; the format's limit
 MAX_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
 PAGE = 4096  # bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, refuse_unprintable
+from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
+from lora_export.isolation.limits import MAX_OPCODES, MAX_PICKLE, memory_for
 from lora_export.storage import input_files
 from lora_export.storage.safetensors_file import Entry
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PICKLE = 64 << 20  # bytes of an archive's pickle: it has names and shapes, and no values
 TEXT_OPCODES = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"})
+NOT_TENSORS = "{} cannot be read with weights_only=True: it is damaged, or it holds more than tensors ({})"
+# What the pickle of a table of tensors names, as `module name`.
+NAMES_OF_TENSORS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)|torch(\.storage)? \w*Storage"
+    r"|torch [a-z]\w*|torch Size|torch\.nn\.parameter Parameter"
+)
 # What unpickling raises for files that are damaged, or that hold more than tensors.
 FAILURES = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError),
@@ -72,12 +80,41 @@ def text_in_pickle(path: Path) -> frozenset[str]:
 
 def _texts(path: Path) -> Iterator[str]:
     with input_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        (entry,) = (one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_PICKLE:
-            return
-        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
-            if opcode.name in TEXT_OPCODES and isinstance(argument, str):
+        for operation, argument in _operations(archive):
+            if operation in TEXT_OPCODES and isinstance(argument, str):
                 yield argument
+
+
+def _operations(archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
+    """The operations of the pickle in an archive, with their arguments. Raises UnpicklingError for too many of them."""
+    (entry,) = (one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_PICKLE:
+        raise pickle.UnpicklingError(f"its pickle is compressed, or has more than {MAX_PICKLE:,} bytes")
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(entry))):
+        if number > MAX_OPCODES:
+            raise pickle.UnpicklingError(f"its pickle has more than {MAX_OPCODES:,} operations")
+        yield opcode.name, argument
+
+
+def _costly(archive: zipfile.ZipFile) -> str:
+    """Why a pickle could take more memory or time than its size; empty where it cannot.
+
+    A call of another name could take any memory (`bytearray`). A tuple that is used twice, in one that is used twice,
+    and so on, would be hashed for years.
+    """
+    before, tuples = "", set()
+    try:
+        for operation, argument in _operations(archive):
+            if operation == "GLOBAL" and not NAMES_OF_TENSORS.fullmatch(argument):
+                return f"it names {argument.replace(' ', '.')}"
+            if operation.endswith("PUT"):
+                (tuples.add if before.startswith("TUPLE") else tuples.discard)(argument)
+            elif operation == "DUP" or (operation.endswith("GET") and argument in tuples):
+                return "it uses a tuple twice"
+            before = operation
+    except FAILURES as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def open_pickle(path: Path) -> PickledTensors:
@@ -94,13 +131,15 @@ def open_pickle(path: Path) -> PickledTensors:
         (state,) = input_files.file_states([path])
         _refuse_other_archives(path, file)
         file.seek(0)
+        most = memory_for(path.stat().st_size)
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except FAILURES as error:
-            raise InputRefused(
-                f"{path} cannot be read with weights_only=True: it is damaged, or it holds more than tensors "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from error
+            with bounded_memory(most):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except (*FAILURES, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise InputRefused(f"{path} needs more than {most:,} bytes of memory") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputRefused(NOT_TENSORS.format(path, reason)) from error
     table = _table(path, content)
     arrays = {name: _array(path, name, value) for name, value in table.items()}
     entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
@@ -111,6 +150,7 @@ def _refuse_other_archives(path: Path, file: Any) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            costly = _costly(archive)
     except FAILURES as error:
         raise InputRefused(
             f"{path} is no archive of torch.save. If it is a pickle of PyTorch before 1.6, load it with PyTorch where "
@@ -120,6 +160,8 @@ def _refuse_other_archives(path: Path, file: Any) -> None:
     size = sum(entry.file_size for entry in entries)
     if packed or size > path.stat().st_size:
         raise InputRefused(f"{path} has compressed entries, which torch.save does not write")
+    if costly:
+        raise InputRefused(NOT_TENSORS.format(path, costly))
 
 
 def _table(path: Path, content: Any) -> dict[str, torch.Tensor]:

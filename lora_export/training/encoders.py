@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.processors import PIXELS, chat_template_of, read_image, render_chat
+from lora_export.models.chat_templates import chat_template_of, render_chat
+from lora_export.models.processors import PIXELS, image_pixels, read_image, tokenised
 from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
 from lora_export.training.records.rows import Row
@@ -56,7 +57,7 @@ class _Tokenised:
     max_length: int
 
     def tokens(self, *texts: Any, **options: Any) -> Any:
-        return self.tokenizer(*texts, truncation=True, max_length=self.max_length, **options)
+        return tokenised(self.tokenizer, *texts, truncation=True, max_length=self.max_length, **options)
 
     def padded(self, encoded: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Tokenised texts as tensors, padded to the longest of them."""
@@ -134,8 +135,7 @@ class ImageEncoder:
         return self.labels.loss
 
     def encode(self, row: Row) -> tuple[torch.Tensor, Any]:
-        prepared = self.processor(read_image(row["image"]), return_tensors="pt")
-        return prepared[PIXELS][0], row["label"]  # (channels, height, width)
+        return image_pixels(self.processor, read_image(row["image"])), row["label"]
 
     def collate(self, encoded: Sequence[Any]) -> Batch:
         pixels, labels = zip(*encoded, strict=True)
@@ -159,7 +159,7 @@ def text_tokens(tokenizer: Any, *, ends: bool) -> Tokenise:
     """For `text`: all tokens are predicted. With `ends`, the text ends with the tokenizer's end of text."""
 
     def tokenise(row: Row) -> Tokens:
-        ids = list(tokenizer(row["text"])["input_ids"])
+        ids = list(tokenised(tokenizer, row["text"])["input_ids"])
         ids = ended(tokenizer, ids) if ends else ids
         return Tokens(ids, [True] * len(ids))
 
@@ -173,10 +173,10 @@ def completion_tokens(tokenizer: Any) -> Tokenise:
     """
 
     def tokenise(row: Row) -> Tokens:
-        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        prompt = list(tokenised(tokenizer, row["prompt"])["input_ids"])
         if prompt and prompt[-1] == tokenizer.eos_token_id:
             prompt.pop()
-        answer = ended(tokenizer, list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]))
+        answer = ended(tokenizer, list(tokenised(tokenizer, row["completion"], add_special_tokens=False)["input_ids"]))
         return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
     return tokenise
@@ -216,10 +216,10 @@ def chat_tokens(tokenizer: Any) -> Tokenise:
                     "Mark the assistant's turns in the template by {% generation %}"
                 )
             spans.append((len(before), len(after)))
-        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        places = encoded["offset_mapping"]
+        tokens = tokenised(tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
+        places = tokens["offset_mapping"]
         trained = [any(begin <= start < end for begin, end in spans) for start, _ in places]
-        return Tokens(list(encoded["input_ids"]), trained)
+        return Tokens(list(tokens["input_ids"]), trained)
 
     return tokenise
 

@@ -19,6 +19,7 @@ from lora_export.training.records.rows import AUDIO, Records, Row, sound_problem
 
 HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
 ROLES = frozenset({"system", "user", "assistant", "tool"})
+INT64 = 1 << 63  # the first number beyond
 INTEGER, DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?")
 
 
@@ -149,18 +150,20 @@ def _texts(*names: str) -> Callable[[Row], str]:
 
 
 def _is_class(label: Any) -> bool:
-    return isinstance(label, str | int) and not isinstance(label, bool) and label != ""
+    if isinstance(label, int):
+        return not isinstance(label, bool) and -INT64 <= label < INT64
+    return isinstance(label, str) and label != ""
 
 
 def _label_problem(values: Row) -> str:
     label = values["label"]
     if isinstance(label, list | tuple):
         is_right = all(map(_is_class, label))
-        return "" if is_right else f"`label` is {label!r}; a list of labels contains names or integers"
+        return "" if is_right else f"`label` is {label!r:.80}; a list of labels contains names or integers"
     if isinstance(label, float):
         return "" if math.isfinite(label) else f"`label` is {label!r}"
     if not _is_class(label):
-        return f"`label` is {label!r}; it must be a string, a number, or a list of strings or integers"
+        return f"`label` is {label!r:.80}; it must be a string, a number, or a list of strings or integers"
     return ""
 
 
@@ -186,9 +189,9 @@ def _compared(values: Row) -> str:
     score = values["score"]
     try:
         in_range = not isinstance(score, bool) and -1 <= float(score) <= 1
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         in_range = False
-    return "" if in_range else f"`score` is {score!r}; a cosine is from -1 to 1"
+    return "" if in_range else f"`score` is {score!r:.80}; a cosine is from -1 to 1"
 
 
 def _chat(values: Row) -> str:
@@ -196,7 +199,7 @@ def _chat(values: Row) -> str:
     if not isinstance(messages, list) or not messages:
         return f"`messages` is {messages!r:.80}; it must be a list of messages"
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
             return f"message {number} has no `role` of {', '.join(sorted(ROLES))}"
         if not isinstance(message.get("content"), str):
             return f"message {number} has no text in `content`"

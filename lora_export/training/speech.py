@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.models.processors import features_of, read_sound, sound_header
+from lora_export.models.processors import features_of, read_sound, sound_header, tokenised
 from lora_export.options.spelling import named
 from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, CrossEntropy, Loss, LossOfTheModel
@@ -82,7 +82,7 @@ class TranscriptEncoder(SpeechEncoder):
     loss = CrossEntropy()
 
     def tokens(self, row: Row) -> list[int]:
-        ids = ended(self.tokenizer, list(self.tokenizer(row["text"])["input_ids"]))
+        ids = ended(self.tokenizer, list(tokenised(self.tokenizer, row["text"])["input_ids"]))
         ids = ids[1:] if ids[0] == self.start_token else ids
         if len(ids) > self.max_length:
             raise InputRefused(
@@ -116,7 +116,7 @@ class FrameEncoder(SpeechEncoder):
             )
 
     def tokens(self, row: Row) -> list[int]:
-        ids = list(self.tokenizer(row["text"])["input_ids"])
+        ids = list(tokenised(self.tokenizer, row["text"])["input_ids"])
         if self.tokenizer.unk_token_id in ids:
             known = {" ", *self.tokenizer.get_vocab()}
             missing = ", ".join(map(repr, sorted(set(row["text"]) - known)))

@@ -163,3 +163,11 @@ def test_speech_of_one_language_cannot_translate(tmp_path: Path) -> None:
     assert own.speech_tokens(translate=False) == []
     with pytest.raises(InputRefused, match="no token for translating: it only transcribes"):
         own.speech_tokens(translate=True)
+
+
+@pytest.mark.parametrize("value", [10**30, -1, "a", [], {"a": 1}, 1e999, True])
+def test_values_that_no_model_has_are_not_read(tmp_path: Path, value: Any) -> None:
+    names = ("pad_token_id", "eos_token_id", "vocab_size", "suppress_tokens", "repetition_penalty", "lang_to_id")
+    own = settings(tmp_path, generation=dict.fromkeys(names, value))
+    np.array([own.padding, own.vocabulary or 0, *own.end_tokens, *own.rules.suppress], np.int64)
+    assert own.padding in (0, 1) and abs(own.rules.repetition_penalty) <= 1 and not set(own.languages) - {"a"}

@@ -165,6 +165,20 @@ def test_names_in_an_error_stay_text_in_the_page(place: Path, tmp_path: Path) ->
     assert "&lt;b&gt;x\\n" in page and "<b>" not in page
 
 
+@pytest.mark.parametrize("first", [(), ("--adapter", "nothing")])
+def test_a_report_of_an_error_replaces_no_other_file(place: Path, tmp_path: Path, first: tuple[str, ...]) -> None:
+    """Also where the error is that the report's path is an input's, or comes before that is known."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model.safetensors").write_bytes((place / "base.safetensors").read_bytes())
+    config, fifo = tmp_path / "base/config.json", tmp_path / "fifo.json"
+    config.write_text('{"model_type": "llama"}')
+    os.mkfifo(fifo)
+    for path in (config, fifo):
+        line = ("verify", tmp_path / "base", "--base", tmp_path / "base", *first, "--report", path)
+        assert cli.run(list(map(str, line))) in (3, 4, 5)
+    assert config.read_text() == '{"model_type": "llama"}'
+
+
 def test_a_report_that_cannot_be_written_hides_no_error(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

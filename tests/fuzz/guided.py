@@ -26,12 +26,12 @@ READERS = (
         "weights.merge",
     ),
     *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.adapter_inputs"),
-    "models.pt2.program",
+    *("models.pt2.program", "models.processors", "models.chat_templates", "api.unmerge", "api.generation_files"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:
         importlib.import_module(f"lora_export.{reader}")
-    from fuzz.targets import TARGETS
+    from fuzz.every_target import TARGETS
 
 
 def main() -> None:

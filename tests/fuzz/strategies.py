@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fuzz.targets import ADAPTER_TENSORS, GOOD, GRAPH_TENSORS
+from fuzz.every_target import GOOD
+from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS
 
 Text = SearchStrategy[str]
 
@@ -223,7 +224,8 @@ HEADERS = ("adapter_header", "base_header")
 JSON_FILES = (
     *("mlx_config", "pipeline_index"),
     *("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract"),
-    *("exported_graph", "exported_weights"),
+    *("exported_graph", "exported_weights", "tokenizer", "tokenizer_config", "generation_config", "image_processor"),
+    *("extractor", "gguf_config"),
 )
 
 
@@ -238,6 +240,8 @@ def inputs(target: str) -> SearchStrategy[bytes]:
         "external_data": records(),
         "quantised_fields": fields(),
         "examples_jsonl": json_lines(),
+        "chat_template": templates(),
+        "project_table": project_tables(),
     }
     structured |= {name: near_json(GOOD[name]) for name in (*HEADERS, *JSON_FILES)}
     ways = [structured[target]] * 3 if target in structured else []
@@ -248,3 +252,81 @@ def json_lines() -> SearchStrategy[bytes]:
     line = near_json(b'{"text": "a", "label": "x"}')
     good = st.sampled_from((b'{"text": "a", "label": "x"}', b'{"text": "b", "label": "y"}'))
     return st.lists(line | good, min_size=1, max_size=4).map(b"\n".join)
+
+
+def templates() -> SearchStrategy[bytes]:
+    """Chat templates of parts of such, in any sequence."""
+    parts = (
+        *(
+            "{% for m in messages %}",
+            "{% endfor %}",
+            "{{ m.content }}",
+            "{{ m['role'] | upper }}",
+            "{% if loop.last %}",
+        ),
+        *("{% endif %}", "{{ raise_exception('no') }}", "{{ strftime_now('%d') }}", "{% set n = namespace(a=1) %}"),
+        *(
+            "{% set n.a = n.a * 9 %}",
+            "{{ n }}",
+            "{{ messages | tojson }}",
+            "{% break %}",
+            "{% generation %}",
+            "{{ eos_token }}",
+        ),
+        *(
+            "{% endgeneration %}",
+            "{{ 1 // 0 }}",
+            "{{ ().__class__ }}",
+            "{{ messages[9] }}",
+            "{% include 'x' %}",
+            "\n",
+            "{#",
+        ),
+        *(
+            "{{ lipsum(2) }}",
+            "{{ cycler.__init__ }}",
+            "{% macro f(x) %}{{ x }}{% endmacro %}",
+            "{{ f(f) }}",
+            "{{ 'é\x1b' }}",
+        ),
+    )
+    return st.lists(st.sampled_from(parts), max_size=8).map(lambda some: "".join(some).encode())
+
+
+def project_tables() -> SearchStrategy[bytes]:
+    """Tables of options, with odd names and values."""
+    names = (
+        "lora-rank",
+        "lora-alpha",
+        "report",
+        "model",
+        "quiet",
+        "json",
+        "allow-pickle",
+        "format",
+        "x",
+        '"a b"',
+        "inspect",
+    )
+    values = (
+        *(
+            "5",
+            "true",
+            '"a"',
+            "[]",
+            '["a.html"]',
+            "{}",
+            "{a = 1}",
+            "1e400",
+            "nan",
+            "2026-01-01",
+            "[[1]]",
+            '"\\u001b[2J"',
+        ),
+        *("-1", "9" * 400, '"' + "n" * 300 + '"', "[" * 3000, '"a.py:f"', "0x7f", '""'),
+    )
+    line = st.tuples(st.sampled_from(names), st.sampled_from(values)).map(" = ".join)
+    head = st.sampled_from(
+        ("[tool.lora-export]", "[tool.lora-export.inspect]", "[tool.lora-export.x]", "[tool]", "[[tool]]")
+    )
+    return st.lists(head | line, max_size=5).map(lambda lines: "\n".join(["[tool.lora-export]", *lines]).encode())

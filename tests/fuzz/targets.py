@@ -155,12 +155,15 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def command(*arguments: object) -> int:
-    """Run the command line in this process; returns 0, 3 or 7, and raises for whatever else happens."""
-    return run(*arguments)[0]
+def command(*arguments: object, usage: bool = False) -> int:
+    """Run the command line in this process; returns 0, 3 or 7, and raises for whatever else happens.
+
+    `usage`: it may also return 2, for a pyproject.toml that states no right options.
+    """
+    return run(*arguments, usage=usage)[0]
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
+def run(*arguments: object, usage: bool = False) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that is held to what this module demands."""
     streams = sys.stdout, sys.stderr
     sys.stdout = out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
@@ -173,8 +176,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
     finally:
         sys.stdout, sys.stderr = streams
     said, told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-    assert code in (0, 3, 7), f"exit code {code}: {told}"
-    assert code == 0 or told.startswith(("Error: ", "note: ")), f"a refusal without a reason: {told!r}"
+    assert code in (0, 3, 7) or (usage and code == 2), f"exit code {code}: {told}"
+    assert code in (0, 2) or told.startswith(("Error: ", "note: ")), f"a refusal without a reason: {told!r}"
     assert not CONTROL.search(said + told), f"control characters on the terminal: {(said + told)!r}"
     return code, said, told
 

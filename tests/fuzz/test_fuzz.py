@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from fuzz import strategies
-from fuzz.targets import GOOD, TARGETS, Target
+from fuzz.every_target import GOOD, TARGETS
+from fuzz.targets import Target
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"

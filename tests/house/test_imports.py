@@ -23,6 +23,7 @@ ORDER = (
     *(
         "version",
         "callbacks",
+        "isolation",
         "errors",
         "lora",
         "options",
@@ -48,6 +49,7 @@ NUMPY_CORE = (
     *(
         "version",
         "callbacks",
+        "isolation",
         "errors",
         "lora",
         "options",

@@ -27,6 +27,7 @@ from lora_export.models.processors import (
     read_image,
     read_sound,
     sound_header,
+    tokenised,
 )
 from support.small_models import words_tokenizer
 
@@ -241,3 +242,33 @@ def test_folder_without_extractor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"feature_extractor_type": "NoSuchExtractor"}')
     with pytest.raises(InputRefused, match=r"preprocessor_config\.json cannot be read"):
         open_extractor(tmp_path)
+
+
+class Panicking:
+    """A tokenizer whose library panics on a text: pyo3's exception is no Exception."""
+
+    def __call__(self, *texts: str, **options: object) -> None:
+        raise type("PanicException", (BaseException,), {})("index out of bounds\n::error::forged")
+
+
+@pytest.mark.parametrize("failing", [Panicking(), lambda *_: {}["no"]])
+def test_a_tokenizer_that_fails_on_a_text_is_refused(failing: Any) -> None:
+    with pytest.raises(InputRefused, match=r"the tokenizer fails on a text: ('no'|index out of bounds)$"):
+        tokenised(failing, "a text")
+
+
+def test_ctrl_c_is_no_failure_of_a_tokenizer() -> None:
+    def interrupted(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenised(interrupted, "a text")
+
+
+@pytest.mark.parametrize("change", [{"size": {"height": -4, "width": 4}}, {"image_mean": ["a"]}, {"resample": 99}])
+def test_a_processor_with_damaged_settings_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    ViTImageProcessorPil(size={"height": 4, "width": 4}).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputRefused, match=r"the image processor fails on an image|has no image processor"):
+        pixels_of([an_image(tmp_path / "red.png", RED)], tmp_path)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 
 from lora_export.errors import InputRefused
 from lora_export.report.json_document import AnyProof
-from lora_export.storage import atomic_output
+from lora_export.storage import atomic_output, input_files
 from lora_export.storage.manifest import MANIFEST
 
 
@@ -71,7 +71,7 @@ def _kind_of(path: Path) -> ReportFile:
 
 def _is_report(path: Path) -> bool:
     """Whether an existing file is a report of this program: a manifest and a config are none."""
-    with path.open("rb") as file:
+    with input_files.open_regular(path) as file:
         beginning = file.read(4096)
     return path.name != MANIFEST and b"lora-export" in beginning
 
@@ -89,9 +89,12 @@ def write_report(path: Path, proof: AnyProof) -> None:
 def write_error_report(path: Path, error: Mapping[str, Any], *, seconds: float = 0.0) -> None:
     """Write a report of an error that ended the command before there was a verdict. Otherwise as `write_report`.
 
+    The error may be that the path is an input's. So only a report is replaced; InputRefused is raised for another file.
     `error` is its JSON document (see `ReportFile.of_error`); `seconds` is the duration of the run.
     """
     check_report_path(path)
+    if path.exists() and path.stat().st_size and not _is_report(path):
+        raise InputRefused(f"{path} exists and is no report")
     _replace(path, _kind_of(path).of_error(error, seconds))
 
 

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.isolation.bounds import bound_child
+from lora_export.isolation.limits import MAX_CODE
+from lora_export.isolation.messages import write_message
+from lora_export.isolation.process import private_streams, read_request
 from lora_export.layers.torch_internals import script_archive, script_operators
 from lora_export.models.tracing import have_names, named_outputs
 from lora_export.runtime.torch_runners import to_numpy
 from lora_export.runtime.torchscript.code_check import check_code, check_pickle
-from lora_export.runtime.torchscript.messages import read_message, write_message
 
 RECORD = "extra/lora_export.json"
 RAISED_BY_SCRIPTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeRefused)
-LARGEST_CODE = 1 << 26  # bytes of one record of code
 
 
 def main() -> None:
     """Load the file, say so, and answer requests until stdin ends."""
     path, memory, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    requests, answers = _private_streams()
+    requests, answers = private_streams()
     torch.set_num_threads(threads)
-    _bound(memory)
+    bound_child(memory)
     try:
         script, record = load_script(path)
     except (InputRefused, RuntimeError, ValueError) as error:
@@ -40,7 +41,7 @@ def main() -> None:
     write_message(answers, {"record": record}, {})
     with contextlib.suppress(EOFError):
         while True:
-            request, arrays = read_message(requests, most=sys.maxsize)
+            request, arrays = read_request(requests, threads)
             if request["do"] == "state":
                 state = script.state_dict()
                 write_message(answers, {}, {name: to_numpy(value) for name, value in state.items()})
@@ -62,8 +63,8 @@ def load_script(path: Path) -> tuple[torch.jit.ScriptModule, str]:
             check_pickle(name, archive.get_record(name))
         elif name.startswith("code/") and not name.endswith(".debug_pkl"):
             source = archive.get_record(name)
-            if len(source) > LARGEST_CODE:
-                raise InputRefused(f"{name} has more than {LARGEST_CODE:,} bytes")
+            if len(source) > MAX_CODE:
+                raise InputRefused(f"{name} has more than {MAX_CODE:,} bytes")
             sources[name] = source.decode()
         elif name == "model.json":
             raise InputRefused("it has the format of PyTorch before 1.4, which is not read")
@@ -83,26 +84,3 @@ def _answer(answers: io.BufferedIOBase, script: torch.jit.ScriptModule, tensors:
             write_message(answers, {"failed": last}, {})
             return
     write_message(answers, {"names_known": have_names(outputs)}, arrays)
-
-
-def _private_streams() -> tuple[io.BufferedIOBase, io.BufferedIOBase]:
-    """stdin and stdout for messages alone: descriptors 0, 1 and 2 lead to nowhere from now on."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
-    sys.stdin = io.TextIOWrapper(io.BytesIO())
-    return requests, answers
-
-
-def _bound(memory: int) -> None:
-    """Bound the memory of this process, and forbid it to write files. Where the system cannot, there is no bound."""
-    try:
-        import resource  # Unix
-    except ImportError:
-        return
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):
-        status = Path("/proc/self/status").read_text()
-        used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
-        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import signal
-import subprocess
-import sys
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
-from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, TooSlow, deadline
-from lora_export.runtime.torchscript.messages import read_message, write_message
+from lora_export.isolation.limits import TIMEOUT, memory_for
+from lora_export.isolation.process import IsolatedProcess, ProcessEnded
+from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.storage import input_files
 
-MEMORY = 2 << 30  # bytes beyond PyTorch itself, and MEMORY_OF_FILE times the file
-MEMORY_OF_FILE = 4
-# This package's folder comes last in the child's search path: before the standard library, it could hide parts of that.
-START = "import sys; sys.path.append(sys.argv.pop(1)); from lora_export.runtime.torchscript.child import main; main()"
+CHILD = "lora_export.runtime.torchscript.child"
 
 
 class ScriptRunner(PlainRunner):
@@ -42,13 +34,13 @@ class ScriptRunner(PlainRunner):
         input_files.must_be_regular(path)
         _require_utf8(path)
         self.path, self.timeout = path, timeout
-        self.memory = MEMORY + MEMORY_OF_FILE * path.stat().st_size if memory is None else memory
+        self.memory = memory_for(path.stat().st_size) if memory is None else memory
         self.axes: Mapping[str, tuple[int | None, ...]] = {}
         self.names_known = False
-        self._process = _start(path, self.memory)
-        self._requests, self._answers = _streams(self._process)
-        self._end = weakref.finalize(self, _end, self._process)
-        header, _ = self._answer()
+        arguments = (path, self.memory, torch.get_num_threads())
+        self._process = IsolatedProcess.start(CHILD, *arguments, memory=self.memory)
+        with self._refusals():
+            header, _ = self._process.answer(timeout)
         if refusal := header.get("refused"):
             what = "TorchScript that is run here" if header.get("is_ours") else "TorchScript file"
             raise InputRefused(f"{path} is no {what}: {one_line(str(refusal).splitlines()[0])}")
@@ -61,8 +53,8 @@ class ScriptRunner(PlainRunner):
             raise RuntimeRefused(
                 f"the TorchScript file needs inputs that the model does not have: {', '.join(missing)}"
             )
-        self._ask({"do": "run", "inputs": list(self.input_names)}, {name: inputs[name] for name in self.input_names})
-        header, outputs = self._answer()
+        request = {"do": "run", "inputs": list(self.input_names)}
+        header, outputs = self._ask(request, {name: inputs[name] for name in self.input_names})
         if failure := header.get("failed"):
             raise RuntimeRefused(f"TorchScript: {one_line(str(failure))}")
         self.names_known = bool(header.get("names_known"))
@@ -70,29 +62,24 @@ class ScriptRunner(PlainRunner):
 
     def state(self) -> Arrays:
         """Every parameter and buffer by name."""
-        self._ask({"do": "state"}, {})
-        return self._answer()[1]
+        return self._ask({"do": "state"}, {})[1]
 
     def close(self) -> None:
         """End the child process. Nothing can be run afterwards."""
-        self._end()
+        self._process.close()
 
-    def _ask(self, request: Mapping[str, Any], arrays: Arrays) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `_answer` then finds how the child ended
-            write_message(self._requests, request, arrays)
+    def _ask(self, request: Mapping[str, object], arrays: Arrays) -> tuple[dict[str, object], Arrays]:
+        with self._refusals():
+            return self._process.ask(request, arrays, self.timeout)
 
-    def _answer(self) -> tuple[dict[str, Any], Arrays]:
-        with deadline(self.timeout, self._process.kill) as expired:
-            try:
-                return read_message(self._answers, most=self.memory)
-            except EOFError:
-                code = self._process.wait()
-            except (ValueError, KeyError, TypeError) as error:
-                self.close()
-                raise RuntimeRefused(f"the process that runs {self.path} sent no outputs: {error}") from error
-        if expired.is_set():
-            raise TooSlow(self.path, self.timeout)
-        raise RuntimeRefused(f"the process that runs {self.path} ended: {_reason(code, self.memory)}")
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except ProcessEnded as ended:
+            if ended.too_slow:
+                raise TooSlow(self.path, self.timeout) from ended
+            raise RuntimeRefused(f"the process that runs {self.path} ended: {ended}") from ended
 
 
 def _require_utf8(path: Path) -> None:
@@ -102,30 +89,6 @@ def _require_utf8(path: Path) -> None:
         raise InputRefused(
             f"{path} is not UTF-8, and PyTorch's reader takes no such path. Name it otherwise"
         ) from error
-
-
-def _start(path: Path, memory: int) -> subprocess.Popen[bytes]:
-    root = str(Path(__file__).resolve().parents[3])  # the folder of the package
-    command = [sys.executable, "-P", "-c", START, root, str(path), str(memory), str(torch.get_num_threads())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-
-def _streams(process: subprocess.Popen[bytes]) -> tuple[io.BufferedIOBase, io.BufferedIOBase]:
-    return cast(io.BufferedIOBase, process.stdin), cast(io.BufferedIOBase, process.stdout)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for stream in _streams(process):
-        with contextlib.suppress(OSError):  # what is left in a buffer cannot be sent any more
-            stream.close()
-    process.wait()
-
-
-def _reason(code: int, memory: int) -> str:
-    if code < 0:
-        return f"{signal.Signals(-code).name}. It may take {memory / 2**30:.1f} GiB of memory"
-    return f"exit code {code}"
 
 
 def _recorded_inputs(path: Path, record: str) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.errors import InputRefused, listed
+from lora_export.isolation.limits import MAX_ROW
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.input_files import must_exist, open_regular, regular_files
-from lora_export.training.records.rows import MAX_ROW, Records, Row, with_columns
+from lora_export.training.records.rows import Records, Row, with_columns
 from lora_export.training.records.text_rows import DATASET_FILES, CsvRows, JsonLines, ParquetRows, SavedDataset
 
 SOUND_METADATA: Mapping[str, type[CsvRows | JsonLines]] = {"metadata.csv": CsvRows, "metadata.jsonl": JsonLines}

@@ -14,7 +14,6 @@ from lora_export.models.processors import sound_header
 from lora_export.storage.hashes import file_sha256
 
 Row = Mapping[str, Any]  # column -> value
-MAX_ROW = 1 << 26  # bytes of one line; a longer one is no text that anybody trains on
 
 
 class Records:

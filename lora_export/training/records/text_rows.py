@@ -8,16 +8,19 @@ import io
 import json
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
+from lora_export.isolation.bounds import bounded_memory
+from lora_export.isolation.limits import MAX_INFLATED, MAX_RATIO, MAX_ROW, memory_for
 from lora_export.models.processors import optional_package
 from lora_export.storage.hashes import file_sha256
-from lora_export.storage.input_files import must_be_regular, open_regular, regular_files
-from lora_export.storage.json_files import checked_objects
-from lora_export.training.records.rows import MAX_ROW, Records, Row
+from lora_export.storage.input_files import file_states, must_be_regular, open_regular, regular_files
+from lora_export.storage.json_files import checked_objects, refuse_flood
+from lora_export.training.records.rows import Records, Row
 
 BOM = b"\xef\xbb\xbf"
 
@@ -27,6 +30,15 @@ class _OfLines(Records):
 
     offsets: array[int]
     numbers: array[int]
+    state: tuple[int, ...]  # of the file when its lines were found
+
+    def opened(self) -> BinaryIO:
+        """The file, which must be as it was. Raises InputRefused otherwise."""
+        file = open_regular(self.path)
+        if _content_state(self.path) != self.state:
+            file.close()
+            raise InputRefused(f"{self.path} changed while it was read. Begin again")
+        return file
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -35,12 +47,18 @@ class _OfLines(Records):
         return f"line {self.numbers[row]}"
 
 
+def _content_state(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and the time of the last write: not when its mode or its links changed."""
+    return file_states([path])[0][:4]
+
+
 class JsonLines(_OfLines):
     """The objects of a .jsonl file. Memory holds 16 bytes for each line that is not empty."""
 
     def __init__(self, path: Path):
         """Read the file once, for the places of its lines. Raises InputRefused where it cannot be read."""
-        self.path = path
+        must_be_regular(path)
+        self.path, self.state = path, _content_state(path)
         self.offsets, self.numbers = array("q"), array("q")
         digest = hashlib.sha256()
         with open_regular(path) as file:
@@ -52,9 +70,10 @@ class JsonLines(_OfLines):
         self.sha256 = digest.hexdigest()
 
     def read(self, row: int) -> Row:
-        with open_regular(self.path) as file:
+        with self.opened() as file:
             file.seek(self.offsets[row])
             line = file.readline(MAX_ROW)
+        refuse_flood(line, f"{self.path}, {self.where(row)}")
         try:
             values: Any = json.loads(line, object_pairs_hook=checked_objects(f"{self.path}, {self.where(row)}"))
         except json.JSONDecodeError as error:
@@ -87,7 +106,8 @@ class CsvRows(_OfLines):
 
     def __init__(self, path: Path):
         """Read the file once. Raises InputRefused, with the lines, for what is no CSV in UTF-8 with a header."""
-        self.path = path
+        must_be_regular(path)
+        self.path, self.state = path, _content_state(path)
         self.offsets, self.ends, self.numbers = array("q"), array("q"), array("q")
         self.columns: tuple[str, ...] = ()
         digest = hashlib.sha256()
@@ -118,13 +138,13 @@ class CsvRows(_OfLines):
     def _refuse_header(self) -> None:
         if not self.columns:
             raise InputRefused(f"{self.path} has no header: its first line must name the columns")
-        repeated = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(self.columns).items() if count > 1)
         if repeated or not any(self.columns):
-            names = ", ".join(self.columns) or "nothing"
+            names = ", ".join(repeated[:SHOWN_PROBLEMS] or self.columns) or "nothing"
             raise InputRefused(f"{self.path}: the first line must name each column once, not {names}")
 
     def read(self, row: int) -> Row:
-        with open_regular(self.path) as file:
+        with self.opened() as file:
             file.seek(self.offsets[row])
             text = file.read(self.ends[row] - self.offsets[row]).decode()
         values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
@@ -151,6 +171,7 @@ class _Lines:
 # --- in Arrow's memory layout, mapped from the disk ---
 
 TRAINING_SPLIT = "train"
+ROWS_AT_ONCE = 1024  # that are unpacked
 ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
@@ -169,11 +190,19 @@ class ParquetRows(Records):
         self.sha256 = file_sha256(path)
         self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")  # removed with this object
         unpacked = Path(self._folder.name, "rows.arrow")
+        packed, total = path.stat().st_size, 0
         try:
-            with parquet.ParquetFile(path) as file, pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer:
-                for group in file.iter_batches():
+            with (
+                bounded_memory(memory_for(packed)),
+                parquet.ParquetFile(path) as file,
+                pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer,
+            ):
+                for group in file.iter_batches(ROWS_AT_ONCE):
+                    total += group.nbytes
+                    if total > MAX_INFLATED and total > MAX_RATIO * packed:
+                        raise InputRefused(f"{path} inflates from {packed:,} bytes to more than {total:,}")
                     writer.write_batch(group)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
             raise InputRefused(f"{path} is no .parquet file: {str(error).strip()}") from error
         self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(unpacked))).read_all()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import MAX_HEADER, MAX_JSON
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files
-from lora_export.storage.safetensors_file import MAX_HEADER
 
 FACTS = "residual.json"
 FORMAT = 1
 LEVEL = 6  # of zlib; what it compresses is small already
-MAX_FILE = 100_000_000  # bytes of a config or an index
+# What zipfile raises: RuntimeError for an encrypted member, NotImplementedError for other ways of compression.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, IndexError, struct.error)
 FACT_KINDS = {"format": int, "hashing": str, "adapters": list, "settings": dict, "shards": dict, "files": dict}
 
 
@@ -61,18 +63,20 @@ class Residual:
         self.facts = self._read_facts()
 
     def _read_facts(self) -> Mapping[str, Any]:
-        facts = json_files.parse_json(self.read(FACTS, json_files.MAX_JSON), f"{FACTS} in {self.path}")
+        facts = json_files.parse_json(self.read(FACTS, MAX_JSON), f"{FACTS} in {self.path}")
         if facts.get("format") != FORMAT:
             raise InputRefused(
                 f"{self.path} is a residual of format {facts.get('format')!r}, made by {facts.get('made_by')}; this "
                 f"version reads format {FORMAT}"
             )
         wrong = [key for key, kind in FACT_KINDS.items() if not isinstance(facts.get(key), kind)]
+        if not wrong and not all(isinstance(of_file, dict) for of_file in facts["files"].values()):
+            wrong = ["files"]
         if wrong:
             raise InputRefused(f"{self.path} is damaged: {FACTS} has no {' and no '.join(wrong)}")
         return facts
 
-    def read(self, name: str, most: int = MAX_FILE) -> bytes:
+    def read(self, name: str, most: int = MAX_JSON) -> bytes:
         """A whole member. Raises InputRefused where it is missing, damaged or larger than `most`."""
         with self.stream(name) as read_up_to:
             data = read_up_to(most + 1)
@@ -88,15 +92,18 @@ class Residual:
     def stream(self, name: str) -> Iterator[Callable[[int], bytes]]:
         """Yield a function that reads up to so many bytes of a member. Raises InputRefused as `read`."""
         try:
-            with self._zip.open(name) as member:
-                yield lambda count: self._read(member, name, count)
+            member = self._zip.open(name)
         except KeyError as error:
             raise InputRefused(f"{self.path} is damaged: it has no {name}") from error
+        except DAMAGED as error:
+            raise InputRefused(f"{self.path} is damaged: {name}: {error}") from error
+        with member:
+            yield lambda count: self._read(member, name, count)
 
     def _read(self, member: IO[bytes], name: str, count: int) -> bytes:
         try:
             return member.read(count)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except DAMAGED as error:
             raise InputRefused(f"{self.path} is damaged: {name}: {error}") from error
 
 
@@ -106,7 +113,7 @@ def open_residual(path: Path) -> Iterator[Residual]:
     with input_files.open_regular(path) as file:
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except DAMAGED as error:
             raise InputRefused(f"{path} is not a residual of a merge ({named('keep_residual')}): {error}") from error
         with archive:
             yield Residual(path, archive)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.runtime.torchscript import runner as script_runner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from support.slow import slow
 
@@ -186,7 +185,7 @@ def test_error_of_a_script_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_child_ends_with_its_runner(tmp_path: Path) -> None:
     runner = ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"])
-    process = runner._process
+    process = runner._process._process
     del runner
     assert process.poll() is not None
 
@@ -199,7 +198,7 @@ def test_child_that_dies_is_explained(tmp_path: Path) -> None:
 
 
 def test_child_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script_runner.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeRefused, match="exit code 1"):
         ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"])
 

@@ -87,6 +87,17 @@ def test_what_is_no_csv_is_refused_with_its_line(tmp_path: Path, content: str | 
 ROWS = {"text": ["one", "two", "three"], "label": [1, 0, None], "tags": [["a"], [], ["b", "c"]]}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_that_changed_is_not_read_on(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"a": 1}\n{"a": 2}\n')
+    rows = JsonLines(tmp_path / name) if name == "a.jsonl" else CsvRows(tmp_path / name)
+    (tmp_path / name).chmod(0o600)
+    assert rows[0]
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(InputRefused, match=rf"{name} changed while it was read"):
+        rows[0]
+
+
 def test_parquet_rows_are_mapped_by_number(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(ROWS), tmp_path / "a.parquet", row_group_size=2)
     rows = ParquetRows(tmp_path / "a.parquet")

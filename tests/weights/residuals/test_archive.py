@@ -79,3 +79,16 @@ def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with open_residual(path) as residual, pytest.raises(InputRefused, match="is damaged: data"):
         residual.read("data")
+
+
+def test_an_archive_with_any_byte_changed_is_read_or_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "r", data=b"abc")
+    good, outcomes = path.read_bytes(), set()
+    for position in range(len(good)):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 0x09]) + good[position + 1 :])
+        try:
+            with open_residual(path) as residual:
+                outcomes.add(residual.read("data"))
+        except InputRefused as refused:
+            outcomes.add(str(refused)[:1])
+    assert outcomes == {b"abc", "/"}

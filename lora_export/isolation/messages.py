@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_HEADER = 1 << 26  # bytes
+from lora_export.isolation.limits import MAX_ANSWER
+
 MESSAGE_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
@@ -42,7 +43,7 @@ def read_message(stream: io.BufferedIOBase, *, most: int) -> tuple[dict[str, Any
     of arrays.
     """
     size = int.from_bytes(_exactly(stream, 8), "little")
-    if size > LARGEST_HEADER:
+    if size > MAX_ANSWER:
         raise ValueError(f"a header of {size:,} bytes")
     header = json.loads(_exactly(stream, size))
     described = header.pop("arrays")

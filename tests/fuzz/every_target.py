@@ -1,0 +1,8 @@
+"""All fuzz targets, and an input of each that is read to its end."""
+
+from __future__ import annotations
+
+from fuzz import library_targets, targets
+
+TARGETS = targets.TARGETS | library_targets.TARGETS
+GOOD = targets.GOOD | library_targets.GOOD
