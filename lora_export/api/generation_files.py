@@ -115,7 +115,7 @@ def _config_of(graph: Path, output: Path) -> dict[str, str]:
     return {GENAI_CONFIG: json.dumps(config, indent=4) + "\n"}
 
 
-MOST_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
+BEYOND_TOKENS = 1 << 31  # more than any vocabulary has, and than any number in these configs
 # Fields of a generation config that ask for what is not done here, with their values that ask for nothing
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -241,9 +241,9 @@ def _value(configs: Sequence[dict[str, Any]], name: str) -> Any:
 
 def _tokens(value: Any) -> tuple[int, ...]:
     tokens = value if isinstance(value, list) else [value]
-    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < MOST_TOKENS)
+    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < BEYOND_TOKENS)
 
 
 def _number(value: Any, neutral: float) -> float:
-    is_one = isinstance(value, int | float) and abs(value) < MOST_TOKENS  # which no infinity and no NaN is
+    is_one = isinstance(value, int | float) and abs(value) < BEYOND_TOKENS  # which no infinity and no NaN is
     return float(value) if is_one else neutral

@@ -22,8 +22,8 @@ NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|can't start new thread|bad_alloc|bad allocation|failed to allocate memory",
     re.IGNORECASE,
 )
-OWN = "of the process"
-_ends: dict[object, int] = {}  # what bounds the memory now, OWN among it -> bytes of data
+UNBOUNDED_LIMIT = "of the process"
+_ends: dict[object, int] = {}  # what bounds the memory now, UNBOUNDED_LIMIT among it -> bytes of data
 _lock = threading.Lock()
 
 
@@ -58,7 +58,7 @@ def bounded_memory(memory: int) -> Iterator[None]:
         return
     key = object()
     with _lock:
-        _ends.setdefault(OWN, resource.getrlimit(resource.RLIMIT_DATA)[0])
+        _ends.setdefault(UNBOUNDED_LIMIT, resource.getrlimit(resource.RLIMIT_DATA)[0])
         _ends[key] = _data_bytes() + memory
         _set_least()
     try:
@@ -67,7 +67,7 @@ def bounded_memory(memory: int) -> Iterator[None]:
         with _lock:
             del _ends[key]
             _set_least()
-            if not _ends.keys() - {OWN}:
+            if not _ends.keys() - {UNBOUNDED_LIMIT}:
                 _ends.clear()
 
 

@@ -7,11 +7,11 @@ are the user's own: `require_memory` compares them with the memory that is avail
 from __future__ import annotations
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-TABLE: list[tuple[str, int, str]] = []  # of what, how many, of which unit
+LIMITS: list[tuple[str, int, str]] = []  # of what, how many, of which unit
 
 
 def _limit(of: str, most: int, unit: str) -> int:
-    TABLE.append((of, most, unit))
+    LIMITS.append((of, most, unit))
     return most
 
 
@@ -58,7 +58,7 @@ def memory_for(nbytes: int) -> int:
 
 def table_lines() -> list[str]:
     """The limits as a table in Markdown."""
-    rows = (f"| {of} | {_shown(most, unit)} |" for of, most, unit in TABLE)
+    rows = (f"| {of} | {_shown(most, unit)} |" for of, most, unit in LIMITS)
     return ["| what | at most |", "|---|---|", *rows]
 
 

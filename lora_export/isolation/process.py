@@ -73,7 +73,9 @@ class IsolatedProcess:
         os.close(answers[1])
         return cls(_Copy(number), (os.fdopen(requests[1], "wb"), os.fdopen(answers[0], "rb")), memory)
 
-    def ask(self, request: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], seconds: float) -> Any:
+    def ask(
+        self, request: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], seconds: float
+    ) -> tuple[dict[str, Any], Arrays]:
         """Send a request, and return its answer: a header and arrays. Raises as `answer`."""
         with self._lock:
             with contextlib.suppress(BrokenPipeError):  # `answer` then finds how the process ended
@@ -169,7 +171,9 @@ def _serve_in_copy(
         os.dup2(answers, 1)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # locks and pipes of the parent end with it
         streams = private_streams()
-        sys.stdout = sys.stderr = os.fdopen(os.dup(1), "w")  # those of the parent may be other files
+        sys.stdout = sys.stderr = os.fdopen(
+            os.dup(1), "w", encoding="utf-8", newline="\n"
+        )  # those of the parent may be other files
         bound_child(memory)
         serve(*streams)
     finally:

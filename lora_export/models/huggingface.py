@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
@@ -39,7 +40,7 @@ from lora_export.weights.task_head import TaskHead, config_for_head, config_with
 PEFT_CONFIG = "adapter_config.json"
 MODULE_COUNT = re.compile(r"(layer|depth|block|expert|stage)s?$")  # of the names in a config that count modules
 SHARED_MODULES = 1000  # modules may share their weights
-LABEL_COUNT, MOST_LABELS = "num_labels", json_files.MAX_OBJECTS
+LABEL_COUNT, MOST_LABELS = "num_labels", MAX_OBJECTS
 # A model may have more numbers than its folder: shared weights, tables that are computed, a new head.
 MOST_NUMBERS, LARGER = 1 << 26, 2
 TAG = "__float__"

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_export.errors import EnvironmentLacking, WrongUsage
+from lora_export.isolation.limits import GIB
 from lora_export.storage.system_calls import c_function
 
 AVAILABLE = "LORA_EXPORT_AVAILABLE_MEMORY"  # bytes: what the user states in place of what the system reports
-GIB = 1 << 30
 WORTH_A_COLLECTION = 1 << 28
 # Of a control group: its limit, its use, and the file with its cached files, which can be dropped.
 _VERSION_2 = ("memory.max", "memory.current", "memory.stat")

@@ -33,8 +33,8 @@ TEXT_OPCODES = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNIC
 NOT_TENSORS = "{} cannot be read with weights_only=True: it is damaged, or it holds more than tensors ({})"
 # What the pickle of a table of tensors names, as `module name`.
 NAMES_OF_TENSORS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)|torch(\.storage)? \w*Storage"
-    r"|torch [a-z]\w*|torch Size|torch\.nn\.parameter Parameter"
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|qtensor)|torch(\.storage)? \w*Storage"
+    r"|torch [a-z]\w*|torch Size|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
 )
 # What unpickling raises for files that are damaged, or that hold more than tensors.
 FAILURES = (
@@ -102,7 +102,7 @@ def _costly(archive: zipfile.ZipFile) -> str:
     A call of another name could take any memory (`bytearray`). A tuple that is used twice, in one that is used twice,
     and so on, would be hashed for years.
     """
-    before, tuples = "", set()
+    before, tuples = "", set[Any]()
     try:
         for operation, argument in _operations(archive):
             if operation == "GLOBAL" and not NAMES_OF_TENSORS.fullmatch(argument):

@@ -18,6 +18,7 @@ from typing import Any
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import hashes_of
 from lora_export.errors import EnvironmentLacking, InputRefused, one_line
+from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
 from lora_export.storage.hashes import file_sha256
@@ -290,7 +291,7 @@ def _chat_template(folder: Path) -> str:
     """The chat template, which is a file of its own or in the tokenizer's config; empty where there is none."""
     own, config = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
     if own.is_file():
-        return input_files.read_text(own, json_files.MAX_JSON).strip()
+        return input_files.read_text(own, MAX_JSON).strip()
     if not config.is_file():
         return ""
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import MAX_JSON
 from lora_export.storage import input_files, json_files
 
 MODULES_FILE = "modules.json"
@@ -47,7 +48,7 @@ def sentence_modules(folder: Path) -> tuple[SentenceModule, ...] | None:
     path = folder / MODULES_FILE
     if not path.is_file():
         return None
-    text = input_files.read_text(path, json_files.MAX_JSON)
+    text = input_files.read_text(path, MAX_JSON)
     entries = json_files.parse_json(f'{{"modules": {text}}}'.encode(), path)["modules"]
     if not isinstance(entries, list) or not entries:
         raise InputRefused(f"{path} lists no modules")

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.isolation.limits import MAX_JSON
 from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
 from lora_export.models.pt2.program_types import (
     ITEM_BYTES,
@@ -43,7 +44,7 @@ def read(path: Path) -> ProgramDescription:
         members = archive.members(file, path)
         _refuse_other_formats(file, members, path)
         model = _model_name(members, path)
-        graph = archive.content(file, members[f"models/{model}.json"], path, most=json_files.MAX_JSON)
+        graph = archive.content(file, members[f"models/{model}.json"], path, most=MAX_JSON)
         weights = _stored_arrays(file, members, path, "weights", model)
         constants = _stored_arrays(file, members, path, "constants", model)
     return _ProgramReader(path, members, {**constants, **weights}).description(graph)
@@ -85,7 +86,7 @@ def _stored_arrays(
             f"{path} has no {name}: an older torch pickled the {folder}, and lora-export opens no pickle. Export it "
             "again with torch 2.10 or later"
         )
-    content = bytes(archive.content(file, members[name], path, most=json_files.MAX_JSON))
+    content = bytes(archive.content(file, members[name], path, most=MAX_JSON))
     where = f"{name} in {path}"
     entries = json_object(json_files.parse_json(content, where, most=MAX_GRAPH_OBJECTS).get("config"), where)
     refuse_unprintable(entries, str(path))

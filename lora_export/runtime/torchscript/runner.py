@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ class ScriptRunner(PlainRunner):
         """End the child process. Nothing can be run afterwards."""
         self._process.close()
 
-    def _ask(self, request: Mapping[str, object], arrays: Arrays) -> tuple[dict[str, object], Arrays]:
+    def _ask(self, request: Mapping[str, object], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
         with self._refusals():
             return self._process.ask(request, arrays, self.timeout)
 

@@ -171,7 +171,7 @@ class _Lines:
 # --- in Arrow's memory layout, mapped from the disk ---
 
 TRAINING_SPLIT = "train"
-ROWS_AT_ONCE = 1024  # that are unpacked
+UNPACKED_ROWS = 1024  # that are unpacked
 ARROW = ("pyarrow", "pyarrow.parquet")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
 
@@ -197,7 +197,7 @@ class ParquetRows(Records):
                 parquet.ParquetFile(path) as file,
                 pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer,
             ):
-                for group in file.iter_batches(ROWS_AT_ONCE):
+                for group in file.iter_batches(UNPACKED_ROWS):
                     total += group.nbytes
                     if total > MAX_INFLATED and total > MAX_RATIO * packed:
                         raise InputRefused(f"{path} inflates from {packed:,} bytes to more than {total:,}")
