@@ -56,7 +56,7 @@ def refusing_failures(failure: str) -> Iterator[None]:
     """Raise InputRefused, with `failure` before the cause, for whatever a library raises on what a file states."""
     try:
         yield
-    except InputRefused:
+    except (InputRefused, MemoryError):
         raise
     except BaseException as error:  # any type: tokenizers' panics in Rust are no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -106,13 +106,10 @@ def read_image(image: Path | Any) -> Any:
         raise EnvironmentLacking(f"images need Pillow ({error}): pip install 'lora-export[data]'") from error
     if not isinstance(image, Path):
         return image.convert("RGB")
-    try:
-        with Image.open(image, formats=IMAGE_FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MAX_PIXELS:,} are decoded")
-            return opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputRefused(f"no image that can be read ({error})") from error
+    with refusing_failures("no image that can be read"), Image.open(image, formats=IMAGE_FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise InputRefused(f"{opened.width:,} x {opened.height:,} pixels; at most {MAX_PIXELS:,} are decoded")
+        return opened.convert("RGB")
 
 
 def image_pixels(processor: Any, image: Any) -> Any:

@@ -33,8 +33,9 @@ TEXT_OPCODES = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNIC
 NOT_TENSORS = "{} cannot be read with weights_only=True: it is damaged, or it holds more than tensors ({})"
 # What the pickle of a table of tensors names, as `module name`.
 NAMES_OF_TENSORS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|qtensor)|torch(\.storage)? \w*Storage"
-    r"|torch [a-z]\w*|torch Size|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter|sparse_tensor|qtensor)"
+    r"|torch(\.storage)? \w*Storage|torch [a-z]\w*|torch Size|torch\.nn\.parameter Parameter"
+    r"|torch\.serialization _get_layout"
 )
 # What unpickling raises for files that are damaged, or that hold more than tensors.
 FAILURES = (

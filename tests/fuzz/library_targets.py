@@ -92,8 +92,11 @@ def chat_template(data: bytes) -> bool:
     """The chat template of a tokenizer."""
     with a_place() as place:
         write(place / "model", {**tokenizer_files(), "chat_template.jinja": data})
-        tokenizer = open_tokenizer(place / "model", needed=True)
-        return not refused(lambda: render_chat(tokenizer, TURNS, tokenize=False, add_generation_prompt=True))
+        return not refused(lambda: chat_of(place / "model"))
+
+
+def chat_of(folder: Path) -> None:
+    render_chat(open_tokenizer(folder, needed=True), TURNS, tokenize=False, add_generation_prompt=True)
 
 
 def generation_config(folder: Path) -> None:
@@ -167,10 +170,11 @@ def some_rows() -> bytes:
 def gguf_config(data: bytes) -> bool:
     """The config of the base of an adapter that is converted to GGUF."""
     with a_place() as place:
-        a_base(place, config=data)
-        config = {**ADAPTER_CONFIG, "modules_to_save": None, "target_modules": ["q_proj"]}
-        name = "base_model.model.model.layers.0.self_attn.q_proj"
-        pair = {f"{name}.lora_A.weight": targets.A, f"{name}.lora_B.weight": np.ones((3, 1), np.float32)}
+        name = "model.layers.0.mlp.down_proj"
+        a_base(place, config=data, weights=targets.save({f"{name}.weight": np.ones((3, 3), np.float32)}))
+        config = {**ADAPTER_CONFIG, "modules_to_save": None, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+        sides = {"A": targets.A, "B": np.ones((3, 1), np.float32)}
+        pair = {f"{targets.WRAPPER}{name}.lora_{side}.weight": array for side, array in sides.items()}
         an_adapter(place, as_json(config), targets.save(pair))
         out = place / "a.gguf"
         code = command("convert", place / "adapter", "-o", out, "--to", "gguf", "--base", place / "base")

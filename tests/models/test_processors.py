@@ -137,7 +137,7 @@ def test_a_file_that_starts_another_program_is_no_image(tmp_path: Path, monkeypa
 
 def test_what_is_no_image_or_no_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(InputRefused, match=r"no image that can be read \(cannot identify image file"):
+    with pytest.raises(InputRefused, match=r"no image that can be read: cannot identify image file"):
         read_image(tmp_path / "a.png")
     with pytest.raises(InputRefused, match=r"has no image processor \(preprocessor_config\.json\)"):
         pixels_of([an_image(tmp_path / "b.png", RED)], tmp_path)

@@ -117,7 +117,7 @@ def test_images_are_prepared_as_the_models_processor_does(tmp_path: Path) -> Non
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     encoder = ImageEncoder(None, LabelEncoder(LabelKind.CLASS, ("blue", "red")))
-    with pytest.raises(InputRefused, match=r"no image that can be read \(cannot identify image file"):
+    with pytest.raises(InputRefused, match=r"no image that can be read: cannot identify image file"):
         encoder.encode({"image": tmp_path / "a.png", "label": "red"})
 
 
