@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lora_export.errors import EscapedLines, InputRefused, LoraExportError, escaped_lines
 from lora_export.graph.cache_names import IDS, LOGITS
+from lora_export.isolation.limits import GIB
 from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
-from lora_export.runtime.memory import GIB, available_memory
+from lora_export.runtime.memory import available_memory
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
