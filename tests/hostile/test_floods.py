@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
+import signal
 import struct
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -203,6 +206,15 @@ def test_an_endless_graph_is_stopped(tmp_path: Path) -> None:
     runner = OnnxRunner(a_graph(tmp_path / "loop.onnx", ENDLESS), timeout=0.3)
     with pytest.raises(RuntimeRefused, match=r"loop\.onnx did not finish within 0\.3 seconds"):
         runner.run({"x": np.ones(1, np.float32)})
+
+
+def test_an_endless_graph_ends_at_ctrl_c(tmp_path: Path) -> None:
+    runner, begun = OnnxRunner(a_graph(tmp_path / "loop.onnx", ENDLESS)), time.monotonic()
+    press = functools.partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+    threading.Timer(0.3, press).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run({"x": np.ones(1, np.float32)})
+    assert time.monotonic() - begun < 60
 
 
 def test_a_flood_of_names_in_json_rows_is_not_quadratic(tmp_path: Path) -> None:
