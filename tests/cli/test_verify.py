@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_export.cli.verify import verify_command
-from lora_export.runtime.runner import TIMEOUT
+from lora_export.isolation.limits import TIMEOUT
 from support import junit_schema
 from support.audits import plain, run, the_base, verified
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
-from lora_export.formats.litgpt import MAX_YAML, read_yaml
+from lora_export.formats.litgpt import read_yaml
+from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.reading import ReadOptions
 from support import ROOT, peft_folders
 
@@ -105,7 +106,7 @@ def test_a_table_is_read(tmp_path: Path) -> None:
         ("a: " + "[" * 100_000, "is not YAML"),
         ("a: 2001-99-99", "is not YAML"),
         ("a: !!python/object/apply:os.system ['touch ran']", "is not YAML"),
-        ("a" * (MAX_YAML + 1), "has more than 1,000,000 bytes"),
+        ("a" * (MAX_SETTINGS + 1), "has more than 1,000,000 bytes"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
