@@ -28,7 +28,7 @@ from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
 from lora_export.options.verify import Judging, VerifyOptions
 from lora_export.provenance import adapter_records
-from lora_export.report.files import check_report_path, write_report
+from lora_export.report.files import check_report_path, try_report_place, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
 from lora_export.runtime.expectations import refuse_unexpected
@@ -155,6 +155,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
     sources = [Path(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
         check_report_path(Path(path), [source for source in sources if source is not None])
+        try_report_place(Path(path))
     return request
 
 

@@ -279,7 +279,7 @@ def _is_value(option: click.Option, value: Any) -> bool:
         option.type, click.types.IntParamType | click.types.FloatParamType | click.IntRange | click.FloatRange
     ):
         return isinstance(value, int | float | str) and not isinstance(value, bool)
-    return isinstance(value, str)
+    return isinstance(value, str) and "\0" not in value  # which no path has
 
 
 def _distrust(path: Path, option: str, value: Any) -> str:

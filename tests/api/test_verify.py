@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_export as le
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from support.api import MODEL
 from support.handmade import peft_adapter
 
@@ -126,3 +126,16 @@ def test_report_never_overwrites_an_input(folders: Path, tmp_path: Path) -> None
         assert (merged / name).read_bytes() == before
     for _ in range(2):  # the report of the run before may be replaced
         assert le.verify(merged, **given, reports=[merged / "verdict.json"])
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("lora_export.api.verify.judge_weights", lambda *_: pytest.fail("it was judged"))
+    given = {"base": folders / "base", "adapters": folders / "adapter"}
+    for name in ("folder.json", "file/a.json"):
+        with pytest.raises(OutputFailed):
+            le.verify(folders / "merged", **given, reports=[tmp_path / "new/a.json", tmp_path / name])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.json"]

@@ -323,7 +323,7 @@ def project_tables() -> SearchStrategy[bytes]:
             "[[1]]",
             '"\\u001b[2J"',
         ),
-        *("-1", "9" * 400, '"' + "n" * 300 + '"', "[" * 3000, '"a.py:f"', "0x7f", '""'),
+        *("-1", "9" * 400, '"' + "n" * 300 + '"', "[" * 3000, '"a.py:f"', "0x7f", '"\\u0000.json"', '""'),
     )
     line = st.tuples(st.sampled_from(names), st.sampled_from(values)).map(" = ".join)
     head = st.sampled_from(

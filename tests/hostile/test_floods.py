@@ -180,6 +180,10 @@ def test_a_sound_that_states_hours_is_refused(tmp_path: Path) -> None:
 
 TILE = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[N] x) => (float[M] y) <int64[1] times = {900000000}> { y = Tile(x, times) }"""
+FOLDED = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[N] x) => (float[M] y) <float[1] one = {1}, int64[1] times = {900000000}>
+{ t = Tile(one, times)
+  y = Add(t, x) }"""
 ENDLESS = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[N] x) => (float[N] y) <int64 most = {9223372036854775807}, bool on = {1}>
 { y = Loop(most, on, x) <body = b (int64 i, bool c, float[N] v) => (bool d, float[N] w)
@@ -193,8 +197,9 @@ def a_graph(path: Path, text: str) -> Path:
 
 
 @LINUX
-def test_a_graph_that_takes_gigabytes_is_refused(tmp_path: Path) -> None:
-    runner = OnnxRunner(a_graph(tmp_path / "tile.onnx", TILE))
+@pytest.mark.parametrize("text", [TILE, FOLDED])
+def test_a_graph_that_takes_gigabytes_is_refused(tmp_path: Path, text: str) -> None:
+    runner = OnnxRunner(a_graph(tmp_path / "tile.onnx", text))
     x = {"x": np.ones(1, np.float32)}
     with pytest.raises(RuntimeRefused, match=r"tile\.onnx needs more memory than the 2\.0 GiB that it may take"):
         runner.run(x)

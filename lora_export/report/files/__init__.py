@@ -6,6 +6,7 @@ option `reports` of `verify` then take its suffix.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -59,6 +60,16 @@ def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
         if is_inside and not (source.is_dir() and _is_report(path)):
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
     kind.require()
+
+
+class _Tried(Exception):
+    """The file could be written, and is not."""
+
+
+def try_report_place(path: Path) -> None:
+    """Raise OutputFailed where no report could be written at a path: before the work, not with its verdict."""
+    with contextlib.suppress(_Tried), atomic_output.stage_file(path, inputs=[], overwrite=True):
+        raise _Tried
 
 
 def _kind_of(path: Path) -> ReportFile:
