@@ -15,7 +15,7 @@ from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.models.processors import PIXELS, open_tokenizer
+from lora_export.models.processors import PIXELS, open_tokenizer, refusing_failures
 from lora_export.options.declaring import takes
 from lora_export.options.export import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
@@ -151,8 +151,8 @@ class _TextStream:
     def _text(self) -> str | None:
         if self.tokenizer is None:
             return None
-        text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return text
+        with refusing_failures("the tokenizer fails on the model's tokens"):
+            return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
     def _show(self, text: str) -> None:
         if len(text) > self.shown:

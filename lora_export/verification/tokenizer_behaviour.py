@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.errors import EnvironmentLacking, InputRefused
+
 # Where tokenizers part: case, accents, white space, scripts, digits, symbols, what is no character of any text.
 CORPUS = (
     *("", " ", "  two  spaces ", "\ttab\n\nlines\r\n", "MiXeD CASE Word", "naïve café Ünïcode ﬁ ①", "e\u0301 é"),
@@ -27,12 +29,13 @@ def tokenizer_differences(base: Path, merged: Path) -> list[str] | None:
 
     None where one cannot be opened or run, and where transformers is not installed.
     """
-    from lora_export.models.processors import open_tokenizer
+    from lora_export.models.processors import open_tokenizer, refusing_failures
 
     try:
-        before, after = open_tokenizer(base, needed=True), open_tokenizer(merged, needed=True)
-        return [*_of_vocabularies(before, after), *_of_ids(before, after), *_of_settings(before, after)]
-    except Exception:  # noqa: BLE001  a damaged tokenizer raises any type: its files show what differs
+        with refusing_failures("the tokenizers cannot be compared"):
+            before, after = open_tokenizer(base, needed=True), open_tokenizer(merged, needed=True)
+            return [*_of_vocabularies(before, after), *_of_ids(before, after), *_of_settings(before, after)]
+    except (InputRefused, EnvironmentLacking):  # its files show what differs
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -245,4 +246,18 @@ def words_tokenizer(folder: Path, *, pad: str | None = "<pad>") -> Path:
     tokens.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
     special = {"unk_token": "<unk>", "eos_token": "<eos>"} | ({"pad_token": pad} if pad else {})
     hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
+    return folder
+
+
+def backtracking(folder: Path) -> Path:
+    """Let the tokenizer in a folder split texts by a pattern that takes years on many letters a."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    path.write_text(json.dumps(content))
     return folder

@@ -19,6 +19,7 @@ from lora_export.lora import Adapter
 from lora_export.verification.companion_files import ComparedFiles, compare_files, loaded_files
 from support.cli import answer, call
 from support.handmade import base_file, peft_adapter
+from support.small_models import backtracking, words_tokenizer
 
 CONFIG = {
     "model_type": "llama",
@@ -207,6 +208,11 @@ def test_a_tokenizer_that_cannot_be_run_is_compared_by_its_files(minilm: Path, t
     shutil.copytree(minilm, merged)
     changed(merged, "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}})
     assert any(line.startswith("tokenizer.json: vocab") for line in compare_files(minilm, merged, []).differences)
+
+
+def test_a_tokenizer_that_panics_is_compared_by_its_files(tmp_path: Path) -> None:
+    base, merged = words_tokenizer(tmp_path / "base"), backtracking(words_tokenizer(tmp_path / "merged"))
+    assert any(line.startswith("tokenizer.json: pre_tok") for line in compare_files(base, merged, []).differences)
 
 
 OTHER_FILES = {
