@@ -19,7 +19,7 @@ def _limit(of: str, most: int, unit: str) -> int:
 
 MEMORY = _limit("a run of an ONNX graph, a TorchScript file or a `.pt2`, and the reading of a pickle", 2 * GIB, "bytes")
 MEMORY_OF_FILE = _limit("the same, for each byte of the file", 4, "further bytes")
-TIMEOUT = _limit("a run of a graph or a file, where `--timeout` states nothing else", 600, "seconds")
+TIMEOUT = _limit("a run of a graph or a file, where no other time limit is given", 600, "seconds")
 MAX_CODE = _limit("one record of code in a TorchScript file", 64 * MIB, "bytes")
 MAX_ANSWER = _limit("the names and shapes of what a process of its own answers", 64 * MIB, "bytes")
 
