@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,13 @@ def test_a_template_gives_what_transformers_gives(tokenizer: Any, template: str,
     expected = tokenizer.apply_chat_template(TURNS, **options)
     made = render_chat(tokenizer, TURNS, **options)
     assert made == (dict(expected) if hasattr(expected, "items") else expected) and len(made)
+
+
+def test_elsewhere_a_template_is_rendered_in_this_process(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.chat_template = PLAIN
+    monkeypatch.setattr(chat_templates, "sys", SimpleNamespace(platform="darwin"))
+    assert render_chat(tokenizer, TURNS[1:2], tokenize=False) == "user: good film\n"
+    assert tokenizer not in chat_templates._processes
 
 
 def test_values_that_json_does_not_have_are_placeholders(tokenizer: Any) -> None:
