@@ -192,14 +192,130 @@ def _z_image() -> nn.Module:
     )
 
 
+def _chroma() -> nn.Module:
+    from diffusers import ChromaTransformer2DModel
+
+    return ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=20,
+        approximator_layers=2,
+    )
+
+
+def _wan_vace() -> nn.Module:
+    from diffusers import WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=32,
+        ffn_dim=28,
+        num_layers=2,
+        vace_layers=[0, 1],
+        vace_in_channels=6,
+    )
+
+
+def _lumina_2() -> nn.Module:
+    from diffusers import Lumina2Transformer2DModel
+
+    return Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        cap_feat_dim=16,
+    )
+
+
+def _mochi() -> nn.Module:
+    """Its 48 blocks are those of the published model, which diffusers counts on."""
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=6,
+        pooled_projection_dim=8,
+        in_channels=4,
+        text_embed_dim=10,
+        time_embed_dim=16,
+    )
+
+
+def _aura_flow() -> nn.Module:
+    from diffusers import AuraFlowTransformer2DModel
+
+    return AuraFlowTransformer2DModel(
+        sample_size=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+    )
+
+
+def _sana() -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+    )
+
+
+def _ltx_video() -> nn.Module:
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=12,
+    )
+
+
 BUILDERS = {
     "Flux": _flux,
+    "Chroma": _chroma,
     "Flux 2": _flux_2,
     "Stable Diffusion 3": _sd_3,
     "Wan": _wan,
+    "Wan-VACE": _wan_vace,
     "HunyuanVideo": _hunyuan_video,
     "Qwen-Image": _qwen_image,
     "Z-Image": _z_image,
+    "Lumina 2": _lumina_2,
+    "Mochi": _mochi,
+    "AuraFlow": _aura_flow,
+    "Sana": _sana,
+    "LTX-Video": _ltx_video,
 }
 PIPELINES = {
     "Flux": "FluxPipeline",
