@@ -98,10 +98,10 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
     match = SHARD.fullmatch(path.name)
     if match is None:
         return safetensors_file.open_file(path)
-    count, digits = int(match["count"]), len(match["number"])
+    count, (start, end) = int(match["count"]), match.span("number")
     if not 0 < count <= MOST_SHARDS:
         raise InputRefused(f"{path} is one of {count} shards, and an adapter has 1 to {MOST_SHARDS}")
-    names = [f"{match['stem']}-{number:0{digits}}-of-{match['count']}.safetensors" for number in range(1, count + 1)]
+    names = [f"{path.name[:start]}{number:0{end - start}}{path.name[end:]}" for number in range(1, count + 1)]
     if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise InputRefused(f"{path} is one of {count} shards, and {path.parent} lacks others:", listed(missing))
     shards = [safetensors_file.open_file(path.parent / name) for name in names]

@@ -41,10 +41,10 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 CONFIGS = (CONFIG, GENERATION_CONFIG)
 UNREAD = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".ipynb", ".log")
-WEIGHTS = (".safetensors", *OTHER_WEIGHTS)
+WEIGHT_ENDINGS = (".safetensors", *OTHER_WEIGHTS)
 SHOWN_VALUE = 60  # characters of a value in a message
 SHOWN_DIFFERENCES = 8  # of one file
-SHOWN_NAMES = 8
+SHOWN_FILES = 8
 
 Values = Mapping[str, Any]
 
@@ -202,7 +202,7 @@ def _names(folder: Path) -> Iterator[str]:
     for path in input_files.regular_files(folder):
         relative = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in relative.parts)
-        is_weights = relative.name.endswith(WEIGHTS) or is_index(relative.name)
+        is_weights = relative.name.endswith(WEIGHT_ENDINGS) or is_index(relative.name)
         if not is_hidden and (path.parent in modules or not is_weights):
             yield relative.as_posix()
 
@@ -250,8 +250,8 @@ def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tup
 
 
 def shown_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (
-        f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_FILES]) + (
+        f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
     )
 
 

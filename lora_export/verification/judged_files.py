@@ -20,7 +20,7 @@ from lora_export.verification.companion_files import (
     CONFIGS,
     TOKENIZER_READERS,
     VOCABULARIES,
-    WEIGHTS,
+    WEIGHT_ENDINGS,
     ComparedFiles,
     shown_names,
 )
@@ -81,9 +81,9 @@ def loaded_files(candidate: Artifact) -> LoadedFiles:
     leftovers = [name for name in others if _is_leftover(name, candidate.kind)]
     differences = [f"{name} is not what was judged, and {why}. Remove it" for name in leftovers] + differences
     others = [name for name in others if name not in leftovers]
-    weights = [name for name in others if name.endswith(WEIGHTS) and not OF_TRAINERS.fullmatch(name)]
-    not_judged = [f"other weights, which a loader may be told to take: {shown_names(weights)}"] if weights else []
-    texts = [name for name in others if name.endswith((*WEIGHTS, *TEXTS)) and name not in weights]
+    weights = [name for name in others if name.endswith(WEIGHT_ENDINGS) and not OF_TRAINERS.fullmatch(name)]
+    not_judged = [f"other weights in the folder: {shown_names(weights)}"] if weights else []
+    texts = [name for name in others if name.endswith((*WEIGHT_ENDINGS, *TEXTS)) and name not in weights]
     notes = [f"not compared: {shown_names(texts)}"] if texts else []
     return LoadedFiles(
         judged, ComparedFiles(*(tuple(map(one_line, lines)) for lines in (differences, not_judged, notes)))

@@ -76,7 +76,7 @@ def test_other_weights_are_listed_as_not_judged(merged: Path, name: str, capsys:
     (merged / name).write_bytes(b"")
     code, document = answer(capsys, *audit(merged), "--no-strict")
     assert code == 0
-    assert document["not_judged"] == [f"other weights, which a loader may be told to take: {name}"]
+    assert document["not_judged"] == [f"other weights in the folder: {name}"]
     assert call(*audit(merged), "--strict") == 5
 
 
@@ -86,9 +86,7 @@ def test_a_merged_decoder_beside_the_graphs_of_an_encoder_decoder_is_different(t
     found = loaded_files(open_artifact(tmp_path))
     assert set(found.judged) == {*GRAPH_FILES, "config.json", "tokenizer.json"}
     assert found.others.differences == ()
-    assert found.others.not_judged == (
-        "other weights, which a loader may be told to take: model.safetensors, quantised.onnx",
-    )
+    assert found.others.not_judged == ("other weights in the folder: model.safetensors, quantised.onnx",)
     (tmp_path / "decoder_model_merged.onnx").write_bytes(b"")
     (line,) = loaded_files(open_artifact(tmp_path)).others.differences
     assert line.startswith("decoder_model_merged.onnx is not what was judged, and a loader takes it before")
