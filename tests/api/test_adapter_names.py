@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,10 +34,13 @@ from support.diffusion import (
     arrays_of,
     change,
     clip_text_model,
+    converted_by_diffusers,
     folder_of,
     fused_by_diffusers,
     headers_of,
+    layout_of,
     linear_shapes,
+    original_shapes,
     random_pairs,
     transformer,
     unet,
@@ -345,6 +349,35 @@ def test_diffusers_reads_what_is_written_for_kohyas_scripts(family, tmp_path):
     theirs, own = fused_by_diffusers(model, PIPELINES[family], written, "transformer"), arrays_of(model)
     for module, pair in pairs.items():
         assert np.abs(theirs[f"{module}.weight"] - own[f"{module}.weight"] - change(pair, 0.5)).max() < 5e-6
+
+
+@pytest.mark.parametrize("family", ["Wan-VACE", "Chroma", "Mochi", "AuraFlow", "Sana", "LTX-Video"])
+def test_an_adapter_for_comfyui_changes_the_checkpoint_of_the_authors(family, tmp_path):
+    """diffusers itself takes the changes of that checkpoint back to its own names."""
+    model, wide = transformer(family), ("single_transformer_blocks.0.attn", "single_transformer_blocks.0.proj_mlp")
+    shapes = {
+        name: shape
+        for name, shape in linear_shapes(model).items()
+        if not re.match(r"transformer_blocks\.([2-9]|[1-3]\d)", name)
+        and not (family == "Chroma" and name.startswith(wide))
+    }
+    pairs = random_pairs(shapes)
+    path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="transformer.", alpha=1)
+    base = folder_of(model, tmp_path / "base")
+    written = load_file(lora_export.convert(path, tmp_path / "out", to="comfyui", base=base).output)
+    stored = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    checkpoint = {name: torch.zeros(shape) for name, shape in original_shapes(layout_of(family), stored).items()}
+    checkpoint |= {name: torch.zeros(21504, 1) for name in checkpoint if ".linear1." in name}  # diffusers' own width
+    for key in written:
+        if key.endswith(".lora_A.weight"):
+            change_of = torch.from_numpy(written[key.replace("lora_A", "lora_B")] @ written[key])
+            name = key.removeprefix("diffusion_model.").replace(".lora_A.weight", ".weight")
+            assert checkpoint[name].shape == change_of.shape, name
+            checkpoint[name] = change_of
+    found = converted_by_diffusers(family, checkpoint)
+    assert {
+        name: np.abs(found[f"{name}.weight"].numpy() - change(pair, 0.5)).max() for name, pair in pairs.items()
+    } == (pytest.approx(dict.fromkeys(pairs, 0), abs=5e-6))
 
 
 @pytest.mark.parametrize("like_sdxl", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -10,7 +10,15 @@ import torch
 
 from lora_export.names.diffusion_layouts import TABLES, OtherLayout, other_layouts, unet_table
 from lora_export.names.tensor_parts import NotExpressible
-from support.diffusion import Arrays, transformer, unet
+from support.diffusion import (
+    CONVERTERS,
+    Arrays,
+    converted_by_diffusers,
+    layout_of,
+    original_shapes,
+    transformer,
+    unet,
+)
 
 QKV = "double_blocks.0.img_attn.qkv"
 FLUX = {
@@ -92,46 +100,10 @@ def test_the_packed_attention_of_openclip_is_three_projections():
     assert layout.tensors[f"{own}.k_proj.weight"].sources == [names[0]]
 
 
-CONVERTERS = {
-    "Flux": "convert_flux_transformer_checkpoint_to_diffusers",
-    "Chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
-    "Flux 2": "convert_flux2_transformer_checkpoint_to_diffusers",
-    "Stable Diffusion 3": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "Wan": "convert_wan_transformer_to_diffusers",
-    "Wan-VACE": "convert_wan_transformer_to_diffusers",
-    "HunyuanVideo": "convert_hunyuan_video_transformer_to_diffusers",
-    "Z-Image": "convert_z_image_transformer_checkpoint_to_diffusers",
-    "Lumina 2": "convert_lumina2_to_diffusers",
-    "Mochi": "convert_mochi_transformer_checkpoint_to_diffusers",
-    "AuraFlow": "convert_auraflow_transformer_checkpoint_to_diffusers",
-    "Sana": "convert_sana_transformer_to_diffusers",
-    "LTX-Video": "convert_ltx_transformer_checkpoint_to_diffusers",
-}
 # diffusers has the widths of the published models in its code where it splits these: ending -> (out, in) there
 WIDE = {"single_blocks.0.linear1": (21504, 3072), "attention.qkv": (3840, 2304)}
 OF_ONE_WIDTH = ("Flux", "Chroma", "HunyuanVideo", "Lumina 2")
 OTHER_NAMES = {"pos_embed.pos_embed": "pos_embed"}  # of a buffer that no adapter changes
-
-
-class WithOthers(dict[str, torch.Tensor]):
-    """The tensors of a checkpoint. The norms and buffers that the layouts do not name are zeros."""
-
-    def pop(self, key: str, *_: object) -> torch.Tensor:
-        return super().pop(key, torch.zeros(2, 1))
-
-
-def layout_of(model: str) -> OtherLayout:
-    names, own = transformer(model).state_dict(), type(transformer(model)).__name__
-    return next(layout for layout in other_layouts(names) if own in layout.diffusers_classes)
-
-
-def original_shapes(layout: OtherLayout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {
-        name: shapes[tensor.stored]
-        if tensor.conversion is None
-        else tensor.conversion.assembled(shapes.__getitem__)[name].shape
-        for name, tensor in layout.tensors.items()
-    }
 
 
 def placed(layout: OtherLayout, original: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
@@ -158,8 +130,6 @@ def numbered(shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
 
 @pytest.mark.parametrize("model", CONVERTERS)
 def test_every_tensor_has_the_place_that_diffusers_gives_it(model):
-    from diffusers.loaders import single_file_utils
-
     layout = layout_of(model)
     shapes = {name: tuple(value.shape) for name, value in transformer(model).state_dict().items()}
     original = numbered(original_shapes(layout, shapes))
@@ -167,8 +137,7 @@ def test_every_tensor_has_the_place_that_diffusers_gives_it(model):
     wide = {name: shape for name in of_width for ending, shape in WIDE.items() if ending in name}
     rows = {name: torch.arange(out).reshape(-1, *[1] * (original[name].ndim - 1)) for name, (out, _) in wide.items()}
     given = {OTHER_NAMES.get(name, name): torch.from_numpy(value) for name, value in original.items()}
-    convert: Callable[..., dict[str, torch.Tensor]] = getattr(single_file_utils, CONVERTERS[model])
-    converted = {name: value for name, value in convert(WithOthers(given | rows)).items() if value is not None}
+    converted = converted_by_diffusers(model, given | rows)
     ours = placed(layout, original, shapes)
     of_wide = {part for name in wide for part in layout.tensors[name].sources}
     matrices = {name for name in ours if name.endswith(".weight") and ours[name].ndim > 1}

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from lora_export import merge
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -435,3 +436,51 @@ def fused_by_diffusers(model: nn.Module, pipeline: str, adapter: Path, part: str
     copied.fuse_lora()
     copied.unload_lora()
     return arrays_of(copied)
+
+
+# --- Checkpoints of the authors ---
+
+CONVERTERS = {
+    "Flux": "convert_flux_transformer_checkpoint_to_diffusers",
+    "Chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "Flux 2": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "Stable Diffusion 3": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "Wan": "convert_wan_transformer_to_diffusers",
+    "Wan-VACE": "convert_wan_transformer_to_diffusers",
+    "HunyuanVideo": "convert_hunyuan_video_transformer_to_diffusers",
+    "Z-Image": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "Lumina 2": "convert_lumina2_to_diffusers",
+    "Mochi": "convert_mochi_transformer_checkpoint_to_diffusers",
+    "AuraFlow": "convert_auraflow_transformer_checkpoint_to_diffusers",
+    "Sana": "convert_sana_transformer_to_diffusers",
+    "LTX-Video": "convert_ltx_transformer_checkpoint_to_diffusers",
+}
+
+
+class WithOthers(dict[str, torch.Tensor]):
+    """The tensors of a checkpoint. The norms and buffers that the layouts do not name are zeros."""
+
+    def pop(self, key: str, *_: object) -> torch.Tensor:
+        return super().pop(key, torch.zeros(2, 1))
+
+
+def converted_by_diffusers(model: str, checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of diffusers that its own code makes of a checkpoint of the authors."""
+    from diffusers.loaders import single_file_utils
+
+    convert = getattr(single_file_utils, CONVERTERS[model])
+    return {name: value for name, value in convert(WithOthers(checkpoint)).items() if value is not None}
+
+
+def layout_of(model: str) -> OtherLayout:
+    names, own = transformer(model).state_dict(), type(transformer(model)).__name__
+    return next(layout for layout in other_layouts(names) if own in layout.diffusers_classes)
+
+
+def original_shapes(layout: OtherLayout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shapes[tensor.stored]
+        if tensor.conversion is None
+        else tensor.conversion.assembled(shapes.__getitem__)[name].shape
+        for name, tensor in layout.tensors.items()
+    }
