@@ -67,6 +67,36 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
     return renamed
 
 
+def with_dots_of(adapter: Adapter, base: Path) -> Adapter:
+    """The adapter, whose names have `_` in place of the dots, under those of the model that is loaded from the base.
+
+    Raises as `named_for`.
+    """
+    checkpoint = open_checkpoint(base, variant=variant_like(base))
+    if checkpoint.rules is not None:
+        return named_for(adapter, "transformers5", base)
+    (named,) = respelled([adapter], checkpoint.specs, None)  # of diffusers, which renames nothing; or of a bare file
+    return named
+
+
+def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
+    """The adapter, with the names of its base, without the whole tensors that are the base's own.
+
+    PEFT saves the tables of embeddings beside their pairs, in the type that the loaded model had.
+    """
+    checkpoint = open_checkpoint(base)
+    files = {spec.name: spec.file for spec in checkpoint.specs}
+    repeated = []
+    for name, table in adapter.replaced.items():
+        own = checkpoint.shards[files[name]].read(name) if name in files else None
+        with np.errstate(over="ignore"):  # an infinity is no equal value
+            if own is not None and np.array_equal(own.astype(table.dtype), table):
+                repeated.append(name)
+    replaced = {name: table for name, table in adapter.replaced.items() if name not in repeated}
+    notes = [f"{name} is saved whole, and is the base's own: it is left out" for name in repeated]
+    return replace(adapter, replaced=replaced, notes=(*adapter.notes, *notes))
+
+
 def _placed(name: str, pair: LoraPair, base: BaseTensors, views: Mapping[str, TensorSpec]) -> tuple[str, LoraPair]:
     """The name and the pair of a part: of an expert as it is stored, and of a part with a tensor of its own."""
     owner, index = split_part(name)
@@ -222,7 +252,7 @@ def _under_names_of_authors(adapter: Adapter, checkpoint: Checkpoint, to: str) -
 def _layout_of_authors(names: Iterable[str], diffusers_class: object) -> OtherLayout | None:
     """The layout of the authors, for a model of diffusers whose class has one. Two families may share many names."""
     layouts = [layout for layout in other_layouts(names) if layout.is_original]
-    return next((layout for layout in layouts if layout.diffusers_class == diffusers_class), None)
+    return next((layout for layout in layouts if diffusers_class in layout.diffusers_classes), None)
 
 
 class _NamesOfAuthors:

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from lora_export import plan, provenance
-from lora_export.api.adapter_names import family_of_base, named_for, named_for_pipeline
+from lora_export.api.adapter_names import (
+    family_of_base,
+    named_for,
+    named_for_pipeline,
+    with_dots_of,
+    without_repeated_tables,
+)
 from lora_export.api.adapters import copy_head_config, staged, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
@@ -74,6 +80,9 @@ def convert(options: ConvertOptions) -> ConvertResult:
     elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
         loaded = named_for(loaded, names or "transformers4", base)
+        loaded = loaded if to == "peft" else without_repeated_tables(loaded, base)
+    elif base is not None and loaded.flattened:
+        loaded = with_dots_of(loaded, base)
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     family = Family.UNKNOWN

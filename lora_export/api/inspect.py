@@ -120,8 +120,8 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
     if options.check and (damaged := damage(path)):
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
-    if formats.recognised(path):
-        return Inspection(path, adapter=formats.load(path, options=options.reading))
+    if formats.recognised(own := formats.located(path)):
+        return Inspection(own, adapter=formats.load(path, options=options.reading))
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter
 

@@ -75,7 +75,7 @@ def _load_adapter(source: str | Path, options: ReadOptions) -> Adapter:
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:
     """The paths from which adapters are read; an output must not be inside one of them."""
-    return [split_name(source)[1] for source in _as_list(sources) if not isinstance(source, Adapter)]
+    return [formats.located(split_name(each)[1]) for each in _as_list(sources) if not isinstance(each, Adapter)]
 
 
 def refuse_weights_alone(sources: AdapterSources, weights: Sequence[float]) -> None:

@@ -38,12 +38,16 @@ from lora_export.models.model import Model
 from lora_export.options.declaring import narrowed, takes
 from lora_export.options.spelling import named
 from lora_export.options.train import TrainingSettings, TrainOptions
-from lora_export.report.files.page import require_jinja2
-from lora_export.report.training import require_matplotlib
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import ReadyBatches
-from lora_export.training.checkpoint import Checkpoints, TrainingHistory, checkpoint_folder, require_tensorboard
+from lora_export.training.checkpoint import (
+    TRAINING_STATE,
+    Checkpoints,
+    TrainingHistory,
+    checkpoint_folder,
+    require_tensorboard,
+)
 from lora_export.training.compiling import refuse_without_compiler
 from lora_export.training.evaluation import Score
 from lora_export.training.loop import accelerator_for
@@ -107,11 +111,11 @@ def train(options: TrainOptions) -> TrainResult:
     computed in it; A, B and heads are fp32.
 
     Several ranks give a folder of adapters, `rank-4` and so on. With several, and with `compare`, all are trained from
-    the same seed and data, and `comparison.json`, `.png` and `.html` in the output have the table.
+    the same seed and data, and `comparison.json`, `.html` (with jinja2) and `.png` (with matplotlib) have the table.
 
     A checkpoint is written to `OUTPUT.training` every `save_every` steps and when training is interrupted; with
-    `resume`, training continues from it, with the same results to the last bit on a CPU. The folder of `tensorboard`
-    stays after an error.
+    `resume`, training continues from it, with the same results to the last bit on a CPU, or starts where none was
+    written yet. The folder of `tensorboard` stays after an error.
 
     Raises InputRefused for a model or data that cannot be used and for a loss that is not finite, EnvironmentLacking
     where a package, the device or memory is missing, and OutputFailed where `output` cannot be written. After an error
@@ -146,7 +150,7 @@ def train(options: TrainOptions) -> TrainResult:
         runs += trainer.compared(options.compare)
         if options.is_comparison:
             table = {"model": str(options.model), "data": f"{options.data}: {learnt}", "settings": settings.recorded}
-            write_comparison(stage, table | {"runs": [run.document for run in runs]}, runs)
+            write_comparison(stage, table | {"runs": [run.document for run in runs]}, runs, on_message)
         made = {"made_by": f"lora-export {__version__}", "model": str(options.model), "settings": settings.recorded}
         write_manifest(stage, made | ({"base_quantization": quantised} if quantised else {}))
     if checkpoints is not None and process_rank() == 0:
@@ -167,9 +171,6 @@ def _prepared(options: TrainOptions) -> TrainOptions:
     continued = options.continue_from
     if continued is not None:
         continued = locate(continued, options.on_message, options.download)
-    if options.is_comparison:
-        require_matplotlib()
-        require_jinja2()
     if options.tensorboard is not None:
         require_tensorboard()
     if options.quantize_base:
@@ -207,6 +208,8 @@ def _place_of_checkpoint(options: TrainOptions) -> Path:
             f"{folder} has the checkpoint of a training that did not end: add {named('resume', True)}, or "
             f"{named('overwrite', True)}"
         )
+    if options.resume and not (folder / TRAINING_STATE).is_file():
+        options.on_message(f"note: there is no checkpoint in {folder}: training starts from the beginning")
     return folder
 
 

@@ -121,9 +121,16 @@ def facts_for_card(
     }
 
 
-def write_comparison(stage: Path, document: Mapping[str, Any], runs: Sequence[TrainingRun]) -> None:
-    """Write the table of all runs as JSON, its curves as PNG, and a page with both."""
+def write_comparison(
+    stage: Path, document: Mapping[str, Any], runs: Sequence[TrainingRun], on_message: OnMessage
+) -> None:
+    """Write the table of all runs as JSON; its curves as PNG and a page, where matplotlib and jinja2 are installed."""
     write_json(stage / f"{COMPARISON}.json", dict(document))
-    draw_losses(losses_of(runs), stage / f"{COMPARISON}.png")
-    page = comparison_page(document, f"{COMPARISON}.png")
-    (stage / f"{COMPARISON}.html").write_text(page, encoding="utf-8", newline="\n")
+    picture = f"{COMPARISON}.png" if importlib.util.find_spec("matplotlib") else ""
+    if picture:
+        draw_losses(losses_of(runs), stage / picture)
+    if importlib.util.find_spec("jinja2"):
+        page = comparison_page(document, picture)
+        (stage / f"{COMPARISON}.html").write_text(page, encoding="utf-8", newline="\n")
+    else:
+        on_message("note: the table is not written as a page: jinja2 is missing (pip install 'lora-export[report]')")

@@ -17,8 +17,9 @@ from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
-from lora_export.verification.companion_files import compare_files, loaded_files
+from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.root_cause import without_guesses
+from lora_export.verification.judged_files import loaded_files
 
 if TYPE_CHECKING:
     from lora_export.verification.proof import Proof

@@ -24,7 +24,8 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.companion_files import compare_files, loaded_files
+from lora_export.verification.companion_files import compare_files
+from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.checkpoint import open_checkpoint

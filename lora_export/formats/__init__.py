@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import InputRefused, listed
+from lora_export.formats.adapter_files import SHARD, is_tensor_file
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
@@ -89,15 +90,30 @@ def recognised(path: Path) -> bool:
     return any(adapter_format.recognises(path) for adapter_format in known_formats().values())
 
 
+def located(path: Path) -> Path:
+    """The path; or the only adapter in a folder inside of it, where it is a folder and has no tensors itself.
+
+    PEFT saves an adapter with a name into a folder of this name, trainers save one with every checkpoint. Raises
+    InputRefused where several are inside.
+    """
+    if not path.is_dir() or recognised(path) or any(map(is_tensor_file, path.iterdir())):
+        return path
+    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and recognised(each)]
+    if len(inside) > 1:
+        names = ", ".join(each.name for each in inside)
+        raise InputRefused(f"{path} is no adapter, and has {len(inside)} of them inside: {names}. Name one of these")
+    return inside[0] if inside else path
+
+
 def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DEFAULTS) -> Adapter:
-    """Read an adapter in any known format, from its folder or its one file. Runs no code that came with it.
+    """Read an adapter in any known format, from its folder or file, as `located` finds it. Runs no code of its own.
 
     `name` is the adapter's name in reports and graphs (default: the folder's name, or the file's without its suffix,
     where that is no name like `adapter_model`). `options` state what its files do not record, and choose a format where
     several recognise the adapter. Raises InputRefused for an adapter that is missing, damaged, unknown or not
     supported.
     """
-    path = Path(path)
+    outer, path = Path(path), located(Path(path))
     input_files.must_exist(path, "adapter")
     candidates = known_formats()
     if options.format:
@@ -117,7 +133,9 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         first = named("format", next(iter(matching)))
         raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
     (module,) = matching.values()
-    return replace(module.read(path, name or _default_name(path), options), hub=hub_source(path))
+    adapter = module.read(path, name or _default_name(outer), options)
+    inside = (f"{outer}: the adapter is in its folder {path.name}.",) if path != outer else ()
+    return replace(adapter, notes=(*inside, *adapter.notes), hub=hub_source(path))
 
 
 def _refuse_foreign_keys(path: Path) -> None:
@@ -134,5 +152,6 @@ def _default_name(path: Path) -> str:
     resolved = path.resolve()
     if resolved.is_dir():
         return resolved.name
-    stem = resolved.name.partition(".")[0]
+    shard = SHARD.fullmatch(resolved.name)
+    stem = shard["stem"] if shard else resolved.name.partition(".")[0]
     return resolved.parent.name if stem in SAME_FOR_ALL else stem

@@ -1,6 +1,6 @@
 """What the readers of formats share: the files of an adapter, its keys by module, and all that is wrong with its pairs.
 
-Tensors are in safetensors files, or in pickles of PyTorch where the user allows them.
+Tensors are in a safetensors file or in several, its shards, or in pickles of PyTorch where the user allows them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_export.lora import LoraPair
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
-from lora_export.storage.safetensors_file import TensorFile, is_safetensors
+from lora_export.storage.safetensors_file import Entry, TensorFile, is_safetensors
 from lora_export.storage.torch_pickle import PickledTensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")  # ends of the names that trainers give to pickles
@@ -28,8 +29,30 @@ LARGEST_NUMBER = 1e30  # in a config
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
+MOST_SHARDS = 1000
+
 Tensors = Mapping[str, NDArray[Any]]  # of one module: the side of a pair ("a", "b", ...) -> its tensor
-TensorSource = TensorFile | PickledTensors
+
+
+@dataclass(frozen=True)
+class ShardedTensors:
+    """The tensors of several files, by their headers."""
+
+    path: Path  # of the first
+    entries: Mapping[str, Entry]
+    files: Mapping[str, TensorFile]  # name of a tensor -> the file that has it
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self.files[name].read(name)
+
+    def unchanged(self) -> bool:
+        """Whether all files are still those of which the headers were read."""
+        return all(file.unchanged() for file in self.files.values())
+
+
+TensorSource = TensorFile | PickledTensors | ShardedTensors
 
 
 def is_pickle(path: Path) -> bool:
@@ -37,23 +60,32 @@ def is_pickle(path: Path) -> bool:
     return path.suffix in PICKLES
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Whether a file is taken for one of tensors."""
+    return path.is_file() and (is_safetensors(path) or is_pickle(path))
+
+
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
-        return path if is_safetensors(path) or is_pickle(path) else None
+        return path if is_tensor_file(path) else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
     for is_wanted in (is_safetensors, is_pickle):
         found = sorted(each for each in path.iterdir() if is_wanted(each) and each.is_file())
+        stems = {match["stem"] if (match := SHARD.fullmatch(each.name)) else each.name for each in found}
         if found:
-            return found[0] if len(found) == 1 else None
+            return found[0] if len(stems) == 1 else None
     return None
 
 
 def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
-    """Open a file of tensors. Raises InputRefused for a pickle that the user did not allow, and for a damaged file."""
+    """Open a file of tensors; of a shard, all of them.
+
+    Raises InputRefused for a pickle that the user did not allow, for a shard that is missing, and for a damaged file.
+    """
     if is_safetensors(path):
-        return safetensors_file.open_file(path)
+        return _open_safetensors(path)
     if not options.allow_pickle:
         raise InputRefused(
             f"{path} is a pickle, which can run code when it is opened. {named('allow_pickle', True)} reads it by "
@@ -62,12 +94,33 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
     return torch_pickle.open_pickle(path)
 
 
+def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return safetensors_file.open_file(path)
+    count, (start, end) = int(match["count"]), match.span("number")
+    if not 0 < count <= MOST_SHARDS:
+        raise InputRefused(f"{path} is one of {count} shards, and an adapter has 1 to {MOST_SHARDS}")
+    names = [f"{path.name[:start]}{number:0{end - start}}{path.name[end:]}" for number in range(1, count + 1)]
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise InputRefused(f"{path} is one of {count} shards, and {path.parent} lacks others:", listed(missing))
+    shards = [safetensors_file.open_file(path.parent / name) for name in names]
+    files: dict[str, TensorFile] = {}
+    for shard in shards:
+        if twice := sorted(files.keys() & shard.entries.keys()):
+            raise InputRefused(f"{shard.path} has tensors that another shard has too:", listed(twice))
+        files |= dict.fromkeys(shard.entries, shard)
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    metadata = {key: value for shard in shards for key, value in shard.metadata.items()}
+    return ShardedTensors(shards[0].path, entries, files, metadata)
+
+
 def names_in(path: Path) -> frozenset[str]:
     """The names of a file's tensors, `unwrapped`; of a pickle other texts too. Reads headers alone, raises nothing."""
     names: frozenset[str] = frozenset()
     if is_safetensors(path):
         try:
-            names = frozenset(safetensors_file.open_file(path).entries)
+            names = frozenset(_open_safetensors(path).entries)
         except (InputRefused, OSError):
             return names
     elif is_pickle(path):
@@ -83,7 +136,8 @@ def unwrapped(name: str) -> str:
 def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
     """The SHA-256 of an adapter's files, the tensors' last. Raises InputRefused where that one changed meanwhile."""
     digest = hashlib.sha256()
-    for path in (*beside, file.path):
+    shards = file.files.values() if isinstance(file, ShardedTensors) else ()
+    for path in (*beside, *(dict.fromkeys(shard.path for shard in shards) or [file.path])):
         with input_files.open_regular(path) as opened:
             hashlib.file_digest(opened, lambda: digest)
     if not file.unchanged():
@@ -127,12 +181,12 @@ def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else positive_size("the base's config", name, value)
 
 
-def stated_rank_and_alpha(path: Path, program: str, options: ReadOptions) -> tuple[int, float]:
-    """What the user states of an adapter that records neither. Raises InputRefused where that is missing."""
+def stated_rank_and_alpha(why: str, options: ReadOptions) -> tuple[int, float]:
+    """What the user states of an adapter that records neither, for the reason `why`. Raises InputRefused without."""
     if options.lora_rank is None or options.lora_alpha is None:
         raise InputRefused(
-            f"{path}: {program}'s files record neither rank nor alpha, and B A is multiplied by alpha / rank. State "
-            f"both as in training: {named('lora_rank', 'R')} {named('lora_alpha', 'ALPHA')}"
+            f"{why}, and B A is multiplied by alpha / rank. State both as in training: {named('lora_rank', 'R')} "
+            f"{named('lora_alpha', 'ALPHA')}"
         )
     return options.lora_rank, options.lora_alpha
 

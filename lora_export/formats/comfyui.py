@@ -46,5 +46,5 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     file.add_changes(("lora_A.weight", "lora_B.weight"), with_alpha=False)
     file.write(path)
     is_scaled = any(pair.scale != 1 for pair in adapter.pairs.values() if type(pair) is LoraPair)
-    scaled = (f"{adapter.name}: scales are multiplied into B, so that ComfyUI and diffusers read the same.",)
+    scaled = (f"{adapter.name}: scales are multiplied into B, because few readers of such a file take an alpha.",)
     return (*without_component(adapter), *(scaled if is_scaled else ()))

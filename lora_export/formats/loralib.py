@@ -47,7 +47,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a file of loralib. Raises InputRefused with everything that is wrong with it."""
     file = adapter_files.open_tensors(path, options)
-    rank, alpha = adapter_files.stated_rank_and_alpha(path, "loralib", options)
+    rank, alpha = adapter_files.stated_rank_and_alpha(f"{path}: loralib's files record neither rank nor alpha", options)
     scale = adapter_scale(rank, alpha, {})
 
     def build(module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`, or a pickle `adapter_model.bin`.
+"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`, its shards, or `adapter_model.bin`.
 
 Everything that is special about PEFT stays in this file and in those whose names begin with `peft_`. Alpha and rank
 become one scale per pair, and wrapper prefixes are removed.
@@ -6,6 +6,7 @@ become one scale per pair, and wrapper prefixes are removed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,29 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
-from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, open_tensors, refuse_problems
-from lora_export.formats.peft_config import adapter_scale, read_config, targets_of, value_for_module
+from lora_export.formats.adapter_files import (
+    TensorSource,
+    hash_of_unchanged,
+    is_tensor_file,
+    names_in,
+    open_tensors,
+    refuse_problems,
+    stated_rank_and_alpha,
+    weights_of,
+)
+from lora_export.formats.peft_config import adapter_scale, checked_config, read_config, targets_of, value_for_module
 from lora_export.formats.peft_keys import (
     ADAPTER_CONFIG,
     B_BIAS,
     EMBEDDING,
+    LOW_RANK_KEY,
     MAGNITUDE,
     PARAMETER,
     PICKLE,
     ROWS,
     WEIGHTS,
     WHOLE,
+    WRAPPER,
     A,
     B,
     Keys,
@@ -44,37 +56,46 @@ from lora_export.storage import json_files
 __all__ = ["DESCRIPTION", "SUFFIX", "read", "recognises", "write"]
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
+OWN_FILE = re.compile(r"adapter_model((-\d+-of-\d+)?\.safetensors|\.bin)")
+# Names that PEFT gives to the modules of a model. Without the config, others may be those of another format.
+OF_PEFT = re.compile(rf"{re.escape(WRAPPER)}.+|model(\.model)?\.layers\..+")
 OF_TORCHTUNE = "adapter_model.pt"  # beside a config for PEFT, and in place of PEFT's files
 
 
 def recognises(path: Path) -> bool:
-    """Whether the folder contains PEFT's config. MLX's file of the same name has no `peft_type`."""
+    """Whether the folder contains PEFT's config, or PEFT's keys and no config. MLX's config has no `peft_type`."""
     folder = _folder(path)
     if (folder / OF_TORCHTUNE).exists() and not any((folder / name).exists() for name in (WEIGHTS, PICKLE)):
         return False
+    if not (folder / ADAPTER_CONFIG).exists():
+        weights = _weights(path)
+        names = names_in(weights) if weights else ()
+        return any(".lora_A." in name and LOW_RANK_KEY.fullmatch(name) and OF_PEFT.fullmatch(name) for name in names)
     try:
         return "peft_type" in json_files.read_json(folder / ADAPTER_CONFIG)
     except InputRefused:
-        return (folder / ADAPTER_CONFIG).exists()  # it is damaged; `read` reports how
+        return True  # it is damaged; `read` reports how
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
-    folder = _folder(path)
-    config = read_config(folder / ADAPTER_CONFIG)
-    options.refuse_rank_and_alpha(ADAPTER_CONFIG)
-    weights = path if path != folder else folder / WEIGHTS
-    if not weights.exists() and (folder / PICKLE).exists():
-        weights = folder / PICKLE
-    if not weights.exists():
+    folder, weights = _folder(path), _weights(path)
+    has_config = (folder / ADAPTER_CONFIG).exists()
+    config = read_config(folder / ADAPTER_CONFIG) if has_config else {}
+    if has_config:
+        options.refuse_rank_and_alpha(ADAPTER_CONFIG)
+    if weights is None:
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = open_tensors(weights, options)
-    keys = keys_by_kind(file, config)
+    if not has_config:
+        config = _stated_config(file, options)
+    keys = keys_by_kind(file, config, options.stored_adapter)
     stored = _StoredPairs(file, keys, config, options)
     pairs = stored.pairs()
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
+    of_rank = "√r" if config.get("use_rslora") else "r"
     return Adapter(
         name=name,
         format="peft",
@@ -93,16 +114,31 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             **keys[B],
             **keys[A],
         },
-        scale_source=f"lora_alpha / {'√r' if config.get('use_rslora') else 'r'} in {ADAPTER_CONFIG}",
+        scale_source=f"lora_alpha / {of_rank} in {ADAPTER_CONFIG}" if has_config else "alpha / rank, as stated",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
-        sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
+        sha256=hash_of_unchanged(file, *([folder / ADAPTER_CONFIG] if has_config else ())),
     )
 
 
 def _folder(path: Path) -> Path:
     """The folder of an adapter that is named by its folder or by its file of tensors."""
-    return path.parent if path.name in (WEIGHTS, PICKLE) else path
+    return path.parent if OWN_FILE.fullmatch(path.name) else path
+
+
+def _weights(path: Path) -> Path | None:
+    """The file of tensors: the path itself, or that of a folder, by PEFT's name or the only one; None without."""
+    if not path.is_dir():
+        return path if is_tensor_file(path) else None
+    own = [each for each in path.iterdir() if OWN_FILE.fullmatch(each.name)]
+    return min(own, key=lambda each: (each.name == PICKLE, each.name != WEIGHTS, each.name), default=weights_of(path))
+
+
+def _stated_config(file: TensorSource, options: ReadOptions) -> dict[str, Any]:
+    """The config of an adapter that has none: plain LoRA, or DoRA, of the rank and alpha that are stated."""
+    rank, alpha = stated_rank_and_alpha(f"{file.path} has no {ADAPTER_CONFIG} beside it", options)
+    use_dora = any(".lora_magnitude_vector" in name for name in file.entries)
+    return checked_config({"r": rank, "lora_alpha": alpha, "use_dora": use_dora}, str(file.path))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.errors import InputRefused, count, refuse_unprintable
 from lora_export.formats.adapter_files import TensorSource, unwrapped
 from lora_export.formats.expert_layouts import nested_parameters
 from lora_export.formats.peft_config import is_declared
+from lora_export.options.spelling import named
 
 ADAPTER_CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WRAPPER = "base_model.model."
@@ -26,6 +27,7 @@ LOW_RANK_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
 )
+SAVED_KEY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)(?P<rest>\..+)")
 ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 # What a trainer saves for itself: the field of the config that explains it -> its keys. A merge does not use them.
 OF_THE_TRAINER = {
@@ -39,9 +41,10 @@ INNER = ".base_layer"  # where PEFT puts a pair of a parameter, inside of the pa
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
 
 
-def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def keys_by_kind(file: TensorSource, config: Mapping[str, Any], chosen: str = "") -> dict[str, dict[str, str]]:
     """Sort the file's keys by kind, and by the module or tensor that they belong to.
 
+    Of several adapters in the file, the keys of the `chosen` one are sorted, and those without an adapter's name.
     An embedding's A and B are under A and B like others. Its A is also under EMBEDDING. Those of a bare parameter
     (`target_parameters`) are under the name of the parameter, which PARAMETER maps to its full name.
     """
@@ -51,12 +54,10 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
         raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
     kinds = (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE, UNUSED, PARAMETER)
     table: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
-    adapters: set[str] = set()
     unknown, duplicates = [], []
-    for key in file.entries:
-        name = unwrapped(key).removeprefix(WRAPPER)
+    for key, name in _names_by_key(file, config, chosen).items():
         low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
-        if any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items()):
+        if _is_of_trainer(name, config):
             kind, owner = UNUSED, name
         elif rows:
             kind, owner = ROWS, f"{rows['module']}.weight"
@@ -64,7 +65,6 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
             kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
         else:
             kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match and kind != UNUSED}
         if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
             unknown.append(key)
         elif owner in table[kind]:
@@ -75,9 +75,6 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
             table[kind][owner] = key
             if low_rank and low_rank["side"] == "embedding_A":
                 table[EMBEDDING][owner] = key
-    if len(adapters) > 1:
-        names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
-        raise InputRefused(f"{file.path} contains several adapters: {names}")
     if unknown:
         raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
     if duplicates:
@@ -88,6 +85,33 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dic
     return table
 
 
+def _is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:
+    return any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items())
+
+
+def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) -> dict[str, str]:
+    """The names in the file by their keys, without those of other adapters than the `chosen` one.
+
+    The state of a model names its adapters in every key, and has several. Raises InputRefused where none is chosen of
+    these, or one that the file lacks.
+    """
+    names = {key: unwrapped(key).removeprefix(WRAPPER) for key in file.entries}
+    owners: dict[str, str] = {}
+    for key, name in names.items():
+        match = ROWS_KEY.fullmatch(name) or LOW_RANK_KEY.fullmatch(name)
+        if match and not _is_of_trainer(name, config):
+            owners[key] = match["adapter"] or ""
+    adapters = set(owners.values())
+    for key, name in names.items():
+        if (saved := SAVED_KEY.fullmatch(name)) and saved["adapter"] in adapters:
+            owners[key], names[key] = saved["adapter"], saved["module"] + saved["rest"]
+    if (len(adapters) > 1 or (chosen and any(adapters))) and chosen not in adapters - {""}:
+        shown = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
+        choice = f"it has no {chosen}" if chosen else f"choose one: {named('stored_adapter', max(adapters))}"
+        raise InputRefused(f"{file.path} contains {count(len(adapters), 'adapter')}: {shown}; {choice}")
+    return {key: name for key, name in names.items() if len(adapters) < 2 or owners.get(key, chosen) == chosen}
+
+
 def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
     """Name the pairs of bare parameters, of which the file names the module. Raises InputRefused where it is open."""
     targets = config.get("target_parameters") or ()
@@ -95,18 +119,18 @@ def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any]
     for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
         if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
             continue  # PEFT refuses to adapt a module and one of its parameters
-        named = _named_parameters(module, targets)
+        own = _named_parameters(module, targets)
         nested = [module]  # from outside to inside
         while nested[-1] + INNER in table[A]:
             nested.append(nested[-1] + INNER)
-        if not named and len(nested) == 1:
+        if not own and len(nested) == 1:
             continue
         # A target that names the module is there. One that is a bare name may be that of another module's parameter.
         stated = _named_parameters(module, [target for target in targets if "." in target])
-        names = nested_parameters(module, named, len(nested)) or nested_parameters(module, stated, len(nested))
+        names = nested_parameters(module, own, len(nested)) or nested_parameters(module, stated, len(nested))
         if names is None:
             raise InputRefused(
-                f"{path}: {len(named)} parameters of {module} are in target_parameters ({', '.join(sorted(named))}), "
+                f"{path}: {len(own)} parameters of {module} are in target_parameters ({', '.join(sorted(own))}), "
                 f"the file has {len(nested)} {'pair' if len(nested) == 1 else 'pairs'} for it, and does not record "
                 "which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
             )

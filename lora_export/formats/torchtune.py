@@ -86,7 +86,8 @@ def _rank_and_alpha(weights: Path, options: ReadOptions) -> tuple[int, float, li
     """Rank and alpha, and the file that records them, where there is one."""
     config = weights.parent / _CONFIG_BESIDE
     if not config.is_file():
-        return *adapter_files.stated_rank_and_alpha(weights, "torchtune", options), []
+        why = f"{weights}: torchtune's files record neither rank nor alpha"
+        return *adapter_files.stated_rank_and_alpha(why, options), []
     options.refuse_rank_and_alpha(_CONFIG_BESIDE)
     fields = json_files.read_json(config)
     rank, alpha = (

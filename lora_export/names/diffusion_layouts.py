@@ -28,6 +28,7 @@ class RowLayout(StrEnum):
 
     EQUAL = "equal"  # one after another, all of one size
     SQUARE_THEN_REST = "square, then the rest"  # all but the last are square matrices
+    SQUARE_THEN_EQUAL = "square, then equal"  # the first is a square matrix, the others are of one size
     SWAPPED = "swapped"  # the two halves (shift, scale) in the other order
     SWAPPED_PAIR = "swapped pair"  # as SWAPPED where the weight has just these two; else unchanged
 
@@ -51,7 +52,7 @@ class NameTable:
     """The names of one family of models. Rows with a number recognise it."""
 
     model: str
-    diffusers_class: str  # the class of such a model in diffusers; empty where it has none
+    diffusers_classes: tuple[str, ...]  # the classes of such models in diffusers, if any
     rows: tuple[TableRow, ...]
 
 
@@ -67,9 +68,13 @@ def _rows(model: Mapping[str, Any]) -> Iterator[TableRow]:
 
 
 UNET = "UNet2DConditionModel"
-TABLES = tuple(NameTable(model["model"], model["diffusers_class"], tuple(_rows(model))) for model in _DATA["models"])
+TABLES = tuple(
+    NameTable(model["model"], tuple(model["diffusers_classes"]), tuple(_rows(model))) for model in _DATA["models"]
+)
 # Classes of diffusers of which the names of the authors are known: by a table, or as they are
-KNOWN_CLASSES = frozenset({UNET, *_DATA["one_kind_of_names"], *(table.diffusers_class for table in TABLES)})
+KNOWN_CLASSES = frozenset(
+    {UNET, *_DATA["one_kind_of_names"], *(each for table in TABLES for each in table.diffusers_classes)}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +82,7 @@ class OtherLayout:
     """The tensors of a base under the names of the other layout."""
 
     model: str  # the family, such as "Flux"
-    diffusers_class: str  # the class of its models in diffusers; empty where it has none
+    diffusers_classes: tuple[str, ...]  # the classes of its models in diffusers, if any
     is_original: bool  # whether the other layout is that of the model's authors
     tensors: Mapping[str, LoadedTensor]  # name in the other layout -> the base's tensors that it consists of
 
@@ -94,7 +99,7 @@ def other_layouts(names: Iterable[str]) -> list[OtherLayout]:
                 own = [name for name in names if name.startswith(prefix)]
                 tensors = dict(_tensors(table, own, prefix, of_original=not is_original))
                 if any(tensor.conversion is not None for tensor in tensors.values()):
-                    found.append(OtherLayout(table.model, table.diffusers_class, is_original, tensors))
+                    found.append(OtherLayout(table.model, table.diffusers_classes, is_original, tensors))
     return found
 
 
@@ -195,16 +200,22 @@ class _LayoutConversion:
 
     def _range(self, size: int, shape_of: ShapeOf) -> tuple[int, int]:
         """The rows of the part."""
+        sizes = self._sizes(size, shape_of)
+        start = sum(sizes[: self.part])
+        return start, start + sizes[self.part]
+
+    def _sizes(self, size: int, shape_of: ShapeOf) -> list[int]:
+        """The rows of each part of a tensor of `size` rows."""
         if self.rows is RowLayout.EQUAL:
             if size % self.parts:
                 raise NotExpressible(f"splits {size} rows into {self.parts} equal parts")
-            step = size // self.parts
-            return self.part * step, (self.part + 1) * step
-        width = shape_of(self.weights[0])[1] if self.weights[0] else 0
-        if not width or width * (self.parts - 1) >= size:
+            return [size // self.parts] * self.parts
+        square = 1 if self.rows is RowLayout.SQUARE_THEN_EQUAL else self.parts - 1
+        width, others = shape_of(self.weights[0])[1] if self.weights[0] else 0, self.parts - square
+        rest = size - square * width
+        if not width or rest <= 0 or rest % others:
             raise NotExpressible(f"splits {size} rows into square matrices and a rest")
-        start = self.part * width
-        return start, size if self.part == self.parts - 1 else start + width
+        return [width] * square + [rest // others] * others
 
 
 # --- A UNet ---
@@ -226,7 +237,7 @@ def unet_table(names: Iterable[str]) -> NameTable | None:
         if 0 < depth <= MOST_BLOCKS and 0 < blocks <= MOST_BLOCKS:
             rows = _DATA["unet"]["outside"] | dict(_unet_rows(depth, blocks, with_attention))
             table = tuple(TableRow(original, (diffusers,)) for original, diffusers in rows.items())
-            return NameTable("UNet", UNET, table)
+            return NameTable("UNet", (UNET,), table)
     return None
 
 

@@ -76,7 +76,10 @@ def draw_losses(
 
 
 def comparison_page(document: Mapping[str, Any], picture: str) -> str:
-    """The page of a comparison. `picture` is the PNG's name beside it. Raises EnvironmentLacking without jinja2."""
+    """The page of a comparison. `picture` is the name of a PNG beside it, or "".
+
+    Raises EnvironmentLacking without jinja2.
+    """
     rows = comparison_rows(document["runs"])
     return render("comparison.html.j2", document=document, titles=TITLES, rows=rows, picture=picture)
 

@@ -69,9 +69,9 @@ def fit(
     """Train, in place, the parameters of `module` that require gradients, by AdamW.
 
     On the CPU the same seed gives the same bits; so does a training that was killed and is continued (`resume`) from
-    its checkpoint. Several processes (`accelerate launch`, `torchrun`) share the examples of each step. The module is
-    left in eval mode, on the device. Frozen batch norms stay in eval mode throughout: their statistics belong to the
-    base.
+    its checkpoint, if there is one. Several processes (`accelerate launch`, `torchrun`) share the examples of each
+    step. The module is left in eval mode, on the device. Frozen batch norms stay in eval mode throughout: their
+    statistics belong to the base.
 
     Raises InputRefused for a loss that is not finite, where there is nothing to train, and where a frozen parameter
     gets a gradient; EnvironmentLacking without accelerate or the device, and where memory is short; OutputFailed for a
@@ -136,7 +136,7 @@ class _Run:
         self.forward = compiled(self.module) if self.settings.compile else self.module
         if self.checkpoints is None:
             return
-        if resume:
+        if resume and self.checkpoints.exists:
             self.checkpoints.load(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
             self.best = self.checkpoints.load_best()
             if rank() == 0:  # a killed training may have recorded steps after its checkpoint

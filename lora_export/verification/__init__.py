@@ -8,6 +8,7 @@
     candidate_outputs.py  runs of the candidate
     compare_outputs.py    what the outputs of two runs have in common
     companion_files.py    the files beside the weights
+    judged_files.py       what a loader reads of a folder
     parity/               arrays in, verdict out
     module_copies.py      copies of a module that share or convert its tensors; a module widened to fp64 in place
     inputs/               the inputs of a proof

@@ -1,31 +1,27 @@
-"""What no weight shows: the config, generation config, tokenizer and chat template of a merged folder, and leftovers.
+"""What no weight shows: the config, generation config, tokenizer and chat template of a merged folder, and the like.
 
 They are compared with those of the base. What a merge itself changes is expected. A value that both have and that is
 another makes the folder different. A value that only one of them has is noted: it may be the default of the other.
-
-transformers and the runtimes that serve its folders choose among several sets of weights by their names. A folder that
-is judged by one set must not have another one.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.artifacts.artifact import Artifact, ArtifactKind
-from lora_export.artifacts.files import hashes_of
 from lora_export.errors import EnvironmentLacking, InputRefused, one_line
 from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
-from lora_export.storage import input_files, json_files
+from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.verification.tokenizer_behaviour import tokenizer_differences
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
 from lora_export.weights.quantised import QUANTIZATION, without_quantisation
+from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.weight_files import is_index
 
@@ -46,8 +42,10 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 CONFIGS = (CONFIG, GENERATION_CONFIG)
 UNREAD = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".ipynb", ".log")
+WEIGHT_ENDINGS = (".safetensors", *OTHER_WEIGHTS)
 SHOWN_VALUE = 60  # characters of a value in a message
 SHOWN_DIFFERENCES = 8  # of one file
+SHOWN_FILES = 8
 
 Values = Mapping[str, Any]
 
@@ -106,9 +104,7 @@ class _Found:
             self.differences.append(f"{name}: and {len(differing) - SHOWN_DIFFERENCES} more values")
         only = sorted(value for differs, value in compared if not differs)
         if only and (differing or not are_defaults()):
-            more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
-            shown = ", ".join(only[:SHOWN_DIFFERENCES])
-            self.not_judged.append(f"values in {name} that only one folder has: {shown}{more}")
+            self.not_judged.append(f"values in {name} that only one folder has: {shown_names(only)}")
 
 
 def _wrong_dtype(before: Values, after: Values, stored: Collection[str]) -> Iterator[str]:
@@ -197,18 +193,18 @@ def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
             found.add_values(name, list(_compared(values[0], values[1])))
         else:
             found.differences.append(f"{name} is not the base's")
-    only = sorted(before ^ after)
-    if only:
-        more = f" and {len(only) - SHOWN_FILES} more" if len(only) > SHOWN_FILES else ""
-        found.not_judged.append(f"files that only one folder has: {', '.join(only[:SHOWN_FILES])}{more}")
+    if only := sorted(before ^ after):
+        found.not_judged.append(f"files that only one folder has: {shown_names(only)}")
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """The files of a folder without hidden ones and weights."""
+    """The files of a folder without hidden ones, and without weights but those of an embedding model's modules."""
+    modules = module_folders(folder)
     for path in input_files.regular_files(folder):
         relative = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in relative.parts)
-        if not (is_hidden or relative.name.endswith((".safetensors", *OTHER_WEIGHTS)) or is_index(relative.name)):
+        is_weights = relative.name.endswith(WEIGHT_ENDINGS) or is_index(relative.name)
+        if not is_hidden and (path.parent in modules or not is_weights):
             yield relative.as_posix()
 
 
@@ -220,7 +216,17 @@ def _is_unread(name: str) -> bool:
 
 
 def _are_equal(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and file_sha256(one) == file_sha256(other)
+    if not (one.is_file() and other.is_file()):
+        return False
+    return file_sha256(one) == file_sha256(other) or (is_safetensors(one) and _have_equal_tensors(one, other))
+
+
+def _have_equal_tensors(one: Path, other: Path) -> bool:
+    first, second = safetensors_file.open_file(one), safetensors_file.open_file(other)
+    kinds = [{name: (each.dtype, each.shape) for name, each in file.entries.items()} for file in (first, second)]
+    return kinds[0] == kinds[1] and all(
+        first.read(name).tobytes() == second.read(name).tobytes() for name in first.entries
+    )
 
 
 def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter]) -> Values:
@@ -242,6 +248,12 @@ def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tup
         elif not (key == "tie_word_embeddings" and one and not other):
             # A merge that adds a head of its own unties it; that this head is right, the weights show.
             yield True, f"{name} is {_shown(other)}, the base has {_shown(one)}"
+
+
+def shown_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_FILES]) + (
+        f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+    )
 
 
 def _shown(value: Any) -> str:
@@ -299,77 +311,3 @@ def _chat_template(folder: Path) -> str:
     except InputRefused:
         return ""
     return template.strip() if isinstance(template, str) else repr(template) if template else ""
-
-
-# --- Files that were judged, and others that a loader of the folder might take in their place ---
-
-# Names under which loaders look for weights in a model's folder, or for an adapter to attach.
-NAMES_OF_LOADERS = re.compile(
-    r"""(pytorch_model|model|tf_model|flax_model|adapter_model)([.-].*)?\.(safetensors|bin|h5|msgpack)(\.index\.json)?
-    |consolidated([.-].*)?\.(safetensors|pth|pt)
-    |model\.ckpt.*
-    |adapter_config\.json""",
-    re.VERBOSE | re.IGNORECASE,
-)
-TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # of a tokenizer, among others
-OTHER_FILE = "transformers_weights"  # of a config: the file that transformers loads in place of the model's
-SHOWN_FILES = 8
-# optimum's graph with a branch for the first tokens and one for the others
-MERGED_DECODER = "decoder_model_merged.onnx"
-
-
-@dataclass(frozen=True)
-class LoadedFiles:
-    """The files of a candidate that were judged, by their names, and what was found of the others."""
-
-    judged: Mapping[str, Path]
-    others: ComparedFiles = field(default_factory=ComparedFiles)
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Name -> SHA-256 of the files that were judged."""
-        return hashes_of(self.judged)
-
-
-def loaded_files(candidate: Artifact) -> LoadedFiles:
-    """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights."""
-    folder, beside = (
-        candidate.path,
-        (*CONFIGS, *TOKENIZER_READERS, *VOCABULARIES, CHAT_TEMPLATE, "preprocessor_config.json"),
-    )
-    if not folder.is_dir():
-        return LoadedFiles(candidate.files)
-    files, differences = candidate.files, []
-    if candidate.kind is ArtifactKind.GENERATION:
-        judged = dict(candidate.graph_files) | {name: files[name] for name in beside if name in files}
-        why = "a loader takes it before the two decoders"
-    else:
-        checkpoint = candidate.checkpoint
-        names = {*checkpoint.shards, checkpoint.index, *beside, *candidate.module_files}
-        judged = {name: files[name] for name in sorted(names & set(files))}
-        why = "a loader may take it"
-        if named := checkpoint.config.get(OTHER_FILE):
-            differences = [
-                f"{CONFIG} names the weights {named!r} ({OTHER_FILE}), which transformers loads in place of those that "
-                "were judged. Remove this entry"
-            ]
-    others = sorted(set(files) - set(judged) - {MANIFEST})
-    leftovers = [name for name in others if _is_leftover(name, candidate.kind)]
-    differences = [f"{name} is not what was judged, and {why}. Remove it" for name in leftovers] + differences
-    notes = _notes_on(name for name in others if name not in leftovers)
-    return LoadedFiles(judged, ComparedFiles(tuple(map(one_line, differences)), notes=notes))
-
-
-def _is_leftover(name: str, kind: ArtifactKind) -> bool:
-    if kind is ArtifactKind.GENERATION:
-        return Path(name).name == MERGED_DECODER
-    return NAMES_OF_LOADERS.fullmatch(name) is not None
-
-
-def _notes_on(names: Iterable[str]) -> tuple[str, ...]:
-    """A note on other weights, which no loader takes by their names, and on texts."""
-    weights, texts = (".safetensors", ".onnx", *OTHER_WEIGHTS), TEXTS
-    shown = sorted((not name.endswith(weights), name) for name in names if name.endswith((*weights, *texts)))
-    more = f" and {len(shown) - SHOWN_FILES} more" if len(shown) > SHOWN_FILES else ""
-    text = f"not compared: {', '.join(name for _, name in shown[:SHOWN_FILES])}{more}"
-    return (one_line(text),) if shown else ()

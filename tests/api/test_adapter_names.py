@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
-from diffusers import AuraFlowTransformer2DModel
+from diffusers import CogView4Transformer2DModel
 from safetensors.numpy import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export import formats
@@ -29,10 +34,13 @@ from support.diffusion import (
     arrays_of,
     change,
     clip_text_model,
+    converted_by_diffusers,
     folder_of,
     fused_by_diffusers,
     headers_of,
+    layout_of,
     linear_shapes,
+    original_shapes,
     random_pairs,
     transformer,
     unet,
@@ -151,6 +159,29 @@ def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architec
             assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
 
 
+@pytest.mark.parametrize("kind", ["language model", "unet", "file"])
+def test_flattened_names_get_the_dots_of_the_base_for_peft(kind, tmp_path):
+    if kind == "language model":
+        sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    else:
+        model = unet()
+    base = folder_of(model, tmp_path / "base")
+    if kind == "file":
+        (base / "config.json").unlink()
+        (base,) = base.glob("*.safetensors")
+    shapes = {name: shape for name, shape in linear_shapes(model).items() if name.endswith(("_proj", "to_q"))}
+    pairs = random_pairs(shapes)
+    path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="lycoris_", flattened=True, alpha=1)
+    written = lora_export.convert(path, tmp_path / "out", to="peft", base=base).output
+    before = {name: value.copy() for name, value in arrays_of(model).items()}
+    model = copy.deepcopy(model)
+    merged = peft.PeftModel.from_pretrained(model, written).merge_and_unload()
+    after = arrays_of(merged)
+    assert {name: np.abs(after[f"{name}.weight"] - before[f"{name}.weight"] - change(pair, 0.5)).max()
+            for name, pair in pairs.items()} == pytest.approx(dict.fromkeys(pairs, 0), abs=1e-5)  # fmt: skip
+
+
 # --- Adapters of diffusion models under other names: diffusers', and those of the models' authors. ---
 
 
@@ -205,6 +236,14 @@ def test_the_names_of_the_authors_are_those_of_the_original_model(pipeline, tmp_
         ("Wan", "blocks.1.attn2.add_k_proj", (24, 24), "blocks.1.cross_attn.k_img"),
         ("HunyuanVideo", "transformer_blocks.0.ff.net.2", (20, 80), "double_blocks.0.img_mlp.fc2"),
         ("Z-Image", "layers.0.attention.to_out.0", (32, 32), "layers.0.attention.out"),
+        ("Wan-VACE", "vace_blocks.1.proj_out", (24, 24), "vace_blocks.1.after_proj"),
+        ("Chroma", "transformer_blocks.0.attn.to_add_out", (32, 32), "double_blocks.0.txt_attn.proj"),
+        ("Lumina 2", "context_refiner.0.feed_forward.linear_2", (24, 96), "context_refiner.0.feed_forward.w2"),
+        ("Mochi", "transformer_blocks.47.norm1_context.linear_1", (8, 12), "blocks.47.mod_y"),
+        ("Mochi", "transformer_blocks.0.norm1_context.linear", (32, 12), "blocks.0.mod_y"),
+        ("AuraFlow", "joint_transformer_blocks.0.attn.to_add_out", (16, 16), "double_layers.0.attn.w1o"),
+        ("Sana", "transformer_blocks.1.ff.conv_point", (16, 40, 1, 1), "blocks.1.mlp.point_conv.conv"),
+        ("LTX-Video", "time_embed.linear", (96, 16), "adaln_single.linear"),
         ("Qwen-Image", "transformer_blocks.0.attn.to_add_out", (32, 32), "transformer_blocks.0.attn.to_add_out"),
     ],
 )  # fmt: skip
@@ -216,15 +255,13 @@ def test_each_family_has_the_names_of_its_own_authors(family, module, shape, ori
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
 def test_names_of_authors_that_are_not_known_are_refused(to, tmp_path):
-    """AuraFlow: a file with the names of diffusers would be read by nobody."""
-    sizes = {"in_channels": 4, "out_channels": 4, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 4}
-    model = AuraFlowTransformer2DModel(
-        **sizes, num_mmdit_layers=1, num_single_dit_layers=1, joint_attention_dim=8, caption_projection_dim=16
-    )
-    base, module = folder_of(model, tmp_path / "base"), "joint_transformer_blocks.0.attn.to_q"
+    """CogView 4: a file with the names of diffusers would be read by nobody."""
+    sizes = {"in_channels": 4, "out_channels": 4, "attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 1}
+    model = CogView4Transformer2DModel(**sizes, text_embed_dim=8, time_embed_dim=8, condition_dim=4, sample_size=4)
+    base, module = folder_of(model, tmp_path / "base"), "transformer_blocks.0.attn1.to_q"
     path = adapter_file(tmp_path / "a.safetensors", random_pairs({module: (16, 16)}), prefix="transformer.")
     with pytest.raises(
-        InputRefused, match=r'authors of AuraFlowTransformer2DModel call its layers is not known.*to="diffusers"'
+        InputRefused, match=r'authors of CogView4Transformer2DModel call its layers is not known.*to="diffusers"'
     ):
         named_for_pipeline(formats.load(path), base, to)
 
@@ -314,6 +351,35 @@ def test_diffusers_reads_what_is_written_for_kohyas_scripts(family, tmp_path):
         assert np.abs(theirs[f"{module}.weight"] - own[f"{module}.weight"] - change(pair, 0.5)).max() < 5e-6
 
 
+@pytest.mark.parametrize("family", ["Wan-VACE", "Chroma", "Mochi", "AuraFlow", "Sana", "LTX-Video"])
+def test_an_adapter_for_comfyui_changes_the_checkpoint_of_the_authors(family, tmp_path):
+    """diffusers itself takes the changes of that checkpoint back to its own names."""
+    model, wide = transformer(family), ("single_transformer_blocks.0.attn", "single_transformer_blocks.0.proj_mlp")
+    shapes = {
+        name: shape
+        for name, shape in linear_shapes(model).items()
+        if not re.match(r"transformer_blocks\.([2-9]|[1-3]\d)", name)
+        and not (family == "Chroma" and name.startswith(wide))
+    }
+    pairs = random_pairs(shapes)
+    path = adapter_file(tmp_path / "a.safetensors", pairs, prefix="transformer.", alpha=1)
+    base = folder_of(model, tmp_path / "base")
+    written = load_file(lora_export.convert(path, tmp_path / "out", to="comfyui", base=base).output)
+    stored = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    checkpoint = {name: torch.zeros(shape) for name, shape in original_shapes(layout_of(family), stored).items()}
+    checkpoint |= {name: torch.zeros(21504, 1) for name in checkpoint if ".linear1." in name}  # diffusers' own width
+    for key in written:
+        if key.endswith(".lora_A.weight"):
+            change_of = torch.from_numpy(written[key.replace("lora_A", "lora_B")] @ written[key])
+            name = key.removeprefix("diffusion_model.").replace(".lora_A.weight", ".weight")
+            assert checkpoint[name].shape == change_of.shape, name
+            checkpoint[name] = change_of
+    found = converted_by_diffusers(family, checkpoint)
+    assert {
+        name: np.abs(found[f"{name}.weight"].numpy() - change(pair, 0.5)).max() for name, pair in pairs.items()
+    } == (pytest.approx(dict.fromkeys(pairs, 0), abs=5e-6))
+
+
 @pytest.mark.parametrize("like_sdxl", [False, True])
 def test_a_unet_has_the_names_of_kohyas_scripts(like_sdxl, tmp_path):
     model = unet(like_sdxl=like_sdxl)
@@ -329,18 +395,23 @@ def test_a_unet_has_the_names_of_kohyas_scripts(like_sdxl, tmp_path):
         assert np.abs(changed - change(pairs[f"unet.{module}"], 0.5)).max() < 5e-6
 
 
-def test_diffusers_reads_flux_as_it_is_written_for_kohyas_scripts(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "pipeline", "to", "layers", "sizes"),
+    [
+        ("FluxTransformer2DModel", "FluxPipeline", "kohya", "blocks.", {"num_layers": 1, "num_single_layers": 1}),
+        ("Lumina2Transformer2DModel", "Lumina2Pipeline", "comfyui", "0.", {"num_layers": 1, "num_refiner_layers": 1}),
+    ],
+)
+def test_diffusers_reads_a_model_of_the_published_width(model, pipeline, to, layers, sizes, tmp_path):
     """diffusers has the width of the published model in its code: so has this one, without its weights."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    build = functools.partial(FluxTransformer2DModel, num_layers=1, num_single_layers=1)
+    build = functools.partial(getattr(diffusers, model), **sizes)
     with torch.device("meta"):
-        shapes = {name: shape for name, shape in linear_shapes(build()).items() if "blocks." in name}
+        shapes = {name: shape for name, shape in linear_shapes(build()).items() if layers in name}
     pairs = random_pairs({f"transformer.{name}": shape for name, shape in shapes.items()})
     path = adapter_file(tmp_path / "a.safetensors", pairs, alpha=1)
     base = headers_of(build, tmp_path / "base")
-    written = lora_export.convert(path, tmp_path / "kohya", to="kohya", base=base).output
-    state = FluxPipeline.lora_state_dict(str(written))
+    written = lora_export.convert(path, tmp_path / "written", to=to, base=base).output
+    state = getattr(diffusers, pipeline).lora_state_dict(str(written))
     assert {name.rpartition(".lora_")[0] for name in state} == set(pairs)
     for name, (a, b) in pairs.items():
         read = state[f"{name}.lora_B.weight"].numpy()[:8] @ state[f"{name}.lora_A.weight"].numpy()

@@ -369,7 +369,20 @@ def test_an_interrupted_training_is_continued(data: Path, tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "whole", "ad"}
 
 
-def test_nothing_is_continued_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match="there is no checkpoint in"):
-        le.train(MODEL, data, tmp_path / "ad", resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+@pytest.mark.parametrize("was_begun", [False, True])
+def test_a_training_that_was_killed_before_its_first_checkpoint_starts_again(
+    was_begun: bool, data: Path, tmp_path: Path
+) -> None:
+    options = {"rank": 2, "epochs": 1, "batch_size": 8}
+    expected = le.train(MODEL, data, tmp_path / "whole", **options)
+    if was_begun:
+        (tmp_path / "ad.training").mkdir()
+        (tmp_path / "ad.training/metrics.jsonl").write_text("{}\n")
+    seen = Recorder()
+    result = le.train(MODEL, data, tmp_path / "ad", **options, resume=True, **seen.callbacks)
+    assert (
+        f"note: there is no checkpoint in {tmp_path / 'ad.training'}: training starts from the beginning"
+        in seen.messages
+    )
+    assert result.adapter.sha256 == expected.adapter.sha256
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "whole", "ad"}

@@ -54,6 +54,18 @@ def test_without_matplotlib_no_plot_is_promised(data: Path, tmp_path: Path, monk
     assert [line for line in seen.messages if "the losses are not drawn: matplotlib is missing" in line]
 
 
+@pytest.mark.parametrize(("missing", "files"), [("matplotlib", {".json", ".html"}), ("jinja2", {".json", ".png"})])
+def test_a_comparison_is_written_as_far_as_packages_allow(
+    missing: str, files: set[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    seen = Recorder()
+    le.train(MODEL, data, tmp_path / "out", rank=[2, 4], epochs=1, **seen.callbacks)
+    assert {path.suffix for path in tmp_path.glob("out/comparison.*")} == files
+    assert "<img" not in (tmp_path / "out/comparison.html").read_text() if missing == "matplotlib" else True
+    assert any(f": {missing} is missing (pip install 'lora-export[" in line for line in seen.messages)
+
+
 # --- TensorBoard ---
 
 

@@ -129,6 +129,9 @@ def test_another_strength_is_different(base, adapter, merged):
         ("vae/config.json", None, "vae/config.json is missing"),
         ("vae/more.bin", b"x", "vae/more.bin is new"),
         ("unet/config.json", b'{"_class_name": "Y"}', "unet: config.json"),
+        ("unet/diffusion_pytorch_model.bin", b"x", "unet: diffusion_pytorch_model.bin is not what was judged"),
+        ("unet/diffusion_pytorch_model.fp16.bin", b"x", "unet: diffusion_pytorch_model.fp16.bin is not what was"),
+        ("text_encoder/pytorch_model.bin", b"x", "text_encoder: pytorch_model.bin is not what was judged"),
     ],
 )
 def test_a_changed_file_is_different(file, content, line, base, adapter, merged):
@@ -139,6 +142,13 @@ def test_a_changed_file_is_different(file, content, line, base, adapter, merged)
     result = verify(merged, base=base, adapters=adapter, weights=[0.5])
     assert result.verdict.outcome == "different"
     assert any(each.startswith(line) for each in result.verdict.files)
+
+
+def test_other_weights_in_a_judged_model_are_not_judged(base, adapter, merged):
+    (merged / "unet/ema.bin").write_bytes(b"x")
+    result = verify(merged, base=base, adapters=adapter, weights=[0.5], strict=True)
+    assert result.verdict.outcome == "undecided"
+    assert result.verdict.not_judged == ("unet: other weights in the folder: ema.bin",)
 
 
 def test_a_model_that_is_missing_is_refused(base, adapter, merged):

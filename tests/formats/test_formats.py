@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_export
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
@@ -76,6 +77,25 @@ def test_an_adapter_has_the_name_of_its_folder_by_default(tmp_path):
     one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
     assert (one.name, two.name) == ("mine", "other")
     assert formats.load(tmp_path / "mine" / "adapter_model.safetensors").name == "mine"
+
+
+def test_an_adapter_in_a_folder_inside_is_read_and_named(tmp_path):
+    """PEFT saves an adapter that has a name into a folder of this name."""
+    inside = simple(tmp_path / "mine" / "first")
+    (inside / "config.json").write_text('{"id2label": {"0": "no"}}')
+    (tmp_path / "mine" / "logs").mkdir()
+    adapter = formats.load(tmp_path / "mine")
+    assert (adapter.name, adapter.sha256) == ("mine", formats.load(inside).sha256)
+    assert adapter.notes == (f"{tmp_path / 'mine'}: the adapter is in its folder first.",)
+    assert lora_export.inspect(tmp_path / "mine").path == inside
+    lora_export.convert(tmp_path / "mine", tmp_path / "out", to="peft")
+    assert (tmp_path / "out/config.json").read_bytes() == (inside / "config.json").read_bytes()
+    simple(tmp_path / "mine" / "second")
+    assert refusal(tmp_path / "mine") == (
+        "ADAPTER is no adapter, and has 2 of them inside: first, second. Name one of these"
+    )
+    save_file({"fc.weight": np.ones((2, 2))}, tmp_path / "mine" / "model.safetensors")
+    assert refusal(tmp_path / "mine").startswith("ADAPTER is not an adapter in a known format:")  # it is a model
 
 
 @pytest.mark.parametrize("name", formats.known_formats())

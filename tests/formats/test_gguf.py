@@ -12,13 +12,18 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export
+from lora_export import load_adapter
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.reading import ReadOptions
+from support.handmade import add_tensors
+from support.peft_models import trained
 from support.written import DTYPES, adapter_of, low_rank
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -64,6 +69,32 @@ def test_embeddings_have_a_transposed(tmp_path: Path) -> None:
     tensors = tensors_of(written(adapter_of({"model.embed_tokens": pair}), tmp_path))
     assert np.array_equal(tensors["token_embd.weight.lora_a"], pair.a.T)
     assert np.array_equal(tensors["token_embd.weight.lora_b"], pair.b)
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_tables_that_peft_repeats_beside_their_pairs_are_left_out(tmp_path: Path, saved: torch.dtype) -> None:
+    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    model = trained(base.to(saved), r=2, target_modules=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(load_adapter(tmp_path / "adapter").replaced) == 2
+    arguments: Any = {"to": "gguf", "base": tmp_path / "base", "overwrite": True}
+    result = lora_export.convert(tmp_path / "adapter", tmp_path / "out", **arguments)
+    tensors, modules = tensors_of(gguf.GGUFReader(result.output)), model.base_model.model
+    expected = {
+        "token_embd.weight.lora_a": modules.model.embed_tokens.lora_embedding_A["default"].T,
+        "token_embd.weight.lora_b": modules.model.embed_tokens.lora_embedding_B["default"],
+        "output.weight.lora_a": modules.lm_head.lora_A["default"].weight,
+        "output.weight.lora_b": modules.lm_head.lora_B["default"].weight,
+    }
+    assert {name: tensors[name].tolist() for name in tensors} == {
+        name: value.float().tolist() for name, value in expected.items()
+    }
+    assert "lm_head.weight is saved whole, and is the base's own: it is left out" in result.notes
+    changed = {"base_model.model.lm_head.base_layer.weight": np.ones((12, 8), np.float32)}
+    with pytest.raises(InputRefused, match=r"lm_head\.weight: a whole tensor"):
+        lora_export.convert(add_tensors(tmp_path / "adapter", changed), tmp_path / "out", **arguments)
 
 
 @pytest.mark.parametrize(("name", "heads"), [("q_proj", 2), ("k_proj", 1)])

@@ -220,6 +220,63 @@ def test_keys_without_prefix_or_with_adapter_names_are_read_alike(mlp, tmp_path)
         assert whole_tensors(other).keys() >= {"last.bias"}
 
 
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_of_several_adapters_in_a_file_the_chosen_one_is_read(mlp, tmp_path, name):
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["first"], "modules_to_save": ["last"], "use_dora": True}
+    model = trained(mlp, **settings)
+    model.add_adapter("second", peft.LoraConfig(**settings))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    own = ("lora_", "modules_to_save")
+    state = {key: value.clone() for key, value in model.state_dict().items() if any(part in key for part in own)}
+    torch.save(state, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    adapter = formats.load(tmp_path, options=ReadOptions(stored_adapter=name, allow_pickle=True))
+    first, last = (model.base_model.model.get_submodule(module) for module in ("first", "last"))
+    pair = adapter.pairs["first"]
+    assert np.array_equal(pair.a, first.lora_A[name].weight.detach()) and pair.magnitude is not None
+    assert np.array_equal(pair.b, first.lora_B[name].weight.detach())
+    assert np.array_equal(pair.magnitude, first.lora_magnitude_vector[name].weight.detach())
+    assert whole_tensors(adapter) == {
+        f"last.{what}": value.tolist() for what, value in last.modules_to_save[name].state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors", "renamed.safetensors"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_without_a_config_are_read_by_what_is_stated(mlp, tmp_path, file, dora):
+    model = trained(mlp, r=2, lora_alpha=6, target_modules=["first", "up"], use_dora=dora)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    if file:
+        (tmp_path / "adapter_model.safetensors").rename(tmp_path / file)
+    assert agrees(formats.load(tmp_path / file, options=ReadOptions(lora_rank=2, lora_alpha=6)), model)
+    assert re.search(
+        r'has no adapter_config.json beside it, .* lora_rank="R" lora_alpha="ALPHA"$', refusal(tmp_path / file)
+    )
+    assert "disagree with the config's rank 3" in refusal(tmp_path / file, lora_rank=3, lora_alpha=6)
+
+
+def test_shards_are_one_adapter(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first", "up"])
+    adapter = read_back(model, tmp_path)
+    stored = sorted(load_file(tmp_path / "adapter_model.safetensors").items())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    parts = [tmp_path / f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for part, tensors in zip(parts, (stored[:3], stored[3:]), strict=True):
+        save_file(dict(tensors), part)
+    for path in (tmp_path, *parts):
+        found = formats.load(path)
+        assert agrees(found, model) and found.sha256 != adapter.sha256 and found.name == adapter.name
+    save_file(dict(stored), parts[1])
+    assert "has tensors that another shard has too:" in refusal(tmp_path)
+    parts[1].unlink()
+    assert refusal(tmp_path).endswith(f"lacks others:\n  {parts[1].name}")
+    parts[0].rename(huge := tmp_path / "adapter_model-1-of-99999.safetensors")
+    assert refusal(huge) == "ADAPTER is one of 99999 shards, and an adapter has 1 to 1000"
+
+
 def test_the_hash_covers_config_and_weights(tmp_path):
     def sha256_of(b: int, alpha: int) -> str:
         return formats.load(peft_adapter(tmp_path, {"fc": ([[1]], [[b]])}, lora_alpha=alpha)).sha256

