@@ -178,12 +178,14 @@ def test_a_builders_graph_that_tells_no_size_of_a_head_decodes(tmp_path: Path) -
 @slow
 def test_rows_in_a_builders_graph_without_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tokenizer(checkpoint_of("llama"))
-    stripped(build_genai_graph(checkpoint_of("llama"), tmp_path / "built", "fp32"), tmp_path / "bare.onnx")
-    graph = ir.load(tmp_path / "bare.onnx")
-    for value in (value for node in graph.graph for value in node.outputs if not value.is_graph_output()):
+    graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", "fp32")
+    bare = graph.with_name("bare.onnx")
+    stripped(graph, bare)
+    model = ir.load(bare)
+    for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
         value.shape = value.type = None
-    ir.save(graph, tmp_path / "bare.onnx")
+    ir.save(model, bare)
     adapter = save_adapter("llama", tmp_path / "a")
     given = ("-a", adapter, "--lora", "rows", "--base", checkpoint_of("llama"), "-o", tmp_path / "out.onnx")
-    code, told = answer(capsys, "onnx", tmp_path / "bare.onnx", *given)
+    code, told = answer(capsys, "onnx", bare, *given)
     assert code == 0 and told["mixed"]["outcome"] == "same"
