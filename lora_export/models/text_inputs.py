@@ -25,7 +25,7 @@ FINE_POSITIONS = 1000  # of a page whose boxes are fractions of it (Bros)
 SPECIAL_EVERY = 8  # places, of which one holds a special token
 ONE_TOKEN: Sizes = {"batch": 2, "sequence": 1, "target": 1}  # in each row
 SHORT = CHECKED_SIZES[-1]["sequence"]  # tokens of a text that is not the long one, at most
-PADDED = 3  # tokens of padding of the long text
+PADDING_OF_LONG = 3  # tokens of padding of the long text
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def padding_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     lengths = torch.randint(max(1, shape[1] // 2), shape[1] + 1, (shape[0], 1), generator=generator)
     lengths[1:] = torch.clamp(lengths[1:], max=max(1, shape[1] - 2))
     if shape[0] == 1:
-        lengths[:] = shape[1] if _is_alone(shape) else shape[1] - PADDED
+        lengths[:] = shape[1] if _is_alone(shape) else shape[1] - PADDING_OF_LONG
     mask = (torch.arange(shape[1]) < lengths).long()
     mask[2::2] = mask[2::2].flip(1)  # padding at the beginning: a candidate that only reads the lengths must fail
     mask[3::4, shape[1] // 4 : 3 * shape[1] // 8] = 0

@@ -37,7 +37,7 @@ class GraphSizes(NamedTuple):
 # All lengths differ, one batch has a single row, and one an even number of them. The cache is empty in two cases, and
 # filled in one.
 CASES = (GraphSizes(1, 5, 0), GraphSizes(3, 16, 5), GraphSizes(4, 29, 0))
-ONE_TOKEN = GraphSizes(2, 1, 47)  # of a graph that takes token ids, if it takes so few
+SINGLE_TOKENS = GraphSizes(2, 1, 47)  # of a graph that takes token ids, if it takes so few
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 POSITION_NAME = re.compile(r"position", re.IGNORECASE)

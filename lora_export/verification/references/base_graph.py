@@ -85,7 +85,7 @@ class BaseGraph:
             cases[generator.label(sizes)] = arrays
         if generator.takes_tokens:
             with contextlib.suppress(NoGeneratedInputs):
-                one, tokens = self._accepted(generator, runner, graph_inputs.ONE_TOKEN, self.seed)
+                one, tokens = self._accepted(generator, runner, graph_inputs.SINGLE_TOKENS, self.seed)
                 cases[generator.label(one)] = tokens
         redrawn = generator.redraw(sizes, arrays, seed=self.seed + 1000)
         perturbed = {name: {**arrays, name: values} for name, values in redrawn.items()}
