@@ -76,16 +76,30 @@ def transposed_layout(layout: Layout) -> Layout:
     return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, Layout.OTHER)
 
 
-def head_size(cache: ir.Value) -> int:
-    """Features of an attention head, from the onnxruntime operator that reads the cache. 0 where none reads it."""
+def cache_heads(cache: ir.Value) -> tuple[int, int]:
+    """The heads of a cache and their features, from the onnxruntime operator that reads it. 0 where none tells it."""
     for node, _ in cache.uses():
         heads, groups = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+        if not heads or not groups:
+            continue
         query = node.inputs[0]
-        width = query.shape[-1] if heads and groups and query is not None and query.shape is not None else None
+        width = query.shape[-1] if query is not None and query.shape is not None else None
         if isinstance(width, int):
             packed = len(node.inputs) < 2 or node.inputs[1] is None  # q, k and v are one tensor
-            return width // (heads + 2 * groups if packed else heads)
-    return 0
+            return groups, width // (heads + 2 * groups if packed else heads)
+        read = (_features_read(reader) for reader, index in node.outputs[0].uses() if index == 0)
+        return groups, next(filter(None, read), 0) // heads
+    return 0, 0
+
+
+def _features_read(node: ir.Node) -> int:
+    """The features of the rows that a product with a weight multiplies. 0 for another operator."""
+    if node.op_type == MATMUL_NBITS:
+        return node.attributes.get_int("K", 0)
+    weight = node.inputs[1] if operator_id(node) in MATRIX_PRODUCTS else None
+    shape = None if weight is None else weight.shape
+    size = shape[1 if _flag(node, "transB") else 0] if shape is not None and len(shape) == 2 else 0
+    return size if isinstance(size, int) else 0
 
 
 def _axis(node: ir.Node) -> int | None:

@@ -17,7 +17,7 @@ from lora_export.errors import InputRefused
 from lora_export.models.images import IMAGES, draw_pixels, image_shape, pixel_range, refuse_huge
 from lora_export.models.images_in_text import LEAST_TEXT, PROBED, ImagesInText, images_in_text
 from lora_export.models.model import CHECKED_SIZES, TRACED_SIZES, Model, ModelInputs, Sizes, in_dtype_of
-from lora_export.models.text_inputs import Part, decoder_part, placeholders, text_lengths, text_part
+from lora_export.models.text_inputs import ONE_TOKEN, Part, decoder_part, placeholders, text_lengths, text_part
 from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 
@@ -162,7 +162,8 @@ def _inputs_with(module: Any, takes: list[str], folder: Path, images: ImagesInTe
 
     return Model(
         str(folder), module, axes, make, images.derived(traced) if images else traced, is_huggingface=True,
-        limits=lengths.limits, long=lengths.long,
+        limits=lengths.limits,
+        further=(*([ONE_TOKEN] if "sequence" in symbols and not images else []), *filter(None, [lengths.long])),
         steps={symbol: step for part in parts for symbol, step in part.steps.items()},
         notes=tuple(part.note for part in parts if part.note),
         not_judged=tuple(text for text in (*(part.not_judged for part in parts), lengths.not_judged) if text),

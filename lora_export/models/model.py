@@ -26,7 +26,7 @@ TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7, "images": 3}
 # Sizes to verify at: none of them is the traced one, one batch has a single row, and one an even number of them. Of the
 # images among the tokens of a text, one row has two, and one none.
 CHECKED_SIZES = (
-    {"batch": 1, "sequence": 7, "target": 5, "images": 2},
+    {"batch": 1, "sequence": 5, "target": 5, "images": 2},
     {"batch": 3, "sequence": 16, "target": 9, "images": 2},
     {"batch": 4, "sequence": 29, "target": 13, "images": 5},
 )
@@ -47,7 +47,7 @@ class Model:
     is_huggingface: bool = False
     limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
     steps: Sizes = field(default_factory=dict)  # by how much a size has to change to make a difference, if not by 1
-    long: Sizes = field(default_factory=dict)  # the sizes of one more case, of one long text
+    further: tuple[Sizes, ...] = ()  # what else differs from CHECKED_SIZES in one more case each: a long text
     new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
     not_judged: tuple[str, ...] = ()  # what the generated inputs leave out
@@ -108,14 +108,14 @@ class Model:
         return digest.hexdigest()
 
     def checked_sizes(self, fixed: Mapping[str, int], limits: Limits | None = None) -> list[Sizes]:
-        """Sets of sizes to verify at: three that differ from the traced ones in every varying axis, and the long text.
+        """Sets of sizes to verify at: three that differ from the traced ones in every varying axis, and further ones.
 
         The sizes in `fixed` are taken as they are. The others stay within the model's own `limits` and those passed.
-        The long text is left out where these leave it no longer than the others.
+        A further set is left out where these leave it between the sizes of the three.
         """
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
         sets: list[Sizes] = []
-        for number, chosen in enumerate([*CHECKED_SIZES, *([{**CHECKED_SIZES[0], **self.long}] if self.long else [])]):
+        for number, chosen in enumerate([*CHECKED_SIZES, *({**CHECKED_SIZES[0], **own} for own in self.further)]):
             more = {symbol: 1 + 2 * number * self.steps.get(symbol, 1) for symbol in symbols}
             sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + more[symbol]) for symbol in symbols}
             sizes |= {symbol: size for symbol, size in fixed.items() if symbol != "sequence"}
@@ -126,11 +126,11 @@ class Model:
                         least = max(sizes[symbol], low)
                         sizes[symbol] = least if high is None else min(least, high)
             sets.append({**sizes, **fixed})
-        others, long = sets[: len(CHECKED_SIZES)], sets[len(CHECKED_SIZES) :]
-        is_longer = all(
-            any(size > other[symbol] for symbol, size in sizes.items()) for sizes in long for other in others
-        )
-        return sets if is_longer else others
+        usual, further = sets[: len(CHECKED_SIZES)], sets[len(CHECKED_SIZES) :]
+        tried = {symbol: [sizes[symbol] for sizes in usual] for symbol in symbols}
+        return usual + [
+            sizes for sizes in further if any(not min(own) <= sizes[each] <= max(own) for each, own in tried.items())
+        ]
 
 
 def in_dtype_of(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> ModelInputs:

@@ -23,6 +23,9 @@ MEDIA = {"images": {"pixel_values"}, "videos": {"pixel_values_videos"}, "sounds"
 CODE_POINTS = 0x110000  # of Unicode: the tokens of Canine, which hashes them into its tables
 FINE_POSITIONS = 1000  # of a page whose boxes are fractions of it (Bros)
 SPECIAL_EVERY = 8  # places, of which one holds a special token
+ONE_TOKEN: Sizes = {"batch": 2, "sequence": 1, "target": 1}  # in each row
+SHORT = CHECKED_SIZES[-1]["sequence"]  # tokens of a text that is not the long one, at most
+PADDING_OF_LONG = 3  # tokens of padding of the long text
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def text_part(
             ids = _with_end(ids, mask, ends)
         made = {"input_ids": ids, "attention_mask": mask}
         if token_types > 1:
-            made[TOKEN_TYPES] = torch.randint(0, token_types, shape, generator=generator)
+            types = torch.randint(0, token_types, shape, generator=generator)
+            made[TOKEN_TYPES] = torch.zeros_like(types) if _is_alone(shape) else types
         if positions:
             made["bbox"] = _boxes(shape, positions, generator)
         if has_fractions:
@@ -179,16 +183,26 @@ def decoder_part(module: Any, takes: list[str], _: Path) -> Part | None:
 
 
 def padding_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A mask (batch, sequence): 1 for tokens, 0 for padding, at the end of some rows and at the beginning of others.
+    """A mask (batch, sequence): 1 for tokens, 0 for padding.
 
-    Every row but the first has padding.
+    A short text alone has no padding. A long one alone ends with some, and so do the rows of a batch, but every second
+    one from the third on, which begins with it. Every row but the first has padding. Every fourth has a hole, too, as
+    where a text is continued after its padding.
     """
     # A mask of ones alone would never test whether the model reads it.
     lengths = torch.randint(max(1, shape[1] // 2), shape[1] + 1, (shape[0], 1), generator=generator)
     lengths[1:] = torch.clamp(lengths[1:], max=max(1, shape[1] - 2))
+    if shape[0] == 1:
+        lengths[:] = shape[1] if _is_alone(shape) else shape[1] - PADDING_OF_LONG
     mask = (torch.arange(shape[1]) < lengths).long()
     mask[2::2] = mask[2::2].flip(1)  # padding at the beginning: a candidate that only reads the lengths must fail
+    mask[3::4, shape[1] // 4 : 3 * shape[1] // 8] = 0
     return mask
+
+
+def _is_alone(shape: tuple[int, int]) -> bool:
+    """Whether these are the inputs of one short text, which people send without padding and with token types of 0."""
+    return shape[0] == 1 and shape[1] <= SHORT
 
 
 # --- Lengths ---

@@ -1,12 +1,14 @@
 """A decoder's graph with a key/value cache, run as a model without one: a prompt, then token by token.
 
 Each run gets the cache that the previous run returned. The outputs at every position of a sequence must equal those of
-a model without a cache, so they also prove what the graph stores between its runs.
+a model without a cache, so they also prove what the graph stores between its runs. A longer sequence is run in turns,
+too, as a chat is continued: several tokens, one token, several tokens after a cache, and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +22,16 @@ from numpy.typing import NDArray
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.cache_names import BRANCH, CACHE_POSITION, IDS, MASK, POSITION_IDS, present_by_past
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.operators import head_size
-from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
+from lora_export.graph.operators import cache_heads
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Placement
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
-# Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are.
-COUNTS_THE_MASK, BIAS = "GroupQueryAttention", 10  # the operator, and the place of its bias among its inputs
+TURN, MOST_TURNS = 16, 6  # tokens of a turn, an even number of which the last is alone, and how many turns at most
+# Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are. It reads several
+# tokens after a cache where the batch has one row alone.
+GROUP_QUERY, BIAS = "GroupQueryAttention", 10  # the operator, and the place of its bias among its inputs
 CACHE_DTYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -94,12 +98,16 @@ class CacheRunner:
         notes = [f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one"]
         if self.tokens_at_once == 1:
             notes = ["run with its cache: token by token"]
+        elif self._takes_turns(2):
+            notes.append(f"longer texts were run in turns, too: {TURN - 1} tokens after a cache, then one")
+        elif self._takes_turns(1):
+            notes.append(f"its {GROUP_QUERY} takes several tokens after a cache in one row alone: no more were tried")
         if self.has_unmasked_state:
             notes.append("every token changes the state of the graph, padding too: none was tried")
         elif MASK not in self.inner.axes:
             notes.append(f"the graph has no {MASK}: no padding was tried")
         elif not self.takes_padding:
-            notes.append(f"its {COUNTS_THE_MASK} takes no padding within a sequence: none was tried")
+            notes.append(f"its {GROUP_QUERY} takes no padding within a sequence: none was tried")
         return notes
 
     def with_provider_defaults(self) -> CacheRunner:
@@ -112,14 +120,27 @@ class CacheRunner:
     def run(self, inputs: Arrays) -> Arrays:
         """The outputs at every position of the sequence, concatenated over the runs; without the cache.
 
+        Where the sequence is run in turns, too, the outputs at every second position, from the second on, are those.
         Raises RuntimeRefused where the model has no token ids, or the graph returns outputs for fewer positions than
         it was given.
         """
         if IDS not in inputs:
             raise RuntimeRefused(f"the graph takes {IDS}; the model takes {', '.join(inputs)}")
+        rows, length = inputs[IDS].shape
+        outputs = self._run(inputs, self._steps(length))
+        if length > TURN and self._takes_turns(rows):
+            for name, value in self._run(inputs, _turns(length)).items():
+                outputs[name][:, 1::2] = value[:, 1::2]
+        return outputs
+
+    def _takes_turns(self, rows: int) -> bool:
+        """Whether a run of so many rows takes several tokens after a cache."""
+        return self.tokens_at_once is None and (rows == 1 or GROUP_QUERY not in self.inner.placement.operators)
+
+    def _run(self, inputs: Arrays, steps: Iterable[tuple[int, int]]) -> Arrays:
         cache = self._empty_cache(len(inputs[IDS]))
         parts: dict[str, list[NDArray[Any]]] = {}
-        for start, stop in self._steps(inputs[IDS].shape[1]):
+        for start, stop in steps:
             outputs = self.inner.run({**self._step_inputs(inputs, start, stop), **cache})
             cache = {tensor.past: outputs.pop(tensor.present) for tensor in self.cache}
             for name, value in outputs.items():
@@ -164,10 +185,11 @@ class CacheRunner:
     def _step_inputs(self, inputs: Arrays, start: int, stop: int) -> Arrays:
         ids = inputs[IDS]
         mask = inputs.get(MASK, np.ones_like(ids))
+        positions = inputs.get(POSITION_IDS, np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
         derived = {
             IDS: ids[:, start:stop],
             MASK: mask[:, :stop],
-            POSITION_IDS: token_positions(mask, by_mask=self.inner.positions_by_mask)[:, start:stop],
+            POSITION_IDS: positions[:, start:stop],
             CACHE_POSITION: np.arange(start, stop),
             BRANCH: np.array([start > 0]),
         }
@@ -176,6 +198,13 @@ class CacheRunner:
 
     def _empty_cache(self, batch: int) -> Arrays:
         return {tensor.past: np.zeros(tensor.empty_sizes(batch), tensor.dtype) for tensor in self.cache}
+
+
+def _turns(length: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each run: a turn's last token, which has an odd position, is run alone."""
+    size = max(TURN, length // MOST_TURNS // 2 * 2)
+    ends = {end for last in range(size - 1, length, size) for end in (last, last + 1)}
+    return itertools.pairwise(sorted(ends | {0, length}))
 
 
 def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
@@ -195,14 +224,14 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
     if not cache or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
     counts_mask = False
-    if any(tensor.sizes[-1] is None for tensor in cache) or COUNTS_THE_MASK in runner.placement.operators:
+    if any(tensor.sizes[-1] is None for tensor in cache) or GROUP_QUERY in runner.placement.operators:
         graph = _graph_of(runner.source)
-        features = {value.name: head_size(value) or None for value in graph.inputs}
+        features = {value.name: cache_heads(value)[1] or None for value in graph.inputs}
         # Where the graph leaves the size of a head to the operator that reads the cache
         cache = [
             tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache
         ]
-        counts_mask = any(node.op_type == COUNTS_THE_MASK and not _has_bias(node) for node in graph)
+        counts_mask = any(node.op_type == GROUP_QUERY and not _has_bias(node) for node in graph)
     return CacheRunner(runner, tuple(cache), counts_mask)
 
 

@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
-from lora_export.graph.cache_names import IDS, MASK, PAST, POSITION_IDS
+from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
@@ -75,7 +75,6 @@ class OnnxRunner(PlainRunner):
             for value in self.session.get_inputs()
         }
         self.names_known = True
-        self.positions_by_mask = False  # whether the model counts the ones of the mask to find the positions of tokens
         self.timeout = timeout
         self._adapter_values: Arrays = {}  # where it is given as inputs
         self._has_required_inputs = False  # whether every run has to have them
@@ -116,7 +115,7 @@ class OnnxRunner(PlainRunner):
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
-        runner._adapter_values, runner.positions_by_mask = self._adapter_values, self.positions_by_mask
+        runner._adapter_values = self._adapter_values
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
     @property
@@ -222,7 +221,7 @@ class OnnxRunner(PlainRunner):
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs to compute, all where it is None.
 
-        A graph that takes positions gets those that the model finds by itself, where the inputs have none.
+        A graph that takes positions gets 0, 1, 2, ... in every row, where the inputs have none.
         Where all rows have one id, the outputs lack the labels that the head of its adapter does not have.
 
         Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
@@ -261,8 +260,8 @@ class OnnxRunner(PlainRunner):
         lacks_them = POSITION_IDS in self.axes and POSITION_IDS not in inputs
         if not lacks_them or IDS not in inputs or any(name.startswith(PAST) for name in inputs):  # where do they begin?
             return inputs
-        mask = inputs.get(MASK, np.ones_like(inputs[IDS]))
-        return {**inputs, POSITION_IDS: token_positions(mask, by_mask=self.positions_by_mask)}
+        shape = inputs[IDS].shape
+        return {**inputs, POSITION_IDS: np.broadcast_to(np.arange(shape[1]), shape)}
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())
@@ -369,11 +368,9 @@ def describe_ort_environment() -> dict[str, Any]:
     }
 
 
-def token_positions(mask: NDArray[np.int64], *, by_mask: bool) -> NDArray[np.int64]:
-    """The positions [batch, length] that a model takes for a mask [batch, length] of ones and zeros.
+def token_positions(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions [batch, length] for a mask [batch, length] of ones and zeros, as programs that generate send them.
 
-    They are 0, 1, 2, ... in every row. `by_mask`, only the ones are counted, and a zero has the position -1.
+    Only the ones are counted. Padding has the position of the token before it, or 0.
     """
-    if by_mask:
-        return np.cumsum(mask, axis=1) * mask - 1
-    return np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)

@@ -16,9 +16,7 @@ from lora_export import layers
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import ENCODER_FILE, adapter_of_file, file_for_graph
 from lora_export.errors import InputRefused
-from lora_export.graph.cache_names import POSITION_IDS
 from lora_export.isolation.limits import memory_for
-from lora_export.models.cached_decoder import counts_by_mask, takes_positions
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
@@ -57,9 +55,6 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = OnnxRunner(candidate.path, how.provider, timeout=how.timeout)
-    base = how.base
-    if POSITION_IDS in runner.axes and POSITION_IDS not in base.axes and takes_positions(base.module):
-        runner.positions_by_mask = base.is_huggingface and counts_by_mask(base.module)
     runner = runner if how.onnx_adapter is None else runner.with_adapter(how.onnx_adapter)
     if how.adapter_id is None and runner.takes_rows:
         return runner

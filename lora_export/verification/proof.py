@@ -139,6 +139,8 @@ def prove(
     return _by_origin(proof, candidate, references, step)
 
 
+LEAST_DIAGNOSED = 32  # values of the inputs of a case whose modules are compared, where there is one
+
 # --- steps of the flow -----------------------------------------------------------------------
 
 
@@ -228,11 +230,15 @@ def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:
 
 
 def _to_diagnose(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Inputs) -> parity.Case:
-    """The smallest of the cases that are different; of all that have outputs, where none is."""
+    """The smallest of the cases that are different; of all that have outputs, where none is.
+
+    In one of very few values, such as a text of one token, parts of a model have no effect.
+    """
     having = [case for case in cases if case.candidate]
     wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
     different = [case for case in having if case.name in wrong]
-    return min(different or having, key=lambda case: sum(value.size for value in inputs.cases[case.name].values()))
+    sizes = {case: sum(value.size for value in inputs.cases[case.name].values()) for case in different or having}
+    return min(sizes, key=lambda case: (sizes[case] < LEAST_DIAGNOSED, sizes[case]))
 
 
 def _about(references: References, inputs: Inputs, atol: float | None, rtol: float | None) -> dict[str, Any]:

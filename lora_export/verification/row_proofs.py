@@ -80,44 +80,81 @@ def prove_mixed(
     """Judge batches whose rows have each adapter in turn, and the base.
 
     `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. With `several`,
-    that of `prove_several`, the first row has several adapters. Raises Undecided where no output has a row for each
-    row of the batch.
+    that of `prove_several`, rows have several adapters, too, and a single one at each place (see `mixed_rows`). Where
+    the largest batch has fewer rows than there are kinds, there are further batches. Raises Undecided where no output
+    has a row for each row of the batch.
     """
-    order = [*range(1, len(proofs)), 0]
-    if several is None:
-        return judge_mixed(references.as_run(candidate.with_rows(order)), proofs, order)
-    on_row = several_on_row(len(proofs) - 1, candidate.adapters_per_row)
-    rest = candidate.adapters_per_row - 1
-    ids = [on_row.ids, *([number, *[0] * rest] for number in order)]
-    scales = [on_row.scales, *([1.0] * (1 + rest) for _ in order)]
-    runner = references.as_run(candidate.with_rows(ids, scales))
-    labels = [*map(str, range(len(proofs))), "+".join(map(str, on_row.ids))]
-    return judge_mixed(runner, [*proofs, several], [len(proofs), *order], labels)
+    rows = mixed_rows(len(proofs) - 1, candidate.adapters_per_row if several else 1)
+    every = [*proofs, several] if several else list(proofs)
+    largest = max(len(next(iter(arrays.values()))) for arrays in proofs[0].inputs.values())
+    cases: list[parity.Case] = []
+    for begin in range(0, len(rows), largest):
+        own = [*rows[begin:], *rows[:begin]]
+        ids, scales = [list(row.ids) for row in own], [list(row.scales) for row in own]
+        runner = candidate.with_rows(ids, scales) if several else candidate.with_rows([row.ids[0] for row in own])
+        cases += _mixed_cases(references.as_run(runner), every, own)
+    return _judged(every, cases)
 
 
-def judge_mixed(
-    candidate: Runner, proofs: Sequence[Proof], order: Sequence[int], labels: Sequence[str] | None = None
-) -> Proof:
-    """Judge a candidate whose rows have different adapters, as `order` over and over along the batch.
+class MixedRow(NamedTuple):
+    """A row of a mixed batch: its adapters, the factor of each, and the place of its proof among those given."""
 
-    `proofs` are those of whole batches whose rows all have the same adapters, on the same inputs, the base's first.
-    `order` has the place of each row's proof among them: each row has to be what it is there. `labels` name the places,
-    which are the ids of the adapters without them. Raises Undecided where no output has a row for each row of the
-    batch.
+    ids: tuple[int, ...]
+    scales: tuple[float, ...]
+    proof: int
+
+    def __str__(self) -> str:
+        """The ids, as in `1+2`, without the places after the last adapter."""
+        last = max((place for place, number in enumerate(self.ids) if number), default=0)
+        return "+".join(map(str, self.ids[: last + 1]))
+
+
+def mixed_rows(adapters: int, per_row: int) -> list[MixedRow]:
+    """The kinds of rows of mixed batches: each adapter by itself, and the base.
+
+    Where a row has several adapters, those of `several_on_row` in both orders come first, and each place holds the
+    only adapter of a row once.
     """
-    first, last, cases = proofs[0], proofs[-1], []
-    for number, (name, arrays) in enumerate(first.inputs.items()):
+    if per_row == 1:
+        return [MixedRow((number,), (1.0,), number) for number in [*range(1, adapters + 1), 0]]
+    ids, scales = several_on_row(adapters, per_row)
+    rows = [MixedRow(ids, scales, adapters + 1), MixedRow(ids[::-1], scales[::-1], adapters + 1)]
+    for number in range(max(adapters, per_row)):
+        one, place = 1 + number % adapters, (1 + number) % per_row
+        own = tuple(one if other == place else 0 for other in range(per_row))
+        rows.append(MixedRow(own, (1.0,) * per_row, one))
+    return [*rows, MixedRow((0,) * per_row, (1.0,) * per_row, 0)]
+
+
+def judge_mixed(candidate: Runner, proofs: Sequence[Proof], order: Sequence[int]) -> Proof:
+    """Judge a candidate whose rows have different adapters, as the ids in `order` over and over along the batch.
+
+    `proofs` are, by id, those of whole batches whose rows all have the same adapter, on the same inputs. Each row has
+    to be what it is there. Raises Undecided where no output has a row for each row of the batch.
+    """
+    return _judged(proofs, _mixed_cases(candidate, proofs, [MixedRow((one,), (1.0,), one) for one in order]))
+
+
+def _judged(proofs: Sequence[Proof], cases: Sequence[parity.Case]) -> Proof:
+    first, last = proofs[0], proofs[-1]
+    verdict = parity.judge(cases, dtype=last.verdict.dtype)
+    return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
+
+
+def _mixed_cases(candidate: Runner, proofs: Sequence[Proof], rows: Sequence[MixedRow]) -> list[parity.Case]:
+    """A case for each of the inputs, whose rows are these, over and over."""
+    cases = []
+    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
         alone = [proof.cases[number] for proof in proofs]
         batch = len(next(iter(arrays.values())))
         by_row = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
         if not by_row:
             raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
         outputs = named_as(alone[0].reference, candidate.run(arrays))
-        places = np.resize(np.array(order), batch)
-        label = ", ".join(str(place) if labels is None else labels[place] for place in places)
-        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, label))
-    verdict = parity.judge(cases, dtype=last.verdict.dtype)
-    return Proof(verdict, first.placement, last.about, first.inputs, tuple(cases))
+        own = [rows[row % len(rows)] for row in range(batch)]
+        places = np.array([row.proof for row in own])
+        cases.append(_mixed(alone, places, {key: outputs[key] for key in by_row}, ", ".join(map(str, own))))
+    return cases
 
 
 def prove_rows(

@@ -22,7 +22,7 @@ from support import FACTORIES
 from support.cli import answer, call
 from support.decoders import FEATURES, WORDS, export_with_cache
 from support.decoders import a_graph as a_decoder
-from support.exporters import checkpoint_of, model_of, save_adapter, save_tokenizer
+from support.exporters import checkpoint_of, model_of, save_adapter, save_tokenizer, stripped
 from support.genai import build_genai_graph
 from support.handmade import base_file, peft_adapter
 
@@ -173,3 +173,19 @@ def test_a_builders_graph_that_tells_no_size_of_a_head_decodes(tmp_path: Path) -
     with torch.no_grad():
         truth = model_of("llama")(ids).logits.numpy()
     np.testing.assert_allclose(answered["logits"], truth, rtol=1e-4, atol=1e-5)
+
+
+@slow
+def test_rows_in_a_builders_graph_without_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokenizer(checkpoint_of("llama"))
+    graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", "fp32")
+    bare = graph.with_name("bare.onnx")
+    stripped(graph, bare)
+    model = ir.load(bare)
+    for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape = value.type = None
+    ir.save(model, bare)
+    adapter = save_adapter("llama", tmp_path / "a")
+    given = ("-a", adapter, "--lora", "rows", "--base", checkpoint_of("llama"), "-o", tmp_path / "out.onnx")
+    code, told = answer(capsys, "onnx", bare, *given)
+    assert code == 0 and told["mixed"]["outcome"] == "same"

@@ -116,8 +116,21 @@ def test_every_row_but_the_first_has_padding_at_one_end() -> None:
     for seed in range(20):
         mask = padding_mask((5, 9), torch.Generator().manual_seed(seed))
         assert mask.shape == (5, 9) and set(mask.unique().tolist()) == {0, 1}
-        assert (mask[1:].sum(1) < 9).all() and (mask.sum(1) >= 4).all()
+        assert (mask[1:].sum(1) < 9).all() and (mask.sum(1) >= 3).all()
         assert (mask[[1, 3], -1] == 0).all() and (mask[[2, 4], 0] == 0).all()
+        assert mask[3, :4].tolist() == [1, 1, 0, 1], "a hole"
+
+
+def test_a_text_alone_has_no_padding_unless_it_is_long() -> None:
+    for shape, padding in (((1, 5), 0), ((1, 29), 0), ((1, 96), 3), ((2, 1), 0)):
+        mask = padding_mask(shape, torch.Generator().manual_seed(0))
+        assert (mask == 0).sum() == padding and mask[:, 0].all()
+
+
+def test_one_text_has_token_types_of_zero(tmp_path: Path) -> None:
+    model = load_model(str(small_model("bert", tmp_path)))
+    types = [model.inputs(sizes, seed=3)["token_type_ids"].unique().tolist() for sizes in model.checked_sizes({})]
+    assert types[0] == [0] and [0, 1] in types
 
 
 TEXTS, BOTH = {"batch", "sequence"}, {"batch", "sequence", "target"}

@@ -64,6 +64,24 @@ def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_p
     assert [shapes["past_key_values.0.key"] for shapes in recorded] == [(2, 1, n, FEATURES) for n in (0, 3, 4, 5, 6)]
 
 
+def test_longer_texts_are_run_in_turns_too(sums: model.Model, tmp_path: Path) -> None:
+    inner = OnnxRunner(a_graph(tmp_path / "m.onnx", sums))
+    runner, runs, run = with_cache(inner), [], inner.run
+    feeds = {"input_ids": np.arange(80).reshape(2, 40) % WORDS, "attention_mask": np.ones((2, 40), np.int64)}
+    right = runner.run(feeds)["logits"]
+
+    def wrong_in_turns(inputs: Any) -> Any:
+        runs.append((inputs["past_key_values.0.key"].shape[2], inputs["input_ids"].shape[1]))
+        outputs = run(inputs)
+        return outputs | {"logits": outputs["logits"] + (len(runs) > 1 + DECODE_STEPS)}
+
+    inner.run = wrong_in_turns
+    wrong = runner.run(feeds)["logits"] - right
+    assert runs[: 1 + DECODE_STEPS] == [(0, 36), *((past, 1) for past in range(36, 40))]
+    assert runs[1 + DECODE_STEPS :] == [(0, 15), (15, 1), (16, 15), (31, 1), (32, 8)]
+    assert not wrong[:, ::2].any() and np.allclose(wrong[:, 1::2], 1), "every second position is from the turns"
+
+
 def test_correct_graph_is_same_and_notes_how_it_ran(sums: model.Model, tmp_path: Path) -> None:
     verdict = proven(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
     assert verdict.same, str(verdict)
@@ -149,7 +167,7 @@ def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None
     assert prove(runner, PyTorchReferences(base)).verdict.outcome is parity.Outcome.DIFFERENT
     right = prove(runner, PyTorchReferences(base, [adapter]), trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 16
-    assert "compared at the prompt, 3 tokens" in right.why and "fault" not in right.why
+    assert "compared at the prompt, 12 tokens" in right.why and "fault" not in right.why
     scaled = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
     wrong = prove(runner, PyTorchReferences(base, [replace(adapter, pairs=scaled)])).diagnosis
     assert wrong is not None and wrong.first == "model.layers.1.self_attn.q_proj"

@@ -168,9 +168,5 @@ def test_closed_graph_is_opened_again_by_the_next_run(a_graph: Path) -> None:
 MASK = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
 
 
-def test_all_positions_count() -> None:
-    assert token_positions(MASK, by_mask=False).tolist() == [[0, 1, 2, 3]] * 3
-
-
 def test_only_the_ones_of_the_mask_count() -> None:
-    assert token_positions(MASK, by_mask=True).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 2], [0, 1, -1, -1]]
+    assert token_positions(MASK).tolist() == [[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, 1, 1]]

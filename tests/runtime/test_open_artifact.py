@@ -53,17 +53,16 @@ def test_every_kind_of_candidate_has_a_time_limit(tmp_path: Path) -> None:
             open_candidate(open_artifact(tmp_path / name), HowToOpen(base, timeout=1e-9)).run(inputs)
 
 
-@pytest.mark.parametrize(("name", "positions"), [("llama", [0, 1, 2]), ("opt", [-1, 0, 1])])
-def test_a_graph_gets_the_positions_that_the_model_finds(name: str, positions: list[int], tmp_path: Path) -> None:
+def test_a_graph_gets_positions_where_the_inputs_have_none(tmp_path: Path) -> None:
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
     g (int64[n, t] input_ids, int64[n, t] attention_mask, int64[n, t] position_ids) => (int64[n, t] y)
     { y = Identity (position_ids) }
     """
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
-    base = load_model(str(small_decoder(name, tmp_path / "base")))
+    base = load_model(str(small_decoder("llama", tmp_path / "base")))
     inputs = {"input_ids": np.array([[5, 5, 5]]), "attention_mask": np.array([[0, 1, 1]])}
-    assert open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(base)).run(inputs)["y"].tolist() == [positions]
+    assert open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(base)).run(inputs)["y"].tolist() == [[0, 1, 2]]
 
 
 def test_every_kind_of_artifact_has_a_runner_or_is_refused() -> None:

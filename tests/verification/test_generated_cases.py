@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,23 @@ import torch
 import transformers
 
 from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.models.cached_decoder import export_decoder
 from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
+from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from support.graphs import a_graph
 from support.small_models import small_model
 
 
 def verdict_of(graph: ir.Model, model: Model, folder: Path) -> parity.Verdict:
     folder.mkdir()
     save_graph(graph, folder, "m.onnx")
-    return prove(OnnxRunner(folder / "m.onnx"), PyTorchReferences(model)).verdict
+    return prove(with_cache(OnnxRunner(folder / "m.onnx")), PyTorchReferences(model)).verdict
 
 
 def exported(model: Model) -> ir.Model:
@@ -78,35 +81,122 @@ def test_clipped_pixels_are_different(limit: float, tmp_path: Path) -> None:
 # --- sizes ---------------------------------------------------------------------------------------
 
 
-def wrong_where(graph: ir.Model, condition: Callable[[int], bool], axis: int) -> ir.Model:
-    """The graph whose first output is 1 greater where the size of the first input's axis fulfils a condition."""
-    table = ir.Tensor(np.float32([condition(size) for size in range(1000)]), name="wrong_sizes")
-    errors = ir.Value(name=table.name, const_value=table, type=ir.TensorType(table.dtype), shape=table.shape)
-    graph.graph.initializers["wrong_sizes"] = errors
+# What a graph is wrong for: ONNX nodes that compute it from the inputs, as a number or a boolean named `is_wrong`
+ROWS, TOKENS = (f"size = Shape <start = {axis}, end = {axis + 1}> (input_ids)" for axis in (0, 1))
+PAST = "past = Shape <start = 2, end = 3> (past_key_values.0.key) zero = Constant <value = int64[1] {0}> ()"
+ONE = "one = Constant <value = int64[1] {1}> ()"
+WRONG = {
+    "batches of four": f"{ROWS} four = Constant <value = int64[1] {{4}}> () is_wrong = Equal (size, four)",
+    "more than 50 tokens": f"{TOKENS} many = Constant <value = int64[1] {{50}}> () is_wrong = Greater (size, many)",
+    "one token": f"{TOKENS} {ONE} is_wrong = Equal (size, one)",
+    "fewer than 6 tokens": f"""{TOKENS} {ONE} six = Constant <value = int64[1] {{6}}> ()
+        few = Less (size, six) some = Greater (size, one) is_wrong = And (few, some)""",
+    "no padding": "is_wrong = ReduceMin <keepdims = 0> (attention_mask)",
+    "padding of one row": f"""{ROWS} {ONE} alone = Equal (size, one) all = ReduceMin <keepdims = 0> (attention_mask)
+        every = Cast <to = 9> (all) some = Not (every) is_wrong = And (alone, some)""",
+    "a hole in the mask": f"""{ONE} before = CumSum (attention_mask, one)
+        after = CumSum <reverse = 1> (attention_mask, one)
+        both = Mul (before, after) among = Sign (both) hidden = Sub (one, attention_mask) holes = Mul (among, hidden)
+        is_wrong = ReduceMax <keepdims = 0> (holes)""",
+    "token types of zero": """most = ReduceMax <keepdims = 0> (token_type_ids)
+        none = Constant <value = int64 {0}> () is_wrong = Equal (most, none)""",
+    "a second turn": f"""{TOKENS} {PAST} {ONE} several = Greater (size, one) after = Greater (past, zero)
+        is_wrong = And (several, after)""",
+    "a prompt of one token": f"""{TOKENS} {PAST} {ONE} single = Equal (size, one) first = Equal (past, zero)
+        is_wrong = And (single, first)""",
+    "a cache of 31 to 47": f"""{PAST} low = Constant <value = int64[1] {{31}}> ()
+        high = Constant <value = int64[1] {{47}}> ()
+        above = GreaterOrEqual (past, low) below = LessOrEqual (past, high) is_wrong = And (above, below)""",
+}
+
+
+def wrong_for(graph: ir.Model, what: str) -> ir.Model:
+    """The graph whose first output is 1 greater for some inputs."""
+    own = {str(value.name): value for value in graph.graph.inputs}
+    declared = ", ".join(f"int64[a, b] {name}" for name in own)
+    part = a_graph(f"wrong ({declared}) => (float error) {{ {WRONG[what]} error = Cast <to = 1> (is_wrong) }}")
+    (error,) = part.graph.outputs
+    for value, name in zip(part.graph.inputs, own, strict=True):
+        for node, index in list(value.uses()):
+            node.replace_input_with(index, own[name])
+    nodes = list(part.graph)
+    part.graph.outputs.clear()
+    part.graph.remove(nodes)
+    for number, made in enumerate(value for node in nodes for value in node.outputs):
+        made.name = f"wrong.{number}"
     output = graph.graph.outputs[0]
-    shape = ir.node("Shape", [graph.graph.inputs[0]], {"start": axis, "end": axis + 1})
-    error = ir.node("Gather", [errors, shape.outputs[0]])
-    total = ir.node("Add", [output, error.outputs[0]])
+    total = ir.node("Add", [output, error])
     total.outputs[0].name, output.name = output.name, f"{output.name}.right"
     total.outputs[0].type, total.outputs[0].shape = output.type, output.shape
-    shape.outputs[0].name, error.outputs[0].name = "its_size", "its_error"
-    graph.graph.extend([shape, error, total])
+    graph.graph.extend([*nodes, total])
     graph.graph.outputs[0] = total.outputs[0]
     return graph
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+OF_CACHES = ("a second turn", "a prompt of one token", "a cache of 31 to 47")
+OF_TEXTS = sorted(WRONG.keys() - {*OF_CACHES, "token types of zero"})
+
+
 @pytest.mark.parametrize(
-    ("axis", "condition"),
-    [(0, lambda size: size % 2 == 0 and size > 2), (1, lambda size: size > 32), (1, lambda size: size > 60)],
-    ids=["even batches", "more than 32 tokens", "more than 60 tokens"],
+    ("name", "what"),
+    [*itertools.product(("bert", "llama"), OF_TEXTS), ("bert", "token types of zero")],
 )
-def test_graph_that_is_wrong_at_some_sizes_is_different(
-    name: str, axis: int, condition: Callable[[int], bool], tmp_path: Path
-) -> None:
+def test_graph_that_is_wrong_for_some_inputs_is_different(name: str, what: str, tmp_path: Path) -> None:
     model, graph = subject(name)
-    wrong = verdict_of(wrong_where(graph.clone(), condition, axis), model, tmp_path / "wrong")
+    wrong = verdict_of(wrong_for(graph.clone(), what), model, tmp_path / "wrong")
     assert wrong.outcome is parity.Outcome.DIFFERENT
+
+
+# --- decoders with a cache ---
+
+
+@functools.cache
+def cached_subject(name: str) -> tuple[Model, ir.Model]:
+    """A model and its export with a cache, which no test changes."""
+    model = load_model(str(small_model(name, Path(tempfile.mkdtemp()) / "base")))
+    return model, export_decoder(model.module)
+
+
+def without_positions(graph: ir.Model) -> ir.Model:
+    """The graph with a cache that counts all positions, and reads `position_ids` no more."""
+    own = {str(value.name): value for value in graph.graph.inputs}
+    bounds = [
+        ir.node("Shape", [own[name]], {"start": axis, "end": axis + 1})
+        for name, axis in (("past_key_values.0.key", 2), ("attention_mask", 1))
+    ]
+    axis = ir.node("Constant", [], {"value": ir.tensor([0], ir.DataType.INT64)})
+    ends = [ir.node("Squeeze", [bound.outputs[0], axis.outputs[0]]) for bound in bounds]
+    step = ir.node("Constant", [], {"value": ir.tensor(1, ir.DataType.INT64)})
+    count = ir.node("Range", [ends[0].outputs[0], ends[1].outputs[0], step.outputs[0]])
+    row = ir.node("Unsqueeze", [count.outputs[0], axis.outputs[0]])
+    for node, index in list(own["position_ids"].uses()):
+        node.replace_input_with(index, row.outputs[0])
+    nodes = [*bounds, axis, *ends, step, count, row]
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"counted.{number}"
+    graph.graph.insert_before(graph.graph[0], nodes)
+    return graph
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_right_export_with_a_cache_is_same(name: str, tmp_path: Path) -> None:
+    model, graph = cached_subject(name)
+    assert verdict_of(graph.clone(), model, tmp_path / "right").same
+
+
+@pytest.mark.parametrize("what", [*OF_CACHES, "a hole in the mask", "more than 50 tokens"])
+def test_graph_with_a_cache_that_is_wrong_for_some_inputs_is_different(what: str, tmp_path: Path) -> None:
+    model, graph = cached_subject("gpt2")
+    wrong = verdict_of(wrong_for(graph.clone(), what), model, tmp_path / "wrong")
+    assert wrong.outcome is parity.Outcome.DIFFERENT
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_graph_that_ignores_its_positions_is_different(name: str, tmp_path: Path) -> None:
+    model, graph = cached_subject(name)
+    wrong = verdict_of(without_positions(graph.clone()), model, tmp_path / "wrong")
+    assert wrong.outcome is parity.Outcome.DIFFERENT and "changing the input position_ids" in str(wrong)
+    assert "error" in {reason.gate for reason in wrong.reasons}, "its outputs are wrong, too"
 
 
 @pytest.mark.slow

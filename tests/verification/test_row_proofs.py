@@ -21,8 +21,8 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
-from lora_export.verification.row_proofs import judge_mixed, several_on_row
-from support.graphs import an_adapter
+from lora_export.verification.row_proofs import judge_mixed, mixed_rows, several_on_row
+from support.graphs import a_graph, an_adapter
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -61,6 +61,37 @@ def with_reversed_rows(graph: Path, name: str, target: Path) -> Path:
     return target
 
 
+def with_other_ids(graph: Path, text: str, target: Path) -> Path:
+    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
+    model, part = load_graph(graph), a_graph(f"ids (int64[a, b] adapter_ids) => (int64[a, b] other) {{ {text} }}")
+    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
+    (own,), (other,) = part.graph.inputs, part.graph.outputs
+    for node, index in list(given.uses()):
+        node.replace_input_with(index, other)
+    for node, index in list(own.uses()):
+        node.replace_input_with(index, given)
+    nodes = list(part.graph)
+    part.graph.outputs.clear()
+    part.graph.remove(nodes)
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"other.{number}"
+    model.graph.insert_before(model.graph[0], nodes)
+    ir.save(model, target)
+    return target
+
+
+FIRST, SECOND = (
+    f"at_{name} = Constant <value = int64[1] {{{place}}}> () {name} = Gather <axis = 1> (adapter_ids, at_{name})"
+    for name, place in (("first", 0), ("second", 1))
+)
+OTHER_IDS = {
+    "nothing where the first place is empty": f"{FIRST} is_used = Sign (first) other = Mul (adapter_ids, is_used)",
+    "nothing at the second place": f"{FIRST} zero = Sub (first, first) other = Concat <axis = 1> (first, zero)",
+    "ids in ascending order": f"""{FIRST} {SECOND} low = Min (first, second) high = Max (first, second)
+        other = Concat <axis = 1> (low, high)""",
+}
+
+
 def test_each_adapter_is_on_a_row_once_and_then_again() -> None:
     assert several_on_row(3, 2) == ((1, 2), (0.75, -0.5))
     assert several_on_row(2, 5) == ((1, 2, 1, 2, 1), (0.75, -0.5, 0.375, 0.75, -0.5))
@@ -76,6 +107,37 @@ def test_exchanged_rows_are_different(exported: Path, name: str, tmp_path: Path)
     result = le.verify(wrong, (net(), INPUTS), adapters=adapters())
     assert result.proof is not None and result.proof.verdict.outcome is Outcome.DIFFERENT
     assert {reason.case.split(",")[0] for reason in result.proof.verdict.reasons} == {"mixed batches"}
+
+
+@pytest.mark.parametrize("wrong", OTHER_IDS)
+def test_graph_that_is_wrong_for_some_places_of_adapters_is_different(
+    exported: Path, wrong: str, tmp_path: Path
+) -> None:
+    path = with_other_ids(exported, OTHER_IDS[wrong], tmp_path / "wrong.onnx")
+    result = le.verify(path, (net(), INPUTS), adapters=adapters())
+    assert result.proof is not None and result.proof.verdict.outcome is Outcome.DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("adapters", "per_row", "rows"),
+    [
+        (2, 1, ["1", "2", "0"]),
+        (2, 2, ["1+2", "2+1", "0+1", "2", "0"]),
+        (1, 3, ["1+1+1", "1+1+1", "0+1", "0+0+1", "1", "0"]),
+        (3, 2, ["1+2", "2+1", "0+1", "2", "0+3", "0"]),
+    ],
+)
+def test_mixed_batches_have_every_adapter_and_every_place(adapters: int, per_row: int, rows: list[str]) -> None:
+    made = mixed_rows(adapters, per_row)
+    assert list(map(str, made)) == rows
+    assert [row.proof for row in made[-3:]][-1] == 0 and {len(row.ids) for row in made} == {per_row}
+
+
+def test_batches_reach_every_kind_of_row(exported: Path) -> None:
+    result = le.verify(exported, (net(), INPUTS), adapters=adapters())
+    assert result.proof is not None
+    names = " ".join(each.case for each in result.proof.verdict.comparisons if "mixed" in each.case)
+    assert all(f" {row}" in names for row in ("1+2", "2+1", "0+1", "2", "0"))
 
 
 def test_unjudged_positions_are_those_of_each_rows_adapter() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import WrongUsage
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoderRun
+from lora_export.runtime.onnx_runner import token_positions
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _generate(
 ) -> None:
     """Add the new tokens of the texts with these numbers, which are the rows of one batch, to `texts`."""
     tokens, mask = _padded([given[number] for number in numbers], limits.padding)
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    positions = token_positions(mask)
     going = np.ones(len(numbers), bool)
     for count in range(limits.new_tokens):
         logits = run.step(tokens, mask, positions)

@@ -1,7 +1,8 @@
 """Inputs for a graph without a model: made from the graph's declared inputs and from the nodes that read them.
 
 The inputs are seeded and of several sizes; equal symbols have equal sizes. Token ids are smaller than the number of
-rows of the table that they index. Masks hide padding, positions count up, and a cache is short or empty. NumPy only.
+rows of the table that they index. Masks hide padding, which a row alone has none of, and positions count the ones of
+the mask. NumPy only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_INPUTS
-from lora_export.graph.operators import head_size
+from lora_export.graph.cache_names import present_by_past
+from lora_export.graph.operators import cache_heads
 from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.npz import read_arrays
@@ -34,10 +36,12 @@ class GraphSizes(NamedTuple):
 
 # All lengths differ, one batch has a single row, and one an even number of them. The cache is empty in two cases, and
 # filled in one.
-CASES = (GraphSizes(1, 7, 0), GraphSizes(3, 16, 5), GraphSizes(4, 29, 0))
+CASES = (GraphSizes(1, 5, 0), GraphSizes(3, 16, 5), GraphSizes(4, 29, 0))
+SINGLE_TOKENS = GraphSizes(2, 1, 47)  # of a graph that takes token ids, if it takes so few
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 POSITION_NAME = re.compile(r"position", re.IGNORECASE)
+TYPE_NAME = re.compile(r"token_type", re.IGNORECASE)
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 by the ids at input 1
 VALUE_PRESERVING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
 
@@ -61,10 +65,20 @@ class InputGenerator:
     def __init__(self, model: ir.Model, graph_name: str):
         self.inputs = _required_inputs(model)
         self.caches = [value for value in self.inputs if CACHE.search(value.name or "") and _is_float(value)]
+        outputs = {str(value.name): value for value in model.graph.outputs}
+        present = present_by_past([str(value.name) for value in self.caches], outputs)
+        returned = {value: outputs.get(present.get(str(value.name), "")) for value in self.caches}
+        # Cache -> its own sizes that do not vary, by axis, where the graph states them elsewhere than at the input
+        self._stated = {value: _stated_sizes(value, result) for value, result in returned.items()}
         problems = [problem for value in self.inputs if (problem := _problem(value))]
         if problems:
             problem = f"inputs for {graph_name} cannot be made: {'; '.join(problems)}"
             raise NoGeneratedInputs(problem, [str(value.name) for value in self.inputs])
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether an input indexes a table."""
+        return any(_rows_indexed(value) for value in self.inputs)
 
     def alternatives(self, sizes: GraphSizes) -> list[GraphSizes]:
         """These sizes; for a graph with a cache also one step after the cache, and an empty cache."""
@@ -92,6 +106,8 @@ class InputGenerator:
         size_of = self._sizes(batch, length, past)
         valid = rng.integers(max(1, length // 2), length + 1, size=batch)
         valid[1::2] = np.minimum(valid[1::2], max(1, length - 2))  # a mask of ones alone would not be put to the test
+        if batch == 1:
+            valid[:] = length
         return {
             value.name or "": _array(value, [size_of(value, axis) for axis in range(_rank(value))], past, valid, rng)
             for value in self.inputs
@@ -106,12 +122,14 @@ class InputGenerator:
             for axis, symbol in _symbols(value):
                 over_all = value not in self.caches and self.caches and symbol not in self._lengths
                 later = past if value in self.caches else past + length if over_all else length
-                inner = head_size(value) if value in self.caches and axis == _rank(value) - 1 else 0
-                by_symbol.setdefault(symbol, inner or (later if axis else batch))
+                if axis not in self._stated.get(value, {}):
+                    by_symbol.setdefault(symbol, later if axis else batch)
 
         def size_of(value: ir.Value, axis: int) -> int:
             declared = value.shape[axis] if value.shape is not None else None
-            return declared if isinstance(declared, int) else by_symbol[_symbol(value, axis)]
+            if isinstance(declared, int):
+                return declared
+            return self._stated.get(value, {}).get(axis) or by_symbol[_symbol(value, axis)]
 
         return size_of
 
@@ -132,6 +150,16 @@ def _required_inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs without a default value. Adapter ids are not among them: the runner provides those."""
     optional = set(model.graph.initializers.values())
     return [value for value in model.graph.inputs if value not in optional and value.name not in ROW_INPUTS]
+
+
+def _stated_sizes(cache: ir.Value, present: ir.Value | None) -> dict[int, int]:
+    """The sizes of a cache [batch, heads, length, features] by axis, from what is returned and the operator between."""
+    shape = () if present is None or present.shape is None else present.shape
+    stated = {axis: size for axis, size in enumerate(shape) if isinstance(size, int)}
+    heads, features = cache_heads(cache)
+    if _rank(cache) == 4:
+        stated |= {axis: size for axis, size in ((1, heads), (3, features)) if size}
+    return stated
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -162,7 +190,11 @@ def _array(
         return _mask(shape, past, valid).astype(numpy_dtype)
     if POSITION_NAME.search(name) and not _is_float(value):
         length = shape[-1] if shape else 1
-        return np.broadcast_to(np.arange(past, past + length), shape).astype(numpy_dtype)
+        count = np.arange(length)
+        by_row = np.minimum(count, valid[:, None] - 1) if len(shape) == 2 and shape[0] == len(valid) else count
+        return np.broadcast_to(past + by_row, shape).astype(numpy_dtype)
+    if TYPE_NAME.search(name) and len(valid) == 1:
+        return np.zeros(shape, numpy_dtype)
     if _is_float(value):
         return rng.standard_normal(shape).astype(numpy_dtype)
     if dtype is ir.DataType.BOOL:

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import IDS, MASK, POSITION_IDS
 from lora_export.lora import Adapter
-from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
+from lora_export.models.cached_decoder import takes_positions
+from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dtype_of
+from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
-from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.storage.npz import read_arrays
@@ -44,11 +47,12 @@ def inputs_of_proof(
     )
     cases = {name: as_declared(candidate, arrays) for name, arrays in made.items()}
     seeded = list(cases.values())[min(2, len(cases) - 1)]
-    varied = cases[user_inputs.name] if user_inputs else seeded
+    # Every value that a Hugging Face model takes can be drawn, and one text of the user's may have no padding.
+    varied = cases[user_inputs.name] if user_inputs and not model.is_huggingface else seeded
     varied = varied if varied.keys() == seeded.keys() else seeded  # the user's are texts without images
     perturbed = _perturbed(model, candidate, varied, seed)
     constant = [name for name in model.input_names if name not in perturbed]
-    # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
+    # One that never varies has a single value there.
     single, unknown = (constant, []) if model.is_huggingface else ([], constant)
     first_tokens = {name: before_first_token(arrays) for name, arrays in cases.items() if model.is_huggingface}
     return Inputs(
@@ -70,7 +74,7 @@ def _perturbed(model: Model, candidate: Runner, before: Arrays, seed: int) -> di
     sizes = {symbol: before[name].shape[axis] for name, own in model.axes.items() for axis, symbol in own.items()}
     draws = [as_declared(candidate, draw(model, candidate, sizes, seed + 1000 + number)) for number in range(REDRAWS)]
     perturbed = {}
-    for name in model.input_names:
+    for name in before:
         fresh = next((drawn[name] for drawn in draws if not np.array_equal(drawn[name], before[name])), None)
         if fresh is not None:
             perturbed[name] = {**before, name: fresh}
@@ -96,12 +100,19 @@ def case_inputs(
     cases = {}
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
+        if sizes.get("sequence") == 1 and not _takes_one_token(model, sizes):
+            continue
         arrays = draw(model, candidate, sizes, seed + number + 1)
         cases[label] = _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
     cases |= {f"seed {further}": further_draw(model, candidate, further) for further in further_seeds}
     if user_inputs is not None:
-        cases[user_inputs.name] = _read_inputs(user_inputs, model)
+        cases[user_inputs.name] = _with_positions(_read_inputs(user_inputs, model), model, candidate)
     return cases
+
+
+def _takes_one_token(model: Model, sizes: Sizes) -> bool:
+    """Whether the model runs on such texts. Canine joins four tokens to one."""
+    return not failure_on(model.module, in_dtype_of(model.module, model.inputs(sizes, seed=0)))
 
 
 def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:
@@ -114,11 +125,24 @@ def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
     """Seeded inputs of the model; without padding where the candidate takes none."""
     arrays = {name: to_numpy(value) for name, value in model.inputs(sizes, seed=seed).items()}
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
-        return candidate.without_padding(arrays)
+        arrays = candidate.without_padding(arrays)
     if isinstance(candidate, EncoderDecoderRunner):
         module: Any = model.module
         return candidate.without_padding(arrays, getattr(module.config, "pad_token_id", None))
-    return arrays
+    return _with_positions(arrays, model, candidate)
+
+
+def _with_positions(arrays: Arrays, model: Model, candidate: Runner) -> Arrays:
+    """The inputs with the positions of the tokens, where the candidate is a graph that takes them, and the model does.
+
+    PyTorch would count padding, too. Programs that generate count the ones of the mask: only these positions show
+    whether a graph reads them.
+    """
+    graph = graph_of(candidate)
+    is_taken = graph is not None and len(graph.axes.get(POSITION_IDS, ())) == 2 and model.is_huggingface
+    if not is_taken or IDS not in arrays or POSITION_IDS in arrays or not takes_positions(model.module):
+        return arrays
+    return {**arrays, POSITION_IDS: token_positions(arrays.get(MASK, np.ones_like(arrays[IDS])))}
 
 
 def _with_tokens(arrays: Arrays, tokens: NDArray[np.int64], placeholders: Sequence[int] = ()) -> Arrays:

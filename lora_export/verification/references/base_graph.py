@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,7 +61,7 @@ class BaseGraph:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Three generated cases that the graph accepts, and the user's own.
+        """Generated cases that the graph accepts, and the user's own.
 
         Raises InputRefused where there is no case, or the user's inputs are not those of the graph.
         """
@@ -82,6 +83,10 @@ class BaseGraph:
         for number, wanted in enumerate(graph_inputs.CASES):
             sizes, arrays = self._accepted(generator, runner, wanted, self.seed + number + 1)
             cases[generator.label(sizes)] = arrays
+        if generator.takes_tokens:
+            with contextlib.suppress(NoGeneratedInputs):
+                one, tokens = self._accepted(generator, runner, graph_inputs.SINGLE_TOKENS, self.seed)
+                cases[generator.label(one)] = tokens
         redrawn = generator.redraw(sizes, arrays, seed=self.seed + 1000)
         perturbed = {name: {**arrays, name: values} for name, values in redrawn.items()}
         accepted = {name: others for name, others in perturbed.items() if _accepts(runner, others)}

@@ -22,7 +22,7 @@ def test_the_axes_are_those_that_vary(programs: ProgramFiles) -> None:
     llama = load_model(str(programs.base("llama")))
     assert llama.axes == {name: {0: "batch", 1: "sequence"} for name in SUBJECTS["llama"].inputs}
     assert [sizes["batch"] for sizes in llama.checked_sizes({})] == [1, 3, 4]
-    assert [sizes["sequence"] for sizes in llama.checked_sizes({})] == [7, 16, 29]
+    assert [sizes["sequence"] for sizes in llama.checked_sizes({})] == [5, 16, 29]
     cnn = load_model(str(programs.base("cnn")))
     assert cnn.axes == {"picture": {0: "batch"}}
     assert cnn.inputs({"batch": 3}, seed=0)["picture"].shape == (3, 3, 8, 8)
@@ -110,5 +110,5 @@ def test_inputs_too_large_or_missing_are_refused(good: Path, tmp_path: Path, cha
 @pytest.mark.parametrize("hint", [1 << 40, -5, 0])
 def test_false_hints_do_not_change_the_sizes(good: Path, tmp_path: Path, hint: int) -> None:
     base = load_model(str(changed(good, tmp_path, hints(hint))))
-    assert [sizes["sequence"] for sizes in base.checked_sizes({})] == [7, 16, 29]
+    assert [sizes["sequence"] for sizes in base.checked_sizes({})] == [5, 16, 29]
     assert all(size > 0 for size in base.traced_sizes.values())

@@ -43,6 +43,7 @@ def test_ids_are_below_their_tables_rows_and_odd_rows_padded() -> None:
         mask = made["attention_mask"]
         assert mask[:, 0].all() and (np.diff(mask) <= 0).all()  # ones, then zeros
         assert not mask[1::2, -1].any()
+        assert sizes.batch > 1 or (mask.all() and not made["token_type_ids"].any())
     assert seen == {0, 1}
     assert len({sizes.length for sizes in CASES}) == 3 and 1 in {sizes.batch for sizes in CASES}
 
@@ -60,7 +61,7 @@ def test_mask_covers_the_cache_and_positions_continue_it() -> None:
     assert made["past_key_values_0"].shape == (3, 2, 5, 8) and made["past_key_values_0"].any()
     assert made["past_key_values_1"].dtype == np.float16
     assert made["attention_mask"][:, :5].all() and not made["attention_mask"][1, -1]
-    assert made["position_ids"].tolist() == [[5, 6, 7, 8]] * 3
+    assert made["position_ids"][1].tolist() == [5, 6, 6, 6], "padding is not counted"
     assert generator.alternatives(GraphSizes(3, 4, 5)) == [
         GraphSizes(3, 4, 5),
         GraphSizes(3, 1, 5),
@@ -86,11 +87,11 @@ def test_cache_branch_flag_and_four_dimensional_mask() -> None:
     assert (mask == flat.astype(bool)[:, None, None]).all() and not mask.all()
 
 
-def test_redraw_varies_every_input_but_positions() -> None:
+def test_redraw_varies_every_input() -> None:
     generator = InputGenerator(a_graph(CACHED), "cached.onnx")
     before = generator.make(GraphSizes(3, 16, 5), seed=0)
     fresh = generator.redraw(GraphSizes(3, 16, 5), before, seed=1)
-    assert set(fresh) == set(before) - {"position_ids"}  # positions are always the same
+    assert set(fresh) == set(before)
     assert not [name for name, array in fresh.items() if np.array_equal(array, before[name])]
     assert {name: array.shape for name, array in fresh.items()} == {name: before[name].shape for name in fresh}
 
@@ -107,6 +108,35 @@ def test_head_size_comes_from_the_operator_reading_the_cache() -> None:
     node.attributes["num_heads"], node.attributes["kv_num_heads"] = ir.AttrInt64("num_heads", 4), ir.AttrInt64("kv", 2)
     made = InputGenerator(model, "g").make(GraphSizes(1, 3, 5), seed=0)
     assert made["past_key"].shape == (1, 2, 5, 64 // (4 + 2 * 2))
+
+
+def without_shapes(present: str) -> ir.Model:
+    """A graph as onnxruntime-genai's builder makes it, without the shapes of what is between its nodes."""
+    model = a_graph(f"""
+        g (int64[b, s] input_ids, float[b, groups, past, head] past_key)
+        => (float[b, s, 3] y, float[{present}] present_key)
+        <float[50, 64] words = {{0}}, float[64, 3] weight = {{0}}>
+        {{ x = Gather (words, input_ids) present_key = Concat <axis = 2> (past_key, past_key)
+           attended = Add (x, x) y = MatMul (attended, weight) }}
+    """)
+    (node,) = (node for node in model.graph if node.op_type == "Add")
+    node.resize_inputs(4)
+    node.replace_input_with(3, model.graph.inputs[1])
+    node.attributes["num_heads"], node.attributes["kv_num_heads"] = ir.AttrInt64("num_heads", 4), ir.AttrInt64("kv", 2)
+    return model
+
+
+def test_sizes_of_a_cache_come_from_what_reads_the_attention() -> None:
+    made = InputGenerator(without_shapes("b, groups, all, head"), "g").make(GraphSizes(1, 3, 5), seed=0)
+    assert made["past_key"].shape == (1, 2, 5, 64 // 4)
+
+
+def test_sizes_of_a_cache_come_from_what_is_returned() -> None:
+    model = without_shapes("b, 3, all, 7")
+    for node in model.graph:
+        node.attributes.pop("num_heads", None)
+    made = InputGenerator(model, "g").make(GraphSizes(1, 3, 5), seed=0)
+    assert made["past_key"].shape == (1, 3, 5, 7)
 
 
 def test_fixed_sizes_hold_and_unnamed_sizes_match_by_axis() -> None:

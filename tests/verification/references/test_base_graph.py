@@ -35,9 +35,9 @@ def base_graph(text: str, path: Path = Path("base.onnx"), **options: Any) -> Bas
 
 def test_three_cases_of_several_sizes_are_generated() -> None:
     inputs = base_graph(DOUBLED).inputs
-    assert list(inputs.cases) == ["batch 1 x length 7", "batch 3 x length 16", "batch 4 x length 29"]
+    assert list(inputs.cases) == ["batch 1 x length 5", "batch 3 x length 16", "batch 4 x length 29"]
     assert [len(arrays["x"]) for arrays in inputs.cases.values()] == [1, 3, 4]
-    first, again, other = (base_graph(DOUBLED, seed=seed).inputs.cases["batch 1 x length 7"]["x"] for seed in (0, 0, 1))
+    first, again, other = (base_graph(DOUBLED, seed=seed).inputs.cases["batch 1 x length 5"]["x"] for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -50,7 +50,7 @@ def test_one_case_is_drawn_again_input_by_input() -> None:
 
 def test_sizes_that_the_graph_refuses_are_replaced() -> None:
     cases = base_graph(ONE_TOKEN).inputs.cases
-    assert list(cases) == ["batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 4 x length 29 after 0"]
+    assert list(cases) == ["batch 1 x length 5 after 0", "batch 3 x length 1 after 5", "batch 4 x length 29 after 0"]
     one = cases["batch 3 x length 1 after 5"]
     assert (one["x"].shape, one["past_key"].shape) == ((3, 1, 4), (3, 2, 5, 4))
 
