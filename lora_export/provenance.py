@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from lora_export.storage.hub_cache import hub_source
 from lora_export.version import __version__
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
+LONGEST_KEY = "lora_export.longest"  # of the greatest sizes for which a graph was made, in its properties
 
+MOST_TOKENS = 1 << 40
 History = Sequence[Mapping[str, Any]]  # the adapters of earlier merges, as `adapter_records` describes them
 
 
@@ -86,3 +89,19 @@ def history(record: Mapping[str, Any], source: Path) -> History:
     ):
         raise InputRefused(f"{source}: the record of an earlier merge is damaged")
     return tuple(adapters)
+
+
+def longest_record(limits: Mapping[str, tuple[int, int | None]]) -> dict[str, str]:
+    """The properties of a file that was traced from a model, which it computes up to these sizes alone."""
+    longest = {symbol: high for symbol, (_, high) in limits.items() if high is not None}
+    return {LONGEST_KEY: json.dumps(longest)} if longest else {}
+
+
+def read_longest(properties: Mapping[str, str], source: Path) -> dict[str, int]:
+    """The sizes up to which a file was made, by their symbols. Raises InputRefused where the record is damaged."""
+    if LONGEST_KEY not in properties:
+        return {}
+    record = json_files.parse_json(properties[LONGEST_KEY].encode(errors="surrogatepass"), f"{LONGEST_KEY} in {source}")
+    if not all(type(size) is int and 0 < size < MOST_TOKENS for size in record.values()):
+        raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
+    return dict(record)

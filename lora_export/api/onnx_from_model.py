@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export import layers, plan
+from lora_export import layers, plan, provenance
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
@@ -45,6 +45,7 @@ from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -72,7 +73,9 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         check_fit(base, options, future)
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
-        base, graphs, why_text_only = _exported(base, options)
+        base, graphs, why_text_only = _exported(with_traced_lengths(base), options)
+        for program in graphs.values():
+            program.metadata_props |= provenance.longest_record(base.traced)
         if options.lora != "merged":
             for program in graphs.values():
                 quantise(program, options)

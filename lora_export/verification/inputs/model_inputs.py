@@ -170,6 +170,8 @@ def _limits(candidate: Runner, model: Model) -> Limits:
         for axis, symbol in axes.items():
             if symbol != "batch" and axis < len(declared.get(name, ())):
                 limits[symbol] = declared[name][axis]
+    graph = graph_of(candidate)
+    limits |= {symbol: (0, size) for symbol, size in (graph.longest if graph else {}).items() if symbol != "batch"}
     return limits
 
 

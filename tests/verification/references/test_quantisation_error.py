@@ -152,6 +152,29 @@ def test_permuted_block_is_different(scheme: str, wide: Model, floats: ir.Model,
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
+BY_BLOCK = pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.endswith(("bits", "int4"))])
+
+
+@BY_BLOCK
+@pytest.mark.parametrize("part", ["scales", "integers"])
+def test_a_few_blank_blocks_are_different(
+    scheme: str, part: str, wide: Model, floats: ir.Model, tmp_path: Path
+) -> None:
+    """3 % of a weight's blocks, in no row more than one."""
+    graph = SCHEMES[scheme](floats.clone())
+
+    def blank(array: NDArray[Any]) -> NDArray[Any]:
+        zero = 0 if part == "scales" or array.min() < 0 else 1 << (int(array.max()).bit_length() - 1)
+        blocks = array.reshape(-1, 1 if part == "scales" else 32)
+        blocks[:: len(blocks) // 6] = zero
+        return array
+
+    change(graph, part, blank)
+    verdict = verdict_of(graph, wide, tmp_path)
+    assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+    assert any(reason.text.startswith("down.weight") for reason in verdict.reasons if reason.gate == "weights")
+
+
 @WITH_ZEROS
 def test_zero_point_off_by_one_is_not_same(scheme: str, wide: Model, floats: ir.Model, tmp_path: Path) -> None:
     graph = SCHEMES[scheme](floats.clone())
