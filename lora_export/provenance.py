@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,12 +88,6 @@ def history(record: Mapping[str, Any], source: Path) -> History:
     ):
         raise InputRefused(f"{source}: the record of an earlier merge is damaged")
     return tuple(adapters)
-
-
-def longest_record(limits: Mapping[str, tuple[int, int | None]]) -> dict[str, str]:
-    """The properties of a file that was traced from a model, which it computes up to these sizes alone."""
-    longest = {symbol: high for symbol, (_, high) in limits.items() if high is not None}
-    return {LONGEST_KEY: json.dumps(longest)} if longest else {}
 
 
 def read_longest(properties: Mapping[str, str], source: Path) -> dict[str, int]:

@@ -49,12 +49,13 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     Raises RuntimeRefused when the exporter refuses the module, or fixes an axis that should vary.
     """
     check_axes(inputs, axes)
+    dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     with exporter_refusals(module):
         copied = copy.deepcopy(module).requires_grad_(False)
     # A file cannot name the classes of other packages.
     convert_outputs(copied, lambda outputs: named_outputs(outputs) if isinstance(outputs, Mapping) else outputs)
     with tracing(copied), without_cache(copied), exporter_refusals(module):
-        program = exported_program(copied, inputs, axes=axes)
+        program = _exported(copied, inputs, dynamic)
     _refuse_unwritable(module, program)
     for graph in program.graph_module.modules():
         for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
@@ -63,9 +64,9 @@ def to_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: A
     return program
 
 
-def exported_program(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes) -> ExportedProgram:
-    """What torch.export makes of a module. Raises any exception that it raises."""
-    dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
+def _exported(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, Any]]
+) -> ExportedProgram:
     if not is_hugging_face(module):
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=dict(dynamic))
     transformers: Any = importlib.import_module("transformers.exporters.exporter_dynamo")

@@ -1,8 +1,8 @@
 """The lengths of texts that a trace of a model computes as the model does.
 
 A trace has one branch of each comparison in the model's Python code. BigBird attends to all tokens of a short text, and
-to blocks of a longer one; DeepSeek-V3.2 leaves tokens out beyond `index_topk`. No config says so for all models.
-torch.export finds the comparisons: it records what had to hold for the sizes of its example.
+to blocks of a longer one; DeepSeek-V3.2 leaves tokens out beyond `index_topk`. No field of a config says so for all
+models. PyTorch finds the comparisons, by a run with a length that is a symbol: it records what had to hold.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_export.errors import RuntimeRefused
-from lora_export.models.export_program import exported_program
+from lora_export.layers.torch_internals import sizes_of_branches
 from lora_export.models.model import CHECKED_SIZES, Limits, Model
 from lora_export.models.text_inputs import LONGEST_TEXT, MOST_WORK, PAST_WINDOW
-from lora_export.models.tracing import exporter_refusals, tracing, without_cache
+from lora_export.models.tracing import tracing, without_cache
 from lora_export.options.spelling import named
 
 SEQUENCE = "sequence"
-NO_LIMIT = 1 << 40  # tokens: torch.export's infinity is above it
+NO_LIMIT = 1 << 40  # tokens
 _known: dict[str, Limits] = {}  # class, config and inputs -> what was found: a process proves a model several times
 
 
 def with_traced_lengths(model: Model) -> Model:
     """The model with `traced`, and a long text beyond it, where that takes no more than other long texts.
 
-    Itself where its code has no such comparison, or where torch.export refuses it. The model is traced once, without
-    its weights. Only texts of Hugging Face models are looked at.
+    Itself where its code has no such comparison. The model runs once, without its weights and on shapes alone, as far
+    as no branch depends on values. Only texts of Hugging Face models are looked at.
     """
     most = model.limits.get(SEQUENCE, (0, None))[1]
     symbols = {symbol for axes in model.axes.values() for symbol in axes.values()}
@@ -58,34 +57,20 @@ def with_traced_lengths(model: Model) -> Model:
 
 
 def _traced(model: Model) -> Limits:
+    """The lengths for which the model's code takes the branches that it takes at the traced one."""
     module: Any = model.module
     key = f"{type(module)} {module.config.to_json_string()} {json.dumps([model.axes, model.traced_sizes])}"
     if key not in _known:
-        try:
-            _known[key] = _limits_of_trace(model)
-        except RuntimeRefused:
-            _known[key] = {}
+        _known[key] = {SEQUENCE: _sizes_of_branches(model)}
     return _known[key]
 
 
-def _limits_of_trace(model: Model) -> Limits:
-    """The sizes of each symbol for which all comparisons have the results that they have at the traced sizes.
-
-    Raises RuntimeRefused where torch.export refuses the model.
-    """
+def _sizes_of_branches(model: Model) -> tuple[int, int | None]:
     module = without_values(model.module)
-    with tracing(module), without_cache(module), exporter_refusals(module):
-        program = exported_program(module, model.example_inputs(), axes=model.axes)
-    limits: Limits = {}
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        for axis, symbol in model.axes.get(node.name, {}).items():
-            size = node.meta["val"].shape[axis]
-            found = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-            if found is not None:
-                limits[symbol] = (int(found.lower), int(found.upper) if found.upper < NO_LIMIT else None)
-    return limits
+    axes = {name: axis for name, own in model.axes.items() for axis, symbol in own.items() if symbol == SEQUENCE}
+    with tracing(module), without_cache(module):
+        low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
+    return low, high if high < NO_LIMIT else None
 
 
 def without_values(module: nn.Module) -> nn.Module:
@@ -97,3 +82,13 @@ def without_values(module: nn.Module) -> nn.Module:
     for buffer in module.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(module, memo)
+
+
+def longest_traced(model: Model) -> dict[str, int]:
+    """The greatest size of each symbol that a trace computes as the model does; empty where there is none."""
+    return {symbol: high for symbol, (_, high) in model.traced.items() if high is not None}
+
+
+def passes_traced_lengths(model: Model) -> bool:
+    """Whether a generated text is longer than those that a trace computes as the model does."""
+    return any(model.long.get(symbol, 0) > high for symbol, high in longest_traced(model).items())

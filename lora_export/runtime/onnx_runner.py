@@ -176,7 +176,7 @@ class OnnxRunner(PlainRunner):
 
     @property
     def longest(self) -> dict[str, int]:
-        """The sizes up to which the graph was made, by its model's symbols. Raises InputRefused for a damaged record."""
+        """The sizes up to which the graph was made, by its model's symbols. Raises InputRefused where it is damaged."""
         return read_longest(self._metadata, self.path)
 
     @property

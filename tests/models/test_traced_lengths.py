@@ -14,7 +14,6 @@ import transformers
 from lora_export.api.onnx import export_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
-from lora_export.models.text_inputs import PAST_WINDOW
 from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.provenance import LONGEST_KEY
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -35,11 +34,12 @@ def big_bird(**fields: Any) -> Any:
     return transformers.BigBirdModel(config)
 
 
-def deepseek(topk: int = 110) -> Any:
+def deepseek(topk: int = 24) -> Any:
+    """Attends to 24 tokens. Scores of 0 are equal, and PyTorch and onnxruntime choose others of them."""
     config = transformers.DeepseekV32Config(
         **WIDE, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
         kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4,
-        first_k_dense_replace=1, index_topk=topk, index_head_dim=8, index_n_heads=2, bos_token_id=1, eos_token_id=2,
+        first_k_dense_replace=2, index_topk=topk, index_head_dim=8, index_n_heads=2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.DeepseekV32ForCausalLM(config)
 
@@ -50,11 +50,14 @@ def saved(module: Any, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("make", "length"), [(big_bird, 112), (deepseek, 110)])
-def test_the_length_at_which_code_changes_its_way_is_found(make: Any, length: int, tmp_path: Path) -> None:
+MODELS_OF_TWO_WAYS = pytest.mark.parametrize(("make", "length", "long"), [(big_bird, 112, 144), (deepseek, 23, 96)])
+
+
+@MODELS_OF_TWO_WAYS
+def test_the_length_at_which_code_changes_its_way_is_found(make: Any, length: int, long: int, tmp_path: Path) -> None:
     model = with_traced_lengths(load_model(saved(make(), tmp_path)))
     assert model.traced["sequence"][1] == length
-    assert model.long["sequence"] == length + PAST_WINDOW
+    assert model.long["sequence"] == long
     assert with_traced_lengths(model) is model
 
 
@@ -95,12 +98,14 @@ def verdict_of(path: Path, model: Model) -> parity.Verdict:
     return prove(OnnxRunner(path), PyTorchReferences(model)).verdict
 
 
-@pytest.mark.parametrize(("make", "length"), [(big_bird, 112), (deepseek, 110)])
-def test_a_graph_is_proven_up_to_the_length_for_which_it_was_made(make: Any, length: int, tmp_path: Path) -> None:
+@MODELS_OF_TWO_WAYS
+def test_a_graph_is_proven_up_to_the_length_for_which_it_was_made(
+    make: Any, length: int, long: int, tmp_path: Path
+) -> None:
     base, path = saved(make(), tmp_path / "base"), tmp_path / "m.onnx"
     proof = export_onnx(base, path).proof
     assert proof is not None and any(f"up to {length}" in note for note in proof.verdict.notes)
-    assert {case.name for case in proof.cases} >= {f"batch 1 x sequence {length}"}
+    assert any(case.name.endswith(f"sequence {length}") for case in proof.cases)
     graph = onnx.load(path)
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     assert json.loads(properties[LONGEST_KEY]) == {"sequence": length}
@@ -108,4 +113,4 @@ def test_a_graph_is_proven_up_to_the_length_for_which_it_was_made(make: Any, len
     onnx.save(graph, tmp_path / "other.onnx")
     other = verdict_of(tmp_path / "other.onnx", load_model(base))
     assert other.outcome is parity.Outcome.DIFFERENT
-    assert {reason.case for reason in other.reasons} == {f"batch 1 x sequence {length + PAST_WINDOW}"}
+    assert f"batch 1 x sequence {long}" in {reason.case for reason in other.reasons}
