@@ -238,7 +238,7 @@ class _Comparison:
         name = weight.spec.name
         self.compared.add(self.memory[name])
         wrong = weight.wrong_in(view)
-        if wrong.count:
+        if wrong.numbers:
             where = (
                 f"the first in row {wrong.first}"
                 if wrong.rows == 1
@@ -246,7 +246,7 @@ class _Comparison:
             )
             which = "neither the model's nor those with its adapters" if weight.steps else "not the model's"
             self.found.faults.append(
-                f"{name}: {wrong.count:,} of {math.prod(weight.spec.shape):,} numbers are {which}, {where}"
+                f"{name}: {wrong.numbers:,} of {math.prod(weight.spec.shape):,} numbers are {which}, {where}"
             )
 
     def _note(self) -> None:

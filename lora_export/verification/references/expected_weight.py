@@ -53,13 +53,13 @@ class ArrayRows(NamedTuple):
 class WrongNumbers(NamedTuple):
     """How many numbers of a tensor are neither W nor W + s·BA, in how many rows, and the first of these."""
 
-    count: int = 0
+    numbers: int = 0
     rows: int = 0
     first: int = -1
 
     def __add__(self, other: WrongNumbers) -> WrongNumbers:  # type: ignore[override]
         first = self.first if self.rows else other.first
-        return WrongNumbers(self.count + other.count, self.rows + other.rows, first)
+        return WrongNumbers(self.numbers + other.numbers, self.rows + other.rows, first)
 
 
 class _Terms(NamedTuple):
@@ -158,8 +158,8 @@ class ExpectedWeight:
             wrong = WrongNumbers()
             for number, with_step in enumerate(likely):
                 other = _wrong_in_part(*part.weight(base, candidate, with_step=with_step), dtype)
-                wrong = other if number == 0 or other.count < wrong.count else wrong
-                if not wrong.count:
+                wrong = other if number == 0 or other.numbers < wrong.numbers else wrong
+                if not wrong.numbers:
                     break
             total += wrong
         if sum(math.prod(part.spec.shape) for part in self.parts) < math.prod(self.spec.shape):
@@ -169,8 +169,8 @@ class ExpectedWeight:
     def _wrong_outside(self, base: Array, candidate: Array, dtype: np.dtype[Any]) -> WrongNumbers:
         """The wrong numbers outside of the parts that a step changes: those of the whole less those of the parts."""
         whole = _wrong_in_part(*_Part(self.spec).weight(base, candidate, with_step=False), dtype)
-        inside = [_wrong_in_part(*part.weight(base, candidate, with_step=False), dtype).count for part in self.parts]
-        count = whole.count - sum(inside)
+        inside = [_wrong_in_part(*part.weight(base, candidate, with_step=False), dtype).numbers for part in self.parts]
+        count = whole.numbers - sum(inside)
         return WrongNumbers(count, whole.rows, whole.first) if count > 0 else WrongNumbers()
 
     # --- samples ---
@@ -263,4 +263,5 @@ def _rounded_to(array: Array) -> np.dtype[Any]:
         for half in halves:
             if np.array_equal(np.asarray(sample).astype(half).astype(array.dtype), sample, equal_nan=True):
                 return np.dtype(half)
-    return array.dtype
+    own: np.dtype[Any] = array.dtype
+    return own
