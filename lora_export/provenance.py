@@ -90,11 +90,12 @@ def history(record: Mapping[str, Any], source: Path) -> History:
     return tuple(adapters)
 
 
-def read_longest(properties: Mapping[str, str], source: Path) -> dict[str, int]:
+def read_longest(properties: Mapping[str, Any], source: Path) -> dict[str, int]:
     """The sizes up to which a file was made, by their symbols. Raises InputRefused where the record is damaged."""
     if LONGEST_KEY not in properties:
         return {}
-    record = json_files.parse_json(properties[LONGEST_KEY].encode(errors="surrogatepass"), f"{LONGEST_KEY} in {source}")
+    text = str(properties[LONGEST_KEY]).encode(errors="surrogatepass")
+    record = json_files.parse_json(text, f"{LONGEST_KEY} in {source}")
     if not all(type(size) is int and 0 < size < MOST_TOKENS for size in record.values()):
         raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
     return dict(record)

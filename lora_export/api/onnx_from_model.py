@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from lora_export import layers, plan, provenance
+from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
 from lora_export.api.generation_task import generating_model
 from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
-from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, OnnxResult
+from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import (
     Located,
     base_outputs,
@@ -29,11 +29,12 @@ from lora_export.api.onnx_steps import (
     record_in,
     write_graph,
 )
+from lora_export.api.proof_of_trace import prove_trace
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.callbacks import each_once, ignore
-from lora_export.errors import Different, MatchError, RuntimeRefused
+from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.interface import precision_of
 from lora_export.graph.merge.fold import fold_graph
@@ -47,14 +48,11 @@ from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
-from lora_export.models.traced_lengths import SEQUENCE, longest_traced, passes_traced_lengths
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.module_copies import fp64_bytes
-from lora_export.verification.proof import Proof
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
@@ -97,7 +95,13 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         written = load_graph(path)
         beside = _write_generation_files(base, written, options, folder) if options.task else []
         precision = precision_of(find_sites(written))
-        proofs = _proven([folder / name for name in names], references, options, before)
+
+        def state(properties: Mapping[str, str]) -> None:
+            for name in names:
+                append_metadata(folder / name, properties)
+
+        prove = functools.partial(prove_all, path, references, options, before) if options.verify else None
+        proofs = prove_trace(references.model, prove, state, options.on_message)
         dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
         settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
@@ -110,30 +114,6 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
             record_in(folder / name, record, proofs)
     files = (options.output, *(options.output.parent / name for name in (*companions, *beside)))
     return OnnxResult(options.output, files, plan, proofs, precision)
-
-
-def _proven(
-    paths: Sequence[Path], references: PyTorchReferences, options: OnnxRequest, before: OutputsByCase
-) -> OnnxProofs | None:
-    """The proofs of the graphs, the output's path first. A graph that follows the model's code up to a length alone
-    states this length in its properties, and is proven up to it.
-    """
-    model = references.model
-    if options.verify and (passes_traced_lengths(model) or not longest_traced(model)):
-        try:
-            return prove_all(paths[0], references, options, before)
-        except Different as error:
-            proof = error.proof
-            if not isinstance(proof, Proof) or not proof.differs_only_beyond(longest_traced(model), model.axes):
-                raise
-    if longest := longest_traced(model):
-        options.on_message(
-            f"note: the graph is for texts of up to {longest[SEQUENCE]:,} tokens: {type(model.module).__name__} "
-            "computes longer ones in another way"
-        )
-        for path in paths:
-            append_metadata(path, {provenance.LONGEST_KEY: json.dumps(longest)})
-    return prove_all(paths[0], references, options, before) if options.verify else None
 
 
 def _read_when_needed(options: OnnxRequest, why_text_only: str) -> Model | None:
