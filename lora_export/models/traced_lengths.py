@@ -1,8 +1,8 @@
 """The lengths of texts that a trace of a model computes as the model does.
 
 A trace has one branch of each comparison in the model's Python code. BigBird attends to all tokens of a short text, and
-to blocks of a longer one; DeepSeek-V3.2 leaves tokens out beyond `index_topk`. No field of a config says so for all
-models. PyTorch finds the comparisons, by a run with a length that is a symbol: it records what had to hold.
+to blocks of a longer one; DeepSeek-V3.2 leaves tokens out beyond `index_topk`. No field of a config has it for
+all models. PyTorch finds the comparisons, by a run with a length that is a symbol: it records what had to hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_export.models.text_inputs import LONGEST_TEXT, MOST_WORK, PAST_WINDOW
 from lora_export.models.tracing import tracing, without_cache
 from lora_export.options.spelling import named
 
-SEQUENCE = "sequence"
+OF_TEXTS = "sequence"
 NO_LIMIT = 1 << 40  # tokens
 _known: dict[str, Limits] = {}  # class, config and inputs -> what was found: a process proves a model several times
 
@@ -32,23 +32,23 @@ def with_traced_lengths(model: Model) -> Model:
     Itself where its code has no such comparison. The model runs once, without its weights and on shapes alone, as far
     as no branch depends on values. Only texts of Hugging Face models are looked at.
     """
-    most = model.limits.get(SEQUENCE, (0, None))[1]
+    most = model.limits.get(OF_TEXTS, (0, None))[1]
     symbols = {symbol for axes in model.axes.values() for symbol in axes.values()}
-    if model.traced or not model.is_huggingface or SEQUENCE not in symbols or model.derive is not None:
+    if model.traced or not model.is_huggingface or OF_TEXTS not in symbols or model.derive is not None:
         return model
-    reached = model.long.get(SEQUENCE, CHECKED_SIZES[-1][SEQUENCE])
+    reached = model.long.get(OF_TEXTS, CHECKED_SIZES[-1][OF_TEXTS])
     if most is not None and most <= reached:
         return model
-    low, high = _traced(model).get(SEQUENCE, (0, None))
+    low, high = _traced(model).get(OF_TEXTS, (0, None))
     if high is None or (most is not None and most <= high):
         return model
-    model = replace(model, traced={SEQUENCE: (low, high)})
+    model = replace(model, traced={OF_TEXTS: (low, high)})
     wanted = high + PAST_WINDOW if most is None else min(most, high + PAST_WINDOW)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     if wanted <= reached:
         return model
     if wanted * parameters <= MOST_WORK and wanted <= LONGEST_TEXT:
-        return replace(model, long={**model.long, SEQUENCE: wanted})
+        return replace(model, long={**model.long, OF_TEXTS: wanted})
     text = (
         f"texts of more than {high:,} tokens, which {type(model.module).__name__} computes in another way. Generated "
         f"texts have up to {reached:,} tokens. Give a longer one by {named('inputs')}"
@@ -61,13 +61,13 @@ def _traced(model: Model) -> Limits:
     module: Any = model.module
     key = f"{type(module)} {module.config.to_json_string()} {json.dumps([model.axes, model.traced_sizes])}"
     if key not in _known:
-        _known[key] = {SEQUENCE: _sizes_of_branches(model)}
+        _known[key] = {OF_TEXTS: _sizes_of_branches(model)}
     return _known[key]
 
 
 def _sizes_of_branches(model: Model) -> tuple[int, int | None]:
     module = without_values(model.module)
-    axes = {name: axis for name, own in model.axes.items() for axis, symbol in own.items() if symbol == SEQUENCE}
+    axes = {name: axis for name, own in model.axes.items() for axis, symbol in own.items() if symbol == OF_TEXTS}
     with tracing(module), without_cache(module):
         low, high = sizes_of_branches(lambda inputs: module(**inputs), model.example_inputs(), axes)
     return low, high if high < NO_LIMIT else None

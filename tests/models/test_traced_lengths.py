@@ -99,9 +99,7 @@ def verdict_of(path: Path, model: Model) -> parity.Verdict:
 
 
 @MODELS_OF_TWO_WAYS
-def test_a_graph_is_proven_up_to_the_length_for_which_it_was_made(
-    make: Any, length: int, long: int, tmp_path: Path
-) -> None:
+def test_a_graph_is_proven_up_to_the_length_it_states(make: Any, length: int, long: int, tmp_path: Path) -> None:
     base, path = saved(make(), tmp_path / "base"), tmp_path / "m.onnx"
     proof = export_onnx(base, path).proof
     assert proof is not None and any(f"up to {length}" in note for note in proof.verdict.notes)

@@ -14,12 +14,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers
@@ -40,7 +39,7 @@ from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification import parity
 from lora_export.verification.inputs.model_inputs import graph_of
-from lora_export.verification.parity import Wide
+from lora_export.verification.parity import Array, Wide
 from lora_export.verification.references.expected_weight import ExpectedWeight
 
 AGREES = 0.75  # of a sample: more is the same tensor, of which a part may be wrong
@@ -48,8 +47,6 @@ RELATED = 0.1  # of a sample: less is another tensor, or one that was changed as
 SAME_RATIO = 1e-2  # relative difference of two ratios that count as one
 LEAST_CONTENT = 64  # numbers that identify a tensor
 UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
-
-Array = NDArray[Any]
 
 
 class CandidateTensor(NamedTuple):

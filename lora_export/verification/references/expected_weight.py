@@ -23,13 +23,11 @@ from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows, compare_rows
 from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF, Fp64Sum, half_step
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, pieces_of
-from lora_export.verification.parity import Wide
+from lora_export.verification.parity import Array, Wide
 
-NEAR = 8.0  # half steps of the dtype, at the size of W and of the sum
+NEAR_IN_STEPS = 8.0  # half steps of the dtype, at the size of W and of the sum
 SAMPLED_ROWS, SAMPLED_COLUMNS, SAMPLED_PARTS = 8, 16, 4
 LARGEST_SAMPLE = 4096  # numbers that show in which dtype a tensor was rounded
-
-Array = NDArray[Any]
 
 
 class ArrayRows(NamedTuple):
@@ -74,7 +72,7 @@ class _Terms(NamedTuple):
         kind = ml_dtypes.finfo(dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             wide = after.astype(np.float64)
-            allowed = NEAR * half_step(np.abs(self.value) + np.abs(self.before), dtype)
+            allowed = NEAR_IN_STEPS * half_step(np.abs(self.value) + np.abs(self.before), dtype)
             allowed += self.bound * max(1.0, float(kind.eps) / 2 / FP32_ROUNDOFF)
             near = np.abs(wide - self.value) <= allowed
             near |= (wide == self.value) | (np.isnan(wide) & np.isnan(self.value))
@@ -263,5 +261,4 @@ def _rounded_to(array: Array) -> np.dtype[Any]:
         for half in halves:
             if np.array_equal(np.asarray(sample).astype(half).astype(array.dtype), sample, equal_nan=True):
                 return np.dtype(half)
-    own: np.dtype[Any] = array.dtype
-    return own
+    return np.dtype(array.dtype)

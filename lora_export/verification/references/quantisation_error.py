@@ -41,7 +41,7 @@ NEIGHBOUR = 1.25  # steps: a single wrong integer that is further away than this
 # 1.04 on independent ones. Noise of one step on 2 % of the integers: 1.1; on two of three: 3. Stochastic rounding: 1.4.
 SMALL_OUTPUT_ERROR, LARGE_OUTPUT_ERROR = 1.1, 2.0
 COARSE = 3.0  # times the distance that is needed
-BLOCK = 32  # numbers of a row or column that are measured together
+MEASURED_BLOCK = 32  # numbers of a row or column that are measured together
 COARSE_BLOCK = 5.0  # times the distance that is needed in a block. Right ones of 2 to 16 bits have at most 3.6
 FEW_BLOCKS = 0.25  # of a weight's blocks have integers that are not the nearest. GPTQ: 80 % and more
 
@@ -130,12 +130,12 @@ def _coarse_blocks(values: NDArray[np.float32], own: Wide, needed: Wide) -> tupl
 
 def _axes(array: NDArray[Any]) -> list[int]:
     """The axes that have a block."""
-    return [axis for axis, size in enumerate(array.shape) if size >= BLOCK // 2]
+    return [axis for axis, size in enumerate(array.shape) if size >= MEASURED_BLOCK // 2]
 
 
 def _by_block(combine: np.ufunc, array: NDArray[Any], axis: int) -> NDArray[Any]:
     """One number for each block along an axis. The last one is not shorter than half a block."""
-    starts = np.arange(0, max(1, array.shape[axis] - BLOCK // 2 + 1), BLOCK)
+    starts = np.arange(0, max(1, array.shape[axis] - MEASURED_BLOCK // 2 + 1), MEASURED_BLOCK)
     combined: NDArray[Any] = combine.reduceat(array, starts, axis=axis)
     return combined
 
@@ -231,13 +231,13 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
                 (findings.faults if times > LARGE_OUTPUT_ERROR else findings.doubts).append(text)
         if error.blank_blocks:
             findings.faults.append(
-                f"{name}: all numbers are the same in each of {error.blank_blocks:,} blocks of {BLOCK}, and those of "
-                "the right weight are not"
+                f"{name}: all numbers are the same in each of {error.blank_blocks:,} blocks of {MEASURED_BLOCK}, and those "
+                "of the right weight are not"
             )
         elif error.coarse_blocks and error.coarseness <= COARSE:
             findings.doubts.append(
-                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of {BLOCK}. Each is "
-                f"more than {COARSE_BLOCK:g} times as far away as its number of bits needs"
+                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of {MEASURED_BLOCK}. "
+                f"Each is more than {COARSE_BLOCK:g} times as far away as its number of bits needs"
             )
         if error.coarseness > COARSE:
             findings.doubts.append(
