@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.graph.content_match import NUMPY_HALVES
 from lora_export.lora import EVERY_ROW, TokenRows
 from lora_export.plan import Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
@@ -256,9 +257,8 @@ def _rounded_to(array: Array) -> np.dtype[Any]:
     """The half precision that has a sample of the numbers, or the dtype of the array."""
     step = max(1, array.size // LARGEST_SAMPLE)
     sample = array.flat[::step] if array.flags.c_contiguous else array[:: max(1, len(array) // 64)]
-    halves: Sequence[Any] = (np.float16, ml_dtypes.bfloat16) if array.dtype.itemsize > 2 else ()
     with np.errstate(over="ignore", invalid="ignore"):
-        for half in halves:
+        for half in NUMPY_HALVES if array.dtype.itemsize > 2 else ():
             if np.array_equal(np.asarray(sample).astype(half).astype(array.dtype), sample, equal_nan=True):
-                return np.dtype(half)
-    return np.dtype(array.dtype)
+                return half
+    return array.dtype

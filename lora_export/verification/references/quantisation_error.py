@@ -231,13 +231,13 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
                 (findings.faults if times > LARGE_OUTPUT_ERROR else findings.doubts).append(text)
         if error.blank_blocks:
             findings.faults.append(
-                f"{name}: all numbers are the same in each of {error.blank_blocks:,} blocks of {MEASURED_BLOCK}, and those "
-                "of the right weight are not"
+                f"{name}: all numbers are the same in each of {error.blank_blocks:,} blocks of {MEASURED_BLOCK}, and "
+                "those of the right weight are not"
             )
         elif error.coarse_blocks and error.coarseness <= COARSE:
             findings.doubts.append(
-                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of {MEASURED_BLOCK}. "
-                f"Each is more than {COARSE_BLOCK:g} times as far away as its number of bits needs"
+                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of {MEASURED_BLOCK}."
+                f" Each is more than {COARSE_BLOCK:g} times as far away as its number of bits needs"
             )
         if error.coarseness > COARSE:
             findings.doubts.append(
