@@ -42,7 +42,7 @@ class ArrayRows(NamedTuple):
         return self.array.dtype
 
     def rows(self, rows: slice, scratch: Scratch | None = None, name: str = "") -> Array:  # noqa: ARG002 - StoredTensor
-        part = self.array[rows]
+        part = np.ascontiguousarray(self.array[rows])  # a transpose is slow to compare in small blocks
         if self.token_rows is not None:
             part = part.copy()
             self.token_rows.write_into(part, rows.start)
@@ -256,7 +256,8 @@ def _wrong_in_block(block: WeightRows, right: Fp64Sum, dtype: np.dtype[Any]) -> 
 def _rounded_to(array: Array) -> np.dtype[Any]:
     """The half precision that has a sample of the numbers, or the dtype of the array."""
     step = max(1, array.size // LARGEST_SAMPLE)
-    sample = array.flat[::step] if array.flags.c_contiguous else array[:: max(1, len(array) // 64)]
+    array = array.T if array.flags.f_contiguous else array  # so that little of it is read
+    sample = array.flat[::step] if array.flags.c_contiguous else array[:: max(1, len(array) // 4)]
     with np.errstate(over="ignore", invalid="ignore"):
         for half in NUMPY_HALVES if array.dtype.itemsize > 2 else ():
             if np.array_equal(np.asarray(sample).astype(half).astype(array.dtype), sample, equal_nan=True):
