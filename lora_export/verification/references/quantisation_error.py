@@ -42,7 +42,6 @@ NEIGHBOUR = 1.25  # steps: a single wrong integer that is further away than this
 SMALL_OUTPUT_ERROR, LARGE_OUTPUT_ERROR = 1.1, 2.0
 COARSE = 3.0  # times the distance that is needed
 MEASURED_BLOCK = 32  # numbers of a row or column that are measured together
-COARSE_BLOCK = 5.0  # times the distance that is needed in a block. Right ones of 2 to 16 bits have at most 3.6
 FEW_BLOCKS = 0.25  # of a weight's blocks have integers that are not the nearest. GPTQ: 80 % and more
 
 
@@ -65,8 +64,8 @@ class QuantisationError:
     coarseness: float  # the distance, relative to what is needed
     relative: float  # the distance, relative to that of the nearest integers
     misrounded_blocks: float  # the part of the blocks that have integers which are not the nearest
-    coarse_blocks: int  # whose distance is more than COARSE_BLOCK times what is needed
-    blank_blocks: int  # of these, the ones whose numbers are all the same
+    coarse_blocks: int  # whose steps are more than COARSE times what is needed
+    blank_blocks: int  # whose numbers are all the same, further away than their steps explain
     own: NDArray[np.float32] = field(repr=False)  # weight - right weight; empty where all integers are the nearest
     least: NDArray[np.float32] = field(repr=False)  # nearest - right weight; empty where all integers are the nearest
 
@@ -98,7 +97,7 @@ def quantisation_error_of(
     in_steps = excess / np.where(rounding.steps.own, rounding.steps.own, 1.0)
     needed = norm(rounding.steps.needed) / math.sqrt(12)  # errors are uniform within a step
     differing = slice(None) if is_wrong.any() else slice(0)
-    coarse_blocks, blank_blocks = _coarse_blocks(values, own, rounding.steps.needed)
+    coarse_blocks, blank_blocks = _coarse_and_blank(values, own, rounding.steps)
     return QuantisationError(
         values.size,
         int(is_wrong.sum()),
@@ -113,18 +112,18 @@ def quantisation_error_of(
     )
 
 
-def _coarse_blocks(values: NDArray[np.float32], own: Wide, needed: Wide) -> tuple[int, int]:
-    """Blocks that are further away than their bits explain, and the ones of these in which all numbers are the same.
+def _coarse_and_blank(values: NDArray[np.float32], own: Wide, steps: Steps) -> tuple[int, int]:
+    """Blocks with steps that are too large, and blocks of one number that no rounding explains, such as a scale of 0.
 
-    Along either axis: which of them the scales are for depends on how the weight is stored.
+    Along either axis: which of them the scales are for depends on how the weight is stored. That a block is far away is
+    no sign of a fault: quantisers search for scales that cut off the largest numbers, and GPTQ moves errors.
     """
     coarse = blank = 0
     for axis in _axes(values):
-        distances, limits = (_by_block(np.add, np.square(each), axis) for each in (own, needed))
-        is_coarse = distances > limits * COARSE_BLOCK**2 / 12
+        distances, sizes, needed = (_by_block(np.add, np.square(each), axis) for each in (own, steps.own, steps.needed))
         is_same = _by_block(np.maximum, values, axis) == _by_block(np.minimum, values, axis)
-        coarse = max(coarse, int(np.count_nonzero(is_coarse)))
-        blank = max(blank, int(np.count_nonzero(is_coarse & is_same)))
+        coarse = max(coarse, int(np.count_nonzero(sizes > COARSE**2 * needed)))
+        blank = max(blank, int(np.count_nonzero(is_same & (distances > sizes))))
     return coarse, blank
 
 
@@ -236,8 +235,8 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
             )
         elif error.coarse_blocks and error.coarseness <= COARSE:
             findings.doubts.append(
-                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of {MEASURED_BLOCK}."
-                f" Each is more than {COARSE_BLOCK:g} times as far away as its number of bits needs"
+                f"{name}: the scales do not fit the right weight in {error.coarse_blocks:,} blocks of "
+                f"{MEASURED_BLOCK}: they are more than {COARSE:g} times as coarse as the number of bits needs"
             )
         if error.coarseness > COARSE:
             findings.doubts.append(

@@ -218,6 +218,23 @@ def test_coarse_scales_are_undecided(wide: Model, floats: ir.Model, tmp_path: Pa
     )
 
 
+def test_coarse_scales_of_a_few_blocks_are_undecided(wide: Model, floats: ir.Model, tmp_path: Path) -> None:
+    graph = quantised(floats.clone(), bits=8)
+
+    def coarse(array: NDArray[Any], factor: float) -> NDArray[Any]:
+        wider = array.astype(np.float32).reshape(192, -1)
+        wider[::50] = np.rint((wider[::50] - 128) / factor) + 128 if array.dtype == np.uint8 else wider[::50] * factor
+        return wider.reshape(array.shape).astype(array.dtype)
+
+    change(graph, "integers", lambda array: coarse(array, 4.0))
+    change(graph, "scales", lambda array: coarse(array, 4.0))
+    verdict = verdict_of(graph, wide, tmp_path)
+    assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
+    assert "the scales do not fit the right weight in 4 blocks of 32: they are more than 3 times as coarse" in str(
+        verdict
+    )
+
+
 def test_half_precision_scales_are_same(tmp_path: Path) -> None:
     """Quantisers divide by scales before they are rounded to fp16: in 8 bits, 1 % of the integers are then not the
     nearest to the scales that are stored."""
