@@ -167,6 +167,8 @@ class _Comparison:
             if math.prod(tensor.shape) >= LEAST_CONTENT and len(tensor.shape) > 1:
                 self._find_by_content(tensor)
         self._note()
+        if more := self.found.faults[parity.SHOWN :]:
+            self.found.faults[parity.SHOWN :] = [f"numbers of {len(more)} more tensors are wrong"]
         return self.found
 
     def _is_found_by_name(self, tensor: CandidateTensor) -> bool:

@@ -221,6 +221,12 @@ def test_wrong_numbers_are_found(defect: Change, source: NameSource | None, kind
         assert found.faults[0].startswith(DEFECTS[defect])
 
 
+def test_many_wrong_tensors_are_counted() -> None:
+    tensors = {name: array + 1 for name, array in merged("none").items()}
+    faults = compared(tensors, source=CLASS).faults
+    assert len(faults) == 6 and faults[-1] == "numbers of 10 more tensors are wrong"
+
+
 @pytest.mark.parametrize("change", [transposed, without_names, fused], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("defect", [every_50th_row, a_negated_expert, one_number], ids=lambda each: each.__name__)
 def test_wrong_numbers_are_found_in_other_places(change: Change, defect: Change) -> None:
