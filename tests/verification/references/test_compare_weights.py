@@ -221,6 +221,12 @@ def test_wrong_numbers_are_found(defect: Change, source: NameSource | None, kind
         assert found.faults[0].startswith(DEFECTS[defect])
 
 
+def test_a_modules_own_tensor_may_not_be_transposed() -> None:
+    tensors = merged("none") | {"q.weight": MODULE.q.weight.detach().numpy().T}
+    assert not compared(tensors).faults, "a graph may store it so"
+    assert compared(tensors, source=CLASS).faults[0].startswith("q.weight: 2")
+
+
 def test_many_wrong_tensors_are_counted() -> None:
     tensors = {name: array + 1 for name, array in merged("none").items()}
     faults = compared(tensors, source=CLASS).faults
