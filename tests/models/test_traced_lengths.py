@@ -50,10 +50,7 @@ def saved(module: Any, folder: Path) -> str:
     return str(folder)
 
 
-MODELS_OF_TWO_WAYS = pytest.mark.parametrize(("make", "length", "long"), [(big_bird, 112, 144), (deepseek, 23, 96)])
-
-
-@MODELS_OF_TWO_WAYS
+@pytest.mark.parametrize(("make", "length", "long"), [(big_bird, 112, 144), (deepseek, 23, 96)])
 def test_the_length_at_which_code_changes_its_way_is_found(make: Any, length: int, long: int, tmp_path: Path) -> None:
     model = with_traced_lengths(load_model(saved(make(), tmp_path)))
     assert model.traced["sequence"][1] == length
@@ -61,8 +58,8 @@ def test_the_length_at_which_code_changes_its_way_is_found(make: Any, length: in
     assert with_traced_lengths(model) is model
 
 
-@pytest.mark.parametrize(("name", "fields"), [("bert", {}), ("llama", {})])
-def test_models_that_compute_all_lengths_alike_have_none(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_models_that_compute_all_lengths_alike_have_none(name: str, tmp_path: Path) -> None:
     architecture, config = MODELS[name]
     made = config()
     made.max_position_embeddings = 256
@@ -98,7 +95,9 @@ def verdict_of(path: Path, model: Model) -> parity.Verdict:
     return prove(OnnxRunner(path), PyTorchReferences(model)).verdict
 
 
-@MODELS_OF_TWO_WAYS
+@pytest.mark.parametrize(
+    ("make", "length", "long"), [(big_bird, 112, 144), pytest.param(deepseek, 23, 96, marks=pytest.mark.slow)]
+)
 def test_a_graph_is_proven_up_to_the_length_it_states(make: Any, length: int, long: int, tmp_path: Path) -> None:
     base, path = saved(make(), tmp_path / "base"), tmp_path / "m.onnx"
     proof = export_onnx(base, path).proof
