@@ -113,7 +113,8 @@ def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
         name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
         for name, value in base.example_inputs().items()
     }
-    return ModuleRunner(export_program.load_own_program(path), axes=axes, path=path)
+    module, limits = export_program.load_own_program(path)
+    return ModuleRunner(module, axes=axes, limits=limits, path=path)
 
 
 def _made(

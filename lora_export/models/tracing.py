@@ -103,9 +103,13 @@ def same_state(module: nn.Module) -> Iterator[None]:
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
     before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
+    disabled = logging.root.manager.disable
+    if parts:
+        logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
     try:
         yield
     finally:
+        logging.disable(disabled)
         for part, attributes in zip(parts, before, strict=True):
             for name in vars(part).keys() - attributes:
                 del vars(part)[name]
