@@ -107,10 +107,11 @@ def _tensors_of(candidate: Runner) -> Iterator[CandidateTensor]:
     graphs = candidate.graphs if isinstance(candidate, EncoderDecoderRunner) else () if own is None else (own,)
     for graph in graphs:
         if isinstance(graph.source, Path):
-            yield from _tensors_of_graph(load_graph(graph.source))
+            yield from tensors_of_graph(load_graph(graph.source))
 
 
-def _tensors_of_graph(graph: ir.Model) -> Iterator[CandidateTensor]:
+def tensors_of_graph(graph: ir.Model) -> Iterator[CandidateTensor]:
+    """The float tensors that a graph stores. Reads no data."""
     constants = (
         node.outputs[0]
         for node in ir.traversal.RecursiveGraphIterator(graph.graph)
