@@ -13,7 +13,9 @@ from lora_export.storage.hub_cache import hub_source
 from lora_export.version import __version__
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
+LONGEST_KEY = "lora_export.longest"  # of the greatest sizes for which a graph was made, in its properties
 
+MOST_IN_RECORD = 1 << 40
 History = Sequence[Mapping[str, Any]]  # the adapters of earlier merges, as `adapter_records` describes them
 
 
@@ -86,3 +88,14 @@ def history(record: Mapping[str, Any], source: Path) -> History:
     ):
         raise InputRefused(f"{source}: the record of an earlier merge is damaged")
     return tuple(adapters)
+
+
+def read_longest(properties: Mapping[str, Any], source: Path) -> dict[str, int]:
+    """The sizes up to which a file was made, by their symbols. Raises InputRefused where the record is damaged."""
+    if LONGEST_KEY not in properties:
+        return {}
+    text = str(properties[LONGEST_KEY]).encode(errors="surrogatepass")
+    record = json_files.parse_json(text, f"{LONGEST_KEY} in {source}")
+    if not all(type(size) is int and 0 < size < MOST_IN_RECORD for size in record.values()):
+        raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
+    return dict(record)

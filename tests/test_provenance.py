@@ -82,3 +82,14 @@ def test_ranks_and_alphas_are_recorded_once_each() -> None:
         ([1, 4], [0.1, 4.0]),
         (None, None),
     ]
+
+
+def test_the_sizes_for_which_a_file_was_made_are_read() -> None:
+    assert provenance.read_longest({provenance.LONGEST_KEY: '{"sequence": 704}'}, BASE) == {"sequence": 704}
+    assert provenance.read_longest({}, BASE) == {}
+
+
+@pytest.mark.parametrize("text", ["[704]", '{"sequence": 0}', '{"sequence": "a"}', '{"sequence": true}', 704, None])
+def test_damaged_sizes_are_refused(text: object) -> None:
+    with pytest.raises(InputRefused, match=r"base\.safetensors"):
+        provenance.read_longest({provenance.LONGEST_KEY: text}, BASE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lora_export.api.onnx_steps import (
     record_in,
     write_graph,
 )
+from lora_export.api.proof_of_trace import prove_trace
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.artifacts.files import GRAPH_FILES
@@ -37,6 +39,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.interface import precision_of
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.quantise import quantise_graph
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
@@ -92,7 +95,13 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         written = load_graph(path)
         beside = _write_generation_files(base, written, options, folder) if options.task else []
         precision = precision_of(find_sites(written))
-        proofs = prove_all(path, references, options, before) if options.verify else None
+
+        def state(properties: Mapping[str, str]) -> None:
+            for name in names:
+                append_metadata(folder / name, properties)
+
+        prove = functools.partial(prove_all, path, references, options, before) if options.verify else None
+        proofs = prove_trace(references.model, prove, state, options.on_message)
         dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
         settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,11 +39,14 @@ def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
     measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
     relative = [figures.relative_to_effect for figures in measured if figures.relative_to_effect]
     against = {"against": proof.about["against"]} if "against" in proof.about else {}
+    shapes = [(name, list(shape)) for case in proof.about.get("inputs", {}).values() for name, shape in case.items()]
+    largest = dict(sorted(shapes, key=lambda each: math.prod(each[1])))  # the last of a name counts
     return {
         "outcome": str(proof.verdict.outcome),
         **against,
         "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
         "error_relative_to_effect": max(relative, default=None),
+        **({"largest_inputs": largest} if largest else {}),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
         "variables": {name: proof.about[name] for name in VARIABLES if name in proof.about},
     }

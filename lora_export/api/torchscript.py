@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
+from lora_export.api.proof_of_trace import prove_trace
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.artifacts.output_names import with_suffix
@@ -88,13 +89,17 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
-        save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
-        proof = None
-        if options.verify:
+        further = None if options.inputs is None else Path(options.inputs)
+        references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
+
+        def prove_file() -> Proof:
+            save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
             candidate = _candidate(folder / output.name, base, is_program=is_program)
-            further = None if options.inputs is None else Path(options.inputs)
-            references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
-            proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
+            return require_same(prove(candidate, references, step=stage_of_proof(stage)))
+
+        # A program has the sizes that it takes, and refuses others.
+        model = replace(references.model, traced={}) if is_program else references.model
+        proof = prove_trace(model, prove_file if options.verify else None, record.update, on_message)
         record["verdict"] = recorded_verdict(proof)
         save(folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
@@ -108,7 +113,8 @@ def _candidate(path: Path, base: Model, *, is_program: bool) -> Runner:
         name: tuple(None if axis in base.axes[name] else size for axis, size in enumerate(value.shape))
         for name, value in base.example_inputs().items()
     }
-    return ModuleRunner(export_program.load_own_program(path), axes=axes, path=path)
+    module, limits = export_program.load_own_program(path)
+    return ModuleRunner(module, axes=axes, limits=limits, path=path)
 
 
 def _made(

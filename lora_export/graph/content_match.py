@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,24 @@ class ContentMatch(NamedTuple):
     views: tuple[BaseView, ...]
 
 
+class Spellings:
+    """Parameters by names that may have or lack leading parts."""
+
+    def __init__(self, names: Collection[str]):
+        self.names = names
+        self.by_ending: dict[str, str] = {}  # name without its first parts -> name; empty where several have it
+        for name in names:
+            for ending in _endings(name):
+                self.by_ending[ending] = "" if ending in self.by_ending else name
+
+    def of(self, name: str) -> str:
+        """The name that a parameter has here. Empty where there is none."""
+        if name in self.names or not name:
+            return name
+        without_prefix = next((ending for ending in _endings(name) if ending in self.names), "")
+        return without_prefix or self.by_ending.get(name, "")
+
+
 class ContentIndex:
     """The float tensors of a checkpoint, searched by content. Reads headers first, and tensors when they are needed."""
 
@@ -167,10 +185,7 @@ class ContentIndex:
                         self.views_by_shape.setdefault(rows[::-1], []).append(BaseView(entry.name, True))
         self.samples: dict[BaseView, NDArray[Any]] = {}
         self.sample_tables: dict[tuple[Shape, Casts], dict[bytes, list[BaseView]]] = {}
-        self.names_by_ending: dict[str, str] = {}  # name without its first parts -> name; empty where several have it
-        for name in self.matrices:
-            for ending in _endings(name):
-                self.names_by_ending[ending] = "" if ending in self.names_by_ending else name
+        self.spelling_of = Spellings(self.matrices).of
 
     def _add_experts(self, path: Path, entry: Entry) -> None:
         """The matrices of a tensor that may stack those of experts. They are found by name alone, not by content."""
@@ -179,13 +194,6 @@ class ContentIndex:
             name, start = expert_name(entry.name, expert), entry.start + expert * entry.row_bytes
             self.matrices[name] = file_matrix(path, start, entry.dtype, as_rows(matrix))
             self.shapes[name] = tuple(matrix)
-
-    def spelling_of(self, name: str) -> str:
-        """The base's name for a parameter whose name may have or lack leading parts. Empty where the base lacks it."""
-        if name in self.matrices or not name:
-            return name
-        without_prefix = next((ending for ending in _endings(name) if ending in self.matrices), "")
-        return without_prefix or self.names_by_ending.get(name, "")
 
     def view_equal_to(self, name: str, site: Site) -> BaseView | None:
         """The view of this tensor that equals the site's weight. None where neither it nor its transpose does."""

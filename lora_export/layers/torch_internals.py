@@ -6,7 +6,9 @@ the name, and a user gets EnvironmentLacking with it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -100,6 +102,30 @@ def forget_kernels(operators: Iterable[Any]) -> None:
     """Let PyTorch look up again what computes these operators."""
     for operator in operators:
         operator._dispatch_cache.clear()
+
+
+def sizes_of_branches(
+    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], axes: Mapping[str, int]
+) -> tuple[int, int]:
+    """The least and the greatest size for which `run` takes the branches that it takes for these inputs.
+
+    `axes` has the axis of each input that varies; all have one size. Shapes alone are computed. Where `run` fails, or
+    needs values to choose a branch, it is about the branches before that.
+    """
+    fake, symbolic = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
+    kinds, made = private(symbolic, "DimDynamic"), {}
+    environment = private(symbolic, "ShapeEnv")()
+    mode = private(fake, "FakeTensorMode")(shape_env=environment, allow_non_fake_inputs=True)
+    for name, value in inputs.items():
+        sizes = [kinds.DUCK if axis == axes.get(name) else kinds.STATIC for axis in range(value.ndim)]
+        how = private(symbolic, "StatelessSymbolicContext")(dynamic_sizes=sizes)
+        source = private("torch._dynamo.source", "ConstantSource")(name)
+        made[name] = mode.from_tensor(value, source=source, symbolic_context=how)
+    with mode, contextlib.suppress(Exception):  # of any code
+        run(made)
+    name, axis = next(iter(axes.items()))
+    found = environment.bound_sympy(made[name].shape[axis].node.expr)
+    return int(found.lower), int(min(found.upper, sys.maxsize))
 
 
 # --- transformers ---

@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,10 +94,27 @@ def _refuse_unwritable(module: nn.Module, program: ExportedProgram) -> None:
         )
 
 
-def load_own_program(path: Path) -> nn.Module:
-    """The module of a file that this process has written. Others are read by `models.pt2`: a .pt2 can run code."""
+def load_own_program(path: Path) -> tuple[nn.Module, dict[str, tuple[tuple[int, int | None], ...]]]:
+    """The module of a file that this process has written, and the sizes of its inputs.
+
+    Others are read by `models.pt2`: a .pt2 can run code.
+    """
     with silence():
-        return torch.export.load(path).module()
+        program = torch.export.load(path)
+    sizes = {
+        node.name: tuple(_range(program, size) for size in node.meta["val"].shape)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    return program.module(), sizes
+
+
+def _range(program: ExportedProgram, size: Any) -> tuple[int, int | None]:
+    """The least and the greatest size of an axis."""
+    found = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+    if found is None:
+        return 0, None
+    return int(found.lower), int(found.upper) if found.upper < sys.maxsize else None
 
 
 def save_program(program: ExportedProgram, path: Path, *, extra: Mapping[str, str]) -> None:
@@ -132,6 +150,7 @@ def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
     with exporter_refusals(module):
         traced = copy.deepcopy(module).requires_grad_(False)
     with tracing(traced), without_cache(traced), exporter_refusals(module):
+        traced(**inputs)  # BigBird chooses its attention in the first run, which a trace would be
         # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
         script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
     assert isinstance(script, torch.jit.ScriptModule)

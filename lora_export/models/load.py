@@ -30,7 +30,7 @@ from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, in_dtype, in_dtype_of
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.stored_parameter import is_streamed, load_streamed
-from lora_export.models.tracing import failure_on, named_failures
+from lora_export.models.tracing import failure_on, named_failures, same_state
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.npz import read_arrays
@@ -122,7 +122,7 @@ def with_inputs_from(path: Path, model: Model) -> Model:
     if unknown or not arrays:
         raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
     example = in_dtype_of(model.module, {name: torch.from_numpy(arrays[name]) for name in takes if name in arrays})
-    with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad():
+    with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad(), same_state(model.module):
         model.module(**example)
     axes, sizes = varying_axes(str(path), model.module, example)
     notes = (*model.notes, f"the generated inputs are like those in {path}")

@@ -48,6 +48,7 @@ class Model:
     limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
     steps: Sizes = field(default_factory=dict)  # by how much a size has to change to make a difference, if not by 1
     further: tuple[Sizes, ...] = ()  # what else differs from CHECKED_SIZES in one more case each: a long text
+    traced: Limits = field(default_factory=dict)  # sizes that a trace computes as the model does; empty: all, as known
     new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
     not_judged: tuple[str, ...] = ()  # what the generated inputs leave out

@@ -211,7 +211,9 @@ LONG = 96  # tokens: more than a mask or a table of 64, the usual length of an e
 PAST_WINDOW = 32  # tokens beyond a sliding window
 LONGEST_TEXT = 4096 + PAST_WINDOW  # tokens: a mask holds their square, which is 136 MB in fp64
 MOST_WORK = 1.5e11  # parameters times tokens of the long text: a model of 1.5 B takes 96 tokens, one of 0.2 B 750
-WINDOWS = ("sliding_window", "local_attention", "window_size", "attention_window")  # fields of a config
+# Fields of a config: the tokens to which each attends, at most
+WINDOWS = (*("sliding_window", "local_attention", "window_size", "attention_window", "attention_chunk_size"),)
+CHANGING_ROPE = ("longrope", "dynamic")  # beyond `original_max_position_embeddings` of the rope parameters
 POSITION_TABLES = frozenset(
     {"position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe", "position_embed"}
 )
@@ -249,15 +251,21 @@ def text_lengths(module: Any, symbols: set[str]) -> TextLengths:
     reached = long.get("sequence", min(lengths["sequence"], found.most("sequence")))
     rest = ""
     if window and reached <= window < found.most("sequence"):
-        rest = f"what its sliding window of {window:,} tokens leaves out. Generated texts have up to {reached:,} tokens"
+        rest = (
+            f"what the model leaves out, or computes in another way, beyond {window:,} tokens. Generated texts have up "
+            f"to {reached:,} tokens"
+        )
     elif not chosen and reached < found.most("sequence"):
         rest = f"texts of more than {reached} tokens, which would take long with a model of this size"
     return TextLengths(found.limits, long, f"{rest}. Give a longer one by {named('inputs')}" if rest else "")
 
 
 def _window(text: Any) -> int:
-    """The longest window of the config; 0 where it has none."""
-    found: list[int] = []
+    """The longest window of the config, or the length beyond which it turns tokens otherwise; 0 where it has none."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer = [each for each in (rope, *rope.values()) if isinstance(each, dict)] if isinstance(rope, dict) else []
+    changing = [each for each in by_layer if each.get("rope_type") in CHANGING_ROPE]
+    found = [length for each in changing if type(length := each.get("original_max_position_embeddings")) is int]
     for name in WINDOWS:
         value = getattr(text, name, None)
         found += [each for each in (value if isinstance(value, list | tuple) else [value]) if type(each) is int]

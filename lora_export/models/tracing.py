@@ -83,12 +83,48 @@ def tracing(module: nn.Module) -> Iterator[None]:
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), silence():
+        with torch.no_grad(), silence(), same_state(module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in training:
             part.training = True
+
+
+REGISTRIES = ("_parameters", "_buffers", "_modules")  # of an nn.Module, which are dictionaries
+
+
+@contextlib.contextmanager
+def same_state(module: nn.Module) -> Iterator[None]:
+    """A model of transformers has the attributes and children afterwards that it has now; its tensors are not copied.
+
+    Some models keep what they chose for one input for all later ones: after a short text, BigBird attends to all tokens
+    of a long one, too.
+    """
+    parts = list(module.modules()) if is_hugging_face(module) else []
+    before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
+    disabled = logging.root.manager.disable
+    if parts:
+        logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for part, attributes in zip(parts, before, strict=True):
+            for name in vars(part).keys() - attributes:
+                del vars(part)[name]
+            for name, value in attributes.items():
+                if name not in REGISTRIES:
+                    vars(part)[name] = value
+                    continue
+                now = vars(part)[name]
+                if list(map(id, now.values())) != list(map(id, value.values())):
+                    now.clear()
+                    now.update(value)
+
+
+def _held(name: str, value: Any) -> Any:
+    return dict(value) if name in REGISTRIES else value
 
 
 @contextlib.contextmanager
@@ -144,7 +180,7 @@ def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "input
 def failure_on(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str:
     """Why the module fails on these inputs; empty where it runs."""
     try:
-        with named_failures(module, inputs), torch.no_grad():
+        with named_failures(module, inputs), torch.no_grad(), same_state(module):
             module(**inputs)
     except RuntimeRefused as error:
         return str(error)

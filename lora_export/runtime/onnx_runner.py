@@ -27,6 +27,7 @@ from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
+from lora_export.provenance import read_longest
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, within_memory
@@ -171,6 +172,11 @@ class OnnxRunner(PlainRunner):
             values = {name: array_of_ort_value(value).copy() for name, value in file.values.items()}
             runner._adapter_values = {**self._adapter_values, **values}
         return runner
+
+    @property
+    def longest(self) -> dict[str, int]:
+        """The sizes up to which the graph was made, by its model's symbols. Raises InputRefused where it is damaged."""
+        return read_longest(self._metadata, self.path)
 
     @property
     def adapters_per_row(self) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lora_export.models.tracing import have_names, named_failures, named_outputs
+from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
@@ -51,7 +51,8 @@ class ModuleRunner(PlainRunner):
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         limit = contextlib.nullcontext() if math.isinf(self.timeout) else _TimeLimit(self.path, self.timeout)
         bound = within_memory(self.memory, self.path)
-        with bound, torch.no_grad(), _tf32_off(), named_failures(self.module, inputs), limit:
+        named = named_failures(self.module, inputs)
+        with bound, torch.no_grad(), _tf32_off(), named, same_state(self.module), limit:
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:
@@ -92,7 +93,13 @@ class Fp64Runner:
         torch.set_default_dtype(torch.float64)
         try:
             narrow = NarrowOperators(self.narrow_operators)
-            with torch.no_grad(), narrow, Fp64Operators(module, narrow), named_failures(module, wide):
+            with (
+                torch.no_grad(),
+                narrow,
+                Fp64Operators(module, narrow),
+                named_failures(module, wide),
+                same_state(module),
+            ):
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)

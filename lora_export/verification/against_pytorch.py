@@ -20,6 +20,7 @@ from lora_export import layers, plan
 from lora_export.callbacks import ignore
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
 from lora_export.runtime.encoder_decoder import OUTPUTS, EncoderDecoderRunner
@@ -67,6 +68,7 @@ from lora_export.verification.references.candidate_weights import (
     returns_halves,
     rounding_of,
 )
+from lora_export.verification.references.compare_weights import ComparedWeights, compare_weights
 from lora_export.verification.references.deployed_module import (
     DRAWS_OF_ROUNDING,
     MERGED_MODULE,
@@ -121,6 +123,7 @@ class PyTorchReferences(References):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
+        object.__setattr__(self, "model", with_traced_lengths(self.model))
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
         own = replace(self, adapters=adapters, strengths=strengths)
@@ -149,7 +152,7 @@ class PyTorchReferences(References):
         return replace(self, further_seeds=seeds) if seeds else None
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedPyTorch:
-        """Attach the adapters, and find what the candidate rounds or quantises.
+        """Compare the weights of both, attach the adapters, and find what the candidate rounds or quantises.
 
         Raises MatchError where the adapters do not fit, Different where a quantised weight is no rounding of the
         model's weight, and Undecided where it contains an adapter and its original is unknown.
@@ -159,6 +162,7 @@ class PyTorchReferences(References):
         quantised = quantised_weights_of(
             candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
         )
+        weights = compare_weights(candidate, model, changes, quantised)
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
         if isinstance(candidate, EncoderDecoderRunner):
@@ -166,7 +170,7 @@ class PyTorchReferences(References):
         rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})
         has_pairs = any(adapter.pairs for adapter in adapters)
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
-        return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
+        return PreparedPyTorch(self, candidate, inputs, changes, weights, judged, quantised, attached)
 
     def explain(self, refusal: str) -> str:
         return explain_half(refusal)
@@ -184,6 +188,7 @@ class PreparedPyTorch(PreparedReferences):
     candidate: Runner
     inputs: Inputs
     changes: Plan | None
+    weights: ComparedWeights  # the candidate's beside the model's
     judged: Model  # the model, with the quantised weights of the candidate in place of its own
     quantised: Mapping[str, quantised_weights.DequantisedWeight]
     attached: AttachedModule
@@ -221,7 +226,7 @@ class PreparedPyTorch(PreparedReferences):
         )
         own = found.outputs
         sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
-        doubts = [*found.doubts, *sizes, *self.inputs.doubts, *found.quantisation.doubts]
+        doubts = [*found.doubts, *self.weights.doubts, *sizes, *self.inputs.doubts, *found.quantisation.doubts]
         sensitivity = sensitivity_of(outputs, self.deployed, self.inputs)
         names_known = self.candidate.names_known and self.deployed.names_known
         self._cache = self._cache_entry(own)
@@ -246,6 +251,7 @@ class PreparedPyTorch(PreparedReferences):
             *([note_on_half()] if is_half and self.dtype is torch.float32 else []),
             *notes_on_padding(unjudged),
             *quantised_weights.notes_on(self.quantised),
+            *self.weights.notes,
         ]
         return ReferenceOutputs(
             own,
@@ -258,7 +264,7 @@ class PreparedPyTorch(PreparedReferences):
             not_judged=(*outputs.not_judged, *model.not_judged, *found.not_judged, *found.quantisation.not_judged),
             unreached=found.unreached,
             doubts=tuple(doubts),
-            faults=(*quantised_weights.merge_faults(self.quantised), *found.quantisation.faults),
+            faults=(*self.weights.faults, *quantised_weights.merge_faults(self.quantised), *found.quantisation.faults),
             unjudged=unjudged,
         )
 

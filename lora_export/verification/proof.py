@@ -81,6 +81,18 @@ class Proof:
     def exit_code(self) -> int:
         return self.verdict.exit_code if self.error is None else self.error.exit_code
 
+    def differs_only_beyond(self, sizes: Mapping[str, int], axes: Mapping[str, Mapping[int, str]]) -> bool:
+        """Whether all differences are in cases that have a larger size of one of these symbols."""
+        beyond = {
+            case
+            for case, arrays in self.inputs.items()
+            for name, own in axes.items()
+            for axis, symbol in own.items()
+            if name in arrays and arrays[name].shape[axis] > sizes.get(symbol, arrays[name].shape[axis])
+        }
+        differing = [reason for reason in self.verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT]
+        return bool(differing) and all(reason.case in beyond for reason in differing)
+
 
 def prove(
     candidate: Runner,

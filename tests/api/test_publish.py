@@ -31,6 +31,9 @@ def test_a_file_records_its_verdict() -> None:
         "versions": {"torch": "2.13", "onnxruntime": "1.31"},
         "variables": {},
     }
+    inputs = {"one": {"ids": (4, 29), "x": (4,)}, "long": {"ids": (1, 704), "x": (1,)}}
+    recorded = publish.recorded_verdict(a_proof(about={"inputs": inputs}))
+    assert recorded["largest_inputs"] == {"ids": [1, 704], "x": [4]}
     worst = publish.recorded_verdict(a_proof(DIFFERENT))
     assert (worst["outcome"], worst["error_relative_to_effect"]) == ("different", 1 / 64)
     assert publish.recorded_verdict(None) == {"outcome": "not verified", "why": "--no-verify"}

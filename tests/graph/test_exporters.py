@@ -7,6 +7,7 @@ content, and an adapter folded into all layers must give the outputs of PyTorch.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.verification.references.compare_weights import compare_tensors, tensors_of_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exporters import (
     EXPORTERS,
@@ -76,6 +78,8 @@ def test_every_layer_is_found_and_folded_like_pytorch(
         OPTIMISERS[after](source, path)
     weights = linear_weights(model_of(name))
     assert_names_match_content(find_sites(load_graph(path)), name, prefix="model." if exporter == "torchscript" else "")
+    compared = compare_tensors(tensors_of_graph(load_graph(path)), model_of(name), None)
+    assert not [*compared.faults, *compared.doubts] and re.search(r"(9[6-9]|100) % of its numbers", compared.notes[0])
     found = find_sites(load_graph(path), open_checkpoint(checkpoint_of(name)))
     assert_names_match_content(found, name)
     named = {site.name for site in found.linear}

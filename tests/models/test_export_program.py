@@ -54,7 +54,7 @@ def test_a_program_takes_other_sizes_than_it_was_exported_with(tmp_path: Path) -
     model = net()
     save_program(to_program(model.module, model.example_inputs(), axes=model.axes), tmp_path / "m.pt2", extra={})
     x, scale = torch.randn(7, 9, 4), torch.tensor(3.0)
-    found, wanted = load_own_program(tmp_path / "m.pt2")(x=x, scale=scale), model.module(x, scale)
+    found, wanted = load_own_program(tmp_path / "m.pt2")[0](x=x, scale=scale), model.module(x, scale)
     torch.testing.assert_close(found[0], wanted[0])
     torch.testing.assert_close(found[1][0], wanted[1][0])
 

@@ -184,7 +184,7 @@ def test_window_too_long_for_a_mask_is_noted() -> None:
     found = lengths_of(mistral(100_000, max_position_embeddings=200_000))
     assert found.long == {"sequence": LONG}
     assert found.not_judged.startswith(
-        "what its sliding window of 100,000 tokens leaves out. Generated texts have up to 96"
+        "what the model leaves out, or computes in another way, beyond 100,000 tokens. Generated texts have up to 96"
     )
 
 
@@ -195,8 +195,8 @@ def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPat
     found = lengths_of(config)
     assert found.long == {"sequence": LONG}
     assert found.not_judged == (
-        "what its sliding window of 200 tokens leaves out. Generated texts have up to 96 tokens. Give a "
-        "longer one by inputs="
+        "what the model leaves out, or computes in another way, beyond 200 tokens. Generated texts have up to 96 "
+        "tokens. Give a longer one by inputs="
     )
     monkeypatch.setattr(text_inputs, "MOST_WORK", 10.0 * parameters)
     found = lengths_of(mistral(None, max_position_embeddings=512))

@@ -13,6 +13,7 @@ import torch
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.isolation.limits import TIMEOUT, memory_for
 from lora_export.isolation.process import IsolatedProcess, ProcessEnded
+from lora_export.provenance import read_longest
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.storage import input_files
 
@@ -45,7 +46,9 @@ class ScriptRunner(PlainRunner):
         if refusal := header.get("refused"):
             what = "TorchScript that is run here" if header.get("is_ours") else "TorchScript file"
             raise InputRefused(f"{path} is no {what}: {one_line(str(refusal).splitlines()[0])}")
-        self.input_names = _recorded_inputs(path, header.get("record") or "{}") or tuple(input_names)
+        record = header.get("record") or "{}"
+        self.input_names = _recorded_inputs(path, record) or tuple(input_names)
+        self.longest = read_longest(json.loads(record), path)  # the sizes up to which it was traced
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass, with the inputs in the order in which the file was traced."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,19 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     Fp64Sum,
     allowed_error,
 )
-from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import Wide
 
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one
+
+
+class TensorRows(Protocol):
+    """A tensor that is read in pieces: from a file (`StoredTensor`), or of a model or a graph."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def rows(self, rows: slice, scratch: Scratch | None = None, name: str = "") -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +108,8 @@ class ChangedWeight:
     """A weight that a step changes: as the base stores it, and as the candidate does."""
 
     step: Step
-    base: StoredTensor
-    candidate: StoredTensor
+    base: TensorRows
+    candidate: TensorRows
     pieces: Sequence[slice]
 
     def before(self, rows: slice) -> Wide:

@@ -97,11 +97,16 @@ class StoredTensor:
 
     def pieces(self, *, least: int = 1) -> Iterator[slice]:
         """The rows, in pieces of PIECE_BYTES, or of `least` rows where these are more."""
-        rows = self.shape[0] if self.shape else 1
-        row_bytes = max(np.dtype(np.float64).itemsize * math.prod(self.shape[1:]), 1)
-        count = max(least, PIECE_BYTES // row_bytes)
-        for first in range(0, rows, count):
-            yield slice(first, min(first + count, rows))
+        return pieces_of(self.shape, least=least)
 
     def part(self, region: StoredRegion) -> StoredTensor:
         return replace(self, region=region)
+
+
+def pieces_of(shape: Sequence[int], *, least: int = 1) -> Iterator[slice]:
+    """The rows of a tensor, in pieces of PIECE_BYTES in fp64, or of `least` rows where these are more."""
+    rows = shape[0] if shape else 1
+    row_bytes = max(np.dtype(np.float64).itemsize * math.prod(shape[1:]), 1)
+    count = max(least, PIECE_BYTES // row_bytes)
+    for first in range(0, rows, count):
+        yield slice(first, min(first + count, rows))

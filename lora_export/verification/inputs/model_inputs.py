@@ -21,6 +21,7 @@ from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.compare_outputs import before_first_token
 from lora_export.verification.inputs import REDRAWS, Inputs
@@ -194,6 +195,8 @@ def _limits(candidate: Runner, model: Model) -> Limits:
         for axis, symbol in axes.items():
             if symbol != "batch" and axis < len(declared.get(name, ())):
                 limits[symbol] = declared[name][axis]
+    traced = candidate if isinstance(candidate, ScriptRunner) else graph_of(candidate)
+    limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items() if symbol != "batch"}
     return limits
 
 

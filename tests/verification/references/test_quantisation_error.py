@@ -152,6 +152,29 @@ def test_permuted_block_is_different(scheme: str, wide: Model, floats: ir.Model,
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
+BY_BLOCK = pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.endswith(("bits", "int4"))])
+
+
+@BY_BLOCK
+@pytest.mark.parametrize("part", ["scales", "integers"])
+def test_a_few_blank_blocks_are_different(
+    scheme: str, part: str, wide: Model, floats: ir.Model, tmp_path: Path
+) -> None:
+    """3 % of a weight's blocks, in no row more than one."""
+    graph = SCHEMES[scheme](floats.clone())
+
+    def blank(array: NDArray[Any]) -> NDArray[Any]:
+        zero = 0 if part == "scales" or array.min() < 0 else 1 << (int(array.max()).bit_length() - 1)
+        blocks = array.reshape(-1, 1 if part == "scales" else 32)
+        blocks[:: len(blocks) // 6] = zero
+        return array
+
+    change(graph, part, blank)
+    verdict = verdict_of(graph, wide, tmp_path)
+    assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+    assert any(reason.text.startswith("down.weight") for reason in verdict.reasons if reason.gate == "weights")
+
+
 @WITH_ZEROS
 def test_zero_point_off_by_one_is_not_same(scheme: str, wide: Model, floats: ir.Model, tmp_path: Path) -> None:
     graph = SCHEMES[scheme](floats.clone())
@@ -192,6 +215,23 @@ def test_coarse_scales_are_undecided(wide: Model, floats: ir.Model, tmp_path: Pa
     assert any(
         reason.text.startswith("down.weight: the scales do not fit the right weight. The rounded weight is 1")
         for reason in verdict.reasons
+    )
+
+
+def test_coarse_scales_of_a_few_blocks_are_undecided(wide: Model, floats: ir.Model, tmp_path: Path) -> None:
+    graph = quantised(floats.clone(), bits=8)
+
+    def coarse(array: NDArray[Any], factor: float) -> NDArray[Any]:
+        wider = array.astype(np.float32).reshape(192, -1)
+        wider[::50] = np.rint((wider[::50] - 128) / factor) + 128 if array.dtype == np.uint8 else wider[::50] * factor
+        return wider.reshape(array.shape).astype(array.dtype)
+
+    change(graph, "integers", lambda array: coarse(array, 4.0))
+    change(graph, "scales", lambda array: coarse(array, 4.0))
+    verdict = verdict_of(graph, wide, tmp_path)
+    assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
+    assert "the scales do not fit the right weight in 4 blocks of 32: they are more than 3 times as coarse" in str(
+        verdict
     )
 
 

@@ -1,0 +1,265 @@
+"""A tensor of the model as a candidate should have it: W, or W + s·BA where adapters were merged into it.
+
+Either is right here: whether an adapter has its effect, the outputs show. What is looked for is what outputs can miss,
+since no input reaches it, or hardly any: single rows, blocks, experts. So a number counts as wrong only if no other
+sequence of sums and no other rounding explains it. The sums are those of `against_checkpoint`, which no merge uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.graph.content_match import NUMPY_HALVES
+from lora_export.lora import EVERY_ROW, TokenRows
+from lora_export.plan import Step, TensorSpec
+from lora_export.plan.stored_region import StoredRegion
+from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows, compare_rows
+from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF, Fp64Sum, half_step
+from lora_export.verification.against_checkpoint.stored_tensor import Scratch, pieces_of
+from lora_export.verification.parity import Array, Wide
+
+NEAR_IN_STEPS = 8.0  # half steps of the dtype, at the size of W and of the sum
+SAMPLED_ROWS, SAMPLED_COLUMNS, SAMPLED_PARTS = 8, 16, 4
+LARGEST_SAMPLE = 4096  # numbers that show in which dtype a tensor was rounded
+
+
+class ArrayRows(NamedTuple):
+    """A tensor in memory or in a mapped file, read in pieces; perhaps with rows that an adapter replaces."""
+
+    array: Array
+    token_rows: TokenRows | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def rows(self, rows: slice, scratch: Scratch | None = None, name: str = "") -> Array:  # noqa: ARG002 - StoredTensor
+        part = np.ascontiguousarray(self.array[rows])  # a transpose is slow to compare in small blocks
+        if self.token_rows is not None:
+            part = part.copy()
+            self.token_rows.write_into(part, rows.start)
+        return part
+
+
+class WrongNumbers(NamedTuple):
+    """How many numbers of a tensor are neither W nor W + s·BA, in how many rows, and the first of these."""
+
+    numbers: int = 0
+    rows: int = 0
+    first: int = -1
+
+    def __add__(self, other: WrongNumbers) -> WrongNumbers:  # type: ignore[override]
+        first = self.first if self.rows else other.first
+        return WrongNumbers(self.numbers + other.numbers, self.rows + other.rows, first)
+
+
+class _Terms(NamedTuple):
+    """Numbers that are expected, those to which something was added, and the bound of the sum in fp32."""
+
+    value: Wide
+    before: Wide
+    bound: Wide
+
+    def are_near(self, after: Array, dtype: np.dtype[Any]) -> NDArray[np.bool_]:
+        """Which numbers of a candidate these may be, after roundings to `dtype`."""
+        kind = ml_dtypes.finfo(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = after.astype(np.float64)
+            allowed = NEAR_IN_STEPS * half_step(np.abs(self.value) + np.abs(self.before), dtype)
+            allowed += self.bound * max(1.0, float(kind.eps) / 2 / FP32_ROUNDOFF)
+            near = np.abs(wide - self.value) <= allowed
+            near |= (wide == self.value) | (np.isnan(wide) & np.isnan(self.value))
+            near |= np.abs(self.value) > float(kind.max)  # an infinity, or the largest number
+        return near
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A part of a tensor to which one step adds, or all of it. `spec` names it."""
+
+    spec: TensorSpec
+    step: Step | None = None
+
+    def of(self, array: Array) -> Array:
+        """This part of an array in the shape of the tensor, as rows; a view where the array's layout allows it."""
+        region = self.spec.region
+        if region is not None:
+            return _cut(array, region)
+        return array.reshape(-1, array.shape[-1]) if array.ndim > 2 and self.step is None else np.atleast_1d(array)
+
+    def weight(self, base: Array, candidate: Array, *, with_step: bool) -> tuple[ChangedWeight, Fp64Sum]:
+        """The part in both, and the sum that it should be: W + s·BA, or W."""
+        base, candidate, rows = self.of(base), self.of(candidate), None
+        step = Step(self.spec)
+        if with_step and self.step is not None:
+            base, rows = base if self.step.replace is None else np.atleast_1d(self.step.replace), self.step.token_rows
+            step = replace(self.step, replace=None, token_rows=None)
+        pieces = list(pieces_of(candidate.shape))
+        weight = ChangedWeight(step, ArrayRows(base, rows), ArrayRows(candidate), pieces)
+        return weight, weight.with_norms(Fp64Sum.right(step))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedWeight:
+    """A tensor of the model, and what adapters do to it or to parts of it."""
+
+    spec: TensorSpec
+    load: Callable[[], Array]  # W, in the model's own dtype
+    steps: tuple[Step, ...] = ()
+    _samples: dict[bool, _Terms] = field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def parts(self) -> tuple[_Part, ...]:
+        return tuple(_Part(step.spec, step) for step in self.steps) or (_Part(self.spec),)
+
+    @property
+    def options(self) -> tuple[bool, ...]:
+        """Whether a candidate may have W + s·BA, and W."""
+        return (True, False) if self.steps else (False,)
+
+    def agreement(self, candidate: Array, *, negated: bool = False) -> float:
+        """The part of a sample in which a tensor of this shape agrees; zeros in both do not count. 0 for all zeros."""
+        found = self._sampled(candidate)
+        return max(self._agreement(-found if negated else found, each, candidate) for each in self.options)
+
+    def _agreement(self, found: Array, with_step: bool, candidate: Array) -> float:
+        terms = self._sample(with_step)
+        counts = (terms.value != 0) | (found != 0)
+        near = terms.are_near(found, self._dtype(candidate))
+        return float(np.count_nonzero(near & counts)) / max(1, int(np.count_nonzero(counts)))
+
+    def ratios(self, candidate: Array) -> Iterator[Wide]:
+        """The sample of a candidate relative to what it may be, (rows, columns)."""
+        found = self._sampled(candidate).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for with_step in self.options:
+                yield (found / self._sample(with_step).value).reshape(-1, self._columns)
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether its content identifies it: constants and masks are equal in unrelated tensors."""
+        return len(np.unique(self._sample(with_step=False).value)) > SAMPLED_ROWS
+
+    def wrong_in(self, candidate: Array) -> WrongNumbers:
+        """The wrong numbers of a tensor of this shape, over all of them. Reads both in blocks."""
+        base, found, dtype = self.load(), self._sampled(candidate), self._dtype(candidate)
+        likely = sorted(self.options, key=lambda each: -self._agreement(found, each, candidate))
+        total = WrongNumbers()
+        for part in self.parts:
+            wrong = WrongNumbers()
+            for number, with_step in enumerate(likely):
+                other = _wrong_in_part(*part.weight(base, candidate, with_step=with_step), dtype)
+                wrong = other if number == 0 or other.numbers < wrong.numbers else wrong
+                if not wrong.numbers:
+                    break
+            total += wrong
+        if sum(math.prod(part.spec.shape) for part in self.parts) < math.prod(self.spec.shape):
+            total += self._wrong_outside(base, candidate, dtype)
+        return total
+
+    def _wrong_outside(self, base: Array, candidate: Array, dtype: np.dtype[Any]) -> WrongNumbers:
+        """The wrong numbers outside of the parts that a step changes: those of the whole less those of the parts."""
+        whole = _wrong_in_part(*_Part(self.spec).weight(base, candidate, with_step=False), dtype)
+        inside = [_wrong_in_part(*part.weight(base, candidate, with_step=False), dtype).numbers for part in self.parts]
+        count = whole.numbers - sum(inside)
+        return WrongNumbers(count, whole.rows, whole.first) if count > 0 else WrongNumbers()
+
+    # --- samples ---
+
+    @property
+    def _columns(self) -> int:
+        return min(SAMPLED_COLUMNS, *(math.prod(part.of(self._shaped).shape[1:]) for part in self.parts))
+
+    @functools.cached_property
+    def _shaped(self) -> Array:
+        """An array of the tensor's shape in no memory."""
+        return np.broadcast_to(np.float32(0), self.spec.shape)
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[_Part, list[tuple[int, NDArray[np.intp]]]]]:
+        """Sampled parts -> rows, each with its columns."""
+        random = np.random.default_rng(self.spec.shape)
+        chosen = np.unique(np.linspace(0, len(self.parts) - 1, SAMPLED_PARTS).astype(int))
+        places = []
+        for part in (self.parts[number] for number in chosen):
+            rows, *others = part.of(self._shaped).shape
+            columns = random.choice(math.prod(others), self._columns, replace=False)
+            own = random.choice(rows, min(rows, SAMPLED_ROWS), replace=False)
+            places.append((part, [(int(row), columns) for row in own]))
+        return places
+
+    def _sampled(self, array: Array) -> Array:
+        found = []
+        for part, rows in self._places:
+            own = part.of(array)
+            found += [np.asarray(own[row]).reshape(-1)[columns] for row, columns in rows]
+        return np.concatenate(found)
+
+    def _sample(self, with_step: bool) -> _Terms:
+        """The expected numbers at the sampled places, with or without the step."""
+        if with_step not in self._samples:
+            base, found = self.load(), []
+            for part, rows in self._places:
+                weight, right = part.weight(base, base, with_step=with_step)
+                for row, columns in rows:
+                    one = slice(row, row + 1)
+                    before = weight.before(one)
+                    value, bound = right.rows(one, before)
+                    found.append([each.reshape(-1)[columns] for each in (value, before, bound)])
+            self._samples[with_step] = _Terms(*(np.concatenate(each) for each in zip(*found, strict=True)))
+        return self._samples[with_step]
+
+    def _dtype(self, candidate: Array) -> np.dtype[Any]:
+        """The coarsest dtype to which the numbers of the model or of the candidate are rounded."""
+        dtypes = [_rounded_to(candidate), np.dtype(self.spec.dtype)]
+        return max(dtypes, key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
+
+
+def _cut(array: Array, region: StoredRegion) -> Array:
+    """A part of an array. An expert of a stack is cut out first: to flatten a transposed stack would copy it."""
+    rows = region.rows
+    if array.ndim == 3 and region.shape == (array.shape[0] * array.shape[1], array.shape[2]):
+        expert, first = divmod(rows.start, array.shape[1])
+        if first + rows.stop - rows.start <= array.shape[1]:
+            array, rows = array[expert], slice(first, first + rows.stop - rows.start)
+    array = array if array.shape[1:] == region.shape[1:] else array.reshape(region.shape)
+    part = array[rows]
+    return part if region.columns == EVERY_ROW else part[:, region.columns]
+
+
+def _wrong_in_part(weight: ChangedWeight, right: Fp64Sum, dtype: np.dtype[Any]) -> WrongNumbers:
+    scratch, total = Scratch(), WrongNumbers()
+    for block in weight.blocks():
+        if compare_rows(block, right, scratch).off:
+            total += _wrong_in_block(block, right, dtype)
+    return total
+
+
+def _wrong_in_block(block: WeightRows, right: Fp64Sum, dtype: np.dtype[Any]) -> WrongNumbers:
+    with np.errstate(over="ignore", invalid="ignore"):
+        value, bound = right.rows(block.rows, block.before)
+    wrong = ~_Terms(value, block.before, bound).are_near(block.stored, dtype).reshape(len(value), -1)
+    rows = np.flatnonzero(wrong.any(axis=1))
+    if not rows.size:
+        return WrongNumbers()
+    return WrongNumbers(int(np.count_nonzero(wrong)), int(rows.size), block.rows.start + int(rows[0]))
+
+
+def _rounded_to(array: Array) -> np.dtype[Any]:
+    """The half precision that has a sample of the numbers, or the dtype of the array."""
+    step = max(1, array.size // LARGEST_SAMPLE)
+    array = array.T if array.flags.f_contiguous else array  # so that little of it is read
+    sample = array.flat[::step] if array.flags.c_contiguous else array[:: max(1, len(array) // 4)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for half in NUMPY_HALVES if array.dtype.itemsize > 2 else ():
+            if np.array_equal(np.asarray(sample).astype(half).astype(array.dtype), sample, equal_nan=True):
+                return half
+    return array.dtype

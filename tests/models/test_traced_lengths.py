@@ -1,0 +1,114 @@
+"""The lengths at which a model's code takes another branch, and graphs that know one of the two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+
+from lora_export.api.onnx import export_onnx
+from lora_export.models.load import load_model
+from lora_export.models.model import Model
+from lora_export.models.text_inputs import ONE_TOKEN
+from lora_export.models.traced_lengths import with_traced_lengths
+from lora_export.provenance import LONGEST_KEY
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import prove
+from support.small_models import MODELS, TEXT
+
+WIDE = TEXT | {"max_position_embeddings": 256}
+
+
+def big_bird(**fields: Any) -> Any:
+    """Attends to blocks beyond (5 + 2 · 1) · 16 = 112 tokens."""
+    config = transformers.BigBirdConfig(
+        **WIDE, block_size=16, num_random_blocks=1, attention_type="block_sparse", **fields
+    )
+    return transformers.BigBirdModel(config)
+
+
+def deepseek(topk: int = 24) -> Any:
+    """Attends to 24 tokens. Scores of 0 are equal, and PyTorch and onnxruntime choose others of them."""
+    config = transformers.DeepseekV32Config(
+        **WIDE, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4,
+        first_k_dense_replace=2, index_topk=topk, index_head_dim=8, index_n_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.DeepseekV32ForCausalLM(config)
+
+
+def saved(module: Any, folder: Path) -> str:
+    torch.manual_seed(0)
+    module.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("make", "length", "long"), [(big_bird, 112, 144), (deepseek, 23, 96)])
+def test_the_length_at_which_code_changes_its_way_is_found(make: Any, length: int, long: int, tmp_path: Path) -> None:
+    model = with_traced_lengths(load_model(saved(make(), tmp_path)))
+    assert model.traced["sequence"][1] == length
+    assert max(sizes["sequence"] for sizes in model.further) == long
+    assert with_traced_lengths(model) is model
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_models_that_compute_all_lengths_alike_have_none(name: str, tmp_path: Path) -> None:
+    architecture, config = MODELS[name]
+    made = config()
+    made.max_position_embeddings = 256
+    module = getattr(transformers, architecture)(made)
+    model = load_model(saved(module, tmp_path))
+    assert with_traced_lengths(model) is model
+
+
+def test_too_long_a_way_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_export.models.traced_lengths.MOST_WORK", 0.0)
+    model = with_traced_lengths(load_model(saved(big_bird(), tmp_path)))
+    assert model.further == (ONE_TOKEN, {"sequence": 96})
+    assert model.not_judged[-1].startswith(
+        "texts of more than 112 tokens, which BigBirdModel computes in another way. Generated texts have up to 96"
+    )
+
+
+def test_long_texts_are_computed_alike_after_short_ones(tmp_path: Path) -> None:
+    model = load_model(saved(big_bird(), tmp_path))
+    long, short = (
+        {name: value.numpy() for name, value in model.inputs({"batch": 1, "sequence": size}, seed=1).items()}
+        for size in (144, 7)
+    )
+    for runner in (ModuleRunner(model.module), Fp64Runner(model.module)):
+        before = runner.run(long)
+        runner.run(short)
+        after = runner.run(long)
+        assert all((before[name] == value).all() for name, value in after.items())
+    assert model.module.attention_type == "block_sparse"
+
+
+def verdict_of(path: Path, model: Model) -> parity.Verdict:
+    return prove(OnnxRunner(path), PyTorchReferences(model)).verdict
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "long"), [(big_bird, 112, 144), pytest.param(deepseek, 23, 96, marks=pytest.mark.slow)]
+)
+def test_a_graph_is_proven_up_to_the_length_it_states(make: Any, length: int, long: int, tmp_path: Path) -> None:
+    base, path = saved(make(), tmp_path / "base"), tmp_path / "m.onnx"
+    proof = export_onnx(base, path).proof
+    assert proof is not None and any(f"up to {length}" in note for note in proof.verdict.notes)
+    assert any(case.name.endswith(f"sequence {length}") for case in proof.cases)
+    graph = onnx.load(path)
+    properties = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(properties[LONGEST_KEY]) == {"sequence": length}
+    del graph.metadata_props[list(properties).index(LONGEST_KEY)]
+    onnx.save(graph, tmp_path / "other.onnx")
+    other = verdict_of(tmp_path / "other.onnx", load_model(base))
+    assert other.outcome is parity.Outcome.DIFFERENT
+    assert f"batch 1 x sequence {long}" in {reason.case for reason in other.reasons}

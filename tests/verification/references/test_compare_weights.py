@@ -1,0 +1,294 @@
+"""The weights of both sides, compared: every number of every tensor, whatever the exporter made of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import layers, plan
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.site import NameSource
+from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name
+from lora_export.models import factory
+from lora_export.models.export import to_onnx
+from lora_export.models.model import Model
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import prove
+from lora_export.verification.references.compare_weights import CandidateTensor, ComparedWeights, compare_tensors
+
+Tensors = dict[str, NDArray[Any]]
+Change = Callable[[Tensors], None]
+CLASS, OWN = None, NameSource.INITIALIZER  # the names of a module of the same class, and of a graph
+
+
+class Layers(nn.Module):
+    """A tied head, three layers of one input, a transposed one, a convolution, experts in a stack, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(300, 16)
+        self.q, self.k, self.v = (nn.Linear(16, size) for size in (16, 8, 24))
+        self.turned = Conv1D(16, 16)
+        nn.init.normal_(self.turned.weight)
+        self.conv = nn.Conv1d(8, 16, 3)
+        self.experts = nn.Parameter(torch.randn(6, 16, 12))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 300, bias=False)
+        self.head.weight = self.embed.weight
+
+
+MODULE = Layers()
+LAYERS = ("q", "v", "turned", "conv")
+
+
+def a_pair(name: str, *, dora: bool = False) -> LoraPair:
+    rng = np.random.default_rng(len(name))
+    spec = next(spec for spec in layers.specs(MODULE) if spec.name == f"{name}.weight")
+    out, *inner = spec.matrix
+    b = rng.normal(size=(out, 4, *[1] * (len(inner) - 1)))
+    magnitude = rng.uniform(1, 2, size=out) if dora else None
+    return LoraPair(a=rng.normal(size=(4, *inner)), b=b, scale=0.5, magnitude=magnitude)
+
+
+def an_expert() -> LoraPair:
+    rng = np.random.default_rng(3)
+    return LoraPair(a=rng.normal(size=(2, 12)), b=rng.normal(size=(16, 2)), scale=0.5, as_stored=True)
+
+
+ADAPTERS = {
+    "none": None,
+    "lora": Adapter(name="a", format="test", pairs={name: a_pair(name) for name in LAYERS}, sha256="0"),
+    "dora": Adapter(name="a", format="test", pairs={name: a_pair(name, dora=True) for name in LAYERS}, sha256="0"),
+    "experts": Adapter(
+        name="a", format="test", pairs={expert_name("experts", at): an_expert() for at in (1, 4)}, sha256="0"
+    ),
+    "rows": Adapter(
+        name="a", format="test", pairs={}, sha256="0",
+        token_rows={"embed.weight": TokenRows(np.array([3, 200]), np.ones((2, 16), np.float32), tied=("head",))},
+    ),
+}  # fmt: skip
+
+
+def planned(kind: str) -> plan.Plan | None:
+    adapter = ADAPTERS[kind]
+    return None if adapter is None else plan.make([adapter], layers.specs(MODULE))
+
+
+def merged(kind: str, dtype: Any = np.float32) -> Tensors:
+    """The tensors of the module with an adapter folded in by PyTorch, in a dtype."""
+    module, steps = copy.deepcopy(MODULE), planned(kind)
+    if steps is not None:
+        layers.fold(module, steps)
+    return {name: value.detach().numpy().astype(dtype) for name, value in module.state_dict().items()}
+
+
+def compared(
+    tensors: Mapping[str, NDArray[Any]], kind: str = "none", source: NameSource | None = OWN
+) -> ComparedWeights:
+    """`tensors` whose names begin with `?` have lost them."""
+    given = [
+        CandidateTensor("" if name.startswith("?") else name, source, array.shape, lambda array=array: array)
+        for name, array in tensors.items()
+    ]
+    return compare_tensors(given, MODULE, planned(kind))
+
+
+def share(found: ComparedWeights) -> str:
+    """How many of the model's tensors were compared."""
+    (note,) = found.notes
+    return note.partition(" tensors")[0]
+
+
+def as_they_are(tensors: Tensors) -> None:
+    pass
+
+
+def transposed(tensors: Tensors) -> None:
+    for name in ("q.weight", "k.weight", "v.weight", "turned.weight", "experts"):
+        tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(-1, -2))
+
+
+def without_names(tensors: Tensors) -> None:
+    for name in [name for name, array in tensors.items() if array.ndim > 1]:
+        tensors[f"?{name}"] = tensors.pop(name)
+
+
+def fused(tensors: Tensors) -> None:
+    tensors["?qkv"] = np.concatenate([tensors.pop(f"{name}.weight") for name in "qkv"]).T
+
+
+def with_a_prefix(tensors: Tensors) -> None:
+    for name in list(tensors):
+        tensors[f"model.{name}"] = tensors.pop(name)
+
+
+RIGHT = [as_they_are, transposed, without_names, fused, with_a_prefix]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [*((change, np.float32) for change in RIGHT), (as_they_are, np.float16), (fused, ml_dtypes.bfloat16)],
+    ids=lambda each: each.__name__,
+)
+def test_right_tensors_are_found_and_equal(change: Change, kind: str, dtype: Any) -> None:
+    for tensors in (merged(kind, dtype), merged("none", dtype)):  # the adapter in the weights, or beside them
+        change(tensors)
+        found = compared(tensors, kind)
+        assert not [*found.faults, *found.doubts]
+        assert share(found) == "14 of the model's 14"
+
+
+def test_what_cannot_be_matched_is_only_noted() -> None:
+    tensors = merged("lora")
+    tensors["?folded"] = tensors.pop("q.weight") * 3 + 1
+    tensors["norm.weight"] = tensors["norm.weight"] + 1  # Gemma's norms, as the genai builder stores them
+    tensors["conv.weight"] = tensors["conv.weight"] * np.arange(-8, 8).reshape(16, 1, 1) * 1.01  # a batch norm
+    tensors["?table"] = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
+    tensors["?mask"] = np.triu(np.ones((16, 24), np.float32))
+    tensors["lora_A.weight"] = np.ones((8, 16), np.float32)
+    found = compared(tensors, "lora")
+    assert not [*found.faults, *found.doubts]
+    assert share(found) == "11 of the model's 14"
+    assert "outputs alone judge q.weight, conv.weight, norm.weight" in found.notes[0]
+
+
+def every_50th_row(tensors: Tensors) -> None:
+    for name in ("embed.weight", "head.weight"):
+        tensors[name][::50] = tensors[name][1]
+
+
+def a_negated_layer(tensors: Tensors) -> None:
+    tensors["k.weight"] *= -1
+
+
+def a_blank_layer(tensors: Tensors) -> None:
+    tensors["v.weight"] *= 0
+
+
+def a_negated_expert(tensors: Tensors) -> None:
+    tensors["experts"][2] *= -1
+
+
+def exchanged_experts(tensors: Tensors) -> None:
+    tensors["experts"][[1, 2]] = tensors["experts"][[2, 1]]
+
+
+def one_number(tensors: Tensors) -> None:
+    tensors["q.weight"][3, 5] = np.nan
+
+
+def one_bias(tensors: Tensors) -> None:
+    tensors["q.bias"][3] += tensors["q.bias"][4]
+
+
+DEFECTS = {
+    every_50th_row: "embed.weight: 96 of 4,800 numbers are not the model's, in 6 rows, the first of them 0",
+    a_negated_layer: "k.weight: its numbers have the other sign",
+    a_blank_layer: "v.weight: all of its numbers are 0",
+    a_negated_expert: "experts: 192 of 1,152 numbers are not the model's, in 16 rows, the first of them 32",
+    exchanged_experts: "experts: 384 of 1,152 numbers",
+    one_number: "q.weight: 1 of 256 numbers are not the model's, the first in row 3",
+    one_bias: "q.bias: 1 of 16 numbers",
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("source", [CLASS, OWN], ids=["module", "graph"])
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_wrong_numbers_are_found(defect: Change, source: NameSource | None, kind: str) -> None:
+    tensors = merged(kind)
+    defect(tensors)
+    found = compared(tensors, kind, source)
+    name = DEFECTS[defect].partition(":")[0]
+    assert found.faults and all(fault.startswith((f"{name}:", "head.weight:", "experts[")) for fault in found.faults)
+    if kind == "none" and source is OWN:
+        assert found.faults[0].startswith(DEFECTS[defect])
+
+
+def test_a_modules_own_tensor_may_not_be_transposed() -> None:
+    tensors = merged("none") | {"q.weight": MODULE.q.weight.detach().numpy().T}
+    assert not compared(tensors).faults, "a graph may store it so"
+    assert compared(tensors, source=CLASS).faults[0].startswith("q.weight: 2")
+
+
+def test_many_wrong_tensors_are_counted() -> None:
+    tensors = {name: array + 1 for name, array in merged("none").items()}
+    faults = compared(tensors, source=CLASS).faults
+    assert len(faults) == 6 and faults[-1] == "numbers of 10 more tensors are wrong"
+
+
+@pytest.mark.parametrize("change", [transposed, without_names, fused], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("defect", [every_50th_row, a_negated_expert, one_number], ids=lambda each: each.__name__)
+def test_wrong_numbers_are_found_in_other_places(change: Change, defect: Change) -> None:
+    tensors = merged("lora")
+    defect(tensors)
+    change(tensors)
+    assert compared(tensors, "lora").faults
+
+
+def test_other_numbers_under_a_graphs_name_are_a_doubt() -> None:
+    tensors = merged("none")
+    tensors["k.weight"] = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    found = compared(tensors)
+    assert not found.faults and found.doubts[0].startswith("k.weight: the candidate has other numbers in the tensor")
+    assert compared(tensors, source=CLASS).faults[0].startswith("k.weight: 128 of 128 numbers are not the model's")
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Two experts, of which inputs hardly ever reach the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.often, self.rare = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.mean(-1, keepdim=True) > 5, self.rare(x), self.often(x))
+
+
+@pytest.fixture
+def routed() -> Model:
+    return factory.from_module(Routed(), {"x": torch.randn(2, 5, 16)})
+
+
+def verdict_of(module: nn.Module, model: Model, folder: Path, form: str) -> parity.Verdict:
+    adapter = Adapter(
+        name="a", format="test", sha256="0",
+        pairs={"often": LoraPair(a=np.ones((2, 16)) / 4, b=np.eye(16)[:, :2] + 0.5, scale=1.0)},
+    )  # fmt: skip
+    if form == "folder":
+        layers.fold(module, plan.make([adapter], layers.specs(module)))
+        return prove(ModuleRunner(module), PyTorchReferences(model, [adapter])).verdict
+    graph: ir.Model = to_onnx(module, model.example_inputs(), axes=model.axes)
+    save_graph(graph, folder, "m.onnx")
+    return prove(OnnxRunner(folder / "m.onnx"), PyTorchReferences(model)).verdict
+
+
+@pytest.mark.parametrize("form", ["folder", "graph"])
+def test_a_negated_rare_expert_is_different(form: str, routed: Model, tmp_path: Path) -> None:
+    right = verdict_of(copy.deepcopy(routed.module), routed, tmp_path, form)
+    assert right.same and any("4 of the model's 4 tensors, 100 %" in note for note in right.notes), str(right)
+    module = copy.deepcopy(routed.module)
+    module.rare.weight.data *= -1
+    wrong = verdict_of(module, routed, tmp_path, form)
+    assert wrong.outcome is parity.Outcome.DIFFERENT
+    assert {reason.gate for reason in wrong.reasons} == {"weights"}
