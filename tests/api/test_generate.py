@@ -308,6 +308,7 @@ def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Cal
         le.generate(graph, prompts, adapters="es")
 
 
+@pytest.mark.slow
 def test_speech_model_tells_the_language_or_is_told(served: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(served("whisper") / "served", tmp_path / "served")
     path = folder / "generation_config.json"

@@ -593,7 +593,7 @@ def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys:
     words = ("onnx", place / "base.onnx", "-a", place / "fr", "-o", tmp_path / "out.onnx")
     code, told = answer(capsys, *words, "--inputs", tmp_path / "mine.npz")
     cases = {there["case"] for there in told["proof"]["comparisons"]}
-    assert code == 0 and len(cases) == 4 and "mine.npz" in cases
+    assert code == 0 and len(cases) == 5 and "mine.npz" in cases
     np.savez(tmp_path / "mine.npz", input_ids=feeds()["input_ids"])
     assert call(*words, "--inputs", tmp_path / "mine.npz", "--overwrite") == 3
 
@@ -665,7 +665,7 @@ def test_pytorch_is_not_needed(place: Path, tmp_path: Path, mode: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "same: error " in done.stdout and ", 3 cases, CPU " in done.stdout
+    assert "same: error " in done.stdout and ", 4 cases, CPU " in done.stdout
 
 
 def test_weights_beside_the_graph_are_read_where_they_are(place: Path, tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ def test_heads_of_equal_labels_are_what_peft_chooses_by_row(equal_heads: Path, t
     assert np.ptp(logits[0] - logits[3]) > 1e-3 and np.abs(logits - expected[[1] * 4]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_other_labels_than_the_graph_s_need_the_model(
     equal_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_doctor_without_problems_exits_0_with_one_json_document(monkeypatch, cap
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault(43)
 def test_doctor_for_cuda_exits_0_only_where_cuda_runs(monkeypatch, capsys):
     pretend(monkeypatch, this_machine())

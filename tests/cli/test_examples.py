@@ -44,6 +44,7 @@ def inputs(words: list[str]) -> Iterator[str]:
 LONG = (
     "lora-export doctor --provider cpu",
     'lora-export generate served --prompt "Once upon a time"',
+    'lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1',
     "lora-export onnx decoder -a pirate --with-cache -o served",
     "lora-export convert de -o de.onnx_adapter --for served.onnx",
     "lora-export torchscript base -a adapter -o model.pt2",

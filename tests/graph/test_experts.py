@@ -210,6 +210,7 @@ def test_experts_that_are_stored_transposed_are_proven(transposed, tmp_path, mod
     assert found.proof.verdict.outcome == "same"
 
 
+@pytest.mark.slow
 def test_experts_take_no_adapter_for_each_row(exported, tmp_path):
     with pytest.raises(InputRefused, match=r"experts\.gate_up_proj\[0\] .* no single dimension is the batch"):
         lora_export.export_onnx(exported.graph, tmp_path / "m.onnx", adapters=[exported.paths["adapter"]], lora="rows")

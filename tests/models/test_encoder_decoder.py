@@ -92,6 +92,7 @@ def test_weights_have_the_names_of_the_model(name: str, exported: Exported) -> N
     )
 
 
+@pytest.mark.slow
 def test_export_leaves_the_model_as_it_was(exported: Exported, tmp_path: Path) -> None:
     model, _ = exported("t5")
     module: Any = model.module

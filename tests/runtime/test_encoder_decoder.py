@@ -79,6 +79,7 @@ def test_outputs_are_those_of_the_model(
     assert np.abs(found["logits"] - others["logits"]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_each_row_of_a_batch_has_its_adapter(folder: Path, runner: EncoderDecoderRunner) -> None:
     mixed = runner.with_rows([2, 0, 1]).run(arrays())["logits"]
     for row, adapter in enumerate(("decoder", None, "all")):

@@ -24,6 +24,7 @@ from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
 from support.graphs import a_graph
+from support.slow import slow
 from support.small_models import small_model
 
 
@@ -178,7 +179,7 @@ def without_positions(graph: ir.Model) -> ir.Model:
     return graph
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", slow("llama")])
 def test_right_export_with_a_cache_is_same(name: str, tmp_path: Path) -> None:
     model, graph = cached_subject(name)
     assert verdict_of(graph.clone(), model, tmp_path / "right").same
@@ -191,7 +192,7 @@ def test_graph_with_a_cache_that_is_wrong_for_some_inputs_is_different(what: str
     assert wrong.outcome is parity.Outcome.DIFFERENT
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", slow("llama")])
 def test_graph_that_ignores_its_positions_is_different(name: str, tmp_path: Path) -> None:
     model, graph = cached_subject(name)
     wrong = verdict_of(without_positions(graph.clone()), model, tmp_path / "wrong")

@@ -199,7 +199,7 @@ def test_fp16_graph_with_fp32_outputs_is_judged_in_fp16(name: str, mode: str, tm
     assert off.outcome is parity.Outcome.DIFFERENT
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", slow_but(["net"], SUBJECTS))
 def test_fp16_graph_is_different_from_fp32_with_a_note(name: str, tmp_path: Path) -> None:
     adapter = subjects.adapter(name, "linear")
     runner = saved(in_fp16(adapted(name, adapter, "merged")), tmp_path)
