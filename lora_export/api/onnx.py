@@ -20,6 +20,7 @@ from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import WrongUsage
+from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.export import OnnxOptions
@@ -61,13 +62,14 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     require_provider(request.provider)
     check_adapters(request)
     # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
-    if not is_graph:
-        from lora_export.api.onnx_from_model import export_from_model
+    with stated_memory(options.memory):
+        if not is_graph:
+            from lora_export.api.onnx_from_model import export_from_model
 
-        return export_from_model(request)
-    from lora_export.api.onnx_from_graph import export_from_graph
+            return export_from_model(request)
+        from lora_export.api.onnx_from_graph import export_from_graph
 
-    return export_from_graph(request)
+        return export_from_graph(request)
 
 
 def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:

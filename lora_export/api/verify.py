@@ -22,6 +22,7 @@ from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage
+from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
@@ -101,7 +102,8 @@ def verify(options: VerifyOptions) -> Verification:
     """
     begun = time.perf_counter()
     request = _request(options)
-    proof = _judge(open_artifact(options.candidate), request)
+    with stated_memory(options.memory):
+        proof = _judge(open_artifact(options.candidate), request)
     if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun

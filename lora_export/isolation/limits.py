@@ -6,6 +6,10 @@ are the user's own: `require_memory` compares them with the memory that is avail
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LIMITS: list[tuple[str, int, str]] = []  # of what, how many, of which unit
 
@@ -51,9 +55,23 @@ MAX_STEPS = _limit("all patterns of a table on all modules", 10_000_000, "steps"
 MAX_MEASURED = _limit("a product of factors whose norm is computed", 1 << 28, "numbers")  # no layer has more
 
 
+_stated: ContextVar[float | None] = ContextVar("stated", default=None)  # GiB, in place of MEMORY and MEMORY_OF_FILE
+
+
+@contextlib.contextmanager
+def stated_memory(gib: float | None) -> Iterator[None]:
+    """Let each file that is run meanwhile take so many GiB, whatever its size. None: what its size allows."""
+    before = _stated.set(gib)
+    try:
+        yield
+    finally:
+        _stated.reset(before)
+
+
 def memory_for(nbytes: int) -> int:
     """The bytes of memory that a file of so many bytes may take where it is run."""
-    return MEMORY + MEMORY_OF_FILE * nbytes
+    stated = _stated.get()
+    return MEMORY + MEMORY_OF_FILE * nbytes if stated is None else int(stated * GIB)
 
 
 def table_lines() -> list[str]:

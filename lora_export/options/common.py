@@ -95,6 +95,12 @@ class Running(ProofInputs):
     timeout: float = option(
         float(TIMEOUT), "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
     )
+    memory: float | None = option(
+        None,
+        "Memory that a run of CANDIDATE or of a graph may take. Default: 2 GiB and four times the file.",
+        metavar="GIB",
+        above=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,4 +143,7 @@ def within_memory(memory: int | None, path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise RuntimeRefused(f"{path} needs more memory than the {memory / 2**30:.1f} GiB that it may take") from error
+        raise RuntimeRefused(
+            f"{path} needs more memory than the {memory / 2**30:.3g} GiB that it may take. Allow more with "
+            f"{named('memory')}"
+        ) from error

@@ -26,6 +26,7 @@ import torch
 
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.isolation.limits import stated_memory
 from lora_export.models.processors import read_sound
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import HowToOpen, open_candidate
@@ -201,10 +202,20 @@ def a_graph(path: Path, text: str) -> Path:
 def test_a_graph_that_takes_gigabytes_is_refused(tmp_path: Path, text: str) -> None:
     runner = OnnxRunner(a_graph(tmp_path / "tile.onnx", text))
     x = {"x": np.ones(1, np.float32)}
-    with pytest.raises(RuntimeRefused, match=r"tile\.onnx needs more memory than the 2\.0 GiB that it may take"):
+    with pytest.raises(RuntimeRefused, match=r"tile\.onnx needs more memory than the 2 GiB that it may take"):
         runner.run(x)
     with pytest.raises(RuntimeRefused, match="needs more memory"):  # and the process goes on
         runner.run(x)
+
+
+@LINUX
+def test_a_run_may_be_allowed_more_memory_or_less(tmp_path: Path) -> None:
+    path, x = a_graph(tmp_path / "tile.onnx", TILE.replace("900000000", "30000000")), {"x": np.ones(1, np.float32)}
+    assert OnnxRunner(path).run(x)["y"].size == 30_000_000
+    with stated_memory(0.05), pytest.raises(RuntimeRefused, match=r"than the 0\.05 GiB .* Allow more with memory="):
+        OnnxRunner(path).run(x)
+    with stated_memory(0.5):
+        assert OnnxRunner(path).run(x)["y"].size == 30_000_000
 
 
 def test_an_endless_graph_is_stopped(tmp_path: Path) -> None:
@@ -238,5 +249,5 @@ def test_a_program_that_takes_gigabytes_is_refused(tmp_path: Path) -> None:
 
     torch.export.save(torch.export.export(Repeating(), (torch.ones(2),)), tmp_path / "r.pt2")
     runner = open_candidate(open_artifact(tmp_path / "r.pt2"), HowToOpen(base=None))  # type: ignore[arg-type]
-    with pytest.raises(RuntimeRefused, match=r"r\.pt2 needs more memory than the 2\.0 GiB that it may take"):
+    with pytest.raises(RuntimeRefused, match=r"r\.pt2 needs more memory than the 2 GiB that it may take"):
         runner.run({"x": np.ones(2, np.float32)})
