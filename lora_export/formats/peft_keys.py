@@ -105,7 +105,7 @@ def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) ->
     for key, name in names.items():
         if (saved := SAVED_KEY.fullmatch(name)) and saved["adapter"] in adapters:
             owners[key], names[key] = saved["adapter"], saved["module"] + saved["rest"]
-    if (len(adapters) > 1 or (chosen and any(adapters))) and chosen not in adapters - {""}:
+    if adapters and (len(adapters) > 1 or chosen) and chosen not in adapters - {""}:
         shown = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
         choice = f"it has no {chosen}" if chosen else f"choose one: {named('stored_adapter', max(adapters))}"
         raise InputRefused(f"{file.path} contains {count(len(adapters), 'adapter')}: {shown}; {choice}")

@@ -56,6 +56,11 @@ def test_an_adapter_of_several_has_to_be_chosen(tmp_path, others, chosen, messag
     assert text == f"ADAPTER/adapter_model.safetensors contains {message}"
 
 
+def test_an_adapter_without_a_name_is_none_that_was_chosen(tmp_path):
+    text = refusal(with_tensors(tmp_path, {}), stored_adapter="first")
+    assert text.endswith("contains 1 adapter: one without a name; it has no first")
+
+
 def test_two_keys_for_one_tensor_with_equal_values_are_one(tmp_path):
     keys = ["head.modules_to_save.bias", "head.bias", "head.original_module.bias"]
     values = [[2, 3], [2, 3], [0, 0]]
