@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -47,6 +48,14 @@ class ArrayRows(NamedTuple):
             part = part.copy()
             self.token_rows.write_into(part, rows.start)
         return part
+
+
+class StoredForm(Enum):
+    """What a candidate may have of a weight that a step changes."""
+
+    SUM = "W + s·BA, where W may be replaced"
+    REPLACED = "what replaces W, where A and B are kept beside it"
+    BASE = "W"
 
 
 class WrongNumbers(NamedTuple):
@@ -95,13 +104,14 @@ class _Part:
             return _cut(array, region)
         return array.reshape(-1, array.shape[-1]) if array.ndim > 2 and self.step is None else np.atleast_1d(array)
 
-    def weight(self, base: Array, candidate: Array, *, with_step: bool) -> tuple[ChangedWeight, Fp64Sum]:
+    def weight(self, base: Array, candidate: Array, form: StoredForm) -> tuple[ChangedWeight, Fp64Sum]:
         """The part in both, and the sum that it should be: W + s·BA, or W."""
         base, candidate, rows = self.of(base), self.of(candidate), None
         step = Step(self.spec)
-        if with_step and self.step is not None:
+        if form is not StoredForm.BASE and self.step is not None:
             base, rows = base if self.step.replace is None else np.atleast_1d(self.step.replace), self.step.token_rows
-            step = replace(self.step, replace=None, token_rows=None)
+            terms = self.step.terms if form is StoredForm.SUM else ()
+            step = replace(self.step, replace=None, token_rows=None, terms=terms)
         pieces = list(pieces_of(candidate.shape))
         weight = ChangedWeight(step, ArrayRows(base, rows), ArrayRows(candidate), pieces)
         return weight, weight.with_norms(Fp64Sum.right(step))
@@ -114,24 +124,29 @@ class ExpectedWeight:
     spec: TensorSpec
     load: Callable[[], Array]  # W, in the model's own dtype
     steps: tuple[Step, ...] = ()
-    _samples: dict[bool, _Terms] = field(default_factory=dict, init=False, repr=False)
+    _samples: dict[StoredForm, _Terms] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def parts(self) -> tuple[_Part, ...]:
         return tuple(_Part(step.spec, step) for step in self.steps) or (_Part(self.spec),)
 
     @property
-    def options(self) -> tuple[bool, ...]:
-        """Whether a candidate may have W + s·BA, and W."""
-        return (True, False) if self.steps else (False,)
+    def options(self) -> tuple[StoredForm, ...]:
+        """What a candidate may have."""
+        if not self.steps:
+            return (StoredForm.BASE,)
+        is_replaced = any(step.replace is not None and step.terms for step in self.steps)
+        return (
+            (StoredForm.SUM, StoredForm.REPLACED, StoredForm.BASE) if is_replaced else (StoredForm.SUM, StoredForm.BASE)
+        )
 
     def agreement(self, candidate: Array, *, negated: bool = False) -> float:
         """The part of a sample in which a tensor of this shape agrees; zeros in both do not count. 0 for all zeros."""
         found = self._sampled(candidate)
         return max(self._agreement(-found if negated else found, each, candidate) for each in self.options)
 
-    def _agreement(self, found: Array, with_step: bool, candidate: Array) -> float:
-        terms = self._sample(with_step)
+    def _agreement(self, found: Array, form: StoredForm, candidate: Array) -> float:
+        terms = self._sample(form)
         counts = (terms.value != 0) | (found != 0)
         near = terms.are_near(found, self._dtype(candidate))
         return float(np.count_nonzero(near & counts)) / max(1, int(np.count_nonzero(counts)))
@@ -140,13 +155,13 @@ class ExpectedWeight:
         """The sample of a candidate relative to what it may be, (rows, columns)."""
         found = self._sampled(candidate).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            for with_step in self.options:
-                yield (found / self._sample(with_step).value).reshape(-1, self._columns)
+            for form in self.options:
+                yield (found / self._sample(form).value).reshape(-1, self._columns)
 
     @property
     def is_distinct(self) -> bool:
         """Whether its content identifies it: constants and masks are equal in unrelated tensors."""
-        return len(np.unique(self._sample(with_step=False).value)) > SAMPLED_ROWS
+        return len(np.unique(self._sample(StoredForm.BASE).value)) > SAMPLED_ROWS
 
     def wrong_in(self, candidate: Array) -> WrongNumbers:
         """The wrong numbers of a tensor of this shape, over all of them. Reads both in blocks."""
@@ -155,8 +170,8 @@ class ExpectedWeight:
         total = WrongNumbers()
         for part in self.parts:
             wrong = WrongNumbers()
-            for number, with_step in enumerate(likely):
-                other = _wrong_in_part(*part.weight(base, candidate, with_step=with_step), dtype)
+            for number, form in enumerate(likely):
+                other = _wrong_in_part(*part.weight(base, candidate, form), dtype)
                 wrong = other if number == 0 or other.numbers < wrong.numbers else wrong
                 if not wrong.numbers:
                     break
@@ -167,8 +182,8 @@ class ExpectedWeight:
 
     def _wrong_outside(self, base: Array, candidate: Array, dtype: np.dtype[Any]) -> WrongNumbers:
         """The wrong numbers outside of the parts that a step changes: those of the whole less those of the parts."""
-        whole = _wrong_in_part(*_Part(self.spec).weight(base, candidate, with_step=False), dtype)
-        inside = [_wrong_in_part(*part.weight(base, candidate, with_step=False), dtype).numbers for part in self.parts]
+        whole = _wrong_in_part(*_Part(self.spec).weight(base, candidate, StoredForm.BASE), dtype)
+        inside = [_wrong_in_part(*part.weight(base, candidate, StoredForm.BASE), dtype).numbers for part in self.parts]
         count = whole.numbers - sum(inside)
         return WrongNumbers(count, whole.rows, whole.first) if count > 0 else WrongNumbers()
 
@@ -203,19 +218,19 @@ class ExpectedWeight:
             found += [np.asarray(own[row]).reshape(-1)[columns] for row, columns in rows]
         return np.concatenate(found)
 
-    def _sample(self, with_step: bool) -> _Terms:
+    def _sample(self, form: StoredForm) -> _Terms:
         """The expected numbers at the sampled places, with or without the step."""
-        if with_step not in self._samples:
+        if form not in self._samples:
             base, found = self.load(), []
             for part, rows in self._places:
-                weight, right = part.weight(base, base, with_step=with_step)
+                weight, right = part.weight(base, base, form)
                 for row, columns in rows:
                     one = slice(row, row + 1)
                     before = weight.before(one)
                     value, bound = right.rows(one, before)
                     found.append([each.reshape(-1)[columns] for each in (value, before, bound)])
-            self._samples[with_step] = _Terms(*(np.concatenate(each) for each in zip(*found, strict=True)))
-        return self._samples[with_step]
+            self._samples[form] = _Terms(*(np.concatenate(each) for each in zip(*found, strict=True)))
+        return self._samples[form]
 
     def _dtype(self, candidate: Array) -> np.dtype[Any]:
         """The coarsest dtype to which the numbers of the model or of the candidate are rounded."""
