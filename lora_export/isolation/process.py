@@ -33,11 +33,11 @@ TOO_LONG = {-signal.SIGXCPU} if sys.platform != "win32" else set()  # exit codes
 
 
 class ProcessEnded(Exception):
-    """The process ended instead of answering; `too_slow` where it was stopped. The text is the reason."""
+    """The process ended instead of answering: `too_slow`, or `killed` by a signal. The text is the reason."""
 
-    def __init__(self, reason: str, *, too_slow: bool = False):
+    def __init__(self, reason: str, *, too_slow: bool = False, killed: bool = False):
         super().__init__(reason)
-        self.too_slow = too_slow
+        self.too_slow, self.killed = too_slow, killed
 
 
 class IsolatedProcess:
@@ -92,7 +92,8 @@ class IsolatedProcess:
             except (ValueError, KeyError, TypeError) as error:
                 self.close()
                 raise ProcessEnded(f"it sent no outputs: {error}") from error
-        raise ProcessEnded(_reason(code, self.memory), too_slow=expired.is_set() or code in TOO_LONG)
+        too_slow = expired.is_set() or code in TOO_LONG
+        raise ProcessEnded(_reason(code, self.memory), too_slow=too_slow, killed=code < 0)
 
     @property
     def is_running(self) -> bool:
@@ -171,9 +172,8 @@ def _serve_in_copy(
         os.dup2(answers, 1)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # locks and pipes of the parent end with it
         streams = private_streams()
-        sys.stdout = sys.stderr = os.fdopen(
-            os.dup(1), "w", encoding="utf-8", newline="\n"
-        )  # those of the parent may be other files
+        # Those of the parent may be other files.
+        sys.stdout = sys.stderr = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
         bound_child(memory)
         serve(*streams)
     finally:
@@ -190,5 +190,5 @@ def _end(process: _Child, streams: Sequence[io.BufferedIOBase]) -> None:
 
 def _reason(code: int, memory: int) -> str:
     if code < 0:
-        return f"{signal.Signals(-code).name}. It may take {memory / 2**30:.1f} GiB of memory"
+        return f"{signal.Signals(-code).name}. It may take {memory / 2**30:.3g} GiB of memory"
     return f"exit code {code}"

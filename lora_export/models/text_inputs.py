@@ -212,7 +212,7 @@ PAST_WINDOW = 32  # tokens beyond a sliding window
 LONGEST_TEXT = 4096 + PAST_WINDOW  # tokens: a mask holds their square, which is 136 MB in fp64
 MOST_WORK = 1.5e11  # parameters times tokens of the long text: a model of 1.5 B takes 96 tokens, one of 0.2 B 750
 # Fields of a config: the tokens to which each attends, at most
-WINDOWS = (*("sliding_window", "local_attention", "window_size", "attention_window", "attention_chunk_size"),)
+WINDOWS = ("sliding_window", "local_attention", "window_size", "attention_window", "attention_chunk_size")
 CHANGING_ROPE = ("longrope", "dynamic")  # beyond `original_max_position_embeddings` of the rope parameters
 POSITION_TABLES = frozenset(
     {"position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe", "position_embed"}

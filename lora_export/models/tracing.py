@@ -146,7 +146,6 @@ def silence() -> Iterator[None]:
 # --- Failures ---
 
 LONGEST = 400  # characters of a cause: some contain tensors
-# Of PyTorch and Python, where memory is short: a failure of the machine
 # Of torch.onnx, where no function of ONNX computes an operator of PyTorch
 MISSING_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 FRAME = re.compile(r'File "[^"]*?([^"/\\]+)", (line \d+, in \S+)\n\s*(.+)')  # of a Python traceback

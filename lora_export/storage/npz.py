@@ -14,9 +14,6 @@ from lora_export.errors import InputRefused
 from lora_export.isolation.limits import MAX_INFLATED, MAX_RATIO
 from lora_export.storage.input_files import open_regular
 
-# An .npz file that grows beyond MAX_INFLATED, and by more than MAX_RATIO, is a zip bomb. Masks and padding among other
-# arrays are compressed less.
-
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read the arrays of an .npz file, none larger than its bytes. Raises InputRefused for others and zip bombs."""

@@ -57,11 +57,8 @@ class LoadedFiles:
 
 def loaded_files(candidate: Artifact) -> LoadedFiles:
     """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights."""
-    folder, beside = (
-        candidate.path,
-        (*CONFIGS, *TOKENIZER_READERS, *VOCABULARIES, CHAT_TEMPLATE, "preprocessor_config.json"),
-    )
-    if not folder.is_dir():
+    beside = (*CONFIGS, *TOKENIZER_READERS, *VOCABULARIES, CHAT_TEMPLATE, "preprocessor_config.json")
+    if not candidate.path.is_dir():
         return LoadedFiles(candidate.files)
     files, differences = candidate.files, []
     if candidate.kind is ArtifactKind.GENERATION:

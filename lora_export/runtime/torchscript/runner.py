@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
+from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT, memory_for
 from lora_export.isolation.process import IsolatedProcess, ProcessEnded
+from lora_export.options.spelling import named
 from lora_export.provenance import read_longest
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
 from lora_export.storage import input_files
@@ -60,7 +62,8 @@ class ScriptRunner(PlainRunner):
         request = {"do": "run", "inputs": list(self.input_names)}
         header, outputs = self._ask(request, {name: inputs[name] for name in self.input_names})
         if failure := header.get("failed"):
-            raise RuntimeRefused(f"TorchScript: {one_line(str(failure))}")
+            more = self._more_memory() if is_out_of_memory(RuntimeError(failure)) else ""
+            raise RuntimeRefused(f"TorchScript: {one_line(str(failure))}{more}")
         self.names_known = bool(header.get("names_known"))
         return outputs
 
@@ -83,7 +86,11 @@ class ScriptRunner(PlainRunner):
         except ProcessEnded as ended:
             if ended.too_slow:
                 raise TooSlow(self.path, self.timeout) from ended
-            raise RuntimeRefused(f"the process that runs {self.path} ended: {ended}") from ended
+            more = self._more_memory() if ended.killed else ""
+            raise RuntimeRefused(f"the process that runs {self.path} ended: {ended}{more}") from ended
+
+    def _more_memory(self) -> str:
+        return f". Allow more with {named('memory')}"
 
 
 def _require_utf8(path: Path) -> None:
