@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +47,16 @@ def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str =
 def count(number: int, what: str) -> str:
     """`1 case`, `2 cases`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def count_that_are(number: int, what: str) -> str:
+    """`1 value that is`, `2 values that are`."""
+    return f"{count(number, what)} that {'is' if number == 1 else 'are'}"
+
+
+def brief(value: object, *facts: object) -> str:
+    """What `repr` shows of a value that holds arrays: its type and a few facts, `Plan(72 weights changed)`."""
+    return f"{type(value).__name__}({', '.join(map(str, filter(None, facts)))})"
 
 
 def _no_command(line: str) -> str:
@@ -167,6 +177,11 @@ class MatchError(InputRefused):
             if base := made_for.get(adapter):
                 lines.append(f"    it was trained for {base} (base_model_name_or_path in its config)")
         super().__init__(*lines, *filter(None, [remedy]))
+
+    def with_words(self, old: str, new: str) -> MatchError:
+        """The same error, with `new` in place of `old` in its misfits."""
+        misfits = [replace(misfit, problem=misfit.problem.replace(old, new)) for misfit in self.misfits]
+        return MatchError(misfits, targets=self.targets, made_for=self.made_for, remedy=self.remedy)
 
     def with_remedy(self, remedy: str) -> MatchError:
         """The same error, whose message ends with what may help."""

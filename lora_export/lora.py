@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, brief, count, count_that_are
 
 EVERY_ROW = slice(None)
 
@@ -29,7 +29,7 @@ LEAST_ROWS, ROWS_PER_KERNEL, LARGEST_RANK = 8, 4, 24
 AVX512_NAMES = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})  # OpenBLAS's names of processors with AVX-512
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoraPair:
     """A low-rank change of one weight, in fp32.
 
@@ -69,6 +69,10 @@ class LoraPair:
             raise InputRefused(f"the magnitude is {self.magnitude.shape}, B is {self.b.shape}")
         if self.embedding and (self.a.ndim, self.b.ndim) != (2, 2):
             raise InputRefused(f"A is {self.a.shape} and B is {self.b.shape}; for an embedding both are matrices")
+
+    def __repr__(self) -> str:
+        dora = "" if self.magnitude is None else "DoRA"
+        return brief(self, " x ".join(map(str, self.shape)), f"rank {self.rank}", f"scale {self.scale:g}", dora)
 
     @property
     def rank(self) -> int:
@@ -162,11 +166,11 @@ def finite_fp32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
     value.flags.writeable = False
     bad = value.size - np.count_nonzero(np.isfinite(value))
     if bad:
-        raise InputRefused(f"{name.upper()} holds {bad} values that are not finite (NaN or infinity)")
+        raise InputRefused(f"{name.upper()} holds {count_that_are(bad, 'value')} not finite (NaN or infinity)")
     return value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenRows:
     """Rows of a table, such as the embeddings of some tokens, that were trained alone. They replace rows of the base.
 
@@ -187,7 +191,10 @@ class TokenRows:
             raise InputRefused(f"row indices must be different and not negative: {self.indices.tolist()}")
         bad = self.values.size - np.count_nonzero(np.isfinite(self.values.astype(np.float64)))
         if bad:
-            raise InputRefused(f"the rows hold {bad} values that are not finite (NaN or infinity)")
+            raise InputRefused(f"the rows hold {count_that_are(bad, 'value')} not finite (NaN or infinity)")
+
+    def __repr__(self) -> str:
+        return brief(self, count(len(self.indices), "row"), f"width {self.values.shape[1]}")
 
     def write_into(self, table: NDArray[Any], first: int = 0) -> None:
         """Write those rows that are in this part of the table, which begins with the row `first`."""
@@ -316,7 +323,7 @@ def split_component(name: str) -> tuple[str, str]:
     return (component, rest) if slash and component in COMPONENTS else ("", name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Everything that one adapter file changes, in canonical shape. Read-only.
 
@@ -341,13 +348,19 @@ class Adapter:
     scale_source: str = ""  # where the scales come from, in words
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # decisions of the reader that the user should know
-    sha256: str = ""
+    sha256: str = ""  # of its files, see `formats.adapter_files.hash_of_unchanged`
+    file_sha256: str = ""  # of the file with its tensors alone, where it has others beside
     hub: Mapping[str, str] = field(default_factory=dict)  # repository and revision, of the Hugging Face Hub
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+    def __repr__(self) -> str:
+        whole = count(len(self.replaced), "whole tensor") if self.replaced else ""
+        facts = self.format, count(len(self.pairs), "pair"), whole, f"{self.parameters:,} parameters"
+        return brief(self, repr(self.name), *facts)
 
     @property
     def names(self) -> list[str]:

@@ -46,6 +46,7 @@ def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> 
             "name": adapter.name,
             "format": adapter.format,
             "sha256": adapter.sha256,
+            **({"file_sha256": adapter.file_sha256} if adapter.file_sha256 else {}),
             "weight": strength,
             **_ranks_and_alphas(adapter),
             **({"hub": dict(adapter.hub)} if adapter.hub else {}),

@@ -160,7 +160,7 @@ def resize_adapter(
         pairs[module] = _pair(old, found, rank)
         share = found.captured(rank)
         shares.append(LayerShare(module, old.shape, rank, old.rank, share, math.sqrt(found.energy)))
-    return replace(adapter, pairs=pairs, sha256=""), tuple(shares)
+    return replace(adapter, pairs=pairs, sha256="", file_sha256=""), tuple(shares)
 
 
 def _values(module: str, pair: LoraPair) -> SingularValues:

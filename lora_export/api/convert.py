@@ -32,6 +32,7 @@ from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan.diffusion import Family, family_of_names
+from lora_export.plan.match_tensors import NO_WEIGHT
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 
@@ -137,7 +138,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     try:
         steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight])
     except MatchError as error:
-        raise error.with_remedy(
+        raise error.with_words(NO_WEIGHT, "the graph takes no adapter at").with_remedy(
             f"{graph} takes adapters at {len(contract.slots)} layers. "
             f"`{command('onnx', lora='inputs', target='NAMES')}` makes a graph that takes them at others"
         ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,20 @@ def load_adapters(
 def _load_adapter(source: str | Path, options: ReadOptions) -> Adapter:
     name, path = split_name(source)
     return formats.load(path, name=name, options=options)
+
+
+@contextlib.contextmanager
+def no_adapter_as_model(model: ModelSource | None, adapters: AdapterSources) -> Iterator[None]:
+    """A context for reading both. An error in it names the cause where `model` is an adapter. Raises InputRefused."""
+    try:
+        yield
+    except InputRefused as error:
+        path = Path(model) if isinstance(model, str | Path) else None
+        if path is None or not formats.is_only_adapter(path):
+            raise
+        models = [str(other) for other in adapter_paths(adapters) if formats.is_model(other)]
+        way_out = f", and {models[0]} is a model. Did you swap them?" if models else ". Name the model that it is for"
+        raise InputRefused(f"{path} is an adapter{way_out}") from error
 
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merge_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.api.shared_head import head_alone
-from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, claimed_kind
 from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
@@ -43,7 +43,17 @@ def merge(options: MergeOptions) -> MergeResult:
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    request = _request(options, base, kind)
+    if base.is_dir() and claimed_kind(options.output) is not None:
+        raise WrongUsage(
+            f"{base} is a folder, and so is its merge: {named('output', options.output)} is the name of a file. Name a "
+            "folder, or merge into the file of weights in the base"
+        )
+    with no_adapter_as_model(base, options.adapters):
+        return _merge(_request(options, base, kind), kind)
+
+
+def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
+    """Merge into a base of this kind."""
     if request.keep_residual is not None:
         residual, output = request.keep_residual.absolute(), request.output.absolute()
         if output in (residual, *residual.parents):

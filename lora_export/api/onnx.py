@@ -11,6 +11,7 @@ from lora_export.api.load import (
     locate_adapters,
     locate_model,
     names_kind,
+    no_adapter_as_model,
     refuse_no_source,
     refuse_pt2,
     refuse_weights_alone,
@@ -57,12 +58,12 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     refuse_no_source(model)
     is_graph = names_kind(model, ArtifactKind.GRAPH)
     options.check_usage(model="graph" if is_graph else "module")
-    request = _request(options, model)
-    _check_usage(request, is_graph=is_graph)
-    require_provider(request.provider)
-    check_adapters(request)
-    # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
-    with stated_memory(options.memory):
+    with no_adapter_as_model(model, options.adapters), stated_memory(options.memory):
+        request = _request(options, model)
+        _check_usage(request, is_graph=is_graph)
+        require_provider(request.provider)
+        check_adapters(request)
+        # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
         if not is_graph:
             from lora_export.api.onnx_from_model import export_from_model
 

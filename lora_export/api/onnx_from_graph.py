@@ -18,6 +18,7 @@ from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
+from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
@@ -27,7 +28,7 @@ from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import drop_tensors, initializers
 from lora_export.options.combining import Combination
-from lora_export.options.spelling import named
+from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
@@ -101,8 +102,16 @@ def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | 
     input_files.must_exist(path, "model")
     graph = open_graph(path)
     if graph.takes_adapters:
-        raise InputRefused(f"{path} takes adapters as inputs already. Start from the graph that it was made from")
+        raise InputRefused(f"{path} takes adapters already. {_way_on(graph)}")
     return graph, None if checkpoint is None else open_checkpoint(checkpoint)
+
+
+def _way_on(graph: GraphFile) -> str:
+    """How a graph that takes adapters gets one more."""
+    if onnx_adapter.ROW_ADAPTERS_KEY in graph.model.metadata_props:
+        return "Its rows choose among those in it. Give all of them, with the graph that it was made from"
+    one_more = command("convert", "ADAPTER", graph=graph.path.name)
+    return f"One more needs a file alone (`{one_more}`). For anything else start from the graph that it was made from"
 
 
 def _references(base: BaseGraph, options: OnnxRequest) -> References:

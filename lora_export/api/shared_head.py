@@ -35,8 +35,8 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
             f"these tensors of adapters are not the model's own ({named('ignore_head')}):",
             listed(own),
             "Merge the head into the model first, and export that: "
-            f"{command('merge', 'BASE', 'ADAPTER', output='with-head', only_head=True)}. Adapters whose heads differ "
-            f"need a graph each ({named('lora', 'merged')}).",
+            f"{command('merge', 'BASE', 'ADAPTER', output='with-head', only_head=True)}. A graph of "
+            f"{named('lora', 'rows')} takes adapters whose heads differ, without {named('ignore_head')}.",
         )
     return [replace(adapter, replaced={}) for adapter in adapters]
 
@@ -48,7 +48,7 @@ def head_alone(adapter: Adapter) -> Adapter:
     """
     if not adapter.replaced:
         raise InputRefused(f"{adapter.name} saves no tensor whole: it has no head to merge ({named('only_head')})")
-    return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="")
+    return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="", file_sha256="")
 
 
 def stored_in_module(module: nn.Module) -> Stored:

@@ -70,7 +70,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     )
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
     output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
-    loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
+    with load.no_adapter_as_model(model, adapters):
+        loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=options.overwrite, on_message=on_message) as folder:
         stage("loading the model")

@@ -161,24 +161,14 @@ class Trainer:
 
 
 def _step_progress(stage: str, on_progress: OnProgress) -> OnStep:
-    """Report each step with its loss, the speed of the last one, the peak memory, and the time left at that speed."""
-    taken: list[float] = []
+    """Report each step with its loss, its speed and the peak memory."""
 
     def report(record: StepRecord, steps: int, peak: int) -> None:
-        taken.append(record.seconds)
-        recent = taken[-20:]
-        left = statistics.median(recent) * (steps - record.step)
         speed = record.tokens / record.seconds if record.seconds else 0.0
-        memory = f"{peak / 2**20:,.0f} MiB"
-        detail = f"loss {record.loss:.3f}, {speed:,.0f} tokens/s, {memory}, {_duration(left)} left"
+        detail = f"loss {record.loss:.3f}, {speed:,.0f} tokens/s, {peak / 2**20:,.0f} MiB"
         on_progress(Progress(stage, record.step, steps, "steps", detail))
 
     return report
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
 
 
 def losses_of(runs: Sequence[TrainingRun]) -> dict[str, tuple[float, ...]]:

@@ -15,13 +15,14 @@ from lora_export.api.load import (
     locate_adapters,
     locate_model,
     model_paths,
+    no_adapter_as_model,
     refuse_weights_alone,
 )
 from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
-from lora_export.errors import LoraExportError, WrongUsage
+from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
@@ -42,11 +43,14 @@ if TYPE_CHECKING:
     from lora_export.verification.proof import Proof
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Verification:
     """A verdict, and the facts that it takes to trust and to repeat it. True only where the verdict is `same`."""
 
     proof: Proof | Audit  # of what a model computes; or, against a base checkpoint, of its weights
+
+    def __repr__(self) -> str:
+        return brief(self, self.proof.verdict.headline)
 
     @property
     def verdict(self) -> Any:
@@ -129,7 +133,7 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     request = _read(request)
     if request.expected:
         request = _as_expected(request)
-    with candidate.unchanged():
+    with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
         if request.model is not None:
             return judge_outputs(candidate, request)
         if is_pipeline(request.checkpoint):

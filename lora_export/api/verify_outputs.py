@@ -68,7 +68,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             base,
             adapted.adapters,
             adapted.strengths,
-            seed=request.seed or 0,
+            seed=request.input_seed or 0,
             user_inputs=request.inputs,
             device=request.provider,
             cache=request.cache,

@@ -8,6 +8,7 @@ code.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import math
@@ -51,6 +52,16 @@ JOBS = {
     },
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
+# What other tools call these commands
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("fuse", "bake", "apply", "merge-lora"), ("merge",)),
+    "export": ("onnx", "torchscript"),
+    **dict.fromkeys(("check", "test", "validate", "compare"), ("verify",)),
+    **dict.fromkeys(("info", "show", "list"), ("inspect",)),
+    **dict.fromkeys(("help", "docs"), ("guide",)),
+    **dict.fromkeys(("env", "version"), ("doctor",)),
+    **dict.fromkeys(("finetune", "fine-tune"), ("train",)),
+}
 # The file of a command, where it is not that of its name: one with a record of options beside its own.
 FILE_OF_COMMAND = {
     **dict.fromkeys(("inspect", "convert", "combine", "extract", "resize"), "adapters"),
@@ -76,6 +87,17 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         return command_named(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; an unknown command ends with the commands that may be meant."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            meant = NAMES_ELSEWHERE.get(name) or difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
+            ctx.fail(f"No such command '{name}'.{hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         for job, commands in JOBS.items():

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import cli_command, print_document, print_wrote, wrote
-from lora_export.cli.verbosity import Verbosity, shown, verbosity
-from lora_export.errors import one_line
+from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.errors import count, one_line
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
 
 
@@ -74,7 +75,8 @@ def combine_command(as_json: bool, **options: Any) -> None:
         figures = {"modules": result.modules, "shared": result.shared, "largest_rank": result.largest_rank}
         print_document({"output": str(result.output), **figures, "notes": list(result.notes)})
     else:
-        counts = f"{result.modules} pairs of rank {result.largest_rank} or less, {result.shared} from several adapters"
+        pairs = f"{count(result.modules, 'pair')} of rank {result.largest_rank} or less"
+        counts = f"{pairs}, {result.shared} from several adapters"
         print_wrote(result.output, f": {counts}")
 
 

@@ -20,7 +20,7 @@ from click.core import ParameterSource
 from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
-from lora_export.cli.parameters import parameters_of, values_for, write_options
+from lora_export.cli.parameters import EVERY_OPTION, parameters_of, values_for, write_options
 from lora_export.errors import WrongUsage, one_line
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.declaring import Options
@@ -107,6 +107,22 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.params += verbosity.options()
 
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:  # noqa: ARG002 - click's signature
+        """As click's, with `all` as a value that it may have."""
+        if self._help_option is None:
+            self._help_option = click.Option(
+                ["-h", "--help", "_help"],
+                is_flag=False,
+                flag_value="",
+                default=None,
+                expose_value=False,
+                is_eager=True,
+                metavar="[all]",
+                callback=_show_help,
+                help="Show this message and exit. `--help all` shows every option.",
+            )
+        return self._help_option
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click does, in sections."""
         write_options(self.get_params(ctx), ctx, formatter)
@@ -147,6 +163,14 @@ class Command(click.Command):
             return super().invoke(ctx)
         except WrongUsage as error:
             raise click.UsageError(str(error), ctx) from error
+
+
+def _show_help(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+    if value is None or context.resilient_parsing:
+        return
+    context.meta[EVERY_OPTION] = value == "all"
+    click.echo(context.get_help(), color=context.color)
+    context.exit()
 
 
 class TakesAdapters(Command):

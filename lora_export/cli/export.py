@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import TakesAdapters, cli_command, print_document, wrote
-from lora_export.cli.verbosity import shown
+from lora_export.cli.progress import shown
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
 
 

@@ -102,7 +102,7 @@ def _more(number: int) -> str:
 
 
 def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bool) -> Iterator[str]:
-    yield f"{len(checkpoint.specs)} tensors, {checkpoint.nbytes:,} bytes"
+    yield f"{count(len(checkpoint.specs), 'tensor')}, {checkpoint.nbytes:,} bytes"
     yield from _record_lines(found)
     groups = _grouped(
         checkpoint.specs,
@@ -228,7 +228,16 @@ def _interface_lines(found: Inspection, graph: Sites) -> Iterator[str]:
     yield from _port_lines("input", [port for port in interface.inputs if not port.optional])
     if optional := [port for port in interface.inputs if port.optional]:
         yield f"  and {len(optional)} optional inputs, as {optional[0].name} (--json lists them)"
+        yield "  onnxruntime warns of each of them. SessionOptions.log_severity_level = 3 leaves the warnings out"
     yield from _port_lines("output", interface.outputs)
+    if past := next((port for port in interface.inputs if any(map(_is_past, port.shape or ()))), None):
+        first = ", ".join("0" if _is_past(size) else str(size) for size in past.shape or ())
+        yield f"first run: {past.name} and the like are empty, [{first}]; later ones take what the last one returned"
+
+
+def _is_past(size: int | str | None) -> bool:
+    """Whether a size of a shape is the length of the cache alone, as exporters name it."""
+    return isinstance(size, str) and size.startswith("past") and "+" not in size
 
 
 def _port_lines(what: str, ports: Iterable[Port]) -> Iterator[str]:

@@ -10,7 +10,9 @@ import click
 from lora_export.cli import startup
 from lora_export.cli.arguments import cli_command, print_document, print_wrote
 from lora_export.cli.parameters import Source
-from lora_export.cli.verbosity import Verbosity, shown, verbosity
+from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.errors import count
 from lora_export.options.merge import MergeOptions, UnmergeOptions
 
 PLANNED = 5  # weights of the short screen of --dry-run
@@ -73,5 +75,5 @@ def unmerge_command(as_json: bool, **options: Any) -> None:
         facts = {"bytes": result.bytes, "restored": result.restored, "files": result.files}
         print_document({"output": str(result.output), **facts})
     else:
-        what = f"{result.restored} tensors restored; every file has the hash that it had in the base"
+        what = f"{count(result.restored, 'tensor')} restored; every file has the hash that it had in the base"
         print_wrote(result.output, f": {what}")

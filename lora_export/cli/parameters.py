@@ -15,6 +15,8 @@ from click.shell_completion import CompletionItem
 from lora_export.options.declaring import Declared, Options, Positional, Section, nested_in, options_of
 from lora_export.options.spelling import as_command_line
 
+EVERY_OPTION = "lora_export.every_option"  # in the context's `meta`: whether `--help all` was given
+
 
 class FilePath(click.Path):
     """A path as a `pathlib.Path`."""
@@ -55,9 +57,9 @@ def _expanded(text: str) -> str:
 class SectionedOption(click.Option):
     """An option with the heading of `--help` under which it is shown."""
 
-    def __init__(self, *args: Any, section: Section = Section.OPTIONS, **kwargs: Any):
+    def __init__(self, *args: Any, section: Section = Section.OPTIONS, often: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.section = section
+        self.section, self.often = section, often
 
 
 def command_line_spelling() -> AbstractContextManager[None]:
@@ -114,7 +116,8 @@ def _parameter(name: str, declared: Declared) -> click.Parameter:
         settings["multiple"] = True
     settings |= _default(declared)
     name = _switch(declared) or name
-    return SectionedOption([*declared.flags, name], section=declared.section, help=option.help_text(), **settings)
+    settings |= {"section": declared.section, "often": option.often, "help": option.help_text()}
+    return SectionedOption([*declared.flags, name], **settings)
 
 
 def _switch(declared: Declared) -> str:
@@ -165,13 +168,20 @@ def _callback(read: Callable[[Iterable[str]], Any]) -> Callable[..., Any]:
     return convert
 
 
+MANY = 24  # options of a command: with more, `--help` shows those that are often used
 OF_EVERY_COMMAND = ("--json", "--quiet", "--verbose", "--help")
 
 
 def write_options(params: Iterable[click.Parameter], context: click.Context, formatter: click.HelpFormatter) -> None:
-    """Write a command's options, in sections. The order inside of a section is that of the command."""
+    """Write a command's options, in sections. The order inside of a section is that of the command.
+
+    Of many options, those are written that are often used, unless `--help all` was given.
+    """
     rows: dict[Section, list[tuple[str, str]]] = {section: [] for section in Section}
-    for param in params:
+    params = list(params)
+    is_short = len(params) > MANY and not context.meta.get(EVERY_OPTION)
+    shown = [param for param in params if not is_short or getattr(param, "often", True) or param.required]
+    for param in shown:
         if record := param.get_help_record(context):
             is_common = any(name in OF_EVERY_COMMAND for name in param.opts)
             rows[Section.FILES if is_common else getattr(param, "section", Section.OPTIONS)].append(record)
@@ -179,3 +189,6 @@ def write_options(params: Iterable[click.Parameter], context: click.Context, for
         if records:
             with formatter.section(heading):
                 formatter.write_dl(records)
+    if more := len(params) - len(shown):
+        formatter.write_paragraph()
+        formatter.write_text(f"{more} more options: {context.command_path} --help all")

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import cli_command, command_line, print_document, print_message, print_wrote
-from lora_export.cli.verbosity import Verbosity, shown, verbosity
+from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.options.train import TrainOptions
 
 # Score in the result -> what it was measured on

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_export.cli.arguments import TakesAdapters, cli_command, command_line, print_document
 from lora_export.cli.failures import answered
-from lora_export.cli.verbosity import shown
+from lora_export.cli.progress import shown
 from lora_export.options.verify import VerifyOptions
 
 

@@ -30,6 +30,7 @@ from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 
 SHOWN_KEYS = 8
+CONFIGS_OF_MODELS = ("config.json", "model_index.json")
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
 
@@ -90,6 +91,18 @@ def recognised(path: Path) -> bool:
     return any(adapter_format.recognises(path) for adapter_format in known_formats().values())
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder has a model's config, and no adapter."""
+    return any((path / name).is_file() for name in CONFIGS_OF_MODELS) and not recognised(path)
+
+
+def is_only_adapter(path: Path) -> bool:
+    """Whether a file or folder is an adapter, and has no weights of a model beside it."""
+    if not path.exists() or not recognised(path):
+        return False
+    return path.is_file() or all(each.name.startswith("adapter") for each in path.iterdir() if is_tensor_file(each))
+
+
 def located(path: Path) -> Path:
     """The path; or the only adapter in a folder inside of it, where it is a folder and has no tensors itself.
 
@@ -127,6 +140,8 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
             raise InputRefused(
                 f"{path} is not in the format {options.format}: {candidates[options.format].DESCRIPTION}"
             )
+        if is_model(path):
+            raise InputRefused(f"{path} is a model, and no adapter: it has a config.json, and no adapter's file")
         known = [f"{key}: {module.DESCRIPTION}" for key, module in candidates.items()]
         raise InputRefused(f"{path} is not an adapter in a known format:", listed(known, len(known)))
     if len(matching) > 1:

@@ -5,6 +5,7 @@ Tensors are in a safetensors file or in several, its shards, or in pickles of Py
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -134,15 +135,36 @@ def unwrapped(name: str) -> str:
 
 
 def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
-    """The SHA-256 of an adapter's files, the tensors' last. Raises InputRefused where that one changed meanwhile."""
-    digest = hashlib.sha256()
+    """The SHA-256 of an adapter, whose file of tensors has others `beside` it that change what it means.
+
+    Of one file, it is that of the file. Of several, it is that of what `sha256sum` prints for them, in this order and
+    the tensors last: a line `HASH  NAME` for each. Raises InputRefused where the tensors changed meanwhile.
+    """
     shards = file.files.values() if isinstance(file, ShardedTensors) else ()
-    for path in (*beside, *(dict.fromkeys(shard.path for shard in shards) or [file.path])):
-        with input_files.open_regular(path) as opened:
-            hashlib.file_digest(opened, lambda: digest)
+    tensors = list(dict.fromkeys(shard.path for shard in shards)) or [file.path]
+    hashes = [(_sha256(path, _stamp(path)), path.name) for path in (*beside, *tensors)]
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
-    return digest.hexdigest()
+    if len(hashes) == 1:
+        return hashes[0][0]
+    lines = "".join(f"{value}  {name}\n" for value, name in hashes)
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+
+
+def hash_of_tensors(file: TensorSource) -> str:
+    """The SHA-256 of the file of tensors alone; empty where they are in several. `hash_of_unchanged` has read it."""
+    return "" if isinstance(file, ShardedTensors) else _sha256(file.path, _stamp(file.path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, _stamp: tuple[int, int, int]) -> str:
+    with input_files.open_regular(path) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # --- Numbers ---

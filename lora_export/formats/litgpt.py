@@ -64,6 +64,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"lora_alpha / lora_r in {HYPERPARAMETERS}",
         metadata={"r": model.rank, "lora_alpha": model.alpha, "model": model.name},
         sha256=adapter_files.hash_of_unchanged(file, settings_file, config_file),
+        file_sha256=adapter_files.hash_of_tensors(file),
     )
 
 

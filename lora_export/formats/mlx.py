@@ -71,6 +71,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         metadata={"fine_tune_type": kind, "scale": scale}
         | {key: value for key in ("model", "num_layers") if isinstance(value := config.get(key), str | int)},
         sha256=adapter_files.hash_of_unchanged(file, folder / MLX_CONFIG),
+        file_sha256=adapter_files.hash_of_tensors(file),
     )
 
 

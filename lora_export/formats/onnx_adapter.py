@@ -17,7 +17,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, Plan, TensorSpec
@@ -288,7 +288,7 @@ def cast_factor(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArra
     bad = cast.size - np.count_nonzero(np.isfinite(cast))
     if bad:
         raise InputRefused(
-            f"{what}: {bad} values of {name} would not be finite: the largest {dtype} is "
+            f"{what}: {count(bad, 'value')} of {name} would not be finite: the largest {dtype} is "
             f"{float(ml_dtypes.finfo(target).max):g}. Check the adapter's scale"
         )
     return cast
@@ -297,7 +297,7 @@ def cast_factor(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArra
 # --- files --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OnnxAdapter:
     """An adapter file in memory."""
 
@@ -305,7 +305,10 @@ class OnnxAdapter:
     model_version: int
     adapter_version: int
     has_hash: bool  # of its contents, which then agrees with them. Other tools write none: damage is not detected
-    file: Any = field(repr=False)  # onnxruntime's AdapterFormat, which owns that memory
+    file: Any  # onnxruntime's AdapterFormat, which owns that memory
+
+    def __repr__(self) -> str:
+        return brief(self, count(len(self.values), "parameter"), f"for the base {self.model_version}")
 
 
 def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str) -> None:

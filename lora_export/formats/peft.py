@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count_that_are
 from lora_export.formats import expert_layouts
 from lora_export.formats.adapter_files import (
     TensorSource,
+    hash_of_tensors,
     hash_of_unchanged,
     is_tensor_file,
     names_in,
@@ -118,6 +119,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
         sha256=hash_of_unchanged(file, *([folder / ADAPTER_CONFIG] if has_config else ())),
+        file_sha256=hash_of_tensors(file),
     )
 
 
@@ -169,7 +171,7 @@ class _StoredPairs:
             bad = tensor.size - np.count_nonzero(np.isfinite(tensor.astype(np.float64)))
             if bad:
                 what = f"{name}: the bias of B" if name in keys[B_BIAS] else f"{name}:"
-                problems.append(f"{what} holds {bad} values that are not finite (NaN or infinity)")
+                problems.append(f"{what} holds {count_that_are(bad, 'value')} not finite (NaN or infinity)")
         if not self.file.entries:
             problems.append("it contains no tensor")
         refuse_problems(self.file, problems)

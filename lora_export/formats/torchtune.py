@@ -68,6 +68,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         else f"{named('lora_alpha')} / {named('lora_rank')}",
         metadata={"r": rank, "lora_alpha": alpha, "model_type": model.type},
         sha256=adapter_files.hash_of_unchanged(file, *files),
+        file_sha256=adapter_files.hash_of_tensors(file),
     )
 
 

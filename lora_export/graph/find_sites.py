@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.errors import InputRefused, escaped_lines, listed
+from lora_export.errors import InputRefused, brief, escaped_lines, listed
 from lora_export.graph.content_match import BaseView, ContentIndex, ContentMatch
 from lora_export.graph.exporter_names import (
     Named,
@@ -45,7 +45,7 @@ ADAPTER_NAME = re.compile(r"(^|\.)lora_([AB]|zeros)\b")  # in the name of an ada
 PRODUCT_NAMES = frozenset(name for _, name in MATRIX_PRODUCTS)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sites:
     """Every place where a graph reads a weight. Invalid after any change of the graph: find the sites again then."""
 
@@ -54,6 +54,9 @@ class Sites:
     notes: tuple[str, ...]  # what was not read
     unsupported: tuple[TensorSpec, ...] = ()  # quantised weights in unsupported formats
     fused_experts: tuple[str, ...] = ()  # operators that compute all experts of a layer, in a layout of their own
+
+    def __repr__(self) -> str:
+        return brief(self, str(self).split("\n", 1)[0])
 
     @property
     def specs(self) -> list[TensorSpec]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import sums
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, count, listed
 from lora_export.layers.attachments import attachment_of, is_attached, part_of, per_output
 from lora_export.layers.frozen_linear import is_4bit
 from lora_export.layers.module_tensors import (
@@ -202,7 +202,7 @@ def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Ten
             why = f"the largest is {wide.abs().max():.4g}, {step.spec.dtype} holds up to {limit:.4g}"
         else:
             why = "the base's own tensor has some" if not before.isfinite().all() else "the sum overflows"
-        raise InputRefused(f"{step.weight}: {bad} values would not be finite: {why}. Nothing was changed.")
+        raise InputRefused(f"{step.weight}: {count(bad, 'value')} would not be finite: {why}. Nothing was changed.")
     return result
 
 

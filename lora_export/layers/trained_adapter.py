@@ -96,7 +96,7 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
             found = True
     if not found:
         raise InputRefused(f"the adapter {like.name} is not attached to this module")
-    return dataclasses.replace(like, pairs=pairs, replaced=replaced, token_rows=token_rows, sha256="")
+    return dataclasses.replace(like, pairs=pairs, replaced=replaced, token_rows=token_rows, sha256="", file_sha256="")
 
 
 def _read_pair(owner: nn.Module, branch: Branch, like: LoraPair) -> LoraPair:

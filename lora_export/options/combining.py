@@ -76,7 +76,7 @@ class Combination(Options):
     seed: int | None = option(
         None,
         "Random seed for the entries that dare_* keeps (default: 0).",
-        flags=("--combine-seed", "--seed"),
+        flags=("--combine-seed",),
         metavar="N",
     )
 
@@ -136,6 +136,7 @@ class Weighted(Options):
         section=Section.COMBINING,
         flags=("--weight",),
         metavar="W",
+        often=True,
     )
     combination: str | Combination = nested(Combination)
     prefixes: Mapping[str, str] | None = option(
@@ -191,4 +192,5 @@ class GivenAdapters(Applied):
         metavar="[NAME=]ADAPTER",
         kind="source",
         multiple=True,
+        often=True,
     )

@@ -29,7 +29,7 @@ class LoadedModel(Protocol):
 ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
 
 
-PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF)
+PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF, often=True)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "
     "a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May be "
@@ -41,7 +41,7 @@ LAYOUT = Option(
 
 def written(text: str, metavar: str = "") -> Mapping[str, Any]:
     """The option that names the output, as the metadata of a field. `text` is its help."""
-    output = Option(text, section=Section.OPTIONS, flags=("-o", "--output"), metavar=metavar, kind="path")
+    output = Option(text, section=Section.OPTIONS, flags=("-o", "--output"), metavar=metavar, kind="path", often=True)
     return declares(output)
 
 
@@ -66,7 +66,7 @@ class Download(Options):
 class Output(Download, Reported):
     """What a function that writes takes."""
 
-    overwrite: bool = option(False, "Replace an existing output, in one step.", section=Section.FILES)
+    overwrite: bool = option(False, "Replace an existing output, in one step.", section=Section.FILES, often=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ class Running(ProofInputs):
 
     provider: ProviderName = means("cpu", PROVIDER)
     dtype: Dtype = option(
-        "float32", "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision."
+        "float32",
+        "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
+        often=True,
     )
     timeout: float = option(
         float(TIMEOUT), "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
@@ -107,7 +109,7 @@ class Running(ProofInputs):
 class Published(ProofInputs, Output):
     """What a function takes that proves a file before it publishes it."""
 
-    verify: bool = option(True, "Publish without a proof. The file records that.", section=Section.PROOF)
+    verify: bool = option(True, "Publish without a proof. The file records that.", section=Section.PROOF, often=True)
 
 
 LORA_MODES = {

@@ -103,6 +103,7 @@ class Option:
     read: Callable[[Iterable[str]], Any] | None = None  # texts of the command line -> the value; raises ValueError
     only: tuple[Only, ...] = ()
     python_only: bool = False  # no option of the command line
+    often: bool = False  # whether `--help` shows it in a command that has many options
     command_line_default: Callable[[], Any] | None = None  # there, in place of the default of the field
 
     def help_text(self) -> str:

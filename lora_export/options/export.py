@@ -44,6 +44,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
     reference: "ModelSource | None" = option(
         None,
         "PyTorch model that an .onnx MODEL was exported from: the proof compares with it, not with the graph.",
+        often=True,
         flags=("--model",),
         metavar="MODEL",
         kind="source",
@@ -52,13 +53,16 @@ class OnnxOptions(GivenAdapters, Running, Published):
         section=Section.OPTIONS,
     )
 
-    lora: Literal["merged", "nodes", "inputs", "rows"] = option("merged", modes("merged", "nodes", "inputs", "rows"))
+    lora: Literal["merged", "nodes", "inputs", "rows"] = option(
+        "merged", modes("merged", "nodes", "inputs", "rows"), often=True
+    )
     target: str | Sequence[str] | None = option(
         None,
         "With {lora=inputs}: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
         "separated by commas, or all linear layers except the output head.",
         metavar="NAMES|all-linear",
         multiple=False,
+        often=True,
         only=(Only("lora", ("inputs",), OF_ADAPTERS),),
     )
     dora: bool = option(
@@ -101,7 +105,12 @@ class OnnxOptions(GivenAdapters, Running, Published):
         "and, of a decoder, onnxruntime-genai run.",
         only=(EXPORTED,),
     )
-    with_cache: bool = option(False, "Choose {task} by the model's class.", only=(EXPORTED,))
+    with_cache: bool = option(
+        False,
+        "Make graphs with a key/value cache, which generate: {task} by the model's class.",
+        only=(EXPORTED,),
+        often=True,
+    )
     fuse: Literal["cpu", "cuda", "webgpu"] | None = option(
         None, "Use onnxruntime's own operators for this provider, such as GroupQueryAttention.", only=(EXPORTED,)
     )
@@ -116,6 +125,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
                 words="models that are exported",
             ),
         ),
+        often=True,
     )
     opset: int | None = option(None, "ONNX operator set (default: the exporter's).", at_least=18, only=(EXPORTED,))
 
@@ -132,7 +142,7 @@ class TorchScriptOptions(GivenAdapters, Published):
             "OUT.pt|OUT.pt2",
         ),
     )
-    lora: Literal["merged", "nodes"] = option("merged", modes("merged", "nodes"))
+    lora: Literal["merged", "nodes"] = option("merged", modes("merged", "nodes"), often=True)
     format: Literal["torchscript", "pt2"] | None = option(
         None, "What to write, whatever the suffix of the output is.", python_only=True
     )

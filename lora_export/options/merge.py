@@ -70,6 +70,7 @@ class MergeOptions(Applied, Output):
     dequantize: bool = option(
         False,
         "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
+        often=True,
         section=Section.BASE,
         only=checkpoints("{requantize} merges into the quantised weights of a graph"),
     )
@@ -90,6 +91,7 @@ class MergeOptions(Applied, Output):
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
         "keep",
         "Type in which every float tensor is stored.",
+        often=True,
         only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
     )
     only_head: bool = option(
@@ -103,6 +105,7 @@ class MergeOptions(Applied, Output):
     keep_residual: str | Path | None = option(
         None,
         "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
+        often=True,
         metavar="FILE",
         only=(
             *checkpoints("a graph is its own base: keep it"),
@@ -125,7 +128,7 @@ class MergeOptions(Applied, Output):
         Applied.tied,
         replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
     )
-    dry_run: bool = option(False, "Print which weights would change, and write nothing.")
+    dry_run: bool = option(False, "Print which weights would change, and write nothing.", often=True)
 
 
 @dataclass(frozen=True, kw_only=True)

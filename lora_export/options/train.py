@@ -65,10 +65,10 @@ class TrainingSettings(Evaluating):
 
     SECTION: ClassVar[Section] = Section.STEPS
 
-    epochs: int = option(3, "Passes over the data.", at_least=1)
-    batch_size: int = option(32, "Examples per step, of all processes together.", at_least=1)
+    epochs: int = option(3, "Passes over the data.", at_least=1, often=True)
+    batch_size: int = option(32, "Examples per step, of all processes together.", at_least=1, often=True)
     accumulate: int = option(1, "Parts of a step's examples that are computed one after the other.", at_least=1)
-    learning_rate: float = option(1e-3, "Peak step size of AdamW.", above=0)
+    learning_rate: float = option(1e-3, "Peak step size of AdamW.", above=0, often=True)
     b_ratio: float = option(1.0, "Learning rate of B divided by that of A (LoRA+).", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "Learning rate after the warm-up.")
     warmup: float = option(0.1, "Part of all steps in which the learning rate rises.", at_least=0, below=1)
@@ -98,9 +98,12 @@ class AdapterChoice(Options):
         None,
         "Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
         shown_default="8",
+        often=True,
         at_least=1,
     )
-    alpha: float | None = option(None, "B·A is multiplied by alpha/rank.", shown_default="twice the rank", above=0)
+    alpha: float | None = option(
+        None, "B·A is multiplied by alpha/rank.", shown_default="twice the rank", above=0, often=True
+    )
     rslora: bool = option(False, "Multiply by alpha/√rank instead.")
     dora: bool = option(False, "Also train the length of each output of a weight.")
     init: Init = option(
@@ -111,6 +114,7 @@ class AdapterChoice(Options):
         "Layers to adapt: endings of their names, separated by commas.",
         metavar="NAMES|all-linear",
         shown_default="all-linear",
+        often=True,
         multiple=False,
     )
     target_pattern: str = option("", "Regular expression for whole names of layers.", metavar="REGEX")
@@ -144,7 +148,7 @@ class AdapterChoice(Options):
         at_least=0,
     )
     heads: Sequence[str] = option(
-        (), "Module to train and save as a whole. May be repeated.", flags=("--head",), metavar="NAME"
+        (), "Module to train and save as a whole. May be repeated.", flags=("--head",), metavar="NAME", often=True
     )
     continue_from: str | Path | None = option(
         None,
@@ -214,6 +218,7 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
             Option(
                 "Training data: a .jsonl, .csv, .parquet or .npz file, a folder, or file.py:factory.",
                 flags=("--data",),
+                often=True,
                 kind="source",
                 section=Section.OPTIONS,
             )
@@ -229,13 +234,14 @@ class TrainOptions(AdapterChoice, TrainingSettings, Output):
         read=table_of("NAME=COLUMN, such as text=body", str),
     )
     task: LearntTask | None = option(None, "What is learnt from the columns, where they would fit several tasks.")
-    max_length: int = option(128, "Maximum number of tokens per text.", at_least=1)
+    max_length: int = option(128, "Maximum number of tokens per text.", at_least=1, often=True)
     packing: bool = option(False, "Put several short texts into one row. For causal language models.")
     holdout: float = option(0.2, "Part of the data that is held out of training and measured on.", at_least=0, below=1)
 
     quantize_base: BaseQuantization | None = option(
         None,
         "Store the frozen linear layers of the base in 4 bits while training (QLoRA). Needs bitsandbytes.",
+        often=True,
         section=Section.FROZEN_BASE,
     )
     base_dtype: BaseDtype = option(

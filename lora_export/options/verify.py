@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
-from lora_export.options.combining import Combination, GivenAdapters
+from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
 from lora_export.options.declaring import (
     Option,
@@ -89,6 +89,7 @@ class Judging(Running):
     onnx_adapter: str | Path | None = option(
         None,
         "Adapter file to run CANDIDATE with. For a graph made by `onnx {lora=inputs}`.",
+        often=True,
         metavar="FILE",
         section=Section.OPTIONS,
     )
@@ -102,7 +103,7 @@ class Judging(Running):
     )
     atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
     rtol: float | None = option(None, "See {atol}.", at_least=0)
-    seed: int | None = option(None, "Random seed for the generated inputs.  [default: 0]")
+    input_seed: int | None = option(None, "Random seed for the generated inputs.  [default: 0]")
     cache: str | Path | None = option(
         None,
         "Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
@@ -129,7 +130,13 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         default=None,
         kw_only=False,
         metadata=declares(
-            Option("PyTorch model that CANDIDATE was made from.", metavar="MODEL", kind="source", multiple=False)
+            Option(
+                "PyTorch model that CANDIDATE was made from.",
+                metavar="MODEL",
+                kind="source",
+                multiple=False,
+                often=True,
+            )
         ),
     )
     base: str | Path | None = option(
@@ -137,14 +144,15 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         "Without {model}: compare a merged checkpoint with this base and the adapters, weight by weight. With "
         "{model}: the quantised .onnx that CANDIDATE was made from, by `merge {requantize}` or `onnx {lora}`.",
         metavar="CHECKPOINT",
+        often=True,
     )
     layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.PROOF))
-    combination: str | Combination = nested(Combination, {"seed": ("--combine-seed",)})
     reports: Sequence[str | Path] = option(
         (),
         "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
         section=Section.FILES,
         flags=("--report",),
+        often=True,
         metavar="FILE.json|.xml|.html",
         kind="path",
     )
@@ -154,6 +162,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         "Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
         section=Section.PROOF,
         flags=("--strict/--no-strict",),
+        often=True,
         command_line_default=runs_in_ci,
     )
     about: Mapping[str, Any] | None = option(

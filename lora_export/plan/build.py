@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count
 from lora_export.lora import Adapter, TokenRows
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.options.spelling import named
@@ -174,14 +174,13 @@ def _notes(
 def checked_strengths(
     adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, identity_ok: bool = False
 ) -> tuple[float, ...]:
-    """One strength per adapter. Raises InputRefused for adapters and strengths that no base could use."""
+    """One strength per adapter. Raises WrongUsage for another number, InputRefused for what no base could use."""
     if not adapters:
         raise InputRefused("there is no adapter to apply")
     strengths = tuple(strengths) if strengths else (1.0,) * len(adapters)
     if len(strengths) != len(adapters):
-        raise InputRefused(
-            f"{len(adapters)} adapters but {len(strengths)} weights; give one {named('weights')} per adapter"
-        )
+        given = f"{count(len(adapters), 'adapter')} but {count(len(strengths), 'weight')}"
+        raise WrongUsage(f"{given}; give one {named('weights')} per adapter")
     _refuse_duplicates(adapters)
     for adapter, strength in zip(adapters, strengths, strict=True):
         if not math.isfinite(strength):
@@ -213,9 +212,9 @@ def _refuse_duplicates(adapters: Sequence[Adapter]) -> None:
                 "Give each adapter once"
             )
     names = Counter(adapter.name for adapter in adapters)
-    for name, count in names.items():
-        if count > 1:
-            raise InputRefused(f"{count} adapters are called {name}; give them different names")
+    for name, number in names.items():
+        if number > 1:
+            raise InputRefused(f"{number} adapters are called {name}; give them different names")
 
 
 # --- Matching ---
@@ -232,14 +231,14 @@ def _match_all(
     """The matches of all adapters by the base tensor that they change. Raises MatchError."""
     by_weight: dict[str, list[Match]] = {}
     misfits: list[Misfit] = []
-    count = 0
+    matched = 0
     for one, strength in zip(spelled, strengths, strict=True):
         matches, without_match = match_adapter(one.adapter, strength, one.prefix, base, may_add=may_add)
         misfits += [*without_match, *one.misfits]
-        count += len(matches)
+        matched += len(matches)
         for match in matches:
             by_weight.setdefault(match.weight, []).append(match)
-    targets = count + len(misfits)
+    targets = matched + len(misfits)
     for matches in by_weight.values():
         for together in _by_adapter(matches) if one_at_a_time else [matches]:
             misfits += conflicts(together)

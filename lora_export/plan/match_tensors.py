@@ -15,6 +15,8 @@ from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
+NO_WEIGHT = "the base has no weight for"
+
 
 @dataclass(frozen=True, eq=False)
 class Match:
@@ -111,7 +113,7 @@ def resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
 
 def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTensors) -> str:
     if weight is None:
-        return base.stored_as(f"{module}.weight") or f"the base has no weight for {module}{base.nearest(module)}"
+        return base.stored_as(f"{module}.weight") or f"{NO_WEIGHT} {module}{base.nearest(module)}"
     spec = base[weight]
     if not spec.is_float:
         return (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import escaped_lines
+from lora_export.errors import brief, escaped_lines
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.options.combining import Applied
 from lora_export.plan.stored_region import StoredRegion
@@ -111,7 +111,7 @@ class Term:
         return text if self.pair.magnitude is None else f"{text}, each output rescaled to DoRA's magnitude"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """Everything that happens to one weight. `lora_export.sums` computes it.
 
@@ -126,6 +126,9 @@ class Step:
     replace: NDArray[Any] | None = None
     token_rows: TokenRows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
+
+    def __repr__(self) -> str:
+        return brief(self, f"{self.weight}: {self}")
 
     @property
     def weight(self) -> str:
@@ -194,7 +197,7 @@ def _equal(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What will be done to a base: pure, complete, and printable (`dry_run`)."""
 
@@ -217,6 +220,9 @@ class Plan:
             if step.spec.region is not None:
                 parts[step.spec.stored_name] = (*parts.get(step.spec.stored_name, ()), step)
         object.__setattr__(self, "by_part", parts)
+
+    def __repr__(self) -> str:
+        return brief(self, self._counts())
 
     @property
     def low_rank(self) -> tuple[Step, ...]:
@@ -242,8 +248,9 @@ class Plan:
 
     def _counts(self) -> str:
         kinds = Counter(map(_kind, self.steps))
-        counts = [(kinds[kind], kind) for kind in STEP_KINDS] + [(len(self.kept), "kept as they are")]
-        return ", ".join(f"{count} {what}" for count, what in counts if count)
+        counts = [(kinds[one], one if kinds[one] == 1 else several) for one, several in STEP_KINDS]
+        counts.append((len(self.kept), "kept as it is" if len(self.kept) == 1 else "kept as they are"))
+        return ", ".join(f"{number} {what}" for number, what in counts if number)
 
 
 def _described(spec: TensorSpec) -> str:
@@ -252,17 +259,21 @@ def _described(spec: TensorSpec) -> str:
     return text if spec.layout_source is LayoutSource.BASE else f"{text}, {spec.layout} by {spec.layout_source}"
 
 
+# For one and for several
 STEP_KINDS = (
-    *("weights changed", "biases changed", "tensors replaced"),
-    *("tables with some rows replaced", "tensors added"),
+    ("weight changed", "weights changed"),
+    ("bias changed", "biases changed"),
+    ("tensor replaced", "tensors replaced"),
+    ("table with some rows replaced", "tables with some rows replaced"),
+    ("tensor added", "tensors added"),
 )
 
 
 def _kind(step: Step) -> str:
     if step.terms:
-        return "weights changed"
+        return "weight changed"
     if step.shift is not None:
-        return "biases changed"
+        return "bias changed"
     if step.added:
-        return "tensors added"
-    return "tables with some rows replaced" if step.replaces_only_rows else "tensors replaced"
+        return "tensor added"
+    return "table with some rows replaced" if step.replaces_only_rows else "tensor replaced"

@@ -123,6 +123,10 @@ def adapter_facts(adapter: Adapter) -> Iterator[tuple[str, str]]:
             yield key, _shortened(str(value))
     if isinstance(header, Mapping):
         yield from _header_facts(header)
+    if adapter.sha256:
+        yield "SHA-256", adapter.sha256
+    if adapter.file_sha256:
+        yield "SHA-256 of its tensors' file", adapter.file_sha256
 
 
 def _header_facts(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

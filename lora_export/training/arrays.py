@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, count_that_are, listed
 from lora_export.storage.npz import read_arrays
 
 IGNORED = -100  # the label that cross-entropy ignores
@@ -60,7 +60,8 @@ def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) ->
             problems.append(f"`{name}` has the shape {values.shape}, and there are {count} labels")
         elif values.dtype.kind == "f" and not np.isfinite(values).all():
             bad = np.argwhere(~np.isfinite(values))
-            problems.append(f"`{name}` contains {len(bad)} values that are not finite, the first in row {bad[0][0]}")
+            what = f"`{name}` contains {count_that_are(len(bad), 'value')} not finite"
+            problems.append(f"{what}, the first in row {bad[0][0]}")
         elif values.dtype.kind not in "fiub":
             problems.append(f"`{name}` contains {values.dtype}, not numbers")
     negative = labels[(labels < 0) & (labels != IGNORED)] if labels.dtype.kind == "i" else labels[:0]

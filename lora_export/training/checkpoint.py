@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
 from lora_export.options.spelling import named
 
 METRICS = "metrics.jsonl"
@@ -64,7 +64,7 @@ class MemoryUse:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingHistory:
     """All steps and evaluations."""
 
@@ -72,6 +72,10 @@ class TrainingHistory:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     memory: MemoryUse = MemoryUse(0, 0, 0, 0, 0)
+
+    def __repr__(self) -> str:
+        loss = f"loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}" if self.steps else ""
+        return brief(self, count(len(self.steps), "step"), loss)
 
     @property
     def losses(self) -> tuple[float, ...]:

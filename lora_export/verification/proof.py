@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused, brief
 from lora_export.options.spelling import named
 from lora_export.provenance import adapter_records
 from lora_export.runtime.kv_cache import CacheRunner
@@ -44,7 +44,7 @@ from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Proof:
     """A verdict on what a candidate computes, with what it takes to trust and to repeat it.
 
@@ -54,11 +54,14 @@ class Proof:
     verdict: parity.Verdict
     placement: Placement | None = None  # None where PyTorch itself ran the candidate
     about: Mapping[str, Any] = field(default_factory=dict)  # versions, files, seed, adapters, and the inputs' shapes
-    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # by case, of all runs
-    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # the outputs of all runs
+    inputs: Mapping[str, Arrays] = field(default_factory=dict)  # by case, of all runs
+    cases: tuple[parity.Case, ...] = ()  # the outputs of all runs
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
     error: LoraExportError | None = None  # what ended the proof before anything was measured
     seconds: float = 0.0  # of the whole run
+
+    def __repr__(self) -> str:
+        return brief(self, self.verdict.headline)
 
     def strictly(self) -> Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.callbacks import ignore
-from lora_export.errors import InputRefused, Undecided
+from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner
@@ -173,7 +173,7 @@ def prove_rows(
     names = candidate.adapters_by_row
     if names is not None and len(names) != len(adapters):
         raise InputRefused(
-            f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
+            f"{candidate.path} has {count(len(names), 'adapter')} ({', '.join(names)}), not {len(adapters)}: give "
             f"them in that order, or prove one by {named('adapter_id')}"
         )
     roles = [BASE, *(adapter.name for adapter in adapters)]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import sums
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count, count_that_are
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
@@ -89,10 +89,11 @@ def refuse_overflow(name: str, before: NDArray[Any], after: NDArray[Any]) -> Non
         return
     bad = before.size - np.count_nonzero(np.isfinite(before))
     if bad:
-        raise InputRefused(f"{name}: the base holds {bad} values that are not finite. Nothing was written.")
+        raise InputRefused(f"{name}: the base holds {count_that_are(bad, 'value')} not finite. Nothing was written.")
     limit = float(ml_dtypes.finfo(after.dtype).max)
+    beyond = after.size - np.count_nonzero(np.isfinite(after))
     raise InputRefused(
-        f"{name}: {after.size - np.count_nonzero(np.isfinite(after))} values would exceed {limit:g}, the largest "
+        f"{name}: {count(beyond, 'value')} would exceed {limit:g}, the largest "
         f"{after.dtype}. Check the adapter's scale, or use {named('dtype', 'float32')}. Nothing was written."
     )
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export import provenance
-from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.errors import InputRefused, brief, count, listed, refuse_unprintable
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.options.spelling import named
@@ -65,7 +65,7 @@ OWN_METADATA = ("format", provenance.KEY)  # entries of a file's header that are
 READ_AS_STORED = frozenset(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
     """The headers of a Hugging Face folder or of one safetensors file."""
 
@@ -76,6 +76,9 @@ class Checkpoint:
     index: str = ""  # the index's file name, where the weights are in several files
     history: History = ()  # the adapters of earlier merges
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)  # weights that are read as floats
+
+    def __repr__(self) -> str:
+        return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")
 
     def entries(self, shard: str) -> dict[str, Entry]:
         """The tensors of a file, in the order of their bytes. A quantised weight is one tensor of floats."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, brief, count, listed
 from lora_export.options.spelling import command, named
 from lora_export.sums import sum_dtype
 
@@ -48,7 +48,7 @@ class QuantisationLoss:
     change: float | None  # ‖ΔW‖ of the adapters; None where they do not change the weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
     """What a merge did, in numbers."""
 
@@ -60,6 +60,9 @@ class MergeReport:
     seconds: float
     spellings: Mapping[str, str] = field(default_factory=dict)  # adapter -> how its names relate to the base's
     quantisation: tuple[QuantisationLoss, ...] = ()  # of each quantised weight, where the float base was given
+
+    def __repr__(self) -> str:
+        return brief(self, f"{count(len(self.results), 'weight')} merged", f"{self.bytes:,} bytes written")
 
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:

@@ -218,7 +218,7 @@ def test_what_is_left_out_is_noted_and_recorded(tuned: Path) -> None:
     seen = Recorder()
     result = extract(tuned, exclude=["norm"], energy=0.9, **seen.callbacks)
     assert result.excluded == ("norm.weight",)
-    assert seen.messages == ["note: 1 tensors that differ are left out (exclude=): norm.weight"]
+    assert seen.messages == ["note: left out, though other than the base's: 1 tensor (exclude=): norm.weight"]
     record = read_json(tuned / "adapter/lora_export.json")
     assert record["settings"] == {"extract": {"rank": 1, "energy": 0.9}, "excluded": ["norm.weight"]}
 

@@ -28,13 +28,13 @@ STAGES = """
 import sys, time
 begun = time.perf_counter()
 from lora_export import cli
-from lora_export.cli import verbosity
+from lora_export.cli import progress
 import contextlib
 marks = []
 @contextlib.contextmanager
 def shown():
     yield lambda event: marks.append((event.stage, time.perf_counter()))
-verbosity.shown = shown  # before the command imports it
+progress.shown = shown  # before the command imports it
 code = cli.run(sys.argv[1:])
 marks = [("Python and imports", begun), *marks, ("", time.perf_counter())]
 for (what, start), (_, end) in zip(marks, marks[1:]):

@@ -45,7 +45,7 @@ RESIZE = ("resize", "big", "-o", "small")
         (("combine", "one", "two=one", "-o", "x"), 3, "two is the same adapter as one"),
         (("combine", "-o", "x"), 2, "Missing argument"),
         (("combine", "one", "nowhere", "-o", "x"), 3, "nowhere"),
-        ((*MERGE, "x.safetensors", "--seed", "1"), 2, "does not use it"),
+        ((*MERGE, "x.safetensors", "--combine-seed", "1"), 2, "does not use it"),
         ((*MERGE, "x.safetensors", "--combine", "mean"), 2, "mean"),
         (EXTRACT, 2, "give --rank, or --energy"),
         ((*EXTRACT, "--rank", "2", "--layout", "x"), 2, "x is not NAME=out_in"),
@@ -73,7 +73,7 @@ def test_an_error_has_its_exit_code_and_leaves_nothing(
 
 def test_combine_prints_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*COMBINE, "both", "--weight", "1", "--weight", "2") == 0
-    assert capsys.readouterr().out == "wrote both: 1 pairs of rank 2 or less, 1 from several adapters\n"
+    assert capsys.readouterr().out == "wrote both: 1 pair of rank 2 or less, 1 from several adapters\n"
     assert call("merge", "zeros.safetensors", "both", "-o", "out.safetensors") == 0
     assert load_file(place / "out.safetensors")["fc.weight"].tolist() == [[1, 6, 3], [10, 20, 30]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import click
 import numpy as np
 import pytest
 
-from lora_export.cli import COMMANDS, cli, command_named
+from lora_export.cli import COMMANDS, NAMES_ELSEWHERE, cli, command_named
 from lora_export.cli.arguments import ELSEWHERE, FIRST_ARGUMENT, HERE, Command, command_line, options_by_name, wrote
 from lora_export.errors import WrongUsage
 from lora_export.options.common import LORA_MODES
@@ -369,3 +370,45 @@ def test_no_foreign_name_hides_an_option_of_the_command(command: str) -> None:
         assert foreign not in OPTIONS[command] or foreign not in names
     assert all(name.startswith("-") for name in FIRST_ARGUMENT)
     assert isinstance(command_named(command), click.Command)
+
+
+@pytest.mark.parametrize(
+    ("written", "end"),
+    [
+        ("merg", "No such command 'merg'. Did you mean merge?\n"),
+        ("export", "No such command 'export'. Did you mean onnx or torchscript?\n"),
+        ("tarot", "No such command 'tarot'.\n"),
+    ],
+)
+def test_the_right_command_is_named(written: str, end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(written, "x") == 2
+    assert capsys.readouterr().err.endswith(f"Error: {end}")
+
+
+def test_every_name_elsewhere_is_that_of_no_command_here() -> None:
+    assert not NAMES_ELSEWHERE.keys() & COMMANDS.keys()
+    assert set().union(*NAMES_ELSEWHERE.values()) <= COMMANDS.keys()
+
+
+# --- --help ---
+
+
+@pytest.mark.parametrize("name", ["onnx", "verify", "train", "merge"])
+def test_help_of_many_options_shows_those_that_are_often_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    screens = {}
+    for words in (("--help",), ("-h",), ("--help", "all"), ("-h", "all")):
+        assert call(name, *words) == 0
+        screens[words] = capsys.readouterr().out
+    short, everything = screens["--help",], screens["--help", "all"]
+    assert short == screens["-h",] and everything == screens["-h", "all"]
+    flags = [f"--{flag}" for flag in options_by_name(command_named(name))]
+    shown = {flag for flag in flags if re.search(rf"^  (-\w, )?{flag}(?![\w-])", short, re.M)}
+    assert 10 <= len(shown) <= 20 and "--format" not in shown
+    assert f"\n{len(flags) - len(shown)} more options: lora-export {name} --help all\n" in short
+    assert [flag for flag in flags if not re.search(rf"^  (-\w, )?{flag}(?![\w-])", everything, re.M)] == []
+    assert "more options" not in everything
+
+
+def test_help_of_few_options_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("convert", "--help") == 0
+    assert "more options" not in capsys.readouterr().out

@@ -172,7 +172,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     before = everything(place)
     assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "1 weights changed, 1 kept as they are",
+        "1 weight changed, 1 kept as it is",
         "  fc.weight  [2 x 3 float32]  1 * B A (rank 1, adapter)",
     ]
     assert run(place, "base", "adapter", "--dry-run", "--json", "-o", "out") == 0
@@ -213,6 +213,14 @@ def test_a_change_that_rounding_thins_out_is_warned_of(place, capsys):
         (("base", "adapter", "-o", "out", "--dtype", "float8"), "'float8' is not one of"),
         (("base", "adapter", "-o", "out", "--weight", "much"), "'much' is not a valid float"),
         (("base", "adapter", "-o", "out", "--min-retention", "2"), "2.0 is not in the range 0<=x<=1"),
+        (
+            ("base", "adapter", "-o", "out", "--weight", "1", "--weight", "2"),
+            "1 adapter but 2 weights; give one --weight",
+        ),
+        (
+            ("base", "adapter", "-o", "out.safetensors"),
+            "base is a folder, and so is its merge: -o out.safetensors is the",
+        ),
     ],
 )
 def test_wrong_usage_ends_with_2(place, capsys, arguments, message):
@@ -244,6 +252,16 @@ def test_misfits_are_listed_at_once_and_nothing_is_written(place, capsys):
         "    base_model.model.norm.lora_A.weight: norm.weight (2,) is not the weight of a linear layer, a convolution "
         "or an embedding\n"
     )
+
+
+def test_swapped_arguments_are_named(place, capsys):
+    (place / "base" / "config.json").write_text("{}")
+    swapped = f"Error: {place / 'adapter'} is an adapter, and {place / 'base'} is a model. Did you swap them?\n"
+    assert refused(place, capsys, "adapter", "base") == swapped
+    alone = f"Error: {place / 'adapter'} is an adapter. Name the model that it is for\n"
+    assert refused(place, capsys, "adapter", "adapter") == alone
+    told = refused(place, capsys, "base", "base")
+    assert told == f"Error: {place / 'base'} is a model, and no adapter: it has a config.json, and no adapter's file\n"
 
 
 def test_a_missing_base_or_adapter_is_named(place, capsys):

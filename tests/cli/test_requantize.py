@@ -32,7 +32,7 @@ def test_adapter_lost_in_four_bits_is_refused_with_advice(tmp_path: Path, capsys
     before = folder_contents(tmp_path)
     assert cli.run(merge_command(path, adapter, "--requantize")) == 3
     message = capsys.readouterr().err
-    assert "1 of 1 weights would lose most of their change" in message and "fc.weight: " in message
+    assert "1 of 1 weight would lose most of their change" in message and "fc.weight: " in message
     assert "onnx MODEL.onnx --lora nodes" in message and "merge into the float model" in message
     assert "float32" not in message
     assert folder_contents(tmp_path) == before

@@ -32,7 +32,7 @@ def test_the_base_comes_back(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"note: r has {size:,} bytes" in output.err and "lora-export unmerge" in output.err
     assert cli.run(UNMERGE) == 0
     assert capsys.readouterr().out == (
-        "wrote again.safetensors: 1 tensors restored; every file has the hash that it had in the base\n"
+        "wrote again.safetensors: 1 tensor restored; every file has the hash that it had in the base\n"
     )
     assert (place / "again.safetensors").read_bytes() == (place / "base.safetensors").read_bytes()
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_export.callbacks import Progress, ignore
-from lora_export.cli import COMMANDS, verbosity
-from lora_export.cli.verbosity import shown
+from lora_export.cli import COMMANDS
 from lora_export.runtime import environment_probes
 from support.api import MODEL, an_adapter, base_weights
 from support.cli import call
@@ -71,7 +66,7 @@ def test_a_green_verdict_is_one_line(place: Path, capsys: pytest.CaptureFixture[
     ("words", "quiet"),
     [
         (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors"], ["wrote OUT.safetensors"]),
-        (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors", "--dry-run"], ["1 weights changed, 1 kept"]),
+        (["merge", "base.safetensors", "adapter", "-o", "OUT.safetensors", "--dry-run"], ["1 weight changed, 1 kept"]),
         slow(["onnx", MODEL, "-a", "adapter", "-o", "OUT.onnx"], ["same: ", "wrote OUT.onnx"]),
         slow(["torchscript", MODEL, "-a", "adapter", "-o", "OUT.pt"], ["same: ", "wrote OUT.pt"]),
         (["train", MODEL, "--data", "data.npz", "-o", "OUT", "--epochs", "1"], ["wrote OUT"]),
@@ -180,74 +175,3 @@ def test_quiet_guide_lists_the_names_alone(capsys: pytest.CaptureFixture[str]) -
     from lora_export.cli.guide import TOPICS
 
     assert printed(capsys, "guide", "-q")[0] == list(TOPICS)
-
-
-# --- How far a command is: shown on stderr, and on a terminal only. ---
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Make stderr a terminal. Called in the test itself: pytest replaces stderr after its fixtures."""
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    return stream
-
-
-def test_without_a_terminal_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with shown() as on_progress:
-        assert on_progress is ignore
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("event", "parts"),
-    [
-        (Progress("merging", 2_000_000, 2_000_000, "bytes"), ("merging", "2.0/2.0 MB")),
-        (Progress("training", 3, 7, "steps", "loss 0.693"), ("training, loss 0.693", "3/7")),
-        (Progress("verifying"), ("verifying",)),
-    ],
-)
-def test_stage_work_and_detail_are_shown_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, event: Progress, parts: tuple[str, ...]
-) -> None:
-    terminal = on_a_terminal(monkeypatch)
-    with shown() as on_progress:
-        on_progress(event)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert [part for part in parts if part not in plain] == []
-
-
-def test_each_stage_has_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_terminal(monkeypatch)
-    from rich import progress as bars
-
-    tasks = []
-    add = bars.Progress.add_task
-
-    def recorded(bar: bars.Progress, *arguments: object, **options: object) -> object:
-        tasks.append(arguments[0])
-        return add(bar, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(bars.Progress, "add_task", recorded)
-    with shown() as on_progress:
-        for stage in ("one", "one", "two"):
-            on_progress(Progress(stage))
-    assert tasks == ["starting", "one", "two"]
-
-
-def test_the_amount_is_empty_where_nothing_is_counted() -> None:
-    from rich import progress as bars
-
-    bar = bars.Progress(verbosity._amount())
-    task = bar.add_task("reading", total=None, unit="")
-    assert verbosity._amount().render(bar.tasks[task]).plain == ""

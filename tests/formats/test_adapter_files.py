@@ -17,6 +17,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import (
     Tensors,
     TensorSource,
+    hash_of_tensors,
     hash_of_unchanged,
     names_in,
     open_tensors,
@@ -54,7 +55,10 @@ def test_the_hash_is_that_of_the_files_in_order(files: tuple[Path, Path], tmp_pa
     stored, _ = files
     (tmp_path / "config").write_bytes(b"one")
     file = open_tensors(stored, DEFAULTS)
-    assert hash_of_unchanged(file, tmp_path / "config") == hashlib.sha256(b"one" + stored.read_bytes()).hexdigest()
+    own, config = (hashlib.sha256(content).hexdigest() for content in (stored.read_bytes(), b"one"))
+    printed = f"{config}  config\n{own}  {stored.name}\n"  # by sha256sum
+    assert hash_of_unchanged(file, tmp_path / "config") == hashlib.sha256(printed.encode()).hexdigest()
+    assert hash_of_unchanged(file) == hash_of_tensors(file) == own
     stored.write_bytes(b"another file")
     with pytest.raises(InputRefused, match="changed while it was being read"):
         hash_of_unchanged(file)

@@ -377,7 +377,7 @@ def test_values_that_are_not_finite_are_counted_by_module(tmp_path, poison):
     tensors = {A_KEY: [[1, poison]], "base_model.model.head.weight": [poison, 1, poison]}
     text = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
     assert text.splitlines()[1:] == [
-        "  fc: A holds 1 values that are not finite (NaN or infinity)",
+        "  fc: A holds 1 value that is not finite (NaN or infinity)",
         "  head.weight: holds 2 values that are not finite (NaN or infinity)",
     ]
 
@@ -388,11 +388,11 @@ MAGNITUDES = "base_model.model.fc.lora_magnitude_vector"
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, {"lora_bias": True}, "the bias of B holds 1 values that"),
+        ({"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, {"lora_bias": True}, "the bias of B holds 1 value that"),
         ({MAGNITUDES: [1, 2, 3]}, {}, "lora_magnitude_vector is present, but the config does not set use_dora"),
         ({}, {"use_dora": True}, "the config sets use_dora, but lora_magnitude_vector is missing"),
         ({MAGNITUDES: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) needs (3,)"),
-        ({MAGNITUDES: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 values that are not finite"),
+        ({MAGNITUDES: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 value that is not finite"),
         (
             {MAGNITUDES: [1, 2, 3], A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
             {"use_dora": True},
@@ -443,7 +443,7 @@ ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
         ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are not a list of integers"),
         ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are not a list of integers"),
         ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are not a list of integers"),
-        ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 values that are not finite (NaN or infinity)"),
+        ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 value that is not finite (NaN or infinity)"),
     ],
 )
 @pytest.mark.fault(12, 18)

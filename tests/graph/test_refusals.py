@@ -28,7 +28,7 @@ def test_base_that_is_not_finite_is_refused_as_such() -> None:
     model = a_graph(GEMM)
     weight = np.float32([[1, 2, np.nan], [4, 5, 6]])
     model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
-    with pytest.raises(InputRefused, match="1 values would not be finite: the graph's own tensor"):
+    with pytest.raises(InputRefused, match="1 value would not be finite: the graph's own tensor"):
         folded(model, an_adapter({"m": PAIR}))
 
 

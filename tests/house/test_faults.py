@@ -362,7 +362,7 @@ def test_a_change_that_rounding_takes_away(place):
     base_file(place.base / "model.safetensors", {"dense.weight": WEIGHT + 256}, ml_dtypes.bfloat16)
     place.set_config(lora_alpha=2e-4)
     place.merge_refuses(
-        "1 of 1 weights would lose most of their change to rounding (--min-retention 0.5)",
+        "1 of 1 weight would lose most of their change to rounding (--min-retention 0.5)",
         "dense.weight: 0.0% of the change kept",
         "Store the result with --dtype float32, or keep the adapter beside the weights",
     )
@@ -919,7 +919,7 @@ def test_inspect_shows_names_escaped(place, monkeypatch):
     spec = TensorSpec(STEERING, (1,), "float32")
     monkeypatch.setattr("lora_export.artifacts.artifact.open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
     code, out, _ = place.run("inspect", place.base)
-    assert (code, out) == (0, f"1 tensors, 0 bytes\n  {ESCAPED}  1 float32\n")
+    assert (code, out) == (0, f"1 tensor, 0 bytes\n  {ESCAPED}  1 float32\n")
 
 
 # --- Candidates that are wrong in other ways ---

@@ -92,7 +92,7 @@ def test_fold_in_fp64_computes_the_change_in_fp64() -> None:
 def test_an_overflow_is_refused_before_anything_changes() -> None:
     model = nn.Sequential(a_linear(torch.float16), a_linear(torch.float16))
     huge = LoraPair(a=np.array([[1e3, 0, 0]]), b=np.array([[1e3], [0]]), scale=1.0)
-    with pytest.raises(InputRefused, match=r"1\.weight: 1 values would not be finite: the largest is 1e\+06, float16"):
+    with pytest.raises(InputRefused, match=r"1\.weight: 1 value would not be finite: the largest is 1e\+06, float16"):
         layers.fold(model, plan_for(model, an_adapter({"0": PAIR, "1": huge})))
     assert equal(model[0].weight.detach(), a_linear(torch.float16).weight.detach())
 
@@ -232,7 +232,7 @@ def test_a_head_that_the_module_lacks_is_refused(put: Callable[[nn.Module, Plan]
 def test_a_replaced_tensor_that_overflows_is_refused(put: Callable[[nn.Module, Plan], None]) -> None:
     model = a_model(torch.float16)
     adapter = an_adapter({"0": PAIR}, replaced={"0.bias": np.array([1e5, 0], np.float32)})
-    with pytest.raises(InputRefused, match=r"0\.bias: 1 values would not be finite: the largest is 1e\+05"):
+    with pytest.raises(InputRefused, match=r"0\.bias: 1 value would not be finite: the largest is 1e\+05"):
         put(model, plan_for(model, adapter))
     assert type(model[0]) is nn.Linear
 

@@ -59,7 +59,7 @@ def test_a_value_that_is_not_finite_is_refused() -> None:
     layers.attach(model, plan_for(model, adapter))
     with torch.no_grad():
         model.get_parameter("0.lora_B.default")[0] = float("nan")
-    with pytest.raises(InputRefused, match="0: B holds 1 values that are not finite"):
+    with pytest.raises(InputRefused, match="0: B holds 1 value that is not finite"):
         layers.read_back(model, adapter)
 
 

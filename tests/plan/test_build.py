@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export import plan, sums
-from lora_export.errors import InputRefused, MatchError
+from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.lora import Adapter, TokenRows
 from lora_export.plan import Layout
 from support.plans import BA, adapter, changes, holding, matrix, misfits, pair, rows, table, tied, vector
@@ -73,7 +73,7 @@ def test_a_pair_is_added_to_the_whole_tensor_of_its_adapter():
     (step,) = made.steps
     assert step.replace is whole and step.terms and not step.is_replacement
     assert str(made).splitlines() == [
-        "1 weights changed",
+        "1 weight changed",
         "  emb.weight  [3 x 2 float32]  1 * B A (rank 1, mine), on an embedding, added to the whole tensor from "
         "the adapter",
     ]
@@ -90,7 +90,7 @@ def test_different_rows_of_several_adapters_are_one_step():
     assert (step.token_rows.indices.tolist(), step.token_rows.values[:, 0].tolist()) == ([4, 1, 2], [5, 2, 3])
     assert step.is_replacement and step.replaces_only_rows
     assert str(made).splitlines() == [
-        "1 tables with some rows replaced",
+        "1 table with some rows replaced",
         "  emb.weight  [5 x 3 float32]  3 rows replaced",
     ]
     table = np.array(np.zeros((2, 3)))  # the rows 1 and 2 of five
@@ -141,7 +141,7 @@ def test_a_strength_that_is_not_finite_is_refused(strength):
 
 
 def test_the_number_of_strengths_must_be_that_of_adapters():
-    with pytest.raises(InputRefused, match="1 adapters but 2 weights; give one weights= per adapter"):
+    with pytest.raises(WrongUsage, match="1 adapter but 2 weights; give one weights= per adapter"):
         plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[1, 2])
 
 

@@ -20,7 +20,7 @@ def test_a_printed_plan_names_dora():
 
 def test_a_printed_plan_omits_counts_of_zero():
     made = plan.make([adapter(fc=pair())], [matrix("fc.weight")])
-    assert str(made).splitlines()[0] == "1 weights changed"
+    assert str(made).splitlines()[0] == "1 weight changed"
 
 
 def test_a_printed_plan_lists_every_changed_tensor():
@@ -33,7 +33,7 @@ def test_a_printed_plan_lists_every_changed_tensor():
     base = [matrix("fc.weight", dtype="bfloat16"), vector("fc.bias"), matrix("head.weight"), vector("norm.weight")]
     made = plan.make([mine, adapter("other", fc=pair())], base, strengths=[0.5, 3], may_add=True)
     assert str(made).splitlines() == [
-        "1 weights changed, 1 biases changed, 1 tensors replaced, 1 tensors added, 1 kept as they are",
+        "1 weight changed, 1 bias changed, 1 tensor replaced, 1 tensor added, 1 kept as it is",
         "note: the base has no new.weight: it is added.",
         "  fc.weight  [2 x 3 bfloat16]  1 * B A (rank 1, mine) + 3 * B A (rank 1, other)",
         "  fc.bias  [2 float32]  bias shifted",

@@ -43,6 +43,13 @@ def test_every_difference_is_shown_with_both_values() -> None:
     ]
 
 
+def test_the_hash_of_the_tensors_alone_is_one_of_the_adapter() -> None:
+    own = [{"name": "en", "sha256": ONE, "file_sha256": THREE}, {"name": "fr", "sha256": TWO}]
+    refuse_unexpected(Path("f"), Expectations((TWO, THREE)), own, [])  # that of the file of tensors alone
+    assert refused(Different, Expectations((TWO, THREE, ONE)), own)
+    assert refused(Different, Expectations((THREE, THREE)), own)
+
+
 @pytest.mark.parametrize("expected", [Expectations((ONE,)), Expectations((ONE, ONE)), Expectations((ONE, TWO, THREE))])
 def test_one_adapter_more_or_fewer_is_different(expected: Expectations) -> None:
     assert len(refused(Different, expected)) == 2

@@ -60,8 +60,8 @@ def test_token_rows_replace_only_their_rows():
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (65500, "name: 1 values would exceed 65504, the largest float16. Check the adapter's scale, or use dtype="),
-        (np.inf, "name: the base holds 1 values that are not finite. Nothing was written."),
+        (65500, "name: 1 value would exceed 65504, the largest float16. Check the adapter's scale, or use dtype="),
+        (np.inf, "name: the base holds 1 value that is not finite. Nothing was written."),
     ],
 )
 def test_values_that_are_not_finite_are_refused(stored, message):

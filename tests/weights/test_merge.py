@@ -458,7 +458,7 @@ def test_rows_beyond_the_dtype_of_the_base_are_refused(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[1]], "emb.weight": [[1], [2]]}, np.float16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[1]], [[1]])}, trainable_token_indices=[1])
     add_tensors(adapter, {"base_model.model.emb.token_adapter.trainable_tokens_delta": np.array([[1e5]], np.float32)})
-    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 values would exceed 65504"):
+    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 value would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
 
 
@@ -925,7 +925,7 @@ def test_the_remedies_for_a_change_below_rounding_work(tmp_path):
 def test_a_sum_beyond_the_dtype_is_refused(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[60000, 1]]}, np.float16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[10000, 1]], [[1]])})
-    with pytest.raises(InputRefused, match=r"fc\.weight: 1 values would exceed 65504, the largest float16\. Check"):
+    with pytest.raises(InputRefused, match=r"fc\.weight: 1 value would exceed 65504, the largest float16\. Check"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "wide", dtype="float32")
     assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[70000, 2]]
@@ -935,7 +935,7 @@ def test_a_sum_beyond_the_dtype_is_refused(tmp_path):
 def test_a_conversion_that_overflows_is_refused(tmp_path, kept, replaced, culprit):
     base_file(tmp_path / "base.safetensors", {"fc.weight": W, "other": [kept]})
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([replaced], np.float32)})
-    with pytest.raises(InputRefused, match=rf"{culprit}: 1 values would exceed 65504"):
+    with pytest.raises(InputRefused, match=rf"{culprit}: 1 value would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", dtype="float16")
 
 

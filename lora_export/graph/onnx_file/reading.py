@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnx import defs
 
 from lora_export import provenance
-from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.errors import InputRefused, OutputFailed, count, listed
 from lora_export.formats import onnx_adapter
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
@@ -266,7 +266,7 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
             problems.append(_location_problem(path.parent, tensor))
     problems = [problem for problem in problems if problem]
     if problems:
-        what = f"{path}: {len(problems)} tensors cannot be read from its external data:"
+        what = f"{path}: {count(len(problems), 'tensor')} cannot be read from its external data:"
         raise InputRefused(what, listed(problems, MAX_LISTED))
 
 

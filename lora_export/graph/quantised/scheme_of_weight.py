@@ -86,7 +86,7 @@ def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]
     if not kinds:
         yield f"{named('requantize', True)} has no effect: no weight that changes is quantised"
     for kind, count in kinds.items():
-        yield f"{count} weights are quantised again: {kind}"
+        yield f"quantised again: {count} of the weights, {kind}"
     nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "QuantizeLinear"]
     inputs = [node for node in nodes if node.inputs and node.inputs[0] is not None]
     activations = sum(quantised_weights.tensor_at(node, 0) is None for node in inputs)

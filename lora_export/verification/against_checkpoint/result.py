@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from lora_export.errors import count, escaped_lines, one_line
+from lora_export.errors import brief, count, escaped_lines, one_line
 from lora_export.plan import Step
 from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement
@@ -54,7 +54,7 @@ class AuditedWeight:
         return one_line(f"{self.name}: {self.outcome}{f', {self.why}' if self.why else ''}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """All tensors: different where one is different, else undecided where one is undecided. True only where same."""
 
@@ -64,12 +64,15 @@ class Audit:
     files: tuple[str, ...] = ()  # how config, tokenizer and the like differ from the base's, see `companion_files`
     not_judged: tuple[str, ...] = ()  # parts in which a fault could be
     notes: tuple[str, ...] = ()
-    about: Mapping[str, Any] = field(default_factory=dict, repr=False)  # versions, files, adapters
-    seconds: float = field(default=0.0, repr=False)  # of the whole run
+    about: Mapping[str, Any] = field(default_factory=dict)  # versions, files, adapters
+    seconds: float = 0.0  # of the whole run
     # What a report shows of a `Proof`: nothing ran, and no error of a run can end an audit.
     placement: ClassVar[None] = None
     diagnosis: ClassVar[None] = None
     error: ClassVar[None] = None
+
+    def __repr__(self) -> str:
+        return brief(self, self.headline)
 
     @property
     def verdict(self) -> Audit:
@@ -111,7 +114,7 @@ class Audit:
         """The outcome, and how many tensors are as they should be."""
         fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
-        tensors = f"{len(self.weights)} tensors, of which {counts or 'none'} as they should be"
+        tensors = f"{count(len(self.weights), 'tensor')}, of which {counts or 'none'} as they should be"
         beside = f"; {count(len(self.files), 'value')} in the files beside them not the base's" if self.files else ""
         return f"{self.outcome}: {tensors}{beside}"
 
@@ -143,5 +146,5 @@ class Audit:
         controls = [detected for weight in changed for detected in weight.controls.values()]
         return [
             one_line(f"largest error against W + s·BA in fp64: {worst.error:.2f} of what is allowed, in {worst.name}"),
-            f"{len(controls)} controls (an adapter left out, scaled or transposed) were detected as wrong",
+            f"detected as wrong: {count(len(controls), 'control')} (an adapter left out, scaled or transposed)",
         ]

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from lora_export.errors import Different, EscapedLines, Undecided, count, escaped_lines, one_line
+from lora_export.errors import Different, EscapedLines, Undecided, brief, count, escaped_lines, one_line
 from lora_export.options.spelling import named
 
 PYTORCH = "PyTorch"
@@ -195,7 +195,7 @@ def _figure_lines(f: Figures) -> Iterator[str]:
         yield f"  rounding the merged weights costs {percent(f.merge_loss)} of the adapter's effect"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """`same`, `different` or `undecided`, with every figure that led to it. True only where it is `same`."""
 
@@ -208,6 +208,9 @@ class Verdict:
     not_judged: tuple[str, ...] = ()  # parts of the candidate in which a fault could be
     peer: str = PYTORCH  # the implementation whose own error sets the limits
     recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
+
+    def __repr__(self) -> str:
+        return brief(self, self.headline)
 
     @property
     def same(self) -> bool:

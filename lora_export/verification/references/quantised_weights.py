@@ -270,7 +270,7 @@ def notes_on(weights: Mapping[str, DequantisedWeight]) -> list[str]:
     kinds = sorted({weight.kind for weight in weights.values()})
     name, farthest = max(weights.items(), key=lambda item: item[1].distance)
     notes = [
-        f"{len(weights)} weights are quantised ({', '.join(kinds)}): every reference computed with the graph's own "
+        f"quantised weights: {len(weights)} ({', '.join(kinds)}). Every reference computed with the graph's own "
         f"weights. They are up to {farthest.distance:.1%} from the model's weights"
         f"{' and adapters' if farthest.merge else ''} ({name})"
     ]

@@ -91,7 +91,7 @@ def test_inputs_and_their_values_have_dtype_of_weight(dtype: str) -> None:
 def test_factor_that_overflows_dtype_of_weight_is_refused(dtype: str, largest: float) -> None:
     slot = AdapterSlot("m.weight", "a", "b", (2, 3), dtype, "")
     pair = LoraPair(a=PAIR.a, b=[[1], [largest]], scale=1.0 if dtype == "float16" else 2.0)
-    with pytest.raises(InputRefused, match=rf"default, m.weight: 1 values of b .* largest {dtype} is"):
+    with pytest.raises(InputRefused, match=rf"default, m.weight: 1 value of b .* largest {dtype} is"):
         adapter_inputs(Contract("0", "0", (slot,)), an_adapter({"m": pair}))
 
 

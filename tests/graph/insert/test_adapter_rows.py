@@ -103,7 +103,7 @@ def test_old_opset_and_existing_input_are_refused(change: Callable[[ir.Model], N
 def test_overflow_and_second_insertion_are_refused() -> None:
     model = a_graph(GEMM)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(np.ones((2, 3), np.float16), name="m.weight")
-    with pytest.raises(InputRefused, match=r"m.weight: 1 values of lora_B .* float16 is 65504"):
+    with pytest.raises(InputRefused, match=r"m.weight: 1 value of lora_B .* float16 is 65504"):
         with_rows(model, an_adapter({"m": LoraPair(a=PAIR.a, b=[[1], [2]], scale=4e4)}))
     model = a_graph(GEMM)
     with_rows(model, an_adapter({"m": PAIR}))

@@ -194,7 +194,7 @@ def test_an_overflow_in_half_precision_is_refused() -> None:
     model = a_graph(SEQUENCES.replace("float[", "float16["))
     for name, value in (("a.weight", A), ("head.weight", HEAD)):
         model.graph.initializers[name].const_value = ir.Tensor(value.astype(np.float16), name=name)
-    with pytest.raises(InputRefused, match=r"head: 1 values of weight would not be finite: the largest float16"):
+    with pytest.raises(InputRefused, match=r"head: 1 value of weight would not be finite: the largest float16"):
         with_heads(model, [{"head.weight": np.float32([[7e4, 1]])}, {}], *one_and_two())
     model = a_graph(SEQUENCES.replace("float[", "float16["))
     for name, value in (("a.weight", A), ("head.weight", HEAD)):

@@ -157,7 +157,7 @@ def test_bare_file_name_is_checked_like_any_other(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_wrong_locations_and_sizes_are_refused(tmp_path: Path, fields: dict[str, str], problem: str) -> None:
-    with pytest.raises(InputRefused, match=rf"model.onnx: 1 tensors cannot be read .*\n  m.weight: .*{problem}"):
+    with pytest.raises(InputRefused, match=rf"model.onnx: 1 tensor cannot be read .*\n  m.weight: .*{problem}"):
         load_graph(graph_with_external_data(tmp_path, **fields))
 
 
@@ -256,7 +256,7 @@ def test_data_of_nodes_is_checked_too(tmp_path: Path, where: str, location: str)
         entry.key, entry.value = key, value
     path = tmp_path / "model/model.onnx"
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputRefused, match="1 tensors cannot be read"):
+    with pytest.raises(InputRefused, match="1 tensor cannot be read"):
         load_graph(path)
 
 

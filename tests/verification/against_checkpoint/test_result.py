@@ -54,9 +54,9 @@ def test_a_right_audit_prints_its_margin_and_its_controls() -> None:
     assert str(Audit(Outcome.SAME, (RIGHT, higher, KEPT))).splitlines() == [
         "same: 3 tensors, of which 1 kept, 2 changed as they should be",
         "largest error against W + s·BA in fp64: 0.75 of what is allowed, in up.weight",
-        "3 controls (an adapter left out, scaled or transposed) were detected as wrong",
+        "detected as wrong: 3 controls (an adapter left out, scaled or transposed)",
     ]
-    assert str(Audit(Outcome.SAME, (KEPT,))) == "same: 1 tensors, of which 1 kept as they should be"
+    assert str(Audit(Outcome.SAME, (KEPT,))) == "same: 1 tensor, of which 1 kept as they should be"
 
 
 def test_a_wrong_audit_prints_eight_weights_and_the_number_of_the_others() -> None:

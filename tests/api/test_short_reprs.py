@@ -1,0 +1,61 @@
+"""What `repr` shows of public values: a line each, without their arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.lora import LoraPair, TokenRows
+from support.api import MODEL, an_adapter, base_weights
+from support.handmade import graph_file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("values")
+    an_adapter(folder / "adapter")
+    base_weights(folder / "base.safetensors")
+    graph_file(folder / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)})
+    le.merge(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors")
+    le.export_torchscript(MODEL, folder / "m.pt", adapters=folder / "adapter", verify=False)
+    return folder
+
+
+def merged(place: Path) -> object:
+    return le.merge(place / "base.safetensors", place / "adapter", place / "again.safetensors", overwrite=True)
+
+
+def audited(place: Path) -> object:
+    return le.verify(place / "merged.safetensors", base=place / "base.safetensors", adapters=place / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (lambda _: LoraPair(a=np.ones((2, 3)), b=np.ones((4, 2)), scale=0.5), "LoraPair(4 x 3, rank 2, scale 0.5)"),
+        (lambda _: TokenRows(np.arange(3), np.ones((3, 4))), "TokenRows(3 rows, width 4)"),
+        (lambda place: le.load_adapter(place / "adapter"), "Adapter('adapter', peft, 1 pair, 32 parameters)"),
+        (lambda place: le.open_checkpoint(place / "base.safetensors"), "base.safetensors', 2 tensors, "),
+        (lambda place: le.inspect(place / "adapter"), "adapter=Adapter('adapter', peft, "),
+        (lambda place: le.inspect(place / "m.onnx"), "graph=Sites(1 linear layers: 1 named by "),
+        (merged, "plan=Plan(1 weight changed, 1 kept as it is), report=MergeReport(1 weight merged, "),
+        (audited, "Verification(same: 2 tensors, of which 1 "),
+        (lambda place: le.verify(place / "m.pt", MODEL, adapters=place / "adapter"), "Verification(same: error "),
+        (lambda place: le.verify(place / "m.pt", MODEL, adapters=place / "adapter").proof, "Proof(same: error "),
+    ],
+)
+def test_the_line_of_a_value_has_no_arrays(place: Path, value: Callable[[Path], object], parts: str) -> None:
+    line = repr(value(place))
+    assert parts in line and "array" not in line and len(line) < 700
+
+
+def test_a_checker_sees_no_name_that_does_not_exist() -> None:
+    import ast
+
+    tree = ast.parse(Path(le.__file__).read_text(encoding="utf-8"))
+    assert "__getattr__" not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert not hasattr(le, "Generator")
