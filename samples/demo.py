@@ -10,6 +10,7 @@ Each is proven against PyTorch. Exits with a code other than 0 unless all four v
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import shutil
 import sys
 import time
@@ -22,17 +23,24 @@ from rich.table import Table
 
 import docstrings
 import lora_export as le
+from lora_export.cli.progress import shown
 
 TRAINING = {"rank": 8, "alpha": 16, "target": "query,value", "epochs": 5, "batch_size": 16, "learning_rate": 5e-3}
 
 console = Console(highlight=False)
 
 
+STEPS = itertools.count(1)
+ALL_STEPS = 9  # one training, four outputs, and the proof of each
+
+
 def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
     """Call a function of lora_export. Returns its result and the seconds that it took."""
-    console.print(f"\n[bold]{function.__name__}[/bold] {arguments[-1]}")
+    console.print(f"\n{next(STEPS)} of {ALL_STEPS}: [bold]{function.__name__}[/bold] {arguments[-1]}")
     begun = time.perf_counter()
-    return function(*arguments, **options, on_message=console.print), time.perf_counter() - begun
+    with shown() as on_progress:
+        result = function(*arguments, **options, on_message=console.print, on_progress=on_progress)
+    return result, time.perf_counter() - begun
 
 
 def size(path: Path) -> int:

@@ -31,6 +31,7 @@ from lora_export.api.training_strategies import (
 )
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, OutputFailed, WrongUsage
+from lora_export.extras import pip_install
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
@@ -283,7 +284,7 @@ def _write_run(
     facts = facts_for_card(base.model, learnt, run, base.sha256, base.quantised, options)
     write_trained_adapter(place, base.model, learnt, run, new, facts)
     if not facts["plot"]:
-        on_message("note: the losses are not drawn: matplotlib is missing (pip install 'lora-export[plot]')")
+        on_message(f"note: the losses are not drawn: matplotlib is missing ({pip_install('plot')})")
 
 
 def _note_on_attention(options: TrainOptions, new: Mapping[int, Adapter]) -> None:

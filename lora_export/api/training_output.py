@@ -16,6 +16,7 @@ from lora_export.api.training_data import TrainingData
 from lora_export.api.training_strategies import TrainingRun, losses_of
 from lora_export.callbacks import OnMessage
 from lora_export.errors import OutputFailed
+from lora_export.extras import pip_install
 from lora_export.formats import WriteOptions, peft
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
@@ -133,4 +134,4 @@ def write_comparison(
         page = comparison_page(document, picture)
         (stage / f"{COMPARISON}.html").write_text(page, encoding="utf-8", newline="\n")
     else:
-        on_message("note: the table is not written as a page: jinja2 is missing (pip install 'lora-export[report]')")
+        on_message(f"note: the table is not written as a page: jinja2 is missing ({pip_install('report')})")

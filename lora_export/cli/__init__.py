@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import io
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -105,6 +107,38 @@ class LazyGroup(click.Group):
                 formatter.write_dl(list(commands.items()))
 
 
+def described(command: click.Command, name: str) -> dict[str, Any]:
+    """A command and its parameters, as JSON."""
+    parameters = []
+    for parameter in command.params:
+        known = parameter.to_info_dict()
+        kind = known["type"]
+        default = known["default"] if isinstance(known["default"], str | int | float | bool) else None
+        parameters.append(
+            {
+                "name": parameter.name,
+                "flags": [] if known["param_type_name"] == "argument" else known["opts"] + known["secondary_opts"],
+                "type": kind["name"],
+                "choices": list(kind.get("choices") or ()),
+                "required": known["required"],
+                "repeated": known["multiple"] or known["nargs"] == -1,
+                "default": default,
+                "help": known.get("help") or "",
+            }
+        )
+    return {"name": name, "help": inspect.cleandoc(command.help or ""), "parameters": parameters}
+
+
+def help_document(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """What `--help --json` prints, of all commands or of the one that is named; None where it was not given."""
+    if not {"--help", "--json"} <= set(arguments):
+        return None
+    named = [word for word in arguments if word in COMMANDS][:1] or list(COMMANDS)
+    commands = [described(command_named(name), name) for name in named]
+    codes = {str(code): kind for code, kind in ({0: "done"} | failures.FAILURE_KINDS).items()}
+    return {"schema": "lora-export/commands/1", "version": __version__, "exit_codes": codes, "commands": commands}
+
+
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
@@ -169,6 +203,9 @@ def run(arguments: list[str] | None = None) -> int:
         sys.modules["lora_export.storage.atomic_output"].published.clear()
     try:
         with command_line_spelling():
+            if document := help_document(invocation.arguments):
+                failures.print_json(document)
+                return 0
             result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
     except SystemExit as end:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.

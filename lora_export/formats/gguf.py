@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.extras import pip_install
 from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import base_config, size_in_config
 from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
@@ -37,7 +38,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         import gguf
     except ImportError as error:
         raise EnvironmentLacking(
-            f"{named('to', 'gguf')} needs the package gguf ({error}): pip install 'lora-export[gguf]'"
+            f"{named('to', 'gguf')} needs the package gguf ({error}): {pip_install('gguf')}"
         ) from error
     config = base_config(None, options.reading)
     if config is None:

@@ -423,7 +423,9 @@ def import_onnxruntime() -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
+        raise EnvironmentLacking(
+            f"onnxruntime cannot be imported ({error}): pip install onnxruntime, or onnxruntime-gpu"
+        ) from error
 
 
 def import_quantiser() -> Any:

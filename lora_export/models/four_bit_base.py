@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.extras import pip_install
 from lora_export.layers.frozen_linear import four_bit_linear
 from lora_export.options.spelling import named
 from lora_export.options.train import BaseQuantization
@@ -46,9 +47,7 @@ def require_bitsandbytes() -> None:
         with _without(KERNELS):
             importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        raise EnvironmentLacking(
-            f"a base in 4 bits needs bitsandbytes ({error}): pip install 'lora-export[qlora]'"
-        ) from error
+        raise EnvironmentLacking(f"a base in 4 bits needs bitsandbytes ({error}): {pip_install('qlora')}") from error
     finally:
         logger.setLevel(level)
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.extras import pip_install
 from lora_export.isolation.limits import MAX_PIXELS, MAX_SAMPLES
 from lora_export.storage import input_files
 
@@ -37,7 +38,7 @@ def optional_package(name: str, needs: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
-        raise EnvironmentLacking(f"{needs} {name} ({error}): pip install 'lora-export[{extra}]'") from error
+        raise EnvironmentLacking(f"{needs} {name} ({error}): {pip_install(extra)}") from error
 
 
 def open_processor(auto_class: str, folder: Path, *, needs: str, failure: str) -> Any:
@@ -103,7 +104,7 @@ def read_image(image: Path | Any) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise EnvironmentLacking(f"images need Pillow ({error}): pip install 'lora-export[data]'") from error
+        raise EnvironmentLacking(f"images need Pillow ({error}): {pip_install('data', 'pillow')}") from error
     if not isinstance(image, Path):
         return image.convert("RGB")
     with refusing_failures("no image that can be read"), Image.open(image, formats=IMAGE_FORMATS) as opened:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking
+from lora_export.extras import pip_install
 from lora_export.report.files.page import render
 from lora_export.storage.atomic_output import byte_size
 
@@ -50,7 +51,7 @@ def require_matplotlib() -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise EnvironmentLacking(f"a plot needs matplotlib ({error}): pip install 'lora-export[plot]'") from error
+        raise EnvironmentLacking(f"a plot needs matplotlib ({error}): {pip_install('plot')}") from error
 
 
 def draw_losses(

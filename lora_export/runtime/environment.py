@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from lora_export import extras
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime import environment_probes as probes
 from lora_export.runtime.environment_probes import CPU, CUDA, DRIVER_LIBRARY, VARIABLES, ProbeResult
@@ -25,7 +26,7 @@ MODULES_OF = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }  # a distribution -> the module that it is imported by, where the names differ
-DEVELOPMENT_EXTRAS = frozenset({"demo", "dev"})  # no command needs them
+DEVELOPMENT_EXTRAS = frozenset({"demo", "dev", "release"})  # no command needs them
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Facts:
     python: str
     platform: str
     packages: tuple[Package, ...]
+    owners: Mapping[str, str]  # every distribution that contains the package `lora_export` -> its version
     onnxruntimes: Mapping[str, str]  # every distribution that contains the package `onnxruntime` -> its version
     onnxruntime_cuda: str | None  # the CUDA it was built for; empty for a CPU build, None where it does not import
     providers: tuple[Provider, ...]
@@ -86,15 +88,16 @@ def examine() -> Facts:
     Raises EnvironmentLacking where lora-export is not installed, so that its requirements are unknown.
     """
     installed = [each for each in importlib.metadata.distributions() if name_of(each)]
-    try:
-        metadata = importlib.metadata.metadata("lora-export")
-    except importlib.metadata.PackageNotFoundError:
+    tables = [own.metadata for own in extras.installed()]
+    if not tables:
         raise EnvironmentLacking(
             "lora-export is not installed, only found as source, so its requirements are unknown: pip install -e ."
-        ) from None
-    required = required_packages(
-        metadata.get_all("Requires-Dist", []), metadata.get_all("Provides-Extra", []), installed
+        )
+    lines, names = (
+        list(dict.fromkeys(line for table in tables for line in table.get_all(key, [])))
+        for key in ("Requires-Dist", "Provides-Extra")
     )
+    required = required_packages(lines, names, installed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         driver_probe = pool.submit(probes.run_in_child, probes.probe_driver)
         results = dict(zip(required, pool.map(import_package, required), strict=True))
@@ -106,6 +109,7 @@ def examine() -> Facts:
         python=platform.python_version(),
         platform=platform.platform(),
         packages=tuple(_with_fault(package, result.fault) for package, result in results.items()),
+        owners=distributions_of("lora_export", installed),
         onnxruntimes=distributions_of("onnxruntime", installed),
         onnxruntime_cuda=onnxruntime.get("cuda"),
         providers=providers,
@@ -120,7 +124,7 @@ def examine() -> Facts:
 
 
 def required_packages(
-    requirements: Iterable[str], extras: Iterable[str], installed: Iterable[Distribution]
+    requirements: Iterable[str], names_of_extras: Iterable[str], installed: Iterable[Distribution]
 ) -> tuple[Package, ...]:
     """The packages of `Requires-Dist` lines, each with its installed version and what is wrong with that.
 
@@ -133,8 +137,8 @@ def required_packages(
     for line in requirements:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
-        extra = _extra_of(requirement, extras)
-        if extra is None or extra in DEVELOPMENT_EXTRAS or name == "lora-export":
+        extra = _extra_of(requirement, names_of_extras)
+        if extra is None or extra in DEVELOPMENT_EXTRAS or name in extras.DISTRIBUTIONS:
             continue
         if name.startswith("onnxruntime") and name not in onnxruntimes:
             name = canonicalize_name(next(iter(onnxruntimes), name))
@@ -238,6 +242,10 @@ def find_problems(facts: Facts, provider: str | None = None) -> tuple[Problem, .
         for package in facts.packages
         if package.fault
     ]
+    if len(facts.owners) > 1:
+        names = " ".join(facts.owners)
+        what = f"{list_versions(facts.owners)} are installed over each other: their files are mixed"
+        found.append(Problem(what, f"uninstall them all, then install one again: pip uninstall -y {names}"))
     if len(facts.onnxruntimes) > 1:
         names = " ".join(facts.onnxruntimes)
         found.append(
@@ -262,7 +270,7 @@ def list_versions(versions: Mapping[str, str]) -> str:
 
 
 def _package_remedy(package: Package) -> str:
-    requirement = f"lora-export[{package.extra}]" if package.extra else package.name + package.wanted
+    requirement = package.name + package.wanted
     if package.fault.startswith("does not import"):
         return f"`pip check` names conflicts; else: pip install --force-reinstall --no-deps '{package.name}'"
     return f"pip install --upgrade '{requirement}'"

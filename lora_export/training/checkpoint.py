@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
+from lora_export.extras import pip_install
 from lora_export.options.spelling import named
 
 METRICS = "metrics.jsonl"
@@ -290,7 +291,7 @@ class Checkpoints:
 def require_tensorboard() -> None:
     """Raise EnvironmentLacking where TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise EnvironmentLacking(f"{named('tensorboard')} needs tensorboard: pip install 'lora-export[tensorboard]'")
+        raise EnvironmentLacking(f"{named('tensorboard')} needs tensorboard: {pip_install('tensorboard')}")
 
 
 class EventLog:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
+from lora_export.extras import pip_install
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.storage.system_calls import deferred_signals
@@ -282,7 +283,7 @@ def accelerator_for(device: Device, precision: Precision) -> Any:
     try:
         import accelerate
     except ImportError as error:
-        raise EnvironmentLacking("training needs accelerate: pip install 'lora-export[train]'") from error
+        raise EnvironmentLacking(f"training needs accelerate: {pip_install('train')}") from error
     try:
         # Its precision is one for the whole process. bf16 is autocast alone; fp16 has a scale of the loss.
         mixed = "fp16" if precision == "fp16" else "no"

@@ -150,7 +150,7 @@ def test_a_base_in_4_bits_needs_bitsandbytes_and_a_folder(
     assert "--quantize-base is for Hugging Face folders of transformers" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert call(*line, "--data", data.parent / "none.npz") == 6  # before the data are read
-    assert "pip install 'lora-export[qlora]'" in capsys.readouterr().err
+    assert "pip install 'bitsandbytes>=" in capsys.readouterr().err
     assert [path.name for path in data.parent.iterdir()] == ["data.npz"]
 
 

@@ -156,9 +156,9 @@ def test_the_table_of_exit_codes_is_complete() -> None:
 def test_the_table_of_extras_is_complete() -> None:
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    projects = [tomllib.loads((ROOT / name / "pyproject.toml").read_text(encoding="utf-8")) for name in ("", "core")]
     documented = re.findall(r"^\| `([a-z]+)` \| \S", page_text("install"), re.M)
-    assert sorted(documented) == sorted(project["optional-dependencies"])
+    assert sorted(documented) == sorted(set().union(*(one["project"]["optional-dependencies"] for one in projects)))
 
 
 def test_the_readme_begins_with_three_commands() -> None:

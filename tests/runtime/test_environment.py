@@ -94,6 +94,7 @@ def test_cuda_must_load_beside_a_gpu_unless_cpu_is_requested():
 def test_cpu_build_of_onnxruntime_is_uninstalled_first():
     facts = replace(
         HEALTHY,
+        owners={"lora-export": "0.1.0"},
         onnxruntimes={"onnxruntime": "1.31.1"},
         onnxruntime_cuda="",
         providers=(Provider(CPU),),

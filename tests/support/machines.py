@@ -20,6 +20,7 @@ HEALTHY = Facts(
         Package("onnxruntime-gpu", ">=1.24", "", "1.31.1"),
         Package("torch", ">=2.10", "", "2.13"),
     ),
+    owners={"lora-export-core": "0.1.0"},
     onnxruntimes={"onnxruntime-gpu": "1.31.1"},
     onnxruntime_cuda="13.0",
     providers=(Provider(CUDA), Provider(CPU)),

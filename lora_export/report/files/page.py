@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, one_line
+from lora_export.extras import pip_install
 from lora_export.report.html_context import (
     adapters_of,
     candidate_name,
@@ -36,7 +37,7 @@ def require_jinja2() -> Any:
     try:
         return importlib.import_module("jinja2")
     except ImportError as error:
-        raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
+        raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): {pip_install('report')}") from error
 
 
 require = require_jinja2
