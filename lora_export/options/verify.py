@@ -149,11 +149,12 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.PROOF))
     reports: Sequence[str | Path] = option(
         (),
-        "Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
+        "Write the verdict as JSON (every figure), JUnit XML (for CI), HTML (to read), Markdown (for a model's page) "
+        "or SVG (a badge). May be repeated.",
         section=Section.FILES,
         flags=("--report",),
         often=True,
-        metavar="FILE.json|.xml|.html",
+        metavar="FILE.json|.xml|.html|.md|.svg",
         kind="path",
     )
     expected: Expectations = nested(Expectations)

@@ -69,14 +69,14 @@ def summary(proof: Proof, title: str) -> str:
     """The verdict as GitHub's Markdown: the headline, why, the case of each output that is closest to its limits."""
     verdict, about = proof.verdict, proof.about
     blocks = [
-        [f"### {ICONS[verdict.outcome]} {_safe(title)}: {verdict.outcome}"],
-        [_safe(headline(proof))],
+        [f"### {ICONS[verdict.outcome]} {safe_markdown(title)}: {verdict.outcome}"],
+        [safe_markdown(headline(proof))],
         list(_reason_lines(proof)),
         list(_table(verdict)),
         list(_remarks(proof)),
     ]
     versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
-    blocks.append([f"<sub>{_safe(', '.join(versions))}</sub>"] if versions else [])
+    blocks.append([f"<sub>{safe_markdown(', '.join(versions))}</sub>"] if versions else [])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n\n"
 
 
@@ -84,12 +84,12 @@ def _reason_lines(proof: Proof) -> Iterator[str]:
     verdict = proof.verdict
     if lines := explanation(proof):
         where, *why = lines
-        yield "- " + "  \n  ".join([f"**{_safe(where)}**", *map(_safe, why)])
+        yield "- " + "  \n  ".join([f"**{safe_markdown(where)}**", *map(safe_markdown, why)])
     shown = verdict.distinct_reasons[:SHOWN]
     for reason in shown:
-        yield f"- {_safe(str(reason))}"
+        yield f"- {safe_markdown(str(reason))}"
         if reason.remedy:
-            yield f"  **{DECIDES}:** {_safe(reason.remedy)}"
+            yield f"  **{DECIDES}:** {safe_markdown(reason.remedy)}"
     if more := len(verdict.reasons) - len(shown):
         yield f"- and {count(more, 'reason')} more"
 
@@ -106,20 +106,20 @@ def _row(comparison: Comparison) -> str:
     assert f is not None  # `nearest_to_failing` holds measured comparisons alone
     relative = "–" if f.relative_to_effect is None else percent(f.relative_to_effect)
     errors = [f"{error:.3g}" for error in (f.error, f.deployed_error, f.max_error)]
-    return f"| {' | '.join(map(_safe, [comparison.output, comparison.case, *errors, relative]))} |"
+    return f"| {' | '.join(map(safe_markdown, [comparison.output, comparison.case, *errors, relative]))} |"
 
 
 def _remarks(proof: Proof) -> Iterator[str]:
     verdict = proof.verdict
     for line in placement_lines(proof.placement) if proof.placement else ():
-        yield _safe(line) + "  "
+        yield safe_markdown(line) + "  "
     for part in verdict.not_judged:
-        yield f"**{NOT_JUDGED}:** {_safe(part)}  "
+        yield f"**{NOT_JUDGED}:** {safe_markdown(part)}  "
     for note in verdict.notes:
-        yield f"_{_safe(note)}_  "
+        yield f"_{safe_markdown(note)}_  "
 
 
-def _safe(text: str) -> str:
+def safe_markdown(text: str) -> str:
     """Text that Markdown shows as it is: no HTML, link, mention, emphasis, table cell or line break."""
     escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", one_line(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u2060")

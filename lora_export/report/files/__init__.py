@@ -51,14 +51,16 @@ def report_files() -> Mapping[str, ReportFile]:
 def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Check a report's path before the work begins. `inputs` are the files and folders that the command reads.
 
-    Raises InputRefused where `write_report` could not write it or would overwrite an input, and EnvironmentLacking
-    where a package is missing that the report needs.
+    Raises InputRefused where `write_report` could not write it, or would overwrite an input or what is no report, and
+    EnvironmentLacking where a package is missing that the report needs.
     """
     kind = _kind_of(path)
     for source in inputs:
         is_inside = path.exists() and path.resolve().is_relative_to(source.resolve())
         if is_inside and not (source.is_dir() and _is_report(path)):
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
+    if path.is_file() and path.stat().st_size and not _is_report(path):
+        raise InputRefused(f"{path} exists and is no report")
     kind.require()
 
 
@@ -88,7 +90,7 @@ def _is_report(path: Path) -> bool:
 
 
 def write_report(path: Path, proof: AnyProof) -> None:
-    """Write a report of a verdict. An existing file is replaced.
+    """Write a report of a verdict. An existing report is replaced.
 
     The file is either written completely, or unchanged. Raises InputRefused for a suffix that no report has, and
     OutputFailed where the file cannot be written.
@@ -100,12 +102,9 @@ def write_report(path: Path, proof: AnyProof) -> None:
 def write_error_report(path: Path, error: Mapping[str, Any], *, seconds: float = 0.0) -> None:
     """Write a report of an error that ended the command before there was a verdict. Otherwise as `write_report`.
 
-    The error may be that the path is an input's. So only a report is replaced; InputRefused is raised for another file.
     `error` is its JSON document (see `ReportFile.of_error`); `seconds` is the duration of the run.
     """
     check_report_path(path)
-    if path.exists() and path.stat().st_size and not _is_report(path):
-        raise InputRefused(f"{path} exists and is no report")
     _replace(path, _kind_of(path).of_error(error, seconds))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.report import files
-from lora_export.report.files import check_report_path, figures, page, write_report
+from lora_export.report.files import badge, card, check_report_path, figures, page, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.verification.proof import Proof
 from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME, STRAYED
@@ -27,7 +27,7 @@ def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["report.txt", "report", "report.htm"])
 def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, name: str) -> None:
-    message = r"unknown report format. Name it \.json .*, \.xml .* or \.html"
+    message = r"unknown report format. Name it \.svg .*, \.md .*, \.json .*, \.xml .* or \.html"
     with pytest.raises(InputRefused, match=message):
         check_report_path(tmp_path / name)
     with pytest.raises(InputRefused, match=message):
@@ -38,6 +38,15 @@ def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, nam
 def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
     write_report(tmp_path / "no" / "such" / "report.json", Proof(SAME))
     assert (tmp_path / "no/such/report.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "page.html"])
+def test_what_is_no_report_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("by somebody")
+    for write in (lambda path: write_report(path, Proof(SAME)), check_report_path):
+        with pytest.raises(InputRefused, match="exists and is no report"):
+            write(tmp_path / name)
+    assert (tmp_path / name).read_text() == "by somebody"
 
 
 def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
@@ -51,7 +60,7 @@ def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.Monk
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(page.importlib, "import_module", missing)
-    with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
+    with pytest.raises(EnvironmentLacking, match=r"pip install 'jinja2>="):
         check_report_path(tmp_path / "page.html")
     check_report_path(tmp_path / "page.json")
 
@@ -60,6 +69,31 @@ def test_a_report_is_a_module_with_a_suffix_of_its_own() -> None:
     modules = {path.stem for path in Path(files.__path__[0]).glob("*.py")} - {"__init__"}
     assert {".json", ".xml", ".html"} <= set(files.report_files())
     assert {module.__name__.rpartition(".")[2] for module in files.report_files().values()} == modules
+
+
+# --- A card and a badge ---
+
+
+def test_a_card_has_the_verdict_the_hashes_and_the_command() -> None:
+    about = ABOUT | {"command": ["lora-export", "verify", "a b.onnx"], "adapters": [
+        {"name": "<b>|x", "sha256": "12ab", "weight": 0.5}], "lora_export": "0.1.0"}  # fmt: skip
+    text = card.of_proof(Proof(SAME, ON_CPU, about))
+    assert f"**{SAME.headline}**" in text and "fp64" in text and "lora-export verify 'a b.onnx'" in text
+    assert r"| adapter × 0.5 | &lt;b&gt;\|x | `12ab` |" in text and "By lora-export 0.1.0:" in text
+    ended = card.of_error({"error": "no | file", "command": ["lora-export", "verify", "x"]}, 1.0)
+    assert r"Nothing was proven: no \| file" in ended and "same" not in ended
+
+
+@pytest.mark.parametrize(
+    ("proof", "message"),
+    [(Proof(SAME), "proven: same"), (Proof(DIFFERENT), "different"), (None, "not proven")],
+)
+def test_a_badge_is_a_picture_of_the_outcome(proof: Proof | None, message: str) -> None:
+    text = badge.of_error({"error": "x"}, 1.0) if proof is None else badge.of_proof(proof)
+    root = ElementTree.fromstring(text)
+    label, shown = (each.text for each in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert (label, shown) == ("lora-export", message)
+    assert root.attrib["aria-label"] == f"lora-export: {message}" and "<script" not in text
 
 
 # --- Every figure, as JSON: of a verdict, and of an error that ended the command. ---
