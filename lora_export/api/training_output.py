@@ -92,6 +92,8 @@ def write_trained_adapter(
     run.history.write(folder / METRICS)
     if facts["plot"]:
         held_out = {record.step: record.held_out_loss for record in run.history.evaluations}
+        if run.score is not None and run.history.steps:
+            held_out.setdefault(run.history.steps[-1].step, run.score.loss)
         draw_losses({"training": run.history.losses}, folder / facts["plot"], held_out=held_out)
     (folder / MODEL_CARD).write_text(model_card(facts), encoding="utf-8", newline="\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ TITLES = (
 # Colours that colour-blind readers tell apart (Okabe and Ito)
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LINES = ("-", "--", "-.", ":")
+SMOOTHED_STEPS = 40  # with twice as many steps or more, the lines are smoothed
 
 
 def comparison_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -59,13 +61,17 @@ def draw_losses(
 ) -> None:
     """Draw the loss of each step as a PNG: label -> losses. Raises EnvironmentLacking without matplotlib.
 
-    `held_out` are losses on held-out examples: step -> loss.
+    Of many steps, the line is the mean of the last few, and the single losses are faint behind it. `held_out` are
+    losses on held-out examples: step -> loss.
     """
     figure = require_matplotlib()(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (label, values) in enumerate(losses.items()):
         style = {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linestyle": LINES[number % len(LINES)]}
-        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1.8, **style)
+        steps, window = range(1, len(values) + 1), max(1, len(values) // SMOOTHED_STEPS)
+        if window > 1:  # each step as a faint line behind the mean
+            axes.plot(steps, values, linewidth=0.8, alpha=0.25, color=style["color"])
+        axes.plot(steps, running_means(values, window), label=label, linewidth=1.8, **style)
     if held_out:
         colour, line = LINE_COLOURS[1], LINES[1]
         axes.plot(list(held_out), list(held_out.values()), label="held out", color=colour, linestyle=line, marker=".")
@@ -74,6 +80,13 @@ def draw_losses(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150, format="png")
+
+
+def running_means(values: Sequence[float], window: int) -> list[float]:
+    """For each value the mean of it and those before it, `window` of them at most."""
+    sums = [0.0, *itertools.accumulate(values)]
+    starts = (max(0, end - window) for end in range(1, len(sums)))
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
 
 
 def comparison_page(document: Mapping[str, Any], picture: str) -> str:

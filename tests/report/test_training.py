@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from lora_export.errors import EnvironmentLacking
-from lora_export.report.training import TITLES, comparison_page, comparison_rows, draw_losses, model_card
+from lora_export.report.training import TITLES, comparison_page, comparison_rows, draw_losses, model_card, running_means
 
 MEMORY = {"weights": 4000, "gradients": 500, "optimizer": 1_000_000, "activations": 2_500_000, "peak": 1, "total": 1}
 LORA: dict[str, Any] = {
@@ -54,6 +54,17 @@ def test_the_losses_are_drawn(tmp_path: Path) -> None:
     orange = (0xD5, 0x5E, 0x00)
     assert [orange in colours[name] for name in ("b.png", "c.png")] == [False, True]
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_many_steps_are_smoothed(tmp_path: Path) -> None:
+    assert running_means([4.0, 2.0, 6.0, 0.0], 2) == [4.0, 3.0, 4.0, 3.0]
+    assert running_means([4.0, 2.0, 6.0], 1) == [4.0, 2.0, 6.0]
+    noisy = [step % 2 + 1.0 for step in range(100)]
+    draw_losses({"one": noisy}, tmp_path / "many.png")
+    picture = Image.open(tmp_path / "many.png").convert("RGB")
+    blue = [at for at, colour in enumerate(picture.get_flattened_data()) if colour == (0x00, 0x72, 0xB2)]
+    rows = {at // picture.width for at in blue if at % picture.width > picture.width // 2}  # the later steps
+    assert max(rows) - min(rows) < picture.height // 4  # the losses themselves are as far apart as the axes
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
