@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
 
 SHOWN_PROBLEMS = 5  # problems that a message lists
 ALLOCATION_FAILED = "can't allocate memory"  # in the message of PyTorch's allocator on the CPU
@@ -44,12 +44,12 @@ def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str =
     return escaped_lines(*(f"{indent}{problem}" for problem in problems[:most]), *more)
 
 
-def count(number: int, what: str) -> str:
+def count(number: SupportsIndex, what: str) -> str:
     """`1 case`, `2 cases`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def count_that_are(number: int, what: str) -> str:
+def count_that_are(number: SupportsIndex, what: str) -> str:
     """`1 value that is`, `2 values that are`."""
     return f"{count(number, what)} that {'is' if number == 1 else 'are'}"
 

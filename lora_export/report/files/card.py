@@ -49,11 +49,12 @@ def of_error(error: Mapping[str, Any], seconds: float) -> str:  # noqa: ARG001 -
 
 def _table(about: Mapping[str, Any]) -> Iterator[str]:
     rows = [row for row in files(about) if row[0] != "adapter"]
-    rows += [(f"adapter × {one.get('weight', 1):g}", one.get("name"), one.get("sha256")) for one in adapters_of(about)]
+    for one in adapters_of(about):
+        rows.append((f"adapter × {one.get('weight', 1):g}", str(one.get("name")), str(one.get("sha256"))))
     yield "| | | SHA-256 |"
     yield "|---|---|---|"
     for what, name, digest in rows:
-        yield f"| {safe_markdown(str(what))} | {safe_markdown(str(name))} | `{digest}` |"
+        yield f"| {safe_markdown(what)} | {safe_markdown(name)} | `{digest}` |"
 
 
 def _how(command: Any, version: str) -> Iterator[str]:
