@@ -13,6 +13,7 @@ from lora_export.cli.verbosity import Verbosity, verbosity
 
 # topic -> what its page explains; the first pages come first
 TOPICS = {
+    "tasks": "What do you want to do? A command for each job.",
     "install": "Install it, with and without PyTorch; the extras.",
     "training": "Train an adapter: data, targets, held-out accuracy.",
     "models": "What MODEL can be: a folder, a function of yours, a .pt2, a graph.",

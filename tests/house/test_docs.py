@@ -21,6 +21,7 @@ from support.slow import slow_but
 # Page -> what is in its folder before its first block runs.
 NEEDS = {
     "README": ("base", "texts.jsonl", "adapter"),
+    "tasks": ("base", "texts.jsonl", "adapter", "fr", "de", "base.onnx", "decoder", "pirate"),
     "install": (),
     "training": ("base", "texts.jsonl", "net.py", "numbers.npz", "decoder"),
     "models": ("net-adapter",),
