@@ -161,8 +161,8 @@ class _Factors(NamedTuple):
 
     def lengths(self) -> tuple[Wide, Wide]:
         """The lengths of the columns and of the rows of B·A."""
-        of_b: Wide = np.linalg.qr(self.b, mode="r")
-        of_a: Wide = np.linalg.qr(self.a.T, mode="r")
+        of_b: Wide = np.linalg.qr(self.b).R
+        of_a: Wide = np.linalg.qr(self.a.T).R
         return np.linalg.norm(of_b @ self.a, axis=0), np.linalg.norm(self.b @ of_a.T, axis=1)
 
     def bounds(self, dtype: np.dtype) -> tuple[Wide, Wide]:
