@@ -100,3 +100,13 @@ def read_longest(properties: Mapping[str, Any], source: Path) -> dict[str, int]:
     if not all(type(size) is int and 0 < size < MOST_IN_RECORD for size in record.values()):
         raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
     return dict(record)
+
+
+def refuse_larger(sizes: Mapping[str, int], longest: Mapping[str, int], source: Path, remedy: str) -> None:
+    """Raise InputRefused where a run has a larger size of a symbol than the file was made for (`read_longest`)."""
+    for symbol, size in sizes.items():
+        if size > longest.get(symbol, size):
+            raise InputRefused(
+                f"{source} was made for sizes of up to {longest[symbol]:,} in {symbol}, and this run has {size:,}: its "
+                f"model computes larger ones in another way. {remedy}"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from lora_export.api.generation_prompts import encoder_inputs, first_tokens, ref
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.graph.cache_names import IDS
+from lora_export.models.cached_decoder import SEQUENCE_SYMBOL
 from lora_export.models.processors import PIXELS, open_tokenizer, refusing_failures
 from lora_export.options.declaring import takes
 from lora_export.options.export import GenerateOptions, OnText, Prompt
 from lora_export.options.spelling import command, named
+from lora_export.provenance import refuse_larger
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_from_encoder, generate_tokens
 from lora_export.storage import input_files
@@ -84,6 +88,7 @@ def generate(options: GenerateOptions) -> list[Generation]:
         if (options.language is not None or options.translate) and not settings.languages:
             raise WrongUsage("a language and translating are for multilingual speech models")
         inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
+        _refuse_longer(model, {SEQUENCE_SYMBOL: inputs[IDS].shape[1]} if IDS in inputs else {}, graph, on_message)
         first = first_tokens(starts, len(prompts), tokenizer, settings) if starts else None
         run = model.start(inputs, *_chosen_adapters(model, graph, options.adapters, len(prompts)))
         first = first or _start_tokens(run, settings, len(prompts), options.language, translate=options.translate)
@@ -92,6 +97,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
         if options.language is not None or options.translate:
             raise WrongUsage("a language and translating are for speech models")
         tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+        reached = max(map(len, tokens)) + limits.new_tokens - 1  # the last new token is not run
+        _refuse_longer(model, {SEQUENCE_SYMBOL: reached}, graph, on_message)
         name, ids = _chosen_adapters(model, graph, options.adapters, len(prompts))
         generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
@@ -106,6 +113,17 @@ def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
         )
     if chat:
         raise WrongUsage("a chat template is for prompts, not for the first tokens behind an image")
+
+
+def _refuse_longer(
+    model: Decoder | EncoderDecoder, sizes: Mapping[str, int], source: Path, on_message: OnMessage
+) -> None:
+    """Raise InputRefused for texts beyond the sizes that the file states; a message on stated sizes not known here."""
+    remedy = f"Shorten the prompts, or ask for fewer new tokens ({named('max_new_tokens')})"
+    refuse_larger(sizes, model.longest, source, remedy)
+    for symbol, most in model.longest.items():
+        if symbol not in sizes:
+            on_message(f"note: {source} was made for sizes of up to {most:,} in {symbol}, which are not checked here")
 
 
 def _start_tokens(

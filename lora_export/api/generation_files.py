@@ -85,6 +85,17 @@ def _publish_beside(
     return [*texts, *(path.name for path in files)]
 
 
+def shorten_genai_config(folder: Path, longest: int | None) -> None:
+    """Let onnxruntime-genai's config in a folder, if there is one, allow texts of so many tokens at most."""
+    path = folder / GENAI_CONFIG
+    if longest is None or not path.is_file():
+        return
+    config = json_files.read_json(path)
+    for part, name in (("model", "context_length"), ("search", "max_length")):
+        config[part][name] = min(longest, config[part][name] or longest)
+    path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8", newline="\n")
+
+
 def size_of_generation_files(graph: Path) -> int:
     """The bytes that `copy_generation_files` copies at most."""
     return sum(path.stat().st_size for path in _tokenizer_files(graph))

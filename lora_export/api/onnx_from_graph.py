@@ -53,7 +53,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
         program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
         given = options
         options = _respelled(options, program, names)
-        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
+        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.seconds)
         references = _references(base, options) if options.verify else None
         if options.ignore_head:
             found = find_sites(program, names)
@@ -148,7 +148,7 @@ def _measure_unclear_shapes(program: ir.Model, located: Located, base: BaseGraph
     except NoGeneratedInputs as refusal:
         options.on_message(f"note: the graph was not run to find the batch: {refusal.problem}")
         return
-    set_measured_shapes(program, values, cases, timeout=options.timeout)
+    set_measured_shapes(program, values, cases, timeout=options.seconds)
 
 
 def _refuse_other_labels(located: Located) -> None:

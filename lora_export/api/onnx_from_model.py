@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.genai_config import genai_config
-from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
+from lora_export.api.generation_files import GENAI_CONFIG, shorten_genai_config, write_generation_files
 from lora_export.api.generation_task import generating_model
 from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
@@ -48,6 +48,7 @@ from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
+from lora_export.models.traced_lengths import OF_TEXTS, longest_traced
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -99,6 +100,7 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         def state(properties: Mapping[str, str]) -> None:
             for name in names:
                 append_metadata(folder / name, properties)
+            shorten_genai_config(folder, longest_traced(references.model).get(OF_TEXTS))
 
         prove = functools.partial(prove_all, path, references, options, before) if options.verify else None
         proofs = prove_trace(references.model, prove, state, options.on_message)

@@ -157,7 +157,7 @@ def base_outputs(programs: Sequence[ir.Model], references: References, options: 
         return {}
     options.stage("running the base")
     graphs = [
-        OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.timeout)
+        OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.seconds)
         for program in programs
     ]
     return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
@@ -174,9 +174,9 @@ def prove_all(
     """
     runner: Graphs
     if options.has_encoder:
-        runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
+        runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.seconds)
     else:
-        runner = OnnxRunner(path, options.provider, timeout=options.timeout)
+        runner = OnnxRunner(path, options.provider, timeout=options.seconds)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         return OnnxProofs(require_same(_prove(runner, own, options, "")))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import in_stages
 from lora_export.errors import Different, EnvironmentLacking, Undecided
+from lora_export.isolation.limits import LEAST_TIMEOUT, TIMES_PYTORCH
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
@@ -22,6 +25,7 @@ from lora_export.verification.diagnose.root_cause import without_guesses
 from lora_export.verification.judged_files import loaded_files
 
 if TYPE_CHECKING:
+    from lora_export.models.model import Model
     from lora_export.verification.proof import Proof
 
 
@@ -59,7 +63,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        how = HowToOpen(base, request.provider, request.onnx_adapter, request.adapter_id, request.timeout)
+        how = HowToOpen(base, request.provider, request.onnx_adapter, request.adapter_id, _seconds(request, base))
         runner = open_candidate(candidate, how)
         takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
         base = base.taking(takes).without_token_types(takes)
@@ -101,3 +105,23 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded), diagnosis=diagnosis)
     about = {"candidate": {"path": str(candidate.path), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
+
+
+def _seconds(request: VerifyRequest, base: Model) -> float:
+    """How long a run of the candidate may take: as stated, or in proportion to PyTorch's run of the largest inputs.
+
+    An endless graph ends soon then. A large model, whose run takes long, and own inputs are not timed, and bfloat16 is
+    not, for which onnxruntime has no kernels.
+    """
+    from lora_export.models.model import in_dtype_of
+    from lora_export.models.tracing import failure_on
+    from lora_export.verification.module_copies import is_large
+
+    if request.timeout is not None or request.inputs is not None or request.dtype == "bfloat16":
+        return request.seconds
+    if is_large(base.module):
+        return request.seconds
+    largest = max(base.checked_sizes({}), key=lambda sizes: math.prod(sizes.values()))
+    inputs, begun = in_dtype_of(base.module, base.inputs(largest, seed=0)), time.monotonic()
+    failed = failure_on(base.module, inputs)
+    return request.seconds if failed else max(float(LEAST_TIMEOUT), TIMES_PYTORCH * (time.monotonic() - begun))

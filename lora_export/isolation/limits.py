@@ -23,7 +23,9 @@ def _limit(of: str, most: int, unit: str) -> int:
 
 MEMORY = _limit("a run of an ONNX graph, a TorchScript file or a `.pt2`, and the reading of a pickle", 2 * GIB, "bytes")
 MEMORY_OF_FILE = _limit("the same, for each byte of the file", 4, "further bytes")
-TIMEOUT = _limit("a run of a graph or a file, where no other time limit is given", 600, "seconds")
+LEAST_TIMEOUT = _limit("a run of a file that is verified, where no other time limit is given", 60, "seconds")
+TIMES_PYTORCH = _limit("the same, where it is more", 30, "times PyTorch's run of the largest generated inputs")
+TIMEOUT = _limit("a run where PyTorch is not timed: a large model, own inputs, bfloat16, a graph alone", 600, "seconds")
 MAX_CODE = _limit("one record of code in a TorchScript file", 64 * MIB, "bytes")
 MAX_ANSWER = _limit("the names and shapes of what a process of its own answers", 64 * MIB, "bytes")
 

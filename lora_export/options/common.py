@@ -94,8 +94,11 @@ class Running(ProofInputs):
         "Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
         often=True,
     )
-    timeout: float = option(
-        float(TIMEOUT), "Stop a run of CANDIDATE or of a graph that takes longer than this.", metavar="SECONDS", above=0
+    timeout: float | None = option(
+        None,
+        "Stop a run of CANDIDATE or of a graph that takes longer than this. Default: see `guide limits`.",
+        metavar="SECONDS",
+        above=0,
     )
     memory: float | None = option(
         None,
@@ -103,6 +106,11 @@ class Running(ProofInputs):
         metavar="GIB",
         above=0,
     )
+
+    @property
+    def seconds(self) -> float:
+        """How long a run may take where PyTorch is not timed."""
+        return float(TIMEOUT) if self.timeout is None else self.timeout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ after them, with the cache so far. The outputs at every position must equal thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ from lora_export.graph.cache_names import (
     past_of,
 )
 from lora_export.options.spelling import named
-from lora_export.runtime.kv_cache import DECODE_STEPS
+from lora_export.runtime.kv_cache import DECODE_STEPS, turns
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
 
 ENCODER_OUTPUT = "encoder_last_hidden_state"  # of the model in PyTorch
+TURN = 4  # tokens of a turn; a text of more than two is run in turns, too
 OUTPUTS = (LOGITS, ENCODER_OUTPUT)  # of the three graphs as one model
 
 
@@ -97,6 +98,12 @@ class EncoderDecoderRunner:
         return self.encoder, self.decoder, self.with_past
 
     @property
+    def longest(self) -> dict[str, int]:
+        """The sizes up to which the graphs were made (see `OnnxRunner.longest`): of each symbol the least."""
+        found = sorted((each for graph in self.graphs for each in graph.longest.items()), key=lambda each: -each[1])
+        return dict(found)
+
+    @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:
         """The sizes of the encoder's inputs and of the decoder's tokens."""
         own = {name: sizes for name, sizes in self.encoder.axes.items() if name not in ROW_INPUTS}
@@ -113,8 +120,10 @@ class EncoderDecoderRunner:
 
     @property
     def notes(self) -> list[str]:
+        in_turns = f". Longer texts were run in turns, too: {TURN - 1} tokens or more after a cache, then one"
         return [
-            f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one",
+            f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one"
+            f"{in_turns if self.with_past.axes[IDS][1] is None else ''}",
             "no token of padding among the decoder's: with a cache it counts as a position, without one it may not",
         ]
 
@@ -186,6 +195,7 @@ class EncoderDecoderRunner:
     def run(self, inputs: Arrays) -> Arrays:
         """The logits of every token of the decoder, and what the encoder returned.
 
+        Where the text is run in turns, too, the logits at every second position, from the second on, are those.
         Raises RuntimeRefused for inputs that the graphs do not take.
         """
         if DECODER_IDS not in inputs:
@@ -193,24 +203,35 @@ class EncoderDecoderRunner:
         ids = inputs[DECODER_IDS]
         hidden = self.encoder.run({name: value for name, value in inputs.items() if name != DECODER_IDS})[LAST_HIDDEN]
         given = {HIDDEN: hidden, **({ENCODER_MASK: inputs[MASK]} if MASK in inputs else {})}
+        logits = self._logits(ids, given, _steps(ids.shape[1]))
+        if self._takes_turns(ids.shape[1]):
+            logits[:, 1::2] = self._logits(ids, given, turns(ids.shape[1], TURN))[:, 1::2]
+        return {LOGITS: logits, ENCODER_OUTPUT: hidden}
+
+    def _takes_turns(self, length: int) -> bool:
+        """Whether the decoder takes several tokens after a cache, and the text has that many turns."""
+        return self.with_past.axes[IDS][1] is None and length > 2 * TURN
+
+    def _logits(self, ids: NDArray[Any], given: Arrays, steps: Iterable[tuple[int, int]]) -> NDArray[Any]:
         logits: list[NDArray[Any]] = []
         cache: Arrays = {}
-        for start, stop in _steps(ids.shape[1]):
+        for start, stop in steps:
             graph = self.with_past if start else self.decoder
             feeds = {IDS: ids[:, start:stop], **given, **cache}
             outputs = graph.run({name: value for name, value in feeds.items() if name in graph.axes})
             logits.append(outputs[LOGITS])
             present = {name: value for name, value in outputs.items() if name.startswith(f"{PRESENT}.")}
             cache |= {past_of(name): value for name, value in present.items()}
-        return {LOGITS: np.concatenate(logits, axis=1), ENCODER_OUTPUT: hidden}
+        return np.concatenate(logits, axis=1)
 
     def outputs_by_graph(self, length: int) -> dict[str, tuple[str, slice]]:
         """The file of each graph -> the output that it makes in a run over `length` tokens, and at which positions."""
         (_, first), *_ = _steps(length)
+        every = 2 if self._takes_turns(length) else 1  # position from the first on
         return {
             ENCODER_FILE: (ENCODER_OUTPUT, slice(None)),
-            DECODER_FILE: (LOGITS, slice(first)),
-            WITH_PAST_FILE: (LOGITS, slice(first, length)),
+            DECODER_FILE: (LOGITS, slice(0, first, every)),
+            WITH_PAST_FILE: (LOGITS, slice(1 if every > 1 else first, length)),
         }
 
     @property

@@ -25,7 +25,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import cache_heads
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.runtime.runner import Arrays, Placement
+from lora_export.runtime.runner import Arrays, Placement, Runner
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
 TURN, MOST_TURNS = 16, 6  # tokens of a turn, an even number of which the last is alone, and how many turns at most
@@ -129,7 +129,7 @@ class CacheRunner:
         rows, length = inputs[IDS].shape
         outputs = self._run(inputs, self._steps(length))
         if length > TURN and self._takes_turns(rows):
-            for name, value in self._run(inputs, _turns(length)).items():
+            for name, value in self._run(inputs, turns(length)).items():
                 outputs[name][:, 1::2] = value[:, 1::2]
         return outputs
 
@@ -200,9 +200,12 @@ class CacheRunner:
         return {tensor.past: np.zeros(tensor.empty_sizes(batch), tensor.dtype) for tensor in self.cache}
 
 
-def _turns(length: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each run: a turn's last token, which has an odd position, is run alone."""
-    size = max(TURN, length // MOST_TURNS // 2 * 2)
+def turns(length: int, least: int = TURN) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each run of a text: a turn's last token, which has an odd position, is run alone.
+
+    `least` is the number of tokens of a turn at least, an even number.
+    """
+    size = max(least, length // MOST_TURNS // 2 * 2)
     ends = {end for last in range(size - 1, length, size) for end in (last, last + 1)}
     return itertools.pairwise(sorted(ends | {0, length}))
 
@@ -233,6 +236,12 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
         ]
         counts_mask = any(node.op_type == GROUP_QUERY and not _has_bias(node) for node in graph)
     return CacheRunner(runner, tuple(cache), counts_mask)
+
+
+def graph_of(candidate: Runner) -> OnnxRunner | None:
+    """The graph that a candidate is, also behind a cache; None for any other candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return runner if isinstance(runner, OnnxRunner) else None
 
 
 def _graph_of(source: Path | InMemoryGraph) -> ir.Graph:

@@ -79,11 +79,12 @@ class OnnxRunner(PlainRunner):
         self.timeout = timeout
         self._adapter_values: Arrays = {}  # where it is given as inputs
         self._has_required_inputs = False  # whether every run has to have them
-        if onnx_adapter.CONTRACT_KEY in self._metadata:
-            contract = onnx_adapter.read_contract(self._metadata, self.path)
+        if onnx_adapter.CONTRACT_KEY in self.metadata:
+            contract = onnx_adapter.read_contract(self.metadata, self.path)
             self._has_required_inputs = contract.required
             self._adapter_values = contract.without_adapter() if contract.required else {}
             self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
+        self.adapter_file: Path | None = None
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
         self._adapter_ids: NDArray[np.int64] | None = None  # [rows], or [rows, adapters of a row]
@@ -116,6 +117,7 @@ class OnnxRunner(PlainRunner):
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
+        runner.adapter_file = self.adapter_file
         runner._adapter_values = self._adapter_values
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
@@ -128,7 +130,7 @@ class OnnxRunner(PlainRunner):
     @property
     def adapters_by_row(self) -> list[str] | None:
         """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
-        record = read_row_adapters(self._metadata, str(self.path))
+        record = read_row_adapters(self.metadata, str(self.path))
         return None if record is None else list(record.names)
 
     @property
@@ -138,15 +140,15 @@ class OnnxRunner(PlainRunner):
     @property
     def takes_adapters(self) -> bool:
         """Whether the graph's metadata declares adapters: as inputs, or row by row."""
-        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self._metadata)
+        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self.metadata)
 
     @property
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and runs without one."""
-        return onnx_adapter.CONTRACT_KEY in self._metadata and self._adapter is None
+        return onnx_adapter.CONTRACT_KEY in self.metadata and self._adapter is None
 
     @property
-    def _metadata(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, str]:
         metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
         return metadata
 
@@ -156,8 +158,8 @@ class OnnxRunner(PlainRunner):
         Raises InputRefused where the file is no adapter, or does not fit the graph's declared inputs.
         """
         file = onnx_adapter.read(path)
-        if onnx_adapter.CONTRACT_KEY in self._metadata:
-            contract = onnx_adapter.read_contract(self._metadata, self.path)
+        if onnx_adapter.CONTRACT_KEY in self.metadata:
+            contract = onnx_adapter.read_contract(self.metadata, self.path)
             onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
@@ -165,7 +167,7 @@ class OnnxRunner(PlainRunner):
         except RuntimeError as error:
             raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
         runner = copy.copy(self)
-        runner._adapter, runner._run_options = adapter, _run_options(adapter)
+        runner.adapter_file, runner._adapter, runner._run_options = path, adapter, _run_options(adapter)
         if self._takes_values:
             runner._run_options = _run_options()
             # Copies: the memory of these values is the file's, which ends here.
@@ -176,11 +178,11 @@ class OnnxRunner(PlainRunner):
     @property
     def longest(self) -> dict[str, int]:
         """The sizes up to which the graph was made, by its model's symbols. Raises InputRefused where it is damaged."""
-        return read_longest(self._metadata, self.path)
+        return read_longest(self.metadata, self.path)
 
     @property
     def adapters_per_row(self) -> int:
-        record = read_row_adapters(self._metadata, str(self.path))
+        record = read_row_adapters(self.metadata, str(self.path))
         return 1 if record is None else record.per_row
 
     def with_rows(
@@ -271,7 +273,7 @@ class OnnxRunner(PlainRunner):
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())
-        record = read_row_adapters(self._metadata, str(self.path)) if len(ids) == 1 else None
+        record = read_row_adapters(self.metadata, str(self.path)) if len(ids) == 1 else None
         return outputs if record is None or not record.labels else record.own_labels(outputs, ids.pop())
 
     @property

@@ -30,6 +30,7 @@ from lora_export.formats.onnx_adapter import (
 )
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
+from lora_export.provenance import read_longest, refuse_larger
 from lora_export.runtime.ort_session import LOG_ERRORS, open_session, raising_refusals
 
 ADAPTER_DTYPES = {
@@ -74,6 +75,7 @@ class Session:
         self.session = session
         contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
         self.contract = _checked(contract, self.session, self.model)
+        self.longest = read_longest(self.session.get_modelmeta().custom_metadata_map, self.model)
         self._base_values = {name: _owned_copy(array) for name, array in self.contract.without_adapter().items()}
         self._loaded: dict[str, OrtValues] = {}
         for name, path in adapters.items():
@@ -127,8 +129,8 @@ class Session:
         """Outputs by name (all, unless `outputs` names them), computed with one adapter, or with none.
 
         `feeds` are arrays or OrtValues by input; `options` are onnxruntime's RunOptions. Raises InputRefused for an
-        adapter that is not loaded, for feeds of an adapter's own inputs, and for missing ones; RuntimeRefused where
-        onnxruntime refuses the run.
+        adapter that is not loaded, for feeds of an adapter's own inputs, for missing ones, and for larger ones than the
+        graph was made for; RuntimeRefused where onnxruntime refuses the run. A binding's inputs are not measured.
         """
         self._check_names(feeds)
         ort = import_onnxruntime()
@@ -136,6 +138,10 @@ class Session:
             name: value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
             for name, value in feeds.items()
         }
+        shapes = {value.name: value.shape for value in self.session.get_inputs() if value.name in values}
+        for name, symbols in shapes.items() if self.longest else ():
+            sizes = {str(symbol): size for symbol, size in zip(symbols, values[name].shape(), strict=False)}
+            refuse_larger(sizes, self.longest, self.model, "Give shorter inputs")
         names = list(outputs) if outputs is not None else [output.name for output in self.session.get_outputs()]
         values |= self._base_values if self.contract.required else {}
         values.update({} if adapter is None else self._values_of(adapter))

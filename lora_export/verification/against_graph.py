@@ -23,12 +23,13 @@ import onnx_ir as ir
 
 from lora_export import plan
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.lora import Adapter
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
+from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
@@ -45,6 +46,9 @@ from lora_export.verification.references import (
     note_on_fp64,
 )
 from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
+from lora_export.verification.references.compare_initializers import compare_initializers
+from lora_export.verification.references.compare_pairs import compare_pairs
+from lora_export.verification.references.compare_tensors import ComparedWeights, tensors_of_graph
 from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
@@ -126,8 +130,28 @@ class GraphReferences(References):
     def explain(self, refusal: str) -> str:
         return refusal
 
-    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
-        return PreparedGraphReferences(self, inputs)
+    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:
+        return PreparedGraphReferences(self, inputs, self._compared(candidate))
+
+    def planned(self) -> tuple[ir.Model, Sites, Plan]:
+        """A copy of the base graph, and where the adapters are in it."""
+        model = self.base.model.clone()
+        sites = find_sites(model, self.base.checkpoint)
+        steps = plan.make(self.adapters, sites.specs, strengths=self.strengths)
+        refuse_parts(steps)
+        return model, sites, steps
+
+    def _compared(self, candidate: Runner) -> ComparedWeights:
+        """The candidate's weights, and its A and B, beside those that it should have."""
+        graph = graph_of(candidate)
+        if graph is None or not isinstance(graph.source, Path):
+            return ComparedWeights()
+        model = self.base.model.clone()
+        model, sites, steps = self.planned() if self.adapters else (model, find_sites(model), None)
+        written = load_graph(graph.source)
+        faults, notes = compare_pairs(candidate, lambda _: tensors_of_graph(written), sites.specs, steps)
+        found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")
+        return replace(found, faults=[*found.faults, *faults], notes=[*found.notes, *notes])
 
     def about(self) -> dict[str, Any]:
         model = {"source": str(self.base.path), "sha256": self.base.sha256}
@@ -145,6 +169,7 @@ class PreparedGraphReferences(PreparedReferences):
 
     references: GraphReferences
     inputs: Inputs
+    weights: ComparedWeights
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         step("the other graph")
@@ -162,8 +187,10 @@ class PreparedGraphReferences(PreparedReferences):
             sensitivity,
             dtype=self.references.base.dtype,
             peer=PEER,
-            notes=(*notes, *outputs.notes, *self.inputs.notes),
+            notes=(*notes, *outputs.notes, *self.inputs.notes, *self.weights.notes),
             not_judged=outputs.not_judged,
+            doubts=tuple(self.weights.doubts),
+            faults=tuple(self.weights.faults),
         )
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
@@ -179,7 +206,7 @@ class PreparedGraphReferences(PreparedReferences):
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Run the base graph with W + ΔW in fp64, without single pairs, and judge what it returns."""
         base = self.references.base
-        model, sites, steps = self._planned()
+        model, sites, steps = self.references.planned()
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         return control_graph_pairs(model, sites, steps, self.inputs.cases, cases, judge, timeout=base.timeout)
 
@@ -242,16 +269,8 @@ class PreparedGraphReferences(PreparedReferences):
 
     def _with_adapters(self, form: Form, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with the adapters in a form, and notes."""
-        model, sites, steps = self._planned()
+        model, sites, steps = self.references.planned()
         return model, form(model, sites, at_strength(steps, factor))
-
-    def _planned(self) -> tuple[ir.Model, Sites, Plan]:
-        """A copy of the base graph, and where the adapters are in it."""
-        model = self.references.base.model.clone()
-        sites = find_sites(model, self.references.base.checkpoint)
-        steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
-        refuse_parts(steps)
-        return model, sites, steps
 
 
 def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:

@@ -68,7 +68,9 @@ from lora_export.verification.references.candidate_weights import (
     returns_halves,
     rounding_of,
 )
-from lora_export.verification.references.compare_weights import ComparedWeights, compare_weights
+from lora_export.verification.references.compare_pairs import compare_pairs
+from lora_export.verification.references.compare_tensors import ComparedWeights
+from lora_export.verification.references.compare_weights import compare_weights, tensors_of
 from lora_export.verification.references.deployed_module import (
     DRAWS_OF_ROUNDING,
     MERGED_MODULE,
@@ -163,6 +165,8 @@ class PyTorchReferences(References):
             candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
         )
         weights = compare_weights(candidate, model, changes, quantised)
+        faults, notes = compare_pairs(candidate, tensors_of, layers.specs(model.module), changes)
+        weights = replace(weights, faults=[*weights.faults, *faults], notes=[*weights.notes, *notes])
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
         if isinstance(candidate, EncoderDecoderRunner):

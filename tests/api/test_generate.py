@@ -16,6 +16,8 @@ import pytest
 import lora_export as le
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.graph.onnx_file.writing import append_metadata
+from lora_export.provenance import LONGEST_KEY
 from lora_export.runtime.generation.decoder import EncoderDecoder
 from support.exporters import optimum_python
 from support.generators import (
@@ -504,6 +506,31 @@ def test_prompts_that_the_model_cannot_take_are_refused(swapped: Path) -> None:
         le.generate(swapped, [[3, 60]])
     with pytest.raises(InputRefused, match="a prompt has the token -1"):
         le.generate(swapped, [[3, -1, 5]])
+
+
+def made_for(graph: Path, sizes: str, target: Path, name: str) -> Path:
+    """A copy of a folder whose graphs state sizes up to which they were made."""
+    shutil.copytree(graph, target)
+    append_metadata(target / name, {LONGEST_KEY: sizes})
+    return target
+
+
+def test_texts_beyond_what_a_graph_was_made_for_are_refused(swapped: Path, tmp_path: Path) -> None:
+    folder, notes = made_for(swapped, '{"sequence": 20, "frames": 9}', tmp_path / "made", "model.onnx"), []
+    le.generate(folder, [[3] * 5, [4] * 11], max_new_tokens=10, on_message=notes.append)
+    assert notes[-1].endswith("was made for sizes of up to 9 in frames, which are not checked here")
+    for prompt, count in (([3] * 21, 1), ([3] * 11, 11)):
+        with pytest.raises(
+            InputRefused, match="sizes of up to 20 in sequence, and this run has 21: its model computes"
+        ):
+            le.generate(folder, [[3], prompt], max_new_tokens=count)
+
+
+def test_texts_beyond_what_an_encoder_was_made_for_are_refused(served: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = made_for(served("t5") / "served", '{"sequence": 9}', tmp_path / "made", GRAPH_FILES[0])
+    assert le.generate(folder, [[3] * 9], max_new_tokens=20)
+    with pytest.raises(InputRefused, match="sizes of up to 9 in sequence, and this run has 10"):
+        le.generate(folder, [[3] * 9, [4] * 10], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lora_export as le
-from lora_export.api.generation_files import GenerationSettings
+from lora_export.api.generation_files import GenerationSettings, shorten_genai_config
 from lora_export.errors import InputRefused
 from lora_export.runtime.generation.loop import NO_RULES, TokenRules
 from support.api import Recorder
@@ -171,3 +171,12 @@ def test_values_that_no_model_has_are_not_read(tmp_path: Path, value: Any) -> No
     own = settings(tmp_path, generation=dict.fromkeys(names, value))
     np.array([own.padding, own.vocabulary or 0, *own.end_tokens, *own.rules.suppress], np.int64)
     assert own.padding in (0, 1) and abs(own.rules.repetition_penalty) <= 1 and not set(own.languages) - {"a"}
+
+
+def test_a_genai_config_allows_no_longer_texts_than_the_graph(built: Path) -> None:
+    path = built / "genai_config.json"
+    path.write_text('{"model": {"context_length": 256}, "search": {"max_length": null}}')
+    shorten_genai_config(built, None)
+    assert config_in(built) == {"context_length": 256}
+    shorten_genai_config(built, 23)
+    assert json.loads(path.read_text()) == {"model": {"context_length": 23}, "search": {"max_length": 23}}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
+from torch import nn
 
 import lora_export as le
+from lora_export.api.verify_outputs import _seconds
+from lora_export.api.verify_record import VerifyRequest
 from lora_export.errors import RuntimeRefused
+from lora_export.models import factory
 from lora_export.runtime.memory import AVAILABLE
 from support.api import MODEL
 from support.exporters import checkpoint_of, torchscript
@@ -48,3 +54,36 @@ def test_a_graph_of_bert_without_token_types_is_judged_with_zeros(tmp_path: Path
     onnx.save(graph, tmp_path / "renamed.onnx")
     with pytest.raises(RuntimeRefused, match="has no input attention_mask; the graph has no input token_type_ids"):
         le.verify(tmp_path / "renamed.onnx", base)
+
+
+ENDLESS = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[N, 3] input) => (float[N, 2] y)
+<int64 most = {9223372036854775807}, bool on = {1}, float[3, 2] w = {1, 2, 3, 4, 5, 6}>
+{ z = Loop(most, on, input) <body = b (int64 i, bool c, float[N, 3] v) => (bool d, float[N, 3] u)
+  { d = Identity(c)
+    u = Relu(v) }>
+  y = MatMul(z, w) }"""
+
+
+@pytest.mark.parametrize("stated", [None, 0.2])
+def test_a_run_ends_in_proportion_to_pytorchs(
+    stated: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "m.onnx")
+    made = "torch.nn.Linear(3, 2, bias=False), torch.ones(4, 3)"
+    (tmp_path / "f.py").write_text(f"import torch\ndef make():\n    return {made}\n")
+    monkeypatch.setattr("lora_export.api.verify_outputs.LEAST_TIMEOUT", 0.3)
+    monkeypatch.setattr("lora_export.api.verify_outputs.TIMES_PYTORCH", 0)
+    message = rf"did not finish within {stated or 0.3} seconds. Allow more with timeout="
+    with pytest.raises(RuntimeRefused, match=message):
+        le.verify(tmp_path / "m.onnx", f"{tmp_path / 'f.py'}:make", timeout=stated)
+
+
+def test_the_time_of_a_large_model_or_of_own_inputs_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = factory.from_module(nn.Linear(3, 2), {"input": torch.ones(4, 3)})
+    timed: dict[str, Any] = {"candidate": "m.onnx", "model": "m"}
+    assert _seconds(VerifyRequest(**timed), base) == 60
+    for options in ({"inputs": Path("x.npz")}, {"dtype": "bfloat16"}):
+        assert _seconds(VerifyRequest(**timed, **options), base) == 600
+    monkeypatch.setattr("lora_export.verification.module_copies.is_large", lambda _: True)
+    assert _seconds(VerifyRequest(**timed), base) == 600

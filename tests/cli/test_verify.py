@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_export.cli.verify import verify_command
-from lora_export.isolation.limits import TIMEOUT
 from support import junit_schema
 from support.audits import plain, run, the_base, verified
 
@@ -62,12 +60,6 @@ def test_neither_pytorch_nor_onnx_is_imported(tmp_path: Path) -> None:
     )
     line = [sys.executable, "-c", program, "verify", str(out), "--base", str(base), "-a", str(adapter)]
     assert subprocess.run(line, capture_output=True, check=False).returncode == 0
-
-
-def test_time_limit_of_the_help_is_that_of_the_function() -> None:
-    """The command line imports nothing heavy for its help, so it states the number itself."""
-    (option,) = [option for option in verify_command.params if option.name == "timeout"]
-    assert option.default == TIMEOUT
 
 
 @pytest.mark.parametrize(

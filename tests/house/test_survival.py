@@ -126,6 +126,30 @@ def export_line(place: Path, version: int) -> list[str]:
     return ["onnx", str(place / "base.onnx"), "-a", str(adapter), "-o", str(out), "--overwrite", "--no-verify"]
 
 
+# The commands beside `merge`, in a folder that `others` fills
+OTHERS = {
+    "convert": ["convert", "first", "--to", "mlx", "-o", "new"],
+    "convert to a file": ["convert", "first", "--to", "kohya", "-o", "new.safetensors"],
+    "combine": ["combine", "first", "second", "-o", "new"],
+    "extract": ["extract", "base", "merged", "--rank", "1", "-o", "new"],
+    "resize": ["resize", "double", "--rank", "1", "-o", "new"],
+    "unmerge": ["unmerge", "merged", "first", "--base-from", "residual", "-o", "new"],
+    "onnx": ["onnx", "base.onnx", "-a", "first", "--lora", "nodes", "--no-verify", "-o", "new.onnx"],
+    "merge into a graph": ["merge", "base.onnx", "first", "-o", "new.onnx"],
+}
+EVERY_OTHER = pytest.mark.parametrize("command", OTHERS)
+
+
+@pytest.fixture
+def others(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The folder with a merge and its residual, and an adapter of rank 2; it is the current one."""
+    monkeypatch.chdir(place)
+    peft_adapter(place / "double", {"fc1": ([[1, 2, 3], [0, 1, 0]], [[1, 1], [10, 2]])})
+    assert cli.run(["merge", "base", "first", "-o", "merged", "--keep-residual", "residual"]) == 0
+    capsys.readouterr()
+    return place
+
+
 def outputs(place: Path) -> dict[str, Output]:
     def merged(base: str, out: str, work: Callable[..., None] = fault_injector.command) -> Output:
         return Output(place / out, lambda version: (work, *merge_line(place, base, out, version)))
@@ -521,6 +545,17 @@ def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
     assert output.written() == new
 
 
+@pytest.mark.fault(27)
+@EVERY_OTHER
+def test_a_full_disk_ends_other_commands_with_7(others, command):
+    before = everything(others)
+    ended = fault_injector.run(fault_injector.command, *OTHERS[command], log=others / "log", limit=64)
+    (others / "log").unlink()
+    assert ended.code == 7 and re.fullmatch("Error: .* could not be written: .*\n", ended.told), ended.told
+    assert everything(others) == before
+    assert cli.run(OTHERS[command]) == 0
+
+
 FULL = """
     import json, os, shutil, sys
     from pathlib import Path
@@ -666,24 +701,30 @@ def alone(place: Path, mounting: str, *line: object) -> subprocess.CompletedProc
     return done
 
 
+LOCKED = r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"
+
+
 @pytest.mark.fault(30)
 @pytest.mark.parametrize(
     ("command", "spot", "message"),
     [
-        ("merge", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
-        ("onnx", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
+        ("merge", "locked/out", LOCKED),
+        ("factory", "locked/out", LOCKED),
+        *(slow(command, "locked/out", LOCKED) for command in OTHERS),
         ("merge", "file/out", "file is not a folder, so nothing can be written into it"),
         ("merge", "file/none/out", "file is not a folder, so nothing can be written into it"),
         ("merge", "loop/out", "loop is not a folder, so nothing can be written into it"),
     ],
 )
-def test_a_place_that_cannot_be_written_to_is_told_before_any_work(place, command, spot, message):
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(others, command, spot, message):
+    place = others
     (place / "file").touch()
     (place / "locked").mkdir(0o500)
     (place / "loop").symlink_to("loop")
     # Only the work itself would find out that there is no factory, and that this value is not finite.
     base_file(place / "bad.safetensors", {"fc1.weight": W + np.inf, "fc2.weight": W})
-    what = ["merge", "bad.safetensors", "first"] if command == "merge" else ["onnx", "factory.py:make"]
+    bad = {"merge": ["merge", "bad.safetensors", "first"], "factory": ["onnx", "factory.py:make"]}
+    what = bad[command] if command in bad else OTHERS[command][:-2]
     line = [*PROGRAM, *what, "-o", spot]
     before = everything(place)
     if os.geteuid() == 0:  # root ignores mode bits
@@ -781,6 +822,38 @@ def test_a_second_run_on_one_output_ends_at_once(place, overwrite):
     merged = safetensors_file.open_file(place / "out.safetensors").read("fc.weight")
     assert merged.shape == (2048, 8192) and np.all(merged == 1)
     assert {path.name for path in place.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.fault(33)
+@EVERY_OTHER
+def test_a_second_run_of_other_commands_ends_at_once(others, command, capsys):
+    *_, name = OTHERS[command]
+    stage = atomic_output.stage_file if "." in name else atomic_output.stage_folder
+    with stage(others / name, inputs=()) as work:
+        before = everything(others)
+        assert cli.run(OTHERS[command]) == 7
+        assert f"another run (process {os.getpid()}) is writing " in capsys.readouterr().err
+        assert everything(others) == before
+        (work / (name if "." in name else "whole")).touch()
+
+
+@pytest.mark.fault(42)
+@EVERY_OTHER
+def test_sources_that_change_while_they_are_read_are_refused(others, command, monkeypatch, capsys):
+    opened = safetensors_file.open_file
+
+    def then_changed(path: Path) -> safetensors_file.TensorFile:
+        file = opened(path)
+        os.utime(path)
+        return file
+
+    monkeypatch.setattr(safetensors_file, "open_file", then_changed)
+    before = everything(others)
+    assert cli.run(OTHERS[command]) == 3
+    assert re.fullmatch(
+        r"Error: .* changed while it was being \w+(\. Nothing was written\.)?\n", capsys.readouterr().err
+    )
+    assert everything(others) == before
 
 
 @pytest.mark.fault(34)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def arrays() -> Arrays:
     return {
         "input_ids": draw.integers(3, VOCABULARY, (3, 9)),
         "attention_mask": mask,
-        "decoder_input_ids": draw.integers(3, VOCABULARY, (3, 8)),
+        "decoder_input_ids": draw.integers(3, VOCABULARY, (3, 13)),  # in turns, too
     }
 
 
@@ -97,8 +98,31 @@ def test_graphs_tell_what_they_take(runner: EncoderDecoderRunner) -> None:
     counts = [graph.placement.compute_nodes for graph in runner.graphs]
     assert min(counts) > 0
     assert runner.placement.compute_nodes == sum(counts)
-    assert runner.notes[0] == "run with its cache: encoder, first tokens, then 4 tokens one by one"
+    assert runner.notes[0].startswith("run with its cache: encoder, first tokens, then 4 tokens one by one. Longer")
     assert runner.notes[1].startswith("no token of padding among the decoder's")
+
+
+def test_several_tokens_after_a_cache_are_run_too(
+    runner: EncoderDecoderRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, runs = runner.with_rows([0]), []
+    right = own.run(arrays())["logits"]
+    for graph in (own.decoder, own.with_past):
+
+        def wrong_in_turns(inputs: Arrays, run: Callable[[Arrays], Arrays] = graph.run) -> Arrays:
+            runs.append(inputs["input_ids"].shape[1])
+            outputs = run(inputs)
+            return outputs | {"logits": outputs["logits"] + (len(runs) > 5)}
+
+        monkeypatch.setattr(graph, "run", wrong_in_turns)
+    wrong = own.run(arrays())["logits"] - right
+    assert runs == [9, 1, 1, 1, 1, 3, 1, 3, 1, 3, 1, 1]
+    assert not wrong[:, ::2].any() and np.allclose(wrong[:, 1::2], 1, atol=1e-3)
+    by_graph = own.outputs_by_graph(13)
+    assert (
+        by_graph["decoder_model.onnx"][1] == slice(0, 9, 2) and by_graph["decoder_with_past_model.onnx"][1].start == 1
+    )
+    assert own.outputs_by_graph(8)["decoder_model.onnx"][1] == slice(0, 4, 1)
 
 
 def test_padding_of_the_decoder_becomes_another_token() -> None:

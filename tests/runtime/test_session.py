@@ -292,6 +292,13 @@ def test_adapter_inputs_and_unknown_inputs_are_refused_as_feeds(session: Session
         session.run({"x": X, "z": X})
 
 
+def test_feeds_larger_than_the_graph_was_made_for_are_refused(session: Session, monkeypatch: Any) -> None:
+    monkeypatch.setattr(session, "longest", {"N": 3})
+    session.run({"x": np.repeat(X[:1], 3, axis=0)})
+    with pytest.raises(InputRefused, match="was made for sizes of up to 3 in N, and this run has 4"):
+        session.run({"x": np.repeat(X, 2, axis=0)})
+
+
 def test_feeds_may_be_ort_values_and_outputs_chosen(session: Session) -> None:
     value = onnxruntime.OrtValue.ortvalue_from_numpy(X)
     assert list(session.run({"x": value}, adapter="one", outputs=["y"])) == ["y"]

@@ -247,10 +247,10 @@ def prepare(
     `recover_layers`. Raises InputRefused with the first node that is not supported, and how many others are not.
     """
     last = _last_reads(graph)
-    nodes, problems = [], []
+    nodes, problems, unread = [], [], _unread_initial_values(graph)
     for number, node in enumerate(graph.nodes):
         layer = layers.get(node.number, "")
-        if layer is None:
+        if layer is None or number in unread:
             continue
         try:
             nodes.append(_prepared(node, layer, locations.keys() | inputs, path, tuple(last.get(number, ()))))
@@ -268,6 +268,32 @@ def all_nodes(prepared: PreparedGraph) -> Iterator[PreparedNode]:
         yield node
         if node.inner is not None:
             yield from all_nodes(node.inner)
+
+
+# What draws the values of a new tensor, which may be random
+INITIAL_VALUES = re.compile(r"torch\.ops\.aten\.(empty|detach|uniform_|normal_|zero_|fill_)\.\w+")
+
+
+def _unread_initial_values(graph: Graph) -> set[int]:
+    """The places of nodes that draw values of new tensors which nothing reads.
+
+    A forward pass that makes a layer and gives it the weights of another one leaves them: BigBird's does so.
+    """
+    made_by: dict[str, int] = {}  # value -> the node that made its memory
+    nodes: dict[int, set[int]] = {}  # that node -> those that only draw its values, itself among them
+    read: set[int | None] = set()
+    for number, node in enumerate(graph.nodes):
+        makers = {made_by.get(value) for _, argument in node.inputs for value in values_in(argument)}
+        match = INITIAL_VALUES.fullmatch(node.target)
+        is_new = match is not None and match[1] == "empty"
+        maker = number if is_new else next(iter(makers), None)
+        if match is None or maker is None or len(makers) > 1:
+            read |= makers
+            continue
+        nodes.setdefault(maker, set()).add(number)
+        made_by |= {name: maker for name in node.outputs if isinstance(name, str)}
+    read |= {made_by.get(value) for value in values_in(list(graph.outputs))}
+    return {number for maker, own in nodes.items() if maker not in read for number in own}
 
 
 def _last_reads(graph: Graph) -> dict[int, list[str]]:

@@ -65,6 +65,7 @@ class Decoder:
         self.takes_padding = runner.takes_padding
         self.tokens_at_once = runner.tokens_at_once
         self.rows: list[str] = runner.inner.adapters_by_row or []
+        self.longest = runner.inner.longest
         self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
         self.adapters: Session | None = None
@@ -166,6 +167,7 @@ class EncoderDecoder:
         self.path, self.provider = folder, provider
         self.graphs = EncoderDecoderRunner.open(folder, provider)
         self.rows: list[str] = self.graphs.adapters_by_row or []
+        self.longest = self.graphs.longest
         inputs = self.graphs.axes.items()
         # The sizes of what the encoder reads: token ids, sounds or pixels. None where they vary
         self.takes = {name: sizes for name, sizes in inputs if name not in (MASK, DECODER_IDS)}

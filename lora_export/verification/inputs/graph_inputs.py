@@ -8,8 +8,9 @@ the mask. NumPy only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.formats.adapter_files import size_in_config
 from lora_export.formats.onnx_adapter import ROW_INPUTS
 from lora_export.graph.cache_names import present_by_past
 from lora_export.graph.operators import cache_heads
@@ -38,6 +40,7 @@ class GraphSizes(NamedTuple):
 # filled in one.
 CASES = (GraphSizes(1, 5, 0), GraphSizes(3, 16, 5), GraphSizes(4, 29, 0))
 SINGLE_TOKENS = GraphSizes(2, 1, 47)  # of a graph that takes token ids, if it takes so few
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 POSITION_NAME = re.compile(r"position", re.IGNORECASE)
@@ -58,18 +61,19 @@ class NoGeneratedInputs(InputRefused):
 class InputGenerator:
     """Makes inputs for a graph.
 
+    `config` is that of the graph's model, where it is known: it has the sizes of a cache that the graph leaves open.
     `graph_name` is what an error calls the graph. Raises NoGeneratedInputs, with the inputs' names, where the graph
     does not determine which values an input takes.
     """
 
-    def __init__(self, model: ir.Model, graph_name: str):
+    def __init__(self, model: ir.Model, graph_name: str, config: Mapping[str, Any] = NO_CONFIG):
         self.inputs = _required_inputs(model)
         self.caches = [value for value in self.inputs if CACHE.search(value.name or "") and _is_float(value)]
         outputs = {str(value.name): value for value in model.graph.outputs}
         present = present_by_past([str(value.name) for value in self.caches], outputs)
         returned = {value: outputs.get(present.get(str(value.name), "")) for value in self.caches}
         # Cache -> its own sizes that do not vary, by axis, where the graph states them elsewhere than at the input
-        self._stated = {value: _stated_sizes(value, result) for value, result in returned.items()}
+        self._stated = {value: _stated_sizes(value, result, config) for value, result in returned.items()}
         problems = [problem for value in self.inputs if (problem := _problem(value))]
         if problems:
             problem = f"inputs for {graph_name} cannot be made: {'; '.join(problems)}"
@@ -152,14 +156,25 @@ def _required_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value not in optional and value.name not in ROW_INPUTS]
 
 
-def _stated_sizes(cache: ir.Value, present: ir.Value | None) -> dict[int, int]:
-    """The sizes of a cache [batch, heads, length, features] by axis, from what is returned and the operator between."""
+def _stated_sizes(cache: ir.Value, present: ir.Value | None, config: Mapping[str, Any]) -> dict[int, int]:
+    """The sizes of a cache [batch, heads, length, features] by axis: as returned, by its operator, by the config."""
     shape = () if present is None or present.shape is None else present.shape
     stated = {axis: size for axis, size in enumerate(shape) if isinstance(size, int)}
     heads, features = cache_heads(cache)
     if _rank(cache) == 4:
         stated |= {axis: size for axis, size in ((1, heads), (3, features)) if size}
+        stated = _sizes_in_config(config) | stated
     return stated
+
+
+def _sizes_in_config(config: Mapping[str, Any]) -> dict[int, int]:
+    """The heads of a cache and their features, by axis; empty where the config does not have both."""
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    queries, width = (size_in_config(text, name) for name in ("num_attention_heads", "hidden_size"))
+    heads = size_in_config(text, "num_key_value_heads") or queries
+    features = size_in_config(text, "head_dim") or (width // queries if width and queries else None)
+    return {1: heads, 3: features} if heads and features else {}
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -17,8 +17,8 @@ from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dty
 from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.kv_cache import CacheRunner
-from lora_export.runtime.onnx_runner import OnnxRunner, token_positions
+from lora_export.runtime.kv_cache import CacheRunner, graph_of
+from lora_export.runtime.onnx_runner import token_positions
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -195,7 +195,7 @@ def _limits(candidate: Runner, model: Model) -> Limits:
         for axis, symbol in axes.items():
             if symbol != "batch" and axis < len(declared.get(name, ())):
                 limits[symbol] = declared[name][axis]
-    traced = candidate if isinstance(candidate, ScriptRunner) else graph_of(candidate)
+    traced = candidate if isinstance(candidate, ScriptRunner | EncoderDecoderRunner) else graph_of(candidate)
     limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items() if symbol != "batch"}
     return limits
 
@@ -239,12 +239,6 @@ def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] |
 
 
 # --- a graph in half precision ---
-
-
-def graph_of(candidate: Runner) -> OnnxRunner | None:
-    """The graph that a candidate is, also behind a cache; None for any other candidate."""
-    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    return runner if isinstance(runner, OnnxRunner) else None
 
 
 def as_declared(candidate: Runner, inputs: Arrays) -> Arrays:

@@ -20,7 +20,7 @@ from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification.inputs import Inputs, graph_inputs
-from lora_export.verification.inputs.graph_inputs import GraphSizes, InputGenerator, NoGeneratedInputs
+from lora_export.verification.inputs.graph_inputs import NO_CONFIG, GraphSizes, InputGenerator, NoGeneratedInputs
 from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -77,7 +77,8 @@ class BaseGraph:
         return replace(generated, cases={**generated.cases, **users})
 
     def _generated_inputs(self) -> Inputs:
-        generator = InputGenerator(self.model, str(self.path))
+        config = NO_CONFIG if self.checkpoint is None else self.checkpoint.config
+        generator = InputGenerator(self.model, str(self.path), config)
         runner = open_graph_session(self.model, "the base graph", self.provider, timeout=self.timeout)
         cases: dict[str, Arrays] = {}
         for number, wanted in enumerate(graph_inputs.CASES):

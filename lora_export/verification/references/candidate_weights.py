@@ -27,13 +27,13 @@ from lora_export.models.stored_parameter import state_of
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
-from lora_export.verification.inputs.model_inputs import HALVES, graph_of
+from lora_export.verification.inputs.model_inputs import HALVES
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 

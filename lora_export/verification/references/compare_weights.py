@@ -1,70 +1,38 @@
-"""The weights of a candidate, compared with those of the model, all of them, before anything is run.
-
-Outputs show little of a row of a vocabulary, or of an expert, that the inputs hardly reach. A candidate whose file has
-its weights shows it. Its tensors are found by the model's names for them and, where a graph has lost or never had
-these, by their content: as they are, transposed, or beside each other in one matrix. A tensor that is in neither way
-one of the model's is not compared: an exporter may have folded it with others. Outputs alone judge it then.
-"""
+"""The weights of a candidate, compared with those of the model, all of them, before anything is run."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from lora_export import layers
-from lora_export.graph.content_match import Spellings
-from lora_export.graph.exporter_names import parameter_of
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
-from lora_export.graph.values import initializers, stored_dtype, stored_shape, tensor_of
 from lora_export.layers.module_tensors import named_tensors
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.models.stored_parameter import StoredParameter, state_of
-from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
-from lora_export.verification import parity
-from lora_export.verification.inputs.model_inputs import graph_of
-from lora_export.verification.parity import Array, Wide
+from lora_export.verification.parity import Array
+from lora_export.verification.references.compare_tensors import (
+    CandidateTensor,
+    ComparedWeights,
+    compare_expected,
+    tensors_of_graph,
+)
 from lora_export.verification.references.expected_weight import ExpectedWeight
 
-AGREES = 0.75  # of a sample: more is the same tensor, of which a part may be wrong
-RELATED = 0.1  # of a sample: less is another tensor, or one that was changed as a whole
-SAME_RATIO = 1e-2  # relative difference of two ratios that count as one
-LEAST_CONTENT = 64  # numbers that identify a tensor
 UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
-
-
-class CandidateTensor(NamedTuple):
-    """A float tensor of a candidate."""
-
-    name: str  # of the parameter, perhaps with other first parts; empty where it is lost
-    source: NameSource | None  # None where the candidate is a module of the model's own class: its names are certain
-    shape: tuple[int, ...]
-    load: Callable[[], Array]
-
-
-@dataclass
-class ComparedWeights:
-    """What the comparison found."""
-
-    faults: list[str] = field(default_factory=list)  # each makes the verdict different
-    doubts: list[str] = field(default_factory=list)  # each makes it undecided
-    notes: list[str] = field(default_factory=list)
 
 
 def compare_weights(
@@ -75,7 +43,7 @@ def compare_weights(
     `elsewhere` are tensors of the model that are judged in another way. Nothing is compared where the candidate gives
     no weights. Reads one tensor of each at a time, in blocks.
     """
-    tensors = list(_tensors_of(candidate))
+    tensors = list(tensors_of(candidate))
     return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else ComparedWeights()
 
 
@@ -83,13 +51,10 @@ def compare_tensors(
     tensors: Iterable[CandidateTensor], module: nn.Module, changes: Plan | None, elsewhere: Iterable[str] = ()
 ) -> ComparedWeights:
     """See `compare_weights`."""
-    return _Comparison(module, changes, elsewhere).run(tensors)
+    return compare_expected(tensors, _expected(module, changes), elsewhere)
 
 
-# --- the tensors of both ------------------------------------------------------------------------
-
-
-def _tensors_of(candidate: Runner) -> Iterator[CandidateTensor]:
+def tensors_of(candidate: Runner) -> Iterator[CandidateTensor]:
     if isinstance(candidate, ModuleRunner):
         source = NameSource.INITIALIZER if isinstance(candidate.module, Program) else None
         for name, tensor in state_of(candidate.module).items():
@@ -108,20 +73,6 @@ def _tensors_of(candidate: Runner) -> Iterator[CandidateTensor]:
     for graph in graphs:
         if isinstance(graph.source, Path):
             yield from tensors_of_graph(load_graph(graph.source))
-
-
-def tensors_of_graph(graph: ir.Model) -> Iterator[CandidateTensor]:
-    """The float tensors that a graph stores. Reads no data."""
-    constants = (
-        node.outputs[0]
-        for node in ir.traversal.RecursiveGraphIterator(graph.graph)
-        if node.op_type == "Constant" and len(node.outputs) == 1
-    )
-    for value in itertools.chain(initializers(graph), constants):
-        tensor, shape = tensor_of(value), stored_shape(value)
-        if tensor is not None and shape and 0 not in shape and stored_dtype(value) in FLOATS:
-            name, source = parameter_of(value)
-            yield CandidateTensor(name, source, shape, tensor.numpy)
 
 
 def _values(tensor: torch.Tensor) -> Array:
@@ -143,150 +94,3 @@ def _expected(module: nn.Module, changes: Plan | None) -> Iterator[tuple[int, Ex
         if changes is not None and name in changes.by_weight:
             steps = (changes.by_weight[name],)
         yield id(tensor), ExpectedWeight(spec, functools.partial(_values, own), steps)
-
-
-# --- the comparison -----------------------------------------------------------------------------
-
-
-class _Comparison:
-    def __init__(self, module: nn.Module, changes: Plan | None, elsewhere: Iterable[str]):
-        self.expected: dict[str, ExpectedWeight] = {}
-        self.memory: dict[str, int] = {}
-        for memory, weight in _expected(module, changes):
-            self.expected[weight.spec.name], self.memory[weight.spec.name] = weight, memory
-        self.by_sizes: dict[tuple[int, ...], list[str]] = {}
-        for name, weight in self.expected.items():
-            self.by_sizes.setdefault(_sizes(weight.spec.shape), []).append(name)
-        self.compared = {self.memory[name] for name in elsewhere if name in self.memory}
-        self.spellings = Spellings(self.expected)
-        self.found = ComparedWeights()
-
-    def run(self, tensors: Iterable[CandidateTensor]) -> ComparedWeights:
-        left = [tensor for tensor in tensors if not self._is_found_by_name(tensor)]
-        for tensor in left:
-            if math.prod(tensor.shape) >= LEAST_CONTENT and len(tensor.shape) > 1:
-                self._find_by_content(tensor)
-        self._note()
-        if more := self.found.faults[parity.SHOWN :]:
-            self.found.faults[parity.SHOWN :] = [f"numbers of {len(more)} more tensors are wrong"]
-        return self.found
-
-    def _is_found_by_name(self, tensor: CandidateTensor) -> bool:
-        name = self.spellings.of(tensor.name)
-        if not name:
-            return False
-        weight = self.expected[name]
-        views = list(_views(tensor.load(), weight.spec.shape))[: 1 if tensor.source is None else 2]
-        if not views or (tensor.source is None and tensor.shape != weight.spec.shape):
-            return False
-        best = max(views, key=lambda view: (weight.agreement(view), weight.agreement(view, negated=True)))
-        least = {None: 0.0, NameSource.INITIALIZER: RELATED}.get(tensor.source, AGREES)
-        if weight.agreement(best) >= least or not (weight.is_distinct or np.any(best)):
-            self._compare(weight, best)
-            return True
-        if best.ndim > 1 and (reason := _changed_as_a_whole(weight, best)):
-            self.found.faults.append(f"{name}: {reason}")
-        elif (
-            best.ndim > 1
-            and tensor.source is NameSource.INITIALIZER
-            and not any(_is_rescaled(ratios) for view in views for ratios in weight.ratios(view))
-        ):
-            self.found.doubts.append(
-                f"{name}: the candidate has other numbers in the tensor of this name. Where no output differs, give "
-                f"inputs that reach it ({named('inputs')})"
-            )
-        return False
-
-    def _find_by_content(self, tensor: CandidateTensor) -> None:
-        array = tensor.load()
-        if (own := self._equal_to(array)) is not None:
-            self._compare(*own)
-            return
-        if array.ndim != 2:
-            return
-        for matrix in (array, array.T):  # (outputs of several layers, in)
-            start = 0
-            while start < len(matrix) and (own := self._first_block(matrix[start:])) is not None:
-                self._compare(*own)
-                start += min(own[1].size // matrix.shape[1], len(matrix))
-            if start:
-                return
-
-    def _equal_to(self, array: Array) -> tuple[ExpectedWeight, Array] | None:
-        names = self.by_sizes.get(_sizes(array.shape), [])
-        for name in sorted(names, key=self._is_compared):
-            weight = self.expected[name]
-            for view in _views(array, weight.spec.shape) if weight.is_distinct else ():
-                if weight.agreement(view) >= AGREES:
-                    return weight, view
-        return None
-
-    def _first_block(self, matrix: Array) -> tuple[ExpectedWeight, Array] | None:
-        """The tensor of the model that the first rows of a matrix are, and these rows."""
-        rows, inner = matrix.shape
-        for (low, high), names in [each for each in self.by_sizes.items() if len(each[0]) == 2]:
-            size = high if low == inner else low if high == inner else 0
-            if 0 < size <= rows and (own := self._equal_to(matrix[:size])) is not None and names:
-                return own
-        return None
-
-    def _is_compared(self, name: str) -> bool:
-        return self.memory[name] in self.compared
-
-    def _compare(self, weight: ExpectedWeight, view: Array) -> None:
-        name = weight.spec.name
-        self.compared.add(self.memory[name])
-        wrong = weight.wrong_in(view)
-        if wrong.numbers:
-            where = (
-                f"the first in row {wrong.first}"
-                if wrong.rows == 1
-                else (f"in {wrong.rows:,} rows, the first of them {wrong.first}")
-            )
-            which = "neither the model's nor those with its adapters" if weight.steps else "not the model's"
-            self.found.faults.append(
-                f"{name}: {wrong.numbers:,} of {math.prod(weight.spec.shape):,} numbers are {which}, {where}"
-            )
-
-    def _note(self) -> None:
-        sizes: dict[int, int] = {}
-        for name, weight in self.expected.items():
-            sizes.setdefault(self.memory[name], math.prod(weight.spec.shape))
-        missing = [name for name in self.expected if not self._is_compared(name)]
-        share = sum(sizes[memory] for memory in self.compared) / max(1, sum(sizes.values()))
-        text = (
-            f"{len(self.compared)} of the model's {len(sizes)} tensors, {parity.percent(share)} of its numbers, were "
-            "compared with the candidate's"
-        )
-        if missing:
-            shown = ", ".join(missing[: parity.SHOWN])
-            more = f" and {len(missing) - parity.SHOWN} more" if len(missing) > parity.SHOWN else ""
-            text += f". The others are there neither by name nor by content: outputs alone judge {shown}{more}"
-        self.found.notes.append(text)
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(size for size in shape if size != 1))
-
-
-def _views(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
-    """The array, and its transpose, in this shape, where they differ from it in axes of size 1 at most."""
-    wanted = [size for size in shape if size != 1]
-    for view in (array, array.swapaxes(-1, -2)) if array.ndim > 1 else (array,):
-        if [size for size in view.shape if size != 1] == wanted:
-            yield view.reshape(shape)
-
-
-def _changed_as_a_whole(weight: ExpectedWeight, view: Array) -> str:
-    """What a fault made of a tensor that is another in most of its numbers; empty where nothing known explains it."""
-    if weight.agreement(view, negated=True) >= AGREES:
-        return "its numbers have the other sign"
-    return "all of its numbers are 0" if not np.any(view) else ""
-
-
-def _is_rescaled(ratios: Wide) -> bool:
-    """Whether rows or columns are multiples of the model's, as where a batch norm or a scale was folded into them."""
-    if not np.isfinite(ratios).all():
-        return False
-    spread = (ratios.std(axis=axis) <= SAME_RATIO * np.abs(ratios.mean(axis=axis)) for axis in (0, 1))
-    return any(bool(each.all()) for each in spread)

@@ -234,7 +234,7 @@ class ExpectedWeight:
 
     def _dtype(self, candidate: Array) -> np.dtype[Any]:
         """The coarsest dtype to which the numbers of the model or of the candidate are rounded."""
-        dtypes = [_rounded_to(candidate), np.dtype(self.spec.dtype)]
+        dtypes = [rounded_to(candidate), np.dtype(self.spec.dtype)]
         return max(dtypes, key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
 
 
@@ -268,7 +268,7 @@ def _wrong_in_block(block: WeightRows, right: Fp64Sum, dtype: np.dtype[Any]) -> 
     return WrongNumbers(int(np.count_nonzero(wrong)), int(rows.size), block.rows.start + int(rows[0]))
 
 
-def _rounded_to(array: Array) -> np.dtype[Any]:
+def rounded_to(array: Array) -> np.dtype[Any]:
     """The half precision that has a sample of the numbers, or the dtype of the array."""
     step = max(1, array.size // LARGEST_SAMPLE)
     array = array.T if array.flags.f_contiguous else array  # so that little of it is read

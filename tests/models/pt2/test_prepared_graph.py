@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.models.pt2 import prepared_graph, program
+from lora_export.models.pt2 import prepared_graph, program, reader
 from support.hostile_programs import changed, nodes, refused
 from support.programs import export, noise
 
@@ -113,4 +113,35 @@ class Counting(nn.Module):
 def test_a_program_that_changes_its_buffers_is_refused(tmp_path: Path, decomposed: bool, problem: str) -> None:
     path = export(Counting(), {"x": noise(2, 4)}, tmp_path / "counting.pt2", decomposed=decomposed)
     with pytest.raises(InputRefused, match=problem):
+        program.load_program(path)
+
+
+class Remade(nn.Module):
+    """Makes a layer in each run, whose random weights are read or not."""
+
+    def __init__(self, *, reads: bool):
+        super().__init__()
+        self.own, self.reads = nn.Linear(4, 4), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = nn.Linear(4, 4)
+        made.weight = self.own.weight
+        return nn.functional.linear(x, made.weight, made.bias if self.reads else self.own.bias)
+
+
+def test_random_weights_that_nothing_reads_are_not_drawn(tmp_path: Path) -> None:
+    module, x = Remade(reads=False), noise(2, 4)
+    path = export(module, {"x": x}, tmp_path / "m.pt2")
+    assert any("uniform_" in node.target for node in reader.read(path).graph.nodes)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert torch.equal(program.load_program(path)(x=x), module(x))
+    torch.manual_seed(3)
+    program.load_program(path)(x=x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_weights_that_reach_an_output_are_refused(tmp_path: Path) -> None:
+    path = export(Remade(reads=True), {"x": noise(2, 4)}, tmp_path / "m.pt2")
+    with pytest.raises(InputRefused, match=r"uniform_.default' is not among the operators"):
         program.load_program(path)

@@ -139,6 +139,30 @@ def test_sizes_of_a_cache_come_from_what_is_returned() -> None:
     assert made["past_key"].shape == (1, 3, 5, 7)
 
 
+LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (LLAMA, (2, 8)),
+        ({"text_config": LLAMA | {"head_dim": 5}}, (2, 5)),
+        ({"num_attention_heads": 8, "hidden_size": 64}, (8, 8)),
+        ({"num_attention_heads": 8}, (5, 5)),  # as any other symbol's size
+    ],
+)
+def test_sizes_of_a_cache_that_nothing_in_a_graph_has_come_from_the_config(
+    config: dict[str, object], sizes: tuple[int, int]
+) -> None:
+    model = without_shapes("b, groups, all, head")
+    for node in model.graph:
+        node.attributes.pop("num_heads", None)
+    made = InputGenerator(model, "g", config).make(GraphSizes(1, 3, 5), seed=0)
+    assert made["past_key"].shape[1::2] == sizes
+    with pytest.raises(InputRefused, match="num_attention_heads is '8'; it must be a positive integer"):
+        InputGenerator(model, "g", config | {"num_attention_heads": "8", "text_config": None})
+
+
 def test_fixed_sizes_hold_and_unnamed_sizes_match_by_axis() -> None:
     model = a_graph("g (float[2, n] x, float[2, 3] y) => (float[2, n] z) { z = Identity(x) }")
     model.graph.inputs[0].shape = ir.Shape([2, None])
