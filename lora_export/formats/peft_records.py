@@ -116,7 +116,10 @@ def tied_heads(
 def metadata_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     names = ("task_type", "base_model_name_or_path", "peft_version")
     metadata = {name: config.get(name) for name in names if config.get(name)}
-    metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    if config.get("peft_type", "LORA") == "LORA":
+        metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    else:
+        metadata |= {"peft_type": config["peft_type"]}
     metadata |= {"bias": config["bias"]} if config.get("bias") not in (None, "none") else {}
     metadata |= {"lora_dropout": config["lora_dropout"]} if config.get("lora_dropout") else {}
     model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter

@@ -79,13 +79,13 @@ def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
 
 
 def _with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
-    """A pair whose file has no kernel, or one of size 1, with the kernel that the base has."""
+    """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel that the base has."""
     if pair.embedding or pair.as_stored or pair.shape == spec.matrix or not spec.layout.is_matrix:
         return pair
     kernel = spec.matrix[2:]
     is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(spec.matrix[1:])
-    is_point = all(size == 1 for size in (*kernel, *pair.shape[2:])) and pair.shape[:2] == spec.matrix[:2]
-    return pair.with_kernel(kernel) if is_flat or is_point else pair
+    own, its = ([size for size in sizes if size != 1] for sizes in (pair.shape[2:], kernel))
+    return pair.with_kernel(kernel) if is_flat or (own == its and pair.shape[:2] == spec.matrix[:2]) else pair
 
 
 def _repeats(module: str, adapter: Adapter, prefix: Prefix, base: BaseTensors) -> bool:

@@ -1,0 +1,56 @@
+"""What the module of a kind of PEFT's adapters provides: the keys of its tensors, its fields, and its change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.formats.peft_config import OF_EVERY_KIND, ConfigFields
+from lora_export.lora import LoraPair, TokenRows
+
+Tensors = Mapping[str, NDArray[Any]]
+Config = Mapping[str, Any]  # of one module: its own rank and alpha are in the fields of the defaults
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """What an adapter does to one module, where that is more, or less, than a pair. Names are those of parameters."""
+
+    pair: LoraPair | None = None
+    bias: NDArray[Any] | None = None  # added to the bias
+    replaced: Tensors = field(default_factory=dict)  # "weight" or "bias" -> the whole tensor
+    rows: TokenRows | None = None  # of the weight
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter.
+
+    `change` makes the change of one module of its `parts` (the tensors of the module, by what follows the module's
+    name in their keys), its config and the `shared` tensors, which belong to no module. It raises InputRefused for
+    what does not fit. A part that is not in `needed` may be absent.
+    """
+
+    peft_type: str  # as in the config
+    title: str  # the name of the method
+    change: Callable[[Tensors, Config, Tensors], LoraPair | ModuleChange]
+    parts: tuple[str, ...]
+    needed: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # that it uses, or that do not affect the weights, beside those of every kind
+    numbers: tuple[str, ...] = ()  # of these: the positive numbers that must be stated
+    patterns: Mapping[str, str] = field(default_factory=dict)  # a table of patterns -> the field with the default
+    refused: Mapping[str, str] = field(default_factory=dict)  # field -> why a true value is refused
+
+    @property
+    def config_fields(self) -> ConfigFields:
+        supported = OF_EVERY_KIND | {*self.fields, *self.numbers, *self.patterns, *self.patterns.values()}
+        return ConfigFields(supported, self.numbers, tuple(self.patterns), self.refused)
+
+
+def fp32(value: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(value, np.float32)

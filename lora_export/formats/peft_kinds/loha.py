@@ -1,0 +1,24 @@
+"""LoHa in PEFT: (w1_a w1_b) ∘ (w2_a w2_b), entry by entry, for linear layers and convolutions (Hyeon-Woo et al. 2022)."""
+
+from __future__ import annotations
+
+from lora_export.formats.lora_changes import LOHA_FACTORS, KeyPart, loha
+from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors
+from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
+from lora_export.lora import LoraPair
+
+
+def _change(parts: Tensors, config: Config, shared: Tensors) -> LoraPair:
+    return loha({KeyPart(part): tensor for part, tensor in parts.items()}, own_scale(config))
+
+
+KIND = Kind(
+    peft_type="LOHA",
+    title="LoHa",
+    change=_change,
+    parts=tuple(part for part in KeyPart if part.startswith("hada")),
+    needed=LOHA_FACTORS,
+    fields=FIELDS,
+    numbers=("r", "alpha"),
+    patterns=PATTERNS,
+)

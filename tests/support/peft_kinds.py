@@ -1,0 +1,109 @@
+"""PEFT's kinds of adapters: the models that they adapt, their configurations, and trained adapters of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Layers(nn.Module):
+    """Layers of every class that an adapter changes. No matrix is square: their layout shows in their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 12)
+        self.up = nn.Linear(12, 18)
+        self.norm = nn.LayerNorm(18)
+        self.down = nn.Linear(18, 6, bias=False)
+        self.back = Conv1D(12, 6)
+        self.conv = nn.Conv2d(4, 6, (3, 2))
+        self.point = nn.Conv2d(4, 6, 1)
+        self.line = nn.Conv1d(4, 6, 3)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        x = self.back(self.down(self.norm(self.up(self.table(words)))))
+        image = x.reshape(-1, 4, 3, 1).expand(-1, 4, 3, 4)
+        return (self.conv(image).sum((2, 3)) + self.point(image).sum((2, 3)), self.line(image[..., 0]).sum(2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a kind."""
+
+    config: Any  # PEFT's class
+    targets: tuple[str, ...]
+    options: dict[str, Any]
+
+
+LINEAR, CONVS = ("up", "down"), ("conv", "point", "line")
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    def case(name: str, config: Any, targets: tuple[str, ...] = LINEAR, **options: Any) -> tuple[str, Case]:
+        return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options)
+
+    patterns = {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": 5}}
+    for config in (peft.LoHaConfig, peft.LoKrConfig):
+        yield case("linear", config, r=3, alpha=4)
+        yield case("patterns", config, r=3, alpha=4, **patterns)
+        yield case("convolutions", config, CONVS, r=3, alpha=4)
+        yield case("effective convolutions", config, CONVS, r=3, alpha=4, use_effective_conv2d=True)
+    yield case("both factors", peft.LoKrConfig, r=1, alpha=2, decompose_both=True, decompose_factor=3)
+    yield case("whole factors", peft.LoKrConfig, r=32, alpha=2)
+    yield case("a factor of 2", peft.LoKrConfig, (*LINEAR, "conv"), r=1, alpha=2, decompose_factor=2)
+    yield case("norms", peft.LNTuningConfig, ("norm",))
+
+
+CASES = dict(_cases())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base, an adapter on it, and PEFT's merge of the two."""
+
+    base: Path
+    adapter: Path
+    merged: dict[str, torch.Tensor]
+    before: dict[str, torch.Tensor]
+
+
+def trained(case: Case, folder: Path, **more: Any) -> Trained:
+    """PEFT's adapter of a case, saved, with random values."""
+    torch.manual_seed(0)
+    base = Layers()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    save_file(before, folder / "base.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = case.config(target_modules=list(case.targets), **case.options, **more)
+        model = peft.get_peft_model(base, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(folder / "adapter")
+        merged = model.eval().merge_and_unload().state_dict()
+    return Trained(folder / "base.safetensors", folder / "adapter", merged, before)
+
+
+def differences(trained: Trained, merged: Path) -> dict[str, float]:
+    """The largest difference from PEFT's merge of each tensor that PEFT changed, relative to its change."""
+    ours = load_file(merged)
+    assert ours.keys() == trained.merged.keys()
+    found = {}
+    for name, theirs in trained.merged.items():
+        change = (theirs - trained.before[name]).abs().max().item()
+        if change == 0:
+            assert torch.equal(ours[name], theirs), name
+        else:
+            found[name] = (ours[name] - theirs).abs().max().item() / change
+    return found
