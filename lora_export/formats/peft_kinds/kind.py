@@ -9,11 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import InputRefused
 from lora_export.formats.peft_config import OF_EVERY_KIND, ConfigFields
 from lora_export.lora import LoraPair, TokenRows
 
 Tensors = Mapping[str, NDArray[Any]]
-Config = Mapping[str, Any]  # of one module: its own rank and alpha are in the fields of the defaults
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an adapter stores for one module."""
+
+    parts: Tensors  # by what follows the module's name in their keys
+    config: Config  # its own rank and alpha, by the patterns, are in the fields of the defaults
+    shared: Tensors  # those that belong to no module
+
+    def part(self, name: str, dimensions: int) -> NDArray[np.float32]:
+        """A part in fp32. Raises InputRefused where it has another number of dimensions, or none of some."""
+        value = self.parts[name]
+        if value.ndim != dimensions or 0 in value.shape:
+            raise InputRefused(f"{name} is {value.shape}; {dimensions} dimensions are needed")
+        return np.asarray(value, np.float32)
 
 
 @dataclass(frozen=True)
@@ -30,15 +47,14 @@ class ModuleChange:
 class Kind:
     """A kind of adapter.
 
-    `change` makes the change of one module of its `parts` (the tensors of the module, by what follows the module's
-    name in their keys), its config and the `shared` tensors, which belong to no module. It raises InputRefused for
-    what does not fit. A part that is not in `needed` may be absent.
+    `change` makes the change of one module, and raises InputRefused for what does not fit. A part that is not in
+    `needed` may be absent.
     """
 
     peft_type: str  # as in the config
     title: str  # the name of the method
-    change: Callable[[Tensors, Config, Tensors], LoraPair | ModuleChange]
-    parts: tuple[str, ...]
+    change: Callable[[Stored], LoraPair | ModuleChange]
+    parts: tuple[str, ...]  # what follows the module's name in a key
     needed: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # that it uses, or that do not affect the weights, beside those of every kind
@@ -50,7 +66,3 @@ class Kind:
     def config_fields(self) -> ConfigFields:
         supported = OF_EVERY_KIND | {*self.fields, *self.numbers, *self.patterns, *self.patterns.values()}
         return ConfigFields(supported, self.numbers, tuple(self.patterns), self.refused)
-
-
-def fp32(value: NDArray[Any]) -> NDArray[np.float32]:
-    return np.asarray(value, np.float32)

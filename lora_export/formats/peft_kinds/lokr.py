@@ -6,14 +6,16 @@ PEFT multiplies by alpha / r in all cases, LyCORIS only where a factor is decomp
 from __future__ import annotations
 
 from lora_export.formats.lora_changes import KeyPart, lokr
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
 from lora_export.lora import LoraPair
 
 
-def _change(parts: Tensors, config: Config, shared: Tensors) -> LoraPair:
-    scale = own_scale(config)
-    return lokr({KeyPart(part): tensor for part, tensor in parts.items()}, scale, of_wholes=scale(config["r"]))
+def _change(stored: Stored) -> LoraPair:
+    scale = own_scale(stored.config)
+    return lokr(
+        {KeyPart(part): tensor for part, tensor in stored.parts.items()}, scale, of_wholes=scale(stored.config["r"])
+    )
 
 
 KIND = Kind(
