@@ -122,7 +122,7 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     spec = resolved(spec, pair)
     if spec.layout is Layout.UNKNOWN:
-        fits = pair.shape in (spec.shape, spec.shape[::-1])
+        fits = pair.shape in (spec.shape, spec.shape[::-1], ())  # () is open, as its layout is
         return "" if fits else f"{weight} is {spec.shape}, the adapter was trained on {pair.shape} (out, in)"
     if pair.embedding is not (spec.layout is Layout.EMBEDDING):
         kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")

@@ -24,6 +24,8 @@ class Stored:
     parts: Tensors  # by what follows the module's name in their keys
     config: Config  # its own rank and alpha, by the patterns, are in the fields of the defaults
     shared: Tensors  # those that belong to no module
+    module: str  # its name
+    modules: int  # how many the file has
 
     def part(self, name: str, dimensions: int) -> NDArray[np.float32]:
         """A part in fp32. Raises InputRefused where it has another number of dimensions, or none of some."""
@@ -56,7 +58,7 @@ class Kind:
     change: Callable[[Stored], LoraPair | ModuleChange]
     parts: tuple[str, ...]  # what follows the module's name in a key
     needed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # names of tensors that belong to no module, up to their first dot
     fields: tuple[str, ...] = ()  # that it uses, or that do not affect the weights, beside those of every kind
     numbers: tuple[str, ...] = ()  # of these: the positive numbers that must be stated
     patterns: Mapping[str, str] = field(default_factory=dict)  # a table of patterns -> the field with the default

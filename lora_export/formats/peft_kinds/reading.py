@@ -110,7 +110,7 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         name = unwrapped(key)
         shared, name = name.removeprefix(ROOT), name.removeprefix(WRAPPER)
         ending = next((each for each in endings if name.endswith(each) and len(name) > len(each)), "")
-        if shared in kind.shared:
+        if shared.partition(".")[0] in kind.shared:
             table, owner = keys.shared, shared
         elif ending:
             table, owner = keys.parts.setdefault(name.removesuffix(ending), {}), ending[1:]
@@ -147,7 +147,7 @@ def _changes(
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
             parts = {part: file.read(key) for part, key in own.items()}
-            change = kind.change(Stored(parts, {**config, **values}, shared))
+            change = kind.change(Stored(parts, {**config, **values}, shared, module, len(keys.parts)))
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue
