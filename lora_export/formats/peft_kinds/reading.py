@@ -82,7 +82,7 @@ def _kind_of(config: Mapping[str, Any], path: Path) -> Kind:
     if not isinstance(peft_type, str) or peft_type not in kinds():
         known = ", ".join(["LORA", *sorted(kinds())])
         raise InputRefused(
-            f"{path}: peft_type is {peft_type!r}, which is not supported; supported are {known}. Merge the adapter with "
+            f"{path}: peft_type is {peft_type!r}, which is not supported; supported are {known}. Merge it with "
             "PEFT (merge_and_unload), and use the merged model"
         )
     return kinds()[peft_type]

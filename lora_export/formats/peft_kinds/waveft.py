@@ -6,6 +6,7 @@ Of the families of wavelets, Haar's (`db1`, the default) is read: each coefficie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,10 @@ def _change(stored: Stored) -> OpenPair:
 
     def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
         places = seeded_places(stored, values, shape)
-        return sparse_pair(
-            *(_reconstructed(values, places, shape) if is_transformed else (values, places)), shape, scaling
-        )
+        entries: NDArray[np.floating[Any]] = values
+        if is_transformed:
+            entries, places = _reconstructed(values, places, shape)
+        return sparse_pair(entries, places, shape, scaling)
 
     return OpenPair(pair, [values])
 
