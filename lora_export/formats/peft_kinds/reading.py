@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
 from lora_export.formats.peft_records import layouts_of, metadata_of
 from lora_export.formats.token_rows import read_token_rows
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
 
@@ -48,6 +48,7 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
     for module, change in changes.items():
         replaced |= {f"{module}.{parameter}": value for parameter, value in change.replaced.items()}
         rows |= {} if change.rows is None else {f"{module}.weight": change.rows}
+    rows = _without_repeated_rows(rows, config)
     problems += [
         f"{tensor} holds {bad} values that are not finite (NaN or infinity)"
         for tensor, value in replaced.items()
@@ -74,6 +75,21 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         ),
         sha256=hash_of_unchanged(file, folder / ADAPTER_CONFIG),
     )
+
+
+def _without_repeated_rows(rows: Mapping[str, TokenRows], config: Mapping[str, Any]) -> dict[str, TokenRows]:
+    """The rows of each table once: of tied ones PEFT saves them under all names. The targeted name comes first."""
+    targets = config.get("target_modules") or ()
+    targeted = [targets] if isinstance(targets, str) else targets
+    found: dict[str, TokenRows] = {}
+    for tensor in sorted(rows, key=lambda tensor: not any(is_weight_of(tensor, target) for target in targeted)):
+        own, module = rows[tensor], tensor.removesuffix(".weight")
+        same = [name for name, each in found.items() if np.array_equal(own.values, each.values)]
+        if same and np.array_equal(own.indices, found[same[0]].indices):
+            found[same[0]] = replace(found[same[0]], tied=(*found[same[0]].tied, module))
+        else:
+            found[tensor] = own
+    return found
 
 
 def _kind_of(config: Mapping[str, Any], path: Path) -> Kind:
