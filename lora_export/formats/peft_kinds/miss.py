@@ -15,8 +15,8 @@ from lora_export.open_pairs import OpenPair, Shape
 def _change(stored: Stored) -> OpenPair:
     mode, rank = stored.config.get("init_weights"), stored.config["r"]
     block = stored.part("miss_block", 2)
-    if len(block) != rank:
-        raise InputRefused(f"miss_block is {block.shape}, the config's rank is {rank}")
+    if len(block) != rank or (mode == "mini" and block.shape[1] != stored.config.get("mini_r")):
+        raise InputRefused(f"miss_block is {block.shape}, which disagrees with r {rank} or mini_r of the config")
 
     def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
         out, columns = shape

@@ -16,7 +16,7 @@ from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats import peft_kinds
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
-from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER
+from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
 from lora_export.formats.peft_records import layouts_of, metadata_of
@@ -130,6 +130,8 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         name = unwrapped(key)
         shared, name = name.removeprefix(ROOT), name.removeprefix(WRAPPER)
         ending = next((each for each in endings if name.endswith(each) and len(name) > len(each)), "")
+        if is_of_trainer(name, config):
+            continue
         if shared.partition(".")[0] in kind.shared:
             table, owner = keys.shared, shared
         elif ending:
@@ -137,7 +139,7 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         elif rows := ROWS_KEY.fullmatch(name):
             table, owner = keys.rows, f"{rows['module']}.weight"
         else:
-            table, owner = keys.whole, name.replace(".base_layer.", ".")
+            table, owner = keys.whole, whole_name(name)
             if own_parts & set(owner.split(".")) and not is_declared(owner, config):
                 unknown.append(key)
                 continue

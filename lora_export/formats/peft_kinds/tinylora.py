@@ -34,6 +34,12 @@ def _vector(stored: Stored, p: NDArray[np.float32]) -> NDArray[np.float32]:
     numbers = sorted((name.partition(".")[2] for name in stored.shared), key=lambda each: (len(each), each))
     if not numbers or numbers != list(map(str, range(len(numbers)))):
         raise InputRefused(f"the numbers of {V} are {', '.join(numbers) or 'missing'}; they must be 0, 1, 2, ...")
+    tied = stored.config.get("weight_tying", 0.0)
+    wanted = max(1, round(stored.modules * (1 - tied))) if isinstance(tied, float | int) and 0 <= tied <= 1 else 0
+    if len(numbers) != wanted:
+        raise InputRefused(
+            f"weight_tying {tied!r} of {stored.modules} layers needs another number than {len(numbers)} of {V}"
+        )
     position = 0
     if len(numbers) > 1:
         size = max(1, stored.modules // len(numbers))  # layers with one v
