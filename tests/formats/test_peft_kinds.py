@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -34,8 +35,14 @@ def merge(one: Trained, folder: Path) -> str:
 
 
 def verify(one: Trained, folder: Path) -> str:
-    result = le.verify(folder / "out.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
-    return "right" if result else "wrong"
+    """The merge is right, and a file with one wrong entry is not."""
+    verdict = le.verify(folder / "out.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+    tensors = load_file(folder / "out.safetensors")
+    entry = tensors[one.changed[0]].reshape(-1)[:1]
+    entry += 0.01 * np.abs(entry) + 0.01
+    save_file(tensors, folder / "wrong.safetensors")
+    damaged = le.verify(folder / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+    return "right" if verdict and not damaged else "wrong"
 
 
 def verify_model(one: Trained, folder: Path) -> str:
@@ -52,27 +59,31 @@ def in_graph(lora: str, one: Trained, folder: Path) -> str:
     if names != one.changed:
         return NOT_HERE
     graph = graph_of(folder / "base.onnx", one, names)
+    (folder / lora).mkdir()
     options = {"adapters": one.adapter, "lora": lora, "verify": False}  # PEFT's merge judges it
-    result = le.export_onnx(graph, folder / f"{lora}.onnx", **options)
-    session = onnxruntime.InferenceSession(str(result.output))
-    rng, ports = np.random.default_rng(0), session.get_inputs()
-    inputs = {port.name: rng.random((2, port.shape[1]), np.float32) for port in ports}
-    expected = [inputs[f"x_{name}"] @ one.merged_in_out(name) for name in names]
-    outputs = zip(session.run(None, inputs), expected, strict=True)
+    result = le.export_onnx(graph, folder / lora / "model.onnx", **options)
+    session, how = onnxruntime.InferenceSession(str(result.output)), onnxruntime.RunOptions()
+    rng, adapter = np.random.default_rng(0), onnxruntime.LoraAdapter()
+    weights = {f"x_{name}": one.merged_in_out(name) for name in names}
+    inputs = {name: rng.random((2, len(weight)), np.float32) for name, weight in weights.items()}
+    expected = [inputs[name] @ weight for name, weight in weights.items()]
+    if lora == "inputs":
+        adapter.Load(str(next(result.output.parent.glob("*.onnx_adapter"))))
+        how.add_active_adapter(adapter)
+    if lora == "rows":
+        inputs["adapter_ids"] = np.int64([1, 1])
+    outputs = zip(session.run(None, inputs, how), expected, strict=True)
     return (
         "right" if all(np.allclose(ours, right, atol=3e-5 * abs(right).max()) for ours, right in outputs) else "wrong"
     )
 
 
-def merged_graph(one: Trained, folder: Path) -> str:
-    return in_graph("merged", one, folder)
-
-
-def nodes(one: Trained, folder: Path) -> str:
-    return in_graph("nodes", one, folder)
-
-
-WAYS = {"merge": merge, "verify --base": verify, "verify --model": verify_model, "merged": merged_graph, "nodes": nodes}
+WAYS = {
+    "merge": merge,
+    "verify --base": verify,
+    "verify --model": verify_model,
+    **{f"--lora {lora}": functools.partial(in_graph, lora) for lora in ("merged", "nodes", "inputs", "rows")},
+}
 
 
 def outcome(way: str, one: Trained, folder: Path) -> str:
