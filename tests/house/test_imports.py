@@ -165,7 +165,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
 def test_a_plan_knows_no_holder_of_weights(module):
-    assert layers_below(module) <= {"errors", "lora", "names", "options", "plan"}
+    assert layers_below(module) <= {"errors", "lora", "names", "open_pairs", "options", "plan"}
 
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if within(module, DOERS)])
