@@ -142,7 +142,7 @@ def _lora(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     return LoraPair(a=a, b=b, scale=scale(rank), magnitude=_magnitude(tensors, len(b)))
 
 
-def _loha(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
+def loha(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     factors: dict[str, NDArray[np.float32]] = {}
     for number in "12":
         up, down, core = (KeyPart(f"hada_{name}") for name in (f"w{number}_a", f"w{number}_b", f"t{number}"))
@@ -157,14 +157,14 @@ def _loha(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
     return HadamardPair(factors, scale(rank), _magnitude(tensors, len(factors["b1"])))
 
 
-def _lokr(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
+def lokr(tensors: Parts, scale: Callable[[int], float], *, of_wholes: float = 1.0) -> LoraPair:
+    """The pair of LoKr. `of_wholes` is the scale where no factor is decomposed: LyCORIS does not use alpha there."""
     factors = _kronecker_factor(tensors, KeyPart.LOKR_W1) | _kronecker_factor(tensors, KeyPart.LOKR_W2)
     stored = {part.removeprefix("lokr_"): value for part, value in factors.items()}
     ranks = {tensors[down].shape[0] for down in (KeyPart.LOKR_W1_B, KeyPart.LOKR_W2_B) if down in tensors}
     if len(ranks) > 1:
         raise InputRefused(f"its two factors have the ranks {', '.join(map(str, sorted(ranks)))}")
-    # Where no factor is decomposed there is no rank, and LyCORIS does not use alpha.
-    pair = KroneckerPair(stored, scale(ranks.pop()) if ranks else 1.0)
+    pair = KroneckerPair(stored, scale(ranks.pop()) if ranks else of_wholes)
     magnitude = _magnitude(tensors, pair.shape[0])
     return pair if magnitude is None else KroneckerPair(stored, pair.scale, magnitude)
 
@@ -192,8 +192,8 @@ def _kronecker_factor(tensors: Parts, whole: KeyPart) -> dict[KeyPart, NDArray[n
 
 CHANGE_KINDS = (
     ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
-    ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, _loha),
-    ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), _lokr),
+    ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, loha),
+    ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), lokr),
 )
 
 

@@ -1,5 +1,6 @@
-"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`, its shards, or `adapter_model.bin`.
+"""PEFT's adapters: `adapter_config.json` and `adapter_model.safetensors`, its shards, or `adapter_model.bin`.
 
+LoRA is read here, every other kind by a module of `peft_kinds`.
 Everything that is special about PEFT stays in this file and in those whose names begin with `peft_`. Alpha and rank
 become one scale per pair, and wrapper prefixes are removed.
 """
@@ -28,7 +29,7 @@ from lora_export.formats.adapter_files import (
     stated_rank_and_alpha,
     weights_of,
 )
-from lora_export.formats.peft_config import adapter_scale, checked_config, read_config, targets_of, value_for_module
+from lora_export.formats.peft_config import adapter_scale, checked_config, targets_of, value_for_module
 from lora_export.formats.peft_keys import (
     ADAPTER_CONFIG,
     B_BIAS,
@@ -48,9 +49,11 @@ from lora_export.formats.peft_keys import (
     magnitude_shape,
     targeted_name,
 )
+from lora_export.formats.peft_kinds import reading
 from lora_export.formats.peft_records import axes_of_experts, layouts_of, metadata_of, notes_of, tied_heads
 from lora_export.formats.peft_writing import SUFFIX, write
-from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
+from lora_export.formats.token_rows import read_token_rows
+from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
 
@@ -82,18 +85,19 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
     folder, weights = _folder(path), _weights(path)
     has_config = (folder / ADAPTER_CONFIG).exists()
-    config = read_config(folder / ADAPTER_CONFIG) if has_config else {}
+    config = json_files.read_json(folder / ADAPTER_CONFIG) if has_config else {}
     if has_config:
         options.refuse_rank_and_alpha(ADAPTER_CONFIG)
     if weights is None:
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = open_tensors(weights, options)
-    if not has_config:
-        config = _stated_config(file, options)
+    if has_config and config.get("peft_type") != "LORA":
+        return reading.read(folder, name, config, file)
+    config = checked_config(config, str(folder / ADAPTER_CONFIG)) if has_config else _stated_config(file, options)
     keys = keys_by_kind(file, config, options.stored_adapter)
     stored = _StoredPairs(file, keys, config, options)
     pairs = stored.pairs()
-    rows = _read_token_rows(file, keys[ROWS], config)
+    rows = read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
     of_rank = "√r" if config.get("use_rslora") else "r"
@@ -244,36 +248,3 @@ class _StoredPairs:
         if magnitude.shape != magnitude_shape(b):
             raise InputRefused(f"the magnitude is {magnitude.shape}, B {b.shape} needs {magnitude_shape(b)}")
         return magnitude.reshape(-1)
-
-
-def _read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
-    """The rows of trained tokens, by tensor. Only the config records which they are. Raises InputRefused."""
-    indices = config.get("trainable_token_indices") or {}
-    # A list is for the input embeddings, whatever their name in the model. A table names its modules.
-    if isinstance(indices, list):
-        by_tensor, without_rows = dict.fromkeys(keys, indices), []
-    else:
-        by_tensor = {tensor: own for name, own in indices.items() for tensor in keys if is_weight_of(tensor, name)}
-        without_rows = [name for name in indices if not any(is_weight_of(tensor, name) for tensor in keys)]
-    found, problems = {}, []
-    if isinstance(indices, list) and len(keys) != 1:
-        owners = ", ".join(keys) or "no module"
-        problems.append(f"trainable_token_indices is a list, and the file contains rows for {owners}")
-    # PEFT saves one table of rows for the modules of a tied model.
-    tied = [name for name in without_rows if len(keys) == 1 and indices[name] in by_tensor.values()]
-    if len(tied) < len(without_rows):
-        names = ", ".join(indices)
-        problems.append(f"trainable_token_indices names {names}, and the file contains rows for {', '.join(keys)}")
-    for tensor, key in keys.items():
-        own = by_tensor.get(tensor)
-        if own is None:
-            problems.append(f"{tensor}: the config does not record which rows these are")
-        elif not isinstance(own, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in own):
-            problems.append(f"{tensor}: its trainable_token_indices are not a list of integers")
-        else:
-            try:
-                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key), tuple(tied))
-            except InputRefused as error:
-                problems.append(f"{tensor}: {error}")
-    refuse_problems(file, problems)
-    return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,21 +14,23 @@ from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
 from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS
 from lora_export.formats.patterns import Patterns
-from lora_export.storage import json_files
 
-# Fields that the reader uses, or that do not affect the weights.
-SUPPORTED = frozenset(
+# Fields that the readers use, or that do not affect the weights: of every kind of adapter, and of LoRA.
+OF_EVERY_KIND = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
-        *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
-        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
-        *("qalora_group_size", "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "eva_config"),
-        *("megatron_core", "ensure_weight_tying", "trainable_token_indices", "target_parameters", "velora_config"),
-        *("monteclora_config", B_LAYOUT, UNSLOTH_LAYOUTS),
-        # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
-        *("loftq_config", "corda_config", "lora_ga_config"),
+        *("auto_mapping", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+        *("layers_pattern", "bias"),
     }
 )
+SUPPORTED = OF_EVERY_KIND | {
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("qalora_group_size", "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "eva_config"),
+    *("megatron_core", "ensure_weight_tying", "trainable_token_indices", "target_parameters", "velora_config"),
+    *("monteclora_config", B_LAYOUT, UNSLOTH_LAYOUTS),
+    # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
+    *("loftq_config", "corda_config", "lora_ga_config"),
+}
 MERGE_IN_PEFT = (
     "PEFT cannot convert such an adapter to plain LoRA: merge it there (merge_and_unload, which changes the base in "
     "the same way), and use the merged model"
@@ -58,26 +60,33 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
 }
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # lists of names, or None
-BIASES = (None, "none", "all", "lora_only")
+BIASES = re.compile(r"none|all|\w{1,20}_only")
 SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read the config and refuse what is not supported. The tables of patterns become `Patterns`."""
-    config = json_files.read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    return checked_config(config, str(path))
+class ConfigFields(NamedTuple):
+    """The fields that the config of a kind of adapter may have."""
+
+    supported: frozenset[str]
+    numbers: tuple[str, ...] = ()  # positive; there is no default: a missing alpha would silently become another scale
+    patterns: tuple[str, ...] = ()  # tables of patterns of modules
+    refused: Mapping[str, str] = {}  # field -> why a true value is refused
 
 
-def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig, checked. `source` is what contains them. Raises InputRefused."""
-    if refused := _refused_fields(config):
+OF_LORA = ConfigFields(SUPPORTED, ("r", "lora_alpha"), ("rank_pattern", "alpha_pattern"), REFUSED_FIELDS)
+
+
+def checked_config(config: dict[str, Any], source: str, fields: ConfigFields = OF_LORA) -> dict[str, Any]:
+    """The fields of a config of PEFT, checked; the tables of patterns become `Patterns`.
+
+    `source` is what contains them. Raises InputRefused with what is not supported.
+    """
+    refused = _refused_fields(config, fields) + (_refused_of_lora(config) if fields is OF_LORA else [])
+    if refused:
         raise InputRefused(f"{source}: " + "; ".join(refused))
-    # There is no default: a missing alpha would silently become another scale.
-    for name in ("r", "lora_alpha"):
+    for name in fields.numbers:
         positive_number(source, name, config.get(name), sys.float_info.max)
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in fields.patterns:
         patterns = config.get(name) or {}
         for pattern, value in patterns.items():
             positive_number(source, f"{name}[{pattern!r}]", value, sys.float_info.max)
@@ -90,15 +99,9 @@ def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     return config
 
 
-def _refused_fields(config: Mapping[str, Any]) -> list[str]:
-    """Every field that is not supported, and why."""
-    refused = [f"{field}: {why}" for field, why in REFUSED_FIELDS.items() if config.get(field)]
-    unknown = [
-        field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED_FIELDS
-    ]
-    if unknown:
-        refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
-    init = config.get("init_lora_weights", True)
+def _refused_of_lora(config: Mapping[str, Any]) -> list[str]:
+    """What a config of LoRA has that is not supported, and why."""
+    refused, init = [], config.get("init_lora_weights", True)
     if init not in SAFE_INITS:
         remedy = MERGE_IN_PEFT if init == "loftq" else CONVERT_IN_PEFT
         refused.append(
@@ -107,9 +110,19 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
         )
     if config.get("use_dora") and config.get("lora_bias"):
         refused.append("use_dora and lora_bias: PEFT allows only one of them")
+    return refused
+
+
+def _refused_fields(config: Mapping[str, Any], fields: ConfigFields) -> list[str]:
+    """Every field that is not supported, and why."""
+    refused = [f"{field}: {why}" for field, why in fields.refused.items() if config.get(field)]
+    known = fields.supported | fields.refused.keys()
+    unknown = [field for field, value in config.items() if value and field not in known]
+    if unknown:
+        refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
     refused += [
         f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
-        for field, types in FIELD_TYPES.items()
+        for field, types in {**FIELD_TYPES, **dict.fromkeys(fields.patterns, (dict,))}.items()
         if config.get(field) is not None and not isinstance(config[field], types)
     ]
     lists = {field: config[field] for field in NAMES if isinstance(config.get(field), list)}
@@ -119,8 +132,8 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
         for each in names
         if not isinstance(each, str)
     ]
-    if config.get("bias") not in BIASES:
-        refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")
+    if isinstance(bias := config.get("bias"), str) and not BIASES.fullmatch(bias):
+        refused.append(f"bias is {bias!r}; it must be none, all or lora_only")
     return refused
 
 

@@ -80,7 +80,9 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
     if config.get("fan_in_fan_out"):
-        layouts |= {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
+        layouts |= {
+            module: "in_out" for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding
+        }
     return layouts
 
 
@@ -116,7 +118,10 @@ def tied_heads(
 def metadata_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     names = ("task_type", "base_model_name_or_path", "peft_version")
     metadata = {name: config.get(name) for name in names if config.get(name)}
-    metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    if config.get("peft_type", "LORA") == "LORA":
+        metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    else:
+        metadata |= {"peft_type": config["peft_type"]}
     metadata |= {"bias": config["bias"]} if config.get("bias") not in (None, "none") else {}
     metadata |= {"lora_dropout": config["lora_dropout"]} if config.get("lora_dropout") else {}
     model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter

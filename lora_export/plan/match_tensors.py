@@ -81,13 +81,13 @@ def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
 
 
 def _with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
-    """A pair whose file has no kernel, or one of size 1, with the kernel that the base has."""
+    """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel that the base has."""
     if pair.embedding or pair.as_stored or pair.shape == spec.matrix or not spec.layout.is_matrix:
         return pair
     kernel = spec.matrix[2:]
     is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(spec.matrix[1:])
-    is_point = all(size == 1 for size in (*kernel, *pair.shape[2:])) and pair.shape[:2] == spec.matrix[:2]
-    return pair.with_kernel(kernel) if is_flat or is_point else pair
+    own, its = ([size for size in sizes if size != 1] for sizes in (pair.shape[2:], kernel))
+    return pair.with_kernel(kernel) if is_flat or (own == its and pair.shape[:2] == spec.matrix[:2]) else pair
 
 
 def _repeats(module: str, adapter: Adapter, prefix: Prefix, base: BaseTensors) -> bool:
@@ -124,7 +124,7 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     spec = resolved(spec, pair)
     if spec.layout is Layout.UNKNOWN:
-        fits = pair.shape in (spec.shape, spec.shape[::-1])
+        fits = pair.shape in (spec.shape, spec.shape[::-1], ())  # () is open, as its layout is
         return "" if fits else f"{weight} is {spec.shape}, the adapter was trained on {pair.shape} (out, in)"
     if pair.embedding is not (spec.layout is Layout.EMBEDDING):
         kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")

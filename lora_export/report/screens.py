@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from lora_export.adapters.low_rank import LayerShare, total_share
 from lora_export.errors import count, one_line
 from lora_export.lora import Adapter, LoraPair
+from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
@@ -33,6 +34,8 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
         figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), f"{pair.norm:.4g}"]
+        if isinstance(pair, OpenPair):
+            figures = ["", f"{pair.scale:g}", "the base's", ""]
         rows.append([module, *figures, kind_of_pair(pair)])
     print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):

@@ -29,6 +29,8 @@ ORDER = (
         "lora",
         "options",
         "structured_pairs",
+        "computed_pairs",
+        "open_pairs",
         "names",
         "plan",
         "sums",
@@ -56,6 +58,8 @@ NUMPY_CORE = (
         "lora",
         "options",
         "structured_pairs",
+        "computed_pairs",
+        "open_pairs",
         "names",
         "plan",
         "sums",
@@ -163,7 +167,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
 def test_a_plan_knows_no_holder_of_weights(module):
-    assert layers_below(module) <= {"errors", "lora", "names", "options", "plan"}
+    assert layers_below(module) <= {"errors", "lora", "names", "open_pairs", "options", "plan"}
 
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if within(module, DOERS)])
