@@ -143,7 +143,8 @@ def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     for name, modules, several in _grouped(adapter.pairs, str, looks.__getitem__):
         pair, norms = adapter.pairs[modules[0]], [adapter.pairs[module].norm for module in modules]
         low, high = (f"{norm:.4g}" for norm in (min(norms), max(norms)))
-        facts = [f"rank {pair.rank}", f"scale {pair.scale:g}", f"‖ΔW‖ {low if low == high else f'{low} to {high}'}"]
+        norm = "" if pair.needs_weight else f"‖ΔW‖ {low if low == high else f'{low} to {high}'}"
+        facts = [f"rank {pair.rank}", f"scale {pair.scale:g}", *filter(None, [norm])]
         yield _joined(f"  {name}  {shape_text(pair.shape)}", *facts, kind_of_pair(pair), several)
     whole = [*adapter.replaced, *adapter.token_rows, *(f"{module}.bias" for module in adapter.biases)]
     if whole:

@@ -24,6 +24,7 @@ from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 BESIDES = {  # what an adapter may have besides pairs: its field -> what it is
     "magnitude": "DoRA's magnitude",
+    "transforms": "a change that follows from the weight",
     "replaced": "a whole tensor",
     "biases": "a change of a bias",
     "added": "a change of a vector",

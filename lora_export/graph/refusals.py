@@ -48,6 +48,11 @@ def refuse_full_rank(plan: Plan) -> None:
     """
     for step in plan.low_rank:
         for term in step.terms:
+            if term.pair.needs_weight:
+                raise InputRefused(
+                    f"{term.adapter}: {step.weight}: the change by {term.pair.kind} follows from the weight, so it "
+                    f"cannot be beside it. Merge it ({named('lora', 'merged')})"
+                )
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
                 raise InputRefused(
                     f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "

@@ -14,6 +14,7 @@ from lora_export.lora import LoraPair, TokenRows
 
 Tensors = Mapping[str, NDArray[Any]]
 Config = Mapping[str, Any]  # of one module: its own rank and alpha are in the fields of the defaults
+MODULE = "the name of the module"  # the key of a module's name in its config
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_export.formats import peft_kinds
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER
-from lora_export.formats.peft_kinds.kind import Kind, ModuleChange
+from lora_export.formats.peft_kinds.kind import MODULE, Kind, ModuleChange
 from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
 from lora_export.formats.peft_records import layouts_of, metadata_of
 from lora_export.formats.token_rows import read_token_rows
@@ -147,7 +147,8 @@ def _changes(
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
-            change = kind.change({part: file.read(key) for part, key in own.items()}, {**config, **values}, shared)
+            tensors = {part: file.read(key) for part, key in own.items()}
+            change = kind.change(tensors, {**config, **values, MODULE: module}, shared)
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue

@@ -1,0 +1,38 @@
+"""HiRA in PEFT: W' = W + W ∘ (B A), entry by entry, with a low-rank B A and no scale (Huang et al. 2025)."""
+
+from __future__ import annotations
+
+from lora_export.errors import InputRefused
+from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.lora import LoraPair
+from lora_export.weight_transforms import Entries, Stage, WeightTransform
+
+TITLE = "HiRA"
+LAYER, TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
+
+
+def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
+    names = TABLE if TABLE[0] in parts else LAYER
+    if set(names) != set(parts):
+        raise InputRefused(f"it has {' and '.join(sorted(parts))}; {' and '.join(names)} are needed")
+    pair = LoraPair(a=fp32(parts[names[0]]), b=fp32(parts[names[1]]), scale=1.0)
+    if pair.rank != config["r"]:
+        raise InputRefused(f"{names[0]} {pair.a.shape} disagrees with the config's rank {config['r']}")
+    stored = {"a": pair.a, "b": pair.b}
+    return WeightTransform(TITLE, stored, _lower, pair.shape, rank=pair.rank, embedding=names is TABLE)
+
+
+def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
+    a, b = transform.stored["a"], transform.stored["b"]
+    return (Entries(factor=LoraPair(a=a.reshape(len(a), -1), b=b.reshape(len(b), -1), scale=1.0)),)
+
+
+KIND = Kind(
+    peft_type="HIRA",
+    title=TITLE,
+    change=_change,
+    parts=(*LAYER, *TABLE),
+    fields=("hira_dropout", "init_weights", "fan_in_fan_out", "ephemeral_gpu_offload", "runtime_config"),
+    numbers=("r",),
+    patterns={"rank_pattern": "r"},
+)

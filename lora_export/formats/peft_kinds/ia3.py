@@ -1,0 +1,57 @@
+"""IA3 in PEFT: one trained scale for each output of a layer, or for each input of a feed-forward one (Liu et al. 2022).
+
+The scales of outputs also multiply the bias.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from lora_export.errors import InputRefused
+from lora_export.formats.peft_kinds.kind import MODULE, Config, Kind, Tensors, fp32
+from lora_export.lora import LoraPair
+from lora_export.weight_transforms import Entries, Stage, WeightTransform
+
+TITLE = "IA3"
+
+
+def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
+    scales = fp32(parts["ia3_l"])
+    of_inputs = _is_feedforward(config[MODULE], config.get("feedforward_modules") or ())
+    axis = 0 if scales.ndim == 2 and not of_inputs else 1
+    count = scales.shape[axis] if scales.ndim >= 2 else 0
+    if not count or count != scales.size:
+        place = "input" if of_inputs else "output"
+        raise InputRefused(f"ia3_l is {scales.shape}; by feedforward_modules it has a scale for each {place}")
+    kernel = (0,) * (scales.ndim - 2)
+    whole = (0, count, *kernel) if of_inputs else (count, 0, *kernel)
+    stored, settings = {"ia3_l": scales.reshape(-1)}, {"of_inputs": of_inputs}
+    bias = None if of_inputs else WeightTransform(TITLE, stored, _lower, (count,), settings=settings)
+    return WeightTransform(TITLE, stored, _lower, whole, settings=settings, bias=bias)
+
+
+def _is_feedforward(module: str, patterns: str | list[str]) -> bool:
+    """As PEFT decides it: a pattern for whole names, or ends of names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module.endswith(each) for each in patterns)
+
+
+def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
+    change = transform.stored["ia3_l"] - np.float32(1)
+    if transform.settings["of_inputs"]:
+        a = np.repeat(change, shape[1] // len(change))[None] if shape[1] >= len(change) else change[None]
+        return (Entries(factor=LoraPair(a=a, b=np.ones((shape[0], 1), np.float32), scale=1.0)),)
+    return (Entries(factor=LoraPair(a=np.ones((1, shape[1]), np.float32), b=change[:, None], scale=1.0)),)
+
+
+KIND = Kind(
+    peft_type="IA3",
+    title=TITLE,
+    change=_change,
+    parts=("ia3_l",),
+    needed=("ia3_l",),
+    fields=("feedforward_modules", "init_ia3_weights", "fan_in_fan_out"),
+)

@@ -1,0 +1,66 @@
+"""RoAd in PEFT: pairs of outputs are rotated and scaled, the bias too (Liao et al. 2024).
+
+In each group of outputs, the first half y and the second half z become α y cos θ - α z sin θ and α z cos θ + α y sin θ,
+each output with an α and a θ: those of road_1 are equal in both halves, and road_4 has others for sine and cosine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.weight_transforms import Blocks, Stage, WeightTransform
+
+TITLE = "RoAd"
+PER_OUTPUT = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
+
+
+def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
+    angles, lengths = fp32(parts["road_theta"]), fp32(parts["road_alpha"])
+    variant, group = config.get("variant", "road_1"), config["group_size"]
+    if variant not in PER_OUTPUT or not isinstance(group, int) or group % 2:
+        raise InputRefused(f"the variant is {variant!r} and group_size {group!r}")
+    outputs = int(angles.size / PER_OUTPUT[variant])
+    if angles.ndim != 1 or angles.shape != lengths.shape or not outputs or outputs % group:
+        raise InputRefused(
+            f"road_theta {angles.shape} and road_alpha {lengths.shape} make no groups of {group} outputs"
+        )
+    stored, settings = {"road_theta": angles, "road_alpha": lengths}, {"variant": variant, "group": group}
+    bias = WeightTransform(TITLE, stored, _lower, (outputs,), settings=settings, rank=2)
+    return WeightTransform(TITLE, stored, _lower, (outputs, 0), settings=settings, rank=2, bias=bias)
+
+
+def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
+    half = transform.settings["group"] // 2
+    cosines, sines = _columns(transform)
+    matrices = np.zeros((len(cosines), 2 * half, 2 * half))
+    first, second = np.arange(half), np.arange(half, 2 * half)
+    matrices[:, first, first], matrices[:, second, second] = cosines[:, :half] - 1, cosines[:, half:] - 1
+    matrices[:, first, second], matrices[:, second, first] = -sines[:, :half], sines[:, half:]
+    return (Blocks(less_identity=matrices.astype(np.float32)),)
+
+
+def _columns(transform: WeightTransform) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """α cos θ and α sin θ of each output, (groups, group)."""
+    group, variant = transform.settings["group"], transform.settings["variant"]
+    angles, lengths = (transform.stored[name].astype(np.float64) for name in ("road_theta", "road_alpha"))
+    if variant == "road_4":
+        angles, lengths = angles.reshape(-1, 2, group), lengths.reshape(-1, 2, group)
+        return lengths[:, 0] * np.cos(angles[:, 0]), lengths[:, 1] * np.sin(angles[:, 1])
+    if variant == "road_1":
+        angles, lengths = (np.tile(each.reshape(-1, group // 2), 2) for each in (angles, lengths))
+    angles, lengths = angles.reshape(-1, group), lengths.reshape(-1, group)
+    return lengths * np.cos(angles), lengths * np.sin(angles)
+
+
+KIND = Kind(
+    peft_type="ROAD",
+    title=TITLE,
+    change=_change,
+    parts=("road_theta", "road_alpha"),
+    needed=("road_theta", "road_alpha"),
+    fields=("variant", "init_weights"),
+    numbers=("group_size",),
+)
