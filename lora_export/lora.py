@@ -129,10 +129,7 @@ class LoraPair:
 
     @property
     def norm(self) -> float:
-        """‖scale * B A‖, without computing B A: ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
-        a = self.a.astype(np.float64).reshape(self.rank, -1)
-        b = self.b.astype(np.float64).reshape(-1, self.rank)
-        return abs(self.scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
+        return norm_of_product(self.scale, self.a, self.b)
 
     @property
     def is_low_rank(self) -> bool:
@@ -158,7 +155,7 @@ class LoraPair:
         a = self.a.reshape(self.rank, -1, *kernel)
         return replace(self, a=a, b=self.b.reshape(*self.b.shape[:2], *[1] * len(kernel)))
 
-    def for_shape(self, _shape: tuple[int, ...]) -> LoraPair:
+    def for_weight(self, _shape: tuple[int, ...]) -> LoraPair:
         """The pair for a weight of this (out, in, ...) shape, where its file does not show all of the shape."""
         return self
 
@@ -179,6 +176,12 @@ class LoraPair:
         if scale_product:
             product *= scale
         return product
+
+
+def norm_of_product(scale: float, a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """‖scale * B A‖, without computing B A: ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
+    wide_a, wide_b = a.astype(np.float64).reshape(len(a), -1), b.astype(np.float64).reshape(-1, len(a))
+    return abs(scale) * math.sqrt(max(0.0, float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))))
 
 
 def finite_fp32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:

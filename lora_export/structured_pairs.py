@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ _Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
 class StructuredPair(LoraPair):
     """A pair that is stored in another form. Like every pair it is read-only.
 
-    `rows` and `columns` select a part of the whole product; None selects all. Raises InputRefused as LoraPair does.
+    `rows` and `columns` select a part of the whole product; None selects all. `settings` are what the form needs beside
+    numbers that were trained, such as places and sizes. Raises InputRefused as LoraPair does.
     """
 
     stored: dict[str, NDArray[np.float32]]  # the factors, by their names
@@ -34,6 +36,7 @@ class StructuredPair(LoraPair):
     kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
     rows: _Indices | None
     columns: _Indices | None
+    settings: Mapping[str, Any]
 
     def __init__(
         self,
@@ -44,11 +47,12 @@ class StructuredPair(LoraPair):
         kernel: tuple[int, ...] | None = None,
         rows: _Indices | None = None,
         columns: _Indices | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ):
         factors = {name: finite_fp32(name, value) for name, value in stored.items()}
         magnitude = None if magnitude is None else finite_fp32("magnitude", magnitude)
         vars(self).update(factors, stored=factors, scale=scale, magnitude=magnitude, embedding=False, as_stored=False)
-        vars(self).update(kernel=kernel, rows=rows, columns=columns)
+        vars(self).update(kernel=kernel, rows=rows, columns=columns, settings=settings)
         vars(self).update(shape_of_whole=self._shape_of_whole())
         if not math.isfinite(scale):
             raise InputRefused(f"the scale is {scale}; it must be finite")
@@ -129,7 +133,7 @@ class StructuredPair(LoraPair):
         return self._with(kernel=kernel)
 
     def _with(self, **changed: Any) -> LoraPair:
-        fields = {name: getattr(self, name) for name in ("scale", "magnitude", "kernel", "rows", "columns")}
+        fields = {name: getattr(self, name) for name in ("scale", "magnitude", "kernel", "rows", "columns", "settings")}
         return type(self)(self.stored, **(fields | changed))
 
     def delta(

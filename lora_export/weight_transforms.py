@@ -204,7 +204,7 @@ class WeightTransform(LoraPair):
 
     `stored` are the tensors of the file, and `settings` what the config states: from these alone `exact_transforms`
     computes T(W) a second time. `lower` makes the stages for a weight of a (out, in) shape, a kernel among the inputs.
-    `whole` is the shape of the weight, (out, in, ...), with 0 where the file does not show it: see `for_shape`.
+    `whole` is the shape of the weight, (out, in, ...), with 0 where the file does not show it: see `for_weight`.
     `bias` is the transform of the layer's bias, (out,), where there is one.
     """
 
@@ -326,10 +326,10 @@ class WeightTransform(LoraPair):
         return self._with(scale=weight * self.scale, bias=bias)
 
     def with_kernel(self, kernel: tuple[int, ...]) -> WeightTransform:
-        del kernel  # `for_shape` finds it
+        del kernel  # `for_weight` finds it
         return self
 
-    def for_shape(self, shape: tuple[int, ...]) -> WeightTransform:
+    def for_weight(self, shape: tuple[int, ...]) -> WeightTransform:
         """The transform for a weight of this (out, in, ...) shape; itself where what is known of it does not fit.
 
         A kernel may be among the inputs of the file, or be one more axis there.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
 from lora_export.graph.interface import Port
+from lora_export.open_pairs import OpenPair
 from lora_export.report.json_document import as_dict, plain
 from lora_export.report.screens import (
     NO_EFFECT,
@@ -143,9 +144,12 @@ def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     for name, modules, several in _grouped(adapter.pairs, str, looks.__getitem__):
         pair, norms = adapter.pairs[modules[0]], [adapter.pairs[module].norm for module in modules]
         low, high = (f"{norm:.4g}" for norm in (min(norms), max(norms)))
-        norm = "" if pair.needs_weight else f"‖ΔW‖ {low if low == high else f'{low} to {high}'}"
-        facts = [f"rank {pair.rank}", f"scale {pair.scale:g}", *filter(None, [norm])]
-        yield _joined(f"  {name}  {shape_text(pair.shape)}", *facts, kind_of_pair(pair), several)
+        facts = [f"rank {pair.rank}", f"scale {pair.scale:g}", f"‖ΔW‖ {low if low == high else f'{low} to {high}'}"]
+        if isinstance(pair, OpenPair):
+            yield _joined(f"  {name}", "shape: the base's", f"scale {pair.scale:g}", several)
+        else:
+            facts = facts[:2] if pair.needs_weight else facts
+            yield _joined(f"  {name}  {shape_text(pair.shape)}", *facts, kind_of_pair(pair), several)
     whole = [*adapter.replaced, *adapter.token_rows, *(f"{module}.bias" for module in adapter.biases)]
     if whole:
         yield f"  changed without a low-rank pair: {', '.join(whole[:PORTS])}{_more(len(whole) - PORTS)}"

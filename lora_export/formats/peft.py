@@ -1,5 +1,6 @@
-"""PEFT's adapters, LoRA and other kinds: `adapter_config.json` and `adapter_model.safetensors`, its shards, or `adapter_model.bin`.
+"""PEFT's adapters: `adapter_config.json` and `adapter_model.safetensors`, its shards, or `adapter_model.bin`.
 
+LoRA is read here, every other kind by a module of `peft_kinds`.
 Everything that is special about PEFT stays in this file and in those whose names begin with `peft_`. Alpha and rank
 become one scale per pair, and wrapper prefixes are removed.
 """
@@ -51,7 +52,7 @@ from lora_export.formats.peft_kinds import reading
 from lora_export.formats.peft_records import axes_of_experts, layouts_of, metadata_of, notes_of, tied_heads
 from lora_export.formats.peft_writing import SUFFIX, write
 from lora_export.formats.token_rows import read_token_rows
-from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
+from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
 

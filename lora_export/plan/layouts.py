@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
+from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
@@ -47,11 +48,12 @@ def settle_layouts(
 
 def refuse_unknown(steps: Sequence[Step]) -> None:
     """Raise InputRefused where the layout of a weight that pairs change is unknown."""
-    unknown = [step.weight for step in steps if step.terms and step.spec.layout is Layout.UNKNOWN]
-    if unknown:
+    specs = [step.spec for step in steps if step.terms and step.spec.layout is Layout.UNKNOWN]
+    if specs:
+        unknown, square = [spec.name for spec in specs], "square " * all(len(set(spec.shape)) == 1 for spec in specs)
         more = f", and {len(unknown) - NAMED_WEIGHTS} more" if len(unknown) > NAMED_WEIGHTS else ""
         raise InputRefused(
-            f"the layout of {len(unknown)} square {'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
+            f"the layout of {len(unknown)} {square}{'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
             f"{', '.join(unknown[:NAMED_WEIGHTS])}{more}. Neither the base nor the adapter determines whether it is "
             "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
             f"{named('layout', {'NAME': 'out_in'})} or {named('layout', {'NAME': 'in_out'})}; "
@@ -77,7 +79,7 @@ def _linear_pairs(
 
 def _for_one_layout(pair: LoraPair, stored: tuple[int, ...]) -> LoraPair:
     """A pair whose file does not show all of its shape, for a matrix that is stored (out, in), or else transposed."""
-    ways = [pair.for_shape(shape) for shape in (stored, stored[::-1])]
+    ways = [pair.for_weight(shape) for shape in (stored, stored[::-1])]
     fitting = [way for way in ways if 0 not in way.shape]
     return fitting[0] if len({way.shape for way in fitting}) == 1 else pair
 
@@ -91,7 +93,7 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
         return spec
     if own is not None:
         return replace(spec, layout=own, layout_source=LayoutSource.SHAPE)
-    if pair.shape != spec.shape:  # it fits in neither layout: a misfit
+    if pair.shape not in (spec.shape, ()):  # it fits in neither layout: a misfit
         return spec
     if stated is not None:
         return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)
@@ -106,6 +108,8 @@ def _own_layout(spec: TensorSpec, pair: LoraPair) -> Layout | None:
         return Layout.OUT_IN
     if spec.layout is not Layout.UNKNOWN:
         return spec.layout if spec.layout in LINEAR_LAYOUTS else None
+    if isinstance(pair, OpenPair) and len(set(spec.shape)) == 2 and pair.outputs in spec.shape:
+        return Layout.OUT_IN if pair.outputs == spec.shape[0] else Layout.IN_OUT
     if len(set(spec.shape)) == 1 or pair.shape not in (spec.shape, spec.shape[::-1]):
         return None
     return Layout.OUT_IN if pair.shape == spec.shape else Layout.IN_OUT

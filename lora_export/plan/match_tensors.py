@@ -48,7 +48,7 @@ def match_adapter(
         if weight is None and _repeats(module, adapter, prefix, base):
             continue
         try:
-            pair, problem = stored if weight is None else _for_weight(stored, base[weight]), ""
+            pair, problem = stored if weight is None else _laid_on(stored, base[weight]), ""
         except InputRefused as error:
             pair, problem = stored, str(error)
         problem = problem or _pair_problem(prefix.to_base(module) or module, weight, pair, base)
@@ -57,7 +57,7 @@ def match_adapter(
         sort(module, weight, problem, term=term, repeated_by=repeated_by)
         bias = _bias_of(prefix.to_base(module) or module, base)
         if pair.bias is not None and bias in base and not problem:
-            own = pair.bias.for_shape(base[bias].shape)
+            own = pair.bias.for_weight(base[bias].shape)
             why = "" if own.shape == base[bias].shape else f"{bias} is {base[bias].shape}, and the change {own.shape}"
             sort(f"{module}.bias", bias, why, term=Term(adapter.name, module, own, strength))
     for module, change in adapter.biases.items():
@@ -81,9 +81,9 @@ def match_adapter(
     return matches, misfits
 
 
-def _for_weight(pair: LoraPair, spec: TensorSpec) -> LoraPair:
+def _laid_on(pair: LoraPair, spec: TensorSpec) -> LoraPair:
     """The pair in the shape of the weight, as far as it fits."""
-    own = _of_layer(pair, spec.layout).for_shape(resolved(spec, pair).matrix)
+    own = _of_layer(pair, spec.layout).for_weight(resolved(spec, pair).matrix)
     return _with_kernel_of(spec, own)
 
 
@@ -136,7 +136,7 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     spec = resolved(spec, pair)
     if spec.layout is Layout.UNKNOWN:
-        fits = pair.shape in (spec.shape, spec.shape[::-1])
+        fits = pair.shape in (spec.shape, spec.shape[::-1], ())  # () is open, as its layout is
         return "" if fits else f"{weight} is {spec.shape}, the adapter was trained on {pair.shape} (out, in)"
     if pair.embedding is not (spec.layout is Layout.EMBEDDING):
         kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")

@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from lora_export.adapters.low_rank import LayerShare, total_share
 from lora_export.errors import count, one_line
 from lora_export.lora import Adapter, LoraPair
+from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
@@ -32,8 +33,11 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         print_line(to, one_line(f"  {what}: {value}"))
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
-        norm = "" if pair.needs_weight else f"{pair.norm:.4g}"
-        figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), norm]
+        figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), f"{pair.norm:.4g}"]
+        if pair.needs_weight:
+            figures[-1] = ""
+        if isinstance(pair, OpenPair):
+            figures = ["", f"{pair.scale:g}", "the base's", ""]
         rows.append([module, *figures, kind_of_pair(pair)])
     print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):

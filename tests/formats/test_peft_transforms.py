@@ -85,7 +85,7 @@ def test_rows_and_the_transpose_give_the_same_change(one):
     for module, stored in adapter.pairs.items():
         weight = one.before[f"{module}.weight"].numpy()
         weight = weight.T if module in ("back", "table") else weight
-        pair = stored.for_shape(weight.shape)
+        pair = stored.for_weight(weight.shape)
         whole, (exact, _) = pair.change(weight), exact_change(pair, weight)
         np.testing.assert_allclose(whole, exact, atol=4e-6 * (np.abs(exact).max() + np.abs(weight).max()))
         for each, view in ((pair, weight), (pair.transposed, weight.T)) if weight.ndim == 2 else ((pair, weight),):
@@ -102,9 +102,9 @@ def test_a_part_of_the_outputs_is_that_of_the_whole_change_or_refused(one):
         weight = one.before[f"{module}.weight"].numpy()
         weight = weight.T if module in ("back", "table") else weight
         rows = np.arange(len(weight))[len(weight) // 3 :]
-        whole = stored.for_shape(weight.shape).change(weight)
+        whole = stored.for_weight(weight.shape).change(weight)
         try:
-            pair = stored.part(rows, None).for_shape(weight[rows].shape)
+            pair = stored.part(rows, None).for_weight(weight[rows].shape)
         except InputRefused as error:
             assert "mixes all of them" in str(error)
             assert one.adapter and not np.allclose(whole[rows], 0)

@@ -96,6 +96,35 @@ def _cases() -> Iterator[tuple[str, Case]]:
     )
     yield case("without biases", peft.GloraConfig, ("down",), r=3)
     yield case("norms", peft.LNTuningConfig, ("norm",))
+    yield case("linear", peft.AdaLoraConfig, (*LINEAR, "back"), init_r=3, target_r=2, lora_alpha=5, total_step=10)
+    yield case("convolutions", peft.AdaLoraConfig, ("conv",), init_r=3, target_r=2, lora_alpha=5, total_step=10)
+    for config in (peft.VeraConfig, peft.PveraConfig):
+        yield case("saved matrices", config, (*LINEAR, "back"), r=3)
+        yield case("drawn matrices", config, (*LINEAR, "back"), r=3, save_projection=False, projection_prng_key=-5)
+    yield case("logits", peft.VBLoRAConfig, (*LINEAR, "back"), r=3, num_vectors=9, vector_length=2, topk=2)
+    options = {"num_vectors": 9, "vector_length": 2, "topk": 3, "save_only_topk_weights": True}
+    yield case("largest weights", peft.VBLoRAConfig, LINEAR, r=2, **options)
+    for config in (peft.FourierFTConfig, peft.WaveFTConfig):
+        yield case("few", config, LINEAR, n_frequency=7)
+        yield case("most", config, (*LINEAR, "back"), n_frequency=65, random_loc_seed=4, scaling=3.0)
+        yield case("patterns", config, LINEAR, n_frequency=7, n_frequency_pattern={"down": 9})
+    yield case("entries", peft.WaveFTConfig, (*LINEAR, "back"), n_frequency=9, use_idwt=False)
+    yield case("proportional", peft.WaveFTConfig, LINEAR, n_frequency=9, proportional_parameters=True)
+    for name, options in {"dense": {}, "sparse": {"sparse": True}, "very sparse": {"very_sparse": True}}.items():
+        yield case(name, peft.RandLoraConfig, (*LINEAR, "back"), r=4, randlora_alpha=6, **options)
+    yield case("blocks", peft.GraloraConfig, (*LINEAR, "back"), r=6, gralora_k=2, alpha=5)
+    yield case("hybrid", peft.GraloraConfig, (*LINEAR, "back"), r=6, gralora_k=3, alpha=5, hybrid_r=2)
+    yield case("blocks", peft.C3AConfig, LINEAR, block_size=6)
+    yield case("patterns", peft.C3AConfig, LINEAR, block_size=6, block_size_pattern={"down": 3})
+    yield case("linear", peft.ShiraConfig, LINEAR, r=2)
+    yield case("linear", peft.MissConfig, (*LINEAR, "back"), r=4)
+    yield case("a rest", peft.MissConfig, (*LINEAR, "back"), r=5, init_weights=False)
+    yield case("mini", peft.MissConfig, (*LINEAR, "back"), r=3, mini_r=3, init_weights="mini")
+    yield case("one vector a layer", peft.TinyLoraConfig, (*LINEAR, "back"), r=2, u=5)
+    yield case("tied vectors", peft.TinyLoraConfig, (*LINEAR, "back"), r=3, u=4, weight_tying=0.5)
+    yield case("saved indices", peft.UniLoraConfig, (*LINEAR, "back"), r=2, theta_d_length=20, save_indices=True)
+    yield case("biases", peft.BeftConfig, ("up",))
+    yield case("rows", peft.TrainableTokensConfig, ("table",), token_indices=[1, 7])
 
 
 CASES = dict(_cases())

@@ -5,13 +5,11 @@ W' = s ∘ (W M₀ᵀ M₁ᵀ ...), each M the blocks in an order of a butterfly
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.oft import change_of_rotation
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import Blocks, Entries, Stage, WeightTransform
@@ -19,17 +17,17 @@ from lora_export.weight_transforms import Blocks, Entries, Stage, WeightTransfor
 TITLE = "BOFT"
 
 
-def _change(parts: Tensors, _config: Config, _shared: Tensors) -> WeightTransform:
-    blocks, scales = fp32(parts["boft_R"]), fp32(parts["boft_s"])
-    if blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3] or 0 in blocks.shape:
+def _change(stored: Stored) -> WeightTransform:
+    blocks, scales = stored.part("boft_R", 4), stored.part("boft_s", 2)
+    if blocks.shape[2] != blocks.shape[3]:
         raise InputRefused(f"boft_R is {blocks.shape}; (factors, blocks, size, size) is needed")
     factors, count, size, _ = blocks.shape
     if factors > 1 and (size % 2 or count % 2 ** (factors - 1)):
         raise InputRefused(f"boft_R is {blocks.shape}: so many blocks have no butterfly of {factors} factors")
-    if scales.shape not in ((1, len(scales[0])), (len(scales), 1)) if scales.ndim == 2 else True:
+    if scales.shape[1] != 1:
         raise InputRefused(f"boft_s is {scales.shape}; it has a scale for each output")
-    stored = {"boft_R": blocks, "boft_s": scales.reshape(-1)}
-    return WeightTransform(TITLE, stored, _lower, (scales.size, count * size), rank=size)
+    tensors = {"boft_R": blocks, "boft_s": scales.reshape(-1)}
+    return WeightTransform(TITLE, tensors, _lower, (scales.size, count * size), rank=size)
 
 
 def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:

@@ -9,29 +9,30 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import Entries, LowRank, Stage, WeightTransform
 
 TITLE = "DEFT"
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
-    directions, method = fp32(parts["deft_P"]), config.get("decomposition_method", "relu")
+def _change(stored: Stored) -> WeightTransform:
+    parts, config = stored.parts, stored.config
+    directions, method = stored.part("deft_P", 2), config.get("decomposition_method", "relu")
     injected = None if config.get("para") else parts.get("deft_R")
     if method not in ("relu", "qr") or bool(config.get("para")) is not ("deft_R" not in parts):
         raise InputRefused(
             f"decomposition_method is {method!r}, para {config.get('para')}, and it has {', '.join(parts)}"
         )
-    if directions.ndim != 2 or directions.shape[1] != min(config["r"], len(directions)):
+    if directions.shape[1] != min(config["r"], len(directions)):
         raise InputRefused(f"deft_P is {directions.shape}, and the config's r is {config['r']}")
     rank = directions.shape[1]
     if injected is not None and (injected.ndim != 2 or len(injected) != rank):
         raise InputRefused(f"deft_P {directions.shape} and deft_R {injected.shape} have different ranks")
     settings = {"method": method, "scale": config["alpha"] / rank if config.get("alpha") else 1.0}
-    stored = {"deft_P": directions} | ({} if injected is None else {"deft_R": fp32(injected)})
+    tensors = {"deft_P": directions} | ({} if injected is None else {"deft_R": np.asarray(injected, np.float32)})
     whole = (len(directions), 0 if injected is None else injected.shape[1])
-    return WeightTransform(TITLE, stored, _lower, whole, settings=settings, rank=rank)
+    return WeightTransform(TITLE, tensors, _lower, whole, settings=settings, rank=rank)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 
 PARTS = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 SHORTEST = 1e-4  # ‖a‖ and ‖b‖ count as at least that
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> LoraPair:
+def _change(stored: Stored) -> LoraPair:
+    parts, config = stored.parts, stored.config
     a, b, strength, lengths = (np.asarray(parts[name], np.float64) for name in PARTS)
     if a.ndim != 2 or b.ndim != 2 or strength.size != 1 or lengths.shape != a.shape[1:] or len(a) != config["r"]:
         shapes = ", ".join(f"{name} {parts[name].shape}" for name in PARTS)

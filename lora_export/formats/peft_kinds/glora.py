@@ -6,10 +6,14 @@ weight, is refused unless it is zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import Entries, Stage, WeightTransform
 
@@ -17,8 +21,8 @@ TITLE = "GLoRA"
 PATHS = "ABCDE"
 
 
-def _change(parts: Tensors, _config: Config, _shared: Tensors) -> WeightTransform:
-    paths = {path: _path(parts, f"glora_{path}.") for path in PATHS}
+def _change(stored: Stored) -> WeightTransform:
+    paths = {path: _path(stored.parts, f"glora_{path}.") for path in PATHS}
     if paths["C"] and all(each.any() for each in paths["C"].values()):
         raise InputRefused("its C adds a product with the weight to the bias, which is not supported")
     of_weight, of_bias = (
@@ -32,17 +36,22 @@ def _change(parts: Tensors, _config: Config, _shared: Tensors) -> WeightTransfor
     return WeightTransform(TITLE, of_weight, _lower, whole, settings={"paths": "AB"}, rank=rank, bias=bias)
 
 
-def _path(parts: Tensors, start: str) -> dict[str, np.ndarray]:
+def _path(parts: Mapping[str, NDArray[Any]], start: str) -> dict[str, NDArray[np.float32]]:
     """The tensors of one of the five: Xd and Xu, or X. Without any, PEFT saves zeros."""
-    own = {name.removeprefix(start): fp32(value) for name, value in parts.items() if name.startswith(start)}
+    own = {
+        name.removeprefix(start): np.asarray(value, np.float32)
+        for name, value in parts.items()
+        if name.startswith(start)
+    }
     zeros = own.pop("zeros", np.zeros(0))
-    known = (set(), {"X"}, {"Xd", "Xu"})
-    if set(own) not in known or zeros.any() or any(not 1 <= each.ndim <= 2 or not each.size for each in own.values()):
-        raise InputRefused(f"{start[:-1]} has {', '.join(f'{name} {each.shape}' for name, each in own.items())}")
+    is_known = set(own) in (set(), {"X"}, {"Xd", "Xu"})
+    if not is_known or zeros.any() or any(not 1 <= each.ndim <= 2 or not each.size for each in own.values()):
+        shapes = ", ".join(f"{name} {each.shape}" for name, each in own.items())
+        raise InputRefused(f"{start[:-1]} has {shapes}: it is X, or Xd and Xu")
     return own
 
 
-def _size(path: Tensors) -> tuple[int, int]:
+def _size(path: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
     """Outputs and inputs of the weight, 0 for what the tensors do not show."""
     if "Xd" in path:
         return len(path["Xd"]), path["Xu"].shape[-1]

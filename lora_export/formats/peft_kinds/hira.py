@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import Entries, Stage, WeightTransform
 
@@ -11,15 +13,16 @@ TITLE = "HiRA"
 LAYER, TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
+def _change(stored: Stored) -> WeightTransform:
+    parts, config = stored.parts, stored.config
     names = TABLE if TABLE[0] in parts else LAYER
     if set(names) != set(parts):
         raise InputRefused(f"it has {' and '.join(sorted(parts))}; {' and '.join(names)} are needed")
-    pair = LoraPair(a=fp32(parts[names[0]]), b=fp32(parts[names[1]]), scale=1.0)
+    pair = LoraPair(a=np.asarray(parts[names[0]], np.float32), b=np.asarray(parts[names[1]], np.float32), scale=1.0)
     if pair.rank != config["r"]:
         raise InputRefused(f"{names[0]} {pair.a.shape} disagrees with the config's rank {config['r']}")
-    stored = {"a": pair.a, "b": pair.b}
-    return WeightTransform(TITLE, stored, _lower, pair.shape, rank=pair.rank, embedding=names is TABLE)
+    tensors = {"a": pair.a, "b": pair.b}
+    return WeightTransform(TITLE, tensors, _lower, pair.shape, rank=pair.rank, embedding=names is TABLE)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:

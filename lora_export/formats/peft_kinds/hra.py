@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import LowRank, Stage, WeightTransform
 
 TITLE = "HRA"
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
-    normals = fp32(parts["hra_u"])
-    if normals.ndim != 2 or normals.shape[1] != config["r"]:
+def _change(stored: Stored) -> WeightTransform:
+    normals, config = stored.part("hra_u", 2), stored.config
+    if normals.shape[1] != config["r"]:
         raise InputRefused(f"hra_u is {normals.shape}, and the config's r is {config['r']}")
     if not normals.any(axis=0).all():
         raise InputRefused("a normal of hra_u is zero: it has no plane")

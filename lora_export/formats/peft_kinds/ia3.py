@@ -10,16 +10,16 @@ import re
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import MODULE, Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import Entries, Stage, WeightTransform
 
 TITLE = "IA3"
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
-    scales = fp32(parts["ia3_l"])
-    of_inputs = _is_feedforward(config[MODULE], config.get("feedforward_modules") or ())
+def _change(stored: Stored) -> WeightTransform:
+    scales = np.asarray(stored.parts["ia3_l"], np.float32)
+    of_inputs = _is_feedforward(stored.module, stored.config.get("feedforward_modules") or ())
     axis = 0 if scales.ndim == 2 and not of_inputs else 1
     count = scales.shape[axis] if scales.ndim >= 2 else 0
     if not count or count != scales.size:
@@ -27,9 +27,9 @@ def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform
         raise InputRefused(f"ia3_l is {scales.shape}; by feedforward_modules it has a scale for each {place}")
     kernel = (0,) * (scales.ndim - 2)
     whole = (0, count, *kernel) if of_inputs else (count, 0, *kernel)
-    stored, settings = {"ia3_l": scales.reshape(-1)}, {"of_inputs": of_inputs}
-    bias = None if of_inputs else WeightTransform(TITLE, stored, _lower, (count,), settings=settings)
-    return WeightTransform(TITLE, stored, _lower, whole, settings=settings, bias=bias)
+    tensors, settings = {"ia3_l": scales.reshape(-1)}, {"of_inputs": of_inputs}
+    bias = None if of_inputs else WeightTransform(TITLE, tensors, _lower, (count,), settings=settings)
+    return WeightTransform(TITLE, tensors, _lower, whole, settings=settings, bias=bias)
 
 
 def _is_feedforward(module: str, patterns: str | list[str]) -> bool:

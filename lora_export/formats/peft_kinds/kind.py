@@ -9,12 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import InputRefused
 from lora_export.formats.peft_config import OF_EVERY_KIND, ConfigFields
 from lora_export.lora import LoraPair, TokenRows
 
 Tensors = Mapping[str, NDArray[Any]]
-Config = Mapping[str, Any]  # of one module: its own rank and alpha are in the fields of the defaults
-MODULE = "the name of the module"  # the key of a module's name in its config
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an adapter stores for one module."""
+
+    parts: Tensors  # by what follows the module's name in their keys
+    config: Config  # its own rank and alpha, by the patterns, are in the fields of the defaults
+    shared: Tensors  # those that belong to no module
+    module: str  # its name
+    modules: int  # how many the file has
+
+    def part(self, name: str, dimensions: int) -> NDArray[np.float32]:
+        """A part in fp32. Raises InputRefused where it has another number of dimensions, or none of some."""
+        value = self.parts[name]
+        if value.ndim != dimensions or 0 in value.shape:
+            raise InputRefused(f"{name} is {value.shape}; {dimensions} dimensions are needed")
+        return np.asarray(value, np.float32)
 
 
 @dataclass(frozen=True)
@@ -31,17 +49,16 @@ class ModuleChange:
 class Kind:
     """A kind of adapter.
 
-    `change` makes the change of one module of its `parts` (the tensors of the module, by what follows the module's
-    name in their keys), its config and the `shared` tensors, which belong to no module. It raises InputRefused for
-    what does not fit. A part that is not in `needed` may be absent.
+    `change` makes the change of one module, and raises InputRefused for what does not fit. A part that is not in
+    `needed` may be absent.
     """
 
     peft_type: str  # as in the config
     title: str  # the name of the method
-    change: Callable[[Tensors, Config, Tensors], LoraPair | ModuleChange]
-    parts: tuple[str, ...]
+    change: Callable[[Stored], LoraPair | ModuleChange]
+    parts: tuple[str, ...]  # what follows the module's name in a key
     needed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # names of tensors that belong to no module, up to their first dot
     fields: tuple[str, ...] = ()  # that it uses, or that do not affect the weights, beside those of every kind
     numbers: tuple[str, ...] = ()  # of these: the positive numbers that must be stated
     patterns: Mapping[str, str] = field(default_factory=dict)  # a table of patterns -> the field with the default
@@ -51,7 +68,3 @@ class Kind:
     def config_fields(self) -> ConfigFields:
         supported = OF_EVERY_KIND | {*self.fields, *self.numbers, *self.patterns, *self.patterns.values()}
         return ConfigFields(supported, self.numbers, tuple(self.patterns), self.refused)
-
-
-def fp32(value: NDArray[Any]) -> NDArray[np.float32]:
-    return np.asarray(value, np.float32)

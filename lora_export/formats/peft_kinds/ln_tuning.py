@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lora_export.formats.peft_kinds.kind import Config, Kind, ModuleChange, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 
 LAYER = "ln_tuning_layers."
 
 
-def _change(parts: Tensors, config: Config, shared: Tensors) -> ModuleChange:
-    return ModuleChange(replaced={part.removeprefix(LAYER): tensor for part, tensor in parts.items()})
+def _change(stored: Stored) -> ModuleChange:
+    return ModuleChange(replaced={part.removeprefix(LAYER): tensor for part, tensor in stored.parts.items()})
 
 
 KIND = Kind(

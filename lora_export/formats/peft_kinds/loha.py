@@ -1,15 +1,15 @@
-"""LoHa in PEFT: (w1_a w1_b) ∘ (w2_a w2_b), entry by entry, for linear layers and convolutions (Hyeon-Woo et al. 2022)."""
+"""LoHa in PEFT: (w1_a w1_b) ∘ (w2_a w2_b), entry by entry (Hyeon-Woo et al. 2022)."""
 
 from __future__ import annotations
 
 from lora_export.formats.lora_changes import LOHA_FACTORS, KeyPart, loha
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
 from lora_export.lora import LoraPair
 
 
-def _change(parts: Tensors, config: Config, shared: Tensors) -> LoraPair:
-    return loha({KeyPart(part): tensor for part, tensor in parts.items()}, own_scale(config))
+def _change(stored: Stored) -> LoraPair:
+    return loha({KeyPart(part): tensor for part, tensor in stored.parts.items()}, own_scale(stored.config))
 
 
 KIND = Kind(

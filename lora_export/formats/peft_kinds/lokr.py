@@ -1,19 +1,26 @@
 """LoKr in PEFT: the Kronecker product of two factors, each whole or decomposed.
 
-PEFT multiplies by alpha / r in all cases, LyCORIS only where a factor is decomposed.
+PEFT multiplies by alpha / r in all cases, LyCORIS only where a factor is decomposed. A whole second factor of an
+nn.Conv1d has an order of its own, see `FlatKroneckerPair`.
 """
 
 from __future__ import annotations
 
+from lora_export.computed_pairs import FlatKroneckerPair
 from lora_export.formats.lora_changes import KeyPart, lokr
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
 from lora_export.lora import LoraPair
+from lora_export.structured_pairs import KroneckerPair
 
 
-def _change(parts: Tensors, config: Config, shared: Tensors) -> LoraPair:
-    scale = own_scale(config)
-    return lokr({KeyPart(part): tensor for part, tensor in parts.items()}, scale, of_wholes=scale(config["r"]))
+def _change(stored: Stored) -> LoraPair:
+    scale = own_scale(stored.config)
+    of_wholes = scale(stored.config["r"])
+    pair = lokr({KeyPart(part): tensor for part, tensor in stored.parts.items()}, scale, of_wholes=of_wholes)
+    if isinstance(pair, KroneckerPair) and KeyPart.LOKR_W2 in stored.parts and pair.w2.ndim == 3:
+        return FlatKroneckerPair({"w1": pair.w1, "w2": pair.w2}, pair.scale)
+    return pair
 
 
 KIND = Kind(

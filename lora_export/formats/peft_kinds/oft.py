@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
 TITLE = "OFT"
@@ -19,13 +19,14 @@ LINEAR, TABLE = "oft_R.weight", "oft_embedding_R.weight"
 Wide = NDArray[np.float64]
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
+def _change(stored: Stored) -> WeightTransform:
+    config, parts = stored.config, stored.parts
     if len(parts) != 1:
         raise InputRefused("it has rotations of a layer and of a table")
-    ((part, rows),) = parts.items()
-    rows, embedding = fp32(rows), part == TABLE
+    (part,) = parts
+    rows, embedding = stored.part(part, 2), part == TABLE
     block = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2  # rows.shape[1] = block (block - 1) / 2
-    if rows.ndim != 2 or block * (block - 1) != 2 * rows.shape[1] or not rows.size:
+    if block * (block - 1) != 2 * rows.shape[1]:
         raise InputRefused(f"{part} is {rows.shape}; it has the upper half of a square matrix for each block")
     is_shared = bool(config.get("block_share"))
     if is_shared and len(rows) > 1:
@@ -40,8 +41,7 @@ def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform
         lengths = math.sqrt(2) * np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
         rows = np.where(lengths <= limit, rows, rows * (limit / np.maximum(lengths, limit))).astype(np.float32)
     settings = {"block": block, "terms": terms, "embedding": embedding}
-    stored = {LINEAR: rows}
-    return WeightTransform(TITLE, stored, _lower, whole, settings=settings, rank=block, embedding=embedding)
+    return WeightTransform(TITLE, {LINEAR: rows}, _lower, whole, settings=settings, rank=block, embedding=embedding)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:

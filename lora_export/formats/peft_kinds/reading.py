@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats import peft_kinds
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER
-from lora_export.formats.peft_kinds.kind import MODULE, Kind, ModuleChange
+from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
 from lora_export.formats.peft_records import layouts_of, metadata_of
 from lora_export.formats.token_rows import read_token_rows
-from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.lora import Adapter, LoraPair
 
 ROOT = "base_model."  # before the names of shared tensors
 
@@ -111,7 +110,7 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         name = unwrapped(key)
         shared, name = name.removeprefix(ROOT), name.removeprefix(WRAPPER)
         ending = next((each for each in endings if name.endswith(each) and len(name) > len(each)), "")
-        if shared in kind.shared:
+        if shared.partition(".")[0] in kind.shared:
             table, owner = keys.shared, shared
         elif ending:
             table, owner = keys.parts.setdefault(name.removesuffix(ending), {}), ending[1:]
@@ -147,8 +146,8 @@ def _changes(
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
-            tensors = {part: file.read(key) for part, key in own.items()}
-            change = kind.change(tensors, {**config, **values, MODULE: module}, shared)
+            parts = {part: file.read(key) for part, key in own.items()}
+            change = kind.change(Stored(parts, {**config, **values}, shared, module, len(keys.parts)))
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue

@@ -10,26 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Config, Kind, Tensors, fp32
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
 TITLE = "RoAd"
 PER_OUTPUT = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
 
 
-def _change(parts: Tensors, config: Config, _shared: Tensors) -> WeightTransform:
-    angles, lengths = fp32(parts["road_theta"]), fp32(parts["road_alpha"])
+def _change(stored: Stored) -> WeightTransform:
+    angles, lengths, config = stored.part("road_theta", 1), stored.part("road_alpha", 1), stored.config
     variant, group = config.get("variant", "road_1"), config["group_size"]
     if variant not in PER_OUTPUT or not isinstance(group, int) or group % 2:
         raise InputRefused(f"the variant is {variant!r} and group_size {group!r}")
     outputs = int(angles.size / PER_OUTPUT[variant])
-    if angles.ndim != 1 or angles.shape != lengths.shape or not outputs or outputs % group:
+    if angles.shape != lengths.shape or not outputs or outputs % group:
         raise InputRefused(
             f"road_theta {angles.shape} and road_alpha {lengths.shape} make no groups of {group} outputs"
         )
-    stored, settings = {"road_theta": angles, "road_alpha": lengths}, {"variant": variant, "group": group}
-    bias = WeightTransform(TITLE, stored, _lower, (outputs,), settings=settings, rank=2)
-    return WeightTransform(TITLE, stored, _lower, (outputs, 0), settings=settings, rank=2, bias=bias)
+    tensors, settings = {"road_theta": angles, "road_alpha": lengths}, {"variant": variant, "group": group}
+    bias = WeightTransform(TITLE, tensors, _lower, (outputs,), settings=settings, rank=2)
+    return WeightTransform(TITLE, tensors, _lower, (outputs, 0), settings=settings, rank=2, bias=bias)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.exact_transforms import exact_change
 from lora_export.plan import Layout, Step
-from lora_export.structured_pairs import KroneckerPair, StructuredPair, WholePair
+from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, whole_change
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 from lora_export.weight_transforms import WeightTransform
@@ -39,7 +39,7 @@ class Fp64Sum:
     changes: tuple[Wide, Wide] | None = None  # of a change that follows from the weight, as stored, and its size
     _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
     _matrices: dict[int, tuple[_Matrix, _Matrix]] = field(default_factory=dict, init=False, repr=False)
-    _wholes: dict[int, Wide | None] = field(default_factory=dict, init=False, repr=False)
+    _wholes: dict[int, WholeChange | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def right(cls, step: Step) -> Fp64Sum:
@@ -89,7 +89,7 @@ class Fp64Sum:
                 transposed = step.spec.layout.is_transposed != (number == self.transposed_term)
                 scale, whole = step.terms[number].scale * factor, self._whole(number)
                 if whole is not None:
-                    part = scale * (whole.T if transposed else whole)[rows]
+                    part = scale * (whole.values.T if transposed else whole.values)[rows]
                     np.add(flat, part, out=flat) if is_filled else np.copyto(flat, part)
                 else:
                     left, right = self._left(number, rows, transposed=transposed), self._right(number, transposed)
@@ -119,8 +119,8 @@ class Fp64Sum:
             elif factor:
                 term, transposed = step.terms[number], step.spec.layout.is_transposed
                 if (whole := self._whole(number)) is not None:
-                    part = (whole.T if transposed else whole)[rows].reshape(-1)[entries]
-                    bound += (4 + len(step.terms)) * abs(term.scale * factor) * np.abs(part)
+                    part = (whole.steps.T if transposed else whole.steps)[rows].reshape(-1)[entries]
+                    bound += (4 + len(step.terms)) * abs(term.scale * factor) * part
                     continue
                 left = np.linalg.norm(self._left(number, rows, transposed=transposed), axis=1)
                 right = np.linalg.norm(self._right(number, transposed), axis=0)
@@ -151,19 +151,9 @@ class Fp64Sum:
             self._matrices[number] = pair.a.reshape(pair.rank, -1), pair.b.reshape(-1, pair.rank)
         return self._matrices[number]
 
-    def _whole(self, number: int) -> Wide | None:
-        """The product (out, inputs) of a pair whose entries are single products, or stored as they are; else None."""
+    def _whole(self, number: int) -> WholeChange | None:
         if number not in self._wholes:
-            pair = self.step.terms[number].pair
-            whole: Any = None
-            if isinstance(pair, KroneckerPair):
-                whole = np.kron(pair.w1.astype(np.float64), pair.w2.reshape(len(pair.w2), -1).astype(np.float64))
-            elif isinstance(pair, WholePair):
-                whole = pair.change.reshape(len(pair.change), -1).astype(np.float64)
-            if whole is not None and isinstance(pair, StructuredPair):
-                whole = whole if pair.rows is None else whole[pair.rows]
-                whole = whole if pair.columns is None else whole[:, pair.columns]
-            self._wholes[number] = whole
+            self._wholes[number] = whole_change(self.step.terms[number].pair)
         return self._wholes[number]
 
     def _rescaled(self, rows: slice, total: Wide, bound: Wide) -> tuple[Wide, Wide]:
