@@ -157,6 +157,18 @@ def _road(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return value - weight, size + np.abs(weight)
 
 
+def _miss_bat(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+    change, size = np.empty_like(weight), np.empty_like(weight)
+    for number, matrix in enumerate(tensors["miss_block"]):
+        rank = len(matrix)
+        rows = slice(number * rank, (number + 1) * rank)
+        for first in range(0, weight.shape[1], rank):
+            block = weight[rows, first : first + rank]
+            change[rows, first : first + rank] = block @ matrix + matrix
+            size[rows, first : first + rank] = np.abs(block) @ np.abs(matrix) + np.abs(matrix)
+    return change, size
+
+
 def _deft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     p = tensors["deft_P"]
     q, right = (np.linalg.qr(p)[0],) * 2 if settings["method"] == "qr" else (p, p * (p > 0))
@@ -194,6 +206,7 @@ EXACT: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "BOFT": _boft,
     "HRA": _hra,
     "RoAd": _road,
+    "MiSS": _miss_bat,
     "DEFT": _deft,
     "HiRA": _hira,
     "GLoRA": _glora,

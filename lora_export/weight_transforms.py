@@ -137,7 +137,8 @@ class Blocks(Stage):
         return change
 
     def _part(self, own: _Indices) -> Stage:
-        return self if len(self.less_identity) == 1 else replace(self, less_identity=self.less_identity[self._own(own)])
+        blocks = self._own(own)
+        return self if len(self.less_identity) == 1 else replace(self, less_identity=self.less_identity[blocks])
 
     def _own(self, rows: _Indices) -> _Indices:
         """The numbers of the blocks that these rows are. Raises InputRefused where they are no whole blocks."""
@@ -336,7 +337,7 @@ class WeightTransform(LoraPair):
         """
         known = self.shape
         is_flat = len(known) == 2 < len(shape) and known[1] in (0, math.prod(shape[1:]))
-        if known == shape or not (is_flat or len(known) == len(shape)):
+        if (known == shape and 0 not in self.whole) or not (is_flat or len(known) == len(shape)):
             return self
         if any(size not in (0, own) for size, own in zip(known[: 1 if is_flat else None], shape, strict=False)):
             return self

@@ -93,7 +93,7 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
         return spec
     if own is not None:
         return replace(spec, layout=own, layout_source=LayoutSource.SHAPE)
-    if pair.shape not in (spec.shape, ()):  # it fits in neither layout: a misfit
+    if pair.shape not in (spec.shape, ()) and 0 not in pair.shape:  # it fits in neither layout: a misfit
         return spec
     if stated is not None:
         return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)

@@ -20,7 +20,7 @@ from support.peft_kinds import CASES, Layers, Trained, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
 TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
-OWN = [name for name in CASES if name.startswith(TRANSFORMS)]
+OWN = [name for name in CASES if name.startswith(TRANSFORMS) or name == "Miss: bat"]
 
 
 def model_of(one: Trained) -> Layers:
@@ -39,8 +39,13 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=OWN)
-def one(request, tmp_path_factory) -> Trained:
-    return trained(CASES[request.param], tmp_path_factory.mktemp("trained"))
+def name(request) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def one(name, tmp_path_factory) -> Trained:
+    return trained(CASES[name], tmp_path_factory.mktemp("trained"))
 
 
 def test_attached_it_computes_what_peft_computes(one):
@@ -68,16 +73,17 @@ def test_folded_it_is_pefts_merge_and_half_of_it_at_half_the_strength(one):
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
 
 
-def test_a_merge_is_judged_by_another_formula(one, tmp_path):
+def test_a_merge_is_judged_by_another_formula(name, one, tmp_path):
+    layout = CASES[name].layout
     out = tmp_path / "out.safetensors"
-    le.merge(one.base, one.adapter, out)
-    verdict = le.verify(out, base=one.base, adapters=one.adapter)
+    le.merge(one.base, one.adapter, out, layout=layout)
+    verdict = le.verify(out, base=one.base, adapters=one.adapter, layout=layout)
     assert verdict, str(verdict)
     wrong = load_file(out)
-    name = next(name for name, value in wrong.items() if not torch.equal(value, one.before[name]) and value.ndim > 1)
+    name = next(name for name, value in wrong.items() if not torch.equal(value, one.before[name]))
     wrong[name] = wrong[name] + 1e-3 * (wrong[name] - one.before[name])
     save_file(wrong, tmp_path / "wrong.safetensors")
-    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter)
+    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=layout)
 
 
 def test_rows_and_the_transpose_give_the_same_change(one):

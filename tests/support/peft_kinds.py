@@ -42,14 +42,17 @@ class Case:
     config: Any  # PEFT's class
     targets: tuple[str, ...]
     options: dict[str, Any]
+    layout: dict[str, str]  # where neither the base nor the adapter shows it
 
 
+STATED = {"up": "out_in", "down": "out_in"}
 LINEAR, CONVS = ("up", "down"), ("conv", "point", "line")
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
     def case(name: str, config: Any, targets: tuple[str, ...] = LINEAR, **options: Any) -> tuple[str, Case]:
-        return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options)
+        layout = options.pop("layout", {})
+        return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options, layout)
 
     patterns = {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": 5}}
     for config in (peft.LoHaConfig, peft.LoKrConfig):
@@ -73,7 +76,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield case(f"{name}, larger blocks", peft.OFTConfig, LINEAR, oft_block_size=6, **exact)
     yield case("seven terms", peft.OFTConfig, oft_block_size=3, num_cayley_neumann_terms=7)
     yield case("number of blocks", peft.OFTConfig, r=3, oft_block_size=0)
-    yield case("shared block", peft.OFTConfig, oft_block_size=3, block_share=True)
+    yield case("shared block", peft.OFTConfig, oft_block_size=3, block_share=True, layout=STATED)
     yield case("constrained", peft.OFTConfig, oft_block_size=3, coft=True, eps=0.5)
     yield case("linear", peft.HRAConfig, (*LINEAR, "point"), r=4)
     yield case("odd", peft.HRAConfig, r=3, init_weights=False)
@@ -82,6 +85,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("patterns", peft.HiraConfig, r=3, rank_pattern={"down": 2})
     yield case("blocks", peft.BOFTConfig, (*LINEAR, "point"), boft_block_size=2)
     yield case("number of blocks", peft.BOFTConfig, boft_block_num=3, boft_block_size=0)
+    yield case("bat", peft.MissConfig, r=6, init_weights="bat")
     for variant in ("road_1", "road_2", "road_4"):
         yield case(variant, peft.RoadConfig, variant=variant, group_size=6)
     yield case("linear", peft.DeloraConfig, r=3, delora_lambda=7)
@@ -90,7 +94,17 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield case(method, peft.DeftConfig, (*LINEAR, "back"), r=3, decomposition_method=method, alpha=5)
         yield case(f"{method}, removal", peft.DeftConfig, r=3, decomposition_method=method, para=True)
     for paths in ("lora", "vector", "constant", "none"):
-        yield case(f"{paths}", peft.GloraConfig, r=3, config_A_B=paths, config_C="none", config_D_E="vector")
+        targets = LINEAR if paths != "none" else LINEAR[:1]
+        yield case(
+            f"{paths}",
+            peft.GloraConfig,
+            targets,
+            r=3,
+            config_A_B=paths,
+            config_C="none",
+            config_D_E="vector",
+            layout=STATED,
+        )
     yield case(
         "one number for a bias", peft.GloraConfig, r=3, config_A_B="lora", config_C="none", config_D_E="constant"
     )

@@ -24,7 +24,7 @@ def _change(stored: Stored) -> WeightTransform:
     factors, count, size, _ = blocks.shape
     if factors > 1 and (size % 2 or count % 2 ** (factors - 1)):
         raise InputRefused(f"boft_R is {blocks.shape}: so many blocks have no butterfly of {factors} factors")
-    if scales.shape[1] != 1:
+    if 1 not in scales.shape:  # (out, 1) of a linear layer, (1, out) of a convolution
         raise InputRefused(f"boft_s is {scales.shape}; it has a scale for each output")
     tensors = {"boft_R": blocks, "boft_s": scales.reshape(-1)}
     return WeightTransform(TITLE, tensors, _lower, (scales.size, count * size), rank=size)

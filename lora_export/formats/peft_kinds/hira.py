@@ -14,13 +14,11 @@ LAYER, TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
 
 def _change(stored: Stored) -> WeightTransform:
-    parts, config = stored.parts, stored.config
+    parts = stored.parts
     names = TABLE if TABLE[0] in parts else LAYER
     if set(names) != set(parts):
         raise InputRefused(f"it has {' and '.join(sorted(parts))}; {' and '.join(names)} are needed")
     pair = LoraPair(a=np.asarray(parts[names[0]], np.float32), b=np.asarray(parts[names[1]], np.float32), scale=1.0)
-    if pair.rank != config["r"]:
-        raise InputRefused(f"{names[0]} {pair.a.shape} disagrees with the config's rank {config['r']}")
     tensors = {"a": pair.a, "b": pair.b}
     return WeightTransform(TITLE, tensors, _lower, pair.shape, rank=pair.rank, embedding=names is TABLE)
 
@@ -35,7 +33,13 @@ KIND = Kind(
     title=TITLE,
     change=_change,
     parts=(*LAYER, *TABLE),
-    fields=("hira_dropout", "init_weights", "fan_in_fan_out", "ephemeral_gpu_offload", "runtime_config"),
-    numbers=("r",),
-    patterns={"rank_pattern": "r"},
+    fields=(
+        "r",
+        "rank_pattern",
+        "hira_dropout",
+        "init_weights",
+        "fan_in_fan_out",
+        "ephemeral_gpu_offload",
+        "runtime_config",
+    ),
 )
