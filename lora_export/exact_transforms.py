@@ -66,7 +66,7 @@ def skew(values: _Wide, size: int) -> _Wide:
 def neumann(q: _Wide, terms: int) -> _Wide:
     """The Cayley transform as a series of so many terms: I + 2 Q + 2 Q² + ... + Qⁿ (PEFT's OFT v2)."""
     series: _Wide = np.eye(len(q))
-    power = np.eye(len(q))
+    power: _Wide = np.eye(len(q))
     last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
     for number in range(1, last + 1):
         power = power @ q
@@ -86,9 +86,15 @@ def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:
     for rotation in rotations:
         own = slice(first, first + len(rotation))
         result[:, own] = weight[:, own] @ rotation
-        size[:, own] = np.abs(weight[:, own]) @ np.abs(rotation)
+        size[:, own] = np.abs(weight[:, own]) @ _size_of(rotation)
         first = own.stop
-    return result - weight, size + np.abs(weight)
+    return result - weight, size
+
+
+def _size_of(rotation: _Wide) -> _Wide:
+    """|R - I| + I: a merge adds what a rotation changes to what was there."""
+    size: _Wide = np.abs(rotation - np.eye(len(rotation))) + np.eye(len(rotation))
+    return size
 
 
 def _oft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
@@ -121,9 +127,9 @@ def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
         for number in range(count):
             own, data = place[number * block : (number + 1) * block], tensors["boft_R"][factor, number]
             rotation = cayley((data - data.T) / 2).T
-            value[:, own], size[:, own] = value[:, own] @ rotation, size[:, own] @ np.abs(rotation)
+            value[:, own], size[:, own] = value[:, own] @ rotation, size[:, own] @ _size_of(rotation)
     scales = tensors["boft_s"].reshape(-1, 1)
-    return value * scales - weight, size * np.abs(scales) + np.abs(weight)
+    return value * scales - weight, size * (np.abs(scales - 1) + 1)
 
 
 def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
@@ -153,8 +159,8 @@ def _road(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
         own = lengths[at_cosine] * np.cos(angles[at_cosine])
         turned = sign * lengths[at_sine] * np.sin(angles[at_sine])
         value[output] = own * weight[output] + turned * weight[other]
-        size[output] = abs(own) * np.abs(weight[output]) + abs(turned) * np.abs(weight[other])
-    return value - weight, size + np.abs(weight)
+        size[output] = (abs(own - 1) + 1) * np.abs(weight[output]) + abs(turned) * np.abs(weight[other])
+    return value - weight, size
 
 
 def _miss_bat(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:

@@ -119,7 +119,7 @@ class Blocks(Stage):
 
     @property
     def _size(self) -> int:
-        return self.less_identity.shape[1]
+        return int(self.less_identity.shape[1])
 
     @property
     def _together(self) -> int:
@@ -129,10 +129,10 @@ class Blocks(Stage):
         matrices, ordered = self.less_identity, weight if self.order is None else weight[self.order]
         if len(matrices) > 1 and rows != EVERY_ROW:
             matrices = matrices[rows.start // self._size : rows.stop // self._size]
-        product = np.matmul(matrices, ordered.reshape(-1, self._size, weight.shape[1])).reshape(weight.shape)
+        product: _Array = np.matmul(matrices, ordered.reshape(-1, self._size, weight.shape[1])).reshape(weight.shape)
         if self.order is None:
             return product
-        change = np.empty_like(product)
+        change: _Array = np.empty_like(product)
         change[self.order] = product
         return change
 
@@ -180,13 +180,13 @@ class RowBlocks(Stage):
 
     @property
     def rows_together(self) -> int:
-        return self.matrices.shape[1]
+        return int(self.matrices.shape[1])
 
     def _along_rows(self, weight: _Array, rows: slice) -> _Array:
         size = self.rows_together
         own = self.matrices if rows == EVERY_ROW else self.matrices[rows.start // size : rows.stop // size]
         blocks = weight.reshape(len(own), size, -1, size)  # (block of rows, row, block of columns, column)
-        change = np.matmul(blocks, own[:, None]) + own[:, :, None]
+        change: _Array = np.matmul(blocks, own[:, None]) + own[:, :, None]
         return change.reshape(weight.shape)
 
     def part(self, rows: _Indices | None, columns: _Indices | None) -> Stage:
@@ -197,7 +197,7 @@ class RowBlocks(Stage):
         return self if own is None else replace(self, matrices=self.matrices[whole._own(own)])
 
 
-Lower = Callable[["WeightTransform", tuple[int, ...]], Sequence[Stage]]
+Lower = Callable[["WeightTransform", tuple[int, int]], Sequence[Stage]]
 
 
 class WeightTransform(LoraPair):
@@ -252,10 +252,12 @@ class WeightTransform(LoraPair):
     # --- what there is no A and B for ---
 
     @property
-    def a(self) -> NDArray[np.float32]:  # type: ignore[override]
+    def a(self) -> NDArray[np.float32]:
         raise InputRefused(f"{self.kind} has no A and B: its change of a weight follows from the weight. Merge it")
 
-    b = a  # type: ignore[assignment]
+    @property
+    def b(self) -> NDArray[np.float32]:
+        return self.a
 
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None

@@ -228,8 +228,8 @@ def adapted_bias(owner: nn.Module) -> Tensor | None:
     """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
     bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
     factor, branches = attachment_of(owner).factor, attachment_of(owner).branches
-    for branch in branches if bias is not None and factor else ():
-        if branch.weight == "bias" and branch.transform is not None:
+    for branch in branches:
+        if branch.weight == "bias" and branch.transform is not None and bias is not None and factor:
             return _transformed(owner, bias, branch, branch.transform)
     if bias is None or shift is None or not factor:
         return bias

@@ -42,7 +42,7 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
     removal = LowRank(u=(-basis).astype(np.float32), v=right.T.astype(np.float32))
     if injected is None:
         return (removal,)
-    return removal, Entries(addend=LoraPair(a=injected, b=basis, scale=transform.settings["scale"]))
+    return removal, Entries(addend=LoraPair(a=injected, b=basis.astype(np.float32), scale=transform.settings["scale"]))
 
 
 KIND = Kind(

@@ -6,6 +6,7 @@ The scales of outputs also multiply the bias.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def _change(stored: Stored) -> WeightTransform:
     return WeightTransform(TITLE, tensors, _lower, whole, settings=settings, bias=bias)
 
 
-def _is_feedforward(module: str, patterns: str | list[str]) -> bool:
+def _is_feedforward(module: str, patterns: str | Sequence[str]) -> bool:
     """As PEFT decides it: a pattern for whole names, or ends of names."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None

@@ -184,9 +184,9 @@ def wrong_sums(right: Fp64Sum) -> Iterator[tuple[str, Fp64Sum]]:
     for number, factor in enumerate(right.factors):
         name = step.terms[number].adapter if step.terms else "the bias's change"
         before, after = right.factors[:number], right.factors[number + 1 :]
-        of_weight = {"changes": right.changes}
-        yield f"{name} left out", Fp64Sum(step, (*before, 0.0, *after), with_magnitude=False, **of_weight)
-        yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after), **of_weight)
+        changes = right.changes
+        yield f"{name} left out", Fp64Sum(step, (*before, 0.0, *after), with_magnitude=False, changes=changes)
+        yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after), changes=changes)
         if (
             step.terms
             and not step.needs_weight
