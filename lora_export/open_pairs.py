@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
@@ -21,13 +23,13 @@ class OpenPair(LoraPair):
     """
 
     make: Callable[[Shape, Sequence[Shape]], LoraPair]
-    values: tuple[NDArray, ...]
+    values: tuple[NDArray[Any], ...]
     outputs: int | None
 
     def __init__(
         self,
         make: Callable[[Shape, Sequence[Shape]], LoraPair],
-        values: Sequence[NDArray],
+        values: Sequence[NDArray[Any]],
         outputs: int | None = None,
         scale: float = 1.0,
     ):
@@ -50,11 +52,11 @@ class OpenPair(LoraPair):
         )
 
     @property
-    def a(self) -> NDArray:
+    def a(self) -> NDArray[np.float32]:
         raise self._refused()
 
     @property
-    def b(self) -> NDArray:
+    def b(self) -> NDArray[np.float32]:
         raise self._refused()
 
     @property

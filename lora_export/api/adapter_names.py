@@ -18,6 +18,7 @@ from lora_export.names.diffusion_layouts import KNOWN_CLASSES, OtherLayout, othe
 from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.converted_attempts import loaded_names
@@ -65,6 +66,18 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
             f"the original checkpoint. Give that one as {named('base')}"
         )
     return renamed
+
+
+def with_shapes_of(adapter: Adapter, base: Path) -> Adapter:
+    """The adapter with the shapes of its base's weights, where its file does not record them. Raises as `plan.make`.
+
+    Such an adapter gets the names of the base where these differ from its own.
+    """
+    if not any(isinstance(pair, OpenPair) for pair in adapter.pairs.values()):
+        return adapter
+    checkpoint = open_checkpoint(base)
+    (laid,) = plan.make([adapter], checkpoint.specs, may_add=True, identity_ok=True, rules=checkpoint.rules).adapters
+    return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
 
 
 def with_dots_of(adapter: Adapter, base: Path) -> Adapter:

@@ -80,7 +80,9 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
     if config.get("fan_in_fan_out"):
-        layouts |= {module: "in_out" for module, pair in pairs.items() if len(pair.shape) <= 2 and not pair.embedding}
+        layouts |= {
+            module: "in_out" for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding
+        }
     return layouts
 
 

@@ -16,7 +16,7 @@ from lora_export import layers, plan
 from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.exact_transforms import exact_change
-from support.peft_kinds import CASES, Layers, Trained, trained
+from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
 TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
@@ -39,13 +39,8 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=OWN)
-def name(request) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def one(name, tmp_path_factory) -> Trained:
-    return trained(CASES[name], tmp_path_factory.mktemp("trained"))
+def one(request, tmp_path_factory) -> Trained:
+    return trained(CASES[request.param], tmp_path_factory.mktemp("trained"))
 
 
 def test_attached_it_computes_what_peft_computes(one):
@@ -73,17 +68,16 @@ def test_folded_it_is_pefts_merge_and_half_of_it_at_half_the_strength(one):
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
 
 
-def test_a_merge_is_judged_by_another_formula(name, one, tmp_path):
-    layout = CASES[name].layout
+def test_a_merge_is_judged_by_another_formula(one, tmp_path):
     out = tmp_path / "out.safetensors"
-    le.merge(one.base, one.adapter, out, layout=layout)
-    verdict = le.verify(out, base=one.base, adapters=one.adapter, layout=layout)
+    le.merge(one.base, one.adapter, out, layout=LAYOUT)
+    verdict = le.verify(out, base=one.base, adapters=one.adapter, layout=LAYOUT)
     assert verdict, str(verdict)
     wrong = load_file(out)
     name = next(name for name, value in wrong.items() if not torch.equal(value, one.before[name]))
     wrong[name] = wrong[name] + 1e-3 * (wrong[name] - one.before[name])
     save_file(wrong, tmp_path / "wrong.safetensors")
-    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=layout)
+    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
 
 
 def test_rows_and_the_transpose_give_the_same_change(one):

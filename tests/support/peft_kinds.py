@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -42,21 +45,19 @@ class Case:
     config: Any  # PEFT's class
     targets: tuple[str, ...]
     options: dict[str, Any]
-    layout: dict[str, str]  # where neither the base nor the adapter shows it
 
 
-STATED = {"up": "out_in", "down": "out_in"}
+LAYOUT = {"up": "out_in", "down": "out_in", "back": "in_out"}
 LINEAR, CONVS = ("up", "down"), ("conv", "point", "line")
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
     def case(name: str, config: Any, targets: tuple[str, ...] = LINEAR, **options: Any) -> tuple[str, Case]:
-        layout = options.pop("layout", {})
-        return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options, layout)
+        return f"{config.__name__.removesuffix('Config')}: {name}", Case(config, targets, options)
 
     patterns = {"rank_pattern": {"down": 2}, "alpha_pattern": {"down": 5}}
     for config in (peft.LoHaConfig, peft.LoKrConfig):
-        yield case("linear", config, r=3, alpha=4)
+        yield case("linear", config, r=2, alpha=3)
         yield case("patterns", config, r=3, alpha=4, **patterns)
         yield case("convolutions", config, CONVS, r=3, alpha=4)
         yield case("effective convolutions", config, CONVS, r=3, alpha=4, use_effective_conv2d=True)
@@ -76,7 +77,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield case(f"{name}, larger blocks", peft.OFTConfig, LINEAR, oft_block_size=6, **exact)
     yield case("seven terms", peft.OFTConfig, oft_block_size=3, num_cayley_neumann_terms=7)
     yield case("number of blocks", peft.OFTConfig, r=3, oft_block_size=0)
-    yield case("shared block", peft.OFTConfig, oft_block_size=3, block_share=True, layout=STATED)
+    yield case("shared block", peft.OFTConfig, oft_block_size=3, block_share=True)
     yield case("constrained", peft.OFTConfig, oft_block_size=3, coft=True, eps=0.5)
     yield case("linear", peft.HRAConfig, (*LINEAR, "point"), r=4)
     yield case("odd", peft.HRAConfig, r=3, init_weights=False)
@@ -131,9 +132,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("blocks", peft.C3AConfig, LINEAR, block_size=6)
     yield case("patterns", peft.C3AConfig, LINEAR, block_size=6, block_size_pattern={"down": 3})
     yield case("linear", peft.ShiraConfig, LINEAR, r=2)
-    yield case("linear", peft.MissConfig, (*LINEAR, "back"), r=4)
-    yield case("a rest", peft.MissConfig, (*LINEAR, "back"), r=5, init_weights=False)
-    yield case("mini", peft.MissConfig, (*LINEAR, "back"), r=3, mini_r=3, init_weights="mini")
+    yield case("linear", peft.MissConfig, LINEAR, r=4)
+    yield case("a rest", peft.MissConfig, LINEAR, r=5, init_weights=False)
+    yield case("mini", peft.MissConfig, LINEAR, r=3, mini_r=3, init_weights="mini")
     yield case("one vector a layer", peft.TinyLoraConfig, (*LINEAR, "back"), r=2, u=5)
     yield case("tied vectors", peft.TinyLoraConfig, (*LINEAR, "back"), r=3, u=4, weight_tying=0.5)
     yield case("saved indices", peft.UniLoraConfig, (*LINEAR, "back"), r=2, theta_d_length=20, save_indices=True)
@@ -153,6 +154,14 @@ class Trained:
     merged: dict[str, torch.Tensor]
     before: dict[str, torch.Tensor]
 
+    @property
+    def changed(self) -> list[str]:
+        return [name for name, value in self.merged.items() if not torch.equal(value, self.before[name])]
+
+    def merged_in_out(self, name: str) -> NDArray[Any]:
+        """The merged weight of a linear layer, (in, out)."""
+        return _in_out(name, self.merged)
+
 
 def trained(case: Case, folder: Path, **more: Any) -> Trained:
     """PEFT's adapter of a case, saved, with random values."""
@@ -171,6 +180,30 @@ def trained(case: Case, folder: Path, **more: Any) -> Trained:
         model.save_pretrained(folder / "adapter")
         merged = model.eval().merge_and_unload().state_dict()
     return Trained(folder / "base.safetensors", folder / "adapter", merged, before)
+
+
+def graph_of(path: Path, one: Trained, names: list[str]) -> Path:
+    """A graph with a MatMul for each of these linear layers, by an input of its own."""
+    weights = {name: _in_out(name, one.before) for name in names}
+    floats = TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [f"x_{name}", name], [f"y_{name}"], name=f"node_{name}") for name in names],
+        "g",
+        [helper.make_tensor_value_info(f"x_{name}", floats, ["batch", len(each)]) for name, each in weights.items()],
+        [
+            helper.make_tensor_value_info(f"y_{name}", floats, ["batch", each.shape[1]])
+            for name, each in weights.items()
+        ],
+        [numpy_helper.from_array(each, name) for name, each in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    return path
+
+
+def _in_out(name: str, tensors: dict[str, torch.Tensor]) -> NDArray[Any]:
+    value = tensors[name].numpy()
+    return np.ascontiguousarray(value if LAYOUT[name.removesuffix(".weight")] == "in_out" else value.T)
 
 
 def differences(trained: Trained, merged: Path) -> dict[str, float]:

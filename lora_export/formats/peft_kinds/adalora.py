@@ -23,7 +23,7 @@ def _change(stored: Stored) -> LoraPair:
         raise InputRefused(f"A {a.shape}, B {b.shape} and E {e.shape} are not of the rank {rank} that the config has")
     scale = stored.config["lora_alpha"] / float(np.float32(first) + np.float32(1e-5))
     if rank == 0:  # training left this layer as it was
-        return LoraPair(a=np.zeros((1, a.shape[1])), b=np.zeros((len(b), 1)), scale=scale)
+        return LoraPair(a=np.zeros((1, a.shape[1]), np.float32), b=np.zeros((len(b), 1), np.float32), scale=scale)
     return LoraPair(a=a * e, b=b, scale=scale)
 
 

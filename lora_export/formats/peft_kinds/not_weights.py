@@ -7,23 +7,25 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 
-PROMPT = "it puts trained vectors before the inputs of the model or of its layers"
-IN_PEFT = "PEFT runs it"
-# peft_type -> why its change is none of weights, and what runs it.
+PROMPT = "it puts trained vectors before the model's inputs"
+KEYS = "it puts trained keys and values before those of each attention"
+ROUTED = "it mixes several changes anew for each input, by a router"
+# peft_type -> why no weights can do the same. PEFT runs all of them.
 NOT_WEIGHTS = {
-    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), (PROMPT, IN_PEFT)),
-    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), ("it puts trained keys and values into the attention", IN_PEFT)),
-    "ADAPTION_PROMPT": ("it adds trained prompts inside of the attention, behind a gate", IN_PEFT),
-    "XLORA": ("it mixes several LoRA adapters anew for each token, by a trained classifier", IN_PEFT),
-    "POLY": ("it mixes several LoRA modules for each task of the input", IN_PEFT),
-    "LILY": ("it mixes shared matrices by a router of each input", IN_PEFT),
-    "PEANUT": ("it adds a network of its own that is not linear in the weights", IN_PEFT),
-    "SHADOW": ("it adds a second, small model beside the base", IN_PEFT),
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), PROMPT),
+    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), KEYS),
+    **dict.fromkeys(("XLORA", "LILY"), ROUTED),
+    "POLY": "it mixes several changes anew for the task of each input",
+    "ADAPTION_PROMPT": "it adds trained prompts to the attention, behind a gate",
+    "SHADOW": "it runs a second, small model beside the base",
 }
 
 
 def refuse_not_weights(peft_type: Any, path: Path) -> None:
     """Raise InputRefused for a kind that is no change of weights. `path` is its config."""
     if isinstance(peft_type, str) and peft_type in NOT_WEIGHTS:
-        why, runs = NOT_WEIGHTS[peft_type]
-        raise InputRefused(f"{path}: {peft_type} cannot be weights: {why}. {runs}")
+        why = NOT_WEIGHTS[peft_type]
+        raise InputRefused(
+            f"{path}: peft_type is {peft_type!r}, which cannot be merged into weights: {why}. Run it with PEFT "
+            "(PeftModel.from_pretrained)"
+        )

@@ -22,8 +22,8 @@ def _change(stored: Stored) -> OpenPair:
     Generator(stored.config.get(SEED), SEED)
 
     def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
-        a, b = projections(stored, rank, shapes, "pvera")
-        return scaled_projections(both[:rank], of_outputs, shape, (a, b))
+        shared = projections(stored, 2 * rank, rank, shapes, "pvera")
+        return scaled_projections(both[:rank], of_outputs, shape, shared)
 
     return OpenPair(pair, [both[:rank], of_outputs], len(of_outputs))
 

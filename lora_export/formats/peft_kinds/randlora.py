@@ -6,22 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_export.computed_pairs import FactoredPair
+from lora_export.computed_pairs import FactoredPair, Factors, Rows
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.peft_kinds.kind import Kind, Stored
+from lora_export.formats.peft_kinds.kind import Kind, Stored, Tensors
 from lora_export.lora import LoraPair
 from lora_export.open_pairs import OpenPair, Shape
 
 
 def _change(stored: Stored) -> OpenPair:
     weights, gamma = stored.part("randlora_lambda", 2), stored.part("randlora_gamma", 2)
-    if not {"randlora_A", "randlora_B"} <= stored.shared.keys():
+    tensors = {**stored.shared, **stored.parts}  # PEFT saves them once, and again for each layer
+    if not {"randlora_A", "randlora_B"} <= tensors.keys():
         raise InputRefused(
             "its random matrices are not saved, and PEFT draws them in a type that depends on the device. Save the "
             "adapter with save_projection=True"
         )
-    a, b = (np.asarray(stored.shared[name], np.float32) for name in ("randlora_A", "randlora_B"))
+    a, b = (np.asarray(tensors[name], np.float32) for name in ("randlora_A", "randlora_B"))
     rank, (bases, least) = stored.config["r"], gamma.shape
     if weights.shape != (rank, bases) or a.ndim != 3 or a.shape[:2] != (rank, 1) or b.ndim != 3 or b.shape[2] != rank:
         raise InputRefused(
@@ -37,7 +38,7 @@ def _change(stored: Stored) -> OpenPair:
         # PEFT flattens the two axes of both in different orders.
         wide = b[:most, :bases].reshape(most, rank * bases)
 
-        def factors(own, rows):  # type: ignore[no-untyped-def]
+        def factors(own: Tensors, rows: Rows) -> Factors:
             narrow = (own["weights"][:, :, None] * a[:, :, :least] * own["gamma"]).reshape(rank * bases, least)
             return (narrow, wide[rows]) if shape[1] == least else (wide.T, narrow.T[rows])
 
@@ -51,7 +52,7 @@ KIND = Kind(
     peft_type="RANDLORA",
     title="RandLoRA",
     change=_change,
-    parts=("randlora_lambda", "randlora_gamma"),
+    parts=("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"),
     needed=("randlora_lambda", "randlora_gamma"),
     shared=("randlora_A", "randlora_B"),
     fields=(

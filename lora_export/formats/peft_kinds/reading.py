@@ -60,10 +60,10 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         format="peft",
         pairs=pairs,
         replaced=replaced,
-        biases={module: np.float32(each.bias) for module, each in changes.items() if each.bias is not None},
+        biases={module: np.asarray(each.bias, np.float32) for module, each in changes.items() if each.bias is not None},
         token_rows=rows,
         layouts=layouts_of(file, pairs, config),
-        targets=targets_of(config),
+        targets=targets_of(config) if pairs else (),
         spelling=keys.spelling,
         scale_source=f"{kind.title}, by {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
@@ -80,7 +80,11 @@ def _kind_of(config: Mapping[str, Any], path: Path) -> Kind:
     peft_type = config.get("peft_type")
     refuse_not_weights(peft_type, path)
     if not isinstance(peft_type, str) or peft_type not in kinds():
-        raise InputRefused(f"{path}: peft_type is {peft_type!r}; the kinds are LORA, {', '.join(sorted(kinds()))}")
+        known = ", ".join(["LORA", *sorted(kinds())])
+        raise InputRefused(
+            f"{path}: peft_type is {peft_type!r}, which is not supported; supported are {known}. Merge the adapter with "
+            "PEFT (merge_and_unload), and use the merged model"
+        )
     return kinds()[peft_type]
 
 

@@ -6,6 +6,8 @@ position in the model, and so is the seed of its P, by which the position is fou
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,7 +45,7 @@ def _vector(stored: Stored, p: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _position(stored: Stored, p: NDArray[np.float32]) -> int:
-    first = stored.config.get(SEED)
+    first: Any = stored.config.get(SEED)
     Generator(first, SEED)
     for position in range(stored.modules):
         if np.allclose(Generator(first + position, SEED).normal(p.shape, p.shape[1] ** -0.5), p, atol=TOLERANCE):

@@ -26,17 +26,22 @@ class Generator:
         if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
             raise InputRefused(f"{name} is {seed!r}; it must be an integer of 64 bits")
         self._twister = np.random.MT19937()
-        self._twister.state = np.random.RandomState(seed % (1 << 32)).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed % (1 << 32)).get_state(legacy=False)
+        self._twister.state = state
 
     def _draws(self, count: int) -> NDArray[np.uint64]:
         """Draws of 32 bits."""
         return np.asarray(self._twister.random_raw(count))
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float) -> NDArray[np.float32]:
-        """`torch.empty(shape).uniform_(low, high)`."""
-        unit = (self._draws(math.prod(shape)) & np.uint64((1 << FLOAT_BITS) - 1)).astype(np.float32)
-        unit *= np.float32(2.0**-FLOAT_BITS)
-        return (unit * (np.float32(high) - np.float32(low)) + np.float32(low)).reshape(shape)
+        """`torch.empty(shape).uniform_(low, high)`.
+
+        PyTorch multiplies and adds with one rounding (FMA), which fp64 does here. On a processor without that, the last
+        bit of some of PyTorch's numbers is another one.
+        """
+        unit = (self._draws(math.prod(shape)) & np.uint64((1 << FLOAT_BITS) - 1)) * 2.0**-FLOAT_BITS
+        width = np.float64(np.float32(high) - np.float32(low))
+        return (unit * width + np.float64(np.float32(low))).astype(np.float32).reshape(shape)
 
     def normal(self, shape: tuple[int, ...], deviation: float) -> NDArray[np.float32]:
         """`torch.empty(shape).normal_(0, deviation)`, but for the last bits. Raises InputRefused for fewer than 16.

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.computed_pairs import FactoredPair
+from lora_export.computed_pairs import FactoredPair, Factors, Rows
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Kind, Stored
+from lora_export.formats.peft_kinds.kind import Kind, Stored, Tensors
 from lora_export.formats.peft_kinds.torch_random import Generator
 from lora_export.lora import LoraPair
 from lora_export.open_pairs import OpenPair, Shape
@@ -19,8 +19,8 @@ SEED = "projection_prng_key"
 Projections = tuple[NDArray[np.float32], NDArray[np.float32]]  # A (rank, most inputs) and B (most outputs, rank)
 
 
-def projections(stored: Stored, rank: int, shapes: Sequence[Shape], name: str) -> Projections:
-    """The shared A and B: those in the file, else those that PEFT draws for these shapes.
+def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[Shape], name: str) -> Projections:
+    """The shared A (rows, inputs) and B (outputs, rank): those of the file, else those that PEFT draws.
 
     They are Kaiming-uniform (He et al. 2015, eq. 10). PEFT draws them on the CPU in float32, A first. Raises
     InputRefused for shared tensors of which one is missing, or that do not fit the rank.
@@ -28,13 +28,13 @@ def projections(stored: Stored, rank: int, shapes: Sequence[Shape], name: str) -
     names = (f"{name}_A", f"{name}_B")
     if any(each in stored.shared for each in names):
         a, b = (stored.shared[each] if each in stored.shared else np.zeros(0) for each in names)
-        if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (rank, rank):
+        if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (rows, rank):
             raise InputRefused(f"{names[0]} {a.shape} and {names[1]} {b.shape} disagree with the rank {rank}")
         return np.asarray(a, np.float32), np.asarray(b, np.float32)
     generator = Generator(stored.config.get(SEED), SEED)
     most_outputs, most_inputs = (max(shape[axis] for shape in shapes) for axis in (0, 1))
     bounds = (math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan)) for fan in (most_inputs, rank))
-    drawn = ((rank, most_inputs), (most_outputs, rank))
+    drawn = ((rows, most_inputs), (most_outputs, rank))
     a, b = (generator.uniform(shape, -bound, bound) for shape, bound in zip(drawn, bounds, strict=True))
     return a, b
 
@@ -49,7 +49,7 @@ def scaled_projections(
         raise InputRefused(f"the weight is {shape}, the shared matrices are for ({len(b)}, {a.shape[1]}) at most")
     stored = {"of_rank": of_rank, "of_outputs": of_outputs}
 
-    def factors(own, rows):  # type: ignore[no-untyped-def]
+    def factors(own: Tensors, rows: Rows) -> Factors:
         return own["of_rank"][:, None] * a[:rank, :columns], own["of_outputs"][rows, None] * b[:out][rows, :rank]
 
     return FactoredPair(stored, 1.0, settings={"shape": (rank, out, columns), "factors": factors})
@@ -63,7 +63,7 @@ def _change(stored: Stored) -> OpenPair:
     Generator(stored.config.get(SEED), SEED)
 
     def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
-        return scaled_projections(of_rank, of_outputs, shape, projections(stored, rank, shapes, "vera"))
+        return scaled_projections(of_rank, of_outputs, shape, projections(stored, rank, rank, shapes, "vera"))
 
     return OpenPair(pair, [of_rank, of_outputs], len(of_outputs))
 

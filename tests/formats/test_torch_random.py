@@ -1,0 +1,56 @@
+"""PyTorch's generator without PyTorch, against PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.formats.peft_kinds.torch_random import WIDE_FROM, Generator
+
+SEEDS = (0, 1, 777, 2**31, 2**32 + 5, 2**63 + 11, -3, *range(40, 60))
+
+
+def of_torch(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_uniform_numbers_have_the_same_bits(seed):
+    ours, theirs = Generator(seed, "seed"), of_torch(seed)
+    for shape, bound in (((1,), 1.0), ((7, 9), 0.3), ((3, 701), math.sqrt(3) / 7), ((64, 64), 1e-3)):
+        expected = torch.empty(shape).uniform_(-bound, bound, generator=theirs).numpy()
+        assert np.array_equal(ours.uniform(shape, -bound, bound), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_permutation_starts_the_same(seed):
+    for size, count in ((1, 1), (2, 2), (10, 10), (1000, 1000), (4096 * 33, 1000)):
+        expected = torch.randperm(size, generator=of_torch(seed))[:count].numpy()
+        assert np.array_equal(Generator(seed, "seed").start_of_permutation(size, count), expected)
+
+
+@pytest.mark.slow  # PyTorch makes the whole permutation, of 1.7 GB
+def test_a_permutation_of_very_many_starts_the_same():
+    expected = torch.randperm(WIDE_FROM, generator=of_torch(7))[:1000].numpy()
+    assert np.array_equal(Generator(7, "seed").start_of_permutation(WIDE_FROM, 1000), expected)
+
+
+@pytest.mark.parametrize("size", [16, 17, 31, 32, 100, 4096])
+def test_normal_numbers_are_nearly_the_same(size):
+    expected = torch.empty(size).normal_(0, 0.5, generator=of_torch(size)).numpy()
+    assert np.allclose(Generator(size, "seed").normal((size,), 0.5), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [None, True, 1.5, "7", 1 << 64, -(1 << 63) - 1])
+def test_another_seed_is_refused(seed):
+    with pytest.raises(InputRefused, match=r"projection_prng_key is .*; it must be an integer of 64 bits"):
+        Generator(seed, "projection_prng_key")
+
+
+def test_few_normal_numbers_are_refused():
+    with pytest.raises(InputRefused, match="PyTorch draws 15 normal numbers in another way"):
+        Generator(0, "seed").normal((15,), 1)
