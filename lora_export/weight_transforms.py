@@ -249,6 +249,9 @@ class WeightTransform(LoraPair):
         kept = {name: changed.pop(name, getattr(self, name)) for name in ("kind", "stored", "lower", "whole")}
         return WeightTransform(**kept, **(fields | changed))
 
+    def __repr__(self) -> str:
+        return f"WeightTransform({self.kind}, {self.shape})"
+
     # --- what there is no A and B for ---
 
     @property

@@ -80,7 +80,7 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
     problems = [
         f"{name}: {type(pair).__name__} is no low-rank pair"
         for name, pair in adapter.pairs.items()
-        if type(pair) is not LoraPair
+        if type(pair) is not LoraPair and not pair.needs_weight
     ]
     if adapter.flattened:
         problems.append(
@@ -122,7 +122,9 @@ class OneFile:
         LoHa, LoKr and whole changes are written as LyCORIS does: a LoHa's core as a part of its factors.
         """
         for module, pair in self.adapter.pairs.items():
-            if pair.embedding or pair.as_stored:
+            if pair.needs_weight:
+                self.problems.append(f"{module}: {BESIDES['transforms']} ({pair.kind})")
+            elif pair.embedding or pair.as_stored:
                 self.problems.append(f"{module}: a pair of an embedding or of a bare parameter")
             elif isinstance(pair, HadamardPair):
                 self._add_hadamard(module, pair)

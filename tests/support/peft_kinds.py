@@ -68,6 +68,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("outputs", peft.IA3Config, layers, feedforward_modules=[])
     yield case("inputs", peft.IA3Config, layers, feedforward_modules=list(layers))
     yield case("both", peft.IA3Config, layers, feedforward_modules=["down", "conv"])
+    for feedforward in ([], ["down", "back"]):
+        name = f"{'inputs' if feedforward else 'outputs'} without biases"
+        yield case(name, peft.IA3Config, ("down", "back"), feedforward_modules=feedforward)
     for name, exact in (
         ("series", {}),
         ("exact", {"use_cayley_neumann": False}),
@@ -89,6 +92,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("bat", peft.MissConfig, r=6, init_weights="bat")
     for variant in ("road_1", "road_2", "road_4"):
         yield case(variant, peft.RoadConfig, variant=variant, group_size=6)
+    yield case("without biases", peft.RoadConfig, ("down",), variant="road_4", group_size=2)
     yield case("linear", peft.DeloraConfig, r=3, delora_lambda=7)
     yield case("patterns", peft.DeloraConfig, r=3, rank_pattern={"down": 2})
     for method in ("relu", "qr"):
@@ -104,7 +108,6 @@ def _cases() -> Iterator[tuple[str, Case]]:
             config_A_B=paths,
             config_C="none",
             config_D_E="vector",
-            layout=STATED,
         )
     yield case(
         "one number for a bias", peft.GloraConfig, r=3, config_A_B="lora", config_C="none", config_D_E="constant"
