@@ -36,7 +36,7 @@ def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
         whole = np.zeros([size if own is None else old for old, size, own in sizes])
         whole[part] = flat
     tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
-    change, size = EXACT[transform.kind](tensors, transform.settings, whole)
+    change, size = FORMULAS[transform.kind](tensors, transform.settings, whole)
     scaled = transform.scale * change[part], abs(transform.scale) * size[part]
     return scaled[0].reshape(weight.shape), scaled[1].reshape(weight.shape)
 
@@ -206,7 +206,7 @@ def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return change, size
 
 
-EXACT: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
+FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
     "BOFT": _boft,

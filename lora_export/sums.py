@@ -30,29 +30,30 @@ def sum_dtype(weight: np.dtype[Any]) -> np.dtype[Any]:
 # --- ΔW ------------------------------------------------------------------------------------------
 
 
-def delta(step: Step, weight: NDArray[Any]) -> NDArray[np.float32]:
+def delta(step: Step, weight: NDArray[Any] | None = None) -> NDArray[np.float32]:
     """ΔW in the (out, in, ...) view, in fp32, before DoRA rescales the sum; of a bias, its shift.
 
-    `weight` has that view; only changes that follow from it read it.
+    `weight` has that view. Only a change that follows from it needs it.
     """
     return step.shift if step.shift is not None else _sum_terms(step.terms, EVERY_ROW, weight)
 
 
 def stored_delta(
-    step: Step, rows: slice, weight: NDArray[Any], out: NDArray[np.float32] | None = None
+    step: Step, rows: slice, weight: NDArray[Any] | None = None, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
     """ΔW of these rows of the weight as it is stored, in fp32. The array is `out` where that is given and needed.
 
-    `weight` has the rows; only changes that follow from them read it.
+    `weight` has the rows. Only a change that follows from them needs it.
     """
     return step.shift[rows] if step.shift is not None else _sum_terms(step.stored_terms, rows, weight, out)
 
 
 def _sum_terms(
-    terms: tuple[Term, ...], rows: slice, weight: NDArray[Any], out: NDArray[np.float32] | None = None
+    terms: tuple[Term, ...], rows: slice, weight: NDArray[Any] | None, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
     first, *others = terms
     if isinstance(first.pair, WeightTransform):  # the only term: no other is allowed beside it
+        assert weight is not None
         return first.pair.change(weight.astype(sum_dtype(weight.dtype)), rows, strength=first.strength, out=out)
     total = first.pair.delta(rows, strength=first.strength, out=out)
     for term in others:

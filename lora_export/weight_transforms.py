@@ -23,7 +23,7 @@ from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
 
 _Array = NDArray[Any]
 _Indices = NDArray[np.int64]
-ALL_ROWS = 0  # of `rows_together`
+TOGETHER = 0  # of `rows_together`
 NO_CHANGE = 1e-6  # ‖T - I‖ up to which a product of reflections, computed in fp32, is the identity
 
 
@@ -44,7 +44,7 @@ class Stage:
 
     @property
     def rows_together(self) -> int:
-        """How many rows are computed together, from a multiple of that on; ALL_ROWS for all of them."""
+        """How many rows are computed together, from a multiple of that on; TOGETHER for all of them."""
         return 1 if self.turned else self._together
 
     @property
@@ -58,7 +58,7 @@ class Stage:
 
     @property
     def _together(self) -> int:
-        return ALL_ROWS
+        return TOGETHER
 
     def _along_columns(self, weight: _Array) -> _Array:
         return self._along_rows(weight.T, EVERY_ROW).T
@@ -71,7 +71,7 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries(Stage):
+class EntryWise(Stage):
     """W + W ∘ F + D, entry by entry: F and D are products of pairs. It is never turned: its pairs are transposed."""
 
     factor: LoraPair | None = None
@@ -88,7 +88,7 @@ class Entries(Stage):
     @property
     def transposed(self) -> Stage:
         pairs = (None if pair is None else pair.transposed for pair in (self.factor, self.addend))
-        return Entries(False, *pairs)
+        return EntryWise(False, *pairs)
 
     @property
     def rows_together(self) -> int:
@@ -100,7 +100,7 @@ class Entries(Stage):
 
     def part(self, rows: _Indices | None, columns: _Indices | None) -> Stage:
         pairs = (None if pair is None else pair.part(rows, columns) for pair in (self.factor, self.addend))
-        return Entries(False, *pairs)
+        return EntryWise(False, *pairs)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -123,7 +123,7 @@ class Blocks(Stage):
 
     @property
     def _together(self) -> int:
-        return self._size if self.order is None else ALL_ROWS
+        return self._size if self.order is None else TOGETHER
 
     def _along_rows(self, weight: _Array, rows: slice) -> _Array:
         matrices, ordered = self.less_identity, weight if self.order is None else weight[self.order]
@@ -374,7 +374,7 @@ class WeightTransform(LoraPair):
     @property
     def rows_together(self) -> int:
         sizes = [stage.rows_together for stage in self.stages]
-        return ALL_ROWS if ALL_ROWS in sizes else math.lcm(*sizes)
+        return TOGETHER if TOGETHER in sizes else math.lcm(*sizes)
 
     def change(
         self, weight: _Array, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None

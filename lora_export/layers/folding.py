@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,7 +211,7 @@ def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Ten
 def _change(step: Step, weight: Tensor, wide: torch.dtype) -> Tensor:
     """The shift of a bias, or ΔW as (out, in, ...), before DoRA rescales the sum."""
     if step.shift is not None or step.needs_weight or wide is torch.float32:
-        read = as_array(weight) if step.needs_weight else np.empty(0)
+        read = as_array(weight) if step.needs_weight else None
         return as_tensor(sums.delta(step, read)).to(wide)
     deltas = []
     for term in step.terms:

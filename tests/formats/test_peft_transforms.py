@@ -59,7 +59,7 @@ def test_attached_it_computes_what_peft_computes(one):
     assert torch.equal(outputs(model), before)
 
 
-def test_folded_it_is_pefts_merge_and_half_of_it_at_half_the_strength(one):
+def test_folded_it_is_pefts_merge_times_the_strength(one):
     for strength in (1.0, 0.5):
         model = model_of(one)
         layers.fold(model, plan_of(one, model, strength))
@@ -96,7 +96,7 @@ def test_rows_and_the_transpose_give_the_same_change(one):
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
 
 
-def test_a_part_of_the_outputs_is_that_of_the_whole_change_or_refused(one):
+def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
     (adapter,) = load_adapters([one.adapter])
     for module, stored in adapter.pairs.items():
         weight = one.before[f"{module}.weight"].numpy()

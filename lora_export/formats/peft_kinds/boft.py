@@ -12,9 +12,9 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.oft import change_of_rotation
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Blocks, Entries, Stage, WeightTransform
+from lora_export.weight_transforms import Blocks, EntryWise, Stage, WeightTransform
 
-TITLE = "BOFT"
+_TITLE = "BOFT"
 
 
 def _change(stored: Stored) -> WeightTransform:
@@ -27,7 +27,7 @@ def _change(stored: Stored) -> WeightTransform:
     if 1 not in scales.shape:  # (out, 1) of a linear layer, (1, out) of a convolution
         raise InputRefused(f"boft_s is {scales.shape}; it has a scale for each output")
     tensors = {"boft_R": blocks, "boft_s": scales.reshape(-1)}
-    return WeightTransform(TITLE, tensors, _lower, (scales.size, count * size), rank=size)
+    return WeightTransform(_TITLE, tensors, _lower, (scales.size, count * size), rank=size)
 
 
 def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
@@ -44,7 +44,7 @@ def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, .
         for number, each in enumerate(half_skew)
     ]
     ones = np.ones((1, shape[1]), np.float32)
-    return (*rotations, Entries(factor=LoraPair(a=ones, b=(scales - np.float32(1))[:, None], scale=1.0)))
+    return (*rotations, EntryWise(factor=LoraPair(a=ones, b=(scales - np.float32(1))[:, None], scale=1.0)))
 
 
 def _order(factor: int, count: int, size: int) -> NDArray[np.int64] | None:
@@ -58,7 +58,7 @@ def _order(factor: int, count: int, size: int) -> NDArray[np.int64] | None:
 
 KIND = Kind(
     peft_type="BOFT",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("boft_R", "boft_s"),
     needed=("boft_R", "boft_s"),

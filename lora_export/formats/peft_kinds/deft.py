@@ -11,9 +11,9 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Entries, LowRank, Stage, WeightTransform
+from lora_export.weight_transforms import EntryWise, LowRank, Stage, WeightTransform
 
-TITLE = "DEFT"
+_TITLE = "DEFT"
 
 
 def _change(stored: Stored) -> WeightTransform:
@@ -32,7 +32,7 @@ def _change(stored: Stored) -> WeightTransform:
     settings = {"method": method, "scale": config["alpha"] / rank if config.get("alpha") else 1.0}
     tensors = {"deft_P": directions} | ({} if injected is None else {"deft_R": np.asarray(injected, np.float32)})
     whole = (len(directions), 0 if injected is None else injected.shape[1])
-    return WeightTransform(TITLE, tensors, _lower, whole, settings=settings, rank=rank)
+    return WeightTransform(_TITLE, tensors, _lower, whole, settings=settings, rank=rank)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
@@ -42,12 +42,14 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
     removal = LowRank(u=(-basis).astype(np.float32), v=right.T.astype(np.float32))
     if injected is None:
         return (removal,)
-    return removal, Entries(addend=LoraPair(a=injected, b=basis.astype(np.float32), scale=transform.settings["scale"]))
+    return removal, EntryWise(
+        addend=LoraPair(a=injected, b=basis.astype(np.float32), scale=transform.settings["scale"])
+    )
 
 
 KIND = Kind(
     peft_type="DEFT",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("deft_P", "deft_R"),
     needed=("deft_P",),

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Entries, Stage, WeightTransform
+from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
 
-TITLE = "GLoRA"
-PATHS = "ABCDE"
+_TITLE = "GLoRA"
+_PATHS = "ABCDE"
 
 
 def _change(stored: Stored) -> WeightTransform:
-    paths = {path: _path(stored.parts, f"glora_{path}.") for path in PATHS}
+    paths = {path: _path(stored.parts, f"glora_{path}.") for path in _PATHS}
     if paths["C"] and all(each.any() for each in paths["C"].values()):
         raise InputRefused("its C adds a product with the weight to the bias, which is not supported")
     of_weight, of_bias = (
@@ -30,10 +30,10 @@ def _change(stored: Stored) -> WeightTransform:
     )
     sizes = np.array([_size(paths[path]) for path in "AB"]).max(axis=0)
     outputs = max(_size(paths[path])[0] for path in "DE")
-    bias = WeightTransform(TITLE, of_bias, _lower, (outputs,), settings={"paths": "DE"}) if of_bias else None
+    bias = WeightTransform(_TITLE, of_bias, _lower, (outputs,), settings={"paths": "DE"}) if of_bias else None
     rank = next((len(each) for name, each in of_weight.items() if name.endswith("Xu")), 1)
     whole = int(sizes[0]), int(sizes[1])
-    return WeightTransform(TITLE, of_weight, _lower, whole, settings={"paths": "AB"}, rank=rank, bias=bias)
+    return WeightTransform(_TITLE, of_weight, _lower, whole, settings={"paths": "AB"}, rank=rank, bias=bias)
 
 
 def _path(parts: Mapping[str, NDArray[Any]], start: str) -> dict[str, NDArray[np.float32]]:
@@ -60,7 +60,7 @@ def _size(path: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
 
 def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
     factor, addend = (_pair(transform, path, shape) for path in transform.settings["paths"])
-    return (Entries(factor=factor, addend=addend),)
+    return (EntryWise(factor=factor, addend=addend),)
 
 
 def _pair(transform: WeightTransform, path: str, shape: tuple[int, int]) -> LoraPair | None:
@@ -75,9 +75,9 @@ def _pair(transform: WeightTransform, path: str, shape: tuple[int, int]) -> Lora
 
 KIND = Kind(
     peft_type="GLORA",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
-    parts=tuple(f"glora_{path}.{name}" for path in PATHS for name in ("X", "Xd", "Xu", "zeros")),
+    parts=tuple(f"glora_{path}.{name}" for path in _PATHS for name in ("X", "Xd", "Xu", "zeros")),
     fields=("config_A_B", "config_C", "config_D_E", "init_weights"),
     numbers=("r",),
 )

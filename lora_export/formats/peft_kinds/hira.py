@@ -7,32 +7,32 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Entries, Stage, WeightTransform
+from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
 
-TITLE = "HiRA"
-LAYER, TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
+_TITLE = "HiRA"
+_LAYER, _TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
 
 def _change(stored: Stored) -> WeightTransform:
     parts = stored.parts
-    names = TABLE if TABLE[0] in parts else LAYER
+    names = _TABLE if _TABLE[0] in parts else _LAYER
     if set(names) != set(parts):
         raise InputRefused(f"it has {' and '.join(sorted(parts))}; {' and '.join(names)} are needed")
     pair = LoraPair(a=np.asarray(parts[names[0]], np.float32), b=np.asarray(parts[names[1]], np.float32), scale=1.0)
     tensors = {"a": pair.a, "b": pair.b}
-    return WeightTransform(TITLE, tensors, _lower, pair.shape, rank=pair.rank, embedding=names is TABLE)
+    return WeightTransform(_TITLE, tensors, _lower, pair.shape, rank=pair.rank, embedding=names is _TABLE)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
     a, b = transform.stored["a"], transform.stored["b"]
-    return (Entries(factor=LoraPair(a=a.reshape(len(a), -1), b=b.reshape(len(b), -1), scale=1.0)),)
+    return (EntryWise(factor=LoraPair(a=a.reshape(len(a), -1), b=b.reshape(len(b), -1), scale=1.0)),)
 
 
 KIND = Kind(
     peft_type="HIRA",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
-    parts=(*LAYER, *TABLE),
+    parts=(*_LAYER, *_TABLE),
     fields=(
         "r",
         "rank_pattern",

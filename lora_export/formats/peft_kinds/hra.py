@@ -11,7 +11,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import LowRank, Stage, WeightTransform
 
-TITLE = "HRA"
+_TITLE = "HRA"
 
 
 def _change(stored: Stored) -> WeightTransform:
@@ -22,7 +22,7 @@ def _change(stored: Stored) -> WeightTransform:
         raise InputRefused("a normal of hra_u is zero: it has no plane")
     settings = {"orthogonal": bool(config.get("apply_GS"))}
     return WeightTransform(
-        TITLE, {"hra_u": normals}, _lower, (0, len(normals)), settings=settings, rank=normals.shape[1]
+        _TITLE, {"hra_u": normals}, _lower, (0, len(normals)), settings=settings, rank=normals.shape[1]
     )
 
 
@@ -43,7 +43,7 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
 
 KIND = Kind(
     peft_type="HRA",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("hra_u",),
     needed=("hra_u",),

@@ -13,9 +13,9 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Entries, Stage, WeightTransform
+from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
 
-TITLE = "IA3"
+_TITLE = "IA3"
 
 
 def _change(stored: Stored) -> WeightTransform:
@@ -29,8 +29,8 @@ def _change(stored: Stored) -> WeightTransform:
     kernel = (0,) * (scales.ndim - 2)
     whole = (0, count, *kernel) if of_inputs else (count, 0, *kernel)
     tensors, settings = {"ia3_l": scales.reshape(-1)}, {"of_inputs": of_inputs}
-    bias = None if of_inputs else WeightTransform(TITLE, tensors, _lower, (count,), settings=settings)
-    return WeightTransform(TITLE, tensors, _lower, whole, settings=settings, bias=bias)
+    bias = None if of_inputs else WeightTransform(_TITLE, tensors, _lower, (count,), settings=settings)
+    return WeightTransform(_TITLE, tensors, _lower, whole, settings=settings, bias=bias)
 
 
 def _is_feedforward(module: str, patterns: str | Sequence[str]) -> bool:
@@ -44,13 +44,13 @@ def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, .
     change = transform.stored["ia3_l"] - np.float32(1)
     if transform.settings["of_inputs"]:
         a = np.repeat(change, shape[1] // len(change))[None] if shape[1] >= len(change) else change[None]
-        return (Entries(factor=LoraPair(a=a, b=np.ones((shape[0], 1), np.float32), scale=1.0)),)
-    return (Entries(factor=LoraPair(a=np.ones((1, shape[1]), np.float32), b=change[:, None], scale=1.0)),)
+        return (EntryWise(factor=LoraPair(a=a, b=np.ones((shape[0], 1), np.float32), scale=1.0)),)
+    return (EntryWise(factor=LoraPair(a=np.ones((1, shape[1]), np.float32), b=change[:, None], scale=1.0)),)
 
 
 KIND = Kind(
     peft_type="IA3",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("ia3_l",),
     needed=("ia3_l",),

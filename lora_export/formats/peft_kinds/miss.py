@@ -15,7 +15,7 @@ from lora_export.lora import LoraPair
 from lora_export.open_pairs import OpenPair, Shape
 from lora_export.weight_transforms import RowBlocks, Stage, WeightTransform
 
-TITLE = "MiSS"
+_TITLE = "MiSS"
 
 
 def _change(stored: Stored) -> LoraPair:
@@ -24,7 +24,7 @@ def _change(stored: Stored) -> LoraPair:
         blocks = stored.part("miss_block", 3)
         if blocks.shape[1:] != (rank, rank):
             raise InputRefused(f"miss_block is {blocks.shape}, the config's rank is {rank}")
-        return WeightTransform(TITLE, {"miss_block": blocks}, _lower, (len(blocks) * rank, 0), rank=rank)
+        return WeightTransform(_TITLE, {"miss_block": blocks}, _lower, (len(blocks) * rank, 0), rank=rank)
     block = stored.part("miss_block", 2)
     if len(block) != rank:
         raise InputRefused(f"miss_block is {block.shape}, the config's rank is {rank}")
@@ -49,7 +49,7 @@ def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, .
 
 KIND = Kind(
     peft_type="MISS",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("miss_block",),
     needed=("miss_block",),

@@ -14,9 +14,9 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
-TITLE = "OFT"
-LINEAR, TABLE = "oft_R.weight", "oft_embedding_R.weight"
-Wide = NDArray[np.float64]
+_TITLE = "OFT"
+_OF_LAYER, _OF_TABLE = "oft_R.weight", "oft_embedding_R.weight"
+_Wide = NDArray[np.float64]
 
 
 def _change(stored: Stored) -> WeightTransform:
@@ -24,7 +24,7 @@ def _change(stored: Stored) -> WeightTransform:
     if len(parts) != 1:
         raise InputRefused("it has rotations of a layer and of a table")
     (part,) = parts
-    rows, embedding = stored.part(part, 2), part == TABLE
+    rows, embedding = stored.part(part, 2), part == _OF_TABLE
     block = (1 + math.isqrt(1 + 8 * rows.shape[-1])) // 2  # rows.shape[1] = block (block - 1) / 2
     if block * (block - 1) != 2 * rows.shape[1]:
         raise InputRefused(f"{part} is {rows.shape}; it has the upper half of a square matrix for each block")
@@ -41,7 +41,7 @@ def _change(stored: Stored) -> WeightTransform:
         lengths = math.sqrt(2) * np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
         rows = np.where(lengths <= limit, rows, rows * (limit / np.maximum(lengths, limit))).astype(np.float32)
     settings = {"block": block, "terms": terms, "embedding": embedding}
-    return WeightTransform(TITLE, {LINEAR: rows}, _lower, whole, settings=settings, rank=block, embedding=embedding)
+    return WeightTransform(_TITLE, {_OF_LAYER: rows}, _lower, whole, settings=settings, rank=block, embedding=embedding)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
@@ -51,7 +51,7 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
             "merge computes something else. Only kernels of size 1 are merged"
         )
     block, embedding = transform.settings["block"], transform.settings["embedding"]
-    rows = transform.stored[LINEAR]
+    rows = transform.stored[_OF_LAYER]
     q = np.zeros((len(rows), block, block))
     q[:, *np.triu_indices(block, 1)] = rows
     change = change_of_rotation(q - q.swapaxes(1, 2), transform.settings["terms"])
@@ -59,7 +59,7 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
     return (Blocks(turned=not embedding, less_identity=change.astype(np.float32)),)
 
 
-def change_of_rotation(q: Wide, terms: int) -> Wide:
+def change_of_rotation(q: _Wide, terms: int) -> _Wide:
     """R - I of skew-symmetric matrices (blocks, size, size): (I - Q)(I + Q)⁻¹ - I, or 2 Q + 2 Q² + ... of its series.
 
     PEFT's series has 2 Q from two terms on, and ends with one Qⁿ, n = terms - 1, from the cube on.
@@ -77,9 +77,9 @@ def change_of_rotation(q: Wide, terms: int) -> Wide:
 
 KIND = Kind(
     peft_type="OFT",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
-    parts=(LINEAR, TABLE),
+    parts=(_OF_LAYER, _OF_TABLE),
     fields=(
         *("r", "oft_block_size", "module_dropout", "init_weights", "block_share", "eps"),
         *("use_cayley_neumann", "num_cayley_neumann_terms", "coft", "fan_in_fan_out"),

@@ -13,23 +13,23 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
-TITLE = "RoAd"
-PER_OUTPUT = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
+_TITLE = "RoAd"
+_PER_OUTPUT = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
 
 
 def _change(stored: Stored) -> WeightTransform:
     angles, lengths, config = stored.part("road_theta", 1), stored.part("road_alpha", 1), stored.config
     variant, group = config.get("variant", "road_1"), config["group_size"]
-    if variant not in PER_OUTPUT or not isinstance(group, int) or group % 2:
+    if variant not in _PER_OUTPUT or not isinstance(group, int) or group % 2:
         raise InputRefused(f"the variant is {variant!r} and group_size {group!r}")
-    outputs = int(angles.size / PER_OUTPUT[variant])
+    outputs = int(angles.size / _PER_OUTPUT[variant])
     if angles.shape != lengths.shape or not outputs or outputs % group:
         raise InputRefused(
             f"road_theta {angles.shape} and road_alpha {lengths.shape} make no groups of {group} outputs"
         )
     tensors, settings = {"road_theta": angles, "road_alpha": lengths}, {"variant": variant, "group": group}
-    bias = WeightTransform(TITLE, tensors, _lower, (outputs,), settings=settings, rank=2)
-    return WeightTransform(TITLE, tensors, _lower, (outputs, 0), settings=settings, rank=2, bias=bias)
+    bias = WeightTransform(_TITLE, tensors, _lower, (outputs,), settings=settings, rank=2)
+    return WeightTransform(_TITLE, tensors, _lower, (outputs, 0), settings=settings, rank=2, bias=bias)
 
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
@@ -57,7 +57,7 @@ def _columns(transform: WeightTransform) -> tuple[NDArray[np.float64], NDArray[n
 
 KIND = Kind(
     peft_type="ROAD",
-    title=TITLE,
+    title=_TITLE,
     change=_change,
     parts=("road_theta", "road_alpha"),
     needed=("road_theta", "road_alpha"),
