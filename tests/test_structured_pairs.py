@@ -5,9 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora_export.computed_pairs import (
+    CirculantPair,
+    FactoredPair,
+    FlatKroneckerPair,
+    FourierPair,
+    SparsePair,
+    sparse_pair,
+)
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+from lora_export.verification.against_checkpoint.fp64_changes import whole_change
 
 RNG = np.random.default_rng(0)
 
@@ -46,6 +55,42 @@ def whole(*shape: int) -> tuple[LoraPair, np.ndarray]:
     return WholePair({"change": change}, 0.75), change * np.float64(0.75)
 
 
+def sparse() -> tuple[LoraPair, np.ndarray]:
+    values, places = np.float32([2, -3, 5, 7]), np.array([[4, 0, 4, 5], [1, 3, 3, 0]])
+    change = np.zeros((6, 5))
+    for value, row, column in zip(values, *places, strict=True):
+        change[row, column] = value * 0.75
+    return SparsePair({"v": values}, 0.75, settings={"places": places, "shape": (6, 5)}), change
+
+
+def circulant() -> tuple[LoraPair, np.ndarray]:
+    kernels = np.arange(1, 13, dtype=np.float32).reshape(2, 2, 3)
+    lines = [[1, 2, 3, 4, 5, 6], [3, 1, 2, 6, 4, 5], [2, 3, 1, 5, 6, 4]]
+    return CirculantPair({"w": kernels}, 0.5), np.array([*lines, *(np.array(lines) + 6)]) * 0.5
+
+
+def fourier() -> tuple[LoraPair, np.ndarray]:
+    coefficients, frequencies = np.float32([3, -2, 4]), np.array([[0, 5, 5], [1, 0, 4]])
+    p, q = np.arange(6)[:, None], np.arange(5)
+    waves = [
+        c * np.cos(2 * np.pi * (u * p / 6 + v * q / 5)) for c, u, v in zip(coefficients, *frequencies, strict=True)
+    ]
+    settings = {"shape": (6, 5), "frequencies": frequencies}
+    return FourierPair({"c": coefficients}, 60, settings=settings), sum(waves) * 2
+
+
+def flat_kronecker() -> tuple[LoraPair, np.ndarray]:
+    w1, w2 = numbers(2, 3), numbers(4, 5, 3)
+    change = np.stack([np.kron(w1.astype(np.float64), each) for each in w2])
+    return FlatKroneckerPair({"w1": w1, "w2": w2}, 0.75), change.reshape(8, 15, 3) * 0.75
+
+
+def factored() -> tuple[LoraPair, np.ndarray]:
+    a, b, lengths = numbers(2, 5), numbers(6, 2), numbers(2)
+    settings = {"shape": (2, 6, 5), "factors": lambda stored, rows: (stored["lengths"][:, None] * a, b[rows])}
+    return FactoredPair({"lengths": lengths}, 0.75, settings=settings), (b * lengths).astype(np.float64) @ a * 0.75
+
+
 FORMS = {
     "LoHa": hadamard(),
     "LoHa of a convolution": hadamard(inner=(5, 3, 3)),
@@ -53,6 +98,11 @@ FORMS = {
     "LoKr of a convolution": kronecker((3, 3)),
     "whole matrix": whole(6, 5),
     "whole kernel": whole(6, 5, 3, 3),
+    "few entries": sparse(),
+    "circulant blocks": circulant(),
+    "frequencies": fourier(),
+    "LoKr of PEFT's Conv1d": flat_kronecker(),
+    "factors of what is stored": factored(),
 }
 
 
@@ -83,6 +133,19 @@ class TestForm:
         memory = np.full(pair.shape, np.nan, np.float32)
         assert pair.delta(out=memory) is memory and np.isfinite(memory).all()
 
+    def test_its_norm_is_that_of_its_change(self, name):
+        pair, expected = FORMS[name]
+        assert pair.norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+
+    def test_verification_has_the_same_change_by_its_own_formula(self, name):
+        pair, expected = FORMS[name]
+        change = whole_change(pair)
+        assert (change is None) is isinstance(pair, HadamardPair) or type(pair) is FactoredPair
+        if change is not None:
+            whole = (change.values * pair.scale).reshape(expected.shape)
+            assert whole == pytest.approx(expected, rel=1e-6, abs=1e-9)
+            assert (change.steps.reshape(expected.shape) * abs(pair.scale) >= abs(expected) * (1 - 1e-6)).all()
+
     def test_it_changes_something(self, name):
         assert not FORMS[name][0].is_identity
 
@@ -102,6 +165,25 @@ def test_a_product_of_a_zero_factor_is_the_identity():
     assert KroneckerPair({"w1": np.zeros((2, 2)), "w2": numbers(3, 3)}, 1).is_identity
     assert WholePair({"change": numbers(2, 2)}, 0).is_identity
     assert not WholePair({"change": np.zeros((2, 2))}, 1, np.ones(2)).is_identity
+
+
+def test_values_at_one_place_are_added_up():
+    pair = sparse_pair(np.float32([1, 2, 4]), np.array([[0, 1, 0], [2, 0, 2]]), (2, 3))
+    assert pair.delta().tolist() == [[0, 0, 5], [2, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([[0, 2], [0, 0]], r"some of its places are outside of a weight \(2, 3\)"),
+        ([[0, 1], [0, -1]], r"some of its places are outside of a weight \(2, 3\)"),
+        ([[1, 1], [2, 2]], "two of its values have one place"),
+        ([[0], [0]], r"\(2,\) values have places of the shape \(2, 1\)"),
+    ],
+)
+def test_wrong_places_are_refused(places, message):
+    with pytest.raises(InputRefused, match=message):
+        SparsePair({"v": np.ones(2)}, 1.0, settings={"places": np.array(places), "shape": (2, 3)})
 
 
 def test_a_product_counts_the_values_that_are_stored():

@@ -54,7 +54,10 @@ def _alphas_of_ranks(choice: AdapterChoice) -> dict[str, float]:
 def _continued(choice: AdapterChoice, loaded: Model, heads: Sequence[str]) -> Adapter:
     assert choice.continue_from is not None
     source = Path(choice.continue_from)
-    (adapter,) = layers.respelled_for(loaded.module, [as_peft_computes(formats.load(source))])
+    stored = formats.load(source)
+    if kind := stored.metadata.get("peft_type"):
+        raise InputRefused(f"{source} is an adapter of the kind {kind}; only LoRA is trained further")
+    (adapter,) = layers.respelled_for(loaded.module, [as_peft_computes(stored)])
     if adapter.added or adapter.biases:
         what = ", ".join((*adapter.added, *adapter.biases))
         raise InputRefused(f"{source} adds to vectors, which is not trained further: {what}")

@@ -122,7 +122,7 @@ def _refused_fields(config: Mapping[str, Any], fields: ConfigFields) -> list[str
         refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
     refused += [
         f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
-        for field, types in FIELD_TYPES.items()
+        for field, types in {**FIELD_TYPES, **dict.fromkeys(fields.patterns, (dict,))}.items()
         if config.get(field) is not None and not isinstance(config[field], types)
     ]
     lists = {field: config[field] for field in NAMES if isinstance(config.get(field), list)}

@@ -57,14 +57,14 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any], chosen: str = ""
     unknown, duplicates = [], []
     for key, name in _names_by_key(file, config, chosen).items():
         low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
-        if _is_of_trainer(name, config):
+        if is_of_trainer(name, config):
             kind, owner = UNUSED, name
         elif rows:
             kind, owner = ROWS, f"{rows['module']}.weight"
         elif low_rank:
             kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
         else:
-            kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            kind, owner = WHOLE, whole_name(name)
         if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
             unknown.append(key)
         elif owner in table[kind]:
@@ -85,7 +85,13 @@ def keys_by_kind(file: TensorSource, config: Mapping[str, Any], chosen: str = ""
     return table
 
 
-def _is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:
+def whole_name(name: str) -> str:
+    """The name in the base of a whole tensor, without the modules that PEFT puts around its module."""
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def is_of_trainer(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is one that a trainer saves for itself, and that a merge does not use."""
     return any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items())
 
 
@@ -99,7 +105,7 @@ def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) ->
     owners: dict[str, str] = {}
     for key, name in names.items():
         match = ROWS_KEY.fullmatch(name) or LOW_RANK_KEY.fullmatch(name)
-        if match and not _is_of_trainer(name, config):
+        if match and not is_of_trainer(name, config):
             owners[key] = match["adapter"] or ""
     adapters = set(owners.values())
     for key, name in names.items():

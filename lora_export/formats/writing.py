@@ -14,9 +14,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.computed_pairs import FactoredPair
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.lora_changes import KeyPart
 from lora_export.lora import Adapter, LoraPair, is_power_of_two
+from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
@@ -24,7 +26,6 @@ from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 BESIDES = {  # what an adapter may have besides pairs: its field -> what it is
     "magnitude": "DoRA's magnitude",
-    "transforms": "a change that follows from the weight",
     "replaced": "a whole tensor",
     "biases": "a change of a bias",
     "added": "a change of a vector",
@@ -77,11 +78,7 @@ def pair_factors(pairs: Iterable[LoraPair]) -> Iterator[NDArray[np.float32]]:
 
 def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
     """What an adapter has besides pairs, one line each. `allowed` names the fields that the format can hold."""
-    problems = [
-        f"{name}: {type(pair).__name__} is no low-rank pair"
-        for name, pair in adapter.pairs.items()
-        if type(pair) is not LoraPair and not pair.needs_weight
-    ]
+    problems = [f"{name}: {why}" for name, pair in adapter.pairs.items() if (why := _why_no_low_rank(pair))]
     if adapter.flattened:
         problems.append(
             f"the names of its modules, in which `_` stands for the dots: state their model by {named('base')}"
@@ -90,6 +87,16 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         if what in BESIDES and what not in allowed:
             problems += [f"{name}: {BESIDES[what]}" for name in names]
     return problems
+
+
+def _why_no_low_rank(pair: LoraPair) -> str:
+    """Why a pair is not written as A and B; empty where it is."""
+    if isinstance(pair, OpenPair):
+        return f"its file does not record its shape: state its base by {named('base')}"
+    if pair.needs_weight:
+        return f"its change by {pair.kind} follows from the weight"
+    is_factored = type(pair) is FactoredPair and pair.is_low_rank
+    return "" if type(pair) is LoraPair or is_factored else f"{type(pair).__name__} is no low-rank pair"
 
 
 def refuse_inexpressible(adapter: Adapter, target: str, problems: Sequence[str]) -> None:
@@ -122,9 +129,7 @@ class OneFile:
         LoHa, LoKr and whole changes are written as LyCORIS does: a LoHa's core as a part of its factors.
         """
         for module, pair in self.adapter.pairs.items():
-            if pair.needs_weight:
-                self.problems.append(f"{module}: {BESIDES['transforms']} ({pair.kind})")
-            elif pair.embedding or pair.as_stored:
+            if pair.embedding or pair.as_stored:
                 self.problems.append(f"{module}: a pair of an embedding or of a bare parameter")
             elif isinstance(pair, HadamardPair):
                 self._add_hadamard(module, pair)
@@ -133,6 +138,8 @@ class OneFile:
             elif isinstance(pair, WholePair):
                 self._put(module, {KeyPart.CHANGE: pair.delta()})
                 self._put_magnitude(module, pair)
+            elif why := _why_no_low_rank(pair):
+                self.problems.append(f"{module}: {why}")
             elif with_alpha:
                 self._put(module, {sides[0]: pair.a, sides[1]: pair.b})
                 self._put_scale(module, pair, pair.rank)

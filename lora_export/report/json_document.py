@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from lora_export.lora import LoraPair
+from lora_export.open_pairs import OpenPair
+from lora_export.structured_pairs import StructuredPair
+
 if TYPE_CHECKING:
     from lora_export.verification.against_checkpoint import Audit
     from lora_export.verification.proof import Proof
@@ -63,6 +67,15 @@ def _members(record: Any) -> dict[str, Any]:
     return _object({member.name: getattr(record, member.name) for member in fields(record) if member.repr})
 
 
+def _computed_pair(pair: LoraPair) -> dict[str, Any]:
+    """A pair whose A and B are not stored, without making them; null where they have no shape yet."""
+    out, *inner = pair.shape or (0,)
+    sizes = {"a": [pair.rank, *inner], "b": [out, pair.rank, *[1] * (len(inner) - 1)]}
+    shapes = {name: {"shape": size, "dtype": "float32"} if pair.shape else None for name, size in sizes.items()}
+    others = {name: getattr(pair, name) for name in ("scale", "magnitude", "embedding", "as_stored")}
+    return shapes | _object(others)
+
+
 def _object(members: Mapping[Any, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in members.items():
@@ -92,6 +105,8 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, np.ndarray):
         return {"shape": list(value.shape), "dtype": str(value.dtype)}
+    if isinstance(value, StructuredPair | OpenPair):
+        return _computed_pair(value)
     if is_dataclass(value):
         return _members(value)
     if isinstance(value, Mapping):

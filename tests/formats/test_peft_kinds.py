@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import peft
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused
+from lora_export.formats.peft_kinds.not_weights import NOT_WEIGHTS
+from lora_export.formats.peft_kinds.reading import kinds
 from support import ROOT, tables
-from support.peft_kinds import CASES, LAYOUT, Trained, differences, graph_of, trained
+from support.cli import answer, call
+from support.peft_kinds import CASES, LAYOUT, Layers, Trained, differences, graph_of, trained
 
 README = ROOT / "tests/README.md"
 TABLE = "kinds of PEFT's adapters"
@@ -27,7 +35,22 @@ def merge(one: Trained, folder: Path) -> str:
 
 
 def verify(one: Trained, folder: Path) -> str:
-    result = le.verify(folder / "out.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+    """The merge is right, and a file with one wrong entry is not."""
+    verdict = le.verify(folder / "out.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+    tensors = load_file(folder / "out.safetensors")
+    entry = tensors[one.changed[0]].reshape(-1)[:1]
+    entry += 0.01 * np.abs(entry) + 0.01
+    save_file(tensors, folder / "wrong.safetensors")
+    damaged = le.verify(folder / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+    return "right" if verdict and not damaged else "wrong"
+
+
+def verify_model(one: Trained, folder: Path) -> str:
+    """PyTorch with the adapter attached, as the reference of the merged file."""
+    words = torch.arange(12).reshape(2, 6) % 10
+    module = Layers()
+    module.load_state_dict(one.before)
+    result = le.verify(folder / "out.safetensors", (module, {"words": words}), adapters=one.adapter)
     return "right" if result else "wrong"
 
 
@@ -36,27 +59,31 @@ def in_graph(lora: str, one: Trained, folder: Path) -> str:
     if names != one.changed:
         return NOT_HERE
     graph = graph_of(folder / "base.onnx", one, names)
+    (folder / lora).mkdir()
     options = {"adapters": one.adapter, "lora": lora, "verify": False}  # PEFT's merge judges it
-    result = le.export_onnx(graph, folder / f"{lora}.onnx", **options)
-    session = onnxruntime.InferenceSession(str(result.output))
-    rng, ports = np.random.default_rng(0), session.get_inputs()
-    inputs = {port.name: rng.random((2, port.shape[1]), np.float32) for port in ports}
-    expected = [inputs[f"x_{name}"] @ one.merged_in_out(name) for name in names]
-    outputs = zip(session.run(None, inputs), expected, strict=True)
+    result = le.export_onnx(graph, folder / lora / "model.onnx", **options)
+    session, how = onnxruntime.InferenceSession(str(result.output)), onnxruntime.RunOptions()
+    rng, adapter = np.random.default_rng(0), onnxruntime.LoraAdapter()
+    weights = {f"x_{name}": one.merged_in_out(name) for name in names}
+    inputs = {name: rng.random((2, len(weight)), np.float32) for name, weight in weights.items()}
+    expected = [inputs[name] @ weight for name, weight in weights.items()]
+    if lora == "inputs":
+        adapter.Load(str(next(result.output.parent.glob("*.onnx_adapter"))))
+        how.add_active_adapter(adapter)
+    if lora == "rows":
+        inputs["adapter_ids"] = np.int64([1, 1])
+    outputs = zip(session.run(None, inputs, how), expected, strict=True)
     return (
         "right" if all(np.allclose(ours, right, atol=3e-5 * abs(right).max()) for ours, right in outputs) else "wrong"
     )
 
 
-def merged_graph(one: Trained, folder: Path) -> str:
-    return in_graph("merged", one, folder)
-
-
-def nodes(one: Trained, folder: Path) -> str:
-    return in_graph("nodes", one, folder)
-
-
-WAYS = {"merge": merge, "verify": verify, "graph, merged": merged_graph, "graph, nodes": nodes}
+WAYS = {
+    "merge": merge,
+    "verify --base": verify,
+    "verify --model": verify_model,
+    **{f"--lora {lora}": functools.partial(in_graph, lora) for lora in ("merged", "nodes", "inputs", "rows")},
+}
 
 
 def outcome(way: str, one: Trained, folder: Path) -> str:
@@ -75,3 +102,141 @@ def test_each_way_has_the_outcome_of_the_table(tmp_path, name):
         tables.put(README, TABLE, tables.table(recorded | {name: found}, "kind"))
     assert "wrong" not in found.values()
     assert tables.rows(tables.text(README, TABLE))[name] == found
+
+
+def test_the_table_has_each_case_once():
+    assert list(tables.rows(tables.text(README, TABLE))) == list(CASES)
+
+
+def test_every_kind_of_the_installed_peft_is_read_or_refused_by_name(tmp_path):
+    assert {case.config(target_modules=["up"], **case.options).peft_type.value for case in CASES.values()} >= set(
+        kinds()
+    )
+    for peft_type in {each.value for each in peft.PeftType} - {"LORA"} - set(kinds()):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+        save_file({"x": np.ones(1)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(
+            InputRefused, match=f"peft_type is '{peft_type}', which (cannot be merged|is not supported)"
+        ):
+            le.load_adapter(tmp_path)
+    assert set(NOT_WEIGHTS) < {each.value for each in peft.PeftType}
+
+
+# --- What all kinds have in common ---
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "vera_only"])
+def test_biases_and_whole_modules_replace_those_of_the_base(tmp_path, bias):
+    case = CASES["Vera: saved matrices"]
+    one = trained(case, tmp_path, bias=bias, modules_to_save=["norm"])
+    assert merge(one, tmp_path) == "right"
+    assert ("up.bias" in one.changed, "conv.bias" in one.changed) == (bias != "none", bias == "all")
+    assert {"norm.weight", "norm.bias"} < set(one.changed)
+
+
+@pytest.mark.parametrize(
+    "name", ["LoHa: linear", "Vera: drawn matrices", "FourierFT: few", "Shira: linear", "C3A: blocks"]
+)
+def test_two_adapters_are_added(tmp_path, name):
+    (tmp_path / "2").mkdir()
+    one, other = trained(CASES[name], tmp_path), trained(CASES["AdaLora: linear"], tmp_path / "2")
+    adapters = [one.adapter, other.adapter.rename(tmp_path / "other")]
+    le.merge(one.base, adapters, tmp_path / "out.safetensors", layout=LAYOUT, weights=[1, -0.5])
+    ours = load_file(tmp_path / "out.safetensors")
+    for tensor, before in one.before.items():
+        expected = one.merged[tensor] - 0.5 * (other.merged[tensor] - before)
+        assert torch.allclose(torch.from_numpy(ours[tensor]), expected, rtol=1e-4, atol=1e-4)
+
+
+DAMAGES = {
+    "without its first tensor": lambda tensors: dict(list(tensors.items())[1:]),
+    "without its last tensor": lambda tensors: dict(list(tensors.items())[:-1]),
+    "with a tensor cut": lambda tensors: tensors | {max(tensors): tensors[max(tensors)][..., :-1]},
+    "with a tensor of one more axis": lambda tensors: tensors | {min(tensors): tensors[min(tensors)][None]},
+    "with a NaN": lambda tensors: tensors | {max(tensors): tensors[max(tensors)] * np.float32(np.nan)},
+    "with another tensor": lambda tensors: tensors | {f"{min(tensors)}.other": np.ones((2, 2), np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", list({name.partition(":")[0]: name for name in CASES}.values()))
+def test_a_damaged_adapter_is_refused(tmp_path, name):
+    """Or it is still right: RandLoRA's matrices are there twice. A normalisation layer may lack a bias."""
+    one = trained(CASES[name], tmp_path)
+    file = one.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for damaged in DAMAGES.values():
+        changed = damaged(tensors)
+        save_file({key: np.ascontiguousarray(value) for key, value in changed.items()}, file)
+        try:
+            le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
+        except InputRefused:
+            assert not (tmp_path / "out.safetensors").exists()
+            continue
+        found = differences(one, tmp_path / "out.safetensors")
+        assert max(found.values()) < 3e-6 or (name.startswith("LNTuning") and set(found.values()) == {0.0, 1.0})
+        (tmp_path / "out.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("LoHa: linear", {"alpha": None}, "alpha is None; it must be a positive number"),
+        ("LoHa: linear", {"r": 3}, "up: its tensors have the rank 2, the config's is 3"),
+        ("LoHa: linear", {"new_idea": 1}, "unknown fields: new_idea"),
+        ("C3A: blocks", {"block_size": 3}, r"up: c3a_kernel is \(3, 2, 6\), the config's block_size is 3"),
+        ("Vera: drawn matrices", {"projection_prng_key": None}, "projection_prng_key is None; it must be an integer"),
+        ("FourierFT: few", {"n_frequency_pattern": [1]}, "n_frequency_pattern is .*; its type must be dict"),
+        ("WaveFT: few", {"wavelet_family": "db2"}, "wavelet_family is 'db2'; only db1 is supported"),
+        ("Pvera: saved matrices", {"sample_at_inference": True}, "it draws a change anew for each input"),
+        ("Gralora: blocks", {"hybrid_r": 2}, "hybrid_r is 2, and the pair of the whole weight is missing"),
+        ("TinyLora: tied vectors", {"projection_seed": 7}, "tinylora_P is that of no layer by projection_seed 7"),
+        ("TrainableTokens: rows", {"token_indices": [1, "7"]}, "token_indices of the config is no list of integers"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
+    one = trained(CASES[name], tmp_path)
+    path = one.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(InputRefused, match=message):
+        le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
+
+
+def test_matrices_that_are_not_saved_are_named(tmp_path):
+    one = trained(CASES["RandLora: dense"], tmp_path, save_projection=False)
+    with pytest.raises(InputRefused, match="Save the adapter with save_projection=True"):
+        le.load_adapter(one.adapter)
+
+
+# --- Adapters without the shapes of their weights ---
+
+
+def test_the_layout_must_be_stated_where_a_shape_shows_nothing(tmp_path):
+    one = trained(CASES["FourierFT: few"], tmp_path)
+    with pytest.raises(InputRefused, match=r"the layout of 2 matrices is unknown: down.weight, up.weight\. .*layout="):
+        le.merge(one.base, one.adapter, tmp_path / "out.safetensors")
+
+
+def test_the_number_of_outputs_shows_the_layout(tmp_path):
+    one = trained(CASES["Vera: drawn matrices"], tmp_path)
+    le.merge(one.base, one.adapter, tmp_path / "out.safetensors")
+    assert max(differences(one, tmp_path / "out.safetensors").values()) < 3e-6
+
+
+@pytest.mark.parametrize("name", ["Vera: saved matrices", "Miss: a rest"])
+def test_it_is_converted_with_its_base_alone(tmp_path, name):
+    one = trained(CASES[name], tmp_path)
+    with pytest.raises(InputRefused, match="its file does not record its shape: state its base by base="):
+        le.convert(one.adapter, tmp_path / "converted", to="peft")
+    assert not (tmp_path / "converted").exists()
+    le.convert(one.adapter, tmp_path / "converted", to="peft", base=one.base)
+    le.merge(one.base, tmp_path / "converted", tmp_path / "out.safetensors", layout=LAYOUT)
+    assert max(differences(one, tmp_path / "out.safetensors").values()) < 1e-5
+
+
+def test_inspect_shows_that_the_shape_is_that_of_the_base(tmp_path, capsys):
+    one = trained(CASES["Vera: saved matrices"], tmp_path)
+    for options in ([], ["-v"]):
+        assert call("inspect", one.adapter, *options) == 0
+        assert "the base's" in capsys.readouterr().out
+    code, found = answer(capsys, "inspect", one.adapter)
+    assert code == 0 and found

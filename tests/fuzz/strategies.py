@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fuzz.every_target import GOOD
-from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS
+from fuzz.targets import ADAPTER_TENSORS, GRAPH_TENSORS, KINDS
 
 Text = SearchStrategy[str]
 
@@ -164,6 +164,18 @@ def diffusion_files() -> SearchStrategy[bytes]:
     )
 
 
+def peft_kinds() -> SearchStrategy[bytes]:
+    """Adapters of PEFT's kinds, as `peft_kind` reads them: other fields, other shapes, parts of another kind."""
+    good = st.sampled_from(KINDS).map(lambda one: one.split(b"\n"))
+    names = [line.rpartition(b" ")[0] for one in KINDS for line in one.split(b"\n")[1:]]
+    shapes = st.sampled_from((b"1", b"2", b"3", b"1,3", b"2,1", b"3,1", b"1,1,1", b"0", b"2,2", b""))
+    line = st.tuples(st.sampled_from(names), shapes).map(b" ".join)
+    changed = st.tuples(good, st.lists(line, max_size=2)).map(lambda both: (both[0][0], [*both[0][1:], *both[1]]))
+    return changed.flatmap(
+        lambda one: near_json(one[0]).map(lambda config: b"\n".join([config.replace(b"\n", b" "), *one[1]]))
+    )
+
+
 def yaml_settings() -> SearchStrategy[bytes]:
     """litgpt's two files of settings, with odd values."""
     names = (
@@ -237,6 +249,7 @@ def inputs(target: str) -> SearchStrategy[bytes]:
         "keys_of_a_file": keys_of_formats(),
         "litgpt_settings": yaml_settings(),
         "diffusion_file": diffusion_files(),
+        "peft_kind": peft_kinds(),
         "external_data": records(),
         "quantised_fields": fields(),
         "examples_jsonl": json_lines(),

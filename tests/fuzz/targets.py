@@ -22,7 +22,7 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -386,14 +386,21 @@ def keys_of_a_file(data: bytes) -> bool:
         return merge_is_all_or_nothing(place, *STATED[1:], adapter="a.safetensors")
 
 
-def diffusion_file(data: bytes) -> bool:
-    """A file of an image model's adapter: `lora_adapter_metadata` in a line, then a key and a shape in each."""
-    recorded, *lines = data.decode("utf-8", "replace").split("\n")
+def tensors_of_shapes(lines: Iterable[str]) -> dict[str, np.ndarray]:
+    """A tensor of ones for each line, a key and a shape; integers where the key asks for indices."""
     found = {}
     for line in dict.fromkeys(lines):
         key, _, sizes = line.rpartition(" ")
         shape = [int(size) for size in sizes.split(",") if size.isdecimal() and len(size) < 3]
-        found[key] = np.ones(shape if math.prod(shape) < 10_000 else [1], np.float32)
+        dtype = np.int64 if "indices" in key else np.float32
+        found[key] = np.ones(shape if math.prod(shape) < 10_000 else [1], dtype)
+    return found
+
+
+def diffusion_file(data: bytes) -> bool:
+    """A file of an image model's adapter: `lora_adapter_metadata` in a line, then a key and a shape in each."""
+    recorded, *lines = data.decode("utf-8", "replace").split("\n")
+    found = tensors_of_shapes(lines)
     with a_place() as place:
         a_base(place)
         (place / "a.safetensors").write_bytes(save(found, {"lora_adapter_metadata": recorded} if recorded else None))
@@ -405,6 +412,17 @@ def diffusion_file(data: bytes) -> bool:
             assert out.exists() is (code == 0)
             out.unlink(missing_ok=True)
         return merge_is_all_or_nothing(place, adapter="a.safetensors")
+
+
+def peft_kind(data: bytes) -> bool:
+    """An adapter of PEFT: its config in a line, then a key and a shape in each."""
+    config, *lines = data.decode("utf-8", "replace").split("\n")
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place, config.encode() or b"{}", save(tensors_of_shapes(lines)))
+        command("inspect", place / "adapter")
+        converted(place, "adapter", *(["--base", str(place / "base")] if len(data) % 2 else []))
+        return merge_is_all_or_nothing(place)
 
 
 def pipeline_index(data: bytes) -> bool:
@@ -790,6 +808,7 @@ TARGETS: dict[str, Target] = {
     "pickled_adapter": pickled_adapter,
     "keys_of_a_file": keys_of_a_file,
     "diffusion_file": diffusion_file,
+    "peft_kind": peft_kind,
     "pipeline_index": pipeline_index,
     "base_header": base_header,
     "base_index": base_index,
@@ -817,6 +836,59 @@ def npz(**arrays: object) -> bytes:
     return file.getvalue()
 
 
+def kind(shapes: str, **config: object) -> bytes:
+    """An adapter of one of PEFT's kinds."""
+    lines = [f"base_model.{line}" for line in shapes.split("; ")]
+    return b"\n".join([as_json({"target_modules": ["fc"], **config}), *(line.encode() for line in lines)])
+
+
+KINDS = [
+    kind("model.fc.ia3_l 2,1", peft_type="IA3", feedforward_modules=[]),
+    kind("model.fc.oft_R.weight 1,3", peft_type="OFT", oft_block_size=3, coft=True, eps=0.1),
+    kind("model.fc.boft_R 1,3,1,1; model.fc.boft_s 2,1", peft_type="BOFT", boft_block_size=1),
+    kind("model.fc.hra_u 3,1", peft_type="HRA", r=1, apply_GS=True),
+    kind("model.fc.hira_A 1,3; model.fc.hira_B 2,1", peft_type="HIRA", r=1),
+    kind("model.fc.road_theta 1; model.fc.road_alpha 1", peft_type="ROAD", variant="road_1", group_size=2),
+    kind(
+        "model.fc.delora_A 1,3; model.fc.delora_B 2,1; model.fc.delora_lambda 1; model.fc.delora_w_norm 3",
+        peft_type="DELORA", r=1,
+    ),
+    kind("model.fc.deft_P 2,1; model.fc.deft_R 1,3", peft_type="DEFT", r=1, decomposition_method="qr", alpha=2),
+    kind("model.fc.glora_A.X 2,1; model.fc.glora_B.Xd 2,1; model.fc.glora_B.Xu 1,3", peft_type="GLORA", r=1),
+    kind("model.fc.miss_block 2,1,1", peft_type="MISS", r=1, init_weights="bat"),
+    kind("model.fc.vera_lambda_b 2; model.fc.vera_lambda_d 1", peft_type="VERA", r=1, projection_prng_key=3),
+    kind("model.fc.fourierft_spectrum 2", peft_type="FOURIERFT", n_frequency=2, scaling=3, random_loc_seed=7),
+    kind("model.fc.waveft_spectrum 2", peft_type="WAVEFT", n_frequency=2, scaling=3, random_loc_seed=7),
+    kind("model.fc.shira_weight 1; model.fc.shira_indices 2,1", peft_type="SHIRA", r=1),
+    kind("model.fc.miss_block 2,2", peft_type="MISS", r=2, init_weights=True),
+    kind("model.fc.c3a_kernel 2,3,1", peft_type="C3A", block_size=1),
+    kind("model.fc.lora_A 1,3; model.fc.lora_B 2,1; model.fc.lora_E 1,1", peft_type="ADALORA", init_r=1, lora_alpha=2),
+    kind("model.fc.gralora_A 1,3,1; model.fc.gralora_B 1,1,2", peft_type="GRALORA", r=1, alpha=1, gralora_k=1),
+    kind(
+        "vblora_vector_bank 2,1; model.fc.vblora_logits_A 1,3,2; model.fc.vblora_logits_B 2,1,2",
+        peft_type="VBLORA", r=1, topk=1,
+    ),
+    kind(
+        "unilora_theta_d 4; model.fc.unilora_indices_A 1,3; model.fc.unilora_indices_B 2,1; "
+        "model.fc.unilora_scales_A 1,3; model.fc.unilora_scales_B 2,1",
+        peft_type="UNILORA", r=1,
+    ),
+    kind(
+        "model.fc.randlora_lambda 1,2; model.fc.randlora_gamma 2,2; randlora_A 1,1,2; randlora_B 3,2,1",
+        peft_type="RANDLORA", r=1, randlora_alpha=1,
+    ),
+    kind(
+        "tinylora_v.0 1; model.fc.tinylora_A 1,3; model.fc.tinylora_B 2,1; model.fc.tinylora_P 1,1,1",
+        peft_type="TINYLORA", projection_seed=1,
+    ),
+    kind(
+        "model.fc.hada_w1_a 2,1; model.fc.hada_w1_b 1,3; model.fc.hada_w2_a 2,1; model.fc.hada_w2_b 1,3",
+        peft_type="LOHA", r=1, alpha=1,
+    ),
+    kind("model.fc.lokr_w1 1,1; model.fc.lokr_w2 2,3", peft_type="LOKR", r=1, alpha=1),
+    kind("model.norm.ln_tuning_layers.weight 2", peft_type="LN_TUNING"),
+    kind("model.embed.trainable_tokens_delta 1,3", peft_type="TRAINABLE_TOKENS", token_indices=[2]),
+]  # fmt: skip
 # Inputs that are read to their end: whatever a fuzzer changes, it begins behind the first checks.
 GOOD: dict[str, bytes] = {
     "adapter_config": as_json(ADAPTER_CONFIG),
@@ -829,6 +901,7 @@ GOOD: dict[str, bytes] = {
     "keys_of_a_file": b"fc.lora_A\nfc.lora_B",
     "diffusion_file": b"\nlora_unet_fc.hada_w1_a 2,1\nlora_unet_fc.hada_w1_b 1,3\nlora_unet_fc.hada_w2_a 2,1\n"
     b"lora_unet_fc.hada_w2_b 1,3",
+    "peft_kind": KINDS[0],
     "pipeline_index": as_json({"_class_name": "X", "unet": ["diffusers", "X"], "text_encoder": ["transformers", "X"]}),
     "base_header": header_of(GOOD_BASE),
     "base_index": as_json(INDEX),

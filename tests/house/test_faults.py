@@ -649,8 +649,8 @@ def test_a_pattern_that_would_keep_pythons_matcher_busy_for_years(place, field):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
-        ({"peft_type": ["LORA"]}, "peft_type is ['LORA']; only LORA is supported"),
+        ({"peft_type": "NEXT_YEARS"}, "peft_type is 'NEXT_YEARS', which is not supported"),
+        ({"peft_type": ["LORA"]}, "peft_type is ['LORA'], which is not supported"),
         ({"scaling_of_2031": 0.5, "another": True}, "unknown fields: another, scaling_of_2031"),
         (
             {"init_lora_weights": "pissa_niter_4"},

@@ -26,8 +26,8 @@ def _change(stored: Stored) -> LoraPair:
             raise InputRefused(f"miss_block is {blocks.shape}, the config's rank is {rank}")
         return WeightTransform(_TITLE, {"miss_block": blocks}, _lower, (len(blocks) * rank, 0), rank=rank)
     block = stored.part("miss_block", 2)
-    if len(block) != rank:
-        raise InputRefused(f"miss_block is {block.shape}, the config's rank is {rank}")
+    if len(block) != rank or (mode == "mini" and block.shape[1] != stored.config.get("mini_r")):
+        raise InputRefused(f"miss_block is {block.shape}, which disagrees with r {rank} or mini_r of the config")
 
     def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
         out, columns = shape

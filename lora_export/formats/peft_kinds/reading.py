@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats import peft_kinds
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
-from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER
+from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
 from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
 from lora_export.formats.peft_records import layouts_of, metadata_of
 from lora_export.formats.token_rows import read_token_rows
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
 
@@ -48,6 +48,7 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
     for module, change in changes.items():
         replaced |= {f"{module}.{parameter}": value for parameter, value in change.replaced.items()}
         rows |= {} if change.rows is None else {f"{module}.weight": change.rows}
+    rows = _without_repeated_rows(rows, config)
     problems += [
         f"{tensor} holds {bad} values that are not finite (NaN or infinity)"
         for tensor, value in replaced.items()
@@ -76,13 +77,28 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
     )
 
 
+def _without_repeated_rows(rows: Mapping[str, TokenRows], config: Mapping[str, Any]) -> dict[str, TokenRows]:
+    """The rows of each table once: of tied ones PEFT saves them under all names. The targeted name comes first."""
+    targets = config.get("target_modules") or ()
+    targeted = [targets] if isinstance(targets, str) else targets
+    found: dict[str, TokenRows] = {}
+    for tensor in sorted(rows, key=lambda tensor: not any(is_weight_of(tensor, target) for target in targeted)):
+        own, module = rows[tensor], tensor.removesuffix(".weight")
+        same = [name for name, each in found.items() if np.array_equal(own.values, each.values)]
+        if same and np.array_equal(own.indices, found[same[0]].indices):
+            found[same[0]] = replace(found[same[0]], tied=(*found[same[0]].tied, module))
+        else:
+            found[tensor] = own
+    return found
+
+
 def _kind_of(config: Mapping[str, Any], path: Path) -> Kind:
     peft_type = config.get("peft_type")
     refuse_not_weights(peft_type, path)
     if not isinstance(peft_type, str) or peft_type not in kinds():
         known = ", ".join(["LORA", *sorted(kinds())])
         raise InputRefused(
-            f"{path}: peft_type is {peft_type!r}, which is not supported; supported are {known}. Merge the adapter with "
+            f"{path}: peft_type is {peft_type!r}, which is not supported; supported are {known}. Merge it with "
             "PEFT (merge_and_unload), and use the merged model"
         )
     return kinds()[peft_type]
@@ -114,6 +130,8 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         name = unwrapped(key)
         shared, name = name.removeprefix(ROOT), name.removeprefix(WRAPPER)
         ending = next((each for each in endings if name.endswith(each) and len(name) > len(each)), "")
+        if is_of_trainer(name, config):
+            continue
         if shared.partition(".")[0] in kind.shared:
             table, owner = keys.shared, shared
         elif ending:
@@ -121,7 +139,7 @@ def _sorted_keys(file: TensorSource, kind: Kind, config: Mapping[str, Any]) -> _
         elif rows := ROWS_KEY.fullmatch(name):
             table, owner = keys.rows, f"{rows['module']}.weight"
         else:
-            table, owner = keys.whole, name.replace(".base_layer.", ".")
+            table, owner = keys.whole, whole_name(name)
             if own_parts & set(owner.split(".")) and not is_declared(owner, config):
                 unknown.append(key)
                 continue

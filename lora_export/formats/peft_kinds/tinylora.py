@@ -6,14 +6,14 @@ position in the model, and so is the seed of its P, by which the position is fou
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.formats.peft_kinds.torch_random import Generator
+from lora_export.formats.peft_kinds.torch_random import LANES, Generator
 from lora_export.lora import LoraPair
 
 V, SEED = "tinylora_v", "projection_seed"
@@ -34,6 +34,12 @@ def _vector(stored: Stored, p: NDArray[np.float32]) -> NDArray[np.float32]:
     numbers = sorted((name.partition(".")[2] for name in stored.shared), key=lambda each: (len(each), each))
     if not numbers or numbers != list(map(str, range(len(numbers)))):
         raise InputRefused(f"the numbers of {V} are {', '.join(numbers) or 'missing'}; they must be 0, 1, 2, ...")
+    tied = stored.config.get("weight_tying", 0.0)
+    wanted = max(1, round(stored.modules * (1 - tied))) if isinstance(tied, float | int) and 0 <= tied <= 1 else 0
+    if len(numbers) != wanted:
+        raise InputRefused(
+            f"weight_tying {tied!r} of {stored.modules} layers needs another number than {len(numbers)} of {V}"
+        )
     position = 0
     if len(numbers) > 1:
         size = max(1, stored.modules // len(numbers))  # layers with one v
@@ -45,12 +51,19 @@ def _vector(stored: Stored, p: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _position(stored: Stored, p: NDArray[np.float32]) -> int:
-    first: Any = stored.config.get(SEED)
+    first = stored.config.get(SEED)
     Generator(first, SEED)
-    for position in range(stored.modules):
-        if np.allclose(Generator(first + position, SEED).normal(p.shape, p.shape[1] ** -0.5), p, atol=TOLERANCE):
-            return position
-    raise InputRefused(f"tinylora_P is that of no layer by {SEED} {first}, so that its v is unknown")
+    distances = np.abs(_starts(first, stored.modules, p.shape) - p.reshape(-1)[:LANES]).max(axis=1)
+    if distances.min() > TOLERANCE:
+        raise InputRefused(f"tinylora_P is that of no layer by {SEED} {first}, so that its v is unknown")
+    return int(distances.argmin())
+
+
+@functools.lru_cache(maxsize=8)
+def _starts(first: int, count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The first numbers of P at each position (count, 16)."""
+    drawn = (Generator(first + position, SEED).normal(shape, shape[1] ** -0.5) for position in range(count))
+    return np.stack([each.reshape(-1)[:LANES] for each in drawn])
 
 
 KIND = Kind(

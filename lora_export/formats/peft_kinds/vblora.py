@@ -48,7 +48,9 @@ def _vectors(stored: Stored, name: str, bank: NDArray[np.float32]) -> NDArray[np
         raise InputRefused(f"there is neither {name} nor {name + INDICES} and {name + WEIGHTS}")
     if (indices < 0).any() or (indices >= len(bank)).any():
         raise InputRefused(f"{name} has indices outside of the bank of {len(bank)} vectors")
-    mixtures: NDArray[np.float32] = np.einsum("...k,...kv->...v", weights, bank[indices])
+    mixtures = np.zeros((*indices.shape[:2], bank.shape[1]), np.float32)
+    for number in range(count):
+        mixtures += weights[..., number, None] * bank[indices[..., number]]
     return mixtures
 
 

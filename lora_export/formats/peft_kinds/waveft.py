@@ -5,7 +5,9 @@ Of the families of wavelets, Haar's (`db1`, the default) is read: each coefficie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +30,24 @@ def _change(stored: Stored) -> OpenPair:
     if is_transformed and stored.config.get("wavelet_family", "db1") != "db1":
         raise InputRefused(f"wavelet_family is {stored.config['wavelet_family']!r}; only db1 is supported")
 
-    def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
+    def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
+        if stored.config.get("proportional_parameters") and values.size != _share(stored, shape, shapes):
+            raise InputRefused(
+                f"the weight is {shape}, whose share of n_frequency is not the {values.size} in the file"
+            )
         places = seeded_places(stored, values, shape)
-        return sparse_pair(
-            *(_reconstructed(values, places, shape) if is_transformed else (values, places)), shape, scaling
-        )
+        entries: NDArray[np.floating[Any]] = values
+        if is_transformed:
+            entries, places = _reconstructed(values, places, shape)
+        return sparse_pair(entries, places, shape, scaling)
 
     return OpenPair(pair, [values])
+
+
+def _share(stored: Stored, shape: Shape, shapes: Sequence[Shape]) -> int:
+    """How many frequencies of those of all layers a layer has by its size."""
+    part = math.prod(shape) / sum(map(math.prod, shapes))
+    return max(1, round(part * (stored.config["n_frequency"] * len(shapes))))
 
 
 def _reconstructed(
