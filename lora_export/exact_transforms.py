@@ -185,6 +185,42 @@ def _deft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return change, size
 
 
+def _lycoris_rotations(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    blocks = tensors["blocks"].reshape(-1, *tensors["blocks"].shape[-3:])  # (factors, blocks, size, size)
+    is_butterfly, (factors, count, block, _) = tensors["blocks"].ndim == 4, blocks.shape
+    q = blocks - np.transpose(blocks, (0, 1, 3, 2))
+    length = np.sqrt(np.sum(q**2)) + 1e-8
+    if settings["limit"] > 0 and length > settings["limit"]:
+        q = q * settings["limit"] / length
+    value, size = weight.copy(), np.abs(weight)
+    for factor in range(factors):
+        half = 2**factor * block // 2
+        for number in range(count):
+            own = range(number * block, (number + 1) * block)
+            # In a butterfly, places 2 k and 2 k + 1 of a group are its outputs k and k + half.
+            rows = [p - p % (2 * half) + p % (2 * half) // 2 + p % 2 * half for p in own] if is_butterfly else list(own)
+            rotation = cayley(-q[factor, number])
+            rotation = rotation if is_butterfly else rotation.T
+            value[rows], size[rows] = rotation @ value[rows], _size_of(rotation) @ size[rows]
+    scales = tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else np.ones((len(weight), 1))
+    return value * scales - weight, size * (np.abs(scales - 1) + 1)
+
+
+def _lycoris_ia3(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    own = tensors["weight"]
+    change = weight * (np.repeat(own, weight.shape[1] // len(own)) if settings["of_inputs"] else own[:, None])
+    return change, np.abs(change)
+
+
+def _lycoris_glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    a1, a2, b1, b2 = (tensors[name] for name in ("a1", "a2", "b1", "b2"))
+    split = weight.reshape(len(weight), len(a1), -1)  # (out, in, kernel)
+    change = np.einsum("oik,ir,rj->ojk", split, a1, a2).reshape(weight.shape)
+    size = np.einsum("oik,ir,rj->ojk", np.abs(split), np.abs(a1), np.abs(a2)).reshape(weight.shape)
+    b1, b2 = b1.reshape(len(b1), -1), b2.reshape(len(b2), -1)
+    return settings["scale"] * (change + b1 @ b2), abs(settings["scale"]) * (size + np.abs(b1) @ np.abs(b2))
+
+
 # --- Entry by entry ---
 
 
@@ -215,5 +251,9 @@ FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "MiSS": _miss_bat,
     "DEFT": _deft,
     "HiRA": _hira,
+    "LyCORIS OFT": _lycoris_rotations,
+    "LyCORIS BOFT": _lycoris_rotations,
+    "LyCORIS IA3": _lycoris_ia3,
+    "LyCORIS GLoRA": _lycoris_glora,
     "GLoRA": _glora,
 }

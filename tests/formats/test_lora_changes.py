@@ -104,17 +104,30 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "LoKr, Tucker": ("lokr", {"lora_dim": 2, "factor": 2, "use_tucker": True}),
     "LoKr, both decomposed": ("lokr", {"lora_dim": 1, "factor": 4, "decompose_both": True}),
     "LoKr, whole factors": ("lokr", {"full_matrix": True, "factor": 4}),
+    "OFT": ("diag-oft", {"lora_dim": 4}),
+    "OFT, constrained and rescaled": ("diag-oft", {"lora_dim": 4, "constraint": 0.01, "rescaled": True}),
+    "BOFT": ("boft", {"lora_dim": 4}),
+    "BOFT, constrained and rescaled": ("boft", {"lora_dim": 4, "constraint": 0.01, "rescaled": True}),
+    "IA3 of outputs": ("ia3", {}),
+    "IA3 of inputs": ("ia3", {"train_on_input": True}),
+    "GLoRA": ("glora", {}),
     "LoKr, DoRA": ("lokr", {"lora_dim": 2, "factor": 2, "weight_decompose": True, "wd_on_output": True}),
 }
 
 
 @functools.cache
 def lycoris_classes() -> dict[str, type]:
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
+    from lycoris.modules.glora import GLoRAModule
+    from lycoris.modules.ia3 import IA3Module
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    return {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+    rotating = {"diag-oft": DiagOFTModule, "boft": ButterflyOFTModule}
+    others = {"ia3": IA3Module, "glora": GLoRAModule}
+    return {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule, **rotating, **others}
 
 
 def trained(kind: str, arguments: dict[str, object], layer: nn.Module) -> nn.Module:
