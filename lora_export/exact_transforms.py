@@ -242,6 +242,14 @@ def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return change, size
 
 
+def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    sparse = np.zeros(weight.size)
+    sparse[settings["indices"]] = tensors["values"]
+    sparse = sparse.reshape(weight.shape)
+    change = sparse + settings["scale"] * tensors["b"] @ tensors["a"]
+    return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(tensors["b"]) @ np.abs(tensors["a"])
+
+
 FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
@@ -256,4 +264,5 @@ FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "LyCORIS IA3": _lycoris_ia3,
     "LyCORIS GLoRA": _lycoris_glora,
     "GLoRA": _glora,
+    "SuperTuning": _supertuning,
 }

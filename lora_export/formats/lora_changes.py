@@ -232,7 +232,7 @@ CHANGE_KINDS = (
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, loha),
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), lokr),
     ChangeKind(frozenset({KeyPart.OFT_BLOCKS, KeyPart.RESCALE}), (KeyPart.OFT_BLOCKS,), _oft),
-    ChangeKind(frozenset({KeyPart.ON_INPUT, KeyPart.IA3_WEIGHT}), (KeyPart.IA3_WEIGHT,), _ia3),
+    ChangeKind(frozenset({KeyPart.IA3_WEIGHT}), (KeyPart.IA3_WEIGHT, KeyPart.ON_INPUT), _ia3),
     ChangeKind(frozenset(_OF_GLORA), _OF_GLORA, _glora),
 )
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from lora_export import merge
+from lora_export import merge, verify
 from lora_export.formats.lora_changes import KeyPart, has_pairs, sort_keys, split_key
 
 SPELLINGS = {
@@ -86,9 +86,9 @@ def test_an_alpha_alone_is_no_adapter():
 
 
 LAYERS: dict[str, nn.Module] = {
-    "linear": nn.Linear(24, 36),
-    "convolution": nn.Conv2d(8, 12, 3, padding=1),
-    "point": nn.Conv2d(8, 12, 1),
+    "linear": nn.Linear(24, 32),
+    "convolution": nn.Conv2d(8, 16, 3, padding=1),
+    "point": nn.Conv2d(8, 16, 1),
 }
 INPUTS = {"linear": torch.randn(3, 24), "convolution": torch.randn(2, 8, 5, 5), "point": torch.randn(2, 8, 5, 5)}
 # Variant -> kind of LyCORIS's module, and its arguments.
@@ -177,3 +177,4 @@ def test_a_merge_computes_what_lycoris_computes(variant, layer, tmp_path):
         )
         assert not torch.allclose(base(x), expected, atol=1e-3)
         assert torch.allclose(plain(x, weight, base.bias), expected, atol=1e-5)
+    assert verify(tmp_path / "merged.safetensors", base=tmp_path / "base.safetensors", adapters=path)

@@ -113,6 +113,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
         "one number for a bias", peft.GloraConfig, r=3, config_A_B="lora", config_C="none", config_D_E="constant"
     )
     yield case("without biases", peft.GloraConfig, ("down",), r=3)
+    yield case("entries", peft.SupertuningConfig, sparsity=0.9)
+    yield case("entries and LoRA", peft.SupertuningConfig, sparsity=0.9, r=2, lora_alpha=3)
     yield case("norms", peft.LNTuningConfig, ("norm",))
     yield case("linear", peft.AdaLoraConfig, (*LINEAR, "back"), init_r=3, target_r=2, lora_alpha=5, total_step=10)
     yield case("convolutions", peft.AdaLoraConfig, ("conv",), init_r=3, target_r=2, lora_alpha=5, total_step=10)

@@ -20,6 +20,9 @@ def _change(stored: Stored) -> WeightTransform:
     parts, config = stored.parts, stored.config
     directions, method = stored.part("deft_P", 2), config.get("decomposition_method", "relu")
     injected = None if config.get("para") else parts.get("deft_R")
+    alpha = config.get("alpha")
+    if alpha is not None and (type(alpha) not in (int, float) or not 0 <= alpha < float("inf")):
+        raise InputRefused(f"alpha is {alpha!r}")
     if method not in ("relu", "qr") or bool(config.get("para")) is not ("deft_R" not in parts):
         raise InputRefused(
             f"decomposition_method is {method!r}, para {config.get('para')}, and it has {', '.join(parts)}"
@@ -29,7 +32,7 @@ def _change(stored: Stored) -> WeightTransform:
     rank = directions.shape[1]
     if injected is not None and (injected.ndim != 2 or len(injected) != rank):
         raise InputRefused(f"deft_P {directions.shape} and deft_R {injected.shape} have different ranks")
-    settings = {"method": method, "scale": config["alpha"] / rank if config.get("alpha") else 1.0}
+    settings = {"method": method, "scale": alpha / rank if alpha else 1.0}
     tensors = {"deft_P": directions} | ({} if injected is None else {"deft_R": np.asarray(injected, np.float32)})
     whole = (len(directions), 0 if injected is None else injected.shape[1])
     return WeightTransform(_TITLE, tensors, _lower, whole, settings=settings, rank=rank)

@@ -5,12 +5,12 @@ The scales of outputs also multiply the bias.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lora_export.errors import InputRefused
+from lora_export.formats.patterns import Patterns
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
@@ -33,11 +33,13 @@ def _change(stored: Stored) -> WeightTransform:
     return WeightTransform(_TITLE, tensors, _lower, whole, settings=settings, bias=bias)
 
 
-def _is_feedforward(module: str, patterns: str | Sequence[str]) -> bool:
+def _is_feedforward(module: str, patterns: Any) -> bool:
     """As PEFT decides it: a pattern for whole names, or ends of names."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module.endswith(each) for each in patterns)
+        return bool(Patterns({f"^(?:{patterns})": True}, source="feedforward_modules").values(module))
+    if not isinstance(patterns, list | tuple) or not all(isinstance(each, str) for each in patterns):
+        raise InputRefused(f"feedforward_modules is {patterns!r}: it is no pattern, and no list of names")
+    return module.endswith(tuple(patterns))
 
 
 def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:

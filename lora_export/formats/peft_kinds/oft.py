@@ -15,6 +15,7 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
 _TITLE = "OFT"
+_MOST_TERMS = 1000  # of the series of a rotation; PEFT's default is 5
 _OF_LAYER, _OF_TABLE = "oft_R.weight", "oft_embedding_R.weight"
 _Wide = NDArray[np.float64]
 
@@ -31,13 +32,14 @@ def _change(stored: Stored) -> WeightTransform:
     is_shared = bool(config.get("block_share"))
     if is_shared and len(rows) > 1:
         raise InputRefused(f"{part} has {len(rows)} blocks, and the config sets block_share")
-    terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else 0
-    if config.get("use_cayley_neumann", True) and terms < 1:
-        raise InputRefused(f"num_cayley_neumann_terms is {terms}")
+    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
+    eps = config.get("eps", 6e-5)
+    if type(terms) is not int or not 0 <= terms <= _MOST_TERMS or not isinstance(eps, int | float) or not eps > 0:
+        raise InputRefused(f"num_cayley_neumann_terms is {terms!r}, and eps {eps!r}")
     inputs = 0 if is_shared else len(rows) * block
     whole = (inputs, 0) if embedding else (0, inputs)
     if config.get("coft"):  # PEFT shortens the rows whenever it uses them
-        limit = config.get("eps", 6e-5) / math.sqrt(len(rows))
+        limit = eps / math.sqrt(len(rows))
         lengths = math.sqrt(2) * np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
         rows = np.where(lengths <= limit, rows, rows * (limit / np.maximum(lengths, limit))).astype(np.float32)
     settings = {"block": block, "terms": terms, "embedding": embedding}

@@ -14,14 +14,16 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.weight_transforms import Blocks, Stage, WeightTransform
 
 _TITLE = "RoAd"
+_LARGEST_GROUP = 4096  # outputs; PEFT's default is 64
 _PER_OUTPUT = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
 
 
 def _change(stored: Stored) -> WeightTransform:
     angles, lengths, config = stored.part("road_theta", 1), stored.part("road_alpha", 1), stored.config
     variant, group = config.get("variant", "road_1"), config["group_size"]
-    if variant not in _PER_OUTPUT or not isinstance(group, int) or group % 2:
-        raise InputRefused(f"the variant is {variant!r} and group_size {group!r}")
+    is_known = isinstance(variant, str) and variant in _PER_OUTPUT
+    if not is_known or type(group) is not int or group % 2 or group > _LARGEST_GROUP:
+        raise InputRefused(f"the variant is {variant!r}, and group_size {group!r}: at most {_LARGEST_GROUP}, and even")
     outputs = int(angles.size / _PER_OUTPUT[variant])
     if angles.shape != lengths.shape or not outputs or outputs % group:
         raise InputRefused(
