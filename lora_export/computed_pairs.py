@@ -14,12 +14,12 @@ from lora_export.structured_pairs import StructuredPair
 
 _Matrix = NDArray[np.float32]
 _Indices = NDArray[np.int64]
-Rows = _Indices | slice
-Factors = tuple[_Matrix, _Matrix]  # A (rank, in) and some rows of B (out, rank)
+RowChoice = _Indices | slice
+PairFactors = tuple[_Matrix, _Matrix]  # A (rank, in) and some rows of B (out, rank)
 
 
 class FactoredPair(StructuredPair):
-    """B A of what is stored. `settings` has `shape` (rank, out, in), and `factors`: A, and the asked rows of B."""
+    """B A of what is stored. `settings` has `shape` (rank, out, in), and `factors`: A, and chosen rows of B."""
 
     def _shape_of_whole(self) -> tuple[int, ...]:
         _, *shape = self.settings["shape"]
@@ -37,11 +37,11 @@ class FactoredPair(StructuredPair):
     def norm(self) -> float:
         return norm_of_product(self.scale, self.a, self.b)
 
-    def _factors(self) -> Factors:
+    def _factors(self) -> PairFactors:
         return self._factors_of(slice(None))
 
-    def _factors_of(self, rows: Rows) -> Factors:
-        factors: Callable[[Mapping[str, _Matrix], Rows], Factors] = self.settings["factors"]
+    def _factors_of(self, rows: RowChoice) -> PairFactors:
+        factors: Callable[[Mapping[str, _Matrix], RowChoice], PairFactors] = self.settings["factors"]
         return factors(self.stored, rows)
 
     def _product(self, rows: _Indices) -> _Matrix:
@@ -68,7 +68,7 @@ class FourierPair(FactoredPair):
     def _shape_of_whole(self) -> tuple[int, ...]:
         return tuple(self.settings["shape"])
 
-    def _factors_of(self, rows: Rows) -> Factors:
+    def _factors_of(self, rows: RowChoice) -> PairFactors:
         out, columns = self.shape_of_whole
         vertical, position = np.unique(self.settings["frequencies"][0], return_inverse=True)
         spectrum = np.zeros((len(vertical), columns), np.float32)
@@ -86,7 +86,7 @@ class DensePair(StructuredPair):
     def rank(self) -> int:
         return int(self.shape_of_whole[0])
 
-    def _factors(self) -> Factors:
+    def _factors(self) -> PairFactors:
         return self._product(np.arange(self.rank)), np.eye(self.rank, dtype=np.float32)
 
 

@@ -12,7 +12,7 @@ from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.options.spelling import named
 
-Shape = tuple[int, ...]  # (out, in)
+MatrixShape = tuple[int, ...]  # (out, in)
 
 
 class OpenPair(LoraPair):
@@ -22,13 +22,13 @@ class OpenPair(LoraPair):
     `outputs` is the number of outputs, where the file records it. `values` were trained.
     """
 
-    make: Callable[[Shape, Sequence[Shape]], LoraPair]
+    make: Callable[[MatrixShape, Sequence[MatrixShape]], LoraPair]
     values: tuple[NDArray[Any], ...]
     outputs: int | None
 
     def __init__(
         self,
-        make: Callable[[Shape, Sequence[Shape]], LoraPair],
+        make: Callable[[MatrixShape, Sequence[MatrixShape]], LoraPair],
         values: Sequence[NDArray[Any]],
         outputs: int | None = None,
         scale: float = 1.0,
@@ -36,7 +36,7 @@ class OpenPair(LoraPair):
         vars(self).update(make=make, values=tuple(values), outputs=outputs, scale=scale)
         vars(self).update(magnitude=None, embedding=False, as_stored=False)
 
-    def for_shape(self, shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
+    def for_shape(self, shape: MatrixShape, shapes: Sequence[MatrixShape]) -> LoraPair:
         """The pair for a weight (out, in). Raises InputRefused where it fits none of this shape."""
         if len(shape) != 2:
             raise InputRefused(f"the weight is {shape}; a matrix is needed")
@@ -73,7 +73,7 @@ class OpenPair(LoraPair):
         return float("nan")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> MatrixShape:
         """(), as long as it is open."""
         return ()
 

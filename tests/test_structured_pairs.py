@@ -16,7 +16,7 @@ from lora_export.computed_pairs import (
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
-from lora_export.verification.against_checkpoint.fp64_changes import whole_change
+from lora_export.verification.against_checkpoint.fp64_changes import change_in_fp64
 
 RNG = np.random.default_rng(0)
 
@@ -139,7 +139,7 @@ class TestForm:
 
     def test_verification_has_the_same_change_by_its_own_formula(self, name):
         pair, expected = FORMS[name]
-        change = whole_change(pair)
+        change = change_in_fp64(pair)
         assert (change is None) is isinstance(pair, HadamardPair) or type(pair) is FactoredPair
         if change is not None:
             whole = (change.values * pair.scale).reshape(expected.shape)

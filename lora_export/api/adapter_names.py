@@ -68,7 +68,7 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
     return renamed
 
 
-def with_shapes_of(adapter: Adapter, base: Path) -> Adapter:
+def with_shapes_of_base(adapter: Adapter, base: Path) -> Adapter:
     """The adapter with the shapes of its base's weights, where its file does not record them. Raises as `plan.make`.
 
     Such an adapter gets the names of the base where these differ from its own.

@@ -13,7 +13,7 @@ from lora_export.api.adapter_names import (
     named_for,
     named_for_pipeline,
     with_dots_of,
-    with_shapes_of,
+    with_shapes_of_base,
     without_repeated_tables,
 )
 from lora_export.api.adapters import copy_head_config, staged, write_origin
@@ -75,7 +75,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
     if options.graph is not None:
         return _for_graph(options, adapter, loaded, Path(options.graph))
-    loaded = _scaled(loaded if base is None else with_shapes_of(loaded, base), weight)
+    loaded = _scaled(loaded if base is None else with_shapes_of_base(loaded, base), weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import plan
-from lora_export.api.shared_head import Stored, without_shared_head
+from lora_export.api.shared_head import BaseTensor, without_shared_head
 from lora_export.artifacts.files import file_for_graph
 from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
@@ -58,7 +58,7 @@ class OnnxRequest(OnnxOptions):
         """Whether a call of the graph chooses its adapter."""
         return self.lora in SWAPPED
 
-    def without_head(self, specs: Iterable[plan.TensorSpec], stored: Stored) -> OnnxRequest:
+    def without_head(self, specs: Iterable[plan.TensorSpec], stored: BaseTensor) -> OnnxRequest:
         """The same options, without the head that all adapters share with the base (`ignore_head`).
 
         Raises InputRefused where they do not share it.

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from lora_export.graph.find_sites import Sites
 
-Stored = Callable[[str], NDArray[Any]]  # the base's tensor of a name
+BaseTensor = Callable[[str], NDArray[Any]]  # the base's tensor of a name
 
 
-def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec], stored: Stored) -> list[Adapter]:
+def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec], stored: BaseTensor) -> list[Adapter]:
     """The adapters without the tensors that they save whole, which must be the base's own.
 
     Raises InputRefused, which lists every tensor that is not, and MatchError for adapters that do not fit the base.
@@ -51,13 +51,13 @@ def head_alone(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="")
 
 
-def stored_in_module(module: nn.Module) -> Stored:
+def stored_in_module(module: nn.Module) -> BaseTensor:
     """The tensors of a module, by name."""
     tensors = module.state_dict()
     return lambda name: np.asarray(tensors[name].detach().cpu().float().numpy())
 
 
-def stored_in_graph(sites: Sites) -> Stored:
+def stored_in_graph(sites: Sites) -> BaseTensor:
     """The tensors of a graph, by name. Quantised ones are dequantised."""
     from lora_export.graph.exporter_names import is_stored_transposed
 
@@ -68,7 +68,7 @@ def stored_in_graph(sites: Sites) -> Stored:
     return read
 
 
-def _own_tensors(adapter: Adapter, specs: Sequence[TensorSpec], stored: Stored) -> Iterator[str]:
+def _own_tensors(adapter: Adapter, specs: Sequence[TensorSpec], stored: BaseTensor) -> Iterator[str]:
     if not adapter.replaced:
         return
     for step in plan.make([adapter], specs, may_add=True, identity_ok=True).steps:

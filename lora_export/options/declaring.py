@@ -56,8 +56,8 @@ _T = TypeVar("_T")
 _MEANING = "meaning"  # in the metadata of a field
 
 # What an option takes. `source` is a path or a name that is looked up, `folder` a path that is no file.
-Kind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
-KIND_OF_TYPE: Mapping[Any, Kind] = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
+OptionKind = Literal["flag", "choice", "int", "float", "text", "path", "folder", "source"]
+KIND_OF_TYPE: Mapping[Any, OptionKind] = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 OPTION_IN_TEXT = re.compile(r"\{(\w+)(?:=([^}]*))?\}")  # `{lora=inputs}` in a help text names an option
 
 
@@ -94,7 +94,7 @@ class Option:
     flags: tuple[str, ...] = ()  # by default the name, with dashes
     metavar: str = ""
     shown_default: str = ""  # where the default itself does not tell
-    kind: Kind | None = None  # where the type does not tell
+    kind: OptionKind | None = None  # where the type does not tell
     multiple: bool | None = None  # whether it may be repeated, where the type does not tell
     at_least: float | None = None
     above: float | None = None
@@ -135,7 +135,7 @@ class Declared:
 
     name: str  # of the field
     option: Option
-    kind: Kind
+    kind: OptionKind
     choices: tuple[str, ...]
     multiple: bool
     section: Section  # of `--help`
@@ -336,7 +336,9 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
     literals = [part for part in parts if get_origin(part) is Literal]
     choices = tuple(value for part in literals for value in get_args(part) if value != "")
     known = [KIND_OF_TYPE[part] for part in parts if isinstance(part, type) and part in KIND_OF_TYPE]
-    kind: Kind = option.kind or ("choice" if choices else "path" if "path" in known else known[0] if known else "text")
+    kind: OptionKind = option.kind or (
+        "choice" if choices else "path" if "path" in known else known[0] if known else "text"
+    )
     default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
     return Declared(one.name, option, kind, choices, multiple, option.section or section, default)
 

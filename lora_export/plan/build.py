@@ -24,7 +24,7 @@ from lora_export.plan.diffusion import (
     prefixes_of_models,
     tensors_of_model,
 )
-from lora_export.plan.laid_out import with_shapes_of
+from lora_export.plan.laid_out import with_shapes
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
@@ -83,7 +83,7 @@ def make(
     own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(own, prefixes, base, layout or {})
-    spelled = [replace(one, adapter=with_shapes_of(base, one.adapter, one.prefix)) for one in spelled]
+    spelled = [replace(one, adapter=with_shapes(base, one.adapter, one.prefix)) for one in spelled]
     of_parts = [strengths[part.number] for part in parts]
     try:
         by_weight = _match_all(spelled, of_parts, base, may_add=may_add, one_at_a_time=one_at_a_time)

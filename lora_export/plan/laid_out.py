@@ -11,7 +11,7 @@ from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout
 
 
-def with_shapes_of(base: BaseTensors, adapter: Adapter, prefix: Prefix) -> Adapter:
+def with_shapes(base: BaseTensors, adapter: Adapter, prefix: Prefix) -> Adapter:
     """The adapter without open pairs; those of weights that the base lacks, or in an unknown layout, stay open.
 
     Raises MatchError with every pair that has no form of its weight's shape.

@@ -11,11 +11,11 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 
-PARTS = ("lora_A", "lora_B", "lora_E")
+_PARTS = ("lora_A", "lora_B", "lora_E")
 
 
 def _change(stored: Stored) -> LoraPair:
-    a, b, e = (stored.parts[part].astype(np.float32) for part in PARTS)
+    a, b, e = (stored.parts[part].astype(np.float32) for part in _PARTS)
     kept = (stored.config.get("rank_pattern") or {}).get(f"{stored.module}.lora_E")
     first = stored.config["init_r"]
     rank = first if kept is None else sum(map(bool, kept)) if isinstance(kept, list) else -1
@@ -31,8 +31,8 @@ KIND = Kind(
     peft_type="ADALORA",
     title="AdaLoRA",
     change=_change,
-    parts=PARTS,
-    needed=PARTS,
+    parts=_PARTS,
+    needed=_PARTS,
     fields=(
         *("r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
         *("rank_pattern", "lora_dropout", "init_lora_weights", "fan_in_fan_out", "qalora_group_size", "megatron_core"),

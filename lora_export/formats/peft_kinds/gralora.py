@@ -9,7 +9,7 @@ from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 
-LARGEST_RANK = 4  # of all blocks together, as a multiple of the weight's larger side
+_MOST_RANK = 4  # of all blocks together, as a multiple of the weight's larger side
 GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")  # a pair of the whole weight
 
 
@@ -22,7 +22,7 @@ def _change(stored: Stored) -> LoraPair:
         raise InputRefused(
             f"gralora_A {a.shape} and gralora_B {b.shape} are not of {blocks} blocks and the rank {rank}"
         )
-    if blocks * rank > LARGEST_RANK * max(blocks * a.shape[1], blocks * b.shape[2]):
+    if blocks * rank > _MOST_RANK * max(blocks * a.shape[1], blocks * b.shape[2]):
         raise InputRefused(
             f"its {blocks} x {blocks} blocks have the rank {blocks * rank} together, more than the weight"
         )

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.formats.adapter_files import Tensors
 from lora_export.formats.peft_config import OF_EVERY_KIND, ConfigFields
 from lora_export.lora import LoraPair, TokenRows
 
-Tensors = Mapping[str, NDArray[Any]]
 Config = Mapping[str, Any]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_export.formats.lora_changes import LOHA_FACTORS, KeyPart, loha
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
+from lora_export.formats.peft_kinds.lycoris import LYCORIS_FIELDS, LYCORIS_PATTERNS, own_scale
 from lora_export.lora import LoraPair
 
 
@@ -18,7 +18,7 @@ KIND = Kind(
     change=_change,
     parts=tuple(part for part in KeyPart if part.startswith("hada")),
     needed=LOHA_FACTORS,
-    fields=FIELDS,
+    fields=LYCORIS_FIELDS,
     numbers=("r", "alpha"),
-    patterns=PATTERNS,
+    patterns=LYCORIS_PATTERNS,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lora_export.computed_pairs import FlatKroneckerPair
 from lora_export.formats.lora_changes import KeyPart, lokr
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.formats.peft_kinds.lycoris import FIELDS, PATTERNS, own_scale
+from lora_export.formats.peft_kinds.lycoris import LYCORIS_FIELDS, LYCORIS_PATTERNS, own_scale
 from lora_export.lora import LoraPair
 from lora_export.structured_pairs import KroneckerPair
 
@@ -28,7 +28,7 @@ KIND = Kind(
     title="LoKr",
     change=_change,
     parts=tuple(part for part in KeyPart if part.startswith("lokr")),
-    fields=(*FIELDS, "rank_dropout_scale", "decompose_both", "decompose_factor"),
+    fields=(*LYCORIS_FIELDS, "rank_dropout_scale", "decompose_both", "decompose_factor"),
     numbers=("r", "alpha"),
-    patterns=PATTERNS,
+    patterns=LYCORIS_PATTERNS,
 )

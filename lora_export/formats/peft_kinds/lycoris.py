@@ -8,8 +8,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.peft_kinds.kind import Config
 
-FIELDS = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+LYCORIS_FIELDS = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
+LYCORIS_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
 def own_scale(config: Config) -> Callable[[int], float]:

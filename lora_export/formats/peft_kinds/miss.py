@@ -12,7 +12,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 from lora_export.weight_transforms import RowBlocks, Stage, WeightTransform
 
 _TITLE = "MiSS"
@@ -29,7 +29,7 @@ def _change(stored: Stored) -> LoraPair:
     if len(block) != rank or (mode == "mini" and block.shape[1] != stored.config.get("mini_r")):
         raise InputRefused(f"miss_block is {block.shape}, which disagrees with r {rank} or mini_r of the config")
 
-    def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
         out, columns = shape
         repeats, rest = divmod(out, block.shape[1])
         if rest or rank > columns or (repeats > 1 and mode != "mini"):

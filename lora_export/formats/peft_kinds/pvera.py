@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.torch_random import Generator
-from lora_export.formats.peft_kinds.vera import SEED, projections, scaled_projections
+from lora_export.formats.peft_kinds.vera import PROJECTION_SEED, projections, scaled_projections
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 
 
 def _change(stored: Stored) -> OpenPair:
@@ -19,9 +19,9 @@ def _change(stored: Stored) -> OpenPair:
         raise InputRefused(
             f"pvera_lambda_d has {len(both)} values, the config's rank is {rank}, and it needs twice that"
         )
-    Generator(stored.config.get(SEED), SEED)
+    Generator(stored.config.get(PROJECTION_SEED), PROJECTION_SEED)
 
-    def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, shapes: Sequence[MatrixShape]) -> LoraPair:
         shared = projections(stored, 2 * rank, rank, shapes, "pvera")
         return scaled_projections(both[:rank], of_outputs, shape, shared)
 
@@ -35,7 +35,15 @@ KIND = Kind(
     parts=("pvera_lambda_b", "pvera_lambda_d"),
     needed=("pvera_lambda_b", "pvera_lambda_d"),
     shared=("pvera_A", "pvera_B"),
-    fields=(SEED, "save_projection", "pvera_dropout", "d_initial", "init_weights", "fan_in_fan_out", "generator_seed"),
+    fields=(
+        PROJECTION_SEED,
+        "save_projection",
+        "pvera_dropout",
+        "d_initial",
+        "init_weights",
+        "fan_in_fan_out",
+        "generator_seed",
+    ),
     numbers=("r",),
     refused={"sample_at_inference": "it draws a change anew for each input, which no weight can do"},
 )

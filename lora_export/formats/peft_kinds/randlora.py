@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_export.computed_pairs import FactoredPair, Factors, Rows
+from lora_export.computed_pairs import FactoredPair, PairFactors, RowChoice
 from lora_export.errors import InputRefused
+from lora_export.formats.adapter_files import Tensors
 from lora_export.formats.peft_config import adapter_scale
-from lora_export.formats.peft_kinds.kind import Kind, Stored, Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 
 
 def _change(stored: Stored) -> OpenPair:
@@ -31,14 +32,14 @@ def _change(stored: Stored) -> OpenPair:
         )
     scale = adapter_scale(rank, stored.config["randlora_alpha"], {})
 
-    def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
         most = max(shape)
         if min(shape) != least or a.shape[2] < least or len(b) < most or b.shape[1] < bases:
             raise InputRefused(f"the weight is {shape}, the adapter was trained on one with {least} inputs or outputs")
         # PEFT flattens the two axes of both in different orders.
         wide = b[:most, :bases].reshape(most, rank * bases)
 
-        def factors(own: Tensors, rows: Rows) -> Factors:
+        def factors(own: Tensors, rows: RowChoice) -> PairFactors:
             narrow = (own["weights"][:, :, None] * a[:, :, :least] * own["gamma"]).reshape(rank * bases, least)
             return (narrow, wide[rows]) if shape[1] == least else (wide.T, narrow.T[rows])
 

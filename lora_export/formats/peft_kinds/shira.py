@@ -10,7 +10,7 @@ from lora_export.computed_pairs import SparsePair
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 
 
 def _change(stored: Stored) -> OpenPair:
@@ -19,7 +19,7 @@ def _change(stored: Stored) -> OpenPair:
     if places.shape != (2, values.size) or (places != indices).any():
         raise InputRefused(f"shira_indices {indices.shape} {indices.dtype} are not the places of {values.size} entries")
 
-    def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
         return SparsePair({"v": values}, 1.0, settings={"places": places, "shape": shape})
 
     return OpenPair(pair, [values])

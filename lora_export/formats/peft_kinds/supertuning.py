@@ -15,7 +15,7 @@ from lora_export.computed_pairs import SparsePair
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
 
 _TITLE = "SuperTuning"
@@ -41,7 +41,7 @@ def _change(stored: Stored) -> OpenPair:
     if bool(rank) is not all(name in stored.parts for name in _FACTORS):
         raise InputRefused(f"the config's r is {rank}, and it has {', '.join(stored.parts)}")
 
-    def pair(shape: Shape, _: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
         places = np.stack(np.divmod(indices, shape[1]))
         sparse = SparsePair({"v": values}, 1.0, settings={"places": places, "shape": shape})
         if not rank:

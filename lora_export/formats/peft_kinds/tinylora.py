@@ -16,7 +16,7 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.torch_random import LANES, Generator
 from lora_export.lora import LoraPair
 
-V, SEED = "tinylora_v", "projection_seed"
+V, _SEED = "tinylora_v", "projection_seed"
 TOLERANCE = 1e-4  # of P: a processor's logarithms and cosines are not another's, bit for bit
 
 
@@ -51,18 +51,18 @@ def _vector(stored: Stored, p: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _position(stored: Stored, p: NDArray[np.float32]) -> int:
-    first = stored.config.get(SEED)
-    Generator(first, SEED)
+    first = stored.config.get(_SEED)
+    Generator(first, _SEED)
     distances = np.abs(_starts(first, stored.modules, p.shape) - p.reshape(-1)[:LANES]).max(axis=1)
     if distances.min() > TOLERANCE:
-        raise InputRefused(f"tinylora_P is that of no layer by {SEED} {first}, so that its v is unknown")
+        raise InputRefused(f"tinylora_P is that of no layer by {_SEED} {first}, so that its v is unknown")
     return int(distances.argmin())
 
 
 @functools.lru_cache(maxsize=8)
 def _starts(first: int, count: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The first numbers of P at each position (count, 16)."""
-    drawn = (Generator(first + position, SEED).normal(shape, shape[1] ** -0.5) for position in range(count))
+    drawn = (Generator(first + position, _SEED).normal(shape, shape[1] ** -0.5) for position in range(count))
     return np.stack([each.reshape(-1)[:LANES] for each in drawn])
 
 
@@ -74,7 +74,7 @@ KIND = Kind(
     needed=("tinylora_A", "tinylora_B", "tinylora_P"),
     shared=(V,),
     fields=(
-        *("r", "u", "weight_tying", SEED, "save_projection", "tinylora_dropout", "fan_in_fan_out", "init_v_bound"),
+        *("r", "u", "weight_tying", _SEED, "save_projection", "tinylora_dropout", "fan_in_fan_out", "init_v_bound"),
         "init_weights",
     ),
 )

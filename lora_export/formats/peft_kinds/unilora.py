@@ -9,7 +9,7 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 
 THETA = "unilora_theta_d"
-PARTS = tuple(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")
+_PARTS = tuple(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")
 
 
 def _change(stored: Stored) -> LoraPair:
@@ -34,8 +34,8 @@ KIND = Kind(
     peft_type="UNILORA",
     title="Uni-LoRA",
     change=_change,
-    parts=PARTS,
-    needed=PARTS,
+    parts=_PARTS,
+    needed=_PARTS,
     shared=(THETA,),
     fields=(
         *("proj_seed", "theta_d_length", "unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"),

@@ -10,7 +10,7 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 
 BANK = "vblora_vector_bank"
-INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
+_INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
 
 
 def _change(stored: Stored) -> LoraPair:
@@ -37,15 +37,15 @@ def _vectors(stored: Stored, name: str, bank: NDArray[np.float32]) -> NDArray[np
         largest = np.take_along_axis(logits, indices, axis=-1)
         weights = np.exp(largest - largest[..., :1])
         weights /= weights.sum(-1, keepdims=True)
-    elif {name + INDICES, name + WEIGHTS} <= stored.parts.keys():
-        indices, but_last = stored.parts[name + INDICES].astype(np.int64), stored.part(name + WEIGHTS, 3)
+    elif {name + _INDICES, name + _WEIGHTS} <= stored.parts.keys():
+        indices, but_last = stored.parts[name + _INDICES].astype(np.int64), stored.part(name + _WEIGHTS, 3)
         if indices.ndim != 3 or indices.shape[2] != count or but_last.shape != (*indices.shape[:2], count - 1):
             raise InputRefused(
                 f"{name}: the indices {indices.shape} and weights {but_last.shape} are not those of {count}"
             )
         weights = np.concatenate([but_last, 1 - but_last.sum(-1, keepdims=True)], axis=-1)
     else:
-        raise InputRefused(f"there is neither {name} nor {name + INDICES} and {name + WEIGHTS}")
+        raise InputRefused(f"there is neither {name} nor {name + _INDICES} and {name + _WEIGHTS}")
     if (indices < 0).any() or (indices >= len(bank)).any():
         raise InputRefused(f"{name} has indices outside of the bank of {len(bank)} vectors")
     mixtures = np.zeros((*indices.shape[:2], bank.shape[1]), np.float32)
@@ -58,7 +58,7 @@ KIND = Kind(
     peft_type="VBLORA",
     title="VB-LoRA",
     change=_change,
-    parts=tuple(f"vblora_logits_{side}{kind}" for side in "AB" for kind in ("", INDICES, WEIGHTS)),
+    parts=tuple(f"vblora_logits_{side}{kind}" for side in "AB" for kind in ("", _INDICES, _WEIGHTS)),
     shared=(BANK,),
     fields=(
         *("num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout", "init_vector_bank_bound"),

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.computed_pairs import FactoredPair, Factors, Rows
+from lora_export.computed_pairs import FactoredPair, PairFactors, RowChoice
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Kind, Stored, Tensors
+from lora_export.formats.adapter_files import Tensors
+from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.torch_random import Generator
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 
-SEED = "projection_prng_key"
+PROJECTION_SEED = "projection_prng_key"
 Projections = tuple[NDArray[np.float32], NDArray[np.float32]]  # A (rank, most inputs) and B (most outputs, rank)
 
 
-def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[Shape], name: str) -> Projections:
+def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[MatrixShape], name: str) -> Projections:
     """The shared A (rows, inputs) and B (outputs, rank): those of the file, else those that PEFT draws.
 
     They are Kaiming-uniform (He et al. 2015, eq. 10). PEFT draws them on the CPU in float32, A first. Raises
@@ -31,7 +32,7 @@ def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[Shape], n
         if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (rows, rank):
             raise InputRefused(f"{names[0]} {a.shape} and {names[1]} {b.shape} disagree with the rank {rank}")
         return np.asarray(a, np.float32), np.asarray(b, np.float32)
-    generator = Generator(stored.config.get(SEED), SEED)
+    generator = Generator(stored.config.get(PROJECTION_SEED), PROJECTION_SEED)
     most_outputs, most_inputs = (max(shape[axis] for shape in shapes) for axis in (0, 1))
     bounds = (math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan)) for fan in (most_inputs, rank))
     drawn = ((rows, most_inputs), (most_outputs, rank))
@@ -40,7 +41,7 @@ def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[Shape], n
 
 
 def scaled_projections(
-    of_rank: NDArray[np.float32], of_outputs: NDArray[np.float32], shape: Shape, shared: Projections
+    of_rank: NDArray[np.float32], of_outputs: NDArray[np.float32], shape: MatrixShape, shared: Projections
 ) -> LoraPair:
     """diag(of_outputs) B diag(of_rank) A, of the parts of A and B that the weight needs."""
     rank, (out, columns) = len(of_rank), shape
@@ -49,7 +50,7 @@ def scaled_projections(
         raise InputRefused(f"the weight is {shape}, the shared matrices are for ({len(b)}, {a.shape[1]}) at most")
     stored = {"of_rank": of_rank, "of_outputs": of_outputs}
 
-    def factors(own: Tensors, rows: Rows) -> Factors:
+    def factors(own: Tensors, rows: RowChoice) -> PairFactors:
         return own["of_rank"][:, None] * a[:rank, :columns], own["of_outputs"][rows, None] * b[:out][rows, :rank]
 
     return FactoredPair(stored, 1.0, settings={"shape": (rank, out, columns), "factors": factors})
@@ -60,9 +61,9 @@ def _change(stored: Stored) -> OpenPair:
     rank = stored.config["r"]
     if len(of_rank) != rank:
         raise InputRefused(f"vera_lambda_d has {len(of_rank)} values, the config's rank is {rank}")
-    Generator(stored.config.get(SEED), SEED)
+    Generator(stored.config.get(PROJECTION_SEED), PROJECTION_SEED)
 
-    def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, shapes: Sequence[MatrixShape]) -> LoraPair:
         return scaled_projections(of_rank, of_outputs, shape, projections(stored, rank, rank, shapes, "vera"))
 
     return OpenPair(pair, [of_rank, of_outputs], len(of_outputs))
@@ -75,6 +76,6 @@ KIND = Kind(
     parts=("vera_lambda_b", "vera_lambda_d"),
     needed=("vera_lambda_b", "vera_lambda_d"),
     shared=("vera_A", "vera_B"),
-    fields=(SEED, "save_projection", "vera_dropout", "d_initial", "init_weights", "fan_in_fan_out"),
+    fields=(PROJECTION_SEED, "save_projection", "vera_dropout", "d_initial", "init_weights", "fan_in_fan_out"),
     numbers=("r",),
 )

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from lora_export.computed_pairs import sparse_pair
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
-from lora_export.formats.peft_kinds.fourierft import SEED, checked_values, seeded_places
+from lora_export.formats.peft_kinds.fourierft import PLACES_SEED, checked_values, seeded_places
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, Shape
+from lora_export.open_pairs import MatrixShape, OpenPair
 
-LOW, HIGH = (np.array(taps) / np.sqrt(2) for taps in ([1, 1], [1, -1]))  # Haar's filters of the reconstruction
+_LOW, _HIGH = (np.array(taps) / np.sqrt(2) for taps in ([1, 1], [1, -1]))  # Haar's filters of the reconstruction
 
 
 def _change(stored: Stored) -> OpenPair:
@@ -30,7 +30,7 @@ def _change(stored: Stored) -> OpenPair:
     if is_transformed and stored.config.get("wavelet_family", "db1") != "db1":
         raise InputRefused(f"wavelet_family is {stored.config['wavelet_family']!r}; only db1 is supported")
 
-    def pair(shape: Shape, shapes: Sequence[Shape]) -> LoraPair:
+    def pair(shape: MatrixShape, shapes: Sequence[MatrixShape]) -> LoraPair:
         if stored.config.get("proportional_parameters") and values.size != _share(stored, shape, shapes):
             raise InputRefused(
                 f"the weight is {shape}, whose share of n_frequency is not the {values.size} in the file"
@@ -44,14 +44,14 @@ def _change(stored: Stored) -> OpenPair:
     return OpenPair(pair, [values])
 
 
-def _share(stored: Stored, shape: Shape, shapes: Sequence[Shape]) -> int:
+def _share(stored: Stored, shape: MatrixShape, shapes: Sequence[MatrixShape]) -> int:
     """How many frequencies of those of all layers a layer has by its size."""
     part = math.prod(shape) / sum(map(math.prod, shapes))
     return max(1, round(part * (stored.config["n_frequency"] * len(shapes))))
 
 
 def _reconstructed(
-    values: NDArray[np.float32], places: NDArray[np.int64], shape: Shape
+    values: NDArray[np.float32], places: NDArray[np.int64], shape: MatrixShape
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The entries of the inverse transform of one level.
 
@@ -61,7 +61,7 @@ def _reconstructed(
     halves = np.array([-(-size // 2) for size in shape])[:, None]
     is_high = places >= halves
     first = 2 * (places - halves * is_high)
-    along_rows, along_columns = (np.where(high[:, None], HIGH, LOW) for high in (is_high[1], is_high[0]))
+    along_rows, along_columns = (np.where(high[:, None], _HIGH, _LOW) for high in (is_high[1], is_high[0]))
     entries = values[:, None, None] * along_rows[:, :, None] * along_columns[:, None, :]
     rows, columns = (first[axis][:, None] + np.arange(2) for axis in (0, 1))
     spread = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
@@ -76,7 +76,15 @@ KIND = Kind(
     change=_change,
     parts=("waveft_spectrum",),
     needed=("waveft_spectrum",),
-    fields=("scaling", SEED, "init_weights", "fan_in_fan_out", "wavelet_family", "use_idwt", "proportional_parameters"),
+    fields=(
+        "scaling",
+        PLACES_SEED,
+        "init_weights",
+        "fan_in_fan_out",
+        "wavelet_family",
+        "use_idwt",
+        "proportional_parameters",
+    ),
     numbers=("n_frequency",),
     patterns={"n_frequency_pattern": "n_frequency"},
 )

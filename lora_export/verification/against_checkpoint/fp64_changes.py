@@ -23,7 +23,7 @@ class WholeChange(NamedTuple):
     steps: Wide  # of the shape of values
 
 
-def whole_change(pair: LoraPair) -> WholeChange | None:
+def change_in_fp64(pair: LoraPair) -> WholeChange | None:
     """The change of a pair by its own formula; None where B A is its definition."""
     formula = FORMULAS.get(type(pair))
     if formula is None or not isinstance(pair, StructuredPair):

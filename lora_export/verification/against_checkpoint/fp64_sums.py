@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.exact_transforms import exact_change
 from lora_export.plan import Layout, Step
-from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, whole_change
+from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, change_in_fp64
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 from lora_export.weight_transforms import WeightTransform
@@ -153,7 +153,7 @@ class Fp64Sum:
 
     def _whole(self, number: int) -> WholeChange | None:
         if number not in self._wholes:
-            self._wholes[number] = whole_change(self.step.terms[number].pair)
+            self._wholes[number] = change_in_fp64(self.step.terms[number].pair)
         return self._wholes[number]
 
     def _rescaled(self, rows: slice, total: Wide, bound: Wide) -> tuple[Wide, Wide]:
