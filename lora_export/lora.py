@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,12 @@ class LoraPair:
     magnitude: NDArray[np.float32] | None = None  # (out,)
     embedding: bool = False
     as_stored: bool = False
+    needs_weight: ClassVar[bool] = False  # its change follows from the weight: see `weight_transforms`
+
+    @property
+    def kind(self) -> str:
+        """The name of the method."""
+        return "LoRA" if self.magnitude is None else "DoRA"
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "magnitude"):
@@ -87,6 +93,21 @@ class LoraPair:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that the pair changes: (out, in, ...)."""
         return (self.b.shape[0], *self.a.shape[1:])
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether the change follows from the weight and from other changes of it, as DoRA's does."""
+        return self.needs_weight or self.magnitude is not None
+
+    @property
+    def bias(self) -> LoraPair | None:
+        """What changes the bias of the layer as it changes the weight."""
+        return None
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows of a weight are changed together, from a multiple of that on; 0 for all of them."""
+        return 1
 
     @property
     def is_identity(self) -> bool:
@@ -137,6 +158,10 @@ class LoraPair:
         """The pair with its inputs split into channels and a kernel of this shape, () for those of a linear layer."""
         a = self.a.reshape(self.rank, -1, *kernel)
         return replace(self, a=a, b=self.b.reshape(*self.b.shape[:2], *[1] * len(kernel)))
+
+    def for_weight(self, _shape: tuple[int, ...]) -> LoraPair:
+        """The pair for a weight of this (out, in, ...) shape, where its file does not show all of the shape."""
+        return self
 
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None
@@ -396,6 +421,7 @@ class Adapter:
         """The names of all that it has besides the plain pairs of layers, by the field that has it."""
         return {
             "magnitude": [module for module, pair in self.pairs.items() if pair.magnitude is not None],
+            "transforms": [module for module, pair in self.pairs.items() if pair.needs_weight],
             "as_stored": [module for module, pair in self.pairs.items() if pair.as_stored],
             **{table: list(getattr(self, table)) for table in ("replaced", "biases", "added", "token_rows", "tied")},
         }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Step, Term
+from lora_export.weight_transforms import WeightTransform
 
 ROWS_AT_ONCE = 4096
 
@@ -29,18 +30,31 @@ def sum_dtype(weight: np.dtype[Any]) -> np.dtype[Any]:
 # --- ΔW ------------------------------------------------------------------------------------------
 
 
-def delta(step: Step) -> NDArray[np.float32]:
-    """ΔW in the (out, in, ...) view, in fp32, before DoRA rescales the sum; of a bias, its shift."""
-    return step.shift if step.shift is not None else _sum_terms(step.terms, EVERY_ROW)
+def delta(step: Step, weight: NDArray[Any] | None = None) -> NDArray[np.float32]:
+    """ΔW in the (out, in, ...) view, in fp32, before DoRA rescales the sum; of a bias, its shift.
+
+    `weight` has that view. Only a change that follows from it needs it.
+    """
+    return step.shift if step.shift is not None else _sum_terms(step.terms, EVERY_ROW, weight)
 
 
-def stored_delta(step: Step, rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """ΔW of these rows of the weight as it is stored, in fp32. The array is `out` where that is given and needed."""
-    return step.shift[rows] if step.shift is not None else _sum_terms(step.stored_terms, rows, out)
+def stored_delta(
+    step: Step, rows: slice, weight: NDArray[Any] | None = None, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """ΔW of these rows of the weight as it is stored, in fp32. The array is `out` where that is given and needed.
+
+    `weight` has the rows. Only a change that follows from them needs it.
+    """
+    return step.shift[rows] if step.shift is not None else _sum_terms(step.stored_terms, rows, weight, out)
 
 
-def _sum_terms(terms: tuple[Term, ...], rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def _sum_terms(
+    terms: tuple[Term, ...], rows: slice, weight: NDArray[Any] | None, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     first, *others = terms
+    if isinstance(first.pair, WeightTransform):  # the only term: no other is allowed beside it
+        assert weight is not None
+        return first.pair.change(weight.astype(sum_dtype(weight.dtype)), rows, strength=first.strength, out=out)
     total = first.pair.delta(rows, strength=first.strength, out=out)
     for term in others:
         total += term.pair.delta(rows, strength=term.strength)
@@ -71,7 +85,7 @@ def summed(step: Step, weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]
     The sum has the dtype of `sum_dtype`. Raises InputRefused as `dora_factors` does.
     """
     total = weight.astype(sum_dtype(weight.dtype))
-    change: NDArray[Any] = delta(step)
+    change: NDArray[Any] = delta(step, weight)
     total += change
     if step.magnitude is not None:
         rescale_outputs(step, total, squared_norms(total))
@@ -101,7 +115,7 @@ def sum_rows(
     squared norms of all outputs of W + ΔW, needed for DoRA where outputs are columns of the stored weight. `change` is
     memory for the result. Raises InputRefused as `dora_factors` does.
     """
-    change = stored_delta(step, rows, out=change)
+    change = stored_delta(step, rows, weight, out=change)
     add_into(total, weight, change)
     if step.magnitude is not None:
         if column_norms is not None:

@@ -183,6 +183,7 @@ def _pair(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
 
 WHY = {  # what no pair of plain LoRA expresses
     "magnitude": "has DoRA's magnitude, which rescales the whole weight",
+    "transforms": "has a change that follows from the weight",
     "as_stored": "is a bare parameter (target_parameters), which has no layer of LoRA",
     "replaced": "is saved whole",
     "biases": "has a bias of B",

@@ -21,6 +21,7 @@ from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.artifacts.output_names import with_suffix
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.refusals import refuse_transforms
 from lora_export.models import export_program
 from lora_export.models.model import Model
 from lora_export.models.tracing import cache_setting, named_outputs
@@ -84,6 +85,8 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
             notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
             for note in notes:
                 on_message(f"note: {note}")
+            if options.lora != "merged":
+                refuse_transforms(steps)
             (layers.fold if options.lora == "merged" else layers.attach)(module, steps)
         stage("exporting" if is_program else "tracing")
         base, save = _made(base, module, on_message, is_program=is_program)

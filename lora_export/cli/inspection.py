@@ -148,6 +148,7 @@ def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
         if isinstance(pair, OpenPair):
             yield _joined(f"  {name}", "shape: the base's", f"scale {pair.scale:g}", several)
         else:
+            facts = facts[:2] if pair.needs_weight else facts
             yield _joined(f"  {name}  {shape_text(pair.shape)}", *facts, kind_of_pair(pair), several)
     whole = [*adapter.replaced, *adapter.token_rows, *(f"{module}.bias" for module in adapter.biases)]
     if whole:

@@ -2,7 +2,7 @@
 
 Trainers spell the same parts of a change in many ways. The part of a key after the module's name states what the tensor
 is, and every format of this kind knows all spellings. The kinds are LoRA, LoCon's Tucker decomposition, LoHa and LoKr
-(https://github.com/KohakuBlueleaf/LyCORIS), also with DoRA.
+(https://github.com/KohakuBlueleaf/LyCORIS), also with DoRA, and those of `lycoris_transforms`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import unwrapped
+from lora_export.formats.lycoris_transforms import input_or_output_scales, product_and_pair, rotations
 from lora_export.lora import LoraPair
 from lora_export.structured_pairs import HadamardPair, KroneckerPair
 
@@ -48,9 +49,18 @@ class KeyPart(StrEnum):
     LOKR_W2_A = "lokr_w2_a"
     LOKR_W2_B = "lokr_w2_b"
     LOKR_T2 = "lokr_t2"
+    OFT_BLOCKS = "oft_blocks"
+    RESCALE = "rescale"  # of the outputs that OFT rotates
+    ON_INPUT = "on_input"  # whether IA3 scales inputs
+    IA3_WEIGHT = "weight"  # of IA3, beside `on_input` alone
+    GLORA_A1 = "a1"
+    GLORA_A2 = "a2"
+    GLORA_B1 = "b1"
+    GLORA_B2 = "b2"
 
 
-OWN_NAMES = [part for part in KeyPart if re.fullmatch(r"(hada|lokr)_\w+|diff(_b)?|[wb]_norm|lora_mid|dora_scale", part)]
+_OWN = r"(hada|lokr)_\w+|diff(_b)?|[wb]_norm|lora_mid|dora_scale|oft_blocks|rescale|on_input"
+OWN_NAMES = [part for part in KeyPart if re.fullmatch(_OWN, part)]
 ENDINGS = [
     (re.compile(r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\.default)?)\.weight|\.lora_A"), KeyPart.A),
     (re.compile(r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B(\.default)?)\.weight|\.lora_B"), KeyPart.B),
@@ -58,6 +68,7 @@ ENDINGS = [
     (re.compile(r"(\.lora|\.lora_linear_layer)?\.alpha"), KeyPart.ALPHA),
     (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?"), KeyPart.MAGNITUDE),
     *((re.compile(rf"\.{re.escape(part)}(\.weight)?"), part) for part in OWN_NAMES),
+    *((re.compile(rf"\.{part}\.weight"), part) for part in KeyPart if part.name.startswith("GLORA")),
 ]
 # diffusers' oldest form: the pairs belong to the processor of an attention, not to its layers.
 PROCESSOR_ENDING = re.compile(
@@ -92,9 +103,13 @@ class SortedKeys(NamedTuple):
 def sort_keys(keys: Iterable[str], module_of: Callable[[str], str | None]) -> SortedKeys:
     """Sort keys by module. `module_of` is the module for what a key has before its ending; None where it is unknown."""
     modules: dict[str, dict[KeyPart, str]] = {}
-    unknown, duplicates = [], []
+    unknown, duplicates, keys = [], [], list(keys)
+    found_parts = {unwrapped(key): split_key(unwrapped(key)) for key in keys}
+    of_ia3 = {f"{own[0]}.weight": own[0] for own in found_parts.values() if own and own[1] is KeyPart.ON_INPUT}
     for key in keys:
-        found = split_key(unwrapped(key))
+        found = found_parts[unwrapped(key)]
+        if found is None and unwrapped(key) in of_ia3:
+            found = of_ia3[unwrapped(key)], KeyPart.IA3_WEIGHT
         module = None if found is None else module_of(found[0])
         if found is None or module is None:
             unknown.append(key)
@@ -190,10 +205,35 @@ def _kronecker_factor(tensors: Parts, whole: KeyPart) -> dict[KeyPart, NDArray[n
     return {up: b, down: a}
 
 
+def _oft(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
+    del scale  # alpha is the constraint
+    constraint = float(tensors[KeyPart.ALPHA].reshape(-1)[0]) if KeyPart.ALPHA in tensors else 0.0
+    rescale = fp32(tensors[KeyPart.RESCALE]) if KeyPart.RESCALE in tensors else None
+    return rotations(fp32(tensors[KeyPart.OFT_BLOCKS]), rescale, constraint)
+
+
+def _ia3(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
+    del scale  # it has none
+    return input_or_output_scales(fp32(tensors[KeyPart.IA3_WEIGHT]), tensors[KeyPart.ON_INPUT])
+
+
+_OF_GLORA = (KeyPart.GLORA_A1, KeyPart.GLORA_A2, KeyPart.GLORA_B1, KeyPart.GLORA_B2)
+
+
+def _glora(tensors: Parts, scale: Callable[[int], float]) -> LoraPair:
+    a1, a2, b1, b2 = (fp32(tensors[part]) for part in _OF_GLORA)
+    if min(each.ndim for each in (a1, a2, b1, b2)) < 2:
+        raise InputRefused("a1, a2, b1 and b2 need at least two dimensions")
+    return product_and_pair(a1, a2, b1, b2, scale(a2.shape[0]))
+
+
 CHANGE_KINDS = (
     ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, loha),
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), lokr),
+    ChangeKind(frozenset({KeyPart.OFT_BLOCKS, KeyPart.RESCALE}), (KeyPart.OFT_BLOCKS,), _oft),
+    ChangeKind(frozenset({KeyPart.IA3_WEIGHT}), (KeyPart.IA3_WEIGHT, KeyPart.ON_INPUT), _ia3),
+    ChangeKind(frozenset(_OF_GLORA), _OF_GLORA, _glora),
 )
 
 

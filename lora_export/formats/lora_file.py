@@ -40,7 +40,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.structured_pairs import WholePair
 
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
-OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
+OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS, KeyPart.ON_INPUT)
 # Parts of which a module has one: the other would be lost, or both be added.
 NOT_TOGETHER = (
     (KeyPart.CHANGE, KeyPart.NORM_CHANGE),

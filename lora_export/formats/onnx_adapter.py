@@ -177,6 +177,14 @@ def version_of(fingerprint: str) -> int:
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
+def _transforms(adapter: Adapter) -> dict[str, list[str]]:
+    """The layers whose change follows from their weight, by its kind."""
+    found: dict[str, list[str]] = {}
+    for module in adapter.beyond_pairs["transforms"]:
+        found.setdefault(f"a change by {adapter.pairs[module].kind}", []).append(module)
+    return found
+
+
 def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold.
 
@@ -186,7 +194,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         whole = [name for name in adapter.replaced if name.removesuffix(".weight") not in adapter.pairs]
         kinds = {"a whole tensor": whole, "a change of a bias": adapter.biases, "a change of a vector": adapter.added}
-        kinds["rows of tokens"] = adapter.token_rows
+        kinds |= {"rows of tokens": adapter.token_rows, **_transforms(adapter)}
         problems += [f"{adapter.name}, {name}: {kind}" for kind, names in kinds.items() for name in names]
     remedies = [
         f"A graph of {named('lora', 'rows')} takes adapters with heads of their own.",

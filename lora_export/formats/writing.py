@@ -93,6 +93,8 @@ def _why_no_low_rank(pair: LoraPair) -> str:
     """Why a pair is not written as A and B; empty where it is."""
     if isinstance(pair, OpenPair):
         return f"its file does not record its shape: state its base by {named('base')}"
+    if pair.needs_weight:
+        return f"its change by {pair.kind} follows from the weight"
     is_factored = type(pair) is FactoredPair and pair.is_low_rank
     return "" if type(pair) is LoraPair or is_factored else f"{type(pair).__name__} is no low-rank pair"
 

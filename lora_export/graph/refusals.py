@@ -41,11 +41,22 @@ def refuse_steps_without_branch(plan: Plan) -> None:
             )
 
 
+def refuse_transforms(plan: Plan) -> None:
+    """Raise InputRefused for changes that follow from the weight: they are not beside it."""
+    for step in plan.low_rank:
+        if step.needs_weight:
+            raise InputRefused(
+                f"{step.terms[0].adapter}: {step.weight}: the change by {step.terms[0].pair.kind} follows from the "
+                f"weight, so it cannot be beside it. Merge it ({named('lora', 'merged')})"
+            )
+
+
 def refuse_full_rank(plan: Plan) -> None:
     """Raise InputRefused for changes that are stored in another form, and whose A and B are no smaller than the weight.
 
     Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
     """
+    refuse_transforms(plan)
     for step in plan.low_rank:
         for term in step.terms:
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:

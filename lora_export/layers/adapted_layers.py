@@ -223,9 +223,14 @@ class _AdaptedAttention(nn.Module):
     v_proj_weight = property(lambda self: adapted_weight(self, "v_proj_weight"))
 
 
-def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working."""
-    name = f"Lora{original.__name__}"
+def adapted_class(original: type[nn.Module], *, whole: bool = False) -> type[nn.Module]:
+    """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working.
+
+    With `whole`, the layer's own `forward` reads the changed weight: a change that follows from it has no branch.
+    """
+    name = f"{'Changed' if whole else 'Lora'}{original.__name__}"
+    if whole and not issubclass(original, nn.MultiheadAttention):
+        return subclass(name, (_AdaptedLayer, original))
     if not issubclass(original, nn.Embedding):
         return subclass(name, (_adapted_base(original), original))
     bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)

@@ -43,6 +43,7 @@ from lora_export.layers.module_tensors import (
 from lora_export.layers.torch_internals import exchange_class, own_buffers, own_modules, own_parameters, unsaved_buffers
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
+from lora_export.weight_transforms import WeightTransform
 
 NO_WORD = re.compile(r"\W+", re.ASCII)
 
@@ -67,6 +68,8 @@ def attach(
     targets = target_tensors(module, plan, may_tie=trainable)
     for step in plan.steps:
         _refuse_unattachable(step, targets[step.spec.stored_name])
+        if trainable and step.needs_weight:
+            raise InputRefused(f"{step.weight}: {step.terms[0].pair.kind} is not trained here. PEFT trains it")
         if trainable and step.shift is not None:
             raise InputRefused(
                 f"{step.weight}: a change of a bias (PEFT's lora_bias) is not trained. The biases themselves can be: "
@@ -95,7 +98,7 @@ def attach(
             _adapt_class(target.owner)
             target.owner.register_buffer("lora_shift", _adapter_tensor(target.tensor, step.shift))
         if step.terms:
-            _adapt_class(target.owner, of_parts=step.spec.region is not None)
+            _adapt_class(target.owner, of_parts=step.spec.region is not None, whole=step.needs_weight)
             _add_branches(target, step, names, trainable=trainable, frozen=frozen)
             attachment.dropout = dropout
 
@@ -106,6 +109,11 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
         raise InputRefused(f"{step.weight} is in 4 bits: a pair can be trained beside it, but not its values")
     if isinstance(owner, four_bit_linear()) and target.attribute == "weight" and not is_4bit(target.tensor):
         raise InputRefused(f"{step.weight} is not quantised yet: move the Linear4bit to its device first")
+    if step.needs_weight and (step.spec.region is not None or is_4bit(target.tensor)):
+        what = "in 4 bits" if is_4bit(target.tensor) else "a part of another weight"
+        raise InputRefused(
+            f"{step.weight} is {what}, and the change by {step.terms[0].pair.kind} follows from it whole"
+        )
     if step.spec.region is not None and (target.tensor.ndim < 3 or isinstance(owner, CONVOLUTION_TYPES)):
         raise InputRefused(f"{step.weight} is a part of a layer's weight; only a merge into a checkpoint can change it")
     if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES, *conv1d())):
@@ -151,10 +159,12 @@ def _begin_attachment(owner: nn.Module) -> Attachment:
     return made
 
 
-def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
+def _adapt_class(owner: nn.Module, *, of_parts: bool = False, whole: bool = False) -> None:
     original, parameters = attachment_of(owner).original, own_parameters(owner).items()
     stacked = tuple(name for name, value in parameters if value is not None and value.ndim >= 3)
-    exchange_class(owner, adapted_experts_class(original, stacked) if of_parts else adapted_class(original))
+    whole = whole or any(branch.transform is not None for branch in attachment_of(owner).branches)
+    adapted = adapted_experts_class(original, stacked) if of_parts else adapted_class(original, whole=whole)
+    exchange_class(owner, adapted)
 
 
 def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
@@ -172,7 +182,9 @@ def _add_branches(
             name = f"{NO_WORD.sub('_', region.written)}_{name}"
         if target.attribute not in ("weight", "in_proj_weight"):  # q, k and v of one attention
             name = f"{target.attribute}_{name}"
-        for part, array in zip(BRANCH_PARTS, (term.pair.a, term.pair.b, term.pair.magnitude), strict=True):
+        transform = term.pair if isinstance(term.pair, WeightTransform) else None
+        arrays = (None,) * 3 if transform is not None else (term.pair.a, term.pair.b, term.pair.magnitude)
+        for part, array in zip(BRANCH_PARTS, arrays, strict=True):
             if array is None:
                 continue
             if part not in own_modules(owner):
@@ -180,7 +192,9 @@ def _add_branches(
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable and not is_frozen)
             cast(nn.ParameterDict, own_modules(owner)[part])[name] = parameter
         scale, dora, layout = term.scale, term.pair.magnitude is not None, step.spec.layout
-        branch = Branch(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen)
+        branch = Branch(
+            *(term.adapter, term.module, target.attribute, name, scale, layout, dora, region, is_frozen, transform)
+        )
         attachment_of(owner).branches += (branch,)
 
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.exact_transforms import exact_change
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
 from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
 from lora_export.plan import Layout, StoredRegion
+from lora_export.weight_transforms import WeightTransform
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
@@ -41,6 +43,7 @@ class Branch:
     dora: bool
     region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
     frozen: bool = False  # not trained; its x is not dropped
+    transform: WeightTransform | None = field(default=None, compare=False)  # in place of A and B
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
+    if branches[0].transform is not None:
+        return _transformed(owner, weight, branches[0], branches[0].transform)
     if branches[0].region is not None:
         return _sum_of_parts(owner, weight, branches).to(weight.dtype)
     total = weight_sum(owner, weight, branches)  # (out, in, ...)
@@ -135,6 +140,15 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
         if branch.dora:
             total = total * per_output(dora_factor(owner, branch, total), total.ndim)
     return oriented(total, branches[0].layout).to(weight.dtype)
+
+
+def _transformed(owner: nn.Module, weight: Tensor, branch: Branch, transform: WeightTransform) -> Tensor:
+    """W + factor * scale * (T(W) - W) in the layout and dtype of W, computed in fp64 and rounded once."""
+    record_branch(branch)
+    before = oriented(weight.detach().double(), branch.layout)
+    change, _ = exact_change(transform, before.cpu().numpy())
+    total = before + torch.from_numpy(change).to(before.device) * (attachment_of(owner).factor * branch.scale)
+    return oriented(total, branch.layout).to(weight.dtype)
 
 
 def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -213,7 +227,10 @@ def per_output(values: Tensor, dimensions: int) -> Tensor:
 def adapted_bias(owner: nn.Module) -> Tensor | None:
     """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
     bias, shift = own_parameters(owner)["bias"], own_buffers(owner).get("lora_shift")
-    factor = attachment_of(owner).factor
+    factor, branches = attachment_of(owner).factor, attachment_of(owner).branches
+    for branch in branches:
+        if branch.weight == "bias" and branch.transform is not None and bias is not None and factor:
+            return _transformed(owner, bias, branch, branch.transform)
     if bias is None or shift is None or not factor:
         return bias
     return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)

@@ -13,6 +13,7 @@ from lora_export.layers.attachments import attachment_of, is_attached, part_of, 
 from lora_export.layers.frozen_linear import is_4bit
 from lora_export.layers.module_tensors import (
     ModuleTensor,
+    as_array,
     as_tensor,
     named_tensors,
     oriented,
@@ -170,8 +171,9 @@ def folded_tensor(step: Step, base: Tensor) -> Tensor:
     if step.is_replacement:
         return replacement_tensor(step, base)
     start = base.detach() if step.replace is None else as_tensor(step.replace).to(base.device)
-    change = _change(step, wide_dtype(base.dtype)).to(base.device)
-    total = oriented(start, step.spec.layout).to(change.dtype) + change
+    weight = oriented(start, step.spec.layout)
+    change = _change(step, weight, wide_dtype(base.dtype)).to(base.device)
+    total = weight.to(change.dtype) + change
     if step.magnitude is not None:
         norm = total.double().flatten(1).norm(dim=1)
         if not norm.all():
@@ -206,10 +208,11 @@ def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Ten
     return result
 
 
-def _change(step: Step, wide: torch.dtype) -> Tensor:
+def _change(step: Step, weight: Tensor, wide: torch.dtype) -> Tensor:
     """The shift of a bias, or ΔW as (out, in, ...), before DoRA rescales the sum."""
-    if step.shift is not None or wide is torch.float32:
-        return as_tensor(sums.delta(step)).to(wide)
+    if step.shift is not None or step.needs_weight or wide is torch.float32:
+        read = as_array(weight) if step.needs_weight else None
+        return as_tensor(sums.delta(step, read)).to(wide)
     deltas = []
     for term in step.terms:
         a, b = (as_tensor(factor).to(wide) for factor in (term.pair.a, term.pair.b))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_export.errors import Misfit
+from lora_export.lora import LoraPair
 from lora_export.plan.match_names import apart_or_both
 from lora_export.plan.match_tensors import Match
 from lora_export.plan.types import TensorSpec
@@ -68,6 +69,10 @@ def overlapping_parts(by_weight: Mapping[str, Sequence[Match]], base: Mapping[st
                 yield Misfit(by_weight[weight][0].adapter, weight, why)
 
 
+def _what_depends(pair: LoraPair) -> str:
+    return f"{pair.kind}'s change follows from the weight" if pair.needs_weight else "DoRA rescales the whole sum"
+
+
 def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
     owner, whole = next(((match, match.whole) for match in matches if match.whole is not None), (None, None))
     if owner is None or whole is None:
@@ -112,9 +117,9 @@ def _of_pairs(matches: Sequence[Match]) -> Iterator[Misfit]:
                 f"{first.adapter} as {kinds[first.pair.embedding]}"
             )
             yield Misfit(term.adapter, name, why)
-        elif any(one.pair.magnitude is not None for one in (first, term)):
+        elif deciding := next((one.pair for one in (first, term) if one.pair.depends_on_weight), None):
             why = (
-                f"{first.adapter} and {term.adapter} both change {name}, and DoRA rescales the whole sum, so the "
+                f"{first.adapter} and {term.adapter} both change {name}, and {_what_depends(deciding)}, so the "
                 "result depends on their order. To choose an order, merge one adapter, then the other into the result"
             )
             yield Misfit(term.adapter, name, why)

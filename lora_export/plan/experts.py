@@ -178,7 +178,7 @@ def with_whole_experts(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Adap
     for name, pair in adapter.pairs.items():
         owner, indices = split_part(name)
         found = ROWS_OF_EXPERT.fullmatch(indices)
-        if found is None or owner in base or pair.magnitude is not None:
+        if found is None or owner in base or pair.depends_on_weight:
             continue
         expert, part = expert_name(owner, int(found[1])), _RowPair(name, int(found[2]), int(found[3]), pair)
         if expert in base and _fits(part, base[expert]):

@@ -67,13 +67,21 @@ def _linear_pairs(
 ) -> Iterator[tuple[str, LoraPair]]:
     """The matrices of linear layers that the adapters change, each with a pair for it."""
     for adapter, prefix in zip(adapters, prefixes, strict=True):
-        for module, pair in adapter.pairs.items():
+        for module, stored in adapter.pairs.items():
             weight = weight_of(prefix.to_base(module), base)
-            if weight is not None and not pair.embedding and len(base[weight].shape) == 2:
+            if weight is not None and not stored.embedding and len(base[weight].shape) == 2:
+                pair = _for_one_layout(stored, base[weight].shape)
                 is_point = len(pair.shape) > 2 and set(pair.shape[2:]) == {
                     1
                 }  # a convolution of size 1 is a linear layer
                 yield weight, pair.with_kernel(()) if is_point else pair
+
+
+def _for_one_layout(pair: LoraPair, stored: tuple[int, ...]) -> LoraPair:
+    """A pair whose file does not show all of its shape, for a matrix that is stored (out, in), or else transposed."""
+    ways = [pair.for_weight(shape) for shape in (stored, stored[::-1])]
+    fitting = [way for way in ways if 0 not in way.shape]
+    return fitting[0] if len({way.shape for way in fitting}) == 1 else pair
 
 
 def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: set[Layout]) -> TensorSpec:
@@ -85,7 +93,7 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
         return spec
     if own is not None:
         return replace(spec, layout=own, layout_source=LayoutSource.SHAPE)
-    if pair.shape not in (spec.shape, ()):  # it fits in neither layout: a misfit
+    if pair.shape not in (spec.shape, ()) and 0 not in pair.shape:  # it fits in neither layout: a misfit
         return spec
     if stated is not None:
         return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)

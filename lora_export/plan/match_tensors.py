@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import Misfit
+from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
@@ -49,11 +49,19 @@ def match_adapter(
         weight = weight_of(prefix.to_base(module), base)
         if weight is None and _repeats(module, adapter, prefix, base):
             continue
-        pair = stored if weight is None else _with_kernel_of(base[weight], _of_layer(stored, base[weight].layout))
-        problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
+        try:
+            pair, problem = stored if weight is None else _laid_on(stored, base[weight]), ""
+        except InputRefused as error:
+            pair, problem = stored, str(error)
+        problem = problem or _pair_problem(prefix.to_base(module) or module, weight, pair, base)
         repeated_by = tuple(f"{prefix.to_base(head) or head}.weight" for head in adapter.tied_to(module))
         term = Term(adapter.name, module, pair, strength, rslora=bool(adapter.metadata.get("use_rslora")))
         sort(module, weight, problem, term=term, repeated_by=repeated_by)
+        bias = _bias_of(prefix.to_base(module) or module, base)
+        if pair.bias is not None and bias in base and not problem:
+            own = pair.bias.for_weight(base[bias].shape)
+            why = "" if own.shape == base[bias].shape else f"{bias} is {base[bias].shape}, and the change {own.shape}"
+            sort(f"{module}.bias", bias, why, term=Term(adapter.name, module, own, strength))
     for module, change in adapter.biases.items():
         if _is_packed(prefix.to_base(module), base) and not change.any():
             continue  # PEFT saves it, and never trains it
@@ -73,6 +81,12 @@ def match_adapter(
         for table in (name, *_tied_tables(rows, base)):
             sort(tensor, table, _rows_problem(table, rows, base), rows=rows)
     return matches, misfits
+
+
+def _laid_on(pair: LoraPair, spec: TensorSpec) -> LoraPair:
+    """The pair in the shape of the weight, as far as it fits."""
+    own = _of_layer(pair, spec.layout).for_weight(resolved(spec, pair).matrix)
+    return _with_kernel_of(spec, own)
 
 
 def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
@@ -131,7 +145,8 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         return f"{weight} is the weight of {kinds[0]}, the adapter was trained on {kinds[1]}"
     if spec.matrix != pair.shape:
         view = "(width, rows)" if pair.embedding else "(out, in)"
-        return f"{weight} is {spec.matrix} {view}, the adapter was trained on {pair.shape}"
+        shape = str(pair.shape).replace("(0,", "(any,").replace(" 0", " any")
+        return f"{weight} is {spec.matrix} {view}, the adapter was trained on {shape}"
     return ""
 
 

@@ -158,6 +158,6 @@ def _as_named(pair: LoraPair, name: str, spelled: SpelledAdapter) -> LoraPair:
     view = spelled.views.get(spelled.prefix.to_base(name) or name)
     if view is None or not view.layout.is_transposed:
         return pair
-    if pair.magnitude is not None:
-        raise InputRefused(f"{name}: DoRA on a part of a tensor that is stored transposed is not supported")
+    if pair.depends_on_weight:
+        raise InputRefused(f"{name}: {pair.kind} on a part of a tensor that is stored transposed is not supported")
     return pair.transposed

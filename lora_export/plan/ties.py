@@ -143,6 +143,8 @@ def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]],
     names = ", ".join([*(name for name, _ in pairs), *wholes])
     if any(pair.magnitude is not None for _, pair in pairs):
         why = "DoRA rescales a weight by the outputs of one layer"
+    elif kinds := [pair.kind for _, pair in pairs if pair.needs_weight]:
+        why = f"the change by {kinds[0]} follows from the weight of one layer"
     elif any(not np.array_equal(adapter.replaced[name], adapter.replaced[wholes[0]]) for name in wholes):
         why = "it replaces them by different values"
     elif wholes and any(f"{name}.weight" not in wholes for name, _ in pairs):

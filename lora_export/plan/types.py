@@ -106,6 +106,8 @@ class Term:
         return (a, b) if ones else (a.T, b.T)
 
     def __str__(self) -> str:
+        if self.pair.needs_weight:
+            return f"{self.scale:g} * change by {self.pair.kind} ({self.adapter})"
         text = f"{self.scale:g} * B A (rank {self.pair.rank}, {self.adapter})"
         text += ", on an embedding" if self.pair.embedding else ""
         return text if self.pair.magnitude is None else f"{text}, each output rescaled to DoRA's magnitude"
@@ -116,8 +118,8 @@ class Step:
     """Everything that happens to one weight. `lora_export.sums` computes it.
 
     `replace` takes the place of the whole tensor, `token_rows` that of some of its rows. `terms` or `shift` are added.
-    A term with a DoRA magnitude rescales the sum, so it is the only term on its weight; in a plan of adapters that run
-    one at a time, it is the only term of its adapter.
+    A term that depends on the weight, as one with DoRA's magnitude does, is the only term on its weight; in a plan of
+    adapters that run one at a time, it is the only term of its adapter.
     """
 
     spec: TensorSpec
@@ -144,6 +146,16 @@ class Step:
     def has_dora(self) -> bool:
         """Whether one of the adapters rescales the sum."""
         return any(term.pair.magnitude is not None for term in self.terms)
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the change follows from the weight: by the only term, see `weight_transforms`."""
+        return any(term.pair.needs_weight for term in self.terms)
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether one of the adapters changes the weight by itself, as DoRA does too."""
+        return any(term.pair.depends_on_weight for term in self.terms)
 
     @property
     def is_replacement(self) -> bool:
@@ -181,8 +193,8 @@ class Step:
 
 
 def are_same_change(one: Step, other: Step) -> bool:
-    """Whether two steps do the same to two equal tensors, in the layout in which these are stored. Not for DoRA."""
-    if one.has_dora or other.has_dora or len(one.terms) != len(other.terms):
+    """Whether two steps do the same to two equal tensors, as these are stored. Not for what depends on the weight."""
+    if one.depends_on_weight or other.depends_on_weight or len(one.terms) != len(other.terms):
         return False
     pairs = [(first.pair, second.pair) for first, second in zip(one.stored_terms, other.stored_terms, strict=True)]
     return (

@@ -34,12 +34,18 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
         figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), f"{pair.norm:.4g}"]
+        if pair.needs_weight:
+            figures[-1] = ""
         if isinstance(pair, OpenPair):
             figures = ["", f"{pair.scale:g}", "the base's", ""]
         rows.append([module, *figures, kind_of_pair(pair)])
     print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         print_line(to, "DoRA rescales W + ΔW, so the whole change also depends on the base's weights")
+    if any(pair.needs_weight for pair in adapter.pairs.values()):
+        print_line(
+            to, "the changes follow from the base's weights, which the file does not have: they have no norm here"
+        )
     for name, tensor in adapter.replaced.items():
         print_line(to, f"replaced as a whole: {name}  {shape_text(tensor.shape)} {tensor.dtype}")
     for name, rows_of_table in adapter.token_rows.items():
@@ -64,14 +70,14 @@ def contents_of(adapter: Adapter) -> str:
 
 
 def kind_of_pair(pair: LoraPair) -> str:
-    """DoRA, and the kind of layer where it is not linear."""
+    """DoRA or another method than LoRA, and the kind of layer where it is not linear."""
     layer = "embedding" if pair.embedding else "convolution" if len(pair.shape) > 2 else ""
-    return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
+    return " ".join(filter(None, [pair.kind if pair.depends_on_weight else "", layer]))
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """`32 x 16`."""
-    return " x ".join(map(str, shape))
+    """`32 x 16`; `any` for a size that the file does not show."""
+    return " x ".join(str(size or "any") for size in shape)
 
 
 Item = TypeVar("Item")

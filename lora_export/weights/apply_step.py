@@ -113,7 +113,7 @@ def squared_column_norms(
         weight = sums.starting_rows(step, rows, read(rows))
         total = np.empty(weight.shape, sums.sum_dtype(weight.dtype))
         with np.errstate(over="ignore", invalid="ignore"):  # the sums that are stored are checked
-            sums.add_into(total, weight, sums.stored_delta(step, rows))
+            sums.add_into(total, weight, sums.stored_delta(step, rows, weight))
             return sums.squared_norms(total.T)
 
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:

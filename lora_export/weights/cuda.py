@@ -9,8 +9,9 @@ order than on the processor. So an entry is the processor's, or differs by what 
 2·(r + 1)·2⁻²⁴·(|W| + Σ s·|B||A|), where r is the sum of all ranks, and then by one rounding: one step of the stored
 dtype, where W and ΔW do not cancel. DoRA's factor multiplies both.
 
-NumPy still computes fp64 weights, biases, tensors and rows that replace others (with a pair on top of them or not),
-conversions, and the norms of DoRA's outputs where these are columns of the stored weight.
+NumPy still computes fp64 weights, changes that follow from the weight, biases, tensors and rows that replace others
+(with a pair on top of them or not), conversions, and the norms of DoRA's outputs where these are columns of the stored
+weight.
 
 Speed is not measured: no GPU was available. By estimate it is not faster for a base of some gigabytes: PyTorch takes
 over a second to import and CUDA as long to start, and then the one thread that writes and hashes is the slowest part,
@@ -152,7 +153,8 @@ class Arithmetic:
     def apply(self, part: StepRows) -> Statistics | None:
         """As `apply_step.apply_by_numpy`, which does what this device does not."""
         step, stored, output = part.step, part.stored, part.output
-        if not step.terms or step.replace is not None or str(stored.dtype) not in TORCH_DTYPES:
+        is_sum = step.terms and step.replace is None and not step.needs_weight
+        if not is_sum or str(stored.dtype) not in TORCH_DTYPES:
             return apply_step.apply_by_numpy(part)
         with cuda_errors(part.name), self.inside(self.stream):
             weight = self._to_device(stored)

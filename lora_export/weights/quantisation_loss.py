@@ -149,7 +149,7 @@ def _norm_of_change(plan: Plan, name: str, relative: float | None, dequantised: 
     steps = [step for step in (whole, *plan.by_part.get(name, ())) if step is not None and step.terms]
     if not steps:
         return None
-    if any(step.magnitude is not None for step in steps):
+    if any(step.depends_on_weight for step in steps):
         return None if relative is None else relative * math.sqrt(dequantised)
     return math.sqrt(sum(float(sums.squared_row_norms(step).astype(np.float64).sum()) for step in steps))
 

@@ -68,10 +68,21 @@ class OutputTensor:
 
     @property
     def rows_at_once(self) -> int:
-        """The least rows of a block."""
-        if self.quantised is None or not self.source.rows:
+        """The least rows of a block; blocks begin at multiples of it."""
+        if not self.source.rows:
             return 1
-        return max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
+        rows = 1
+        if self.quantised is not None:
+            rows = max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
+        of_terms = {
+            (patch.rows.start, term.pair.rows_together)
+            for patch in self.all_patches
+            for term in patch.step.stored_terms
+        }
+        if any(not count or start % count for start, count in of_terms):
+            return self.source.rows
+        rows = math.lcm(rows, *(count for _, count in of_terms))
+        return min(rows, self.source.rows)
 
     @property
     def largest_row_bytes(self) -> int:
@@ -128,7 +139,8 @@ def changed_blocks(
     Where DoRA's outputs are columns, the tensor is read once more, before its first block.
     """
     target = replace(target, shape=tensor.source.shape)
-    old, count = tensor.source, max(tensor.rows_at_once, block_copy.BLOCK // max(1, tensor.largest_row_bytes))
+    old, least = tensor.source, tensor.rows_at_once
+    count = max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes) // least) * least
     cuts = [*range(0, target.rows, count), target.rows]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
     norms = [_column_norms(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
@@ -240,8 +252,8 @@ def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool
 
     Measuring a block costs as much as changing it, and a million entries determine a retention to a thousandth. The
     sample is spread evenly over the rows. All blocks are measured where the sample would miss half or more of its part
-    of the change; with DoRA, whose change is unknown before it is computed; and for changes whose factors are larger
-    than the weight, or cost more than their product.
+    of the change; with changes that depend on the weight, which are unknown before they are computed; and for changes
+    whose factors are larger than the weight, or cost more than their product.
     """
     everything = [True] * len(rows)
     if step is not None and any(
@@ -250,7 +262,7 @@ def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool
     ):
         return everything
     stride = math.prod(step.spec.shape) // LEAST_MEASURED if step is not None and step.terms else 0
-    if step is None or stride < 2 or step.magnitude is not None:
+    if step is None or stride < 2 or step.depends_on_weight:
         return everything
     sample = [number % stride == 0 for number in range(len(rows))]
     energies = sums.squared_row_norms(step)

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from lora_export import merge
+from lora_export import merge, verify
 from lora_export.formats.lora_changes import KeyPart, has_pairs, sort_keys, split_key
 
 SPELLINGS = {
@@ -86,9 +86,9 @@ def test_an_alpha_alone_is_no_adapter():
 
 
 LAYERS: dict[str, nn.Module] = {
-    "linear": nn.Linear(24, 36),
-    "convolution": nn.Conv2d(8, 12, 3, padding=1),
-    "point": nn.Conv2d(8, 12, 1),
+    "linear": nn.Linear(24, 32),
+    "convolution": nn.Conv2d(8, 16, 3, padding=1),
+    "point": nn.Conv2d(8, 16, 1),
 }
 INPUTS = {"linear": torch.randn(3, 24), "convolution": torch.randn(2, 8, 5, 5), "point": torch.randn(2, 8, 5, 5)}
 # Variant -> kind of LyCORIS's module, and its arguments.
@@ -104,17 +104,30 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "LoKr, Tucker": ("lokr", {"lora_dim": 2, "factor": 2, "use_tucker": True}),
     "LoKr, both decomposed": ("lokr", {"lora_dim": 1, "factor": 4, "decompose_both": True}),
     "LoKr, whole factors": ("lokr", {"full_matrix": True, "factor": 4}),
+    "OFT": ("diag-oft", {"lora_dim": 4}),
+    "OFT, constrained and rescaled": ("diag-oft", {"lora_dim": 4, "constraint": 0.01, "rescaled": True}),
+    "BOFT": ("boft", {"lora_dim": 4}),
+    "BOFT, constrained and rescaled": ("boft", {"lora_dim": 4, "constraint": 0.01, "rescaled": True}),
+    "IA3 of outputs": ("ia3", {}),
+    "IA3 of inputs": ("ia3", {"train_on_input": True}),
+    "GLoRA": ("glora", {}),
     "LoKr, DoRA": ("lokr", {"lora_dim": 2, "factor": 2, "weight_decompose": True, "wd_on_output": True}),
 }
 
 
 @functools.cache
 def lycoris_classes() -> dict[str, type]:
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
+    from lycoris.modules.glora import GLoRAModule
+    from lycoris.modules.ia3 import IA3Module
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    return {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+    rotating = {"diag-oft": DiagOFTModule, "boft": ButterflyOFTModule}
+    others = {"ia3": IA3Module, "glora": GLoRAModule}
+    return {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule, **rotating, **others}
 
 
 def trained(kind: str, arguments: dict[str, object], layer: nn.Module) -> nn.Module:
@@ -164,3 +177,4 @@ def test_a_merge_computes_what_lycoris_computes(variant, layer, tmp_path):
         )
         assert not torch.allclose(base(x), expected, atol=1e-3)
         assert torch.allclose(plain(x, weight, base.bias), expected, atol=1e-5)
+    assert verify(tmp_path / "merged.safetensors", base=tmp_path / "base.safetensors", adapters=path)

@@ -138,7 +138,7 @@ REFUSED = {
     "ranks that differ": ({"lora_down.weight": A, "lora_up.weight": B[:, :1]}, "different ranks"),
     "vectors": ({"lora_down.weight": A[0], "lora_up.weight": B}, "both need at least two dimensions"),
     "NaN": ({"lora_down.weight": A * np.nan, "lora_up.weight": B}, "holds values that are not finite"),
-    "another kind of key": ({**LORA, "oft_blocks": A}, "unknown kinds of tensors: lora_unet_layer.oft_blocks"),
+    "another kind of key": ({**LORA, "other_blocks": A}, "unknown kinds of tensors: lora_unet_layer.other_blocks"),
     "a core of another rank": ({**LORA, "lora_mid.weight": np.ones((3, 3, 3, 3))}, "make no convolution"),
     "DoRA of the inputs": (
         {**LORA, "dora_scale": np.ones((1, 4))},

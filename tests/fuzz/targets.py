@@ -843,6 +843,19 @@ def kind(shapes: str, **config: object) -> bytes:
 
 
 KINDS = [
+    kind("model.fc.ia3_l 2,1", peft_type="IA3", feedforward_modules=[]),
+    kind("model.fc.oft_R.weight 1,3", peft_type="OFT", oft_block_size=3, coft=True, eps=0.1),
+    kind("model.fc.boft_R 1,3,1,1; model.fc.boft_s 2,1", peft_type="BOFT", boft_block_size=1),
+    kind("model.fc.hra_u 3,1", peft_type="HRA", r=1, apply_GS=True),
+    kind("model.fc.hira_A 1,3; model.fc.hira_B 2,1", peft_type="HIRA", r=1),
+    kind("model.fc.road_theta 1; model.fc.road_alpha 1", peft_type="ROAD", variant="road_1", group_size=2),
+    kind(
+        "model.fc.delora_A 1,3; model.fc.delora_B 2,1; model.fc.delora_lambda 1; model.fc.delora_w_norm 3",
+        peft_type="DELORA", r=1,
+    ),
+    kind("model.fc.deft_P 2,1; model.fc.deft_R 1,3", peft_type="DEFT", r=1, decomposition_method="qr", alpha=2),
+    kind("model.fc.glora_A.X 2,1; model.fc.glora_B.Xd 2,1; model.fc.glora_B.Xu 1,3", peft_type="GLORA", r=1),
+    kind("model.fc.miss_block 2,1,1", peft_type="MISS", r=1, init_weights="bat"),
     kind("model.fc.vera_lambda_b 2; model.fc.vera_lambda_d 1", peft_type="VERA", r=1, projection_prng_key=3),
     kind("model.fc.fourierft_spectrum 2", peft_type="FOURIERFT", n_frequency=2, scaling=3, random_loc_seed=7),
     kind("model.fc.waveft_spectrum 2", peft_type="WAVEFT", n_frequency=2, scaling=3, random_loc_seed=7),

@@ -64,6 +64,57 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield case("both factors", peft.LoKrConfig, r=1, alpha=2, decompose_both=True, decompose_factor=3)
     yield case("whole factors", peft.LoKrConfig, r=32, alpha=2)
     yield case("a factor of 2", peft.LoKrConfig, (*LINEAR, "conv"), r=1, alpha=2, decompose_factor=2)
+    layers = (*LINEAR, "back", "conv", "point")
+    yield case("outputs", peft.IA3Config, layers, feedforward_modules=[])
+    yield case("inputs", peft.IA3Config, layers, feedforward_modules=list(layers))
+    yield case("both", peft.IA3Config, layers, feedforward_modules=["down", "conv"])
+    for feedforward in ([], ["down", "back"]):
+        name = f"{'inputs' if feedforward else 'outputs'} without biases"
+        yield case(name, peft.IA3Config, ("down", "back"), feedforward_modules=feedforward)
+    for name, exact in (
+        ("series", {}),
+        ("exact", {"use_cayley_neumann": False}),
+        ("two terms", {"num_cayley_neumann_terms": 2}),
+    ):
+        yield case(name, peft.OFTConfig, (*LINEAR, "table", "point"), oft_block_size=2, **exact)
+        yield case(f"{name}, larger blocks", peft.OFTConfig, LINEAR, oft_block_size=6, **exact)
+    yield case("seven terms", peft.OFTConfig, oft_block_size=3, num_cayley_neumann_terms=7)
+    yield case("number of blocks", peft.OFTConfig, r=3, oft_block_size=0)
+    yield case("shared block", peft.OFTConfig, oft_block_size=3, block_share=True)
+    yield case("constrained", peft.OFTConfig, oft_block_size=3, coft=True, eps=0.5)
+    yield case("linear", peft.HRAConfig, (*LINEAR, "point"), r=4)
+    yield case("odd", peft.HRAConfig, r=3, init_weights=False)
+    yield case("orthogonal", peft.HRAConfig, r=3, apply_GS=True)
+    yield case("layers", peft.HiraConfig, (*LINEAR, "back", "table", *CONVS), r=3)
+    yield case("patterns", peft.HiraConfig, r=3, rank_pattern={"down": 2})
+    yield case("blocks", peft.BOFTConfig, (*LINEAR, "point"), boft_block_size=2)
+    yield case("number of blocks", peft.BOFTConfig, boft_block_num=3, boft_block_size=0)
+    yield case("bat", peft.MissConfig, r=6, init_weights="bat")
+    for variant in ("road_1", "road_2", "road_4"):
+        yield case(variant, peft.RoadConfig, variant=variant, group_size=6)
+    yield case("without biases", peft.RoadConfig, ("down",), variant="road_4", group_size=2)
+    yield case("linear", peft.DeloraConfig, r=3, delora_lambda=7)
+    yield case("patterns", peft.DeloraConfig, r=3, rank_pattern={"down": 2})
+    for method in ("relu", "qr"):
+        yield case(method, peft.DeftConfig, (*LINEAR, "back"), r=3, decomposition_method=method, alpha=5)
+        yield case(f"{method}, removal", peft.DeftConfig, r=3, decomposition_method=method, para=True)
+    for paths in ("lora", "vector", "constant", "none"):
+        targets = LINEAR if paths != "none" else LINEAR[:1]
+        yield case(
+            f"{paths}",
+            peft.GloraConfig,
+            targets,
+            r=3,
+            config_A_B=paths,
+            config_C="none",
+            config_D_E="vector",
+        )
+    yield case(
+        "one number for a bias", peft.GloraConfig, r=3, config_A_B="lora", config_C="none", config_D_E="constant"
+    )
+    yield case("without biases", peft.GloraConfig, ("down",), r=3)
+    yield case("entries", peft.SupertuningConfig, sparsity=0.9)
+    yield case("entries and LoRA", peft.SupertuningConfig, sparsity=0.9, r=2, lora_alpha=3)
     yield case("norms", peft.LNTuningConfig, ("norm",))
     yield case("linear", peft.AdaLoraConfig, (*LINEAR, "back"), init_r=3, target_r=2, lora_alpha=5, total_step=10)
     yield case("convolutions", peft.AdaLoraConfig, ("conv",), init_r=3, target_r=2, lora_alpha=5, total_step=10)

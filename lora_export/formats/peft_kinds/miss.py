@@ -1,4 +1,7 @@
-"""MiSS: B alone, and an A that sums every r-th input (Kang and Yin 2024). Its mode "bat" multiplies the weight."""
+"""MiSS: B alone, and an A that sums every r-th input (Kang and Yin 2024).
+
+Its mode "bat", that of Bone, multiplies the weight: in square blocks W_ij, W' = W + W_ij B_i + B_i.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,18 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.open_pairs import MatrixShape, OpenPair
+from lora_export.weight_transforms import RowBlocks, Stage, WeightTransform
+
+_TITLE = "MiSS"
 
 
-def _change(stored: Stored) -> OpenPair:
+def _change(stored: Stored) -> LoraPair:
     mode, rank = stored.config.get("init_weights"), stored.config["r"]
+    if mode == "bat":
+        blocks = stored.part("miss_block", 3)
+        if blocks.shape[1:] != (rank, rank):
+            raise InputRefused(f"miss_block is {blocks.shape}, the config's rank is {rank}")
+        return WeightTransform(_TITLE, {"miss_block": blocks}, _lower, (len(blocks) * rank, 0), rank=rank)
     block = stored.part("miss_block", 2)
     if len(block) != rank or (mode == "mini" and block.shape[1] != stored.config.get("mini_r")):
         raise InputRefused(f"miss_block is {block.shape}, which disagrees with r {rank} or mini_r of the config")
@@ -29,9 +40,16 @@ def _change(stored: Stored) -> OpenPair:
     return OpenPair(pair, [block], None if mode == "mini" else block.shape[1])
 
 
+def _lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
+    blocks = transform.stored["miss_block"]
+    if shape[1] % blocks.shape[1] and shape[1] > 1:
+        raise InputRefused(f"the weight is {shape}: its inputs are no blocks of {blocks.shape[1]}")
+    return (RowBlocks(matrices=blocks),)
+
+
 KIND = Kind(
     peft_type="MISS",
-    title="MiSS",
+    title=_TITLE,
     change=_change,
     parts=("miss_block",),
     needed=("miss_block",),

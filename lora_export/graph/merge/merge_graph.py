@@ -119,6 +119,11 @@ def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, req
         for site in sites.by_name[step.spec.stored_name]:
             if site.quantised is not None:
                 refuse_unknown_scheme(site.quantised, step.weight)
+                if step.needs_weight:
+                    raise InputRefused(
+                        f"{step.weight} is quantised, and the change by {step.terms[0].pair.kind} follows from the "
+                        "weight: it is not quantised again after that. Merge into the float model, and quantise that"
+                    )
 
 
 @dataclass(frozen=True, eq=False)

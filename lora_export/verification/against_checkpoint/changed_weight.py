@@ -138,7 +138,9 @@ class ChangedWeight:
         return self.base.rows(rows, scratch, "base") if self.step.replace is None else self.step.replace[rows]
 
     def with_norms(self, one: Fp64Sum) -> Fp64Sum:
-        """The sum with the norms of DoRA's outputs, where these take a pass over all rows."""
+        """The sum with what takes a pass over all rows: norms of DoRA's outputs, and T(W)."""
+        if one.needs_weight:
+            return one.of_weight(np.concatenate([self.before(rows) for rows in self.pieces]))
         if not one.needs_column_norms:
             return one
         assert self.step.magnitude is not None

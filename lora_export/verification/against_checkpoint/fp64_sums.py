@@ -10,16 +10,19 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.exact_transforms import exact_change
 from lora_export.plan import Layout, Step
 from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, change_in_fp64
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
+from lora_export.weight_transforms import WeightTransform
 
 Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY
 BoundOf = Callable[[Entries], Wide]  # (flattened entries,) -> the bound of each, in one dimension
 EVERY_ENTRY = slice(None)
 _Matrix = NDArray[np.float32]
 FP32_ROUNDOFF = 2.0**-24
+TRANSFORM_OPERATIONS = 8  # beyond the rank, that a change which follows from the weight rounds
 
 OTHER_LAYOUT = {Layout.OUT_IN: Layout.IN_OUT, Layout.IN_OUT: Layout.OUT_IN}
 
@@ -33,6 +36,7 @@ class Fp64Sum:
     transposed_term: int = -1  # the term whose BA is transposed
     with_magnitude: bool = True
     column_norms: tuple[Wide, Wide] | None = None  # of DoRA's outputs, and their bounds, where outputs are columns
+    changes: tuple[Wide, Wide] | None = None  # of a change that follows from the weight, as stored, and its size
     _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
     _matrices: dict[int, tuple[_Matrix, _Matrix]] = field(default_factory=dict, init=False, repr=False)
     _wholes: dict[int, WholeChange | None] = field(default_factory=dict, init=False, repr=False)
@@ -44,6 +48,18 @@ class Fp64Sum:
     @property
     def needs_column_norms(self) -> bool:
         return self.step.magnitude is not None and self.with_magnitude and self.step.spec.layout.is_transposed
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the whole weight has to be read first."""
+        return self.step.needs_weight and self.changes is None
+
+    def of_weight(self, weight: Wide) -> Fp64Sum:
+        """The sum with the change that follows from the weight, which is all of it as it is stored."""
+        pair, is_transposed = self.step.terms[0].pair, self.step.spec.layout.is_transposed
+        assert isinstance(pair, WeightTransform)
+        change, size = exact_change(pair, weight.T if is_transposed else weight)
+        return replace(self, changes=(change.T, size.T) if is_transposed else (change, size))
 
     def rows(self, rows: slice, weight: Wide) -> tuple[Wide, Wide]:
         """These rows of the sum as they are stored, and how much a sum in fp32 may differ from each entry."""
@@ -65,7 +81,11 @@ class Fp64Sum:
         """W and what is added to it, without DoRA's lengths."""
         step, flat, is_filled = self.step, out.reshape(len(out), -1), False
         for number, factor in enumerate(self.factors if step.terms else ()):
-            if factor:
+            if factor and step.needs_weight:
+                assert self.changes is not None
+                np.multiply(self.changes[0][rows], step.terms[0].strength * factor, out=out)
+                is_filled = True
+            elif factor:
                 transposed = step.spec.layout.is_transposed != (number == self.transposed_term)
                 scale, whole = step.terms[number].scale * factor, self._whole(number)
                 if whole is not None:
@@ -92,7 +112,11 @@ class Fp64Sum:
         if step.shift is not None:
             bound += np.abs(self.factors[0] * step.shift[rows].astype(np.float64)[entries])
         for number, factor in enumerate(self.factors if step.terms else ()):
-            if factor:
+            if factor and step.needs_weight:
+                assert self.changes is not None
+                size = self.changes[1][rows].reshape(-1)[entries]
+                bound += (step.terms[0].pair.rank + TRANSFORM_OPERATIONS) * abs(step.terms[0].strength * factor) * size
+            elif factor:
                 term, transposed = step.terms[number], step.spec.layout.is_transposed
                 if (whole := self._whole(number)) is not None:
                     part = (whole.steps.T if transposed else whole.steps)[rows].reshape(-1)[entries]
@@ -151,7 +175,7 @@ class Fp64Sum:
     def only_term(self, number: int) -> Fp64Sum:
         """W and one term alone, without DoRA's lengths."""
         factors = tuple(float(position == number) for position in range(len(self.factors)))
-        return Fp64Sum(self.step, factors, with_magnitude=False)
+        return Fp64Sum(self.step, factors, with_magnitude=False, changes=self.changes)
 
 
 def wrong_sums(right: Fp64Sum) -> Iterator[tuple[str, Fp64Sum]]:
@@ -160,9 +184,15 @@ def wrong_sums(right: Fp64Sum) -> Iterator[tuple[str, Fp64Sum]]:
     for number, factor in enumerate(right.factors):
         name = step.terms[number].adapter if step.terms else "the bias's change"
         before, after = right.factors[:number], right.factors[number + 1 :]
-        yield f"{name} left out", Fp64Sum(step, (*before, 0.0, *after), with_magnitude=False)
-        yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after))
-        if step.terms and len(step.terms[number].pair.shape) == 2 and len(set(step.terms[number].pair.shape)) == 1:
+        changes = right.changes
+        yield f"{name} left out", Fp64Sum(step, (*before, 0.0, *after), with_magnitude=False, changes=changes)
+        yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after), changes=changes)
+        if (
+            step.terms
+            and not step.needs_weight
+            and len(step.terms[number].pair.shape) == 2
+            and len(set(step.terms[number].pair.shape)) == 1
+        ):
             yield f"{name} transposed", Fp64Sum(step, right.factors, transposed_term=number)
 
 
@@ -170,7 +200,7 @@ def sum_in_other_layout(right: Fp64Sum) -> Fp64Sum | None:
     """The sum of a square matrix that is read in the wrong layout: every BA transposed; None for other weights."""
     spec = right.step.spec
     layout, is_square = OTHER_LAYOUT.get(spec.layout), len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
-    if layout is None or not is_square or not right.step.terms:
+    if layout is None or not is_square or not right.step.terms or right.step.needs_weight:
         return None
     return Fp64Sum(replace(right.step, spec=replace(spec, layout=layout)), right.factors)
 

@@ -44,8 +44,9 @@ def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTe
             control.compare(block, compared.value, others)
     result = found.result(name, {what: one.detected for what, one in controls.items() if one.is_wrong})
     if result.off:
+        what = f"{step.terms[0].pair.kind}'s T(W)" if step.needs_weight else "W + s·BA"
         why = (
-            f"{result.off:,} of {result.elements:,} entries are not W + s·BA, by up to {result.error:.3g} times what "
+            f"{result.off:,} of {result.elements:,} entries are not {what}, by up to {result.error:.3g} times what "
             "is allowed"
         )
         detected = {what: one.detected for what, one in controls.items()}

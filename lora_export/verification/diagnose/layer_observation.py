@@ -12,9 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
+from lora_export.exact_transforms import exact_change
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
 from lora_export.verification.parity import EPS, FEW_EPS, Array, Wide, rms
+from lora_export.weight_transforms import WeightTransform
 
 # A layer may be off by this many times the error of its own product in fp32, and by FEW_EPS of its output.
 FP32_ERRORS = 8.0
@@ -50,6 +52,11 @@ class LayerObservation:
         return self.step.magnitude if self.step else None
 
     @property
+    def has_factors(self) -> bool:
+        """Whether the adapters' changes are products of A and B."""
+        return not any(term.pair.needs_weight for term in self.terms)
+
+    @property
     def constant(self) -> Wide:
         """(out,): the bias, or zeros."""
         return np.zeros(len(self.weight)) if self.bias is None else self.bias
@@ -82,8 +89,11 @@ class LayerObservation:
 
     def pair_output(self, term: Term, x: Array | None = None) -> Wide:
         """(n, out): what a term's pair makes of the layer's input, or of another one."""
+        x = self.x if x is None else x
+        if term.pair.needs_weight:
+            return apply_matrix(x, self.change_of(term))
         a, b = factors(term.pair)
-        return apply_matrix(apply_matrix(self.x if x is None else x, a), b) * scale_of(term)
+        return apply_matrix(apply_matrix(x, a), b) * scale_of(term)
 
     def product(self, weight: Wide) -> Wide:
         """(n, out): x Wᵀ."""
@@ -93,9 +103,15 @@ class LayerObservation:
         """(out, in): W + factor · ΔW."""
         total = self.weight.copy()
         for term in self.terms:
-            a, b = factors(term.pair)
-            total += (factor * scale_of(term)) * (b @ a)
+            total += factor * self.change_of(term)
         return total
+
+    def change_of(self, term: Term) -> Wide:
+        """(out, in): what a term adds to the weight."""
+        if isinstance(term.pair, WeightTransform):
+            return term.strength * exact_change(term.pair, self.weight)[0]
+        a, b = factors(term.pair)
+        return scale_of(term) * (b @ a)
 
     def dora_product(self, magnitude: Array, weight: Wide, norms_of: Wide | None = None) -> Wide:
         """(n, out): x Wᵀ, each output times its magnitude / ‖W‖; with the norms of `norms_of` instead, if given."""

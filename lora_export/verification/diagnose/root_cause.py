@@ -97,15 +97,16 @@ def _own_mistakes(layer: LayerObservation) -> Iterator[Explanation]:
         yield from _wrong_dora(layer, layer.magnitude)
     elif layer.terms:
         yield from _wrong_strength(layer)
-        yield from _partly_missing(layer)
-        yield from _transposed_factors(layer)
+        if layer.has_factors:
+            yield from _partly_missing(layer)
+            yield from _transposed_factors(layer)
     yield from _wrong_bias(layer)
     yield from _missing_tensor(layer)
     yield from _rounded_weights(layer)
 
 
 def _mixed_up_modules(layer: LayerObservation, others: OtherModules) -> Iterator[Explanation]:
-    if layer.terms and layer.magnitude is None:
+    if layer.terms and layer.magnitude is None and layer.has_factors:
         yield from _adapter_of_another(layer, others)
     yield from _another_weight(layer, others)
 
@@ -308,7 +309,7 @@ def _rounded_weights(layer: LayerObservation) -> Iterator[Explanation]:
         with np.errstate(over="ignore"):
             merged = layer.product(_rounded(layer.merged_weight(), dtype)) + layer.constant
             yield Explanation(kind, f"its weights are rounded to {name}", merged)
-            if layer.terms:
+            if layer.terms and layer.has_factors:
                 base = _rounded(layer.weight, dtype)
                 both = layer.product(base) + layer.constant
                 for term in layer.terms:
@@ -330,7 +331,7 @@ def _adapter_of_another(layer: LayerObservation, others: OtherModules) -> Iterat
     """Another module's pair, or another module's input."""
     shapes = {term.pair.shape for term in layer.terms}
     for name, step in others.steps.items():
-        if name == layer.name or step.magnitude is not None or {term.pair.shape for term in step.terms} != shapes:
+        if name == layer.name or step.depends_on_weight or {term.pair.shape for term in step.terms} != shapes:
             continue
         other = sum((layer.pair_output(term) for term in step.terms), np.zeros_like(layer.y))
         yield Explanation("another's pair", f"it has the adapter of {name}", layer.base_output + other)

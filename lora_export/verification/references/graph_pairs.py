@@ -82,7 +82,7 @@ def control_graph_pairs(
 def _has_effect(term: Term) -> bool:
     """Whether a pair's product is not zero: whether a pair of zeros is there makes no difference."""
     pair = term.pair
-    return pair.magnitude is not None or bool(term.scale and pair.a.any() and pair.b.any())
+    return pair.depends_on_weight or bool(term.scale and pair.a.any() and pair.b.any())
 
 
 def _make_input(model: ir.Model, value: ir.Value) -> None:
@@ -102,7 +102,9 @@ def _changed(off: Sequence[GraphPair], constants: Sequence[RecordedConstant], no
         if not numbers or constant.part == "A":
             continue
         array = np.ascontiguousarray(constant.array).copy()
-        if constant.part == "magnitude":
+        if constant.base is not None:
+            array = constant.base
+        elif constant.part == "magnitude":
             block = constant.site.block
             array.reshape(-1)[slice(None) if block is None else slice(block.start, block.stop)] = norms[constant.site]
         else:

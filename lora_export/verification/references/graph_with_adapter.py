@@ -16,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import Undecided, count
+from lora_export.exact_transforms import exact_change
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -26,11 +27,13 @@ from lora_export.graph.refusals import refuse_unsupported_steps
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 from lora_export.options.spelling import named
-from lora_export.plan import Layout, Plan, Step
+from lora_export.plan import Layout, Plan, Step, Term
 from lora_export.verification.parity import Wide
 from lora_export.verification.references.graph_fp64 import KEEPS_ROUNDING, dequantise
+from lora_export.weight_transforms import WeightTransform
 
-PAIR_PARTS = ("A", "B", "magnitude")
+TRANSFORMED = "transformed"
+PAIR_PARTS = ("A", "B", "magnitude", TRANSFORMED)
 HALF_PRECISION = frozenset({"float16", "bfloat16"})
 
 
@@ -39,10 +42,11 @@ class RecordedConstant(NamedTuple):
 
     step: Step
     site: Site
-    part: str  # A, B or magnitude
+    part: str  # one of PAIR_PARTS
     value: ir.Value  # the initializer
     array: NDArray[Any]
     is_transposed: bool  # the factors are A (in, rank) and B (rank, out)
+    base: NDArray[Any] | None = None  # of a weight that was changed as a whole: without the change
 
 
 def sum_at_weights(
@@ -117,7 +121,7 @@ def _scaled(step: Step, factor: float) -> Step:
 
 
 def _can_have_branch(model: ir.Model, step: Step, sites: Sites) -> bool:
-    if not step.terms or step.replace is not None or model.opset_imports.get("", 0) < MIN_OPSET:
+    if not step.terms or step.needs_weight or step.replace is not None or model.opset_imports.get("", 0) < MIN_OPSET:
         return False
     is_embedding, own_sites = step.terms[0].pair.embedding, sites.by_name[step.weight]
     is_grouped = any(site.is_convolution and site.node.attributes.get_int("group", 1) > 1 for site in own_sites)
@@ -256,7 +260,9 @@ class _WeightSum:
         is_half = self.site.dtype in HALF_PRECISION
         value = self._whole() if self.step.replace is not None else before
         value = self._cast(value, ir.DataType.FLOAT) if is_half else value
-        if self.step.terms:
+        if self.step.needs_weight:
+            value = self._transformed(self.step.terms[0])
+        elif self.step.terms:
             value = self._with_pairs(value)
         elif self.step.shift is not None:
             value = self._add("Add", value, self._constant("shift", self.step.shift))
@@ -274,6 +280,26 @@ class _WeightSum:
         turn = self.step.replace.ndim == 2 and self.step.spec.layout.is_transposed != self.is_transposed
         array = self.step.replace.T if turn else self.step.replace
         return self._constant("whole", array.astype(self.site.dtype))
+
+    def _transformed(self, term: Term) -> ir.Value:
+        """The weight that follows from the graph's own, or from what replaces it, computed in fp64 beside the graph."""
+        assert isinstance(term.pair, WeightTransform)
+        layout = self.step.spec.layout if self.site.layout is Layout.OTHER else self.site.layout
+        stored = np.array(self.site.stored_array, np.float64)
+        own = stored[self.site.block_slices]
+        if self.step.replace is not None:
+            own[...] = (
+                self.step.replace.T
+                if layout.is_transposed != self.step.spec.layout.is_transposed
+                else self.step.replace
+            )
+        before, view = stored.copy(), own.T if layout.is_transposed else own
+        view += term.strength * exact_change(term.pair, view)[0]
+        turned = layout.is_transposed != self.is_transposed
+        value = self._constant(TRANSFORMED, stored.T if turned else stored)
+        if self.record is not None:
+            self.record[-1] = self.record[-1]._replace(base=before.T if turned else before)
+        return value
 
     def _with_pairs(self, weight: ir.Value) -> ir.Value:
         b, a = _factors(self.step)

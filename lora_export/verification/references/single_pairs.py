@@ -185,6 +185,7 @@ def _pairs_with_effect(module: nn.Module) -> Iterator[Branch]:
     """The pairs whose product is not zero: whether a pair of zeros is there makes no difference."""
     for owner in module.modules():
         for branch in attachment_of(owner).branches if is_attached(owner) else ():
-            factors = [branch_parameter(owner, part, branch) for part in ("lora_A", "lora_B")]
+            parts = () if branch.transform is not None else ("lora_A", "lora_B")
+            factors = [branch_parameter(owner, part, branch) for part in parts]
             if branch.dora or (branch.scale and all(bool(factor.any()) for factor in factors)):
                 yield branch

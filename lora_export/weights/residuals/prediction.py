@@ -132,7 +132,7 @@ class Predictor:
 def _is_plain(step: Step) -> bool:
     region = step.spec.region
     has_part_of_columns = region is not None and region.columns != EVERY_ROW and len(region.shape) > 2
-    return step.replace is None and step.token_rows is None and not step.has_dora and not has_part_of_columns
+    return step.replace is None and step.token_rows is None and not step.depends_on_weight and not has_part_of_columns
 
 
 def changed_tensor(plan: Plan, base: Entry, merged: Entry) -> ChangedTensor | None:

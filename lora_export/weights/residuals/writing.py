@@ -79,8 +79,8 @@ def write_residual(
 
 
 def needs_adapters(plan: Plan) -> bool:
-    """Whether a restoration subtracts anything: not where all weights were replaced or rescaled by DoRA."""
-    return any(step.shift is not None or (step.terms and not step.has_dora) for step in plan.steps)
+    """Whether a restoration subtracts anything: not where each weight was replaced, or its change follows from it."""
+    return any(step.shift is not None or (step.terms and not step.depends_on_weight) for step in plan.steps)
 
 
 def refuse_without_hash(plan: Plan) -> None:

@@ -1,0 +1,268 @@
+"""T(W) - W in fp64, from the tensors of the file: what a merge is judged by. Shares no code with the merge.
+
+Each kind is its published formula, over the whole weight (out, inputs), a kernel among the inputs. Beside the change
+comes its size, the sum of the absolute values of its products, by which fp32 may have lost digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.weight_transforms import WeightTransform
+
+_Wide = NDArray[np.float64]
+_Sized = tuple[_Wide, _Wide]
+_Tensors = Mapping[str, _Wide]
+_Settings = Mapping[str, Any]
+
+
+def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
+    """T(W) - W, and its size, of a weight (out, in, ...) or a bias (out,), with the scale of the transform.
+
+    Of a part of a larger weight, the rest counts as zero: the part does not depend on it.
+    """
+    flat = weight.reshape(len(weight), -1).astype(np.float64)
+    rows, columns = transform.rows, transform.columns
+    part = np.ix_(
+        *(np.arange(size) if own is None else own for size, own in zip(flat.shape, (rows, columns), strict=True))
+    )
+    whole = flat
+    if rows is not None or columns is not None:
+        sizes = zip((*transform.whole, 1), flat.shape, (rows, columns), strict=False)
+        whole = np.zeros([size if own is None else old for old, size, own in sizes])
+        whole[part] = flat
+    tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
+    change, size = FORMULAS[transform.kind](tensors, transform.settings, whole)
+    scaled = transform.scale * change[part], abs(transform.scale) * size[part]
+    return scaled[0].reshape(weight.shape), scaled[1].reshape(weight.shape)
+
+
+# --- Scales ---
+
+
+def _ia3(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    scales = tensors["ia3_l"].reshape(-1)
+    scales = np.repeat(scales, weight.shape[1] // len(scales)) if settings["of_inputs"] else scales[:, None]
+    return weight * scales - weight, np.abs(weight) * (np.abs(scales) + 1)
+
+
+# --- Rotations ---
+
+
+def skew(values: _Wide, size: int) -> _Wide:
+    """The skew-symmetric matrix with these values above its diagonal, row by row."""
+    upper: _Wide = np.zeros((size, size))
+    place = 0
+    for row in range(size):
+        upper[row, row + 1 :] = values[place : place + size - row - 1]
+        place += size - row - 1
+    return upper - upper.T
+
+
+def neumann(q: _Wide, terms: int) -> _Wide:
+    """The Cayley transform as a series of so many terms: I + 2 Q + 2 Q² + ... + Qⁿ (PEFT's OFT v2)."""
+    series: _Wide = np.eye(len(q))
+    power: _Wide = np.eye(len(q))
+    last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
+    for number in range(1, last + 1):
+        power = power @ q
+        series += power * (1.0 if number == last and terms > 2 else 2.0)
+    return series
+
+
+def cayley(q: _Wide) -> _Wide:
+    """(I - Q)(I + Q)⁻¹: both factors commute."""
+    rotation: _Wide = np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q)
+    return rotation
+
+
+def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:
+    """Each block of inputs times its rotation: W R."""
+    result, size, first = np.empty_like(weight), np.empty_like(weight), 0
+    for rotation in rotations:
+        own = slice(first, first + len(rotation))
+        result[:, own] = weight[:, own] @ rotation
+        size[:, own] = np.abs(weight[:, own]) @ _size_of(rotation)
+        first = own.stop
+    return result - weight, size
+
+
+def _size_of(rotation: _Wide) -> _Wide:
+    """|R - I| + I: a merge adds what a rotation changes to what was there."""
+    size: _Wide = np.abs(rotation - np.eye(len(rotation))) + np.eye(len(rotation))
+    return size
+
+
+def _oft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    rows, block = tensors["oft_R.weight"], int(settings["block"])
+    matrix = weight.T if settings["embedding"] else weight
+    count = matrix.shape[1] // block
+
+    def rotations() -> Iterator[_Wide]:
+        for number in range(count):
+            q = skew(rows[number % len(rows)], block)
+            rotation = neumann(q, settings["terms"]) if settings["terms"] else cayley(q)
+            yield rotation if settings["embedding"] else rotation.T
+
+    change, size = _rotated_blocks(matrix, rotations())
+    return (change.T, size.T) if settings["embedding"] else (change, size)
+
+
+def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+    value, size = weight.copy(), np.abs(weight)
+    factors, count, block, _ = tensors["boft_R"].shape
+    for factor in range(factors):
+        group, half = block * 2**factor, block // 2 if factor else block
+        evens_first = sorted(range(group // half), key=lambda each: each % 2)
+        source = np.concatenate(
+            [np.arange(start + each * half, start + (each + 1) * half)
+             for start in range(0, count * block, group) for each in evens_first]
+        )  # fmt: skip
+        place = np.empty_like(source)
+        place[source] = np.arange(len(source))
+        for number in range(count):
+            own, data = place[number * block : (number + 1) * block], tensors["boft_R"][factor, number]
+            rotation = cayley((data - data.T) / 2).T
+            value[:, own], size[:, own] = value[:, own] @ rotation, size[:, own] @ _size_of(rotation)
+    scales = tensors["boft_s"].reshape(-1, 1)
+    return value * scales - weight, size * (np.abs(scales - 1) + 1)
+
+
+def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    value, size, normals = weight.copy(), np.abs(weight), list[_Wide]()
+    for column in tensors["hra_u"].T:
+        own = column / np.linalg.norm(column)
+        for normal in normals if settings["orthogonal"] else ():  # Gram and Schmidt
+            own = own - (normal @ own) * normal
+        own = own / np.linalg.norm(own)
+        normals.append(own)
+        value -= 2 * np.outer(value @ own, own)
+        size += 2 * np.outer(np.linalg.norm(weight, axis=1), np.abs(own))  # a reflection keeps lengths
+    return value - weight, size
+
+
+def _road(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    half, outputs = settings["group"] // 2, len(weight)
+    angles, lengths = tensors["road_theta"], tensors["road_alpha"]
+    value, size = np.empty_like(weight), np.empty_like(weight)
+    for output in range(outputs):
+        group, place = divmod(output, 2 * half)
+        if settings["variant"] == "road_4":
+            at_cosine, at_sine = 4 * half * group + place, 4 * half * group + 2 * half + place
+        else:
+            at_cosine = at_sine = half * group + place % half if settings["variant"] == "road_1" else output
+        sign, other = (-1, output + half) if place < half else (1, output - half)
+        own = lengths[at_cosine] * np.cos(angles[at_cosine])
+        turned = sign * lengths[at_sine] * np.sin(angles[at_sine])
+        value[output] = own * weight[output] + turned * weight[other]
+        size[output] = (abs(own - 1) + 1) * np.abs(weight[output]) + abs(turned) * np.abs(weight[other])
+    return value - weight, size
+
+
+def _miss_bat(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+    change, size = np.empty_like(weight), np.empty_like(weight)
+    for number, matrix in enumerate(tensors["miss_block"]):
+        rank = len(matrix)
+        rows = slice(number * rank, (number + 1) * rank)
+        for first in range(0, weight.shape[1], rank):
+            block = weight[rows, first : first + rank]
+            change[rows, first : first + rank] = block @ matrix + matrix
+            size[rows, first : first + rank] = np.abs(block) @ np.abs(matrix) + np.abs(matrix)
+    return change, size
+
+
+def _deft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    p = tensors["deft_P"]
+    q, right = (np.linalg.qr(p)[0],) * 2 if settings["method"] == "qr" else (p, p * (p > 0))
+    change, size = -(q @ right.T) @ weight, np.abs(q) @ (np.abs(right).T @ np.abs(weight))
+    if "deft_R" in tensors:
+        change += settings["scale"] * q @ tensors["deft_R"]
+        size += abs(settings["scale"]) * np.abs(q) @ np.abs(tensors["deft_R"])
+    return change, size
+
+
+def _lycoris_rotations(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    blocks = tensors["blocks"].reshape(-1, *tensors["blocks"].shape[-3:])  # (factors, blocks, size, size)
+    is_butterfly, (factors, count, block, _) = tensors["blocks"].ndim == 4, blocks.shape
+    q = blocks - np.transpose(blocks, (0, 1, 3, 2))
+    length = np.sqrt(np.sum(q**2)) + 1e-8
+    if settings["limit"] > 0 and length > settings["limit"]:
+        q = q * settings["limit"] / length
+    value, size = weight.copy(), np.abs(weight)
+    for factor in range(factors):
+        half = 2**factor * block // 2
+        for number in range(count):
+            own = range(number * block, (number + 1) * block)
+            # In a butterfly, places 2 k and 2 k + 1 of a group are its outputs k and k + half.
+            rows = [p - p % (2 * half) + p % (2 * half) // 2 + p % 2 * half for p in own] if is_butterfly else list(own)
+            rotation = cayley(-q[factor, number])
+            rotation = rotation if is_butterfly else rotation.T
+            value[rows], size[rows] = rotation @ value[rows], _size_of(rotation) @ size[rows]
+    scales = tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else np.ones((len(weight), 1))
+    return value * scales - weight, size * (np.abs(scales - 1) + 1)
+
+
+def _lycoris_ia3(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    own = tensors["weight"]
+    change = weight * (np.repeat(own, weight.shape[1] // len(own)) if settings["of_inputs"] else own[:, None])
+    return change, np.abs(change)
+
+
+def _lycoris_glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    a1, a2, b1, b2 = (tensors[name] for name in ("a1", "a2", "b1", "b2"))
+    split = weight.reshape(len(weight), len(a1), -1)  # (out, in, kernel)
+    change = np.einsum("oik,ir,rj->ojk", split, a1, a2).reshape(weight.shape)
+    size = np.einsum("oik,ir,rj->ojk", np.abs(split), np.abs(a1), np.abs(a2)).reshape(weight.shape)
+    b1, b2 = b1.reshape(len(b1), -1), b2.reshape(len(b2), -1)
+    return settings["scale"] * (change + b1 @ b2), abs(settings["scale"]) * (size + np.abs(b1) @ np.abs(b2))
+
+
+# --- Entry by entry ---
+
+
+def _hira(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+    a, b = tensors["a"].reshape(len(tensors["a"]), -1), tensors["b"].reshape(len(tensors["b"]), -1)
+    return weight * (b @ a), np.abs(weight) * (np.abs(b) @ np.abs(a))
+
+
+def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    change, size = np.zeros_like(weight), np.zeros_like(weight)
+    for path, times in zip(settings["paths"], (weight, np.ones_like(weight)), strict=True):
+        if f"{path}.Xd" in tensors:
+            b, a = tensors[f"{path}.Xd"], tensors[f"{path}.Xu"]
+            change += times * (b @ a)
+            size += np.abs(times) * (np.abs(b) @ np.abs(a))
+        elif f"{path}.X" in tensors:
+            own = times * tensors[f"{path}.X"].reshape(-1, 1)
+            change, size = change + own, size + np.abs(own)
+    return change, size
+
+
+def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+    sparse = np.zeros(weight.size)
+    sparse[settings["indices"]] = tensors["values"]
+    sparse = sparse.reshape(weight.shape)
+    change = sparse + settings["scale"] * tensors["b"] @ tensors["a"]
+    return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(tensors["b"]) @ np.abs(tensors["a"])
+
+
+FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
+    "IA3": _ia3,
+    "OFT": _oft,
+    "BOFT": _boft,
+    "HRA": _hra,
+    "RoAd": _road,
+    "MiSS": _miss_bat,
+    "DEFT": _deft,
+    "HiRA": _hira,
+    "LyCORIS OFT": _lycoris_rotations,
+    "LyCORIS BOFT": _lycoris_rotations,
+    "LyCORIS IA3": _lycoris_ia3,
+    "LyCORIS GLoRA": _lycoris_glora,
+    "GLoRA": _glora,
+    "SuperTuning": _supertuning,
+}

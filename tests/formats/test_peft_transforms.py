@@ -1,0 +1,113 @@
+"""Kinds of PEFT whose change follows from the weight: attached, folded and judged, beside PEFT's own model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_export as le
+from lora_export import layers, plan
+from lora_export.api.load import load_adapters
+from lora_export.errors import InputRefused
+from lora_export.exact_transforms import exact_change
+from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
+
+# DeLoRA is a pair; "none" of GLoRA changes the bias alone.
+TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
+OWN = [name for name in CASES if name.startswith(TRANSFORMS) or name == "Miss: bat"]
+
+
+def model_of(one: Trained) -> Layers:
+    model = Layers()
+    model.load_state_dict(load_file(one.base))
+    return model.eval()
+
+
+def plan_of(one: Trained, model: torch.nn.Module, *strengths: float) -> plan.Plan:
+    return plan.make(load_adapters([one.adapter]), layers.specs(model), strengths=strengths or None)
+
+
+def outputs(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([each.flatten() for each in model(torch.arange(8).reshape(2, 4))])
+
+
+@pytest.fixture(scope="module", params=OWN)
+def one(request, tmp_path_factory) -> Trained:
+    return trained(CASES[request.param], tmp_path_factory.mktemp("trained"))
+
+
+def test_attached_it_computes_what_peft_computes(one):
+    model = model_of(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), one.adapter).eval().double()
+    model = model.double()
+    before, expected = outputs(model), outputs(theirs.base_model.model)
+    layers.attach(model, plan_of(one, model))
+    scale = (expected - before).abs().max()
+    assert (outputs(model) - expected).abs().max() < 1e-6 * scale
+    with layers.scale_adapters(model, 0):
+        assert torch.equal(outputs(model), before)
+    layers.detach(model)
+    assert torch.equal(outputs(model), before)
+
+
+def test_folded_it_is_pefts_merge_times_the_strength(one):
+    for strength in (1.0, 0.5):
+        model = model_of(one)
+        layers.fold(model, plan_of(one, model, strength))
+        for name, value in model.state_dict().items():
+            before, change = one.before[name], one.merged[name] - one.before[name]
+            assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
+
+
+def test_a_merge_is_judged_by_another_formula(one, tmp_path):
+    out = tmp_path / "out.safetensors"
+    le.merge(one.base, one.adapter, out, layout=LAYOUT)
+    verdict = le.verify(out, base=one.base, adapters=one.adapter, layout=LAYOUT)
+    assert verdict, str(verdict)
+    wrong = load_file(out)
+    name = next(name for name, value in wrong.items() if not torch.equal(value, one.before[name]))
+    wrong[name] = wrong[name] + 1e-3 * (wrong[name] - one.before[name])
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    assert not le.verify(tmp_path / "wrong.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
+
+
+def test_rows_and_the_transpose_give_the_same_change(one):
+    (adapter,) = load_adapters([one.adapter])
+    for module, stored in adapter.pairs.items():
+        weight = one.before[f"{module}.weight"].numpy()
+        weight = weight.T if module in ("back", "table") else weight
+        pair = stored.for_weight(weight.shape)
+        whole, (exact, _) = pair.change(weight), exact_change(pair, weight)
+        np.testing.assert_allclose(whole, exact, atol=4e-6 * (np.abs(exact).max() + np.abs(weight).max()))
+        for each, view in ((pair, weight), (pair.transposed, weight.T)) if weight.ndim == 2 else ((pair, weight),):
+            step = each.rows_together or len(view)
+            slices = [slice(first, first + step) for first in range(0, len(view), step)]
+            found = np.concatenate([each.change(view[rows], rows, strength=-2) for rows in slices])
+            expected = -2 * (whole if view is weight else whole.T)
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
+
+
+def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
+    (adapter,) = load_adapters([one.adapter])
+    for module, stored in adapter.pairs.items():
+        weight = one.before[f"{module}.weight"].numpy()
+        weight = weight.T if module in ("back", "table") else weight
+        rows = np.arange(len(weight))[len(weight) // 3 :]
+        whole = stored.for_weight(weight.shape).change(weight)
+        try:
+            pair = stored.part(rows, None).for_weight(weight[rows].shape)
+        except InputRefused as error:
+            assert "mixes all of them" in str(error)
+            assert one.adapter and not np.allclose(whole[rows], 0)
+            continue
+        np.testing.assert_allclose(pair.change(weight[rows]), whole[rows], atol=1e-5 * np.abs(whole).max())
+        np.testing.assert_allclose(exact_change(pair, weight[rows])[0], whole[rows], atol=1e-5 * np.abs(whole).max())
