@@ -52,6 +52,7 @@ from lora_export.formats.peft_writing import SUFFIX, write
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
+from lora_export.storage.distributed_checkpoint import is_distributed_checkpoint
 
 __all__ = ["DESCRIPTION", "SUFFIX", "read", "recognises", "write"]
 
@@ -67,6 +68,8 @@ def recognises(path: Path) -> bool:
     folder = _folder(path)
     if (folder / OF_TORCHTUNE).exists() and not any((folder / name).exists() for name in (WEIGHTS, PICKLE)):
         return False
+    if is_distributed_checkpoint(folder) and _weights(path) is None:  # its config is in the same folder
+        return False
     if not (folder / ADAPTER_CONFIG).exists():
         weights = _weights(path)
         names = names_in(weights) if weights else ()
@@ -81,14 +84,18 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
     folder, weights = _folder(path), _weights(path)
     has_config = (folder / ADAPTER_CONFIG).exists()
-    config = read_config(folder / ADAPTER_CONFIG) if has_config else {}
     if has_config:
+        read_config(folder / ADAPTER_CONFIG)
         options.refuse_rank_and_alpha(ADAPTER_CONFIG)
     if weights is None:
         raise InputRefused(f"{path} has no {WEIGHTS}")
-    file = open_tensors(weights, options)
-    if not has_config:
-        config = _stated_config(file, options)
+    return read_tensors(open_tensors(weights, options), folder, name, options)
+
+
+def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptions, *shards: Path) -> Adapter:
+    """Read the adapter of these tensors, which may be in shards, with the config in a folder, where that has one."""
+    has_config = (folder / ADAPTER_CONFIG).exists()
+    config = read_config(folder / ADAPTER_CONFIG) if has_config else _stated_config(file, options)
     keys = keys_by_kind(file, config, options.stored_adapter)
     stored = _StoredPairs(file, keys, config, options)
     pairs = stored.pairs()
@@ -117,7 +124,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"lora_alpha / {of_rank} in {ADAPTER_CONFIG}" if has_config else "alpha / rank, as stated",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
-        sha256=hash_of_unchanged(file, *([folder / ADAPTER_CONFIG] if has_config else ())),
+        sha256=hash_of_unchanged(file, *shards, *([folder / ADAPTER_CONFIG] if has_config else ())),
     )
 
 
