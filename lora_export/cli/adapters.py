@@ -41,7 +41,7 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
     ConvertOptions,
     "convert de -o de.onnx_adapter --for served.onnx",
     "convert de -o de-mlx --to mlx",
-    "convert loha -o de --to peft --as lora --rank 16",
+    "convert de -o low --to peft --as lora --rank 16",
 )
 def convert_command(as_json: bool, **options: Any) -> None:
     """Convert ADAPTER to another format, or for an existing graph: next week's adapter, without another export.

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from lora_export.options.reading import ReadOptions
 from support import ROOT
+from support.distributed import config as peft_config
+from support.distributed import lora_state, save_in_shards
 from support.handmade import peft_adapter
 
 Array = NDArray[Any]
@@ -187,6 +189,25 @@ def torchtune_experts(folder: Path) -> FormatExample:
     return _example(path, changes, reading=ReadOptions(**STATED), config=config)
 
 
+def in_shards(folder: Path) -> FormatExample:
+    state = lora_state("model.")
+    key = "model.base_model.model.fc.lora_{}.default.weight"
+    a, b = (state[key.format(side)].numpy() for side in "AB")
+    path = save_in_shards(peft_config(folder), state)
+    return _example(path, {"fc.weight": 3 * b @ a}, reading=ReadOptions(**ALLOWED))
+
+
+def in_a_model(folder: Path) -> FormatExample:
+    """An adapter for each of three tasks, of which the second is read."""
+    a, b = integers(3, RANK, IN), integers(3, OUT, RANK)
+    folder.mkdir(parents=True)
+    key = "fc.parametrizations.weight.0.lora_{}"
+    save_file({key.format("A"): a, key.format("B"): b}, folder / "model.safetensors")
+    tasks = {"lora_adaptations": ["x", "y", "z"], "lora_rank": RANK, "lora_alpha": 6}
+    (folder / "config.json").write_text(json.dumps(tasks))
+    return _example(folder, {"fc.weight": 3 * b[1] @ a[1]}, reading=ReadOptions(stored_adapter="y"))
+
+
 EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "PEFT, `adapter_model.bin`": peft_pickle,
     "mlx-lm, linear": mlx_linear,
@@ -202,4 +223,6 @@ EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "torchtune, DoRA": torchtune_dora,
     "torchtune, Phi-3": torchtune_fused,
     "torchtune, experts": torchtune_experts,
+    "torch.distributed.checkpoint, shards": in_shards,
+    "a model with an adapter for each task": in_a_model,
 }
