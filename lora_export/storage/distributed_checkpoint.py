@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import math
 import pickle
 import pickletools
@@ -53,6 +54,21 @@ def is_distributed_checkpoint(path: Path) -> bool:
     )
 
 
+def shards_of(folder: Path) -> list[Path]:
+    """The files of all processes."""
+    return sorted(each for each in folder.iterdir() if each.suffix == SHARD_SUFFIX)
+
+
+def text_in_metadata(folder: Path) -> frozenset[str]:
+    """Every text in the metadata, names of tensors among them; none where these are damaged. Unpickles nothing."""
+    try:
+        content = input_files.read_bytes(folder / METADATA_FILE, MAX_PICKLE)
+        operations = itertools.islice(pickletools.genops(content), MAX_OPCODES)
+        return frozenset(argument for _, argument, _ in operations if isinstance(argument, str))
+    except (InputRefused, *FAILURES):
+        return frozenset()
+
+
 def open_distributed_checkpoint(folder: Path, is_wanted: Callable[[str], bool]) -> PickledTensors:
     """Read the tensors with the wanted names, each whole, from the shards of all processes. Needs PyTorch.
 
@@ -61,6 +77,7 @@ def open_distributed_checkpoint(folder: Path, is_wanted: Callable[[str], bool]) 
     """
     try:
         import torch
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -86,10 +103,11 @@ def open_distributed_checkpoint(folder: Path, is_wanted: Callable[[str], bool]) 
         with bounded_memory(memory_for(size)):
             tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in wanted.items()}
             load(tensors, storage_reader=Reader(folder), no_dist=True)
-    except (*FAILURES, MemoryError) as error:
-        if is_out_of_memory(error):
+    except (*FAILURES, MemoryError, CheckpointException) as error:
+        inner = [found for found, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        if any(map(is_out_of_memory, inner)):
             raise InputRefused(f"{folder} needs more than {memory_for(size):,} bytes of memory") from error
-        raise InputRefused(f"{folder} is damaged: {_reason(error)}") from error
+        raise InputRefused(f"{folder} is damaged: {_reason(inner[0])}") from error
     arrays = {name: array_of(path, name, tensor) for name, tensor in tensors.items()}
     entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
     return PickledTensors(path, entries, arrays, {}, state)
