@@ -2,9 +2,10 @@
 
 Two kinds of evidence. A matrix that is not square shows how it is stored, by its pair or by its bias, which has one
 entry for each output; matrices of the same kind of name are of the same class. And only GPT-2's relatives have a
-Conv1D, by few names: a layer of a stack, `layers.0.q_proj`, with a name that transformers gives to nn.Linear alone, is
-one; so is each layer of a model for images that the tables of diffusion models name. Names are no evidence in a file in
-which a matrix of another name than those of a Conv1D is stored (in, out).
+Conv1D, by few names: where the file has a stack of layers with names that transformers gives to nn.Linear alone, such
+as `layers.0.q_proj`, each layer of such a name is one; so is each layer of a model for images that the tables of
+diffusion models name. Names are no evidence in a file in which a matrix of another name than those of a Conv1D is
+stored (in, out).
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ class LayoutEvidence:
         last, others = module.rpartition(".")[2], (kind for kind in self._shown if kind != OF_CONV1D)
         if last in CONV1D_NAMES or any(Layout.IN_OUT in self._shown[kind] for kind in others):
             return False
-        return (last in LINEAR_NAMES and OF_A_STACK.fullmatch(module) is not None) or self._is_diffusion_model
+        return (last in LINEAR_NAMES and self._has_stack) or self._is_diffusion_model
+
+    @functools.cached_property
+    def _has_stack(self) -> bool:
+        """Whether a numbered layer of the file has a matrix with a name of nn.Linear."""
+        modules = (name.removesuffix(".weight") for name, spec in self.base.items() if len(spec.shape) == 2)
+        return any(name.rpartition(".")[2] in LINEAR_NAMES and OF_A_STACK.fullmatch(name) for name in modules)
 
     @functools.cached_property
     def _is_diffusion_model(self) -> bool:

@@ -83,6 +83,8 @@ def test_two_records_that_contradict_each_other_are_no_evidence():
     [
         ("h.0.fc", [], ("out_in", "name")),  # an nn.Linear in transformers, and a layer of a stack
         ("fc", [], None),  # no layer of a stack
+        ("pooler.dense", [unknown("h.0.fc.weight", 2, 3)], ("out_in", "name")),  # beside a stack
+        ("pooler.mix", [unknown("h.0.fc.weight", 2, 3)], None),
         ("h.0.mix", [], None),  # a name that transformers does not have
         ("h.0.c_proj", [], None),  # GPT-2's, and that of an nn.Linear in StarCoder2
         ("h.0.fc", [unknown("wide.weight", 2, 3), vector("wide.bias", 3)], None),  # a Conv1D that is none of GPT-2's
@@ -93,7 +95,6 @@ def test_two_records_that_contradict_each_other_are_no_evidence():
         ("h.0.fc", [unknown("h.1.fc.weight", 2, 3), vector("h.1.fc.bias", 3)], ("in_out", "siblings")),  # a Conv1D
         ("net.0", [unknown("net.2.weight", 2, 3), vector("net.2.bias", 3)], None),  # numbers are no names
         ("a.1.0", [unknown("a.2.0.weight", 2, 3), vector("a.2.0.bias", 3)], ("in_out", "siblings")),
-        ("attn1.to_q", [unknown("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", 4, 3)], None),
     ],
 )
 def test_names_and_other_matrices_decide(module, beside, decided):

@@ -137,14 +137,20 @@ def _of_file(
 ) -> Iterator[Layout]:
     """The layouts of a square matrix by other matrices of a file whose model is unknown, and by its name."""
     module = weight.removesuffix(WEIGHT)
-    *outer, last = module.split(".")
+    last = module.split(".")[-1]
     alike = {name: layout for name, layout in _oblong(shapes, shown) if _are_alike(name.removesuffix(WEIGHT), module)}
     yield from alike.values()
     others = {layout for name, layout in _oblong(shapes, shown) if name.split(".")[-2] not in CONV1D}
     if last not in CONV1D and Layout.IN_OUT not in others:
-        is_of_a_stack = any(part.isdecimal() for part in outer)
-        if (last in LINEAR_NAMES and is_of_a_stack) or other_layouts(shapes):
+        has_stack = any(_is_in_a_stack(name) for name, shape in shapes.items() if len(shape) == 2)
+        if (last in LINEAR_NAMES and has_stack) or other_layouts(shapes):
             yield Layout.OUT_IN
+
+
+def _is_in_a_stack(name: str) -> bool:
+    """Whether a tensor is the weight of a layer of nn.Linear, by its name, below a number."""
+    *outer, last = name.removesuffix(WEIGHT).split(".")
+    return last in LINEAR_NAMES and any(part.isdecimal() for part in outer)
 
 
 def _oblong(shapes: Mapping[str, tuple[int, ...]], shown: Mapping[str, Layout | None]) -> Iterator[tuple[str, Layout]]:

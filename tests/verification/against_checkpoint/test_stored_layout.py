@@ -138,6 +138,7 @@ def test_records_that_contradict_a_shape_are_no_evidence(tmp_path):
         ("h.0.q_proj.weight", {}, "out_in"),  # a name of nn.Linear in transformers
         ("h.0.q_proj.weight", {"wide.weight": np.ones((32, 8)), "wide.bias": np.ones(8)}, ""),  # beside a Conv1D
         ("q_proj.weight", {}, ""),  # no layer of a stack
+        ("pooler.dense.weight", {"h.0.fc.weight": np.ones((2, 3))}, "out_in"),  # beside a stack
         ("net.0.weight", {"net.2.weight": np.ones((32, 8)), "net.2.bias": np.ones(8)}, ""),  # numbers are no names
         ("a.1.0.weight", {"a.2.0.weight": np.ones((32, 8)), "a.2.0.bias": np.ones(8)}, "in_out"),
     ],
