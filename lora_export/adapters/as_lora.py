@@ -56,6 +56,7 @@ def as_lora(
                 problems.append(
                     f"{module}: DoRA's magnitude is that of the exact change, and rank {rank} has {share:.4g}"
                 )
+    pairs |= {head: pairs[table].transposed for head, table in adapter.tied.items()}  # one pair for both
     if problems:
         raise InputRefused(
             f"{adapter.name} as LoRA of rank {rank} would lose a part of {len(problems)} of {len(layers)} layers:",

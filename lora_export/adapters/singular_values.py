@@ -3,10 +3,10 @@
 With B = Q R and Aᵀ = P S (both reduced), B A = Q (R Sᵀ) Pᵀ, and R Sᵀ has only (rank, rank) entries. Its SVD gives that
 of the product (Eckart and Young 1936: the first singular values and vectors are the best approximation).
 
-Of blocks of rows, memory is one block and a few columns, whatever the size of the matrix. Singular values come from a
-randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), or, where many are needed, from the
-eigenvectors of the smaller Gram matrix. Both project the matrix on orthonormal vectors, so the energy that they capture
-is measured, not estimated.
+Of blocks of rows, memory is one block and some columns, whatever the size of the matrix. Singular values come from a
+randomised block Krylov method (Musco and Musco 2015, algorithm 2), which finds the best ones where many are nearly
+equal, too; or, where many are needed, from the eigenvectors of the smaller Gram matrix. Both project the matrix on
+orthonormal vectors, so the energy that they capture is measured, not estimated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_export.errors import WrongUsage
 from lora_export.options.spelling import named
 
 OVERSAMPLING = 10  # columns beyond the rank, at least
-ITERATIONS = 2  # of the subspace: the share that is captured is then within a thousandth of the best one
+CONVERGED = 1e-4  # part of the share that is captured which an iteration adds, at least
 FIRST_RANK = 16  # that a search for a rank begins with
 GRAM_FROM = 4  # a rank above 1/4 of the largest one is found faster by the Gram matrix
 RowBlock = tuple[slice, NDArray[np.float32]]  # rows, and these rows of the matrix
@@ -150,21 +150,36 @@ class BlockedMatrix(ABC):
             width = rank + max(OVERSAMPLING, rank // 4)
             if width * GRAM_FROM >= full:
                 return self._by_gram(largest)
-            found = self._by_random_projection(width)
+            found = self._by_krylov(rank, width)
             reached = truncation.energy is None or found.rank_for(truncation.energy) or rank == largest
             if reached:
                 return SingularValues(found.u[:, :largest], found.s[:largest], found.vt[:largest], self.energy)
             rank = min(2 * rank, largest)
 
-    def _by_random_projection(self, width: int) -> SingularValues:
-        """The largest singular values: the difference, projected on the span of Q (rows, width)."""
+    def _by_krylov(self, rank: int, width: int) -> SingularValues:
+        """The largest singular values: the matrix, projected on the span of Q, (rows, width) more in each iteration.
+
+        Ends where one more adds less than CONVERGED to what the first `rank` values hold.
+        """
         generator = np.random.default_rng(0)
         q = _orthonormal(self.times(generator.standard_normal((self.shape[1], width), dtype=np.float32)))
-        for _ in range(ITERATIONS):
-            q = _orthonormal(self.times(_orthonormal(self.transposed_times(q))))
-        projected = self.transposed_times(q).astype(np.float64)  # (columns, width): Q times its transpose is the result
-        _, vectors = np.linalg.eigh(projected.T @ projected)
-        return _from_basis(q.astype(np.float64) @ vectors[:, ::-1], projected @ vectors[:, ::-1], self.energy)
+        basis, projected = q, np.zeros((self.shape[1], 0), np.float32)  # Q, and the transpose of the matrix times Q
+        held, before = 0.0, -1.0
+        while held - before > CONVERGED * held:
+            before, turned = held, self.transposed_times(q)
+            projected = np.hstack([projected, turned])
+            wide = projected.astype(np.float64)
+            values, vectors = np.linalg.eigh(wide.T @ wide)
+            held = float(np.sum(values[::-1][:rank]))
+            if basis.shape[1] + width > min(self.shape):
+                break
+            q = self.times(_orthonormal(turned))
+            for _ in range(2):  # the second time mends what rounding left of the first
+                q = _orthonormal(q - basis @ (basis.T @ q))
+            basis = np.hstack([basis, q])
+        best = vectors[:, ::-1][:, :width]
+        own = basis[:, : len(best)]
+        return _from_basis(own.astype(np.float64) @ best, wide @ best, self.energy)
 
     def _by_gram(self, rank: int) -> SingularValues:
         """All singular values up to a rank: eigenvectors of the Gram matrix of the smaller side, (n, n) in fp64."""
