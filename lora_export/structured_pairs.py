@@ -239,8 +239,13 @@ class KroneckerPair(StructuredPair):
         return int(self._shape_of_factor("w1")[1] * self._shape_of_factor("w2")[0])
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole product, and not a part of its rows or columns."""
+        return self.rows is None and self.columns is None
+
+    @property
     def norm(self) -> float:
-        if self.rows is not None or self.columns is not None:
+        if not self.is_whole:
             return super().norm
         return abs(self.scale) * self._norm_of_factor("w1") * self._norm_of_factor("w2")
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.adapters import low_rank
+from lora_export.adapters import low_rank, singular_values
 from lora_export.adapters.low_rank import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
@@ -83,16 +83,16 @@ def _of_changes(combination: Combination, terms: Sequence[Term], numbers: Mappin
     if combination.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
         if _are_low_rank(terms):
             a, b = _concatenated(terms)
-            found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
+            found = singular_values.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
         else:
-            found = low_rank.of_matrix(_whole_sum(terms))
+            found = singular_values.of_matrix(_whole_sum(terms))
     else:
         strengths = np.array([term.strength for term in terms])
         keys = [f"{combination.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
         change = _combined(combination, [low_rank.whole_change(term.pair) for term in terms], strengths, keys)
         if not np.isfinite(change).all():
             raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
-        found = low_rank.of_matrix(change)
+        found = singular_values.of_matrix(change)
     a, b = found.factors(min(rank, len(found.s)))
     kernel = [1] * (len(shape) - 2)
     return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)

@@ -1,8 +1,4 @@
-"""The best factors of lower rank for a product of two factors, without computing the product; and adapters of these.
-
-With B = Q R and Aᵀ = P S (both reduced), B A = Q (R Sᵀ) Pᵀ, and R Sᵀ has only (rank, rank) entries. Its SVD gives that
-of the product (Eckart and Young 1936: the first singular values and vectors are the best approximation).
-"""
+"""Adapters of a lower rank: the best factors of each change, and the share of it that they hold."""
 
 from __future__ import annotations
 
@@ -13,67 +9,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, WrongUsage, listed
+from lora_export.adapters.singular_values import (
+    BlockedMatrix,
+    RowBlock,
+    SingularValues,
+    Truncation,
+    of_kronecker,
+    of_matrix,
+    of_product,
+)
+from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
-from lora_export.options.spelling import named
+from lora_export.structured_pairs import HadamardPair, KroneckerPair
 
 LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
-
-
-@dataclass(frozen=True, eq=False)
-class SingularValues:
-    """U (out, k), s (k,) in falling order and Vᵀ (k, in) of a product or a difference, in fp64.
-
-    `energy` is ‖·‖² of the whole matrix, of which these values may be a part.
-    """
-
-    u: NDArray[np.float64]
-    s: NDArray[np.float64]
-    vt: NDArray[np.float64]
-    energy: float
-
-    def captured(self, rank: int) -> float:
-        """The share of ‖·‖² that the first `rank` singular values hold, 0 to 1; 1 of a zero matrix."""
-        return float(min(1.0, np.sum(self.s[:rank] ** 2) / self.energy)) if self.energy else 1.0
-
-    def rank_for(self, energy: float) -> int | None:
-        """The least rank, 1 or more, that captures this share; None where these values do not reach it."""
-        shares = np.cumsum(self.s**2)
-        # A share that is reached up to the rounding of the sum counts: 1.0 of values that are all there.
-        reached = np.flatnonzero(shares >= energy * self.energy * (1 - 1e-12))
-        return int(reached[0]) + 1 if reached.size else None
-
-    def factors(self, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A (rank, in) and B (out, rank) with B A the best approximation of this rank, in fp32.
-
-        The singular values are shared: A has their roots, and B too. So neither is much smaller than the other.
-        """
-        roots = np.sqrt(self.s[:rank])
-        return (
-            (roots[:, None] * self.vt[:rank]).astype(np.float32),
-            (self.u[:, :rank] * roots).astype(np.float32),
-        )
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """How many singular values are kept: a rank, or the fewest that hold a share of ‖ΔW‖², or that but at most a rank.
-
-    Raises WrongUsage where neither is given.
-    """
-
-    rank: int | None = None
-    energy: float | None = None  # above 0, at most 1
-
-    def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None:
-            raise WrongUsage(f"give {named('rank')}, or {named('energy')}: the share of each change that is kept")
-
-    def rank_of(self, values: SingularValues) -> int:
-        """The rank for a matrix of which all needed singular values are known."""
-        least = None if self.energy is None else values.rank_for(self.energy)
-        wanted = [len(values.s), *(rank for rank in (self.rank, least) if rank is not None)]
-        return min(wanted)
+SMALL_CHANGE = 1 << 20  # entries of a change up to which LAPACK decomposes it; blocks of larger ones have as many
+SMALLER = 4  # times as small as the change is the rank of factors that are decomposed in its place
+ALL = Truncation(energy=1.0)
 
 
 @dataclass(frozen=True)
@@ -95,16 +47,49 @@ def total_share(shares: Iterable[LayerShare]) -> float:
     return sum(layer.share * layer.norm**2 for layer in shares) / total if total else 1.0
 
 
-def of_pair(pair: LoraPair) -> SingularValues:
-    """The singular values and vectors of a pair's change: of its factors, or of the change where these are larger.
+def of_pair(pair: LoraPair, truncation: Truncation = ALL) -> SingularValues:
+    """The singular values and vectors of a pair's change: as many of the largest as a truncation needs, at least.
 
-    The factors of LoHa, LoKr and whole changes may have a rank above that of any matrix of their shape. Raises
-    InputRefused where the change has more than LARGEST_CHANGE.
+    Those of plain pairs, LoHa and LoKr come from their factors, exactly, where these are smaller than the change; those
+    of small changes from LAPACK, in fp64; of all others from blocks of rows, in bounded memory. Raises InputRefused
+    where such a change has more than LARGEST_CHANGE.
     """
     out, columns = matrix_shape(pair)
-    if type(pair) is LoraPair or pair.rank <= min(out, columns):
+    if type(pair) is not LoraPair and truncation.rank is None:  # all singular vectors are as large as the change
+        refuse_size(pair)
+    if isinstance(pair, KroneckerPair) and pair.is_whole and max(pair.w1.size, pair.w2.size) <= SMALL_CHANGE:
+        w2 = of_matrix(pair.w2.reshape(len(pair.w2), -1).astype(np.float64))
+        return of_kronecker(of_matrix(pair.w1.astype(np.float64)), w2, pair.scale, truncation)
+    if type(pair) is LoraPair or (isinstance(pair, HadamardPair) and SMALLER * pair.rank <= min(out, columns)):
         return of_product(pair.b.reshape(out, -1), pair.a.reshape(-1, columns), pair.scale)
-    return of_matrix(whole_change(pair))
+    if out * columns <= SMALL_CHANGE:
+        return of_matrix(whole_change(pair).astype(np.float64))
+    refuse_size(pair)
+    return ChangeByRows((out, columns), pair.delta).singular_values(truncation)
+
+
+@dataclass(eq=False)
+class ChangeByRows(BlockedMatrix):
+    """A change of which `rows_of` computes some rows, (rows, in, ...). Here other kinds of changes plug in.
+
+    One that follows from the weight W, as a rotation of it does, computes T(W) - W from the rows of W that it reads.
+    Raises InputRefused where a value is not finite.
+    """
+
+    shape: tuple[int, int]
+    rows_of: Callable[[slice], NDArray[np.float32]]
+
+    def __post_init__(self) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.energy = sum(float(np.einsum("ij,ij->", b, b, dtype=np.float64)) for _, b in self.blocks())
+        if not math.isfinite(self.energy):
+            raise InputRefused("the change holds values that are not finite, or that float32 cannot hold")
+
+    def blocks(self) -> Iterator[RowBlock]:
+        step = max(1, SMALL_CHANGE // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            yield rows, self.rows_of(rows).reshape(rows.stop - rows.start, -1)
 
 
 def matrix_shape(pair: LoraPair) -> tuple[int, int]:
@@ -114,28 +99,18 @@ def matrix_shape(pair: LoraPair) -> tuple[int, int]:
 
 def whole_change(pair: LoraPair, strength: float = 1.0) -> NDArray[np.float32]:
     """strength * ΔW as a matrix (out, all else). Raises InputRefused where it has more than LARGEST_CHANGE."""
+    refuse_size(pair)
+    return pair.delta(strength=strength).reshape(matrix_shape(pair))
+
+
+def refuse_size(pair: LoraPair) -> None:
+    """Raise InputRefused where the change of a pair has more than LARGEST_CHANGE entries."""
     out, columns = matrix_shape(pair)
     if out * columns > LARGEST_CHANGE:
         raise InputRefused(
             f"its change has the rank {pair.rank}, and is computed as a matrix of {out} x {columns} entries: more than "
             f"{LARGEST_CHANGE}, which no layer has"
         )
-    return pair.delta(strength=strength).reshape(out, columns)
-
-
-def of_product(b: NDArray[np.float32], a: NDArray[np.float32], scale: float = 1.0) -> SingularValues:
-    """The singular values and vectors of `scale * B @ A`, (out, rank) by (rank, in), in fp64."""
-    q, r = np.linalg.qr(b.astype(np.float64))
-    p, s = np.linalg.qr(a.astype(np.float64).T)
-    u, values, vt = np.linalg.svd(scale * (r @ s.T), full_matrices=False)
-    return SingularValues(q @ u, values, vt @ p.T, float(np.sum(values**2)))
-
-
-def of_matrix(matrix: NDArray[np.floating]) -> SingularValues:
-    """The singular values and vectors of a whole matrix, by LAPACK in its own precision."""
-    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
-    s = values.astype(np.float64)
-    return SingularValues(u, s, vt, float(np.sum(s**2)))
 
 
 # --- An adapter of another rank ---
@@ -150,22 +125,23 @@ def resize_adapter(
     Raises InputRefused for what is no plain pair, and for a change that float32 cannot hold.
     """
     refuse_beyond_pairs([adapter], "a resized adapter", whole_ok=True)
-    values = {module: _values(module, pair) for module, pair in adapter.pairs.items()}
+    values = {module: values_of_change(module, pair, truncation) for module, pair in adapter.pairs.items()}
     ranks: dict[str, int] = {}
     for module, found in values.items():
         ranks[group(module)] = max(truncation.rank_of(found), ranks.get(group(module), 1))
     pairs, shares = {}, []
     for module, found in values.items():
         old, rank = adapter.pairs[module], ranks[group(module)]
-        pairs[module] = _pair(old, found, rank)
+        pairs[module] = pair_of(old, found, rank)
         share = found.captured(rank)
         shares.append(LayerShare(module, old.shape, rank, old.rank, share, math.sqrt(found.energy)))
     return replace(adapter, pairs=pairs, sha256="", file_sha256=""), tuple(shares)
 
 
-def _values(module: str, pair: LoraPair) -> SingularValues:
+def values_of_change(module: str, pair: LoraPair, truncation: Truncation) -> SingularValues:
+    """The singular values of a module's pair. Raises InputRefused for a change that float32 cannot hold."""
     try:
-        found = of_pair(pair)
+        found = of_pair(pair, truncation)
     except InputRefused as error:
         raise InputRefused(f"{module}: {error}") from error
     if found.s[0] > np.finfo(np.float32).max:
@@ -175,7 +151,8 @@ def _values(module: str, pair: LoraPair) -> SingularValues:
     return found
 
 
-def _pair(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
+def pair_of(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
+    """The best pair of this rank in place of an old one, with the scale 1."""
     a, b = found.factors(rank)
     kernel = [1] * (len(old.shape) - 2)
     return LoraPair(a.reshape(-1, *old.shape[1:]), b.reshape(*b.shape, *kernel), 1.0, embedding=old.embedding)

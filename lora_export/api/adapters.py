@@ -12,7 +12,8 @@ from typing import Any
 
 from lora_export import provenance
 from lora_export.adapters.combine import combine_adapters
-from lora_export.adapters.low_rank import LayerShare, Truncation, resize_adapter, total_share
+from lora_export.adapters.low_rank import LayerShare, resize_adapter, total_share
+from lora_export.adapters.singular_values import Truncation
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.callbacks import in_bytes
 from lora_export.errors import count

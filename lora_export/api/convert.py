@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_export import plan, provenance
+from lora_export.adapters.as_lora import as_lora
+from lora_export.adapters.low_rank import LayerShare
 from lora_export.api.adapter_names import (
     family_of_base,
     named_for,
@@ -22,6 +25,7 @@ from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
+from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
 from lora_export.graph.merge.fold import without_unchanged_tables
@@ -47,6 +51,7 @@ class ConvertResult:
     of: int  # weights of the graph that take an adapter; without a graph, pairs of the adapter
     base: str  # the fingerprint of the graph's base weights, which the file carries; empty without a graph
     notes: tuple[str, ...]
+    layers: tuple[LayerShare, ...] = ()  # with `as_kind`, what the pair of each layer holds of its change
 
 
 @takes(ConvertOptions)
@@ -64,6 +69,11 @@ def convert(options: ConvertOptions) -> ConvertResult:
     `base` is a pipeline or one of its models: kohya's and diffusers' adapters get its names, ComfyUI's those of the
     original model. Flattened names need it.
 
+    With `as_kind="lora"` every change becomes a pair of LoRA of at most `rank` first: LoHa, LoKr, whole changes, and
+    pairs of a higher rank. The pair is exact where the rank is enough, else the best one of that rank, by an SVD. A
+    layer of which less than `min_kept` of ‖ΔW‖² is left is refused: by default (1) whatever would lose more than
+    float32's rounding, because a share that is lost is to be a number that the user gave.
+
     Raises InputRefused for what the format cannot express, where a tensor of the adapter has no input of its shape and
     type in the graph, or where the graph has changed since it was made; WrongUsage for options that do not go together;
     EnvironmentLacking without the package gguf; OutputFailed where the output cannot be written. Nothing is left
@@ -74,8 +84,14 @@ def convert(options: ConvertOptions) -> ConvertResult:
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
+    layers: tuple[LayerShare, ...] = ()
+    if options.rank is not None:
+        of_adapter = loaded
+        loaded, layers = as_lora(
+            loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)
+        )
     if options.graph is not None:
-        return _for_graph(options, adapter, loaded, Path(options.graph))
+        return replace(_for_graph(options, adapter, loaded, Path(options.graph)), layers=layers)
     loaded = _scaled(loaded if base is None else with_shapes_of_base(loaded, base), weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
@@ -97,10 +113,16 @@ def convert(options: ConvertOptions) -> ConvertResult:
         if not writer.SUFFIX:
             if to == "peft":
                 copy_head_config(adapter_paths(adapter), folder)
-            write_origin(folder, provenance.record([loaded], [weight], {}, (), {"to": to, "names": names}))
+            write_origin(folder, provenance.record([loaded], [weight], {}, (), _settings(options)))
     for note in notes:
         options.on_message(f"note: {note}")
-    return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes)
+    return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes, layers)
+
+
+def _settings(options: ConvertOptions) -> dict[str, Any]:
+    """What the record of an adapter's origin contains of the options."""
+    of_lora = {"as": options.as_kind, "rank": options.rank, "min_kept": options.min_kept} if options.as_kind else {}
+    return {"to": options.to, "names": options.names, **of_lora}
 
 
 def _with_config_beside(reading: ReadOptions, adapter: AdapterSource) -> ReadOptions:

@@ -11,6 +11,7 @@ from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, WrittenRecord, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
+from lora_export.formats import task_adapters
 from lora_export.lora import Adapter
 from lora_export.options.adapters import InspectOptions
 from lora_export.options.declaring import takes
@@ -120,7 +121,8 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
     if options.check and (damaged := damage(path)):
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
-    if formats.recognised(own := formats.located(path)):
+    is_model = artifact.kind.is_checkpoint and not options.reading.stored_adapter and task_adapters.recognises(path)
+    if formats.recognised(own := formats.located(path)) and not is_model:
         return Inspection(own, adapter=formats.load(path, options=options.reading))
     if artifact.kind is ArtifactKind.ADAPTER:
         from lora_export.formats import onnx_adapter

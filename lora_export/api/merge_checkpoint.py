@@ -127,6 +127,11 @@ def notes_on_checkpoint(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> 
     notes = list(_other_bases(adapters, checkpoint))
     if code := custom_code(checkpoint.config):
         notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
+    if tasks := checkpoint.own_adapters:
+        notes.append(
+            f"the base's weights hold adapters of their own ({', '.join(tasks)}): its original weights are merged, and "
+            "the output has none of these adapters"
+        )
     if checkpoint.quantised:
         schemes = ", ".join(sorted({tensor.scheme for tensor in checkpoint.quantised.values()}))
         number = len(checkpoint.quantised)

@@ -38,7 +38,12 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
         click.echo("\n".join(map(one_line, lines[:1] if verbosity() is Verbosity.QUIET else lines)))
 
 
-@cli_command(ConvertOptions, "convert de -o de.onnx_adapter --for served.onnx", "convert de -o de-mlx --to mlx")
+@cli_command(
+    ConvertOptions,
+    "convert de -o de.onnx_adapter --for served.onnx",
+    "convert de -o de-mlx --to mlx",
+    "convert de -o low --to peft --as lora --rank 16",
+)
 def convert_command(as_json: bool, **options: Any) -> None:
     """Convert ADAPTER to another format, or for an existing graph: next week's adapter, without another export.
 
@@ -47,14 +52,25 @@ def convert_command(as_json: bool, **options: Any) -> None:
     With --for, every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be
     unchanged since it was made. Both are checked before anything is written.
     """
+    from lora_export.adapters.low_rank import total_share
     from lora_export.api.convert import convert
+    from lora_export.report.console import console
+    from lora_export.report.json_document import plain
+    from lora_export.report.screens import print_shares
 
     result = convert(**options)
     output, to, is_for_graph = result.output, options["to"], "graph" in options
+    shares = {"layers": plain(result.layers), "share": total_share(result.layers)} if result.layers else {}
     if as_json and is_for_graph:
-        print_document({"output": str(output), "weights": result.weights, "of": result.of, "base": result.base})
+        print_document(
+            {"output": str(output), "weights": result.weights, "of": result.of, "base": result.base, **shares}
+        )
     elif as_json:
-        print_document({"output": str(output), "to": to, "pairs": result.weights, "notes": list(result.notes)})
+        print_document(
+            {"output": str(output), "to": to, "pairs": result.weights, "notes": list(result.notes), **shares}
+        )
+    elif result.layers:
+        print_shares(console(), output, result.layers, whole=verbosity() is Verbosity.FULL)
     elif is_for_graph:
         wrote(output, f": an adapter for {result.weights} of {result.of} weights")
     else:

@@ -103,6 +103,8 @@ def _more(number: int) -> str:
 
 
 def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bool) -> Iterator[str]:
+    from lora_export.plan.layout_evidence import LayoutEvidence
+
     yield f"{count(len(checkpoint.specs), 'tensor')}, {checkpoint.nbytes:,} bytes"
     yield from _record_lines(found)
     groups = _grouped(
@@ -114,7 +116,11 @@ def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bo
     for name, (spec, *_), several in groups:
         facts = ["stored (in, out)" if spec.layout == "in_out" else "", *(f"also {alias}" for alias in spec.aliases)]
         yield _joined(f"  {name}  {shape_text(spec.shape)} {spec.dtype}", *facts, several)
-    unknown = sum(spec.layout == "unknown" and len(set(spec.shape)) == 1 for spec in checkpoint.specs)
+    evidence = LayoutEvidence({spec.name: spec for spec in checkpoint.specs}, {})
+    squares = (spec.name for spec in checkpoint.specs if spec.layout == "unknown" and len(set(spec.shape)) == 1)
+    if tasks := checkpoint.own_adapters:
+        yield f"its weights hold adapters for {', '.join(tasks)}: --stored-adapter NAME reads one"
+    unknown = sum(len(evidence.of(name)) != 1 for name in squares)
     if unknown:
         yield (
             f"the layout of {unknown} square matrices is unknown: a merge needs --layout, or an adapter that records it"

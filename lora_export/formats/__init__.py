@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import InputRefused, listed
+from lora_export.formats import deepspeed
 from lora_export.formats.adapter_files import SHARD, is_tensor_file
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
@@ -135,6 +136,7 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         candidates = {options.format: candidates[options.format]}
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
+        deepspeed.refuse_shards(path)
         _refuse_foreign_keys(path)
         if options.format:
             raise InputRefused(

@@ -56,6 +56,7 @@ from lora_export.formats.token_rows import read_token_rows
 from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files
+from lora_export.storage.distributed_checkpoint import is_distributed_checkpoint
 
 __all__ = ["DESCRIPTION", "SUFFIX", "read", "recognises", "write"]
 
@@ -71,6 +72,8 @@ def recognises(path: Path) -> bool:
     folder = _folder(path)
     if (folder / OF_TORCHTUNE).exists() and not any((folder / name).exists() for name in (WEIGHTS, PICKLE)):
         return False
+    if is_distributed_checkpoint(folder) and _weights(path) is None:  # its config is in the same folder
+        return False
     if not (folder / ADAPTER_CONFIG).exists():
         weights = _weights(path)
         names = names_in(weights) if weights else ()
@@ -84,13 +87,17 @@ def recognises(path: Path) -> bool:
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
     folder, weights = _folder(path), _weights(path)
-    has_config = (folder / ADAPTER_CONFIG).exists()
-    config = json_files.read_json(folder / ADAPTER_CONFIG) if has_config else {}
-    if has_config:
+    if (folder / ADAPTER_CONFIG).exists():
         options.refuse_rank_and_alpha(ADAPTER_CONFIG)
     if weights is None:
         raise InputRefused(f"{path} has no {WEIGHTS}")
-    file = open_tensors(weights, options)
+    return read_tensors(open_tensors(weights, options), folder, name, options)
+
+
+def read_tensors(file: TensorSource, folder: Path, name: str, options: ReadOptions, *shards: Path) -> Adapter:
+    """Read the adapter of these tensors, which may be in shards, with the config in a folder, where that has one."""
+    has_config = (folder / ADAPTER_CONFIG).exists()
+    config = json_files.read_json(folder / ADAPTER_CONFIG) if has_config else {}
     if has_config and config.get("peft_type") != "LORA":
         return reading.read(folder, name, config, file)
     config = checked_config(config, str(folder / ADAPTER_CONFIG)) if has_config else _stated_config(file, options)
@@ -122,8 +129,8 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         scale_source=f"lora_alpha / {of_rank} in {ADAPTER_CONFIG}" if has_config else "alpha / rank, as stated",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
-        sha256=hash_of_unchanged(file, *([folder / ADAPTER_CONFIG] if has_config else ())),
-        file_sha256=hash_of_tensors(file),
+        sha256=hash_of_unchanged(file, *shards, *([folder / ADAPTER_CONFIG] if has_config else ())),
+        file_sha256="" if shards else hash_of_tensors(file),
     )
 
 

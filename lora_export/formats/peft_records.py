@@ -18,6 +18,7 @@ from lora_export.formats.adapter_files import TensorSource
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.names.table import module_kind
 from lora_export.storage import json_files
 
 SHOWN_TENSORS = 3  # names that a note lists
@@ -69,8 +70,8 @@ def notes_of(keys: Keys, config: Mapping[str, Any], tied: Mapping[str, str]) -> 
 def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str, str]:
     """How the weights that the adapter was trained on are stored, where that is recorded.
 
-    PEFT sets `fan_in_fan_out` at a Conv1D. False is no evidence: it is the default, and PEFT writes one value for all
-    modules.
+    PEFT sets `fan_in_fan_out` at a Conv1D, and resets it at an nn.Linear: it writes that of the last module. It tells
+    only where all modules are of one kind. False is no evidence: it is the default of configs that PEFT did not write.
     """
     if LAYOUTS in file.metadata:
         layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
@@ -79,10 +80,9 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
-    if config.get("fan_in_fan_out"):
-        layouts |= {
-            module: "in_out" for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding
-        }
+    linear = [module for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding]
+    if config.get("fan_in_fan_out") and len(set(map(module_kind, linear))) == 1:
+        layouts |= dict.fromkeys(linear, "in_out")
     return layouts
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,10 @@ KNOWN_MODEL_TYPES = frozenset(_TABLE["model_types"])
 CONV1D_MODULES = {name: frozenset(modules) for name, modules in _TABLE["conv1d"].items()}
 # Model type -> modules of the same names that are nn.Linear
 LINEAR_MODULES = {name: frozenset(modules) for name, modules in _TABLE["linear_of_these_names"].items()}
+OF_CONV1D = "Conv1D"  # the kind of their names
+CONV1D_NAMES = frozenset().union(*CONV1D_MODULES.values())  # in GPT-2 and its relatives
+# The last parts of the names of modules that are an nn.Linear in several models of transformers, and a Conv1D in none.
+LINEAR_NAMES = frozenset(_TABLE["linear"])
 # The last parts of the names of tables of embeddings. A file tells nn.Embedding from nn.Linear in no other way.
 EMBEDDING_MODULES = frozenset(_TABLE["embeddings"])
 
@@ -84,3 +89,14 @@ EMBEDDING_MODULES = frozenset(_TABLE["embeddings"])
 def is_embedding(module: str) -> bool:
     """Whether a module of this name is a table of embeddings in transformers."""
     return module.rpartition(".")[2] in EMBEDDING_MODULES
+
+
+def module_kind(module: str) -> str:
+    """What the modules of one class share in their names: the last part, or all but the numbers before a number.
+
+    The names of a Conv1D are one kind: a model has it in all these places, or an nn.Linear.
+    """
+    outer, _, last = module.rpartition(".")
+    if last in CONV1D_NAMES:
+        return OF_CONV1D
+    return f"{re.sub(r'[0-9]+', '#', outer)}.{last}" if last.isdecimal() else last

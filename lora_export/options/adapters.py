@@ -14,6 +14,7 @@ from lora_export.options.spelling import named
 from lora_export.options.verify import Expectations
 
 TO_GRAPH = Only("to", ("onnx_adapter",))
+AS_LORA = Only("as_kind", ("lora",))
 WrittenFormat = Literal["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers"]
 NamesOf = Literal["transformers4", "transformers5", "vllm", "sglang"]
 
@@ -44,6 +45,20 @@ class ConvertOptions(Output):
         "sglang: the same, with all experts of a projection in one tensor; transformers5: those of the loaded "
         "model.",
     )
+    as_kind: Literal["lora"] | None = option(
+        None,
+        "Make pairs of LoRA of every change first, by {rank}: exact ones where the rank is enough, else the best ones.",
+        flags=("--as",),
+    )
+    rank: int | None = option(None, "Largest rank of a pair.", metavar="R", at_least=1, only=(AS_LORA,))
+    min_kept: float = option(
+        1.0,
+        "Least share of each change's ‖ΔW‖² that its pair has to keep, 0 to 1. Nothing may be lost by default.",
+        metavar="SHARE",
+        at_least=0,
+        at_most=1,
+        only=(AS_LORA,),
+    )
     weight: float = option(1.0, "Factor on the adapter's scale.")
     ignore_head: bool = option(
         False,
@@ -59,6 +74,8 @@ class ConvertOptions(Output):
                 f"{named('to', 'onnx_adapter')} needs {named('graph', 'MODEL.onnx')}, and no other format has it"
             )
         self.check_usage()
+        if self.as_kind is not None and self.rank is None:
+            raise WrongUsage(f"{named('as_kind', self.as_kind)} needs {named('rank', 'R')}")
         if self.names is not None and (self.to != "peft" or self.base is None):
             raise WrongUsage(
                 f"{named('names')} is for {named('to', 'peft')}, and needs {named('base', 'CHECKPOINT')}, which has "

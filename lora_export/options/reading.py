@@ -61,7 +61,11 @@ class ReadOptions(AllowPickle):
     component: PipelineComponent | Literal[""] = option(
         "", "Use only the changes of this model, of an adapter for several models of a diffusion pipeline."
     )
-    stored_adapter: str = option("", "Name of the adapter that is read of a PEFT file with several.", metavar="ADAPTER")
+    stored_adapter: str = option(
+        "",
+        "Name of the adapter that is read of a file with several, or of a model with one for each task.",
+        metavar="ADAPTER",
+    )
     moe_b_layout: ColumnOrder | Literal[""] = option(
         "",
         "Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "

@@ -25,7 +25,7 @@ from lora_export.plan.diffusion import (
     tensors_of_model,
 )
 from lora_export.plan.laid_out import with_shapes
-from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
+from lora_export.plan.layouts import check_stated, layout_notes, refuse_unknown, settle_layouts
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
@@ -164,6 +164,7 @@ def _notes(
         if step.added:
             tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""
             yield f"the base has no {step.weight}: it is added{tie}."
+    yield from layout_notes(steps)
     for name, source in untied.items():
         yield f"{name} is no longer tied to {source}: it gets a tensor of its own."
     if name_prefix:

@@ -1,19 +1,21 @@
 """How a matrix is stored, where the base does not state it: (out, in), or transposed.
 
-A square matrix fits a pair in both layouts, and only one of the two sums is right. Nothing is guessed: the layout is
-stated by the user, shown by the shape, or recorded by the adapter; otherwise the base is refused.
+A square matrix fits a pair in both layouts, and only one of the two sums is right. The layout is stated by the user,
+shown by the shape, recorded by the adapter, or evident from other matrices and names of the base: see
+`layout_evidence.py`. Where there is no evidence, or where it disagrees, the base is refused.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
+from lora_export.plan.layout_evidence import LayoutEvidence
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
 
@@ -39,9 +41,13 @@ def settle_layouts(
     """
     linear = dict(_linear_pairs(adapters, prefixes, base))
     recorded = _recorded(adapters, prefixes, base, stated)
+    evidence = LayoutEvidence(base, linear)
+
+    def of_weight(weight: str) -> dict[Layout, LayoutSource]:
+        return evidence.of(weight) | dict.fromkeys(recorded.get(weight, ()), LayoutSource.ADAPTER)
+
     settled = {
-        weight: _settled(base[weight], pair, _stated_for(weight, stated), recorded.get(weight, set()))
-        for weight, pair in linear.items()
+        weight: _settled(base[weight], pair, _stated_for(weight, stated), of_weight) for weight, pair in linear.items()
     }
     return BaseTensors(settled.get(name, spec) for name, spec in base.items())
 
@@ -60,6 +66,25 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
             "NAME is a tensor, a module or a glob such as '*'. "
             "Nothing was written."
         )
+
+
+_EVIDENCE = {
+    LayoutSource.ADAPTER: "as the adapter records",
+    LayoutSource.SIBLINGS: "as matrices of such names that are not square are",
+    LayoutSource.NAME: "by their names, which transformers and diffusers give to nn.Linear alone",
+}
+
+
+def layout_notes(steps: Sequence[Step]) -> Iterator[str]:
+    """What decided the layout of the square matrices of which the base does not state it, in sentences."""
+    by_reason: dict[tuple[Layout, LayoutSource], list[str]] = {}
+    for step in steps:
+        is_recorded = step.spec.layout_source is LayoutSource.ADAPTER and step.spec.layout is Layout.OUT_IN
+        if step.spec.layout_source in _EVIDENCE and not is_recorded:  # lora-export itself records (out, in)
+            by_reason.setdefault((step.spec.layout, step.spec.layout_source), []).append(step.weight)
+    for (layout, source), weights in by_reason.items():
+        count = f"{len(weights)} square {'matrix is' if len(weights) == 1 else 'matrices are'}"
+        yield f"{count} taken as stored {layout} {_EVIDENCE[source]}, such as {weights[0]}."
 
 
 def _linear_pairs(
@@ -84,7 +109,9 @@ def _for_one_layout(pair: LoraPair, stored: tuple[int, ...]) -> LoraPair:
     return fitting[0] if len({way.shape for way in fitting}) == 1 else pair
 
 
-def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: set[Layout]) -> TensorSpec:
+def _settled(
+    spec: TensorSpec, pair: LoraPair, stated: Layout | None, evidence: Callable[[str], Mapping[Layout, LayoutSource]]
+) -> TensorSpec:
     own = _own_layout(spec, pair)
     if own is not None and stated not in (None, own):
         why = "the base's" if spec.layout is not Layout.UNKNOWN else f"with the shape {spec.shape}, the adapter's"
@@ -97,8 +124,10 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
         return spec
     if stated is not None:
         return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)
-    if len(recorded) == 1:
-        return replace(spec, layout=next(iter(recorded)), layout_source=LayoutSource.ADAPTER)
+    found = list(evidence(spec.name).items())
+    if len(found) == 1:
+        ((layout, source),) = found
+        return replace(spec, layout=layout, layout_source=source)
     return spec
 
 

@@ -47,6 +47,8 @@ class LayoutSource(StrEnum):
     OPTION = "option"  # the user, by `layout`
     ADAPTER = "adapter"  # the adapter records how the weight that it was trained on is stored
     SHAPE = "shape"  # the weight is not square, and fits the adapter in one layout only
+    SIBLINGS = "siblings"  # matrices of the same kind of name in the same file, which are not square
+    NAME = "name"  # transformers and diffusers give this name to nn.Linear alone
 
 
 @dataclass(frozen=True)

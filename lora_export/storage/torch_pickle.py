@@ -97,7 +97,7 @@ def _operations(archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
         yield opcode.name, argument
 
 
-def _costly(archive: zipfile.ZipFile) -> str:
+def costly_pickle(archive: zipfile.ZipFile) -> str:
     """Why a pickle could take more memory or time than its size; empty where it cannot.
 
     A call of another name could take any memory (`bytearray`). A tuple that is used twice, in one that is used twice,
@@ -142,7 +142,7 @@ def open_pickle(path: Path) -> PickledTensors:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputRefused(NOT_TENSORS.format(path, reason)) from error
     table = _table(path, content)
-    arrays = {name: _array(path, name, value) for name, value in table.items()}
+    arrays = {name: array_of(path, name, value) for name, value in table.items()}
     entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
     return PickledTensors(path, entries, arrays, {}, state)
 
@@ -151,7 +151,7 @@ def _refuse_other_archives(path: Path, file: Any) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            costly = _costly(archive)
+            costly = costly_pickle(archive)
     except FAILURES as error:
         raise InputRefused(
             f"{path} is no archive of torch.save. If it is a pickle of PyTorch before 1.6, load it with PyTorch where "
@@ -180,7 +180,7 @@ def _table(path: Path, content: Any) -> dict[str, torch.Tensor]:
     return dict(content)
 
 
-def _array(path: Path, name: str, tensor: torch.Tensor) -> NDArray[Any]:
+def array_of(path: Path, name: str, tensor: torch.Tensor) -> NDArray[Any]:
     """A tensor as an array with the same bits."""
     import torch
 

@@ -13,13 +13,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lora_export.adapters.low_rank import LayerShare, SingularValues, Truncation
+from lora_export.adapters.low_rank import LayerShare
+from lora_export.adapters.singular_values import SingularValues, Truncation
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
+from lora_export.plan.layout_evidence import LayoutEvidence
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
@@ -81,6 +83,7 @@ class _Extraction:
         prefix = _prefix(old, self.new)
         self.old = {prefix + name: tensor for name, tensor in old.items()}
         self.specs = {spec.name: spec for spec in base.specs}
+        self.evidence = LayoutEvidence(self.specs, {})
         self.pairs: dict[str, LoraPair] = {}
         self.layouts: dict[str, str] = {}
         self.tied: dict[str, str] = {}  # output embeddings -> input embeddings
@@ -182,7 +185,8 @@ class _Extraction:
         names = (spec.name, spec.name.removesuffix(".weight"))
         if spec.layout is Layout.UNKNOWN:
             matching = [each for glob, each in self.layout.items() if any(fnmatch.fnmatchcase(n, glob) for n in names)]
-            return Layout(matching[-1]) if matching else Layout.UNKNOWN
+            found = [Layout(matching[-1])] if matching else list(self.evidence.of(spec.name))
+            return found[0] if len(found) == 1 else Layout.UNKNOWN
         return Layout.IN_OUT if spec.layout is Layout.IN_OUT else Layout.OUT_IN
 
     @property

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
+from lora_export.names.parametrized import FIELDS
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
 from lora_export.storage import block_copy, json_files, safetensors_file
@@ -350,6 +351,8 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
         config = untied_config(config)
     if base.quantised:
         config = without_quantisation(config)
+    if base.own_adapters:
+        config = {key: value for key, value in config.items() if key not in FIELDS}
     if dtype and config:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from lora_export.adapters import low_rank
-from lora_export.adapters.low_rank import Truncation, refuse_beyond_pairs, resize_adapter
+from lora_export.adapters import singular_values as svd
+from lora_export.adapters.low_rank import refuse_beyond_pairs, resize_adapter
+from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.adapters import ResizeOptions
@@ -20,7 +22,7 @@ A, B = RNG.normal(size=(3, 9)).astype(np.float32), RNG.normal(size=(7, 3)).astyp
 
 
 def test_the_values_of_a_product_are_those_of_the_whole_matrix() -> None:
-    found = low_rank.of_product(B, A, -2.0)
+    found = svd.of_product(B, A, -2.0)
     whole = -2.0 * (B.astype(np.float64) @ A)
     np.testing.assert_allclose(found.s, np.linalg.svd(whole)[1][:3], rtol=1e-12)
     np.testing.assert_allclose((found.u * found.s) @ found.vt, whole, atol=1e-12)
@@ -28,7 +30,7 @@ def test_the_values_of_a_product_are_those_of_the_whole_matrix() -> None:
 
 
 def test_factors_of_a_lower_rank_are_the_best() -> None:
-    found = low_rank.of_product(B, A)
+    found = svd.of_product(B, A)
     a, b = found.factors(2)
     left = B.astype(np.float64) @ A - b.astype(np.float64) @ a
     assert (a.shape, b.shape, a.dtype) == ((2, 9), (7, 2), np.float32)
@@ -37,37 +39,37 @@ def test_factors_of_a_lower_rank_are_the_best() -> None:
 
 
 def test_factors_share_the_singular_values() -> None:
-    a, b = low_rank.of_product(1000 * B, A / 1000).factors(3)
+    a, b = svd.of_product(1000 * B, A / 1000).factors(3)
     np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-6)
 
 
 def test_the_least_rank_that_captures_a_share() -> None:
-    found = low_rank.of_matrix(np.diag([3.0, 2.0, 1.0]))  # shares 9/14, 13/14, 1
+    found = svd.of_matrix(np.diag([3.0, 2.0, 1.0]))  # shares 9/14, 13/14, 1
     assert [found.rank_for(share) for share in (0.1, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
-    assert low_rank.SingularValues(found.u, found.s[:1], found.vt, found.energy).rank_for(0.9) is None
+    assert svd.SingularValues(found.u, found.s[:1], found.vt, found.energy).rank_for(0.9) is None
 
 
 def test_a_wide_rank_is_no_obstacle() -> None:
-    found = low_rank.of_product(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32))
+    found = svd.of_product(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32))
     np.testing.assert_allclose((found.u * found.s) @ found.vt, np.full((2, 3), 5.0), atol=1e-12)
 
 
 def test_nothing_is_lost_of_a_zero_matrix() -> None:
-    assert low_rank.of_product(np.zeros((2, 1), np.float32), np.ones((1, 2), np.float32)).captured(1) == 1.0
+    assert svd.of_product(np.zeros((2, 1), np.float32), np.ones((1, 2), np.float32)).captured(1) == 1.0
 
 
 @pytest.mark.parametrize(
     ("truncation", "rank"),
     [
-        (low_rank.Truncation(rank=2), 2),
-        (low_rank.Truncation(rank=9), 3),
-        (low_rank.Truncation(energy=0.9), 2),
-        (low_rank.Truncation(rank=1, energy=0.9), 1),
-        (low_rank.Truncation(rank=3, energy=0.1), 1),
+        (svd.Truncation(rank=2), 2),
+        (svd.Truncation(rank=9), 3),
+        (svd.Truncation(energy=0.9), 2),
+        (svd.Truncation(rank=1, energy=0.9), 1),
+        (svd.Truncation(rank=3, energy=0.1), 1),
     ],
 )
-def test_a_truncation_is_a_rank_a_share_or_both(truncation: low_rank.Truncation, rank: int) -> None:
-    assert truncation.rank_of(low_rank.of_matrix(np.diag([3.0, 2.0, 1.0]))) == rank
+def test_a_truncation_is_a_rank_a_share_or_both(truncation: svd.Truncation, rank: int) -> None:
+    assert truncation.rank_of(svd.of_matrix(np.diag([3.0, 2.0, 1.0]))) == rank
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_a_truncation_is_a_rank_a_share_or_both(truncation: low_rank.Truncation,
 def test_a_truncation_out_of_range_is_refused(rank: int | None, energy: float | None, message: str) -> None:
     with pytest.raises(WrongUsage, match=message):
         options = ResizeOptions("adapter", "out", rank=rank, energy=energy)
-        low_rank.Truncation(options.rank, options.energy)
+        svd.Truncation(options.rank, options.energy)
 
 
 def test_shares_add_up_by_their_squared_norms() -> None:

@@ -33,6 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 COMBINE = ("combine", "one", "two", "-o")
 MERGE = ("merge", "zeros.safetensors", "one", "two", "-o")
 EXTRACT = ("extract", "base.safetensors", "tuned.safetensors", "-o", "adapter", "--layout", "*=out_in")
+AS_LORA = ("convert", "big", "-o", "x", "--to", "peft", "--as", "lora", "--rank", "1")
 RESIZE = ("resize", "big", "-o", "small")
 
 
@@ -57,6 +58,10 @@ RESIZE = ("resize", "big", "-o", "small")
         ((*RESIZE, "--rank", "0"), 2, "Invalid value for '--rank': 0 is not in the range x>=1"),
         ((*RESIZE, "--energy", "1.1"), 2, "Invalid value for '--energy': 1.1 is not in the range 0<x<=1"),
         ((*RESIZE, "--rank", "2", "-o", "big"), 7, "big"),
+        ((*AS_LORA, "--min-kept", "0.65"), 3, "fc: 0.6429 of its change at rank 1"),
+        (AS_LORA, 3, "of each layer by --min-kept. Nothing was written."),
+        ((*AS_LORA[:-2],), 2, "--as lora needs --rank R"),
+        ((*AS_LORA[:6], "--rank", "1"), 2, "--rank is for --as lora"),
         (("convert", "fr", "-o", "x.onnx_adapter"), 2, "--to onnx_adapter needs --for MODEL.onnx, and no other"),
         (("convert", "fr", "--for", "m.onnx"), 2, "Missing option '-o'"),
         (("convert", "fr", "--for", "m.onnx", "-o", "x", "--to", "tarot"), 2, "Invalid value for '--to'"),
@@ -170,3 +175,19 @@ def test_an_existing_file_is_kept_without_overwrite(
     out.write_bytes(b"old")
     assert call("convert", an_adapter(tmp_path / "fr"), "--for", graph, "-o", out) == 7
     assert out.read_bytes() == b"old" and "--overwrite" in capsys.readouterr().err
+
+
+def test_a_conversion_to_lora_reports_what_each_layer_keeps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = answer(capsys, *AS_LORA, "--min-kept", "0.64")
+    assert (code, document["pairs"], document["share"]) == (0, 2, pytest.approx(9 / 14))
+    assert [(layer["module"], layer["rank"], layer["of_rank"]) for layer in document["layers"]] == [
+        ("fc", 1, 3),
+        ("up", 1, 3),
+    ]
+    assert json.loads((place / "x/lora_export.json").read_text())["settings"]["min_kept"] == 0.64
+    assert call(*AS_LORA[:3], "y", *AS_LORA[4:], "--min-kept", "0.64") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "wrote y: 2 pairs of rank 1, 64.3% of ‖ΔW‖²" and lines[1].startswith(
+        "layers with the least share"
+    )
+    assert load_file(place / "y/adapter_model.safetensors")["base_model.model.fc.lora_A.weight"].shape == (1, 3)

@@ -167,11 +167,11 @@ def nodes(example: FormatExample, folder: Path) -> str:
     return "right" if agree else "wrong"
 
 
-def convert(to: str, *, with_base: bool) -> Callable[[FormatExample, Path], str]:
+def convert(to: str, *, with_base: bool, **more: Any) -> Callable[[FormatExample, Path], str]:
     def converted(example: FormatExample, folder: Path) -> str:
         base = base_of(example, folder)
         options = {"base": base} if with_base else {"reading": example.reading.for_base(base)}
-        written = lora_export.convert(example.path, folder / "written", to=to, **options).output
+        written = lora_export.convert(example.path, folder / "written", to=to, **options, **more).output
         assert lora_export.load_adapter(written).format == to
         (folder / "again").mkdir()
         return merge(FormatExample(written, example.base, example.merged, config=example.config), folder / "again")
@@ -184,11 +184,15 @@ WAYS = {"merge": merge, "nodes": nodes}
 TABLES = {
     "formats of language models": (
         EXAMPLES,
-        WAYS | {f"convert to {to}": convert(to, with_base=False) for to in ("peft", "mlx")},
+        WAYS
+        | {f"convert to {to}": convert(to, with_base=False) for to in ("peft", "mlx")}
+        | {"as LoRA": convert("peft", with_base=False, as_kind="lora", rank=64)},
     ),
     "formats of diffusion models": (
         DIFFUSION,
-        WAYS | {f"to {to}": convert(to, with_base=True) for to in ("kohya", "comfyui", "diffusers")},
+        WAYS
+        | {f"to {to}": convert(to, with_base=True) for to in ("kohya", "comfyui", "diffusers")}
+        | {"as LoRA": convert("diffusers", with_base=True, as_kind="lora", rank=64)},
     ),
 }
 

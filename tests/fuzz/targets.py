@@ -52,6 +52,7 @@ from lora_export.training.arrays import read_labelled_arrays
 from lora_export.training.records.opening import open_records
 from lora_export.training.row_forms import form_of, survey
 from lora_export.weights.checkpoint import open_checkpoint
+from support.distributed import save_whole
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
 
@@ -123,7 +124,7 @@ g (float[N, 3] x) => (float[N, 2] y)
   y = Add(b, s) }"""
 TENSOR_BYTES = 24  # of one weight of the graph, at the end of weights.data
 GRAPH_TENSORS = ("fc.weight", "up.weight")
-PAIR = LoraPair(a=A, b=B, scale=1.0)
+PAIR, PAIR_SIDES = LoraPair(a=A, b=B, scale=1.0), (("A", A), ("B", B))
 
 
 class TooSlow(BaseException):
@@ -366,6 +367,33 @@ def pickled_adapter(data: bytes) -> bool:
         (place / "a.pt").write_bytes(data)
         command("inspect", place / "a.pt", *STATED)
         return merge_is_all_or_nothing(place, *STATED, adapter="a.pt")
+
+
+@functools.cache
+def good_shards() -> dict[str, bytes]:
+    """The files of a distributed checkpoint with an adapter."""
+    with a_place() as place:
+        state = {f"{WRAPPER}fc.lora_{side}.default.weight": torch.from_numpy(value) for side, value in PAIR_SIDES}
+        return {path.name: path.read_bytes() for path in save_whole(place / "shards", state).iterdir()}
+
+
+def shards(**replaced: bytes) -> bool:
+    with a_place() as place:
+        a_base(place)
+        names = {"metadata": ".metadata", "shard": "__0_0.distcp"}
+        write(place / "adapter", good_shards() | {names[name]: data for name, data in replaced.items()})
+        command("inspect", place / "adapter", *STATED)
+        return merge_is_all_or_nothing(place, *STATED)
+
+
+def model_with_tasks(data: bytes) -> bool:
+    """The config of a model with an adapter for each task, and the names of its tensors, one a line after that."""
+    config, *names = data.split(b"\n")
+    values = dict(zip((name.decode("utf-8", "replace") for name in names), (W, A[None], B[None]), strict=False))
+    with a_place() as place:
+        write(place / "base", {"config.json": config, "model.safetensors": save(values)})
+        command("inspect", place / "base")
+        return merge_is_all_or_nothing(place, "--layout", "*=out_in", "--stored-adapter", "x", adapter="base")
 
 
 def keys_of_a_file(data: bytes) -> bool:
@@ -806,6 +834,9 @@ TARGETS: dict[str, Target] = {
     "mlx_config": mlx_config,
     "litgpt_settings": litgpt_settings,
     "pickled_adapter": pickled_adapter,
+    "shard_metadata": lambda data: shards(metadata=data),
+    "shard": lambda data: shards(shard=data),
+    "model_with_tasks": model_with_tasks,
     "keys_of_a_file": keys_of_a_file,
     "diffusion_file": diffusion_file,
     "peft_kind": peft_kind,
@@ -898,6 +929,10 @@ GOOD: dict[str, bytes] = {
     "mlx_config": as_json(MLX_CONFIG),
     "litgpt_settings": b"\n---\n".join(LITGPT.values()),
     "pickled_adapter": pickle_of({"fc.lora_A": torch.from_numpy(A), "fc.lora_B": torch.from_numpy(B)}),
+    "shard_metadata": good_shards()[".metadata"],
+    "shard": good_shards()["__0_0.distcp"],
+    "model_with_tasks": b'{"lora_adaptations": ["x"], "lora_rank": 1, "lora_alpha": 2}\n'
+    + b"\n".join(b"fc.parametrizations.weight." + part for part in (b"original", b"0.lora_A", b"0.lora_B")),
     "keys_of_a_file": b"fc.lora_A\nfc.lora_B",
     "diffusion_file": b"\nlora_unet_fc.hada_w1_a 2,1\nlora_unet_fc.hada_w1_b 1,3\nlora_unet_fc.hada_w2_a 2,1\n"
     b"lora_unet_fc.hada_w2_b 1,3",

@@ -93,6 +93,7 @@ NUMPY_CORE = (
 )
 TORCH_BY_REQUEST = {
     "lora_export.storage.torch_pickle",  # reads a pickle, where --allow-pickle is given
+    "lora_export.storage.distributed_checkpoint",  # the same
     "lora_export.weights.cuda",  # a merge's arithmetic on a GPU, where that was asked for
     "lora_export.runtime.environment_probes",  # imports every package to see whether it works, each in its own process
 }

@@ -29,12 +29,12 @@ def test_a_shape_that_fits_one_layout_decides_it(shape, layout):
 
 
 def test_a_square_matrix_of_unknown_layout_is_refused_by_name():
-    base = [unknown(f"h.{layer}.fc.weight") for layer in range(5)]
-    one = holding(pairs={f"h.{layer}.fc": square() for layer in range(5)})
+    base = [unknown(f"h.{layer}.mix.weight") for layer in range(5)]
+    one = holding(pairs={f"h.{layer}.mix": square() for layer in range(5)})
     with pytest.raises(InputRefused) as refused:
         plan.make([one], base)
     assert str(refused.value).startswith(
-        "the layout of 5 square matrices is unknown: h.0.fc.weight, h.1.fc.weight, h.2.fc.weight, and 2 more. Neither"
+        "the layout of 5 square matrices is unknown: h.0.mix.weight, h.1.mix.weight, h.2.mix.weight, and 2 more. "
     )
     assert 'layout={"NAME": "out_in"} or layout={"NAME": "in_out"}' in str(refused.value)
     assert {layout for layout, _ in settled(plan.make([one], base, unknown_layout_ok=True)).values()} == {"unknown"}
@@ -76,6 +76,40 @@ def test_two_records_that_contradict_each_other_are_no_evidence():
     two = [recording("in_out", "one", fc=square()), recording("out_in", "two", fc=square())]
     with pytest.raises(InputRefused, match=r"the layout of 1 square matrix is unknown: fc\.weight"):
         plan.make(two, [unknown("fc.weight")])
+
+
+@pytest.mark.parametrize(
+    ("module", "beside", "decided"),
+    [
+        ("h.0.fc", [], ("out_in", "name")),  # an nn.Linear in transformers, and a layer of a stack
+        ("fc", [], None),  # no layer of a stack
+        ("pooler.dense", [unknown("h.0.fc.weight", 2, 3)], ("out_in", "name")),  # beside a stack
+        ("pooler.mix", [unknown("h.0.fc.weight", 2, 3)], None),
+        ("h.0.mix", [], None),  # a name that transformers does not have
+        ("h.0.c_proj", [], None),  # GPT-2's, and that of an nn.Linear in StarCoder2
+        ("h.0.fc", [unknown("wide.weight", 2, 3), vector("wide.bias", 3)], None),  # a Conv1D that is none of GPT-2's
+        ("h.0.fc", [unknown("wide.weight", 2, 3)], ("out_in", "name")),  # without a bias it shows nothing
+        ("h.0.mix", [unknown("h.1.mix.weight", 2, 3), vector("h.1.mix.bias", 3)], ("in_out", "siblings")),
+        ("h.0.mix", [unknown("h.1.mix.weight", 2, 3), vector("h.1.mix.bias", 2)], ("out_in", "siblings")),
+        ("h.0.c_proj", [unknown("h.0.c_attn.weight", 2, 6), vector("h.0.c_attn.bias", 6)], ("in_out", "siblings")),
+        ("h.0.fc", [unknown("h.1.fc.weight", 2, 3), vector("h.1.fc.bias", 3)], ("in_out", "siblings")),  # a Conv1D
+        ("net.0", [unknown("net.2.weight", 2, 3), vector("net.2.bias", 3)], None),  # numbers are no names
+        ("a.1.0", [unknown("a.2.0.weight", 2, 3), vector("a.2.0.bias", 3)], ("in_out", "siblings")),
+    ],
+)
+def test_names_and_other_matrices_decide(module, beside, decided):
+    base = [unknown(f"{module}.weight"), *beside]
+    one = holding(pairs={module: square()})
+    if decided is None:
+        with pytest.raises(InputRefused, match=r"the layout of 1 square matrix is unknown"):
+            plan.make([one], base)
+        return
+    made = plan.make([one], base)
+    assert settled(made) == {f"{module}.weight": decided}
+    (note,) = [note for note in made.notes if "taken as stored" in note]
+    assert f"1 square matrix is taken as stored {decided[0]} " in note and f"such as {module}.weight." in note
+    other = {"out_in": "in_out", "in_out": "out_in"}[decided[0]]
+    assert settled(plan.make([one], base, layout={"*": other})) == {f"{module}.weight": (other, "option")}
 
 
 def test_the_option_overrides_the_record_of_an_adapter():

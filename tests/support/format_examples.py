@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from lora_export.options.reading import ReadOptions
 from support import ROOT
+from support.distributed import config as peft_config
+from support.distributed import lora_state, save_in_shards, save_whole
 from support.handmade import peft_adapter
 
 Array = NDArray[Any]
@@ -187,6 +189,41 @@ def torchtune_experts(folder: Path) -> FormatExample:
     return _example(path, changes, reading=ReadOptions(**STATED), config=config)
 
 
+def in_shards(folder: Path) -> FormatExample:
+    state = lora_state("model.")
+    key = "model.base_model.model.fc.lora_{}.default.weight"
+    a, b = (state[key.format(side)].numpy() for side in "AB")
+    path = save_in_shards(peft_config(folder), state)
+    return _example(path, {"fc.weight": 3 * b @ a}, reading=ReadOptions(**ALLOWED))
+
+
+def megatron(folder: Path) -> FormatExample:
+    """The rows of q, k and v by query groups: of each of the two groups one query, its key and its value."""
+    a, b = integers(1, RANK, IN), integers(1, 12, RANK)
+    key = "decoder.layers.self_attention.linear_qkv.adapter.linear_{}.weight"
+    state = {key.format("in"): torch.from_numpy(a), key.format("out"): torch.from_numpy(b)}
+    save_whole(folder, state)
+    (folder / "run_config.yaml").write_text(yaml.safe_dump({"peft": {"dim": RANK, "alpha": 6}}))
+    groups = (3 * b[0] @ a[0]).reshape(2, 3, 2, IN)
+    changes = {
+        f"model.layers.0.self_attn.{name}_proj.weight": groups[:, place].reshape(-1, IN)
+        for place, name in enumerate("qkv")
+    }
+    config = LLAMA | {"intermediate_size": 4, "architectures": ["LlamaForCausalLM"]}
+    return _example(folder, changes, reading=ReadOptions(**ALLOWED), config=config)
+
+
+def in_a_model(folder: Path) -> FormatExample:
+    """An adapter for each of three tasks, of which the second is read."""
+    a, b = integers(3, RANK, IN), integers(3, OUT, RANK)
+    folder.mkdir(parents=True)
+    key = "fc.parametrizations.weight.0.lora_{}"
+    save_file({key.format("A"): a, key.format("B"): b}, folder / "model.safetensors")
+    tasks = {"lora_adaptations": ["x", "y", "z"], "lora_rank": RANK, "lora_alpha": 6}
+    (folder / "config.json").write_text(json.dumps(tasks))
+    return _example(folder, {"fc.weight": 3 * b[1] @ a[1]}, reading=ReadOptions(stored_adapter="y"))
+
+
 EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "PEFT, `adapter_model.bin`": peft_pickle,
     "mlx-lm, linear": mlx_linear,
@@ -202,4 +239,7 @@ EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "torchtune, DoRA": torchtune_dora,
     "torchtune, Phi-3": torchtune_fused,
     "torchtune, experts": torchtune_experts,
+    "torch.distributed.checkpoint, shards": in_shards,
+    "a model with an adapter for each task": in_a_model,
+    "Megatron-Bridge, q, k and v": megatron,
 }

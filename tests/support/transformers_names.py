@@ -249,6 +249,7 @@ def _operation(operation: Any) -> dict[str, Any]:
 MODELS = Path(transformers.__file__).parent / "models"
 MODEL_TYPE = re.compile(r'^    model_type\s*(?::[^=]+)?=\s*"([^"]+)"', re.MULTILINE)
 EMBEDDINGS = {"nn.Embedding", "torch.nn.Embedding"}
+SEVERAL = 3  # folders of transformers
 # Names of tables of embeddings in some models, and of linear layers in others, BERT among them.
 LINEAR_ELSEWHERE = {"query", "reference_points"}
 
@@ -262,6 +263,7 @@ def derive_modules() -> dict[str, Any]:
         "model_types": sorted(derived_types()),
         "conv1d": dict(sorted(conv1d.items())),
         "linear_of_these_names": dict(sorted(linear_modules(conv1d).items())),
+        "linear": linear_names(),
         "embeddings": sorted(tables - LINEAR_ELSEWHERE),
     }
 
@@ -308,6 +310,16 @@ def linear_modules(conv1d: Mapping[str, list[str]]) -> dict[str, list[str]]:
         if modules := names & set(re.findall(r"self\.(\w+) = ", text)):
             found |= dict.fromkeys(declared_types(folder) - set(conv1d), sorted(modules))
     return found
+
+
+def linear_names() -> list[str]:
+    """The attributes that are an nn.Linear in SEVERAL folders of transformers, and a Conv1D in none."""
+    users: dict[str, set[str]] = {}
+    for folder, text in sources("*/modeling_*.py"):
+        for name in re.findall(r"self\.(\w+)(?:: [^=\n]+)? = (?:torch\.)?nn\.Linear\(", text):
+            users.setdefault(name, set()).add(folder)
+    conv1d = {name for modules in conv1d_modules().values() for name in modules}
+    return sorted(name for name, folders in users.items() if len(folders) >= SEVERAL and name not in conv1d)
 
 
 @functools.cache

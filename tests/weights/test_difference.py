@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.adapters.low_rank import Truncation
+from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.weights import difference

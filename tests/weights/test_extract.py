@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
-from lora_export.adapters.low_rank import Truncation
+from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.extract import extract_adapter
@@ -158,3 +158,15 @@ def test_an_unknown_layout_has_to_be_stated(tmp_path: Path) -> None:
         found = extract_adapter(one, other, Truncation(rank=2), name="x", layout={"*": layout})
         np.testing.assert_allclose(found.adapter.pairs["fc"].delta(), expected, atol=1e-5)
         assert dict(found.adapter.layouts) == {"fc": layout}
+
+
+@pytest.mark.parametrize(("size", "layout"), [(3, "out_in"), (4, "in_out")])
+def test_a_bias_shows_the_layout_of_matrices_of_its_name(tmp_path: Path, size: int, layout: str) -> None:
+    rest = {"a.fc.bias": np.ones(size), "b.fc.weight": np.ones((2, 2))}
+    for name, value in (("base", np.zeros((3, 4))), ("tuned", np.arange(12.0).reshape(3, 4))):
+        base_file(
+            tmp_path / f"{name}.safetensors", {"a.fc.weight": value, **rest, "b.fc.weight": np.eye(2) + value[0, 1]}
+        )
+    one, other = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    found = extract_adapter(one, other, Truncation(rank=2), name="x")
+    assert dict(found.adapter.layouts) == {"a.fc": layout, "b.fc": layout}

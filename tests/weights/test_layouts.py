@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ def jais(folder: Path, model_type: str | None = "jais") -> GPT2LMHeadModel:
     return model
 
 
-def trained_and_saved(model: nn.Module, folder: Path, *targets: str, fan_in_fan_out: bool = True) -> dict[str, Any]:
-    """Save an adapter for these modules, and return the weights that PEFT merges."""
+def trained_and_saved(
+    model: nn.Module, folder: Path, *targets: str, fan_in_fan_out: bool | None = True
+) -> dict[str, Any]:
+    """Save an adapter for these modules, and return the weights that PEFT merges. None leaves PEFT's own record."""
     adapted = trained(model, sixty_fourths, r=2, lora_alpha=2, target_modules=list(targets))
     adapted.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["fan_in_fan_out"] = fan_in_fan_out
+    config["fan_in_fan_out"] = config["fan_in_fan_out"] if fan_in_fan_out is None else fan_in_fan_out
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return adapted.merge_and_unload().state_dict()
 
@@ -51,16 +54,7 @@ def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
 
 
-@pytest.mark.parametrize("model_type", ["jais", None])
-def test_a_folder_of_unknown_type_is_refused_where_nothing_decides(tmp_path, model_type):
-    model = jais(tmp_path / "base", model_type)
-    trained_and_saved(model, tmp_path / "ad", "attn.c_proj", fan_in_fan_out=False)
-    with pytest.raises(InputRefused, match=f"layout of 2 square matrices is unknown: {SQUARE}, transformer.h.1"):
-        le.merge(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("evidence", ["option", "adapter"])
+@pytest.mark.parametrize("evidence", ["option", "adapter", "siblings"])
 def test_a_folder_of_unknown_type_equals_pefts(tmp_path, evidence):
     model = jais(tmp_path / "base")
     theirs = trained_and_saved(model, tmp_path / "ad", "c_proj", "c_attn", fan_in_fan_out=evidence == "adapter")
@@ -121,13 +115,86 @@ def test_a_square_matrix_in_a_bare_file_is_not_guessed(tmp_path, target):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ad", "base.safetensors"]
 
 
-def test_one_fan_in_fan_out_for_both_kinds_is_no_evidence(tmp_path):
-    # PEFT writes what it found at the last module: here a Conv1D, beside linear layers.
-    model = Layers()
+def stack(**layers: nn.Module) -> nn.Module:
+    """A model of these layers, in the order in which PEFT visits them; two underscores are a dot."""
+    model = nn.Module()
+    for name, layer in layers.items():
+        *outer, last = name.split("__")
+        owner = model
+        for part in outer:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(last, layer)
+    return model
+
+
+def linear(columns: int = 6, rows: int = 6) -> nn.Module:
+    return nn.Linear(columns, rows)
+
+
+def conv1d(columns: int = 6, rows: int = 6) -> nn.Module:
+    return Conv1D(rows, columns)
+
+
+DECIDED = {
+    "one Conv1D: PEFT records it": ({"square": conv1d()}, "adapter"),
+    "Conv1D of one name": ({"a__square": conv1d(), "b__square": conv1d()}, "adapter"),
+    "GPT-2's names, beside one that is not square": ({"h__0__c_proj": conv1d(), "h__0__c_fc": conv1d(6, 9)}, "adapter"),
+    "the same names of linear layers": ({"h__0__c_proj": linear(), "h__0__c_fc": linear(6, 9)}, "siblings"),
+    "a linear layer of this name is not square": ({"a__mix": linear(), "b__mix": linear(6, 4)}, "siblings"),
+    "layers of a stack with names of transformers": (
+        {"layers__0__q_proj": linear(), "layers__0__v_proj": linear()}, "name",
+    ),
+    "the same, in an encoder beside a Conv1D of GPT-2": (
+        {"layer__0__query": linear(), "h__0__c_attn": conv1d(6, 18), "h__0__c_proj": conv1d()}, "name",
+    ),
+    "a UNet of diffusers": (
+        {"down_blocks__0__attentions__0__transformer_blocks__0__attn1__to_k": linear(),
+         "down_blocks__0__resnets__0__conv1": nn.Conv2d(4, 6, 1),
+         "down_blocks__0__attentions__0__transformer_blocks__0__attn1__to_q": linear(),
+         "down_blocks__0__attentions__0__proj_in": linear(6, 8)}, "name",
+    ),
+}  # fmt: skip
+REFUSED = {
+    "a linear layer of a name of its own": {"mix": linear()},
+    "one flag for both kinds, a Conv1D last": {"plain": linear(3, 5), "dense": linear(), "square": conv1d()},
+    "the same, where no shape contradicts the flag": {"dense": linear(), "wide": conv1d(5, 3)},
+    "both squares": {"dense": linear(), "square": conv1d()},
+    "a linear layer last": {"square": conv1d(), "plain": linear(3, 5)},
+    "numbers are no names": {"net__0": conv1d(), "net__2": linear(3, 5), "net__3": linear()},
+    "a Conv1D with a name of nn.Linear": {"layers__0__q_proj": conv1d()},
+    "two of them, and a linear layer last": {
+        "layers__0__q_proj": conv1d(), "layers__1__q_proj": conv1d(3, 5), "layers__1__v_proj": linear(),
+    },
+    "a name of transformers beside a Conv1D of another": {
+        "layers__0__wide": conv1d(5, 3), "layers__0__q_proj": linear(),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*DECIDED, *REFUSED])
+def test_squares_of_a_bare_file_are_merged_as_by_peft_or_refused(tmp_path, case):
+    """With PEFT's own record: `fan_in_fan_out` of the last module."""
+    torch.manual_seed(0)
+    layers, expected = DECIDED[case] if case in DECIDED else (REFUSED[case], "")
+    model = stack(**copy.deepcopy(layers))
     save_model(model, str(tmp_path / "base.safetensors"))
-    trained_and_saved(model, tmp_path / "ad", "plain", "dense", "square", fan_in_fan_out=True)
-    with pytest.raises(InputRefused, match=r"2 square matrices is unknown: (square|dense)\.weight, "):
-        le.merge(tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors")
+    targets = [name.replace("__", ".") for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)]
+    theirs = trained_and_saved(model, tmp_path / "ad", *targets, fan_in_fan_out=None)
+    paths = tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors"
+    if not expected:
+        with pytest.raises(InputRefused, match=r"square (matrix|matrices) is unknown"):
+            le.merge(*paths)
+        assert not paths[2].exists()
+        return
+    made = le.merge(*paths)
+    assert same_bits(load_tensors(paths[2]), theirs)
+    first = next(iter(layers)).replace("__", ".")
+    (source,) = (str(step.spec.layout_source) for step in made.plan.steps if step.weight == f"{first}.weight")
+    assert source == expected and any("taken as stored" in note for note in made.plan.notes)
+    proven = le.verify(paths[2], base=paths[0], adapters=[paths[1]])
+    assert str(proven.verdict.outcome) == "same"
 
 
 # --- Tensors with two names ---

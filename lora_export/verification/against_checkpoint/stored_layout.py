@@ -1,7 +1,8 @@
 """How a changed matrix is stored, decided without the code that decides it for a merge.
 
 The evidence, in this order: an embedding's own pair; the shape; the user; the type of the model, unless the biases of
-modules of the same name contradict it; the adapters. Where there is none, the layout is unknown.
+modules of the same name contradict it; the adapters, other matrices of the file, and names, which have to agree. Where
+there is none, the layout is unknown.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
+from lora_export.names.diffusion_layouts import other_layouts
+from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES, LINEAR_NAMES
 from lora_export.plan import Layout, Plan, Step
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -38,7 +40,9 @@ class StoredLayouts:
             of_part = step.spec.layout if step.spec.region is not None else None
             layout = shown[step.weight] or of_part or _stated(step.weight, stated)
             layout = layout or _of_model(step.weight, shapes, model_types)
-            layouts[step.weight] = layout or _of_adapters(step, plan, unreliable) or Layout.UNKNOWN
+            layouts[step.weight] = layout or _agreed(
+                {*_of_adapters(step, plan, unreliable), *_of_file(step.weight, shapes, shown)}
+            )
         return cls(layouts)
 
     def stored_as(self, step: Step) -> Step:
@@ -117,6 +121,54 @@ def _contradicted(step: Step, plan: Plan, shown: Layout | None, stated: Mapping[
             yield adapter
 
 
-def _of_adapters(step: Step, plan: Plan, unreliable: set[str]) -> Layout | None:
-    layouts = {layout for adapter, layout in _recorded(step, plan) if adapter not in unreliable}
-    return layouts.pop() if len(layouts) == 1 else None
+def _of_adapters(step: Step, plan: Plan, unreliable: set[str]) -> set[Layout]:
+    return {layout for adapter, layout in _recorded(step, plan) if adapter not in unreliable}
+
+
+def _agreed(layouts: set[Layout]) -> Layout:
+    return layouts.pop() if len(layouts) == 1 else Layout.UNKNOWN
+
+
+CONV1D = frozenset(name for modules in CONV1D_MODULES.values() for name in modules)
+
+
+def _of_file(
+    weight: str, shapes: Mapping[str, tuple[int, ...]], shown: Mapping[str, Layout | None]
+) -> Iterator[Layout]:
+    """The layouts of a square matrix by other matrices of a file whose model is unknown, and by its name."""
+    module = weight.removesuffix(WEIGHT)
+    last = module.split(".")[-1]
+    alike = {name: layout for name, layout in _oblong(shapes, shown) if _are_alike(name.removesuffix(WEIGHT), module)}
+    yield from alike.values()
+    others = {layout for name, layout in _oblong(shapes, shown) if name.split(".")[-2] not in CONV1D}
+    if last not in CONV1D and Layout.IN_OUT not in others:
+        has_stack = any(_is_in_a_stack(name) for name, shape in shapes.items() if len(shape) == 2)
+        if (last in LINEAR_NAMES and has_stack) or other_layouts(shapes):
+            yield Layout.OUT_IN
+
+
+def _is_in_a_stack(name: str) -> bool:
+    """Whether a tensor is the weight of a layer of nn.Linear, by its name, below a number."""
+    *outer, last = name.removesuffix(WEIGHT).split(".")
+    return last in LINEAR_NAMES and any(part.isdecimal() for part in outer)
+
+
+def _oblong(shapes: Mapping[str, tuple[int, ...]], shown: Mapping[str, Layout | None]) -> Iterator[tuple[str, Layout]]:
+    """The matrices that are not square, each with the layout that its pair shows, else its bias."""
+    for name, shape in shapes.items():
+        if name.endswith(WEIGHT) and len(shape) == 2 and shape[0] != shape[1]:
+            outputs = shapes.get(f"{name.removesuffix(WEIGHT)}.bias")
+            by_bias: dict[tuple[int, ...], Layout] = {shape[:1]: Layout.OUT_IN, shape[1:]: Layout.IN_OUT}
+            layout = shown.get(name) or by_bias.get(outputs or ())
+            if layout in (Layout.OUT_IN, Layout.IN_OUT):
+                yield name, layout
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether two modules are of one class by their names: the last parts, and all that precedes a number."""
+    (*first, last), (*second, its) = one.split("."), other.split(".")
+    if last in CONV1D:
+        return its in CONV1D
+    parts = zip(first, second, strict=False)
+    same_place = len(first) == len(second) and all(a == b or (a + b).isdecimal() for a, b in parts)
+    return last == its and (not last.isdecimal() or same_place)

@@ -21,6 +21,7 @@ RNG = np.random.default_rng(0)
 W, A, B = (np.float32(RNG.normal(size=size)) for size in ((8, 8), (2, 8), (8, 2)))
 NAME = "h.0.attn.c_proj.weight"
 GPT2 = {NAME: W, "h.0.mlp.c_proj.weight": np.ones((32, 8)), "h.0.mlp.c_proj.bias": np.ones(8)}
+BARE = {name: value for name, value in GPT2.items() if not name.endswith(".bias")}  # nothing shows a layout
 TRANSPOSED = "it is the sum with BA transposed, that of a weight stored {}; this one is stored {}"
 
 
@@ -28,9 +29,9 @@ def files(folder: Path, model_type: str = "", **config: Any) -> tuple[Path, Path
     """A base, an adapter that records no layout, and the path of a merge: folders with a type, else bare files."""
     adapter = peft_adapter(folder / "ad", {"h.0.attn.c_proj": (A, B)}, layout="", **config)
     if not model_type:
-        return base_file(folder / "base.safetensors", GPT2), adapter, folder / "merged.safetensors"
+        return base_file(folder / "base.safetensors", BARE), adapter, folder / "merged.safetensors"
     (folder / "base").mkdir()
-    base_file(folder / "base/model.safetensors", GPT2)
+    base_file(folder / "base/model.safetensors", BARE if model_type == "jais" else GPT2)
     (folder / "base/config.json").write_text(json.dumps({"model_type": model_type}))
     return folder / "base", adapter, folder / "merged"
 
@@ -125,8 +126,34 @@ def test_records_that_contradict_a_shape_are_no_evidence(tmp_path):
     pairs = {"h.0.attn.c_proj": (A, B), "h.0.mlp.c_proj": (np.ones((2, 32)), np.ones((8, 2)))}  # the latter is in_out
     adapter = peft_adapter(tmp_path / "recording", pairs)
     le.merge(base, adapter, merged, layout={"*.attn.c_proj": "out_in"})
-    assert judged(merged, base, adapter)[0] == "undecided"
+    # The record is none, and the shape of the other c_proj tells that both are stored (in, out).
+    assert judged(merged, base, adapter)[0] == "different"
     assert judged(merged, base, adapter, layout={"*.attn.c_proj": "out_in"}) == ("same", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "right"),
+    [
+        (NAME, GPT2, "in_out"),  # another c_proj that is not square has a bias
+        ("h.0.q_proj.weight", {}, "out_in"),  # a name of nn.Linear in transformers
+        ("h.0.q_proj.weight", {"wide.weight": np.ones((32, 8)), "wide.bias": np.ones(8)}, ""),  # beside a Conv1D
+        ("q_proj.weight", {}, ""),  # no layer of a stack
+        ("pooler.dense.weight", {"h.0.fc.weight": np.ones((2, 3))}, "out_in"),  # beside a stack
+        ("net.0.weight", {"net.2.weight": np.ones((32, 8)), "net.2.bias": np.ones(8)}, ""),  # numbers are no names
+        ("a.1.0.weight", {"a.2.0.weight": np.ones((32, 8)), "a.2.0.bias": np.ones(8)}, "in_out"),
+    ],
+)
+def test_a_bare_file_shows_layouts(tmp_path, name, beside, right):
+    base = base_file(tmp_path / "base.safetensors", {**beside, name: W})
+    adapter = peft_adapter(tmp_path / "ad", {name.removesuffix(".weight"): (A, B)}, layout="")
+    outcomes = {}
+    for layout, change in (("out_in", B @ A), ("in_out", (B @ A).T)):
+        merged = tmp_path / f"{layout}.safetensors"
+        save_file(load_file(base) | {name: W + change}, merged)
+        result = le.verify(merged, base=base, adapters=[adapter])
+        outcomes[layout] = str(result.verdict.outcome)
+    others = dict.fromkeys(outcomes, "different" if right else "undecided")
+    assert outcomes == others | ({right: "same"} if right else {})
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -1,0 +1,133 @@
+"""Adapters inside of a model's own weights, one for each task, as jina-embeddings-v3 stores them.
+
+See `names/parametrized.py` for the tensors. The scale is `lora_alpha / lora_rank` of the model's config, which names
+the tasks (`lora_adaptations`), too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, count
+from lora_export.formats.adapter_files import (
+    SHARD,
+    TensorSource,
+    base_config,
+    hash_of_unchanged,
+    names_in,
+    open_tensors,
+    positive_number,
+    refuse_problems,
+    stated_rank_and_alpha,
+)
+from lora_export.formats.peft_config import adapter_scale
+from lora_export.lora import Adapter, LoraPair
+from lora_export.names.parametrized import STACKED_ADAPTER, has_own_adapters, original_name, task_names
+from lora_export.options.reading import DEFAULTS, ReadOptions
+from lora_export.options.spelling import named
+from lora_export.storage.safetensors_file import is_safetensors
+
+DESCRIPTION = "a model whose own weights hold an adapter for each task (`parametrizations.weight.0.lora_A`)"
+MODEL_WEIGHTS = "model.safetensors"
+
+
+def recognises(path: Path) -> bool:
+    """Whether a model has stacked adapters. Reads headers alone."""
+    weights = _weights(path)
+    return weights is not None and has_own_adapters(names_in(weights))
+
+
+def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
+    """Read the adapter of one task. Raises InputRefused with everything that is wrong with it."""
+    weights = _weights(path)
+    if weights is None:
+        raise InputRefused(f"{path} has no {MODEL_WEIGHTS}")
+    file, config = open_tensors(weights, options), base_config(weights.parent, options) or {}
+    modules: dict[str, dict[str, str]] = {}  # module -> side -> key
+    for key in file.entries:
+        if match := STACKED_ADAPTER.fullmatch(key):
+            modules.setdefault(match["module"], {})[match["side"]] = key
+    tasks = {file.entries[key].shape[:1] for sides in modules.values() for key in sides.values()}
+    if len(tasks) != 1:
+        raise InputRefused(f"{file.path}: its adapters are stacked for different numbers of tasks")
+    ((number,),) = tasks
+    names = task_names(config, number)
+    task = _chosen(file, names, options.stored_adapter)
+    scale = _scale(file, modules, config, options)
+    pairs, problems = {}, []
+    for module, sides in modules.items():
+        try:
+            pairs[module] = _pair(file, module, sides, names.index(task), scale)
+        except InputRefused as error:
+            problems.append(f"{module}: {error}")
+    refuse_problems(file, problems)
+    return Adapter(
+        name=name,
+        format="task_adapters",
+        pairs=pairs,
+        layouts={module: "out_in" for module, pair in pairs.items() if not pair.embedding},
+        spelling={module: sides["A"] for module, sides in modules.items()},
+        scale_source="lora_alpha / lora_rank in config.json" if "lora_alpha" in config else "alpha / rank, as stated",
+        notes=(f"the adapter of the task {task}, of {count(number, 'task')} in {file.path.name}",),
+        sha256=hashlib.sha256(f"{hash_of_unchanged(file)} {task}".encode()).hexdigest(),
+    )
+
+
+def _weights(path: Path) -> Path | None:
+    """The file of a model: the path itself, that of a folder, or the first of its shards."""
+    if path.is_file():
+        return path if is_safetensors(path) else None
+    if not path.is_dir():
+        return None
+    if (path / MODEL_WEIGHTS).is_file():
+        return path / MODEL_WEIGHTS
+    return min((each for each in path.iterdir() if SHARD.fullmatch(each.name) and each.is_file()), default=None)
+
+
+def _chosen(file: TensorSource, names: tuple[str, ...], chosen: str) -> str:
+    if chosen in names:
+        return chosen
+    if not chosen and len(names) == 1:
+        return names[0]
+    choice = f"it has no {chosen}" if chosen else f"choose one: {named('stored_adapter', names[0])}"
+    raise InputRefused(f"{file.path} contains {count(len(names), 'adapter')}: {', '.join(names)}; {choice}")
+
+
+def _scale(
+    file: TensorSource, modules: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], options: ReadOptions
+) -> float:
+    if "lora_alpha" in config and "lora_rank" in config:
+        options.refuse_rank_and_alpha("the model's config.json")
+        rank, alpha = (
+            positive_number("the model's config.json", name, config[name]) for name in ("lora_rank", "lora_alpha")
+        )
+    else:
+        rank, alpha = stated_rank_and_alpha(f"no config.json beside {file.path} has lora_rank and lora_alpha", options)
+    first = file.entries[next(iter(next(iter(modules.values())).values()))].shape
+    if rank not in first[1:]:
+        raise InputRefused(f"{file.path}: the rank is {rank:g}, and no side of its factors {first} is")
+    return adapter_scale(int(rank), alpha, {})
+
+
+def _pair(file: TensorSource, module: str, sides: Mapping[str, str], task: int, scale: float) -> LoraPair:
+    if missing := sorted({"A", "B"} - sides.keys()):
+        raise InputRefused(f"lora_{missing[0]} is missing")
+    a, b = (file.read(sides[side]) for side in "AB")
+    if a.ndim != 3 or b.ndim != 3:
+        raise InputRefused(
+            f"lora_A is {a.shape} and lora_B {b.shape}; both need three dimensions, the first for the tasks"
+        )
+    stored = file.entries.get(original_name(module))
+    original = None if stored is None else stored.shape
+    is_linear = a.shape[1] == b.shape[2] and original in (None, (b.shape[1], a.shape[2]))
+    is_table = a.shape[2] == b.shape[1] and original in (None, (a.shape[1], b.shape[2]))
+    if is_linear is is_table:
+        raise InputRefused(f"lora_A is {a.shape}, lora_B {b.shape} and the weight {original}: no linear layer or table")
+    one: NDArray[Any] = a[task] if is_linear else a[task].T
+    other: NDArray[Any] = b[task] if is_linear else b[task].T
+    return LoraPair(one, other, scale, embedding=is_table)
