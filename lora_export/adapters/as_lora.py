@@ -64,7 +64,7 @@ def as_lora(
             f"Give a larger {named('rank')}, or state the least share of ‖ΔW‖² that has to be kept of each layer by "
             f"{named('min_kept')}. Nothing was written.",
         )
-    return replace(adapter, pairs=pairs, sha256=""), tuple(layers)
+    return replace(adapter, pairs=pairs, sha256="", file_sha256=""), tuple(layers)
 
 
 def _exact(pair: LoraPair, rank: int) -> LoraPair | None:

@@ -40,6 +40,7 @@ from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.plan.match_tensors import NO_WEIGHT
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
+from lora_export.weights.changes_of_base import with_changes_of_base
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def convert(options: ConvertOptions) -> ConvertResult:
     `base` is a pipeline or one of its models: kohya's and diffusers' adapters get its names, ComfyUI's those of the
     original model. Flattened names need it.
 
-    With `as_kind="lora"` every change becomes a pair of LoRA of at most `rank` first: LoHa, LoKr, whole changes, and
-    pairs of a higher rank. The pair is exact where the rank is enough, else the best one of that rank, by an SVD. A
-    layer of which less than `min_kept` of ‖ΔW‖² is left is refused: by default (1) whatever would lose more than
-    float32's rounding, because a share that is lost is to be a number that the user gave.
+    With `as_kind="lora"` every change becomes a pair of LoRA of at most `rank` first: LoHa, LoKr, whole changes, pairs
+    of a higher rank, and with `base` what follows from its weights (OFT, IA3 and others). The pair is exact where the
+    rank is enough, else the best one of that rank, by an SVD. A layer of which less than `min_kept` of ‖ΔW‖² is left is
+    refused: by default (1) whatever would lose more than float32's rounding, because a share that is lost is to be a
+    number that the user gave.
 
     Raises InputRefused for what the format cannot express, where a tensor of the adapter has no input of its shape and
     type in the graph, or where the graph has changed since it was made; WrongUsage for options that do not go together;
@@ -84,15 +86,17 @@ def convert(options: ConvertOptions) -> ConvertResult:
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
+    loaded = loaded if base is None else with_shapes_of_base(loaded, base)
     layers: tuple[LayerShare, ...] = ()
     if options.rank is not None:
+        loaded = loaded if base is None else with_changes_of_base(loaded, base)
         of_adapter = loaded
         loaded, layers = as_lora(
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)
         )
     if options.graph is not None:
         return replace(_for_graph(options, adapter, loaded, Path(options.graph)), layers=layers)
-    loaded = _scaled(loaded if base is None else with_shapes_of_base(loaded, base), weight)
+    loaded = _scaled(loaded, weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):

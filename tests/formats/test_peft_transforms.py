@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -16,6 +17,7 @@ from lora_export import layers, plan
 from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.exact_transforms import exact_change
+from lora_export.lora import LoraPair
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
@@ -66,6 +68,26 @@ def test_folded_it_is_pefts_merge_times_the_strength(one):
         for name, value in model.state_dict().items():
             before, change = one.before[name], one.merged[name] - one.before[name]
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
+
+
+def test_as_lora_its_merge_is_pefts(one, tmp_path):
+    out, merged = tmp_path / "lora", tmp_path / "merged.safetensors"
+    with contextlib.suppress(InputRefused):
+        le.convert(one.adapter, out, to="peft", as_kind="lora", rank=18, base=one.base)
+    if not out.exists():  # a file does not state the layout of some, and LoRA has no part for biases
+        why = (
+            "its bias changes too|the layout of . matri" if any("bias" in name for name in one.changed) else "layout of"
+        )
+        with pytest.raises(InputRefused, match=why):
+            le.convert(one.adapter, out, to="peft", as_kind="lora", rank=18, base=one.base)
+        return
+    assert all(type(pair) is LoraPair for pair in le.load_adapter(out).pairs.values())
+    le.merge(one.base, out, merged, layout=LAYOUT)
+    for name, value in load_file(merged).items():
+        change = np.abs(np.asarray(one.merged[name]) - np.asarray(one.before[name])).max()
+        assert np.abs(value.numpy() - np.asarray(one.merged[name])).max() <= 1e-5 * change + 1e-6, name
+    with pytest.raises(InputRefused, match="follows from the weight"):
+        le.convert(one.adapter, tmp_path / "without", to="peft", as_kind="lora", rank=18)
 
 
 def test_a_merge_is_judged_by_another_formula(one, tmp_path):
