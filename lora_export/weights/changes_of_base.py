@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 from lora_export.options.spelling import command
-from lora_export.plan import Step, Term
+from lora_export.plan import Step
 from lora_export.weight_transforms import WeightTransform
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -64,16 +64,17 @@ def with_changes_of_base(adapter: Adapter, base: Path) -> Adapter:
         return adapter
     checkpoint = open_checkpoint(base)
     made = plan.make([adapter], checkpoint.specs, may_add=True, identity_ok=True, rules=checkpoint.rules)
-    terms = [(step, term) for step in made.steps for term in step.terms if term.pair.needs_weight]
-    changes = {term.module: _checked(step, term, checkpoint) for step, term in terms}
-    return replace(adapter, pairs={**adapter.pairs, **changes})
-
-
-def _checked(step: Step, term: Term, base: Checkpoint) -> ChangeOfWeight:
-    assert isinstance(term.pair, WeightTransform)
-    if len(step.spec.shape) == 1:
-        raise InputRefused(f"{term.module}: its bias changes too, which no pair of A and B expresses")
-    if step.spec.region is not None or step.spec.file not in base.shards:
-        remedy = f"Merge it, and use {command('extract')}"
-        raise InputRefused(f"{term.module}: its weight is a part of {step.spec.stored_name}. {remedy}")
-    return ChangeOfWeight(term.pair, step, base)
+    found = {}
+    for step in made.steps:
+        for term in step.terms:
+            if not isinstance(term.pair, WeightTransform):
+                continue
+            if step.spec.region is not None or step.spec.file not in checkpoint.shards:
+                remedy = f"Merge it, and use {command('extract')}"
+                raise InputRefused(f"{term.module}: its weight is a part of {step.spec.stored_name}. {remedy}")
+            change = ChangeOfWeight(term.pair, step, checkpoint)
+            if len(step.spec.shape) > 1:
+                found[term.module] = change
+            elif _change(change).any():
+                raise InputRefused(f"{term.module}: its bias changes too, which no pair of A and B expresses")
+    return replace(adapter, pairs={**adapter.pairs, **found})
