@@ -37,7 +37,7 @@ def test_a_page_on_a_terminal_is_rendered(monkeypatch: pytest.MonkeyPatch, capsy
 def test_an_unknown_topic_is_a_usage_error_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("guide", "merge") == 2
     assert (
-        "Error: the guide has no page `merge`; the nearest is `merging`. The pages are: tasks, install, training, models, "
+        "Error: the guide has no page `merge`; the nearest is `merging`. The pages are: tasks, install, "
     ) in capsys.readouterr().err
     assert call("guide", "zzz") == 2
     assert "no page `zzz`. The pages are: install, training, " in capsys.readouterr().err
