@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(
     *facts, whole, own = shown[2:]
     assert facts == ["  scales: lora_alpha / r in adapter_config.json", "  r: 2", "  lora_alpha: 2"]
     assert re.fullmatch(r"  SHA-256: [0-9a-f]{64}", whole) and own.startswith("  SHA-256 of its tensors' file: ")
-    assert len(lines(capsys, place / "fr", "--all")) == 7
+    assert len(lines(capsys, place / "fr", "--all")) == 9
     weights = {f"{layer}.weight": np.zeros((32, 16)) for layer in LAYERS}
     base_file(tmp_path / "base.safetensors", {**weights, "norm.weight": np.ones(16)})
     shown = lines(capsys, tmp_path / "base.safetensors")
