@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,12 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(
 ) -> None:
     shown = lines(capsys, place / "fr")
     assert shown[0].startswith("fr: peft, 2 low-rank pairs, ")
-    assert shown[1].startswith("  encoder.layers.*.linear1  32 x 16, rank 2, scale 1, ‖ΔW‖ ") and len(shown) == 5
+    assert shown[1].startswith("  encoder.layers.*.linear1  32 x 16, rank 2, scale 1, ‖ΔW‖ ") and len(shown) == 7
     assert shown[1].endswith(", 2 of them")
-    assert shown[2:] == ["  scales: lora_alpha / r in adapter_config.json", "  r: 2", "  lora_alpha: 2"]
-    assert len(lines(capsys, place / "fr", "--all")) == 7
+    *facts, whole, own = shown[2:]
+    assert facts == ["  scales: lora_alpha / r in adapter_config.json", "  r: 2", "  lora_alpha: 2"]
+    assert re.fullmatch(r"  SHA-256: [0-9a-f]{64}", whole) and own.startswith("  SHA-256 of its tensors' file: ")
+    assert len(lines(capsys, place / "fr", "--all")) == 9
     weights = {f"{layer}.weight": np.zeros((32, 16)) for layer in LAYERS}
     base_file(tmp_path / "base.safetensors", {**weights, "norm.weight": np.ones(16)})
     shown = lines(capsys, tmp_path / "base.safetensors")

@@ -378,7 +378,7 @@ def test_verify_judges_all_ids_and_their_mixtures_at_once(
     assert wrong["diagnosis"]["first"]
 
     assert call(*words, *legal) == 3
-    assert "holds 2 adapters (fr, legal) and 1 were given" in capsys.readouterr().err
+    assert "has 2 adapters (fr, legal), not 1: give them in that order" in capsys.readouterr().err
 
 
 def test_verify_tells_where_it_goes_wrong_and_why(

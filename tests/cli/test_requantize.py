@@ -32,7 +32,7 @@ def test_adapter_lost_in_four_bits_is_refused_with_advice(tmp_path: Path, capsys
     before = folder_contents(tmp_path)
     assert cli.run(merge_command(path, adapter, "--requantize")) == 3
     message = capsys.readouterr().err
-    assert "1 of 1 weight would lose most of their change" in message and "fc.weight: " in message
+    assert "1 of 1 weights would lose most of their change" in message and "fc.weight: " in message
     assert "onnx MODEL.onnx --lora nodes" in message and "merge into the float model" in message
     assert "float32" not in message
     assert folder_contents(tmp_path) == before
@@ -55,7 +55,7 @@ def test_quantised_weight_without_option_is_refused_with_advice(
     assert "fc.weight is quantised (4 bits in blocks of 32)" in message
     assert "onnx MODEL.onnx --lora nodes" in message and "merge --requantize" in message and "float model" in message
     assert cli.run(merge_command(path, adapter, "--requantize", "--dry-run")) == 0
-    assert "note: 1 weights are quantised again: 4 bits in blocks of 32" in capsys.readouterr().err
+    assert "note: quantised again: 1 of the weights, 4 bits in blocks of 32" in capsys.readouterr().err
     assert cli.run(merge_command(path, adapter, "--requantize")) == 0
     record = json.loads(load_graph(tmp_path / "merged.onnx").metadata_props["lora_export"])
     assert record["settings"]["requantize"] is True

@@ -362,7 +362,7 @@ def test_a_change_that_rounding_takes_away(place):
     base_file(place.base / "model.safetensors", {"dense.weight": WEIGHT + 256}, ml_dtypes.bfloat16)
     place.set_config(lora_alpha=2e-4)
     place.merge_refuses(
-        "1 of 1 weight would lose most of their change to rounding (--min-retention 0.5)",
+        "1 of 1 weights would lose most of their change to rounding (--min-retention 0.5)",
         "dense.weight: 0.0% of the change kept",
         "Store the result with --dtype float32, or keep the adapter beside the weights",
     )
