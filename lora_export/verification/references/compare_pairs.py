@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -19,7 +20,9 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, array_of_ort_value
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
+from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
@@ -95,13 +98,21 @@ def _pairs_of(
     if names is not None and len(set(ids or ())) != 1:
         return
     tensors = [tensor for tensor in tensors_of(part) if tensor.name not in own]
+    scaled = set(_not_multiplied(part)) if isinstance(part, OnnxRunner) else set()
     for module, labels, is_named_alike in _by_module(tensors, spellings, several=several):
         whole = [StoredPair(a.load(), b.load()) for a, b in labels]
         if names is None:
-            is_ours = is_named_alike and isinstance(part, OnnxRunner)
-            yield StoredPairs(module, whole, is_ours)
+            yield StoredPairs(module, whole, is_named_alike and scaled.issuperset(b.name for _, b in labels))
         elif ids and (chosen := _row(whole[0], ids[0], len(names) + 1)):
             yield StoredPairs(module, [chosen], is_ours=True)
+
+
+def _not_multiplied(graph: OnnxRunner) -> Iterator[str]:
+    """The B of a graph whose products nothing multiplies: they contain the scale."""
+    for value in initializers(load_graph(graph.source)) if isinstance(graph.source, Path) else ():
+        readers = (reader for node, _ in value.uses() for output in node.outputs for reader, _ in output.uses())
+        if "lora_B" in str(value.name) and not any(reader.op_type == "Mul" for reader in readers):
+            yield str(value.name)
 
 
 def _of_contract(graph: OnnxRunner, spellings: Spellings) -> Iterator[StoredPairs]:
