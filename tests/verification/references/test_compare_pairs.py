@@ -35,7 +35,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import CandidateTensor
-from lora_export.verification.references.compare_weights import tensors_of
+from lora_export.verification.references.compare_weights import candidate_tensors
 
 Arrays = dict[str, NDArray[Any]]
 Defect = Callable[[Arrays, str, str], None]  # changes A and B of these names
@@ -115,7 +115,7 @@ def adapters_of(mode: str) -> list[Adapter]:
 
 def found_in(runner: Runner, model: Model, mode: str) -> tuple[list[str], list[str]]:
     specs = layers.specs(model.module)
-    return compare_pairs(runner, tensors_of, specs, plan.make(adapters_of(mode), specs))
+    return compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs))
 
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "several", "inputs", "rows"])
