@@ -43,7 +43,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
 
 ENCODER_OUTPUT = "encoder_last_hidden_state"  # of the model in PyTorch
-TURN = 4  # tokens of a turn; a text of more than two is run in turns, too
+DECODER_TURN = 4  # tokens of a turn; a text of more than two is run in turns, too
 OUTPUTS = (LOGITS, ENCODER_OUTPUT)  # of the three graphs as one model
 
 
@@ -120,7 +120,7 @@ class EncoderDecoderRunner:
 
     @property
     def notes(self) -> list[str]:
-        in_turns = f". Longer texts were run in turns, too: {TURN - 1} tokens or more after a cache, then one"
+        in_turns = f". Longer texts were run in turns, too: {DECODER_TURN - 1} tokens or more after a cache, then one"
         return [
             f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one"
             f"{in_turns if self.with_past.axes[IDS][1] is None else ''}",
@@ -205,12 +205,12 @@ class EncoderDecoderRunner:
         given = {HIDDEN: hidden, **({ENCODER_MASK: inputs[MASK]} if MASK in inputs else {})}
         logits = self._logits(ids, given, _steps(ids.shape[1]))
         if self._takes_turns(ids.shape[1]):
-            logits[:, 1::2] = self._logits(ids, given, turns(ids.shape[1], TURN))[:, 1::2]
+            logits[:, 1::2] = self._logits(ids, given, turns(ids.shape[1], DECODER_TURN))[:, 1::2]
         return {LOGITS: logits, ENCODER_OUTPUT: hidden}
 
     def _takes_turns(self, length: int) -> bool:
         """Whether the decoder takes several tokens after a cache, and the text has that many turns."""
-        return self.with_past.axes[IDS][1] is None and length > 2 * TURN
+        return self.with_past.axes[IDS][1] is None and length > 2 * DECODER_TURN
 
     def _logits(self, ids: NDArray[Any], given: Arrays, steps: Iterable[tuple[int, int]]) -> NDArray[Any]:
         logits: list[NDArray[Any]] = []

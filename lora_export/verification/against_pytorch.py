@@ -70,7 +70,7 @@ from lora_export.verification.references.candidate_weights import (
 )
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import ComparedWeights
-from lora_export.verification.references.compare_weights import compare_weights, tensors_of
+from lora_export.verification.references.compare_weights import candidate_tensors, compare_weights
 from lora_export.verification.references.deployed_module import (
     DRAWS_OF_ROUNDING,
     MERGED_MODULE,
@@ -165,7 +165,7 @@ class PyTorchReferences(References):
             candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
         )
         weights = compare_weights(candidate, model, changes, quantised)
-        faults, notes = compare_pairs(candidate, tensors_of, layers.specs(model.module), changes)
+        faults, notes = compare_pairs(candidate, candidate_tensors, layers.specs(model.module), changes)
         weights = replace(weights, faults=[*weights.faults, *faults], notes=[*weights.notes, *notes])
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)

@@ -79,7 +79,7 @@ def test_a_run_ends_in_proportion_to_pytorchs(
         le.verify(tmp_path / "m.onnx", f"{tmp_path / 'f.py'}:make", timeout=stated)
 
 
-def test_the_time_of_a_large_model_or_of_own_inputs_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_timed_has_the_longer_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     base = factory.from_module(nn.Linear(3, 2), {"input": torch.ones(4, 3)})
     timed: dict[str, Any] = {"candidate": "m.onnx", "model": "m"}
     assert _seconds(VerifyRequest(**timed), base) == 60

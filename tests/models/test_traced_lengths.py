@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 
+from lora_export.api.generate import generate
 from lora_export.api.onnx import export_onnx
+from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.models.text_inputs import ONE_TOKEN
@@ -22,6 +24,7 @@ from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from support.generators import BART_LIKE
 from support.small_models import MODELS, TEXT
 
 WIDE = TEXT | {"max_position_embeddings": 256}
@@ -112,3 +115,17 @@ def test_a_graph_is_proven_up_to_the_length_it_states(make: Any, length: int, lo
     other = verdict_of(tmp_path / "other.onnx", load_model(base))
     assert other.outcome is parity.Outcome.DIFFERENT
     assert f"batch 1 x sequence {long}" in {reason.case for reason in other.reasons}
+
+
+@pytest.mark.slow
+def test_graphs_of_an_encoder_decoder_state_their_length(tmp_path: Path) -> None:
+    config = transformers.BigBirdPegasusConfig(
+        **BART_LIKE, attention_type="block_sparse", block_size=8, num_random_blocks=1, max_position_embeddings=256,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    base = saved(transformers.BigBirdPegasusForConditionalGeneration(config), tmp_path / "base")
+    proof = export_onnx(base, tmp_path / "served", with_cache=True).proof
+    assert proof is not None and any("sequence sizes of up to 56" in note for note in proof.verdict.notes)
+    assert generate(tmp_path / "served", [[3] * 56], max_new_tokens=2)
+    with pytest.raises(InputRefused, match="up to 56 in sequence, and this run has 57"):
+        generate(tmp_path / "served", [[3] * 57], max_new_tokens=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -19,7 +20,9 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, array_of_ort_value
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
+from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
@@ -50,11 +53,11 @@ class StoredPairs(NamedTuple):
 
 
 def compare_pairs(
-    candidate: Runner, tensors_of: TensorsOf, specs: Sequence[TensorSpec], changes: Plan | None
+    candidate: Runner, tensors_in: TensorsOf, specs: Sequence[TensorSpec], changes: Plan | None
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the pairs that a candidate stores, and notes on how many were compared.
 
-    `specs` are the tensors of the model, or of the graph that the candidate was made from; `tensors_of` reads those of
+    `specs` are the tensors of the model, or of the graph that the candidate was made from; `tensors_in` reads those of
     the candidate, or of one of its graphs.
 
     Nothing of a layer whose pairs are in a form that is not known, and of pairs without names.
@@ -65,7 +68,7 @@ def compare_pairs(
     faults, compared = [], 0
     own, spellings = {spec.name for spec in specs}, Spellings([dotted(module, "weight") for module in weights])
     for part in _parts(candidate):
-        for found in _pairs_of(part, tensors_of, own, spellings, several=several):
+        for found in _pairs_of(part, tensors_in, own, spellings, several=several):
             step = steps.get(found.module)
             if step is None and not found.is_ours:
                 continue
@@ -84,7 +87,7 @@ def _parts(candidate: Runner) -> Sequence[Runner]:
 
 
 def _pairs_of(
-    part: Runner, tensors_of: TensorsOf, own: set[str], spellings: Spellings, *, several: bool
+    part: Runner, tensors_in: TensorsOf, own: set[str], spellings: Spellings, *, several: bool
 ) -> Iterator[StoredPairs]:
     """The pairs of a candidate, or of one of its graphs. `own` are the names of the model's own tensors."""
     if isinstance(part, OnnxRunner) and CONTRACT_KEY in part.metadata:
@@ -94,14 +97,22 @@ def _pairs_of(
     names = part.adapters_by_row if isinstance(part, OnnxRunner) else None
     if names is not None and len(set(ids or ())) != 1:
         return
-    tensors = [tensor for tensor in tensors_of(part) if tensor.name not in own]
+    tensors = [tensor for tensor in tensors_in(part) if tensor.name not in own]
+    scaled = set(_not_multiplied(part)) if isinstance(part, OnnxRunner) else set()
     for module, labels, is_named_alike in _by_module(tensors, spellings, several=several):
         whole = [StoredPair(a.load(), b.load()) for a, b in labels]
         if names is None:
-            is_ours = is_named_alike and isinstance(part, OnnxRunner)
-            yield StoredPairs(module, whole, is_ours)
+            yield StoredPairs(module, whole, is_named_alike and scaled.issuperset(b.name for _, b in labels))
         elif ids and (chosen := _row(whole[0], ids[0], len(names) + 1)):
             yield StoredPairs(module, [chosen], is_ours=True)
+
+
+def _not_multiplied(graph: OnnxRunner) -> Iterator[str]:
+    """The B of a graph whose products nothing multiplies: they contain the scale."""
+    for value in initializers(load_graph(graph.source)) if isinstance(graph.source, Path) else ():
+        readers = (reader for node, _ in value.uses() for output in node.outputs for reader, _ in output.uses())
+        if "lora_B" in str(value.name) and not any(reader.op_type == "Mul" for reader in readers):
+            yield str(value.name)
 
 
 def _of_contract(graph: OnnxRunner, spellings: Spellings) -> Iterator[StoredPairs]:
@@ -179,16 +190,14 @@ class _Factors(NamedTuple):
 
 def _compared(found: StoredPairs, step: Step | None) -> str | None:
     """What is wrong with the pairs beside a weight; empty where they are right, None where they are not known."""
-    least, told = np.inf, ""
+    dtype = max((rounded_to(each) for pair in found.pairs for each in pair), key=_eps)
+    wrong = []
     for expected, stored in itertools.product(_expected(step, found), _stored(found, step)):
-        wrong = _wrong(expected, stored, max((rounded_to(each) for pair in found.pairs for each in pair), key=_eps))
-        if wrong is None:
+        if (one := _wrong(expected, stored, dtype)) is None:
             return ""
-        share, text = wrong
-        if share < least:
-            least, told = share, text
-    is_known = found.is_ours or least <= 1 - AGREES
-    return told if told and is_known else None
+        wrong.append(one)
+    share, text = min(wrong, default=(np.inf, ""))
+    return text if text and (found.is_ours or share <= 1 - AGREES) else None
 
 
 def _eps(dtype: np.dtype) -> float:

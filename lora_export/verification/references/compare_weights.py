@@ -43,7 +43,7 @@ def compare_weights(
     `elsewhere` are tensors of the model that are judged in another way. Nothing is compared where the candidate gives
     no weights. Reads one tensor of each at a time, in blocks.
     """
-    tensors = list(tensors_of(candidate))
+    tensors = list(candidate_tensors(candidate))
     return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else ComparedWeights()
 
 
@@ -54,7 +54,7 @@ def compare_tensors(
     return compare_expected(tensors, _expected(module, changes), elsewhere)
 
 
-def tensors_of(candidate: Runner) -> Iterator[CandidateTensor]:
+def candidate_tensors(candidate: Runner) -> Iterator[CandidateTensor]:
     if isinstance(candidate, ModuleRunner):
         source = NameSource.INITIALIZER if isinstance(candidate.module, Program) else None
         for name, tensor in state_of(candidate.module).items():

@@ -151,9 +151,7 @@ LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
         ({"num_attention_heads": 8}, (5, 5)),  # as any other symbol's size
     ],
 )
-def test_sizes_of_a_cache_that_nothing_in_a_graph_has_come_from_the_config(
-    config: dict[str, object], sizes: tuple[int, int]
-) -> None:
+def test_sizes_of_a_cache_come_from_the_config(config: dict[str, object], sizes: tuple[int, int]) -> None:
     model = without_shapes("b, groups, all, head")
     for node in model.graph:
         node.attributes.pop("num_heads", None)

@@ -35,7 +35,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import CandidateTensor
-from lora_export.verification.references.compare_weights import tensors_of
+from lora_export.verification.references.compare_weights import candidate_tensors
 
 Arrays = dict[str, NDArray[Any]]
 Defect = Callable[[Arrays, str, str], None]  # changes A and B of these names
@@ -115,7 +115,7 @@ def adapters_of(mode: str) -> list[Adapter]:
 
 def found_in(runner: Runner, model: Model, mode: str) -> tuple[list[str], list[str]]:
     specs = layers.specs(model.module)
-    return compare_pairs(runner, tensors_of, specs, plan.make(adapters_of(mode), specs))
+    return compare_pairs(runner, candidate_tensors, specs, plan.make(adapters_of(mode), specs))
 
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "several", "inputs", "rows"])
@@ -173,6 +173,22 @@ def test_a_wrong_pair_that_no_input_reaches_is_different(
     assert wrong.outcome is Outcome.DIFFERENT
     assert any(reason.gate == "weights" and "rare.weight" in str(reason) for reason in wrong.reasons)
     assert not any(reason.outcome is Outcome.DIFFERENT for reason in right.reasons)
+
+
+def test_a_scale_may_be_beside_b_in_a_graph(routed: Model, base: Path, tmp_path: Path) -> None:
+    graph = load_graph(write(base, tmp_path, "nodes", lambda arrays, _, b: arrays[b].__imul__(2)).path)
+    value = graph.graph.initializers["rare.lora_B.weight"]
+    ((node, _),) = value.uses()
+    (product,) = node.outputs
+    half = ir.Value(name="half", const_value=ir.tensor(np.float32(0.5)), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.graph.register_initializer(half)
+    scaled = ir.node("Mul", [product, half], name="scaled")
+    ir.convenience.replace_all_uses_with(product, scaled.outputs[0])
+    scaled.replace_input_with(0, product)
+    graph.graph.insert_after(node, scaled)
+    save_graph(graph, tmp_path, "scaled.onnx")
+    faults, notes = found_in(OnnxRunner(tmp_path / "scaled.onnx"), routed, "nodes")
+    assert (faults, notes) == ([], ["A and B beside 2 weights were compared with the adapter's"])
 
 
 # --- other tools' forms --------------------------------------------------------------------------
