@@ -94,7 +94,7 @@ def _inverse_transform(pair: FourierPair) -> _Matrix:
     return np.ascontiguousarray(np.fft.ifft(spectrum).real.T)
 
 
-def _lines(pair: FourierPair) -> tuple[_Indices, NDArray[np.complex64]]:
+def _lines(pair: FourierPair) -> tuple[_Indices, NDArray[Any]]:
     """The rows of frequencies that occur (U,), and their transforms along the inputs (U, in)."""
     vertical, position = np.unique(pair.settings["frequencies"][0], return_inverse=True)
     spectrum = np.zeros((len(vertical), pair.shape_of_whole[1]), np.float32)

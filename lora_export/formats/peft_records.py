@@ -19,6 +19,7 @@ from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.table import module_kind
+from lora_export.open_pairs import known_shape
 from lora_export.storage import json_files
 
 SHOWN_TENSORS = 3  # names that a note lists
@@ -80,7 +81,8 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
-    linear = [module for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding]
+    # A pair without a shape is one of a matrix.
+    linear = [module for module, pair in pairs.items() if not pair.embedding and len(known_shape(pair)) in (0, 2)]
     if config.get("fan_in_fan_out") and len(set(map(module_kind, linear))) == 1:
         layouts |= dict.fromkeys(linear, "in_out")
     return layouts
