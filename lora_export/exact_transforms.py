@@ -36,7 +36,7 @@ def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
         whole = np.zeros([size if own is None else old for old, size, own in sizes])
         whole[part] = flat
     tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
-    change, size = FORMULAS[transform.kind](tensors, transform.settings, whole)
+    change, size = EXACT_CHANGES[transform.kind](tensors, transform.settings, whole)
     scaled = transform.scale * change[part], abs(transform.scale) * size[part]
     return scaled[0].reshape(weight.shape), scaled[1].reshape(weight.shape)
 
@@ -69,7 +69,7 @@ def neumann(q: _Wide, terms: int) -> _Wide:
     power: _Wide = np.eye(len(q))
     last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
     for number in range(1, last + 1):
-        power = power @ q
+        power = np.asarray(power @ q, np.float64)
         series += power * (1.0 if number == last and terms > 2 else 2.0)
     return series
 
@@ -243,14 +243,14 @@ def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
 
 
 def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
-    sparse = np.zeros(weight.size)
+    sparse: _Wide = np.zeros(weight.size)
     sparse[settings["indices"]] = tensors["values"]
     sparse = sparse.reshape(weight.shape)
     change = sparse + settings["scale"] * tensors["b"] @ tensors["a"]
     return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(tensors["b"]) @ np.abs(tensors["a"])
 
 
-FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
+EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
     "BOFT": _boft,

@@ -16,6 +16,7 @@ from lora_export import layers, plan
 from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.exact_transforms import exact_change
+from lora_export.storage import block_copy
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
@@ -66,6 +67,15 @@ def test_folded_it_is_pefts_merge_times_the_strength(one):
         for name, value in model.state_dict().items():
             before, change = one.before[name], one.merged[name] - one.before[name]
             assert (value - before - strength * change).abs().max() <= 4e-6 * change.abs().max() + 1e-6, name
+
+
+def test_a_merge_in_small_blocks_is_that_of_whole_weights(one, tmp_path, monkeypatch):
+    le.merge(one.base, one.adapter, tmp_path / "whole.safetensors", layout=LAYOUT)
+    monkeypatch.setattr(block_copy, "BLOCK", 64)  # bytes: less than two rows
+    le.merge(one.base, one.adapter, tmp_path / "blocks.safetensors", layout=LAYOUT)
+    whole, blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
+    for name, value in whole.items():
+        assert (blocks[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
 
 
 def test_a_merge_is_judged_by_another_formula(one, tmp_path):
