@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,9 +56,9 @@ class FactoredPair(StructuredPair):
 class FourierPair(FactoredPair):
     """The real part of the inverse Fourier transform of few frequencies (Gao et al. 2024, eq. 4).
 
-    `stored` has the coefficients c (n,), `settings` the `frequencies` (2, n) and `shape`. The transform along the
-    inputs is computed for the rows of frequencies that occur, U of them. That along the outputs is a matrix of
-    cosines and sines, so that the rank is 2 U.
+    `stored` has the coefficients c (n,), `settings` the `frequencies` (2, n) and `shape`. For A and B, the transform
+    along the inputs is computed for the rows of frequencies that occur, U of them. That along the outputs is a matrix
+    of cosines and sines, so that the rank is 2 U.
     """
 
     c: _Matrix
@@ -69,14 +71,35 @@ class FourierPair(FactoredPair):
         return tuple(self.settings["shape"])
 
     def _factors_of(self, rows: RowChoice) -> PairFactors:
-        out, columns = self.shape_of_whole
-        vertical, position = np.unique(self.settings["frequencies"][0], return_inverse=True)
-        spectrum = np.zeros((len(vertical), columns), np.float32)
-        spectrum[position, self.settings["frequencies"][1]] = self.c
-        lines = np.fft.ifft(spectrum)
+        out = self.shape_of_whole[0]
+        vertical, lines = _lines(self)
         angles = np.outer(np.arange(out)[rows], vertical) % out * (2 * np.pi / out)
         b = np.concatenate([np.cos(angles), -np.sin(angles)], axis=1) / out
         return np.concatenate([lines.real, lines.imag]).astype(np.float32), b.astype(np.float32)
+
+    def _product(self, rows: _Indices) -> _Matrix:
+        with TRANSFORMING:
+            return _inverse_transform(self)[rows]
+
+
+TRANSFORMING = threading.Lock()  # threads that need rows of one transform share it
+
+
+@functools.lru_cache(maxsize=1)
+def _inverse_transform(pair: FourierPair) -> _Matrix:
+    """All rows: a transform has none of its own. The last one is kept, since its rows are needed in turn."""
+    vertical, lines = _lines(pair)
+    spectrum = np.zeros(pair.shape_of_whole[::-1], np.complex64)  # of each input
+    spectrum[:, vertical] = lines.T
+    return np.ascontiguousarray(np.fft.ifft(spectrum).real.T)
+
+
+def _lines(pair: FourierPair) -> tuple[_Indices, NDArray[Any]]:
+    """The rows of frequencies that occur (U,), and their transforms along the inputs (U, in)."""
+    vertical, position = np.unique(pair.settings["frequencies"][0], return_inverse=True)
+    spectrum = np.zeros((len(vertical), pair.shape_of_whole[1]), np.float32)
+    spectrum[position, pair.settings["frequencies"][1]] = pair.c
+    return vertical, np.fft.ifft(spectrum)
 
 
 class DensePair(StructuredPair):
@@ -112,14 +135,20 @@ class SparsePair(DensePair):
         return abs(self.scale) * float(np.linalg.norm(self.v.astype(np.float64))) if whole else super().norm
 
     def _product(self, rows: _Indices) -> _Matrix:
-        row_of, column_of = self.settings["places"]
-        order = np.argsort(row_of, kind="stable")
-        first, last = (np.searchsorted(row_of[order], rows, side) for side in ("left", "right"))
+        row_of, column_of, values = self._by_row
+        first, last = (np.searchsorted(row_of, rows, side) for side in ("left", "right"))
         counts = last - first
         own = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         product = np.zeros((len(rows), self.shape_of_whole[1]), np.float32)
-        product[np.repeat(np.arange(len(rows)), counts), column_of[order][own]] = self.v[order][own]
+        product[np.repeat(np.arange(len(rows)), counts), column_of[own]] = values[own]
         return product
+
+    @functools.cached_property
+    def _by_row(self) -> tuple[_Indices, _Indices, _Matrix]:
+        """The entries by rows: these, the columns and the values."""
+        order = np.argsort(self.settings["places"][0], kind="stable")
+        row_of, column_of = self.settings["places"][:, order]
+        return row_of, column_of, self.v[order]
 
 
 def sparse_pair(values: NDArray[Any], places: _Indices, shape: tuple[int, ...], scale: float = 1.0) -> SparsePair:

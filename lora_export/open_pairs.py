@@ -74,8 +74,7 @@ class OpenPair(LoraPair):
 
     @property
     def shape(self) -> MatrixShape:
-        """(), as long as it is open."""
-        return ()
+        raise self._refused()
 
     @property
     def parameters(self) -> int:
@@ -93,3 +92,8 @@ class OpenPair(LoraPair):
 
     def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:  # noqa: ARG002
         return self
+
+
+def known_shape(pair: LoraPair) -> tuple[int, ...]:
+    """The shape of a pair; () as long as it is open."""
+    return () if isinstance(pair, OpenPair) else pair.shape

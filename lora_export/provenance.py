@@ -55,8 +55,11 @@ def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> 
 
 
 def _ranks_and_alphas(adapter: Adapter) -> dict[str, list[Any]]:
-    """Those of its pairs, without repetitions. Alpha is the scale x the rank, with rsLoRA x its root."""
-    if not adapter.pairs:
+    """Those of its pairs, without repetitions. Alpha is the scale x the rank, with rsLoRA x its root.
+
+    Other kinds than LoRA mean other things by their ranks and alphas: they have none here.
+    """
+    if not adapter.pairs or "peft_type" in adapter.metadata:
         return {}
     power = 0.5 if adapter.metadata.get("use_rslora") else 1.0
     alphas = {float(f"{pair.scale * pair.rank**power:.6g}") for pair in adapter.pairs.values()}

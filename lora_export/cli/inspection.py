@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
 from lora_export.graph.interface import Port
-from lora_export.open_pairs import OpenPair
+from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
 from lora_export.report.screens import (
     NO_EFFECT,
@@ -140,7 +140,7 @@ def _adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     """An adapter: a line for each kind of module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
     contents = f"{contents_of(adapter)}, {adapter.parameters:,} parameters, {nbytes:,} bytes"
     yield f"{adapter.name}: {adapter.format}, {contents}"
-    looks = {name: (one.rank, one.scale, one.shape, kind_of_pair(one)) for name, one in adapter.pairs.items()}
+    looks = {name: (one.rank, one.scale, known_shape(one), kind_of_pair(one)) for name, one in adapter.pairs.items()}
     for name, modules, several in _grouped(adapter.pairs, str, looks.__getitem__):
         pair, norms = adapter.pairs[modules[0]], [adapter.pairs[module].norm for module in modules]
         low, high = (f"{norm:.4g}" for norm in (min(norms), max(norms)))

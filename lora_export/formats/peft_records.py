@@ -18,6 +18,7 @@ from lora_export.formats.adapter_files import TensorSource
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.open_pairs import known_shape
 from lora_export.storage import json_files
 
 SHOWN_TENSORS = 3  # names that a note lists
@@ -80,9 +81,9 @@ def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mappin
         return layouts
     layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
     if config.get("fan_in_fan_out"):
-        layouts |= {
-            module: "in_out" for module, pair in pairs.items() if len(pair.shape) in (0, 2) and not pair.embedding
-        }
+        # A pair without a shape is one of a matrix.
+        plain = [module for module, pair in pairs.items() if not pair.embedding and len(known_shape(pair)) in (0, 2)]
+        layouts |= dict.fromkeys(plain, "in_out")
     return layouts
 
 

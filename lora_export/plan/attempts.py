@@ -11,6 +11,7 @@ from enum import StrEnum
 from lora_export.errors import Misfit
 from lora_export.lora import Adapter, LoraPair, expert_name, split_part
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.open_pairs import known_shape
 from lora_export.plan.match_names import (
     BaseTensors,
     Prefix,
@@ -202,7 +203,7 @@ class ConvertedNames(Attempt):
 
 
 def shape_in_model(pair: LoraPair) -> tuple[int, ...]:
-    return pair.shape[::-1] if pair.embedding else pair.shape
+    return pair.shape[::-1] if pair.embedding else known_shape(pair)
 
 
 def pair_weight(module: str, pair: LoraPair) -> str:

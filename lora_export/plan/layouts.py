@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
-from lora_export.open_pairs import OpenPair
+from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.options.spelling import named
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
@@ -71,7 +71,7 @@ def _linear_pairs(
             weight = weight_of(prefix.to_base(module), base)
             if weight is not None and not stored.embedding and len(base[weight].shape) == 2:
                 pair = _for_one_layout(stored, base[weight].shape)
-                is_point = len(pair.shape) > 2 and set(pair.shape[2:]) == {
+                is_point = len(known_shape(pair)) > 2 and set(pair.shape[2:]) == {
                     1
                 }  # a convolution of size 1 is a linear layer
                 yield weight, pair.with_kernel(()) if is_point else pair
@@ -80,8 +80,8 @@ def _linear_pairs(
 def _for_one_layout(pair: LoraPair, stored: tuple[int, ...]) -> LoraPair:
     """A pair whose file does not show all of its shape, for a matrix that is stored (out, in), or else transposed."""
     ways = [pair.for_weight(shape) for shape in (stored, stored[::-1])]
-    fitting = [way for way in ways if 0 not in way.shape]
-    return fitting[0] if len({way.shape for way in fitting}) == 1 else pair
+    fitting = [way for way in ways if 0 not in known_shape(way)]
+    return fitting[0] if len({known_shape(way) for way in fitting}) == 1 else pair
 
 
 def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: set[Layout]) -> TensorSpec:
@@ -93,7 +93,7 @@ def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: 
         return spec
     if own is not None:
         return replace(spec, layout=own, layout_source=LayoutSource.SHAPE)
-    if pair.shape not in (spec.shape, ()) and 0 not in pair.shape:  # it fits in neither layout: a misfit
+    if (shape := known_shape(pair)) not in (spec.shape, ()) and 0 not in shape:  # it fits in neither layout: a misfit
         return spec
     if stated is not None:
         return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)
@@ -110,7 +110,7 @@ def _own_layout(spec: TensorSpec, pair: LoraPair) -> Layout | None:
         return spec.layout if spec.layout in LINEAR_LAYOUTS else None
     if isinstance(pair, OpenPair) and len(set(spec.shape)) == 2 and pair.outputs in spec.shape:
         return Layout.OUT_IN if pair.outputs == spec.shape[0] else Layout.IN_OUT
-    if len(set(spec.shape)) == 1 or pair.shape not in (spec.shape, spec.shape[::-1]):
+    if len(set(spec.shape)) == 1 or known_shape(pair) not in (spec.shape, spec.shape[::-1]):
         return None
     return Layout.OUT_IN if pair.shape == spec.shape else Layout.IN_OUT
 

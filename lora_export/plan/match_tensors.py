@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
+from lora_export.open_pairs import known_shape
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
@@ -94,7 +95,7 @@ def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
 
 def _with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
     """A pair whose file has no kernel, or one that differs by axes of size 1, with the kernel that the base has."""
-    if pair.embedding or pair.as_stored or pair.shape == spec.matrix or not spec.layout.is_matrix:
+    if pair.embedding or pair.as_stored or known_shape(pair) in (spec.matrix, ()) or not spec.layout.is_matrix:
         return pair
     kernel = spec.matrix[2:]
     is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(spec.matrix[1:])
@@ -136,7 +137,7 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     spec = resolved(spec, pair)
     if spec.layout is Layout.UNKNOWN:
-        fits = pair.shape in (spec.shape, spec.shape[::-1], ())  # () is open, as its layout is
+        fits = known_shape(pair) in (spec.shape, spec.shape[::-1], ())  # () is open, as its layout is
         return "" if fits else f"{weight} is {spec.shape}, the adapter was trained on {pair.shape} (out, in)"
     if pair.embedding is not (spec.layout is Layout.EMBEDDING):
         kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair
+from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.structured_pairs import StructuredPair
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def _members(record: Any) -> dict[str, Any]:
 
 def _computed_pair(pair: LoraPair) -> dict[str, Any]:
     """A pair whose A and B are not stored, without making them; null where they have no shape yet."""
-    out, *inner = pair.shape or (0,)
+    out, *inner = known_shape(pair) or (0,)
     sizes = {"a": [pair.rank, *inner], "b": [out, pair.rank, *[1] * (len(inner) - 1)]}
-    shapes = {name: {"shape": size, "dtype": "float32"} if pair.shape else None for name, size in sizes.items()}
+    shapes = {name: {"shape": size, "dtype": "float32"} if known_shape(pair) else None for name, size in sizes.items()}
     others = {name: getattr(pair, name) for name in ("scale", "magnitude", "embedding", "as_stored")}
     return shapes | _object(others)
 

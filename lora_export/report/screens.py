@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from lora_export.adapters.low_rank import LayerShare, total_share
 from lora_export.errors import count, one_line
 from lora_export.lora import Adapter, LoraPair
-from lora_export.open_pairs import OpenPair
+from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
@@ -33,11 +33,10 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         print_line(to, one_line(f"  {what}: {value}"))
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
-        figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), f"{pair.norm:.4g}"]
-        if pair.needs_weight:
-            figures[-1] = ""
-        if isinstance(pair, OpenPair):
-            figures = ["", f"{pair.scale:g}", "the base's", ""]
+        figures = ["", f"{pair.scale:g}", "the base's", ""]
+        if not isinstance(pair, OpenPair):
+            norm = "" if pair.needs_weight else f"{pair.norm:.4g}"
+            figures = [f"{pair.rank}", f"{pair.scale:g}", shape_text(pair.shape), norm]
         rows.append([module, *figures, kind_of_pair(pair)])
     print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
@@ -71,7 +70,7 @@ def contents_of(adapter: Adapter) -> str:
 
 def kind_of_pair(pair: LoraPair) -> str:
     """DoRA or another method than LoRA, and the kind of layer where it is not linear."""
-    layer = "embedding" if pair.embedding else "convolution" if len(pair.shape) > 2 else ""
+    layer = "embedding" if pair.embedding else "convolution" if len(known_shape(pair)) > 2 else ""
     return " ".join(filter(None, [pair.kind if pair.depends_on_weight else "", layer]))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import sums
+from lora_export.computed_pairs import FourierPair
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Step
 from lora_export.storage import block_copy
@@ -252,11 +253,12 @@ def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool
     Measuring a block costs as much as changing it, and a million entries determine a retention to a thousandth. The
     sample is spread evenly over the rows. All blocks are measured where the sample would miss half or more of its part
     of the change; with changes that depend on the weight, which are unknown before they are computed; and for changes
-    whose factors are larger than the weight.
+    whose factors are larger than the weight, or cost more than their product.
     """
     everything = [True] * len(rows)
     if step is not None and any(
-        isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank for term in step.terms
+        isinstance(term.pair, FourierPair) or (isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank)
+        for term in step.terms
     ):
         return everything
     stride = math.prod(step.spec.shape) // LEAST_MEASURED if step is not None and step.terms else 0

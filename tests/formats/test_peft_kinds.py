@@ -239,3 +239,7 @@ def test_inspect_shows_that_the_shape_is_that_of_the_base(tmp_path, capsys):
         assert "the base's" in capsys.readouterr().out
     code, found = answer(capsys, "inspect", one.adapter)
     assert code == 0 and found
+    assert call("combine", one.adapter, "-o", tmp_path / "out") == 3
+    assert call("resize", one.adapter, "-o", tmp_path / "out", "--rank", "1") == 3
+    assert capsys.readouterr().err.count("does not record the shapes of its weights") == 4
+    assert not (tmp_path / "out").exists()

@@ -47,7 +47,8 @@ def _change(stored: Stored) -> OpenPair:
 def _share(stored: Stored, shape: MatrixShape, shapes: Sequence[MatrixShape]) -> int:
     """How many frequencies of those of all layers a layer has by its size."""
     part = math.prod(shape) / sum(map(math.prod, shapes))
-    return max(1, round(part * (stored.config["n_frequency"] * len(shapes))))
+    count: int = stored.config["n_frequency"] * len(shapes)
+    return max(1, round(part * count))
 
 
 def _reconstructed(
