@@ -66,11 +66,9 @@ def skew(values: _Wide, size: int) -> _Wide:
 def neumann(q: _Wide, terms: int) -> _Wide:
     """The Cayley transform as a series of so many terms: I + 2 Q + 2 Q² + ... + Qⁿ (PEFT's OFT v2)."""
     series: _Wide = np.eye(len(q))
-    power: _Wide = np.eye(len(q))
     last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
     for number in range(1, last + 1):
-        power = np.asarray(power @ q, np.float64)
-        series += power * (1.0 if number == last and terms > 2 else 2.0)
+        series += np.linalg.matrix_power(q, number) * (1.0 if number == last and terms > 2 else 2.0)
     return series
 
 
