@@ -66,7 +66,7 @@ def skew(values: _Wide, size: int) -> _Wide:
 
 def neumann(q: _Wide, terms: int) -> _Wide:
     """The Cayley transform as a series of so many terms: I + 2 Q + 2 Q² + ... + Qⁿ (PEFT's OFT v2)."""
-    series: _Wide = np.eye(len(q))
+    series = np.eye(len(q))
     last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
     for number in range(1, last + 1):
         series += np.linalg.matrix_power(q, number) * (1.0 if number == last and terms > 2 else 2.0)
@@ -75,8 +75,7 @@ def neumann(q: _Wide, terms: int) -> _Wide:
 
 def cayley(q: _Wide) -> _Wide:
     """(I - Q)(I + Q)⁻¹: both factors commute."""
-    rotation: _Wide = np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q)
-    return rotation
+    return np.asarray(np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q), np.float64)
 
 
 def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:

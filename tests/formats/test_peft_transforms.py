@@ -17,7 +17,7 @@ from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.exact_transforms import exact_change
 from lora_export.storage import block_copy
-from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
+from support.peft_kinds import CASES, LAYOUT, Layers, Trained, graph_of, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
 TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
@@ -121,3 +121,11 @@ def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
             continue
         np.testing.assert_allclose(pair.change(weight[rows]), whole[rows], atol=1e-5 * np.abs(whole).max())
         np.testing.assert_allclose(exact_change(pair, weight[rows])[0], whole[rows], atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", ["Deft: qr", "IA3: inputs without biases"])
+def test_a_merged_graph_is_proven_against_its_base(tmp_path, name):
+    one = trained(CASES[name], tmp_path)
+    graph = graph_of(tmp_path / "base.onnx", one, one.changed)
+    result = le.export_onnx(graph, tmp_path / "merged.onnx", adapters=one.adapter)
+    assert result.proof.verdict
