@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export as le
 from lora_export.errors import InputRefused
@@ -145,6 +146,32 @@ def test_two_adapters_are_added(tmp_path, name):
     for tensor, before in one.before.items():
         expected = one.merged[tensor] - 0.5 * (other.merged[tensor] - before)
         assert torch.allclose(torch.from_numpy(ours[tensor]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_tied_table_are_one(tmp_path):
+    """PEFT saves them under the name of the head, too, which the base does not store."""
+    config = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
+    base = LlamaForCausalLM(LlamaConfig(**config, tie_word_embeddings=True))
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=[3, 5]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(load_file(tmp_path / "adapter/adapter_model.safetensors")) == 2
+    le.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ours, theirs = (
+        LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(),
+        model.merge_and_unload().state_dict(),
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 DAMAGES = {

@@ -34,9 +34,14 @@ def test_a_permutation_starts_the_same(seed):
 
 
 @pytest.mark.slow  # PyTorch makes the whole permutation, of 1.7 GB
-def test_a_permutation_of_very_many_starts_the_same():
-    expected = torch.randperm(WIDE_FROM, generator=of_torch(7))[:1000].numpy()
-    assert np.array_equal(Generator(7, "seed").start_of_permutation(WIDE_FROM, 1000), expected)
+def test_the_largest_permutation_starts_the_same():
+    expected = torch.randperm(WIDE_FROM - 1, generator=of_torch(7))[:1000].numpy()
+    assert np.array_equal(Generator(7, "seed").start_of_permutation(WIDE_FROM - 1, 1000), expected)
+
+
+def test_a_larger_permutation_is_refused():
+    with pytest.raises(InputRefused, match="PyTorch shuffles 214,748,364 numbers in another way"):
+        Generator(7, "seed").start_of_permutation(WIDE_FROM, 1000)
 
 
 @pytest.mark.parametrize("size", [16, 17, 31, 32, 100, 4096])

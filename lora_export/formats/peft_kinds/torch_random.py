@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 
-WIDE_FROM = (1 << 32) // 20  # PyTorch permutes so many numbers, or more, by draws of 64 bits
+WIDE_FROM = (1 << 32) // 20  # PyTorch shuffles so many numbers, or more, by draws of 64 bits
 LANES = 16  # numbers that PyTorch makes normal at a time
 FLOAT_BITS = 24  # of a draw that become a float32
 
@@ -60,10 +60,13 @@ class Generator:
         return (normal * np.float32(deviation)).reshape(shape)
 
     def start_of_permutation(self, size: int, count: int) -> NDArray[np.int64]:
-        """`torch.randperm(size)[:count]`: the first steps of a Fisher-Yates shuffle settle the first numbers."""
-        draws = self._draws(2 * count if size >= WIDE_FROM else count)
+        """`torch.randperm(size)[:count]`: the first steps of a Fisher-Yates shuffle settle the first numbers.
+
+        Raises InputRefused for a size from which on PyTorch shuffles in another way, whose last step settles them.
+        """
         if size >= WIDE_FROM:
-            draws = draws[::2] << np.uint64(32) | draws[1::2]
+            raise InputRefused(f"PyTorch shuffles {size:,} numbers in another way than is known here")
+        draws = self._draws(count)
         moved: dict[int, int] = {}  # place -> the number there, where it is not the place itself
         first = np.empty(count, np.int64)
         for step, draw in enumerate(draws.tolist()):
