@@ -25,20 +25,21 @@ def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
 
     Of a part of a larger weight, the rest counts as zero: the part does not depend on it.
     """
-    flat = weight.reshape(len(weight), -1).astype(np.float64)
-    rows, columns = transform.rows, transform.columns
-    part = np.ix_(
-        *(np.arange(size) if own is None else own for size, own in zip(flat.shape, (rows, columns), strict=True))
-    )
-    whole = flat
-    if rows is not None or columns is not None:
-        sizes = zip((*transform.whole, 1), flat.shape, (rows, columns), strict=False)
-        whole = np.zeros([size if own is None else old for old, size, own in sizes])
-        whole[part] = flat
+    flat = weight.reshape(len(weight), -1).astype(np.float64, copy=False)
     tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
-    change, size = FORMULAS[transform.kind](tensors, transform.settings, whole)
-    scaled = transform.scale * change[part], abs(transform.scale) * size[part]
-    return scaled[0].reshape(weight.shape), scaled[1].reshape(weight.shape)
+    make = EXACT_CHANGES[transform.kind]
+    if transform.rows is None and transform.columns is None:
+        change, size = make(tensors, transform.settings, flat)
+    else:
+        own = [(size, part) for size, part in zip(flat.shape, (transform.rows, transform.columns), strict=True)]
+        here = np.ix_(*(np.arange(size) if part is None else part for size, part in own))
+        sizes = zip((*transform.whole, 1), own, strict=False)
+        whole = np.zeros([size if part is None else old for old, (size, part) in sizes])
+        whole[here] = flat
+        change, size = (each[here] for each in make(tensors, transform.settings, whole))
+    if transform.scale != 1:
+        change, size = transform.scale * change, abs(transform.scale) * size
+    return change.reshape(weight.shape), size.reshape(weight.shape)
 
 
 # --- Scales ---
@@ -65,19 +66,16 @@ def skew(values: _Wide, size: int) -> _Wide:
 
 def neumann(q: _Wide, terms: int) -> _Wide:
     """The Cayley transform as a series of so many terms: I + 2 Q + 2 Q² + ... + Qⁿ (PEFT's OFT v2)."""
-    series: _Wide = np.eye(len(q))
-    power: _Wide = np.eye(len(q))
+    series = np.eye(len(q))
     last = max(terms - 1, 3) if terms > 2 else terms - 1  # PEFT's loop has the cube at least
     for number in range(1, last + 1):
-        power = power @ q
-        series += power * (1.0 if number == last and terms > 2 else 2.0)
+        series += np.linalg.matrix_power(q, number) * (1.0 if number == last and terms > 2 else 2.0)
     return series
 
 
 def cayley(q: _Wide) -> _Wide:
     """(I - Q)(I + Q)⁻¹: both factors commute."""
-    rotation: _Wide = np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q)
-    return rotation
+    return np.asarray(np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q), np.float64)
 
 
 def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:
@@ -133,7 +131,7 @@ def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
 
 
 def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
-    value, size, normals = weight.copy(), np.abs(weight), list[_Wide]()
+    value, normals = weight.copy(), list[_Wide]()
     for column in tensors["hra_u"].T:
         own = column / np.linalg.norm(column)
         for normal in normals if settings["orthogonal"] else ():  # Gram and Schmidt
@@ -141,8 +139,9 @@ def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
         own = own / np.linalg.norm(own)
         normals.append(own)
         value -= 2 * np.outer(value @ own, own)
-        size += 2 * np.outer(np.linalg.norm(weight, axis=1), np.abs(own))  # a reflection keeps lengths
-    return value - weight, size
+    value -= weight
+    largest = 2 * np.sum(np.abs(normals), axis=0)  # a reflection keeps the lengths of outputs
+    return value, np.abs(weight) + np.outer(np.linalg.norm(weight, axis=1), largest)
 
 
 def _road(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
@@ -243,14 +242,14 @@ def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
 
 
 def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
-    sparse = np.zeros(weight.size)
+    sparse: _Wide = np.zeros(weight.size)
     sparse[settings["indices"]] = tensors["values"]
     sparse = sparse.reshape(weight.shape)
     change = sparse + settings["scale"] * tensors["b"] @ tensors["a"]
     return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(tensors["b"]) @ np.abs(tensors["a"])
 
 
-FORMULAS: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
+EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
     "BOFT": _boft,

@@ -15,6 +15,7 @@ from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
+from lora_export.graph.refusals import beside_the_weight
 from lora_export.lora import Adapter
 from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
@@ -144,6 +145,10 @@ def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:
 
 def check_adapters(options: OnnxRequest) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
+    if options.lora != "merged":  # before the model is exported; the plan has those whose kind shows there
+        for adapter in options.adapters:
+            for module in adapter.beyond_pairs["transforms"][:1]:
+                raise beside_the_weight(adapter.name, module, adapter.pairs[module].kind)
     if options.is_swapped:
         others = options.without_own_heads
         if options.ignore_head:  # its tensors are compared with the base's when those are known

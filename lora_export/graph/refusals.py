@@ -45,10 +45,15 @@ def refuse_transforms(plan: Plan) -> None:
     """Raise InputRefused for changes that follow from the weight: they are not beside it."""
     for step in plan.low_rank:
         if step.needs_weight:
-            raise InputRefused(
-                f"{step.terms[0].adapter}: {step.weight}: the change by {step.terms[0].pair.kind} follows from the "
-                f"weight, so it cannot be beside it. Merge it ({named('lora', 'merged')})"
-            )
+            raise beside_the_weight(step.terms[0].adapter, step.weight, step.terms[0].pair.kind)
+
+
+def beside_the_weight(adapter: str, name: str, kind: str) -> InputRefused:
+    """Why a change that follows from the weight is not beside it."""
+    return InputRefused(
+        f"{adapter}: {name}: the change by {kind} follows from the weight, so it cannot be beside it. Merge it "
+        f"({named('lora', 'merged')})"
+    )
 
 
 def refuse_full_rank(plan: Plan) -> None:

@@ -53,6 +53,7 @@ def test_a_merged_folder_is_proven_and_half_of_it_is_different(files, tmp_path):
         assert le.verify(tmp_path / "half", adapters=adapter, weights=[0.5], **against)
 
 
+@pytest.mark.slow
 def test_exports_with_the_change_in_the_weights_are_proven(files, tmp_path):
     base, adapter = files
     assert le.export_onnx(base, tmp_path / "merged.onnx", adapters=adapter).proof.verdict

@@ -18,7 +18,8 @@ from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.exact_transforms import exact_change
 from lora_export.lora import LoraPair
-from support.peft_kinds import CASES, LAYOUT, Layers, Trained, trained
+from lora_export.storage import block_copy
+from support.peft_kinds import CASES, LAYOUT, Layers, Trained, graph_of, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
 TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
@@ -90,6 +91,15 @@ def test_as_lora_its_merge_is_pefts(one, tmp_path):
         le.convert(one.adapter, tmp_path / "without", to="peft", as_kind="lora", rank=18)
 
 
+def test_a_merge_in_small_blocks_is_that_of_whole_weights(one, tmp_path, monkeypatch):
+    le.merge(one.base, one.adapter, tmp_path / "whole.safetensors", layout=LAYOUT)
+    monkeypatch.setattr(block_copy, "BLOCK", 64)  # bytes: less than two rows
+    le.merge(one.base, one.adapter, tmp_path / "blocks.safetensors", layout=LAYOUT)
+    whole, blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
+    for name, value in whole.items():
+        assert (blocks[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+
+
 def test_a_merge_is_judged_by_another_formula(one, tmp_path):
     out = tmp_path / "out.safetensors"
     le.merge(one.base, one.adapter, out, layout=LAYOUT)
@@ -133,3 +143,11 @@ def test_some_outputs_change_as_in_the_whole_or_are_refused(one):
             continue
         np.testing.assert_allclose(pair.change(weight[rows]), whole[rows], atol=1e-5 * np.abs(whole).max())
         np.testing.assert_allclose(exact_change(pair, weight[rows])[0], whole[rows], atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", ["Deft: qr", "IA3: inputs without biases"])
+def test_a_merged_graph_is_proven_against_its_base(tmp_path, name):
+    one = trained(CASES[name], tmp_path)
+    graph = graph_of(tmp_path / "base.onnx", one, one.changed)
+    result = le.export_onnx(graph, tmp_path / "merged.onnx", adapters=one.adapter)
+    assert result.proof.verdict

@@ -150,9 +150,10 @@ def diffusion_files() -> SearchStrategy[bytes]:
     lycoris = (
         *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
         *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-        *("diff", "diff_b", "w_norm", "b_norm", "dora_scale", "oft_blocks"),
+        *("diff", "diff_b", "w_norm", "b_norm", "dora_scale", "oft_blocks", "rescale"),
+        *("on_input", "weight", "a1.weight", "a2.weight", "b1.weight", "b2.weight"),
     )
-    shapes = ("1,3", "2,1", "2,3", "3", "2", "1", "0,3", "2,1,1,1", "1,3,1,1", "1,1,3,3", "1,1", "")
+    shapes = ("1,3", "2,1", "2,3", "3", "2", "1", "0,3", "2,1,1,1", "1,3,1,1", "1,1,3,3", "1,2,2", "1,1,2,2", "1,1", "")
     one = st.tuples(st.sampled_from(prefixes), st.sampled_from(modules))
     tensor = st.tuples(st.sampled_from((*sides, *lycoris)), st.sampled_from(shapes))
     recorded = st.sampled_from(("", "", "", '{"unet.r": 1, "unet.lora_alpha": 2}', '{"r": 0}', "[1]", '{"unet.r": []}'))

@@ -49,7 +49,7 @@ def _change(stored: Stored) -> OpenPair:
         a, b = (stored.part(name, 2) for name in _FACTORS)
         if (len(a), b.shape[1:]) != (rank, (rank,)):
             raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
-        low_rank = LoraPair(a=a, b=b, scale=alpha / rank)
+        low_rank = LoraPair(a=a, b=b, scale=float(alpha or 0) / rank)
 
         def lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
             del transform, shape
