@@ -222,6 +222,11 @@ class _StoredPairs:
         embedding = module in self.keys[EMBEDDING]
         if embedding is not (".lora_embedding_B" in self.keys[B][module]):
             raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
+        if not a.size or not b.size:
+            raise InputRefused(
+                f"A {a.shape}, B {b.shape}: it has no values. DeepSpeed's ZeRO-3 saves those of other processes so: "
+                "gather its checkpoint with zero_to_fp32.py"
+            )
         if a.ndim != b.ndim or not 2 <= a.ndim <= 5:
             raise InputRefused(f"A {a.shape}, B {b.shape}: no linear layer, convolution or embedding has such shapes")
         if a.ndim > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:

@@ -1,7 +1,7 @@
 """Adapters inside of a model's own weights, one for each task, as jina-embeddings-v3 stores them.
 
 See `names/parametrized.py` for the tensors. The scale is `lora_alpha / lora_rank` of the model's config, which names
-the tasks (`lora_adaptations`), too.
+the tasks (`lora_adaptations`), too. Factors that are no stacks are one adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from lora_export.formats.adapter_files import (
 )
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.parametrized import STACKED_ADAPTER, has_own_adapters, original_name, task_names
+from lora_export.names.parametrized import (
+    STACKED_ADAPTER,
+    has_own_adapters,
+    original_name,
+    refuse_other_parametrizations,
+    task_names,
+    tasks_of,
+)
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage.safetensors_file import is_safetensors
@@ -52,10 +59,11 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     for key in file.entries:
         if match := STACKED_ADAPTER.fullmatch(key):
             modules.setdefault(match["module"], {})[match["side"]] = key
-    tasks = {file.entries[key].shape[:1] for sides in modules.values() for key in sides.values()}
+    refuse_other_parametrizations(file.entries, file.path)
+    tasks = {tasks_of(file.entries[key].shape) for sides in modules.values() for key in sides.values()}
     if len(tasks) != 1:
         raise InputRefused(f"{file.path}: its adapters are stacked for different numbers of tasks")
-    ((number,),) = tasks
+    (number,) = tasks
     names = task_names(config, number)
     task = _chosen(file, names, options.stored_adapter)
     scale = _scale(file, modules, config, options)
@@ -109,7 +117,7 @@ def _scale(
     else:
         rank, alpha = stated_rank_and_alpha(f"no config.json beside {file.path} has lora_rank and lora_alpha", options)
     first = file.entries[next(iter(next(iter(modules.values())).values()))].shape
-    if rank not in first[1:]:
+    if rank not in first[-2:]:
         raise InputRefused(f"{file.path}: the rank is {rank:g}, and no side of its factors {first} is")
     return adapter_scale(int(rank), alpha, {})
 
@@ -118,6 +126,7 @@ def _pair(file: TensorSource, module: str, sides: Mapping[str, str], task: int, 
     if missing := sorted({"A", "B"} - sides.keys()):
         raise InputRefused(f"lora_{missing[0]} is missing")
     a, b = (file.read(sides[side]) for side in "AB")
+    a, b = (one[None] if one.ndim == 2 else one for one in (a, b))
     if a.ndim != 3 or b.ndim != 3:
         raise InputRefused(
             f"lora_A is {a.shape} and lora_B {b.shape}; both need three dimensions, the first for the tasks"

@@ -8,15 +8,28 @@ for a table of embeddings (tasks, words, rank) and (tasks, rank, width).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_export.errors import InputRefused
 
 ORIGINAL = re.compile(r"(?P<module>.+)\.parametrizations\.weight\.original")
 STACKED_ADAPTER = re.compile(r"(?P<module>.+)\.parametrizations\.weight\.0\.lora_(?P<side>[AB])")
+PARAMETRIZED = re.compile(r".+\.parametrizations\..+")
 _TASKS = "lora_adaptations"  # in the model's config: the names of the tasks
 FIELDS = (_TASKS, "lora_rank", "lora_alpha", "lora_dropout_p", "lora_main_params_trainable")  # that are of the adapters
+
+
+def tasks_of(shape: Sequence[int]) -> int:
+    """For how many tasks a factor of this shape is: one that is no stack is for one."""
+    return shape[0] if len(shape) == 3 else 1
+
+
+def refuse_other_parametrizations(names: Iterable[str], source: object) -> None:
+    """Raise InputRefused for parametrizations that are no such adapters, as DoRA's `magnitude` is."""
+    others = [n for n in names if PARAMETRIZED.fullmatch(n) and not STACKED_ADAPTER.fullmatch(n)]
+    if others := [name for name in others if not ORIGINAL.fullmatch(name)]:
+        raise InputRefused(f"{source}: {len(others)} unknown tensors of parametrizations, such as {others[0]}")
 
 
 def has_own_adapters(names: Iterable[str]) -> bool:

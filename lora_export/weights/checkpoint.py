@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from lora_export import provenance
 from lora_export.errors import InputRefused, brief, count, listed, refuse_unprintable
 from lora_export.names.architecture import ArchitectureRules, rules_of
-from lora_export.names.parametrized import STACKED_ADAPTER, plain_name, task_names
 from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
@@ -22,6 +21,7 @@ from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.weights.own_adapters import without_adapters
 from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,
@@ -173,7 +173,7 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
         raise InputRefused(f"{path} is one file, which has no variants. Leave {named('variant')} out")
     if not safetensors_file.is_safetensors(path):
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
-    shards, tasks = _without_adapters({path.name: safetensors_file.open_file(path)}, {})
+    shards, tasks = without_adapters({path.name: safetensors_file.open_file(path)}, {})
     history = _history(path, {}, shards[path.name])
     return Checkpoint(path, shards, tuple(_specs(shards.values(), {})), history=history, own_adapters=tasks)
 
@@ -216,7 +216,7 @@ def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpo
     shards = {name: safetensors_file.open_file(folder / name) for name in names}
     if index:
         _check_index(folder / index, shards)
-    shards, tasks = _without_adapters(shards, config)
+    shards, tasks = without_adapters(shards, config)
     quantization = quantization or _quantization_beside(folder, shards)
     if quantization and not dequantise:
         raise _not_silently(folder, quantization)
@@ -228,26 +228,6 @@ def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpo
     first = next(iter(shards.values()))
     history = _history(folder, read_manifest(folder), first)
     return Checkpoint(folder, shards, specs, config, index, history, quantised, tasks)
-
-
-def _without_adapters(
-    shards: Mapping[str, TensorFile], config: Mapping[str, Any]
-) -> tuple[dict[str, TensorFile], tuple[str, ...]]:
-    """The shards without the adapters of their own, under plain names, and the tasks of these. Most have none.
-
-    Raises InputRefused where a weight is stored with and without them.
-    """
-    entries = (entry for shard in shards.values() for entry in shard.entries.values())
-    stacked = [entry for entry in entries if STACKED_ADAPTER.fullmatch(entry.name)]
-    if not stacked:
-        return dict(shards), ()
-    plain: dict[str, TensorFile] = {}
-    for name, shard in shards.items():
-        kept = {each: new for each in shard.entries if (new := plain_name(each)) is not None}
-        if len(set(kept.values())) < len(kept):
-            raise InputRefused(f"{shard.path} contains a weight as itself, and as that of a parametrization")
-        plain[name] = replace(shard, entries={new: replace(shard.entries[old], name=new) for old, new in kept.items()})
-    return plain, task_names(config, (stacked[0].shape or (0,))[0])
 
 
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:

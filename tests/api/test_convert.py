@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import Adapter
+from lora_export.structured_pairs import KroneckerPair
 from support.api import MODEL, Recorder, an_adapter
 from support.handmade import peft_adapter
 
@@ -27,6 +30,16 @@ def test_a_converted_adapter_runs_in_the_graph(graph: Path, tmp_path: Path) -> N
     assert (result.weights, result.of) == (1, 1) and result.output.is_file()
     verdict = le.verify(graph, MODEL, adapters=adapter, onnx_adapter=result.output)
     assert verdict.verdict.same
+
+
+def test_a_lokr_runs_in_the_graph_as_lora(graph: Path, tmp_path: Path) -> None:
+    shape = next(iter(le.load_adapter(an_adapter(tmp_path / "plain")).pairs.values())).shape
+    rng = np.random.default_rng(3)
+    stored = {"w1": rng.normal(size=(2, 1)), "w2": rng.normal(size=(shape[0] // 2, shape[1]))}
+    lokr = Adapter("lokr", "made", {"dense": KroneckerPair(stored, 0.5)})
+    result = le.convert(lokr, tmp_path / "lokr.onnx_adapter", graph=graph, as_kind="lora", rank=16)
+    assert [(layer.module, layer.share) for layer in result.layers] == [("dense", pytest.approx(1))]
+    assert le.verify(graph, MODEL, adapters=lokr, onnx_adapter=result.output).verdict.same
 
 
 def test_a_layer_without_inputs_is_refused(graph: Path, tmp_path: Path) -> None:
@@ -61,6 +74,8 @@ def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
         ({"to": "peft", "ignore_head": True}, 'ignore_head= is for to="onnx_adapter"'),
         ({"to": "peft", "names": "vllm"}, 'names= is for to="peft", and needs base="CHECKPOINT"'),
         ({"to": "peft", "names": "tarot", "base": "b"}, "names= is 'tarot'; it must be transformers4,"),
+        ({"to": "peft", "as_kind": "lora"}, 'as_kind="lora" needs rank="R"'),
+        ({"to": "peft", "min_kept": 0.5}, 'min_kept= is for as_kind="lora"'),
         ({"to": "tarot"}, "to= is 'tarot'; it must be onnx_adapter, peft,"),
     ],
 )

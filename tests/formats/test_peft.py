@@ -400,6 +400,11 @@ MAGNITUDES = "base_model.model.fc.lora_magnitude_vector"
         ),
         ({A_KEY: np.ones((1, 2, 3))}, {}, "A (1, 2, 3), B (3, 1): no linear layer, convolution or embedding"),
         (
+            {A_KEY: np.ones(0)},
+            {},
+            "A (0,), B (3, 1): it has no values. DeepSpeed's ZeRO-3 saves those of other processes",
+        ),
+        (
             {A_KEY: np.ones((1, 2, 1, 1, 1, 1)), B_KEY: np.ones((3, 1, 1, 1, 1, 1))},
             {},
             "no linear layer, convolution or embedding has such shapes",

@@ -123,6 +123,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, chosen, config, damage, me
         formats.load(path, options=ReadOptions(stored_adapter=chosen))
 
 
+def test_factors_that_are_no_stacks_are_one_adapter(tmp_path: Path):
+    path = saved(tmp_path / "one", model(), lora_adaptations=None)
+    tensors = load_file(path / "model.safetensors")
+    second = {name: value[1] if ".lora_" in name else value for name, value in tensors.items()}
+    save_file({name: np.ascontiguousarray(value) for name, value in second.items()}, path / "model.safetensors")
+    one = formats.load(path)
+    names = saved(tmp_path / "three", model())
+    other = formats.load(names, options=ReadOptions(stored_adapter=TASKS[1]))
+    assert one.pairs.keys() == other.pairs.keys()
+    assert all(np.array_equal(one.pairs[name].delta(), other.pairs[name].delta()) for name in one.pairs)
+    le.merge(path, path, tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() >= {"wide.weight", "words.weight"}
+
+
+def test_other_parametrizations_are_refused(tmp_path: Path):
+    path = saved(tmp_path / "jina", model())
+    tensors = load_file(path / "model.safetensors") | {
+        "wide.parametrizations.weight.0.magnitude": np.ones(6, np.float32)
+    }
+    save_file(tensors, path / "model.safetensors")
+    reading = ReadOptions(stored_adapter="separation")
+    for read in (lambda: formats.load(path, options=reading), lambda: le.inspect(path)):
+        with pytest.raises(InputRefused, match=r"1 unknown tensors of parametrizations, such as wide\.param"):
+            read()
+
+
 def test_a_weight_that_is_stored_twice_is_refused(tmp_path: Path):
     path = saved(tmp_path / "jina", model())
     tensors = load_file(path / "model.safetensors")

@@ -15,8 +15,10 @@ from lora_export.names.table import (
     EMBEDDING_MODULES,
     KNOWN_MODEL_TYPES,
     LINEAR_MODULES,
+    LINEAR_NAMES,
     MODULES,
     is_embedding,
+    module_kind,
 )
 from support import transformers_names
 from support.transformers_names import LINEAR_ELSEWHERE, assigned_modules, conv1d_modules, declared_types, sources
@@ -119,6 +121,16 @@ def test_no_folder_of_transformers_uses_conv1d_unseen():
 def test_every_linear_layer_with_a_conv1d_name_is_listed():
     derived = transformers_names.linear_modules(transformers_names.with_aliases(conv1d_modules()))
     assert {name: sorted(modules) for name, modules in LINEAR_MODULES.items()} == derived
+
+
+def test_names_of_linear_layers_are_those_of_transformers_and_of_no_conv1d():
+    assert sorted(LINEAR_NAMES) == transformers_names.linear_names()
+    assert {"q_proj", "query", "dense"} <= LINEAR_NAMES and not LINEAR_NAMES & {"c_attn", "c_proj", "c_fc", "q_attn"}
+
+
+def test_the_kind_of_a_module_is_its_last_name_or_its_place():
+    names = ("h.0.attn.c_proj", "h.1.mlp.c_fc", "layers.3.self_attn.q_proj", "net.0", "a.1.net.2", "a.7.net.2")
+    assert [*map(module_kind, names)] == ["Conv1D", "Conv1D", "q_proj", "net.0", "a.#.net.2", "a.#.net.2"]
 
 
 @pytest.mark.slow
