@@ -49,7 +49,7 @@ class LoraPair:
     magnitude: NDArray[np.float32] | None = None  # (out,)
     embedding: bool = False
     as_stored: bool = False
-    needs_weight: ClassVar[bool] = False  # its change follows from the weight: see `weight_transforms`
+    needs_weight: ClassVar[bool] = False  # its change follows from the weight: see `pairs.transforms`
 
     @property
     def kind(self) -> str:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Step, Term
-from lora_export.weight_transforms import WeightTransform
 
 ROWS_AT_ONCE = 4096
 

@@ -18,7 +18,7 @@ from lora_export.adapters.singular_values import SingularValues, Truncation
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
-from lora_export.structured_pairs import HadamardPair
+from lora_export.pairs.structured import HadamardPair
 
 ROUNDING = 1e-9  # of a share: factors in fp32 lose less of ‖ΔW‖²
 

@@ -20,7 +20,7 @@ from lora_export.adapters.singular_values import (
 )
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
-from lora_export.structured_pairs import HadamardPair, KroneckerPair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair
 
 LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
 SMALL_CHANGE = 1 << 20  # entries of a change up to which LAPACK decomposes it; blocks of larger ones have as many

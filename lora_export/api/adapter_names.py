@@ -18,8 +18,8 @@ from lora_export.names.diffusion_layouts import KNOWN_CLASSES, OtherLayout, othe
 from lora_export.names.families import joined_outputs
 from lora_export.names.loaded_names import LoadedNames, TensorConversion
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
-from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
+from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.converted_attempts import loaded_names
 from lora_export.plan.diffusion import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
 from lora_export.graph.interface import Port
-from lora_export.open_pairs import OpenPair, known_shape
+from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
 from lora_export.report.screens import (
     NO_EFFECT,

@@ -20,7 +20,7 @@ LINE_EVERY = 60.0  # seconds
 BAR = 20  # columns
 
 
-class Stage:
+class CurrentStage:
     """The part of the work that goes on, and its clock."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def shown() -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def _lines(to: IO[str]) -> Iterator[OnProgress]:
-    stage, ended = Stage(), threading.Event()
+    stage, ended = CurrentStage(), threading.Event()
 
     def print_lines() -> None:
         while not ended.wait(LINE_EVERY):
@@ -106,7 +106,7 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         def render(self, _: bars.Task) -> Text:
             return Text(str(stage), no_wrap=True, overflow="ellipsis")
 
-    stage = Stage()
+    stage = CurrentStage()
     # The bar keeps its width on a narrow terminal, and the end of the details is cut.
     columns = (
         bars.TextColumn("{task.description}"),

@@ -19,7 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import unwrapped
 from lora_export.formats.lycoris_transforms import input_or_output_scales, product_and_pair, rotations
 from lora_export.lora import LoraPair
-from lora_export.structured_pairs import HadamardPair, KroneckerPair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair
 
 
 class KeyPart(StrEnum):

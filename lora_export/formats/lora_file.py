@@ -37,7 +37,7 @@ from lora_export.formats.lora_changes import (
 )
 from lora_export.lora import Adapter, LoraPair, component_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.structured_pairs import WholePair
+from lora_export.pairs.structured import WholePair
 
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS, KeyPart.ON_INPUT)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import Blocks, EntryWise, LowRank, Stage, WeightTransform
+from lora_export.pairs.transforms import Blocks, EntryWise, LowRank, Stage, WeightTransform
 
 _Array = NDArray[Any]
 

@@ -19,7 +19,7 @@ from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, Keys, targeted_name
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.names.table import module_kind
-from lora_export.open_pairs import known_shape
+from lora_export.pairs.open_shape import known_shape
 from lora_export.storage import json_files
 
 SHOWN_TENSORS = 3  # names that a note lists

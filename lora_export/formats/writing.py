@@ -14,14 +14,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.computed_pairs import FactoredPair
 from lora_export.errors import InputRefused, listed
 from lora_export.formats.lora_changes import KeyPart
 from lora_export.lora import Adapter, LoraPair, is_power_of_two
-from lora_export.open_pairs import OpenPair
 from lora_export.options.spelling import named
+from lora_export.pairs.computed import FactoredPair
+from lora_export.pairs.open_shape import OpenPair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from lora_export.storage import safetensors_file
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 
 _HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 BESIDES = {  # what an adapter may have besides pairs: its field -> what it is

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
 from lora_export.options.spelling import command, named
+from lora_export.pairs.structured import StructuredPair
 from lora_export.plan import Plan, Step
-from lora_export.structured_pairs import StructuredPair
 
 
 def refuse_unsupported_steps(plan: Plan) -> None:

@@ -42,8 +42,8 @@ from lora_export.layers.module_tensors import (
 )
 from lora_export.layers.torch_internals import exchange_class, own_buffers, own_modules, own_parameters, unsaved_buffers
 from lora_export.options.spelling import named
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Plan, Step
-from lora_export.weight_transforms import WeightTransform
 
 NO_WORD = re.compile(r"\W+", re.ASCII)
 

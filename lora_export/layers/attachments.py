@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.exact_transforms import exact_change
 from lora_export.layers.frozen_linear import float_weight
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, is_in_shares, layout_of, oriented, tensor_name
 from lora_export.layers.torch_internals import own_buffers, own_modules, own_parameters
+from lora_export.pairs.exact_transforms import exact_change
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, StoredRegion
-from lora_export.weight_transforms import WeightTransform
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches

@@ -11,7 +11,7 @@ from enum import StrEnum
 from lora_export.errors import Misfit
 from lora_export.lora import Adapter, LoraPair, expert_name, split_part
 from lora_export.names.tensor_parts import AssembledTensor, NotExpressible
-from lora_export.open_pairs import known_shape
+from lora_export.pairs.open_shape import known_shape
 from lora_export.plan.match_names import (
     BaseTensors,
     Prefix,

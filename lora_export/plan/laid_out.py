@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair
-from lora_export.open_pairs import OpenPair
+from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
-from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.options.spelling import named
+from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan.layout_evidence import LayoutEvidence
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
-from lora_export.open_pairs import known_shape
+from lora_export.pairs.open_shape import known_shape
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 

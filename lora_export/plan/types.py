@@ -151,7 +151,7 @@ class Step:
 
     @property
     def needs_weight(self) -> bool:
-        """Whether the change follows from the weight: by the only term, see `weight_transforms`."""
+        """Whether the change follows from the weight: by the only term, see `pairs.transforms`."""
         return any(term.pair.needs_weight for term in self.terms)
 
     @property

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import OpenPair, known_shape
-from lora_export.structured_pairs import StructuredPair
+from lora_export.pairs.open_shape import OpenPair, known_shape
+from lora_export.pairs.structured import StructuredPair
 
 if TYPE_CHECKING:
     from lora_export.verification.against_checkpoint import Audit

@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from lora_export.adapters.low_rank import LayerShare, total_share
 from lora_export.errors import count, one_line
 from lora_export.lora import Adapter, LoraPair
-from lora_export.open_pairs import OpenPair, known_shape
 from lora_export.options.spelling import named
+from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
 from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, QuantisationLoss, StepResult

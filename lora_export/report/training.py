@@ -61,7 +61,7 @@ def draw_losses(
 ) -> None:
     """Draw the loss of each step as a PNG: label -> losses. Raises EnvironmentLacking without matplotlib.
 
-    Of many steps, the line is the mean of the last few, and the single losses are faint behind it. `held_out` are
+    Of many steps, the line is the mean of the last few, and the single losses are thin lines behind it. `held_out` are
     losses on held-out examples: step -> loss.
     """
     figure = require_matplotlib()(figsize=(8, 4.5), layout="constrained")
@@ -69,7 +69,7 @@ def draw_losses(
     for number, (label, values) in enumerate(losses.items()):
         style = {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linestyle": LINES[number % len(LINES)]}
         steps, window = range(1, len(values) + 1), max(1, len(values) // SMOOTHED_STEPS)
-        if window > 1:  # each step as a faint line behind the mean
+        if window > 1:  # each step as a thin line behind the mean
             axes.plot(steps, values, linewidth=0.8, alpha=0.25, color=style["color"])
         axes.plot(steps, running_means(values, window), label=label, linewidth=1.8, **style)
     if held_out:

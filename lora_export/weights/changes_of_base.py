@@ -15,8 +15,8 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 from lora_export.options.spelling import command
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Step
-from lora_export.weight_transforms import WeightTransform
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 

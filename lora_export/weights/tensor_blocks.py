@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import sums
-from lora_export.computed_pairs import FourierPair
 from lora_export.lora import EVERY_ROW
+from lora_export.pairs.computed import FourierPair
+from lora_export.pairs.structured import StructuredPair
 from lora_export.plan import Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.structured_pairs import StructuredPair
 from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
 from lora_export.weights.merge_report import Statistics
 from lora_export.weights.quantised.stored_parts import QuantisedTensor

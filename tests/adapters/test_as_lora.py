@@ -18,7 +18,7 @@ from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, writer_of
 from lora_export.lora import Adapter, LoraPair
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, StructuredPair, WholePair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair, StructuredPair, WholePair
 
 RNG = np.random.default_rng(5)
 

@@ -16,8 +16,8 @@ from lora_export.adapters.combine import combine_adapters, combine_in_plan, comb
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.options.combining import Combination
+from lora_export.pairs.structured import HadamardPair
 from lora_export.plan import Layout, TensorSpec, Term
-from lora_export.structured_pairs import HadamardPair
 
 
 def adapter(name: str, value: float, *modules: str) -> Adapter:

@@ -15,7 +15,7 @@ from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.adapters import ResizeOptions
-from lora_export.structured_pairs import HadamardPair, WholePair
+from lora_export.pairs.structured import HadamardPair, WholePair
 
 RNG = np.random.default_rng(2)
 A, B = RNG.normal(size=(3, 9)).astype(np.float32), RNG.normal(size=(7, 3)).astype(np.float32)

@@ -23,10 +23,10 @@ from lora_export import formats
 from lora_export.api.adapter_names import _placed, family_of_base, named_for_pipeline
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair
+from lora_export.pairs.structured import WholePair
 from lora_export.plan import Layout, TensorSpec
 from lora_export.plan.diffusion import Family
 from lora_export.plan.match_names import BaseTensors
-from lora_export.structured_pairs import WholePair
 from support import experts
 from support.diffusion import (
     PIPELINES,

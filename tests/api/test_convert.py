@@ -11,7 +11,7 @@ import pytest
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
-from lora_export.structured_pairs import KroneckerPair
+from lora_export.pairs.structured import KroneckerPair
 from support.api import MODEL, Recorder, an_adapter
 from support.handmade import peft_adapter
 

@@ -64,7 +64,7 @@ def test_a_narrow_terminal_keeps_the_bar_and_cuts_the_details(monkeypatch: pytes
 
 
 def test_each_stage_has_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = progress.Stage()
+    stage = progress.CurrentStage()
     monkeypatch.setattr(stage, "begun", time.monotonic() - 90)
     stage.take(Progress("starting", 30, 60, "steps"))
     assert str(stage) == "30 of 60 steps, 1 min left"

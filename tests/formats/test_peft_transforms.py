@@ -16,8 +16,8 @@ import lora_export as le
 from lora_export import layers, plan
 from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
-from lora_export.exact_transforms import exact_change
 from lora_export.lora import LoraPair
+from lora_export.pairs.exact_transforms import exact_change
 from lora_export.storage import block_copy
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, graph_of, trained
 

@@ -31,7 +31,7 @@ from lora_export.formats.writing import (
     without_component,
 )
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from support.diffusion import arrays_of, change, fused_by_diffusers, linear_shapes, random_pairs, unet
 from support.one_files import drawn_adapters
 from support.written import adapter_of, assert_same_pairs, converted, drawn_pairs, low_rank

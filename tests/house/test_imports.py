@@ -28,11 +28,7 @@ ORDER = (
         "extras",
         "lora",
         "options",
-        "structured_pairs",
-        "computed_pairs",
-        "open_pairs",
-        "weight_transforms",
-        "exact_transforms",
+        "pairs",
         "names",
         "plan",
         "sums",
@@ -59,11 +55,7 @@ NUMPY_CORE = (
         "extras",
         "lora",
         "options",
-        "structured_pairs",
-        "computed_pairs",
-        "open_pairs",
-        "weight_transforms",
-        "exact_transforms",
+        "pairs",
         "names",
         "plan",
         "sums",
@@ -172,7 +164,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
 def test_a_plan_knows_no_holder_of_weights(module):
-    ground = {"errors", "lora", "open_pairs", "options", "weight_transforms"}
+    ground = {"errors", "lora", "options", "pairs"}
     assert layers_below(module) <= ground | {"names", "plan"}
 
 

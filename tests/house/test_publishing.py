@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lora_export import adapter_hook
-from lora_export.cli import COMMANDS
+from lora_export.cli import COMMANDS, adapter_hook
 from support import ROOT
 from support.cli import call
 from support.handmade import base_file, peft_adapter

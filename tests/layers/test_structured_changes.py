@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_export import layers
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from support.small_layers import an_adapter, plan_for
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lora_export.lora import LoraPair
+from lora_export.pairs.structured import KroneckerPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
-from lora_export.structured_pairs import KroneckerPair
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor

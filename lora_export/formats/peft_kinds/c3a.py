@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lora_export.computed_pairs import CirculantPair
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
+from lora_export.pairs.computed import CirculantPair
 
 
 def _change(stored: Stored) -> LoraPair:

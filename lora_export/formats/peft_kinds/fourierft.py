@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.computed_pairs import FourierPair
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.torch_random import Generator
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
+from lora_export.pairs.computed import FourierPair
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
 
 PLACES_SEED = "random_loc_seed"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.weight_transforms import LowRank, Stage, WeightTransform
+from lora_export.pairs.transforms import LowRank, Stage, WeightTransform
 
 _TITLE = "HRA"
 

@@ -13,7 +13,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats.patterns import Patterns
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
+from lora_export.pairs.transforms import EntryWise, Stage, WeightTransform
 
 _TITLE = "IA3"
 

@@ -6,12 +6,12 @@ nn.Conv1d has an order of its own, see `FlatKroneckerPair`.
 
 from __future__ import annotations
 
-from lora_export.computed_pairs import FlatKroneckerPair
 from lora_export.formats.lora_changes import KeyPart, lokr
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.lycoris import LYCORIS_FIELDS, LYCORIS_PATTERNS, own_scale
 from lora_export.lora import LoraPair
-from lora_export.structured_pairs import KroneckerPair
+from lora_export.pairs.computed import FlatKroneckerPair
+from lora_export.pairs.structured import KroneckerPair
 
 
 def _change(stored: Stored) -> LoraPair:

@@ -12,8 +12,8 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
-from lora_export.weight_transforms import RowBlocks, Stage, WeightTransform
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
+from lora_export.pairs.transforms import RowBlocks, Stage, WeightTransform
 
 _TITLE = "MiSS"
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.weight_transforms import Blocks, Stage, WeightTransform
+from lora_export.pairs.transforms import Blocks, Stage, WeightTransform
 
 _TITLE = "OFT"
 _MOST_TERMS = 1000  # of the series of a rotation; PEFT's default is 5

@@ -9,7 +9,7 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.torch_random import Generator
 from lora_export.formats.peft_kinds.vera import PROJECTION_SEED, projections, scaled_projections
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
 
 
 def _change(stored: Stored) -> OpenPair:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_export.computed_pairs import FactoredPair, PairFactors, RowChoice
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import Tensors
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
+from lora_export.pairs.computed import FactoredPair, PairFactors, RowChoice
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
 
 
 def _change(stored: Stored) -> OpenPair:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_export.computed_pairs import SparsePair
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
-from lora_export.weight_transforms import EntryWise, Stage, WeightTransform
+from lora_export.pairs.computed import SparsePair
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
+from lora_export.pairs.transforms import EntryWise, Stage, WeightTransform
 
 _TITLE = "SuperTuning"
 _FACTORS = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")

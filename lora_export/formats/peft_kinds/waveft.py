@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.computed_pairs import sparse_pair
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
 from lora_export.formats.peft_kinds.fourierft import PLACES_SEED, checked_values, seeded_places
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.open_pairs import MatrixShape, OpenPair
+from lora_export.pairs.computed import sparse_pair
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
 
 _LOW, _HIGH = (np.array(taps) / np.sqrt(2) for taps in ([1, 1], [1, -1]))  # Haar's filters of the reconstruction
 

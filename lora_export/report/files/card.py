@@ -12,7 +12,7 @@ from lora_export.report.json_document import AnyProof, document_of_proof
 
 SUFFIX = ".md"
 PURPOSE = "a section for a model's page"
-AGAINST = {
+COMPARED = {
     True: "Every changed weight was compared with W + s·BA in fp64, and all other tensors with the bytes of the base.",
     False: "It was run beside the PyTorch model with the adapters attached. The reference is fp64, and the check was "
     "shown to detect a missing adapter and a scale × 1.1.",
@@ -31,7 +31,7 @@ def of_proof(proof: AnyProof) -> str:
         "",
         f"`{candidate_name(about)}`: **{proof.verdict.headline}**",
         "",
-        AGAINST["weights" in document],
+        COMPARED["weights" in document],
         "",
         *_table(about),
         *(f"\nNot judged: {safe_markdown(part)}" for part in document["not_judged"]),

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_export.computed_pairs import CirculantPair, FlatKroneckerPair, FourierPair, SparsePair
 from lora_export.lora import LoraPair
-from lora_export.structured_pairs import KroneckerPair, StructuredPair, WholePair
+from lora_export.pairs.computed import CirculantPair, FlatKroneckerPair, FourierPair, SparsePair
+from lora_export.pairs.structured import KroneckerPair, StructuredPair, WholePair
 from lora_export.verification.parity import Wide
 
 

@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.exact_transforms import exact_change
+from lora_export.pairs.exact_transforms import exact_change
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Step
 from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, change_in_fp64
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
-from lora_export.weight_transforms import WeightTransform
 
 Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY
 BoundOf = Callable[[Entries], Wide]  # (flattened entries,) -> the bound of each, in one dimension

@@ -12,11 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from lora_export.exact_transforms import exact_change
 from lora_export.lora import LoraPair
+from lora_export.pairs.exact_transforms import exact_change
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Step, Term
 from lora_export.verification.parity import EPS, FEW_EPS, Array, Wide, rms
-from lora_export.weight_transforms import WeightTransform
 
 # A layer may be off by this many times the error of its own product in fp32, and by FEW_EPS of its output.
 FP32_ERRORS = 8.0

@@ -16,7 +16,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import Undecided, count
-from lora_export.exact_transforms import exact_change
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -27,10 +26,11 @@ from lora_export.graph.refusals import refuse_unsupported_steps
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 from lora_export.options.spelling import named
+from lora_export.pairs.exact_transforms import exact_change
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Plan, Step, Term
 from lora_export.verification.parity import Wide
 from lora_export.verification.references.graph_fp64 import KEEPS_ROUNDING, dequantise
-from lora_export.weight_transforms import WeightTransform
 
 TRANSFORMED = "transformed"
 PAIR_PARTS = ("A", "B", "magnitude", TRANSFORMED)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import multiply, norm_of_product
-from lora_export.structured_pairs import StructuredPair
+from lora_export.pairs.structured import StructuredPair
 
 _Matrix = NDArray[np.float32]
 _Indices = NDArray[np.int64]

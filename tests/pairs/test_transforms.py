@@ -10,9 +10,9 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
+from lora_export.pairs.transforms import Blocks, EntryWise, LowRank, RowBlocks, Stage, WeightTransform
 from lora_export.plan import Layout, Step, TensorSpec, Term
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weight_transforms import Blocks, EntryWise, LowRank, RowBlocks, Stage, WeightTransform
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
 WEIGHT = np.arange(1, 9, dtype=np.float32).reshape(4, 2)

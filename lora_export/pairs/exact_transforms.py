@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.weight_transforms import WeightTransform
+from lora_export.pairs.transforms import WeightTransform
 
 _Wide = NDArray[np.float64]
 _Sized = tuple[_Wide, _Wide]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_export.computed_pairs import (
+from lora_export.errors import InputRefused
+from lora_export.lora import LoraPair
+from lora_export.pairs.computed import (
     CirculantPair,
     FactoredPair,
     FlatKroneckerPair,
@@ -13,9 +15,7 @@ from lora_export.computed_pairs import (
     SparsePair,
     sparse_pair,
 )
-from lora_export.errors import InputRefused
-from lora_export.lora import LoraPair
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from lora_export.verification.against_checkpoint.fp64_changes import change_in_fp64
 
 RNG = np.random.default_rng(0)
