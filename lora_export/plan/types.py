@@ -271,9 +271,9 @@ STEP_KINDS = (
 
 
 def _kind(step: Step) -> str:
-    if step.terms:
+    if step.terms and len(step.spec.shape) > 1:
         return "weights changed"
-    if step.shift is not None:
+    if step.terms or step.shift is not None:
         return "biases changed"
     if step.added:
         return "tensors added"

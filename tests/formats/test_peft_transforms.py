@@ -129,3 +129,10 @@ def test_a_merged_graph_is_proven_against_its_base(tmp_path, name):
     graph = graph_of(tmp_path / "base.onnx", one, one.changed)
     result = le.export_onnx(graph, tmp_path / "merged.onnx", adapters=one.adapter)
     assert result.proof.verdict
+
+
+def test_a_plan_counts_the_biases(tmp_path):
+    model = Layers()
+    text = str(plan_of(trained(CASES["Road: road_2"], tmp_path), model))
+    assert text.startswith("2 weights changed, 1 biases changed")
+    assert "1 * change by RoAd (adapter)" in text
