@@ -284,9 +284,9 @@ STEP_KINDS = (
 
 
 def _kind(step: Step) -> str:
-    if step.terms:
+    if step.terms and len(step.spec.shape) > 1:
         return "weight changed"
-    if step.shift is not None:
+    if step.terms or step.shift is not None:
         return "bias changed"
     if step.added:
         return "tensor added"

@@ -59,8 +59,10 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
 
 def contents_of(adapter: Adapter) -> str:
     """How many pairs, whole tensors, biases and rows an adapter has."""
+    transforms = len(adapter.beyond_pairs["transforms"])
     numbers = {
-        ("low-rank pair", "low-rank pairs"): len(adapter.pairs),
+        ("low-rank pair", "low-rank pairs"): len(adapter.pairs) - transforms,
+        ("weight that is transformed", "weights that are transformed"): transforms,
         ("whole tensor", "whole tensors"): len(adapter.replaced),
         ("bias", "biases"): len(adapter.biases),
         ("row", "rows"): sum(rows.indices.size for rows in adapter.token_rows.values()),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused
+from lora_export.report.screens import contents_of
 from support.small_models import MODELS, small_model
 
 BERT = [f"layer.{number}.attention.{part}" for number in range(2) for part in ("self.query", "output.dense")]
@@ -110,3 +111,4 @@ def test_an_adapter_shows_its_kind(files):
     report = le.inspect(adapter)
     assert {pair.kind for pair in report.adapter.pairs.values()} <= KINDS.keys()
     assert "WeightTransform(" in repr(report)
+    assert contents_of(report.adapter) == f"{len(report.adapter.pairs)} weights that are transformed"

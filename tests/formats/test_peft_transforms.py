@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.boft import layer as boft
 from safetensors.torch import load_file, save_file
 
 import lora_export as le
@@ -19,7 +20,7 @@ from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.pairs.exact_transforms import exact_change
 from lora_export.storage import block_copy
-from support.peft_kinds import CASES, LAYOUT, Layers, Trained, graph_of, trained
+from support.peft_kinds import CASES, LAYOUT, Case, Layers, Trained, differences, graph_of, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
 TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
@@ -151,3 +152,25 @@ def test_a_merged_graph_is_proven_against_its_base(tmp_path, name):
     graph = graph_of(tmp_path / "base.onnx", one, one.changed)
     result = le.export_onnx(graph, tmp_path / "merged.onnx", adapters=one.adapter)
     assert result.proof.verdict
+
+
+def test_a_plan_counts_the_biases(tmp_path):
+    model = Layers()
+    text = str(plan_of(trained(CASES["Road: road_2"], tmp_path), model))
+    assert text.startswith("2 weights changed, 1 biases changed")
+    assert "1 * change by RoAd (adapter)" in text
+
+
+def test_butterflies_of_boft_are_those_of_peft(tmp_path, monkeypatch):
+    """PEFT makes the block-diagonal matrices of several factors by a CUDA kernel. Here PyTorch makes them."""
+
+    def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*each) for each in blocks])
+
+    monkeypatch.setattr(boft, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(boft.FastBlockDiag, "apply", block_diagonal)
+    options = {"boft_block_size": 2, "boft_n_butterfly_factor": 2}
+    one = trained(Case(peft.BOFTConfig, ("up",), options), tmp_path)
+    le.merge(one.base, one.adapter, tmp_path / "out.safetensors")
+    assert max(differences(one, tmp_path / "out.safetensors").values()) < 3e-6
+    assert le.verify(tmp_path / "out.safetensors", base=one.base, adapters=one.adapter)
