@@ -190,5 +190,4 @@ def write_options(params: Iterable[click.Parameter], context: click.Context, for
             with formatter.section(heading):
                 formatter.write_dl(records)
     if more := len(params) - len(shown):
-        formatter.write_paragraph()
-        formatter.write_text(f"{more} more options: {context.command_path} --help all")
+        formatter.write(f"\n{more} more options: {context.command_path} --help all\n")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
 
 SHOWN_KEYS = 8
-CONFIGS_OF_MODELS = ("config.json", "model_index.json")
+OF_A_MODEL = re.compile(r"(pytorch_|diffusion_pytorch_)?model[.-]")  # files of weights
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
 
@@ -93,8 +94,11 @@ def recognised(path: Path) -> bool:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a folder has a model's config, and no adapter."""
-    return any((path / name).is_file() for name in CONFIGS_OF_MODELS) and not recognised(path)
+    """Whether a folder has a model's config and weights, and no adapter."""
+    if not path.is_dir() or recognised(path):
+        return False
+    has_weights = any(OF_A_MODEL.match(each.name) for each in path.iterdir())
+    return (path / "model_index.json").is_file() or ((path / "config.json").is_file() and has_weights)
 
 
 def is_only_adapter(path: Path) -> bool:

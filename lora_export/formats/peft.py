@@ -88,6 +88,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
     folder, weights = _folder(path), _weights(path)
     if (folder / ADAPTER_CONFIG).exists():
+        json_files.read_json(folder / ADAPTER_CONFIG)  # damage comes first, and then what is missing
         options.refuse_rank_and_alpha(ADAPTER_CONFIG)
     if weights is None:
         raise InputRefused(f"{path} has no {WEIGHTS}")

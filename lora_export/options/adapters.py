@@ -27,17 +27,20 @@ class ConvertOptions(Output):
         kw_only=False, metadata=declares(Positional(metavar="[NAME=]ADAPTER", kind="source", multiple=False))
     )
     output: str | Path = field(kw_only=False, metadata=written("File or folder to write.", "OUT"))
-    to: WrittenFormat = option("onnx_adapter", "Format to write.")
+    to: WrittenFormat = option("onnx_adapter", "Format to write.", often=True)
     graph: str | Path | None = option(
         None,
         "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}`.",
         flags=("--for",),
         metavar="MODEL.onnx",
+        often=True,
     )
     base: str | Path | None = option(
         None,
-        "Model that the adapter was trained on: for {names}, {to=gguf}, and formats that need its config.",
+        "Model that the adapter was trained on: for {names}, {to=gguf}, kinds and formats that need its config or its "
+        "weights.",
         metavar="CHECKPOINT",
+        often=True,
     )
     names: NamesOf | None = option(
         None,
@@ -49,8 +52,9 @@ class ConvertOptions(Output):
         None,
         "Make pairs of LoRA of every change first, by {rank}: exact ones where the rank is enough, else the best ones.",
         flags=("--as",),
+        often=True,
     )
-    rank: int | None = option(None, "Largest rank of a pair.", metavar="R", at_least=1, only=(AS_LORA,))
+    rank: int | None = option(None, "Largest rank of a pair.", metavar="R", at_least=1, only=(AS_LORA,), often=True)
     min_kept: float = option(
         1.0,
         "Least share of each change's ‖ΔW‖² that its pair has to keep, 0 to 1. Nothing may be lost by default.",
@@ -59,7 +63,7 @@ class ConvertOptions(Output):
         at_most=1,
         only=(AS_LORA,),
     )
-    weight: float = option(1.0, "Factor on the adapter's scale.")
+    weight: float = option(1.0, "Factor on the adapter's scale.", often=True)
     ignore_head: bool = option(
         False,
         "Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from lora_export.lora import LoraPair
 from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.names.table import CONV1D_NAMES, LINEAR_NAMES, OF_CONV1D, module_kind
+from lora_export.pairs.open_shape import known_shape
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec
 
 OF_A_STACK = re.compile(r"(.+\.)?\d+\..+")
@@ -66,7 +67,7 @@ class LayoutEvidence:
     def _shown_by(self, spec: TensorSpec) -> Layout | None:
         """The layout that a matrix shows whose outputs its pair or its bias counts; None where it shows none."""
         bias, pair = self.base.get(f"{spec.name.removesuffix('.weight')}.bias"), self.pairs.get(spec.name)
-        outputs = bias.shape if pair is None and bias is not None else () if pair is None else pair.shape[:1]
+        outputs = bias.shape if pair is None and bias is not None else () if pair is None else known_shape(pair)[:1]
         rows, columns = ((size,) for size in spec.shape)
         if rows == columns or outputs not in (rows, columns):
             return None

@@ -87,7 +87,7 @@ def test_more_than_pairs_is_refused_by_name(first: Adapter, message: str) -> Non
 @pytest.mark.parametrize(
     ("second", "weights", "message"),
     [
-        (TWO, [1.0], "2 adapters but 1 weights"),
+        (TWO, [1.0], "2 adapters but 1 weight"),
         (TWO, [1.0, 0.0], "two has no effect: its weight is 0"),
         (TWO, [1.0, float("inf")], "must be a finite number"),
         (adapter("two", 0, "other"), [], None),
@@ -99,7 +99,7 @@ def test_adapters_that_cannot_be_meant_are_refused(second: Adapter, weights: lis
     if message is None:
         assert combine_adapters([ONE, second], weights, Combination(), "both").pairs
         return
-    with pytest.raises(InputRefused, match=message):
+    with pytest.raises((InputRefused, WrongUsage), match=message):
         combine_adapters([ONE, second], weights, Combination(), "both")
 
 

@@ -72,7 +72,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     [
         ("base.safetensors", {"requantize": True}, WrongUsage, "requantize= is for an .onnx BASE"),
         ("base.safetensors", {"checkpoint": "x"}, WrongUsage, "checkpoint= is for an .onnx BASE"),
-        ("base.safetensors", {"weights": [1.0, 2.0]}, InputRefused, "1 adapters but 2 weights"),
+        ("base.safetensors", {"weights": [1.0, 2.0]}, WrongUsage, "1 adapter but 2 weights"),
         ("base", {"dequantize": True}, InputRefused, r"is not quantised\. Leave dequantize= out"),
         ("base.onnx", {"tied": "untie"}, WrongUsage, "tied= is for checkpoints: in a graph each layer gets a weight"),
         ("base.onnx", {"dtype": "float16"}, WrongUsage, "dtype= is for checkpoints: the weights of a graph keep the"),

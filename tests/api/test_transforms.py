@@ -110,5 +110,5 @@ def test_an_adapter_shows_its_kind(files):
     _, adapter = files
     report = le.inspect(adapter)
     assert {pair.kind for pair in report.adapter.pairs.values()} <= KINDS.keys()
-    assert "WeightTransform(" in repr(report)
+    assert all("WeightTransform(" in repr(pair) for pair in report.adapter.pairs.values())
     assert contents_of(report.adapter) == f"{len(report.adapter.pairs)} weights that are transformed"

@@ -30,8 +30,8 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
     ("options", "message"),
     [
         ({}, "give model="),
-        ({"base": "b", "seed": 1}, "with base= nothing is run"),
-        ({"base": "b", "seed": 0}, "with base= nothing is run"),
+        ({"base": "b", "input_seed": 1}, "with base= nothing is run"),
+        ({"base": "b", "input_seed": 0}, "with base= nothing is run"),
         ({"base": "b", "trace": True}, "with base= nothing is run"),
         ({"base": "b"}, "base= alone judges checkpoints"),
         ({"model": MODEL, "base": "b.safetensors"}, "base= beside model= is the quantised .onnx"),

@@ -410,5 +410,5 @@ def test_help_of_many_options_shows_those_that_are_often_used(name: str, capsys:
 
 
 def test_help_of_few_options_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("convert", "--help") == 0
+    assert call("inspect", "--help") == 0
     assert "more options" not in capsys.readouterr().out

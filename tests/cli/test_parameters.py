@@ -34,7 +34,7 @@ def options_of(command: click.Command) -> list[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_one_section(name: str) -> None:
     command = command_named(name)
-    shown = CliRunner().invoke(command, ["--help"], terminal_width=200).output
+    shown = CliRunner().invoke(command, ["--help", "all"], terminal_width=200).output
     options = OPTION.findall(shown)
     assert len(options) == len(set(options)) == len(options_of(command))
     headings = HEADING.findall(shown)

@@ -157,7 +157,7 @@ def test_a_merged_graph_is_proven_against_its_base(tmp_path, name):
 def test_a_plan_counts_the_biases(tmp_path):
     model = Layers()
     text = str(plan_of(trained(CASES["Road: road_2"], tmp_path), model))
-    assert text.startswith("2 weights changed, 1 biases changed")
+    assert text.startswith("2 weights changed, 1 bias changed")
     assert "1 * change by RoAd (adapter)" in text
 
 

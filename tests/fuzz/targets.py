@@ -415,13 +415,13 @@ def keys_of_a_file(data: bytes) -> bool:
 
 
 def tensors_of_shapes(lines: Iterable[str]) -> dict[str, np.ndarray]:
-    """A tensor of ones for each line, a key and a shape; integers where the key asks for indices."""
+    """A tensor of halves for each line, a key and a shape; of ones where the key asks for indices."""
     found = {}
     for line in dict.fromkeys(lines):
         key, _, sizes = line.rpartition(" ")
         shape = [int(size) for size in sizes.split(",") if size.isdecimal() and len(size) < 3]
         dtype = np.int64 if "indices" in key else np.float32
-        found[key] = np.ones(shape if math.prod(shape) < 10_000 else [1], dtype)
+        found[key] = np.full(shape if math.prod(shape) < 10_000 else [1], 1 if dtype is np.int64 else 0.5, dtype)
     return found
 
 

@@ -93,11 +93,15 @@ def test_json_of_many_lists_is_refused() -> None:
 
 
 def test_a_table_of_many_patterns_is_refused(tmp_path: Path) -> None:
-    from lora_export.formats.peft_config import read_config
+    from lora_export.formats.peft_config import checked_config
 
     patterns = {f"layers.{number}.q_proj": 1 for number in range(100_000)}
     peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, rank_pattern=patterns)
-    told = refused_at_little_cost(lambda: read_config(tmp_path / "adapter_config.json"), seconds=5, memory=200 * MIB)
+    told = refused_at_little_cost(
+        lambda: checked_config(json.loads((tmp_path / "adapter_config.json").read_text()), "x"),
+        seconds=5,
+        memory=200 * MIB,
+    )
     assert "rank_pattern: 100,000 patterns; at most 10,000 are read" in told
 
 

@@ -482,7 +482,7 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 16
+    assert len(names) == 17
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
 
 

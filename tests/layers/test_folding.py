@@ -101,7 +101,7 @@ def test_a_base_that_is_not_finite_is_refused() -> None:
     model = a_model()
     with torch.no_grad():
         model[0].weight[1, 2] = float("-inf")
-    with pytest.raises(InputRefused, match=r"0\.weight: 1 values .*: the base's own tensor has some"):
+    with pytest.raises(InputRefused, match=r"0\.weight: 1 value .*: the base's own tensor has some"):
         layers.fold(model, plan_for(model, an_adapter({"0": PAIR})))
 
 

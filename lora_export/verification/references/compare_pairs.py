@@ -151,7 +151,7 @@ def _by_module(
 def _row(pair: StoredPair, number: int, count: int) -> StoredPair | None:
     """The pair of one adapter in the stacks of `rows`; None for those of a convolution, which have another form."""
     a, b = pair
-    if b.ndim != 3 or len(b) != count or a.ndim > 3 or len(a) % count:
+    if number >= count or b.ndim != 3 or len(b) != count or a.ndim > 3 or len(a) % count:
         return None
     return StoredPair(a.reshape(count, -1, a.shape[-1])[number], b[number])
 

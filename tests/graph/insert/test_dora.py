@@ -162,7 +162,7 @@ def test_factor_has_name_of_its_adapter() -> None:
             LoraPair(a=[[1, 2, 3]], b=[[-1], [0]], scale=1.0, magnitude=[1, 1]),
             r"m\.weight: 1 outputs of W \+ s·BA are zero",
         ),
-        (LoraPair(a=[[1, 2, 3 - 1e-6]], b=[[-1], [0]], scale=1.0, magnitude=[3e38, 1]), "vector.weight: 1 values"),
+        (LoraPair(a=[[1, 2, 3 - 1e-6]], b=[[-1], [0]], scale=1.0, magnitude=[3e38, 1]), "vector.weight: 1 value"),
     ],
 )
 def test_zero_output_and_overflowing_factor_are_refused(pair: LoraPair, message: str) -> None:

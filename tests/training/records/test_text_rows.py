@@ -142,5 +142,5 @@ def test_a_saved_dataset_gives_names_of_classes(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EnvironmentLacking, match=rf"needs {package} .*pip install 'lora-export\[data\]'"):
+    with pytest.raises(EnvironmentLacking, match=rf"needs {package} .*pip install '(datasets|pyarrow)>="):
         (ParquetRows if package == "pyarrow" else SavedDataset)(tmp_path / "a.parquet")
