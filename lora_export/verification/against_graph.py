@@ -24,6 +24,7 @@ import onnx_ir as ir
 from lora_export import plan
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
+from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
@@ -149,8 +150,11 @@ class GraphReferences(References):
         model = self.base.model.clone()
         model, sites, steps = self.planned() if self.adapters else (model, find_sites(model), None)
         written = load_graph(graph.source)
-        faults, notes = compare_pairs(candidate, lambda _: tensors_of_graph(written), sites.specs, steps)
-        found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")
+        try:
+            faults, notes = compare_pairs(candidate, lambda _: tensors_of_graph(written), sites.specs, steps)
+            found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")
+        finally:
+            drop_tensors(written)  # they hold its files open, and elsewhere than on Linux such a file cannot be moved
         return replace(found, faults=[*found.faults, *faults], notes=[*found.notes, *notes])
 
     def about(self) -> dict[str, Any]:
