@@ -204,7 +204,7 @@ def _graph_in(source: Path) -> Path:
     graphs = sorted(source.glob("*.onnx"))
     if not graphs:
         raise InputRefused(
-            f"{source} has no .onnx. `{command('onnx', 'MODEL', 'FOLDER', with_cache=True)}` makes such a folder"
+            f"{source} has no .onnx. `{command('onnx', 'MODEL', output='FOLDER', with_cache=True)}` makes such a folder"
         )
     if len(graphs) > 1:
         names = ", ".join(path.name for path in graphs)

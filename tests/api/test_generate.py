@@ -548,7 +548,7 @@ def test_unknown_tasks_and_providers_are_refused(
 
 
 def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r'has no \.onnx\. `export_onnx\("MODEL", "FOLDER", with_cache=True'):
+    with pytest.raises(InputRefused, match=r'has no \.onnx\. `export_onnx\("MODEL", output="FOLDER", with_cache=True'):
         le.generate(tmp_path, ["w1"])
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).touch()
