@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, brief, count, count_that_are
+from lora_export.notebook import html_table
 
 EVERY_ROW = slice(None)
 
@@ -389,6 +390,12 @@ class Adapter:
         whole = count(len(self.replaced), "whole tensor") if self.replaced else ""
         facts = self.format, count(len(self.pairs), "pair"), whole, f"{self.parameters:,} parameters"
         return brief(self, repr(self.name), *facts)
+
+    def _repr_html_(self) -> str:
+        shapes = {name: " x ".join(map(str, pair.shape)) for name, pair in self.pairs.items()}
+        rows = [(name, shapes[name], pair.rank, pair.scale) for name, pair in self.pairs.items()]
+        whole = [(name, " x ".join(map(str, tensor.shape)), "whole", "") for name, tensor in self.replaced.items()]
+        return html_table(repr(self), ("module", "weight", "rank", "scale"), [*rows, *whole])
 
     @property
     def names(self) -> list[str]:

@@ -21,6 +21,7 @@ from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
+from lora_export.storage.signature import refuse_unsigned
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def inspect(options: InspectOptions) -> Inspection:
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
     found = _inspect(path := locate(options.path, ignore, options.download), options)
+    if options.expected.signature is not None:
+        refuse_unsigned(path, options.expected.signature)
     if options.expected:
         own = found.adapter
         adapters = found.record.adapters if own is None else adapter_records([own], [1.0])

@@ -92,5 +92,6 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         layout=dict(options.layout or {}),
         checkpoint=found(options.checkpoint),
         float_base=found(options.float_base),
+        hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are
         keep_residual=None if options.keep_residual is None else Path(options.keep_residual),
     )

@@ -37,6 +37,9 @@ class MergeResult:
     notes: tuple[str, ...]  # what the caller should know: on the adapters, the plan and the base
     residual_bytes: int | None = None  # the size of the residual, where one was kept
 
+    def _repr_html_(self) -> str:
+        return (self.report or self.plan)._repr_html_()
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest(MergeOptions):
@@ -87,6 +90,7 @@ class MergeRequest(MergeOptions):
             overwrite=self.overwrite,
             required_bytes=size,
             on_message=self.on_message,
+            sign=self.sign,
         )
         return staged
 

@@ -17,6 +17,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.refusals import beside_the_weight
 from lora_export.lora import Adapter
+from lora_export.notebook import html_table
 from lora_export.options.common import layer_endings
 from lora_export.options.export import SWAPPED, TEXT_GENERATION, OnnxOptions
 from lora_export.options.spelling import named
@@ -90,7 +91,11 @@ class OnnxRequest(OnnxOptions):
     def staged(self, inputs: Iterable[Path]) -> AbstractContextManager[Path]:
         """A folder whose files are published together when the block succeeds."""
         return atomic_output.stage_file(
-            self.output, inputs=[*inputs, *self.sources], overwrite=self.overwrite, on_message=self.on_message
+            self.output,
+            inputs=[*inputs, *self.sources],
+            overwrite=self.overwrite,
+            on_message=self.on_message,
+            sign=self.sign,
         )
 
 
@@ -128,6 +133,9 @@ class OnnxResult:
     def proof(self) -> Proof | None:
         """The proof of the graph with the adapters that are in it; where they are swapped, without any."""
         return self.proofs.whole if self.proofs else None
+
+    def _repr_html_(self) -> str:
+        return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
 
 
 def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:

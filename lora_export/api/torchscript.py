@@ -25,6 +25,7 @@ from lora_export.graph.refusals import refuse_transforms
 from lora_export.models import export_program
 from lora_export.models.model import Model
 from lora_export.models.tracing import cache_setting, named_outputs
+from lora_export.notebook import html_table
 from lora_export.options.declaring import takes
 from lora_export.options.export import TorchScriptOptions
 from lora_export.runtime.runner import Runner
@@ -45,6 +46,9 @@ class TorchScriptResult:
     output: Path
     proof: Proof | None  # None: `verify=False`
     notes: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        return self.proof._repr_html_() if self.proof else html_table(f"{self.output} (not proven)", (), ())
 
 
 @takes(TorchScriptOptions)
@@ -74,7 +78,9 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
-    with atomic_output.stage_file(output, inputs=sources, overwrite=options.overwrite, on_message=on_message) as folder:
+    with atomic_output.stage_file(
+        output, inputs=sources, overwrite=options.overwrite, on_message=on_message, sign=options.sign
+    ) as folder:
         stage("loading the model")
         base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +28,15 @@ from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
-from lora_export.options.verify import Judging, VerifyOptions
+from lora_export.options.verify import Expectations, Judging, VerifyOptions
 from lora_export.provenance import adapter_records
 from lora_export.report.files import check_report_path, try_report_place, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
-from lora_export.runtime.expectations import refuse_unexpected
+from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.signature import refuse_unsigned
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.weights.pipeline import is_pipeline
 
@@ -51,6 +52,9 @@ class Verification:
 
     def __repr__(self) -> str:
         return brief(self, self.proof.verdict.headline)
+
+    def _repr_html_(self) -> str:
+        return self.proof._repr_html_()
 
     @property
     def verdict(self) -> Any:
@@ -116,7 +120,8 @@ def verify(options: VerifyOptions) -> Verification:
         "seconds": round(seconds, 1),
         "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-    about = {**proof.about, **when, **(options.about or {})}
+    signed = {} if request.expected.signature is None else {"signature": str(request.expected.signature)}
+    about = {**proof.about, **signed, **when, **(options.about or {})}
     result = Verification(replace(proof, about=about, seconds=seconds))
     for path in options.reports:
         result.write_report(path)
@@ -132,7 +137,7 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     _check_usage(candidate, request)
     request = _read(request)
     if request.expected:
-        request = _as_expected(request)
+        request = _as_expected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
         if request.model is not None:
             return judge_outputs(candidate, request)
@@ -175,14 +180,36 @@ def _read(request: VerifyRequest) -> VerifyRequest:
     return replace(request, adapters=loaded)
 
 
-def _as_expected(request: VerifyRequest) -> VerifyRequest:
+def _as_expected(candidate: Artifact, request: VerifyRequest) -> VerifyRequest:
     """The request with its adapters loaded. Raises Different or Undecided where they, or the base, are unexpected."""
+    if request.expected.signature is not None:
+        refuse_unsigned(candidate.path, request.expected.signature)
+        request.on_message(f"{candidate.path} is signed by {request.expected.signature}, and unchanged since")
     base = request.base if request.model is None else request.model
     base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
     adapters = load_adapters(request.adapters, of_models=request.model is None)
     records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
-    refuse_unexpected(Path(request.candidate), request.expected, records, base_hashes)
+    refuse_unexpected(candidate.path, request.expected, records, base_hashes)
+    if request.expected.signature is not None:
+        _refuse_other_composition(candidate, records, base)
     return replace(request, adapters=adapters)
+
+
+def _refuse_other_composition(
+    candidate: Artifact, adapters: Sequence[Mapping[str, Any]], base: ModelSource | None
+) -> None:
+    """Raise Different or Undecided unless the record of a signed file has these adapters and this base.
+
+    The record of an exported file has the hash of the loaded model's weights, which is not compared with files.
+    """
+    record = candidate.record
+    is_of_files = bool(record.base) and "sha256" not in record.base and isinstance(base, str | Path)
+    signed = Expectations(
+        tuple(str(adapter["sha256"]) for adapter in adapters),
+        base_sha256=tuple(filter(None, _weight_hashes(base))) if is_of_files else (),
+    )
+    own = record.adapters[-len(adapters) :] if adapters else ()  # earlier merges are part of the base
+    refuse_unexpected(candidate.path, signed, own, recorded_base(record.base))
 
 
 def _weight_hashes(base: ModelSource | None) -> list[str | None]:

@@ -21,7 +21,7 @@ from lora_export.lora import Adapter
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
-from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.companion_files import compare_files
@@ -138,7 +138,7 @@ def _other_differences(pipeline: Pipeline, candidate: Path, changed: Mapping[str
     theirs = {
         path.relative_to(candidate).as_posix()
         for path in candidate.rglob("*")
-        if path.is_file() and path.relative_to(candidate).parts[0] not in changed and path.name != MANIFEST
+        if path.is_file() and path.relative_to(candidate).parts[0] not in changed and path.name not in OF_THE_OUTPUT
     }
     hidden = {name for name in theirs if any(part.startswith(".") for part in name.split("/"))}
     yield from (f"{name} is missing" for name in sorted(own - theirs))

@@ -70,6 +70,19 @@ class Output(Download, Reported):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signed(Output):
+    """What a function takes whose output can be signed."""
+
+    sign: str | Path | None = option(
+        None,
+        "Sign the output, with the hashes of base and adapters and the verdict in it: a private key, or sigstore for "
+        "the identity of this job. `lora-export guide ci` has the whole way.",
+        section=Section.FILES,
+        metavar="KEY.pem|sigstore",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProofInputs(Options):
     """Inputs that a proof takes besides the generated ones."""
 
@@ -114,7 +127,7 @@ class Running(ProofInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published(ProofInputs, Output):
+class Published(ProofInputs, Signed):
     """What a function takes that proves a file before it publishes it."""
 
     verify: bool = option(True, "Publish without a proof. The file records that.", section=Section.PROOF, often=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import LAYOUT, Output, written
+from lora_export.options.common import LAYOUT, Output, Signed, written
 from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option
 from lora_export.options.reading import AllowPickle
 
@@ -24,7 +24,7 @@ def graphs(because: str) -> tuple[Only, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(Applied, Output):
+class MergeOptions(Applied, Signed):
     """What `merge` takes. The fact `base` of its usage is "checkpoint", "graph" or "pipeline"."""
 
     SECTION: ClassVar[Section] = Section.OUTPUT

@@ -64,6 +64,12 @@ class Expectations(Options):
         flags=("--expect-base-sha256",),
         metavar="HEX",
     )
+    signature: str | Path | None = option(
+        None,
+        "The same unless the file or folder is signed by this public key, or by this identity at sigstore, no byte of "
+        "it has changed since, and its record has the adapters and the base that are given here.",
+        metavar="KEY.pem|IDENTITY,ISSUER",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import brief, escaped_lines
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.notebook import html_table
 from lora_export.options.combining import Applied
 from lora_export.plan.stored_region import StoredRegion
 
@@ -237,6 +238,10 @@ class Plan:
 
     def __repr__(self) -> str:
         return brief(self, self._counts())
+
+    def _repr_html_(self) -> str:
+        rows = [(self.output_name(step), _described(step.spec), step) for step in self.steps]
+        return html_table(self._counts(), ("weight", "stored as", "change"), rows)
 
     @property
     def low_rank(self) -> tuple[Step, ...]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from lora_export.errors import one_line, printable
 from lora_export.report.console import print_line, print_wrapped
 from lora_export.runtime.runner import Placement
-from lora_export.verification.parity import DECIDES, Outcome
+from lora_export.verification.parity import DECIDES
 
 if TYPE_CHECKING:
     from lora_export.verification.against_checkpoint import Audit
@@ -53,15 +53,12 @@ def diagnosis_lines(first: str | None, why: str) -> list[str]:
     return [f"{where}.", *(line for line in why.split("\n") if line)]
 
 
-COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
-
-
 def print_headline(to: Console, proof: Proof | Audit, name: str = "") -> None:
     """Print a verdict in one line, after the name of what it is about."""
     outcome = proof.verdict.outcome
     rest = printable(headline(proof).removeprefix(outcome))
     before = one_line(f"{name}: ") if name else ""
-    to.print(Text.assemble(before, (outcome, f"bold {COLOURS[outcome]}"), rest), soft_wrap=True)
+    to.print(Text.assemble(before, (outcome, f"bold {outcome.colour}"), rest), soft_wrap=True)
 
 
 def print_summary(to: Console, proof: Proof | Audit) -> None:
@@ -86,13 +83,13 @@ def print_verdict(to: Console, proof: Proof | Audit) -> None:
 def _print_lines(to: Console, lines: Sequence[str], proof: Proof | Audit) -> None:
     for line in lines:
         is_reason, is_remedy = line.startswith("  - "), line.startswith(f"    {DECIDES}")
-        print_wrapped(to, line, COLOURS[proof.verdict.outcome] if is_reason else "bold" if is_remedy else "")
+        print_wrapped(to, line, proof.verdict.outcome.colour if is_reason else "bold" if is_remedy else "")
 
 
 def _print_diagnosis(to: Console, proof: Proof | Audit) -> None:
     if found := proof.diagnosis:
         for line in str(found).splitlines():
-            print_wrapped(to, line, COLOURS[proof.verdict.outcome] if found.first else "")
+            print_wrapped(to, line, proof.verdict.outcome.colour if found.first else "")
 
 
 def _print_placement(to: Console, proof: Proof | Audit) -> None:

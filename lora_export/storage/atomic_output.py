@@ -22,8 +22,9 @@ from pathlib import Path
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.options.spelling import named
-from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, read_manifest
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.signature import SUFFIX, signer
 from lora_export.storage.system_calls import c_function, deferred_signals
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
@@ -45,12 +46,14 @@ def stage_folder(
     overwrite: bool = False,
     required_bytes: int = 0,
     on_message: OnMessage = ignore,
+    sign: str | Path | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
     `required_bytes` is how much the block will write. `on_message` receives a line for each leftover of a run that
-    was killed. An existing target is replaced in one step: only with `overwrite`, and only if it is an output of this
-    program with nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
+    was killed. `sign` is the key of a signature of the output (`signature.signer`). An existing target is replaced in
+    one step: only with `overwrite`, and only if it is an output of this program with nothing else in it. Raises
+    OutputFailed before anything is written, or when writing fails.
     """
 
     def publish(stage: Path, target: Path) -> None:
@@ -60,7 +63,10 @@ def stage_folder(
 
     with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
         _refuse_foreign_files(_absolute(target))
+        sign_files = None if sign is None else signer(sign, target)
         yield stage
+        if sign_files is not None:
+            sign_files(stage, stage / SIGNATURE)
 
 
 @contextlib.contextmanager
@@ -71,6 +77,7 @@ def stage_file(
     overwrite: bool = False,
     required_bytes: int = 0,
     on_message: OnMessage = ignore,
+    sign: str | Path | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 
@@ -103,7 +110,10 @@ def stage_file(
     with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
         if _absolute(target).is_dir():
             raise OutputFailed(f"{target} is a folder; name a file")
+        sign_files = None if sign is None else signer(sign, target)
         yield stage
+        if sign_files is not None:
+            sign_files(stage, stage / f"{target.name}{SUFFIX}")
 
 
 def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[str]:
@@ -256,7 +266,7 @@ def _refuse_foreign_files(target: Path) -> None:
         return
     if not target.is_dir():
         raise OutputFailed(f"{target} is a file; the output is a folder")
-    known = {MANIFEST, *read_manifest(target).get("files", {})}
+    known = {*OF_THE_OUTPUT, *read_manifest(target).get("files", {})}
     present = {
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
     }

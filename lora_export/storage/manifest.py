@@ -12,6 +12,8 @@ from lora_export.storage.hashes import ALGORITHMS, file_hash, file_sha256
 from lora_export.storage.json_files import read_json, write_json
 
 MANIFEST = "lora_export.json"
+SIGNATURE = "model.sig"  # where OpenSSF's Model Signing looks for the signature of a folder
+OF_THE_OUTPUT = {MANIFEST, SIGNATURE}  # files that say of one folder what it is: copied nowhere, compared with none
 
 
 def write_manifest(

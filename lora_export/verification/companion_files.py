@@ -16,7 +16,7 @@ from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
-from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.verification.tokenizer_behaviour import tokenizer_differences
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
@@ -210,9 +210,8 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _is_unread(name: str) -> bool:
     """Whether no loader reads a file: documents, pictures of them, and our own record."""
-    return (
-        name == MANIFEST or name.rpartition("/")[2].startswith(("LICENSE", "NOTICE", "README")) or name.endswith(UNREAD)
-    )
+    is_document = name.rpartition("/")[2].startswith(("LICENSE", "NOTICE", "README"))
+    return name in OF_THE_OUTPUT or is_document or name.endswith(UNREAD)
 
 
 def _are_equal(one: Path, other: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import hashes_of
 from lora_export.errors import one_line
-from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification.companion_files import (
     CHAT_TEMPLATE,
     CONFIGS,
@@ -74,7 +74,7 @@ def loaded_files(candidate: Artifact) -> LoadedFiles:
                 f"{CONFIG} names the weights {named!r} ({OTHER_FILE}), which transformers loads in place of those that "
                 "were judged. Remove this entry"
             ]
-    others = sorted(set(files) - set(judged) - {MANIFEST})
+    others = sorted(set(files) - set(judged) - OF_THE_OUTPUT)
     leftovers = [name for name in others if _is_leftover(name, candidate.kind)]
     differences = [f"{name} is not what was judged, and {why}. Remove it" for name in leftovers] + differences
     others = [name for name in others if name not in leftovers]

@@ -63,6 +63,9 @@ class Proof:
     def __repr__(self) -> str:
         return brief(self, self.verdict.headline)
 
+    def _repr_html_(self) -> str:
+        return self.verdict._repr_html_()
+
     def strictly(self) -> Proof:
         """The proof whose verdict is undecided where a part of the candidate was not judged."""
         return replace(self, verdict=self.verdict.strictly())

@@ -19,7 +19,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
-from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.storage.manifest import OF_THE_OUTPUT, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.own_adapters import without_adapters
 from lora_export.weights.quantised import (
@@ -122,7 +122,7 @@ class Checkpoint:
         if not self.is_folder:
             return
         home = self.path.resolve()
-        ours = {*self.shards, self.index, MANIFEST}
+        ours = {*self.shards, self.index, *OF_THE_OUTPUT}
         modules = module_folders(self.path)
         for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, brief, count, listed
+from lora_export.notebook import html_table
 from lora_export.options.spelling import command, named
 from lora_export.sums import sum_dtype
 
@@ -63,6 +64,10 @@ class MergeReport:
 
     def __repr__(self) -> str:
         return brief(self, f"{count(len(self.results), 'weight')} merged", f"{self.bytes:,} bytes written")
+
+    def _repr_html_(self) -> str:
+        rows = [(each.weight, each.relative_change, f"{each.retention:.1%}", each.noise) for each in self.results]
+        return html_table(repr(self), ("weight", "‖ΔW‖ / ‖W‖", "of it kept", "noise / ‖ΔW‖"), rows)
 
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:

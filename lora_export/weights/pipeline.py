@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_export.errors import InputRefused
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS
 from lora_export.storage import input_files, json_files
-from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.weights.checkpoint import refuse_link_outside
 from lora_export.weights.weight_files import PIPELINE_INDEX
 
@@ -55,7 +55,7 @@ class Pipeline:
         for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and relative.parts[0] not in changed and relative.name != MANIFEST:
+            if not hidden and relative.parts[0] not in changed and relative.name not in OF_THE_OUTPUT:
                 refuse_link_outside(path, home)
                 yield relative
 

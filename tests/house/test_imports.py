@@ -26,6 +26,7 @@ ORDER = (
         "isolation",
         "errors",
         "extras",
+        "notebook",
         "lora",
         "options",
         "pairs",
@@ -53,6 +54,7 @@ NUMPY_CORE = (
         "isolation",
         "errors",
         "extras",
+        "notebook",
         "lora",
         "options",
         "pairs",
@@ -164,7 +166,7 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
 def test_a_plan_knows_no_holder_of_weights(module):
-    ground = {"errors", "lora", "options", "pairs"}
+    ground = {"errors", "lora", "notebook", "options", "pairs"}
     assert layers_below(module) <= ground | {"names", "plan"}
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from lora_export.errors import brief, count, escaped_lines, one_line
+from lora_export.notebook import html_table
 from lora_export.plan import Step
 from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement
@@ -73,6 +74,12 @@ class Audit:
 
     def __repr__(self) -> str:
         return brief(self, self.headline)
+
+    def _repr_html_(self) -> str:
+        shown = self.worst or [weight for weight in self.weights if weight.fate is not Fate.KEPT]
+        rows = [(each.name, each.fate, each.outcome, each.error, each.why) for each in shown]
+        columns = "tensor", "fate", "outcome", "error / allowed", "why"
+        return html_table(self.headline, columns, rows, colour=self.outcome.colour)
 
     @property
     def verdict(self) -> Audit:

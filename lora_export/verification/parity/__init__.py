@@ -14,6 +14,9 @@ from lora_export.verification.parity.gates import allowance as allowance
 from lora_export.verification.parity.gates import ratio_limit as ratio_limit
 from lora_export.verification.parity.judging import DEPLOYED_DTYPES as DEPLOYED_DTYPES
 from lora_export.verification.parity.judging import judge as judge
+from lora_export.verification.parity.measurements import PYTORCH as PYTORCH
+from lora_export.verification.parity.measurements import Control as Control
+from lora_export.verification.parity.measurements import WorstElement as WorstElement
 from lora_export.verification.parity.missing_part import LARGEST_SHARE as LARGEST_SHARE
 from lora_export.verification.parity.missing_part import EffectShare as EffectShare
 from lora_export.verification.parity.missing_part import MissingPart as MissingPart
@@ -22,15 +25,12 @@ from lora_export.verification.parity.reasons import frozen_input as frozen_input
 from lora_export.verification.parity.special_values import fill_mask as fill_mask
 from lora_export.verification.parity.verdict import DECIDES as DECIDES
 from lora_export.verification.parity.verdict import NOT_JUDGED as NOT_JUDGED
-from lora_export.verification.parity.verdict import PYTORCH as PYTORCH
 from lora_export.verification.parity.verdict import SHOWN as SHOWN
 from lora_export.verification.parity.verdict import Comparison as Comparison
-from lora_export.verification.parity.verdict import Control as Control
 from lora_export.verification.parity.verdict import Outcome as Outcome
 from lora_export.verification.parity.verdict import Reason as Reason
 from lora_export.verification.parity.verdict import Sensitivity as Sensitivity
 from lora_export.verification.parity.verdict import Verdict as Verdict
-from lora_export.verification.parity.verdict import WorstElement as WorstElement
 from lora_export.verification.parity.verdict import joint_verdict as joint_verdict
 from lora_export.verification.parity.verdict import outcome_of as outcome_of
 from lora_export.verification.parity.verdict import percent as percent

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import count
 from lora_export.verification.parity.figures import Array, Outputs, is_float
-from lora_export.verification.parity.verdict import PYTORCH, Outcome, Reason
+from lora_export.verification.parity.measurements import PYTORCH
+from lora_export.verification.parity.verdict import Outcome, Reason
 
 
 @dataclass(frozen=True, eq=False)

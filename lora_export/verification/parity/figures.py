@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.verification.parity.verdict import Histogram, WorstElement
+from lora_export.verification.parity.measurements import Histogram, WorstElement
 
 Array = NDArray[Any]
 Outputs = Mapping[str, Array]  # output -> its values

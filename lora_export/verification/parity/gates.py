@@ -36,7 +36,8 @@ from lora_export.verification.parity.figures import (
     rms,
     wide,
 )
-from lora_export.verification.parity.verdict import Comparison, Control, Gate, Outcome, Reason
+from lora_export.verification.parity.measurements import Control, Gate
+from lora_export.verification.parity.verdict import Comparison, Outcome, Reason
 
 FEW_ELEMENTS = 10
 LARGEST_ERROR = 0.1  # relative to the adapter's effect

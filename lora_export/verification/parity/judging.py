@@ -54,18 +54,10 @@ from lora_export.verification.parity.gates import (
     ratio_limit,
     small_feature_reasons,
 )
+from lora_export.verification.parity.measurements import PYTORCH, Figures
 from lora_export.verification.parity.reasons import input_reasons, notes_on_scope, power_reasons, reasons_of
 from lora_export.verification.parity.special_values import without_fill, without_ties
-from lora_export.verification.parity.verdict import (
-    PYTORCH,
-    Comparison,
-    Figures,
-    Outcome,
-    Reason,
-    Sensitivity,
-    Verdict,
-    outcome_of,
-)
+from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, Verdict, outcome_of
 
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these

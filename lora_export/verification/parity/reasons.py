@@ -16,7 +16,8 @@ from lora_export.verification.parity.gates import (
     LARGEST_ERROR,
     VALUE_CONTROLS,
 )
-from lora_export.verification.parity.verdict import Comparison, Control, Figures, Outcome, Reason, Sensitivity, percent
+from lora_export.verification.parity.measurements import Control, Figures
+from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, percent
 
 
 def reasons_of(case: str, output: str, f: Figures) -> list[Reason]:
