@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import peft
 import pytest
@@ -479,10 +481,34 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 # --- The list of them ---
 
 
+NOTEBOOK = "train_merge_prove.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_proves_what_it_trains_and_shows_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(SAMPLES)]))
+    notebook = nbformat.read(SAMPLES / NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
+    pages = [data["text/html"] for data in shown if "text/html" in data]
+    assert [data for data in shown if "image/png" in data] and len(pages) == 6
+    assert [">same: " in page for page in pages] == [False, False, False, True, True, False]
+    assert 'red">different: ' in pages[-1]
+    assert "['email', 'asyncio']" in notebook.cells[-1].outputs[-1]["text"]
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    cells = json.loads((SAMPLES / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    assert [
+        cell for cell in cells if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"])
+    ] == []
+
+
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 17
+    assert len(names) == 18
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
 
 

@@ -110,6 +110,11 @@ def _figure_lines(f: Figures) -> Iterator[str]:
         yield f"  rounding the merged weights costs {percent(f.merge_loss)} of the adapter's effect"
 
 
+def _shown(f: Figures) -> tuple[object, ...]:
+    """The figures that a table has of an output."""
+    return f.error, f.deployed_error, "" if f.effect is None else f.effect, f.limit_used
+
+
 @dataclass(frozen=True, repr=False)
 class Verdict:
     """`same`, `different` or `undecided`, with every figure that led to it. True only where it is `same`."""
@@ -128,19 +133,9 @@ class Verdict:
         return brief(self, self.headline)
 
     def _repr_html_(self) -> str:
-        rows = [
-            (
-                each.output,
-                each.case,
-                f.error,
-                f.deployed_error,
-                "" if f.effect is None else f.effect,
-                percent(f.limit_used),
-            )
-            for each in self.nearest_to_failing
-            if (f := each.figures)
-        ]
         columns = "output", "case", "error", f"{self.peer}'s own error", "adapter's effect", "error / allowed"
+        measured = [(each, f) for each in self.nearest_to_failing if (f := each.figures)]
+        rows = [(each.output, each.case, *_shown(f)) for each, f in measured]
         reasons = [(reason.gate, reason) for reason in self.distinct_reasons]
         table = html_table(self.headline, columns, rows, colour=self.outcome.colour)
         return table + (html_table("", ("check", "reason"), reasons) if reasons else "")
