@@ -293,9 +293,7 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
 def _driver_problems(facts: Facts) -> list[Problem]:
     driver, needed = facts.driver, max(facts.onnxruntime_cuda or "", facts.torch_cuda or "", key=_major)
     if driver.fault:
-        remedy = (
-            "install the driver of this machine's NVIDIA GPU; a container needs it passed in (docker run --gpus all)"
-        )
+        remedy = "install the driver of this machine's NVIDIA GPU; a container needs all its GPUs passed in"
         return [Problem(f"no GPU is available: {driver.fault}", remedy)]
     if _major(driver.cuda) < _major(needed):
         what = f"the NVIDIA driver runs CUDA up to {driver.cuda}, {needed} is needed"

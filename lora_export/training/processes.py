@@ -42,8 +42,8 @@ def refuse_sharding() -> None:
     wanted = [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("true", "1")]
     if wanted:
         raise WrongUsage(
-            f"accelerate is configured for {', '.join(wanted)}, which this training does not use. Launch without it "
-            f"(--multi_gpu, or torchrun). {named('shard_base', True)} shares the frozen weights among the processes "
+            f"accelerate is configured for {', '.join(wanted)}, which this training does not use. Launch it as "
+            f"plain data parallelism, or with torchrun. {named('shard_base', True)} shares the frozen weights among the processes "
             f"(FSDP), and a base in 4 bits takes an eighth of the memory: {named('quantize_base', 'nf4')}"
         )
 

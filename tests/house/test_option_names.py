@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lora_export"
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in ("cli", "options")]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Programs whose own flags a message names
-OTHERS = re.compile(r"\bpip (check|install)\b|\bhf download\b|\btorchrun\b|\bdocker run\b|--revision|--multi_gpu")
+OTHERS = re.compile(r"\bpip (check|install)\b|\bhf download\b|\btorchrun\b|--revision")
 # Names that messages use for options of nested records, and for options that only the command line has
 BESIDE = {"combine", "combine_seed", "json", "prompt", "image", "audio"}
 
