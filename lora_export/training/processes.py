@@ -43,8 +43,8 @@ def refuse_sharding() -> None:
     if wanted:
         raise WrongUsage(
             f"accelerate is configured for {', '.join(wanted)}, which this training does not use. Launch it as "
-            f"plain data parallelism, or with torchrun. {named('shard_base', True)} shares the frozen weights among the processes "
-            f"(FSDP), and a base in 4 bits takes an eighth of the memory: {named('quantize_base', 'nf4')}"
+            f"plain data parallelism, or with torchrun. {named('shard_base', True)} shares the frozen weights among "
+            f"the processes (FSDP), and a base in 4 bits takes an eighth of the memory: {named('quantize_base', 'nf4')}"
         )
 
 
