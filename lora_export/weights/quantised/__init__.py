@@ -197,4 +197,5 @@ def as_conv1d(
     def pieces(_: slice) -> Sequence[Pieces]:
         return [Pieces(0, packed_bytes)] if tensor.pieces is None else tensor.pieces(every)
 
-    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs)
+    codes = tensor.codes and replace(tensor.codes, is_turned=not tensor.codes.is_turned)
+    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs, codes=codes)
