@@ -77,6 +77,8 @@ class Checkpoint:
     index: str = ""  # the index's file name, where the weights are in several files
     history: History = ()  # the adapters of earlier merges
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)  # weights that are read as floats
+    # Quantised weights that are read as they are stored, by the name of their packed numbers
+    kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
     own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
 
     def __repr__(self) -> str:
@@ -131,7 +133,7 @@ class Checkpoint:
                 continue
             if hidden or relative.as_posix() in ours:
                 continue
-            if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
+            if self.quantised and not self.kept and relative.as_posix() in QUANTIZATION_FILES:
                 continue
             refuse_link_outside(path, home)
             yield relative

@@ -1,4 +1,4 @@
-"""The numbers of every scheme as codes: the weights are the decoder's, the bytes the file's, and the nearest is nearest."""
+"""The numbers of every scheme as codes: the decoder's weights, the bytes of the file, and the nearest codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export.storage import safetensors_file
 from lora_export.weights.quantised import find_quantised
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, pack, unpack
