@@ -26,7 +26,7 @@ from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
 from lora_export.weights.merge_report import Statistics
-from lora_export.weights.quantised.codes import Grid, StoredCodes
+from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.tensor_blocks import OutputTensor, Patch, blocks_to_measure, rows_with_terms
 
@@ -123,18 +123,13 @@ class KeptChange:
     @classmethod
     def of(cls, tensor: KeptTensor, source: Path, read_fd: int) -> KeptChange:
         """Reads scales; and the whole weight where DoRA's outputs are columns of what is stored."""
-        grid, layout = tensor.codes.load(), tensor.codes.layout
+        grid = tensor.codes.load()
 
         def norms_of(patch: Patch) -> NDArray[np.float64] | None:
             def read(own: slice) -> NDArray[Any]:
-                least = layout.rows_together
-                first, last = own.start + patch.rows.start, own.stop + patch.rows.start
-                whole = slice(first // least * least, min(-(-last // least) * least, tensor.codes.shape[0]))
-                start, stop = layout.extent(whole)
-                packed = np.empty(stop - start, np.uint8)
-                block_copy.read(source, read_fd, packed, tensor.source.start + start)
-                found = tensor.codes.weight(layout.unpack(whole, packed), *grid(whole))
-                return found[first - whole.start : last - whole.start, patch.columns]
+                rows = slice(own.start + patch.rows.start, own.stop + patch.rows.start)
+                numbers = read_numbers(tensor.codes, source, read_fd, tensor.source.start, rows)
+                return tensor.codes.weight(numbers, *grid(rows))[:, patch.columns]
 
             own = [part for rows, _ in tensor.pieces if (part := patch.within(rows)) is not None]
             return squared_column_norms(patch.step, own, read)

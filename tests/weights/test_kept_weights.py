@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_export
+from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.weights.quantised import find_quantised
 from support.handmade import peft_adapter
@@ -74,6 +75,24 @@ def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
     assert layer.retention == pytest.approx((moved * change).sum() / np.square(change).sum(), rel=2e-3)
     assert layer.noise == pytest.approx(np.linalg.norm(moved - change) / np.linalg.norm(change), rel=5e-3)
     assert layer.retention > 0.5 and layer.noise < 1
+    assert_judged(out, base, adapter)
+
+
+def assert_judged(out: Path, base: Path, adapter: Path) -> None:
+    """The output is the same; with one bit of any tensor flipped, it is different."""
+    assert str(lora_export.verify(out, base=base, adapters=[adapter])).startswith("same")
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        flat = changed.view(-1).view(torch.uint8)
+        middle = tensor.numel() // 2 * tensor.element_size()
+        flat[middle + tensor.element_size() - 1 if tensor.is_floating_point() else middle] ^= 1  # its sign's byte
+        save_file(tensors | {name: changed}, out / "model.safetensors", {"format": "pt"})
+        try:
+            verdict = str(lora_export.verify(out, base=base, adapters=[adapter]))
+        except InputRefused:  # it describes no weight any more
+            continue
+        assert verdict.startswith("different"), name
 
 
 @pytest.mark.parametrize("kind", ONE_LAYER)
@@ -92,6 +111,7 @@ def test_small_change_is_promoted_to_floats(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(after["a.fc.weight"], weight + change, rtol=2.0**-8, atol=1e-6)
     assert np.array_equal(after["b.other.weight"], before["b.other.weight"])
     assert not [name for name in stored_in(out) if name.startswith("a.fc.") and name != "a.fc.weight"]
+    assert_judged(out, base, adapter)
     assert states_float(out, "a.fc") and not states_float(out, "b.other") and not states_float(base, "a.fc")
 
 

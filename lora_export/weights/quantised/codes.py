@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.packed_numbers import pack, unpack
 
@@ -100,6 +102,16 @@ class StoredCodes:
         for middle in middles:
             places += numbers > middle
         return codes.take(places)
+
+
+def read_numbers(codes: StoredCodes, path: Path, fd: int, start: int, rows: slice) -> Numbers:
+    """Any rows, from the file that has the packed numbers from `start` on. Raises InputRefused where it ends before."""
+    least = codes.layout.rows_together
+    whole = slice(rows.start // least * least, min(-(-rows.stop // least) * least, codes.shape[0]))
+    first, last = codes.layout.extent(whole)
+    packed = np.empty(last - first, np.uint8)
+    block_copy.read(path, fd, packed, start + first)
+    return codes.layout.unpack(whole, packed)[rows.start - whole.start : rows.stop - whole.start]
 
 
 # --- Where the codes of some rows are ---
