@@ -77,9 +77,9 @@ class Checkpoint:
     index: str = ""  # the index's file name, where the weights are in several files
     history: History = ()  # the adapters of earlier merges
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)  # weights that are read as floats
+    own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
     # Quantised weights that are read as they are stored, by the name of their packed numbers
     kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
-    own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
 
     def __repr__(self) -> str:
         return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")

@@ -95,7 +95,7 @@ def float_modules(base: Checkpoint, output_name: Callable[[str], str] = str) -> 
 
     def modules(names: Iterable[str]) -> list[str]:
         every = ((output_name(name), *(tensor.name for tensor in loaded.get(name, ()))) for name in names)
-        return list(dict.fromkeys(name.rpartition(".")[0] for names in every for name in names))
+        return sorted({name.rpartition(".")[0] for names in every for name in names})
 
     quantised = {*base.quantised, *(tensor.name for tensor in base.kept.values())}
     floats = [spec.name for spec in base.specs if len(spec.shape) == 2 and spec.name.endswith(".weight")]

@@ -13,11 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_export
 from lora_export.errors import InputRefused
-from lora_export.storage import safetensors_file
-from lora_export.weights.quantised import find_quantised
 from support.handmade import peft_adapter
-from support.quantised import OpenedWeight
-from support.quantised_weights import WEIGHTS, quantised
+from support.quantised_weights import WEIGHTS, quantised, weights_in
 
 ONE_LAYER = [kind for kind in WEIGHTS if kind != "mxfp4"]
 
@@ -33,14 +30,8 @@ def base_of(folder: Path, kind: str, **fields: Any) -> Path:
     return folder
 
 
-def weights_in(folder: Path) -> dict[str, np.ndarray]:
-    """The quantised weights of a folder as floats, and all of its floats."""
-    file = safetensors_file.open_file(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    found = find_quantised({file.path.name: file}, config, "float32") if config else {}
-    weights = {name: OpenedWeight(tensor, file).whole.astype(np.float64) for name, tensor in found.items()}
-    parts = {part for tensor in found.values() for part in (tensor.packed, *tensor.parts)}
-    return weights | {name: file.read(name).astype(np.float64) for name in file.entries if name not in parts}
+def floats_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: weight.astype(np.float64) for name, weight in weights_in(folder).items()}
 
 
 def adapter_of(folder: Path, shape: tuple[int, ...], size: float) -> tuple[Path, np.ndarray]:
@@ -58,7 +49,7 @@ def stored_in(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
     base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = weights_in(base)
+    before = floats_of(base)
     weight = before["a.fc.weight"]
     adapter, change = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
     result = lora_export.merge(base, [adapter], out, keep_quantised=True)
@@ -70,7 +61,7 @@ def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
     assert one.keys() == other.keys() and len(changed) == 1
     assert changed <= {"a.fc.weight", "a.fc.weight_packed", "a.fc.qweight"}
     assert (base / "config.json").read_bytes() == (out / "config.json").read_bytes()
-    after = weights_in(out)["a.fc.weight"]
+    after = floats_of(out)["a.fc.weight"]
     moved = after - weight
     assert layer.retention == pytest.approx((moved * change).sum() / np.square(change).sum(), rel=2e-3)
     assert layer.noise == pytest.approx(np.linalg.norm(moved - change) / np.linalg.norm(change), rel=5e-3)
@@ -98,14 +89,14 @@ def assert_judged(out: Path, base: Path, adapter: Path) -> None:
 @pytest.mark.parametrize("kind", ONE_LAYER)
 def test_small_change_is_promoted_to_floats(kind: str, tmp_path: Path) -> None:
     base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
-    before = weights_in(base)
+    before = floats_of(base)
     weight = before["a.fc.weight"]
     adapter, change = adapter_of(tmp_path / "adapter", weight.shape, np.abs(weight).max() / 1000)
     result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0.9)
     assert result.report is not None
     (layer,) = result.report.layers
     assert layer.why.endswith("% of its change would be left") and layer.stored in ("float32", "bfloat16", "float16")
-    after = weights_in(out)
+    after = floats_of(out)
     stored = load_file(out / "model.safetensors")["a.fc.weight"]
     assert str(stored.dtype) == f"torch.{layer.stored}"
     np.testing.assert_allclose(after["a.fc.weight"], weight + change, rtol=2.0**-8, atol=1e-6)
