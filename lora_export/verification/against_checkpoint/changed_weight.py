@@ -51,6 +51,15 @@ class WeightRows:
     before: Wide  # to which something is added
     after: Wide  # M
     stored: NDArray[Any]  # M in its own dtype
+    # Half the distances from M to the next smaller and the next larger value that can be stored; None: the dtype's
+    gaps: tuple[Wide, Wide] | None = None
+
+    def allowed(self, value: Wide, bound: Wide, difference: Wide, entries: Entries) -> Wide:
+        """How far M may be from V, of these entries."""
+        if self.gaps is None:
+            return allowed_error(value, bound, self.stored.dtype)
+        below, above = (gap.reshape(-1)[entries] for gap in self.gaps)
+        return np.where(difference > 0, below, above) + bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +78,14 @@ def compare_rows(block: WeightRows, one: Fp64Sum, scratch: Scratch, *, every_ent
     with np.errstate(over="ignore", invalid="ignore"):  # entries that are off may have any value
         value, bound_of = one.values(block.rows, block.before, scratch)
         difference = np.subtract(block.after, value, out=scratch.array("difference", value.shape))
-        entries = EVERY_ENTRY if every_entry else _undecided(block, value, difference, scratch)
+        entries = (
+            EVERY_ENTRY if every_entry or block.gaps is not None else _undecided(block, value, difference, scratch)
+        )
         if not isinstance(entries, slice) and not entries.size:
             return ComparedRows(value, difference, 0, entries, np.empty(0))
-        distance = np.abs(difference.reshape(-1)[entries])
-        allowed = allowed_error(value.reshape(-1)[entries], bound_of(entries), block.stored.dtype)
+        signed = difference.reshape(-1)[entries]
+        distance = np.abs(signed)
+        allowed = block.allowed(value.reshape(-1)[entries], bound_of(entries), signed, entries)
         relative = np.nan_to_num(distance / allowed, nan=np.inf, posinf=np.inf)
         off = distance.size - int(np.count_nonzero(distance <= allowed))  # NaN is off
     return ComparedRows(value, difference, off, entries, relative)
@@ -111,6 +123,11 @@ class ChangedWeight:
     base: TensorRows
     candidate: TensorRows
     pieces: Sequence[slice]
+
+    @property
+    def stored_as(self) -> str:
+        """What the candidate's numbers are rounded to."""
+        return str(self.candidate.dtype)
 
     def before(self, rows: slice) -> Wide:
         """The rows to which something is added, in fp64."""

@@ -1,0 +1,251 @@
+"""A merge into a quantised base that stays quantised: every scheme, kept, promoted and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_export
+from lora_export import verify
+from lora_export.errors import InputRefused
+from support.cli import answer, call
+from support.handmade import add_tensors, peft_adapter
+from support.quantised_weights import WEIGHTS, quantised, weights_in
+
+ONE_LAYER = [kind for kind in WEIGHTS if kind != "mxfp4"]
+
+
+def base_of(folder: Path, kind: str, **fields: Any) -> Path:
+    """A base of two layers of this kind, and floats."""
+    stored, config = quantised(kind, "a.fc")
+    other, _ = quantised(kind, "b.other")
+    folder.mkdir()
+    floats = {"norm.weight": torch.ones(4), "lm_head.weight": torch.ones(4, 4)}
+    save_file(stored | other | floats, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": config} | fields))
+    return folder
+
+
+def floats_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: weight.astype(np.float64) for name, weight in weights_in(folder).items()}
+
+
+def adapter_of(folder: Path, shape: tuple[int, ...], size: float) -> tuple[Path, np.ndarray]:
+    """An adapter of `a.fc`, and its change."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, shape[1])).astype(np.float32), rng.normal(size=(shape[0], 2)).astype(np.float32) * size
+    return peft_adapter(folder, {"a.fc": (a, b)}), b.astype(np.float64) @ a.astype(np.float64)
+
+
+def stored_in(folder: Path) -> dict[str, bytes]:
+    tensors = load_file(folder / "model.safetensors")
+    return {name: bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
+def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
+    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
+    before = floats_of(base)
+    weight = before["a.fc.weight"]
+    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True)
+    assert result.report is not None
+    (layer,) = result.report.layers
+    assert layer.is_kept and layer.stored == layer.scheme and layer.weight == "a.fc.weight"
+    one, other = stored_in(base), stored_in(out)
+    changed = {name for name in one if one[name] != other[name]}
+    assert one.keys() == other.keys() and len(changed) == 1
+    assert changed <= {"a.fc.weight", "a.fc.weight_packed", "a.fc.qweight"}
+    assert (base / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    after = floats_of(out)["a.fc.weight"]
+    moved = after - weight
+    assert layer.retention == pytest.approx((moved * change).sum() / np.square(change).sum(), rel=2e-3)
+    assert layer.noise == pytest.approx(np.linalg.norm(moved - change) / np.linalg.norm(change), rel=5e-3)
+    assert layer.retention > 0.5 and layer.noise < 1
+    assert_judged(out, base, adapter)
+
+
+def assert_judged(out: Path, base: Path, adapter: Path) -> None:
+    """The output is the same; with one bit of any tensor flipped, it is different."""
+    assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        flat = changed.view(-1).view(torch.uint8)
+        middle = tensor.numel() // 2 * tensor.element_size()
+        flat[middle + tensor.element_size() - 1 if tensor.is_floating_point() else middle] ^= 1  # its sign's byte
+        save_file(tensors | {name: changed}, out / "model.safetensors", {"format": "pt"})
+        try:
+            verdict = str(verify(out, base=base, adapters=[adapter]))
+        except InputRefused:  # it describes no weight any more
+            continue
+        assert verdict.startswith("different"), name
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
+def test_small_change_is_promoted_to_floats(kind: str, tmp_path: Path) -> None:
+    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
+    before = floats_of(base)
+    weight = before["a.fc.weight"]
+    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, np.abs(weight).max() / 1000)
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0.9)
+    assert result.report is not None
+    (layer,) = result.report.layers
+    assert layer.why.endswith("% of its change would be left") and layer.stored in ("float32", "bfloat16", "float16")
+    after = floats_of(out)
+    stored = load_file(out / "model.safetensors")["a.fc.weight"]
+    assert str(stored.dtype) == f"torch.{layer.stored}"
+    np.testing.assert_allclose(after["a.fc.weight"], weight + change, rtol=2.0**-8, atol=1e-6)
+    assert np.array_equal(after["b.other.weight"], before["b.other.weight"])
+    assert not [name for name in stored_in(out) if name.startswith("a.fc.") and name != "a.fc.weight"]
+    assert_judged(out, base, adapter)
+    assert states_float(out, "a.fc") and not states_float(out, "b.other") and not states_float(base, "a.fc")
+
+
+def states_float(folder: Path, module: str) -> bool:
+    """Whether the config excludes a module from quantisation."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    lists = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+    named = [name for key in lists for name in config.get(key) or ()]
+    patterns = [pattern for pattern in config.get("dynamic", {}) if pattern.startswith("-:")]
+    import re
+
+    return module in named or any(re.match(pattern[2:], module) for pattern in patterns)
+
+
+def merged(folder: Path, base: Path, pairs: dict[str, Any], **options: Any) -> tuple[Path, Path]:
+    """The output and the adapter of a merge that keeps `base` quantised."""
+    adapter, out = peft_adapter(folder / "adapter", pairs), folder / "merged"
+    lora_export.merge(base, [adapter], out, keep_quantised=True, **options)
+    return out, adapter
+
+
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq 4", "nf4, double", "awq"])
+def test_rows_without_a_change_keep_their_bytes(kind: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", kind)
+    weight = floats_of(base)["a.fc.weight"]
+    rows, columns = weight.shape
+    b = np.zeros((rows, 1), np.float32)
+    b[8:16] = weight.std()  # eight outputs: in AWQ all of a word
+    out, _ = merged(tmp_path, base, {"a.fc": (np.ones((1, columns)), b)}, min_retention=0)
+    before, after = floats_of(base)["a.fc.weight"], floats_of(out)["a.fc.weight"]
+    assert {*np.flatnonzero((before != after).any(axis=1))} == set(range(8, 16))
+    one, other = stored_in(base), stored_in(out)
+    off = sum(a != b for name in one for a, b in zip(one[name], other[name], strict=True))
+    assert 0 < off <= 8 * columns
+
+
+def test_dora_and_several_adapters_are_kept(tmp_path: Path) -> None:
+    """DoRA's norms are of outputs, which are rows of one file and columns of the other."""
+    rng = np.random.default_rng(0)
+    for kind in ("compressed int4", "gptq 4"):
+        base = base_of(tmp_path / kind, kind)
+        weight = floats_of(base)["a.fc.weight"]
+        rows, columns = weight.shape
+        a, b = rng.normal(size=(2, columns)), rng.normal(size=(rows, 2)) * weight.std() / 4
+        lengths = np.linalg.norm(weight + b @ a, axis=1) * np.linspace(0.8, 1.2, rows)
+        one = peft_adapter(tmp_path / f"{kind} dora", {"a.fc": (a, b)}, use_dora=True)
+        add_tensors(one, {"base_model.model.a.fc.lora_magnitude_vector.weight": lengths.astype(np.float32)})
+        out = tmp_path / f"{kind} out"
+        lora_export.merge(base, [one], out, keep_quantised=True)
+        expected = (weight + b @ a) * np.linspace(0.8, 1.2, rows)[:, None]
+        after = floats_of(out)["a.fc.weight"]
+        assert np.linalg.norm(after - expected) < 0.7 * np.linalg.norm(weight - expected)
+        assert verify(out, base=base, adapters=[one])
+        two = [peft_adapter(tmp_path / f"{kind} {n}", {"a.fc": (a * n, b)}) for n in (1, 2)]
+        both = tmp_path / f"{kind} both"
+        lora_export.merge(base, two, both, keep_quantised=True, weights=[0.5, 1.5])
+        assert verify(both, base=base, adapters=two, weights=[0.5, 1.5])
+        assert not verify(both, base=base, adapters=two, weights=[0.5, 1.0])
+
+
+def test_promotion_needs_a_place_in_the_config(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "awq", quantization_config=None)
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": "awq"}))
+    pairs = {"a.fc": (np.ones((1, 96)), np.full((24, 1), 1e-3))}
+    with pytest.raises(InputRefused) as refused:
+        merged(tmp_path, base, pairs)
+    text = str(refused.value)
+    assert "1 of 1 quantised weights cannot hold their change, and the config has no place that states which" in text
+    assert "a.fc.weight (awq 4-bit): 0.0% of its change would be left" in text and "min_retention=0" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_change_below_the_floats_of_a_promoted_layer_is_refused(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "nf4, double")
+    with pytest.raises(
+        InputRefused, match=r"(?s)lose most of their change to rounding.*dtype=\"float32\"\), or keep the"
+    ):
+        merged(tmp_path, base, {"a.fc": (np.ones((1, 100)), np.full((24, 1), 1e-5))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_loss_that_is_accepted_stays_in_the_scheme(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gptq 4")
+    b = np.full((24, 1), 1e-3)
+    b[0] = 1
+    adapter, out = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), b)}), tmp_path / "out"
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0)
+    assert result.report is not None and result.report.layers[0].is_kept
+    assert verify(out, base=base, adapters=[adapter])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "stated", "key"),
+    [
+        ("gptq 4", "quantize_config.json", {"bits": 4, "group_size": 32}, "dynamic"),
+        ("awq", "quant_config.json", {"w_bit": 4, "version": "GEMM"}, "modules_to_not_convert"),
+        ("modelopt nvfp4", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "exclude_modules"),
+    ],
+)
+def test_file_of_the_quantiser_states_promoted_layers_too(
+    kind: str, name: str, stated: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path / "base", kind)
+    (base / name).write_text(json.dumps(stated))
+    weight = floats_of(base)["a.fc.weight"]
+    out, adapter = merged(tmp_path, base, {"a.fc": (np.ones((1, weight.shape[1])), np.full((24, 1), 3e-3))})
+    found = json.loads((out / name).read_text())
+    excluded = found.get("quantization", found)[key]
+    assert list(excluded) == (["-:^a\\.fc$"] if key == "dynamic" else ["a.fc"])
+    assert verify(out, base=base, adapters=[adapter])
+    (out / name).write_text(json.dumps(stated))
+    assert f"{key} does not name the layers that are floats" in str(verify(out, base=base, adapters=[adapter]))
+
+
+def test_whole_model_of_promoted_layers_is_a_float_model(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gptq 4")
+    pairs = {name: (np.ones((1, 92)), np.full((24, 1), 3e-3)) for name in ("a.fc", "b.other")}
+    out, adapter = merged(tmp_path, base, pairs)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert verify(out, base=base, adapters=[adapter])
+
+
+def test_command_reports_layers_and_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = base_of(tmp_path / "base", "gptq 4"), tmp_path / "out"
+    adapter = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3))})
+    code, document = answer(capsys, "merge", base, adapter, "-o", out, "--keep-quantised")
+    assert code == 0
+    (layer,) = document["layers"]
+    assert (layer["weight"], layer["scheme"], layer["stored"]) == ("a.fc.weight", "gptq 4-bit", "float16")
+    assert layer["why"] == "0.0% of its change would be left" and layer["retention"] == 0 and layer["noise"] == 1
+    assert document["base_bytes"] == (base / "model.safetensors").stat().st_size < document["bytes"]
+    record = json.loads((out / "lora_export.json").read_text())
+    assert '"promoted": ["a.fc.weight"]' in json.dumps(record)
+    assert call("merge", base, adapter, "-o", tmp_path / "no", "--keep-quantised", "--dtype", "float32") == 2
+    assert "--keep-quantised does not go together with --dtype" in capsys.readouterr().err
+    assert call("merge", out, adapter, "-o", tmp_path / "no", "--keep-quantised") == 3
+    assert "already" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_float_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file({"a.fc.weight": torch.ones(4, 4)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(InputRefused, match=r"is not quantised\. Leave keep_quantised= out"):
+        merged(tmp_path, tmp_path / "base", {"a.fc": (np.ones((1, 4)), np.ones((4, 1)))})
