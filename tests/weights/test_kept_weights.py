@@ -14,6 +14,16 @@ from safetensors.torch import load_file, save_file
 import lora_export
 from lora_export import verify
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
+from lora_export.plan.stored_region import cut
+from lora_export.storage import block_copy
+from lora_export.verification.against_checkpoint import audit
+from lora_export.weights import tensor_blocks
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.keep_quantised import keep_quantised
+from lora_export.weights.kept_weights import patch_in_file
+from lora_export.weights.merge import merge_checkpoint
 from support.cli import answer, call
 from support.handmade import add_tensors, peft_adapter
 from support.quantised_weights import WEIGHTS, quantised, weights_in
@@ -249,3 +259,76 @@ def test_float_base_is_refused(tmp_path: Path) -> None:
     save_file({"a.fc.weight": torch.ones(4, 4)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(InputRefused, match=r"is not quantised\. Leave keep_quantised= out"):
         merged(tmp_path, tmp_path / "base", {"a.fc": (np.ones((1, 4)), np.ones((4, 1)))})
+
+
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq 4", "compressed int3"])
+def test_parts_of_a_weight_change_alone(kind: str, tmp_path: Path) -> None:
+    """Fused q|k|v rows, and some columns of other rows: in the order of the file, whatever that is."""
+    base = base_of(tmp_path / "base", kind)
+    before = open_checkpoint(base, dequantise=True)
+    weight = floats_of(base)["a.fc.weight"]
+    regions = [slice(0, 8), slice(0, weight.shape[1])], [slice(8, 24), slice(16, 48)]
+    expected, steps = weight.copy(), []
+    rng = np.random.default_rng(0)
+    for own in regions:
+        region = cut("a.fc.weight", weight.shape, own)
+        assert region is not None
+        out, inputs = region.cut_shape
+        pair = LoraPair(a=rng.normal(size=(2, inputs)), b=rng.normal(size=(out, 2)) * weight.std() / 4, scale=1.0)
+        spec = TensorSpec(region.name, (out, inputs), "float32", Layout.OUT_IN, region=region)
+        steps.append(Step(spec, (Term("mine", "fc", pair),)))
+        expected[tuple(own)] += pair.b.astype(np.float64) @ pair.a
+    mine = (Adapter("mine", "peft", {}),)
+    plan = Plan(mine, (1.0,), tuple(steps), ())
+    decided, layers = keep_quantised(plan, before, 0.0)
+    assert [layer.weight for layer in layers] == ["a.fc.weight"] and layers[0].is_kept
+    (tmp_path / "merged").mkdir()
+    merge_checkpoint(plan, decided, tmp_path / "merged", min_retention=0)
+    after = floats_of(tmp_path / "merged")["a.fc.weight"]
+    is_inside = np.zeros(weight.shape, bool)
+    for own in regions:
+        is_inside[tuple(own)] = True
+    assert np.array_equal(after[~is_inside], weight[~is_inside])
+    error = np.linalg.norm((after - expected)[is_inside]) / np.linalg.norm((weight - expected)[is_inside])
+    assert error < 0.7
+    merged = open_checkpoint(tmp_path / "merged", dequantise=True)
+    assert audit(plan, before, merged).outcome == "same"
+    assert {weight.name for weight in audit(plan, before, merged).weights if weight.fate == "changed"} == {
+        step.weight for step in steps
+    }
+    wrong = Plan(mine, (1.0,), tuple(steps[:1]), ())
+    found = [weight.name for weight in audit(wrong, before, merged).weights if weight.outcome == "different"]
+    assert found == ["a.fc.weight (other entries)"]
+
+
+def test_part_that_is_no_block_of_the_file_is_refused(tmp_path: Path) -> None:
+    """Every second row is a part of a matrix of half as many rows."""
+    base = base_of(tmp_path / "base", "compressed int4")
+    tensor = open_checkpoint(base, dequantise=True).quantised["a.fc.weight"]
+    region = cut("a.fc.weight", (24, 96), [slice(0, 24, 2), slice(0, 96)])
+    assert region is not None
+    step = Step(TensorSpec(region.name, (12, 96), "float32", Layout.OUT_IN, region=region))
+    with pytest.raises(InputRefused, match=r"cannot be quantised again. Make the base a float model \(dequantize"):
+        patch_in_file(tensor, step)
+
+
+def test_tied_table_that_gets_a_second_name_is_refused(tmp_path: Path) -> None:
+    before = open_checkpoint(base_of(tmp_path / "base", "compressed int4"), dequantise=True)
+    plan = Plan((), (), (), (), untied={"head.weight": "a.fc.weight"})
+    with pytest.raises(InputRefused, match=r"a\.fc\.weight is quantised, and the output would have it under two names"):
+        keep_quantised(plan, before, 0.5)
+
+
+def test_large_weights_are_measured_in_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows: those that are measured before the merge are those that the report has."""
+    monkeypatch.setattr(block_copy, "BLOCK", 1 << 10)
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 400)
+    base = base_of(tmp_path / "base", "gptq 4")
+    weight = floats_of(base)["a.fc.weight"]
+    adapter, _ = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
+    result = lora_export.merge(base, [adapter], tmp_path / "out", keep_quantised=True)
+    assert result.report is not None
+    (layer,), (written,) = result.report.layers, result.report.results
+    assert (layer.retention, layer.noise) == (written.retention, written.noise)
+    assert 0 < written.elements < weight.size
+    assert verify(tmp_path / "out", base=base, adapters=[adapter])
