@@ -68,8 +68,8 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
-    floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps.output_name)
-    for found in (compare_files(base, path, loaded, dtypes, floats if promoted and kept else ()), files.others):
+    floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
+    for found in (compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ()), files.others):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {

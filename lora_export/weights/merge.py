@@ -361,10 +361,10 @@ def _write_other_files(
     config = _output_config(plan, base, dtype)
     if config != base.config:
         json_files.write_json(stage / CONFIG, config)
-    for name in QUANTIZATION_FILES if base.kept and base.quantised else ():
-        if (stage / name).exists():
+    for name in QUANTIZATION_FILES if base.kept else ():
+        if (stage / name).exists() and (floats := float_modules(base, plan))[0]:
             stated = json_files.read_json(stage / name)
-            json_files.write_json(stage / name, file_with_floats(name, stated, *float_modules(base, plan.output_name)))
+            json_files.write_json(stage / name, file_with_floats(name, stated, *floats))
     if base.index:
         weight_map = {entry: name for name, file in written.items() for entry in file.entries}
         size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
@@ -379,8 +379,9 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
     is_added_apart = any(step.added for step in replaced) and not are_equal  # a loader would drop the added table
     if config and (plan.untied or is_added_apart or _are_untied(plan, base)):
         config = untied_config(config)
-    if base.quantised and base.kept:
-        config = with_floats(config, *float_modules(base, plan.output_name))
+    if base.kept:
+        floats = float_modules(base, plan)
+        config = with_floats(config, *floats) if floats[0] else config
     elif base.quantised:
         config = without_quantisation(config)
     if base.own_adapters:

@@ -8,11 +8,12 @@ several times the change. Any other layer is promoted: stored in a wider type, w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lora_export.errors import InputRefused, listed
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.options.spelling import command, named
+from lora_export.plan import Plan, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
 
@@ -86,17 +87,24 @@ def ways_out_beside_kept() -> str:
     )
 
 
-def float_modules(base: Checkpoint, output_name: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
-    """The modules that a merge makes floats, and those with matrices that were before, as loaders name them.
+def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str]]:
+    """The modules of a merge that its config has to name as floats, and those that were floats before.
 
-    A module has the names of its tensors in the files, and in the loaded model where transformers renames them.
+    The first are those that become floats, and the linear layers that an adapter adds: a loader would quantise them.
+    Where the merge renames all tensors, those that were floats before are among them. A module has the names of its
+    tensors in the files, and in the loaded model where transformers renames them.
     """
     loaded = {} if base.rules is None else LoadedNames(base.rules, [spec.name for spec in base.specs]).by_stored
 
     def modules(names: Iterable[str]) -> list[str]:
-        every = ((output_name(name), *(tensor.name for tensor in loaded.get(name, ()))) for name in names)
+        every = ((plan.output_name(name), *(tensor.name for tensor in loaded.get(name, ()))) for name in names)
         return sorted({name.rpartition(".")[0] for names in every for name in names})
 
+    def are_matrices(specs: Iterable[TensorSpec]) -> list[str]:
+        return [spec.name for spec in specs if len(spec.shape) == 2 and spec.name.endswith(".weight")]
+
     quantised = {*base.quantised, *(tensor.name for tensor in base.kept.values())}
-    floats = [spec.name for spec in base.specs if len(spec.shape) == 2 and spec.name.endswith(".weight")]
-    return modules(base.quantised), modules(name for name in floats if name not in quantised)
+    before = modules(name for name in are_matrices(base.specs) if name not in quantised)
+    added = are_matrices(step.spec for step in plan.steps if step.added)
+    new = {*modules(base.quantised), *(name.rpartition(".")[0] for name in added)}
+    return sorted(new.union(before if plan.name_prefix else ())), before

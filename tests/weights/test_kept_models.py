@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     CompressedTensorsConfig,
     FineGrainedFP8Config,
@@ -155,3 +157,20 @@ def test_model_loads_with_kept_and_promoted_layers(base: tuple[Path, dict[str, A
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     excluded = config.get("ignore") or config.get("llm_int8_skip_modules") or config.get("modules_to_not_convert")
     assert {f"model.layers.{name.removesuffix('.weight')}" for name in attention} | {"lm_head"} <= set(excluded)
+
+
+def test_head_that_an_adapter_adds_is_no_quantised_layer(base: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, options = base
+    pairs = {f"model.layers.{n}.self_attn.q_proj": (np.eye(2, 64), 0.02 * np.ones((64, 2))) for n in range(2)}
+    head = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    adapter = peft_adapter(tmp_path / "adapter", pairs, {"score.weight": head}, task_type="SEQ_CLS")
+    out = tmp_path / "merged"
+    lora_export.merge(folder, [adapter], out, keep_quantised=True)
+    assert str(lora_export.verify(out, base=folder, adapters=[adapter])).startswith("same")
+    model = AutoModelForSequenceClassification.from_pretrained(out, device_map="cpu", pad_token_id=0, **options)
+    assert isinstance(model.score, torch.nn.Linear) and not isinstance(model.score, Linear4bit | Linear8bitLt)
+    loaded = model.score.weight.detach().bfloat16().float().numpy()
+    np.testing.assert_array_equal(loaded, head.astype(ml_dtypes.bfloat16).astype(np.float32))
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"score"', '"other"'))
+    assert not lora_export.verify(out, base=folder, adapters=[adapter])

