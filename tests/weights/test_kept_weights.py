@@ -18,6 +18,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
 from lora_export.plan.stored_region import cut
 from lora_export.storage import block_copy
+from lora_export.storage.hashes import file_sha256
 from lora_export.verification.against_checkpoint import audit
 from lora_export.weights import tensor_blocks
 from lora_export.weights.checkpoint import open_checkpoint
@@ -332,3 +333,26 @@ def test_large_weights_are_measured_in_a_sample(tmp_path: Path, monkeypatch: pyt
     assert (layer.retention, layer.noise) == (written.retention, written.noise)
     assert 0 < written.elements < weight.size
     assert verify(tmp_path / "out", base=base, adapters=[adapter])
+
+
+def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
+    base, out = base_of(tmp_path / "base", "gptq 4"), tmp_path / "out"
+    stored = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    files = {name: "a.safetensors" if "scales" in name or "norm" in name else "b.safetensors" for name in stored}
+    for file in set(files.values()):
+        save_file({name: stored[name] for name in stored if files[name] == file}, base / file, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    pairs = {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3)), "b.other": (np.ones((1, 92)), np.full((24, 1), 0.1))}
+    adapter = peft_adapter(tmp_path / "adapter", pairs)
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, hashing="sha256")
+    assert result.report is not None and [layer.is_kept for layer in result.report.layers] == [False, True]
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == files.keys() - {f"a.fc.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} | {
+        "a.fc.weight"
+    }
+    assert verify(out, base=base, adapters=[adapter])
+    manifest = (out / "lora_export.json").read_text()
+    assert all(file_sha256(path) in manifest for folder in (base, out) for path in folder.glob("*.safetensors"))
+    (out / "lora_export.json").write_text(manifest.replace('"a.fc.weight"', '"b.other.weight"'))
+    assert "the record names 1 promoted weights" in str(verify(out, base=base, adapters=[adapter]))

@@ -33,7 +33,7 @@ from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.tensor_blocks import Patch
 
-ENTRIES_AT_ONCE = 1 << 17
+NUMBERS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class KeptWeight:
     def pieces(self, rows: slice) -> list[slice]:
         """Rows in pieces that fit into a core's cache."""
         least = self.codes.layout.rows_together
-        count = max(1, ENTRIES_AT_ONCE // self.codes.shape[1] // least) * least
+        count = max(1, NUMBERS_AT_ONCE // self.codes.shape[1] // least) * least
         cuts = [rows.start, *range(rows.start // count * count + count, rows.stop, count), rows.stop]
         return [slice(first, last) for first, last in itertools.pairwise(cuts)]
 

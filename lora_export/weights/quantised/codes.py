@@ -121,7 +121,8 @@ def nearest_among(values: NDArray[np.float32]) -> Callable[[NDArray[np.float32]]
 
     def bin_of(numbers: NDArray[np.float32]) -> NDArray[np.intp]:
         found = (numbers - lowest) * per_unit
-        return np.fmin(np.fmax(found, 0, out=found), int(bins), out=found).astype(np.intp)  # NaN: 0
+        within: NDArray[np.float32] = np.fmin(np.fmax(found, 0, out=found), int(bins), out=found)  # NaN: 0
+        return within.astype(np.intp)
 
     own, every = bin_of(middles), np.arange(int(bins) + 1)
     limits = np.full(len(every), np.inf, np.float32)
