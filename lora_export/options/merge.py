@@ -18,6 +18,11 @@ def checkpoints(because: str, *more: str) -> tuple[Only, ...]:
     return (Only("base", ("checkpoint", *more), because, words="checkpoints", instead=OF_ONE_MODEL),)
 
 
+def without(other: str, default: object, because: str) -> Only:
+    """For an option that goes only with the default of another."""
+    return Only(other, (default,), because, verb="does not go together with", words=f"{{{other}}}")
+
+
 def graphs(because: str) -> tuple[Only, ...]:
     """For options that only a graph as BASE has."""
     return (Only("base", ("graph",), because, words="an .onnx BASE", instead=OF_ONE_MODEL),)
@@ -74,11 +79,25 @@ class MergeOptions(Applied, Output):
         section=Section.BASE,
         only=checkpoints("{requantize} merges into the quantised weights of a graph"),
     )
+    keep_quantised: bool = option(
+        False,
+        "Merge into a quantised BASE and keep it quantised, on its own scales. Layers that would lose their change are "
+        "stored as floats.",
+        often=True,
+        section=Section.BASE,
+        only=(
+            *checkpoints("{requantize} merges into the quantised weights of a graph"),
+            without("dequantize", False, "a weight is kept or made a float"),
+            without("dtype", "keep", "the scheme of BASE decides how weights are stored"),
+            without("keep_residual", None, "keep the quantised base itself"),
+            without("device", "cpu", "quantised weights are changed by the processor"),
+        ),
+    )
     requantize: bool = option(
         False,
         "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
         section=Section.BASE,
-        only=graphs("merging into a quantised checkpoint is not supported"),
+        only=graphs("{keep_quantised} merges into a quantised checkpoint"),
     )
     float_base: str | Path | None = option(
         None,
@@ -109,11 +128,7 @@ class MergeOptions(Applied, Output):
         metavar="FILE",
         only=(
             *checkpoints("a graph is its own base: keep it"),
-            Only(
-                *("dequantize", (False,), "keep the quantised base itself"),
-                verb="does not go together with",
-                words="{dequantize}",
-            ),
+            without("dequantize", False, "keep the quantised base itself"),
         ),
     )
     hashing: Literal["xxh3_128", "sha256"] = option(

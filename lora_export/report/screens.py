@@ -226,6 +226,8 @@ def print_merge(to: Console, report: MergeReport, output: Path | None = None, *,
     print_line(to, _merge_summary(report, output), style="bold")
     if whole or not all(result.retention >= LOW_RETENTION for result in report.results):
         _print_retention(to, report)
+    if report.layers:
+        _print_layers(to, report, whole=whole)
     if report.quantisation:
         print_line(to, _quantisation_summary(report.quantisation))
     if report.quantisation and whole:
@@ -246,6 +248,26 @@ def _print_retention(to: Console, report: MergeReport) -> None:
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
     low = {number for number, result in enumerate(results, 1) if not result.retention >= LOW_RETENTION}
     _print_first(to, header, [_result_row(result) for result in results], "the same retention or a higher one", low)
+
+
+def _print_layers(to: Console, report: MergeReport, *, whole: bool) -> None:
+    """How many layers of a quantised base were kept, which were promoted and why, and the size beside the base's."""
+    promoted = [layer for layer in report.layers if not layer.is_kept]
+    kept = len(report.layers) - len(promoted)
+    print_line(
+        to,
+        f"quantised layers with a change: {kept} kept in their scheme, {len(promoted)} promoted; "
+        f"{decimal(report.bytes)}, {report.bytes / report.base_bytes:.2f} times the base",
+    )
+    header = ["layers that were promoted first", "scheme", "stored", "retention", "noise", "why"]
+    figures = [
+        [f"{value:.3g}" if value is not None else "-" for value in (each.retention, each.noise)]
+        for each in report.layers
+    ]
+    shown = zip(report.layers, figures, strict=True)
+    rows = [[each.weight, each.scheme, each.stored, *own, each.why] for each, own in shown if whole or not each.is_kept]
+    if rows:
+        _print_first(to, header, sorted(rows, key=lambda row: not row[-1]), "the same columns in the JSON document")
 
 
 def _quantisation_summary(losses: Sequence[QuantisationLoss]) -> str:

@@ -48,6 +48,23 @@ class QuantisationLoss:
     change: float | None  # ‖ΔW‖ of the adapters; None where they do not change the weight
 
 
+@dataclass(frozen=True)
+class QuantisedLayer:
+    """A quantised weight of the base, and how the output stores it."""
+
+    weight: str
+    scheme: str  # in the base, such as gptq 4-bit
+    stored: str  # in the output: the same scheme, or the type that it was promoted to
+    why: str  # why it was promoted; empty where it is kept
+    # Of the change in the scheme of the base, rounded to nearest; None where no adapter adds to it.
+    retention: float | None
+    noise: float | None
+
+    @property
+    def is_kept(self) -> bool:
+        return not self.why
+
+
 @dataclass(frozen=True, repr=False)
 class MergeReport:
     """What a merge did, in numbers."""
@@ -60,6 +77,8 @@ class MergeReport:
     seconds: float
     spellings: Mapping[str, str] = field(default_factory=dict)  # adapter -> how its names relate to the base's
     quantisation: tuple[QuantisationLoss, ...] = ()  # of each quantised weight, where the float base was given
+    layers: tuple[QuantisedLayer, ...] = ()  # changed or promoted, where a quantised base stays quantised
+    base_bytes: int = 0  # of weights of the base, there
 
     def __repr__(self) -> str:
         return brief(self, f"{count(len(self.results), 'weight')} merged", f"{self.bytes:,} bytes written")

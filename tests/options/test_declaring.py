@@ -72,7 +72,18 @@ def test_a_record_refuses_values_that_do_not_exist(wrong, message):
 @pytest.mark.parametrize(
     ("given", "base", "message"),
     [
-        ({"requantize": True}, "checkpoint", "--requantize is for an .onnx BASE: merging into a quantised checkpoint"),
+        ({"requantize": True}, "checkpoint", "--requantize is for an .onnx BASE: --keep-quantised merges into"),
+        ({"keep_quantised": True}, "graph", "--keep-quantised is for checkpoints: --requantize merges into the quan"),
+        (
+            {"keep_quantised": True, "dequantize": True},
+            "checkpoint",
+            "--keep-quantised does not go together with --dequantize: a weight is kept or made a float",
+        ),
+        (
+            {"keep_quantised": True, "dtype": "float16"},
+            "checkpoint",
+            "--keep-quantised does not go together with --dtype: the scheme of BASE decides",
+        ),
         ({"variant": "fp16"}, "graph", "--variant is for folders of checkpoints, which may have several sets"),
         ({"dequantize": True}, "graph", "--dequantize is for checkpoints: --requantize merges into the quantised"),
         ({"tied": "both"}, "pipeline", "--tied is not for a pipeline. Give the folder of one of its models as BASE"),

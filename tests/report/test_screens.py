@@ -26,7 +26,7 @@ from lora_export.report.screens import (
     print_shares,
     title,
 )
-from lora_export.weights.merge_report import QuantisationLoss
+from lora_export.weights.merge_report import QuantisationLoss, QuantisedLayer
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.screens import printed
 from support.written import adapter_of, low_rank
@@ -168,6 +168,20 @@ def test_a_loss_is_not_rounded_away() -> None:
 
 
 # --- A merge on the terminal: one line, and the weights that lost most to rounding. ---
+
+
+def test_promoted_layers_are_shown_with_the_reason() -> None:
+    layers = (
+        QuantisedLayer("kept.weight", "nf4", "nf4", "", 0.97, 0.3),
+        QuantisedLayer("lost.weight", "nf4", "bfloat16", "2.0% of its change would be left", 0.02, 0.99),
+        QuantisedLayer("fused.weight", "nf4", "bfloat16", "fused with lost.weight", None, None),
+    )
+    report = replace(a_merge_report(), layers=layers, bytes=110, base_bytes=100)
+    _, line, _, first, second = printed(print_merge, report).splitlines()
+    assert line.endswith("1 kept in their scheme, 2 promoted; 110 bytes, 1.10 times the base")
+    assert " ".join(first.split()) == "lost.weight nf4 bfloat16 0.02 0.99 2.0% of its change would be left"
+    assert " ".join(second.split()) == "fused.weight nf4 bfloat16 - - fused with lost.weight"
+    assert printed(whole_merge, report).splitlines()[-1].split() == ["kept.weight", "nf4", "nf4", "0.97", "0.3"]
 
 
 def test_quantisation_errors_are_a_range_and_the_largest_ones() -> None:
