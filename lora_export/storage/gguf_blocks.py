@@ -23,6 +23,7 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+SIGN = np.uint8(0x80)
 RESOLVED = 1 << 20  # times a step: fp32 does not tell all codes apart beside an offset that is larger
 
 
@@ -38,19 +39,23 @@ class Plane(NamedTuple):
         """The bits of all codes, (blocks, elements)."""
         stored = blocks[:, self.start : self.start + self.chunks * self.width]
         if self.bits == 8:  # a signed byte
-            return stored ^ 0x80
+            return stored ^ SIGN
         bits = stored.reshape(len(blocks), self.chunks, 1, self.width) >> self._shifts
-        bits &= (1 << self.bits) - 1
+        bits &= self._mask
         return bits.reshape(len(blocks), -1)
 
     def write(self, blocks: Bytes, codes: Bytes) -> None:
         """Store the lowest bits of all codes, (blocks, elements)."""
         if self.bits == 8:
-            codes = codes ^ 0x80
+            codes = codes ^ SIGN
         else:
-            codes = (codes & ((1 << self.bits) - 1)).reshape(len(blocks), self.chunks, -1, self.width) << self._shifts
+            codes = (codes & self._mask).reshape(len(blocks), self.chunks, -1, self.width) << self._shifts
             codes = np.bitwise_or.reduce(codes, axis=2).reshape(len(blocks), -1)
         blocks[:, self.start : self.start + self.chunks * self.width] = codes
+
+    @property
+    def _mask(self) -> np.uint8:
+        return np.uint8((1 << self.bits) - 1)
 
     @property
     def _shifts(self) -> Bytes:
@@ -83,7 +88,7 @@ class BlockCodec:
         steps, offsets = self.scales(blocks)
         wanted = values.reshape(len(blocks), -1, self.group)
         is_fixed = steps == 0
-        divisor = np.where(is_fixed, np.float32(np.inf), steps)[..., None]
+        divisor: Floats = np.where(is_fixed, np.float32(np.inf), steps).astype(np.float32)[..., None]
         with np.errstate(over="ignore"):
             position = (wanted if offsets is None else wanted - offsets[..., None]) / divisor
         codes = self._nearest(position).reshape(len(blocks), -1)
@@ -93,7 +98,7 @@ class BlockCodec:
         result = blocks.copy()
         shift = 0
         for plane in self.planes:
-            plane.write(result, codes >> shift if shift else codes)
+            plane.write(result, codes >> np.uint8(shift) if shift else codes)
             shift += plane.bits
         return result
 
@@ -103,13 +108,14 @@ class BlockCodec:
         with np.errstate(over="ignore", invalid="ignore"):
             reach = np.abs(steps) * np.abs(self.numbers).max()
             reach = reach if offsets is None else reach + np.abs(offsets)
-        return reach.max(axis=1)
+        largest: Floats = reach.max(axis=1)
+        return largest
 
     def _codes(self, blocks: Bytes) -> Bytes:
         codes, shift = self.planes[0].read(blocks), 0
         for lower, plane in zip(self.planes, self.planes[1:], strict=False):
             shift += lower.bits
-            codes = codes | plane.read(blocks) << shift
+            codes = codes | plane.read(blocks) << np.uint8(shift)
         return codes
 
     @functools.cached_property
@@ -133,7 +139,8 @@ class BlockCodec:
         if self._is_ladder:
             position -= self.numbers[0]
             np.rint(position, out=position)
-            return np.clip(position, 0, len(self.numbers) - 1, out=position).astype(np.uint8)
+            codes: Bytes = np.clip(position, 0, len(self.numbers) - 1, out=position).astype(np.uint8)
+            return codes
         # The middle of two whole numbers is a multiple of a half: the positions between two of these have one code.
         first = 2 * self.numbers.min()
         position *= 2
@@ -145,7 +152,8 @@ class BlockCodec:
     def _by_half(self) -> Bytes:
         """The code of the number nearest to each quarter that is not whole, from the least number to the largest."""
         quarters = np.arange(self.numbers.min(), self.numbers.max() + 0.5, 0.5) + 0.25
-        return np.abs(quarters[:, None] - self.numbers).argmin(axis=1).astype(np.uint8)
+        codes: Bytes = np.abs(quarters[:, None] - self.numbers).argmin(axis=1).astype(np.uint8)
+        return codes
 
     def _nearer(self, codes: Bytes, stored: Bytes, values: Floats, steps: Floats, offsets: Floats | None) -> Bytes:
         """Of each code and the stored one that which is nearer; the stored one where both are as near."""

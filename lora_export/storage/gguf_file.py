@@ -295,4 +295,3 @@ def layout(
     header = MAGIC + struct.pack("<IQQ", base.version, len(described), len(kept) + len(texts)) + b"".join(parts)
     header += bytes(aligned(len(header), base.alignment) - len(header))
     return header, [one._replace(start=one.start + len(header), stop=one.stop + len(header)) for one in described]
-

@@ -14,6 +14,7 @@ from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import (
     ChangedWeight,
     ComparedRows,
+    NearestOf,
     WeightRows,
     compare_rows,
 )
@@ -30,9 +31,14 @@ from lora_export.verification.against_checkpoint.stored_tensor import Scratch, S
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
 
-def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
-    """Compare a changed weight with its sum in fp64, and with the controls."""
-    weight = ChangedWeight(step, base, candidate, list(candidate.pieces()))
+def judge_changed(
+    name: str, step: Step, base: StoredTensor, candidate: StoredTensor, nearest: NearestOf | None = None
+) -> AuditedWeight:
+    """Compare a changed weight with its sum in fp64, and with the controls.
+
+    `nearest` is given where the candidate is stored as codes.
+    """
+    weight = ChangedWeight(step, base, candidate, list(candidate.pieces()), nearest)
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
     found = _Differences()

@@ -27,7 +27,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
-from lora_export.storage.gguf_blocks import PLAIN, BlockCodec, Floats, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_blocks import PLAIN, Floats, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
 from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import Entry
@@ -39,13 +39,15 @@ from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
     OnBytesWritten,
+    QuantisedLayer,
     Statistics,
     StepResult,
     refuse_below_rounding,
 )
+from lora_export.weights.quantised_layers import why_promoted
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
-MOST_NOISE = 1.0  # of the change; above it the stored weight is farther from the sum than the base is
+FLOAT = np.dtype(np.float32)
 Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]
 KEEP = "keep"
 STATED = {**{name: BY_NAME[name] for name in ("Q8_0", "F16", "BF16", "F32")}, KEEP: None}  # what a user may choose
@@ -87,9 +89,9 @@ def merge_gguf(
     plan = base.in_stored_rows(plan)
     chosen = _stated_types(plan, base, types)
     with threadpool_limits(1, user_api="blas"):
-        stored = _decide(plan, base, chosen, min_retention, backend)
-        promoted = {one.tensor.name: one.type.name for one in stored.values() if one.type != one.tensor.type}
-        settings = {"min_retention": min_retention, **({"types": promoted} if promoted else {}), **more_settings}
+        stored, layers = _decide(plan, base, chosen, min_retention, backend)
+        promoted = {one.tensor.name: one.type.name for one in stored if one.type != one.tensor.type}
+        settings = {"min_retention": min_retention, "types": promoted, **backend.settings, **more_settings}
 
         def record(source_hash: str) -> dict[str, str]:
             files = {path.name: {hashing: source_hash}}
@@ -104,12 +106,14 @@ def merge_gguf(
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=results,
-        copied=sum(one.tensor.stop - one.tensor.start for one in stored.values() if one.change is None),
+        copied=sum(one.tensor.stop - one.tensor.start for one in stored if one.change is None),
         bytes=path.stat().st_size,
         replaced=len(replaced),
         replaced_weights=replaced,
         seconds=time.perf_counter() - begun,
         spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
+        layers=layers,
+        base_bytes=base.file.size,
     )
 
 
@@ -144,33 +148,37 @@ def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[
 
 def _decide(
     plan: Plan, base: GgufBase, chosen: Mapping[str, BlockType | None], min_retention: float, backend: Backend
-) -> dict[str, _Stored]:
-    """Every tensor in the order of the base's bytes, with the type in which it loses as little as is allowed."""
+) -> tuple[list[_Stored], tuple[QuantisedLayer, ...]]:
+    """Every tensor in the order of the base's bytes, in the narrowest type that can hold its change; and why."""
 
-    def of(name: str) -> _Stored:
-        tensor = base.tensors[name]
-        change = _changed(plan, base, name)
+    def of(name: str) -> tuple[_Stored, QuantisedLayer | None]:
+        tensor, change = base.tensors[name], _changed(plan, base, name)
         if change is None:
-            return _Stored(tensor, tensor.type)
+            return _Stored(tensor, tensor.type), None
+        own, *wider = _types_for(tensor.type)
+        result = _trial(base, _Stored(tensor, own, change), backend)
+        why = why_promoted(result, min_retention) if result is not None else "its values do not fit"
         if name in chosen:
-            return _Stored(tensor, chosen[name] or tensor.type, change)
-        *types, last = _types_for(tensor.type)
-        for kind in types:
-            result = _trial(base, _Stored(tensor, kind, change), backend)
-            if result is not None and result.retention >= min_retention and result.noise <= MOST_NOISE:
-                return _Stored(tensor, kind, change)
-        return _Stored(tensor, last, change)
+            kind = chosen[name] or own
+            why = "" if kind == own else f"stated by {named('dtype_of')}"
+        else:
+            kind = own if not why else next((each for each in wider if fits(tensor, each, change)), F32)
+        figures = (None, None) if result is None else (result.retention, result.noise)
+        return _Stored(tensor, kind, change), QuantisedLayer(name, own.name, kind.name, why, *figures)
+
+    def fits(tensor: GgufTensor, kind: BlockType, change: OutputTensor) -> bool:
+        result = _trial(base, _Stored(tensor, kind, change), backend)
+        return result is not None and not why_promoted(result, min_retention)
 
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:
-        return dict(zip(base.tensors, pool.map(of, base.tensors), strict=True))
+        found = list(pool.map(of, base.tensors))
+    return [stored for stored, _ in found], tuple(layer for _, layer in found if layer is not None)
 
 
 def _types_for(own: BlockType) -> list[BlockType]:
     """The types that are tried for a weight, the narrowest first."""
-    wider = [Q8_0, F16, F32]
-    if own in PLAIN:
-        wider = [kind for kind in (F16, F32) if PLAIN[own].itemsize < 4 and kind != own]
-    return [own, *(kind for kind in wider if kind != own)]
+    wider = [F16, F32] if own in PLAIN else [Q8_0, F16, F32]
+    return [own, *(kind for kind in wider if kind != own and own != F32)]
 
 
 def _changed(plan: Plan, base: GgufBase, name: str) -> OutputTensor | None:
@@ -178,48 +186,47 @@ def _changed(plan: Plan, base: GgufBase, name: str) -> OutputTensor | None:
     step, parts = plan.by_weight.get(name), plan.by_part.get(name, ())
     if step is None and not parts:
         return None
-    tensor, quantised = base.tensors[name], base.checkpoint.quantised.get(name)
-    entry = Entry(name, np.dtype(np.float32), tensor.shape, tensor.start, tensor.stop)
-    if quantised is None:
-        entry = replace(entry, dtype=PLAIN[tensor.type])
-    else:
+    tensor = base.tensors[name]
+    if tensor.type not in PLAIN:
         codec_of(name, tensor.type)
-    regions = [part.spec.region for part in parts if part.spec.region is not None]
-    if not regions:
-        return OutputTensor(entry, step, name, entry.dtype, quantised=quantised)
-    patches = tuple(Patch(part, one.rows, one.columns) for part, one in zip(parts, regions, strict=True))
-    cut = replace(entry, shape=regions[0].shape)
-    return OutputTensor(cut, None, name, entry.dtype, patches, quantised, tensor.shape)
+    entry = Entry(name, PLAIN.get(tensor.type, FLOAT), tensor.shape, tensor.start, tensor.stop)
+    patches = tuple(
+        Patch(part, part.spec.region.rows, part.spec.region.columns) for part in parts if part.spec.region is not None
+    )
+    cut = parts[0].spec.region if parts else None
+    return OutputTensor(
+        source=entry if cut is None else replace(entry, shape=cut.shape),
+        step=step,
+        name=name,
+        dtype=entry.dtype,
+        patches=patches,
+        quantised=base.checkpoint.quantised.get(name),
+        shape=tensor.shape,
+    )
 
 
 def _trial(base: GgufBase, stored: _Stored, backend: Backend) -> StepResult | None:
-    """What a change would lose in this type, on the blocks that are measured; None where its numbers do not fit."""
-    total: dict[str, Statistics] = {}
+    """What a change loses in this type, on the blocks that are measured; None where its numbers do not fit."""
+    total = Statistics(stored.tensor.name)
     with base.file.path.open("rb") as file:
-        for block in _changed_blocks(base, stored, file.fileno(), 0, backend, only_measured=True):
+        for block, measured in _changed_blocks(base, stored, file.fileno(), 0, backend):
+            if not measured:
+                continue
             assert block.work is not None
-            source = np.empty(block.stop - block.start, np.uint8)
-            target, scratch = np.empty(block.target_stop - block.target_start, np.uint8), np.empty(1, np.uint8)
+            source, target = (np.empty(count, np.uint8) for count in (block.stop - block.start, _bytes_of(block)))
+            elements = _bytes_of(block) // stored.type.nbytes * stored.type.elements
             block_copy.read(base.file.path, file.fileno(), source, block.start)
-            scratch = np.empty(2 * max(block_copy.BLOCK, 4 * _elements(stored, block)), np.uint8)
             try:
-                _add(total, block.work(source, target, scratch))
+                found = block.work(source, target, np.empty(2 * FLOAT.itemsize * elements, np.uint8))
             except InputRefused:
                 return None
-    joined = Statistics(stored.tensor.name)
-    for statistics in total.values():
-        joined.merge(statistics)
-    return joined.result()
+            for statistics in found:
+                total.merge(statistics)
+    return total.result()
 
 
-def _elements(stored: _Stored, block: Block) -> int:
-    """The number of elements in a block of the output."""
-    return (block.target_stop - block.target_start) // stored.type.nbytes * stored.type.elements
-
-
-def _add(total: dict[str, Statistics], found: Sequence[Statistics] | None) -> None:
-    for statistics in found or ():
-        total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+def _bytes_of(block: Block) -> int:
+    return block.target_stop - block.target_start
 
 
 # --- Writing ---
@@ -228,28 +235,28 @@ def _add(total: dict[str, Statistics], found: Sequence[Statistics] | None) -> No
 def _write(
     path: Path,
     base: GgufBase,
-    stored: Mapping[str, _Stored],
+    stored: Sequence[_Stored],
     record: Callable[[str], Mapping[str, str]],
     progress: OnBytesWritten,
     backend: Backend,
     hashing: str,
 ) -> tuple[StepResult, ...]:
-    """Write the file. `record` makes its record of provenance from the hash of the source."""
+    """Write the file. `record` makes its record of provenance from the hash of the base."""
     hashes = block_copy.RunningHashes(hashing)
 
     def layout() -> tuple[bytes, list[GgufTensor]]:
-        described = [(one.tensor.name, one.type, one.tensor.shape) for one in stored.values()]
+        described = [(one.tensor.name, one.type, one.tensor.shape) for one in stored]
         return gguf_file.layout(base.file, described, record(hashes.source.hexdigest()))
 
-    header, targets = layout()
+    _, targets = layout()
     total: dict[str, Statistics] = {}
-    changes = [one.change for one in stored.values() if one.change is not None]
     with base.file.path.open("rb") as reader, path.open("xb") as writer:
-        blocks = _blocks(base, list(stored.values()), targets, reader.fileno(), writer.fileno(), backend)
-        size = tensor_blocks.block_size(changes)
+        blocks = _blocks(base, stored, targets, reader.fileno(), writer.fileno(), backend)
+        size = tensor_blocks.block_size(one.change for one in stored if one.change is not None)
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
-            _add(total, found)
-            progress(block.target_stop - block.target_start)
+            for statistics in found or ():
+                total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+            progress(_bytes_of(block))
         final, _ = layout()  # as long as the first one: all hashes have one length
         block_copy.write(writer.fileno(), memoryview(final), 0)
     progress(len(final))
@@ -264,21 +271,18 @@ def _blocks(
     write_fd: int,
     backend: Backend,
 ) -> Iterator[Block]:
-    """All bytes of the base in their order. What follows a tensor up to the next one is zeros."""
-    position, end = 0, base.file.data_start  # what was read, and where the next tensor begins in the base
-    yield from tensor_blocks.skipped_blocks(0, targets[0].start if targets else 0, base.file.data_start)
-    for number, (one, target) in enumerate(zip(stored, targets, strict=True)):
-        tensor = one.tensor
+    """All bytes of the base in their order. Between two tensors there are zeros."""
+    alignment = base.file.alignment
+    yield from tensor_blocks.skipped_blocks(0, 0, base.file.data_start)
+    ends = [*(one.tensor.start for one in stored[1:]), base.file.size]
+    for one, target, end in zip(stored, targets, ends, strict=True):
+        start, stop = one.tensor.start, one.tensor.stop
         if one.change is None:
-            count = tensor.stop - tensor.start
-            yield from tensor_blocks.copied_blocks(read_fd, write_fd, tensor.start, target.start, count)
+            yield from tensor_blocks.copied_blocks(read_fd, write_fd, start, target.start, stop - start)
         else:
-            yield from _changed_blocks(base, one, read_fd, target.start, backend)
-        is_last = number + 1 == len(stored)
-        end = base.file.size if is_last else stored[number + 1].tensor.start
-        target_end = gguf_file.aligned(target.stop, base.file.alignment) if is_last else targets[number + 1].start
-        position = tensor.stop
-        yield Block(position, end, target.stop, target_end, work=_fill_with_zeros)
+            for block, _ in _changed_blocks(base, one, read_fd, target.start, backend):
+                yield block
+        yield Block(stop, end, target.stop, gguf_file.aligned(target.stop, alignment), work=_fill_with_zeros)
 
 
 def _fill_with_zeros(_source: Bytes, target: Bytes, _scratch: Bytes) -> None:
@@ -286,19 +290,51 @@ def _fill_with_zeros(_source: Bytes, target: Bytes, _scratch: Bytes) -> None:
 
 
 def _changed_blocks(
-    base: GgufBase, stored: _Stored, read_fd: int, start: int, backend: Backend, *, only_measured: bool = False
-) -> Iterator[Block]:
-    """The blocks of a tensor that changes, which begins there in the output. Their work returns its statistics."""
+    base: GgufBase, stored: _Stored, read_fd: int, start: int, backend: Backend
+) -> Iterator[tuple[Block, bool]]:
+    """The blocks of a tensor that changes and begins there in the output, and whether each is measured.
+
+    Their work returns statistics.
+    """
     assert stored.change is not None
-    change, kind = stored.change, stored.type
-    if kind in PLAIN:
-        change = replace(change, dtype=PLAIN[kind])
-    floats = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
-    measured = change if only_measured else None
-    for block in tensor_blocks.changed_blocks(base.file.path, read_fd, change, floats, backend, measured):
+    kind = stored.type
+    change = replace(stored.change, dtype=PLAIN.get(kind, FLOAT))
+    target = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
+    blocks = list(tensor_blocks.changed_blocks(base.file.path, read_fd, change, target, backend))
+    rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
+    for block, measured in zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True):
         if kind in PLAIN:
-            yield block
+            yield block, measured
             continue
-        first, last = ((edge - start) // 4 // kind.elements * kind.nbytes for edge in (block.target_start, block.target_stop))
-        work = functools.partial(_encode, block, change, stored)
-        yield replace(block, target_start=start + first, target_stop=start + last, work=work)
+        first, last = (
+            start + (edge - start) // FLOAT.itemsize // kind.elements * kind.nbytes
+            for edge in (block.target_start, block.target_stop)
+        )
+        assert block.work is not None
+        work = functools.partial(_encode, stored, block.work, measured)
+        yield replace(block, target_start=first, target_stop=last, work=work), measured
+
+
+def _encode(
+    stored: _Stored, change: block_copy.Work, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
+) -> list[Statistics]:
+    """Store what `change` makes of some rows, in fp32, as blocks. Returns the statistics of what was stored.
+
+    Raises InputRefused where a value is beyond what the type can hold.
+    """
+    name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
+    codec = codec_of(name, kind)
+    total: Floats = np.empty((target.size // kind.nbytes, kind.elements), np.float32)
+    change(source, total.reshape(-1).view(np.uint8), scratch)
+    blocks = codec.encode(source.reshape(-1, own.nbytes), total) if kind == own else new_q8_0(total)
+    target[:] = blocks.reshape(-1)
+    after = decoded(name, codec, blocks)  # refuses new scales that are too large
+    if not measured:
+        return []
+    if own in PLAIN:
+        before = source.view(PLAIN[own]).astype(np.float32).reshape(total.shape)
+    else:
+        before = decoded(name, codec_of(name, own), source.reshape(-1, own.nbytes)).reshape(total.shape)
+    statistics = Statistics(stored.change.name if stored.change else name)
+    statistics.add_block(before, total - before, after)
+    return [statistics]
