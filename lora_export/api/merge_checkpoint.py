@@ -18,8 +18,9 @@ from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
+from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
-from lora_export.weights.merge_report import MergeReport, refuse_no_change
+from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.quantisation_loss import (
     bytes_to_measure,
     measure_quantisation,
@@ -33,9 +34,10 @@ from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
-    checkpoint = open_checkpoint(request.base, dequantise=request.dequantize, variant=request.variant)
-    if request.dequantize and not checkpoint.quantised:
-        raise InputRefused(f"{request.base} is not quantised. Leave {named('dequantize')} out")
+    quantised_as = "dequantize" if request.dequantize else "keep_quantised" if request.keep_quantised else ""
+    checkpoint = open_checkpoint(request.base, dequantise=bool(quantised_as), variant=request.variant)
+    if quantised_as and not checkpoint.quantised:
+        raise InputRefused(f"{request.base} is not quantised. Leave {named(quantised_as)} out")
     floats = None if request.float_base is None else open_checkpoint(request.float_base)
     if floats is not None:
         refuse_other_shapes(checkpoint, floats)
@@ -55,9 +57,13 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
         refuse_without_hash(steps)
-    notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters))
+    notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised))
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
+    layers: tuple[QuantisedLayer, ...] = ()
+    if request.keep_quantised:
+        progress = in_bytes(request.on_progress, "measuring", bytes_to_measure(checkpoint))
+        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, progress)
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions) as folder:
@@ -74,11 +80,13 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
             more_settings=request.combined.settings,
         )
         refuse_no_change(report)
+        report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0)
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
         residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
-    request.warn_of_rounding(report, float32_remedy())
+    stricter = f"{named('min_retention', 0.9)} makes them floats"
+    request.warn_of_rounding(report, stricter if request.keep_quantised else float32_remedy())
     return MergeResult(request.output, steps, report, notes, residual_bytes)
 
 
@@ -122,7 +130,7 @@ def _with_quantisation(
     return replace(report, quantisation=losses), notes
 
 
-def notes_on_checkpoint(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
+def notes_on_checkpoint(checkpoint: Checkpoint, adapters: Sequence[Adapter], *, kept: bool = False) -> list[str]:
     """What the caller of a merge should know of its base."""
     notes = list(_other_bases(adapters, checkpoint))
     if code := custom_code(checkpoint.config):
@@ -135,9 +143,10 @@ def notes_on_checkpoint(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> 
     if checkpoint.quantised:
         schemes = ", ".join(sorted({tensor.scheme for tensor in checkpoint.quantised.values()}))
         number = len(checkpoint.quantised)
+        what = "keep their scheme where it can hold the change" if kept else "are stored as floats"
         notes.append(
-            f"{number} quantised weights ({schemes}) are stored as floats. An adapter that was trained beside them "
-            "fits them; their distance from the original float weights stays in the output"
+            f"{number} quantised weights ({schemes}) {what}. An adapter that was trained beside them fits them; their "
+            "distance from the original float weights stays in the output"
         )
         notes += sorted({caution for tensor in checkpoint.quantised.values() if (caution := caution_for(tensor))})
     return notes + [

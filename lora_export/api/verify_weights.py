@@ -30,6 +30,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
+from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
 
@@ -43,7 +44,7 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     """
     path, base, layout = candidate.path, request.checkpoint, request.layout
     loaded = load_adapters(request.adapters, of_models=True)
-    merged = candidate.checkpoint
+    merged = open_checkpoint(path, dequantise=True)
     origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     if origin.path.resolve() == merged.path.resolve():
@@ -62,10 +63,13 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     steps = combine_in_plan(steps, request.combined, together)
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         request.on_message(f"note: {note}")
-    files = loaded_files(candidate)
+    files = loaded_files(candidate, merged)
     audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
-    for found in (compare_files(base, path, loaded, dtypes), files.others):
+    promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
+    kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
+    floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps.output_name)
+    for found in (compare_files(base, path, loaded, dtypes, floats if promoted else ()), files.others):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {

@@ -78,7 +78,7 @@ class BlockCodec:
 
     def decode(self, blocks: Bytes) -> Floats:
         """The elements of (blocks, bytes): (blocks, elements). Those of a damaged file may not be finite."""
-        return self._values(self._codes(blocks), *self.scales(blocks))
+        return self._values(self.codes_of(blocks), *self.scales(blocks))
 
     def encode(self, blocks: Bytes, values: Floats) -> Bytes:
         """Blocks with the steps and offsets of these, and the codes nearest to the finite values (blocks, elements).
@@ -94,7 +94,7 @@ class BlockCodec:
         codes = self._nearest(position).reshape(len(blocks), -1)
         are_coarse = offsets is not None and bool((np.abs(offsets) > RESOLVED * np.abs(steps)).any())
         if is_fixed.any() or are_coarse or not self._is_ladder:
-            codes = self._nearer(codes, self._codes(blocks), values, steps, offsets)
+            codes = self._nearer(codes, self.codes_of(blocks), values, steps, offsets)
         result = blocks.copy()
         shift = 0
         for plane in self.planes:
@@ -111,7 +111,8 @@ class BlockCodec:
         largest: Floats = reach.max(axis=1)
         return largest
 
-    def _codes(self, blocks: Bytes) -> Bytes:
+    def codes_of(self, blocks: Bytes) -> Bytes:
+        """The code of each element, (blocks, elements)."""
         codes, shift = self.planes[0].read(blocks), 0
         for lower, plane in zip(self.planes, self.planes[1:], strict=False):
             shift += lower.bits

@@ -20,7 +20,13 @@ from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.safetensors_file import is_safetensors
 from lora_export.verification.tokenizer_behaviour import tokenizer_differences
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS
-from lora_export.weights.quantised import QUANTIZATION, without_quantisation
+from lora_export.weights.quantised import (
+    QUANTIZATION,
+    QUANTIZATION_FILES,
+    file_with_floats,
+    with_floats,
+    without_quantisation,
+)
 from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.weight_files import is_index
@@ -59,11 +65,18 @@ class ComparedFiles:
     notes: tuple[str, ...] = ()
 
 
-def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter], stored: Collection[str] = ()) -> ComparedFiles:
+def compare_files(
+    base: Path,
+    merged: Path,
+    adapters: Sequence[Adapter],
+    stored: Collection[str] = (),
+    floats: Sequence[Sequence[str]] = (),
+) -> ComparedFiles:
     """Compare the files beside the weights of two Hugging Face folders; nothing where one of them is no folder.
 
     Every file of either folder is judged, listed as not judged, or one that no loader reads. `stored` are the dtypes of
-    the merged weights. Raises InputRefused for a file that is no JSON.
+    the merged weights. Where these are quantised, `floats` are the modules that became floats, and those that were (see
+    `quantised_layers.float_modules`). Raises InputRefused for a file that is no JSON.
     """
     if not (base.is_dir() and merged.is_dir()):
         return ComparedFiles()
@@ -73,7 +86,7 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter], stored:
             before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
             expected: Values = before
             if name == CONFIG:
-                expected = _expected_config(before, after, adapters)
+                expected = _expected_config(before, after, adapters, floats)
                 found.differences += _wrong_dtype(before, after, stored)
             found.add_values(name, list(_compared(expected, after)), _same_in_transformers(base, merged, name))
     _compare_tokenizers(base, merged, found)
@@ -83,7 +96,7 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter], stored:
     elif any(templates) and not all(templates):
         found.not_judged.append("the chat template, which only one folder has")
     if not any(merged.glob("*.onnx")):  # an export for a runtime has files of its own
-        _compare_other_files(base, merged, found)
+        _compare_other_files(base, merged, found, floats)
     return ComparedFiles(tuple(map(one_line, found.differences)), tuple(map(one_line, found.not_judged)))
 
 
@@ -174,7 +187,7 @@ def _cutting(folder: Path) -> Values:
     return {key: [values.get(key)] for key in ("truncation", "padding")}
 
 
-def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
+def _compare_other_files(base: Path, merged: Path, found: _Found, floats: Sequence[Sequence[str]]) -> None:
     """Processors, further templates, modules of embedding models, code, and other files beside the weights."""
     before, after = (
         {name for name in _names(folder) if not (_is_of_tokenizer(name) or name == CHAT_TEMPLATE or _is_unread(name))}
@@ -190,7 +203,10 @@ def _compare_other_files(base: Path, merged: Path, found: _Found) -> None:
         except InputRefused:  # a list, such as modules.json
             values = []
         if values:
-            found.add_values(name, list(_compared(values[0], values[1])))
+            expected = (
+                file_with_floats(name, values[0], *floats) if floats and name in QUANTIZATION_FILES else values[0]
+            )
+            found.add_values(name, list(_compared(expected, values[1])))
         else:
             found.differences.append(f"{name} is not the base's")
     if only := sorted(before ^ after):
@@ -229,10 +245,14 @@ def _have_equal_tensors(one: Path, other: Path) -> bool:
     )
 
 
-def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter]) -> Values:
+def _expected_config(
+    before: Values, after: Values, adapters: Sequence[Adapter], floats: Sequence[Sequence[str]]
+) -> Values:
     """The base's config with what a merge changes: new heads, and no quantisation where the weights are floats."""
     expected = config_with_heads(before, adapters)
-    return expected if QUANTIZATION in after else without_quantisation(expected)
+    if QUANTIZATION not in after:
+        return without_quantisation(expected)
+    return with_floats(expected, *floats) if floats else expected
 
 
 def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tuple[bool, str]]:

@@ -24,7 +24,7 @@ from lora_export.verification.companion_files import (
     ComparedFiles,
     shown_names,
 )
-from lora_export.weights.checkpoint import CONFIG
+from lora_export.weights.checkpoint import CONFIG, Checkpoint
 
 # Names under which loaders look for weights in a model's folder, or for an adapter to attach.
 NAMES_OF_LOADERS = re.compile(
@@ -55,8 +55,11 @@ class LoadedFiles:
         return hashes_of(self.judged)
 
 
-def loaded_files(candidate: Artifact) -> LoadedFiles:
-    """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights."""
+def loaded_files(candidate: Artifact, opened: Checkpoint | None = None) -> LoadedFiles:
+    """The files of a candidate that a loader reads, and leftovers. Reads names, and headers of weights.
+
+    `opened` has the headers of a folder whose weights are quantised.
+    """
     beside = (*CONFIGS, *TOKENIZER_READERS, *VOCABULARIES, CHAT_TEMPLATE, "preprocessor_config.json")
     if not candidate.path.is_dir():
         return LoadedFiles(candidate.files)
@@ -65,7 +68,7 @@ def loaded_files(candidate: Artifact) -> LoadedFiles:
         judged = dict(candidate.graph_files) | {name: files[name] for name in beside if name in files}
         why = "a loader takes it before the two decoders"
     else:
-        checkpoint = candidate.checkpoint
+        checkpoint = opened or candidate.checkpoint
         names = {*checkpoint.shards, checkpoint.index, *beside, *candidate.module_files}
         judged = {name: files[name] for name in sorted(names & set(files))}
         why = "a loader may take it"

@@ -55,7 +55,7 @@ def apply_by_numpy(part: StepRows) -> Statistics | None:
             step.token_rows.write_into(output, part.rows.start)
         refuse_overflow(part.name, weight, output)
         return None
-    change, sum_buffer = _scratch_arrays(part.scratch, output.shape, sums.sum_dtype(weight.dtype))
+    change, sum_buffer = scratch_arrays(part.scratch, output.shape, sums.sum_dtype(weight.dtype))
     total = output if output.dtype == sum_buffer.dtype else sum_buffer  # a sum that is not rounded is made in place
     change = sums.sum_rows(step, part.rows, weight, total, column_norms=part.column_norms, change=change)
     sums.round_into(output, total)
@@ -67,7 +67,7 @@ def apply_by_numpy(part: StepRows) -> Statistics | None:
     return statistics
 
 
-def _scratch_arrays(
+def scratch_arrays(
     scratch: Bytes, shape: tuple[int, ...], sum_dtype: np.dtype[Any]
 ) -> tuple[NDArray[np.float32], NDArray[Any]]:
     """Memory for a change and for a sum of this shape, each in one half of the scratch buffer."""

@@ -78,6 +78,8 @@ class Checkpoint:
     history: History = ()  # the adapters of earlier merges
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)  # weights that are read as floats
     own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
+    # Quantised weights that are read as they are stored, by the name of their packed numbers
+    kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")
@@ -131,7 +133,7 @@ class Checkpoint:
                 continue
             if hidden or relative.as_posix() in ours:
                 continue
-            if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
+            if self.quantised and not self.kept and relative.as_posix() in QUANTIZATION_FILES:
                 continue
             refuse_link_outside(path, home)
             yield relative

@@ -34,6 +34,7 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
+from lora_export.weights.kept_weights import KeptTensor, kept_blocks, kept_tensor
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -43,7 +44,14 @@ from lora_export.weights.merge_report import (
     StepResult,
     refuse_below_rounding,
 )
-from lora_export.weights.quantised import QuantisedTensor, without_quantisation
+from lora_export.weights.quantised import (
+    QUANTIZATION_FILES,
+    QuantisedTensor,
+    file_with_floats,
+    with_floats,
+    without_quantisation,
+)
+from lora_export.weights.quantised_layers import float_modules, ways_out_beside_kept
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED, untied_config, word_tables
@@ -83,7 +91,7 @@ def merge_checkpoint(
     settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
     settings |= more_settings
     settings |= {} if plan.tied == Tied.ERROR else {"tied": str(plan.tied)}
-    settings |= {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
+    settings |= _stated_quantisation(plan, base)
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         by_file = {name: {hashing: value} for name, value in hashes.items()}
@@ -101,7 +109,7 @@ def merge_checkpoint(
             own = functools.partial(metadata, name)
             written[name] = _write_shard(path, source, tensors[name], own, progress, backend, hashing=hashing)
     results = tuple(result for shard in written.values() for result in shard.results)
-    refuse_below_rounding(results, min_retention)
+    refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
     base.refuse_changed_files("merged")
     if base.is_folder:
         origin = record({name: shard.source_hash for name, shard in written.items()})
@@ -125,6 +133,14 @@ def _stated_layouts(plan: Plan) -> dict[str, Any]:
     """The layouts that the user stated, for the record of provenance."""
     stated = {step.weight: step.spec.layout.value for step in plan.steps if step.spec.layout_source == "option"}
     return {"layout": stated} if stated else {}
+
+
+def _stated_quantisation(plan: Plan, base: Checkpoint) -> dict[str, Any]:
+    """What happened to quantised weights, for the record of provenance."""
+    if base.kept:
+        schemes = sorted({tensor.scheme for tensor in base.kept.values()})
+        return {"quantised": {"kept": schemes, "promoted": sorted(map(plan.output_name, base.quantised))}}
+    return {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
 
 def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[str, str]:
@@ -207,7 +223,9 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
 
     tensors = {
         name: [
-            _output_tensor(entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name))
+            _output_tensor(
+                entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name), base.kept.get(entry.name)
+            )
             for entry in base.entries(name).values()
         ]
         for name in base.shards
@@ -226,9 +244,15 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
 
 
 def _output_tensor(
-    entry: Entry, plan: Plan, dtype: np.dtype[Any], quantised: QuantisedTensor | None = None
+    entry: Entry,
+    plan: Plan,
+    dtype: np.dtype[Any],
+    quantised: QuantisedTensor | None = None,
+    kept: QuantisedTensor | None = None,
 ) -> OutputTensor:
     """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
+    if kept is not None:
+        return kept_tensor(entry, kept, plan) or OutputTensor(entry, None, plan.output_name(entry.name), dtype)
     name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())
     step, shape = plan.by_weight.get(entry.name), entry.shape
     if quantised is not None and step is None:
@@ -307,6 +331,8 @@ def _blocks(
             if is_copy:
                 count = last.source.stop - first.source.start
                 blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
+            elif isinstance(first, KeptTensor):
+                blocks = kept_blocks(source.path, read_fd, first, entry)
             else:
                 blocks = tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
             yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks
@@ -335,6 +361,10 @@ def _write_other_files(
     config = _output_config(plan, base, dtype)
     if config != base.config:
         json_files.write_json(stage / CONFIG, config)
+    for name in QUANTIZATION_FILES if base.kept and base.quantised else ():
+        if (stage / name).exists():
+            stated = json_files.read_json(stage / name)
+            json_files.write_json(stage / name, file_with_floats(name, stated, *float_modules(base, plan.output_name)))
     if base.index:
         weight_map = {entry: name for name, file in written.items() for entry in file.entries}
         size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
@@ -349,7 +379,9 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
     is_added_apart = any(step.added for step in replaced) and not are_equal  # a loader would drop the added table
     if config and (plan.untied or is_added_apart or _are_untied(plan, base)):
         config = untied_config(config)
-    if base.quantised:
+    if base.quantised and base.kept:
+        config = with_floats(config, *float_modules(base, plan.output_name))
+    elif base.quantised:
         config = without_quantisation(config)
     if base.own_adapters:
         config = {key: value for key, value in config.items() if key not in FIELDS}

@@ -8,21 +8,22 @@ several times the change. Any other layer is promoted: stored in a wider type, w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from lora_export.errors import InputRefused, listed
-from lora_export.options.spelling import named
+from lora_export.names.loaded_names import LoadedNames
+from lora_export.options.spelling import command, named
+from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
 
 MOST_NOISE = 1.0  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
 
-# Layers that servers fuse (`packed_modules_mapping` of vLLM): all parts of one need one type.
+# Layers that servers fuse (`packed_modules_mapping` of vLLM's models): all parts of one need one type.
 FUSED = (
-    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wq", "wk", "wv")),
-    *(("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q_a_proj", "kv_a_proj_with_mqa")),
-    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
+    *("q_proj k_proj v_proj", "gate_proj up_proj", "w1 w3", "wq wk wv", "query key value", "to_q to_k to_v"),
+    *("q_a_proj kv_a_proj_with_mqa", "in_proj_qkv in_proj_z", "in_proj_b in_proj_a"),
 )
-FUSED_WITH = {part: parts for parts in FUSED for part in parts}
+FUSED_WITH = {part: parts for parts in FUSED for part in parts.split()}
 EXPERTS = re.compile(r"(.*\bexperts)\.")  # all experts of a layer are one
 
 
@@ -35,22 +36,34 @@ def why_promoted(result: StepResult, min_retention: float) -> str:
     return ""
 
 
-def with_fused_parts(promoted: Mapping[str, str], weights: Iterable[str]) -> dict[str, str]:
-    """The promoted weights and why, with all other quantised `weights` that servers fuse with one of them."""
+def with_bound_layers(promoted: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
+    """The promoted weights and why, with all other quantised `weights` that are bound to one of them.
+
+    Servers fuse some layers. And loaders exclude a layer by a part of its name, or by the end of it.
+    """
     first: dict[str, str] = {}
     for name in promoted:
         first.setdefault(_fused_module(name), name)
-    others = {name: first[_fused_module(name)] for name in weights if _fused_module(name) in first}
-    return {**{name: f"fused with {other}" for name, other in others.items() if name != other}, **promoted}
+    fused = {name: first[_fused_module(name)] for name in weights if _fused_module(name) in first}
+    every = {**{name: f"fused with {other}" for name, other in fused.items() if name != other}, **promoted}
+    others = "\n".join(name for name in weights if name not in every)
+    for name in [name for name in every if _module(name) in others]:
+        containing = [other for other in weights if other not in every and _module(name) in other]
+        every |= dict.fromkeys(containing, f"its name contains that of {name}")
+    return every if len(every) == len(promoted) else with_bound_layers(every, weights)
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
 
 
 def _fused_module(weight: str) -> str:
     """A name for the module that servers make of a layer and those that are fused with it."""
-    module = weight.removesuffix(".weight")
+    module = _module(weight)
     if experts := EXPERTS.match(module):
         return experts[1]
     parent, _, own = module.rpartition(".")
-    return f"{parent}.{'|'.join(FUSED_WITH.get(own, (own,)))}"
+    return f"{parent}.{FUSED_WITH.get(own, own)}"
 
 
 def refuse_promotion(layers: Sequence[QuantisedLayer], because: str) -> None:
@@ -63,3 +76,27 @@ def refuse_promotion(layers: Sequence[QuantisedLayer], because: str) -> None:
             f"Make the base a float model ({named('dequantize', True)}), keep the adapter beside it, or accept the "
             f"loss ({named('min_retention', 0)}). Nothing was written.",
         )
+
+
+def ways_out_beside_kept() -> str:
+    """What helps where the floats of promoted layers lose a change, too."""
+    return (
+        f"Make the base a float model with more digits ({named('dequantize', True)}, {named('dtype', 'float32')}), or "
+        f"keep the adapter beside the weights ({command('onnx', lora='nodes')})"
+    )
+
+
+def float_modules(base: Checkpoint, output_name: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
+    """The modules that a merge makes floats, and those with matrices that were before, as loaders name them.
+
+    A module has the names of its tensors in the files, and in the loaded model where transformers renames them.
+    """
+    loaded = {} if base.rules is None else LoadedNames(base.rules, [spec.name for spec in base.specs]).by_stored
+
+    def modules(names: Iterable[str]) -> list[str]:
+        every = ((output_name(name), *(tensor.name for tensor in loaded.get(name, ()))) for name in names)
+        return sorted({name.rpartition(".")[0] for names in every for name in names})
+
+    quantised = {*base.quantised, *(tensor.name for tensor in base.kept.values())}
+    floats = [spec.name for spec in base.specs if len(spec.shape) == 2 and spec.name.endswith(".weight")]
+    return modules(base.quantised), modules(name for name in floats if name not in quantised)

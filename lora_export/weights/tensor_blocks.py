@@ -39,6 +39,11 @@ class Patch(NamedTuple):
     rows: slice
     columns: slice
 
+    def within(self, rows: slice) -> slice | None:
+        """Its rows that are among these rows of the tensor, counted from its first; None where none are."""
+        first, last = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
+        return slice(first - self.rows.start, last - self.rows.start) if first < last else None
+
 
 @dataclass(frozen=True, eq=False)
 class OutputTensor:
@@ -74,15 +79,7 @@ class OutputTensor:
         rows = 1
         if self.quantised is not None:
             rows = max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
-        of_terms = {
-            (patch.rows.start, term.pair.rows_together)
-            for patch in self.all_patches
-            for term in patch.step.stored_terms
-        }
-        if any(not count or start % count for start, count in of_terms):
-            return self.source.rows
-        rows = math.lcm(rows, *(count for _, count in of_terms))
-        return min(rows, self.source.rows)
+        return rows_with_terms(self.all_patches, rows, self.source.rows)
 
     @property
     def largest_row_bytes(self) -> int:
@@ -101,6 +98,14 @@ class OutputTensor:
 
     def shape_of(self, rows: slice) -> tuple[int, ...]:
         return (rows.stop - rows.start, *self.source.shape[1:]) if self.source.shape else ()
+
+
+def rows_with_terms(patches: Iterable[Patch], rows: int, most: int) -> int:
+    """The least multiple of `rows` that no change of the patches splits, up to `most`, all rows."""
+    of_terms = {(patch.rows.start, term.pair.rows_together) for patch in patches for term in patch.step.stored_terms}
+    if any(not count or start % count for start, count in of_terms):
+        return most
+    return min(math.lcm(rows, *(count for _, count in of_terms)), most)
 
 
 def block_size(tensors: Iterable[OutputTensor]) -> int:
@@ -171,7 +176,7 @@ def _column_norms(
         block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
         return _columns(_stored_rows(tensor, rows, stored), patch)
 
-    return squared_column_norms(patch.step, [own for rows in pieces if (own := _within(patch, rows)) is not None], read)
+    return squared_column_norms(patch.step, [own for rows in pieces if (own := patch.within(rows)) is not None], read)
 
 
 def _read_quantised(
@@ -187,12 +192,6 @@ def _stored_rows(tensor: OutputTensor, rows: slice, stored: Bytes) -> NDArray[An
         own = tensor.quantised.rows_in(tensor.source.shape, rows)
         return tensor.quantised.decode(own, stored).reshape(tensor.shape_of(rows))
     return stored.view(tensor.source.dtype).reshape(tensor.shape_of(rows))
-
-
-def _within(patch: Patch, rows: slice) -> slice | None:
-    """The rows of the patch that are among these rows of the tensor, counted from its first; None where none are."""
-    first, last = max(rows.start, patch.rows.start), min(rows.stop, patch.rows.stop)
-    return slice(first - patch.rows.start, last - patch.rows.start) if first < last else None
 
 
 def _columns(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
@@ -227,7 +226,7 @@ class _RowChange:
                 np.copyto(output, stored, casting="unsafe")
                 refuse_overflow(self.target.name, stored, output)
             for patch, norms in zip(self.tensor.all_patches, self.column_norms, strict=True):
-                own = _within(patch, rows)
+                own = patch.within(rows)
                 if own is None:
                     continue
                 here: Any = ...  # a scalar has no rows

@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
-from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_fused_parts
+from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_parts_that_a_server_fuses_are_promoted_together() -> None:
     experts = [
         f"h.{layer}.mlp.experts.{number}.w{part}.weight" for layer in (0, 1) for number in (0, 1) for part in "12"
     ]
-    found = with_fused_parts({names[1]: "lost", experts[2]: "lost"}, [*names, *experts])
+    found = with_bound_layers({names[1]: "lost", experts[2]: "lost"}, [*names, *experts])
     assert found == {
         names[0]: f"fused with {names[1]}",
         names[1]: "lost",
@@ -40,6 +40,12 @@ def test_parts_that_a_server_fuses_are_promoted_together() -> None:
         experts[2]: "lost",
         experts[3]: f"fused with {experts[2]}",
     }
+
+
+def test_layers_whose_names_contain_that_of_a_promoted_one_follow_it() -> None:
+    names = ["a.fc.weight", "a.fc2.weight", "vision.a.fc.weight", "b.fc.weight"]
+    found = with_bound_layers({names[0]: "lost"}, names)
+    assert found == {names[0]: "lost"} | dict.fromkeys(names[1:3], f"its name contains that of {names[0]}")
 
 
 def test_promotion_that_no_config_can_state_is_refused() -> None:

@@ -7,6 +7,7 @@ Every tensor of base, adapters and candidate is accounted for:
     replaced  A tensor that an adapter replaces, whole or in rows, has the values of the adapter, rounded once.
     changed   |M - V| <= half a step of the stored dtype + the error bound of a sum in fp32, for every entry of
               V = W + Σ s·BA (with DoRA: m/‖V‖·V). V is computed here, in fp64, with no code of the merge.
+    quantised A weight that is still stored in the scheme of the base: see `kept_numbers.py`.
     controls  V without one adapter, with its scale x 1.1, and with its BA transposed must fail the same check.
               Otherwise the weight is undecided: the check could not detect such an error.
     layout    Whether BA or its transpose is added to a square matrix is decided here, again without the merge. Where

@@ -17,6 +17,7 @@ from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
+from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight, judges_of_kept
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
@@ -58,6 +59,11 @@ def audit(
         if candidate is None:
             missing = AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")
             return [Judgement(0, lambda: missing)]
+        steps_on_it = parts.get(base_name) or ([] if step is None else [step])
+        is_kept = base_name in base.quantised and name in merged.quantised
+        if is_kept and not any(step.is_replacement for step in steps_on_it):
+            judges = judges_of_kept(name, steps_on_it, KeptWeight.of(base, base_name), KeptWeight.of(merged, name))
+            return [Judgement(candidate.entry.nbytes // len(judges), judge) for judge in judges]
         if base_name in parts:
             return _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
         judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype)
@@ -160,7 +166,7 @@ def _judge(
     if step is not None and not step.is_replacement:
         assert base is not None
         if step.spec.layout is Layout.UNKNOWN and step.terms:
-            return judge_unknown_layout(name, step, base, candidate)
+            return judge_unknown_layout(step, lambda one: judge_changed(name, one, base, candidate))
         return judge_changed(name, step, base, candidate)
     return judge_rounded(name, step, base, candidate)
 

@@ -4,9 +4,9 @@
               the tensors.
     kept      A tensor that no adapter changes has the type and the bytes of the base's.
     changed   A tensor has its type of the base, or the one that the record of the file names. In blocks of the base's
-              type, all but the codes has the base's bytes. Each code is the nearest to V that its scale allows, where
-              V = W + Σ s·BA in fp64, but for twice the bound of a sum in fp32. New blocks of Q8_0 have the scale
-              that a 127th of the largest |V| is in fp16. Floats are judged as in a checkpoint.
+              type, all but the codes has the base's bytes. Each value is the nearest to V = W + Σ s·BA that its scale
+              allows (`block_values`). In new blocks of Q8_0 the largest number is 127. Floats are judged as in a
+              checkpoint.
     controls  As in a checkpoint.
 
 The rows of q and k are put into llama.cpp's order by a formula of this file.
@@ -26,8 +26,8 @@ from lora_export import provenance
 from lora_export.names.row_orders import RowOrder
 from lora_export.plan import Layout, Plan, Step
 from lora_export.storage import block_copy
-from lora_export.storage.gguf_blocks import CODECS, PLAIN, BlockCodec
-from lora_export.storage.gguf_file import BY_NAME, GgufTensor
+from lora_export.storage.gguf_blocks import CODECS, PLAIN
+from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
     Judgement,
     audit_of,
@@ -35,20 +35,20 @@ from lora_export.verification.against_checkpoint.audit_checkpoint import (
     judge_rounded,
     replacement_rows,
 )
-from lora_export.verification.against_checkpoint.changed_weight import NearestOf
-from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
-from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
+from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
+from lora_export.verification.against_checkpoint.judge_changed import (
+    judge_changed,
+    judge_unknown_layout,
+    judge_weight,
+)
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
 from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import Outcome, Wide
+from lora_export.verification.parity import Outcome
 from lora_export.weights.gguf.base import GgufBase
 
 PIECE = 1 << 22  # bytes that are compared at once
-Q8_0 = BY_NAME["Q8_0"]
-HALF_ROUNDOFF = 2.0**-11  # of fp16
-OPERATIONS = 8  # in fp32 between a sum and its code, and between the code and its value
 
 
 def audit_gguf(
@@ -185,26 +185,34 @@ class _Pair:
     def _judge_step(
         self, name: str, step: Step, before: StoredTensor, after: StoredTensor, first: int
     ) -> AuditedWeight:
-        nearest = self._nearest(first)
-        if step.is_replacement and nearest is None:
-            return judge_rounded(name, step, before, after)
+        blocks = self._blocks(first)
         if step.is_replacement:
+            if blocks is None:
+                return judge_rounded(name, step, before, after)
             return self._judge_values(name, step, before, after, first)
-        if step.spec.layout is Layout.UNKNOWN and step.terms and nearest is None:
-            return judge_unknown_layout(name, step, before, after)
-        return judge_changed(name, step, before, after, nearest)
+
+        def judge(one: Step) -> AuditedWeight:
+            if blocks is None:
+                return judge_changed(name, one, before, after)
+            return judge_weight(name, ChangedBlocks(one, before, after, list(after.pieces()), blocks))
+
+        return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN and step.terms else judge(step)
 
     def _judge_values(
         self, name: str, step: Step | None, before: StoredTensor, after: StoredTensor, first: int
     ) -> AuditedWeight:
         """Compare rows with those of the base, or with those of an adapter in their place."""
-        nearest, off, elements, differs = self._nearest(first), 0, 0, step is None
+        blocks, off, elements, differs = self._blocks(first), 0, 0, step is None
         for rows in after.pieces():
             old, found = before.rows(rows), after.rows(rows).astype(np.float64)
             wanted = old if step is None else replacement_rows(step, rows, old, np.dtype(np.float32))
-            value = wanted.astype(np.float64)
-            allowed = nearest(rows, value) if nearest is not None else HALF_ROUNDOFF * np.abs(value)
-            off += found.size - int(np.count_nonzero(np.abs(found - value) <= allowed))
+            if blocks is None:
+                wanted = wanted.astype(after.dtype)
+            distance, allowed = found - wanted.astype(np.float64), np.zeros(found.shape)
+            if blocks is not None:
+                below, above = (each.reshape(found.shape) for each in blocks.gaps(rows, found.shape[-1]))
+                allowed = np.where(distance > 0, below, above)
+            off += found.size - int(np.count_nonzero(np.abs(distance) <= allowed))
             elements += found.size
             differs = differs or not np.array_equal(wanted, old)
         controls = {} if step is None else {"base": differs}
@@ -212,6 +220,12 @@ class _Pair:
             return AuditedWeight(name, Fate.of(step), Outcome.SAME, elements=elements, controls=controls)
         why = f"{off:,} of {elements:,} entries are not the nearest to the {'base' if step is None else 'adapter'}'s"
         return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, why, elements, off)
+
+    def _blocks(self, first: int) -> StoredBlocks | None:
+        """The candidate's blocks, of rows from `first` on; None for floats."""
+        if self.candidate.type in PLAIN:
+            return None
+        return StoredBlocks(self.of_base.file, self.base, self.of_candidate.file, self.candidate, first)
 
     def _wrong_form(self, wanted: str) -> str:
         if self.candidate.shape != self.base.shape:
@@ -230,32 +244,11 @@ class _Pair:
         for start in range(0, self.base.stop - self.base.start, count):
             size = min(count, self.base.stop - self.base.start - start)
             own, others = (
-                _bytes_at(file, tensor.start + start, size).reshape(-1, kind.nbytes)[:, keeps]
-                for file, tensor in ((self.of_base, self.base), (self.of_candidate, self.candidate))
+                bytes_at(one.file, tensor.start + start, size).reshape(-1, kind.nbytes)[:, keeps]
+                for one, tensor in ((self.of_base, self.base), (self.of_candidate, self.candidate))
             )
             off += int(np.count_nonzero((own != others).any(axis=1)))
         return f"{off:,} of its blocks have other scales than the base's" if off else ""
-
-    def _nearest(self, first: int) -> NearestOf | None:
-        """The distances of the candidate's grid, for rows that are counted from `first` on; None for floats."""
-        codec = CODECS.get(self.candidate.type)
-        if codec is None:
-            return None
-        is_new = self.candidate.type != self.base.type
-        columns = self.candidate.shape[-1]
-        row_bytes = columns // codec.type.elements * codec.type.nbytes
-
-        def nearest(rows: slice, value: Wide) -> Wide:
-            start = self.candidate.start + (first + rows.start) * row_bytes
-            # A stack of experts that is one step has rows of matrices
-            size = value.size // columns * row_bytes
-            blocks = _bytes_at(self.of_candidate, start, size).reshape(-1, codec.type.nbytes)
-            found = nearest_distance(codec, blocks, value.reshape(len(blocks), -1))
-            if is_new:
-                found[_wrong_new_scales(codec, blocks, value.reshape(len(blocks), -1))] = -np.inf
-            return found.reshape(value.shape)
-
-        return nearest
 
 
 def _together(name: str, parts: list[AuditedWeight]) -> AuditedWeight:
@@ -274,41 +267,3 @@ def _stored(file: GgufBase, name: str) -> StoredTensor:
     (shard,) = file.checkpoint.shards.values()
     entry = file.checkpoint.entries(file.file.path.name)[name]
     return StoredTensor(shard, entry, quantised=file.checkpoint.quantised.get(name))
-
-
-def _bytes_at(file: GgufBase, start: int, size: int) -> NDArray[np.uint8]:
-    found = np.empty(size, np.uint8)
-    with file.file.path.open("rb") as opened:
-        block_copy.read(file.file.path, opened.fileno(), found, start)
-    return found
-
-
-def nearest_distance(codec: BlockCodec, blocks: NDArray[np.uint8], value: Wide) -> Wide:
-    """How far V may be from what a code gives: the distance of the nearest one in fp64, and what fp32 rounds.
-
-    `blocks` are (blocks, bytes), `value` (blocks, elements).
-    """
-    steps, offsets = codec.scales(blocks)
-    wide = value.reshape(len(blocks), -1, codec.group)
-    step = steps.astype(np.float64)[..., None]
-    offset = np.zeros_like(step) if offsets is None else offsets.astype(np.float64)[..., None]
-    numbers = np.sort(codec.numbers.astype(np.float64))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        position = np.where(step != 0, (wide - offset) / step, 0)
-    if (np.diff(numbers) == 1).all():  # faster than a search
-        upper = np.clip(position - numbers[0] + 1, 1, len(numbers) - 1).astype(np.intp)
-    else:
-        upper = np.clip(np.searchsorted(numbers, position), 1, len(numbers) - 1)
-    distance = np.minimum(*(np.abs(wide - (numbers[upper - side] * step + offset)) for side in (0, 1)))
-    distance += OPERATIONS * FP32_ROUNDOFF * (np.abs(wide) + np.abs(offset))
-    found: Wide = distance.reshape(value.shape)
-    return found
-
-
-def _wrong_new_scales(codec: BlockCodec, blocks: NDArray[np.uint8], value: Wide) -> NDArray[np.bool_]:
-    """Which blocks of Q8_0 have another scale than a 127th of their largest |V| in fp16, give or take one rounding."""
-    assert codec.type == Q8_0
-    wanted = np.abs(value).max(axis=1) / 127
-    steps = codec.scales(blocks)[0][:, 0].astype(np.float64)
-    found: NDArray[np.bool_] = np.abs(steps - wanted) > 2 * HALF_ROUNDOFF * wanted + 2.0**-24
-    return found

@@ -7,14 +7,13 @@ in fp32 needs a second look only where one of these does not show it:
                   2⁻²⁴ · |V|, which is less than the bound, and the second by half a step.
     fp32, fp64    |M - V| <= 2⁻²² · |V|, which is a part of the bound.
 
-On a grid of codes with scales, M is right where no other code is nearer to V, but for twice the bound. A block with a
-value that is not finite is compared entry by entry.
+A block with a value that is not finite is compared entry by entry.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,10 +34,6 @@ from lora_export.verification.parity import Wide
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one
 
 
-# Some rows and V of these -> how far the nearest value is that their codes can have
-NearestOf = Callable[[slice, Wide], Wide]
-
-
 class TensorRows(Protocol):
     """A tensor that is read in pieces: from a file (`StoredTensor`), or of a model or a graph."""
 
@@ -56,7 +51,15 @@ class WeightRows:
     before: Wide  # to which something is added
     after: Wide  # M
     stored: NDArray[Any]  # M in its own dtype
-    nearest: NearestOf | None = None  # where M is stored as codes
+    # Half the distances from M to the next smaller and the next larger value that can be stored; None: the dtype's
+    gaps: tuple[Wide, Wide] | None = None
+
+    def allowed(self, value: Wide, bound: Wide, difference: Wide, entries: Entries) -> Wide:
+        """How far M may be from V, of these entries."""
+        if self.gaps is None:
+            return allowed_error(value, bound, self.stored.dtype)
+        below, above = (gap.reshape(-1)[entries] for gap in self.gaps)
+        return np.where(difference > 0, below, above) + bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,18 +75,17 @@ class ComparedRows:
 
 def compare_rows(block: WeightRows, one: Fp64Sum, scratch: Scratch, *, every_entry: bool = False) -> ComparedRows:
     """Compare a block with a sum. With `every_entry`, no entry is decided by its bits."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # entries that are off may have any value
+    with np.errstate(over="ignore", invalid="ignore"):  # entries that are off may have any value
         value, bound_of = one.values(block.rows, block.before, scratch)
         difference = np.subtract(block.after, value, out=scratch.array("difference", value.shape))
-        is_decided = not every_entry and block.nearest is None
-        entries = _undecided(block, value, difference, scratch) if is_decided else EVERY_ENTRY
+        entries = (
+            EVERY_ENTRY if every_entry or block.gaps is not None else _undecided(block, value, difference, scratch)
+        )
         if not isinstance(entries, slice) and not entries.size:
             return ComparedRows(value, difference, 0, entries, np.empty(0))
-        distance = np.abs(difference.reshape(-1)[entries])
-        if block.nearest is None:
-            allowed = allowed_error(value.reshape(-1)[entries], bound_of(entries), block.stored.dtype)
-        else:
-            allowed = block.nearest(block.rows, value).reshape(-1) + 2 * bound_of(entries)
+        signed = difference.reshape(-1)[entries]
+        distance = np.abs(signed)
+        allowed = block.allowed(value.reshape(-1)[entries], bound_of(entries), signed, entries)
         relative = np.nan_to_num(distance / allowed, nan=np.inf, posinf=np.inf)
         off = distance.size - int(np.count_nonzero(distance <= allowed))  # NaN is off
     return ComparedRows(value, difference, off, entries, relative)
@@ -121,7 +123,11 @@ class ChangedWeight:
     base: TensorRows
     candidate: TensorRows
     pieces: Sequence[slice]
-    nearest: NearestOf | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """What the candidate's numbers are rounded to."""
+        return str(self.candidate.dtype)
 
     def before(self, rows: slice) -> Wide:
         """The rows to which something is added, in fp64."""
@@ -141,7 +147,7 @@ class ChangedWeight:
                 part = slice(first, min(len(after), first + max(1, size // math.prod(after.shape[1:]))))
                 rows = slice(piece.start + part.start, piece.start + part.stop)
                 wide = _widened(before[part], scratch, "base in fp64"), _widened(after[part], scratch, "in fp64")
-                yield WeightRows(rows, *wide, after[part], self.nearest)
+                yield WeightRows(rows, *wide, after[part])
                 first, size = part.stop, MOST_ENTRIES
 
     def _stored(self, rows: slice, scratch: Scratch) -> NDArray[Any]:

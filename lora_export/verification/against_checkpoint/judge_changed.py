@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import (
     ChangedWeight,
     ComparedRows,
-    NearestOf,
     WeightRows,
     compare_rows,
 )
@@ -31,14 +30,14 @@ from lora_export.verification.against_checkpoint.stored_tensor import Scratch, S
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
 
-def judge_changed(
-    name: str, step: Step, base: StoredTensor, candidate: StoredTensor, nearest: NearestOf | None = None
-) -> AuditedWeight:
-    """Compare a changed weight with its sum in fp64, and with the controls.
+def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+    """Compare a changed weight with its sum in fp64, and with the controls."""
+    return judge_weight(name, ChangedWeight(step, base, candidate, list(candidate.pieces())))
 
-    `nearest` is given where the candidate is stored as codes.
-    """
-    weight = ChangedWeight(step, base, candidate, list(candidate.pieces()), nearest)
+
+def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
+    """As `judge_changed`, however the weight is stored."""
+    step = weight.step
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
     found = _Differences()
@@ -60,17 +59,14 @@ def judge_changed(
         return replace(result, outcome=Outcome.DIFFERENT, why=f"{why}: {guess}" if guess else why)
     missed = [what for what, detected in result.controls.items() if not detected]
     if missed:
-        why = f"it also fits the sum with {' and '.join(missed)}: rounding to {candidate.dtype} hides the difference"
+        why = f"it also fits the sum with {' and '.join(missed)}: rounding to {weight.stored_as} hides the difference"
         return replace(result, outcome=Outcome.UNDECIDED, why=why)
     return result
 
 
-def judge_unknown_layout(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+def judge_unknown_layout(step: Step, judge: Callable[[Step], AuditedWeight]) -> AuditedWeight:
     """Compare a square matrix whose layout is unknown with the sums of both layouts. At best it is undecided."""
-    results = {
-        layout: judge_changed(name, replace(step, spec=replace(step.spec, layout=layout)), base, candidate)
-        for layout in OTHER_LAYOUT
-    }
+    results = {layout: judge(replace(step, spec=replace(step.spec, layout=layout))) for layout in OTHER_LAYOUT}
     fitting = [layout for layout, result in results.items() if result.outcome is not Outcome.DIFFERENT]
     first = results[fitting[0]] if fitting else min(results.values(), key=lambda result: result.off)
     if not fitting:

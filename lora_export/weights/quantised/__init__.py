@@ -16,6 +16,7 @@ from lora_export.weights.quantised.awq import awq_weights
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
+from lora_export.weights.quantised.exclusions import Exclude, excluded_by, excluded_by_patterns, excluded_of_modelopt
 from lora_export.weights.quantised.gptq import gptq_weights
 from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
@@ -41,11 +42,16 @@ OF_AWQ = (
 )
 
 
+NOT_CONVERTED = excluded_by("modules_to_not_convert", replaces_default=True)
+OF_AWQ_LAYERS = excluded_by("modules_to_not_convert")  # servers look for parts of names: `gate` is in `gate_proj`
+
+
 @dataclass(frozen=True)
 class _Scheme:
     read: ReadWeights
     description: str
     parts: Sequence[str]  # endings of the names of parts: one that belongs to no weight is refused
+    exclude: Exclude  # how its config states that a layer is a float
     conv1d_as_linear: bool = False  # the library stores a weight of a Conv1D as (outputs, inputs)
     caution: str = ""  # what a user must know of adapters beside such weights
 
@@ -56,18 +62,28 @@ SCHEMES: dict[str, _Scheme] = {
         bitsandbytes_weights,
         "bitsandbytes (nf4, fp4, int8)",
         (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB"),
+        excluded_by("llm_int8_skip_modules", replaces_default=True),
         conv1d_as_linear=True,
     ),
-    "fp8": _Scheme(block_fp8_weights, "fp8 in blocks", (".weight_scale_inv",)),
-    "mxfp4": _Scheme(mxfp4_weights, "mxfp4", ("_blocks", "_scales")),
+    "fp8": _Scheme(block_fp8_weights, "fp8 in blocks", (".weight_scale_inv",), NOT_CONVERTED),
+    "mxfp4": _Scheme(mxfp4_weights, "mxfp4", ("_blocks", "_scales"), NOT_CONVERTED),
     "compressed-tensors": _Scheme(
         compressed_weights,
         "compressed-tensors",
         (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
+        excluded_by("ignore"),
     ),
-    "modelopt": _Scheme(modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2")),
-    "gptq": _Scheme(gptq_weights, "GPTQ", (".qweight", ".qzeros", ".scales", ".g_idx"), conv1d_as_linear=True),
-    "awq": _Scheme(awq_weights, "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), caution=OF_AWQ),
+    "modelopt": _Scheme(
+        modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2"), excluded_of_modelopt
+    ),
+    "gptq": _Scheme(
+        gptq_weights,
+        "GPTQ",
+        (".qweight", ".qzeros", ".scales", ".g_idx"),
+        excluded_by_patterns,
+        conv1d_as_linear=True,
+    ),
+    "awq": _Scheme(awq_weights, "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), OF_AWQ_LAYERS, caution=OF_AWQ),
 }
 
 
@@ -172,6 +188,25 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_floats(config: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> dict[str, Any]:
+    """The config of a quantised model in which more `modules` are floats; `floats` were before.
+
+    What each part of it states as `quantization_config` excludes them, as the library of the scheme reads it.
+    """
+    found = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            is_stated = key == QUANTIZATION and method_of(value) in SCHEMES
+            found[key] = (SCHEMES[method_of(value)].exclude if is_stated else with_floats)(value, modules, floats)
+    return found
+
+
+def file_with_floats(name: str, stated: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> Any:
+    """As `with_floats`, for a file of `QUANTIZATION_FILES`."""
+    method, _ = QUANTIZATION_FILES[name]
+    return SCHEMES[method].exclude(stated, modules, floats)
+
+
 def as_conv1d(
     tensor: QuantisedTensor, packed_bytes: int, is_conv1d: bool | None, is_stored_as_linear: bool
 ) -> QuantisedTensor:
@@ -197,4 +232,5 @@ def as_conv1d(
     def pieces(_: slice) -> Sequence[Pieces]:
         return [Pieces(0, packed_bytes)] if tensor.pieces is None else tensor.pieces(every)
 
-    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs)
+    codes = tensor.codes and replace(tensor.codes, is_turned=not tensor.codes.is_turned)
+    return replace(tensor, shape=(inputs, outputs), load=load, pieces=pieces, rows_at_once=inputs, codes=codes)

@@ -14,6 +14,7 @@ Source: autoawq 0.2.9, whose results are in the tests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,15 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
+from lora_export.weights.quantised.packed_numbers import WORD_BYTES, pack, unpack
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
-    WORD_BYTES,
     Decode,
     Pieces,
     QuantisedTensor,
     StoredParts,
     scaled,
-    unpack,
 )
 
 AWQ_GEMM = "gemm"
@@ -85,9 +86,41 @@ def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
 
         return decode
 
+    def grid() -> Grid:
+        values, points = parts.read_scales(scales.name), _in_order(parts.read(zeros.name))
+        size = inputs // len(values)
+
+        def of_inputs(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+            groups = np.arange(rows.start, rows.stop) // size
+            return values[groups].astype(np.float32), points[groups]
+
+        return of_inputs
+
     every, scheme = (scales.name, zeros.name), f"awq {AWQ_BITS}-bit"
-    shape = (PER_WORD * words, inputs)
-    return QuantisedTensor(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE)
+    shape, levels = (PER_WORD * words, inputs), np.arange(1 << AWQ_BITS, dtype=np.float32)
+    codes = StoredCodes(shape[::-1], True, levels, _RowsOfWords(words), grid)
+    return QuantisedTensor(
+        *(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE), codes=codes
+    )
+
+
+@dataclass(frozen=True)
+class _RowsOfWords:
+    """Rows of inputs, whose outputs have an order of their own in each word."""
+
+    words: int  # of a row
+    rows_together: int = 1
+
+    def extent(self, rows: slice) -> tuple[int, int]:
+        row_bytes = self.words * WORD_BYTES
+        return rows.start * row_bytes, rows.stop * row_bytes
+
+    def unpack(self, _: slice, packed: Bytes) -> Numbers:
+        return _in_order(packed.view(np.int32).reshape(-1, self.words))
+
+    def pack(self, codes: Numbers, packed: Bytes) -> None:
+        ordered = codes.reshape(len(codes), self.words, PER_WORD)[:, :, np.argsort(PLACE_OF_OUTPUT)]
+        pack(ordered.reshape(len(codes), -1), AWQ_BITS, packed.reshape(len(codes), -1))
 
 
 def _words(rows: slice) -> slice:

@@ -21,13 +21,16 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, pairs_of_bytes
+from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
 MOST_STATE_BYTES = 1 << 16
 TABLE_OF_4_BITS, TABLE_OF_8_BITS = 16, 256
 STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32")  # of packed bytes: `bnb_4bit_quant_storage`
 ROW_SCALES = "SCB"
+_ScalesOf = Callable[[slice], NDArray[np.float32]]
 OF_INT8 = np.float32(7.874015718698502e-3)  # 1 / 127, as the library rounds it
 
 
@@ -78,21 +81,42 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
             if first % block == 0 and count % block == 0:
                 values.reshape(-1, block)[:] *= scales_of(own)[:, None]
             else:
-                lengths = np.full(own.stop - own.start, block)
-                lengths[0] -= first - own.start * block
-                lengths[-1] -= own.stop * block - (first + count)
-                values *= np.repeat(scales_of(own), lengths)
+                values *= _of_numbers(scales_of, first, count, block)
             return values.astype(dtype).reshape(-1, shape[1])
 
         return decode
 
+    def grid() -> Grid:
+        scales_of, columns = _scales(parts, weight, nested), shape[1]
+
+        def of_rows(rows: slice) -> tuple[NDArray[np.float32], None]:
+            first, count = rows.start * columns, (rows.stop - rows.start) * columns
+            return _of_numbers(scales_of, first, count, block).reshape(-1, columns), None
+
+        return of_rows
+
+    codes = StoredCodes(
+        shape,
+        is_turned=False,
+        values=parts.read(f"{weight}.quant_map").reshape(-1),
+        layout=PackedRows(4, shape[1], shape[1] // 2, is_high_first=True),
+        load=grid,
+    )
+
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
-    return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load)
+    return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load, codes=codes)
 
 
-def _scales(
-    parts: StoredParts, weight: str, nested: tuple[int, float] | None
-) -> Callable[[slice], NDArray[np.float32]]:
+def _of_numbers(scales_of: _ScalesOf, first: int, count: int, block: int) -> NDArray[np.float32]:
+    """The scale of each of some numbers, which begin and end anywhere in their blocks."""
+    own = slice(first // block, -(-(first + count) // block))
+    lengths = np.full(own.stop - own.start, block)
+    lengths[0] -= first - own.start * block
+    lengths[-1] -= own.stop * block - (first + count)
+    return np.repeat(scales_of(own), lengths)
+
+
+def _scales(parts: StoredParts, weight: str, nested: tuple[int, float] | None) -> _ScalesOf:
     """The scales of some blocks: as they are stored, or indices of 8 bits into a table, with scales of their own."""
     if nested is None:
         scales = parts.read_scales(f"{weight}.absmax").reshape(-1)
@@ -153,4 +177,10 @@ def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> Q
 
         return decode
 
-    return QuantisedTensor(weight, shape, np.dtype(dtype), weight, (scales_name, *markers), "int8", load)
+    def grid() -> Grid:
+        scales = parts.read_scales(scales_name).reshape(-1, 1) * OF_INT8
+        return lambda rows: (scales[rows], None)
+
+    codes = StoredCodes(shape, False, INT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
+    every = (scales_name, *markers)
+    return QuantisedTensor(weight, shape, np.dtype(dtype), weight, every, "int8", load, codes=codes)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -57,24 +58,33 @@ def _quantised(
             f"blocks of {list(block)}"
         )
 
-    def load() -> Decode:
+    def grid() -> Grid:
         stored = parts.read(scales_name)
         if stored.dtype == np.uint8:
             stored = powers_of_two(scales_name, stored)
         refuse_damaged_scales(scales_name, stored)
-        grid = stored.astype(np.float32).reshape(-(-shape[0] // own[0]), -1)
+        scales = stored.astype(np.float32).reshape(-(-shape[0] // own[0]), -1)
+
+        def of_rows(rows: slice) -> tuple[NDArray[np.float32], None]:
+            each = scales[np.arange(rows.start, rows.stop) // own[0]]
+            return np.repeat(each, own[1], axis=1)[:, : shape[1]], None
+
+        return of_rows
+
+    def load() -> Decode:
+        of_rows = grid()
 
         def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
             values = packed.view(np.dtype(FP8)).reshape(-1, shape[1]).astype(np.float32)
-            of_rows = grid[np.arange(rows.start, rows.stop) // own[0]]
-            values *= np.repeat(of_rows, own[1], axis=1)[:, : shape[1]]
+            values *= of_rows(rows)[0]
             return values.astype(dtype)
 
         return decode
 
     module = name.removesuffix("weight")
     every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
-    return QuantisedTensor(name, shape, dtype, name, every, "fp8", load)
+    codes = StoredCodes((shape[0], shape[1]), False, FLOAT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
+    return QuantisedTensor(name, shape, dtype, name, every, "fp8", load, codes=codes)
 
 
 def _block_of(grid: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, int]) -> tuple[int, int] | None:

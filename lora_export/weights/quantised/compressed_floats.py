@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -27,7 +29,6 @@ from lora_export.weights.quantised.stored_parts import (
     powers_of_two,
     refuse_damaged_scales,
     scaled,
-    unpack_floats,
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -61,6 +62,9 @@ GROUP_FORMATS: dict[tuple[str, str, int], tuple[str, int, Callable[[Bytes], NDAr
 }
 
 
+VALUES = {"nvfp4": FLOAT4_VALUES, "mxfp4": FLOAT4_VALUES, "mxfp6": SIX_BIT_VALUES, "mxfp8": FLOAT8_VALUES}  # by code
+
+
 def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
     """A weight of floats in groups. The dtypes and the shapes of its numbers and scales decide its format."""
     numbers, scales = parts.expect(packed, name), parts.expect(f"{name}_scale", name, "uint8", "float8_e4m3fn")
@@ -72,7 +76,7 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         parts.expect(f"{name}_global_scale", name, "float32", count=1)
         every = (f"{name}_global_scale", *every)
 
-    def load() -> Decode:
+    def scales_of_rows() -> Callable[[slice], NDArray[np.float32]]:
         stored, divisor = parts.read(f"{name}_scale"), np.ones(1, np.float32)
         if kind == "nvfp4":
             refuse_damaged_scales(f"{name}_scale", stored)
@@ -80,14 +84,29 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
             if not (np.isfinite(divisor).all() and divisor.all()):
                 raise InputRefused(f"{name}_global_scale: {divisor[0]} is no divisor. The file is damaged")
 
-        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+        def of_rows(rows: slice) -> NDArray[np.float32]:
             own = stored[rows]
-            scales = own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
+            return own.astype(np.float32) / divisor if kind == "nvfp4" else powers_of_two(f"{name}_scale", own)
+
+        return of_rows
+
+    def grid() -> Grid:
+        scales_of = scales_of_rows()
+        return lambda rows: (np.repeat(scales_of(rows), columns // scales.shape[1], axis=1), None)
+
+    def load() -> Decode:
+        scales_of = scales_of_rows()
+
+        def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
+            scales = scales_of(rows)
             return scaled(floats_of(packed).reshape(len(scales), -1), scales, BFLOAT16)
 
         return decode
 
-    return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
+    values, shape = VALUES[kind], (numbers.shape[0], columns)
+    layout = PackedRows(len(values).bit_length() - 1, columns, numbers.row_bytes)
+    codes = StoredCodes(shape, False, values, layout, grid)
+    return QuantisedTensor(name, shape, BFLOAT16, packed, every, kind, load, codes=codes)
 
 
 def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]:

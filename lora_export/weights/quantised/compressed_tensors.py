@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
+from lora_export.weights.quantised.packed_numbers import MOST_BITS, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
-    MOST_BITS,
     Decode,
     QuantisedTensor,
     StoredParts,
-    unpack,
-    words_of,
 )
 
 COMPRESSED_FORMATS = (
@@ -82,7 +81,8 @@ def _found(parts: StoredParts, arguments: _Arguments) -> Iterator[QuantisedTenso
 def _packed_integers(parts: StoredParts, name: str, arguments: _Arguments, others: tuple[str, ...]) -> QuantisedTensor:
     """A weight of integers in words (pack-quantized). `arguments` are the config's of all weights."""
     parts.expect(f"{name}_shape", name, "int64", "int32", count=2)
-    shape = tuple(parts.read(f"{name}_shape").reshape(-1).tolist())
+    rows, columns = parts.read(f"{name}_shape").reshape(-1).tolist()
+    shape = (rows, columns)
     words = parts.expect(f"{name}_packed", name, "int32")
     if len(words.shape) != 2 or not 0 < shape[1] < MOST_COLUMNS:
         raise InputRefused(f"{name}_packed: {list(words.shape)} of {words.dtype} is no packed matrix of {list(shape)}")
@@ -101,7 +101,7 @@ def _plain_numbers(parts: StoredParts, name: str, arguments: _Arguments, others:
     found = parts.find(name)
     if found is None or str(found.dtype) not in ("int8", "float8_e4m3fn") or len(found.shape) != 2:
         raise InputRefused(f"{name}: {name}_scale scales a matrix of int8 or 8-bit floats, which is missing")
-    stored = _StoredNumbers(parts, name, found.shape, found.dtype, 0, _block(arguments, found.shape))
+    stored = _StoredNumbers(parts, name, (found.rows, found.shape[1]), found.dtype, 0, _block(arguments, found.shape))
     return stored.tensor(name, others)
 
 
@@ -127,7 +127,7 @@ class _StoredNumbers:
 
     parts: StoredParts
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     stored: np.dtype[Any]
     bits: int
     block: tuple[int, int] | None
@@ -150,7 +150,7 @@ class _StoredNumbers:
             self.parts.expect(*zero_points, name, dtype, count=count * grid[1])
         scheme = f"{self.bits or 8}-bit {'floats' if str(self.stored).startswith('float') else 'integers'}"
 
-        def load() -> Decode:
+        def load_grid() -> Grid:
             values = self.parts.read_scales(f"{name}_scale").reshape(grid)
             points = self._zero_points(grid) if zero_points else None
             of_column = self._stated_groups(grid[1]) if groups else self._groups(grid[1], is_block=is_block)
@@ -161,17 +161,32 @@ class _StoredNumbers:
                     each = each[own] if share == 1 else each[np.arange(own.start, own.stop) // share]
                 return (each if of_column is None else each[:, of_column]).astype(np.float32)
 
+            return lambda own: (of_columns(values, own), None if points is None else of_columns(points, own))
+
+        def load() -> Decode:
+            of_rows = load_grid()
+
             def decode(own: slice, packed: Bytes) -> NDArray[Any]:
                 numbers = self._numbers(packed.reshape(own.stop - own.start, -1)).astype(np.float32)
-                if points is not None:
-                    numbers -= of_columns(points, own)
-                numbers *= of_columns(values, own)
-                return numbers.astype(values.dtype)
+                factors, zeros = of_rows(own)
+                if zeros is not None:
+                    numbers -= zeros
+                numbers *= factors
+                return numbers.astype(scales.dtype)
 
             return decode
 
         every = (*others, f"{name}_scale", *groups, *zero_points)
-        return QuantisedTensor(name, (rows, columns), scales.dtype, packed, every, scheme, load)
+        row_bytes = self.parts.expect(packed, name).row_bytes
+        codes = StoredCodes(self.shape, False, self._values, PackedRows(self.bits or 8, columns, row_bytes), load_grid)
+        return QuantisedTensor(name, (rows, columns), scales.dtype, packed, every, scheme, load, codes=codes)
+
+    @property
+    def _values(self) -> NDArray[np.float32]:
+        """The value of each code."""
+        if self.bits:
+            return np.arange(1 << self.bits, dtype=np.float32) - np.float32(1 << (self.bits - 1))
+        return INT8_VALUES if self.stored == np.int8 else FLOAT8_VALUES
 
     def _numbers(self, packed: NDArray[np.uint8]) -> NDArray[Any]:
         if not self.bits:

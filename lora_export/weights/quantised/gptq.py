@@ -25,17 +25,15 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
+from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, pack, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
-    WORD,
-    WORD_BYTES,
     Decode,
     Pieces,
     QuantisedTensor,
     StoredParts,
     scaled,
-    unpack,
-    words_of,
 )
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -55,6 +53,32 @@ def gptq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) ->
         f"{module}.weight": _GptqModule(parts, module, quantization, layout == FIRST).tensor()
         for module in parts.modules_with("qweight")
     }
+
+
+@dataclass(frozen=True)
+class _ColumnsOfWords:
+    """Rows of inputs: the numbers of an output are below each other, in a column of words."""
+
+    bits: int
+    outputs: int
+
+    @property
+    def rows_together(self) -> int:
+        return WORD // math.gcd(WORD, self.bits)
+
+    def extent(self, rows: slice) -> tuple[int, int]:
+        row_bytes = self.outputs * WORD_BYTES
+        return rows.start * self.bits // WORD * row_bytes, words_of(rows.stop, self.bits) * row_bytes
+
+    def unpack(self, rows: slice, packed: Bytes) -> Numbers:
+        words = packed.view(np.uint32).reshape(-1, self.outputs)
+        return unpack(np.ascontiguousarray(words.T), self.bits, rows.stop - rows.start).T
+
+    def pack(self, codes: Numbers, packed: Bytes) -> None:
+        words = packed.view(np.uint32).reshape(-1, self.outputs)
+        by_output = np.ascontiguousarray(words.T)
+        pack(np.ascontiguousarray(codes.T), self.bits, by_output.view(np.uint8))
+        words[:] = by_output.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +117,13 @@ class _GptqModule:
             load=lambda: self._decoder(bits, inputs, scales, zeros, stated),
             pieces=pieces,
             rows_at_once=GPTQ_OUTPUTS_AT_ONCE,
+            codes=StoredCodes(
+                shape=(inputs, outputs),
+                is_turned=True,
+                values=np.arange(1 << bits, dtype=np.float32),
+                layout=_ColumnsOfWords(bits, outputs),
+                load=lambda: self._grid(bits, inputs, scales, zeros, stated),
+            ),
         )
 
     def _matrix(self, kind: str, dtypes: Sequence[str]) -> Entry:
@@ -131,13 +162,22 @@ class _GptqModule:
             raise InputRefused(f"{self.module}.g_idx: an input is in none of the {groups} groups")
         return found
 
-    def _decoder(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Decode:
-        groups, outputs = scales.shape
-        values = self.parts.read_scales(scales.name).T  # (outputs, groups)
-        points = unpack(np.ascontiguousarray(self.parts.read(zeros.name)).view(np.uint32), bits, outputs)
+    def _scales_and_points(self, bits: int, scales: Entry, zeros: Entry) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """Both (groups, outputs)."""
+        points = unpack(np.ascontiguousarray(self.parts.read(zeros.name)).view(np.uint32), bits, scales.shape[1])
         if self.is_first_version:
             points = (points + np.uint8(1)) & np.uint8((1 << bits) - 1)
-        zero_points, group_of_input = points.T, self._group_of_input(inputs, groups, stated)
+        return self.parts.read_scales(scales.name), points
+
+    def _grid(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Grid:
+        values, points = self._scales_and_points(bits, scales, zeros)
+        group_of_input = self._group_of_input(inputs, scales.shape[0], stated)
+        return lambda rows: (values[group_of_input[rows]].astype(np.float32), points[group_of_input[rows]])
+
+    def _decoder(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Decode:
+        groups = scales.shape[0]
+        values, zero_points = (each.T for each in self._scales_and_points(bits, scales, zeros))  # (outputs, groups)
+        group_of_input = self._group_of_input(inputs, groups, stated)
         equal_groups = np.arange(inputs) // max(1, inputs // groups)
         are_in_order = inputs % groups == 0 and np.array_equal(group_of_input, equal_groups)
 

@@ -12,7 +12,7 @@ Source: nvidia-modelopt 0.47, whose results are in the tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled, unpack_floats
+from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 SECOND_SCALE = "weight_scale_2"
@@ -57,16 +59,26 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
             f"{NVFP4_COLUMNS} columns"
         )
 
-    def load() -> Decode:
+    def scales_of_rows() -> Callable[[slice], NDArray[np.float32]]:
         whole, own = parts.read_scales(second).reshape(-1), parts.read_scales(first)
+        return lambda rows: own[rows].astype(np.float32) * whole
+
+    def grid() -> Grid:
+        scales_of = scales_of_rows()
+        return lambda rows: (np.repeat(scales_of(rows), NVFP4_COLUMNS, axis=1), None)
+
+    def load() -> Decode:
+        scales_of = scales_of_rows()
 
         def decode(rows: slice, packed: Bytes) -> NDArray[Any]:
             values = unpack_floats(packed)
             values += np.float32(0)  # the library's table has no -0
-            scales = own[rows].astype(np.float32) * whole
+            scales = scales_of(rows)
             return scaled(values.reshape(len(scales), -1), scales, dtype)
 
         return decode
 
     every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
-    return QuantisedTensor(name, (scales.shape[0], NVFP4_COLUMNS * groups), dtype, name, every, "modelopt nvfp4", load)
+    shape = (scales.shape[0], NVFP4_COLUMNS * groups)
+    codes = StoredCodes(shape, False, FLOAT4_VALUES, PackedRows(4, shape[1], numbers.shape[1]), grid)
+    return QuantisedTensor(name, shape, dtype, name, every, "modelopt nvfp4", load, codes=codes)

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.codes import PackedRows, StoredCodes
+from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
 from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
     StoredParts,
     powers_of_two,
-    unpack_floats,
 )
 
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
@@ -62,6 +63,13 @@ def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:
         load=lambda: layout.decode,
         pieces=layout.pieces,
         rows_at_once=min(INPUTS_AT_ONCE, count * BLOCK_NUMBERS),
+        codes=StoredCodes(
+            shape=(experts * outputs, count * BLOCK_NUMBERS),
+            is_turned=True,
+            values=FLOAT4_VALUES,
+            layout=PackedRows(4, count * BLOCK_NUMBERS, count * BLOCK_BYTES),
+            load=lambda: layout.grid,
+        ),
     )
 
 
@@ -112,6 +120,14 @@ class _Experts:
                 out[filled : filled + count, part] = own[part].T
             filled, used = filled + count, used + size
         return out
+
+    def grid(self, rows: slice) -> tuple[NDArray[np.float32], None]:
+        """The scale of each number of some rows in the order of the file, which are outputs of experts."""
+        experts = slice(rows.start // self.outputs, -(-rows.stop // self.outputs))
+        stored = self.parts.read_rows(self.scales, experts).reshape(-1, self.blocks)
+        first = rows.start - experts.start * self.outputs
+        own = powers_of_two(self.scales, stored[first : first + rows.stop - rows.start])
+        return np.repeat(own, BLOCK_NUMBERS, axis=1), None
 
     def _runs(self, rows: slice) -> Iterator[_RowsOfExpert]:
         """The rows, expert by expert."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.quantised.packed_numbers import unpack, unpack_floats, words_of
 from lora_export.weights.quantised.stored_parts import (
     LOADED_AT_ONCE,
     Decode,
@@ -23,9 +24,6 @@ from lora_export.weights.quantised.stored_parts import (
     StoredParts,
     powers_of_two,
     refuse_damaged_scales,
-    unpack,
-    unpack_floats,
-    words_of,
 )
 
 

@@ -1,0 +1,113 @@
+"""Which quantised weights of a base stay so in a merge, and which become floats: decided before anything is written.
+
+Each weight that a plan changes is quantised again in memory and measured, of a large one a sample of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lora_export.errors import InputRefused
+from lora_export.options.spelling import named
+from lora_export.plan import Plan, Step
+from lora_export.storage import block_copy
+from lora_export.storage.safetensors_file import TensorFile
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
+from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
+from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats
+from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
+
+
+def keep_quantised(
+    plan: Plan, base: Checkpoint, min_retention: float, progress: Callable[[int], None] = lambda _: None
+) -> tuple[Checkpoint, tuple[QuantisedLayer, ...]]:
+    """The base with `kept` weights, and the others as floats; and what becomes of each layer that changes, and why.
+
+    Reads the rows of the base that are measured. `progress` receives the bytes of each weight. Raises InputRefused for
+    changes that cannot be quantised again.
+    """
+    if tied := [name for name in plan.untied.values() if name in base.quantised]:
+        raise InputRefused(
+            f"{tied[0]} is quantised, and the output would have it under two names. Make the base a float model "
+            f"({named('dequantize', True)})"
+        )
+    changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
+    replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
+    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress)
+    why = dict.fromkeys(replaced, "the adapter has values of its own")
+    worst = {name: min(results, key=lambda one: one.retention) for name, results in measured.items()}
+    for name, results in measured.items():
+        reasons = [(result, reason) for result in results if (reason := why_promoted(result, min_retention))]
+        if reasons:
+            worst[name], why[name] = min(reasons, key=lambda one: one[0].retention)
+    promoted = with_bound_layers(why, base.quantised)
+    layers = tuple(
+        QuantisedLayer(
+            weight=plan.output_name(name),
+            scheme=tensor.scheme,
+            stored=str(tensor.dtype) if name in promoted else tensor.scheme,
+            why=promoted.get(name, ""),
+            retention=worst[name].retention if name in worst else None,
+            noise=worst[name].noise if name in worst else None,
+        )
+        for name, tensor in base.quantised.items()
+        if name in changed or name in promoted
+    )
+    kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
+    decided = replace(base, quantised={name: base.quantised[name] for name in promoted}, kept=kept)
+    if promoted and kept and not _can_state_floats(decided):
+        refuse_promotion(layers, "the config has no place that states which layers are floats")
+    return decided, layers
+
+
+def _can_state_floats(base: Checkpoint) -> bool:
+    files = [name for name in QUANTIZATION_FILES if (base.path / name).is_file()]
+    return bool(files) or with_floats(base.config, ["a layer"], []) != base.config
+
+
+def _has_own_values(step: Step) -> bool:
+    return step.replace is not None or step.token_rows is not None
+
+
+def _measured(
+    plan: Plan, base: Checkpoint, names: Sequence[str], progress: Callable[[int], None]
+) -> dict[str, list[StepResult]]:
+    """What is left of the change of each weight, and of each part of it, when it is quantised again."""
+    stored = {name: shard for shard in base.shards.values() for name in shard.entries}
+
+    def measure(name: str) -> list[StepResult]:
+        tensor = base.quantised[name]
+        file = stored[tensor.packed]
+        kept = kept_tensor(file.entries[tensor.packed], tensor, plan)
+        assert kept is not None
+        return _results(kept, file)
+
+    found = {}
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
+        for name, results in zip(names, pool.map(measure, names), strict=True):
+            found[name] = results
+            progress(stored[base.quantised[name].packed].entries[base.quantised[name].packed].nbytes)
+    return found
+
+
+def _results(kept: KeptTensor, file: TensorFile) -> list[StepResult]:
+    """Quantise the measured rows of a weight again, in memory."""
+    by_weight: dict[str, Statistics] = {}
+    pieces = [rows for rows, measured in kept.pieces if measured]
+    most = max(rows.stop - rows.start for rows in pieces)
+    scratch = np.empty(2 * kept.largest_row_bytes * most, np.uint8)
+    with file.path.open("rb") as reader:
+        change = KeptChange.of(kept, file.path, reader.fileno())
+        for rows in pieces:
+            first, last = kept.codes.layout.extent(rows)
+            packed = np.empty(last - first, np.uint8)
+            block_copy.read(file.path, reader.fileno(), packed, kept.source.start + first)
+            for found in change.make(rows, True, packed, np.empty_like(packed), scratch):
+                by_weight.setdefault(found.weight, Statistics(found.weight)).merge(found)
+    return [statistics.result() for statistics in by_weight.values()]

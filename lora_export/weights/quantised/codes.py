@@ -1,0 +1,161 @@
+"""The numbers of a quantised weight as codes of up to 8 bits, in the order of their file: read, and written again.
+
+    W = (value of the code - zero point) * scale
+
+A scheme states the value of each code, where the codes of some rows are, and their scales and zero points. `nearest`
+is the inverse on these scales. A number keeps its code where another one has the same value (0 and -0), or where its
+scale is zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.storage import block_copy
+from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.packed_numbers import pack, unpack
+
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+EVERY_BYTE = np.arange(256, dtype=np.uint8)
+FLOAT8_VALUES = EVERY_BYTE.view(FLOAT8).astype(np.float32)
+INT8_VALUES = EVERY_BYTE.view(np.int8).astype(np.float32)
+COMPARED = 32  # values up to which comparing with all midpoints is faster than a search
+
+Numbers = NDArray[np.uint8]  # codes, (rows, columns)
+# Rows in the order of the file -> their scales in fp32, and their zero points or None. Both can be broadcast to
+# (rows, columns).
+Grid = Callable[[slice], tuple[NDArray[np.float32], NDArray[Any] | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """How the numbers of a weight are stored."""
+
+    shape: tuple[int, int]  # rows whose bytes follow each other, and columns
+    is_turned: bool  # whether these rows are the columns of the weight, or of each of its experts
+    values: NDArray[np.float32]  # of each code; NaN where it is none
+    layout: CodeLayout
+    load: Callable[[], Grid]  # reads scales and zero points. Raises InputRefused for parts that do not fit
+
+    @functools.cached_property
+    def are_integers(self) -> bool:
+        """Whether the values are consecutive integers."""
+        ordered = np.sort(self.values)
+        return bool(np.array_equal(ordered, ordered[0] + np.arange(len(ordered))))
+
+    @functools.cached_property
+    def _ordered(self) -> tuple[Numbers, NDArray[np.float32]]:
+        """The codes in the order of their different values, and the middles between these."""
+        values, codes = np.unique(self.values, return_index=True)
+        is_number = np.isfinite(values)
+        values = values[is_number]
+        return codes[is_number].astype(np.uint8), (values[1:] + values[:-1]) / np.float32(2)
+
+    def weight(self, codes: Numbers, scales: NDArray[np.float32], zeros: NDArray[Any] | None) -> NDArray[np.float32]:
+        """(value - zero point) * scale in fp32."""
+        found = self.values.take(codes)
+        if zeros is not None:
+            found -= zeros
+        found *= scales
+        return found
+
+    def nearest(
+        self, weight: NDArray[np.float32], scales: NDArray[np.float32], zeros: NDArray[Any] | None, old: Numbers
+    ) -> Numbers:
+        """The codes whose values are the nearest to a weight; `old` are those before. Beyond the last value, the last.
+
+        `weight` is overwritten. Its values are finite.
+        """
+        with np.errstate(all="ignore"):  # scales of zero
+            weight /= scales
+            if self.are_integers:
+                # The zero point is added to an integer: to a fraction it would be rounded.
+                np.rint(weight, out=weight)
+            if zeros is not None:
+                weight += zeros
+            found = self._rounded(weight)
+        stays = self.values.take(found) == self.values.take(old)
+        if not scales.all():
+            stays |= scales == 0
+        np.copyto(found, old, where=stays)
+        return found
+
+    def _rounded(self, numbers: NDArray[np.float32]) -> Numbers:
+        if self.are_integers:
+            np.clip(numbers, self.values.min(), self.values.max(), out=numbers)
+            return (numbers.astype(np.int16) - int(self.values[0])).astype(np.uint8)
+        if self.values is FLOAT8_VALUES:
+            largest = float(ml_dtypes.finfo(FLOAT8).max)
+            return np.clip(numbers, -largest, largest, out=numbers).astype(FLOAT8).view(np.uint8)
+        codes, middles = self._ordered
+        if len(codes) > COMPARED:
+            return codes.take(np.searchsorted(middles, numbers))
+        places = np.zeros(numbers.shape, np.uint8)
+        for middle in middles:
+            places += numbers > middle
+        return codes.take(places)
+
+
+def read_numbers(codes: StoredCodes, path: Path, fd: int, start: int, rows: slice) -> Numbers:
+    """Any rows, from the file that has the packed numbers from `start` on. Raises InputRefused where it ends before."""
+    least = codes.layout.rows_together
+    whole = slice(rows.start // least * least, min(-(-rows.stop // least) * least, codes.shape[0]))
+    first, last = codes.layout.extent(whole)
+    packed = np.empty(last - first, np.uint8)
+    block_copy.read(path, fd, packed, start + first)
+    return codes.layout.unpack(whole, packed)[rows.start - whole.start : rows.stop - whole.start]
+
+
+# --- Where the codes of some rows are ---
+
+
+class CodeLayout(Protocol):
+    """How the codes of consecutive rows are packed."""
+
+    @property
+    def rows_together(self) -> int:
+        """Blocks of rows begin at multiples of it."""
+
+    def extent(self, rows: slice) -> tuple[int, int]:
+        """The bytes that have these rows: the first, and the one behind the last."""
+
+    def unpack(self, rows: slice, packed: Bytes) -> Numbers:
+        """These rows, (rows, columns), from their bytes."""
+
+    def pack(self, codes: Numbers, packed: Bytes) -> None:
+        """Write rows into their bytes, whose padding stays as it is."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of numbers that follow each other from the lowest bit on, each padded to whole bytes."""
+
+    bits: int
+    columns: int
+    row_bytes: int
+    is_high_first: bool = False  # whether the first of two numbers of 4 bits is in the high half
+    rows_together: int = 1
+
+    def extent(self, rows: slice) -> tuple[int, int]:
+        return rows.start * self.row_bytes, rows.stop * self.row_bytes
+
+    def unpack(self, rows: slice, packed: Bytes) -> Numbers:
+        words = packed.reshape(rows.stop - rows.start, -1)
+        codes = unpack(words if self.bits in (4, 8) else words.view(np.uint32), self.bits, self.columns)
+        return _swapped(codes) if self.is_high_first else codes
+
+    def pack(self, codes: Numbers, packed: Bytes) -> None:
+        pack(_swapped(codes) if self.is_high_first else codes, self.bits, packed.reshape(len(codes), -1))
+
+
+def _swapped(codes: Numbers) -> Numbers:
+    """The numbers of each byte in the other order."""
+    return codes.reshape(len(codes), -1, 2)[:, :, ::-1].reshape(len(codes), -1)
