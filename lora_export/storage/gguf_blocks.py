@@ -138,8 +138,8 @@ class BlockCodec:
     def _nearest(self, position: Floats) -> Bytes:
         """The codes of the numbers nearest to these positions, which are overwritten."""
         if self._is_ladder:
+            np.rint(position, out=position)  # first: in a sum with the zero point, fractions lose bits
             position -= self.numbers[0]
-            np.rint(position, out=position)
             codes: Bytes = np.clip(position, 0, len(self.numbers) - 1, out=position).astype(np.uint8)
             return codes
         # The middle of two whole numbers is a multiple of a half: the positions between two of these have one code.
