@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merge_into_checkpoint
+from lora_export.api.merge_gguf import merge_into_gguf
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.api.shared_head import head_alone
@@ -18,17 +19,17 @@ from lora_export.options.spelling import named
 from lora_export.storage.hub_cache import locate
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
-KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph"}
+KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph", ArtifactKind.GGUF: "gguf"}
 
 
 @takes(MergeOptions)
 def merge(options: MergeOptions) -> MergeResult:
     """Merge adapters into the weights of a base: W' = W + Σ weight·scale·B·A, summed in fp32 and rounded once.
 
-    `base` is a Hugging Face folder, a .safetensors file or an .onnx file; `output` becomes the same kind, with the same
-    layout. `adapters` are paths, `NAME=PATH` or loaded adapters. The folder of a diffusion pipeline is a base too: each
-    model that an adapter changes is merged, the rest is copied. An adapter with changes for several models needs the
-    pipeline, or a component in `reading`.
+    `base` is a Hugging Face folder, a .safetensors file, an .onnx file or a .gguf file; `output` becomes the same kind,
+    with the same layout. `adapters` are paths, `NAME=PATH` or loaded adapters. The folder of a diffusion pipeline is a
+    base too: each model that an adapter changes is merged, the rest is copied. An adapter with changes for several
+    models needs the pipeline, or a component in `reading`.
 
     Needs no PyTorch unless `device` is "cuda". Peak memory is a few blocks, whatever the size of the model.
 
@@ -62,6 +63,8 @@ def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
             )
     if kind is ArtifactKind.PIPELINE:
         return merge_into_pipeline(request)
+    if kind is ArtifactKind.GGUF:
+        return merge_into_gguf(request)
     if kind is not ArtifactKind.GRAPH:
         return merge_into_checkpoint(request)
     # A merge into a checkpoint does not wait for onnx to be imported.
@@ -86,10 +89,11 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
         output=with_suffix(options.output, base.suffix)
-        if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS)
+        if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS, ArtifactKind.GGUF)
         else Path(options.output),
         reading=reading,
         layout=dict(options.layout or {}),
+        dtype_of=dict(options.dtype_of or {}),
         checkpoint=found(options.checkpoint),
         float_base=found(options.float_base),
         hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are

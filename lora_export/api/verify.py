@@ -18,6 +18,7 @@ from lora_export.api.load import (
     no_adapter_as_model,
     refuse_weights_alone,
 )
+from lora_export.api.verify_gguf import judge_gguf
 from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
@@ -143,6 +144,8 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
             return judge_outputs(candidate, request)
         if is_pipeline(request.checkpoint):
             return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
+        if ArtifactKind.GGUF in (candidate.kind, artifact_kind(request.checkpoint)):
+            return judge_gguf(candidate, request)
         return judge_weights(candidate, request)
 
 

@@ -31,8 +31,10 @@ from lora_export.formats.row_adapters import read_row_adapters
 from lora_export.options.spelling import command
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
+from lora_export.storage.gguf_file import open_gguf
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
+from lora_export.weights.gguf.base import open_base
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
 
@@ -94,6 +96,7 @@ class ArtifactKind(StrEnum):
     PIPELINE = "diffusion pipeline"
     GENERATION = "graphs of an encoder-decoder"
     WEIGHTS = "weights"
+    GGUF = "GGUF file"
     GRAPH = "graph"
     SCRIPT = "TorchScript"
     PROGRAM = "program of torch.export"
@@ -115,6 +118,7 @@ CLAIMED: Mapping[str, ArtifactKind] = {
     ".onnx": ArtifactKind.GRAPH,
     ".onnx_adapter": ArtifactKind.ADAPTER,
     ".safetensors": ArtifactKind.WEIGHTS,
+    ".gguf": ArtifactKind.GGUF,
     ".pt": ArtifactKind.SCRIPT,
     ".pth": ArtifactKind.SCRIPT,
     ".ts": ArtifactKind.SCRIPT,
@@ -205,6 +209,8 @@ class Artifact:
         else:
             if self.kind is ArtifactKind.GRAPH:
                 text, rows = self.metadata.get(provenance.KEY), self.metadata.get(ROW_ADAPTERS_KEY)
+            elif self.kind is ArtifactKind.GGUF:
+                text = open_gguf(path).value(provenance.KEY)
             elif self.kind is ArtifactKind.WEIGHTS:
                 text = safetensors_file.open_file(path).metadata.get(provenance.KEY)
             else:
@@ -233,8 +239,8 @@ class Artifact:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint`."""
-        return open_checkpoint(self.path)
+        """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint` or `open_base`."""
+        return open_base(self.path).checkpoint if self.kind is ArtifactKind.GGUF else open_checkpoint(self.path)
 
     @property
     def is_streamable(self) -> bool:

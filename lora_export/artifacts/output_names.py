@@ -9,7 +9,7 @@ from lora_export.errors import OutputFailed, WrongUsage
 
 # Suffixes of other files: such a name is a mistake, and no name with a dot in it
 KINDS = frozenset(
-    {".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".ts", ".safetensors", ".bin", ".json", ".npz"}
+    {".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".ts", ".safetensors", ".gguf", ".bin", ".json", ".npz"}
 )
 
 # Suffix -> what reads and writes such files

@@ -16,10 +16,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.formats.gguf_architecture import config_of
 from lora_export.lora import LoraPair
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
+from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.safetensors_file import Entry, TensorFile, is_safetensors
 from lora_export.storage.torch_pickle import PickledTensors
 
@@ -173,11 +175,13 @@ def _sha256(path: Path, _stamp: tuple[int, int, int]) -> str:
 def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] | None:
     """The config.json beside an adapter, else that of the base; None where there is neither.
 
-    `folder` is that of the adapter, if any. `options.base_config` is a folder, or a file in it. Raises InputRefused for
-    a damaged config.
+    `folder` is that of the adapter, if any. `options.base_config` is a folder, a file in it, or a GGUF file, whose
+    header has as much. Raises InputRefused for a damaged config.
     """
     places = [] if folder is None else [folder / MODEL_CONFIG]
     if (base := options.base_config) is not None:
+        if is_gguf(base):
+            return config_of(open_gguf(base))
         places.append((base.parent if base.is_file() else base) / MODEL_CONFIG)
     found = next((path for path in places if path.is_file()), None)
     return None if found is None else json_files.read_model_config(found)

@@ -1,12 +1,15 @@
-"""Adapters for llama.cpp: one `.gguf` file, by the `gguf` package.
+"""Adapters for llama.cpp: one `.gguf` file, written by the `gguf` package.
 
-A file has one alpha, and llama.cpp multiplies B A by alpha / rank. The names are those of the package's own map for the
-base's architecture, so that the base's config is needed. For Llama's architecture llama.cpp stores the rows of q and k
-in Meta's order, and so those of B. Architectures whose weights llama.cpp rearranges in other ways are refused.
+A file has one alpha, and llama.cpp multiplies B A by alpha / rank; without an alpha it multiplies by nothing. The names
+are those of the package's own map for the base's architecture, so that the base's config is needed. For Llama's
+architecture llama.cpp stores the rows of q and k in Meta's order, and so those of B. Architectures whose weights
+llama.cpp rearranges in other ways are refused.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,96 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.extras import pip_install
 from lora_export.formats import WriteOptions
-from lora_export.formats.adapter_files import base_config, size_in_config
+from lora_export.formats.adapter_files import (
+    LARGEST_NUMBER,
+    Tensors,
+    base_config,
+    hash_of_unchanged,
+    read_pairs,
+    size_in_config,
+)
 from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
+from lora_export.formats.gguf_architecture import is_adapter, names_of
 from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, LoraPair
 from lora_export.names.families import FamilyNames, column, model_types
+from lora_export.names.llama_cpp import EXPERT, LlamaCppNames
 from lora_export.names.row_orders import Heads
+from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
+from lora_export.storage.gguf_blocks import as_tensor_file
+from lora_export.storage.gguf_file import is_gguf, open_gguf
 
+DESCRIPTION = "a .gguf file for llama.cpp"
 SUFFIX = ".gguf"
 # The type of a model -> llama.cpp's architecture, where weights keep their rows, or q and k alone change theirs.
 GGUF_ROWS = column("gguf")
 MOST_LAYERS = 10_000
 SHOWN_ALPHAS = 5
+
+
+KEY = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<side>[ab])")
+ALORA = "adapter.alora.invocation_tokens"
+WORDS = "token_embd"
+
+
+def recognises(path: Path) -> bool:
+    """Whether the path is a GGUF file that states that it is an adapter."""
+    try:
+        return is_gguf(path) and is_adapter(open_gguf(path))
+    except InputRefused:
+        return False
+
+
+def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
+    """Read an adapter of llama.cpp. Raises InputRefused with everything that is wrong with it."""
+    file = open_gguf(path)
+    kind, alpha = file.value("adapter.type"), file.value("adapter.lora.alpha", 0.0)
+    if kind != "lora" or ALORA in file.fields:
+        raise InputRefused(f"{path} is an adapter of the kind {'aLoRA' if ALORA in file.fields else kind!r}, no LoRA")
+    if type(alpha) is not float or not 0 <= alpha <= LARGEST_NUMBER:
+        raise InputRefused(f"{path}: adapter.lora.alpha is {alpha!r}; it must be a number")
+    options.refuse_rank_and_alpha("the header of a GGUF file")
+    names = names_of(file)
+    config = base_config(None, options) or {}
+    queries = size_in_config(config, "num_attention_heads") or 0
+    heads = Heads(queries, size_in_config(config, "num_key_value_heads") or queries)
+    tensors = as_tensor_file(file, {tensor.name: tensor for tensor in file.tensors})
+    pairs, spelling = read_pairs(tensors, functools.partial(_pairs_of, names, heads, alpha), KEY)
+    return Adapter(
+        name=name,
+        format="gguf",
+        pairs=pairs,
+        spelling=spelling,
+        scale_source=f"alpha {alpha:g} in the header / rank" if alpha else "no alpha in the header: 1",
+        metadata={"architecture": file.value("general.architecture")},
+        sha256=hash_of_unchanged(tensors),
+    )
+
+
+def _pairs_of(names: LlamaCppNames, heads: Heads, alpha: float, module: str, tensors: Tensors) -> dict[str, LoraPair]:
+    """The pair of one tensor; of a stack of experts, that of each."""
+    a, b, weight = tensors["a"], tensors["b"], names.of_transformers(f"{module}.weight")
+    if weight is None:
+        raise InputRefused(f"no tensor of this name is known in models of the type {names.model_type}")
+    own = weight.removesuffix(".weight")
+    if EXPERT in own:
+        if not (a.ndim == b.ndim == 3 and len(a) == len(b)):
+            raise InputRefused(f"A is {a.shape} and B is {b.shape}, which are no stacks of experts")
+        stack = [LoraPair(a=one, b=other, scale=_scale(alpha, a.shape[1])) for one, other in zip(a, b, strict=True)]
+        return {own.replace(EXPERT, str(number)): pair for number, pair in enumerate(stack)}
+    is_table = module == WORDS
+    pair = LoraPair(a=a.T if is_table else a, b=b, scale=_scale(alpha, b.shape[-1]), embedding=is_table)
+    order = names.row_order(weight)
+    if order is None:
+        return {own: pair}
+    if not heads.queries:
+        raise InputRefused(f"how its rows are ordered depends on the base. State it: {named('base_config', 'BASE')}")
+    return {own: pair.part(np.argsort(order.indices(pair.shape[0], heads)), None)}
+
+
+def _scale(alpha: float, rank: int) -> float:
+    return alpha / rank if alpha and rank else 1.0
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ MAX_CHAT = _limit("what a chat template makes of a conversation", 1 << 24, "char
 
 MAX_JSON = _limit("a JSON file", 100_000_000, "bytes")  # the index of the largest models has a tenth
 MAX_HEADER = _limit("the header of a safetensors file", 100_000_000, "bytes")  # the format's own limit
+MAX_GGUF_HEADER = _limit("the header of a GGUF file", 128 * MIB, "bytes")  # large vocabularies take a tenth
+MAX_GGUF_ENTRIES = _limit("the same", 100_000, "fields, and as many tensors")  # models have some thousands
 MAX_OBJECTS = _limit("one JSON text", 250_000, "objects")  # a header has one for each tensor
 MAX_VALUES = _limit("one JSON text", 3_000_000, "values and lists")  # each takes up to a hundred bytes
 MAX_DEPTH = _limit("one JSON text", 100, "objects and lists in each other")  # later functions recurse through them

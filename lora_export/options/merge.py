@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
 from lora_export.options.common import LAYOUT, Output, Signed, written
-from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option
+from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
 from lora_export.options.reading import AllowPickle
 
+TYPES_OF_GGUF = ("Q8_0", "F16", "BF16", "F32", "keep")
 OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
 
 
@@ -30,7 +31,7 @@ def graphs(because: str) -> tuple[Only, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Applied, Signed):
-    """What `merge` takes. The fact `base` of its usage is "checkpoint", "graph" or "pipeline"."""
+    """What `merge` takes. The fact `base` of its usage is "checkpoint", "graph", "gguf" or "pipeline"."""
 
     SECTION: ClassVar[Section] = Section.OUTPUT
 
@@ -116,7 +117,19 @@ class MergeOptions(Applied, Signed):
     only_head: bool = option(
         False,
         "Merge only the tensors that the adapters save whole: a task head, for models that share it.",
-        only=(Only("base", ("checkpoint", "graph"), instead=OF_ONE_MODEL),),
+        only=(Only("base", ("checkpoint", "graph", "gguf"), instead=OF_ONE_MODEL),),
+    )
+    dtype_of: Mapping[str, str] | None = option(
+        None,
+        "Type in which a weight that changes is stored, in a .gguf BASE: Q8_0, F16, BF16, F32, or keep for its own. "
+        "NAME is a layer of transformers or a tensor of llama.cpp, or a glob. May be repeated: the last match counts.",
+        metavar="NAME=TYPE",
+        read=table_of(
+            f"NAME=TYPE with a type of {', '.join(TYPES_OF_GGUF)}",
+            {name: name for name in TYPES_OF_GGUF}.__getitem__,
+            at_last=True,
+        ),
+        only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
     min_retention: float = option(
         0.5, "Least part of a weight's change that has to survive rounding. Less is refused.", at_least=0, at_most=1
@@ -141,7 +154,9 @@ class MergeOptions(Applied, Signed):
     )
     tied: TiedEmbeddings = means(
         Applied.tied,
-        replace(TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes")),
+        replace(
+            TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes", "gguf")
+        ),
     )
     dry_run: bool = option(False, "Print which weights would change, and write nothing.", often=True)
 

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, read back by the gguf package: names of its map, factors and alpha, bit for bit."""
+"""Adapters for llama.cpp, read back by the gguf package and by this one: names, factors and alpha, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from lora_export import load_adapter
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.reading import ReadOptions
+from lora_export.storage.hashes import file_sha256
+from support import gguf_files
 from support.handmade import add_tensors
 from support.peft_models import trained
-from support.written import DTYPES, adapter_of, low_rank
+from support.written import DTYPES, adapter_of, assert_same_pairs, low_rank
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 UP = "model.layers.1.mlp.up_proj"
@@ -112,6 +114,71 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
     tensors = tensors_of(written(adapter_of(pairs), tmp_path, model_type="qwen3_moe"))
     assert np.array_equal(tensors["blk.0.ffn_gate_exps.weight.lora_a"], [pair.a for pair in pairs.values()])
     assert np.array_equal(tensors["blk.0.ffn_gate_exps.weight.lora_b"], [pair.b for pair in pairs.values()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [
+        ("llama", {f"model.layers.0.self_attn.{name}": low_rank(8, 8, 2) for name in ("q_proj", "k_proj", "v_proj")}),
+        ("qwen2", {UP: low_rank(6, 4, 2, dtype=ml_dtypes.bfloat16), "lm_head": low_rank(7, 4, 2)}),
+        ("qwen2", {"model.embed_tokens": low_rank(4, 7, 2, embedding=True)}),
+        ("qwen3_moe", {f"model.layers.0.mlp.experts.{n}.gate_proj": low_rank(4, 3, 2, seed=n) for n in range(3)}),
+    ],
+)
+def test_what_is_written_is_read_again(tmp_path: Path, kind: str, pairs: dict[str, LoraPair]) -> None:
+    written(adapter_of(pairs), tmp_path, model_type=kind)
+    found = load_adapter(tmp_path / "out.gguf", options=ReadOptions(base_config=tmp_path))
+    assert_same_pairs(found, adapter_of(pairs))
+    assert (found.format, found.name, found.sha256) == ("gguf", "out", file_sha256(tmp_path / "out.gguf"))
+
+
+def test_blocks_are_read_and_no_alpha_is_a_scale_of_one(tmp_path: Path) -> None:
+    a, b = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((2, 32), (4, 32)))
+    writer = an_adapter(tmp_path / "a.gguf", alpha=None)
+    quantised = gguf.quants.quantize(a, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight.lora_a", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight.lora_b", np.ascontiguousarray(b[:, :2]))
+    (pair,) = load_adapter(gguf_files.written(writer, tmp_path / "a.gguf")).pairs.values()
+    assert np.array_equal(pair.a, gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType.Q8_0))
+    assert (pair.scale, np.array_equal(pair.b, b[:, :2])) == (1.0, True)
+
+
+def an_adapter(path: Path, *, kind: str = "lora", alpha: float | None = 4.0, architecture: str = "llama") -> Any:
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, kind)
+    if alpha is not None:
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "problem"),
+    [
+        ({"kind": "control_vector"}, {}, "is an adapter of the kind 'control_vector', no LoRA"),
+        ({"alora": True}, {}, "is an adapter of the kind 'aLoRA', no LoRA"),
+        ({"alpha": -1.0}, {}, "adapter.lora.alpha is -1.0; it must be a number"),
+        ({"alpha": float("nan")}, {}, "adapter.lora.alpha is nan; it must be a number"),
+        ({"architecture": "bert"}, {}, "architecture 'bert' are not supported"),
+        ({}, {}, "contains no tensor"),
+        ({}, {"blk.0.attn_q.weight": (2, 4)}, "how its rows are ordered depends on the base. State it"),
+        ({}, {"blk.0.ssm_x.weight": (2, 4)}, "no tensor of this name is known in models of the type llama"),
+        ({}, {"blk.0.ffn_up_exps.weight": (2, 4)}, "which are no stacks of experts"),
+    ],
+)
+def test_other_adapters_of_llama_cpp_are_refused(
+    tmp_path: Path, fields: dict[str, Any], tensors: dict[str, tuple[int, int]], problem: str
+) -> None:
+    has_tokens = fields.pop("alora", False)
+    writer = an_adapter(tmp_path / "a.gguf", **fields)
+    if has_tokens:
+        writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [1])
+    for name, (rank, inner) in tensors.items():
+        writer.add_tensor(f"{name}.lora_a", np.ones((rank, inner), np.float32))
+        writer.add_tensor(f"{name}.lora_b", np.ones((inner, rank), np.float32))
+    with pytest.raises(InputRefused) as refused:
+        load_adapter(gguf_files.written(writer, tmp_path / "a.gguf"))
+    assert problem in str(refused.value)
 
 
 @pytest.mark.parametrize(

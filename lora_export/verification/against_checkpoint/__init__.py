@@ -18,6 +18,7 @@ of the row b of B and the column a of A. The plan (which pair changes which weig
 """
 
 from lora_export.verification.against_checkpoint.audit_checkpoint import audit
+from lora_export.verification.against_checkpoint.audit_gguf import audit_gguf
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 
-__all__ = ["Audit", "AuditedWeight", "Fate", "audit"]
+__all__ = ["Audit", "AuditedWeight", "Fate", "audit", "audit_gguf"]

@@ -53,23 +53,23 @@ def audit(
             parts.setdefault(step.spec.stored_name, []).append(step)
     dtype = _common_dtype(after)
 
-    def judgements(name: str) -> list[_Judgement]:
+    def judgements(name: str) -> list[Judgement]:
         base_name, step = expected[name]
         candidate = after.get(name)
         if candidate is None:
             missing = AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")
-            return [_Judgement(0, lambda: missing)]
+            return [Judgement(0, lambda: missing)]
         steps_on_it = parts.get(base_name) or ([] if step is None else [step])
         is_kept = base_name in base.quantised and name in merged.quantised
         if is_kept and not any(step.is_replacement for step in steps_on_it):
             judges = judges_of_kept(name, steps_on_it, KeptWeight.of(base, base_name), KeptWeight.of(merged, name))
-            return [_Judgement(candidate.entry.nbytes // len(judges), judge) for judge in judges]
+            return [Judgement(candidate.entry.nbytes // len(judges), judge) for judge in judges]
         if base_name in parts:
             return _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
         judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype)
-        return [_Judgement(candidate.entry.nbytes, judge)]
+        return [Judgement(candidate.entry.nbytes, judge)]
 
-    weights = [weight for weight in _judge_all(list(map(judgements, expected)), progress) if weight is not None]
+    weights = [weight for weight in judge_all(list(map(judgements, expected)), progress) if weight is not None]
     weights += [
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
         for name in after
@@ -80,22 +80,25 @@ def audit(
     weights += [
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, why) for name, why in lost.items() if name not in judged
     ]
+    return audit_of(weights)
+
+
+def audit_of(weights: Sequence[AuditedWeight]) -> Audit:
+    """The audit of all tensors."""
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
     return Audit(outcome, tuple(weights))
 
 
 @dataclass(frozen=True, eq=False)
-class _Judgement:
+class Judgement:
     """What one thread does at a time: a tensor, or a part of one. It returns None where there is nothing to judge."""
 
     nbytes: int
     judge: Callable[[], AuditedWeight | None]
 
 
-def _judge_all(
-    by_tensor: Sequence[Sequence[_Judgement]], progress: Callable[[int], None]
-) -> list[AuditedWeight | None]:
+def judge_all(by_tensor: Sequence[Sequence[Judgement]], progress: Callable[[int], None]) -> list[AuditedWeight | None]:
     """The results in this order, computed by one thread for each core. The largest begin first: none is left alone.
 
     `progress` is called by this thread alone.
@@ -116,12 +119,12 @@ def _judge_all(
 
 def _judge_parts(
     name: str, steps: Sequence[Step], base: StoredTensor, candidate: StoredTensor, common_dtype: np.dtype[Any] | None
-) -> list[_Judgement]:
+) -> list[Judgement]:
     """Each part that a step changes, and the entries outside of them."""
     problem = _wrong_shape(None, base, candidate) or _wrong_dtype(base, candidate, common_dtype)
     if problem:
         different = AuditedWeight(name, Fate.CHANGED, Outcome.DIFFERENT, problem)
-        return [_Judgement(candidate.entry.nbytes, lambda: different)]
+        return [Judgement(candidate.entry.nbytes, lambda: different)]
     regions = [step.spec.region for step in steps if step.spec.region is not None]
     share = candidate.entry.nbytes // len(regions)
 
@@ -132,8 +135,8 @@ def _judge_parts(
         rest = judge_rest(name, regions, base, candidate)
         return rest if rest.elements else None
 
-    parts = [_Judgement(share, functools.partial(of_part, *each)) for each in zip(steps, regions, strict=True)]
-    return [*parts, _Judgement(candidate.entry.nbytes - share * len(regions), of_rest)]
+    parts = [Judgement(share, functools.partial(of_part, *each)) for each in zip(steps, regions, strict=True)]
+    return [*parts, Judgement(candidate.entry.nbytes - share * len(regions), of_rest)]
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
@@ -196,7 +199,7 @@ def judge_rounded(name: str, step: Step | None, base: StoredTensor | None, candi
             old = None
             if base is not None:
                 old = base.rows(rows, scratch, "base").astype(candidate.dtype, copy=False)
-            expected = old if step is None else _replacement(step, rows, old, candidate.dtype)
+            expected = old if step is None else replacement_rows(step, rows, old, candidate.dtype)
         assert expected is not None
         differs = differs or old is None or _count_other_bits(old, expected) > 0
         stored = candidate.rows(rows, scratch, "candidate")
@@ -235,7 +238,7 @@ def judge_rest(name: str, parts: Sequence[StoredRegion], base: StoredTensor, can
     return AuditedWeight(f"{name} (other entries)", Fate.KEPT, outcome, why, elements, off)
 
 
-def _replacement(step: Step, rows: slice, old: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
+def replacement_rows(step: Step, rows: slice, old: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
     """These rows of the tensor with the values of the adapter."""
     whole = old if step.replace is None else np.atleast_1d(step.replace)[rows]
     assert whole is not None

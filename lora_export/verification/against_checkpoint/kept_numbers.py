@@ -207,7 +207,7 @@ class ChangedNumbers(ChangedWeight):
         """All rows, with half the distances from each value to its neighbours."""
         assert isinstance(self.base, _Values) and isinstance(self.candidate, _Values)
         values = self.base.base.codes.values.astype(np.float64)
-        below, above = _half_distances(values)
+        below, above = half_distances(values)
         for rows in self.pieces:
             old, new = self.base.numbers(rows), self.candidate.numbers(rows)
             scales, zeros = self.base.scales(rows)
@@ -222,7 +222,7 @@ class ChangedNumbers(ChangedWeight):
             yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]))
 
 
-def _half_distances(values: Wide) -> tuple[Wide, Wide]:
+def half_distances(values: Wide) -> tuple[Wide, Wide]:
     """Of each code, half the distance from its value to the next smaller and the next larger one; infinite at an end.
 
     NaN where the code is no number.

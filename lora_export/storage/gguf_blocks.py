@@ -1,0 +1,331 @@
+"""The block types of ggml as numbers, and numbers as blocks on the scales that are there.
+
+Every type is a row of data. Its codes are stored in planes of some bits; a number is a code less a zero point, or an
+entry of a table. An element is step * number + offset, in fp32, as llama.cpp and the package gguf compute it. Steps
+and offsets are those of a group of elements. `encode` changes codes alone: the nearest on the grid that is there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufFile, GgufTensor
+from lora_export.storage.safetensors_file import Entry, TensorFile
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+SIGN = np.uint8(0x80)
+RESOLVED = 1 << 20  # times a step: fp32 does not tell all codes apart beside an offset that is larger
+
+
+class Plane(NamedTuple):
+    """Some bits of each code: bytes from `start` on, in chunks of so many. A chunk has its lowest bits first."""
+
+    start: int
+    chunks: int
+    width: int
+    bits: int
+
+    def read(self, blocks: Bytes) -> Bytes:
+        """The bits of all codes, (blocks, elements)."""
+        stored = blocks[:, self.start : self.start + self.chunks * self.width]
+        if self.bits == 8:  # a signed byte
+            return stored ^ SIGN
+        bits = stored.reshape(len(blocks), self.chunks, 1, self.width) >> self._shifts
+        bits &= self._mask
+        return bits.reshape(len(blocks), -1)
+
+    def write(self, blocks: Bytes, codes: Bytes) -> None:
+        """Store the lowest bits of all codes, (blocks, elements)."""
+        if self.bits == 8:
+            codes = codes ^ SIGN
+        else:
+            codes = (codes & self._mask).reshape(len(blocks), self.chunks, -1, self.width) << self._shifts
+            codes = np.bitwise_or.reduce(codes, axis=2).reshape(len(blocks), -1)
+        blocks[:, self.start : self.start + self.chunks * self.width] = codes
+
+    @property
+    def _mask(self) -> np.uint8:
+        return np.uint8((1 << self.bits) - 1)
+
+    @property
+    def _shifts(self) -> Bytes:
+        return np.arange(0, 8, self.bits, dtype=np.uint8).reshape(1, 1, -1, 1)
+
+
+# Steps and offsets of each group: (blocks, groups) in fp32, or no offsets
+Scales = tuple[Floats, Floats | None]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCodec:
+    """How the elements of one type are stored."""
+
+    type: BlockType
+    planes: Sequence[Plane]  # the lowest bits of a code first
+    scales: Callable[[Bytes], Scales]
+    numbers: Floats  # of each code: whole numbers
+    group: int  # elements
+
+    def decode(self, blocks: Bytes) -> Floats:
+        """The elements of (blocks, bytes): (blocks, elements). Those of a damaged file may not be finite."""
+        return self._values(self.codes_of(blocks), *self.scales(blocks))
+
+    def encode(self, blocks: Bytes, values: Floats) -> Bytes:
+        """Blocks with the steps and offsets of these, and the codes nearest to the finite values (blocks, elements).
+
+        Elements that did not change keep their codes, and so do those of a group whose step is zero.
+        """
+        steps, offsets = self.scales(blocks)
+        wanted = values.reshape(len(blocks), -1, self.group)
+        is_fixed = steps == 0
+        divisor: Floats = np.where(is_fixed, np.float32(np.inf), steps).astype(np.float32)[..., None]
+        with np.errstate(over="ignore"):
+            position = (wanted if offsets is None else wanted - offsets[..., None]) / divisor
+        codes = self._nearest(position).reshape(len(blocks), -1)
+        are_coarse = offsets is not None and bool((np.abs(offsets) > RESOLVED * np.abs(steps)).any())
+        if is_fixed.any() or are_coarse or not self._is_ladder:
+            codes = self._nearer(codes, self.codes_of(blocks), values, steps, offsets)
+        result = blocks.copy()
+        shift = 0
+        for plane in self.planes:
+            plane.write(result, codes >> np.uint8(shift) if shift else codes)
+            shift += plane.bits
+        return result
+
+    def largest(self, blocks: Bytes) -> Floats:
+        """The largest absolute value that each block can have, (blocks,); not finite in a damaged block."""
+        steps, offsets = self.scales(blocks)
+        with np.errstate(over="ignore", invalid="ignore"):
+            reach = np.abs(steps) * np.abs(self.numbers).max()
+            reach = reach if offsets is None else reach + np.abs(offsets)
+        largest: Floats = reach.max(axis=1)
+        return largest
+
+    def codes_of(self, blocks: Bytes) -> Bytes:
+        """The code of each element, (blocks, elements)."""
+        codes, shift = self.planes[0].read(blocks), 0
+        for lower, plane in zip(self.planes, self.planes[1:], strict=False):
+            shift += lower.bits
+            codes = codes | plane.read(blocks) << np.uint8(shift)
+        return codes
+
+    @functools.cached_property
+    def _is_ladder(self) -> bool:
+        return bool((np.diff(self.numbers) == 1).all())
+
+    def _values(self, codes: Bytes, steps: Floats, offsets: Floats | None) -> Floats:
+        if self._is_ladder:  # several times as fast as a look-up
+            values = codes.astype(np.float32)
+            values += self.numbers[0]
+        else:
+            values = self.numbers.take(codes)
+        grouped = values.reshape(len(codes), -1, self.group)
+        grouped *= steps[..., None]
+        if offsets is not None:
+            grouped += offsets[..., None]
+        return values
+
+    def _nearest(self, position: Floats) -> Bytes:
+        """The codes of the numbers nearest to these positions, which are overwritten."""
+        if self._is_ladder:
+            np.rint(position, out=position)  # first: in a sum with the zero point, fractions lose bits
+            position -= self.numbers[0]
+            codes: Bytes = np.clip(position, 0, len(self.numbers) - 1, out=position).astype(np.uint8)
+            return codes
+        # The middle of two whole numbers is a multiple of a half: the positions between two of these have one code.
+        first = 2 * self.numbers.min()
+        position *= 2
+        np.floor(position, out=position)
+        position -= first
+        return self._by_half.take(np.clip(position, 0, len(self._by_half) - 1, out=position).astype(np.uint16))
+
+    @functools.cached_property
+    def _by_half(self) -> Bytes:
+        """The code of the number nearest to each quarter that is not whole, from the least number to the largest."""
+        quarters = np.arange(self.numbers.min(), self.numbers.max() + 0.5, 0.5) + 0.25
+        codes: Bytes = np.abs(quarters[:, None] - self.numbers).argmin(axis=1).astype(np.uint8)
+        return codes
+
+    def _nearer(self, codes: Bytes, stored: Bytes, values: Floats, steps: Floats, offsets: Floats | None) -> Bytes:
+        """Of each code and the stored one that which is nearer; the stored one where both are as near."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            distance = np.abs(self._values(codes, steps, offsets) - values)
+            return np.where(distance < np.abs(self._values(stored, steps, offsets) - values), codes, stored)
+
+
+# --- Steps and offsets ---
+
+
+def _half(blocks: Bytes, start: int) -> Floats:
+    """The fp16 number that is stored there, (blocks, 1)."""
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
+
+
+def one_step(start: int) -> Callable[[Bytes], Scales]:
+    return lambda blocks: (_half(blocks, start), None)
+
+
+def step_and_offset(blocks: Bytes) -> Scales:
+    return _half(blocks, 0), _half(blocks, 2)
+
+
+def _scaled(step: Floats, scales: NDArray[Any]) -> Floats:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return step * scales.astype(np.float32)
+
+
+def _q2_k(blocks: Bytes) -> Scales:
+    both = blocks[:, :16]
+    return _scaled(_half(blocks, 80), both & 0xF), -_scaled(_half(blocks, 82), both >> 4)
+
+
+def _q3_k(blocks: Bytes) -> Scales:
+    low = Plane(96, 1, 8, 4).read(blocks)
+    high = Plane(104, 1, 4, 2).read(blocks)
+    return _scaled(_half(blocks, 108), (low | high << 4).astype(np.int8) - np.int8(32)), None
+
+
+def _q4_k(blocks: Bytes) -> Scales:
+    """Eight scales and eight minima of 6 bits, in 12 bytes: the last four of each have their highest bits apart."""
+    scales, minima, rest = (blocks[:, start : start + 4] for start in (4, 8, 12))
+    steps = np.concatenate([scales & 0x3F, (rest & 0xF) | (scales >> 2 & 0x30)], axis=1)
+    offsets = np.concatenate([minima & 0x3F, (rest >> 4) | (minima >> 2 & 0x30)], axis=1)
+    return _scaled(_half(blocks, 0), steps), -_scaled(_half(blocks, 2), offsets)
+
+
+def _q6_k(blocks: Bytes) -> Scales:
+    return _scaled(_half(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)), None
+
+
+def _mxfp4(blocks: Bytes) -> Scales:
+    """Half of a power of two: the numbers of the table are twice as large as those of the format."""
+    return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
+
+
+def _iq4_xs(blocks: Bytes) -> Scales:
+    low = np.stack([blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4], axis=2).reshape(len(blocks), 8)
+    high = Plane(2, 2, 1, 2).read(blocks)
+    return _scaled(_half(blocks, 0), (low | high << 4).astype(np.int8) - np.int8(32)), None
+
+
+# --- The types ---
+
+
+def _ladder(count: int, zero: int = 0) -> Floats:
+    return np.arange(count, dtype=np.float32) - zero
+
+
+_FLOAT4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+_NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+
+def _codec(
+    name: str, scales: Callable[[Bytes], Scales], numbers: Floats, *planes: tuple[int, int, int, int], groups: int = 1
+) -> BlockCodec:
+    kind = BY_NAME[name]
+    return BlockCodec(kind, [Plane(*plane) for plane in planes], scales, numbers, kind.elements // groups)
+
+
+# Type -> its codec; planes are (start, chunks, width, bits)
+CODECS = {
+    codec.type: codec
+    for codec in (
+        _codec("Q8_0", one_step(0), _ladder(256, 128), (2, 1, 32, 8)),
+        _codec("Q4_0", one_step(0), _ladder(16, 8), (2, 1, 16, 4)),
+        _codec("Q4_1", step_and_offset, _ladder(16), (4, 1, 16, 4)),
+        _codec("Q5_0", one_step(0), _ladder(32, 16), (6, 1, 16, 4), (2, 4, 1, 1)),
+        _codec("Q5_1", step_and_offset, _ladder(32), (8, 1, 16, 4), (4, 4, 1, 1)),
+        _codec("Q2_K", _q2_k, _ladder(4), (16, 2, 32, 2), groups=16),
+        _codec("Q3_K", _q3_k, _ladder(8, 4), (32, 2, 32, 2), (0, 1, 32, 1), groups=16),
+        _codec("Q4_K", _q4_k, _ladder(16), (16, 4, 32, 4), groups=8),
+        _codec("Q5_K", _q4_k, _ladder(32), (48, 4, 32, 4), (16, 1, 32, 1), groups=8),
+        _codec("Q6_K", _q6_k, _ladder(64, 32), (0, 2, 64, 4), (128, 2, 32, 2), groups=16),
+        _codec("MXFP4", _mxfp4, _FLOAT4, (1, 1, 16, 4)),
+        _codec("IQ4_NL", one_step(0), _NON_LINEAR, (2, 1, 16, 4)),
+        _codec("IQ4_XS", _iq4_xs, _NON_LINEAR, (8, 8, 16, 4), groups=8),
+    )
+}
+
+
+# Types whose elements NumPy has
+PLAIN = {
+    BY_NAME[name]: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+    }.items()
+}
+
+
+def codec_of(name: str, kind: BlockType) -> BlockCodec:
+    """The codec of a tensor's blocks. Raises InputRefused for a type that has none."""
+    if kind not in CODECS:
+        known = ", ".join(sorted(one.name for one in (*PLAIN, *CODECS)))
+        raise InputRefused(f"{name} is stored as {kind.name}, which is not supported; supported: {known}")
+    return CODECS[kind]
+
+
+def decoded(name: str, codec: BlockCodec, blocks: Bytes) -> Floats:
+    """The elements of (blocks, bytes): (blocks, elements). Raises InputRefused where some are no finite numbers."""
+    largest = codec.largest(blocks)
+    bad = largest.size - np.count_nonzero(np.isfinite(largest))
+    if bad:
+        raise InputRefused(f"{name}: {bad} blocks have scales that are no finite numbers. The file is damaged")
+    return codec.decode(blocks)
+
+
+@dataclass(frozen=True)
+class DecodedTensors(TensorFile):
+    """The tensors of a GGUF file. One in blocks is an entry of bytes; `read` makes floats of it."""
+
+    tensors: Mapping[str, GgufTensor]
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read one tensor. Raises InputRefused where the file became shorter, and as `decoded` does."""
+        tensor, data = self.tensors[name], super().read(name)
+        if tensor.type in PLAIN:
+            return data
+        blocks = data.reshape(-1, tensor.type.nbytes)
+        return decoded(name, codec_of(name, tensor.type), blocks).reshape(tensor.shape)
+
+
+def as_tensor_file(
+    file: GgufFile, tensors: Mapping[str, GgufTensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> DecodedTensors:
+    """A GGUF file as a file of tensors under these names."""
+
+    def entry(name: str, tensor: GgufTensor) -> Entry:
+        dtype = PLAIN.get(tensor.type, np.dtype(np.uint8))
+        shape = tensor.shape if tensor.type in PLAIN else (tensor.stop - tensor.start,)
+        return Entry(name, dtype, shape, tensor.start, tensor.stop)
+
+    entries = {name: entry(name, tensor) for name, tensor in tensors.items()}
+    return DecodedTensors(file.path, entries, metadata, file.size, file.mtime_ns, tensors)
+
+
+def new_q8_0(values: Floats) -> Bytes:
+    """Blocks of Q8_0 with steps of their own, (blocks, 34), for values (blocks, 32).
+
+    A step is a 127th of the largest value, as ggml chooses it, rounded to fp16. One that fp16 cannot hold is infinite.
+    """
+    blocks = np.zeros((len(values), BY_NAME["Q8_0"].nbytes), np.uint8)
+    with np.errstate(over="ignore"):
+        steps = (np.abs(values).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float16)
+    blocks[:, :2] = steps.view(np.uint8)
+    return CODECS[BY_NAME["Q8_0"]].encode(blocks, values)

@@ -1,0 +1,340 @@
+"""A merge into a GGUF file: the same fields, the same tensors in the same sequence, and the type of each its own.
+
+Weights that no adapter changes keep their bytes. The others are summed in fp32 and stored as the nearest codes on the
+scales that their blocks have. A weight that would lose its change so is promoted to a wider type. That is decided
+before anything is written, on the blocks that the statistics count: the place of a tensor depends on those before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lora_export import provenance
+from lora_export.errors import InputRefused, listed
+from lora_export.options.spelling import named
+from lora_export.plan import Plan
+from lora_export.storage import block_copy, gguf_file
+from lora_export.storage.block_copy import Block, Bytes
+from lora_export.storage.gguf_blocks import PLAIN, Floats, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
+from lora_export.storage.hashes import FAST
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights import tensor_blocks
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.gguf.base import GgufBase
+from lora_export.weights.merge import refuse_before_merge
+from lora_export.weights.merge_report import (
+    MIN_RETENTION,
+    MergeReport,
+    OnBytesWritten,
+    QuantisedLayer,
+    Statistics,
+    StepResult,
+    refuse_below_rounding,
+)
+from lora_export.weights.quantised_layers import why_promoted
+from lora_export.weights.tensor_blocks import OutputTensor, Patch
+
+FLOAT = np.dtype(np.float32)
+Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]
+KEEP = "keep"
+STATED = {**{name: BY_NAME[name] for name in ("Q8_0", "F16", "BF16", "F32")}, KEEP: None}  # what a user may choose
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor is stored in the output."""
+
+    tensor: GgufTensor  # of the base
+    type: BlockType
+    change: OutputTensor | None = None  # None: its bytes are copied
+
+
+def merge_gguf(
+    plan: Plan,
+    base: GgufBase,
+    path: Path,
+    *,
+    min_retention: float = MIN_RETENTION,
+    types: Mapping[str, str] = MappingProxyType({}),
+    hashing: str = FAST,
+    progress: OnBytesWritten = lambda _: None,
+    backend: Backend | None = None,
+    more_settings: Mapping[str, Any] = MappingProxyType({}),
+) -> MergeReport:
+    """Carry out a plan over a GGUF file, into the new file `path`. The plan has the rows of transformers.
+
+    `types` are those that the user chose: a name or glob of tensors -> a key of STATED; the last that matches counts.
+    Peak memory is a few blocks, and the header.
+
+    Raises InputRefused as `merge_checkpoint` does, for tensors that would be added, for types that cannot be read, and
+    for a pattern that fits no weight that changes.
+    """
+    begun = time.perf_counter()
+    refuse_before_merge(plan, base.checkpoint)
+    _refuse_added(plan)
+    backend = backend or Backend()
+    plan = base.in_stored_rows(plan)
+    chosen = _stated_types(plan, base, types)
+    with threadpool_limits(1, user_api="blas"):
+        stored, layers = _decide(plan, base, chosen, min_retention, backend)
+        promoted = {one.tensor.name: one.type.name for one in stored if one.type != one.tensor.type}
+        settings = {"min_retention": min_retention, "types": promoted, **backend.settings, **more_settings}
+
+        def record(source_hash: str) -> dict[str, str]:
+            files = {path.name: {hashing: source_hash}}
+            own = provenance.record(
+                plan.adapters, plan.strengths, files, base.checkpoint.history, settings, base_path=base.file.path
+            )
+            return {provenance.KEY: json.dumps(own)}
+
+        results = _write(path, base, stored, record, progress, backend, hashing)
+    refuse_below_rounding(results, min_retention)
+    base.checkpoint.refuse_changed_files("merged")
+    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
+    return MergeReport(
+        results=results,
+        copied=sum(one.tensor.stop - one.tensor.start for one in stored if one.change is None),
+        bytes=path.stat().st_size,
+        replaced=len(replaced),
+        replaced_weights=replaced,
+        seconds=time.perf_counter() - begun,
+        spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
+        layers=layers,
+        base_bytes=base.file.size,
+    )
+
+
+# --- What is refused ---
+
+
+def _refuse_added(plan: Plan) -> None:
+    added = [*plan.untied, *(step.weight for step in plan.steps if step.added)]
+    if added:
+        raise InputRefused(f"a merge into a GGUF file adds no tensors, and this one would add {', '.join(added)}")
+
+
+def _stated_types(plan: Plan, base: GgufBase, types: Mapping[str, str]) -> dict[str, BlockType | None]:
+    """The types that the user chose, by weight; None: that of the base."""
+    changed = [name for name in base.tensors if name in plan.by_weight or name in plan.by_part]
+    found: dict[str, BlockType | None] = {}
+    unused = []
+    for pattern, kind in types.items():
+        spellings = {name: (name, name.removesuffix(".weight"), base.tensors[name].name) for name in changed}
+        fitting = [name for name in changed if any(fnmatchcase(one, pattern) for one in spellings[name])]
+        unused += [] if fitting else [pattern]
+        found |= dict.fromkeys(fitting, STATED[kind])
+    if unused:
+        raise InputRefused(
+            f"{named('dtype_of', unused[0])} fits no weight that the adapters change. They change:", listed(changed)
+        )
+    return found
+
+
+# --- The type of each tensor ---
+
+
+def _decide(
+    plan: Plan, base: GgufBase, chosen: Mapping[str, BlockType | None], min_retention: float, backend: Backend
+) -> tuple[list[_Stored], tuple[QuantisedLayer, ...]]:
+    """Every tensor in the order of the base's bytes, in the narrowest type that can hold its change; and why."""
+
+    def of(name: str) -> tuple[_Stored, QuantisedLayer | None]:
+        tensor, change = base.tensors[name], _changed(plan, base, name)
+        if change is None:
+            return _Stored(tensor, tensor.type), None
+        own, *wider = _types_for(tensor.type)
+        result = _trial(base, _Stored(tensor, own, change), backend)
+        why = why_promoted(result, min_retention) if result is not None else "its values do not fit"
+        if name in chosen:
+            kind = chosen[name] or own
+            why = "" if kind == own else f"stated by {named('dtype_of')}"
+        else:
+            kind = own if not why else next((each for each in wider if fits(tensor, each, change)), F32)
+        figures = (None, None) if result is None else (result.retention, result.noise)
+        return _Stored(tensor, kind, change), QuantisedLayer(name, own.name, kind.name, why, *figures)
+
+    def fits(tensor: GgufTensor, kind: BlockType, change: OutputTensor) -> bool:
+        result = _trial(base, _Stored(tensor, kind, change), backend)
+        return result is not None and not why_promoted(result, min_retention)
+
+    with ThreadPoolExecutor(block_copy.default_threads()) as pool:
+        found = list(pool.map(of, base.tensors))
+    return [stored for stored, _ in found], tuple(layer for _, layer in found if layer is not None)
+
+
+def _types_for(own: BlockType) -> list[BlockType]:
+    """The types that are tried for a weight, the narrowest first."""
+    wider = [F16, F32] if own in PLAIN else [Q8_0, F16, F32]
+    return [own, *(kind for kind in wider if kind != own and own != F32)]
+
+
+def _changed(plan: Plan, base: GgufBase, name: str) -> OutputTensor | None:
+    """What happens to a tensor on its way; None where it is copied."""
+    step, parts = plan.by_weight.get(name), plan.by_part.get(name, ())
+    if step is None and not parts:
+        return None
+    tensor = base.tensors[name]
+    if tensor.type not in PLAIN:
+        codec_of(name, tensor.type)
+    entry = Entry(name, PLAIN.get(tensor.type, FLOAT), tensor.shape, tensor.start, tensor.stop)
+    patches = tuple(
+        Patch(part, part.spec.region.rows, part.spec.region.columns) for part in parts if part.spec.region is not None
+    )
+    cut = parts[0].spec.region if parts else None
+    return OutputTensor(
+        source=entry if cut is None else replace(entry, shape=cut.shape),
+        step=step,
+        name=name,
+        dtype=entry.dtype,
+        patches=patches,
+        quantised=base.checkpoint.quantised.get(name),
+        shape=tensor.shape,
+    )
+
+
+def _trial(base: GgufBase, stored: _Stored, backend: Backend) -> StepResult | None:
+    """What a change loses in this type, on the blocks that are measured; None where its numbers do not fit."""
+    total = Statistics(stored.tensor.name)
+    with base.file.path.open("rb") as file:
+        for block, measured in _changed_blocks(base, stored, file.fileno(), 0, backend):
+            if not measured:
+                continue
+            assert block.work is not None
+            source, target = (np.empty(count, np.uint8) for count in (block.stop - block.start, _bytes_of(block)))
+            elements = _bytes_of(block) // stored.type.nbytes * stored.type.elements
+            block_copy.read(base.file.path, file.fileno(), source, block.start)
+            try:
+                found = block.work(source, target, np.empty(2 * FLOAT.itemsize * elements, np.uint8))
+            except InputRefused:
+                return None
+            for statistics in found:
+                total.merge(statistics)
+    return total.result()
+
+
+def _bytes_of(block: Block) -> int:
+    return block.target_stop - block.target_start
+
+
+# --- Writing ---
+
+
+def _write(
+    path: Path,
+    base: GgufBase,
+    stored: Sequence[_Stored],
+    record: Callable[[str], Mapping[str, str]],
+    progress: OnBytesWritten,
+    backend: Backend,
+    hashing: str,
+) -> tuple[StepResult, ...]:
+    """Write the file. `record` makes its record of provenance from the hash of the base."""
+    hashes = block_copy.RunningHashes(hashing)
+
+    def layout() -> tuple[bytes, list[GgufTensor]]:
+        described = [(one.tensor.name, one.type, one.tensor.shape) for one in stored]
+        return gguf_file.layout(base.file, described, record(hashes.source.hexdigest()))
+
+    _, targets = layout()
+    total: dict[str, Statistics] = {}
+    with base.file.path.open("rb") as reader, path.open("xb") as writer:
+        blocks = _blocks(base, stored, targets, reader.fileno(), writer.fileno(), backend)
+        size = tensor_blocks.block_size(one.change for one in stored if one.change is not None)
+        for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
+            for statistics in found or ():
+                total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+            progress(_bytes_of(block))
+        final, _ = layout()  # as long as the first one: all hashes have one length
+        block_copy.write(writer.fileno(), memoryview(final), 0)
+    progress(len(final))
+    return tuple(statistics.result() for statistics in total.values())
+
+
+def _blocks(
+    base: GgufBase,
+    stored: Sequence[_Stored],
+    targets: Sequence[GgufTensor],
+    read_fd: int,
+    write_fd: int,
+    backend: Backend,
+) -> Iterator[Block]:
+    """All bytes of the base in their order. Between two tensors there are zeros."""
+    alignment = base.file.alignment
+    yield from tensor_blocks.skipped_blocks(0, 0, base.file.data_start)
+    ends = [*(one.tensor.start for one in stored[1:]), base.file.size]
+    for one, target, end in zip(stored, targets, ends, strict=True):
+        start, stop = one.tensor.start, one.tensor.stop
+        if one.change is None:
+            yield from tensor_blocks.copied_blocks(read_fd, write_fd, start, target.start, stop - start)
+        else:
+            for block, _ in _changed_blocks(base, one, read_fd, target.start, backend):
+                yield block
+        yield Block(stop, end, target.stop, gguf_file.aligned(target.stop, alignment), work=_fill_with_zeros)
+
+
+def _fill_with_zeros(_source: Bytes, target: Bytes, _scratch: Bytes) -> None:
+    target[:] = 0
+
+
+def _changed_blocks(
+    base: GgufBase, stored: _Stored, read_fd: int, start: int, backend: Backend
+) -> Iterator[tuple[Block, bool]]:
+    """The blocks of a tensor that changes and begins there in the output, and whether each is measured.
+
+    Their work returns statistics.
+    """
+    assert stored.change is not None
+    kind = stored.type
+    change = replace(stored.change, dtype=PLAIN.get(kind, FLOAT))
+    target = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
+    blocks = list(tensor_blocks.changed_blocks(base.file.path, read_fd, change, target, backend))
+    rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
+    for block, measured in zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True):
+        if kind in PLAIN:
+            yield block, measured
+            continue
+        first, last = (
+            start + (edge - start) // FLOAT.itemsize // kind.elements * kind.nbytes
+            for edge in (block.target_start, block.target_stop)
+        )
+        assert block.work is not None
+        work = functools.partial(_encode, stored, block.work, measured)
+        yield replace(block, target_start=first, target_stop=last, work=work), measured
+
+
+def _encode(
+    stored: _Stored, change: block_copy.Work, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
+) -> list[Statistics]:
+    """Store what `change` makes of some rows, in fp32, as blocks. Returns the statistics of what was stored.
+
+    Raises InputRefused where a value is beyond what the type can hold.
+    """
+    name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
+    codec = codec_of(name, kind)
+    total: Floats = np.empty((target.size // kind.nbytes, kind.elements), np.float32)
+    change(source, total.reshape(-1).view(np.uint8), scratch)
+    blocks = codec.encode(source.reshape(-1, own.nbytes), total) if kind == own else new_q8_0(total)
+    target[:] = blocks.reshape(-1)
+    after = decoded(name, codec, blocks)  # refuses new scales that are too large
+    if not measured:
+        return []
+    if own in PLAIN:
+        before = source.view(PLAIN[own]).astype(np.float32).reshape(total.shape)
+    else:
+        before = decoded(name, codec_of(name, own), source.reshape(-1, own.nbytes)).reshape(total.shape)
+    statistics = Statistics(stored.change.name if stored.change else name)
+    statistics.add_block(before, total - before, after)
+    return [statistics]

@@ -1,0 +1,103 @@
+"""Small GGUF files, written by the package gguf: a Llama whose rows of q and k are in llama.cpp's order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+Array = NDArray[Any]
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+HEADS, KEY_HEADS = 4, 2
+# Types of blocks with scales that are written at random -> the positions of their fp16 numbers, and these
+HALVES: Mapping[Kind, Mapping[int, float]] = {
+    Kind.Q2_K: {80: 0.02, 82: 0.01},
+    Kind.Q3_K: {108: 0.003},
+    Kind.Q4_K: {0: 0.0008, 2: 0.006},
+    Kind.Q5_K: {0: 0.0004, 2: 0.006},
+    Kind.Q6_K: {208: 0.00006},
+    Kind.IQ4_NL: {0: 0.003},
+    Kind.IQ4_XS: {0: 0.0002},
+    Kind.IQ2_XS: {0: 0.01},
+}
+
+
+@functools.cache
+def llama(*, tied: bool = False) -> LlamaForCausalLM:
+    """The model of the files, always the same."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **heads, initializer_range=0.15, tie_word_embeddings=tied)).eval()
+
+
+def llama_rows(weight: Array, heads: int) -> Array:
+    """The rows of q or k in llama.cpp's order."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def blocks(kind: Kind, shape: tuple[int, ...]) -> Array:
+    """Blocks of a type that gguf cannot quantise to: random codes and scales, (rows, bytes)."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    found = np.random.default_rng(kind).integers(0, 256, (int(np.prod(shape)) // elements, size), dtype=np.uint8)
+    for position, value in HALVES[kind].items():
+        found[:, position : position + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    return found.reshape(*shape[:-1], -1)
+
+
+def write_llama(
+    path: Path,
+    kind: Kind | Callable[[str], Kind] = Kind.F32,
+    *,
+    model: PreTrainedModel | None = None,
+    fields: Callable[[gguf.GGUFWriter], object] = lambda _: None,
+) -> Path:
+    """Write the model with its matrices in a type, or in that which its name has; `fields` adds fields."""
+    model = model or llama()
+    config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
+    writer.add_token_scores([0.5] * config.vocab_size)
+    fields(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = value.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        array = array if heads is None else llama_rows(array, heads)
+        own = Kind.F32 if array.ndim == 1 else kind if isinstance(kind, Kind) else kind(name)
+        stored = blocks(own, array.shape) if own in HALVES else gguf.quants.quantize(np.ascontiguousarray(array), own)
+        writer.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=own)
+    return written(writer, path)
+
+
+def written(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def values_of(path: Path) -> dict[str, Array]:
+    """All tensors as the package gguf reads them, in fp32."""
+    reader = gguf.GGUFReader(path)
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        for tensor in reader.tensors
+    }
+
+
+def types_of(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}

@@ -1,0 +1,189 @@
+"""Merged GGUF files judged by their base: right ones are the same, each defect is detected and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lora_export
+from lora_export import provenance
+from lora_export.errors import InputRefused
+from lora_export.storage.gguf_blocks import CODECS
+from lora_export.storage.gguf_file import GgufTensor, layout, open_gguf
+from support.gguf_files import Kind, llama, write_llama
+from support.peft_models import trained
+
+Q, DOWN, UP = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.ffn_up.weight"
+KINDS = sorted({one.name for one in CODECS} - {"IQ4_XS"} | {"F32", "F16", "BF16"})
+
+
+def an_adapter(folder: Path, size: float = 1.0, **config: Any) -> Path:
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 0.1 * size, "target_modules": ["q_proj", "k_proj", "down_proj"]}
+    trained(llama(), **(options | config)).save_pretrained(folder)
+    return folder
+
+
+def merged(folder: Path, kind: Kind = Kind.Q8_0, size: float = 1.0, **config: Any) -> tuple[Path, Path, Path]:
+    """A base, an adapter, and both merged."""
+    base, adapter = write_llama(folder / "base.gguf", kind), an_adapter(folder / "a", size, **config)
+    out = lora_export.merge(base, [adapter], output=folder / "out.gguf", min_retention=0.3).output
+    return base, adapter, out
+
+
+def judged(base: Path, adapter: Path, out: Path) -> Any:
+    return lora_export.verify(out, base=base, adapters=[adapter])
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_right_merge_is_the_same(tmp_path: Path, kind: str, size: float) -> None:
+    proof = judged(*merged(tmp_path, Kind[kind], size))
+    changed = [weight for weight in proof.verdict.weights if weight.fate == "changed"]
+    assert (proof.verdict.outcome, len(changed)) == ("same", 3), str(proof)
+    assert all(weight.controls and all(weight.controls.values()) for weight in changed)
+    assert all(0 < weight.error <= 1 and weight.retention > 0.3 for weight in changed)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 9]},
+        {"use_rslora": True, "lora_alpha": 0.05},
+    ],
+    ids=str,
+)
+def test_other_changes_are_judged_too(tmp_path: Path, config: dict[str, Any]) -> None:
+    proof = judged(*merged(tmp_path, Kind.Q8_0, **config))
+    assert (proof.verdict.outcome, len([one for one in proof.verdict.weights if one.fate != "kept"]) >= 2) == (
+        "same",
+        True,
+    )
+
+
+def tensor_of(path: Path, name: str) -> GgufTensor:
+    return next(one for one in open_gguf(path).tensors if one.name == name)
+
+
+def other_bytes(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], None]) -> None:
+    """Change the blocks (blocks, bytes) of a tensor in its file."""
+    tensor = tensor_of(path, name)
+    data = np.fromfile(path, np.uint8)
+    change(data[tensor.start : tensor.stop].reshape(-1, tensor.type.nbytes))
+    data.tofile(path)
+
+
+def next_code(blocks: np.ndarray[Any, Any]) -> None:
+    blocks[5, 7] += 1
+
+
+def all_scales(blocks: np.ndarray[Any, Any]) -> None:
+    blocks[:, 0] += 1
+
+
+def swapped_rows(blocks: np.ndarray[Any, Any]) -> None:
+    blocks[:] = np.roll(blocks.reshape(256, -1), 1, axis=0).reshape(blocks.shape)
+
+
+def rewritten(path: Path, texts: dict[str, str], keep: Callable[[GgufTensor], bool] = lambda _: True) -> None:
+    """The same file with other fields, or with fewer tensors."""
+    file, data = open_gguf(path), path.read_bytes()
+    kept = [one for one in file.tensors if keep(one)]
+    head, tensors = layout(file, [(one.name, one.type, one.shape) for one in kept], texts)
+    out = bytearray(head + bytes(tensors[-1].stop - len(head)))
+    for one, target in zip(kept, tensors, strict=True):
+        out[target.start : target.stop] = data[one.start : one.stop]
+    path.write_bytes(out)
+
+
+def other_record(path: Path) -> None:
+    record = json.loads(open_gguf(path).value(provenance.KEY))
+    record["settings"]["types"] = {Q: "F16"}
+    rewritten(path, {provenance.KEY: json.dumps(record)})
+
+
+DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a code": (lambda out: other_bytes(out, Q, next_code), "1 of 65,536 entries are not W + s·BA"),
+    "scales": (lambda out: other_bytes(out, DOWN, all_scales), "2,048 of its blocks have other scales"),
+    "rows of a kept tensor": (lambda out: other_bytes(out, UP, swapped_rows), "has other bytes than the base's"),
+    "rows of a changed tensor": (lambda out: other_bytes(out, Q, swapped_rows), "have other scales than the base's"),
+    "a field": (lambda out: rewritten(out, {"general.architecture": "qwen2"}), "the field general.architecture is not"),
+    "another name": (lambda out: rewritten(out, {"general.name": "x"}), "the field general.name is new"),
+    "a missing tensor": (
+        lambda out: rewritten(out, {}, lambda one: one.name != UP),
+        "up_proj.weight: different, is missing",
+    ),
+    "a type that is not recorded": (other_record, "is stored as Q8_0, and should be as F16"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_each_defect_is_different_and_named(tmp_path: Path, name: str) -> None:
+    base, adapter, out = merged(tmp_path)
+    make, message = DEFECTS[name]
+    make(out)
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "different" and message in str(proof)
+
+
+def test_no_merge_and_other_strengths_are_different(tmp_path: Path) -> None:
+    base, adapter, out = merged(tmp_path)
+    proof = lora_export.verify(out, base=base, adapters=[adapter], weights=[1.1])
+    assert "contains it with the weight 1 " in str(proof) and proof.verdict.outcome == "different"
+    (tmp_path / "copy.gguf").write_bytes(base.read_bytes())
+    assert judged(base, adapter, tmp_path / "copy.gguf").verdict.outcome == "different"
+    with pytest.raises(InputRefused) as refused:
+        judged(base, adapter, base)
+    assert "is the base itself" in str(refused.value)
+
+
+def test_rows_in_the_order_of_transformers_are_different(tmp_path: Path) -> None:
+    """A merge that does not know llama.cpp's order: BA added as it is."""
+    base, adapter, out = merged(tmp_path, Kind.F32)
+    order = np.arange(256).reshape(4, 32, 2).swapaxes(1, 2).reshape(-1)
+    before = np.fromfile(base, np.float32, 1 << 16, offset=tensor_of(base, Q).start).reshape(256, 256)
+    place = tensor_of(out, Q)
+    right = np.fromfile(out, np.float32, 1 << 16, offset=place.start).reshape(256, 256)
+    wrong = before + (right - before)[order]
+    data = bytearray(out.read_bytes())
+    data[place.start : place.stop] = wrong.tobytes()
+    out.write_bytes(data)
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "different" and "q_proj.weight: different" in str(proof)
+
+
+def promoted(folder: Path) -> tuple[Path, Path, Path]:
+    base, adapter = write_llama(folder / "base.gguf", Kind.Q4_0), an_adapter(folder / "a")
+    out = lora_export.merge(base, [adapter], output=folder / "out.gguf", dtype_of={"*": "Q8_0"}).output
+    return base, adapter, out
+
+
+def coarse(blocks: np.ndarray[Any, Any]) -> None:
+    """Scales of twice the size, and codes of half."""
+    scales = blocks[:, :2].copy().view(np.float16) * 2
+    codes = np.rint(blocks[:, 2:].view(np.int8).astype(np.float32) / 2)
+    blocks[:, :2], blocks[:, 2:] = scales.view(np.uint8), codes.astype(np.int8).view(np.uint8)
+
+
+def test_new_scales_are_judged(tmp_path: Path) -> None:
+    base, adapter, out = promoted(tmp_path)
+    assert judged(base, adapter, out).verdict.outcome == "same"
+    other_bytes(out, DOWN, coarse)
+    proof = judged(base, adapter, out)
+    assert proof.verdict.outcome == "different" and "down_proj.weight: different" in str(proof)
+
+
+def test_the_other_file_must_be_a_gguf_file(tmp_path: Path) -> None:
+    base, adapter, out = merged(tmp_path)
+    llama().save_pretrained(tmp_path / "hf")
+    for candidate, origin in ((out, tmp_path / "hf"), (tmp_path / "hf", base)):
+        with pytest.raises(InputRefused) as refused:
+            lora_export.verify(candidate, base=origin, adapters=[adapter])
+        assert "is not a regular file" in str(refused.value)

@@ -1,0 +1,318 @@
+"""Merges into GGUF files. PyTorch's W + s·BA in fp64, the grids of ggml and the package gguf are the oracles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import peft
+import pytest
+from numpy.typing import NDArray
+
+import lora_export
+from lora_export import provenance
+from lora_export.errors import InputRefused, MatchError, WrongUsage
+from lora_export.storage.gguf_blocks import CODECS
+from lora_export.storage.gguf_file import BY_NAME, open_gguf
+from support.gguf_files import (
+    HEADS,
+    KEY_HEADS,
+    Kind,
+    llama,
+    llama_rows,
+    types_of,
+    values_of,
+    write_llama,
+    written,
+)
+from support.handmade import peft_adapter
+from support.peft_models import trained
+
+Array = NDArray[Any]
+TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
+LAYER = "model.layers.0."
+STRONG, WEAK = 1.0, 0.01  # changes of a third, and of a few thousandths, of the weights
+
+
+def an_adapter(folder: Path, *, alpha: float = STRONG, **config: Any) -> tuple[Path, Mapping[str, Array]]:
+    """PEFT's adapter in a folder, and its s·BA in fp64 by the names of llama.cpp, in llama.cpp's order of rows."""
+    model = trained(llama(), r=4, **{"lora_alpha": 0.1 * alpha, "target_modules": TARGETS, **config}).double()
+    model.save_pretrained(folder)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    changes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            own = name.removeprefix("base_model.model.")
+            change = module.get_delta_weight("default").detach().numpy()
+            heads = {"q_proj": HEADS, "k_proj": KEY_HEADS}.get(own.split(".")[-1])
+            stored = names.get_name(own)
+            changes[f"{stored}.weight"] = change if heads is None else llama_rows(change, heads)
+    return folder, changes
+
+
+def blocks_of(path: Path) -> dict[str, NDArray[np.uint8]]:
+    return {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+
+
+def distance_to_grid(path: Path, name: str, value: Array) -> Array:
+    """How far the nearest value of the grid of a tensor is, by trying every code in fp64."""
+    kind = types_of(path)[name]
+    codec = CODECS[BY_NAME[kind]]
+    blocks = blocks_of(path)[name].reshape(-1, codec.type.nbytes)
+    steps, offsets = codec.scales(blocks)
+    wanted = value.reshape(*steps.shape[:1], -1, codec.group)
+    best = np.full(wanted.shape, np.inf)
+    for number in codec.numbers.astype(np.float64):
+        at = number * steps.astype(np.float64)[..., None]
+        at = at if offsets is None else at + offsets.astype(np.float64)[..., None]
+        np.minimum(best, np.abs(wanted - at), out=best)
+    return best.reshape(value.shape)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind.name in {one.name for one in CODECS}], ids=str)
+def test_blocks_have_the_nearest_codes_on_the_scales_of_the_base(tmp_path: Path, kind: Kind) -> None:
+    base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind), an_adapter(tmp_path / "a")
+    types = {"*": "keep"}
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of=types, min_retention=0.1)
+    before, after = values_of(base), values_of(tmp_path / "out.gguf")
+    assert types_of(tmp_path / "out.gguf") == types_of(base) and len(changes) == len(TARGETS)
+    for name, value in after.items():
+        if name not in changes:
+            assert np.array_equal(blocks_of(base)[name], blocks_of(tmp_path / "out.gguf")[name])
+            continue
+        wanted = before[name].astype(np.float64) + changes[name]
+        least = distance_to_grid(base, name, wanted)
+        assert np.array_equal(least, distance_to_grid(tmp_path / "out.gguf", name, wanted))  # the scales stayed
+        assert (np.abs(value - wanted) <= least + 1e-5 * np.abs(wanted).max()).all()
+        assert np.abs(value - before[name]).max() > 0
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16])
+def test_floats_are_rounded_once(tmp_path: Path, kind: Kind) -> None:
+    base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind), an_adapter(tmp_path / "a")
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf")
+    before, after = values_of(base), values_of(tmp_path / "out.gguf")
+    steps = {Kind.F32: 2.0**-22, Kind.F16: 2.0**-11, Kind.BF16: 2.0**-8}
+    for name, change in changes.items():
+        wanted = before[name].astype(np.float64) + change
+        assert (np.abs(after[name] - wanted) <= steps[kind] * np.abs(wanted) + 1e-6).all()
+    assert types_of(tmp_path / "out.gguf") == types_of(base)
+
+
+def test_fields_sequence_and_alignment_stay(tmp_path: Path) -> None:
+    def fields(writer: gguf.GGUFWriter) -> None:
+        writer.add_custom_alignment(128)
+        writer.add_chat_template("{{ x }}")
+        writer.add_array("some.numbers", [1, 2, 3])
+
+    base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=fields)
+    lora_export.merge(base, [an_adapter(tmp_path / "a")[0]], output=tmp_path / "out.gguf")
+    one, other = open_gguf(base), open_gguf(tmp_path / "out.gguf")
+    assert list(other.fields) == [*one.fields, provenance.KEY]
+    own, theirs = base.read_bytes(), (tmp_path / "out.gguf").read_bytes()
+    for key, field in one.fields.items():
+        assert theirs[other.fields[key].start : other.fields[key].stop] == own[field.start : field.stop]
+    assert [tensor.name for tensor in other.tensors] == [tensor.name for tensor in one.tensors]
+    assert (other.alignment, other.data_start % 128) == (128, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "stored"),
+    [(Kind.Q4_0, STRONG, "Q4_0"), (Kind.Q4_0, 0.1, "Q8_0"), (Kind.Q4_K, WEAK, "F16"), (Kind.BF16, 0.002, "F16")],
+)
+def test_a_weight_that_would_lose_its_change_is_promoted(tmp_path: Path, kind: Kind, alpha: float, stored: str) -> None:
+    base, (adapter, changes) = write_llama(tmp_path / "base.gguf", kind), an_adapter(tmp_path / "a", alpha=alpha)
+    report = lora_export.merge(base, [adapter], output=tmp_path / "out.gguf").report
+    assert report is not None
+    before, after, types = values_of(base), values_of(tmp_path / "out.gguf"), types_of(tmp_path / "out.gguf")
+    for name, change in changes.items():
+        error = np.linalg.norm(after[name] - before[name] - change) / np.linalg.norm(change)
+        assert (types[name], error < 1) == (stored, True)
+    assert {name: types[name] for name in types if name not in changes} == {
+        name: own for name, own in types_of(base).items() if name not in changes
+    }
+    is_promoted = stored != kind.name
+    assert all(
+        (layer.scheme, layer.stored, bool(layer.why)) == (kind.name, stored, is_promoted) for layer in report.layers
+    )
+    assert len(report.layers) == len(changes)
+    assert (report.bytes, report.base_bytes) == ((tmp_path / "out.gguf").stat().st_size, base.stat().st_size)
+    record = json.loads(open_gguf(tmp_path / "out.gguf").value(provenance.KEY))
+    assert record["settings"]["types"] == (dict.fromkeys(changes, stored) if is_promoted else {})
+    kept = [layer.retention for layer in report.layers]
+    assert all((value is not None and value >= 0.5) or is_promoted for value in kept)
+    assert all(result.retention >= 0.5 and result.noise <= 1 for result in report.results)
+
+
+def test_types_are_chosen_by_layer_or_tensor(tmp_path: Path) -> None:
+    base, (adapter, _) = write_llama(tmp_path / "base.gguf", Kind.Q4_0), an_adapter(tmp_path / "a")
+    types = {"*": "Q8_0", "blk.0.ffn_down.weight": "F32", "*.self_attn.o_proj": "BF16", f"{LAYER}self_attn.k_*": "keep"}
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of=types)
+    found = types_of(tmp_path / "out.gguf")
+    assert [found[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "attn_output", "ffn_down", "ffn_up")] == [
+        *("Q8_0", "Q4_0", "BF16", "F32", "Q4_0")
+    ]
+
+
+@pytest.mark.parametrize("spelling", ["peft", "gguf"])
+def test_adapters_of_any_format_make_one_file(tmp_path: Path, spelling: str) -> None:
+    base, (adapter, _) = write_llama(tmp_path / "base.gguf", Kind.Q8_0), an_adapter(tmp_path / "a")
+    llama().save_pretrained(tmp_path / "hf")
+    if spelling == "gguf":
+        adapter = lora_export.convert(adapter, tmp_path / "b.gguf", to="gguf", base=tmp_path / "hf").output
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf")
+    lora_export.merge(base, [tmp_path / "a"], output=tmp_path / "again.gguf")
+    one, other = blocks_of(tmp_path / "out.gguf"), blocks_of(tmp_path / "again.gguf")
+    assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+def test_a_second_merge_is_refused_and_another_one_is_not(tmp_path: Path) -> None:
+    base, (adapter, _) = write_llama(tmp_path / "base.gguf", Kind.Q8_0), an_adapter(tmp_path / "a")
+    other, _ = an_adapter(tmp_path / "b", alpha=2.0)
+    lora_export.merge(base, [adapter], output=tmp_path / "one.gguf")
+    with pytest.raises(InputRefused) as refused:
+        lora_export.merge(tmp_path / "one.gguf", [adapter], output=tmp_path / "two.gguf")
+    assert "one.gguf already contains the adapter a" in str(refused.value)
+    lora_export.merge(tmp_path / "one.gguf", [other], output=tmp_path / "two.gguf")
+    found = lora_export.inspect(tmp_path / "two.gguf")
+    assert [one.name for one in found.adapters] == ["a", "b"]
+    assert found.checkpoint is not None and found.checkpoint.config["model_type"] == "llama"
+
+
+def test_tied_embeddings_are_a_decision(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", Kind.Q8_0, model=llama(tied=True))
+    model = trained(llama(tied=True), r=2, target_modules=["embed_tokens"])
+    model.save_pretrained(adapter := tmp_path / "a", save_embedding_layers=False)
+    for tied, message in (("error", "is the output embeddings too"), ("untie", "adds no tensors")):
+        with pytest.raises(InputRefused) as refused:
+            lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", tied=tied)
+        assert message in str(refused.value)
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", tied="both")
+    change = values_of(tmp_path / "out.gguf")["token_embd.weight"] - values_of(base)["token_embd.weight"]
+    wanted = model.base_model.model.model.embed_tokens.get_delta_weight("default").detach().numpy()
+    assert np.linalg.norm(change - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_rows_of_words_are_replaced(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", Kind.F16)
+    model = trained(llama(), r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    model.save_pretrained(tmp_path / "a")
+    lora_export.merge(base, [tmp_path / "a"], output=tmp_path / "out.gguf")
+    table = values_of(tmp_path / "out.gguf")["token_embd.weight"]
+    wanted = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+    assert np.array_equal(table[[3, 5]], wanted.detach().numpy().astype(np.float16))
+    assert np.array_equal(np.delete(table, [3, 5], 0), np.delete(values_of(base)["token_embd.weight"], [3, 5], 0))
+
+
+def experts(path: Path) -> Path:
+    """A file of Qwen3-MoE with the stacks of one layer alone."""
+    writer, rng = gguf.GGUFWriter(str(path), "qwen3moe"), np.random.default_rng(0)
+    writer.add_block_count(1)
+    writer.add_expert_count(3)
+    for part, shape in (("gate", (3, 64, 32)), ("up", (3, 64, 32)), ("down", (3, 32, 64))):
+        stored = gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), Kind.Q8_0)
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", stored, raw_dtype=Kind.Q8_0)
+    return written(writer, path)
+
+
+@pytest.mark.parametrize(("types", "stored"), [({}, "Q8_0"), ({"*": "F32"}, "F32")])
+def test_one_expert_of_a_stack_changes(tmp_path: Path, types: dict[str, str], stored: str) -> None:
+    base, rng = experts(tmp_path / "base.gguf"), np.random.default_rng(1)
+    a, b = (rng.standard_normal(shape).astype(np.float32) / 4 for shape in ((2, 32), (64, 2)))
+    adapter = peft_adapter(tmp_path / "a", {f"{LAYER}mlp.experts.1.up_proj": (a, b)})
+    lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dtype_of=types)
+    name = "blk.0.ffn_up_exps.weight"
+    before, after = values_of(base), values_of(tmp_path / "out.gguf")
+    change = after[name] - before[name]
+    scale = json.loads((adapter / "adapter_config.json").read_text())
+    wanted = scale["lora_alpha"] / scale["r"] * (b @ a)
+    assert not change[[0, 2]].any()
+    assert np.linalg.norm(change[1] - wanted) < (0.2 if stored == "Q8_0" else 1e-5) * np.linalg.norm(wanted)
+    assert types_of(tmp_path / "out.gguf")[name] == stored
+    proof = lora_export.verify(tmp_path / "out.gguf", base=base, adapters=[adapter])
+    assert proof.verdict.outcome == "same"
+
+
+def damage(path: Path, name: str) -> None:
+    """Scales of a tensor that are no numbers."""
+    tensor = next(one for one in open_gguf(path).tensors if one.name == name)
+    data = bytearray(path.read_bytes())
+    data[tensor.start : tensor.start + 2] = b"\xff\x7f"
+    path.write_bytes(data)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "types of no changed weight": (
+        lambda _: None,
+        {"dtype_of": {"blk.9.*": "F16"}},
+        "fits no weight that the adapters",
+    ),
+    "a loss that is chosen": (
+        lambda folder: an_adapter(folder / "a", alpha=WEAK),
+        {"dtype_of": {"*": "keep"}},
+        "4 of 4 weights would lose most of their change",
+    ),
+    "damaged scales": (
+        lambda folder: damage(folder / "base.gguf", "blk.0.ffn_down.weight"),
+        {},
+        "blocks have scales that are no finite numbers",
+    ),
+    "an unsupported type": (
+        lambda folder: write_llama(folder / "base.gguf", lambda name: Kind.IQ2_XS if "down" in name else Kind.Q8_0),
+        {},
+        "down_proj.weight is stored as IQ2_XS, which is not supported",
+    ),
+    "another model": (
+        lambda folder: experts(folder / "base.gguf"),
+        {},
+        "e has no weight for model.layers.0.self_attn.q_proj",
+    ),
+    "an adapter": (
+        lambda folder: written(adapter_header(folder / "base.gguf"), folder / "base.gguf"),
+        {},
+        "is an adapter. Name the model that it is for",
+    ),
+}
+
+
+def adapter_header(path: Path) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    return writer
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
+    prepare, options, message = REFUSED[name]
+    write_llama(tmp_path / "base.gguf", Kind.Q8_0)
+    an_adapter(tmp_path / "a")
+    prepare(tmp_path)
+    with pytest.raises((InputRefused, MatchError)) as refused:
+        lora_export.merge(tmp_path / "base.gguf", [tmp_path / "a"], output=tmp_path / "out.gguf", **options)
+    assert message in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base.gguf"]
+
+
+def test_a_type_that_is_not_touched_is_copied(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", lambda name: Kind.IQ2_XS if "up_proj" in name else Kind.Q8_0)
+    lora_export.merge(base, [an_adapter(tmp_path / "a")[0]], output=tmp_path / "out.gguf")
+    one, other = blocks_of(base), blocks_of(tmp_path / "out.gguf")
+    assert np.array_equal(one["blk.0.ffn_up.weight"], other["blk.0.ffn_up.weight"])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"keep_quantised": True}, {"device": "cuda"}])
+def test_options_of_other_bases_are_wrong_usage(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, (adapter, _) = write_llama(tmp_path / "base.gguf"), an_adapter(tmp_path / "a")
+    with pytest.raises(WrongUsage) as refused:
+        lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", **options)
+    assert " is for " in str(refused.value)
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(tmp_path: Path) -> None:
+    base, (adapter, _) = write_llama(tmp_path / "base.gguf", Kind.Q4_K), an_adapter(tmp_path / "a")
+    result = lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", dry_run=True)
+    assert len(result.plan.steps) == len(TARGETS) and not (tmp_path / "out.gguf").exists()
