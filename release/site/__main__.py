@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def build(folder: Path) -> Path:
         raise SystemExit("zensical is not installed. make site installs it, or: pip install '.[site]'")
     done = subprocess.run([program, "build", "--strict"], cwd=folder, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+        raise SystemExit(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr.partition("Traceback")[0]))
     return folder / "site"
 
 

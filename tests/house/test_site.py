@@ -143,12 +143,14 @@ def test_versions_stand_beside_each_other(program: dict[str, Any], found: dict[s
 
 LOOK = """<iframe id="frame" style="border:0"></iframe><pre id="report"></pre><script type="module">
 const frame = document.querySelector("#frame"), rows = [];
-for (const width of [400, 1280]) {
-  frame.style.width = width + "px"; frame.style.height = "900px";
-  for (const page of PAGES) {
-    await new Promise((done) => { frame.onload = done; frame.src = page; });
-    await new Promise((done) => setTimeout(done, 100));
-    const shown = frame.contentDocument, heading = shown.querySelector("h1").getBoundingClientRect();
+frame.style.height = "900px";
+for (const page of PAGES) {
+  await new Promise((done) => { frame.onload = done; frame.src = page; });
+  const shown = frame.contentDocument;
+  for (const width of [400, 1280]) {
+    frame.style.width = width + "px";
+    await new Promise((done) => setTimeout(done, 50));
+    const heading = shown.querySelector("h1").getBoundingClientRect();
     rows.push({
       page, width, over: shown.documentElement.scrollWidth - width,
       heading: heading.width > 0 && heading.left >= 0 && heading.right <= width && heading.top < 900,
@@ -159,6 +161,27 @@ for (const width of [400, 1280]) {
   }
 }
 document.querySelector("#report").textContent = JSON.stringify(rows);
+</script>"""
+
+SEARCHES = """<iframe id="frame" style="width:1280px;height:900px"></iframe><pre id="report"></pre>
+<script type="module">
+const frame = document.querySelector("#frame"), wait = (time) => new Promise((done) => setTimeout(done, time));
+await new Promise((done) => { frame.onload = done; frame.src = "1.0.0/tasks/"; });
+const shown = frame.contentDocument;
+shown.querySelector(".md-search__button").click();
+let field = null, found = [];
+for (let turn = 0; turn < 1500 && !found.length; turn++) {
+  await wait(50);
+  const root = [...shown.querySelectorAll("*")].map((one) => one.shadowRoot).find((one) => one?.querySelector("input"));
+  if (root && !field) {
+    field = root.querySelector("input");
+    const typed = Object.getOwnPropertyDescriptor(frame.contentWindow.HTMLInputElement.prototype, "value");
+    typed.set.call(field, "residual");
+    field.dispatchEvent(new frame.contentWindow.Event("input", { bubbles: true }));
+  }
+  if (root) found = [...root.querySelectorAll("a[href]")].map((one) => one.href);
+}
+document.querySelector("#report").textContent = JSON.stringify(found);
 </script>"""
 
 
@@ -176,8 +199,13 @@ def test_the_built_site_is_whole_and_readable_at_two_widths(
     program["publish"](built, tmp_path / "out", "1.0.0", pages)
     names = [f"1.0.0/{path.removesuffix('.md')}/" if path != "index.md" else "1.0.0/" for path in found]
     (tmp_path / "out" / "look.html").write_text(LOOK.replace("PAGES", json.dumps(names)))
+    (tmp_path / "out" / "search.html").write_text(SEARCHES)
     with served(tmp_path / "out") as address:
+        results = shown(f"{address}/search.html", tmp_path / "home")
+        index = tmp_path / "out" / "1.0.0" / "search.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"items": []}))  # reading it takes a second a page
         rows = shown(f"{address}/look.html", tmp_path / "home")
+    assert [result for result in results if "/merging/" in result or "/commands/unmerge/" in result], results
     assert len(rows) == 2 * len(found)
     assert [(row["page"], row["width"], row["over"]) for row in rows if row["over"] > 0 or not row["heading"]] == []
     assert [picture for row in rows for picture in row["pictures"]] == []
@@ -192,4 +220,4 @@ def test_a_broken_link_ends_the_build(program: dict[str, Any], parts: Any, tmp_p
     program["stage"]([page("index.md", "", "# A\n\n[gone](b.md#gone)\n"), page("b.md", "B", "# B\n")], tmp_path)
     with pytest.raises(SystemExit) as error:
         program["build"](tmp_path)
-    assert "gone" in str(error.value)
+    assert "anchor does not exist" in str(error.value) and "b.md#gone" in str(error.value)

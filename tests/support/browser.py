@@ -42,7 +42,7 @@ def shown(address: str, home: Path) -> Any:
     """What a page has as JSON in its element `report`, when its scripts have run. No other host is reached."""
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home}", "--dump-dom",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=1000000", address,
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=100000", address,
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     found = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
