@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench release clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,7 @@ samples: $(VENV)/dev.stamp ## run all samples
 	$(SAMPLE)/swap_image_styles.py $(OUT)/styles
 	$(BIN)/python -m pytest -q samples/parity_test.py
 	$(SAMPLE)/demo.py $(OUT)/demo
+	$(BIN)/python release/site/pictures.py $(OUT)
 
 test: $(VENV)/dev.stamp ## the test suite, without what takes long
 	$(PYTEST) -m "not slow and not soak"
@@ -84,6 +85,11 @@ check: $(VENV)/dev.stamp ## lint, format, types
 
 bench: $(VENV)/dev.stamp ## measure, and hold the promised figures
 	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
+
+# SITE=a folder that has older versions: they stay. The tools are installed once; then it needs no network.
+SITE := build/site
+site: $(VENV)/site.stamp ## build the guide, the reference and the samples as a site, and check every link
+	$(BIN)/python release/site --out $(SITE)
 
 release: $(VENV)/release.stamp ## build what is uploaded, check it, and stop before the upload
 	$(BIN)/python release/build.py

@@ -1,38 +1,28 @@
-// An adapter of PEFT as plain inputs of a graph, in JavaScript (Node 18 or newer, onnxruntime-node or onnxruntime-web).
+// An adapter of PEFT as plain inputs of a graph, in JavaScript: in a browser, or in Node 18 or newer.
 //
 //     lora-export onnx BASE -a ADAPTER --lora inputs --names peft --required-inputs -o model.onnx
 //     npm install onnxruntime-web
 //     node samples/adapter_inputs.mjs model.onnx ADAPTER 5,7,9
 //
-// It prints the first output of the base and of the adapter, as JSON. A graph of `--lora inputs` usually has optional
-// inputs, and onnxruntime for JavaScript passes none: onnxruntime-web refuses them, and onnxruntime-node leaves them out
-// and runs the base. `--required-inputs` makes them plain ones.
-
-import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { join } from "node:path";
-
-const [graph, folder, words = "5,7,9", runtime = "onnxruntime-web"] = process.argv.slice(2);
-const ort = createRequire(join(process.cwd(), "package.json"))(runtime); // installed where the program is run
-ort.env.logLevel = "error";
+// It prints the first output of the base and of the adapter, as JSON. The guide's page `browser` imports the functions.
+// A graph of `--lora inputs` usually has optional inputs, and onnxruntime for JavaScript passes none: onnxruntime-web
+// refuses them, and onnxruntime-node leaves them out and runs the base. `--required-inputs` makes them plain ones.
 
 // A safetensors file: the length of a header, the header in JSON, and the numbers.
-function readTensors(path) {
-  const bytes = readFileSync(path);
-  const end = 8 + Number(bytes.readBigUInt64LE(0));
-  const header = JSON.parse(bytes.subarray(8, end).toString("utf8"));
+function readTensors(bytes) {
+  const end = 8 + Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, end)));
   const tensors = {};
   delete header.__metadata__;
   for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(header)) {
     if (dtype !== "F32") throw new Error(`${name} is ${dtype}; this sample reads F32`);
-    const data = new Float32Array(bytes.buffer.slice(bytes.byteOffset + end + from, bytes.byteOffset + end + to));
-    tensors[name] = { shape, data };
+    tensors[name] = { shape, data: new Float32Array(bytes.slice(end + from, end + to).buffer) };
   }
   return tensors;
 }
 
 // The graph takes A (in, rank) and B (rank, out); PEFT stores the transposes.
-function transposed({ shape: [rows, columns], data }, factor) {
+function transposed(ort, { shape: [rows, columns], data }, factor) {
   const turned = new Float32Array(data.length);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) turned[column * rows + row] = factor * data[row * columns + column];
@@ -40,38 +30,50 @@ function transposed({ shape: [rows, columns], data }, factor) {
   return new ort.Tensor("float32", turned, [columns, rows]);
 }
 
-function adapterInputs(path) {
-  const { r, lora_alpha, use_rslora, rank_pattern = {}, alpha_pattern = {} } = JSON.parse(
-    readFileSync(join(path, "adapter_config.json"), "utf8"),
-  );
+// The inputs of an adapter, from its adapter_config.json and the bytes of its adapter_model.safetensors.
+export function adapterInputs(ort, config, bytes) {
+  const { r, lora_alpha, use_rslora, rank_pattern = {}, alpha_pattern = {} } = config;
   if (Object.keys({ ...rank_pattern, ...alpha_pattern }).length) throw new Error("this sample reads one rank and one alpha");
   const scale = lora_alpha / (use_rslora ? Math.sqrt(r) : r); // of B
   const inputs = {};
-  for (const [name, tensor] of Object.entries(readTensors(join(path, "adapter_model.safetensors")))) {
-    inputs[name] = transposed(tensor, name.includes(".lora_B.") ? scale : 1);
+  for (const [name, tensor] of Object.entries(readTensors(bytes))) {
+    inputs[name] = transposed(ort, tensor, name.includes(".lora_B.") ? scale : 1);
   }
   return inputs;
 }
 
-const session = await ort.InferenceSession.create(new Uint8Array(readFileSync(graph)));
 const isFactor = ({ name }) => /\.lora_[AB]\./.test(name);
 
 // A and B of rank 0 at every layer: the base.
-const base = {};
-for (const { name, shape } of session.inputMetadata.filter(isFactor)) {
-  base[name] = new ort.Tensor("float32", new Float32Array(0), shape.map((size) => (typeof size === "number" ? size : 0)));
-}
-const adapter = adapterInputs(folder);
-const unknown = Object.keys(adapter).filter((name) => !(name in base));
-if (unknown.length) throw new Error(`the graph has no inputs ${unknown.join(", ")}`);
-
-const ids = words.split(",").map(BigInt);
-const texts = {};
-for (const { name } of session.inputMetadata.filter((input) => !isFactor(input))) {
-  const fill = { input_ids: ids, attention_mask: ids.map(() => 1n) }[name] ?? ids.map(() => 0n);
-  texts[name] = new ort.Tensor("int64", BigInt64Array.from(fill), [1, ids.length]);
+export function inputsOfBase(ort, session) {
+  const empty = (shape) => new ort.Tensor("float32", new Float32Array(0), shape.map((size) => (typeof size === "number" ? size : 0)));
+  return Object.fromEntries(session.inputMetadata.filter(isFactor).map(({ name, shape }) => [name, empty(shape)]));
 }
 
-const output = session.outputNames[0];
-const run = async (factors) => Array.from((await session.run({ ...texts, ...factors }))[output].data);
-console.log(JSON.stringify({ base: await run(base), adapter: await run({ ...base, ...adapter }) }));
+async function main([graph, folder, words = "5,7,9", runtime = "onnxruntime-web"]) {
+  const { readFileSync } = await import("node:fs");
+  const { createRequire } = await import("node:module");
+  const { join } = await import("node:path");
+  const ort = createRequire(join(process.cwd(), "package.json"))(runtime); // installed where the program is run
+  ort.env.logLevel = "error";
+
+  const session = await ort.InferenceSession.create(new Uint8Array(readFileSync(graph)));
+  const base = inputsOfBase(ort, session);
+  const config = JSON.parse(readFileSync(join(folder, "adapter_config.json"), "utf8"));
+  const adapter = adapterInputs(ort, config, new Uint8Array(readFileSync(join(folder, "adapter_model.safetensors"))));
+  const unknown = Object.keys(adapter).filter((name) => !(name in base));
+  if (unknown.length) throw new Error(`the graph has no inputs ${unknown.join(", ")}`);
+
+  const ids = words.split(",").map(BigInt);
+  const texts = {};
+  for (const { name } of session.inputMetadata.filter((input) => !isFactor(input))) {
+    const fill = { input_ids: ids, attention_mask: ids.map(() => 1n) }[name] ?? ids.map(() => 0n);
+    texts[name] = new ort.Tensor("int64", BigInt64Array.from(fill), [1, ids.length]);
+  }
+
+  const output = session.outputNames[0];
+  const run = async (factors) => Array.from((await session.run({ ...texts, ...factors }))[output].data);
+  console.log(JSON.stringify({ base: await run(base), adapter: await run({ ...base, ...adapter }) }));
+}
+
+if (globalThis.process?.argv) await main(process.argv.slice(2));

@@ -158,19 +158,20 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if options.ignore_head else loaded])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)
+    sites = find_sites(model)
     if options.ignore_head:
-        sites = find_sites(model)
         (loaded,) = without_shared_head([loaded], sites.specs, stored_in_graph(sites))
     contract = checked_contract(model, graph)
+    names = [spec.name for spec in sites.specs]
     try:
-        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight])
+        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight], around=names)
     except MatchError as error:
         raise error.with_words(NO_WEIGHT, "the graph takes no adapter at").with_remedy(
             f"{graph} takes adapters at {len(contract.slots)} layers. "
             f"`{command('onnx', lora='inputs', target='NAMES')}` makes a graph that takes them at others"
         ) from error
     if any(step.replace is not None for step in steps.low_rank):
-        steps = without_unchanged_tables(steps, find_sites(model))
+        steps = without_unchanged_tables(steps, sites)
     onnx_adapter.refuse_new_tables(steps)
     notes = (*loaded.notes, *steps.notes)
     for note in notes:

@@ -11,26 +11,44 @@ import click
 from lora_export.cli.arguments import cli_command
 from lora_export.cli.verbosity import Verbosity, verbosity
 
-# topic -> what its page explains; the first pages come first
-TOPICS = {
-    "tasks": "What do you want to do? A command for each job.",
-    "install": "Install it, with and without PyTorch; the extras.",
-    "training": "Train an adapter: data, targets, held-out accuracy.",
-    "models": "What MODEL can be: a folder, a function of yours, a .pt2, a graph.",
-    "adapters": "Which adapters are read, and which are refused.",
-    "merging": "Merge into a checkpoint or a graph: plan, rounding, provenance.",
-    "onnx": "Export to ONNX: the modes merged, nodes, inputs and rows.",
-    "torchscript": "Export to TorchScript.",
-    "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
-    "generation": "Models with a key/value cache: export, generate, fuse.",
-    "genai": "Adapters in graphs of onnxruntime-genai.",
-    "quantised": "Graphs with 4-bit and 8-bit weights.",
-    "verdict": "What `verify` runs, and how it decides.",
-    "ci": "Verify in CI: exit codes, reports, pytest.",
-    "python": "All commands as Python functions.",
-    "configuration": "Defaults in pyproject.toml and the environment; shell completion.",
-    "limits": "What this version does not do.",
+# Group -> topic -> what its page explains. `release/site` shows the pages in these groups.
+GROUPS = {
+    "Start": {
+        "tasks": "What do you want to do? A command for each job.",
+        "install": "Install it, with and without PyTorch; the extras.",
+    },
+    "Examples": {
+        "ollama": "From a language model and its LoRA to Ollama.",
+        "sdxl": "Stable Diffusion XL with three LoRA files of kohya's format.",
+        "customers": "One BERT, twenty customers: a graph, and an adapter a row.",
+        "gate": "A repository of adapters, and the gate that each has to pass.",
+        "browser": "A model in the browser, and its adapters as files beside it.",
+    },
+    "Guide": {
+        "training": "Train an adapter: data, targets, held-out accuracy.",
+        "qlora": "Train beside a base in 4 bits.",
+        "models": "What MODEL can be: a folder, a function of yours, a .pt2, a graph.",
+        "adapters": "Which adapters are read, and which are refused.",
+        "kinds": "Adapters that are not LoRA: LoHa, VeRA, IA3, OFT and others.",
+        "diffusion": "Adapters of diffusion models: names, pipelines, other programs.",
+        "changing": "Another format; LoRA of any kind; the adapter of a trained model.",
+        "combining": "Several adapters as one: sums, TIES, DARE; combine and resize.",
+        "merging": "Merge into a checkpoint or a graph: plan, rounding, provenance.",
+        "onnx": "Export to ONNX: the modes merged, nodes, inputs and rows.",
+        "torchscript": "Export to TorchScript.",
+        "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
+        "generation": "Models with a key/value cache: export, generate, fuse.",
+        "genai": "Adapters in graphs of onnxruntime-genai.",
+        "quantised": "Weights of 4 and 8 bits, in graphs and in checkpoints.",
+        "verdict": "What `verify` runs, and how it decides.",
+        "judged": "Every rule of a verdict, and what it does not judge.",
+        "ci": "Verify in CI: exit codes, reports, pytest.",
+        "python": "All commands as Python functions.",
+        "configuration": "Defaults in pyproject.toml and the environment; shell completion.",
+        "limits": "What this version does not do.",
+    },
 }
+TOPICS = {name: line for topics in GROUPS.values() for name, line in topics.items()}
 
 
 @cli_command(None, "guide merging", json=False)

@@ -75,7 +75,7 @@ class MergeOptions(Applied, Signed):
     )
     dequantize: bool = option(
         False,
-        "Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
+        "Make a quantised BASE a float model, and merge into that. `lora-export guide quantised` lists the schemes.",
         often=True,
         section=Section.BASE,
         only=checkpoints("{requantize} merges into the quantised weights of a graph"),

@@ -29,7 +29,7 @@ from lora_export.plan.layouts import check_stated, layout_notes, refuse_unknown,
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
-from lora_export.plan.spelling import spell, unknown_names
+from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
 from lora_export.plan.types import Plan, Step, TensorSpec
 
@@ -48,6 +48,7 @@ def make(
     unknown_layout_ok: bool = False,
     rules: ArchitectureRules | None = None,
     ties: Ties | None = None,
+    around: Iterable[str] = (),
 ) -> Plan:
     """Match adapters with the names and shapes of a base.
 
@@ -64,6 +65,8 @@ def make(
 
     `ties` are tensors that the base stores under one of their names, to be untied or changed together: see `ties.py`.
 
+    `around` are names of further tensors of the base, which take no change. With them its layout is recognised.
+
     Every adapter tensor is used exactly once, or MatchError lists all misfits. Raises InputRefused for an adapter that
     would change nothing, unless `identity_ok` (training starts from one), for the same adapter given twice, and for
     layouts that are unknown or contradict the base.
@@ -75,6 +78,7 @@ def make(
     if ties.handling is not Tied.ERROR and ties.tensors:
         base = BaseTensors(with_copies(base.values(), ties))
     unstored = base.keys() - stored
+    base.layouts = layouts_within(base, around)
     check_stated(layout or {}, base)
     parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
     spelled = [part.spelled(rules) for part in parts]

@@ -67,6 +67,17 @@ def _layouts(base: BaseTensors) -> list[OtherLayout]:
     return base.layouts
 
 
+def layouts_within(base: BaseTensors, around: Iterable[str]) -> list[OtherLayout] | None:
+    """The other layouts of a base with further tensors, as far as they are of its own; None where it has no further."""
+    further = [name for name in around if name not in base]
+    if not further:
+        return None
+    return [
+        replace(layout, tensors={name: one for name, one in layout.tensors.items() if set(one.sources) <= base.keys()})
+        for layout in other_layouts([*base, *further])
+    ]
+
+
 def _best(attempts: Sequence[AsSpelled | ConvertedNames]) -> AsSpelled | ConvertedNames:
     # The first, where several match as many. Experts may have one name before and after transformers converts them.
     return max(attempts, key=lambda attempt: (attempt.matched, attempt.matched_tensors, attempt.has_converted_experts))

@@ -40,4 +40,4 @@ def test_an_unknown_topic_is_a_usage_error_with_the_nearest(capsys: pytest.Captu
         "Error: the guide has no page `merge`; the nearest is `merging`. The pages are: tasks, install, "
     ) in capsys.readouterr().err
     assert call("guide", "zzz") == 2
-    assert "no page `zzz`. The pages are: tasks, install, training, " in capsys.readouterr().err
+    assert "no page `zzz`. The pages are: tasks, install, ollama, " in capsys.readouterr().err

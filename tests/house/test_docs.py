@@ -23,9 +23,19 @@ NEEDS = {
     "README": ("base", "texts.jsonl", "adapter"),
     "tasks": ("base", "texts.jsonl", "adapter", "fr", "de", "base.onnx", "decoder", "pirate"),
     "install": (),
+    "ollama": ("llama", "my-lora"),
+    "sdxl": ("sdxl", "ink.safetensors", "oil.safetensors", "pastel.safetensors"),
+    "customers": ("classifier", "customers", "texts.jsonl"),
+    "gate": ("base", "adapter", "fr"),
+    "browser": ("base", "fr", "de"),
     "training": ("base", "texts.jsonl", "net.py", "numbers.npz", "decoder"),
+    "qlora": ("decoder", "texts.jsonl"),
     "models": ("net-adapter",),
-    "adapters": ("base", "adapter", "fr"),
+    "adapters": ("adapter",),
+    "kinds": ("base", "de-loha"),
+    "diffusion": ("sdxl", "ink.safetensors"),
+    "changing": ("base", "adapter", "fr", "de"),
+    "combining": ("base", "fr", "de"),
     "merging": ("base", "adapter", "fr", "de", "base.onnx"),
     "onnx": ("base", "adapter", "fr", "base.onnx"),
     "torchscript": ("base", "adapter"),
@@ -34,13 +44,14 @@ NEEDS = {
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),
+    "judged": (),
     "ci": ("base", "adapter", "model.onnx", "merged"),
     "python": ("base", "adapter", "fr", "base.onnx"),
     "configuration": (),
     "limits": (),
 }
 # The others have several exports or trainings
-QUICK = ("README", "install", "python", "configuration", "limits")
+QUICK = ("README", "install", "judged", "python", "configuration", "limits")
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
@@ -111,7 +122,7 @@ def test_a_block_that_is_not_run_gives_a_reason(page: str) -> None:
         ("toml", ""),
     }
     for block in blocks(page):
-        assert (block.language, block.info) in known or (block.language == "python" and block.info.endswith(".py"))
+        assert (block.language, block.info) in known or block.is_file
         assert block.has_reason is (block.info == "no-test"), f"{page}, line {block.line}"
 
 

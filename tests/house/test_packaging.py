@@ -119,7 +119,7 @@ def test_the_core_is_the_project_without_pytorch():
     assert all(own[name] == whole[name] for name in own)
     assert sorted(extras.pop("torch")) == sorted(whole[name] for name in ("torch", "onnxscript"))
     assert extras.pop("cpu") == [whole["onnxruntime"].partition(";")[0]]
-    others = {"demo", "dev", "release"}
+    others = {"demo", "dev", "release", "site"}
     assert extras == {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in others}
     assert (CORE["license"], CORE["requires-python"]) == (PROJECT["license"], PROJECT["requires-python"])
     assert CORE["scripts"] == dict.fromkeys(("lora-export", "lora-export-core"), PROJECT["scripts"]["lora-export"])

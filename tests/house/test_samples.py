@@ -29,7 +29,9 @@ from torch import nn
 import lora_export as le
 from lora_export import cli
 from support import ROOT
+from support.browser import needs_chromium, served, shown
 from support.handmade import peft_adapter
+from support.pages import blocks
 from support.small_models import small_adapter, small_model
 
 SAMPLES = ROOT / "samples"
@@ -559,16 +561,45 @@ def plain_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("runtime", [pytest.param(name, marks=why_no_javascript(name)) for name in RUNTIMES])
 def test_javascript_computes_what_peft_computes(runtime: str, plain_inputs: Path) -> None:
     printed = javascript(runtime, plain_inputs / "model.onnx", plain_inputs / "fr")
-    model = transformers.BertModel.from_pretrained(plain_inputs / "base").eval()
+    expect_what_peft_computes(printed, plain_inputs)
+
+
+def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> None:
+    model = transformers.BertModel.from_pretrained(folder / "base").eval()
     ids = torch.tensor([[5, 7, 9]])
     with torch.no_grad():
         base = model(ids).last_hidden_state.numpy().ravel()
-        adapted = (
-            peft.PeftModel.from_pretrained(model, plain_inputs / "fr").eval()(ids).last_hidden_state.numpy().ravel()
-        )
+        adapted = peft.PeftModel.from_pretrained(model, folder / "fr").eval()(ids).last_hidden_state.numpy().ravel()
     np.testing.assert_allclose(printed["base"], base, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(printed["adapter"], adapted, rtol=1e-4, atol=1e-5)
     assert np.abs(adapted - base).max() > 1e-2
+
+
+# Chooses each adapter in turn, and reports what the page shows.
+CHOOSES = """<pre id="report"></pre><script type="module">
+const results = {}, choice = document.querySelector("#adapter");
+while (!choice.onchange) await new Promise((done) => setTimeout(done, 50));
+for (const name of ["", "fr"]) {
+  choice.value = name;
+  await choice.onchange();
+  results[name ? "adapter" : "base"] = JSON.parse(document.querySelector("#result").textContent);
+}
+document.querySelector("#report").textContent = JSON.stringify(results);
+</script>"""
+
+
+@needs_chromium
+@why_no_javascript("onnxruntime-web")
+def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_path: Path) -> None:
+    (page,) = [block.text for block in blocks("browser") if block.language == "html"]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text(page + CHOOSES, encoding="utf-8")
+    (tmp_path / "site" / "node_modules").symlink_to(NODE / "node_modules")
+    for path in (SAMPLES / "adapter_inputs.mjs", plain_inputs / "model.onnx", plain_inputs / "fr"):
+        (tmp_path / "site" / path.name).symlink_to(path)
+    with served(tmp_path / "site") as address:
+        printed = shown(f"{address}/index.html", tmp_path / "home")
+    expect_what_peft_computes(printed, plain_inputs)
 
 
 def test_the_graph_of_the_javascript_sample_needs_every_input(plain_inputs: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_export import merge, unmerge, verify
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import COMPONENTS, Adapter, component_name, split_component
 from lora_export.plan import Layout, TensorSpec, make
 from lora_export.plan.diffusion import (
@@ -273,3 +273,15 @@ def test_a_merge_of_several_models_is_undone(tmp_path):
     merge(base, adapter, tmp_path / "out.safetensors", keep_residual=tmp_path / "residual")
     unmerge(tmp_path / "out.safetensors", adapter, tmp_path / "back.safetensors", base_from=tmp_path / "residual")
     assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_names_around_show_the_layout_of_a_few_layers(flattened):
+    module, original = ("mid_block.attentions.0.transformer_blocks.0.attn2.to_q", "middle_block.1.transformer_blocks.0")
+    names, spec = arrays_of(unet()), TensorSpec(f"{module}.weight", (4, 4), "float32", Layout.OUT_IN)
+    name = f"{original}.attn2.to_q"
+    own = adapter(name.replace(".", "_") if flattened else name, flattened=flattened)
+    with pytest.raises(MatchError):
+        make([own], [spec])
+    plan = make([own], [spec], around=names)
+    assert [step.weight for step in plan.steps] == [spec.name] and not plan.kept

@@ -16,10 +16,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
 
+from lora_export.names.diffusion_layouts import other_layouts
 from support import genai
 from support.cli import call
+from support.diffusion import adapter_file, clip_text_model, linear_shapes, random_pairs, unet
 from support.exporters import a_llama, save_tokenizer
 from support.graphs import quantised
 
@@ -111,6 +113,12 @@ def _peft_adapter(seed: int, base: str = "base", targets: str | list[str] = "all
     return make
 
 
+def _loha(inputs: PageInputs, path: Path) -> None:
+    torch.manual_seed(4)
+    config = peft.LoHaConfig(r=2, alpha=4, target_modules=["query", "value"], init_weights=False)
+    peft.get_peft_model(AutoModel.from_pretrained(inputs.path("base")), config).save_pretrained(path)
+
+
 def _decoder_module() -> nn.Module:
     torch.manual_seed(0)
     return a_llama()
@@ -173,6 +181,64 @@ def _net_adapter(inputs: PageInputs, path: Path) -> None:
     assert call("train", f"{net}:make", "--data", data, "-o", path, "--rank", "4", "--learning-rate", "1e-2") == 0
 
 
+def _classifier(inputs: PageInputs, path: Path) -> None:
+    """The base with a head for the labels of the texts."""
+    torch.manual_seed(0)
+    labels = dict(enumerate(TOPICS))
+    config = {
+        "num_labels": len(labels),
+        "id2label": labels,
+        "label2id": {name: number for number, name in labels.items()},
+    }
+    AutoModelForSequenceClassification.from_pretrained(inputs.path("base"), **config).save_pretrained(path)
+    for file in inputs.path("base").glob("tokenizer*"):
+        shutil.copy(file, path)
+
+
+def _customers(inputs: PageInputs, path: Path) -> None:
+    """Twenty adapters, each with a head of its own for two to four labels."""
+    for number in range(1, 21):
+        torch.manual_seed(number)
+        labels = 2 + number % 3
+        model = AutoModelForSequenceClassification.from_pretrained(inputs.path("base"), num_labels=labels)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+        model.save_pretrained(path / f"customer-{number:02}")
+
+
+def _sdxl(_: PageInputs, path: Path) -> None:
+    """A pipeline like Stable Diffusion XL: a UNet and two text encoders."""
+    models = {"unet": unet(like_sdxl=True), **dict.fromkeys(("text_encoder", "text_encoder_2"), clip_text_model())}
+    index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline"}
+    for name, model in models.items():
+        model.save_pretrained(path / name)
+        index[name] = ["diffusers" if name == "unet" else "transformers", type(model).__name__]
+    (path / "model_index.json").write_text(json.dumps(index))
+
+
+def _style(seed: int) -> Callable[..., None]:
+    """A file of kohya's scripts: pairs of random numbers on attention layers, under the flattened original names."""
+
+    def make(_: PageInputs, path: Path) -> None:
+        own = unet(like_sdxl=True)
+        (layout,) = other_layouts({name: tuple(value.shape) for name, value in own.state_dict().items()})
+        shapes = linear_shapes(own)
+        named = {
+            f"unet.{name.removesuffix('.weight')}": shapes[tensor.conversion.weights[0].removesuffix(".weight")]
+            for name, tensor in layout.tensors.items()
+            if name.startswith("middle_block") and name.endswith(("attn2.to_q.weight", "attn2.to_v.weight"))
+        }
+        text = {name: shape for name, shape in linear_shapes(clip_text_model()).items() if "q_proj" in name}
+        named |= {f"te{number}.text_model.{name}": shape for number in (1, 2) for name, shape in text.items()}
+        adapter_file(path, random_pairs(named, rank=4, seed=seed), prefix="lora_", flattened=True, alpha=2)
+
+    return make
+
+
 MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "base": _base,
     "texts.jsonl": _texts,
@@ -182,6 +248,7 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "kept.residual": lambda inputs, _: inputs.path("kept"),
     "fr": _peft_adapter(1, targets=["query", "value"]),
     "de": _peft_adapter(2, targets=["query", "key", "value", "intermediate.dense"]),
+    "de-loha": _loha,
     "base.onnx": _base_graph,
     "int4.onnx": _quantised_graph,
     "model.onnx": _model_graph,
@@ -191,6 +258,14 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "pirate": _peft_adapter(3, "decoder"),
     "genai": _genai,
     "served": _generating,
+    "llama": lambda inputs, path: shutil.copytree(inputs.path("decoder"), path),
+    "my-lora": lambda inputs, path: shutil.copytree(inputs.path("pirate"), path),
+    "classifier": _classifier,
+    "customers": _customers,
+    "sdxl": _sdxl,
+    "ink.safetensors": _style(1),
+    "oil.safetensors": _style(2),
+    "pastel.safetensors": _style(3),
     "net.py": _net,
     "numbers.npz": _numbers,
     "net-adapter": _net_adapter,

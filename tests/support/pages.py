@@ -5,7 +5,7 @@ The info string after the three backquotes gives the kind of a block:
     sh              shell commands; `# exits 4` behind one is the exit code that it must end with
     sh no-test      not run; a comment above the block gives the reason
     python          run in the page's folder, and every function `test_...` that it defines is called
-    python net.py   written to this file
+    python net.py   written to this file; of any language
     text output     the lines are part of what the commands above printed, numbers aside
 """
 
@@ -43,6 +43,11 @@ class Block:
     has_reason: bool  # a comment above gives the reason why it is not run
 
     @property
+    def is_file(self) -> bool:
+        """Whether the block is the text of a file, which its info string names."""
+        return "." in self.info
+
+    @property
     def commands(self) -> list[str]:
         """The command lines of a shell block; a line that ends in a backslash continues on the next."""
         return [line for line in self.text.replace("\\\n", " ").splitlines() if line.strip()]
@@ -78,7 +83,7 @@ class PageRun:
             for command in block.commands:
                 self._run_command(command, block)
             self.printed = self.capsys.readouterr().out
-        elif block.language == "python" and block.info:
+        elif block.is_file:
             Path(block.info).write_text(block.text, encoding="utf-8")
             sys.modules.pop(Path(block.info).stem, None)  # a test may have imported another module of this name
         elif block.language == "python":
