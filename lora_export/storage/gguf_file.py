@@ -147,7 +147,7 @@ class _HeaderReader:
             raise InputRefused(f"{self.path}: {ALIGNMENT_KEY} is {alignment!r}, which is no power of two")
         if found.value("split.count", 1) not in (0, 1):
             raise InputRefused(
-                f"{self.path} is one of several parts of a model. Join them with llama.cpp's llama-gguf-split --merge"
+                f"{self.path} is one of several parts of a model. Join them with llama.cpp's llama-gguf-split"
             )
         described = [self.tensor() for _ in range(tensor_count)]
         refuse_unprintable([name for name, *_ in described], f"the header of {self.path}")

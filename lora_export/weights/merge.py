@@ -238,7 +238,9 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
     for step in plan.steps:
         if step.added and step.replace is not None:
             no_bytes = Entry(step.weight, step.replace.dtype, step.spec.shape, 0, 0)
-            added = OutputTensor(no_bytes, step, plan.output_name(step), output_dtype(no_bytes.dtype))
+            # Loaders of quantised models leave a float layer in its own dtype, and its inputs have the model's.
+            stored = next((tensor.dtype for tensor in base.kept.values()), output_dtype(no_bytes.dtype))
+            added = OutputTensor(no_bytes, step, plan.output_name(step), stored)
             tensors[list(tensors)[-1]].append(added)
     return tensors
 
