@@ -24,7 +24,7 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.companion_files import compare_files
+from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
@@ -69,7 +69,8 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
     floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps.output_name)
-    for found in (compare_files(base, path, loaded, dtypes, floats if promoted else ()), files.others):
+    beside = compare_files(base, path, loaded, dtypes, floats if promoted and kept else ())
+    for found in (beside, files.others, _other_record(candidate, [*map(steps.output_name, promoted)])):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {
@@ -84,6 +85,15 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
         "numpy": np.__version__,
     }
     return replace(audit, recorded=recorded, about=about)
+
+
+def _other_record(candidate: Artifact, promoted: Sequence[str]) -> ComparedFiles:
+    """Where the record of a merge that stayed quantised names other promoted weights than are floats."""
+    stated = candidate.record.settings.get("quantised")
+    recorded = stated.get("promoted") if isinstance(stated, Mapping) else None
+    if recorded is None or recorded == sorted(promoted):
+        return ComparedFiles()
+    return ComparedFiles((f"the record names {len(recorded)} promoted weights, and other ones are floats",))
 
 
 def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:

@@ -81,6 +81,8 @@ def compare_files(
     if not (base.is_dir() and merged.is_dir()):
         return ComparedFiles()
     found = _Found()
+    if floats:
+        found.differences += _unstated_floats(base, merged, floats)
     for name in CONFIGS:
         if (base / name).exists() and (merged / name).exists():
             before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
@@ -243,6 +245,26 @@ def _have_equal_tensors(one: Path, other: Path) -> bool:
     return kinds[0] == kinds[1] and all(
         first.read(name).tobytes() == second.read(name).tobytes() for name in first.entries
     )
+
+
+def _unstated_floats(base: Path, merged: Path, floats: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Where a quantised folder does not state which of its layers became floats, or states others."""
+    for name in (CONFIG, *QUANTIZATION_FILES):
+        if (base / name).is_file() and (merged / name).is_file():
+            before, after = json_files.read_json(base / name), json_files.read_json(merged / name)
+            stated = with_floats(before, *floats) if name == CONFIG else file_with_floats(name, before, *floats)
+            for key in _not_as_stated(before, stated, after):
+                yield f"{name}: {key} does not name the layers that are floats in the weights, and in the base are not"
+
+
+def _not_as_stated(before: Values, stated: Values, found: Values, prefix: str = "") -> Iterator[str]:
+    """The keys whose values should be others than before, as stated, and are not."""
+    for key, value in stated.items():
+        old, new = before.get(key), found.get(key)
+        if old != value and isinstance(old, Mapping) and isinstance(value, Mapping) and isinstance(new, Mapping):
+            yield from _not_as_stated(old, value, new, f"{prefix}{key}.")
+        elif value not in (old, new):
+            yield f"{prefix}{key}"
 
 
 def _expected_config(

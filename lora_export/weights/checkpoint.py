@@ -235,7 +235,8 @@ def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpo
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:
     return InputRefused(
         f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again silently. "
-        f"Merge into the original float model, or {remedy_for(quantization)}"
+        f"Merge into the original float model, keep this one quantised ({named('keep_quantised', True)}), or "
+        f"{remedy_for(quantization)}"
     )
 
 

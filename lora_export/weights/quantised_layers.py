@@ -24,7 +24,7 @@ FUSED = (
     *("q_a_proj kv_a_proj_with_mqa", "in_proj_qkv in_proj_z", "in_proj_b in_proj_a"),
 )
 FUSED_WITH = {part: parts for parts in FUSED for part in parts.split()}
-EXPERTS = re.compile(r"(.*\bexperts)\.")  # all experts of a layer are one
+OF_EXPERTS = re.compile(r"(.*\bexperts)\.")  # all experts of a layer are one
 
 
 def why_promoted(result: StepResult, min_retention: float) -> str:
@@ -60,7 +60,7 @@ def _module(weight: str) -> str:
 def _fused_module(weight: str) -> str:
     """A name for the module that servers make of a layer and those that are fused with it."""
     module = _module(weight)
-    if experts := EXPERTS.match(module):
+    if experts := OF_EXPERTS.match(module):
         return experts[1]
     parent, _, own = module.rpartition(".")
     return f"{parent}.{FUSED_WITH.get(own, own)}"

@@ -6,7 +6,6 @@ quantisation, blocks that do not divide the shape.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import numpy as np
 import torch
 from bitsandbytes import functional
 
-from lora_export.storage import safetensors_file
-from lora_export.weights.quantised import find_quantised
+from lora_export.weights.checkpoint import open_checkpoint
 from support.quantised import OpenedWeight, Tensors
 
 Quantised = tuple[Tensors, dict[str, Any]]  # the tensors of the module, and the quantization_config
@@ -199,9 +197,8 @@ def quantised(kind: str, module: str = "x") -> Quantised:
 
 def weights_in(folder: Path) -> dict[str, np.ndarray]:
     """The quantised weights of a folder as our decoders make them, and all of its floats."""
-    file = safetensors_file.open_file(folder / "model.safetensors")
-    stated = json.loads((folder / "config.json").read_text())
-    found = find_quantised({file.path.name: file}, stated["quantization_config"], stated["dtype"])
+    checkpoint = open_checkpoint(folder, dequantise=True)
+    found, (file,) = checkpoint.quantised, checkpoint.shards.values()
     weights = {name: OpenedWeight(tensor, file).whole for name, tensor in found.items()}
     parts = {part for tensor in found.values() for part in (tensor.packed, *tensor.parts)}
     return weights | {name: file.read(name) for name in file.entries if name not in parts}

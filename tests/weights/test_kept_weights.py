@@ -12,8 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_export
+from lora_export import verify
 from lora_export.errors import InputRefused
-from support.handmade import peft_adapter
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
+from lora_export.plan.stored_region import cut
+from lora_export.storage import block_copy
+from lora_export.storage.hashes import file_sha256
+from lora_export.verification.against_checkpoint import audit
+from lora_export.weights import tensor_blocks
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.keep_quantised import keep_quantised
+from lora_export.weights.kept_weights import patch_in_file
+from lora_export.weights.merge import merge_checkpoint
+from support.cli import answer, call
+from support.handmade import add_tensors, peft_adapter
 from support.quantised_weights import WEIGHTS, quantised, weights_in
 
 ONE_LAYER = [kind for kind in WEIGHTS if kind != "mxfp4"]
@@ -71,7 +84,7 @@ def test_large_change_is_kept_in_the_scheme(kind: str, tmp_path: Path) -> None:
 
 def assert_judged(out: Path, base: Path, adapter: Path) -> None:
     """The output is the same; with one bit of any tensor flipped, it is different."""
-    assert str(lora_export.verify(out, base=base, adapters=[adapter])).startswith("same")
+    assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
     tensors = load_file(out / "model.safetensors")
     for name, tensor in tensors.items():
         changed = tensor.clone()
@@ -80,7 +93,7 @@ def assert_judged(out: Path, base: Path, adapter: Path) -> None:
         flat[middle + tensor.element_size() - 1 if tensor.is_floating_point() else middle] ^= 1  # its sign's byte
         save_file(tensors | {name: changed}, out / "model.safetensors", {"format": "pt"})
         try:
-            verdict = str(lora_export.verify(out, base=base, adapters=[adapter]))
+            verdict = str(verify(out, base=base, adapters=[adapter]))
         except InputRefused:  # it describes no weight any more
             continue
         assert verdict.startswith("different"), name
@@ -115,3 +128,231 @@ def states_float(folder: Path, module: str) -> bool:
     import re
 
     return module in named or any(re.match(pattern[2:], module) for pattern in patterns)
+
+
+def merged(folder: Path, base: Path, pairs: dict[str, Any], **options: Any) -> tuple[Path, Path]:
+    """The output and the adapter of a merge that keeps `base` quantised."""
+    adapter, out = peft_adapter(folder / "adapter", pairs), folder / "merged"
+    lora_export.merge(base, [adapter], out, keep_quantised=True, **options)
+    return out, adapter
+
+
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq 4", "nf4, double", "awq"])
+def test_rows_without_a_change_keep_their_bytes(kind: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", kind)
+    weight = floats_of(base)["a.fc.weight"]
+    rows, columns = weight.shape
+    b = np.zeros((rows, 1), np.float32)
+    b[8:16] = weight.std()  # eight outputs: in AWQ all of a word
+    out, _ = merged(tmp_path, base, {"a.fc": (np.ones((1, columns)), b)}, min_retention=0)
+    before, after = floats_of(base)["a.fc.weight"], floats_of(out)["a.fc.weight"]
+    assert {*np.flatnonzero((before != after).any(axis=1))} == set(range(8, 16))
+    one, other = stored_in(base), stored_in(out)
+    off = sum(a != b for name in one for a, b in zip(one[name], other[name], strict=True))
+    assert 0 < off <= 8 * columns
+
+
+def test_dora_and_several_adapters_are_kept(tmp_path: Path) -> None:
+    """DoRA's norms are of outputs, which are rows of one file and columns of the other."""
+    rng = np.random.default_rng(0)
+    for kind in ("compressed int4", "gptq 4"):
+        base = base_of(tmp_path / kind, kind)
+        weight = floats_of(base)["a.fc.weight"]
+        rows, columns = weight.shape
+        a, b = rng.normal(size=(2, columns)), rng.normal(size=(rows, 2)) * weight.std() / 4
+        lengths = np.linalg.norm(weight + b @ a, axis=1) * np.linspace(0.8, 1.2, rows)
+        one = peft_adapter(tmp_path / f"{kind} dora", {"a.fc": (a, b)}, use_dora=True)
+        add_tensors(one, {"base_model.model.a.fc.lora_magnitude_vector.weight": lengths.astype(np.float32)})
+        out = tmp_path / f"{kind} out"
+        lora_export.merge(base, [one], out, keep_quantised=True)
+        expected = (weight + b @ a) * np.linspace(0.8, 1.2, rows)[:, None]
+        after = floats_of(out)["a.fc.weight"]
+        assert np.linalg.norm(after - expected) < 0.7 * np.linalg.norm(weight - expected)
+        assert verify(out, base=base, adapters=[one])
+        two = [peft_adapter(tmp_path / f"{kind} {n}", {"a.fc": (a * n, b)}) for n in (1, 2)]
+        both = tmp_path / f"{kind} both"
+        lora_export.merge(base, two, both, keep_quantised=True, weights=[0.5, 1.5])
+        assert verify(both, base=base, adapters=two, weights=[0.5, 1.5])
+        assert not verify(both, base=base, adapters=two, weights=[0.5, 1.0])
+
+
+def test_promotion_needs_a_place_in_the_config(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "awq", quantization_config=None)
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": "awq"}))
+    pairs = {"a.fc": (np.ones((1, 96)), np.full((24, 1), 1e-3))}
+    with pytest.raises(InputRefused) as refused:
+        merged(tmp_path, base, pairs)
+    text = str(refused.value)
+    assert "1 of 1 quantised weights cannot hold their change, and the config has no place that states which" in text
+    assert "a.fc.weight (awq 4-bit): 0.0% of its change would be left" in text and "min_retention=0" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_change_below_the_floats_of_a_promoted_layer_is_refused(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "nf4, double")
+    with pytest.raises(
+        InputRefused, match=r"(?s)lose most of their change to rounding.*dtype=\"float32\"\), or keep the"
+    ):
+        merged(tmp_path, base, {"a.fc": (np.ones((1, 100)), np.full((24, 1), 1e-5))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_loss_that_is_accepted_stays_in_the_scheme(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gptq 4")
+    b = np.full((24, 1), 1e-3)
+    b[0] = 1
+    adapter, out = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), b)}), tmp_path / "out"
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0)
+    assert result.report is not None and result.report.layers[0].is_kept
+    assert verify(out, base=base, adapters=[adapter])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "stated", "key"),
+    [
+        ("gptq 4", "quantize_config.json", {"bits": 4, "group_size": 32}, "dynamic"),
+        ("awq", "quant_config.json", {"w_bit": 4, "version": "GEMM"}, "modules_to_not_convert"),
+        ("modelopt nvfp4", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "exclude_modules"),
+    ],
+)
+def test_file_of_the_quantiser_states_promoted_layers_too(
+    kind: str, name: str, stated: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path / "base", kind)
+    (base / name).write_text(json.dumps(stated))
+    weight = floats_of(base)["a.fc.weight"]
+    out, adapter = merged(tmp_path, base, {"a.fc": (np.ones((1, weight.shape[1])), np.full((24, 1), 3e-3))})
+    found = json.loads((out / name).read_text())
+    excluded = found.get("quantization", found)[key]
+    assert list(excluded) == (["-:^a\\.fc$"] if key == "dynamic" else ["a.fc"])
+    assert verify(out, base=base, adapters=[adapter])
+    (out / name).write_text(json.dumps(stated))
+    assert f"{key} does not name the layers that are floats" in str(verify(out, base=base, adapters=[adapter]))
+
+
+def test_whole_model_of_promoted_layers_is_a_float_model(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gptq 4")
+    pairs = {name: (np.ones((1, 92)), np.full((24, 1), 3e-3)) for name in ("a.fc", "b.other")}
+    out, adapter = merged(tmp_path, base, pairs)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert verify(out, base=base, adapters=[adapter])
+
+
+def test_command_reports_layers_and_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = base_of(tmp_path / "base", "gptq 4"), tmp_path / "out"
+    adapter = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3))})
+    code, document = answer(capsys, "merge", base, adapter, "-o", out, "--keep-quantised")
+    assert code == 0
+    (layer,) = document["layers"]
+    assert (layer["weight"], layer["scheme"], layer["stored"]) == ("a.fc.weight", "gptq 4-bit", "float16")
+    assert layer["why"] == "0.0% of its change would be left" and layer["retention"] == 0 and layer["noise"] == 1
+    assert document["base_bytes"] == (base / "model.safetensors").stat().st_size < document["bytes"]
+    record = json.loads((out / "lora_export.json").read_text())
+    assert '"promoted": ["a.fc.weight"]' in json.dumps(record)
+    assert call("merge", base, adapter, "-o", tmp_path / "no", "--keep-quantised", "--dtype", "float32") == 2
+    assert "--keep-quantised does not go together with --dtype" in capsys.readouterr().err
+    assert call("merge", out, adapter, "-o", tmp_path / "no", "--keep-quantised") == 3
+    assert "already" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_float_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file({"a.fc.weight": torch.ones(4, 4)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(InputRefused, match=r"is not quantised\. Leave keep_quantised= out"):
+        merged(tmp_path, tmp_path / "base", {"a.fc": (np.ones((1, 4)), np.ones((4, 1)))})
+
+
+@pytest.mark.parametrize("kind", ["compressed int4", "gptq 4", "compressed int3"])
+def test_parts_of_a_weight_change_alone(kind: str, tmp_path: Path) -> None:
+    """Fused q|k|v rows, and some columns of other rows: in the order of the file, whatever that is."""
+    base = base_of(tmp_path / "base", kind)
+    before = open_checkpoint(base, dequantise=True)
+    weight = floats_of(base)["a.fc.weight"]
+    regions = [slice(0, 8), slice(0, weight.shape[1])], [slice(8, 24), slice(16, 48)]
+    expected, steps = weight.copy(), []
+    rng = np.random.default_rng(0)
+    for own in regions:
+        region = cut("a.fc.weight", weight.shape, own)
+        assert region is not None
+        out, inputs = region.cut_shape
+        pair = LoraPair(a=rng.normal(size=(2, inputs)), b=rng.normal(size=(out, 2)) * weight.std() / 4, scale=1.0)
+        spec = TensorSpec(region.name, (out, inputs), "float32", Layout.OUT_IN, region=region)
+        steps.append(Step(spec, (Term("mine", "fc", pair),)))
+        expected[tuple(own)] += pair.b.astype(np.float64) @ pair.a
+    mine = (Adapter("mine", "peft", {}),)
+    plan = Plan(mine, (1.0,), tuple(steps), ())
+    decided, layers = keep_quantised(plan, before, 0.0)
+    assert [layer.weight for layer in layers] == ["a.fc.weight"] and layers[0].is_kept
+    (tmp_path / "merged").mkdir()
+    merge_checkpoint(plan, decided, tmp_path / "merged", min_retention=0)
+    after = floats_of(tmp_path / "merged")["a.fc.weight"]
+    is_inside = np.zeros(weight.shape, bool)
+    for own in regions:
+        is_inside[tuple(own)] = True
+    assert np.array_equal(after[~is_inside], weight[~is_inside])
+    error = np.linalg.norm((after - expected)[is_inside]) / np.linalg.norm((weight - expected)[is_inside])
+    assert error < 0.7
+    merged = open_checkpoint(tmp_path / "merged", dequantise=True)
+    assert audit(plan, before, merged).outcome == "same"
+    assert {weight.name for weight in audit(plan, before, merged).weights if weight.fate == "changed"} == {
+        step.weight for step in steps
+    }
+    wrong = Plan(mine, (1.0,), tuple(steps[:1]), ())
+    found = [weight.name for weight in audit(wrong, before, merged).weights if weight.outcome == "different"]
+    assert found == ["a.fc.weight (other entries)"]
+
+
+def test_part_that_is_no_block_of_the_file_is_refused(tmp_path: Path) -> None:
+    """Every second row is a part of a matrix of half as many rows."""
+    base = base_of(tmp_path / "base", "compressed int4")
+    tensor = open_checkpoint(base, dequantise=True).quantised["a.fc.weight"]
+    region = cut("a.fc.weight", (24, 96), [slice(0, 24, 2), slice(0, 96)])
+    assert region is not None
+    step = Step(TensorSpec(region.name, (12, 96), "float32", Layout.OUT_IN, region=region))
+    with pytest.raises(InputRefused, match=r"cannot be quantised again. Make the base a float model \(dequantize"):
+        patch_in_file(tensor, step)
+
+
+def test_tied_table_that_gets_a_second_name_is_refused(tmp_path: Path) -> None:
+    before = open_checkpoint(base_of(tmp_path / "base", "compressed int4"), dequantise=True)
+    plan = Plan((), (), (), (), untied={"head.weight": "a.fc.weight"})
+    with pytest.raises(InputRefused, match=r"a\.fc\.weight is quantised, and the output would have it under two names"):
+        keep_quantised(plan, before, 0.5)
+
+
+def test_large_weights_are_measured_in_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows: those that are measured before the merge are those that the report has."""
+    monkeypatch.setattr(block_copy, "BLOCK", 1 << 10)
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 400)
+    base = base_of(tmp_path / "base", "gptq 4")
+    weight = floats_of(base)["a.fc.weight"]
+    adapter, _ = adapter_of(tmp_path / "adapter", weight.shape, weight.std() / 4)
+    result = lora_export.merge(base, [adapter], tmp_path / "out", keep_quantised=True)
+    assert result.report is not None
+    (layer,), (written,) = result.report.layers, result.report.results
+    assert (layer.retention, layer.noise) == (written.retention, written.noise)
+    assert 0 < written.elements < weight.size
+    assert verify(tmp_path / "out", base=base, adapters=[adapter])
+
+
+def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
+    base, out = base_of(tmp_path / "base", "gptq 4"), tmp_path / "out"
+    stored = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    files = {name: "a.safetensors" if "scales" in name or "norm" in name else "b.safetensors" for name in stored}
+    for file in set(files.values()):
+        save_file({name: stored[name] for name in stored if files[name] == file}, base / file, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    pairs = {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3)), "b.other": (np.ones((1, 92)), np.full((24, 1), 0.1))}
+    adapter = peft_adapter(tmp_path / "adapter", pairs)
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, hashing="sha256")
+    assert result.report is not None and [layer.is_kept for layer in result.report.layers] == [False, True]
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == files.keys() - {f"a.fc.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} | {
+        "a.fc.weight"
+    }
+    assert verify(out, base=base, adapters=[adapter])
+    manifest = (out / "lora_export.json").read_text()
+    assert all(file_sha256(path) in manifest for folder in (base, out) for path in folder.glob("*.safetensors"))
+    (out / "lora_export.json").write_text(manifest.replace('"a.fc.weight"', '"b.other.weight"'))
+    assert "the record names 1 promoted weights" in str(verify(out, base=base, adapters=[adapter]))

@@ -26,8 +26,8 @@ from lora_export.weights.quantised.packed_numbers import pack, unpack
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 EVERY_BYTE = np.arange(256, dtype=np.uint8)
 FLOAT8_VALUES = EVERY_BYTE.view(FLOAT8).astype(np.float32)
+MOST_BINS = 1 << 14
 INT8_VALUES = EVERY_BYTE.view(np.int8).astype(np.float32)
-COMPARED = 32  # values up to which comparing with all midpoints is faster than a search
 
 Numbers = NDArray[np.uint8]  # codes, (rows, columns)
 # Rows in the order of the file -> their scales in fp32, and their zero points or None. Both can be broadcast to
@@ -52,16 +52,22 @@ class StoredCodes:
         return bool(np.array_equal(ordered, ordered[0] + np.arange(len(ordered))))
 
     @functools.cached_property
-    def _ordered(self) -> tuple[Numbers, NDArray[np.float32]]:
-        """The codes in the order of their different values, and the middles between these."""
-        values, codes = np.unique(self.values, return_index=True)
-        is_number = np.isfinite(values)
-        values = values[is_number]
-        return codes[is_number].astype(np.uint8), (values[1:] + values[:-1]) / np.float32(2)
+    def _first_of_equal(self) -> Numbers | None:
+        """For each code the first one of its value; None where all values are different."""
+        _, first, same = np.unique(self.values, return_index=True, return_inverse=True, equal_nan=False)
+        return None if len(first) == len(self.values) else first[same].astype(np.uint8)
+
+    @functools.cached_property
+    def _search(self) -> Callable[[NDArray[np.float32]], Numbers]:
+        return nearest_among(self.values)
 
     def weight(self, codes: Numbers, scales: NDArray[np.float32], zeros: NDArray[Any] | None) -> NDArray[np.float32]:
         """(value - zero point) * scale in fp32."""
-        found = self.values.take(codes)
+        if not self.are_integers:
+            found = self.values.take(codes)
+        else:  # faster than a look-up
+            found = (codes.view(np.int8) if self.values is INT8_VALUES else codes).astype(np.float32)
+            found += self.values[0]
         if zeros is not None:
             found -= zeros
         found *= scales
@@ -82,26 +88,53 @@ class StoredCodes:
             if zeros is not None:
                 weight += zeros
             found = self._rounded(weight)
-        stays = self.values.take(found) == self.values.take(old)
+        first = self._first_of_equal
+        if first is not None:
+            np.copyto(found, old, where=first.take(found) == first.take(old))
         if not scales.all():
-            stays |= scales == 0
-        np.copyto(found, old, where=stays)
+            np.copyto(found, old, where=scales == 0)
         return found
 
     def _rounded(self, numbers: NDArray[np.float32]) -> Numbers:
         if self.are_integers:
             np.clip(numbers, self.values.min(), self.values.max(), out=numbers)
-            return (numbers.astype(np.int16) - int(self.values[0])).astype(np.uint8)
+            return (numbers.astype(np.int16) - np.int16(self.values[0])).astype(np.uint8)
         if self.values is FLOAT8_VALUES:
             largest = float(ml_dtypes.finfo(FLOAT8).max)
             return np.clip(numbers, -largest, largest, out=numbers).astype(FLOAT8).view(np.uint8)
-        codes, middles = self._ordered
-        if len(codes) > COMPARED:
-            return codes.take(np.searchsorted(middles, numbers))
-        places = np.zeros(numbers.shape, np.uint8)
-        for middle in middles:
-            places += numbers > middle
-        return codes.take(places)
+        return self._search(numbers)
+
+
+def nearest_among(values: NDArray[np.float32]) -> Callable[[NDArray[np.float32]], Numbers]:
+    """What finds the codes of the nearest of a few values.
+
+    One look-up instead of a search: the range is cut into bins, each with one middle between two values at most.
+    """
+    ordered, first = np.unique(values[np.isfinite(values)], return_index=True)
+    codes = np.flatnonzero(np.isfinite(values))[first].astype(np.uint8)
+    middles = (ordered[1:] + ordered[:-1]) / np.float32(2)
+    gap = np.diff(middles).min(initial=np.inf)
+    bins = 2 * (middles[-1] - middles[0]) / gap + 2 if gap and middles.size else np.inf
+    if not bins <= MOST_BINS:
+        return lambda numbers: codes.take(np.searchsorted(middles, numbers))
+    lowest, per_unit = middles[0], np.float32(2 / gap)
+
+    def bin_of(numbers: NDArray[np.float32]) -> NDArray[np.intp]:
+        found = (numbers - lowest) * per_unit
+        within: NDArray[np.float32] = np.fmin(np.fmax(found, 0, out=found), int(bins), out=found)  # NaN: 0
+        return within.astype(np.intp)
+
+    own, every = bin_of(middles), np.arange(int(bins) + 1)
+    limits = np.full(len(every), np.inf, np.float32)
+    limits[own] = middles
+    below = np.searchsorted(own, every)
+    at_most, above = codes[below], codes[below + np.isfinite(limits)]
+
+    def nearest(numbers: NDArray[np.float32]) -> Numbers:
+        places = bin_of(numbers)
+        return np.where(numbers > limits.take(places), above.take(places), at_most.take(places))
+
+    return nearest
 
 
 def read_numbers(codes: StoredCodes, path: Path, fd: int, start: int, rows: slice) -> Numbers:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.codes import FLOAT8, FLOAT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
 from lora_export.weights.quantised.stored_parts import (
     Decode,
@@ -32,7 +32,6 @@ from lora_export.weights.quantised.stored_parts import (
 )
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def _e2m3() -> NDArray[np.float32]:

@@ -159,7 +159,8 @@ class _StoredNumbers:
             def of_columns(each: NDArray[Any], own: slice) -> NDArray[np.float32]:
                 if share:
                     each = each[own] if share == 1 else each[np.arange(own.start, own.stop) // share]
-                return (each if of_column is None else each[:, of_column]).astype(np.float32)
+                wide = each.astype(np.float32)
+                return wide if of_column is None else wide.take(of_column, axis=1)  # an index would turn its memory
 
             return lambda own: (of_columns(values, own), None if points is None else of_columns(points, own))
 

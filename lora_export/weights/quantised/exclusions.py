@@ -30,7 +30,7 @@ def excluded_by(*keys: str, replaces_default: bool = False) -> Exclude:
 
 def excluded_by_patterns(stated: Stated, modules: Sequence[str], _: Iterable[str]) -> dict[str, Any]:
     """gptqmodel's `dynamic`: patterns of names, of which the first that fits decides."""
-    exclusions = {f"-:^{re.escape(module)}$": {} for module in modules}
+    exclusions: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in modules}
     return {**stated, "dynamic": exclusions | dict(stated.get("dynamic") or {})}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.weights.quantised import find_quantised
-from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, PackedRows, StoredCodes
+from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, PackedRows, StoredCodes, nearest_among
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, pack, unpack
 from support.quantised import OpenedWeight, parts_in
 from support.quantised_weights import WEIGHTS, quantised
@@ -94,6 +94,18 @@ def test_equal_values_keep_their_code_and_the_ends_hold(values: np.ndarray) -> N
         assert values[code] == (np.nanmax(values) if number > 0 else np.nanmin(values))
     nothing = np.zeros((1, 1), np.float32)
     assert np.array_equal(codes.nearest(values[None] + 1, nothing, None, every), every)  # no value of it is nearer
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0], [1, 1], [0, 1], [0, 1, 1 + 2**-20, 5], [np.nan, 2, -2, 0.5], list(np.linspace(-1, 1, 16) ** 3)]
+)
+def test_search_among_any_values_finds_the_nearest(values: list[float]) -> None:
+    table = np.array(values, np.float32)
+    numbers = np.concatenate([table[np.isfinite(table)], np.random.default_rng(0).normal(size=1000) * 2])
+    numbers = numbers.astype(np.float32)
+    found = table[nearest_among(table)(numbers)].astype(np.float64)
+    least = np.nanmin(np.abs(table.astype(np.float64)[:, None] - numbers), axis=0)
+    assert (np.abs(found - numbers) <= least + 1e-6).all()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -103,6 +103,38 @@ def test_adapter_on_experts_gives_pefts_weights(place: Path, tmp_path: Path) -> 
         assert (loss.error, loss.change) == (pytest.approx(float(error)), pytest.approx(float(change), rel=1e-4))
 
 
+@pytest.mark.parametrize(("size", "promoted"), [(0.03, 0), (0.0005, 2)])
+def test_experts_stay_in_mxfp4_or_become_floats(place: Path, tmp_path: Path, size: float, promoted: int) -> None:
+    """Both weights of an `experts` module have one type; the router and attention are floats anyway."""
+    layer, adapter = "model.layers.0.mlp.experts", tmp_path / "adapter"
+    targets = [f"layers.0.mlp.experts.{name}" for name in EXPERTS]
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=targets)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(place / "float"), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    adapted.save_pretrained(adapter)
+    out = tmp_path / "merged"
+    result = lora_export.merge(place / "mxfp4", [adapter], out, keep_quantised=True)
+    assert result.report is not None
+    layers = result.report.layers
+    assert len(layers) == 2 and sum(not one.is_kept for one in layers) == promoted
+    assert lora_export.verify(out, adapters=[adapter], base=place / "mxfp4")
+    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(loading.values())
+    floats = tmp_path / "floats"
+    lora_export.merge(place / "mxfp4", [adapter], floats, dequantize=True)
+    ours, theirs = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.bfloat16).state_dict(), model.state_dict()
+    for one in layers:
+        error = (theirs[one.weight].float() - ours[one.weight].float()).norm() / ours[one.weight].float().norm()
+        assert (error == 0) if promoted else (0 < error < 0.5)
+    others = theirs.keys() - {one.weight for one in layers}
+    assert all(torch.equal(theirs[name], ours[name]) for name in others)
+    stated = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (layer in stated["modules_to_not_convert"]) == bool(promoted)
+
+
 def test_one_wrong_entry_of_an_expert_is_different(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

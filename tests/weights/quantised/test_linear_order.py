@@ -17,6 +17,7 @@ from lora_export.weights.quantised import as_conv1d
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor
 from support.handmade import peft_adapter
 from support.quantised import example
+from support.quantised_weights import weights_in
 
 CONFIG = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0}
 SCHEMES = {
@@ -58,6 +59,20 @@ def test_every_weight_of_gpt2_is_in_out_again(place: Path, tmp_path: Path) -> No
         assert close(merged[other], before[other]), other
     assert lora_export.verify(out, adapters=[adapter], base=place / "base")
     GPT2LMHeadModel.from_pretrained(out)
+
+
+def test_conv1d_stays_quantised_in_the_order_of_the_library(place: Path, tmp_path: Path) -> None:
+    rng, name = np.random.default_rng(0), "transformer.h.0.attn.c_proj"
+    a, b = rng.normal(size=(2, 64)).astype(np.float32), 0.01 * rng.normal(size=(64, 2)).astype(np.float32)
+    adapter, out = peft_adapter(tmp_path / "adapter", {name: (a, b)}), tmp_path / "merged"
+    result = lora_export.merge(place / "base", [adapter], out, keep_quantised=True)
+    assert result.report is not None and [layer.is_kept for layer in result.report.layers] == [True]
+    one, other = load_file(place / "base" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [key for key in one if not torch.equal(one[key], other[key])] == [f"{name}.weight"]
+    assert lora_export.verify(out, adapters=[adapter], base=place / "base")
+    before, after = (weights_in(folder)[f"{name}.weight"].astype(np.float32) for folder in (place / "base", out))
+    moved, change = after - before, (b @ a).T
+    assert (moved * change).sum() > 0.7 * np.square(change).sum() > np.abs((moved * change.T).sum())
 
 
 def test_conv1d_in_gptq_is_in_out_again(tmp_path: Path) -> None:
