@@ -80,7 +80,8 @@ def inspection_document(found: Inspection) -> dict[str, Any]:
         layers = {"linear_layers": len(found.linear)}
         return made | interface | {"opsets": dict(found.interface.opsets)} | layers | _graph_as_document(found.graph)
     assert found.checkpoint is not None
-    return made | {"tensors": [as_dict(spec) for spec in found.checkpoint.specs]}
+    schemes = {name: {"stored_as": tensor.scheme} for name, tensor in found.checkpoint.quantised.items()}
+    return made | {"tensors": [as_dict(spec) | schemes.get(spec.stored_name, {}) for spec in found.checkpoint.specs]}
 
 
 def _grouped(
@@ -105,17 +106,20 @@ def _more(number: int) -> str:
 def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bool) -> Iterator[str]:
     from lora_export.plan.layout_evidence import LayoutEvidence
 
-    yield f"{count(len(checkpoint.specs), 'tensor')}, {checkpoint.nbytes:,} bytes"
+    stored = [spec for spec in checkpoint.specs if spec.region is None]  # a stack of experts is one tensor
+    types = {spec.name: spec.dtype for spec in stored}
+    types |= {name: tensor.scheme for name, tensor in checkpoint.quantised.items()}
+    yield f"{count(len(stored), 'tensor')}, {checkpoint.nbytes:,} bytes"
     yield from _record_lines(found)
     groups = _grouped(
-        checkpoint.specs,
+        stored,
         lambda spec: spec.name,
-        lambda spec: (spec.shape, spec.dtype, spec.layout, spec.aliases),
+        lambda spec: (spec.shape, types[spec.name], spec.layout, spec.aliases),
         every=every,
     )
     for name, (spec, *_), several in groups:
         facts = ["stored (in, out)" if spec.layout == "in_out" else "", *(f"also {alias}" for alias in spec.aliases)]
-        yield _joined(f"  {name}  {shape_text(spec.shape)} {spec.dtype}", *facts, several)
+        yield _joined(f"  {name}  {shape_text(spec.shape)} {types[spec.name]}", *facts, several)
     evidence = LayoutEvidence({spec.name: spec for spec in checkpoint.specs}, {})
     squares = (spec.name for spec in checkpoint.specs if spec.layout == "unknown" and len(set(spec.shape)) == 1)
     if tasks := checkpoint.own_adapters:

@@ -29,7 +29,7 @@ PLANNED = 5  # weights of the short screen of --dry-run
 def merge_command(adapters: tuple[str, ...], further: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Merge adapters into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
 
-    BASE is a Hugging Face folder, a .safetensors file or an .onnx file. The output is the same kind, with the same
+    BASE is a Hugging Face folder, a .safetensors, an .onnx or a .gguf file. The output is the same kind, with the same
     layout. PyTorch is not needed, and memory does not grow with the size of the model.
     """
     # A process that imports torch is not made faster by what `brisk` does.

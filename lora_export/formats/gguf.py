@@ -48,7 +48,7 @@ MOST_LAYERS = 10_000
 SHOWN_ALPHAS = 5
 
 
-KEY = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<side>[ab])")
+_KEY = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<side>[ab])")
 ALORA = "adapter.alora.invocation_tokens"
 WORDS = "token_embd"
 
@@ -75,7 +75,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     queries = size_in_config(config, "num_attention_heads") or 0
     heads = Heads(queries, size_in_config(config, "num_key_value_heads") or queries)
     tensors = as_tensor_file(file, {tensor.name: tensor for tensor in file.tensors})
-    pairs, spelling = read_pairs(tensors, functools.partial(_pairs_of, names, heads, alpha), KEY)
+    pairs, spelling = read_pairs(tensors, functools.partial(_pairs_of, names, heads, alpha), _KEY)
     return Adapter(
         name=name,
         format="gguf",

@@ -17,17 +17,17 @@ from lora_export.names.families import column, read_rows
 from lora_export.names.row_orders import Heads, RowOrder
 from lora_export.names.table import read_table
 
-NAMES: Mapping[str, str] = read_rows("families.json")["gguf_names"]
-ROWS = column("gguf")
+LLAMA_CPP_NAMES: Mapping[str, str] = read_rows("families.json")["gguf_names"]
+LLAMA_CPP_TYPES = column("gguf")
 EXPERT = "#"
 _BLOCK = re.compile(r"(?<=^blk\.)\d{1,6}(?=\.)")
 
 
 def model_type_of(architecture: str, *, has_experts: bool) -> str:
     """A type of transformers' models that has this architecture in llama.cpp. Raises InputRefused for unknown ones."""
-    kinds = [kind for kind, row in ROWS.items() if row["architecture"] == architecture]
+    kinds = [kind for kind, row in LLAMA_CPP_TYPES.items() if row["architecture"] == architecture]
     if not kinds:
-        known = ", ".join(sorted({row["architecture"] for row in ROWS.values()}))
+        known = ", ".join(sorted({row["architecture"] for row in LLAMA_CPP_TYPES.values()}))
         raise InputRefused(f"models of the architecture {architecture!r} are not supported; supported: {known}")
     return kinds[-1] if has_experts else kinds[0]  # Mixtral is a Llama with experts
 
@@ -44,7 +44,7 @@ class LlamaCppNames:
         stem, _, last = tensor.rpartition(".")
         found = _BLOCK.search(stem)
         key = _BLOCK.sub("{}", stem, count=1)
-        module = self._row.get("names", {}).get(key) or NAMES.get(key)
+        module = self._row.get("names", {}).get(key) or LLAMA_CPP_NAMES.get(key)
         if module is None or last not in ("weight", "bias"):
             return None
         return f"{module.format(found[0] if found else '')}.{last}"
@@ -68,5 +68,5 @@ class LlamaCppNames:
 
     @property
     def _row(self) -> Mapping[str, Any]:
-        row: Mapping[str, Any] = ROWS[self.model_type]
+        row: Mapping[str, Any] = LLAMA_CPP_TYPES[self.model_type]
         return row

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.storage.block_copy import Bytes
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufFile, GgufTensor
 from lora_export.storage.safetensors_file import Entry, TensorFile
 
-Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 SIGN = np.uint8(0x80)
 RESOLVED = 1 << 20  # times a step: fp32 does not tell all codes apart beside an offset that is larger
@@ -63,7 +63,7 @@ class Plane(NamedTuple):
 
 
 # Steps and offsets of each group: (blocks, groups) in fp32, or no offsets
-Scales = tuple[Floats, Floats | None]
+StepsAndOffsets = tuple[Floats, Floats | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class BlockCodec:
 
     type: BlockType
     planes: Sequence[Plane]  # the lowest bits of a code first
-    scales: Callable[[Bytes], Scales]
+    scales: Callable[[Bytes], StepsAndOffsets]
     numbers: Floats  # of each code: whole numbers
     group: int  # elements
 
@@ -92,9 +92,11 @@ class BlockCodec:
         with np.errstate(over="ignore"):
             position = (wanted if offsets is None else wanted - offsets[..., None]) / divisor
         codes = self._nearest(position).reshape(len(blocks), -1)
-        are_coarse = offsets is not None and bool((np.abs(offsets) > RESOLVED * np.abs(steps)).any())
-        if is_fixed.any() or are_coarse or not self._is_ladder:
-            codes = self._nearer(codes, self.codes_of(blocks), values, steps, offsets)
+        is_odd = is_fixed if offsets is None else is_fixed | (np.abs(offsets) > RESOLVED * np.abs(steps))
+        odd = np.flatnonzero(is_odd.any(axis=1)) if self._is_ladder else np.arange(len(blocks))
+        if odd.size:
+            stored, own = self.codes_of(blocks[odd]), None if offsets is None else offsets[odd]
+            codes[odd] = self._nearer(codes[odd], stored, values[odd], steps[odd], own)
         result = blocks.copy()
         shift = 0
         for plane in self.planes:
@@ -171,11 +173,11 @@ def _half(blocks: Bytes, start: int) -> Floats:
     return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
 
 
-def one_step(start: int) -> Callable[[Bytes], Scales]:
+def one_step(start: int) -> Callable[[Bytes], StepsAndOffsets]:
     return lambda blocks: (_half(blocks, start), None)
 
 
-def step_and_offset(blocks: Bytes) -> Scales:
+def step_and_offset(blocks: Bytes) -> StepsAndOffsets:
     return _half(blocks, 0), _half(blocks, 2)
 
 
@@ -184,18 +186,18 @@ def _scaled(step: Floats, scales: NDArray[Any]) -> Floats:
         return step * scales.astype(np.float32)
 
 
-def _q2_k(blocks: Bytes) -> Scales:
+def _q2_k(blocks: Bytes) -> StepsAndOffsets:
     both = blocks[:, :16]
     return _scaled(_half(blocks, 80), both & 0xF), -_scaled(_half(blocks, 82), both >> 4)
 
 
-def _q3_k(blocks: Bytes) -> Scales:
+def _q3_k(blocks: Bytes) -> StepsAndOffsets:
     low = Plane(96, 1, 8, 4).read(blocks)
     high = Plane(104, 1, 4, 2).read(blocks)
     return _scaled(_half(blocks, 108), (low | high << 4).astype(np.int8) - np.int8(32)), None
 
 
-def _q4_k(blocks: Bytes) -> Scales:
+def _q4_k(blocks: Bytes) -> StepsAndOffsets:
     """Eight scales and eight minima of 6 bits, in 12 bytes: the last four of each have their highest bits apart."""
     scales, minima, rest = (blocks[:, start : start + 4] for start in (4, 8, 12))
     steps = np.concatenate([scales & 0x3F, (rest & 0xF) | (scales >> 2 & 0x30)], axis=1)
@@ -203,16 +205,16 @@ def _q4_k(blocks: Bytes) -> Scales:
     return _scaled(_half(blocks, 0), steps), -_scaled(_half(blocks, 2), offsets)
 
 
-def _q6_k(blocks: Bytes) -> Scales:
+def _q6_k(blocks: Bytes) -> StepsAndOffsets:
     return _scaled(_half(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)), None
 
 
-def _mxfp4(blocks: Bytes) -> Scales:
+def _mxfp4(blocks: Bytes) -> StepsAndOffsets:
     """Half of a power of two: the numbers of the table are twice as large as those of the format."""
     return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
 
 
-def _iq4_xs(blocks: Bytes) -> Scales:
+def _iq4_xs(blocks: Bytes) -> StepsAndOffsets:
     low = np.stack([blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4], axis=2).reshape(len(blocks), 8)
     high = Plane(2, 2, 1, 2).read(blocks)
     return _scaled(_half(blocks, 0), (low | high << 4).astype(np.int8) - np.int8(32)), None
@@ -230,7 +232,11 @@ _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
 
 
 def _codec(
-    name: str, scales: Callable[[Bytes], Scales], numbers: Floats, *planes: tuple[int, int, int, int], groups: int = 1
+    name: str,
+    scales: Callable[[Bytes], StepsAndOffsets],
+    numbers: Floats,
+    *planes: tuple[int, int, int, int],
+    groups: int = 1,
 ) -> BlockCodec:
     kind = BY_NAME[name]
     return BlockCodec(kind, [Plane(*plane) for plane in planes], scales, numbers, kind.elements // groups)
@@ -258,7 +264,7 @@ CODECS = {
 
 
 # Types whose elements NumPy has
-PLAIN = {
+FLAT = {
     BY_NAME[name]: np.dtype(dtype)
     for name, dtype in {
         "F64": np.float64,
@@ -276,7 +282,7 @@ PLAIN = {
 def codec_of(name: str, kind: BlockType) -> BlockCodec:
     """The codec of a tensor's blocks. Raises InputRefused for a type that has none."""
     if kind not in CODECS:
-        known = ", ".join(sorted(one.name for one in (*PLAIN, *CODECS)))
+        known = ", ".join(sorted(one.name for one in (*FLAT, *CODECS)))
         raise InputRefused(f"{name} is stored as {kind.name}, which is not supported; supported: {known}")
     return CODECS[kind]
 
@@ -299,7 +305,7 @@ class DecodedTensors(TensorFile):
     def read(self, name: str) -> NDArray[Any]:
         """Read one tensor. Raises InputRefused where the file became shorter, and as `decoded` does."""
         tensor, data = self.tensors[name], super().read(name)
-        if tensor.type in PLAIN:
+        if tensor.type in FLAT:
             return data
         blocks = data.reshape(-1, tensor.type.nbytes)
         return decoded(name, codec_of(name, tensor.type), blocks).reshape(tensor.shape)
@@ -311,8 +317,8 @@ def as_tensor_file(
     """A GGUF file as a file of tensors under these names."""
 
     def entry(name: str, tensor: GgufTensor) -> Entry:
-        dtype = PLAIN.get(tensor.type, np.dtype(np.uint8))
-        shape = tensor.shape if tensor.type in PLAIN else (tensor.stop - tensor.start,)
+        dtype = FLAT.get(tensor.type, np.dtype(np.uint8))
+        shape = tensor.shape if tensor.type in FLAT else (tensor.stop - tensor.start,)
         return Entry(name, dtype, shape, tensor.start, tensor.stop)
 
     entries = {name: entry(name, tensor) for name, tensor in tensors.items()}

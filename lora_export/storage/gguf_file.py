@@ -21,14 +21,14 @@ from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_GGUF_ENTRIES, MAX_GGUF_HEADER, MAX_JSON
 from lora_export.storage import input_files
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
+MAGIC, _VERSIONS = b"GGUF", (2, 3)
 SUFFIX = ".gguf"
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAX_ALIGNMENT = "general.alignment", 32, 1 << 20
-MAX_DIMENSIONS = 4  # of ggml
+MOST_SIZES = 4  # of ggml
 MAX_NAME = 1 << 16  # bytes of a key or of a tensor's name
 STRING, ARRAY = 8, 9
 # The types of values whose size is known: their number, as `struct` reads them
-NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
 class BlockType(NamedTuple):
@@ -100,7 +100,7 @@ class GgufFile:
         if len(data) != field.stop - field.value:
             raise InputRefused(f"{self.path} became shorter while it was being read")
         return (
-            data[8:].decode(errors="replace") if field.type == STRING else struct.unpack(NUMBERS[field.type], data)[0]
+            data[8:].decode(errors="replace") if field.type == STRING else struct.unpack(_NUMBERS[field.type], data)[0]
         )
 
 
@@ -136,7 +136,7 @@ class _HeaderReader:
         if self.take(4) != MAGIC:
             raise InputRefused(f"{self.path} is no GGUF file: it does not begin with GGUF")
         version = self.number("<I")
-        if version not in VERSIONS:
+        if version not in _VERSIONS:
             order = "stored in big-endian order" if version in (2 << 24, 3 << 24) else f"of version {version}"
             raise InputRefused(f"{self.path} is a GGUF file {order}, which is not supported")
         tensor_count, field_count = self.count("tensors"), self.count("fields")
@@ -151,7 +151,7 @@ class _HeaderReader:
             )
         described = [self.tensor() for _ in range(tensor_count)]
         refuse_unprintable([name for name, *_ in described], f"the header of {self.path}")
-        data_start = aligned(self.position, alignment)
+        data_start = next_aligned(self.position, alignment)
         tensors = self.placed(described, data_start, alignment)
         return GgufFile(self.path, version, alignment, fields, tensors, data_start, self.size, mtime_ns)
 
@@ -208,8 +208,8 @@ class _HeaderReader:
         self.skip_values(kind, count, key)
 
     def skip_values(self, kind: int, count: int, key: str) -> None:
-        if kind in NUMBERS:
-            self.skip(count * struct.calcsize(NUMBERS[kind]))
+        if kind in _NUMBERS:
+            self.skip(count * struct.calcsize(_NUMBERS[kind]))
             return
         if kind != STRING:
             raise self.damaged(f"the field {key!r} has the unknown type {kind}")
@@ -224,7 +224,7 @@ class _HeaderReader:
 
     def tensor(self) -> tuple[str, BlockType, tuple[int, ...], int]:
         name, dimensions = self.name("a tensor"), self.number("<I")
-        if not 0 < dimensions <= MAX_DIMENSIONS:
+        if not 0 < dimensions <= MOST_SIZES:
             raise self.damaged(f"{name!r} has {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions))[::-1]
         number, offset = self.number("<I"), self.number("<Q")
@@ -249,13 +249,13 @@ class _HeaderReader:
                 raise self.damaged(f"{name!r} goes beyond its {self.size:,} bytes")
             tensors.append(GgufTensor(name, kind, shape, position, stop))
             names.add(name)
-            position = aligned(stop, alignment)
+            position = next_aligned(stop, alignment)
         if self.size > position:
             raise self.damaged(f"its tensors end at {position:,}, and it has {self.size:,} bytes")
         return tuple(tensors)
 
 
-def aligned(position: int, alignment: int) -> int:
+def next_aligned(position: int, alignment: int) -> int:
     """The next multiple of the alignment."""
     return -(-position // alignment) * alignment
 
@@ -271,7 +271,7 @@ def text_field(key: str, text: str) -> bytes:
     return struct.pack("<Q", len(name)) + name + struct.pack("<IQ", STRING, len(value)) + value
 
 
-def layout(
+def gguf_layout(
     base: GgufFile, tensors: Iterable[tuple[str, BlockType, tuple[int, ...]]], texts: Mapping[str, str]
 ) -> tuple[bytes, list[GgufTensor]]:
     """Return the header of a file with the fields of `base`, these tensors and these texts, and where its tensors are.
@@ -287,11 +287,11 @@ def layout(
     described, position = [], 0
     for name, kind, shape in tensors:
         described.append(GgufTensor(name, kind, shape, position, position + stored_bytes(kind, shape)))
-        position = aligned(described[-1].stop, base.alignment)
+        position = next_aligned(described[-1].stop, base.alignment)
     for one in described:
         own = one.name.encode()
         dimensions = struct.pack(f"<I{len(one.shape)}Q", len(one.shape), *one.shape[::-1])
         parts.append(struct.pack("<Q", len(own)) + own + dimensions + struct.pack("<IQ", one.type.number, one.start))
     header = MAGIC + struct.pack("<IQQ", base.version, len(described), len(kept) + len(texts)) + b"".join(parts)
-    header += bytes(aligned(len(header), base.alignment) - len(header))
+    header += bytes(next_aligned(len(header), base.alignment) - len(header))
     return header, [one._replace(start=one.start + len(header), stop=one.stop + len(header)) for one in described]

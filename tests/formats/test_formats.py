@@ -109,7 +109,7 @@ def test_a_module_is_all_that_a_format_needs():
     """The modules of the folder are the table: there is no second place to add one to."""
     image_models, language_models = {"kohya", "comfyui", "diffusers"}, {"peft", "mlx", "loralib", "litgpt", "torchtune"}
     assert {*formats.known_formats()} >= image_models | language_models
-    assert not {"lora_file", "onnx_adapter", "gguf", "writing"} & {*formats.known_formats()}
+    assert not {"lora_file", "onnx_adapter", "gguf_architecture", "writing"} & {*formats.known_formats()}
 
 
 @pytest.mark.parametrize(

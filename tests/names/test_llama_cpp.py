@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from lora_export.errors import InputRefused
-from lora_export.names.llama_cpp import EXPERT, NAMES, ROWS, LlamaCppNames, model_type_of
+from lora_export.names.llama_cpp import EXPERT, LLAMA_CPP_NAMES, LLAMA_CPP_TYPES, LlamaCppNames, model_type_of
 from lora_export.names.row_orders import Heads, RowOrder
 
 SMALL = {
@@ -34,7 +34,7 @@ def names_of(kind: str) -> LlamaCppNames:
     return LlamaCppNames(kind, Heads(4, 2))
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", LLAMA_CPP_TYPES)
 def test_each_tensor_of_a_model_comes_back(kind: str) -> None:
     config = hf.AutoConfig.for_model(kind)
     for name, value in SMALL.items():
@@ -44,7 +44,7 @@ def test_each_tensor_of_a_model_comes_back(kind: str) -> None:
     names = names_of(kind)
     with torch.device("meta"):
         model = getattr(hf, names.class_name)(config)
-    theirs = gguf.get_tensor_name_map(ARCHITECTURES[ROWS[kind]["architecture"]], 1)
+    theirs = gguf.get_tensor_name_map(ARCHITECTURES[LLAMA_CPP_TYPES[kind]["architecture"]], 1)
     checked = 0
     for tensor in model.state_dict():
         own = theirs.get_name(tensor, (".weight", ".bias"))
@@ -60,7 +60,7 @@ def test_each_tensor_of_a_model_comes_back(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_stacked_experts_have_the_names_of_files(kind: str) -> None:
-    theirs = gguf.get_tensor_name_map(ARCHITECTURES[ROWS[kind]["architecture"]], 1)
+    theirs = gguf.get_tensor_name_map(ARCHITECTURES[LLAMA_CPP_TYPES[kind]["architecture"]], 1)
     for part in ("gate", "up", "down"):
         found = names_of(kind).of_transformers(f"blk.0.ffn_{part}_exps.weight")
         assert found is not None and EXPERT in found
@@ -93,5 +93,7 @@ def test_only_queries_and_keys_of_llama_are_reordered() -> None:
         ("llama", "q_proj.weight"): RowOrder.PAIRS_OF_QUERIES,
         ("llama", "k_proj.bias"): RowOrder.PAIRS_OF_KEYS,
     }
-    assert [kind for kind in ROWS if names_of(kind).shifts_norms] == ["gemma", "gemma2", "gemma3_text"]
-    assert len(set(NAMES.values())) == len(NAMES) - 1  # two architectures have one norm each in the same place
+    assert [kind for kind in LLAMA_CPP_TYPES if names_of(kind).shifts_norms] == ["gemma", "gemma2", "gemma3_text"]
+    assert (
+        len(set(LLAMA_CPP_NAMES.values())) == len(LLAMA_CPP_NAMES) - 1
+    )  # two architectures have one norm each in the same place

@@ -105,7 +105,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a key that is no text": (lambda: header(number(1) + b"\xff" + bytes(20), fields=1), "is not UTF-8"),
     "an odd alignment": (lambda: header(field("general.alignment", 4, b"\x03\0\0\0"), fields=1), "no power of two"),
     "an alignment of 0": (lambda: header(field("general.alignment", 4, bytes(4)), fields=1), "no power of two"),
-    "one part": (lambda: header(field("split.count", 2, b"\x02\0"), fields=1), "Join them with llama.cpp's llama-gguf-split"),
+    "one part": (lambda: header(field("split.count", 2, b"\x02\0"), fields=1), "llama-gguf-split"),
     "no dimensions": (lambda: header(tensor(sizes=()), tensors=1), "has 0 dimensions"),
     "many dimensions": (lambda: header(tensor(sizes=(1,) * 5), tensors=1, data=4), "has 5 dimensions"),
     "a size of 0": (lambda: header(tensor(sizes=(0,)), tensors=1), r"cannot have the shape [0]"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 import yaml
@@ -163,6 +164,25 @@ def torchtune_rows(folder: Path) -> FormatExample:
     return _example(path, change, reading=ReadOptions(**STATED), config=LLAMA | {"head_dim": 4})
 
 
+def llama_cpp_rows(folder: Path) -> FormatExample:
+    """q of two heads of four rows, which llama.cpp has as pairs of the first and the second half; alpha 6."""
+    a, b = integers(RANK, IN), integers(8, RANK)
+    folder.mkdir(parents=True)
+    writer = gguf.GGUFWriter(str(folder / "a.gguf"), "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 6.0)
+    for side, value in (("a", a), ("b", b)):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    order = [0, 2, 1, 3, 4, 6, 5, 7]  # of each head: rows of even number, then those of odd
+    change = {"model.layers.0.self_attn.q_proj.weight": 3 * (b @ a)[order]}
+    return _example(folder / "a.gguf", change, config=LLAMA | {"head_dim": 4})
+
+
 def torchtune_dora(folder: Path) -> FormatExample:
     a, b, m = integers(RANK, IN), integers(OUT, RANK), np.arange(1, OUT + 1, dtype=np.float32)
     names = ("lora_a.weight", "lora_b.weight", "magnitude")
@@ -236,6 +256,7 @@ EXAMPLES: dict[str, Callable[[Path], FormatExample]] = {
     "loralib, MergedLinear": loralib_merged,
     **{f"litgpt, {name}": _litgpt(name) for name in LITGPT},
     "torchtune, rows of q": torchtune_rows,
+    "llama.cpp, rows of q": llama_cpp_rows,
     "torchtune, DoRA": torchtune_dora,
     "torchtune, Phi-3": torchtune_fused,
     "torchtune, experts": torchtune_experts,

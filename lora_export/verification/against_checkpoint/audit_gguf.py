@@ -26,7 +26,7 @@ from lora_export import provenance
 from lora_export.names.row_orders import RowOrder
 from lora_export.plan import Layout, Plan, Step
 from lora_export.storage import block_copy
-from lora_export.storage.gguf_blocks import CODECS, PLAIN
+from lora_export.storage.gguf_blocks import CODECS, FLAT
 from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
     Judgement,
@@ -156,7 +156,7 @@ class _Pair:
     def judge_changed(self, steps: list[Step], wanted: str) -> AuditedWeight:
         """Judge what steps did to it: one to all of it, or several to experts."""
         why = self._wrong_form(wanted)
-        if not why and self.candidate.type == self.base.type and self.base.type not in PLAIN:
+        if not why and self.candidate.type == self.base.type and self.base.type not in FLAT:
             why = self._other_scales()
         if why:
             return AuditedWeight(self.name, Fate.of(steps[0]), Outcome.DIFFERENT, why)
@@ -223,7 +223,7 @@ class _Pair:
 
     def _blocks(self, first: int) -> StoredBlocks | None:
         """The candidate's blocks, of rows from `first` on; None for floats."""
-        if self.candidate.type in PLAIN:
+        if self.candidate.type in FLAT:
             return None
         return StoredBlocks(self.of_base.file, self.base, self.of_candidate.file, self.candidate, first)
 

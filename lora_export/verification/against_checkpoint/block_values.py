@@ -15,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.storage import block_copy
-from lora_export.storage.gguf_blocks import CODECS, Bytes
+from lora_export.storage.block_copy import Bytes
+from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import GgufFile, GgufTensor
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows
 from lora_export.verification.against_checkpoint.fp64_sums import FP32_ROUNDOFF
 from lora_export.verification.against_checkpoint.kept_numbers import half_distances
 from lora_export.verification.parity import Wide
 
-OPERATIONS = 8  # in fp32 between a sum and its code, and between the code and its value
+SUM_ROUNDINGS = 8  # in fp32 between a sum and its code, and between the code and its value
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # below it, fp16 numbers have fewer bits
-LARGEST_NUMBER = 127  # of Q8_0, in each block with a new scale
+LAST_CODE = 127  # of Q8_0, in each block with a new scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class StoredBlocks:
             np.where(steps < 0, other[codes], own[codes]) * np.where(size, size, np.inf)
             for own, other in (halves, halves[::-1])
         )
-        slack *= OPERATIONS * FP32_ROUNDOFF
+        slack *= SUM_ROUNDINGS * FP32_ROUNDOFF
         if self.has_new_scales:
             below, above, more = self._of_new_scales(codes, size)
             slack += more
@@ -76,8 +77,8 @@ class StoredBlocks:
         """The gaps in blocks of Q8_0 with scales of their own, and what a scale below the normal numbers adds."""
         largest = np.abs(codes.astype(np.int16) - 128).max(axis=1, keepdims=True)
         is_small = size < SMALLEST_HALF
-        half = np.where(is_small | (largest == LARGEST_NUMBER), size / 2, np.nan)
-        return half, half, np.where(is_small, LARGEST_NUMBER * np.finfo(np.float16).smallest_subnormal, 0.0)
+        half = np.where(is_small | (largest == LAST_CODE), size / 2, np.nan)
+        return half, half, np.where(is_small, LAST_CODE * np.finfo(np.float16).smallest_subnormal, 0.0)
 
     def _blocks(self, file: GgufFile, tensor: GgufTensor, rows: slice, columns: int) -> Bytes:
         row_bytes = columns // tensor.type.elements * tensor.type.nbytes

@@ -78,9 +78,7 @@ def compare_rows(block: WeightRows, one: Fp64Sum, scratch: Scratch, *, every_ent
     with np.errstate(over="ignore", invalid="ignore"):  # entries that are off may have any value
         value, bound_of = one.values(block.rows, block.before, scratch)
         difference = np.subtract(block.after, value, out=scratch.array("difference", value.shape))
-        entries = (
-            EVERY_ENTRY if every_entry or block.gaps is not None else _undecided(block, value, difference, scratch)
-        )
+        entries = EVERY_ENTRY if every_entry else _undecided(block, value, difference, scratch)
         if not isinstance(entries, slice) and not entries.size:
             return ComparedRows(value, difference, 0, entries, np.empty(0))
         signed = difference.reshape(-1)[entries]
@@ -97,7 +95,11 @@ def _undecided(block: WeightRows, value: Wide, difference: Wide, scratch: Scratc
     if not np.isfinite(flat @ flat):
         return EVERY_ENTRY
     mask = scratch.array("undecided", value.shape, np.bool_)
-    if block.stored.dtype.itemsize == 2:
+    if block.gaps is not None:
+        distance = np.abs(difference, out=scratch.array("distance", value.shape))
+        np.less_equal(distance, np.where(difference > 0, *block.gaps), out=mask)
+        np.logical_not(mask, out=mask)  # NaN too
+    elif block.stored.dtype.itemsize == 2:
         rounded = scratch.array("rounded", value.shape, block.stored.dtype)
         in_fp32 = scratch.array("fp32", value.shape, np.float32)
         np.copyto(in_fp32, value, casting="unsafe")

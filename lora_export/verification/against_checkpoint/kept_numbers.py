@@ -209,16 +209,17 @@ class ChangedNumbers(ChangedWeight):
         values = self.base.base.codes.values.astype(np.float64)
         below, above = half_distances(values)
         for rows in self.pieces:
-            old, new = self.base.numbers(rows), self.candidate.numbers(rows)
+            old, new = (each.numbers(rows).astype(np.intp) for each in (self.base, self.candidate))
             scales, zeros = self.base.scales(rows)
-            before, after = ((values[numbers] - zeros) * scales for numbers in (old, new))
-            size, is_negative = np.abs(scales), scales < 0
+            before, after = ((values.take(numbers) - zeros) * scales for numbers in (old, new))
+            size, gaps = np.abs(scales), (below.take(new), above.take(new))
+            if (scales < 0).any():
+                gaps = tuple(np.where(scales < 0, *pair) for pair in (gaps[::-1], gaps))
             # Another number of the same value, and any other number where the scale is zero, is no change of the sum.
             is_wrong = (new != old) & (after == before)
-            gaps = [
-                np.where(is_wrong, np.nan, np.where(is_negative, other[new], own[new]) * np.where(size, size, np.inf))
-                for own, other in ((below, above), (above, below))
-            ]
+            for gap in gaps:
+                np.multiply(gap, np.where(size, size, np.inf), out=gap)
+                gap[is_wrong] = np.nan
             yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]))
 
 

@@ -22,7 +22,8 @@ from lora_export.names.llama_cpp import EXPERT, LlamaCppNames
 from lora_export.names.row_orders import Indices
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion
-from lora_export.storage.gguf_blocks import PLAIN, Bytes, as_tensor_file, codec_of, decoded
+from lora_export.storage.block_copy import Bytes
+from lora_export.storage.gguf_blocks import FLAT, as_tensor_file, codec_of, decoded
 from lora_export.storage.gguf_file import BlockType, GgufFile, GgufTensor, open_gguf
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.quantised import QuantisedTensor
@@ -93,7 +94,7 @@ def _checkpoint(file: GgufFile, tensors: Mapping[str, GgufTensor]) -> Checkpoint
         specs=tuple(spec for name, tensor in tensors.items() for spec in _specs(file.path.name, name, tensor)),
         config=config_of(file),
         history=provenance.read_history(record, file.path) if isinstance(record, str) else (),
-        quantised={name: _quantised(name, one) for name, one in tensors.items() if one.type not in PLAIN},
+        quantised={name: _quantised(name, one) for name, one in tensors.items() if one.type not in FLAT},
     )
 
 
@@ -102,7 +103,7 @@ def _specs(file: str, name: str, tensor: GgufTensor) -> Iterator[TensorSpec]:
     stack = TensorSpec(
         name=name,
         shape=tensor.shape,
-        dtype=str(PLAIN.get(tensor.type, np.dtype(np.float32))),
+        dtype=str(FLAT.get(tensor.type, np.dtype(np.float32))),
         layout=(Layout.OTHER, Layout.MATRIX, Layout.OUT_IN, Layout.OUT_IN)[len(tensor.shape) - 1],
         file=file,
         nbytes=tensor.stop - tensor.start,

@@ -27,7 +27,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
-from lora_export.storage.gguf_blocks import PLAIN, Floats, codec_of, decoded, new_q8_0
+from lora_export.storage.gguf_blocks import FLAT, Floats, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
 from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import Entry
@@ -94,7 +94,7 @@ def merge_gguf(
         settings = {"min_retention": min_retention, "types": promoted, **backend.settings, **more_settings}
 
         def record(source_hash: str) -> dict[str, str]:
-            files = {path.name: {hashing: source_hash}}
+            files = {base.file.path.name: {hashing: source_hash}}
             own = provenance.record(
                 plan.adapters, plan.strengths, files, base.checkpoint.history, settings, base_path=base.file.path
             )
@@ -177,7 +177,7 @@ def _decide(
 
 def _types_for(own: BlockType) -> list[BlockType]:
     """The types that are tried for a weight, the narrowest first."""
-    wider = [F16, F32] if own in PLAIN else [Q8_0, F16, F32]
+    wider = [F16, F32] if own in FLAT else [Q8_0, F16, F32]
     return [own, *(kind for kind in wider if kind != own and own != F32)]
 
 
@@ -187,9 +187,9 @@ def _changed(plan: Plan, base: GgufBase, name: str) -> OutputTensor | None:
     if step is None and not parts:
         return None
     tensor = base.tensors[name]
-    if tensor.type not in PLAIN:
+    if tensor.type not in FLAT:
         codec_of(name, tensor.type)
-    entry = Entry(name, PLAIN.get(tensor.type, FLOAT), tensor.shape, tensor.start, tensor.stop)
+    entry = Entry(name, FLAT.get(tensor.type, FLOAT), tensor.shape, tensor.start, tensor.stop)
     patches = tuple(
         Patch(part, part.spec.region.rows, part.spec.region.columns) for part in parts if part.spec.region is not None
     )
@@ -246,7 +246,7 @@ def _write(
 
     def layout() -> tuple[bytes, list[GgufTensor]]:
         described = [(one.tensor.name, one.type, one.tensor.shape) for one in stored]
-        return gguf_file.layout(base.file, described, record(hashes.source.hexdigest()))
+        return gguf_file.gguf_layout(base.file, described, record(hashes.source.hexdigest()))
 
     _, targets = layout()
     total: dict[str, Statistics] = {}
@@ -282,7 +282,7 @@ def _blocks(
         else:
             for block, _ in _changed_blocks(base, one, read_fd, target.start, backend):
                 yield block
-        yield Block(stop, end, target.stop, gguf_file.aligned(target.stop, alignment), work=_fill_with_zeros)
+        yield Block(stop, end, target.stop, gguf_file.next_aligned(target.stop, alignment), work=_fill_with_zeros)
 
 
 def _fill_with_zeros(_source: Bytes, target: Bytes, _scratch: Bytes) -> None:
@@ -298,12 +298,12 @@ def _changed_blocks(
     """
     assert stored.change is not None
     kind = stored.type
-    change = replace(stored.change, dtype=PLAIN.get(kind, FLOAT))
+    change = replace(stored.change, dtype=FLAT.get(kind, FLOAT))
     target = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
     blocks = list(tensor_blocks.changed_blocks(base.file.path, read_fd, change, target, backend))
     rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
     for block, measured in zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True):
-        if kind in PLAIN:
+        if kind in FLAT:
             yield block, measured
             continue
         first, last = (
@@ -331,8 +331,8 @@ def _encode(
     after = decoded(name, codec, blocks)  # refuses new scales that are too large
     if not measured:
         return []
-    if own in PLAIN:
-        before = source.view(PLAIN[own]).astype(np.float32).reshape(total.shape)
+    if own in FLAT:
+        before = source.view(FLAT[own]).astype(np.float32).reshape(total.shape)
     else:
         before = decoded(name, codec_of(name, own), source.reshape(-1, own.nbytes)).reshape(total.shape)
     statistics = Statistics(stored.change.name if stored.change else name)

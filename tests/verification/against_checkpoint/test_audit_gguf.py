@@ -14,7 +14,7 @@ import lora_export
 from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.storage.gguf_blocks import CODECS
-from lora_export.storage.gguf_file import GgufTensor, layout, open_gguf
+from lora_export.storage.gguf_file import GgufTensor, gguf_layout, open_gguf
 from support.gguf_files import Kind, llama, write_llama
 from support.peft_models import trained
 
@@ -96,7 +96,7 @@ def rewritten(path: Path, texts: dict[str, str], keep: Callable[[GgufTensor], bo
     """The same file with other fields, or with fewer tensors."""
     file, data = open_gguf(path), path.read_bytes()
     kept = [one for one in file.tensors if keep(one)]
-    head, tensors = layout(file, [(one.name, one.type, one.shape) for one in kept], texts)
+    head, tensors = gguf_layout(file, [(one.name, one.type, one.shape) for one in kept], texts)
     out = bytearray(head + bytes(tensors[-1].stop - len(head)))
     for one, target in zip(kept, tensors, strict=True):
         out[target.start : target.stop] = data[one.start : one.stop]

@@ -359,17 +359,23 @@ OF_NUMBERS = (
 )
 
 
-@pytest.mark.parametrize("fault", ["missing", "nan", "empty", "huge", "other dtype"])
+@pytest.mark.parametrize(
+    ("fault", "option"),
+    [
+        *((fault, "dequantize") for fault in ("missing", "nan", "empty", "huge", "other dtype")),
+        *((fault, "keep-quantised") for fault in ("missing", "nan")),
+    ],
+)
 @pytest.mark.parametrize("scheme", [*SCHEMES, "nf4", "mxfp4"])
 def test_each_damaged_part_ends_with_exit_3_and_no_output(
-    scheme: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scheme: str, fault: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored, quantization, _ = of_one_layer(scheme)
     adapter = of_fc(tmp_path / "adapter")
     for number, name in enumerate(name for name in stored if "input_scale" not in name):
         tensors = damaged(stored, name, fault) | {"norm.weight": torch.ones(64)}
         base, out = saved(tmp_path / f"base{number}", tensors, quantization), tmp_path / f"merged{number}"
-        code = call("merge", base, adapter, "-o", out, "--dequantize")
+        code = call("merge", base, adapter, "-o", out, f"--{option}", "--min-retention", "0")
         error = capsys.readouterr().err
         is_harmless = (scheme, name, fault) in HARMLESS
         assert code == (0 if is_harmless else 3), (name, error)
