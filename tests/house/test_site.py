@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -82,6 +83,9 @@ def test_the_page_of_a_command_has_its_options_on_both_sides(name: str, found: d
     flags = {flag for param in command_named(name).params for flag in param.opts if flag.startswith("--")}
     assert {flag for flag in flags if f"`{flag}`" not in text} == set()
     if function := parts["reference"]._function_of(name):
+        keywords = set(re.findall(r"^\| `-[^|]*\| `(\w+)` \|", text, re.M))
+        assert {"output", "adapters", "seed"} & keywords or name in ("inspect", "generate")
+        assert keywords <= inspect.signature(getattr(lora_export, function)).parameters.keys()
         assert f"lora_export.{function}(" in text and "<factory>" not in text and "= ," not in text
 
 
