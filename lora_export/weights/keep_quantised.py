@@ -20,7 +20,7 @@ from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
-from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats
+from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats, without_cache_scales
 from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
 
 
@@ -60,7 +60,8 @@ def keep_quantised(
         if name in changed or name in promoted
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
-    decided = replace(base, quantised={name: base.quantised[name] for name in promoted}, kept=kept)
+    floats = {name: base.quantised[name] for name in promoted}
+    decided = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
     if promoted and kept and not _can_state_floats(decided):
         refuse_promotion(layers, "the config has no place that states which layers are floats")
     return decided, layers
