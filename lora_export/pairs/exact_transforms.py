@@ -8,6 +8,7 @@ Some outputs change without the others, or some inputs: see `independent_axis`. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,8 +25,10 @@ _Indices = NDArray[np.int64]
 OF_OUTPUTS, OF_INPUTS = 0, 1
 
 
-def independent_axis(transform: WeightTransform) -> int:
-    """Along which axis of the (out, in) view a part changes without the rest: OF_OUTPUTS or OF_INPUTS."""
+def independent_axis(transform: WeightTransform) -> int | None:
+    """Along which axis of the (out, in) view a part changes without the rest: OF_OUTPUTS, OF_INPUTS, or neither."""
+    if transform.is_whole:
+        return None
     return OF_INPUTS if transform.kind in _BY_INPUTS or transform.settings.get("embedding") else OF_OUTPUTS
 
 
@@ -35,7 +38,7 @@ def exact_change(transform: WeightTransform, weight: NDArray[Any], own: slice | 
     With `own`, `weight` has these of the places along the independent axis. Of a part of a larger weight, what is left
     out along the other axis counts as zero: the part does not depend on it.
     """
-    flat, axis = weight.reshape(len(weight), -1).astype(np.float64, copy=False), independent_axis(transform)
+    flat, axis = weight.reshape(len(weight), -1).astype(np.float64, copy=False), independent_axis(transform) or 0
     tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
     make, parts = EXACT_CHANGES[transform.kind], (transform.rows, transform.columns)
     first = 0 if own is None else own.start
@@ -265,7 +268,59 @@ def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _In
     return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(b) @ np.abs(tensors["a"])
 
 
-_BY_INPUTS = {"RoAd", "DEFT", "LyCORIS OFT", "LyCORIS BOFT"}
+def _peanut(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    def layer(name: str, value: _Wide, size: _Wide) -> _Sized:
+        """fp32 may lose what each of a layer's products does; no activation makes a difference 1.2 times as large."""
+        matrix = tensors[f"peanut_{name}.weight"]
+        return _activated(settings["activation"], matrix @ value), 1.2 * np.abs(matrix) @ size
+
+    levels, depth = [layer("A", weight, np.abs(weight))], settings["depth"]
+    for number in range(depth):
+        levels.append(layer(f"encoders.{number}", *levels[-1]))
+    value, size = levels[depth]
+    for number in range(depth):
+        value, size = layer(f"decoders.{number}", value, size)
+        value, size = value + levels[depth - 1 - number][0], size + levels[depth - 1 - number][1]
+    b = settings["scale"] * tensors["peanut_B.weight"]
+    return b @ value, (2 * depth + 2) * np.abs(b) @ size
+
+
+def _activated(name: str, x: _Wide) -> _Wide:
+    gates: Mapping[str, Callable[[_Wide], Any]] = {
+        "relu": lambda x: x > 0,
+        "tanh": lambda x: np.sinh(np.clip(x, -20, 20)) / np.cosh(np.clip(x, -20, 20)),
+        "sigmoid": lambda x: (1 + np.tanh(x / 2)) / 2,
+        "silu": lambda x: (1 + np.tanh(x / 2)) / 2,
+        "gelu": lambda x: np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+        "linear": np.ones_like,
+    }
+    return np.asarray(gates[name](x) if name in ("tanh", "sigmoid") else x * gates[name](x), np.float64)
+
+
+# --- Of all of a weight ---
+
+
+def _osf(tensors: _Tensors, _settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    u, s, v = np.linalg.svd(weight, full_matrices=False)
+    least = slice(len(s) - len(tensors["s"]), None)
+    parts = ((tensors["u"] * tensors["s"], tensors["v"]), (-u[:, least] * s[least], v[least]))
+    (change, size), (removed, of_removed) = ((a @ b, np.abs(a) @ np.abs(b)) for a, b in parts)
+    return change + removed, size + of_removed + np.abs(weight)
+
+
+def _frod(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    v = tensors["v"]
+    u = weight @ np.linalg.inv(v).T
+    lengths = np.sqrt(np.sum(u**2, axis=0))
+    u = np.divide(u, lengths, out=np.zeros_like(u), where=lengths > 1e-12)
+    rows, columns = settings["places"]
+    changed = u * tensors["lengths"]
+    np.add.at(changed.T, columns, (u[:, rows] * tensors["values"]).T)
+    value, size = changed @ v.T, np.abs(changed) @ np.abs(v.T)
+    return value - weight, size + np.abs(weight)
+
+
+_BY_INPUTS = {"RoAd", "DEFT", "PEANuT", "LyCORIS OFT", "LyCORIS BOFT"}
 EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide, _Indices], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
@@ -281,4 +336,7 @@ EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide, _Indices], _Si
     "LyCORIS GLoRA": _lycoris_glora,
     "GLoRA": _glora,
     "SuperTuning": _supertuning,
+    "PEANuT": _peanut,
+    "OSF": _osf,
+    "FRoD": _frod,
 }

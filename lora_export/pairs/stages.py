@@ -6,6 +6,7 @@ Each is written for the rows of a matrix. Turned, it acts on the columns: (W R)á
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +161,32 @@ class LowRank(Stage):
         del rows  # all of them
         change: _Array = self.u @ (self.v @ weight)
         return change
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OfMatrix(Stage):
+    """W + f(W), where f computes each column by itself; with `is_whole`, from all of them."""
+
+    function: Callable[[_Array], _Array]
+    is_neutral: bool = False
+    is_whole: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        return self.is_neutral
+
+    @property
+    def rows_together(self) -> int:
+        return TOGETHER if self.is_whole else super().rows_together
+
+    def part(self, rows: _Indices | None, columns: _Indices | None) -> Stage:
+        if self.is_whole and not (rows is None and columns is None):
+            self._part(np.zeros(0, np.int64))
+        return super().part(rows, columns)
+
+    def _along_rows(self, weight: _Array, rows: slice) -> _Array:
+        del rows  # all of them
+        return self.function(weight).astype(weight.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
-from lora_export.pairs.stages import TOGETHER, Stage
+from lora_export.pairs.stages import TOGETHER, OfMatrix, Stage
 
 _Array = NDArray[Any]
 _Indices = NDArray[np.int64]
@@ -200,9 +200,14 @@ class WeightTransform(LoraPair):
 
     @property
     def rows_together(self) -> int:
-        """As of a stage. Where it is TOGETHER, each column changes by itself."""
+        """As of a stage. Where it is TOGETHER, each column changes by itself, unless it `is_whole`."""
         sizes = [stage.rows_together for stage in self.stages]
         return TOGETHER if TOGETHER in sizes else math.lcm(*sizes)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the weight changes by itself."""
+        return any(isinstance(stage, OfMatrix) and stage.is_whole for stage in self.stages)
 
     def change(
         self,

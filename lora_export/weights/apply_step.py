@@ -132,7 +132,7 @@ def change_by_columns(
     """The change of a stored weight that follows from all of its rows together; None of any other.
 
     `read` returns the stored rows of a piece. Each piece is read once, into a temporary file of the size of the weight
-    in fp32, in which one block of columns after the other becomes its change.
+    in fp32, in which one block of columns after the other becomes its change, or all of them at once.
     """
     changes = [(term.strength, term.pair) for term in step.stored_terms if term.pair.rows_together == TOGETHER]
     if not changes:
@@ -153,8 +153,11 @@ def change_by_columns(
         matrix.write_columns(columns, found)
 
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:
-        for work, parts in ((store, pieces), (change, matrix.column_blocks)):
-            list(pool.map(work, parts))
+        list(pool.map(store, pieces))
+        if transform.is_whole:
+            matrix.write_rows(every := slice(0, shape[0]), transform.change(matrix[every], strength=strength))
+        else:
+            list(pool.map(change, matrix.column_blocks))
     return matrix
 
 

@@ -24,7 +24,7 @@ from lora_export.verification.against_checkpoint import stored_tensor
 from support.peft_kinds import CASES, LAYOUT, Case, Layers, Trained, differences, graph_of, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
-TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
+TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora", "Peanut", "OSF", "Frod")
 OWN = [name for name in CASES if name.startswith(TRANSFORMS) or name == "Miss: bat"]
 
 
@@ -133,7 +133,7 @@ def test_rows_and_the_transpose_give_the_same_change(one):
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
         flat, axis = weight.reshape(len(weight), -1), independent_axis(pair)
         whole = exact_change(pair, weight)
-        for own in (slice(0, 2), slice(2, flat.shape[axis])):
+        for own in (slice(0, 2), slice(2, flat.shape[axis])) if axis is not None else ():
             here = (own,) if axis == OF_OUTPUTS else (slice(None), own)
             for part, value in zip(exact_change(pair, flat[here], own), whole, strict=True):
                 np.testing.assert_allclose(part, value.reshape(flat.shape)[here], rtol=1e-12, atol=1e-12)

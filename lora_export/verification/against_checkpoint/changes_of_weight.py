@@ -44,7 +44,8 @@ def changes_of_weight(weight: RowsBefore) -> ChangesOf:
         change, size = exact_change(transform, stored.T if is_transposed else stored, own)
         return (change.T, size.T) if is_transposed else (change, size)
 
-    if (independent_axis(transform) == OF_OUTPUTS) is not is_transposed:
+    axis = independent_axis(transform)
+    if axis is not None and (axis == OF_OUTPUTS) is not is_transposed:
         last: list[tuple[slice, _Sized]] = []
 
         def of_rows(rows: slice) -> _Sized:
@@ -61,7 +62,11 @@ def changes_of_weight(weight: RowsBefore) -> ChangesOf:
     before, change, size = (MatrixOnDisk(shape, np.float64) for _ in range(3))
     for piece in weight.pieces:
         before.write_rows(piece, weight.before(piece).reshape(-1, shape[1]))
-    for columns in before.column_blocks:
+    every = slice(0, shape[0])
+    for columns in before.column_blocks if axis is not None else ():
         for matrix, values in zip((change, size), changes(columns, before.columns(columns)), strict=True):
             matrix.write_columns(columns, values)
+    if axis is None:
+        for matrix, values in zip((change, size), changes(every, before[every]), strict=True):
+            matrix.write_rows(every, values)
     return lambda rows: (change[rows], size[rows])
