@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
-from lora_export.pairs.stages import TOGETHER, OfMatrix, Stage
+from lora_export.lora import EVERY_ROW, LoraPair, Scaling, finite_fp32
+from lora_export.pairs.stages import TOGETHER, EntryWise, OfMatrix, Stage
 
 _Array = NDArray[Any]
 _Indices = NDArray[np.int64]
@@ -203,6 +203,17 @@ class WeightTransform(LoraPair):
         """As of a stage. Where it is TOGETHER, each column changes by itself, unless it `is_whole`."""
         sizes = [stage.rows_together for stage in self.stages]
         return TOGETHER if TOGETHER in sizes else math.lcm(*sizes)
+
+    def scaling(self, strength: float = 1.0) -> Scaling | None:
+        first, *others = self._lowered()
+        pair = first.factor if isinstance(first, EntryWise) and first.addend is None and not others else None
+        if pair is None or pair.rank != 1:
+            return None
+        of_inputs = not (pair.a == 1).all()
+        if of_inputs and not (pair.b == 1).all():
+            return None
+        values = pair.a.reshape(max(1, self.shape[1]), -1)[:, 0] if of_inputs else pair.b.reshape(-1)
+        return Scaling(1 + np.float32(strength * self.scale * pair.scale) * values, of_inputs)
 
     @property
     def is_whole(self) -> bool:

@@ -22,7 +22,7 @@ import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds import frod
 from lora_export.formats.peft_kinds.not_weights import NOT_SAVED, NOT_WEIGHTS
-from lora_export.formats.peft_kinds.peanut import FUNCTIONS
+from lora_export.formats.peft_kinds.peanut import PEANUT_FUNCTIONS
 from lora_export.formats.peft_kinds.reading import kinds
 from lora_export.pairs import exact_transforms
 from support import ROOT, tables
@@ -266,11 +266,11 @@ def test_layers_share_a_matrix_by_pefts_names(name):
     assert frod._category(name) == peft_frod._category_from_key(name)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", PEANUT_FUNCTIONS)
 def test_activations_are_those_of_transformers(name):
     x = np.linspace(-6, 6, 99, dtype=np.float32)
     theirs = ACT2FN[name](torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(FUNCTIONS[name](x), theirs, atol=2e-6)
+    np.testing.assert_allclose(PEANUT_FUNCTIONS[name](x), theirs, atol=2e-6)
     np.testing.assert_allclose(exact_transforms._activated(name, x.astype(np.float64)), theirs, atol=2e-6)
 
 

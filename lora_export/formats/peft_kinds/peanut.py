@@ -32,7 +32,7 @@ def _erf(x: _Array) -> _Array:
     return np.asarray(np.vectorize(math.erf)(x), x.dtype)
 
 
-FUNCTIONS: Mapping[str, Callable[[_Array], _Array]] = {
+PEANUT_FUNCTIONS: Mapping[str, Callable[[_Array], _Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "tanh": np.tanh,
     "sigmoid": _sigmoid,
@@ -46,8 +46,8 @@ def _change(stored: Stored) -> WeightTransform:
     config, tensors = stored.config, {name: stored.part(name, 2) for name in stored.parts}
     rank, depth, activation = config["r"], config.get("depth", 0), config.get("act_fn", "relu")
     scale = positive_number("the config", "scaling", config.get("scaling", 1.0))
-    if not isinstance(activation, str) or activation not in FUNCTIONS:
-        raise InputRefused(f"act_fn is {activation!r}; supported are {', '.join(FUNCTIONS)}")
+    if not isinstance(activation, str) or activation not in PEANUT_FUNCTIONS:
+        raise InputRefused(f"act_fn is {activation!r}; supported are {', '.join(PEANUT_FUNCTIONS)}")
     a, b = tensors["peanut_A.weight"], tensors["peanut_B.weight"]
     layers = {f"peanut_{half}.{number}.weight" for half in _HALVES for number in range(len(tensors) // 2 - 1)}
     if depth != len(layers) // 2 or tensors.keys() != {"peanut_A.weight", "peanut_B.weight", *layers}:
@@ -61,7 +61,7 @@ def _change(stored: Stored) -> WeightTransform:
 
 def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
     tensors, settings = transform.stored, transform.settings
-    f, b = FUNCTIONS[settings["activation"]], tensors["peanut_B.weight"] * np.float32(settings["scale"])
+    f, b = PEANUT_FUNCTIONS[settings["activation"]], tensors["peanut_B.weight"] * np.float32(settings["scale"])
 
     def change(columns: _Array) -> _Array:
         values, residuals = f(tensors["peanut_A.weight"] @ columns), []
