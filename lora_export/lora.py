@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,13 @@ EVERY_ROW = slice(None)
 SMALL = 1_000_000  # scalar multiplications up to which OpenBLAS calls a product small
 LEAST_ROWS, ROWS_PER_KERNEL, LARGEST_RANK = 8, 4, 24
 AVX512_NAMES = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})  # OpenBLAS's names of processors with AVX-512
+
+
+class Scaling(NamedTuple):
+    """Each output of a layer times a factor, or each input."""
+
+    factors: NDArray[np.float32]  # (out,) or (in,)
+    of_inputs: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,6 +106,10 @@ class LoraPair:
     def depends_on_weight(self) -> bool:
         """Whether the change follows from the weight and from other changes of it, as DoRA's does."""
         return self.needs_weight or self.magnitude is not None
+
+    def scaling(self, strength: float = 1.0) -> Scaling | None:  # noqa: ARG002 - it is overridden
+        """The change as factors of outputs or inputs, where it is nothing else."""
+        return None
 
     @property
     def bias(self) -> LoraPair | None:

@@ -108,14 +108,19 @@ def sum_rows(
     *,
     column_norms: NDArray[np.float64] | None = None,
     change: NDArray[np.float32] | None = None,
+    known: NDArray[Any] | None = None,
 ) -> NDArray[np.float32]:
     """Write W + ΔW of these stored rows to `total`; return its difference from the weight, in fp32.
 
     `weight` holds the rows (see `starting_rows`). `total` is fp32, or fp64 for an fp64 weight. `column_norms` are the
     squared norms of all outputs of W + ΔW, needed for DoRA where outputs are columns of the stored weight. `change` is
-    memory for the result. Raises InputRefused as `dora_factors` does.
+    memory for the result. `known` is the change of these rows, where it was computed before. Raises InputRefused as
+    `dora_factors` does.
     """
-    change = stored_delta(step, rows, weight, out=change)
+    if known is None:
+        change = stored_delta(step, rows, weight, out=change)
+    else:
+        change = known.reshape(weight.shape).astype(np.float32, copy=False)
     add_into(total, weight, change)
     if step.magnitude is not None:
         if column_norms is not None:

@@ -68,7 +68,7 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
     return renamed
 
 
-def with_shapes_of_base(adapter: Adapter, base: Path) -> Adapter:
+def with_shapes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] | None = None) -> Adapter:
     """The adapter with the shapes of its base's weights, where its file does not record them. Raises as `plan.make`.
 
     Such an adapter gets the names of the base where these differ from its own.
@@ -76,7 +76,8 @@ def with_shapes_of_base(adapter: Adapter, base: Path) -> Adapter:
     if not any(isinstance(pair, OpenPair) for pair in adapter.pairs.values()):
         return adapter
     checkpoint = open_checkpoint(base)
-    (laid,) = plan.make([adapter], checkpoint.specs, may_add=True, identity_ok=True, rules=checkpoint.rules).adapters
+    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
+    (laid,) = plan.make([adapter], checkpoint.specs, **how).adapters
     return replace(adapter, pairs=laid.pairs) if laid.pairs.keys() == adapter.pairs.keys() else laid
 
 

@@ -74,7 +74,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     of a higher rank, and with `base` what follows from its weights (OFT, IA3 and others). The pair is exact where the
     rank is enough, else the best one of that rank, by an SVD. A layer of which less than `min_kept` of ‖ΔW‖² is left is
     refused: by default (1) whatever would lose more than float32's rounding, because a share that is lost is to be a
-    number that the user gave.
+    number that the user gave. `layout` states how `base` stores square matrices, where nothing else shows it.
 
     Raises InputRefused for what the format cannot express, where a tensor of the adapter has no input of its shape and
     type in the graph, or where the graph has changed since it was made; WrongUsage for options that do not go together;
@@ -86,10 +86,10 @@ def convert(options: ConvertOptions) -> ConvertResult:
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
     (loaded,) = load_adapters(adapter, reading=reading, of_models=holds_pipelines(to))
-    loaded = loaded if base is None else with_shapes_of_base(loaded, base)
+    loaded = loaded if base is None else with_shapes_of_base(loaded, base, options.layout)
     layers: tuple[LayerShare, ...] = ()
     if options.rank is not None:
-        loaded = loaded if base is None else with_changes_of_base(loaded, base)
+        loaded = loaded if base is None else with_changes_of_base(loaded, base, options.layout)
         of_adapter = loaded
         loaded, layers = as_lora(
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)

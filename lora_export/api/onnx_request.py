@@ -155,8 +155,9 @@ def check_adapters(options: OnnxRequest) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
     if options.lora != "merged":  # before the model is exported; the plan has those whose kind shows there
         for adapter in options.adapters:
-            for module in adapter.beyond_pairs["transforms"][:1]:
-                raise beside_the_weight(adapter.name, module, adapter.pairs[module].kind)
+            for module in adapter.beyond_pairs["transforms"]:
+                if adapter.pairs[module].scaling() is None:
+                    raise beside_the_weight(adapter.name, module, adapter.pairs[module].kind)
     if options.is_swapped:
         others = options.without_own_heads
         if options.ignore_head:  # its tensors are compared with the base's when those are known

@@ -111,6 +111,13 @@ def _with_inputs(
     options.stage("inserting inputs for adapters")
     sites, steps = located.sites, located.plan
     changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
+    scalings = [
+        (step.weight, scaling)
+        for step in (steps.low_rank if steps else ())
+        for term in step.terms
+        if (scaling := term.pair.scaling()) is not None
+    ]
+    changed |= {weight: True for weight, scaling in scalings if not scaling.of_inputs}
     wanted = changed.keys() | set(targets)
     dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
     parts = [name for name in changed if name not in sites.by_name]
@@ -121,6 +128,7 @@ def _with_inputs(
         weights,
         names=options.names,
         dora=dora,
+        scaled=[weight for weight, scaling in scalings if scaling.of_inputs],
         max_rank=options.max_rank or 0,
         required=options.required_inputs,
     )

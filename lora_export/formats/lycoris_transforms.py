@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import Blocks, EntryWise, LowRank, Stage, WeightTransform
+from lora_export.pairs.stages import Blocks, EntryWise, LowRank, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _Array = NDArray[Any]
 

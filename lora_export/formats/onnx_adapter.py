@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import command, named
 from lora_export.plan import Layout, Plan, TensorSpec
 from lora_export.plan.own_heads import head_into_base
@@ -62,6 +62,7 @@ class AdapterSlot:
     dtype: str
     digest: str  # of the weight's contents
     factor: str = ""  # name of the graph's input (out, 1...) for DoRA's m / ‖W + sBA‖; empty without such an input
+    scale: str = ""  # name of the graph's input (in, 1...) for factors of the layer's inputs; empty without
     embedding: bool = False
     value: str = ""  # the graph's initializer that holds the weight
     block: tuple[int, int] | None = None  # the weight's output features, where the initializer holds others too
@@ -80,7 +81,8 @@ class AdapterSlot:
         ones, rank = (1,) * len(kernel), self.max_rank or None
         a = (rank, inner, *kernel) if kernel else (inner, rank)
         b = (out, rank, *ones) if kernel else (rank, out)
-        return {self.a: a, self.b: b} | ({self.factor: (out, *ones)} if self.factor else {})
+        factors = {self.factor: (out, *ones), self.scale: (inner, *ones)}
+        return {self.a: a, self.b: b} | {name: shape for name, shape in factors.items() if name}
 
     def without_adapter(self) -> dict[str, NDArray[Any]]:
         """Return each input's value when there is no adapter: A and B of rank zero, and a factor of ones.
@@ -93,7 +95,8 @@ class AdapterSlot:
     def zeros(self, rank: int = 1) -> dict[str, NDArray[Any]]:
         """Return the values of an adapter of this rank that changes nothing: A and B of zeros, and a factor of ones."""
         sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.input_shapes.items()}
-        return {name: (np.ones if name == self.factor else np.zeros)(size, self.dtype) for name, size in sizes.items()}
+        ones = {self.factor, self.scale}
+        return {name: (np.ones if name in ones else np.zeros)(size, self.dtype) for name, size in sizes.items()}
 
     def rank_axis(self, name: str) -> int:
         """The axis of an input that is the rank."""
@@ -160,7 +163,7 @@ def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
-    texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}
+    texts |= {key: str(entry[key]) for key in ("factor", "scale", "value", "quantised") if key in entry}
     start, stop = map(operator.index, entry.get("block", (0, 0)))
     max_rank = operator.index(entry.get("max_rank", 0))
     if max_rank < 0:
@@ -178,10 +181,11 @@ def version_of(fingerprint: str) -> int:
 
 
 def _transforms(adapter: Adapter) -> dict[str, list[str]]:
-    """The layers whose change follows from their weight, by its kind."""
+    """The layers whose change follows from their weight and is no scale, by its kind."""
     found: dict[str, list[str]] = {}
     for module in adapter.beyond_pairs["transforms"]:
-        found.setdefault(f"a change by {adapter.pairs[module].kind}", []).append(module)
+        if adapter.pairs[module].scaling() is None:
+            found.setdefault(f"a change by {adapter.pairs[module].kind}", []).append(module)
     return found
 
 
@@ -212,11 +216,15 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
 
 
 def refuse_new_tables(plan: Plan) -> None:
-    """Raise InputRefused for whole tensors beside pairs, once those that the base has too are removed."""
-    tables = [f"{step.terms[0].adapter}, {step.weight}" for step in plan.low_rank if step.replace is not None]
+    """Raise InputRefused for whole tensors beside pairs, once those that the base has too are removed; for biases."""
+    tables = [
+        f"{step.terms[0].adapter}, {step.weight}"
+        for step in plan.low_rank
+        if step.replace is not None or step.is_vector
+    ]
     if tables:
         raise InputRefused(
-            "only low-rank pairs can be swapped while a graph runs; these whole tensors differ from the base's:",
+            "only low-rank pairs can be swapped while a graph runs; these tensors would differ from the base's:",
             listed(tables),
             f"Merge such an adapter into a graph of its own ({named('lora', 'merged')}). Nothing was written.",
         )
@@ -224,20 +232,27 @@ def refuse_new_tables(plan: Plan) -> None:
 
 def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
     """Raise InputRefused where an adapter has DoRA and the graph has no input for its factor. Lists every weight."""
-    with_factor = {slot.weight for slot in contract.slots if slot.factor}
+    slots = {slot.weight: slot for slot in contract.slots}
     lacking = [
         f"{term.adapter}, {step.weight}"
         for step in plan.low_rank
         for term in step.terms
-        if term.pair.magnitude is not None and step.weight not in with_factor
+        if (needed := _input_of_factors(term.pair)) and not getattr(slots.get(step.weight), needed, "")
     ]
     if lacking:
         raise InputRefused(
-            "the graph has no input for DoRA's factor at these weights:",
+            "the graph has no input for the factors of DoRA or IA3 at these weights:",
             listed(lacking),
-            f"Make the graph with an adapter that has DoRA, or with `{command('onnx', lora='inputs', dora=True)}`. "
-            "Nothing was written.",
+            "Make the graph with an adapter that has them, or, for factors of outputs, with "
+            f"`{command('onnx', lora='inputs', dora=True)}`. Nothing was written.",
         )
+
+
+def _input_of_factors(pair: LoraPair) -> str:
+    """The field of a slot that a pair needs beside A and B; empty for none."""
+    if (scaling := pair.scaling()) is not None and scaling.of_inputs:
+        return "scale"
+    return "factor" if scaling is not None or pair.magnitude is not None else ""
 
 
 def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
@@ -245,7 +260,7 @@ def refuse_larger_ranks(plan: Plan, max_ranks: Mapping[str, int]) -> None:
     larger = []
     for step in plan.low_rank:
         ranks: dict[str, int] = {}
-        for term in step.terms:
+        for term in (term for term in step.terms if term.pair.scaling() is None):
             ranks[term.adapter] = ranks.get(term.adapter, 0) + term.pair.rank
         limit = max_ranks.get(step.weight, 0)
         larger += [f"{name}, {step.weight}: rank {rank} > {limit}" for name, rank in ranks.items() if 0 < limit < rank]
@@ -277,12 +292,17 @@ def input_values(
         if own is None:
             continue
         slot = slots[step.weight]
-        arrays: dict[str, NDArray[Any]] = {
-            name: slot.padded(name, np.concatenate(parts, axis=slot.rank_axis(name)))
-            for name, *parts in zip((slot.a, slot.b), *(term.factors for term in own.terms), strict=True)
-        }
-        if slot.factor:
-            arrays[slot.factor] = slot.without_adapter()[slot.factor] if own.magnitude is None else factors[step.weight]
+        arrays: dict[str, NDArray[Any]] = slot.zeros()
+        if own.scaling is not None:
+            name = getattr(slot, _input_of_factors(own.terms[0].pair))
+            arrays[name] = own.scaling.factors.reshape(arrays[name].shape)
+        else:
+            arrays |= {
+                name: slot.padded(name, np.concatenate(parts, axis=slot.rank_axis(name)))
+                for name, *parts in zip((slot.a, slot.b), *(term.factors for term in own.terms), strict=True)
+            }
+        if own.magnitude is not None:
+            arrays[slot.factor] = factors[step.weight]
         for name, array in arrays.items():
             values[name] = cast_factor(f"{adapter}, {step.weight}", name, array, slot.dtype)
     return values

@@ -41,11 +41,11 @@ def refuse_steps_without_branch(plan: Plan) -> None:
             )
 
 
-def refuse_transforms(plan: Plan) -> None:
-    """Raise InputRefused for changes that follow from the weight: they are not beside it."""
-    for step in plan.low_rank:
-        if step.needs_weight:
-            raise beside_the_weight(step.terms[0].adapter, step.weight, step.terms[0].pair.kind)
+def refuse_transforms(plan: Plan, *, but_scalings: bool = False) -> None:
+    """Raise InputRefused for changes that follow from the weight: they are not beside it, unless they scale a layer."""
+    for term in (term for step in plan.low_rank for term in step.terms):
+        if term.pair.needs_weight and not (but_scalings and term.pair.scaling() is not None):
+            raise beside_the_weight(term.adapter, term.module, term.pair.kind)
 
 
 def beside_the_weight(adapter: str, name: str, kind: str) -> InputRefused:
@@ -61,7 +61,7 @@ def refuse_full_rank(plan: Plan) -> None:
 
     Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
     """
-    refuse_transforms(plan)
+    refuse_transforms(plan, but_scalings=True)
     for step in plan.low_rank:
         for term in step.terms:
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:

@@ -64,6 +64,7 @@ class ConvertOptions(Output):
         only=(AS_LORA,),
     )
     weight: float = option(1.0, "Factor on the adapter's scale.", often=True)
+    layout: Mapping[str, str] | None = means(None, LAYOUT)
     ignore_head: bool = option(
         False,
         "Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
@@ -78,6 +79,8 @@ class ConvertOptions(Output):
                 f"{named('to', 'onnx_adapter')} needs {named('graph', 'MODEL.onnx')}, and no other format has it"
             )
         self.check_usage()
+        if self.layout and self.base is None:
+            raise WrongUsage(f"{named('layout')} is for matrices of {named('base', 'CHECKPOINT')}")
         if self.as_kind is not None and self.rank is None:
             raise WrongUsage(f"{named('as_kind', self.as_kind)} needs {named('rank', 'R')}")
         if self.names is not None and (self.to != "peft" or self.base is None):

@@ -1,11 +1,14 @@
 """T(W) - W in fp64, from the tensors of the file: what a merge is judged by. Shares no code with the merge.
 
-Each kind is its published formula, over the whole weight (out, inputs), a kernel among the inputs. Beside the change
-comes its size, the sum of the absolute values of its products, by which fp32 may have lost digits.
+Each kind is its published formula, over a weight (out, inputs), a kernel among the inputs. Beside the change comes its
+size, the sum of the absolute values of its products, by which fp32 may have lost digits.
+
+Some outputs change without the others, or some inputs: see `independent_axis`. `own` are those that the weight has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,25 +21,37 @@ _Wide = NDArray[np.float64]
 _Sized = tuple[_Wide, _Wide]
 _Tensors = Mapping[str, _Wide]
 _Settings = Mapping[str, Any]
+_Indices = NDArray[np.int64]
+OF_OUTPUTS, OF_INPUTS = 0, 1
 
 
-def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
+def independent_axis(transform: WeightTransform) -> int | None:
+    """Along which axis of the (out, in) view a part changes without the rest: OF_OUTPUTS, OF_INPUTS, or neither."""
+    if transform.is_whole:
+        return None
+    return OF_INPUTS if transform.kind in _BY_INPUTS or transform.settings.get("embedding") else OF_OUTPUTS
+
+
+def exact_change(transform: WeightTransform, weight: NDArray[Any], own: slice | None = None) -> _Sized:
     """T(W) - W, and its size, of a weight (out, in, ...) or a bias (out,), with the scale of the transform.
 
-    Of a part of a larger weight, the rest counts as zero: the part does not depend on it.
+    With `own`, `weight` has these of the places along the independent axis. Of a part of a larger weight, what is left
+    out along the other axis counts as zero: the part does not depend on it.
     """
-    flat = weight.reshape(len(weight), -1).astype(np.float64, copy=False)
+    flat, axis = weight.reshape(len(weight), -1).astype(np.float64, copy=False), independent_axis(transform) or 0
     tensors = {name: value.astype(np.float64) for name, value in transform.stored.items()}
-    make = EXACT_CHANGES[transform.kind]
-    if transform.rows is None and transform.columns is None:
-        change, size = make(tensors, transform.settings, flat)
+    make, parts = EXACT_CHANGES[transform.kind], (transform.rows, transform.columns)
+    first = 0 if own is None else own.start
+    places = np.arange(first, first + flat.shape[axis])
+    along, others = parts[axis], parts[1 - axis]
+    places = places if along is None else along[places]
+    if others is None:
+        change, size = make(tensors, transform.settings, flat, places)
     else:
-        own = [(size, part) for size, part in zip(flat.shape, (transform.rows, transform.columns), strict=True)]
-        here = np.ix_(*(np.arange(size) if part is None else part for size, part in own))
-        sizes = zip((*transform.whole, 1), own, strict=False)
-        whole = np.zeros([size if part is None else old for old, (size, part) in sizes])
+        here = (slice(None), others) if axis == OF_OUTPUTS else (others, slice(None))
+        whole = np.zeros((len(flat), transform.whole[1]) if axis == OF_OUTPUTS else (transform.whole[0], flat.shape[1]))
         whole[here] = flat
-        change, size = (each[here] for each in make(tensors, transform.settings, whole))
+        change, size = (each[here] for each in make(tensors, transform.settings, whole, places))
     if transform.scale != 1:
         change, size = transform.scale * change, abs(transform.scale) * size
     return change.reshape(weight.shape), size.reshape(weight.shape)
@@ -45,9 +60,9 @@ def exact_change(transform: WeightTransform, weight: NDArray[Any]) -> _Sized:
 # --- Scales ---
 
 
-def _ia3(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _ia3(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
     scales = tensors["ia3_l"].reshape(-1)
-    scales = np.repeat(scales, weight.shape[1] // len(scales)) if settings["of_inputs"] else scales[:, None]
+    scales = np.repeat(scales, weight.shape[1] // len(scales)) if settings["of_inputs"] else scales[own, None]
     return weight * scales - weight, np.abs(weight) * (np.abs(scales) + 1)
 
 
@@ -74,8 +89,9 @@ def neumann(q: _Wide, terms: int) -> _Wide:
 
 
 def cayley(q: _Wide) -> _Wide:
-    """(I - Q)(I + Q)⁻¹: both factors commute."""
-    return np.asarray(np.linalg.solve(np.eye(len(q)) + q, np.eye(len(q)) - q), np.float64)
+    """(I - Q)(I + Q)⁻¹, of matrices (..., size, size): both factors commute."""
+    one = np.eye(q.shape[-1])
+    return np.asarray(np.linalg.solve(one + q, one - q), np.float64)
 
 
 def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:
@@ -91,11 +107,12 @@ def _rotated_blocks(weight: _Wide, rotations: Iterator[_Wide]) -> _Sized:
 
 def _size_of(rotation: _Wide) -> _Wide:
     """|R - I| + I: a merge adds what a rotation changes to what was there."""
-    size: _Wide = np.abs(rotation - np.eye(len(rotation))) + np.eye(len(rotation))
+    one = np.eye(rotation.shape[-1])
+    size: _Wide = np.abs(rotation - one) + one
     return size
 
 
-def _oft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _oft(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
     rows, block = tensors["oft_R.weight"], int(settings["block"])
     matrix = weight.T if settings["embedding"] else weight
     count = matrix.shape[1] // block
@@ -110,7 +127,7 @@ def _oft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return (change.T, size.T) if settings["embedding"] else (change, size)
 
 
-def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
     value, size = weight.copy(), np.abs(weight)
     factors, count, block, _ = tensors["boft_R"].shape
     for factor in range(factors):
@@ -122,15 +139,16 @@ def _boft(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
         )  # fmt: skip
         place = np.empty_like(source)
         place[source] = np.arange(len(source))
-        for number in range(count):
-            own, data = place[number * block : (number + 1) * block], tensors["boft_R"][factor, number]
-            rotation = cayley((data - data.T) / 2).T
-            value[:, own], size[:, own] = value[:, own] @ rotation, size[:, own] @ _size_of(rotation)
-    scales = tensors["boft_s"].reshape(-1, 1)
+        data = tensors["boft_R"][factor]
+        rotations = cayley((data - np.transpose(data, (0, 2, 1))) / 2)
+        inputs = place.reshape(count, block)
+        value[:, inputs] = np.einsum("oni,nji->onj", value[:, inputs], rotations)
+        size[:, inputs] = np.einsum("oni,nji->onj", size[:, inputs], _size_of(rotations))
+    scales = tensors["boft_s"].reshape(-1, 1)[own]
     return value * scales - weight, size * (np.abs(scales - 1) + 1)
 
 
-def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
     value, normals = weight.copy(), list[_Wide]()
     for column in tensors["hra_u"].T:
         own = column / np.linalg.norm(column)
@@ -144,47 +162,46 @@ def _hra(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
     return value, np.abs(weight) + np.outer(np.linalg.norm(weight, axis=1), largest)
 
 
-def _road(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _road(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
     half, outputs = settings["group"] // 2, len(weight)
     angles, lengths = tensors["road_theta"], tensors["road_alpha"]
-    value, size = np.empty_like(weight), np.empty_like(weight)
-    for output in range(outputs):
-        group, place = divmod(output, 2 * half)
-        if settings["variant"] == "road_4":
-            at_cosine, at_sine = 4 * half * group + place, 4 * half * group + 2 * half + place
-        else:
-            at_cosine = at_sine = half * group + place % half if settings["variant"] == "road_1" else output
-        sign, other = (-1, output + half) if place < half else (1, output - half)
-        own = lengths[at_cosine] * np.cos(angles[at_cosine])
-        turned = sign * lengths[at_sine] * np.sin(angles[at_sine])
-        value[output] = own * weight[output] + turned * weight[other]
-        size[output] = (abs(own - 1) + 1) * np.abs(weight[output]) + abs(turned) * np.abs(weight[other])
-    return value - weight, size
+    output = np.arange(outputs)
+    group, place = np.divmod(output, 2 * half)
+    if settings["variant"] == "road_4":
+        at_cosine, at_sine = 4 * half * group + place, 4 * half * group + 2 * half + place
+    else:
+        at_cosine = at_sine = half * group + place % half if settings["variant"] == "road_1" else output
+    sign, other = np.where(place < half, -1, 1), np.where(place < half, output + half, output - half)
+    own = (lengths[at_cosine] * np.cos(angles[at_cosine]))[:, None]
+    turned = (sign * lengths[at_sine] * np.sin(angles[at_sine]))[:, None]
+    size = (np.abs(own - 1) + 1) * np.abs(weight) + np.abs(turned) * np.abs(weight[other])
+    return own * weight + turned * weight[other] - weight, size
 
 
-def _miss_bat(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
+def _miss_bat(tensors: _Tensors, _settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
     change, size = np.empty_like(weight), np.empty_like(weight)
-    for number, matrix in enumerate(tensors["miss_block"]):
-        rank = len(matrix)
-        rows = slice(number * rank, (number + 1) * rank)
+    rank = tensors["miss_block"].shape[1]
+    for number in np.unique(own // rank):
+        rows, matrix = own // rank == number, tensors["miss_block"][number]
+        added = matrix[own[rows] % rank]
         for first in range(0, weight.shape[1], rank):
             block = weight[rows, first : first + rank]
-            change[rows, first : first + rank] = block @ matrix + matrix
-            size[rows, first : first + rank] = np.abs(block) @ np.abs(matrix) + np.abs(matrix)
+            change[rows, first : first + rank] = block @ matrix + added
+            size[rows, first : first + rank] = np.abs(block) @ np.abs(matrix) + np.abs(added)
     return change, size
 
 
-def _deft(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _deft(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
     p = tensors["deft_P"]
     q, right = (np.linalg.qr(p)[0],) * 2 if settings["method"] == "qr" else (p, p * (p > 0))
-    change, size = -(q @ right.T) @ weight, np.abs(q) @ (np.abs(right).T @ np.abs(weight))
+    change, size = -q @ (right.T @ weight), np.abs(q) @ (np.abs(right).T @ np.abs(weight))
     if "deft_R" in tensors:
-        change += settings["scale"] * q @ tensors["deft_R"]
-        size += abs(settings["scale"]) * np.abs(q) @ np.abs(tensors["deft_R"])
+        change += settings["scale"] * q @ tensors["deft_R"][:, own]
+        size += abs(settings["scale"]) * np.abs(q) @ np.abs(tensors["deft_R"][:, own])
     return change, size
 
 
-def _lycoris_rotations(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _lycoris_rotations(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
     blocks = tensors["blocks"].reshape(-1, *tensors["blocks"].shape[-3:])  # (factors, blocks, size, size)
     is_butterfly, (factors, count, block, _) = tensors["blocks"].ndim == 4, blocks.shape
     q = blocks - np.transpose(blocks, (0, 1, 3, 2))
@@ -193,63 +210,118 @@ def _lycoris_rotations(tensors: _Tensors, settings: _Settings, weight: _Wide) ->
         q = q * settings["limit"] / length
     value, size = weight.copy(), np.abs(weight)
     for factor in range(factors):
-        half = 2**factor * block // 2
-        for number in range(count):
-            own = range(number * block, (number + 1) * block)
-            # In a butterfly, places 2 k and 2 k + 1 of a group are its outputs k and k + half.
-            rows = [p - p % (2 * half) + p % (2 * half) // 2 + p % 2 * half for p in own] if is_butterfly else list(own)
-            rotation = cayley(-q[factor, number])
-            rotation = rotation if is_butterfly else rotation.T
-            value[rows], size[rows] = rotation @ value[rows], _size_of(rotation) @ size[rows]
+        half, p = 2**factor * block // 2, np.arange(count * block)
+        # In a butterfly, places 2 k and 2 k + 1 of a group are its outputs k and k + half.
+        rows = p - p % (2 * half) + p % (2 * half) // 2 + p % 2 * half if is_butterfly else p
+        rotations = cayley(-q[factor] if is_butterfly else q[factor])
+        own = rows.reshape(count, block)
+        value[own], size[own] = rotations @ value[own], _size_of(rotations) @ size[own]
     scales = tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else np.ones((len(weight), 1))
     return value * scales - weight, size * (np.abs(scales - 1) + 1)
 
 
-def _lycoris_ia3(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
-    own = tensors["weight"]
-    change = weight * (np.repeat(own, weight.shape[1] // len(own)) if settings["of_inputs"] else own[:, None])
+def _lycoris_ia3(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
+    w = tensors["weight"]
+    change = weight * (np.repeat(w, weight.shape[1] // len(w)) if settings["of_inputs"] else w[own, None])
     return change, np.abs(change)
 
 
-def _lycoris_glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _lycoris_glora(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
     a1, a2, b1, b2 = (tensors[name] for name in ("a1", "a2", "b1", "b2"))
     split = weight.reshape(len(weight), len(a1), -1)  # (out, in, kernel)
     change = np.einsum("oik,ir,rj->ojk", split, a1, a2).reshape(weight.shape)
     size = np.einsum("oik,ir,rj->ojk", np.abs(split), np.abs(a1), np.abs(a2)).reshape(weight.shape)
-    b1, b2 = b1.reshape(len(b1), -1), b2.reshape(len(b2), -1)
+    b1, b2 = b1.reshape(len(b1), -1)[own], b2.reshape(len(b2), -1)
     return settings["scale"] * (change + b1 @ b2), abs(settings["scale"]) * (size + np.abs(b1) @ np.abs(b2))
 
 
 # --- Entry by entry ---
 
 
-def _hira(tensors: _Tensors, _settings: _Settings, weight: _Wide) -> _Sized:
-    a, b = tensors["a"].reshape(len(tensors["a"]), -1), tensors["b"].reshape(len(tensors["b"]), -1)
+def _hira(tensors: _Tensors, _settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
+    a, b = tensors["a"].reshape(len(tensors["a"]), -1), tensors["b"].reshape(len(tensors["b"]), -1)[own]
     return weight * (b @ a), np.abs(weight) * (np.abs(b) @ np.abs(a))
 
 
-def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
+def _glora(tensors: _Tensors, settings: _Settings, weight: _Wide, places: _Indices) -> _Sized:
     change, size = np.zeros_like(weight), np.zeros_like(weight)
     for path, times in zip(settings["paths"], (weight, np.ones_like(weight)), strict=True):
         if f"{path}.Xd" in tensors:
-            b, a = tensors[f"{path}.Xd"], tensors[f"{path}.Xu"]
+            b, a = tensors[f"{path}.Xd"][places], tensors[f"{path}.Xu"]
             change += times * (b @ a)
             size += np.abs(times) * (np.abs(b) @ np.abs(a))
         elif f"{path}.X" in tensors:
-            own = times * tensors[f"{path}.X"].reshape(-1, 1)
+            numbers = tensors[f"{path}.X"].reshape(-1, 1)
+            own = times * (numbers if len(numbers) == 1 else numbers[places])
             change, size = change + own, size + np.abs(own)
     return change, size
 
 
-def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide) -> _Sized:
-    sparse: _Wide = np.zeros(weight.size)
-    sparse[settings["indices"]] = tensors["values"]
-    sparse = sparse.reshape(weight.shape)
-    change = sparse + settings["scale"] * tensors["b"] @ tensors["a"]
-    return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(tensors["b"]) @ np.abs(tensors["a"])
+def _supertuning(tensors: _Tensors, settings: _Settings, weight: _Wide, own: _Indices) -> _Sized:
+    sparse, b = np.zeros(weight.shape), tensors["b"][own]
+    rows, columns = np.divmod(settings["indices"], weight.shape[1])
+    place = np.full(1 + max(rows.max(initial=0), own.max()), -1)
+    place[own] = np.arange(len(own))
+    here = place[rows] >= 0
+    sparse[place[rows[here]], columns[here]] = tensors["values"][here]
+    change = sparse + settings["scale"] * b @ tensors["a"]
+    return change, np.abs(sparse) + abs(settings["scale"]) * np.abs(b) @ np.abs(tensors["a"])
 
 
-EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
+def _peanut(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    def layer(name: str, value: _Wide, size: _Wide) -> _Sized:
+        """fp32 may lose what each of a layer's products does; no activation makes a difference 1.2 times as large."""
+        matrix = tensors[f"peanut_{name}.weight"]
+        return _activated(settings["activation"], matrix @ value), 1.2 * np.abs(matrix) @ size
+
+    levels, depth = [layer("A", weight, np.abs(weight))], settings["depth"]
+    for number in range(depth):
+        levels.append(layer(f"encoders.{number}", *levels[-1]))
+    value, size = levels[depth]
+    for number in range(depth):
+        value, size = layer(f"decoders.{number}", value, size)
+        value, size = value + levels[depth - 1 - number][0], size + levels[depth - 1 - number][1]
+    b = settings["scale"] * tensors["peanut_B.weight"]
+    return b @ value, (2 * depth + 2) * np.abs(b) @ size
+
+
+def _activated(name: str, x: _Wide) -> _Wide:
+    gates: Mapping[str, Callable[[_Wide], Any]] = {
+        "relu": lambda x: x > 0,
+        "tanh": lambda x: np.sinh(np.clip(x, -20, 20)) / np.cosh(np.clip(x, -20, 20)),
+        "sigmoid": lambda x: (1 + np.tanh(x / 2)) / 2,
+        "silu": lambda x: (1 + np.tanh(x / 2)) / 2,
+        "gelu": lambda x: np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+        "linear": np.ones_like,
+    }
+    return np.asarray(gates[name](x) if name in ("tanh", "sigmoid") else x * gates[name](x), np.float64)
+
+
+# --- Of all of a weight ---
+
+
+def _osf(tensors: _Tensors, _settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    u, s, v = np.linalg.svd(weight, full_matrices=False)
+    least = slice(len(s) - len(tensors["s"]), None)
+    parts = ((tensors["u"] * tensors["s"], tensors["v"]), (-u[:, least] * s[least], v[least]))
+    (change, size), (removed, of_removed) = ((a @ b, np.abs(a) @ np.abs(b)) for a, b in parts)
+    return change + removed, size + of_removed + np.abs(weight)
+
+
+def _frod(tensors: _Tensors, settings: _Settings, weight: _Wide, _own: _Indices) -> _Sized:
+    v = tensors["v"]
+    u = weight @ np.linalg.inv(v).T
+    lengths = np.sqrt(np.sum(u**2, axis=0))
+    u = np.divide(u, lengths, out=np.zeros_like(u), where=lengths > 1e-12)
+    rows, columns = settings["places"]
+    changed = u * tensors["lengths"]
+    np.add.at(changed.T, columns, (u[:, rows] * tensors["values"]).T)
+    value, size = changed @ v.T, np.abs(changed) @ np.abs(v.T)
+    return value - weight, size + np.abs(weight)
+
+
+_BY_INPUTS = {"RoAd", "DEFT", "PEANuT", "LyCORIS OFT", "LyCORIS BOFT"}
+EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide, _Indices], _Sized]] = {
     "IA3": _ia3,
     "OFT": _oft,
     "BOFT": _boft,
@@ -264,4 +336,7 @@ EXACT_CHANGES: Mapping[str, Callable[[_Tensors, _Settings, _Wide], _Sized]] = {
     "LyCORIS GLoRA": _lycoris_glora,
     "GLoRA": _glora,
     "SuperTuning": _supertuning,
+    "PEANuT": _peanut,
+    "OSF": _osf,
+    "FRoD": _frod,
 }

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import brief, escaped_lines
-from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.lora import Adapter, LoraPair, Scaling, TokenRows
 from lora_export.notebook import html_table
 from lora_export.options.combining import Applied
 from lora_export.plan.stored_region import StoredRegion
@@ -144,6 +144,16 @@ class Step:
     def magnitude(self) -> NDArray[np.float32] | None:
         """The length that DoRA gives each output of W + ΔW, (out,); None without DoRA."""
         return self.terms[0].pair.magnitude if self.terms else None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it changes a bias."""
+        return len(self.spec.shape) == 1
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The factors of outputs or inputs, where the only term is such a change."""
+        return self.terms[0].pair.scaling(self.terms[0].strength) if self.terms else None
 
     @property
     def has_dora(self) -> bool:

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.errors import InputRefused, count, count_that_are
 from lora_export.options.spelling import named
+from lora_export.pairs.stages import TOGETHER
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
+from lora_export.storage.matrix_on_disk import MatrixOnDisk
 from lora_export.weights.merge_report import Statistics
 
 
@@ -36,6 +39,7 @@ class StepRows:
     output: NDArray[Any]  # receives the changed rows, in the dtype of the output
     scratch: Bytes  # memory for the change and the sum, overwritten
     column_norms: NDArray[np.float64] | None = None  # see `sums.sum_rows`
+    known_change: MatrixOnDisk | None = None  # see `change_by_columns`
     measured: bool = True  # whether the statistics count these rows
 
 
@@ -57,7 +61,8 @@ def apply_by_numpy(part: StepRows) -> Statistics | None:
         return None
     change, sum_buffer = scratch_arrays(part.scratch, output.shape, sums.sum_dtype(weight.dtype))
     total = output if output.dtype == sum_buffer.dtype else sum_buffer  # a sum that is not rounded is made in place
-    change = sums.sum_rows(step, part.rows, weight, total, column_norms=part.column_norms, change=change)
+    norms, known = part.column_norms, None if part.known_change is None else part.known_change[part.rows]
+    change = sums.sum_rows(step, part.rows, weight, total, column_norms=norms, change=change, known=known)
     sums.round_into(output, total)
     if not _is_below_largest(total, output.dtype):
         refuse_overflow(part.name, weight, output)
@@ -119,6 +124,41 @@ def squared_column_norms(
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:
         norms: NDArray[np.float64] = sum(pool.map(norms_of, pieces), start=np.zeros(len(step.magnitude)))
     return norms
+
+
+def change_by_columns(
+    step: Step, pieces: Sequence[slice], read: Callable[[slice], NDArray[Any]]
+) -> MatrixOnDisk | None:
+    """The change of a stored weight that follows from all of its rows together; None of any other.
+
+    `read` returns the stored rows of a piece. Each piece is read once, into a temporary file of the size of the weight
+    in fp32, in which one block of columns after the other becomes its change, or all of them at once.
+    """
+    changes = [(term.strength, term.pair) for term in step.stored_terms if term.pair.rows_together == TOGETHER]
+    if not changes:
+        return None
+    ((strength, transform),) = changes  # no other term is allowed beside it
+    assert isinstance(transform, WeightTransform)
+    first = sums.starting_rows(step, pieces[0], read(pieces[0]))
+    shape = pieces[-1].stop, math.prod(first.shape[1:])
+    matrix = MatrixOnDisk(shape, sums.sum_dtype(first.dtype))
+
+    def store(rows: slice) -> None:
+        weight = sums.starting_rows(step, rows, read(rows))
+        matrix.write_rows(rows, weight.reshape(len(weight), -1))
+
+    def change(columns: slice) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):  # the sums that are stored are checked
+            found = transform.change(matrix.columns(columns), columns=columns, strength=strength)
+        matrix.write_columns(columns, found)
+
+    with ThreadPoolExecutor(block_copy.default_threads()) as pool:
+        list(pool.map(store, pieces))
+        if transform.is_whole:
+            matrix.write_rows(every := slice(0, shape[0]), transform.change(matrix[every], strength=strength))
+        else:
+            list(pool.map(change, matrix.column_blocks))
+    return matrix
 
 
 @dataclass(frozen=True)

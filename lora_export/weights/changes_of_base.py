@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _change(pair: ChangeOfWeight) -> NDArray[np.float32]:
     return change
 
 
-def with_changes_of_base(adapter: Adapter, base: Path) -> Adapter:
+def with_changes_of_base(adapter: Adapter, base: Path, layout: Mapping[str, str] | None = None) -> Adapter:
     """The adapter with the changes that its kind makes of the weights of a base, in place of its transforms.
 
     Raises as `plan.make`, and InputRefused for a transform of a bias, or of a weight that is a part of a stored tensor.
@@ -63,7 +64,8 @@ def with_changes_of_base(adapter: Adapter, base: Path) -> Adapter:
     if not any(pair.needs_weight for pair in adapter.pairs.values()):
         return adapter
     checkpoint = open_checkpoint(base)
-    made = plan.make([adapter], checkpoint.specs, may_add=True, identity_ok=True, rules=checkpoint.rules)
+    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "layout": layout, "rules": checkpoint.rules}
+    made = plan.make([adapter], checkpoint.specs, **how)
     found = {}
     for step in made.steps:
         for term in step.terms:

@@ -20,15 +20,25 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.lora import EVERY_ROW
 from lora_export.pairs.computed import FourierPair
+from lora_export.pairs.stages import TOGETHER
 from lora_export.pairs.structured import StructuredPair
 from lora_export.plan import Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
+from lora_export.storage.matrix_on_disk import MatrixOnDisk
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
+from lora_export.weights.apply_step import (
+    ApplyStep,
+    Backend,
+    StepRows,
+    change_by_columns,
+    refuse_overflow,
+    squared_column_norms,
+)
 from lora_export.weights.merge_report import Statistics
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
+_OfAllRows = tuple[NDArray[np.float64] | None, MatrixOnDisk | None]  # DoRA's norms, and a change by columns
 LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
 
 
@@ -79,7 +89,7 @@ class OutputTensor:
         rows = 1
         if self.quantised is not None:
             rows = max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
-        return rows_with_terms(self.all_patches, rows, self.source.rows)
+        return rows_with_terms(self.all_patches, rows, self.source.rows, by_columns=True)
 
     @property
     def largest_row_bytes(self) -> int:
@@ -100,10 +110,15 @@ class OutputTensor:
         return (rows.stop - rows.start, *self.source.shape[1:]) if self.source.shape else ()
 
 
-def rows_with_terms(patches: Iterable[Patch], rows: int, most: int) -> int:
-    """The least multiple of `rows` that no change of the patches splits, up to `most`, all rows."""
+def rows_with_terms(patches: Iterable[Patch], rows: int, most: int, *, by_columns: bool = False) -> int:
+    """The least multiple of `rows` that no change of the patches splits, up to `most`, all rows.
+
+    With `by_columns`, changes that need all rows are made apart (`change_by_columns`), and do not count.
+    """
     of_terms = {(patch.rows.start, term.pair.rows_together) for patch in patches for term in patch.step.stored_terms}
-    if any(not count or start % count for start, count in of_terms):
+    if by_columns:
+        of_terms = {(start, count) for start, count in of_terms if count != TOGETHER}
+    if any(count == TOGETHER or start % count for start, count in of_terms):
         return most
     return min(math.lcm(rows, *(count for _, count in of_terms)), most)
 
@@ -141,15 +156,15 @@ def changed_blocks(
 ) -> Iterator[Block]:
     """Blocks of whole rows that change a tensor. The work of a block returns a list of Statistics.
 
-    Where DoRA's outputs are columns, the tensor is read once more, before its first block.
+    Where DoRA's outputs are columns, or all rows change together, the tensor is read once more, before its first block.
     """
     target = replace(target, shape=tensor.source.shape)
     old, least = tensor.source, tensor.rows_at_once
     count = max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes) // least) * least
     cuts = [*range(0, target.rows, count), target.rows]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
-    norms = [_column_norms(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
-    change = _RowChange(tensor, target, backend.apply, norms, source, read_fd)
+    before = [_of_all_rows(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
+    change = _RowChange(tensor, target, backend.apply, before, source, read_fd)
     if change.reads_itself:  # the packed bytes of some rows are in many places
         yield from skipped_blocks(old.start, target.start, old.nbytes)
     for rows, measured in zip(pieces, blocks_to_measure(tensor.step, pieces), strict=True):
@@ -162,10 +177,8 @@ def changed_blocks(
         )
 
 
-def _column_norms(
-    source: Path, read_fd: int, tensor: OutputTensor, patch: Patch, pieces: Sequence[slice]
-) -> NDArray[np.float64] | None:
-    """See `apply_step.squared_column_norms`. What is read here is not hashed: `transfer` reads and hashes it later."""
+def _of_all_rows(source: Path, read_fd: int, tensor: OutputTensor, patch: Patch, pieces: Sequence[slice]) -> _OfAllRows:
+    """What takes a pass over all rows. What is read here is not hashed: `transfer` reads and hashes it later."""
     old, offset = tensor.source, patch.rows.start
 
     def read(own: slice) -> NDArray[Any]:
@@ -176,7 +189,8 @@ def _column_norms(
         block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
         return _columns(_stored_rows(tensor, rows, stored), patch)
 
-    return squared_column_norms(patch.step, [own for rows in pieces if (own := patch.within(rows)) is not None], read)
+    own = [own for rows in pieces if (own := patch.within(rows)) is not None]
+    return squared_column_norms(patch.step, own, read), change_by_columns(patch.step, own, read)
 
 
 def _read_quantised(
@@ -206,7 +220,7 @@ class _RowChange:
     tensor: OutputTensor
     target: Entry
     apply: ApplyStep
-    column_norms: Sequence[NDArray[np.float64] | None]  # of each patch
+    before: Sequence[_OfAllRows]  # of each patch
     source: Path
     read_fd: int  # of the source
 
@@ -225,7 +239,7 @@ class _RowChange:
             if self.tensor.step is None:
                 np.copyto(output, stored, casting="unsafe")
                 refuse_overflow(self.target.name, stored, output)
-            for patch, norms in zip(self.tensor.all_patches, self.column_norms, strict=True):
+            for patch, of_all_rows in zip(self.tensor.all_patches, self.before, strict=True):
                 own = patch.within(rows)
                 if own is None:
                     continue
@@ -234,7 +248,7 @@ class _RowChange:
                     here = slice(own.start + patch.rows.start - rows.start, own.stop + patch.rows.start - rows.start)
                 before, after = _columns(stored[here], patch), _columns(output[here], patch)
                 name = patch.step.weight if self.tensor.patches else self.target.name
-                found = self.apply(StepRows(patch.step, name, own, before, after, scratch, norms, measured))
+                found = self.apply(StepRows(patch.step, name, own, before, after, scratch, *of_all_rows, measured))
                 statistics += [] if found is None else [found]
         return statistics
 

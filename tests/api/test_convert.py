@@ -76,6 +76,7 @@ def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
         ({"to": "peft", "names": "tarot", "base": "b"}, "names= is 'tarot'; it must be transformers4,"),
         ({"to": "peft", "as_kind": "lora"}, 'as_kind="lora" needs rank="R"'),
         ({"to": "peft", "min_kept": 0.5}, 'min_kept= is for as_kind="lora"'),
+        ({"to": "peft", "layout": {"*": "out_in"}}, 'layout= is for matrices of base="CHECKPOINT"'),
         ({"to": "tarot"}, "to= is 'tarot'; it must be onnx_adapter, peft,"),
     ],
 )

@@ -57,7 +57,7 @@ def audited(place: Path) -> object:
         (lambda place: le.inspect(place / "adapter"), "adapter=Adapter('adapter', peft, "),
         (lambda place: le.inspect(place / "m.onnx"), "graph=Sites(1 linear layers: 1 named by "),
         (merged, "plan=Plan(1 weight changed, 1 kept as it is), report=MergeReport(1 weight merged, "),
-        (audited, "Verification(same: 2 tensors, of which 1 "),
+        (audited, "Verification(same: 2 of 2 tensors are as"),
         (proven, "Verification(same: error "),
         (lambda place: le.verify(place / "m.pt", MODEL, adapters=place / "adapter").proof, "Proof(same: error "),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import peft
@@ -68,9 +69,44 @@ def test_exports_with_the_change_in_the_weights_are_proven(files, tmp_path):
 @pytest.mark.parametrize("lora", ["nodes", "inputs", "rows"])
 def test_a_change_beside_the_weight_is_refused(files, tmp_path, lora):
     base, adapter = files
-    with pytest.raises(InputRefused, match=r"change by|a change that follows"):
+    if lora == "nodes" and "IA3" in (adapter / "adapter_config.json").read_text():
+        return  # a scale can be beside the weight, and the bias is scaled in the graph
+    with pytest.raises(InputRefused, match=r"change by|tensors would differ from the base's:\n.*dense.bias"):
         le.export_onnx(base, tmp_path / "out.onnx", adapters=adapter, lora=lora)
     assert not list(tmp_path.iterdir())
+
+
+SCALED = {  # model -> layers whose outputs are scaled, and layers whose inputs are
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "bert": (["query", "attention.output.dense"], ["intermediate.dense"]),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+}
+
+
+@pytest.fixture(scope="module", params=SCALED)
+def scaled(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A base, and IA3 on it."""
+    folder, (outputs, inputs) = tmp_path_factory.mktemp("scaled"), SCALED[request.param]
+    base = small_model(request.param, folder / "base")
+    config = peft.IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+    return base, an_adapter(request.param, base, folder / "adapter", config)
+
+
+@pytest.mark.parametrize("lora", ["nodes", "inputs", "rows"])
+def test_scales_beside_the_weights_are_proven_and_wrong_ones_are_not(scaled, tmp_path, lora):
+    base, adapter = scaled
+    if lora != "nodes" and "llama" not in (base / "config.json").read_text():
+        pytest.skip("its biases are scaled too: refused, above")
+    result = le.export_onnx(base, tmp_path / "out.onnx", adapters=adapter, lora=lora)
+    assert result.proof is None or result.proof.verdict
+    wrong = load_file(adapter / "adapter_model.safetensors")
+    wrong[max(wrong)] = wrong[max(wrong)] * 0.9
+    (tmp_path / "other").mkdir()
+    save_file(wrong, tmp_path / "other/adapter_model.safetensors")
+    shutil.copyfile(adapter / "adapter_config.json", tmp_path / "other/adapter_config.json")
+    chosen = {"inputs": {"onnx_adapter": tmp_path / "adapter.onnx_adapter"}, "rows": {"adapter_id": 1}}.get(lora, {})
+    assert le.verify(tmp_path / "out.onnx", base, adapters=adapter, **chosen)
+    assert not le.verify(tmp_path / "out.onnx", base, adapters=tmp_path / "other", **chosen)
 
 
 def test_other_ways_out_are_refused_by_name(files, tmp_path):

@@ -83,7 +83,7 @@ def test_a_merged_pipeline_is_the_same(base, adapter, merged):
         f"{part}/{name}.weight" for part in ("unet", "text_encoder") for name in LAYERS
     }
     assert set(result.about["models"]) == {"unet", "text_encoder"}
-    assert str(result).startswith("same: 4 tensors, of which 4 changed as they should be")
+    assert str(result).startswith("same: 4 of 4 tensors are as they should be: 4 changed")
 
 
 def test_a_wrong_weight_in_one_model_is_different(base, adapter, merged):

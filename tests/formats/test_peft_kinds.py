@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,18 @@ import onnxruntime
 import peft
 import pytest
 import torch
+from peft.tuners.frod import model as peft_frod
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 
 import lora_export as le
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.not_weights import NOT_WEIGHTS
+from lora_export.formats.peft_kinds import frod
+from lora_export.formats.peft_kinds.not_weights import NOT_SAVED, NOT_WEIGHTS
+from lora_export.formats.peft_kinds.peanut import PEANUT_FUNCTIONS
 from lora_export.formats.peft_kinds.reading import kinds
+from lora_export.pairs import exact_transforms
 from support import ROOT, tables
 from support.cli import answer, call
 from support.peft_kinds import CASES, LAYOUT, Layers, Trained, differences, graph_of, trained
@@ -110,8 +116,8 @@ def test_the_table_has_each_case_once():
 
 
 def test_every_kind_of_the_installed_peft_is_read_or_refused_by_name(tmp_path):
-    configs = [case.config(target_modules=list(case.targets), **case.options) for case in CASES.values()]
-    assert {config.peft_type.value for config in configs} >= set(kinds())
+    tested = {case.saved_as or case.config(**case.options).peft_type.value for case in CASES.values()}
+    assert tested >= set(kinds())
     for peft_type in {each.value for each in peft.PeftType} - {"LORA"} - set(kinds()):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
         save_file({"x": np.ones(1)}, tmp_path / "adapter_model.safetensors")
@@ -119,7 +125,7 @@ def test_every_kind_of_the_installed_peft_is_read_or_refused_by_name(tmp_path):
             InputRefused, match=f"peft_type is '{peft_type}', which (cannot be merged|is not supported)"
         ):
             le.load_adapter(tmp_path)
-    assert set(NOT_WEIGHTS) < {each.value for each in peft.PeftType}
+    assert {*NOT_WEIGHTS, *NOT_SAVED} < {each.value for each in peft.PeftType}
 
 
 # --- What all kinds have in common ---
@@ -212,9 +218,11 @@ def test_a_damaged_adapter_is_refused(tmp_path, name):
         ("C3A: blocks", {"block_size": 3}, r"up: c3a_kernel is \(3, 2, 6\), the config's block_size is 3"),
         ("Vera: drawn matrices", {"projection_prng_key": None}, "projection_prng_key is None; it must be an integer"),
         ("FourierFT: few", {"n_frequency_pattern": [1]}, "n_frequency_pattern is .*; its type must be dict"),
-        ("WaveFT: few", {"wavelet_family": "db2"}, "wavelet_family is 'db2'; only db1 is supported"),
+        ("WaveFT: few", {"wavelet_family": "coif4"}, "wavelet_family is 'coif4'; supported are db1, db2, .* coif3"),
         ("Pvera: saved matrices", {"sample_at_inference": True}, "it draws a change anew for each input"),
         ("Gralora: blocks", {"hybrid_r": 2}, "hybrid_r is 2, and the pair of the whole weight is missing"),
+        ("Peanut: layers", {"act_fn": "mish"}, "up: act_fn is 'mish'; supported are relu, tanh"),
+        ("Peanut: layers", {"depth": 1}, "up: the config's depth is 1, and it has peanut_A.weight"),
         ("TinyLora: tied vectors", {"projection_seed": 7}, "tinylora_P is that of no layer by projection_seed 7"),
         ("TrainableTokens: rows", {"token_indices": [1, "7"]}, "token_indices of the config is no list of integers"),
     ],
@@ -227,10 +235,53 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, config, message):
         le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
 
 
-def test_matrices_that_are_not_saved_are_named(tmp_path):
-    one = trained(CASES["RandLora: dense"], tmp_path, save_projection=False)
-    with pytest.raises(InputRefused, match="Save the adapter with save_projection=True"):
-        le.load_adapter(one.adapter)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("RandLora: dense", "save_projection"),
+        ("TinyLora: tied vectors", "save_projection"),
+        ("Frod: linear", "save_projection"),
+        ("UniLora: saved indices", "save_indices"),
+    ],
+)
+def test_matrices_that_are_not_saved_are_named(tmp_path, name, option):
+    case = replace(CASES[name], options=CASES[name].options | {option: False})
+    with pytest.raises(InputRefused, match=f"Save the adapter with {option}=True"):
+        le.load_adapter(trained(case, tmp_path).adapter)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lin",
+        "layers.0.self_attn.q_proj",
+        "h.3.c_attn",
+        "encoder.layer.1.attention.output.dense",
+        "encoder.layer.1.output.dense",
+        "blocks.2",
+        "classifier.dense",
+    ],
+)
+def test_layers_share_a_matrix_by_pefts_names(name):
+    assert frod._category(name) == peft_frod._category_from_key(name)
+
+
+@pytest.mark.parametrize("name", PEANUT_FUNCTIONS)
+def test_activations_are_those_of_transformers(name):
+    x = np.linspace(-6, 6, 99, dtype=np.float32)
+    theirs = ACT2FN[name](torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(PEANUT_FUNCTIONS[name](x), theirs, atol=2e-6)
+    np.testing.assert_allclose(exact_transforms._activated(name, x.astype(np.float64)), theirs, atol=2e-6)
+
+
+def test_equal_singular_values_are_not_split(tmp_path):
+    one = trained(CASES["OSF: half"], tmp_path)
+    base = load_file(one.base)
+    base["down.weight"] = np.eye(6, 18, dtype=np.float32)
+    save_file(base, one.base)
+    with pytest.raises(InputRefused, match="singular values 3 and 4 from below are equal: OSF cannot split them"):
+        le.merge(one.base, one.adapter, tmp_path / "out.safetensors", layout=LAYOUT)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 # --- Adapters without the shapes of their weights ---

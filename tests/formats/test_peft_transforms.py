@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 
@@ -18,12 +17,13 @@ from lora_export import layers, plan
 from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
-from lora_export.pairs.exact_transforms import exact_change
-from lora_export.storage import block_copy
+from lora_export.pairs.exact_transforms import OF_OUTPUTS, exact_change, independent_axis
+from lora_export.storage import block_copy, matrix_on_disk
+from lora_export.verification.against_checkpoint import stored_tensor
 from support.peft_kinds import CASES, LAYOUT, Case, Layers, Trained, differences, graph_of, trained
 
 # DeLoRA is a pair; "none" of GLoRA changes the bias alone.
-TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora")
+TRANSFORMS = ("IA3", "OFT", "HRA", "Hira", "BOFT", "Road", "Deft", "Glora", "Peanut", "OSF", "Frod")
 OWN = [name for name in CASES if name.startswith(TRANSFORMS) or name == "Miss: bat"]
 
 
@@ -74,15 +74,12 @@ def test_folded_it_is_pefts_merge_times_the_strength(one):
 
 def test_as_lora_its_merge_is_pefts(one, tmp_path):
     out, merged = tmp_path / "lora", tmp_path / "merged.safetensors"
-    with contextlib.suppress(InputRefused):
-        le.convert(one.adapter, out, to="peft", as_kind="lora", rank=18, base=one.base)
-    if not out.exists():  # a file does not state the layout of some, and LoRA has no part for biases
-        why = (
-            "its bias changes too|the layout of . matri" if any("bias" in name for name in one.changed) else "layout of"
-        )
-        with pytest.raises(InputRefused, match=why):
-            le.convert(one.adapter, out, to="peft", as_kind="lora", rank=18, base=one.base)
+    options = {"to": "peft", "as_kind": "lora", "rank": 18, "base": one.base, "layout": LAYOUT}
+    if any("bias" in name for name in one.changed):  # LoRA has no part for these
+        with pytest.raises(InputRefused, match="its bias changes too"):
+            le.convert(one.adapter, out, **options)
         return
+    le.convert(one.adapter, out, **options)
     assert all(type(pair) is LoraPair for pair in le.load_adapter(out).pairs.values())
     le.merge(one.base, out, merged, layout=LAYOUT)
     for name, value in load_file(merged).items():
@@ -95,10 +92,13 @@ def test_as_lora_its_merge_is_pefts(one, tmp_path):
 def test_a_merge_in_small_blocks_is_that_of_whole_weights(one, tmp_path, monkeypatch):
     le.merge(one.base, one.adapter, tmp_path / "whole.safetensors", layout=LAYOUT)
     monkeypatch.setattr(block_copy, "BLOCK", 64)  # bytes: less than two rows
+    monkeypatch.setattr(matrix_on_disk, "COLUMNS_BYTES", 64)
     le.merge(one.base, one.adapter, tmp_path / "blocks.safetensors", layout=LAYOUT)
     whole, blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
     for name, value in whole.items():
         assert (blocks[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", 128)
+    assert le.verify(tmp_path / "whole.safetensors", base=one.base, adapters=one.adapter, layout=LAYOUT)
 
 
 def test_a_merge_is_judged_by_another_formula(one, tmp_path):
@@ -127,6 +127,12 @@ def test_rows_and_the_transpose_give_the_same_change(one):
             found = np.concatenate([each.change(view[rows], rows, strength=-2) for rows in slices])
             expected = -2 * (whole if view is weight else whole.T)
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
+        flat, axis = weight.reshape(len(weight), -1), independent_axis(pair)
+        whole = exact_change(pair, weight)
+        for own in (slice(0, 2), slice(2, flat.shape[axis])) if axis is not None else ():
+            here = (own,) if axis == OF_OUTPUTS else (slice(None), own)
+            for part, value in zip(exact_change(pair, flat[here], own), whole, strict=True):
+                np.testing.assert_allclose(part, value.reshape(flat.shape)[here], rtol=1e-12, atol=1e-12)
 
 
 def test_some_outputs_change_as_in_the_whole_or_are_refused(one):

@@ -10,7 +10,8 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import Blocks, EntryWise, LowRank, RowBlocks, Stage, WeightTransform
+from lora_export.pairs.stages import Blocks, EntryWise, LowRank, RowBlocks, Stage
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Step, TensorSpec, Term
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.tensor_blocks import OutputTensor, Patch

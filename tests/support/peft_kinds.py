@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Case:
     config: Any  # PEFT's class
     targets: tuple[str, ...]
     options: dict[str, Any]
+    saved_as: str = ""  # the name that an older PEFT gave the kind
 
 
 LAYOUT = {"up": "out_in", "down": "out_in", "back": "in_out"}
@@ -128,15 +130,29 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield case("few", config, LINEAR, n_frequency=7)
         yield case("most", config, (*LINEAR, "back"), n_frequency=65, random_loc_seed=4, scaling=3.0)
         yield case("patterns", config, LINEAR, n_frequency=7, n_frequency_pattern={"down": 9})
+    for wavelet in ("db2", "db7", "sym5", "coif3"):
+        yield case(wavelet, peft.WaveFTConfig, LINEAR, n_frequency=20, wavelet_family=wavelet)
     yield case("entries", peft.WaveFTConfig, (*LINEAR, "back"), n_frequency=9, use_idwt=False)
     yield case("proportional", peft.WaveFTConfig, LINEAR, n_frequency=9, proportional_parameters=True)
     for name, options in {"dense": {}, "sparse": {"sparse": True}, "very sparse": {"very_sparse": True}}.items():
         yield case(name, peft.RandLoraConfig, (*LINEAR, "back"), r=4, randlora_alpha=6, **options)
+        if options:
+            drawn = {"save_projection": False, "projection_prng_key": 7, **options}
+            yield case(f"{name}, drawn", peft.RandLoraConfig, (*LINEAR, "back"), r=5, randlora_alpha=6, **drawn)
     yield case("blocks", peft.GraloraConfig, (*LINEAR, "back"), r=6, gralora_k=2, alpha=5)
     yield case("hybrid", peft.GraloraConfig, (*LINEAR, "back"), r=6, gralora_k=3, alpha=5, hybrid_r=2)
     yield case("blocks", peft.C3AConfig, LINEAR, block_size=6)
     yield case("patterns", peft.C3AConfig, LINEAR, block_size=6, block_size_pattern={"down": 3})
     yield case("linear", peft.ShiraConfig, LINEAR, r=2)
+    for mode in (True, "bat"):
+        yield f"Bone: {mode}", Case(peft.MissConfig, LINEAR, {"r": 6, "init_weights": mode}, saved_as="BONE")
+    for name, options in {"no layers": {}, "layers": {"depth": 2, "act_fn": "gelu", "scaling": 0.5}}.items():
+        yield case(name, peft.PeanutConfig, r=3, **options)
+    for activation in ("tanh", "silu"):
+        yield case(activation, peft.PeanutConfig, r=3, depth=1, act_fn=activation)
+    yield case("half", peft.OSFConfig)
+    yield case("patterns", peft.OSFConfig, effective_rank=0.25, rank_pattern={"down": 5})
+    yield case("linear", peft.FrodConfig, (*LINEAR, "back"), sparse_rate=0.1)
     yield case("linear", peft.MissConfig, LINEAR, r=4)
     yield case("a rest", peft.MissConfig, LINEAR, r=5, init_weights=False)
     yield case("mini", peft.MissConfig, LINEAR, r=3, mini_r=3, init_weights="mini")
@@ -184,8 +200,19 @@ def trained(case: Case, folder: Path, **more: Any) -> Trained:
                 if parameter.requires_grad:
                     parameter.normal_()
         model.save_pretrained(folder / "adapter")
+        if case.saved_as:
+            _rename(folder / "adapter", config.peft_type.value, case.saved_as)
         merged = model.eval().merge_and_unload().state_dict()
     return Trained(folder / "base.safetensors", folder / "adapter", merged, before)
+
+
+def _rename(adapter: Path, new: str, old: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name.replace(new.lower(), old.lower()): value for name, value in load_file(file).items()}
+    save_file(tensors, file)
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"peft_type": old}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "mini_r"}))
 
 
 def graph_of(path: Path, one: Trained, names: list[str]) -> Path:

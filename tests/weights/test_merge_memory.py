@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from support import peak
 from support.handmade import peft_adapter
@@ -95,3 +96,34 @@ def test_a_quantised_base_six_times_as_large_needs_no_more_memory(tmp_path):
     print(f"peak memory for 10 and 60 layers: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
     assert max(peaks) <= LIMIT
     assert abs(peaks[1] - peaks[0]) < 8  # MiB; the scales of all layers take 20
+
+
+def deft(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    tensors = {f"base_model.model.a.deft_{name}": rng.standard_normal(shape).astype(np.float32) / 64
+               for name, shape in {"P": (WIDTH, 8), "R": (8, WIDTH)}.items()}  # fmt: skip
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "DEFT", "target_modules": ["a"], "r": 8, "alpha": 8, "decomposition_method": "qr"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def butterfly(folder: Path) -> Path:
+    blocks = np.random.default_rng(0).standard_normal((2, WIDTH // 64, 64, 64)).astype(np.float32) / 99
+    save_file({"lora_unet_a.oft_blocks": blocks, "lora_unet_a.alpha": np.zeros(1, np.float32)}, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [deft, butterfly])
+def test_no_weight_is_held_whole_where_all_rows_change_together(tmp_path, adapter):
+    base, out = sparse_file(tmp_path / "base.safetensors", {"a.weight": (WIDTH, WIDTH)}), tmp_path / "out.safetensors"
+    words = ["-a", adapter(tmp_path / "adapter.safetensors"), "--layout", "*=out_in"]
+    with base.open("r+b") as file:
+        file.seek(-(2 * WIDTH * WIDTH), os.SEEK_END)
+        file.write(np.random.default_rng(1).integers(0x3C00, 0x3D00, WIDTH * WIDTH, np.uint16).tobytes())
+    for command in (["merge", base, words[1], "-o", out, *words[2:]], ["verify", out, "--base", base, *words]):
+        run = peak.run([sys.executable, "-m", "lora_export", *command])
+        print(f"{command[0]}: {run.peak:.0f} MiB")
+        assert run.code == 0 and run.peak <= LIMIT

@@ -12,7 +12,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.formats.peft_kinds.oft import change_of_rotation
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import Blocks, EntryWise, Stage, WeightTransform
+from lora_export.pairs.stages import Blocks, EntryWise, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "BOFT"
 

@@ -11,7 +11,8 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import EntryWise, LowRank, Stage, WeightTransform
+from lora_export.pairs.stages import EntryWise, LowRank, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "DEFT"
 

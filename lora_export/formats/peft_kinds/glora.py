@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import EntryWise, Stage, WeightTransform
+from lora_export.pairs.stages import EntryWise, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "GLoRA"
 _PATHS = "ABCDE"

@@ -7,7 +7,8 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
-from lora_export.pairs.transforms import EntryWise, Stage, WeightTransform
+from lora_export.pairs.stages import EntryWise, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "HiRA"
 _LAYER, _TABLE = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")

@@ -63,6 +63,7 @@ class Kind:
     numbers: tuple[str, ...] = ()  # of these: the positive numbers that must be stated
     patterns: Mapping[str, str] = field(default_factory=dict)  # a table of patterns -> the field with the default
     refused: Mapping[str, str] = field(default_factory=dict)  # field -> why a true value is refused
+    shared_alone: str = "no layer has a change"  # why a file with nothing but shared tensors is refused
 
     @property
     def config_fields(self) -> ConfigFields:

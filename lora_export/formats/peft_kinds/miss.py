@@ -13,27 +13,28 @@ from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.pairs.open_shape import MatrixShape, OpenPair
-from lora_export.pairs.transforms import RowBlocks, Stage, WeightTransform
+from lora_export.pairs.stages import RowBlocks, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "MiSS"
 
 
 def _change(stored: Stored) -> LoraPair:
-    mode, rank = stored.config.get("init_weights"), stored.config["r"]
+    mode, rank, (name,) = stored.config.get("init_weights"), stored.config["r"], stored.parts
     if mode == "bat":
-        blocks = stored.part("miss_block", 3)
+        blocks = stored.part(name, 3)
         if blocks.shape[1:] != (rank, rank):
-            raise InputRefused(f"miss_block is {blocks.shape}, the config's rank is {rank}")
+            raise InputRefused(f"{name} is {blocks.shape}, the config's rank is {rank}")
         return WeightTransform(_TITLE, {"miss_block": blocks}, _lower, (len(blocks) * rank, 0), rank=rank)
-    block = stored.part("miss_block", 2)
+    block = stored.part(name, 2)
     if len(block) != rank or (mode == "mini" and block.shape[1] != stored.config.get("mini_r")):
-        raise InputRefused(f"miss_block is {block.shape}, which disagrees with r {rank} or mini_r of the config")
+        raise InputRefused(f"{name} is {block.shape}, which disagrees with r {rank} or mini_r of the config")
 
     def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
         out, columns = shape
         repeats, rest = divmod(out, block.shape[1])
         if rest or rank > columns or (repeats > 1 and mode != "mini"):
-            raise InputRefused(f"the weight is {shape}, which does not fit miss_block {block.shape}")
+            raise InputRefused(f"the weight is {shape}, which does not fit {name} {block.shape}")
         a = (np.arange(columns) % rank == np.arange(rank)[:, None]).astype(np.float32)
         return LoraPair(a=a, b=np.tile(block.T, (repeats, 1)), scale=1.0)
 

@@ -19,10 +19,20 @@ NOT_WEIGHTS = {
     "ADAPTION_PROMPT": "it adds trained prompts to the attention, behind a gate",
     "SHADOW": "it runs a second, small model beside the base",
 }
+# peft_type -> what a merge needs, which the file does not have. PEFT makes it anew from the base.
+NOT_SAVED = {
+    "PSOFT": "its A and B are singular vectors of the base, whose signs differ from one library to another",
+    "ADAMSS": "which outputs a part of it changes is found by k-means on singular vectors of the base",
+}
 
 
 def refuse_not_weights(peft_type: Any, path: Path) -> None:
-    """Raise InputRefused for a kind that is no change of weights. `path` is its config."""
+    """Raise InputRefused for a kind that is no change of weights, or whose file lacks a part. `path` is its config."""
+    if isinstance(peft_type, str) and peft_type in NOT_SAVED:
+        raise InputRefused(
+            f"{path}: peft_type is {peft_type!r}, which is not supported: {NOT_SAVED[peft_type]}, and the file does "
+            "not hold them. Merge it with PEFT (merge_and_unload), and use the merged model"
+        )
     if isinstance(peft_type, str) and peft_type in NOT_WEIGHTS:
         why = NOT_WEIGHTS[peft_type]
         raise InputRefused(

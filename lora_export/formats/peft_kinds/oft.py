@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Kind, Stored
-from lora_export.pairs.transforms import Blocks, Stage, WeightTransform
+from lora_export.pairs.stages import Blocks, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "OFT"
 _MOST_TERMS = 1000  # of the series of a rotation; PEFT's default is 5

@@ -54,6 +54,7 @@ def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) ->
         for tensor, value in replaced.items()
         if (bad := value.size - np.count_nonzero(np.isfinite(value.astype(np.float64))))
     ]
+    problems += [kind.shared_alone] if keys.shared and not keys.parts else []
     refuse_problems(file, problems if file.entries else ["it contains no tensor"])
     pairs = {module: change.pair for module, change in changes.items() if change.pair is not None}
     return Adapter(

@@ -16,7 +16,8 @@ from lora_export.formats.peft_kinds.kind import Kind, Stored
 from lora_export.lora import LoraPair
 from lora_export.pairs.computed import SparsePair
 from lora_export.pairs.open_shape import MatrixShape, OpenPair
-from lora_export.pairs.transforms import EntryWise, Stage, WeightTransform
+from lora_export.pairs.stages import EntryWise, Stage
+from lora_export.pairs.transforms import WeightTransform
 
 _TITLE = "SuperTuning"
 _FACTORS = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")

@@ -21,6 +21,11 @@ TOLERANCE = 1e-4  # of P: a processor's logarithms and cosines are not another's
 
 
 def _change(stored: Stored) -> LoraPair:
+    if "tinylora_P" not in stored.parts:
+        raise InputRefused(
+            "its projection is not saved, and PEFT draws it by the position of the layer in the model. Save the "
+            "adapter with save_projection=True"
+        )
     a, b, p = (stored.part(f"tinylora_{name}", dimensions) for name, dimensions in (("A", 2), ("B", 2), ("P", 3)))
     rank = len(a)
     v = _vector(stored, p)
@@ -71,7 +76,7 @@ KIND = Kind(
     title="TinyLoRA",
     change=_change,
     parts=("tinylora_A", "tinylora_B", "tinylora_P"),
-    needed=("tinylora_A", "tinylora_B", "tinylora_P"),
+    needed=("tinylora_A", "tinylora_B"),
     shared=(V,),
     fields=(
         *("r", "u", "weight_tying", _SEED, "save_projection", "tinylora_dropout", "fan_in_fan_out", "init_v_bound"),

@@ -41,5 +41,9 @@ KIND = Kind(
         *("proj_seed", "theta_d_length", "unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"),
         "save_indices",
     ),
+    shared_alone=(
+        "the indices of its layers are not saved, and PEFT draws them for all layers in the sequence of the model. "
+        "Save the adapter with save_indices=True"
+    ),
     numbers=("r",),
 )

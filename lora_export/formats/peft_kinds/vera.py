@@ -20,7 +20,7 @@ PROJECTION_SEED = "projection_prng_key"
 Projections = tuple[NDArray[np.float32], NDArray[np.float32]]  # A (rank, most inputs) and B (most outputs, rank)
 
 
-def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[MatrixShape], name: str) -> Projections:
+def _projections(stored: Stored, rows: int, rank: int, shapes: Sequence[MatrixShape], name: str) -> Projections:
     """The shared A (rows, inputs) and B (outputs, rank): those of the file, else those that PEFT draws.
 
     They are Kaiming-uniform (He et al. 2015, eq. 10). PEFT draws them on the CPU in float32, A first. Raises
@@ -40,7 +40,7 @@ def projections(stored: Stored, rows: int, rank: int, shapes: Sequence[MatrixSha
     return a, b
 
 
-def scaled_projections(
+def _scaled_projections(
     of_rank: NDArray[np.float32], of_outputs: NDArray[np.float32], shape: MatrixShape, shared: Projections
 ) -> LoraPair:
     """diag(of_outputs) B diag(of_rank) A, of the parts of A and B that the weight needs."""
@@ -56,23 +56,27 @@ def scaled_projections(
     return FactoredPair(stored, 1.0, settings={"shape": (rank, out, columns), "factors": factors})
 
 
-def _change(stored: Stored) -> OpenPair:
-    of_rank, of_outputs = stored.part("vera_lambda_d", 1), stored.part("vera_lambda_b", 1)
+def change(stored: Stored, name: str = "vera", times: int = 1) -> OpenPair:
+    """The change by the tensors of this name. A has so many times the rank; the first part is used."""
+    of_rank, of_outputs = stored.part(f"{name}_lambda_d", 1), stored.part(f"{name}_lambda_b", 1)
     rank = stored.config["r"]
-    if len(of_rank) != rank:
-        raise InputRefused(f"vera_lambda_d has {len(of_rank)} values, the config's rank is {rank}")
+    if len(of_rank) != times * rank:
+        raise InputRefused(
+            f"{name}_lambda_d has {len(of_rank)} values, and needs {times * rank} by the config's rank {rank}"
+        )
     Generator(stored.config.get(PROJECTION_SEED), PROJECTION_SEED)
 
     def pair(shape: MatrixShape, shapes: Sequence[MatrixShape]) -> LoraPair:
-        return scaled_projections(of_rank, of_outputs, shape, projections(stored, rank, rank, shapes, "vera"))
+        shared = _projections(stored, times * rank, rank, shapes, name)
+        return _scaled_projections(of_rank[:rank], of_outputs, shape, shared)
 
-    return OpenPair(pair, [of_rank, of_outputs], len(of_outputs))
+    return OpenPair(pair, [of_rank[:rank], of_outputs], len(of_outputs))
 
 
 KIND = Kind(
     peft_type="VERA",
     title="VeRA",
-    change=_change,
+    change=change,
     parts=("vera_lambda_b", "vera_lambda_d"),
     needed=("vera_lambda_b", "vera_lambda_d"),
     shared=("vera_A", "vera_B"),

@@ -22,11 +22,12 @@ from lora_export.graph.insert.adapter_names import (
     DORA_FACTOR,
     LORA_A,
     LORA_B,
+    SCALE,
     Convention,
     dotted,
     module_of,
 )
-from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
+from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight, scaled_input
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.site import Site, common_dtype, find_readers
 from lora_export.graph.values import initializers
@@ -44,6 +45,7 @@ def insert_inputs(
     *,
     names: str = OnnxOptions.names,
     dora: Iterable[str] = (),
+    scaled: Iterable[str] = (),
     max_rank: int = 0,
     required: bool = False,
 ) -> Contract:
@@ -53,7 +55,8 @@ def insert_inputs(
     of zeros), so that without an adapter the layer gains zeros and the graph computes what it did. The rank of each
     layer has a symbol of its own, so that an adapter's ranks may differ. With `max_rank` every rank is this one, and
     the default is zeros: no shape of an adapter is dynamic. With `required` there is no default. The weights in `dora`
-    also get an input for the factor of each output, by default ones, which multiplies the sum before the bias is added.
+    also get an input for the factor of each output, by default ones, which multiplies the sum before the bias is added;
+    those in `scaled` one for the factor of each of the layer's inputs.
     `names` is one of CONVENTIONS. The returned contract lists the inputs, their positions and the base's fingerprint.
     It is stored in the graph's metadata too. `sites` is invalid afterwards.
 
@@ -68,7 +71,7 @@ def insert_inputs(
         )
     if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
-    digests, with_dora = weight_digests(sites), set(dora)
+    digests, with_dora, with_scale = weight_digests(sites), set(dora), set(scaled)
     inserter, slots = Inserter(model), []
     for weight in weights:
         readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
@@ -76,11 +79,15 @@ def insert_inputs(
         own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
         has_dora, name_of = weight in with_dora, CONVENTIONS[names]
         slot = _slot(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
-        slot = replace(slot, max_rank=max_rank)
-        a, b, *factor = _add_inputs(inserter.factory, slot)
+        scale = name_of(module_of(weight), SCALE, is_embedding) if weight in with_scale else ""
+        slot = replace(slot, max_rank=max_rank, scale=scale)
+        factors = _add_inputs(inserter.factory, slot)
         for site in own_sites:
-            rescaling = common_rescaling(inserter.factory, site, factor[0]) if factor else None
-            inserter.insert(site, [(a, b)], rescaling)
+            if slot.scale:
+                inserter.scale_input(site, *scaled_input(inserter.factory, site, factors[SCALE]))
+            factor = factors.get(DORA_FACTOR)
+            rescaling = common_rescaling(inserter.factory, site, factor) if factor else None
+            inserter.insert(site, [(factors[LORA_A], factors[LORA_B])], rescaling)
         slots.append(slot)
     inserter.finish()
     contract = Contract(fingerprint(digests), names_digest(sites), tuple(slots), required)
@@ -109,17 +116,19 @@ def _slot(
     )
 
 
-def _add_inputs(factory: NodeFactory, slot: AdapterSlot) -> list[Factor]:
-    """Add the inputs of a layer: A, B, and the factor of DoRA where the layer takes one."""
+def _add_inputs(factory: NodeFactory, slot: AdapterSlot) -> dict[str, Factor]:
+    """Add the inputs of a layer: A, B, and the factors of its outputs and inputs where it takes such. By their part."""
     module = module_of(slot.weight)
     # A symbol of its own: onnxruntime lets tensors of equal symbols share memory.
     rank = dotted(module, "lora_r")
-    factors = []
-    for part, (name, array) in zip((LORA_A, LORA_B, DORA_FACTOR), slot.without_adapter().items(), strict=False):
+    parts = {slot.a: LORA_A, slot.b: LORA_B, slot.factor: DORA_FACTOR, slot.scale: SCALE}
+    factors = {}
+    for name, array in slot.without_adapter().items():
+        part = parts[name]
         factor = factory.factor(module, part, array, name=name)
         factor.value.shape = ir.Shape([rank if size is None else size for size in slot.input_shapes[name]])
         factory.model.graph.inputs.append(factor.value)
-        factors.append(factor)
+        factors[part] = factor
     return factors
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 LORA_A, LORA_B, DORA_FACTOR = "lora_A", "lora_B", "lora_magnitude_vector"
+SCALE = "ia3_l"  # factors of outputs or inputs
 
 # (module, LORA_A or another part, whether the module is an embedding) -> name
 Convention = Callable[[str, str, bool], str]

@@ -9,12 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
-from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
+from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, scaled_input, site_dora_factors
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch
 from lora_export.graph.site import Site, common_dtype
+from lora_export.lora import Scaling
 from lora_export.plan import Plan, Step, Term
 from lora_export.weights.merge_report import StepResult
 
@@ -34,6 +35,8 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
       concatenated and added once. Outputs of a weight without an adapter gain zeros.
     - Several adapters of one weight are one product, with their ranks concatenated.
     - A fused operator (onnxruntime's Attention) reads W + A·B.
+    - A change that only scales the layer's outputs or inputs (IA3) multiplies the product or the input by
+      `X.ia3_l.weight`, (out,) or (in,).
     - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
 
     `sites` is invalid afterwards. Raises InputRefused where a weight has a reader beside which no branch can be
@@ -42,13 +45,16 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     """
     refuse_steps_without_branch(plan)
     # First, because the insertion of branches moves biases.
-    merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
+    merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms or step.is_vector]
     for step in plan.low_rank:
         if step.replace is not None:
             change_weight(model, sites, replace(step, terms=()))
     inserter = Inserter(model)
     labels = {adapter.name: f".{adapter.name}" if len(plan.adapters) > 1 else "" for adapter in plan.adapters}
-    for step in plan.low_rank:
+    for step in (step for step in plan.low_rank if not step.is_vector):
+        if step.scaling is not None:
+            _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter])
+            continue
         is_embedding = step.terms[0].pair.embedding
         own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
         pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter]) for term in step.terms]
@@ -57,6 +63,19 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
             inserter.insert(site, pairs, factors.rescaling(site))
     inserter.finish()
     return [result for result in merged if result is not None]
+
+
+def _scale(inserter: Inserter, step: Step, scaling: Scaling, sites: Sites, label: str) -> None:
+    """Multiply the inputs or the products of a layer by factors."""
+    own_sites = inserter.sites_of(step.weight, sites)
+    kernel = [1] * (len(own_sites[0].shape) - 2)
+    array = scaling.factors.reshape(-1, *kernel).astype(common_dtype(own_sites))
+    factor = inserter.factory.factor(module_of(step.weight), f"{SCALE}{label}", array)
+    for site in own_sites:
+        if scaling.of_inputs:
+            inserter.scale_input(site, *scaled_input(inserter.factory, site, factor))
+        else:
+            inserter.insert_beside(site, None, common_rescaling(inserter.factory, site, factor))
 
 
 def _pair(factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str) -> tuple[Factor, Factor]:

@@ -35,7 +35,7 @@ from lora_export.formats.onnx_adapter import (
 )
 from lora_export.formats.row_adapters import RowAdapters
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes
 from lora_export.graph.insert.branches import Inserter, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory, layer_input
@@ -136,7 +136,12 @@ def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
 
 def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
     """Raise InputRefused for what adapters on one row cannot add up: DoRA, and whole layers."""
-    found = [f"{term.adapter}, {step.weight}: DoRA" for step in plan.low_rank if step.has_dora for term in step.terms]
+    found = [
+        f"{term.adapter}, {step.weight}: {'DoRA' if step.has_dora else term.pair.kind}"
+        for step in plan.low_rank
+        for term in step.terms
+        if step.has_dora or term.pair.scaling() is not None
+    ]
     for adapter, head in zip(plan.adapters, heads, strict=bool(heads)):
         found += [f"{adapter.name}, {name}: a whole tensor" for name in head]
     if found:
@@ -156,11 +161,17 @@ def _insert_stacks(
     axes: Mapping[tuple[ir.Node, int], BatchAxis],
 ) -> None:
     """Insert the stacked factors of one weight beside its sites. `dora` has the factor of each adapter."""
-    a, b = stacks.convolutions() if sites[0].is_convolution else stacks.pairs()
-    factor = stacks.dora(dora) if stacks.step.has_dora else None
+    has_pairs = any(stacks.ranks)
+    a, b = (stacks.convolutions() if sites[0].is_convolution else stacks.pairs()) if has_pairs else (None, None)
+    factor, scale = stacks.of_outputs(dora), stacks.of_inputs()
     for site in sites:
         axis = axes[site.node_input]
+        if scale is not None:
+            inserter.scale_input(site, *branches.scaled_input(site, axis, scale))
         rescaling = None if factor is None else branches.rescaling(site, axis, factor)
+        if a is None or b is None:
+            inserter.insert_beside(site, None, rescaling)
+            continue
         if site.is_convolution:
             branch = partial(branches.convolution_branch, site, a, b, stacks.rank_mask())
         else:
@@ -181,8 +192,10 @@ class AdapterStacks:
     def __init__(self, factory: NodeFactory, step: Step, adapters: Sequence[str], dtype: str, *, max_rank: int = 0):
         self.factory, self.step, self.dtype = factory, step, dtype
         own_steps = [step.for_adapter(name) for name in adapters]
-        self.factors = [[] if own is None else [term.factors for term in own.terms] for own in own_steps]
-        ranks = [0 if own is None else sum(term.pair.rank for term in own.terms) for own in own_steps]
+        self.scalings = [None if own is None else own.scaling for own in own_steps]
+        paired = [() if own is None or own.scaling is not None else own.terms for own in own_steps]
+        self.factors = [[term.factors for term in terms] for terms in paired]
+        ranks = [sum(term.pair.rank for term in terms) for terms in paired]
         for factors, rank in zip(self.factors, ranks, strict=True):
             if factors and rank < max_rank:
                 factors.append(self._zeros(*factors[0], max_rank - rank))
@@ -218,12 +231,26 @@ class AdapterStacks:
         mask: NDArray[np.bool_] = owner == np.arange(len(self.ranks) + 1)[:, None]
         return mask
 
-    def dora(self, factors: Sequence[NDArray[np.float64] | None]) -> Factor:
-        """The factors of DoRA (adapters + 1, out), ones where an adapter has none."""
-        stack = np.ones((len(factors) + 1, self.step.terms[0].pair.shape[0]))
-        for row, factor in zip(stack[1:], factors, strict=True):
-            row[:] = 1 if factor is None else factor.reshape(-1)
-        return self._initializer(DORA_FACTOR, stack)
+    def of_outputs(self, dora: Sequence[NDArray[np.float64] | None]) -> Factor | None:
+        """The factors of outputs (adapters + 1, out), DoRA's among them; ones where an adapter has none."""
+        pairs = zip(dora, self._scalings(of_inputs=False), strict=True)
+        return self._factors(DORA_FACTOR, [one if one is not None else other for one, other in pairs], 0)
+
+    def of_inputs(self) -> Factor | None:
+        """The factors of inputs (adapters + 1, in)."""
+        return self._factors(SCALE, self._scalings(of_inputs=True), 1)
+
+    def _scalings(self, *, of_inputs: bool) -> list[NDArray[np.float32] | None]:
+        """The factors that each adapter's scaling has of this side."""
+        return [own.factors if own and own.of_inputs == of_inputs else None for own in self.scalings]
+
+    def _factors(self, part: str, own: Sequence[NDArray[Any] | None], axis: int) -> Factor | None:
+        if all(factors is None for factors in own):
+            return None
+        stack = np.ones((len(own) + 1, self.step.terms[0].pair.shape[axis]))
+        for row, factors in zip(stack[1:], own, strict=True):
+            row[:] = 1 if factors is None else factors.reshape(-1)
+        return self._initializer(part, stack)
 
     def _zeros(self, a: NDArray[Any], b: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """A and B of this rank in the shapes of others, all zeros."""

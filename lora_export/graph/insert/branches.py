@@ -103,6 +103,15 @@ def common_rescaling(factory: NodeFactory, site: Site, factor: Factor) -> Rescal
     return Rescaling(nodes, factor.path)
 
 
+def scaled_input(factory: NodeFactory, site: Site, factor: Factor) -> tuple[NodeList, ir.Value]:
+    """x times one factor (in,) of all rows; of a convolution, (in, 1...)."""
+    nodes = NodeList(factory, factor.path)
+    value, x = nodes.cast_to_site(site, factor).value, layer_input(site)
+    if _gemm_attributes(site.node)[0]:  # x is transposed
+        value = nodes.add("Unsqueeze", [value, factory.constant(factor.path, "axis", np.array([1]))], None)
+    return nodes, nodes.add("Mul", [x, value], x.shape)
+
+
 def _gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
     """The attributes of a branch beside a Gemm: its product by A transposes x, its product by B has alpha."""
     if node.op_type != "Gemm":
@@ -174,7 +183,7 @@ class Insertion(NamedTuple):
     """What is added to the product of a site's node."""
 
     site: Site
-    branch: Callable[[range], BranchNodes]  # for these outputs: the site's block, and neighbours that gain zeros
+    branch: Callable[[range], BranchNodes] | None  # for these outputs: the site's block, and neighbours that gain zeros
     rescaling: Rescaling | None
 
 
@@ -219,10 +228,21 @@ class Inserter:
             self.insert_beside(site, lambda outputs: low_rank_branch(self.factory, site, pairs, outputs), rescaling)
 
     def insert_beside(
-        self, site: Site, branch: Callable[[range], BranchNodes], rescaling: Rescaling | None = None
+        self, site: Site, branch: Callable[[range], BranchNodes] | None, rescaling: Rescaling | None = None
     ) -> None:
         """Insert a branch beside a site's node when `finish` is called. See `Insertion`."""
         self.insertions.setdefault(site.node, []).append(Insertion(site, branch, rescaling))
+
+    def scale_input(self, site: Site, nodes: NodeList, scaled: ir.Value) -> None:
+        """Let a site's node read `scaled` as its input, which these nodes compute from the one that it has."""
+        if site.block is not None:
+            raise InputRefused(
+                f"{site.name} is stored beside other weights that read one input: its inputs cannot be scaled alone. "
+                "Merge the adapter into the weights instead"
+            )
+        assert site.node.graph is not None
+        site.node.graph.insert_before(site.node, nodes.nodes)
+        site.node.replace_input_with(0, scaled)
 
     def finish(self) -> None:
         """Add the branches to the products of their nodes."""
@@ -270,8 +290,10 @@ class Inserter:
         This takes two thirds of the time of a zero-padded branch per block, measured with onnxruntime
         (tests/benchmarks/README.md).
         """
-        branches = [insertion.branch(outputs) for insertion, outputs in _output_ranges(insertions)]
-        if insertions[0].site.block is None or len(branches) == 1:
+        insertions = [insertion for insertion in insertions if insertion.branch is not None]
+        ranges = _output_ranges(insertions) if insertions else ()
+        branches = [insertion.branch(outputs) for insertion, outputs in ranges if insertion.branch is not None]
+        if not insertions or insertions[0].site.block is None or len(branches) == 1:
             return branches
         path, shape = branches[0].path, insertions[0].site.node.outputs[0].shape
         concat = self.factory.node("Concat", [branch.product for branch in branches], path, shape, {"axis": -1})

@@ -120,21 +120,28 @@ class RowBranches:
 
         def rescaling_nodes(total: ir.Value) -> list[ir.Node]:
             nodes = NodeList(self.factory, factors.path)
-            features = site.node_outputs
-            stack = nodes.padded_to(site, factors, range(features), 1.0).value
-            shape = site.node.outputs[0].shape
-            if site.is_convolution:
-                own = self.of_rows(nodes, stack, batch.rank, batch_axis=0, feature_axis=1)
-            else:
-                own = self.of_rows(nodes, stack, 4 if batch.is_flat else batch.rank, batch_axis=batch.axis)
-            if not batch.is_flat:
-                nodes.add("Mul", [total, own], shape)
-                return nodes.nodes
-            separated = self.separate_batch(nodes, total, batch, features)
-            self.as_layer(nodes, nodes.add("Mul", [separated, own], sizes_of(separated)), batch, shape)
+            stack = nodes.padded_to(site, factors, range(site.node_outputs), 1.0).value
+            self._times_own(nodes, site, batch, stack, total)
             return nodes.nodes
 
         return Rescaling(rescaling_nodes, factors.path)
+
+    def scaled_input(self, site: Site, batch: BatchAxis, factors: Factor) -> tuple[NodeList, ir.Value]:
+        """The layer's input, each row times the factors (adapters + 1, in) of its own adapter."""
+        nodes = NodeList(self.factory, factors.path)
+        stack = nodes.cast_to_site(site, factors).value
+        return nodes, self._times_own(nodes, site, batch, stack, layer_input(site))
+
+    def _times_own(self, nodes: NodeList, site: Site, batch: BatchAxis, stack: ir.Value, x: ir.Value) -> ir.Value:
+        """x times each row's own entry of a stack (adapters + 1, features)."""
+        if site.is_convolution:
+            own = self.of_rows(nodes, stack, batch.rank, batch_axis=0, feature_axis=1)
+        else:
+            own = self.of_rows(nodes, stack, 4 if batch.is_flat else batch.rank, batch_axis=batch.axis)
+        if not batch.is_flat:
+            return nodes.add("Mul", [x, own], x.shape)
+        separated = self.separate_batch(nodes, x, batch, last_size(stack))
+        return self.as_layer(nodes, nodes.add("Mul", [separated, own], sizes_of(separated)), batch, x.shape)
 
     def _looked_up(self, nodes: NodeList, site: Site, batch: BatchAxis, table: Factor) -> ir.Value:
         """The rows of A that are looked up, each batch row in its own adapter's part of the table."""

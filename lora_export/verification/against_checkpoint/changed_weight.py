@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.plan import Step
+from lora_export.verification.against_checkpoint.changes_of_weight import changes_of_weight
 from lora_export.verification.against_checkpoint.fp64_sums import (
     EVERY_ENTRY,
     FP32_ROUNDOFF,
@@ -159,7 +160,7 @@ class ChangedWeight:
     def with_norms(self, one: Fp64Sum) -> Fp64Sum:
         """The sum with what takes a pass over all rows: norms of DoRA's outputs, and T(W)."""
         if one.needs_weight:
-            return one.of_weight(np.concatenate([self.before(rows) for rows in self.pieces]))
+            return replace(one, changes=changes_of_weight(self))
         if not one.needs_column_norms:
             return one
         assert self.step.magnitude is not None

@@ -10,14 +10,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.pairs.exact_transforms import exact_change
-from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Step
 from lora_export.verification.against_checkpoint.fp64_changes import WholeChange, change_in_fp64
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 
 Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY
+ChangesOf = Callable[[slice], tuple[Wide, Wide]]  # stored rows -> T(W) - W and its size, each of these rows
 BoundOf = Callable[[Entries], Wide]  # (flattened entries,) -> the bound of each, in one dimension
 EVERY_ENTRY = slice(None)
 _Matrix = NDArray[np.float32]
@@ -36,7 +35,7 @@ class Fp64Sum:
     transposed_term: int = -1  # the term whose BA is transposed
     with_magnitude: bool = True
     column_norms: tuple[Wide, Wide] | None = None  # of DoRA's outputs, and their bounds, where outputs are columns
-    changes: tuple[Wide, Wide] | None = None  # of a change that follows from the weight, as stored, and its size
+    changes: ChangesOf | None = None  # what follows from the weight, of stored rows, see `changes_of_weight`
     _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
     _matrices: dict[int, tuple[_Matrix, _Matrix]] = field(default_factory=dict, init=False, repr=False)
     _wholes: dict[int, WholeChange | None] = field(default_factory=dict, init=False, repr=False)
@@ -51,15 +50,8 @@ class Fp64Sum:
 
     @property
     def needs_weight(self) -> bool:
-        """Whether the whole weight has to be read first."""
+        """Whether a change that follows from the weight is still missing."""
         return self.step.needs_weight and self.changes is None
-
-    def of_weight(self, weight: Wide) -> Fp64Sum:
-        """The sum with the change that follows from the weight, which is all of it as it is stored."""
-        pair, is_transposed = self.step.terms[0].pair, self.step.spec.layout.is_transposed
-        assert isinstance(pair, WeightTransform)
-        change, size = exact_change(pair, weight.T if is_transposed else weight)
-        return replace(self, changes=(change.T, size.T) if is_transposed else (change, size))
 
     def rows(self, rows: slice, weight: Wide) -> tuple[Wide, Wide]:
         """These rows of the sum as they are stored, and how much a sum in fp32 may differ from each entry."""
@@ -83,7 +75,8 @@ class Fp64Sum:
         for number, factor in enumerate(self.factors if step.terms else ()):
             if factor and step.needs_weight:
                 assert self.changes is not None
-                np.multiply(self.changes[0][rows], step.terms[0].strength * factor, out=out)
+                change = self.changes(rows)[0].reshape(out.shape)
+                np.multiply(change, step.terms[0].strength * factor, out=out)
                 is_filled = True
             elif factor:
                 transposed = step.spec.layout.is_transposed != (number == self.transposed_term)
@@ -114,7 +107,7 @@ class Fp64Sum:
         for number, factor in enumerate(self.factors if step.terms else ()):
             if factor and step.needs_weight:
                 assert self.changes is not None
-                size = self.changes[1][rows].reshape(-1)[entries]
+                size = self.changes(rows)[1].reshape(-1)[entries]
                 bound += (step.terms[0].pair.rank + TRANSFORM_OPERATIONS) * abs(step.terms[0].strength * factor) * size
             elif factor:
                 term, transposed = step.terms[number], step.spec.layout.is_transposed

@@ -121,9 +121,10 @@ class Audit:
         """The outcome, and how many tensors are as they should be."""
         fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
-        tensors = f"{count(len(self.weights), 'tensor')}, of which {counts or 'none'} as they should be"
+        total = len(self.weights)
+        right = f"{'is as it' if total == 1 else 'are as they'} should be{f': {counts}' if counts else ''}"
         beside = f"; {count(len(self.files), 'value')} in the files beside them not the base's" if self.files else ""
-        return f"{self.outcome}: {tensors}{beside}"
+        return f"{self.outcome}: {len(fates)} of {count(total, 'tensor')} {right}{beside}"
 
     @property
     def explanation(self) -> tuple[str, ...]:

@@ -63,7 +63,8 @@ def compare_pairs(
     Nothing of a layer whose pairs are in a form that is not known, and of pairs without names.
     """
     weights = {module_of(spec.name): spec.name for spec in specs if len(spec.shape) > 1}
-    steps = {module_of(step.weight): step for step in (changes.low_rank if changes is not None else ())}
+    own_steps = changes.low_rank if changes is not None else ()
+    steps = {module_of(step.weight): step for step in own_steps if not step.needs_weight}  # those have zeros for a pair
     several = changes is not None and len(changes.adapters) > 1
     faults, compared = [], 0
     own, spellings = {spec.name for spec in specs}, Spellings([dotted(module, "weight") for module in weights])

@@ -226,4 +226,6 @@ def test_ranks_of_convolutions_are_concatenated() -> None:
 
 def test_factors_of_dora_are_ones_without_dora() -> None:
     stacks = stacks_of(GEMM, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
-    assert array(stacks.dora([None, np.array([2.0, -3.0])])).tolist() == [[1, 1], [1, 1], [2, -3]]
+    factors = stacks.of_outputs([None, np.array([2.0, -3.0])])
+    assert factors is not None and array(factors).tolist() == [[1, 1], [1, 1], [2, -3]]
+    assert stacks.of_outputs([None, None]) is None and stacks.of_inputs() is None

@@ -52,18 +52,18 @@ def test_the_worst_weights_are_the_different_ones() -> None:
 def test_a_right_audit_prints_its_margin_and_its_controls() -> None:
     higher = dataclasses.replace(RIGHT, name="up.weight", error=0.75, controls={"ad left out": True})
     assert str(Audit(Outcome.SAME, (RIGHT, higher, KEPT))).splitlines() == [
-        "same: 3 tensors, of which 1 kept, 2 changed as they should be",
+        "same: 3 of 3 tensors are as they should be: 1 kept, 2 changed",
         "largest error against W + s·BA in fp64: 0.75 of what is allowed, in up.weight",
         "detected as wrong: 3 controls (an adapter left out, scaled or transposed)",
     ]
-    assert str(Audit(Outcome.SAME, (KEPT,))) == "same: 1 tensor, of which 1 kept as they should be"
+    assert str(Audit(Outcome.SAME, (KEPT,))) == "same: 1 of 1 tensor is as it should be: 1 kept"
 
 
 def test_a_wrong_audit_prints_eight_weights_and_the_number_of_the_others() -> None:
     weights = tuple(wrong(f"w{number}", 20 - number) for number in range(11))
     lines = str(Audit(Outcome.DIFFERENT, weights, recorded=("It contains another adapter.",))).splitlines()
     assert lines[:3] == [
-        "different: 11 tensors, of which none as they should be",
+        "different: 0 of 11 tensors are as they should be",
         "  It contains another adapter.",
         "  w0: different, it is off",
     ]
