@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,8 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
         return MergeResult(request.output, steps, None, notes)
     layers: tuple[QuantisedLayer, ...] = ()
     if request.keep_quantised:
-        progress = in_bytes(request.on_progress, "measuring", bytes_to_measure(checkpoint))
-        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, progress)
+        measuring = functools.partial(in_bytes, request.on_progress, "measuring")
+        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, measuring)
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions) as folder:

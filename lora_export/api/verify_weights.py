@@ -30,6 +30,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
+from lora_export.weights.quantised import without_cache_scales
 from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
@@ -46,6 +47,8 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     loaded = load_adapters(request.adapters, of_models=True)
     merged = open_checkpoint(path, dequantise=True)
     origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
+    if merged.quantised:
+        origin, merged = (replace(each, quantised=without_cache_scales(each.quantised)) for each in (origin, merged))
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     if origin.path.resolve() == merged.path.resolve():
         raise InputRefused(f"{path} is the base itself")

@@ -132,7 +132,11 @@ class MergeOptions(Applied, Output):
         only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
     min_retention: float = option(
-        0.5, "Least part of a weight's change that has to survive rounding. Less is refused.", at_least=0, at_most=1
+        0.5,
+        "Least part of a weight's change that has to survive rounding. Less is refused; with {keep_quantised} the "
+        "layer becomes floats.",
+        at_least=0,
+        at_most=1,
     )
     keep_residual: str | Path | None = option(
         None,

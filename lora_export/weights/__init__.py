@@ -2,6 +2,8 @@
 
 checkpoint.py     open_checkpoint: headers, config and index of a base
 merge.py          merge_checkpoint: every file of the base into a file of the output
+kept_weights.py   quantised weights that change and stay quantised
+output_files.py   config, index and the other files of the output
 tensor_blocks.py  the tensors of an output, as blocks that are copied or changed
 apply_step.py     what a step does to some rows: sum, round once, measure
 cuda.py           the same on a GPU

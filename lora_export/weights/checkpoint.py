@@ -25,6 +25,7 @@ from lora_export.weights.own_adapters import without_adapters
 from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,
+    SCHEMES,
     QuantisedTensor,
     find_quantised,
     method_of,
@@ -233,10 +234,11 @@ def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpo
 
 
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:
+    method = method_of(quantization)
+    kept = f". {named('keep_quantised', True)} merges and keeps it quantised" if method in SCHEMES else ""
     return InputRefused(
-        f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again silently. "
-        f"Merge into the original float model, keep this one quantised ({named('keep_quantised', True)}), or "
-        f"{remedy_for(quantization)}"
+        f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
+        f"Merge into the original float model, or {remedy_for(quantization)}{kept}"
     )
 
 

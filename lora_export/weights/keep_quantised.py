@@ -16,21 +16,24 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 from lora_export.storage import block_copy
-from lora_export.storage.safetensors_file import TensorFile
+from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
-from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats
+from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats, without_cache_scales
 from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
 
 
 def keep_quantised(
-    plan: Plan, base: Checkpoint, min_retention: float, progress: Callable[[int], None] = lambda _: None
+    plan: Plan,
+    base: Checkpoint,
+    min_retention: float,
+    progress_of: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> tuple[Checkpoint, tuple[QuantisedLayer, ...]]:
     """The base with `kept` weights, and the others as floats; and what becomes of each layer that changes, and why.
 
-    Reads the rows of the base that are measured. `progress` receives the bytes of each weight. Raises InputRefused for
-    changes that cannot be quantised again.
+    Reads the rows of the base that are measured. `progress_of` receives the bytes of all weights to measure, and
+    returns what receives those of each. Raises InputRefused for changes that cannot be quantised again.
     """
     if tied := [name for name in plan.untied.values() if name in base.quantised]:
         raise InputRefused(
@@ -39,7 +42,7 @@ def keep_quantised(
         )
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
-    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress)
+    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of)
     why = dict.fromkeys(replaced, "the adapter has values of its own")
     worst = {name: min(results, key=lambda one: one.retention) for name, results in measured.items()}
     for name, results in measured.items():
@@ -60,7 +63,8 @@ def keep_quantised(
         if name in changed or name in promoted
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
-    decided = replace(base, quantised={name: base.quantised[name] for name in promoted}, kept=kept)
+    floats = {name: base.quantised[name] for name in promoted}
+    decided = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
     if promoted and kept and not _can_state_floats(decided):
         refuse_promotion(layers, "the config has no place that states which layers are floats")
     return decided, layers
@@ -76,23 +80,27 @@ def _has_own_values(step: Step) -> bool:
 
 
 def _measured(
-    plan: Plan, base: Checkpoint, names: Sequence[str], progress: Callable[[int], None]
+    plan: Plan, base: Checkpoint, names: Sequence[str], progress_of: Callable[[int], Callable[[int], None]]
 ) -> dict[str, list[StepResult]]:
     """What is left of the change of each weight, and of each part of it, when it is quantised again."""
     stored = {name: shard for shard in base.shards.values() for name in shard.entries}
 
+    def entry(name: str) -> Entry:
+        packed = base.quantised[name].packed
+        return stored[packed].entries[packed]
+
     def measure(name: str) -> list[StepResult]:
         tensor = base.quantised[name]
         file = stored[tensor.packed]
-        kept = kept_tensor(file.entries[tensor.packed], tensor, plan)
+        kept = kept_tensor(entry(name), tensor, plan)
         assert kept is not None
         return _results(kept, file)
 
-    found = {}
+    found, progress = {}, progress_of(sum(entry(name).nbytes for name in names))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
         for name, results in zip(names, pool.map(measure, names), strict=True):
             found[name] = results
-            progress(stored[base.quantised[name].packed].entries[base.quantised[name].packed].nbytes)
+            progress(entry(name).nbytes)
     return found
 
 

@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +22,16 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
-from lora_export.names.parametrized import FIELDS
 from lora_export.options.spelling import named
-from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
-from lora_export.storage import block_copy, json_files, safetensors_file
+from lora_export.plan import FLOATS, Plan, Tied
+from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.block_copy import Block
 from lora_export.storage.hashes import FAST
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
+from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 from lora_export.weights.kept_weights import KeptTensor, kept_blocks, kept_tensor
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
@@ -44,17 +42,11 @@ from lora_export.weights.merge_report import (
     StepResult,
     refuse_below_rounding,
 )
-from lora_export.weights.quantised import (
-    QUANTIZATION_FILES,
-    QuantisedTensor,
-    file_with_floats,
-    with_floats,
-    without_quantisation,
-)
-from lora_export.weights.quantised_layers import float_modules, ways_out_beside_kept
-from lora_export.weights.task_head import config_with_heads
+from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
+from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED, untied_config, word_tables
+from lora_export.weights.tied_tensors import TIED
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -115,7 +107,7 @@ def merge_checkpoint(
         origin = record({name: shard.source_hash for name, shard in written.items()})
         for name in [name for name in written if not tensors[name]]:  # it had only scales of weights in other files
             written.pop(name).file.path.unlink()
-        _write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
+        write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
         write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
@@ -167,7 +159,7 @@ def refuse_before_merge(plan: Plan, base: Checkpoint) -> None:
     provenance.refuse_second_merge(plan.adapters, base.path, base.history)
     if plan.tied == Tied.ERROR:
         refuse_broken_tie(plan, base)
-    if lost := lost_names(base, _output_names(plan, base), _output_config(plan, base, None), added_names(plan)):
+    if lost := lost_names(base, _output_names(plan, base), output_config(plan, base, None), added_names(plan)):
         lines = [f"{name}: {why}" for name, why in lost.items()]
         raise InputRefused(
             "transformers would ignore weights of the result, or draw some at random:",
@@ -184,7 +176,7 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     both.
     """
     architecture = str((base.config.get("architectures") or [""])[0])
-    tables = _word_tables(plan, base)
+    tables = changed_word_tables(plan, base)
     if len(tables) != 1 or not base.config.get(TIED, True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
@@ -194,12 +186,6 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
             f"{named('tied', 'untie')} gives these a tensor of their own, as the adapter was trained; "
             f"{named('tied', 'both')} changes them too"
         )
-
-
-def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
-    """The output's tables of words (input and output embeddings), and the step on each of them."""
-    specs = {spec.name: spec for spec in (*base.specs, *(step.spec for step in plan.steps))}
-    return {name: plan.by_weight.get(name) for name in word_tables(base, specs.values())}
 
 
 def added_names(plan: Plan) -> list[str]:
@@ -349,59 +335,3 @@ def _neighbours(pairs: Sequence[tuple[OutputTensor, Entry]]) -> Iterator[list[tu
         run.append(pair)
     if run:
         yield run
-
-
-def _write_other_files(
-    plan: Plan, base: Checkpoint, stage: Path, written: Mapping[str, TensorFile], dtype: str | None
-) -> None:
-    """Copy the files that are not weights; write the config and the index of the output."""
-    for relative in base.other_files():
-        (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.path / relative, stage / relative)
-    config = _output_config(plan, base, dtype)
-    if config != base.config:
-        json_files.write_json(stage / CONFIG, config)
-    for name in QUANTIZATION_FILES if base.kept and base.quantised else ():
-        if (stage / name).exists():
-            stated = json_files.read_json(stage / name)
-            json_files.write_json(stage / name, file_with_floats(name, stated, *float_modules(base, plan.output_name)))
-    if base.index:
-        weight_map = {entry: name for name, file in written.items() for entry in file.entries}
-        size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        json_files.write_json(stage / base.index, index, sort_keys=True)
-
-
-def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, Any]:
-    config = config_with_heads(base.config, plan.adapters)
-    replaced = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
-    are_equal = len(replaced) > 1 and all(_are_equal(replaced[0], other) for other in replaced[1:])
-    is_added_apart = any(step.added for step in replaced) and not are_equal  # a loader would drop the added table
-    if config and (plan.untied or is_added_apart or _are_untied(plan, base)):
-        config = untied_config(config)
-    if base.quantised and base.kept:
-        config = with_floats(config, *float_modules(base, plan.output_name))
-    elif base.quantised:
-        config = without_quantisation(config)
-    if base.own_adapters:
-        config = {key: value for key, value in config.items() if key not in FIELDS}
-    if dtype and config:
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
-    return config
-
-
-def _are_untied(plan: Plan, base: Checkpoint) -> bool:
-    """Whether the base stores several word tables, its config ties them, and they change differently."""
-    tables = _word_tables(plan, base)
-    if len(tables) < 2 or not base.config.get(TIED) or not tables.keys() <= {spec.name for spec in base.specs}:
-        return False
-    first, *others = tables.values()
-    return any(one is not first and (one is None or first is None or not are_same_change(first, one)) for one in others)
-
-
-def _are_equal(one: Step, other: Step) -> bool:
-    """Whether two steps replace their tensors by the same values."""
-    if one.terms or other.terms or one.token_rows or other.token_rows or one.replace is None or other.replace is None:
-        return False
-    return np.array_equal(one.replace, other.replace)

@@ -356,3 +356,20 @@ def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
     assert all(file_sha256(path) in manifest for folder in (base, out) for path in folder.glob("*.safetensors"))
     (out / "lora_export.json").write_text(manifest.replace('"a.fc.weight"', '"b.other.weight"'))
     assert "the record names 1 promoted weights" in str(verify(out, base=base, adapters=[adapter]))
+
+
+@pytest.mark.parametrize("size", [3e-3, 0.1])
+def test_scales_of_a_quantised_cache_stay(size: float, tmp_path: Path) -> None:
+    """They are read as parts of a weight of the same attention, and stay where that one becomes a float."""
+    base = base_of(tmp_path / "base", "compressed int4")
+    tensors = load_file(base / "model.safetensors") | {"a.k_scale": torch.ones(1), "a.fc.v_scale": torch.ones(1)}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    (base / "config.json").write_text(json.dumps(config))
+    out, adapter = merged(tmp_path, base, {"a.fc": (np.ones((1, 96)), np.full((24, 1), size))})
+    written = load_file(out / "model.safetensors")
+    assert ("a.fc.weight" in written) == (size < 0.1) and {"a.k_scale", "a.fc.v_scale"} <= written.keys()
+    assert verify(out, base=base, adapters=[adapter])
+    save_file(written | {"a.k_scale": torch.zeros(1)}, out / "model.safetensors", {"format": "pt"})
+    assert "a.k_scale: different" in str(verify(out, base=base, adapters=[adapter]))

@@ -212,9 +212,9 @@ class ChangedNumbers(ChangedWeight):
             old, new = (each.numbers(rows).astype(np.intp) for each in (self.base, self.candidate))
             scales, zeros = self.base.scales(rows)
             before, after = ((values.take(numbers) - zeros) * scales for numbers in (old, new))
-            size, gaps = np.abs(scales), (below.take(new), above.take(new))
-            if (scales < 0).any():
-                gaps = tuple(np.where(scales < 0, *pair) for pair in (gaps[::-1], gaps))
+            size, is_negative, gaps = np.abs(scales), scales < 0, (below.take(new), above.take(new))
+            if is_negative.any():
+                gaps = np.where(is_negative, gaps[1], gaps[0]), np.where(is_negative, gaps[0], gaps[1])
             # Another number of the same value, and any other number where the scale is zero, is no change of the sum.
             is_wrong = (new != old) & (after == before)
             for gap in gaps:

@@ -179,6 +179,14 @@ def _cache_scales(
     return scales
 
 
+def without_cache_scales(found: Mapping[str, QuantisedTensor]) -> dict[str, QuantisedTensor]:
+    """The weights without the scales of a quantised cache, which are tensors of their own in a model that stays so."""
+    return {
+        name: replace(tensor, parts=tuple(part for part in tensor.parts if part.rpartition(".")[2] not in CACHE_SCALES))
+        for name, tensor in found.items()
+    }
+
+
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a dequantised model: no part of it has a `quantization_config`."""
     return {
