@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-node soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-llama-cpp test-node soak defects mutants names check bench site release clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 # In the environment of $(PYTHON) where it has what the demo needs, and the model beside it; else in .venv.
 HAS = import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))
@@ -58,6 +58,9 @@ matrix: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## export small models of e
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
 	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/graph/test_exporters.py tests/api/test_generate.py
+
+test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## merged GGUF files in llama.cpp, which needs no compiler
+	LLAMA_CPP_PYTHON=$(CURDIR)/$(VENV)/llama-cpp/bin/python $(BIN)/python -m pytest -s -rs tests/weights/gguf/test_llama_cpp.py
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample; needs node and npm
@@ -106,6 +109,11 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/venv.stamp
 $(VENV)/optimum/done.stamp: | $(VENV)/venv.stamp
 	$(BIN)/python -m venv $(VENV)/optimum
 	$(VENV)/optimum/bin/python -m pip install --disable-pip-version-check 'optimum-onnx[onnxruntime]>=0.1'
+	@touch $@
+
+$(VENV)/llama-cpp/done.stamp: | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/llama-cpp
+	$(VENV)/llama-cpp/bin/python -m pip install --disable-pip-version-check 'llama-cpp-py-sync>=0.11739' numpy
 	@touch $@
 
 $(VENV)/venv.stamp:

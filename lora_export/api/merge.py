@@ -16,6 +16,7 @@ from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
+from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
@@ -79,6 +80,9 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
     reading = options.reading.for_base(options.checkpoint or base)
     loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
 
+    suffix = SUFFIX if kind is ArtifactKind.GGUF else None
+    suffix = base.suffix if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS) else suffix
+
     def found(path: str | Path | None) -> Path | None:
         return None if path is None else locate(path, options.on_message, options.download)
 
@@ -88,9 +92,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         base=base,
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
-        output=with_suffix(options.output, base.suffix)
-        if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS, ArtifactKind.GGUF)
-        else Path(options.output),
+        output=Path(options.output) if suffix is None else with_suffix(options.output, suffix),
         reading=reading,
         layout=dict(options.layout or {}),
         dtype_of=dict(options.dtype_of or {}),

@@ -31,7 +31,7 @@ from lora_export.formats.row_adapters import read_row_adapters
 from lora_export.options.spelling import command
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
-from lora_export.storage.gguf_file import open_gguf
+from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 from lora_export.weights.gguf.base import open_base
@@ -145,6 +145,8 @@ def claimed_kind(name: str | Path) -> ArtifactKind | None:
 
 
 def _kind_of_content(path: Path) -> ArtifactKind:
+    if is_gguf(path):  # as programs that download models store them
+        return ArtifactKind.GGUF
     names: set[str] = set()
     if path.is_file() and zipfile.is_zipfile(path):
         with contextlib.suppress(InputRefused), archive.opened(path) as opened:

@@ -19,10 +19,23 @@ from lora_export.storage import hashes
 from support import FACTORIES
 from support.cli import answer, call
 from support.content_graphs import GEMM, OTHER, PACKED, QKV, WEIGHT, K, base_checkpoint, product_graph
+from support.gguf_files import Kind, write_llama
 from support.handmade import base_file, graph_file, peft_adapter
 
 SPOTTER = f"{FACTORIES}:spotter"
 LAYERS = ("encoder.layers.0.linear1", "encoder.layers.1.linear1")  # 32 x 16
+
+
+def test_a_gguf_file_shows_its_types_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_llama(tmp_path / "a.gguf", lambda name: Kind.Q4_K if "mlp" in name else Kind.F16)
+    assert cli.run(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"12 tensors, {path.stat().st_size:,} bytes"
+    assert "  model.layers.0.mlp.up_proj.weight  256 x 256 Q4_K" in lines
+    assert "  model.layers.0.self_attn.k_proj.weight  128 x 256 float16" in lines
+    tensors = {each["name"]: each for each in answer(capsys, "inspect", path)[1]["tensors"]}
+    assert tensors["model.layers.0.mlp.up_proj.weight"]["stored_as"] == "Q4_K"
+    assert "stored_as" not in tensors["lm_head.weight"]
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 import lora_export
-from lora_export import provenance
+from lora_export import formats, plan, provenance
 from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.storage.gguf_blocks import CODECS
 from lora_export.storage.gguf_file import BY_NAME, open_gguf
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.gguf.base import open_base
+from lora_export.weights.gguf.merge import merge_gguf
 from support.gguf_files import (
     HEADS,
     KEY_HEADS,
@@ -105,19 +108,24 @@ def test_floats_are_rounded_once(tmp_path: Path, kind: Kind) -> None:
 
 def test_fields_sequence_and_alignment_stay(tmp_path: Path) -> None:
     def fields(writer: gguf.GGUFWriter) -> None:
-        writer.add_custom_alignment(128)
+        writer.add_custom_alignment(1 << 14)
         writer.add_chat_template("{{ x }}")
         writer.add_array("some.numbers", [1, 2, 3])
 
     base = write_llama(tmp_path / "base.gguf", Kind.Q4_0, fields=fields)
-    lora_export.merge(base, [an_adapter(tmp_path / "a")[0]], output=tmp_path / "out.gguf")
+    opened, adapter = open_base(base), formats.load(an_adapter(tmp_path / "a")[0])
+    full = Backend(memory=lambda count: np.full(count, 255, np.uint8))  # as after other blocks
+    merge_gguf(plan.make([adapter], opened.checkpoint.specs), opened, tmp_path / "out.gguf", backend=full)
     one, other = open_gguf(base), open_gguf(tmp_path / "out.gguf")
     assert list(other.fields) == [*one.fields, provenance.KEY]
     own, theirs = base.read_bytes(), (tmp_path / "out.gguf").read_bytes()
     for key, field in one.fields.items():
         assert theirs[other.fields[key].start : other.fields[key].stop] == own[field.start : field.stop]
     assert [tensor.name for tensor in other.tensors] == [tensor.name for tensor in one.tensors]
-    assert (other.alignment, other.data_start % 128) == (128, 0)
+    assert (other.alignment, other.data_start % (1 << 14)) == (1 << 14, 0)
+    ends = [*(tensor.start for tensor in other.tensors[1:]), len(theirs)]
+    between = [theirs[tensor.stop : end] for tensor, end in zip(other.tensors, ends, strict=True)]
+    assert any(between) and not any(map(any, between))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +164,13 @@ def test_types_are_chosen_by_layer_or_tensor(tmp_path: Path) -> None:
     assert [found[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "attn_output", "ffn_down", "ffn_up")] == [
         *("Q8_0", "Q4_0", "BF16", "F32", "Q4_0")
     ]
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "sha256-12ab", Kind.Q8_0)
+    result = lora_export.merge(base, [an_adapter(tmp_path / "a")[0]], output=tmp_path / "out")
+    assert result.output == tmp_path / "out.gguf" and len(values_of(result.output)) == 12
+    assert lora_export.verify(result.output, base=base, adapters=[tmp_path / "a"]).verdict.outcome == "same"
 
 
 @pytest.mark.parametrize("spelling", ["peft", "gguf"])

@@ -1,0 +1,36 @@
+"""Logits of GGUF models in llama.cpp, by llama-cpp-py-sync: run by a Python that has it (`make test-llama-cpp`).
+
+Arguments: the output (.npz), then for each run the model, or MODEL+ADAPTER. The keys are the numbers of the runs.
+"""
+
+import sys
+
+import numpy as np
+from llama_cpp_py_sync import Llama
+
+TOKENS = [5, 17, 3, 44, 7, 61, 8, 33, 19, 2, 50, 12, 40, 9, 27, 1]
+
+
+def logits(model: str, adapter: str) -> np.ndarray:
+    """(tokens, words), with a cache in fp32."""
+    llama = Llama(model, n_ctx=64, n_threads=1, type_k="f32", type_v="f32", flash_attn_type=0)
+    library, ffi = llama._lib, llama._ffi
+    if adapter:
+        loaded = library.llama_adapter_lora_init(llama._model, adapter.encode())
+        assert loaded != ffi.NULL
+        both = ffi.new("struct llama_adapter_lora*[1]", [loaded]), ffi.new("float[1]", [1.0])
+        assert library.llama_set_adapters_lora(llama._ctx, both[0], 1, both[1]) == 0
+    batch = library.llama_batch_init(len(TOKENS), 0, 1)
+    batch.n_tokens = len(TOKENS)
+    for place, token in enumerate(TOKENS):
+        batch.token[place], batch.pos[place], batch.n_seq_id[place], batch.logits[place] = token, place, 1, 1
+        batch.seq_id[place][0] = 0
+    assert library.llama_decode(llama._ctx, batch) == 0
+    size = 4 * llama.n_vocab
+    rows = [ffi.buffer(library.llama_get_logits_ith(llama._ctx, place), size) for place in range(len(TOKENS))]
+    return np.stack([np.frombuffer(row, np.float32).copy() for row in rows])
+
+
+if __name__ == "__main__":
+    output, *runs = sys.argv[1:]
+    np.savez(output, **{str(number): logits(*run.partition("+")[::2]) for number, run in enumerate(runs)})

@@ -1,0 +1,68 @@
+"""llama.cpp loads a merged file, and computes what it computes with the adapter at run time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import lora_export
+from support import ROOT
+from support.gguf_files import SIZES, Kind, llama, write_llama
+from support.peft_models import trained
+
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON", "")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="llama.cpp is in an environment of its own: make test-llama-cpp")
+
+
+def runnable(writer: gguf.GGUFWriter) -> None:
+    """What llama.cpp needs beside the tensors. The model has no words."""
+    writer.add_context_length(64)
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_layer_norm_rms_eps(llama().config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(SIZES["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def divergence(one: Any, other: Any) -> float:
+    """The mean KL divergence of the words after each token."""
+    wide = [each.astype(np.float64) - each.max(axis=-1, keepdims=True) for each in (one, other)]
+    p, q = (each - np.log(np.exp(each).sum(axis=-1, keepdims=True)) for each in wide)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "types", "most"),
+    [
+        (Kind.F32, {}, 1e-8),
+        (Kind.F16, {}, 1e-3),
+        (Kind.Q8_0, {}, 0.1),
+        (Kind.Q4_0, {"*": "Q8_0"}, 0.1),
+        (Kind.Q4_K, {"*": "Q8_0"}, 0.1),
+        (Kind.Q6_K, {"*": "F16"}, 0.1),
+        (Kind.MXFP4, {"*": "BF16"}, 0.1),
+    ],
+)
+def test_a_merged_file_is_the_base_with_its_adapter(
+    tmp_path: Path, kind: Kind, types: dict[str, str], most: float
+) -> None:
+    base = write_llama(tmp_path / "base.gguf", kind, fields=runnable)
+    model = trained(llama(), r=4, lora_alpha=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "a")
+    llama().save_pretrained(tmp_path / "hf")
+    adapter = lora_export.convert(tmp_path / "a", tmp_path / "a.gguf", to="gguf", base=tmp_path / "hf").output
+    out = lora_export.merge(base, [tmp_path / "a"], output=tmp_path / "out.gguf", dtype_of=types).output
+    runs = (base, f"{base}+{adapter}", out)
+    script = ROOT / "tests/support/llama_cpp_logits.py"
+    subprocess.run([PYTHON, script, tmp_path / "logits.npz", *runs], check=True, capture_output=True)
+    with np.load(tmp_path / "logits.npz") as found:
+        without, beside, merged = (found[str(number)] for number in range(3))
+    own, left = divergence(beside, without), divergence(beside, merged)
+    print(f"{kind.name} {types}: KL of the merge {left:.3g}, of the adapter {own:.3g}: {left / own:.2g}")
+    assert own > 1e-3 and left <= most * own
