@@ -70,7 +70,7 @@ def locate_steps(
         steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
     if steps and options.lora != "merged":
         steps = without_unchanged_tables(steps, sites)
-        refuse_full_rank(steps)
+        refuse_full_rank(steps, but_kronecker=options.lora == "nodes")
     if steps and options.is_swapped:
         onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]

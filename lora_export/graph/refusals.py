@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
 from lora_export.options.spelling import command, named
-from lora_export.pairs.structured import StructuredPair
+from lora_export.pairs.structured import KroneckerPair, StructuredPair
 from lora_export.plan import Plan, Step
 
 
@@ -56,14 +56,17 @@ def beside_the_weight(adapter: str, name: str, kind: str) -> InputRefused:
     )
 
 
-def refuse_full_rank(plan: Plan) -> None:
+def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
     """Raise InputRefused for changes that are stored in another form, and whose A and B are no smaller than the weight.
 
     Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
+    With `but_kronecker`, LoKr's own two factors are accepted where they cost less.
     """
     refuse_transforms(plan, but_scalings=True)
     for step in plan.low_rank:
         for term in step.terms:
+            if but_kronecker and isinstance(term.pair, KroneckerPair) and term.pair.is_cheap:
+                continue
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
                 raise InputRefused(
                     f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "
