@@ -30,6 +30,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.refusals import refuse_lost_biases
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource
@@ -172,6 +173,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     if any(step.replace is not None for step in steps.low_rank):
         steps = without_unchanged_tables(steps, find_sites(model))
     onnx_adapter.refuse_new_tables(steps)
+    refuse_lost_biases(steps, find_sites(model))
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         options.on_message(f"note: {note}")
