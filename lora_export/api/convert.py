@@ -26,6 +26,7 @@ from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns
+from lora_export.formats.writing import with_positive_scales
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
 from lora_export.graph.merge.fold import without_unchanged_tables
@@ -114,7 +115,10 @@ def convert(options: ConvertOptions) -> ConvertResult:
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
     with staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
-        notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
+        notes = (
+            *loaded.notes,
+            *writer.write(with_positive_scales(loaded), folder / target.name if writer.SUFFIX else folder, how),
+        )
         if not writer.SUFFIX:
             if to == "peft":
                 copy_head_config(adapter_paths(adapter), folder)
