@@ -26,10 +26,12 @@ from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns
+from lora_export.formats.writing import with_positive_scales
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.refusals import refuse_lost_biases
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource
@@ -113,7 +115,10 @@ def convert(options: ConvertOptions) -> ConvertResult:
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
     with staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
-        notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, how))
+        notes = (
+            *loaded.notes,
+            *writer.write(with_positive_scales(loaded), folder / target.name if writer.SUFFIX else folder, how),
+        )
         if not writer.SUFFIX:
             if to == "peft":
                 copy_head_config(adapter_paths(adapter), folder)
@@ -173,6 +178,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     if any(step.replace is not None for step in steps.low_rank):
         steps = without_unchanged_tables(steps, sites)
     onnx_adapter.refuse_new_tables(steps)
+    refuse_lost_biases(steps, find_sites(model))
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         options.on_message(f"note: {note}")

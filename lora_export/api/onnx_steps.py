@@ -24,7 +24,7 @@ from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
-from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
+from lora_export.graph.refusals import base_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
@@ -68,9 +68,11 @@ def locate_steps(
     if steps and elsewhere:
         others = {spec.name for spec in elsewhere}
         steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
+    if steps:
+        refuse_lost_biases(steps, sites)
     if steps and options.lora != "merged":
         steps = without_unchanged_tables(steps, sites)
-        refuse_full_rank(steps)
+        refuse_full_rank(steps, but_kronecker=options.lora == "nodes")
     if steps and options.is_swapped:
         onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]

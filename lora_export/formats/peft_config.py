@@ -43,8 +43,8 @@ REFUSED_FIELDS = {
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
     "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
-    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged. PEFT runs it",
+    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged. PEFT runs it",
     "megatron_config": "Megatron layers are not supported",
     "kasa_config": f"KaSA changes the base weights. {MERGE_IN_PEFT}",
 }

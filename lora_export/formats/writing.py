@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,16 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         if what in BESIDES and what not in allowed:
             problems += [f"{name}: {BESIDES[what]}" for name in names]
     return problems
+
+
+def with_positive_scales(adapter: Adapter) -> Adapter:
+    """The adapter with the sign of each pair's scale in its B: readers take no alpha below zero for right."""
+    turned = {
+        name: replace(pair, b=-pair.b, scale=-pair.scale)
+        for name, pair in adapter.pairs.items()
+        if type(pair) is LoraPair and pair.scale < 0
+    }
+    return replace(adapter, pairs={**adapter.pairs, **turned})
 
 
 def _why_no_low_rank(pair: LoraPair) -> str:

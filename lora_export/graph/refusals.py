@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, count
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.operators import BIAS_INPUTS
+from lora_export.graph.site import Site
 from lora_export.options.spelling import command, named
-from lora_export.pairs.structured import StructuredPair
+from lora_export.pairs.structured import KroneckerPair, StructuredPair
 from lora_export.plan import Plan, Step
 
 
@@ -28,6 +32,39 @@ def refuse_unsupported_steps(plan: Plan) -> None:
             f"{', '.join(with_rows)}: the adapter changes rows of tokens, which input and output embedding may share "
             "in a graph. Merge the adapter into the model's checkpoint, and export that"
         )
+
+
+def refuse_lost_biases(plan: Plan, sites: Sites) -> None:
+    """Raise InputRefused where an adapter scales a bias too, and the plan lacks the bias that the graph adds.
+
+    Its name is not known, or it cannot change while the graph runs.
+    """
+    planned, named_ones = {step.weight for step in plan.steps}, {spec.name for spec in sites.specs}
+    for step in plan.low_rank:
+        bias, term = re.sub(r"weight$", "bias", step.weight), step.terms[0]
+        if term.pair.bias is None or bias in planned:
+            continue
+        if bias in named_ones or any(map(_adds_bias, sites.by_name.get(step.weight, ()))):
+            raise InputRefused(
+                f"{term.adapter}: {step.weight}: the change by {term.pair.kind} scales the bias of the layer too, "
+                f"which this graph adds under another name, or cannot change. Export the model with the adapter in it "
+                f"({named('lora', 'merged')})"
+            )
+
+
+def _adds_bias(site: Site) -> bool:
+    """Whether a layer's node, or the one behind it, adds a vector of its outputs."""
+    inputs, index = site.node.inputs, BIAS_INPUTS.get(site.node.op_type)
+    if index is not None and index < len(inputs) and inputs[index] is not None:
+        return True
+    return any(
+        node.op_type == "Add" and any(value is not None and _is_vector_of(site, value) for value in node.inputs)
+        for node, _ in site.node.outputs[0].uses()
+    )
+
+
+def _is_vector_of(site: Site, value: ir.Value) -> bool:
+    return value.is_initializer() and value.shape is not None and list(value.shape) == [site.node_outputs]
 
 
 def refuse_steps_without_branch(plan: Plan) -> None:
@@ -56,14 +93,17 @@ def beside_the_weight(adapter: str, name: str, kind: str) -> InputRefused:
     )
 
 
-def refuse_full_rank(plan: Plan) -> None:
+def refuse_full_rank(plan: Plan, *, but_kronecker: bool = False) -> None:
     """Raise InputRefused for changes that are stored in another form, and whose A and B are no smaller than the weight.
 
     Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
+    With `but_kronecker`, LoKr's own two factors are accepted where they cost less.
     """
     refuse_transforms(plan, but_scalings=True)
     for step in plan.low_rank:
         for term in step.terms:
+            if but_kronecker and isinstance(term.pair, KroneckerPair) and term.pair.is_cheap:
+                continue
             if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
                 raise InputRefused(
                     f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "

@@ -244,6 +244,12 @@ class KroneckerPair(StructuredPair):
         return self.rows is None and self.columns is None
 
     @property
+    def is_cheap(self) -> bool:
+        """Whether x by w2, then by w1, costs less than x by the weight: c d b + a b c products to a b c d."""
+        (a, _), (_, d, *kernel) = self._shape_of_factor("w1"), self._shape_of_factor("w2")
+        return self.is_whole and not kernel and self.magnitude is None and a + d < a * d
+
+    @property
     def norm(self) -> float:
         if not self.is_whole:
             return super().norm

@@ -59,6 +59,15 @@ def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
         le.convert(whole, tmp_path / "no", to="peft", weight=0.5)
 
 
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers"])
+def test_a_scale_below_zero_can_be_read_again(tmp_path: Path, to: str) -> None:
+    adapter = peft_adapter(tmp_path / "one", {"unet.fc": ([[1.0, 2.0]], [[3.0]])})
+    before = le.load_adapter(adapter).pairs["unet.fc"]
+    result = le.convert(adapter, tmp_path / "turned", to=to, weight=-1)
+    (pair,) = le.load_adapter(result.output).pairs.values()
+    assert np.array_equal(pair.delta(), -before.delta())
+
+
 def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
     adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])}, {"head.weight": [[1.0]]})
     (adapter / "config.json").write_text('{"id2label": {"0": "no"}}')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -76,27 +78,35 @@ def test_a_change_beside_the_weight_is_refused(files, tmp_path, lora):
     assert not list(tmp_path.iterdir())
 
 
-SCALED = {  # model -> layers whose outputs are scaled, and layers whose inputs are
+IA3 = {  # model -> layers whose outputs are scaled, and layers whose inputs are
     "llama": (["k_proj", "v_proj"], ["down_proj"]),
     "bert": (["query", "attention.output.dense"], ["intermediate.dense"]),
     "gpt2": (["c_attn"], ["mlp.c_proj"]),
 }
+MODES = {"llama": ["nodes", "inputs", "rows"], "bert": ["nodes"], "gpt2": ["nodes"], "LoKr": ["nodes"]}
 
 
-@pytest.fixture(scope="module", params=SCALED)
-def scaled(request, tmp_path_factory) -> tuple[Path, Path]:
-    """A base, and IA3 on it."""
-    folder, (outputs, inputs) = tmp_path_factory.mktemp("scaled"), SCALED[request.param]
-    base = small_model(request.param, folder / "base")
-    config = peft.IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
-    return base, an_adapter(request.param, base, folder / "adapter", config)
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """A base, and an adapter that is beside its weights and no pair: IA3 on this model, or LoKr on a Llama."""
+
+    @functools.cache
+    def made(name: str) -> tuple[Path, Path]:
+        folder, model = tmp_path_factory.mktemp(name), "llama" if name == "LoKr" else name
+        config = peft.LoKrConfig(target_modules=["q_proj", "down_proj"], r=2)
+        if name in IA3:
+            outputs, inputs = IA3[name]
+            config = peft.IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+        base = small_model(model, folder / "base")
+        return base, an_adapter(model, base, folder / "adapter", config)
+
+    return made
 
 
-@pytest.mark.parametrize("lora", ["nodes", "inputs", "rows"])
-def test_scales_beside_the_weights_are_proven_and_wrong_ones_are_not(scaled, tmp_path, lora):
-    base, adapter = scaled
-    if lora != "nodes" and "llama" not in (base / "config.json").read_text():
-        pytest.skip("its biases are scaled too: refused, above")
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lora"), [(name, lora) for name, modes in MODES.items() for lora in modes])
+def test_what_is_beside_the_weights_is_proven_and_a_wrong_one_is_not(beside, tmp_path, name, lora):
+    base, adapter = beside(name)
     result = le.export_onnx(base, tmp_path / "out.onnx", adapters=adapter, lora=lora)
     assert result.proof is None or result.proof.verdict
     wrong = load_file(adapter / "adapter_model.safetensors")

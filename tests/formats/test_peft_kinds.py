@@ -61,6 +61,14 @@ def verify_model(one: Trained, folder: Path) -> str:
     return "right" if result else "wrong"
 
 
+def as_lora(one: Trained, folder: Path) -> str:
+    """Converted to pairs of LoRA, it merges to the same."""
+    options = {"to": "peft", "as_kind": "lora", "rank": 18, "base": one.base, "layout": LAYOUT}
+    le.convert(one.adapter, folder / "lora", **options)
+    le.merge(one.base, folder / "lora", folder / "of_lora.safetensors", layout=LAYOUT)
+    return "right" if max(differences(one, folder / "of_lora.safetensors").values()) < 1e-5 else "wrong"
+
+
 def in_graph(lora: str, one: Trained, folder: Path) -> str:
     names = [name for name in one.changed if name.removesuffix(".weight") in LAYOUT]
     if names != one.changed:
@@ -89,6 +97,7 @@ WAYS = {
     "merge": merge,
     "verify --base": verify,
     "verify --model": verify_model,
+    "as LoRA": as_lora,
     **{f"--lora {lora}": functools.partial(in_graph, lora) for lora in ("merged", "nodes", "inputs", "rows")},
 }
 

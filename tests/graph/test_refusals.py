@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.formats.peft_kinds import ia3
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
-from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.refusals import base_as_remedy, refuse_lost_biases
 from lora_export.lora import LoraPair, TokenRows
+from lora_export.pairs.transforms import WeightTransform
 from support.graphs import a_graph, an_adapter, planned
 from support.small_graphs import GEMM, PAIR, folded
 
@@ -57,3 +61,24 @@ def test_base_is_named_where_a_layer_has_no_name() -> None:
         assert ("1 linear layer of the graph lost the name" in str(caught.value)) is remedy
         assert ('checkpoint="CHECKPOINT"' in str(caught.value)) is remedy
         assert caught.value.misfits == misfit.misfits
+
+
+UNNAMED = "g (float[N,3] x) => (float[N,2] y) <float[2,3] m.weight = {1,2,3,4,5,6}, float[2] c = {1,2}> { BODY }"
+
+
+@pytest.mark.parametrize(
+    ("body", "is_refused"),
+    [
+        ("[n] y = Gemm <transB = 1> (x, m.weight, c)", True),
+        ("[n] k = Gemm <transB = 1> (x, m.weight)\n[b] y = Add(c, k)", True),
+        ("[n] y = Gemm <transB = 1> (x, m.weight)", False),
+    ],
+)
+def test_a_bias_without_a_name_is_not_left_as_it_was(body, is_refused):
+    """It would be scaled with the weight."""
+    scales = {"ia3_l": np.float32([2, 3])}
+    bias = WeightTransform("IA3", scales, ia3._lower, (2,), settings={"of_inputs": False})
+    change = WeightTransform("IA3", scales, ia3._lower, (2, 0), settings={"of_inputs": False}, bias=bias)
+    sites, steps = planned(a_graph(UNNAMED.replace("BODY", body)), an_adapter({"m": change}))
+    with pytest.raises(InputRefused, match="IA3 scales the bias of the layer too") if is_refused else nullcontext():
+        refuse_lost_biases(steps, sites)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 LORA_A, LORA_B, DORA_FACTOR = "lora_A", "lora_B", "lora_magnitude_vector"
 SCALE = "ia3_l"  # factors of outputs or inputs
+LOKR_W1, LOKR_W2 = "lokr_w1", "lokr_w2"
 
 # (module, LORA_A or another part, whether the module is an embedding) -> name
 Convention = Callable[[str, str, bool], str]

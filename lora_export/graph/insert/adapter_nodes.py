@@ -9,13 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
-from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, scaled_input, site_dora_factors
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LOKR_W1, LOKR_W2, LORA_A, LORA_B, SCALE, module_of
+from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
+from lora_export.graph.insert.structured_branches import kronecker_branch, scaled_input
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch
 from lora_export.graph.site import Site, common_dtype
 from lora_export.lora import Scaling
+from lora_export.pairs.structured import KroneckerPair
 from lora_export.plan import Plan, Step, Term
 from lora_export.weights.merge_report import StepResult
 
@@ -37,6 +39,8 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     - A fused operator (onnxruntime's Attention) reads W + A·B.
     - A change that only scales the layer's outputs or inputs (IA3) multiplies the product or the input by
       `X.ia3_l.weight`, (out,) or (in,).
+    - LoKr's kron(w1, w2) is a product by w2ᵀ and one by w1, where these cost less than the weight: `X.lokr_w1.weight`
+      (a, b) and `X.lokr_w2.weight` (d, c).
     - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
 
     `sites` is invalid afterwards. Raises InputRefused where a weight has a reader beside which no branch can be
@@ -55,9 +59,14 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
         if step.scaling is not None:
             _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter])
             continue
-        is_embedding = step.terms[0].pair.embedding
-        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
-        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter]) for term in step.terms]
+        is_embedding, products = step.terms[0].pair.embedding, [term for term in step.terms if _is_kronecker(term)]
+        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products)
+        for term in products:
+            _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter])
+        if products and len(products) == len(step.terms):
+            continue
+        terms = [term for term in step.terms if term not in products]
+        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter]) for term in terms]
         factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), labels[step.terms[0].adapter])
         for site in own_sites:
             inserter.insert(site, pairs, factors.rescaling(site))
@@ -76,6 +85,23 @@ def _scale(inserter: Inserter, step: Step, scaling: Scaling, sites: Sites, label
             inserter.scale_input(site, *scaled_input(inserter.factory, site, factor))
         else:
             inserter.insert_beside(site, None, common_rescaling(inserter.factory, site, factor))
+
+
+def _is_kronecker(term: Term) -> bool:
+    return isinstance(term.pair, KroneckerPair) and term.pair.is_cheap
+
+
+def _insert_kronecker(inserter: Inserter, step: Step, term: Term, sites: Sequence[Site], label: str) -> None:
+    """Insert the two factors of LoKr, the scale in the second one, which is stored transposed."""
+    pair, dtype = term.pair, np.dtype(common_dtype(sites))
+    assert isinstance(pair, KroneckerPair)
+    with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
+        arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (pair.w2.T * np.float32(term.scale)).astype(dtype)}
+    module = module_of(step.weight)
+    w1, w2 = (inserter.factory.factor(module, f"{name}{label}", array) for name, array in arrays.items())
+    for site in sites:
+        branch = kronecker_branch(inserter.factory, site, w1, w2)
+        inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
 
 
 def _pair(factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str) -> tuple[Factor, Factor]:

@@ -67,7 +67,7 @@ def low_rank_branch(factory: NodeFactory, site: Site, pairs: Pairs, outputs: ran
         nodes.path = b.path
         product = nodes.add("Conv", [down, b.value], result.shape)
     else:
-        for_a, for_b = _gemm_attributes(site.node)
+        for_a, for_b = gemm_attributes(site.node)
         product = nodes.product(nodes.product(x, a, for_a), b, for_b)
     return BranchNodes(nodes.nodes, product, b.path)
 
@@ -103,16 +103,7 @@ def common_rescaling(factory: NodeFactory, site: Site, factor: Factor) -> Rescal
     return Rescaling(nodes, factor.path)
 
 
-def scaled_input(factory: NodeFactory, site: Site, factor: Factor) -> tuple[NodeList, ir.Value]:
-    """x times one factor (in,) of all rows; of a convolution, (in, 1...)."""
-    nodes = NodeList(factory, factor.path)
-    value, x = nodes.cast_to_site(site, factor).value, layer_input(site)
-    if _gemm_attributes(site.node)[0]:  # x is transposed
-        value = nodes.add("Unsqueeze", [value, factory.constant(factor.path, "axis", np.array([1]))], None)
-    return nodes, nodes.add("Mul", [x, value], x.shape)
-
-
-def _gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
+def gemm_attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
     """The attributes of a branch beside a Gemm: its product by A transposes x, its product by B has alpha."""
     if node.op_type != "Gemm":
         return NO_ATTRIBUTES, NO_ATTRIBUTES

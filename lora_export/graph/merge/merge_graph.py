@@ -30,7 +30,7 @@ from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
-from lora_export.graph.refusals import refuse_quantised, refuse_unsupported_steps
+from lora_export.graph.refusals import refuse_lost_biases, refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.values import initializers
 from lora_export.options.spelling import command
 from lora_export.plan import Plan
@@ -113,6 +113,7 @@ def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, req
         )
     provenance.refuse_second_merge(plan.adapters, graph.path, graph.history)
     refuse_unsupported_steps(plan)
+    refuse_lost_biases(plan, sites)
     for step in plan.steps:
         if not requantise:
             refuse_quantised(step, sites)
