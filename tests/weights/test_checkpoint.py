@@ -286,7 +286,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert refusal(tmp_path) == "BASE has no safetensors weights"
 
 
-DEQUANTISE = "make this one a float model: merge(dequantize=True)"
+DEQUANTISE = "make this one a float model: merge(dequantize=True). keep_quantised=True merges and keeps it quantised"
 OTHER_LIBRARY = "dequantise this one first, with its own library"
 
 
