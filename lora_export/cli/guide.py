@@ -24,7 +24,7 @@ TOPICS = {
     "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
     "generation": "Models with a key/value cache: export, generate, fuse.",
     "genai": "Adapters in graphs of onnxruntime-genai.",
-    "quantised": "Graphs with 4-bit and 8-bit weights.",
+    "quantised": "Quantised graphs, and checkpoints that stay quantised.",
     "verdict": "What `verify` runs, and how it decides.",
     "ci": "Verify in CI: exit codes, reports, pytest.",
     "python": "All commands as Python functions.",
