@@ -57,14 +57,18 @@ def write_llama(
     kind: Kind | Callable[[str], Kind] = Kind.F32,
     *,
     model: PreTrainedModel | None = None,
+    heads: int = 0,
     fields: Callable[[gguf.GGUFWriter], object] = lambda _: None,
 ) -> Path:
-    """Write the model with its matrices in a type, or in that which its name has; `fields` adds fields."""
+    """Write the model with its matrices in a type, or in that which its name has.
+
+    `fields` adds fields, `heads` states another number of heads.
+    """
     model = model or llama()
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count(heads or config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
     writer.add_token_scores([0.5] * config.vocab_size)
@@ -74,8 +78,9 @@ def write_llama(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = value.float().numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        array = array if heads is None else llama_rows(array, heads)
+        own_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        number = own_heads.get(name.split(".")[-2])
+        array = array if number is None else llama_rows(array, number)
         own = Kind.F32 if array.ndim == 1 else kind if isinstance(kind, Kind) else kind(name)
         stored = blocks(own, array.shape) if own in HALVES else gguf.quants.quantize(np.ascontiguousarray(array), own)
         writer.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=own)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import provenance
+from lora_export.errors import InputRefused
 from lora_export.names.row_orders import RowOrder
 from lora_export.plan import Layout, Plan, Step
 from lora_export.storage import block_copy
@@ -62,7 +63,7 @@ def audit_gguf(
     """Judge every field and tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
     The plan has the rows of transformers. `types` are those of promoted tensors, as the record of `merged` names them.
-    Raises InputRefused where a file becomes shorter meanwhile.
+    Raises InputRefused where a file becomes shorter meanwhile, and for heads that are not those of the rows.
     """
     layouts = StoredLayouts.of(plan, base.checkpoint, {})
     steps: dict[str, list[Step]] = {}
@@ -122,6 +123,8 @@ def _in_rows_of_llama(step: Step, base: GgufBase) -> Step:
     if order is None:
         return step
     heads = base.names.heads.queries if order is RowOrder.PAIRS_OF_QUERIES else base.names.heads.keys
+    if not heads or step.spec.shape[0] % (2 * heads):
+        raise InputRefused(f"{base.file.path} states {heads} heads, which are not those of {step.weight}")
     half = step.spec.shape[0] // heads // 2
     rows = np.array(
         [2 * half * head + half * side + k for head in range(heads) for k in range(half) for side in (0, 1)]

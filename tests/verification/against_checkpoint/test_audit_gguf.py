@@ -182,6 +182,15 @@ def test_new_scales_are_judged(tmp_path: Path) -> None:
     assert "down_proj.weight: different, 65,536 of 65,536 entries" in str(proof)
 
 
+def test_heads_that_are_not_those_of_the_rows_are_refused(tmp_path: Path) -> None:
+    _, adapter, out = merged(tmp_path)
+    base = write_llama(tmp_path / "other.gguf", Kind.Q8_0, heads=3)
+    for call in (lambda: judged(base, adapter, out), lambda: lora_export.merge(base, [adapter], output=tmp_path / "o")):
+        with pytest.raises(InputRefused) as refused:
+            call()
+        assert "heads" in str(refused.value) and "q_proj" in str(refused.value)
+
+
 def test_the_other_file_must_be_a_gguf_file(tmp_path: Path) -> None:
     base, adapter, out = merged(tmp_path)
     llama().save_pretrained(tmp_path / "hf")

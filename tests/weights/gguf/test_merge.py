@@ -260,6 +260,14 @@ def damage(path: Path, name: str) -> None:
     path.write_bytes(data)
 
 
+def norm_of_gemma(folder: Path) -> None:
+    """A base of one norm, and an adapter that replaces it."""
+    writer = gguf.GGUFWriter(str(folder / "base.gguf"), "gemma2")
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(8, np.float32))
+    written(writer, folder / "base.gguf")
+    peft_adapter(folder / "a", {}, {f"{LAYER}input_layernorm.weight": np.full(8, 0.5, np.float32)})
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "types of no changed weight": (
         lambda _: None,
@@ -285,6 +293,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda folder: experts(folder / "base.gguf"),
         {},
         "e has no weight for model.layers.0.self_attn.q_proj",
+    ),
+    "a norm of Gemma": (
+        norm_of_gemma,
+        {},
+        "input_layernorm.weight: llama.cpp stores this norm with 1 added, which is not supported",
+    ),
+    "a new head": (
+        lambda folder: peft_adapter(folder / "a", {}, {"score.weight": np.ones((2, 256), np.float32)}),
+        {},
+        "score.weight",
     ),
     "an adapter": (
         lambda folder: written(adapter_header(folder / "base.gguf"), folder / "base.gguf"),
