@@ -39,7 +39,7 @@ GROUPS = {
         "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
-        "quantised": "Quantised graphs, checkpoints and GGUF files, and what stays quantised.",
+        "quantised": "Quantised graphs, checkpoints and GGUF files.",
         "verdict": "What `verify` runs, and how it decides.",
         "judged": "Every rule of a verdict, and what it does not judge.",
         "ci": "Verify in CI: exit codes, reports, pytest.",

@@ -86,12 +86,17 @@ def file_states(paths: Iterable[Path]) -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def unchanged(path: Path, files: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Raise InputRefused at the end where `files()`, those of `path`, are not the same as at the beginning."""
+    """Raise InputRefused at the end where `files()`, those of `path`, are not the same as at the beginning.
+
+    It takes the place of what else was wrong: with a file that changed, that decides nothing.
+    """
     before = file_states(files())
-    yield
     try:
-        after = file_states(files())
-    except (FileNotFoundError, InputRefused):  # they are gone, or no longer what they were
-        after = []
-    if after != before:
-        raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")
+        yield
+    finally:
+        try:
+            after = file_states(files())
+        except (FileNotFoundError, InputRefused):  # they are gone, or no longer what they were
+            after = []
+        if after != before:
+            raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")

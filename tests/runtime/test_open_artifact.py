@@ -66,7 +66,7 @@ def test_a_graph_gets_positions_where_the_inputs_have_none(tmp_path: Path) -> No
 
 
 def test_every_kind_of_artifact_has_a_runner_or_is_refused() -> None:
-    assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.ADAPTER, ArtifactKind.OTHER}
+    assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.ADAPTER, ArtifactKind.GGUF, ArtifactKind.OTHER}
 
 
 def test_a_runner_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.isolation.limits import MAX_GGUF_ENTRIES, MAX_GGUF_HEADER
 from lora_export.storage import gguf_file
-from lora_export.storage.gguf_file import BLOCK_TYPES, BY_NAME, is_gguf, layout, open_gguf
+from lora_export.storage.gguf_file import BLOCK_TYPES, BY_NAME, gguf_layout, is_gguf, open_gguf
 from support.gguf_files import Kind, values_of, write_llama
 
 
@@ -71,13 +71,13 @@ def test_fields_and_tensors_are_those_that_gguf_reads(tmp_path: Path, alignment:
 def test_a_layout_keeps_fields_and_places_tensors(tmp_path: Path) -> None:
     base = open_gguf(write_llama(tmp_path / "a.gguf", Kind.Q4_0))
     wanted = [(one.name, BY_NAME["Q8_0"] if one.type.name == "Q4_0" else one.type, one.shape) for one in base.tensors]
-    head, tensors = layout(base, wanted, {"mine": "é"})
+    head, tensors = gguf_layout(base, wanted, {"mine": "é"})
     (tmp_path / "b.gguf").write_bytes(head + bytes(tensors[-1].stop - len(head)))
     again = open_gguf(tmp_path / "b.gguf")
     assert (again.tensors, again.value("mine")) == (tuple(tensors), "é")
     assert list(again.fields) == [*base.fields, "mine"]
     assert values_of(tmp_path / "b.gguf").keys() == {one.name for one in base.tensors}
-    replaced, _ = layout(again, wanted, {"mine": "e"})
+    replaced, _ = gguf_layout(again, wanted, {"mine": "e"})
     assert len(replaced) == len(head)  # the one character less is in the padding
     assert gguf_file.BY_NAME["F32"] in {kind for _, kind, _ in wanted}
 
