@@ -79,7 +79,7 @@ class Only:
     def problem(self, found: Any) -> str:
         """The message on an option that was given beside something else, without the option's name."""
         if found in self.instead:
-            return self.instead[found]
+            return spelled(self.instead[found])
         first, *more = self.values
         words = spelled(self.words) or " and ".join([named(self.other, first), *map(str, more)])
         return f"{self.verb} {words}{f': {spelled(self.because)}' if self.because else ''}"

@@ -11,7 +11,10 @@ from lora_export.options.declaring import Only, Option, Positional, Section, dec
 from lora_export.options.reading import AllowPickle
 
 TYPES_OF_GGUF = ("Q8_0", "F16", "BF16", "F32", "keep")
-OF_ONE_MODEL = {"pipeline": "is not for a pipeline. Give the folder of one of its models as BASE"}
+OF_ONE_MODEL = {
+    "pipeline": "is not for a pipeline. Give the folder of one of its models as BASE",
+    "gguf": "is not for a GGUF file: its weights keep their types, or get those of {dtype_of}",
+}
 
 
 def checkpoints(because: str, *more: str) -> tuple[Only, ...]:

@@ -21,6 +21,7 @@ from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
 from lora_export.options.common import Running
+from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -48,6 +49,9 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     """
     opener = RUNNERS.get(candidate.kind)
     if opener is None:
+        if candidate.kind is ArtifactKind.GGUF:
+            way = named("base", "BASE.gguf")
+            raise InputRefused(f"{candidate.path} is verified by its weights: {way}, and no model")
         kinds = "an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder"
         raise InputRefused(f"{candidate.path}: a candidate is {kinds}")
     return opener(candidate, how)

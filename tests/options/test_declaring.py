@@ -86,6 +86,11 @@ def test_a_record_refuses_values_that_do_not_exist(wrong, message):
         ),
         ({"variant": "fp16"}, "graph", "--variant is for folders of checkpoints, which may have several sets"),
         ({"dequantize": True}, "graph", "--dequantize is for checkpoints: --requantize merges into the quantised"),
+        (
+            {"dtype": "float16"},
+            "gguf",
+            "--dtype is not for a GGUF file: its weights keep their types, or get those of --dtype-of",
+        ),
         ({"tied": "both"}, "pipeline", "--tied is not for a pipeline. Give the folder of one of its models as BASE"),
         ({"float_base": "f"}, "checkpoint", "--float-base needs --dequantize: it is compared with the weights"),
         (

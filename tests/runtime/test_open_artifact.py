@@ -65,6 +65,12 @@ def test_a_graph_gets_positions_where_the_inputs_have_none(tmp_path: Path) -> No
     assert open_candidate(open_artifact(tmp_path / "m.onnx"), HowToOpen(base)).run(inputs)["y"].tolist() == [[0, 1, 2]]
 
 
+def test_a_gguf_file_is_no_candidate_beside_a_model(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputRefused, match=r'm\.gguf is verified by its weights: base="BASE\.gguf", and no model'):
+        open_candidate(open_artifact(tmp_path / "m.gguf"), HowToOpen(MODEL))
+
+
 def test_every_kind_of_artifact_has_a_runner_or_is_refused() -> None:
     assert set(RUNNERS) == set(ArtifactKind) - {ArtifactKind.ADAPTER, ArtifactKind.GGUF, ArtifactKind.OTHER}
 

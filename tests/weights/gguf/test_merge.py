@@ -342,7 +342,7 @@ def test_options_of_other_bases_are_wrong_usage(tmp_path: Path, options: dict[st
     base, (adapter, _) = write_llama(tmp_path / "base.gguf"), an_adapter(tmp_path / "a")
     with pytest.raises(WrongUsage) as refused:
         lora_export.merge(base, [adapter], output=tmp_path / "out.gguf", **options)
-    assert " is for " in str(refused.value)
+    assert "is not for a GGUF file: its weights keep their types, or get those of dtype_of" in str(refused.value)
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(tmp_path: Path) -> None:
