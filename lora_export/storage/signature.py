@@ -34,8 +34,11 @@ MOST_BYTES = 1 << 26  # of a signature: a line of a hundred bytes for each file
 
 
 def signature_of(output: Path) -> Path:
-    """Where the signature of a folder or a file is."""
-    return output / SIGNATURE if output.is_dir() else output.with_name(output.name + SUFFIX)
+    """Where the signature of a folder or a file is. In a folder whose graph was signed, that of the graph lists all."""
+    if not output.is_dir():
+        return output.with_name(output.name + SUFFIX)
+    own, of_files = output / SIGNATURE, list(output.glob(f"*{SUFFIX}"))
+    return own if own.is_file() or len(of_files) != 1 else of_files[0]
 
 
 def signer(key: str | Path, target: Path) -> Callable[[Path, Path], None]:

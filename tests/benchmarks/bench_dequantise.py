@@ -36,7 +36,8 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 RUNS = 5
-FLOATS, NF4 = "merge into floats", "merge --dequantize into nf4"
+ALL = ("--min-retention", "0")  # every layer stays in nf4
+FLOATS, NF4, KEPT = "merge into floats", "merge --dequantize into nf4", "merge --keep-quantised into nf4"
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> Path:
@@ -86,6 +87,7 @@ def test_nf4_costs_little_more_than_floats(tmp_path: Path) -> None:
     rivals = {
         FLOATS: functools.partial(run, [*merge, floats, adapter, "-o", out]),
         NF4: functools.partial(run, [*merge, quantised, adapter, "-o", out, "--dequantize"]),
+        KEPT: functools.partial(run, [*merge, quantised, adapter, "-o", out, "--keep-quantised", *ALL]),
     }
     results = side_by_side(rivals, settled, RUNS)
     keep("merge into nf4", f"{table(results, FLOATS)}\n\n{RUNS} rounds. {machine()}")

@@ -99,6 +99,17 @@ def test_the_signature_of_another_file_is_different(place: Path) -> None:
         refuse_unsigned(place / "copy.safetensors", place / "own.pub")
 
 
+def test_the_signature_of_a_file_is_that_of_a_folder_with_its_companions(place: Path) -> None:
+    base_weights(place / "base.safetensors")
+    served = place / "served"
+    le.merge(place / "base.safetensors", place / "adapter", served / "m.safetensors", sign=place / "own.pem")
+    refuse_unsigned(served, place / "own.pub")
+    (served / "new.bin").touch()
+    refuse_unsigned(served / "m.safetensors", place / "own.pub")
+    with pytest.raises(Different, match=r"new\.bin was added"):
+        refuse_unsigned(served, place / "own.pub")
+
+
 def test_an_endless_signature_is_refused(place: Path) -> None:
     with (signed(place) / "model.sig").open("r+b") as file:
         file.truncate(MOST_BYTES + 1)
