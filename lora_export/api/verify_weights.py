@@ -67,13 +67,14 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         request.on_message(f"note: {note}")
     files = loaded_files(candidate, merged)
-    audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
     floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
+    record = _other_record(candidate, [*map(steps.output_name, promoted)])
+    audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
     beside = compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ())
-    for found in (beside, files.others, _other_record(candidate, [*map(steps.output_name, promoted)])):
+    for found in (beside, files.others, record):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {

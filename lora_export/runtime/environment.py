@@ -24,9 +24,10 @@ from lora_export.runtime.environment_probes import CPU, CUDA, DRIVER_LIBRARY, VA
 
 MODULES_OF = {
     "pillow": "PIL",
+    "pyopenssl": "OpenSSL",
     "pyyaml": "yaml",
 }  # a distribution -> the module that it is imported by, where the names differ
-DEVELOPMENT_EXTRAS = frozenset({"demo", "dev", "release"})  # no command needs them
+DEVELOPMENT_EXTRAS = frozenset({"demo", "dev", "release", "site"})  # no command needs them
 
 
 @dataclass(frozen=True)

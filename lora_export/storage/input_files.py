@@ -86,17 +86,12 @@ def file_states(paths: Iterable[Path]) -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def unchanged(path: Path, files: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Raise InputRefused at the end where `files()`, those of `path`, are not the same as at the beginning.
-
-    It takes the place of what else was wrong: with a file that changed, that decides nothing.
-    """
+    """Raise InputRefused at the end where `files()`, those of `path`, are not the same as at the beginning."""
     before = file_states(files())
+    yield
     try:
-        yield
-    finally:
-        try:
-            after = file_states(files())
-        except (FileNotFoundError, InputRefused):  # they are gone, or no longer what they were
-            after = []
-        if after != before:
-            raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")
+        after = file_states(files())
+    except (FileNotFoundError, InputRefused):  # they are gone, or no longer what they were
+        after = []
+    if after != before:
+        raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")
