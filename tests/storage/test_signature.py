@@ -99,7 +99,7 @@ def test_the_signature_of_another_file_is_different(place: Path) -> None:
         refuse_unsigned(place / "copy.safetensors", place / "own.pub")
 
 
-def test_the_signature_of_a_file_is_that_of_a_folder_with_its_companions(place: Path) -> None:
+def test_a_folder_has_the_signature_of_its_one_file(place: Path) -> None:
     base_weights(place / "base.safetensors")
     served = place / "served"
     le.merge(place / "base.safetensors", place / "adapter", served / "m.safetensors", sign=place / "own.pem")
