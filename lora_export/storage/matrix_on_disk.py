@@ -6,15 +6,17 @@ matrix is.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.errors import OutputFailed
 from lora_export.storage import block_copy
 
 COLUMNS_BYTES = 1 << 20  # of a block of columns
@@ -24,7 +26,7 @@ class MatrixOnDisk:
     """Rows and columns of one dtype, zero until they are written. Threads may read and write at once.
 
     The file holds one block of columns after the other. `column_blocks` are those in which columns are read and
-    written.
+    written. Raises OutputFailed where the folder has no place for it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any):
@@ -32,9 +34,11 @@ class MatrixOnDisk:
         self.dtype = np.dtype(dtype)
         width = max(1, COLUMNS_BYTES // (max(1, self.rows) * self.dtype.itemsize))
         self.column_blocks = [slice(first, min(columns, first + width)) for first in range(0, columns, width)]
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the matrix is
-        weakref.finalize(self, file.close)
-        file.truncate(self.rows * columns * self.dtype.itemsize)
+        self._size = self.rows * columns * self.dtype.itemsize
+        with self._named_folder():
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the matrix is
+            weakref.finalize(self, file.close)
+            file.truncate(self._size)
         self._descriptor, self._columns = file.fileno(), columns
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
@@ -67,4 +71,16 @@ class MatrixOnDisk:
 
     def _write(self, columns: slice, rows: slice, values: NDArray[Any]) -> None:
         data = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)
-        block_copy.write(self._descriptor, data.data, self._position(columns, rows))
+        with self._named_folder():
+            block_copy.write(self._descriptor, data.data, self._position(columns, rows))
+
+    @contextlib.contextmanager
+    def _named_folder(self) -> Iterator[None]:
+        """Name the folder of temporary files where it fails: the output is not to blame."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputFailed(
+                f"a temporary file of {self._size:,} bytes could not be written: {error.strerror or error}. TMPDIR "
+                "names the folder of temporary files"
+            ) from error

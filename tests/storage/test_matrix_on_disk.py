@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
 import pytest
 
+from lora_export.errors import OutputFailed
 from lora_export.storage import matrix_on_disk
 from lora_export.storage.matrix_on_disk import MatrixOnDisk
 
@@ -32,3 +34,17 @@ def test_its_file_has_no_name_and_is_closed(monkeypatch, tmp_path):
     del matrix
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_full_folder_of_temporary_files_is_named(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    matrix = MatrixOnDisk((2, 2), np.float32)
+    monkeypatch.setattr(matrix_on_disk.block_copy, "write", full)
+    message = r"a temporary file of 16 bytes could not be written: No space left on device\. TMPDIR names"
+    with pytest.raises(OutputFailed, match=message):
+        matrix.write_rows(slice(0, 2), np.ones((2, 2), np.float32))
+    monkeypatch.setattr(matrix_on_disk.tempfile, "TemporaryFile", full)
+    with pytest.raises(OutputFailed, match="TMPDIR names"):
+        MatrixOnDisk((2, 2), np.float32)
