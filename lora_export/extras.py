@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-from importlib.metadata import Distribution
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 DISTRIBUTIONS = ("lora-export", "lora-export-core")  # each has the package, or requires the other
 
 
 def installed() -> list[Distribution]:
     """Those of the program's distributions that are installed."""
+    import importlib.metadata  # imported here: it brings the package email, and few processes need it
+
     found = []
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

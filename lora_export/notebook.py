@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from lora_export.errors import one_line
 
@@ -29,4 +28,6 @@ def _cells(tag: str, values: Sequence[object]) -> str:
 
 
 def _text(value: object) -> str:
+    from html import escape  # imported here: it brings the names of all entities, and few processes show a table
+
     return escape(one_line(f"{value:.3g}" if isinstance(value, float) else str(value)))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merge_into_checkpoint
-from lora_export.api.merge_gguf import merge_into_gguf
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.api.shared_head import head_alone
@@ -64,11 +63,13 @@ def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
             )
     if kind is ArtifactKind.PIPELINE:
         return merge_into_pipeline(request)
+    # A merge into a checkpoint does not wait for onnx, or for what the other formats need, to be imported.
     if kind is ArtifactKind.GGUF:
+        from lora_export.api.merge_gguf import merge_into_gguf
+
         return merge_into_gguf(request)
     if kind is not ArtifactKind.GRAPH:
         return merge_into_checkpoint(request)
-    # A merge into a checkpoint does not wait for onnx to be imported.
     from lora_export.api.merge_graph import merge_into_graph
 
     return merge_into_graph(request)

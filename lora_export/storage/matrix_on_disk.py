@@ -7,7 +7,6 @@ matrix is.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,8 @@ class MatrixOnDisk:
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any):
+        import tempfile  # imported here: few merges need it
+
         self.rows, columns = map(int, shape)
         self.dtype = np.dtype(dtype)
         width = max(1, COLUMNS_BYTES // (max(1, self.rows) * self.dtype.itemsize))

@@ -218,6 +218,11 @@ def test_help_loads_nothing_but_click():
     assert "click" in loaded and loaded - sys.stdlib_module_names <= {"lora_export", "click"}
 
 
+def test_a_merge_does_not_wait_for_what_it_does_not_use():
+    loaded = loaded_by("import lora_export.api.merge")
+    assert "numpy" in loaded and loaded & (HEAVY | {"email", "html", "random", "socket"}) == set()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_loads_nothing_heavy(command):
     loaded = loaded_by(f"from lora_export.cli import run; assert run(['{command}', '--help']) == 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_rows_become_columns_and_the_reverse(monkeypatch):
 
 
 def test_its_file_has_no_name_and_is_closed(monkeypatch, tmp_path):
-    monkeypatch.setattr(matrix_on_disk.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     matrix = MatrixOnDisk((2, 2), np.float32)
     descriptor = matrix._descriptor
     assert not list(tmp_path.iterdir())
@@ -45,6 +46,6 @@ def test_a_full_folder_of_temporary_files_is_named(monkeypatch):
     message = r"a temporary file of 16 bytes could not be written: No space left on device\. TMPDIR names"
     with pytest.raises(OutputFailed, match=message):
         matrix.write_rows(slice(0, 2), np.ones((2, 2), np.float32))
-    monkeypatch.setattr(matrix_on_disk.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(OutputFailed, match="TMPDIR names"):
         MatrixOnDisk((2, 2), np.float32)
