@@ -26,23 +26,15 @@ from transformers import (
 
 import lora_export
 from support.handmade import peft_adapter
-from support.quantised import bits_of
+from support.quantised import LLAMA_SIZES, bits_of
 from support.quantised_weights import weights_in
 
-CONFIG = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
 
 
 def float_llama(folder: Path) -> Path:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**CONFIG)).bfloat16().save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)).bfloat16().save_pretrained(folder)
     return folder
 
 

@@ -20,15 +20,7 @@ from lora_export.errors import InputRefused, WrongUsage
 from lora_export.weights.quantised import method_of
 from support.cli import answer, call
 from support.handmade import peft_adapter
-
-CONFIG = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from support.quantised import LLAMA_SIZES
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`float`, the model in bf16; `nf4`, as transformers quantises and saves it; `adapter`, trained beside it."""
     folder = tmp_path_factory.mktemp("qlora")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**CONFIG)).bfloat16().save_pretrained(folder / "float")
+    LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)).bfloat16().save_pretrained(folder / "float")
     scheme = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
