@@ -61,9 +61,9 @@ class ConvertResult:
 def convert(options: ConvertOptions) -> ConvertResult:
     """Convert an adapter to another format. Needs no PyTorch.
 
-    `to` is "peft" or "mlx" (a folder), "kohya", "comfyui" or "diffusers" (a .safetensors file), "gguf" (a file for
-    llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without another
-    export. `graph` is then that .onnx, made with `lora="inputs"`. Values keep the smallest type that holds them
+    `to` is "peft" or "mlx" (a folder), "kohya", "comfyui", "diffusers" or "openvino" (a .safetensors file), "gguf" (a
+    file for llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without
+    another export. `graph` is then that .onnx, made with `lora="inputs"`. Values keep the smallest type that holds them
     exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.models.factory import find_factory
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
 from lora_export.models.processors import open_extractor
@@ -39,6 +38,7 @@ from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.speech import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
+from lora_export.user_code import find_function
 from lora_export.weights.checkpoint import CONFIG
 from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead, label_names
 
@@ -134,7 +134,7 @@ def read_training_data(
     path = Path(source)
     location, separator, name = str(source).rpartition(":")
     if separator and location and not path.exists() and (location.endswith(".py") or not path.suffix):
-        batches = read_own_batches(str(source), find_factory(location, name))
+        batches = read_own_batches(str(source), find_function(location, name))
         return TrainingData(batches, batches_sha256(batches))
     if path.suffix.lower() == ".npz":
         return TrainingData(read_labelled_arrays(path), file_sha256(path))

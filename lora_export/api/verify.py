@@ -248,11 +248,11 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     kinds = {candidate.kind, *([] if origin is None else [artifact_kind(origin)])}
     if model is not None and origin is not None and kinds != {ArtifactKind.GRAPH}:
         raise WrongUsage(f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from")
-    if request.provider != "cpu" and not is_graph:
-        raise WrongUsage(
-            f"{named('provider', request.provider)} is for .onnx files; PyTorch files are judged on the CPU"
-        )
-    if not is_graph and (request.onnx_adapter, request.adapter_id, request.dtype) != (None, None, "float32"):
+    if request.provider != "cpu" and (not is_graph or request.runner is not None):
+        whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"
+        raise WrongUsage(f"{named('provider', request.provider)} is for .onnx files under onnxruntime; {whose}")
+    of_graphs = (request.onnx_adapter, request.adapter_id, request.dtype) != (None, None, "float32")
+    if of_graphs and not is_graph and request.runner is None:
         raise WrongUsage(f"{named('onnx_adapter')}, {named('adapter_id')} and {named('dtype')} are for .onnx files")
     if request.layout and model is not None:
         raise WrongUsage(

@@ -22,7 +22,7 @@ from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
 from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.root_cause import without_guesses
-from lora_export.verification.judged_files import loaded_files
+from lora_export.verification.judged_files import LoadedFiles, loaded_files
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
@@ -46,7 +46,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     stage = in_stages(request.on_progress)
     runner = None
     hashes: dict[str, str] = {}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {} if request.runner is None else {"runner": request.runner}
     try:
         require_provider(request.provider)
         loaded = load_adapters(request.adapters)
@@ -63,7 +63,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        how = HowToOpen(base, request.provider, request.onnx_adapter, request.adapter_id, _seconds(request, base))
+        seconds = _seconds(request, base)
+        how = HowToOpen(base, request.provider, request.onnx_adapter, request.adapter_id, seconds, request.runner)
         runner = open_candidate(candidate, how)
         takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
         base = base.taking(takes).without_token_types(takes)
@@ -83,7 +84,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         )
         prove_one = functools.partial(prove, atol=request.atol, rtol=request.rtol, trace=request.trace)
         proof = prove_candidate(runner, references, prove=prove_one, step=stage_of_proof(stage))
-        files = loaded_files(candidate)
+        files = loaded_files(candidate) if request.runner is None else LoadedFiles(candidate.files)
         if isinstance(model, str | Path):
             proof = proof.with_files(compare_files(Path(model), candidate.path, loaded))
         proof = proof.with_files(files.others)

@@ -100,6 +100,7 @@ class ArtifactKind(StrEnum):
     GRAPH = "graph"
     SCRIPT = "TorchScript"
     PROGRAM = "program of torch.export"
+    OPENVINO = "model of OpenVINO"
     ADAPTER = "adapter for a graph"
     OTHER = "other file"
 
@@ -123,6 +124,7 @@ CLAIMED: Mapping[str, ArtifactKind] = {
     ".pth": ArtifactKind.SCRIPT,
     ".ts": ArtifactKind.SCRIPT,
     ".pt2": ArtifactKind.PROGRAM,
+    ".xml": ArtifactKind.OPENVINO,
 }
 # A member of each kind of archive, in the archive's one folder
 MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind.SCRIPT}
@@ -164,7 +166,10 @@ class Artifact:
     @cached_property
     def files(self) -> Mapping[str, Path]:
         """Name -> path of each of its files: those in a folder, or a graph and its external data."""
-        return files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
+        files = files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
+        weights = self.path.with_suffix(".bin")
+        has_weights = self.kind is ArtifactKind.OPENVINO and weights.is_file()
+        return {**files, weights.name: weights} if has_weights else files
 
     @property
     def graph_files(self) -> Mapping[str, Path]:

@@ -131,6 +131,16 @@ def names_in(path: Path) -> frozenset[str]:
     return frozenset(map(unwrapped, names))
 
 
+def header_in(path: Path | None) -> Mapping[str, str]:
+    """The metadata in the header of a `.safetensors` file; none of any other. Raises nothing."""
+    if path is None or not is_safetensors(path):
+        return {}
+    try:
+        return _open_safetensors(path).metadata
+    except (InputRefused, OSError):
+        return {}
+
+
 def unwrapped(name: str) -> str:
     """A name without the modules that PyTorch wrapped around others, such as `_orig_mod`."""
     return _WRAPPER.sub("", name)

@@ -383,6 +383,12 @@ def read(path: Path) -> OnnxAdapter:
     return OnnxAdapter(values, *versions, has_hash=has_hash, file=file)
 
 
+def arrays_of(path: Path) -> AdapterArrays:
+    """The values of an adapter's file by the names of the inputs. Raises InputRefused as `read`."""
+    # Copies: the memory of these values is the file's, which ends here.
+    return {name: array_of_ort_value(value).copy() for name, value in read(path).values.items()}
+
+
 def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | str, graph: Path | str) -> None:
     """Raise InputRefused where an adapter's file does not fit this graph. The message lists every misfit."""
     misfits = list(_misfits(adapter, contract))

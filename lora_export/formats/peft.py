@@ -22,6 +22,7 @@ from lora_export.formats.adapter_files import (
     TensorSource,
     hash_of_tensors,
     hash_of_unchanged,
+    header_in,
     is_tensor_file,
     names_in,
     open_tensors,
@@ -39,6 +40,7 @@ from lora_export.formats.peft_keys import (
     PARAMETER,
     PICKLE,
     ROWS,
+    SCALE_IN_B,
     WEIGHTS,
     WHOLE,
     WRAPPER,
@@ -76,7 +78,8 @@ def recognises(path: Path) -> bool:
         return False
     if not (folder / ADAPTER_CONFIG).exists():
         weights = _weights(path)
-        names = names_in(weights) if weights else ()
+        is_of_openvino = SCALE_IN_B.items() <= header_in(weights).items()
+        names = names_in(weights) if weights and not is_of_openvino else ()
         return any(".lora_A." in name and LOW_RANK_KEY.fullmatch(name) and OF_PEFT.fullmatch(name) for name in names)
     try:
         return "peft_type" in json_files.read_json(folder / ADAPTER_CONFIG)

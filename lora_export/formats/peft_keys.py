@@ -18,6 +18,7 @@ from lora_export.options.spelling import named
 
 ADAPTER_CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WRAPPER = "base_model.model."
+SCALE_IN_B = {"lora_export": "scale in B"}  # in the header of a file with PEFT's keys and no config (see `openvino`)
 # Kinds of keys in the file of weights
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
 MAGNITUDE, EMBEDDING, ROWS, UNUSED = "magnitude", "embedding", "rows", "unused"

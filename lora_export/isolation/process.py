@@ -43,13 +43,13 @@ class ProcessEnded(Exception):
 class IsolatedProcess:
     """A process that answers messages. It ends with this object, or where it takes more than its memory and time."""
 
-    def __init__(self, process: _Child, streams: Streams, memory: int):
-        self.memory = memory  # bytes that it may take beyond what it starts with
+    def __init__(self, process: _Child, streams: Streams, memory: int | None):
+        self.memory = memory  # bytes that it may take beyond what it starts with; None: any number
         self._process, self._streams, self._lock = process, streams, threading.Lock()
         self._end = weakref.finalize(self, _end, process, streams)
 
     @classmethod
-    def start(cls, module: str, *arguments: object, memory: int) -> IsolatedProcess:
+    def start(cls, module: str, *arguments: object, memory: int | None) -> IsolatedProcess:
         """Start `main` of a module in a fresh interpreter, which serves `private_streams()`."""
         root = str(Path(__file__).resolve().parents[2])  # the folder of the package
         command = [sys.executable, "-P", "-c", START.format(module), root, *map(str, arguments)]
@@ -86,7 +86,7 @@ class IsolatedProcess:
         """The next message. Raises ProcessEnded where the process ends or takes longer, and sent no message."""
         with deadline(seconds, self._process.kill) as expired:
             try:
-                return read_message(self._streams[1], most=self.memory)
+                return read_message(self._streams[1], most=sys.maxsize if self.memory is None else self.memory)
             except EOFError:
                 code = self._process.wait()
             except (ValueError, KeyError, TypeError) as error:
@@ -188,7 +188,8 @@ def _end(process: _Child, streams: Sequence[io.BufferedIOBase]) -> None:
     process.wait()
 
 
-def _reason(code: int, memory: int) -> str:
+def _reason(code: int, memory: int | None) -> str:
     if code < 0:
-        return f"{signal.Signals(-code).name}. It may take {memory / 2**30:.3g} GiB of memory"
+        allowed = "" if memory is None else f". It may take {memory / 2**30:.3g} GiB of memory"
+        return f"{signal.Signals(-code).name}{allowed}"
     return f"exit code {code}"

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import importlib
-import importlib.util
 import inspect
 import itertools
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,64 +15,14 @@ from torch import nn
 from lora_export.errors import InputRefused
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
 from lora_export.models.tracing import with_dictionaries
-from lora_export.storage import input_files
+from lora_export.user_code import failures_of_user_code
 
-# --- Find and call the factory ---
+# --- Call the factory ---
 
 
 def from_module(module: nn.Module, example_inputs: Any) -> Model:
     """A model of a copy of `module`, as if a factory had returned (module, example_inputs)."""
     return from_factory(type(module).__name__, lambda: (copy.deepcopy(module), example_inputs))
-
-
-def find_factory(location: str, name: str) -> Callable[[], Any]:
-    """The function `name` of a Python file, or of a module that is imported by its dotted name.
-
-    Runs the file or module. Raises InputRefused where it is missing or fails, or has no such function.
-    """
-    module = _run_file(Path(location)) if location.endswith(".py") else _import(location)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputRefused(f"{location} has no function {name}; it has {', '.join(known) or 'none'}")
-    return factory  # type: ignore[no-any-return]
-
-
-def _run_file(path: Path) -> Any:
-    if not path.exists():
-        raise InputRefused(f"there is no file {path}")
-    input_files.must_be_regular(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # so that the classes it defines can be pickled and deep-copied
-    with failures_of_user_code(str(path)):
-        spec.loader.exec_module(module)
-    return module
-
-
-def _import(name: str) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a package in the current folder; last, so that it shadows nothing
-    with failures_of_user_code(name):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise InputRefused(f"cannot import {name}: {error}") from error
-
-
-@contextlib.contextmanager
-def failures_of_user_code(source: str) -> Iterator[None]:
-    """Turn any exception into InputRefused, with the file and line that raised it."""
-    try:
-        yield
-    except InputRefused:
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputRefused(
-            f"{source} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def from_factory(source: str, factory: Callable[[], Any]) -> Model:

@@ -24,7 +24,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models import sentence_transformer
 from lora_export.models.diffusion import from_diffusers, is_diffusion_model
-from lora_export.models.factory import find_factory, from_factory, resampled, varying_axes
+from lora_export.models.factory import from_factory, resampled, varying_axes
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, in_dtype, in_dtype_of
@@ -34,6 +34,7 @@ from lora_export.models.tracing import failure_on, named_failures, same_state
 from lora_export.options.spelling import named
 from lora_export.storage import safetensors_file
 from lora_export.storage.npz import read_arrays
+from lora_export.user_code import find_function
 from lora_export.weights.task_head import TaskHead
 
 
@@ -76,7 +77,7 @@ def load_model(
     else:
         refuse_no_model(source)
         location, _, name = source.rpartition(":")
-        made = from_factory(source, find_factory(location, name))
+        made = from_factory(source, find_function(location, name))
         loaded = replace(made, module=made.module.to(dtype))
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 

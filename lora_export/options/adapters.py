@@ -15,7 +15,7 @@ from lora_export.options.verify import Expectations
 
 TO_GRAPH = Only("to", ("onnx_adapter",))
 AS_LORA = Only("as_kind", ("lora",))
-WrittenFormat = Literal["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers"]
+WrittenFormat = Literal["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers", "openvino"]
 NamesOf = Literal["transformers4", "transformers5", "vllm", "sglang"]
 
 

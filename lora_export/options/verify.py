@@ -107,6 +107,13 @@ class Judging(Running):
         at_least=0,
         section=Section.OPTIONS,
     )
+    runner: str | None = option(
+        None,
+        "What runs CANDIDATE, in place of onnxruntime or PyTorch: openvino, onnx-reference, a name that a package "
+        "registers, or your own function (see `guide runners`).",
+        metavar="NAME|FILE.py:FUNCTION",
+        section=Section.PROOF,
+    )
     atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
     rtol: float | None = option(None, "See {atol}.", at_least=0)
     input_seed: int | None = option(None, "Random seed for the generated inputs.  [default: 0]")

@@ -23,14 +23,21 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
-from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, PlainRunner, TooSlow, within_memory
+from lora_export.runtime.runner import (
+    TIMEOUT,
+    Arrays,
+    Placement,
+    PlainRunner,
+    TooSlow,
+    completed_inputs,
+    within_memory,
+)
 from lora_export.version import __version__
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
@@ -170,9 +177,7 @@ class OnnxRunner(PlainRunner):
         runner.adapter_file, runner._adapter, runner._run_options = path, adapter, _run_options(adapter)
         if self._takes_values:
             runner._run_options = _run_options()
-            # Copies: the memory of these values is the file's, which ends here.
-            values = {name: array_of_ort_value(value).copy() for name, value in file.values.items()}
-            runner._adapter_values = {**self._adapter_values, **values}
+            runner._adapter_values = {**self._adapter_values, **onnx_adapter.arrays_of(path)}
         return runner
 
     @property
@@ -235,13 +240,7 @@ class OnnxRunner(PlainRunner):
         Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
         not have: they were folded away.
         """
-        inputs = self._with_positions(inputs)
-        problems = [f"the graph has no input {name}" for name in inputs if name not in self.axes]
-        problems += [
-            f"the graph needs {name}, which the model does not take" for name in self.axes if name not in inputs
-        ]
-        if problems:
-            raise RuntimeRefused("; ".join(problems))
+        inputs = completed_inputs(inputs, self.axes)
         names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
         if self._adapter_ids is not None:
             batch = len(next(iter(inputs.values())))
@@ -263,13 +262,6 @@ class OnnxRunner(PlainRunner):
             raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
         finally:
             self._run_options.terminate = False
-
-    def _with_positions(self, inputs: Arrays) -> Arrays:
-        lacks_them = POSITION_IDS in self.axes and POSITION_IDS not in inputs
-        if not lacks_them or IDS not in inputs or any(name.startswith(PAST) for name in inputs):  # where do they begin?
-            return inputs
-        shape = inputs[IDS].shape
-        return {**inputs, POSITION_IDS: np.broadcast_to(np.arange(shape[1]), shape)}
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())

@@ -25,6 +25,8 @@ from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.registered import OPENVINO
+from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import TIMEOUT, CandidateRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -39,6 +41,7 @@ class HowToOpen:
     onnx_adapter: Path | None = None  # run with a graph that takes it
     adapter_id: int | None = None  # of every row of a graph with adapters by row; None: the caller sets the ids
     timeout: float = TIMEOUT  # seconds of a run; that of a folder or a .pt2 ends once its operator has ended
+    runner: str | None = None  # in place of ours: a name, or file.py:function
 
 
 def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
@@ -47,13 +50,13 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
     Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
     """
-    opener = RUNNERS.get(candidate.kind)
+    opener = RUNNERS.get(candidate.kind) if how.runner is None else _registered
     if opener is None:
         if candidate.kind is ArtifactKind.GGUF:
             way = named("base", "BASE.gguf")
             raise InputRefused(f"{candidate.path} is verified by its weights: {way}, and no model")
-        kinds = "an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder"
-        raise InputRefused(f"{candidate.path}: a candidate is {kinds}")
+        kinds = "an .onnx, .pt, .pt2, .safetensors or .xml file, or a Hugging Face folder"
+        raise InputRefused(f"{candidate.path}: a candidate is {kinds}, or what your own {named('runner')} runs")
     return opener(candidate, how)
 
 
@@ -109,6 +112,11 @@ def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     )
 
 
+def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    runner = RegisteredRunner(how.runner or OPENVINO, candidate, adapter=how.onnx_adapter, timeout=how.timeout)
+    return runner if how.adapter_id is None else runner.with_rows([how.adapter_id])
+
+
 RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {
     ArtifactKind.GRAPH: _graph,
     ArtifactKind.GENERATION: _graphs_of_encoder_decoder,
@@ -118,4 +126,5 @@ RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]]
     ArtifactKind.WEIGHTS: _weights,
     ArtifactKind.SCRIPT: _script,
     ArtifactKind.PROGRAM: _program,
+    ArtifactKind.OPENVINO: _registered,
 }

@@ -123,6 +123,13 @@ def open_reference(graph: Path | InMemoryGraph) -> ReferenceSession | None:
     return ReferenceSession(ir.external_data.load_to_model(model))
 
 
+def open_evaluated(path: str) -> Callable[[Arrays], Arrays]:
+    """The runner `onnx-reference`: a graph of standard operators under the reference evaluator, in its own types."""
+    session = ReferenceSession(ir.external_data.load_to_model(load_graph(Path(path))))
+    names = [value.name for value in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
 def _from_memory(graph: InMemoryGraph) -> ir.Model:
     model = ir.from_proto(onnx.load_model_from_string(graph.message))
     for name, array in graph.tensors.items():

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from lora_export.errors import EnvironmentLacking, RuntimeRefused
+from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT as TIMEOUT
 from lora_export.isolation.process import Arrays as Arrays
@@ -122,6 +125,22 @@ class Placement:
             raise EnvironmentLacking(
                 f"{self.requested_provider} was requested, but onnxruntime reports no node that ran on it"
             )
+
+
+def completed_inputs(inputs: Arrays, axes: Mapping[str, object]) -> Arrays:
+    """The inputs of one run for a candidate with these inputs. Positions are 0, 1, 2, ... where there are none.
+
+    Raises RuntimeRefused for inputs that it does not have, as where they were folded away, and for missing ones.
+    """
+    lacks_positions = POSITION_IDS in axes and POSITION_IDS not in inputs
+    if lacks_positions and IDS in inputs and not any(name.startswith(PAST) for name in inputs):
+        shape = inputs[IDS].shape
+        inputs = {**inputs, POSITION_IDS: np.broadcast_to(np.arange(shape[1]), shape)}
+    problems = [f"the graph has no input {name}" for name in inputs if name not in axes]
+    problems += [f"the graph needs {name}, which the model does not take" for name in axes if name not in inputs]
+    if problems:
+        raise RuntimeRefused("; ".join(problems))
+    return inputs
 
 
 class TooSlow(RuntimeRefused):

@@ -59,7 +59,7 @@ def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
         le.convert(whole, tmp_path / "no", to="peft", weight=0.5)
 
 
-@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers"])
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "comfyui", "diffusers", "openvino"])
 def test_a_scale_below_zero_can_be_read_again(tmp_path: Path, to: str) -> None:
     adapter = peft_adapter(tmp_path / "one", {"unet.fc": ([[1.0, 2.0]], [[3.0]])})
     before = le.load_adapter(adapter).pairs["unet.fc"]

@@ -13,9 +13,10 @@ from torch import nn
 import lora_export as le
 from lora_export.api.verify_outputs import _seconds
 from lora_export.api.verify_record import VerifyRequest
-from lora_export.errors import RuntimeRefused
+from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from lora_export.models import factory
 from lora_export.runtime.memory import AVAILABLE
+from support import RUNNERS
 from support.api import MODEL
 from support.exporters import checkpoint_of, torchscript
 
@@ -54,6 +55,39 @@ def test_a_graph_of_bert_without_token_types_is_judged_with_zeros(tmp_path: Path
     onnx.save(graph, tmp_path / "renamed.onnx")
     with pytest.raises(RuntimeRefused, match="has no input attention_mask; the graph has no input token_type_ids"):
         le.verify(tmp_path / "renamed.onnx", base)
+
+
+@pytest.mark.parametrize(
+    ("runner", "outcome", "says"),
+    [
+        ("Stating", "same", "run on a toaster; the candidate gives no scores of all tokens"),
+        ("cache_by_shape", "different", "changing the input rows changes PyTorch's outputs and not the candidate's"),
+        ("rounds", "different", "allowed is"),
+    ],
+)
+def test_what_a_runner_returns_is_judged(runner: str, outcome: str, says: str, place: Path) -> None:
+    result = le.verify(place / "m.onnx", MODEL, adapters=place / "adapter", runner=f"{RUNNERS}:{runner}")
+    verdict = result.verdict
+    assert verdict.outcome == outcome
+    assert says in "; ".join([*map(str, verdict.reasons), *verdict.notes])
+
+
+def test_another_adapter_is_different_by_any_runner(place: Path) -> None:
+    result = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger", runner="onnx-reference")
+    note = "modules could not be compared: what runs the candidate gives its outputs alone"
+    assert result.exit_code == 4 and note in result.verdict.notes
+
+
+def test_any_file_is_a_candidate_of_a_runner(place: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "m.engine"
+    engine.write_bytes((place / "m.onnx").read_bytes())
+    result = le.verify(engine, MODEL, adapters=place / "adapter", runner=f"{RUNNERS}:by_name")
+    assert result and list(result.about["candidate"]["sha256"]) == ["m.engine"]
+    assert result.about["runner"] == f"{RUNNERS}:by_name"
+    with pytest.raises(InputRefused, match=r"m\.engine: a candidate is .*, or what your own runner= runs"):
+        le.verify(engine, MODEL, adapters=place / "adapter")
+    with pytest.raises(WrongUsage, match="a runner chooses its own"):
+        le.verify(place / "m.onnx", MODEL, adapters=place / "adapter", runner="openvino", provider="cuda")
 
 
 ENDLESS = """<ir_version: 10, opset_import: ["" : 20]>

@@ -45,6 +45,7 @@ NEEDS = {
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),
     "judged": (),
+    "runners": ("base", "adapter", "model.onnx"),
     "ci": ("base", "adapter", "model.onnx", "merged"),
     "python": ("base", "adapter", "fr", "base.onnx"),
     "configuration": (),

@@ -123,7 +123,7 @@ def trace(case: DiagnosisCase) -> TracedCandidate:
         return TracedModule(candidate)
     if isinstance(candidate, ScriptRunner):
         return TracedModule(ModuleRunner(_module_with_weights_of(candidate, case)))
-    raise InputRefused(f"the modules of a {type(candidate).__name__} cannot be traced")
+    raise InputRefused("what runs the candidate gives its outputs alone")
 
 
 class TracedGraph(TracedCandidate):

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import CONTRACT_KEY, array_of_ort_value
+from lora_export.formats.onnx_adapter import CONTRACT_KEY
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.onnx_file.reading import load_graph
@@ -121,9 +121,7 @@ def _of_contract(graph: OnnxRunner, spellings: Spellings) -> Iterator[StoredPair
     if graph.adapter_file is None:
         return
     contract = onnx_adapter.read_contract(graph.metadata, graph.path)
-    values = {
-        name: array_of_ort_value(value).copy() for name, value in onnx_adapter.read(graph.adapter_file).values.items()
-    }
+    values = onnx_adapter.arrays_of(graph.adapter_file)
     for slot in contract.slots:
         module = module_of(spellings.of(dotted(module_of(slot.weight), "weight")))
         if slot.a in values and slot.b in values:

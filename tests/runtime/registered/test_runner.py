@@ -1,0 +1,105 @@
+"""Runners by name, and functions of the user, in a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.runtime.registered import openvino
+from lora_export.runtime.registered.runner import RegisteredRunner
+from support import RUNNERS
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (float[n, 2] x, int64[n] add) => (float[n, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}, int64[1] last = {1}>
+{ wide = Cast <to = 1> (add)  column = Unsqueeze (wide, last)  product = MatMul (x, w)  y = Add (product, column) }
+"""
+INPUTS = {"x": np.array([[1, 0], [0, 1], [1, 1]], np.float32), "add": np.array([0, 10, 20])}
+Y = [[1, 2], [13, 14], [24, 26]]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("registered") / "m.onnx"
+    onnx.save(onnx.parser.parse_model(TEXT), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["by_name", "by_order", "one_array", "writes_into_inputs", "prints", "openvino"])
+def test_a_runner_gives_outputs(name: str, graph: Path) -> None:
+    is_ours = name == "openvino"
+    with contextlib.closing(RegisteredRunner(name if is_ours else f"{RUNNERS}:{name}", open_artifact(graph))) as runner:
+        first, second = runner.run(INPUTS), runner.run({**INPUTS, "add": 2 * INPUTS["add"]})
+        assert [array.tolist() for array in first.values()] == [Y]
+        assert [array.tolist() for array in second.values()] == [[[1, 2], [23, 24], [44, 46]]]
+        assert (list(first) == ["y"]) == runner.names_known == (name not in ("by_order", "one_array"))
+        assert runner.axes == ({"x": (None, 2), "add": (None,)} if is_ours else {})
+        assert INPUTS["x"].sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("fails", RuntimeRefused, r"runners\.py:\d+: KeyError: 'nothing'"),
+        ("says_words", RuntimeRefused, "a run returned str, and not arrays by name"),
+        ("crashes", RuntimeRefused, r"the process of the runner .*:crashes ended: SIGABRT$"),
+        ("sleeps", RuntimeRefused, r"m\.onnx did not finish within 3 seconds"),
+        ("opens_nothing", InputRefused, "returned int; a runner returns a function from inputs to outputs"),
+        ("nothing", InputRefused, r"runners\.py has no function nothing; it has .*by_name"),
+    ],
+)
+def test_a_failing_runner_is_refused(name: str, error: type[Exception], says: str, graph: Path) -> None:
+    with pytest.raises(error, match=says):
+        RegisteredRunner(f"{RUNNERS}:{name}", open_artifact(graph), timeout=3).run(INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere.py:run", r"there is no file nowhere\.py"),
+        ("tensorrt", "there is no runner 'tensorrt': give one of onnx-reference, openvino, or file.py:function"),
+    ],
+)
+def test_an_unknown_runner_is_named(name: str, says: str, graph: Path) -> None:
+    with pytest.raises(InputRefused, match=says):
+        RegisteredRunner(name, open_artifact(graph))
+
+
+def test_a_package_registers_a_runner(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "toaster-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toaster\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lora_export.runners]\ntoaster = toasting:by_name\n")
+    (tmp_path / "toasting.py").write_text(RUNNERS.read_text())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with contextlib.closing(RegisteredRunner("toaster", open_artifact(graph))) as runner:
+        assert runner.run(INPUTS)["y"].tolist() == Y
+        assert runner.notes == ["run by the runner toaster"]
+    with pytest.raises(InputRefused, match="give one of onnx-reference, openvino, toaster, or"):
+        RegisteredRunner("kettle", open_artifact(graph))
+
+
+def test_openvino_reads_its_own_files_with_their_weights(graph: Path, tmp_path: Path) -> None:
+    import openvino as library
+
+    library.save_model(library.Core().read_model(graph), tmp_path / "m.xml", compress_to_fp16=False)
+    model = open_artifact(tmp_path / "m.xml")
+    assert sorted(model.files) == ["m.bin", "m.xml"]
+    with contextlib.closing(RegisteredRunner("openvino", model)) as runner:
+        assert runner.run(INPUTS)["y"].tolist() == Y
+        assert "INFERENCE_PRECISION_HINT=f32" in runner.notes[0]
+        with pytest.raises(RuntimeRefused, match="the graph has no input z; the graph needs add"):
+            runner.run({"x": INPUTS["x"], "z": INPUTS["x"]})
+
+
+def test_openvino_is_named_where_it_is_not_installed(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino.importlib, "import_module", lambda name: exec("raise ImportError"))
+    with pytest.raises(EnvironmentLacking, match="the runner openvino needs OpenVINO: pip install "):
+        openvino.open_compiled(str(graph))

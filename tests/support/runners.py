@@ -1,0 +1,111 @@
+"""Runners for `verify --runner file.py:function`: right ones, and one for each way to be wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+Run = Callable[[dict[str, Any]], Any]
+
+
+def by_name(path: str) -> Run:
+    session = ort.InferenceSession(path)
+    names = [value.name for value in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
+
+
+def by_order(path: str) -> Run:
+    run = by_name(path)
+    return lambda inputs: tuple(run(inputs).values())
+
+
+def one_array(path: str) -> Run:
+    run = by_name(path)
+    return lambda inputs: next(iter(run(inputs).values()))
+
+
+def writes_into_inputs(path: str) -> Run:
+    run = by_name(path)
+
+    def call(inputs: dict[str, Any]) -> Any:
+        outputs = run(inputs)
+        for value in inputs.values():
+            value[...] = 0
+        return outputs
+
+    return call
+
+
+class Stating:
+    """A runner that states what it takes, how it runs and what it lacks."""
+
+    axes = {"rows": (None, None, 8), "weights": (None, None)}  # noqa: RUF012 - as an author of a runner writes it
+    notes = ("run on a toaster",)
+    cannot_give = ("scores of all tokens",)
+
+    def __init__(self, path: str):
+        self._run = by_name(path)
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        return self._run(inputs)
+
+
+def cache_by_shape(path: str) -> Run:
+    run, seen = by_name(path), dict[Any, Any]()
+
+    def call(inputs: dict[str, Any]) -> Any:
+        shapes = tuple(value.shape for value in inputs.values())
+        return seen.setdefault(shapes, run(inputs))
+
+    return call
+
+
+def not_a_number(path: str) -> Run:
+    run = by_name(path)
+    return lambda inputs: {name: value * np.nan for name, value in run(inputs).items()}
+
+
+def a_row_less(path: str) -> Run:
+    run = by_name(path)
+    return lambda inputs: {name: value[:-1] for name, value in run(inputs).items()}
+
+
+def rounds(path: str) -> Run:
+    run = by_name(path)
+    return lambda inputs: {name: value.round(3) for name, value in run(inputs).items()}
+
+
+def fails(path: str) -> Run:
+    return lambda inputs: inputs["nothing"]
+
+
+def says_words(path: str) -> Run:
+    return lambda inputs: "words"
+
+
+def crashes(path: str) -> Run:
+    return lambda inputs: os.abort()
+
+
+def sleeps(path: str) -> Run:
+    return lambda inputs: time.sleep(60)
+
+
+def opens_nothing(path: str) -> int:
+    return 5
+
+
+def prints(path: str) -> Run:
+    run = by_name(path)
+
+    def call(inputs: dict[str, Any]) -> Any:
+        os.write(1, b"what a library prints")
+        print("and Python")
+        return run(inputs)
+
+    return call
