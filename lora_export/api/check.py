@@ -22,8 +22,8 @@ from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.preflight import CheckOptions
 from lora_export.options.spelling import named
-from lora_export.preflight.facts import Base, changes_of, facts_of_adapter, facts_of_base, peft_config
-from lora_export.preflight.rules import Outcome, findings_of, runtime_named
+from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, facts_of_changes, peft_config
+from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named
 from lora_export.storage.hub_cache import locate
 from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.tied_tensors import ties_of
@@ -34,7 +34,7 @@ class CheckResult:
     """What each runtime does with an adapter. True where all of them run it as it was trained."""
 
     adapter: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RuntimeOutcome, ...]
 
     def __bool__(self) -> bool:
         return not any(outcome.findings for outcome in self.outcomes)
@@ -63,7 +63,7 @@ def check(options: CheckOptions) -> CheckResult:
     adapter, base = (adapter, None) if path is None else _opened(path, adapter)
     config = peft_config(adapter, folder)
     facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
-    changes = changes_of(adapter, config, base)
+    changes = facts_of_changes(adapter, config, base)
     paths = {"ADAPTER": str(folder or adapter.name)} | ({} if path is None else {"BASE": str(path)})
     outcomes = (findings_of(runtime, facts, changes, options.settings, paths) for runtime in runtimes)
     return CheckResult(adapter.name, tuple(outcomes))

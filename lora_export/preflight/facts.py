@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lora_export.formats.gguf import GGUF_ROWS
 from lora_export.formats.writing import alpha_of, why_no_low_rank
 from lora_export.lora import Adapter, LoraPair, split_component, split_part
-from lora_export.names.families import column
 from lora_export.names.table import is_embedding
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
 from lora_export.storage import json_files
 
 Fact: TypeAlias = bool | int | float | str | tuple[str, ...] | None
-Facts: TypeAlias = Mapping[str, Fact]
+KnownFacts: TypeAlias = Mapping[str, Fact]
 
 OF_ADAPTER = {
     "format": "the format of its files",
@@ -60,8 +60,11 @@ OF_BASE = {
     "same_architecture": "whether an adapter in GGUF has the architecture that llama.cpp gives the base",
 }
 NEED_BASE = frozenset({*OF_BASE, "in_base", "repeats_base"})
-GGUF_ROWS = column("gguf")
-KINDS: Mapping[type[LoraPair], str] = {HadamardPair: "LoHa", KroneckerPair: "LoKr", WholePair: "whole change"}
+STRUCTURED_KINDS: Mapping[type[LoraPair], str] = {
+    HadamardPair: "LoHa",
+    KroneckerPair: "LoKr",
+    WholePair: "whole change",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def peft_config(adapter: Adapter, folder: Path | None) -> Mapping[str, Any]:
     return json_files.read_json(path)
 
 
-def facts_of_adapter(adapter: Adapter, config: Mapping[str, Any], folder: Path | None, base: Base | None) -> Facts:
+def facts_of_adapter(adapter: Adapter, config: Mapping[str, Any], folder: Path | None, base: Base | None) -> KnownFacts:
     """The facts that hold for the whole adapter."""
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()] if "r" in config else []
     pairs = adapter.pairs.values()
@@ -127,7 +130,7 @@ def _added_tokens(folder: Path | None, base: Base | None) -> int | None:
     return sum(isinstance(number, int) and number >= own for number in json_files.read_json(path).values())
 
 
-def facts_of_base(adapter: Adapter, base: Base | None) -> Facts:
+def facts_of_base(adapter: Adapter, base: Base | None) -> KnownFacts:
     """The facts of the base; all of them None without one."""
     if base is None:
         return dict.fromkeys(OF_BASE)
@@ -141,7 +144,7 @@ def facts_of_base(adapter: Adapter, base: Base | None) -> Facts:
     }
 
 
-def changes_of(adapter: Adapter, config: Mapping[str, Any], base: Base | None) -> dict[str, Facts]:
+def facts_of_changes(adapter: Adapter, config: Mapping[str, Any], base: Base | None) -> dict[str, KnownFacts]:
     """The facts of each change, by the name of its module or tensor."""
     found: dict[str, dict[str, Fact]] = {name: _of_pair(pair, config) for name, pair in adapter.pairs.items()}
     for part, names in (
@@ -153,16 +156,16 @@ def changes_of(adapter: Adapter, config: Mapping[str, Any], base: Base | None) -
         found |= {name: {"part": part, "kind": ""} for name in names}
     siblings: dict[str, set[str]] = defaultdict(set)
     for name in adapter.pairs:
-        parent, _, leaf = module_of(name).rpartition(".")
+        parent, _, leaf = module_of_change(name).rpartition(".")
         siblings[parent].add(leaf)
     return {
         name: dict.fromkeys(OF_CHANGE)
         | {
             "key": adapter.spelled(name),
-            "leaf": module_of(name).rpartition(".")[2],
-            "embedding": is_embedding(module_of(name)),
+            "leaf": module_of_change(name).rpartition(".")[2],
+            "embedding": is_embedding(module_of_change(name)),
             "expert": bool(split_part(name)[1]) or ".experts." in name,
-            "siblings": tuple(sorted(siblings[module_of(name).rpartition(".")[0]])),
+            "siblings": tuple(sorted(siblings[module_of_change(name).rpartition(".")[0]])),
             "in_base": _in_base(name, adapter, base),
             "repeats_base": None if base is None or not base.tensors else name in base.repeated,
         }
@@ -171,7 +174,7 @@ def changes_of(adapter: Adapter, config: Mapping[str, Any], base: Base | None) -
     }
 
 
-def module_of(name: str) -> str:
+def module_of_change(name: str) -> str:
     """The module of a change, whose name may be that of a tensor, of a part of one, or in a component."""
     tensor = split_component(split_part(name)[0])[1]
     return tensor.removesuffix(".weight").removesuffix(".bias")
@@ -204,7 +207,7 @@ def _of_pair(pair: LoraPair, config: Mapping[str, Any]) -> dict[str, Fact]:
 def _kind(pair: LoraPair, config: Mapping[str, Any]) -> str:
     """The kind as it is in the file: PEFT's name for one of its other kinds, which may be read as A and B."""
     own = str(config.get("peft_type", "LORA"))
-    return KINDS.get(type(pair), pair.kind if own == "LORA" else own)
+    return STRUCTURED_KINDS.get(type(pair), pair.kind if own == "LORA" else own)
 
 
 def _in_base(name: str, adapter: Adapter, base: Base | None) -> bool | None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from lora_export.options.preflight import RUNTIMES
 from lora_export.options.spelling import command
-from lora_export.preflight.facts import NEED_BASE, OF_CHANGE, Fact, Facts
+from lora_export.preflight.facts import NEED_BASE, OF_CHANGE, Fact, KnownFacts
 
 Effect = Literal["refused", "dropped", "changed"]
 EFFECTS: tuple[Effect, ...] = ("refused", "dropped", "changed")
@@ -35,7 +35,7 @@ LAST_REPAIRS = (
     "export",
 )  # after one of these no adapter is left that would need another repair
 
-OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "is": operator.eq,
     "is_not": operator.ne,
     "in": lambda value, wanted: value in wanted,
@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Rule:
+class RuntimeRule:
     """What a runtime does with adapters of a kind."""
 
     when: Mapping[str, Mapping[str, Any]]  # fact -> operator -> wanted value, or the name of a setting
@@ -71,7 +71,7 @@ class Rule:
     source: str
     repair: str
 
-    def holds(self, facts: Facts, settings: Mapping[str, float | None]) -> bool | None:
+    def holds(self, facts: KnownFacts, settings: Mapping[str, float | None]) -> bool | None:
         """Whether all conditions hold; None where that depends on a fact or a setting that is not known."""
         answers = [
             _holds(operation, facts[fact], settings.get(wanted, wanted) if isinstance(wanted, str) else wanted)
@@ -82,7 +82,7 @@ class Rule:
 
 
 def _holds(operation: str, value: Fact, wanted: Any) -> bool | None:
-    return None if value is None or wanted is None else OPERATORS[operation](value, wanted)
+    return None if value is None or wanted is None else COMPARISONS[operation](value, wanted)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Runtime:
     repository: str
     version: str  # release or commit that the rules were read in
     proof: str  # how they were checked
-    rules: tuple[Rule, ...]
+    rules: tuple[RuntimeRule, ...]
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
@@ -112,7 +112,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a runtime does that nobody asked for."""
+    """How a runtime differs from what was trained."""
 
     effect: Effect
     does: str
@@ -122,7 +122,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RuntimeOutcome:
     """The findings for one runtime."""
 
     runtime: str
@@ -149,7 +149,7 @@ def runtime_named(name: str) -> Runtime:
         for key, each in row.get("settings", {}).items()
     }
     rules = tuple(
-        Rule(
+        RuntimeRule(
             {fact: _operations(wanted) for fact, wanted in each["when"].items()},
             each["effect"],
             each["does"],
@@ -180,11 +180,11 @@ def _read(name: str) -> dict[str, Any]:
 
 def findings_of(
     runtime: Runtime,
-    facts: Facts,
-    changes: Mapping[str, Facts],
+    facts: KnownFacts,
+    changes: Mapping[str, KnownFacts],
     settings: Mapping[str, float],
     paths: Mapping[str, str],
-) -> Outcome:
+) -> RuntimeOutcome:
     """What the rules of a runtime find. `facts` hold for all `changes`; `paths` are ADAPTER, and BASE if there is one.
 
     `settings` replace the defaults of those that the runtime has.
@@ -205,10 +205,12 @@ def findings_of(
             named = tuple(matching) if of_changes else ()
             found.append(Finding(rule.effect, does, named, source, _repair(rule, runtime, own, paths)))
     found.sort(key=lambda finding: EFFECTS.index(finding.effect))
-    return Outcome(runtime.name, runtime.title, runtime.version, runtime.proof, tuple(found), tuple(sorted(unknown)))
+    return RuntimeOutcome(
+        runtime.name, runtime.title, runtime.version, runtime.proof, tuple(found), tuple(sorted(unknown))
+    )
 
 
-def _shown(matching: Iterable[Facts]) -> dict[str, Any]:
+def _shown(matching: Iterable[KnownFacts]) -> dict[str, Any]:
     """The values of each fact, for a message."""
     values: dict[str, dict[Any, None]] = {}
     for facts in matching:
@@ -217,7 +219,7 @@ def _shown(matching: Iterable[Facts]) -> dict[str, Any]:
     return {fact: ", ".join(map(str, each)) for fact, each in values.items()}
 
 
-def _repair(rule: Rule, runtime: Runtime, matching: Iterable[Facts], paths: Mapping[str, str]) -> Repair:
+def _repair(rule: RuntimeRule, runtime: Runtime, matching: Iterable[KnownFacts], paths: Mapping[str, str]) -> Repair:
     if rule.repair.startswith(SETTING):
         name = rule.repair.removeprefix(SETTING)
         setting = runtime.settings[name]

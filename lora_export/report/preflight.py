@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lora_export.errors import count
+from lora_export.options.spelling import named
 from lora_export.preflight.facts import OF_BASE, OF_CHANGE
-from lora_export.preflight.rules import Outcome
+from lora_export.preflight.rules import RuntimeOutcome
 
 SHOWN_CHANGES = 2
 
 
-def check_lines(outcomes: Iterable[Outcome], *, every: bool) -> Iterator[str]:
+def check_lines(outcomes: Iterable[RuntimeOutcome], *, every: bool) -> Iterator[str]:
     """A line for each runtime; with `every`, its findings and what repairs them."""
     for outcome in outcomes:
         verdict = count(len(outcome.findings), "finding") if outcome.findings else "fits"
@@ -26,5 +27,5 @@ def check_lines(outcomes: Iterable[Outcome], *, every: bool) -> Iterator[str]:
         for repair in outcome.repairs:
             yield f"  -> {repair.text}"
         if outcome.unknown:
-            facts = (OF_BASE | OF_CHANGE)[outcome.unknown[0]] if len(outcome.unknown) == 1 else ""
-            yield f"  not checked without the base: {facts or ', '.join(outcome.unknown)}"
+            facts = "; ".join((OF_BASE | OF_CHANGE)[fact] for fact in outcome.unknown)
+            yield f"  not checked: {facts} ({named('base', 'CHECKPOINT')} may show it)"

@@ -19,11 +19,20 @@ from lora_export.preflight.facts import (
     OF_BASE,
     OF_CHANGE,
     Base,
-    changes_of,
     facts_of_adapter,
     facts_of_base,
+    facts_of_changes,
 )
-from lora_export.preflight.rules import EFFECTS, OPERATORS, SETTING, Rule, findings_of, repairs, runtime_named, runtimes
+from lora_export.preflight.rules import (
+    COMPARISONS,
+    EFFECTS,
+    SETTING,
+    RuntimeRule,
+    findings_of,
+    repairs,
+    runtime_named,
+    runtimes,
+)
 from support.gguf_files import llama
 from support.preflight_adapters import CASES
 
@@ -146,7 +155,7 @@ def test_each_runtime_has_a_row_of_known_cases() -> None:
 def test_rules_use_known_facts_and_all_of_them() -> None:
     rules = [rule for runtime in runtimes().values() for rule in runtime.rules]
     assert {fact for rule in rules for fact in rule.when} == FACTS.keys()
-    assert {operation for rule in rules for wanted in rule.when.values() for operation in wanted} == OPERATORS.keys()
+    assert {operation for rule in rules for wanted in rule.when.values() for operation in wanted} == COMPARISONS.keys()
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -166,7 +175,7 @@ def test_the_facts_of_an_adapter_are_the_closed_set() -> None:
     base = Base(tensors=frozenset({"lm_head.weight"}))
     assert facts_of_adapter(case, {}, None, base).keys() == OF_ADAPTER.keys()
     assert facts_of_base(case, base).keys() == OF_BASE.keys() == facts_of_base(case, None).keys()
-    (facts,) = changes_of(case, {}, base).values()
+    (facts,) = facts_of_changes(case, {}, base).values()
     assert facts.keys() == OF_CHANGE.keys() and facts["in_base"] and facts["repeats_base"] is False
 
 
@@ -190,12 +199,12 @@ def test_the_facts_of_an_adapter_are_the_closed_set() -> None:
     ],
 )
 def test_a_condition(wanted: Any, value: Any, holds: bool | None) -> None:
-    rule = Rule({"rank": wanted}, "refused", "It is.", "x.py", "merge")
+    rule = RuntimeRule({"rank": wanted}, "refused", "It is.", "x.py", "merge")
     assert rule.holds({"rank": value}, {"limit": 16, "stated": None}) is holds
 
 
 def test_one_false_condition_decides_beside_an_unknown_one() -> None:
-    rule = Rule({"rank": {"is": 4}, "tied": {"is": True}}, "refused", "It is.", "x.py", "merge")
+    rule = RuntimeRule({"rank": {"is": 4}, "tied": {"is": True}}, "refused", "It is.", "x.py", "merge")
     assert rule.holds({"rank": 8, "tied": None}, {}) is False
     assert rule.holds({"rank": 4, "tied": None}, {}) is None
 

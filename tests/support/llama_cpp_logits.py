@@ -8,8 +8,7 @@ import sys
 
 import numpy as np
 from llama_cpp_py_sync import Llama
-
-TOKENS = [5, 17, 3, 44, 7, 61, 8, 33, 19, 2, 50, 12, 40, 9, 27, 1]
+from llama_cpp_runs import TOKENS
 
 
 def logits(model: str, adapter: str) -> np.ndarray:
