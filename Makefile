@@ -59,8 +59,8 @@ matrix: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## export small models of e
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
 	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/graph/test_exporters.py tests/api/test_generate.py
 
-test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## merged GGUF files in llama.cpp, which needs no compiler
-	LLAMA_CPP_PYTHON=$(CURDIR)/$(VENV)/llama-cpp/bin/python $(BIN)/python -m pytest -s -rs tests/weights/gguf/test_llama_cpp.py
+test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## GGUF files, and what check says of adapters, in llama.cpp, which needs no compiler
+	LLAMA_CPP_PYTHON=$(CURDIR)/$(VENV)/llama-cpp/bin/python $(BIN)/python -m pytest -s -rs tests/weights/gguf/test_llama_cpp.py tests/preflight/test_llama_cpp.py
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample; needs node and npm

@@ -12,6 +12,7 @@ from lora_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lora_export.api.adapters import combine, extract, resize
+    from lora_export.api.check import check
     from lora_export.api.convert import convert
     from lora_export.api.generate import generate
     from lora_export.api.inspect import inspect
@@ -57,6 +58,7 @@ _HOMES = {
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
+    "check": "api.check:check",
     "combine": "api.adapters:combine",
     "convert": "api.convert:convert",
     "count_parameters": "layers:count_parameters",
@@ -98,6 +100,7 @@ __all__ = [
     "Session",
     "TensorSpec",
     "attach",
+    "check",
     "combine",
     "convert",
     "count_parameters",

@@ -33,6 +33,7 @@ JOBS = {
     "Adapters": {
         "train": "Train a LoRA adapter and save it in PEFT's format.",
         "inspect": "Show what an adapter, a checkpoint or a graph contains.",
+        "check": "Show what a runtime will refuse, drop or run at another strength.",
         "convert": "Convert an adapter for an existing ONNX graph.",
         "combine": "Combine adapters into one adapter.",
         "extract": "Write the adapter of what training changed in a checkpoint.",
@@ -58,7 +59,7 @@ COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.
 NAMES_ELSEWHERE = {
     **dict.fromkeys(("fuse", "bake", "apply", "merge-lora"), ("merge",)),
     "export": ("onnx", "torchscript"),
-    **dict.fromkeys(("check", "test", "validate", "compare"), ("verify",)),
+    **dict.fromkeys(("test", "validate", "compare"), ("verify",)),
     **dict.fromkeys(("info", "show", "list"), ("inspect",)),
     **dict.fromkeys(("help", "docs"), ("guide",)),
     **dict.fromkeys(("env", "version"), ("doctor",)),
@@ -66,7 +67,7 @@ NAMES_ELSEWHERE = {
 }
 # The file of a command, where it is not that of its name: one with a record of options beside its own.
 FILE_OF_COMMAND = {
-    **dict.fromkeys(("inspect", "convert", "combine", "extract", "resize"), "adapters"),
+    **dict.fromkeys(("inspect", "check", "convert", "combine", "extract", "resize"), "adapters"),
     **dict.fromkeys(("onnx", "torchscript"), "export"),
     "unmerge": "merge",
 }

@@ -1,4 +1,4 @@
-"""The commands on adapters and on existing files: inspect, convert, combine, extract, resize."""
+"""The commands on adapters and on existing files: inspect, check, convert, combine, extract, resize."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import click
 from lora_export.cli.arguments import cli_command, print_document, print_wrote, wrote
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
-from lora_export.errors import count, one_line
+from lora_export.errors import InputRefused, count, one_line
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
+from lora_export.options.preflight import CheckOptions
 
 
 @cli_command(InspectOptions, "inspect adapter")
@@ -36,6 +37,27 @@ def inspect_command(every: bool, as_json: bool, **options: Any) -> None:
     else:
         lines = list(inspection_lines(found, every=every))
         click.echo("\n".join(map(one_line, lines[:1] if verbosity() is Verbosity.QUIET else lines)))
+
+
+@cli_command(CheckOptions, "check adapter --base base --for vllm", "check adapter --for vllm --with max-lora-rank=64")
+def check_command(as_json: bool, **options: Any) -> None:
+    """Show what a runtime will refuse, drop in silence or run at another strength, and what repairs it.
+
+    Every finding names the version and the file of the runtime in which its rule was read. Nothing is run. Ends with
+    exit code 3 where there is a finding.
+    """
+    from lora_export.api.check import check
+    from lora_export.report.json_document import as_dict
+    from lora_export.report.preflight import check_lines
+
+    result = check(**options)
+    if as_json:
+        print_document(as_dict(result) | {"fits": bool(result)})
+    else:
+        click.echo("\n".join(map(one_line, check_lines(result.outcomes, every=verbosity() is not Verbosity.QUIET))))
+    if not result:
+        titles = ", ".join(outcome.title for outcome in result.outcomes if outcome.findings)
+        raise InputRefused(f"{result.adapter} is not run as it was trained by {titles}")
 
 
 @cli_command(

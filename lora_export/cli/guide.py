@@ -31,6 +31,7 @@ GROUPS = {
         "adapters": "Which adapters are read, and which are refused.",
         "kinds": "Adapters that are not LoRA: LoHa, VeRA, IA3, OFT and others.",
         "diffusion": "Adapters of diffusion models: names, pipelines, other programs.",
+        "runtimes": "What vLLM, llama.cpp and others do with an adapter: check.",
         "changing": "Another format; LoRA of any kind; the adapter of a trained model.",
         "combining": "Several adapters as one: sums, TIES, DARE; combine and resize.",
         "merging": "Merge into a checkpoint or a graph: plan, rounding, provenance.",

@@ -78,7 +78,7 @@ def pair_factors(pairs: Iterable[LoraPair]) -> Iterator[NDArray[np.float32]]:
 
 def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
     """What an adapter has besides pairs, one line each. `allowed` names the fields that the format can hold."""
-    problems = [f"{name}: {why}" for name, pair in adapter.pairs.items() if (why := _why_no_low_rank(pair))]
+    problems = [f"{name}: {why}" for name, pair in adapter.pairs.items() if (why := why_no_low_rank(pair))]
     if adapter.flattened:
         problems.append(
             f"the names of its modules, in which `_` stands for the dots: state their model by {named('base')}"
@@ -99,7 +99,7 @@ def with_positive_scales(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs={**adapter.pairs, **turned})
 
 
-def _why_no_low_rank(pair: LoraPair) -> str:
+def why_no_low_rank(pair: LoraPair) -> str:
     """Why a pair is not written as A and B; empty where it is."""
     if isinstance(pair, OpenPair):
         return f"its file does not record its shape: state its base by {named('base')}"
@@ -148,7 +148,7 @@ class OneFile:
             elif isinstance(pair, WholePair):
                 self._put(module, {KeyPart.CHANGE: pair.delta()})
                 self._put_magnitude(module, pair)
-            elif why := _why_no_low_rank(pair):
+            elif why := why_no_low_rank(pair):
                 self.problems.append(f"{module}: {why}")
             elif with_alpha:
                 self._put(module, {sides[0]: pair.a, sides[1]: pair.b})

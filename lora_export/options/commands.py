@@ -7,12 +7,14 @@ from lora_export.options.adapters import CombineOptions, ConvertOptions, Extract
 from lora_export.options.declaring import Options, options_of
 from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.merge import MergeOptions, UnmergeOptions
+from lora_export.options.preflight import CheckOptions
 from lora_export.options.train import TrainOptions
 from lora_export.options.verify import VerifyOptions
 
 RECORDS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "inspect": InspectOptions,
+    "check": CheckOptions,
     "convert": ConvertOptions,
     "combine": CombineOptions,
     "extract": ExtractOptions,

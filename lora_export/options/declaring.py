@@ -96,6 +96,7 @@ class Option:
     shown_default: str = ""  # where the default itself does not tell
     kind: OptionKind | None = None  # where the type does not tell
     multiple: bool | None = None  # whether it may be repeated, where the type does not tell
+    choices: tuple[str, ...] = ()  # where they are no Literal of the type
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -335,7 +336,7 @@ def _declared(one: dataclasses.Field[Any], type_: Any, option: Option, section: 
     if option.multiple is not None or option.read is not None:
         multiple = option.multiple is not False
     literals = [part for part in parts if get_origin(part) is Literal]
-    choices = tuple(value for part in literals for value in get_args(part) if value != "")
+    choices = option.choices or tuple(value for part in literals for value in get_args(part) if value != "")
     known = [KIND_OF_TYPE[part] for part in parts if isinstance(part, type) and part in KIND_OF_TYPE]
     kind: OptionKind = option.kind or (
         "choice" if choices else "path" if "path" in known else known[0] if known else "text"

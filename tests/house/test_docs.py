@@ -34,6 +34,7 @@ NEEDS = {
     "adapters": ("adapter",),
     "kinds": ("base", "de-loha"),
     "diffusion": ("sdxl", "ink.safetensors"),
+    "runtimes": ("base", "adapter"),
     "changing": ("base", "adapter", "fr", "de"),
     "combining": ("base", "fr", "de"),
     "merging": ("base", "adapter", "fr", "de", "base.onnx"),

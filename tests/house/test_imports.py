@@ -38,7 +38,7 @@ ORDER = (
         "provenance",
         "formats",
     ),
-    *("weights", "layers", "graph", "artifacts", "models", "training", "runtime"),
+    *("weights", "layers", "graph", "artifacts", "preflight", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
 # What does the work: none of these needs another.
@@ -68,6 +68,7 @@ NUMPY_CORE = (
         "weights",
         "graph",
         "artifacts",
+        "preflight",
         "report",
     ),
     *("training.records", "training.arrays", "training.row_forms", "training.splitting"),

@@ -84,7 +84,7 @@ def test_the_page_of_a_command_has_its_options_on_both_sides(name: str, found: d
     assert {flag for flag in flags if f"`{flag}`" not in text} == set()
     if function := parts["reference"]._function_of(name):
         keywords = set(re.findall(r"^\| `-[^|]*\| `(\w+)` \|", text, re.M))
-        assert {"output", "adapters", "seed"} & keywords or name in ("inspect", "generate")
+        assert {"output", "adapters", "seed"} & keywords or name in ("inspect", "check", "generate")
         assert keywords <= inspect.signature(getattr(lora_export, function)).parameters.keys()
         assert f"lora_export.{function}(" in text and "<factory>" not in text and "= ," not in text
 

@@ -87,6 +87,16 @@ def write_llama(
     return written(writer, path)
 
 
+def runnable(writer: gguf.GGUFWriter) -> None:
+    """What llama.cpp needs beside the tensors. The model has no words."""
+    writer.add_context_length(64)
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_layer_norm_rms_eps(llama().config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(SIZES["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
 def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

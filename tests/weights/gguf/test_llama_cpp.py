@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 import lora_export
 from support import ROOT
-from support.gguf_files import SIZES, Kind, llama, write_llama
+from support.gguf_files import Kind, llama, runnable, write_llama
+from support.llama_cpp_runs import PYTHON
 from support.peft_models import trained
 
-PYTHON = os.environ.get("LLAMA_CPP_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="llama.cpp is in an environment of its own: make test-llama-cpp")
-
-
-def runnable(writer: gguf.GGUFWriter) -> None:
-    """What llama.cpp needs beside the tensors. The model has no words."""
-    writer.add_context_length(64)
-    writer.add_feed_forward_length(SIZES["intermediate_size"])
-    writer.add_layer_norm_rms_eps(llama().config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(SIZES["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
 
 
 def divergence(one: Any, other: Any) -> float:

@@ -1,0 +1,115 @@
+"""`lora_export.check`: what runtimes will refuse, drop or run at another strength, before they are started."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export import plan
+from lora_export.api.adapter_names import with_shapes_of_base
+from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
+from lora_export.artifacts.artifact import ArtifactKind, open_artifact
+from lora_export.callbacks import ignore
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats import onnx_adapter
+from lora_export.lora import Adapter
+from lora_export.options.combining import AdapterSource
+from lora_export.options.declaring import takes
+from lora_export.options.preflight import CheckOptions
+from lora_export.options.spelling import named
+from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, facts_of_changes, peft_config
+from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named
+from lora_export.storage.hub_cache import locate
+from lora_export.weights.pipeline import is_pipeline
+from lora_export.weights.tied_tensors import ties_of
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What each runtime does with an adapter. True where all of them run it as it was trained."""
+
+    adapter: str
+    outcomes: tuple[RuntimeOutcome, ...]
+
+    def __bool__(self) -> bool:
+        return not any(outcome.findings for outcome in self.outcomes)
+
+
+@takes(CheckOptions)
+def check(options: CheckOptions) -> CheckResult:
+    """Compare an adapter with the rules of runtimes: what each will refuse, drop or run at another strength.
+
+    Runs nothing and needs no PyTorch. Reads the adapter, and the headers of `base`. Every finding has the version and
+    the file in which its rule was read, and what repairs it. Without `base`, an outcome names the facts that are not
+    known. `settings` are what the runtime is started with: {"max-lora-rank": 64}.
+
+    Raises InputRefused where the adapter cannot be read or does not fit the base, and WrongUsage for an unknown runtime
+    or a setting that none of them has.
+    """
+    runtimes = [runtime_named(name) for name in dict.fromkeys(options.runtimes)]
+    known = {setting for runtime in runtimes for setting in runtime.settings}
+    if unknown := sorted(options.settings.keys() - known):
+        names = ", ".join(sorted(known)) or "no setting"
+        raise WrongUsage(f"{named('settings')} has {', '.join(unknown)}; these runtimes have {names}")
+    (source,) = locate_adapters(options.adapter, ignore, options.download)
+    path = None if options.base is None else locate(options.base, ignore, options.download)
+    adapter = _loaded(source, options)
+    folder = next(iter(adapter_paths(source)), None)
+    adapter, base = (adapter, None) if path is None else _opened(path, adapter)
+    config = peft_config(adapter, folder)
+    facts = {**facts_of_adapter(adapter, config, folder, base), **facts_of_base(adapter, base)}
+    changes = facts_of_changes(adapter, config, base)
+    paths = {"ADAPTER": str(folder or adapter.name)} | ({} if path is None else {"BASE": str(path)})
+    outcomes = (findings_of(runtime, facts, changes, options.settings, paths) for runtime in runtimes)
+    return CheckResult(adapter.name, tuple(outcomes))
+
+
+def _loaded(source: AdapterSource, options: CheckOptions) -> Adapter:
+    """The adapter. Of an .onnx_adapter only the file itself is read: its graph has the names."""
+    paths = adapter_paths(source)
+    if paths and open_artifact(paths[0]).kind is ArtifactKind.ADAPTER:
+        onnx_adapter.read(paths[0])
+        return Adapter(name=paths[0].stem, format="onnx_adapter", pairs={})
+    reading = options.reading.for_base(options.base)
+    (adapter,) = load_adapters(source, reading=reading, of_models=True)
+    return adapter
+
+
+def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
+    """The base, and the adapter with its shapes where its own file does not record them. The adapter has to fit.
+
+    Of a pipeline and of the graph of an .onnx_adapter nothing is known that a rule depends on.
+    """
+    if is_pipeline(path) or adapter.format == "onnx_adapter":
+        return adapter, Base()
+    artifact = open_artifact(path)
+    checkpoint, ties = artifact.checkpoint, None
+    adapter = adapter if artifact.kind is ArtifactKind.GGUF else with_shapes_of_base(adapter, path)
+    with contextlib.suppress(InputRefused):  # which tensors are tied is not known
+        ties = ties_of(checkpoint, plan.Tied.BOTH)
+    how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
+    plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
+    copies = {} if ties is None else ties.tensors
+    files = {spec.name: spec.file for spec in checkpoint.specs}
+    own = {name: copies.get(name, name) for name in adapter.replaced}
+    repeated = {
+        name
+        for name, stored in own.items()
+        if stored in files and _equal(adapter.replaced[name], checkpoint.shards[files[stored]].read(stored))
+    }
+    return adapter, Base(
+        config=checkpoint.config,
+        tensors=frozenset([*files, *copies]),
+        tied=None if ties is None else bool(copies),
+        repeated=frozenset(repeated),
+    )
+
+
+def _equal(table: NDArray[Any], own: NDArray[Any]) -> bool:
+    with np.errstate(over="ignore"):  # an infinity is no equal value
+        return np.array_equal(own.astype(table.dtype), table)

@@ -1,0 +1,116 @@
+"""`lora_export.check`, with and without a base, and as a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_export
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.options.preflight import RUNTIMES
+from support import cli
+from support.gguf_files import llama
+from support.preflight_adapters import CASES
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("plain", "dora", "rank 32", "other prefix"):
+        CASES[name].write(folder / name.replace(" ", "-"))
+    llama().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command; return its exit code and what it printed."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.call(*words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_an_adapter_that_fits(place: Path, call: Call) -> None:
+    found = lora_export.check("plain", runtimes=["vllm", "sglang"], base="base")
+    assert found and [outcome.runtime for outcome in found.outcomes] == ["vllm", "sglang"]
+    code, out, _ = call("check", "plain", "--for", "vllm", "--base", "base")
+    assert code == 0 and "vLLM 0.32.0: fits" in out
+
+
+def test_a_finding_has_its_source_and_its_repair(place: Path, call: Call) -> None:
+    code, out, err = call("check", "dora", "--for", "vllm", "--base", "base")
+    assert code == 3 and "dora is not run as it was trained by vLLM" in err
+    assert "refused: It has no DoRA: 'vLLM does not yet support DoRA.'" in out
+    assert "vllm-project/vllm 0.32.0, vllm/lora/peft_helper.py" in out
+    assert "-> lora-export merge base dora -o OUT" in out
+    assert call("check", "dora", "--for", "vllm", "-q")[1].count("\n") == 1
+
+
+def test_a_failure_is_one_document(place: Path, call: Call) -> None:
+    code, out, _ = call("check", "dora", "--for", "vllm", "--for", "mlx", "--json")
+    found = json.loads(out)
+    assert code == 3 and not found["fits"]
+    vllm, mlx = found["outcomes"]
+    (finding,) = vllm["findings"]
+    assert finding["effect"] == "refused" and finding["repair"]["command"] == "merge" and finding["changes"]
+    assert [one["repair"]["name"] for one in mlx["findings"]] == ["mlx"]
+
+
+def test_what_the_server_is_started_with_counts(place: Path, call: Call) -> None:
+    assert call("check", "rank-32", "--for", "vllm")[0] == 3
+    assert call("check", "rank-32", "--for", "vllm", "--with", "max-lora-rank=32")[0] == 0
+    with pytest.raises(WrongUsage, match="settings= has ranks; these runtimes have max-lora-rank"):
+        lora_export.check("plain", runtimes=["vllm"], settings={"ranks": 1})
+
+
+def test_without_the_base_the_names_are_not_checked(place: Path, call: Call) -> None:
+    found = lora_export.check("other-prefix", runtimes=["vllm"])
+    assert found and found.outcomes[0].unknown == ("in_base",)
+    code, out, _ = call("check", "other-prefix", "--for", "vllm")
+    assert (
+        code == 0 and "not checked: whether the base has a tensor of this name (--base CHECKPOINT may show it)" in out
+    )
+    assert not lora_export.check("other-prefix", runtimes=["vllm"], base="base")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"runtimes": []}, WrongUsage, "has to name a runtime: comfyui, diffusers"),
+        ({"runtimes": ["tgi"]}, WrongUsage, "is 'tgi'; it must be comfyui"),
+        ({"runtimes": ["vllm"], "base": "nowhere"}, InputRefused, "nowhere"),
+    ],
+)
+def test_what_is_refused(given: Any, error: type[Exception], message: str, place: Path) -> None:
+    with pytest.raises(error, match=message):
+        lora_export.check("plain", **given)
+
+
+def test_an_adapter_of_another_base_is_refused(place: Path) -> None:
+    sizes = llama().config.to_dict() | {"hidden_size": 128}
+    other = LlamaForCausalLM(LlamaConfig(**sizes))
+    other.save_pretrained(place / "other")
+    with pytest.raises(InputRefused, match="targets do not fit the base"):
+        lora_export.check("plain", runtimes=["vllm"], base="other")
+
+
+def test_all_runtimes_are_choices_of_the_option(call: Call) -> None:
+    assert call("check", "x", "--for", "nothing")[0] == 2
+    _, out, _ = call("check", "--help")
+    assert f"[{'|'.join(RUNTIMES)}]" in out.replace("\n", "").replace(" ", "")
