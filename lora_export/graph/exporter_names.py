@@ -63,7 +63,7 @@ def texts(model: ir.Model) -> Iterator[Any]:
 
 
 # What quantisers append to the name of a weight.
-QUANTISER_SUFFIX = re.compile(r"_(?:DQ_)?Q\d$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")
+QUANTISER_SUFFIX = re.compile(r"_(?:DQ_)?Q\d(?:G\d+)?$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")
 BUILDER_NAME = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # invented by onnxruntime-genai's model builder
 
 Named = dict[str, list[Site]]
