@@ -24,6 +24,7 @@ from lora_export.plan import FLOATS, Layout
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # on a value; onnxscript's key
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # on a node; this and the next are PyTorch's keys
 INPUT_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initializer
+PROMOTED_FROM = "lora_export.promoted_from"  # on floats in place of a quantised weight: the name of its integers
 NAME_KEYS = frozenset({FOLDED_FROM, INPUT_KIND, NAME_SCOPES})  # the next adapter needs these
 EXPORTER_KEYS = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
 STACK_TRACE_MARK = 'File "'  # every Python stack trace contains it

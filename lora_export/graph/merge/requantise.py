@@ -1,9 +1,9 @@
 """Merging into the quantised weights of a graph: on their own scales, or promoted to 8 bits or to floats.
 
-A weight is kept where its scheme can hold the change (`weights.quantised_layers`). Otherwise a MatMulNBits of fewer
-bits gets 8, with new scales, where those hold it. Else the weight becomes floats, W + ΔW rounded once: a Transpose and
-a MatMul in place of a MatMulNBits, an initializer in place of a DequantizeLinear. That is decided before anything is
-written, on the rows that the statistics count.
+A weight is kept where its scheme can hold the change (`weights.quantised_layers`). A symmetric MatMulNBits that is kept
+gets new scales where these have less noise. Otherwise a MatMulNBits of fewer bits gets 8, where those hold the change.
+Else the weight becomes floats, W + ΔW rounded once: a Transpose and a MatMul in place of a MatMulNBits, an initializer
+in place of a DequantizeLinear. That is decided before anything is written, on the rows that the statistics count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ import onnx
 import onnx_ir as ir
 
 from lora_export.errors import InputRefused
-from lora_export.graph.exporter_names import FOLDED_FROM, name_before_quantisation
-from lora_export.graph.merge.eight_bits import BITS, EightBits
+from lora_export.graph.exporter_names import FOLDED_FROM, PROMOTED_FROM, name_before_quantisation
 from lora_export.graph.merge.fold import InitializerChange
+from lora_export.graph.merge.new_scales import NewScales
 from lora_export.graph.quantised.scheme_of_weight import quantised_tensor, stored_weight
 from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight
 from lora_export.graph.values import new_initializer, unused_name, value_names
@@ -41,8 +41,9 @@ from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, w
 from lora_export.weights.tensor_blocks import OutputTensor, Patch, run_in_memory
 
 BYTE = DTYPES["U8"]
+BITS = 8  # the most that MatMulNBits has
+LOW_NOISE = 0.1  # of the change: with more, new scales are tried
 SCALES, ZEROS, BIAS = 2, 3, 5  # inputs of MatMulNBits
-PROMOTED_FROM = "lora_export.promoted_from"  # on the floats of a promoted weight: the name that its integers had
 
 
 def graph_remedy() -> str:
@@ -114,11 +115,11 @@ class QuantisedChange:
         """The sum in the dtype in which the graph computes with the weight."""
         return OutputTensor(self._source, None, self.name, self._scale_dtype, self.patches, self.tensor)
 
-    def eight_bits(self, *, scales: bool = False) -> EightBits:
-        """The sum as integers of 8 bits in the weight's blocks; or their scales."""
+    def rescaled(self, bits: int, *, scales: bool = False) -> NewScales:
+        """The sum as integers of so many bits in the weight's blocks, with new scales; or these scales."""
         own = self._source, None, self.name, self._source.dtype, self.patches, self.tensor
         size = self.stored.block_size
-        return EightBits(*own, block_size=size, scale_dtype=self._scale_dtype, is_scales=scales)
+        return NewScales(*own, bits=bits, block_size=size, scale_dtype=self._scale_dtype, is_scales=scales)
 
     @property
     def _scale_dtype(self) -> np.dtype[Any]:
@@ -193,24 +194,32 @@ def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) 
     stored, floats = change.stored, str(change.floats().dtype)
     if change.has_own_values:
         return QuantisedLayer(change.name, stored.kind, floats, OWN_VALUES, None, None), _to_floats
+    bits = stored.bits if isinstance(stored, NBitsWeight) else BITS
+    forms: list[tuple[str, OutputTensor, Form]] = [(floats, change.floats(), _to_floats)]
+    if bits < BITS:
+        name = f"{BITS} bits in blocks of {stored.block_size}"
+        forms.insert(0, (name, change.rescaled(BITS), functools.partial(_rescale, bits=BITS)))
     with change.opened() as (path, fd):
         result, why = worst_result(measured_results(change.kept(), path, fd), min_retention)
-        figures = result.retention, result.noise
+        layer = QuantisedLayer(change.name, stored.kind, stored.kind, why, result.retention, result.noise)
+        if not why and isinstance(stored, NBitsWeight) and stored.tensors[2] is None and result.noise > LOW_NOISE:
+            # A change moves some entries beyond the last integer of a block, which was the largest entry.
+            other = worst_result(_trial(change.rescaled(bits), path, fd, backend), min_retention)[0]
+            if other.noise < result.noise:
+                why = f"with its scales the noise would be {result.noise:.2g} times its change, not {other.noise:.2g}"
+                layer = replace(layer, stored=f"{stored.kind}, new scales", why=why)
+                return layer, functools.partial(_rescale, bits=bits)
         if not why:
-            return QuantisedLayer(change.name, stored.kind, stored.kind, why, *figures), _kept
-        forms: list[tuple[str, OutputTensor, Form]] = [(floats, change.floats(), _to_floats)]
-        if isinstance(stored, NBitsWeight) and stored.bits < BITS:
-            eight = f"{BITS} bits in blocks of {stored.block_size}"
-            forms = [(eight, change.eight_bits(), _to_eight_bits), *forms]
+            return layer, _kept
         for name, tensor, form in forms:
             if name == "float32" or not worst_result(_trial(tensor, path, fd, backend), min_retention)[1]:
-                return QuantisedLayer(change.name, stored.kind, name, why, *figures), form
-    return QuantisedLayer(change.name, stored.kind, "", why, *figures), _to_floats
+                return replace(layer, stored=name), form
+    return replace(layer, stored=""), _to_floats
 
 
 def _trial(tensor: OutputTensor, path: Path, fd: int, backend: Backend) -> list[StepResult]:
     """What is left of a change in another form."""
-    if isinstance(tensor, EightBits):
+    if isinstance(tensor, NewScales):
         blocks = [block for block, is_measured in tensor.blocks(path, fd, 0, backend) if is_measured]
     else:
         blocks = list(blocks_of(path, fd, tensor, 0, backend))
@@ -222,7 +231,7 @@ def blocks_of(source: Path, read_fd: int, tensor: OutputTensor, start: int, back
     target = Entry(tensor.name, tensor.dtype, tensor.source.shape, start, start + tensor.nbytes)
     if isinstance(tensor, KeptTensor):
         yield from kept_blocks(source, read_fd, tensor, target)
-    elif isinstance(tensor, EightBits):
+    elif isinstance(tensor, NewScales):
         yield from (block for block, _ in tensor.blocks(source, read_fd, start, backend))
     else:
         yield from tensor_blocks.changed_blocks(source, read_fd, tensor, target, backend)
@@ -236,23 +245,24 @@ def _kept(_: ir.Model, change: QuantisedChange) -> list[NewTensor]:
     return [NewTensor(change.value, change, change.kept(), change.integers.dtype, shape)]
 
 
-def _to_eight_bits(model: ir.Model, change: QuantisedChange) -> list[NewTensor]:
-    """Let the nodes of a weight read 8 bits, with scales of its own and no zero points."""
+def _rescale(model: ir.Model, change: QuantisedChange, bits: int) -> list[NewTensor]:
+    """Let the nodes of a weight read integers of so many bits, with scales of their own and no zero points."""
     readers = list(change.value.uses())
     old = [readers[0][0].inputs[index] for index in (SCALES, ZEROS) if index < len(readers[0][0].inputs)]
     scale = change.stored.tensors[1]
     scales = new_initializer(model, unused_name(f"{change.value.name}_scales", value_names(model)), scale)
     for node, _ in readers:
-        node.attributes["bits"] = ir.AttrInt64("bits", BITS)
+        node.attributes["bits"] = ir.AttrInt64("bits", bits)
         node.replace_input_with(SCALES, scales)
         if len(node.inputs) > ZEROS:
             node.replace_input_with(ZEROS, None)
     _drop_unused(model, old)
     (rows, columns), size = change.stored.shape, change.stored.block_size
-    shape, of_scales = (rows, -(-columns // size), size), [int(each) for each in scale.shape.numpy()]
+    shape = rows, -(-columns // size), size * bits // 8
+    of_scales = [int(each) for each in scale.shape.numpy()]
     return [
-        NewTensor(change.value, change, change.eight_bits(), ir.DataType.UINT8, shape),
-        NewTensor(scales, change, change.eight_bits(scales=True), scale.dtype, of_scales),
+        NewTensor(change.value, change, change.rescaled(bits), ir.DataType.UINT8, shape),
+        NewTensor(scales, change, change.rescaled(bits, scales=True), scale.dtype, of_scales),
     ]
 
 

@@ -1,7 +1,7 @@
-"""A changed weight in 8 bits with new scales, for onnxruntime's MatMulNBits.
+"""A changed weight with new scales, for onnxruntime's MatMulNBits.
 
-Its scheme is the symmetric one of onnxruntime: an entry is (integer - 128) * scale. The largest entry of a block has
-the integer 1 or 255.
+The scheme is the symmetric one of onnxruntime's quantiser: an entry is (integer - half) * scale, and the entry of
+largest magnitude of a block becomes the lowest integer, 0, whatever its sign. So half of the scales are negative.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend, refuse_overflow
 from lora_export.weights.merge_report import Statistics
+from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.tensor_blocks import OutputTensor
-
-BITS = 8
-ZERO, LARGEST = 128, 127
 
 
 @dataclass(frozen=True, eq=False)
-class EightBits(OutputTensor):
+class NewScales(OutputTensor):
     """The integers of a weight (out, in) in blocks of its rows, or their scales. `source` has the old integers."""
 
+    bits: int = field(kw_only=True)
     block_size: int = field(kw_only=True)
     scale_dtype: np.dtype[Any] = field(kw_only=True)
     is_scales: bool = field(kw_only=True)
@@ -38,7 +37,7 @@ class EightBits(OutputTensor):
     def row_bytes(self) -> int:
         """Bytes of a row in the output."""
         blocks = -(-self.source.shape[1] // self.block_size)
-        return blocks * (self.scale_dtype.itemsize if self.is_scales else self.block_size)
+        return blocks * (self.scale_dtype.itemsize if self.is_scales else self.block_size * self.bits // 8)
 
     @property
     def nbytes(self) -> int:
@@ -68,12 +67,16 @@ class EightBits(OutputTensor):
         total = np.empty((count, columns), np.float32)
         change(source, total.reshape(-1).view(np.uint8), scratch)
         padded = np.pad(total, [(0, 0), (0, -columns % self.block_size)]).reshape(count, -1, self.block_size)
-        stored = (np.abs(padded).max(-1) / LARGEST).astype(self.scale_dtype)
+        low, high, half = padded.min(-1), padded.max(-1), 1 << (self.bits - 1)
+        stored = (np.where(high > -low, high, low) / -half).astype(self.scale_dtype)
         refuse_overflow(self.name, total, stored)
         scales = stored.astype(np.float32)[..., None]
         padded /= np.where(scales, scales, 1)
-        levels = np.clip(np.rint(padded, out=padded), -LARGEST, LARGEST, out=padded)
-        target[:] = (stored if self.is_scales else (levels + ZERO).astype(np.uint8)).reshape(-1).view(np.uint8)
+        levels = np.clip(np.rint(padded, out=padded), -half, half - 1, out=padded)
+        if self.is_scales:
+            target[:] = stored.reshape(-1).view(np.uint8)
+        else:
+            pack((levels + half).astype(np.uint8).reshape(count, -1), self.bits, target.reshape(count, -1))
         if not measured:
             return []
         assert self.quantised is not None
