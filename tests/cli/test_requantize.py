@@ -86,3 +86,29 @@ def test_quantised_weight_without_option_is_refused_with_advice(
     )  # the same adapter a second time
     base = base_file(tmp_path / "b.safetensors", {"fc.weight": W.T})
     assert cli.run([*merge_command(base, adapter)[:-1], str(tmp_path / "m.safetensors"), "--requantize"]) == 2
+
+
+def test_onnx_merges_into_quantised_weights_and_proves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(quantised(float_graph(tmp_path / "f.onnx")), tmp_path / "q.onnx")
+    adapter, out = peft_adapter(tmp_path / "ad", {"fc": (A, B * 0.05)}), tmp_path / "out.onnx"
+    command = ["onnx", str(path), "-a", str(adapter), "-o", str(out)]
+    assert cli.run(command) == 3
+    assert "merge --requantize" in capsys.readouterr().err
+    assert cli.run([*command, "--requantize"]) == 0
+    screen = capsys.readouterr().out
+    assert "0 kept in their scheme, 1 promoted" in screen and "\nsame: " in screen
+    record = json.loads(load_graph(out).metadata_props["lora_export"])
+    assert record["settings"]["requantize"] is True and record["verdict"]["outcome"] == "same"
+    assert (
+        cli.run([*command, "--requantize", "--min-retention", "0", "--json", "--overwrite"]) == 5
+    )  # too little is left
+    capsys.readouterr()
+    assert cli.run([*command, "--requantize", "--json", "--overwrite"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["merge"]["layers"][0]["stored"] == "8 bits in blocks of 32"
+    for more, message in (
+        (["--requantize", "--lora", "nodes"], "--requantize is for --lora merged"),
+        (["--min-retention", "0.9", "--lora", "rows"], "--min-retention is for --lora merged"),
+    ):
+        assert cli.run([*command, *more]) == 2
+        assert message in capsys.readouterr().err

@@ -67,6 +67,11 @@ def merge_graph(
     append_metadata(stage / run.file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    return merge_report(plan, graph, stage, run, time.perf_counter() - begun)
+
+
+def merge_report(plan: Plan, graph: GraphFile, stage: Path, run: MergeRun, seconds: float) -> MergeReport:
+    """What a merge did, once its files are in the folder `stage`."""
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=run.results,
@@ -74,7 +79,7 @@ def merge_graph(
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
         replaced=len(replaced),
         replaced_weights=replaced,
-        seconds=time.perf_counter() - begun,
+        seconds=seconds,
         layers=run.layers,
         base_bytes=graph.nbytes if run.layers else 0,
     )

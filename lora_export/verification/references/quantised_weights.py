@@ -29,7 +29,6 @@ from torch import nn
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.content_match import MAX_QUANTISATION_ERROR
-from lora_export.graph.exporter_names import PROMOTED_FROM
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised_weights import MATMUL_NBITS, Steps
@@ -48,6 +47,7 @@ from lora_export.verification.references.quantisation_error import (
     norm,
     quantisation_error_of,
 )
+from lora_export.verification.references.requantised_graph import sites_by_integers
 from lora_export.weights.checkpoint import open_checkpoint
 
 QUANTISED_OPERATORS = frozenset({MATMUL_NBITS, "DequantizeLinear"})
@@ -160,15 +160,14 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
             sites = find_sites(graph, open_checkpoint(Path(model.source)))
     found = {name: site for name, readers in sites.by_name.items() for site in readers if site.quantised is not None}
     if origin_sites:
-        every = (*(site for readers in sites.by_name.values() for site in readers), *sites.unnamed)
-        by_initializer = {site.value.metadata_props.get(PROMOTED_FROM): site for site in every}
-        by_initializer |= {site.value.name: site for site in every if site.quantised is not None}
-        if by_initializer.keys() <= {None}:
+        by_integers = sites_by_integers(sites)
+        if not by_integers:
             return {}
         found = {
             name: replace(own, name=name, block=site.block)
             for name, site in origin_sites.items()
-            if (own := by_initializer.get(site.value.name) or next(iter(sites.by_name.get(name, ())), None)) is not None
+            if (own := by_integers.get(str(site.value.name)) or next(iter(sites.by_name.get(name, ())), None))
+            is not None
         }
     known = {site.value for site in found.values()}
     unnamed = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
