@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,12 @@ from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
 from lora_export.graph.merge.copy_parts import MergeRun
-from lora_export.graph.merge.merge_graph import write_merged
+from lora_export.graph.merge.merge_graph import merge_report, write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import drop_tensors, initializers
 from lora_export.options.combining import Combination
 from lora_export.options.spelling import command, named
-from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
 from lora_export.storage import input_files
@@ -39,6 +39,7 @@ from lora_export.verification.inputs.graph_inputs import NoGeneratedInputs
 from lora_export.verification.references import References
 from lora_export.verification.references.base_graph import BaseGraph
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.merge_report import MergeReport
 
 SHOWN_LAYERS = 10  # layers that an error lists
 
@@ -48,6 +49,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
     path = Path(str(options.model))
     with options.staged([path] if path.exists() else []) as folder:
         options.stage("reading the graph")
+        report: MergeReport | None = None
         graph, names = _open(path, options.checkpoint)
         program = graph.model.clone()  # its large weights stay in their files
         program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
@@ -68,7 +70,8 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
         if options.lora == "merged":
             assert located.plan is not None
             options.stage("folding the adapters in")
-            hashes, companions = _merge(graph, program, located.sites, located.plan, folder, options.output.name)
+            run, companions, report = _merge(graph, program, located, folder, options)
+            hashes = run.hashes
         else:
             if options.lora == "rows":
                 _measure_unclear_shapes(program, located, base, options)
@@ -82,7 +85,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
         proofs = prove_all(written, references, options, before, existing=path) if references else None
         record_in(written, _record(graph, hashes, given), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
-    return OnnxResult(options.output, files, plan, proofs)
+    return OnnxResult(options.output, files, plan, proofs, merge=report)
 
 
 def _respelled(options: OnnxRequest, program: ir.Model, names: Checkpoint | None) -> OnnxRequest:
@@ -118,7 +121,7 @@ def _references(base: BaseGraph, options: OnnxRequest) -> References:
     """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
     if options.reference is None:
         options.stage("running the base")
-        references = GraphReferences(base, options.lora)
+        references = GraphReferences(base, options.lora, requantised=options.requantize)
         references.check()
         return references
     from lora_export.api.adapted_model import adapted_model
@@ -129,7 +132,11 @@ def _references(base: BaseGraph, options: OnnxRequest) -> References:
     applied = replace(options, combination=Combination())  # the adapters are combined already
     model = adapted_model(model, options.adapters, options.weights, applied, options.on_message).model
     return PyTorchReferences(
-        model, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
+        model,
+        user_inputs=options.inputs,
+        device=options.provider,
+        has_own_heads=options.has_own_heads,
+        origin=base.path if options.requantize else None,
     )
 
 
@@ -200,21 +207,24 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
 
 
 def _merge(
-    graph: GraphFile, program: ir.Model, sites: Sites, steps: Plan, folder: Path, file_name: str
-) -> tuple[Mapping[str, dict[str, str]], list[str]]:
+    graph: GraphFile, program: ir.Model, located: Located, folder: Path, options: OnnxRequest
+) -> tuple[MergeRun, list[str], MergeReport | None]:
     """Copy the graph's files in blocks, W + ΔW in place of W.
 
-    Returns the hashes of the files that were read, and the names of the files beside the graph. Raises as
-    `merge_graph` does.
+    Returns what was done, the names of the files beside the graph, and the report of a merge into quantised weights.
+    Raises as `merge_graph` does.
     """
+    assert located.plan is not None
     for value in initializers(program):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < MIN_EXTERNAL_BYTES:
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-    run = MergeRun(file_name=file_name)
-    write_merged(steps, replace(graph, model=program), sites, folder, run)
-    return run.hashes, [path.name for path in folder.iterdir() if path.name != file_name]
+    name, begun = options.output.name, time.perf_counter()
+    run = MergeRun(file_name=name, min_retention=options.min_retention, requantise=options.requantize)
+    write_merged(located.plan, replace(graph, model=program), located.sites, folder, run)
+    report = merge_report(located.plan, graph, folder, run, time.perf_counter() - begun) if run.layers else None
+    return run, [path.name for path in folder.iterdir() if path.name != name], report
 
 
 def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:
@@ -223,6 +233,7 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
     settings = {"lora": options.lora, **options.settings}
+    settings |= {"requantize": True, "min_retention": options.min_retention} if options.requantize else {}
     settings |= {"max_rank": options.max_rank} if options.max_rank else {}
     settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

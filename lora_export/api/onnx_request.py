@@ -28,6 +28,7 @@ from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
     from lora_export.graph.interface import WeightPrecision
+    from lora_export.weights.merge_report import MergeReport
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,6 +129,7 @@ class OnnxResult:
     plan: Plan | None  # None: no adapter
     proofs: OnnxProofs | None  # None: `verify=False`
     precision: WeightPrecision | None = None  # of its weights; None: no linear layer
+    merge: MergeReport | None = None  # of a merge into quantised weights
 
     @property
     def proof(self) -> Proof | None:

@@ -9,6 +9,7 @@ import click
 
 from lora_export.cli.arguments import TakesAdapters, cli_command, print_document, wrote
 from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
 
 
@@ -32,14 +33,20 @@ def onnx_command(as_json: bool, **options: Any) -> None:
     """
     from lora_export.api.onnx import export_onnx
     from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
+    from lora_export.report.console import console
+    from lora_export.report.json_document import as_dict
+    from lora_export.report.screens import print_merge
 
     with shown() as on_progress:
         result = export_onnx(on_progress=on_progress, **options)
     if as_json:
         files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
         stated = {"precision": dataclasses.asdict(result.precision)} if result.precision else {}
+        stated |= {"merge": as_dict(result.merge)} if result.merge else {}
         print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **stated, **files})
         return
+    if result.merge and verbosity() is not Verbosity.QUIET:
+        print_merge(console(), result.merge, whole=verbosity() is Verbosity.FULL)
     show_onnx_proofs(result.proofs)
     if result.precision and not result.precision.is_full:
         click.echo(str(result.precision))

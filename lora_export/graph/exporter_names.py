@@ -24,6 +24,7 @@ from lora_export.plan import FLOATS, Layout
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # on a value; onnxscript's key
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # on a node; this and the next are PyTorch's keys
 INPUT_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initializer
+PROMOTED_FROM = "lora_export.promoted_from"  # on floats in place of a quantised weight: the name of its integers
 NAME_KEYS = frozenset({FOLDED_FROM, INPUT_KIND, NAME_SCOPES})  # the next adapter needs these
 EXPORTER_KEYS = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
 STACK_TRACE_MARK = 'File "'  # every Python stack trace contains it
@@ -63,7 +64,7 @@ def texts(model: ir.Model) -> Iterator[Any]:
 
 
 # What quantisers append to the name of a weight.
-QUANTISER_SUFFIX = re.compile(r"_(?:DQ_)?Q\d$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")
+QUANTISER_SUFFIX = re.compile(r"_(?:DQ_)?Q\d(?:G\d+)?$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")
 BUILDER_NAME = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # invented by onnxruntime-genai's model builder
 
 Named = dict[str, list[Site]]

@@ -288,8 +288,9 @@ def _scale_fits(scale: ir.TensorProtocol, shape: Sequence[int], axis: int, block
 
 def unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Unpack bytes (..., n) into numbers of this many bits (..., n * 8 / bits), the lowest bits of a byte first."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    unpacked = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    unpacked = np.empty((*packed.shape, 8 // bits), np.uint8)
+    for place in range(8 // bits):  # several times as fast as one shift by an array
+        np.bitwise_and(packed >> np.uint8(place * bits), np.uint8((1 << bits) - 1), out=unpacked[..., place])
     return unpacked.reshape(*packed.shape[:-1], math.prod(unpacked.shape[-2:]))
 
 

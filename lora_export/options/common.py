@@ -37,6 +37,13 @@ LAYOUT = Option(
     metavar="NAME=in_out|out_in",
     read=table_of("NAME=out_in or NAME=in_out", {"out_in": "out_in", "in_out": "in_out"}.__getitem__, at_last=True),
 )
+MIN_RETENTION = Option(
+    "Least part of a weight's change that has to survive rounding. Less is refused; where a quantised base stays so, "
+    "the layer gets more bits or becomes floats.",
+    section=Section.OUTPUT,
+    at_least=0,
+    at_most=1,
+)
 
 
 def written(text: str, metavar: str = "") -> Mapping[str, Any]:

@@ -1,13 +1,22 @@
 """The options of `onnx`, `torchscript` and `generate`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.options.combining import GivenAdapters
-from lora_export.options.common import PROVIDER, ModelSource, ProviderName, Published, Running, modes, written
+from lora_export.options.common import (
+    MIN_RETENTION,
+    PROVIDER,
+    ModelSource,
+    ProviderName,
+    Published,
+    Running,
+    modes,
+    written,
+)
 from lora_export.options.declaring import Only, Option, Options, Positional, Section, declares, means, option
 
 if TYPE_CHECKING:
@@ -55,6 +64,14 @@ class OnnxOptions(GivenAdapters, Running, Published):
 
     lora: Literal["merged", "nodes", "inputs", "rows"] = option(
         "merged", modes("merged", "nodes", "inputs", "rows"), often=True
+    )
+    requantize: bool = option(
+        False,
+        "With {lora=merged}: also merge into quantised weights of an .onnx MODEL, as `merge {requantize}` does.",
+        only=(EXISTING_GRAPH, Only("lora", ("merged",), "beside weights that stay as they are, adapters stay floats")),
+    )
+    min_retention: float = means(
+        0.5, replace(MIN_RETENTION, only=(EXISTING_GRAPH, Only("lora", ("merged",), "nothing else is rounded")))
     )
     target: str | Sequence[str] | None = option(
         None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import LAYOUT, Output, Signed, written
+from lora_export.options.common import LAYOUT, MIN_RETENTION, Output, Signed, written
 from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
 from lora_export.options.reading import AllowPickle
 
@@ -99,7 +99,8 @@ class MergeOptions(Applied, Signed):
     )
     requantize: bool = option(
         False,
-        "Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
+        "Also merge into quantised weights of an .onnx BASE, and keep them so. Layers that would lose their change get "
+        "8 bits or become floats.",
         section=Section.BASE,
         only=graphs("{keep_quantised} merges into a quantised checkpoint"),
     )
@@ -134,13 +135,7 @@ class MergeOptions(Applied, Signed):
         ),
         only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
-    min_retention: float = option(
-        0.5,
-        "Least part of a weight's change that has to survive rounding. Less is refused; with {keep_quantised} the "
-        "layer becomes floats.",
-        at_least=0,
-        at_most=1,
-    )
+    min_retention: float = means(0.5, MIN_RETENTION)
     keep_residual: str | Path | None = option(
         None,
         "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",

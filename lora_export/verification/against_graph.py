@@ -58,6 +58,7 @@ from lora_export.verification.references.graph_with_adapter import (
     refuse_parts,
     sum_at_weights,
 )
+from lora_export.verification.references.requantised_graph import RequantisedGraph
 from lora_export.weights.checkpoint import Checkpoint
 
 Form = Callable[[ir.Model, Sites, Plan], list[str]]  # puts adapters into a graph, in memory; returns notes
@@ -81,6 +82,7 @@ class GraphReferences(References):
     mode: str
     adapters: Sequence[Adapter] = ()
     strengths: Sequence[float] | None = None
+    requantised: bool = False  # whether adapters are merged into quantised weights, which stay so or are promoted
 
     @classmethod
     def open(
@@ -132,7 +134,9 @@ class GraphReferences(References):
         return refusal
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:
-        return PreparedGraphReferences(self, inputs, self._compared(candidate))
+        graph = graph_of(candidate)
+        merged = graph.source if self.requantised and graph is not None and isinstance(graph.source, Path) else None
+        return PreparedGraphReferences(self, inputs, self._compared(candidate), merged)
 
     def planned(self) -> tuple[ir.Model, Sites, Plan]:
         """A copy of the base graph, and where the adapters are in it."""
@@ -152,6 +156,8 @@ class GraphReferences(References):
         written = load_graph(graph.source)
         try:
             faults, notes = compare_pairs(candidate, lambda _: tensors_of_graph(written), sites.specs, steps)
+            if self.requantised and steps is not None:
+                faults += RequantisedGraph(written).faults(sites, steps)
             found = compare_initializers(written, model, sites, steps, merged=self.mode == "merged")
         finally:
             drop_tensors(written)  # they hold its files open, and elsewhere than on Linux such a file cannot be moved
@@ -163,8 +169,8 @@ class GraphReferences(References):
 
     @property
     def rounds_sums(self) -> bool:
-        """Whether the candidates store W + ΔW in half precision."""
-        return self.mode == "merged" and self.base.dtype in ONNX_HALVES
+        """Whether the candidates store W + ΔW in half precision, or quantised."""
+        return self.mode == "merged" and (self.requantised or self.base.dtype in ONNX_HALVES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +180,7 @@ class PreparedGraphReferences(PreparedReferences):
     references: GraphReferences
     inputs: Inputs
     weights: ComparedWeights
+    merged: Path | None = None  # the candidate's file, where adapters were merged into its quantised weights
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         step("the other graph")
@@ -233,6 +240,8 @@ class PreparedGraphReferences(PreparedReferences):
 
     def _form_of_peer(self) -> tuple[Form, str]:
         """Another form than the candidate's, the most exact one in the graph's types, and its description."""
+        if self.merged is not None:
+            return self._with_merged_weights, "the quantised weights are the candidate's, which were judged one by one"
         if self.references.mode != "merged":
             return branches_at_quantised_weights, "W + ΔW is computed at each weight when it runs"
         if self.references.rounds_sums:
@@ -262,14 +271,24 @@ class PreparedGraphReferences(PreparedReferences):
         if not adapters:
             return
         form = (
-            _ROUNDED_SUMS if rounds else branches_where_possible if self.references.mode == "merged" else sum_at_weights
+            self._with_merged_weights
+            if self.merged is not None
+            else _ROUNDED_SUMS
+            if rounds
+            else branches_where_possible
+            if self.references.mode == "merged"
+            else sum_at_weights
         )
         yield "reference", form, 1.0
-        yield "scaled", form, parity.CONTROL_SCALE
+        yield "scaled", sum_at_weights if self.merged is not None else form, parity.CONTROL_SCALE
         if rounds:
             yield "attached", sum_at_weights, 1.0
         if any(adapter.pairs for adapter in adapters) and any(adapter.replaced for adapter in adapters):
             yield "base", sum_at_weights, 0.0  # with the replaced tensors: the control is about the effect of the pairs
+
+    def _with_merged_weights(self, model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
+        assert self.merged is not None
+        return RequantisedGraph(load_graph(self.merged)).insert(model, sites, steps)
 
     def _with_adapters(self, form: Form, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with the adapters in a form, and notes."""

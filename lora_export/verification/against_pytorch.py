@@ -164,7 +164,8 @@ class PyTorchReferences(References):
         quantised = quantised_weights_of(
             candidate, model, changes, self.origin, inputs.cases, has_own_heads=self.has_own_heads
         )
-        weights = compare_weights(candidate, model, changes, quantised)
+        promoted = [name for name, weight in quantised.items() if weight.wrong is not None]
+        weights = compare_weights(candidate, model, changes, quantised, promoted)
         faults, notes = compare_pairs(candidate, candidate_tensors, layers.specs(model.module), changes)
         weights = replace(weights, faults=[*weights.faults, *faults], notes=[*weights.notes, *notes])
         judged = quantised_weights.with_dequantised_weights(model, quantised)

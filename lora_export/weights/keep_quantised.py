@@ -9,19 +9,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 from lora_export.storage import block_copy
-from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
-from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
+from lora_export.weights.kept_weights import kept_tensor, measured_results
+from lora_export.weights.merge_report import QuantisedLayer, StepResult
 from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats, without_cache_scales
-from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
+from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, with_bound_layers, worst_result
 
 
 def keep_quantised(
@@ -43,12 +42,10 @@ def keep_quantised(
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
     measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of)
-    why = dict.fromkeys(replaced, "the adapter has values of its own")
-    worst = {name: min(results, key=lambda one: one.retention) for name, results in measured.items()}
-    for name, results in measured.items():
-        reasons = [(result, reason) for result in results if (reason := why_promoted(result, min_retention))]
-        if reasons:
-            worst[name], why[name] = min(reasons, key=lambda one: one[0].retention)
+    why = dict.fromkeys(replaced, OWN_VALUES)
+    decided = {name: worst_result(results, min_retention) for name, results in measured.items()}
+    worst = {name: result for name, (result, _) in decided.items()}
+    why |= {name: reason for name, (_, reason) in decided.items() if reason}
     promoted = with_bound_layers(why, base.quantised)
     layers = tuple(
         QuantisedLayer(
@@ -64,10 +61,14 @@ def keep_quantised(
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
     floats = {name: base.quantised[name] for name in promoted}
-    decided = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
-    if promoted and kept and not _can_state_floats(decided):
-        refuse_promotion(layers, "the config has no place that states which layers are floats")
-    return decided, layers
+    output = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
+    if promoted and kept and not _can_state_floats(output):
+        because = "the config has no place that states which layers are floats"
+        remedy = (
+            f"Make the base a float model ({named('dequantize', True)}), keep the adapter beside it, or accept the "
+        )
+        refuse_promotion(layers, len(layers), because, f"{remedy}loss ({named('min_retention', 0)})")
+    return output, layers
 
 
 def _can_state_floats(base: Checkpoint) -> bool:
@@ -94,7 +95,8 @@ def _measured(
         file = stored[tensor.packed]
         kept = kept_tensor(entry(name), tensor, plan)
         assert kept is not None
-        return _results(kept, file)
+        with file.path.open("rb") as reader:
+            return measured_results(kept, file.path, reader.fileno())
 
     found, progress = {}, progress_of(sum(entry(name).nbytes for name in names))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
@@ -102,20 +104,3 @@ def _measured(
             found[name] = results
             progress(entry(name).nbytes)
     return found
-
-
-def _results(kept: KeptTensor, file: TensorFile) -> list[StepResult]:
-    """Quantise the measured rows of a weight again, in memory."""
-    by_weight: dict[str, Statistics] = {}
-    pieces = [rows for rows, measured in kept.pieces if measured]
-    most = max(rows.stop - rows.start for rows in pieces)
-    scratch = np.empty(2 * kept.largest_row_bytes * most, np.uint8)
-    with file.path.open("rb") as reader:
-        change = KeptChange.of(kept, file.path, reader.fileno())
-        for rows in pieces:
-            first, last = kept.codes.layout.extent(rows)
-            packed = np.empty(last - first, np.uint8)
-            block_copy.read(file.path, reader.fileno(), packed, kept.source.start + first)
-            for found in change.make(rows, True, packed, np.empty_like(packed), scratch):
-                by_weight.setdefault(found.weight, Statistics(found.weight)).merge(found)
-    return [statistics.result() for statistics in by_weight.values()]

@@ -25,10 +25,16 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
-from lora_export.weights.merge_report import Statistics
+from lora_export.weights.merge_report import Statistics, StepResult, results_of
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
-from lora_export.weights.tensor_blocks import OutputTensor, Patch, blocks_to_measure, rows_with_terms
+from lora_export.weights.tensor_blocks import (
+    OutputTensor,
+    Patch,
+    blocks_to_measure,
+    rows_with_terms,
+    run_in_memory,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +43,11 @@ class KeptTensor(OutputTensor):
 
     codes: StoredCodes = field(kw_only=True)
     weight: str = field(kw_only=True)  # the name of the weight in the output
+
+    def name_of(self, patch: Patch) -> str:
+        """The name of what a patch changes: a part of the weight, or all of it."""
+        is_whole = patch[1:] == (slice(0, self.codes.shape[0]), EVERY_ROW) and patch.step.spec.region is None
+        return self.weight if is_whole else patch.step.weight
 
     @property
     def rows_at_once(self) -> int:
@@ -151,18 +162,26 @@ class KeptChange:
                 continue
             first = patch.rows.start - rows.start
             here = slice(own.start + first, own.stop + first), patch.columns
-            weight, old, own_scales = before[here], numbers[here], scales[here]
+            old, own_scales = numbers[here], scales[here]
             own_points = None if points is None else points[here]
+            weight = before[here].reshape(len(old), *patch.step.spec.shape[1:])  # a convolution has more dimensions
             change, total = scratch_arrays(scratch, weight.shape, np.dtype(np.float32))
             with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
                 change = sums.sum_rows(patch.step, own, weight, total, column_norms=norms, change=change)
             refuse_overflow(self.tensor.weight, weight, total)
-            new = codes.nearest(total, own_scales, own_points, old)
+            new = codes.nearest(total.reshape(old.shape), own_scales, own_points, old)
             after[here] = new
-            found = Statistics(patch.step.weight if patch.step.spec.region is not None else self.tensor.weight)
+            found = Statistics(self.tensor.name_of(patch))
             if measured:
-                found.add_block(weight, change, codes.weight(new, own_scales, own_points), total)
+                found.add_block(weight, change, codes.weight(new, own_scales, own_points).reshape(weight.shape), total)
             statistics.append(found)
         target[:] = source
         codes.layout.pack(after, target)
         return statistics
+
+
+def measured_results(kept: KeptTensor, path: Path, fd: int) -> list[StepResult]:
+    """Quantise the rows of a weight again that are measured, in memory: what is left of each change."""
+    blocks = zip(kept_blocks(path, fd, kept, kept.source), kept.pieces, strict=True)
+    measured = (block for block, (_, is_measured) in blocks if is_measured)
+    return results_of(run_in_memory(path, fd, kept, measured))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,6 +163,14 @@ class Statistics:
             changed=int(changed),
             elements=self.elements,
         )
+
+
+def results_of(found: Iterable[Statistics]) -> list[StepResult]:
+    """The figures of each weight, from statistics of its blocks."""
+    by_weight: dict[str, Statistics] = {}
+    for statistics in found:
+        by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+    return [statistics.result() for statistics in by_weight.values()]
 
 
 def _sums(

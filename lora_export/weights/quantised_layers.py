@@ -18,6 +18,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
 
 MOST_NOISE = 1.0  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
+OWN_VALUES = "the adapter has values of its own"  # why a layer is promoted whose weight is replaced
 
 # Layers that servers fuse (`packed_modules_mapping` of vLLM's models): all parts of one need one type.
 FUSED = (
@@ -35,6 +36,12 @@ def why_promoted(result: StepResult, min_retention: float) -> str:
     if result.noise > MOST_NOISE:
         return f"the noise would be {result.noise:.2g} times its change"
     return ""
+
+
+def worst_result(results: Sequence[StepResult], min_retention: float) -> tuple[StepResult, str]:
+    """Of the parts of a layer the one that decides about it, and why the layer is promoted; empty where it is kept."""
+    reasons = [(result, why) for result in results if (why := why_promoted(result, min_retention))]
+    return min(reasons or [(result, "") for result in results], key=lambda one: one[0].retention)
 
 
 def with_bound_layers(promoted: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
@@ -67,15 +74,14 @@ def _fused_module(weight: str) -> str:
     return f"{parent}.{FUSED_WITH.get(own, own)}"
 
 
-def refuse_promotion(layers: Sequence[QuantisedLayer], because: str) -> None:
-    """Raise InputRefused where layers would have to be promoted, and the format cannot state that."""
+def refuse_promotion(layers: Sequence[QuantisedLayer], of: int, because: str, ways_out: str) -> None:
+    """Raise InputRefused where layers, some `of` the quantised ones, would have to be promoted and cannot be."""
     lost = [layer for layer in layers if not layer.is_kept]
     if lost:
         raise InputRefused(
-            f"{len(lost)} of {len(layers)} quantised weights cannot hold their change, and {because}:",
+            f"{len(lost)} of {of} quantised weights cannot hold their change, and {because}:",
             listed([f"{layer.weight} ({layer.scheme}): {layer.why}" for layer in lost]),
-            f"Make the base a float model ({named('dequantize', True)}), keep the adapter beside it, or accept the "
-            f"loss ({named('min_retention', 0)}). Nothing was written.",
+            f"{ways_out}. Nothing was written.",
         )
 
 

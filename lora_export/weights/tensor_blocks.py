@@ -129,6 +129,22 @@ def block_size(tensors: Iterable[OutputTensor]) -> int:
     return max((block_copy.BLOCK, *sizes))
 
 
+def run_in_memory(
+    source: Path, read_fd: int, tensor: OutputTensor, blocks: Iterable[Block], after: Bytes | None = None
+) -> list[Statistics]:
+    """Make blocks of a changed tensor, and return the statistics. `after` receives its bytes: its first has place 0."""
+    scratch = np.empty(2 * block_size([tensor]), np.uint8)
+    found: list[Statistics] = []
+    for block in blocks:
+        before = np.empty(block.stop - block.start, np.uint8)
+        block_copy.read(source, read_fd, before, block.start)
+        count = block.target_stop - block.target_start
+        target = np.empty(count, np.uint8) if after is None else after[block.target_start :][:count]
+        assert block.work is not None
+        found += block.work(before, target, scratch) or ()
+    return found
+
+
 def copied_blocks(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> Iterator[Block]:
     """Blocks that copy a range of the source; the target shares its disk blocks where the file system can."""
     shared = block_copy.share(read_fd, write_fd, start, target_start, count)

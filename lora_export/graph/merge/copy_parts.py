@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.merge.requantise import blocks_of
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.writing import message_of
-from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
@@ -26,7 +26,7 @@ from lora_export.storage.hashes import FAST
 from lora_export.storage.safetensors_file import PAGE, Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import MIN_RETENTION, OnBytesWritten, Statistics, StepResult
+from lora_export.weights.merge_report import MIN_RETENTION, OnBytesWritten, QuantisedLayer, Statistics, StepResult
 from lora_export.weights.tensor_blocks import OutputTensor
 
 
@@ -37,7 +37,6 @@ class MovedTensor:
     value: ir.Value
     source: Path
     output: OutputTensor
-    requantised: tuple[RequantisedWeight, Component] | None = None  # a component that is computed instead of copied
 
     @property
     def old(self) -> Entry:
@@ -47,7 +46,7 @@ class MovedTensor:
     @property
     def is_copy(self) -> bool:
         """Whether its bytes stay the same."""
-        return self.requantised is None and self.output.is_copy
+        return self.output.is_copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ def data_file_parts(tensors: Sequence[MovedTensor]) -> list[tuple[Path, FilePart
         start = end + (tensor.old.start - end) % PAGE
         if start > end:
             parts.append((tensor.source, FilePart(end, start, literal=bytes(start - end))))
-        end = start + tensor.old.nbytes
+        end = start + tensor.output.nbytes
         parts.append((tensor.source, FilePart(start, end, tensor)))
     return parts
 
@@ -83,15 +82,15 @@ def graph_file_parts(model: ir.Model, tensors: Sequence[MovedTensor]) -> list[Fi
     """
     location = secrets.token_hex(8)  # no graph can contain this name
     for number, tensor in enumerate(tensors):
-        set_location(tensor.value, location, number, tensor.old.nbytes)
-    pieces = protobuf_wire.split_at_tensors(message_of(model), location, [tensor.old.nbytes for tensor in tensors])
+        set_location(tensor.value, location, number, tensor.output.nbytes)
+    pieces = protobuf_wire.split_at_tensors(message_of(model), location, [each.output.nbytes for each in tensors])
     parts: list[FilePart] = []
     for piece in pieces:
         start = parts[-1].stop if parts else 0
         if isinstance(piece, bytes):
             parts.append(FilePart(start, start + len(piece), literal=piece))
         else:
-            parts.append(FilePart(start, start + tensors[piece].old.nbytes, tensors[piece]))
+            parts.append(FilePart(start, start + tensors[piece].output.nbytes, tensors[piece]))
     if parts[-1].stop >= MAX_MESSAGE_BYTES:
         raise RuntimeRefused(
             f"the merged graph would have {parts[-1].stop:,} bytes. An ONNX graph must have less than "
@@ -117,7 +116,8 @@ class MergeRun:
     min_retention: float = MIN_RETENTION
     hashing: str = FAST
     progress: OnBytesWritten = lambda _: None
-    requantise: bool = False  # quantised weights, in their own scheme; otherwise they are refused
+    requantise: bool = False  # quantised weights, on their own scales or promoted; otherwise they are refused
+    layers: tuple[QuantisedLayer, ...] = ()  # what became of the quantised weights that change
     backend: Backend = field(default_factory=Backend)  # changes float weights in files
     statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
     sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files
@@ -161,10 +161,8 @@ def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
         tensors = [part.tensor for part in parts if part.tensor is not None]
-        requantised = [tensor.requantised for tensor in tensors if tensor.requantised is not None]
-        sizes = [weight.max_block_bytes(component) for weight, component in requantised]
-        sizes.append(tensor_blocks.block_size(tensor.output for tensor in tensors))
-        for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=max(sizes)):
+        size = tensor_blocks.block_size(tensor.output for tensor in tensors)
+        for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=size):
             run.add(found or ())
             run.progress(block.target_stop - block.target_start)
     return hashes.source.hexdigest()
@@ -184,7 +182,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart]
             blocks = map(functools.partial(_with_own_read, source, read_fd, read_to), blocks)
         else:
             yield from _skipped_blocks(read_to, start, first.start)
-            read_to = start + written_to - first.start
+            read_to = start + written_to - first.start if first.tensor.is_copy else first.tensor.old.stop
         yield from blocks
     yield from _skipped_blocks(read_to, os.fstat(read_fd).st_size, written_to)
 
@@ -197,11 +195,7 @@ def _tensor_blocks(
     assert tensor is not None
     if tensor.is_copy:
         return tensor_blocks.copied_blocks(read_fd, write_fd, tensor.old.start, part.start, stop - part.start)
-    if tensor.requantised is not None:
-        weight, component = tensor.requantised
-        return weight.blocks(component, tensor.old.start, part.start)
-    target = replace(tensor.old, start=part.start, stop=stop)
-    return tensor_blocks.changed_blocks(source, read_fd, tensor.output, target, backend)
+    return blocks_of(source, read_fd, tensor.output, part.start, backend)
 
 
 def _runs(parts: Iterable[FilePart]) -> Iterator[list[FilePart]]:

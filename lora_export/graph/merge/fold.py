@@ -18,8 +18,6 @@ from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import FOLDED_FROM
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised.requantise import Component, RequantisedWeight
-from lora_export.graph.quantised.scheme_of_weight import requantised_weight, stored_weight
 from lora_export.graph.refusals import refuse_not_finite, refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.site import NameSource, Site, find_readers
 from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
@@ -38,6 +36,7 @@ class InitializerChange:
     slices: tuple[slice, ...] = (slice(None),)  # the weight's part of the matrix; the rest are its neighbours
     expert: int | None = None  # the matrix, where the initializer stacks those of experts
     cut_shape: tuple[int, ...] | None = None  # in which the initializer is indexed; None: its own
+    is_turned: bool = False  # whether the weight is its transpose
 
     @property
     def entries(self) -> tuple[slice | int, ...]:
@@ -79,6 +78,7 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
             as_stored(step, readers[0]),
             readers[0].block_slices,
             expert,
+            is_turned=readers[0].layout is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN,
         )
         for (value, expert, _), readers in by_initializer.items()
     ]
@@ -106,19 +106,6 @@ def _isolate_region(sites: Sites, step: Step, region: StoredRegion) -> list[Init
         )
         for value, site in values.items()
     ]
-
-
-def isolate_value(model: ir.Model, value: ir.Value, inputs: Sequence[tuple[ir.Node, int]], name: str) -> ir.Value:
-    """The initializer that only these inputs of nodes read: `value` itself, or a new one with its tensor."""
-    tensor = tensor_of(value)
-    assert tensor is not None
-    if value.is_initializer() and not value.is_graph_output() and set(value.uses()) <= set(inputs):
-        return value
-    isolated = new_initializer(model, unused_name(name, value_names(model)), tensor)
-    for node, index in inputs:
-        node.replace_input_with(index, isolated)
-    _remove_unused_path(value)
-    return isolated
 
 
 def as_stored(step: Step, site: Site) -> Step:
@@ -202,42 +189,6 @@ def _remove_if_unused(node: ir.Node) -> None:
     is_unused = not any(output.uses() or output.is_graph_output() for output in node.outputs)
     if is_unused and node.graph is not None:
         node.graph.remove(node, safe=True)
-
-
-# --- Quantised weights: tensors of their own for each one that changes ---
-
-
-def isolate_quantised(
-    model: ir.Model, value: ir.Value, changes: Sequence[InitializerChange]
-) -> tuple[RequantisedWeight, dict[Component, ir.Value]]:
-    """The weight whose integers are `value`, and the values of its tensors that change.
-
-    `isolate_changes` has isolated the integers. Scales and zero points with other readers get new
-    initializers. Copies no data. Raises InputRefused as `requantised_weight` does, and where the same integers are read
-    with several scales.
-    """
-    readers = list(value.uses())
-    stored = stored_weight(*readers[0])
-    assert stored is not None
-    inputs = dict(zip(Component, stored.POSITIONS, strict=True))
-    name = value.name or "" if changes[0].is_block else changes[0].step.weight
-    formats = {
-        (type(stored_weight(node, index)), *node.inputs[inputs[Component.SCALES] : inputs[Component.ZEROS] + 1])
-        for node, index in readers
-    }
-    if len(formats) > 1:
-        raise InputRefused(
-            f"{name}: its integers are read with several scales, and cannot be quantised again for one of them"
-        )
-    weight = requantised_weight(stored, [change.patch(stored.shape[0]) for change in changes], name)
-    values = {Component.LEVELS: value}
-    for component in weight.components[1:]:
-        index = inputs[component]
-        parameter = readers[0][0].inputs[index]
-        assert parameter is not None
-        component_inputs = [(node, index) for node, _ in readers]
-        values[component] = isolate_value(model, parameter, component_inputs, f"{value.name}_{component}")
-    return weight, values
 
 
 # --- Tables that an adapter repeats: PEFT saves the base's own embeddings beside the pair that changes them ---

@@ -25,14 +25,13 @@ from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts, graph_file_parts, write_data_file
-from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes, isolate_quantised
+from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes
+from lora_export.graph.merge.requantise import graph_remedy, quantised_change, requantise
 from lora_export.graph.onnx_file.reading import GraphFile
 from lora_export.graph.onnx_file.writing import append_metadata
-from lora_export.graph.quantised.requantise import Component, RequantisedWeight
 from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
 from lora_export.graph.refusals import refuse_lost_biases, refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.values import initializers
-from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.safetensors_file import Entry
@@ -68,6 +67,11 @@ def merge_graph(
     append_metadata(stage / run.file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    return merge_report(plan, graph, stage, run, time.perf_counter() - begun)
+
+
+def merge_report(plan: Plan, graph: GraphFile, stage: Path, run: MergeRun, seconds: float) -> MergeReport:
+    """What a merge did, once its files are in the folder `stage`."""
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=run.results,
@@ -75,7 +79,9 @@ def merge_graph(
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
         replaced=len(replaced),
         replaced_weights=replaced,
-        seconds=time.perf_counter() - begun,
+        seconds=seconds,
+        layers=run.layers,
+        base_bytes=graph.nbytes if run.layers else 0,
     )
 
 
@@ -96,12 +102,7 @@ def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: M
         with (stage / run.file_name).open("xb") as target:
             run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(run.hashing), run)
     run.copied = sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy)
-    refuse_below_rounding(
-        run.results,
-        run.min_retention,
-        f"Keep the adapter beside the weights ({command('onnx', 'MODEL.onnx', lora='nodes')}), or merge into the float "
-        "model and export or quantise that",
-    )
+    refuse_below_rounding(run.results, run.min_retention, graph_remedy())
 
 
 def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
@@ -132,7 +133,7 @@ class _DeferredChanges:
     """Changes of tensors in files, which are made while the files are copied."""
 
     floats: dict[ir.Value, list[InitializerChange]] = field(default_factory=dict)
-    quantised: dict[ir.Value, tuple[RequantisedWeight, Component]] = field(default_factory=dict)
+    quantised: dict[ir.Value, OutputTensor] = field(default_factory=dict)
 
 
 def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -> _DeferredChanges:
@@ -147,13 +148,14 @@ def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -
             else:
                 statistics = change_in_memory(change)
                 run.add(() if step.is_replacement else (statistics,))
-    for value, changes in quantised.items():
-        weight, component_values = isolate_quantised(model, value, changes)
-        for component, component_value in component_values.items():
-            if isinstance(component_value.const_value, ir.ExternalTensor):
-                deferred.quantised[component_value] = weight, component
-                continue
-            component_value.const_value, found = weight.changed_in_memory(component)
+    weights = [quantised_change(value, changes) for value, changes in quantised.items()]
+    layers, made = requantise(model, weights, run.min_retention, run.backend)
+    run.layers = tuple(layers)
+    for tensor in made:
+        found = tensor.place(run.backend)
+        if found is None:
+            deferred.quantised[tensor.value] = tensor.output
+        else:
             run.add(found)
     return deferred
 
@@ -164,8 +166,8 @@ def _moved_tensors(model: ir.Model, changes: _DeferredChanges) -> Iterator[Moved
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             source = Path(os.path.realpath(tensor.path))
-            output = _output_tensor(tensor, changes.floats.get(value, []))
-            yield MovedTensor(value, source, output, changes.quantised.get(value))
+            output = changes.quantised.get(value) or _output_tensor(tensor, changes.floats.get(value, []))
+            yield MovedTensor(value, source, output)
 
 
 def _output_tensor(tensor: ir.ExternalTensor, changes: Sequence[InitializerChange]) -> OutputTensor:

@@ -1,11 +1,12 @@
-"""Recognising the scheme of a stored quantised weight, so that a changed weight can be quantised by the same rule."""
+"""A stored quantised weight of a graph as codes on its own scales: those of `weights.quantised`."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -14,22 +15,22 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph import quantised_weights
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.quantised.requantise import RequantisedWeight
-from lora_export.graph.quantised.scheme import Groups, PackedTensor, Rule, Scheme
+from lora_export.graph.quantised.scheme import Groups, IntegerCodes, PackedTensor
 from lora_export.graph.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
-from lora_export.storage import block_copy
-from lora_export.weights.tensor_blocks import Patch
+from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised.codes import StoredCodes
+from lora_export.weights.quantised.stored_parts import Decode, Pieces
 
 INTEGER_TYPES = frozenset({"INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16"})
-MIN_BITS_WITHOUT_LOWEST = 8  # from here on, a symmetric scheme of signed integers does not use the lowest one
 
 
-def requantised_weight(stored: QuantisedWeight, patches: Sequence[Patch], name: str) -> RequantisedWeight:
-    """A weight with patches that are applied to it. Reads its scales and zero points, in pieces, for the scheme.
+def quantised_tensor(stored: QuantisedWeight, name: str) -> QuantisedTensor:
+    """A weight in the form in which those of checkpoints are kept or made floats. Reads nothing.
 
-    Raises InputRefused for a scheme that is not supported, and where a patch shares a scale with its neighbours.
+    Its shape is (rows, columns): all dimensions of what is stored but the first are one. Raises InputRefused for a
+    scheme that is not supported.
     """
     refuse_unknown_scheme(stored, name)
     (levels, scales, zeros), (bits, lowest) = stored.tensors, stored.integers
@@ -39,28 +40,67 @@ def requantised_weight(stored: QuantisedWeight, patches: Sequence[Patch], name: 
     axis = stored.axis if isinstance(stored, DequantizeLinearWeight) else 1
     groups = Groups(stored.shape, None if scales.size == 1 and not is_nbits else axis, stored.block_size)
     band, integer = groups.band_groups, np.dtype(f"{'i' if lowest else 'u'}{max(bits // 8, 1)}")
-    width = band * stored.block_size if is_nbits else math.prod(stored.shape[1:])
+    rows, columns = stored.shape[0], math.prod(stored.shape[1:])
     scale_bits = 8 * scale_dtype.itemsize
     packed_scales = PackedTensor(scales, scale_dtype, scale_bits, band, scale_bits * band)
     if zeros is None:
         packed_zeros = None
-    elif is_nbits and zeros.dtype != ir.DataType.UINT8:  # floats, as the scales
-        packed_zeros = replace(packed_scales, tensor=zeros, dtype=zeros.dtype.numpy())
+    elif stored.has_float_zeros:
+        packed_zeros = PackedTensor(zeros, zeros.dtype.numpy(), scale_bits, band, scale_bits * band)
     else:
-        row_bits = 8 * -(-band * bits // 8) if is_nbits else band * bits
-        packed_zeros = PackedTensor(zeros, integer, bits, band, row_bits)
-    scheme = Scheme(
-        lowest=lowest,
-        highest=lowest + (1 << bits) - 1,
-        default_zero=0 if lowest else 1 << (bits - 1),
-        rule=Rule.SYMMETRIC,
-        scale_dtype=scale_dtype,
-        zero_dtype=None if packed_zeros is None else packed_zeros.dtype,
-        scale_of_zeros=0 if is_nbits else 1,
+        packed_zeros = PackedTensor(zeros, integer, bits, band, 8 * -(-band * bits // 8) if is_nbits else band * bits)
+    row_bits = (band * stored.block_size if is_nbits else columns) * bits
+    layout = IntegerCodes(PackedTensor(levels, integer, bits, columns, row_bits))
+    zero = 1 << (bits - 1) if is_nbits and zeros is None else 0
+    codes = StoredCodes(
+        shape=(rows, columns),
+        is_turned=False,
+        values=np.arange(lowest - zero, lowest - zero + (1 << bits), dtype=np.float32),
+        layout=layout,
+        load=lambda: _StoredGrid(groups, packed_scales, packed_zeros),
+        has_float_zeros=stored.has_float_zeros,
     )
-    packed_levels = PackedTensor(levels, integer, bits, width, width * bits)
-    weight = RequantisedWeight(name, stored.shape, groups, scheme, packed_levels, packed_scales, packed_zeros)
-    return _with_rule(weight).with_patches(patches)
+    return QuantisedTensor(
+        name=name,
+        shape=codes.shape,
+        dtype=np.dtype(np.float32),  # rounded once, after the sum
+        packed=name,
+        parts=(),
+        scheme=stored.kind,
+        load=functools.partial(_decoder, codes),
+        pieces=functools.partial(_pieces, layout) if layout.rows_together > 1 else None,
+        rows_at_once=layout.rows_together,
+        codes=codes,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredGrid:
+    """Reads the scales and zero points of some rows when they are needed: those of a whole head are large."""
+
+    groups: Groups
+    scales: PackedTensor
+    zeros: PackedTensor | None
+
+    def __call__(self, rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        return self._of_entries(self.scales, rows), None if self.zeros is None else self._of_entries(self.zeros, rows)
+
+    def _of_entries(self, tensor: PackedTensor, rows: slice) -> NDArray[np.float32]:
+        found = self.groups.broadcast(tensor.read(self.groups.bands(rows)).astype(np.float32), rows)
+        if found.ndim == 2:
+            return found
+        count = rows.stop - rows.start
+        return np.broadcast_to(found, (count, *self.groups.shape[1:])).reshape(count, -1)
+
+
+def _decoder(codes: StoredCodes) -> Decode:
+    grid = codes.load()
+    return lambda rows, packed: codes.weight(codes.layout.unpack(rows, packed), *grid(rows))
+
+
+def _pieces(layout: IntegerCodes, rows: slice) -> list[Pieces]:
+    first, last = layout.extent(rows)
+    return [Pieces(first, last - first)]
 
 
 def stored_weight(node: ir.Node, index: int) -> QuantisedWeight | None:
@@ -92,24 +132,3 @@ def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]
     activations = sum(quantised_weights.tensor_at(node, 0) is None for node in inputs)
     if kinds and activations:
         yield f"{activations} activations are quantised too, in ranges that were measured without the adapter"
-
-
-def _with_rule(weight: RequantisedWeight) -> RequantisedWeight:
-    """The weight with the rule by which its stored scales and zero points must have been made."""
-    scheme = weight.scheme
-    zeros = () if weight.zeros is None else _parameter_pieces(weight, weight.zeros)
-    if not all((piece == scheme.default_zero).all() for piece in zeros):
-        return replace(weight, scheme=replace(scheme, rule=Rule.ASYMMETRIC))
-    if not all((piece >= 0).all() for piece in _parameter_pieces(weight, weight.scales)):
-        return replace(weight, scheme=replace(scheme, rule=Rule.SIGNED_SCALE, scale_of_zeros=0))
-    if scheme.lowest < 0 and weight.levels.bits >= MIN_BITS_WITHOUT_LOWEST:
-        scheme = replace(scheme, lowest=-scheme.highest)
-    return replace(weight, scheme=scheme)
-
-
-def _parameter_pieces(weight: RequantisedWeight, tensor: PackedTensor) -> Iterator[NDArray[np.float32]]:
-    """Scales or zero points in fp32, some bands at a time."""
-    bands = -(-weight.shape[0] // weight.groups.band_rows)
-    count = max(1, block_copy.BLOCK // max(tensor.row_bits // 8, 1))
-    for first in range(0, bands, count):
-        yield tensor.read(slice(first, min(first + count, bands))).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +36,14 @@ UNMERGED = ".base_layer."  # in PEFT's names of the weights beside its adapters
 
 
 def compare_weights(
-    candidate: Runner, model: Model, changes: Plan | None, elsewhere: Iterable[str] = ()
+    candidate: Runner, model: Model, changes: Plan | None, elsewhere: Iterable[str] = (), skip: Collection[str] = ()
 ) -> ComparedWeights:
     """Compare each tensor of the candidate with that of the model, or with its sum with what adapters add to it.
 
-    `elsewhere` are tensors of the model that are judged in another way. Nothing is compared where the candidate gives
-    no weights. Reads one tensor of each at a time, in blocks.
+    `elsewhere` are tensors of the model that are judged in another way, and `skip` those of them that the candidate has
+    as floats. Nothing is compared where the candidate gives no weights. Reads one tensor of each at a time, in blocks.
     """
-    tensors = list(candidate_tensors(candidate))
+    tensors = [tensor for tensor in candidate_tensors(candidate) if tensor.name not in skip]
     return compare_tensors(tensors, model.module, changes, elsewhere) if tensors else ComparedWeights()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -163,10 +163,13 @@ class ExpectedWeight:
         """Whether its content identifies it: constants and masks are equal in unrelated tensors."""
         return len(np.unique(self._sample(StoredForm.BASE).value)) > SAMPLED_ROWS
 
-    def wrong_in(self, candidate: Array) -> WrongNumbers:
-        """The wrong numbers of a tensor of this shape, over all of them. Reads both in blocks."""
+    def wrong_in(self, candidate: Array, options: Sequence[StoredForm] = ()) -> WrongNumbers:
+        """The wrong numbers of a tensor of this shape, over all of them. Reads both in blocks.
+
+        `options` are what the candidate may have, where that is less than all of `self.options`.
+        """
         base, found, dtype = self.load(), self._sampled(candidate), self._dtype(candidate)
-        likely = sorted(self.options, key=lambda each: -self._agreement(found, each, candidate))
+        likely = sorted(options or self.options, key=lambda each: -self._agreement(found, each, candidate))
         total = WrongNumbers()
         for part in self.parts:
             wrong = WrongNumbers()

@@ -20,18 +20,19 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from lora_export import layers
 from lora_export.graph.quantised_weights import Steps
 from lora_export.plan import Layout
 from lora_export.verification import parity
 from lora_export.verification.parity import Wide
+
+if TYPE_CHECKING:  # a graph is judged without PyTorch
+    import torch
+    from torch import nn
 
 TIE_TOLERANCE = 2.0**-16  # of the largest entry: a sum in fp32 is that inexact about the middle of two integers
 FLOAT_ZEROS = 1.25  # HQQ's zero points are that far from zero, relative to the largest entry of the group
@@ -170,6 +171,11 @@ class OutputErrors:
 @contextlib.contextmanager
 def output_errors(module: nn.Module, errors: Mapping[str, QuantisationError]) -> Iterator[OutputErrors]:
     """Measure the errors of outputs, for weights whose integers are not the nearest, while the module runs."""
+    import torch
+    from torch import nn
+
+    from lora_export import layers
+
     found = OutputErrors()
     layouts = {spec.name: spec.layout for spec in layers.specs(module)}
     hooks = []

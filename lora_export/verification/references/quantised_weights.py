@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -39,12 +40,14 @@ from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
+from lora_export.verification.references.expected_weight import ExpectedWeight, StoredForm, WrongNumbers
 from lora_export.verification.references.quantisation_error import (
     NearestNumbers,
     QuantisationError,
     norm,
     quantisation_error_of,
 )
+from lora_export.verification.references.requantised_graph import sites_by_integers
 from lora_export.weights.checkpoint import open_checkpoint
 
 QUANTISED_OPERATORS = frozenset({MATMUL_NBITS, "DequantizeLinear"})
@@ -66,6 +69,7 @@ class DequantisedWeight:
     rounding: Callable[[Wide], NearestNumbers] = field(repr=False)  # of a weight in this layout
     merge: QuantisedMerge | None = None  # where adapters were merged into the weight and the sum was quantised
     error: QuantisationError | None = None  # relative to what was quantised; of the origin's weight where it is known
+    wrong: WrongNumbers | None = None  # of floats in the place of the origin's quantised weight; None: it is quantised
 
     def nearest(self, weight: Wide) -> Wide:
         """A weight in this layout, at the nearest numbers that the scales allow."""
@@ -131,7 +135,10 @@ def find(
         for node in ir.traversal.RecursiveGraphIterator(graph.graph)
     )
     found = {name: site for name, site in _quantised_sites(graph, model, origin_sites).items() if name not in skip}
+    floats = {name: site for name, site in found.items() if site.quantised is None}
+    found = {name: site for name, site in found.items() if site.quantised is not None}
     weights = _dequantised(found, model, executed() if may_fuse else ())
+    weights |= _promoted(floats, before, model, changes)
     weights = _with_merges(weights, before, model, changes, origin)
     _refuse_unrelated(weights, "the graph")
     return weights
@@ -144,7 +151,8 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
     weight has lost the content by which it could be matched. Raises Undecided where a quantised weight's name is
     unknown.
     """
-    if not any(node.op_type in QUANTISED_OPERATORS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
+    is_quantised = any(node.op_type in QUANTISED_OPERATORS for node in ir.traversal.RecursiveGraphIterator(graph.graph))
+    if not is_quantised and not origin_sites:
         return {}
     sites = find_sites(graph)
     if model.is_huggingface and not origin_sites and not _names_are_the_models(sites, model):
@@ -152,13 +160,14 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
             sites = find_sites(graph, open_checkpoint(Path(model.source)))
     found = {name: site for name, readers in sites.by_name.items() for site in readers if site.quantised is not None}
     if origin_sites:
-        by_initializer = {
-            site.value.name: site for site in (*found.values(), *sites.unnamed) if site.quantised is not None
-        }
+        by_integers = sites_by_integers(sites)
+        if not by_integers:
+            return {}
         found = {
-            name: replace(by_initializer[site.value.name], name=name, block=site.block)
+            name: replace(own, name=name, block=site.block)
             for name, site in origin_sites.items()
-            if site.value.name in by_initializer
+            if (own := by_integers.get(str(site.value.name)) or next(iter(sites.by_name.get(name, ())), None))
+            is not None
         }
     known = {site.value for site in found.values()}
     unnamed = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
@@ -201,6 +210,36 @@ def _dequantised(
         )
         found[name] = replace(weight, error=quantisation_error_of(weight.values, original, weight.rounding(original)))
     return found
+
+
+def _promoted(
+    sites: Mapping[str, Site], before: Mapping[str, DequantisedWeight], model: Model, changes: Plan | None
+) -> dict[str, DequantisedWeight]:
+    """The floats that are in the place of quantised weights of the origin: each should be W + s·BA, rounded once."""
+    specs = {spec.name: spec for spec in layers.specs(model.module)}
+    found = {}
+    for name in sites.keys() & specs.keys() & before.keys():
+        stored = np.ascontiguousarray(
+            sites[name].matrix.T if specs[name].layout is Layout.IN_OUT else sites[name].matrix
+        )
+        step = None if changes is None else changes.by_weight.get(name)
+        expected = ExpectedWeight(
+            replace(specs[name], dtype=str(stored.dtype)),
+            functools.partial(np.asarray, before[name].values),
+            () if step is None else (step,),
+        )
+        wrong = expected.wrong_in(stored, (StoredForm.BASE if step is None else StoredForm.SUM,))
+        distance = norm(stored - before[name].values) / (norm(before[name].values) or 1.0)
+        rounding = functools.partial(_rounded_floats, stored.dtype)
+        values = stored.astype(np.float32)
+        found[name] = DequantisedWeight(str(stored.dtype), values, distance, 0, rounding, wrong=wrong)
+    return found
+
+
+def _rounded_floats(dtype: np.dtype[Any], values: Wide) -> NearestNumbers:
+    nearest, size = values.astype(dtype).astype(np.float64), np.abs(values)
+    eps = parity.EPS[str(dtype)]
+    return NearestNumbers(nearest, Steps(size * eps, size, 1), eps, False)
 
 
 def _rounding(site: Site, is_transposed: bool, dtype: str, values: Wide) -> NearestNumbers:
@@ -290,11 +329,17 @@ def notes_on(weights: Mapping[str, DequantisedWeight]) -> list[str]:
 
 def merge_faults(weights: Mapping[str, DequantisedWeight]) -> list[str]:
     """What is wrong with weights whose correct values are known. Outputs may hide it: their inputs are rounded."""
-    return [
+    floats = [
+        f"{name}: {weight.wrong.numbers:,} of {weight.values.size:,} numbers are not W + s·BA of the origin's "
+        f"dequantised weight W, rounded to {weight.kind}, the first in row {weight.wrong.first}"
+        for name, weight in weights.items()
+        if weight.wrong is not None and weight.wrong.numbers
+    ]
+    return floats + [
         f"{name}: {weight.merge.error} are not the nearest to W + s·BA that "
         f"their scales allow ({weight.merge.fraction:.3f} ± {weight.merge.standard_error:.2g} of the change is in it)"
         for name, weight in weights.items()
-        if weight.merge is not None and weight.merge.error.misrounded
+        if weight.merge is not None and weight.wrong is None and weight.merge.error.misrounded
     ]
 
 

@@ -207,21 +207,16 @@ def _changed(plan: Plan, base: GgufBase, name: str) -> OutputTensor | None:
 
 def _trial(base: GgufBase, stored: _Stored, backend: Backend) -> StepResult | None:
     """What a change loses in this type, on the blocks that are measured; None where its numbers do not fit."""
+    assert stored.change is not None
     total = Statistics(stored.tensor.name)
     with base.file.path.open("rb") as file:
-        for block, measured in _changed_blocks(base, stored, file.fileno(), 0, backend):
-            if not measured:
-                continue
-            assert block.work is not None
-            source, target = (np.empty(count, np.uint8) for count in (block.stop - block.start, _bytes_of(block)))
-            elements = _bytes_of(block) // stored.type.nbytes * stored.type.elements
-            block_copy.read(base.file.path, file.fileno(), source, block.start)
-            try:
-                found = block.work(source, target, np.empty(2 * FLOAT.itemsize * elements, np.uint8))
-            except InputRefused:
-                return None
-            for statistics in found:
+        blocks = _changed_blocks(base, stored, file.fileno(), 0, backend)
+        measured = (block for block, is_measured in blocks if is_measured)
+        try:
+            for statistics in tensor_blocks.run_in_memory(base.file.path, file.fileno(), stored.change, measured):
                 total.merge(statistics)
+        except InputRefused:
+            return None
     return total.result()
 
 

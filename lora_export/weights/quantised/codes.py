@@ -1,4 +1,4 @@
-"""The numbers of a quantised weight as codes of up to 8 bits, in the order of their file: read, and written again.
+"""The numbers of a quantised weight as codes of up to 16 bits, in the order of their file: read, and written again.
 
     W = (value of the code - zero point) * scale
 
@@ -29,7 +29,7 @@ FLOAT8_VALUES = EVERY_BYTE.view(FLOAT8).astype(np.float32)
 MOST_BINS = 1 << 14
 INT8_VALUES = EVERY_BYTE.view(np.int8).astype(np.float32)
 
-Numbers = NDArray[np.uint8]  # codes, (rows, columns)
+Numbers = NDArray[Any]  # codes, (rows, columns): bytes, or uint16 where a byte is too short
 # Rows in the order of the file -> their scales in fp32, and their zero points or None. Both can be broadcast to
 # (rows, columns).
 Grid = Callable[[slice], tuple[NDArray[np.float32], NDArray[Any] | None]]
@@ -44,6 +44,7 @@ class StoredCodes:
     values: NDArray[np.float32]  # of each code; NaN where it is none
     layout: CodeLayout
     load: Callable[[], Grid]  # reads scales and zero points. Raises InputRefused for parts that do not fit
+    has_float_zeros: bool = False  # whether a zero point may be between two integers
 
     @functools.cached_property
     def are_integers(self) -> bool:
@@ -82,11 +83,13 @@ class StoredCodes:
         """
         with np.errstate(all="ignore"):  # scales of zero
             weight /= scales
-            if self.are_integers:
+            if self.are_integers and not self.has_float_zeros:
                 # The zero point is added to an integer: to a fraction it would be rounded.
                 np.rint(weight, out=weight)
             if zeros is not None:
                 weight += zeros
+            if self.has_float_zeros:
+                np.rint(weight, out=weight)
             found = self._rounded(weight)
         first = self._first_of_equal
         if first is not None:
@@ -98,6 +101,9 @@ class StoredCodes:
     def _rounded(self, numbers: NDArray[np.float32]) -> Numbers:
         if self.are_integers:
             np.clip(numbers, self.values.min(), self.values.max(), out=numbers)
+            if len(self.values) > len(EVERY_BYTE):
+                numbers -= self.values[0]
+                return numbers.astype(np.uint16)
             return (numbers.astype(np.int16) - np.int16(self.values[0])).astype(np.uint8)
         if self.values is FLOAT8_VALUES:
             largest = float(ml_dtypes.finfo(FLOAT8).max)

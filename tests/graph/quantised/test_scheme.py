@@ -1,64 +1,14 @@
-"""Scales, zero points and integers by the rules of a scheme, by hand."""
+"""Which entries share a scale, and how integers are packed, by hand."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_export.graph.quantised.scheme import Groups, PackedTensor, Rule, Scheme, ValueRange
-from lora_export.lora import EVERY_ROW
-from lora_export.weights.tensor_blocks import Patch
-
-FOUR_BITS = Scheme(
-    lowest=0,
-    highest=15,
-    default_zero=8,
-    rule=Rule.SYMMETRIC,
-    scale_dtype=np.dtype(np.float32),
-    zero_dtype=np.dtype(np.uint8),
-    scale_of_zeros=0,
-)
-
-
-def value_range(low: float, high: float) -> ValueRange:
-    return ValueRange(np.float32([[low]]), np.float32([[high]]))
-
-
-@pytest.mark.parametrize(
-    ("rule", "low", "high", "scale", "zero"),
-    [
-        (Rule.SYMMETRIC, -3, 6, 6 / 7.5, 8),  # the range is -6 to 6
-        (Rule.SIGNED_SCALE, -3, 6, 6 / -8, 8),  # 6 becomes the lowest integer
-        (Rule.SIGNED_SCALE, -6, 3, -6 / -8, 8),
-        (Rule.ASYMMETRIC, -5, 10, 1, 5),  # the range is -5 to 10, and 5 is zero
-    ],
-)
-def test_scale_and_zero_point_follow_from_range(rule: Rule, low: float, high: float, scale: float, zero: int) -> None:
-    scales, zeros = replace(FOUR_BITS, rule=rule).parameters(value_range(low, high))
-    np.testing.assert_allclose(scales, [[scale]], rtol=1e-6)
-    assert np.all(zeros == zero)
-
-
-def test_scale_is_rounded_to_its_stored_dtype() -> None:
-    scheme = replace(FOUR_BITS, scale_dtype=np.dtype(np.float16))
-    scales, _ = scheme.parameters(value_range(-1, 0.5))
-    assert scales.tolist() == [[float(np.float16(1 / 7.5))]]
-
-
-def test_group_of_zeros_has_its_own_scale() -> None:
-    scales, _ = replace(FOUR_BITS, scale_of_zeros=1).parameters(value_range(0, 0))
-    assert scales.tolist() == [[1]]
-
-
-def test_levels_are_rounded_and_clipped() -> None:
-    weight, scales, zeros = np.float32([-9, -0.9, 0, 1.1, 99]), np.float32(0.5), np.float32(8)
-    assert FOUR_BITS.levels(weight, scales, zeros).tolist() == [0, 6, 8, 10, 15]
-
+from lora_export.graph.quantised.scheme import Groups, IntegerCodes, PackedTensor
 
 SHAPE = (4, 6)
 TENSOR, ROWS, COLUMNS = Groups(SHAPE, None, 0), Groups(SHAPE, 0, 0), Groups(SHAPE, 1, 0)
@@ -74,15 +24,15 @@ def test_bands_have_these_rows_and_groups(groups: Groups, band_rows: int, band_g
     assert (groups.band_rows, groups.band_groups) == (band_rows, band_groups)
 
 
-@pytest.mark.parametrize("groups", ALL)
-def test_broadcast_scales_divide_entries_by_their_group(groups: Groups) -> None:
-    entries = np.arange(1.0, 25.0).reshape(SHAPE)
-    rows = slice(0, 4)
-    maxima = groups.reduce(np.maximum, entries, rows)
-    assert maxima.shape == (4 // groups.band_rows, groups.band_groups)
-    spread = np.broadcast_to(groups.broadcast(maxima, rows), SHAPE)
-    assert (entries <= spread).all()
-    assert (entries == spread).sum() == maxima.size
+def test_scales_are_those_of_the_entries_group() -> None:
+    rows, scales = slice(0, 4), np.arange(1, 13)
+    assert TENSOR.broadcast(scales[:1], rows).tolist() == [[1]]
+    assert ROWS.broadcast(scales[:4, None], rows).tolist() == [[1], [2], [3], [4]]
+    assert COLUMNS.broadcast(scales[None, :6], rows).tolist() == [[1, 2, 3, 4, 5, 6]]
+    in_rows = BLOCKS_IN_ROWS.broadcast(scales[:8].reshape(4, 2), rows)
+    assert in_rows.tolist() == [[first, first, first, first, first + 1, first + 1] for first in (1, 3, 5, 7)]
+    first, second = [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]
+    assert BLOCKS_OF_ROWS.broadcast(scales.reshape(2, 6), rows).tolist() == [first, first, second, second]
 
 
 def test_rows_of_second_band_get_its_scales() -> None:
@@ -92,34 +42,9 @@ def test_rows_of_second_band_get_its_scales() -> None:
     assert np.array_equal(BLOCKS_OF_ROWS.broadcast(scales, rows), scales)
 
 
-def test_rows_from_middle_of_band_are_grouped_with_their_own_band() -> None:
-    entries = np.arange(24.0).reshape(SHAPE)
-    rows = slice(1, 4)  # the second row of band 0, and all of band 1
-    maxima = BLOCKS_OF_ROWS.reduce(np.maximum, entries[rows], rows)
-    assert np.array_equal(maxima, entries[[1, 3]])
-    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(maxima, rows), entries[[1, 3, 3]])
-
-
-@pytest.mark.parametrize(
-    ("groups", "rows", "columns", "is_split"),
-    [
-        (TENSOR, slice(0, 2), EVERY_ROW, True),
-        (ROWS, slice(1, 2), EVERY_ROW, False),
-        (ROWS, slice(0, 4), slice(0, 3), True),
-        (COLUMNS, slice(0, 4), slice(1, 3), False),
-        (COLUMNS, slice(0, 2), slice(1, 3), True),
-        (BLOCKS_IN_ROWS, slice(1, 3), EVERY_ROW, False),
-        (BLOCKS_IN_ROWS, slice(0, 4), slice(0, 4), False),
-        (BLOCKS_IN_ROWS, slice(0, 4), slice(4, 6), False),
-        (BLOCKS_IN_ROWS, slice(0, 4), slice(2, 6), True),
-        (BLOCKS_OF_ROWS, slice(2, 4), EVERY_ROW, False),
-        (BLOCKS_OF_ROWS, slice(1, 3), EVERY_ROW, True),
-        (TENSOR, slice(0, 4), slice(0, 3), True),
-    ],
-)
-def test_patch_within_groups_does_not_split_them(groups: Groups, rows: slice, columns: slice, is_split: bool) -> None:
-    step: Any = None
-    assert groups.are_split_by(Patch(step, rows, columns)) is is_split
+def test_rows_from_middle_of_band_have_their_own_bands_scales() -> None:
+    scales = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
+    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(scales, slice(1, 4)), scales[[0, 1, 1]])
 
 
 # --- Numbers of a few bits, packed in bytes. ---
@@ -147,23 +72,29 @@ def test_rows_may_begin_within_a_byte() -> None:
 
 
 def test_padding_of_rows_is_kept() -> None:
-    tensor = packed_tensor(np.uint8([0xF1, 0xF2]), "uint8", 4, 1, 8)
-    assert tensor.read(slice(0, 2)).tolist() == [[1], [2]]
-    assert tensor.pack(np.array([[5], [6]]), tensor.inline_bytes).tolist() == [0xF5, 0xF6]
+    codes, data = IntegerCodes(packed_tensor(np.uint8([0xF1, 0xF2]), "uint8", 4, 1, 8)), np.uint8([0xF1, 0xF2])
+    assert codes.unpack(slice(0, 2), data).tolist() == [[1], [2]]
+    codes.pack(np.uint8([[5], [6]]), data)
+    assert data.tolist() == [0xF5, 0xF6]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("uint8", 2), ("int8", 4), ("uint8", 4), ("int8", 8), ("int16", 16)])
-def test_packed_numbers_are_read_again(dtype: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bits", "width"),
+    [("uint8", 2, 8), ("int8", 2, 3), ("int8", 4, 7), ("uint8", 4, 8), ("int8", 8, 5), ("int16", 16, 5)],
+)
+def test_packed_numbers_are_read_again(dtype: str, bits: int, width: int, tmp_path: Path) -> None:
     lowest = -(1 << (bits - 1)) if dtype.startswith("i") else 0
-    numbers = np.random.default_rng(0).integers(lowest, lowest + (1 << bits), (6, 8))
+    numbers = np.random.default_rng(0).integers(lowest, lowest + (1 << bits), (8, width))
     size = numbers.size * bits // 8
-    empty = packed_tensor(np.zeros(size, np.uint8), dtype, bits, 8, 8 * bits)
-    data = empty.pack(numbers, np.zeros(size, np.uint8))
+    empty = packed_tensor(np.zeros(size, np.uint8), dtype, bits, width, width * bits)
+    data, codes = np.zeros(size, np.uint8), (numbers - lowest).astype(np.uint16 if bits > 8 else np.uint8)
+    IntegerCodes(empty).pack(codes, data)
+    assert np.array_equal(IntegerCodes(empty).unpack(slice(0, 8), data), codes)  # 0 is the lowest
     (tmp_path / "data").write_bytes(bytes(3) + data.tobytes())
     external = ir.ExternalTensor(
         "data", 3, size, ir.DataType.UINT8, shape=ir.Shape([size]), name="w", base_dir=tmp_path
     )
     for tensor in (ir.Tensor(data), external):
-        stored = PackedTensor(tensor, np.dtype(dtype), bits, 8, 8 * bits)
-        assert np.array_equal(stored.read(slice(0, 6)), numbers)
+        stored = PackedTensor(tensor, np.dtype(dtype), bits, width, width * bits)
+        assert np.array_equal(stored.read(slice(0, 8)), numbers)
         assert np.array_equal(stored.read(slice(2, 5)), numbers[2:5])
