@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import Limits, Model, ModelInputs, Sizes
 from lora_export.models.processors import optional_package
+from lora_export.models.text_inputs import LONG
 from lora_export.models.traced_lengths import OF_TEXTS, with_traced_lengths
 from lora_export.models.tracing import named_outputs
 
 SCORES = "log_probabilities"
+FP32_BYTES = 4
+FEW_VALUES = 500  # of an output, above which the judge has its narrowest limits (`parity.ratio_limit`)
 HALF_CACHE = "rounds_cache"  # attribute of a module whose keys and values are rounded to float16
 
 Draw = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
@@ -41,19 +45,25 @@ def with_token_scores(model: Model, first: int, draw: Draw, longest: int | None 
         drawn = draw(sizes["batch"], sizes[OF_TEXTS], generator.initial_seed())
         return {IDS: made_before(sizes, generator)[IDS] if drawn is None else torch.tensor(drawn)}
 
-    usual: Limits = {OF_TEXTS: (first + 4, longest)}
-    few: Limits = {"batch": (1, 1), OF_TEXTS: (first + 4, min(first + 8, longest or first + 8))}
-    most = model.limits.get(OF_TEXTS, (0, None))[1]
-    limits = few if is_costly else usual
-    if most is not None:
-        low, high = limits[OF_TEXTS]
-        limits[OF_TEXTS] = (low, most if high is None else min(most, high))
+    most = min((size for size in (longest, model.limits.get(OF_TEXTS, (0, None))[1]) if size), default=None)
+    limits: Limits = {OF_TEXTS: (first + 4, most)}
+    further = tuple(sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > 1)
+    if is_costly:
+        limits, further = {"batch": (1, 1), OF_TEXTS: (first + 4, min(first + 8, most or first + 8))}, ()
+    elif next(model.module.parameters()).itemsize < FP32_BYTES:
+        # PyTorch's own error is large then. An output of few values would be allowed several times as much of it.
+        length = min(LONG, most or LONG)
+        batch = FEW_VALUES // (length - first) + 1
+        limits, further = (
+            {"batch": (batch, batch), OF_TEXTS: (length, most)},
+            ({"batch": batch, OF_TEXTS: length + 24},),
+        )
     return replace(
         model,
         axes={IDS: dict(model.axes[IDS])},
         make_inputs=make,
         limits=limits,
-        further=() if is_costly else tuple(sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > 1),
+        further=further,
         traced=model.traced or {OF_TEXTS: (0, None)},  # known: its own inputs were looked at
         text_only=None,
     )
@@ -63,12 +73,19 @@ def _score_tokens(module: nn.Module, first: int) -> None:
     cls: Any = type(module)
 
     def forward(self: Any, input_ids: Tensor) -> dict[str, Tensor]:
-        cache = {"past_key_values": _half_cache(self.config), "use_cache": True} if hasattr(self, HALF_CACHE) else {}
+        taken = cache_argument(cls) if hasattr(self, HALF_CACHE) else ""
+        cache = {taken: _half_cache(self.config), "use_cache": True} if taken else {}
         logits = named_outputs(cls.forward(self, input_ids=input_ids, **cache))[LOGITS][:, first - 1 : -1]
         scores = logits.float().log_softmax(-1)  # servers take the logarithm in fp32
         return {SCORES: scores.gather(-1, input_ids[:, first:, None]).squeeze(-1)}
 
     exchange_forward(module, forward)
+
+
+def cache_argument(cls: type[nn.Module]) -> str:
+    """What a model takes a key/value cache as; empty where it takes none."""
+    names = [name for base in cls.__mro__ if hasattr(base, "forward") for name in signature(base.forward).parameters]
+    return next((name for name in ("cache", "past_key_values") if name in names), "")
 
 
 def _half_cache(config: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from lora_export import layers
 from lora_export.graph.cache_names import IDS
 from lora_export.lora import Adapter
-from lora_export.models.token_scores import HALF_CACHE
+from lora_export.models.token_scores import HALF_CACHE, cache_argument
 from lora_export.plan import Term
 from lora_export.runtime.endpoint.runner import IN_BINARY, EndpointRunner
 from lora_export.runtime.runner import Arrays, Runner
@@ -101,7 +101,7 @@ class PreparedEndpoint(PreparedPyTorch):
         return replace(expected, deployed=deployed, notes=tuple(notes))
 
     def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
-        if self.dtype is torch.float32:
+        if self.dtype is torch.float32 and cache_argument(type(self.deployed.module)):
             step("PyTorch, its cache in float16")
             module = shared_copy(self.deployed.module)
             setattr(module, HALF_CACHE, True)

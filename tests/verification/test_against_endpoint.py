@@ -98,8 +98,17 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("fault", FAULTS)
+QUICK = ("the adapter is not used", "a beginning is added", "tokens are dropped")  # by all protocols
+
+
+@pytest.mark.parametrize(
+    ("fault", "protocol"),
+    [
+        pytest.param(fault, protocol, marks=() if not number or fault in QUICK else pytest.mark.slow)
+        for fault in FAULTS
+        for number, protocol in enumerate(PROTOCOLS)
+    ],
+)
 def test_a_wrong_serving_is_different(fault: str, protocol: str, folders: Folders) -> None:
     wrong, sentence = FAULTS[fault]
     if protocol == "prompt_logprobs" and wrong.get("counts") is False and sentence == "":
@@ -163,7 +172,10 @@ def test_a_cache_in_float16_is_measured(has_adapter: bool, outcome: str, folders
 
 
 @pytest.mark.parametrize(("adapter", "outcome"), [("adapter", "same"), ("other", "different"), (None, "different")])
-def test_a_serving_in_bfloat16_is_judged_in_it(adapter: str | None, outcome: str, folders: Folders) -> None:
+def test_a_serving_in_bfloat16_is_judged_in_it(
+    adapter: str | None, outcome: str, folders: Folders, tmp_path: Path
+) -> None:
+    folders = folders._replace(adapter=save_adapter(folders.base, tmp_path / "a", alpha=24))
     path = None if adapter is None else getattr(folders, adapter)
     model = served(folders.base, path, options={"dtype": torch.bfloat16})
     result = verified(folders, model, dtype="bfloat16", other=folders.other)
@@ -235,7 +247,7 @@ def test_a_value_that_is_no_log_probability_is_refused(value: Any, folders: Fold
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trace": True}, "trace=True: an endpoint shows its answers alone"),
+        ({"trace": True}, "trace=: an endpoint shows its answers alone"),
         ({"provider": "cuda"}, "is for .onnx files"),
         ({"adapter_id": 1}, "are for .onnx files"),
         ({"fixed": {"sequence": 4}}, "an endpoint shows its answers alone"),

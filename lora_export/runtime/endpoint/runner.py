@@ -82,7 +82,7 @@ class EndpointRunner(PlainRunner):
 
 
 def _decimals(value: Value) -> int:
-    exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
+    exponent = value.normalize().as_tuple().exponent if isinstance(value, Decimal) else 0
     return max(0, -int(exponent))
 
 

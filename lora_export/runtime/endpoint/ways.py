@@ -6,9 +6,10 @@ last way is to ask for the next token, prompt by prompt: every server with `logp
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -21,6 +22,8 @@ LIKELIEST = 5  # tokens that are asked for: OpenAI's most
 START = 4  # tokens of a text before the first whose value is asked for, where each takes a request
 FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 PROBES = 2  # texts by which `echo` is compared with generated tokens
+# OpenAI's form for completions, and that for chats, which mlx_lm's server wants for both
+FORMS: tuple[Mapping[str, Any], ...] = ({"logprobs": LIKELIEST}, {"logprobs": True, "top_logprobs": LIKELIEST})
 NOT_WEIGHTS = "Its weights were not judged"
 CLOSE = 0.02  # of a log-probability, plus as much of its size: farther apart, two values are not of one position
 
@@ -179,6 +182,7 @@ class NextToken:
 
     server: Completions
     texts: Texts
+    form: Mapping[str, Any]  # how the likeliest are asked for
     name: ClassVar[str] = "next tokens"
     note: str = (
         f"texts were sent, one for each token, and a token's log-probability was read among the {LIKELIEST} likeliest: "
@@ -187,9 +191,9 @@ class NextToken:
     first: int = START
 
     @classmethod
-    def found(cls, server: Completions, texts: Texts, ids: Sequence[int]) -> NextToken | None:
-        """This way, where the server has it."""
-        way = cls(server, texts)
+    def found(cls, server: Completions, texts: Texts, ids: Sequence[int], form: Mapping[str, Any]) -> NextToken | None:
+        """This way, where the server has it in this form."""
+        way = cls(server, texts, form)
         return way if way._likeliest(ids) else None
 
     def values(self, ids: Sequence[int]) -> list[Value]:
@@ -197,8 +201,8 @@ class NextToken:
 
     def value_after(self, ids: Sequence[int], token: int) -> Value:
         """The log-probability of a token. Raises RuntimeRefused where it is not among the likeliest."""
-        for piece, value in self._likeliest(ids).items():
-            if self.texts.after(ids, piece) == token:
+        for likely, value in self._likeliest(ids):
+            if likely == token:
                 return self.server.number(value)
         raise RuntimeRefused(
             f"{self.server.client.address} gives no log-probability for a token that was among its {LIKELIEST} "
@@ -220,14 +224,19 @@ class NextToken:
 
     def following(self, ids: Sequence[int]) -> Iterator[tuple[int, Value]]:
         """The likeliest tokens that a text can end with, and their values."""
-        for piece, value in self._likeliest(ids).items():
-            if (token := self.texts.after(ids, piece)) is not None:
+        for token, value in self._likeliest(ids):
+            if token is not None and self.texts.is_exact([*ids, token]):
                 yield token, self.server.number(value)
 
-    def _likeliest(self, ids: Sequence[int]) -> dict[str, Any]:
-        choice = self.server.ask(self.texts.text(ids), logprobs=LIKELIEST)
+    def _likeliest(self, ids: Sequence[int]) -> list[tuple[int | None, Any]]:
+        """Tokens, None for one that is unknown, and their values. By their ids where the server gives these."""
+        choice = self.server.ask(self.texts.text(ids), **self.form)
         self.server.refuse_other_tokens(choice, ids)
-        return _top_logprobs(choice)
+        entries = _top_logprobs(choice)
+        return [
+            (token if isinstance(token, int) else self.texts.after(ids, str(piece)), value)
+            for token, piece, value in entries
+        ]
 
 
 def find_way(server: Completions, vocabulary: int, texts: Texted) -> Way:
@@ -248,7 +257,10 @@ def find_way(server: Completions, vocabulary: int, texts: Texted) -> Way:
     of_base = texts()
     ids = of_base.draw(START + 1, choose)
     echo = tried(lambda: Echo.found(server, of_base, ids))
-    following = tried(lambda: NextToken.found(server, of_base, ids))
+    forms = iter(FORMS)
+    following = None
+    while following is None and (form := next(forms, None)):
+        following = tried(functools.partial(NextToken.found, server, of_base, ids, form))
     if following is None and echo is None:
         how = f" ({refusals[-1]})" if refusals else ": it ignores the field, as `transformers serve` does"
         raise Undecided(
@@ -296,15 +308,15 @@ def _generated(choice: dict[str, Any]) -> int:
     return count if isinstance(count, int) else 1
 
 
-def _top_logprobs(choice: dict[str, Any]) -> dict[str, Any]:
-    """Token -> log-probability of the first generated token; the form of llama.cpp's own server, too."""
+def _top_logprobs(choice: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """Id, text and log-probability of the likeliest first tokens, in the form of completions or in that of chats."""
     found = choice.get("logprobs")
     if not isinstance(found, dict):
-        return {}
+        return []
     if isinstance(top := found.get("top_logprobs"), list) and top and isinstance(top[0], dict):
-        return top[0]
+        return [(None, piece, value) for piece, value in top[0].items()]
     content = found.get("content")
     entry = content[0] if isinstance(content, list) and content else None
     listed = entry.get("top_logprobs") if isinstance(entry, dict) else None
     entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return {str(each.get("token")): each.get("logprob") for each in entries}
+    return [(each.get("id"), each.get("token"), each.get("logprob")) for each in entries]
