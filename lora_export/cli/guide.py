@@ -42,6 +42,7 @@ GROUPS = {
         "quantised": "Quantised graphs, checkpoints and GGUF files.",
         "verdict": "What `verify` runs, and how it decides.",
         "judged": "Every rule of a verdict, and what it does not judge.",
+        "endpoints": "Prove what a server answers: vLLM, llama.cpp, mlx-lm.",
         "ci": "Verify in CI: exit codes, reports, pytest.",
         "python": "All commands as Python functions.",
         "configuration": "Defaults in pyproject.toml and the environment; shell completion.",
