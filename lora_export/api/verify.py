@@ -34,6 +34,7 @@ from lora_export.provenance import adapter_records
 from lora_export.report.files import check_report_path, try_report_place, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
+from lora_export.runtime.endpoint.client import refuse_address
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
@@ -100,7 +101,8 @@ class Verification:
 def verify(options: VerifyOptions) -> Verification:
     """Prove that a file computes what a PyTorch model with its adapters attached computes.
 
-    `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
+    `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file; or
+    the address of a server, as text: https://host/v1.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
     with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with the base's folder. A
@@ -160,6 +162,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         base=None if options.base is None else locate(options.base, on_message, download),
         adapters=locate_adapters(options.adapters, on_message, download),
         onnx_adapter=None if options.onnx_adapter is None else Path(options.onnx_adapter),
+        other=locate_adapters(options.other, on_message, download),
         inputs=None if options.inputs is None else Path(options.inputs),
         cache=None if options.cache is None else Path(options.cache),
         fixed=dict(options.fixed or {}),
@@ -251,14 +254,33 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     if request.provider != "cpu" and (not is_graph or request.runner is not None):
         whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"
         raise WrongUsage(f"{named('provider', request.provider)} is for .onnx files under onnxruntime; {whose}")
-    of_graphs = (request.onnx_adapter, request.adapter_id, request.dtype) != (None, None, "float32")
+    dtype = "float32" if candidate.address else request.dtype  # any of the halves is served
+    of_graphs = (request.onnx_adapter, request.adapter_id, dtype) != (None, None, "float32")
     if of_graphs and not is_graph and request.runner is None:
         raise WrongUsage(f"{named('onnx_adapter')}, {named('adapter_id')} and {named('dtype')} are for .onnx files")
+    _check_endpoint(candidate, request)
     if request.layout and model is not None:
         raise WrongUsage(
             f"{named('layout')} is for {named('base')} without {named('model')}: a model determines the layout of its "
             "weights"
         )
+
+
+def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:
+    """Raise WrongUsage for options of endpoints beside a file, and for those of files beside an endpoint."""
+    if not candidate.address:
+        given: dict[str, object] = {"served_name": request.served_name, "other": request.other}
+        why = "CANDIDATE is an address such as https://host/v1"
+    else:
+        refuse_address(candidate.address)
+        given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory}
+        given |= {"expect_signature": request.expected.signature}
+        why = "an endpoint shows its answers alone, and is no file"
+    if request.other and not request.adapters:
+        given |= {"other": request.other}
+        why = f"it is beside the adapter that is judged ({named('adapters')})"
+    if names := [named(name) for name, value in given.items() if value]:
+        raise WrongUsage(f"{' and '.join(names)}: {why}")
 
 
 def _contained(candidate: Artifact) -> str:

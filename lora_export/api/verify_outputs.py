@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from lora_export.api.load import load_adapters, resolve_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
-from lora_export.artifacts.artifact import Artifact, open_artifact
+from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
 from lora_export.callbacks import in_stages
 from lora_export.errors import Different, EnvironmentLacking, Undecided
-from lora_export.isolation.limits import LEAST_TIMEOUT, TIMES_PYTORCH
+from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
@@ -33,7 +33,11 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
+    from lora_export.models.token_scores import with_token_scores
+    from lora_export.runtime.endpoint.runner import EndpointRunner
+    from lora_export.runtime.endpoint.ways import NextToken
     from lora_export.runtime.open_artifact import HowToOpen, open_candidate
+    from lora_export.verification.against_endpoint import EndpointReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.module_copies import fp64_bytes
     from lora_export.verification.proof import prove
@@ -63,13 +67,26 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        seconds = _seconds(request, base)
-        how = HowToOpen(base, request.provider, request.onnx_adapter, request.adapter_id, seconds, request.runner)
+        how = HowToOpen(
+            base,
+            request.provider,
+            request.onnx_adapter,
+            request.adapter_id,
+            request.served_name,
+            [adapter.name for adapter in loaded],
+            _seconds(request, base, candidate),
+            request.runner,
+        )
         runner = open_candidate(candidate, how)
+        make_references: Callable[..., PyTorchReferences] = PyTorchReferences
+        if isinstance(runner, EndpointRunner):
+            is_costly = isinstance(runner.way, NextToken)
+            base = with_token_scores(base, runner.way.first, runner.draw, runner.longest, is_costly=is_costly)
+            make_references = functools.partial(EndpointReferences, others=load_adapters(request.other))
         takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
         base = base.taking(takes).without_token_types(takes)
         release_memory(of=fp64_bytes(base.module))
-        references = PyTorchReferences(
+        references = make_references(
             base,
             adapted.adapters,
             adapted.strengths,
@@ -104,11 +121,13 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         if recorded and diagnosis is not None:
             diagnosis = replace(diagnosis, why=without_guesses(diagnosis.why))
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded), diagnosis=diagnosis)
-    about = {"candidate": {"path": str(candidate.path), "sha256": hashes}, **facts, **request.settings, **proof.about}
+    if isinstance(runner, EndpointRunner):
+        facts["endpoint"] = runner.facts
+    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
 
 
-def _seconds(request: VerifyRequest, base: Model) -> float:
+def _seconds(request: VerifyRequest, base: Model, candidate: Artifact) -> float:
     """How long a run of the candidate may take: as stated, or in proportion to PyTorch's run of the largest inputs.
 
     An endless graph ends soon then. A large model, whose run takes long, and own inputs are not timed, and bfloat16 is
@@ -118,6 +137,8 @@ def _seconds(request: VerifyRequest, base: Model) -> float:
     from lora_export.models.tracing import failure_on
     from lora_export.verification.module_copies import is_large
 
+    if candidate.kind is ArtifactKind.ENDPOINT:
+        return REQUEST_SECONDS if request.timeout is None else request.timeout
     if request.timeout is not None or request.inputs is not None or request.dtype == "bfloat16":
         return request.seconds
     if is_large(base.module):

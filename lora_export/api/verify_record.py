@@ -15,6 +15,7 @@ from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter
+from lora_export.options.combining import AdapterSource
 from lora_export.options.spelling import named
 from lora_export.options.verify import VerifyOptions
 from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
@@ -36,6 +37,7 @@ class VerifyRequest(VerifyOptions):
     base: Path | None = None
     onnx_adapter: Path | None = None
     inputs: Path | None = None
+    other: Sequence[AdapterSource] = ()
     cache: Path | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from lora_export.artifacts.files import (
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
@@ -102,6 +103,7 @@ class ArtifactKind(StrEnum):
     PROGRAM = "program of torch.export"
     OPENVINO = "model of OpenVINO"
     ADAPTER = "adapter for a graph"
+    ENDPOINT = "endpoint"
     OTHER = "other file"
 
     @property
@@ -162,10 +164,16 @@ class Artifact:
 
     path: Path
     kind: ArtifactKind
+    address: str = ""  # of an endpoint, whose path names nothing
+
+    def __str__(self) -> str:
+        return self.address or str(self.path)
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
         """Name -> path of each of its files: those in a folder, or a graph and its external data."""
+        if self.address:
+            return {}
         files = files_of_artifact(self.path, is_graph=self.kind is ArtifactKind.GRAPH)
         weights = self.path.with_suffix(".bin")
         has_weights = self.kind is ArtifactKind.OPENVINO and weights.is_file()
@@ -195,6 +203,9 @@ class Artifact:
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """A context at whose end its files must be those of the beginning. Raises InputRefused, also where none is."""
+        if self.address:
+            yield
+            return
         input_files.must_exist(self.path, "candidate")
         with input_files.unchanged(self.path, lambda: list(Artifact(self.path, self.kind).files.values())):
             yield
@@ -211,6 +222,8 @@ class Artifact:
         Raises InputRefused where the record or its file is damaged.
         """
         path, rows = self.path, None
+        if self.address:
+            return WrittenRecord()
         if path.is_dir():
             content = read_manifest(path)
         else:
@@ -268,8 +281,11 @@ class Artifact:
 def open_artifact(path: str | Path) -> Artifact:
     """A path with its kind. Reads no weights, and refuses nothing: the reader of a kind does.
 
-    A folder of one graph without a checkpoint's weights, as a decoder is exported to, is its graph.
+    A folder of one graph without a checkpoint's weights, as a decoder is exported to, is its graph. The address of a
+    server is that of an endpoint.
     """
+    if is_address(path):
+        return Artifact(Path(path), ArtifactKind.ENDPOINT, str(path).rstrip("/"))
     path = Path(path)
     if (path / SINGLE_GRAPH).is_file() and not any(path.glob("*.safetensors")):
         path /= SINGLE_GRAPH

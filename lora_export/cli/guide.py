@@ -44,6 +44,7 @@ GROUPS = {
         "verdict": "What `verify` runs, and how it decides.",
         "judged": "Every rule of a verdict, and what it does not judge.",
         "runners": "Prove what OpenVINO, or a function of yours, runs.",
+        "endpoints": "Prove what a server answers: vLLM, llama.cpp, mlx-lm.",
         "ci": "Verify in CI: exit codes, reports, pytest.",
         "python": "All commands as Python functions.",
         "configuration": "Defaults in pyproject.toml and the environment; shell completion.",

@@ -17,13 +17,16 @@ from lora_export.options.verify import VerifyOptions
     "verify merged --base base -a adapter",
     cls=TakesAdapters,
 )
-def verify_command(candidate: Path, as_json: bool, **options: Any) -> int:
+def verify_command(candidate: str | Path, as_json: bool, **options: Any) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
 
     CANDIDATE is an .onnx, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder, or a merged
     .safetensors file with MODEL's weights. MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory`
     or a .pt2. The verdict is `same` (exit code 0), `different` (4) or `undecided` (5). Exit code 6 means that the
     requested provider did not do the work.
+
+    CANDIDATE may also be the address of a server, such as https://host/v1: its log-probabilities are compared with
+    those of MODEL. The key is in the variable LORA_EXPORT_API_KEY or OPENAI_API_KEY.
 
     A .pt2 is read without torch.export.load, which could run code from the file. Operators outside a closed list are
     refused by name.
@@ -45,7 +48,7 @@ def verify_command(candidate: Path, as_json: bool, **options: Any) -> int:
         print_document(result.as_document())
     elif result.error is None:
         show_proof(result.proof)
-    annotate_github(result, f"verify {candidate.name}")
+    annotate_github(result, f"verify {getattr(candidate, 'name', candidate)}")
     if result.error is not None:
         raise result.error
     return result.exit_code

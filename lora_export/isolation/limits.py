@@ -29,6 +29,12 @@ TIMEOUT = _limit("a run where PyTorch is not timed: a large model, own inputs, b
 MAX_CODE = _limit("one record of code in a TorchScript file", 64 * MIB, "bytes")
 MAX_ANSWER = _limit("the names and shapes of what a process of its own answers", 64 * MIB, "bytes")
 
+# --- Endpoints ---
+
+MAX_REQUESTS = _limit("a proof of an endpoint", 200, "requests")
+MAX_RESPONSE = _limit("an answer of an endpoint", 64 * MIB, "bytes")
+REQUEST_SECONDS = _limit("a request to an endpoint, with its repetitions, without another limit", 120, "seconds")
+
 # --- Tokenizers and what they make ---
 
 CHAT_SECONDS = _limit("a chat template, for one conversation", 10, "seconds")

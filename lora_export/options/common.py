@@ -29,6 +29,11 @@ class LoadedModel(Protocol):
 ModelSource: TypeAlias = str | Path | LoadedModel | tuple[Any, Any]  # the last: a module and its example inputs
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether this is the address of a server: a text, since a path has no two slashes in a row."""
+    return isinstance(path, str) and path.lower().startswith(("http://", "https://"))
+
+
 PROVIDER = Option("Execution provider on which onnxruntime must run.", section=Section.PROOF, often=True)
 LAYOUT = Option(
     "Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a tensor, "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.errors import WrongUsage
-from lora_export.options.combining import GivenAdapters
+from lora_export.options.combining import AdapterSources, GivenAdapters
 from lora_export.options.common import LAYOUT, Download, ModelSource, Reported, Running
 from lora_export.options.declaring import (
     Option,
@@ -112,6 +112,20 @@ class Judging(Running):
         "What runs CANDIDATE, in place of onnxruntime or PyTorch: openvino, onnx-reference, a name that a package "
         "registers, or your own function (see `guide runners`).",
         metavar="NAME|FILE.py:FUNCTION",
+        section=Section.PROOF,
+    )
+    served_name: str | None = option(
+        None,
+        "Model of an endpoint that is judged. Default: that of the adapter's name, or the only one.",
+        metavar="NAME",
+        section=Section.OPTIONS,
+    )
+    other: AdapterSources = option(
+        (),
+        "Adapter of another tenant of an endpoint: its answers must be told apart. May be repeated.",
+        metavar="[NAME=]ADAPTER",
+        kind="source",
+        multiple=True,
         section=Section.PROOF,
     )
     atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)

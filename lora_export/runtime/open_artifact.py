@@ -6,9 +6,10 @@ test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from lora_export.models.pt2 import program
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.endpoint.runner import open_endpoint
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
@@ -40,7 +42,11 @@ class HowToOpen:
     provider: str = Running.provider
     onnx_adapter: Path | None = None  # run with a graph that takes it
     adapter_id: int | None = None  # of every row of a graph with adapters by row; None: the caller sets the ids
-    timeout: float = TIMEOUT  # seconds of a run; that of a folder or a .pt2 ends once its operator has ended
+    served_name: str | None = None  # the model of an endpoint that is meant
+    adapters: Sequence[str] = ()  # names, of which one may be that model's
+    timeout: float = (
+        TIMEOUT  # seconds of a run, or of a request; that of a folder or a .pt2 ends once its operator has ended
+    )
     runner: str | None = None  # in place of ours: a name, or file.py:function
 
 
@@ -117,6 +123,13 @@ def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     return runner if how.adapter_id is None else runner.with_rows([how.adapter_id])
 
 
+def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    module: Any = how.base.module
+    vocabulary = module.config.get_text_config().vocab_size if how.base.is_huggingface else 1
+    folder = Path(how.base.source)
+    return open_endpoint(candidate.address, how.served_name, how.adapters, folder, vocabulary, how.timeout)
+
+
 RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {
     ArtifactKind.GRAPH: _graph,
     ArtifactKind.GENERATION: _graphs_of_encoder_decoder,
@@ -127,4 +140,5 @@ RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]]
     ArtifactKind.SCRIPT: _script,
     ArtifactKind.PROGRAM: _program,
     ArtifactKind.OPENVINO: _registered,
+    ArtifactKind.ENDPOINT: _endpoint,
 }

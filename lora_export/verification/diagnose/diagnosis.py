@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_export.errors import EscapedLines, escaped_lines
 
@@ -24,6 +24,7 @@ class Diagnosis:
     first: str | None  # None where no module differs
     why: str  # one line; several where it is EscapedLines
     layers: tuple[LayerError, ...] = ()
+    title: str = field(default="", repr=False)  # in place of the first module, where no modules were compared
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "why", escaped_lines(self.why))
@@ -31,7 +32,9 @@ class Diagnosis:
     @property
     def text(self) -> EscapedLines:
         """The first module that differs, and why, in lines."""
-        title = "no module differs" if self.first is None else f"first module that differs: {self.first}"
+        title = self.title or (
+            "no module differs" if self.first is None else f"first module that differs: {self.first}"
+        )
         return escaped_lines(title, *(f"  {line}" for line in self.why.split("\n") if line))
 
     def __str__(self) -> str:

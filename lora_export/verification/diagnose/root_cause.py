@@ -33,7 +33,7 @@ UNEXPLAINED = 0.02  # of the difference, that an explanation may leave
 SAME_FACTOR = 2e-3  # relative difference up to which a fitted factor is a known one
 ROUNDINGS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 MAX_RANGES = 3  # of outputs, that are listed one by one
-_GUESS = re.compile(r", as if [^;()\n]*[^;()\s]")  # as `_describe_strength` ends
+_GUESS = re.compile(r", as if [^;()\n]*[^;()\s]")  # as `describe_strength` ends
 NOT_EXPLAINED = "none of the known mistakes explains it"
 
 
@@ -125,7 +125,7 @@ def _wrong_strength(layer: LayerObservation) -> Iterator[Explanation]:
     rounded = [_nearest_known(factor, term) for factor, term in zip(fitted, layer.terms, strict=True)]
     for chosen in (rounded, fitted):
         texts = [
-            _describe_strength(float(factor), term, several=len(layer.terms) > 1)
+            describe_strength(float(factor), term, several=len(layer.terms) > 1)
             for factor, term in zip(chosen, layer.terms, strict=True)
             if abs(factor - 1) > SAME_FACTOR
         ]
@@ -141,23 +141,23 @@ def without_guesses(text: str) -> EscapedLines:
 
 
 def _nearest_known(factor: float, term: Term) -> float:
-    known = [0.0, 1.0, round(factor, 2), *(value for value, _ in _known_factors(term))]
+    known = [0.0, 1.0, round(factor, 2), *(value for value, _ in known_factors(term))]
     nearest = min(known, key=lambda value: abs(value - factor))
     return nearest if abs(nearest - factor) <= SAME_FACTOR * max(abs(nearest), 1.0) else factor
 
 
-def _describe_strength(factor: float, term: Term, *, several: bool) -> str:
+def describe_strength(factor: float, term: Term, *, several: bool) -> str:
     adapter = f"its adapter {term.adapter}" if several else "its adapter"
     if factor == 0:
         return f"{adapter} is missing"
     if factor == -1:
         return f"{adapter} has the wrong sign: it is subtracted where it should be added"
-    close = [text for value, text in _known_factors(term) if abs(factor / value - 1) <= SAME_FACTOR]
+    close = [text for value, text in known_factors(term) if abs(factor / value - 1) <= SAME_FACTOR]
     as_if = f", as if {' or '.join(close)}" if close else ""
     return f"{adapter} has {factor:.4g} times the correct strength (scale {term.pair.scale:.4g}){as_if}"
 
 
-def _known_factors(term: Term) -> list[tuple[float, str]]:
+def known_factors(term: Term) -> list[tuple[float, str]]:
     """The factors by which mistakes that are possible with a pair change its scale, each with its description."""
     rank, scale, root = float(term.pair.rank), term.pair.scale, math.sqrt(term.pair.rank)
     known = [
@@ -270,8 +270,8 @@ def _wrong_dora(layer: LayerObservation, magnitude: Array) -> Iterator[Explanati
     if layer.bias is not None:
         predicted = layer.expected - constant + constant * expected_dora_factors(magnitude, total)
         yield Explanation("rescaled bias", "DoRA's magnitude rescales the bias too", predicted)
-    for factor, _ in _known_factors(term):
-        text = _describe_strength(factor, term, several=False)
+    for factor, _ in known_factors(term):
+        text = describe_strength(factor, term, several=False)
         predicted = layer.dora_product(magnitude, layer.merged_weight(factor)) + constant
         yield Explanation(f"scale {factor:.4g}", text, predicted)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lora_export
 from support import ROOT
+from support.endpoints import Served, serving
 from support.gguf_files import Kind, llama, runnable, write_llama
 from support.llama_cpp_runs import PYTHON
 from support.peft_models import trained
@@ -54,3 +57,38 @@ def test_a_merged_file_is_the_base_with_its_adapter(
     own, left = divergence(beside, without), divergence(beside, merged)
     print(f"{kind.name} {types}: KL of the merge {left:.3g}, of the adapter {own:.3g}: {left / own:.2g}")
     assert own > 1e-3 and left <= most * own
+
+
+@pytest.mark.parametrize(
+    ("cache", "has_adapter", "outcome", "sentence"),
+    [
+        ("f32", True, "same", "token ids were sent"),
+        ("f16", True, "same", "keys and values rounded to float16"),
+        ("f16", False, "different", "the server answers as the base model"),
+    ],
+)
+def test_what_llama_cpp_serves_is_judged(
+    cache: str, has_adapter: bool, outcome: str, sentence: str, tmp_path: Path
+) -> None:
+    base = write_llama(tmp_path / "base.gguf", Kind.F32, fields=runnable)
+    model = trained(llama(), r=4, lora_alpha=2, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "a")
+    llama().save_pretrained(tmp_path / "hf")
+    adapter = lora_export.convert(tmp_path / "a", tmp_path / "a.gguf", to="gguf", base=tmp_path / "hf").output
+    script, run = ROOT / "tests/support/llama_cpp_logits.py", f"{base}+{adapter}" if has_adapter else base
+    streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([PYTHON, script, cache, run], **streams) as process:
+
+        def logits(ids: torch.Tensor) -> torch.Tensor:
+            assert process.stdin and process.stdout
+            process.stdin.write(f"{ids[0].tolist()}\n")
+            process.stdin.flush()
+            return torch.tensor(json.loads(process.stdout.readline()))
+
+        with serving(Served(logits, None)) as address:
+            result = lora_export.verify(address, tmp_path / "hf", adapters=tmp_path / "a", served_name="a")
+        assert process.stdin
+        process.stdin.close()
+    print(f"cache in {cache}: {result.verdict.headline}")
+    assert result.verdict.outcome == outcome, str(result)
+    assert sentence in str(result)

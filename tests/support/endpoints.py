@@ -1,0 +1,174 @@
+"""Servers on the loopback: a small Llama with PEFT's adapters, by each protocol, right and wrong; and hostile ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+WORDS = 60
+LOCK = threading.Lock()  # one run at a time: PyTorch's threads are few
+
+Logits = Callable[[torch.Tensor], torch.Tensor]  # ids (1, n) -> (n, words)
+
+
+def save_base(folder: Path, *, seed: int = 0, begins: bool = False) -> Path:
+    """A Llama of two layers, with a tokenizer of words; it begins each text with <s> if that is wanted."""
+    torch.manual_seed(seed)
+    config = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=WORDS, initializer_range=0.2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, WORDS)}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        tokens.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, *, seed: int = 1, alpha: int = 8, rank: int = 4) -> Path:
+    """An adapter of PEFT with a B that is not zero."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_peft(base: Path, adapter: Path | None = None, *, factor: float = 1.0, **options: Any) -> Logits:
+    """What transformers computes, with an adapter attached by PEFT and its scale times a factor."""
+    model = hf.AutoModelForCausalLM.from_pretrained(base, **options).eval()
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.scaling = {name: scale * factor for name, scale in module.scaling.items()}
+    return lambda ids: model(input_ids=ids).logits[0].float()
+
+
+@dataclass(eq=False)
+class Served:
+    """A model at a server, and what the server does wrong."""
+
+    logits: Logits
+    tokenizer: Any
+    protocol: str = "prompt_logprobs"  # or "echo", "next tokens", "none"
+    prompt: Callable[[list[int]], list[int]] = list  # what it reads in place of the tokens
+    values: Callable[[list[float]], list[Any]] = list  # what it gives in place of the values
+    counts: bool = True  # whether it states how many tokens it read
+    shift: int = 0  # by how many positions its `echo` is off
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "a", "parent": "base"}, {"id": "base"}])
+    busy: int = 0  # requests that are refused with 429 first
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of /completions. Raises ValueError for what the protocol does not take."""
+        sent = body["prompt"]
+        takes_ids = self.protocol == "prompt_logprobs"
+        if isinstance(sent, list) and not takes_ids:
+            raise ValueError("prompt must be a text")
+        given = sent if isinstance(sent, list) else self.tokenizer(sent)["input_ids"]
+        ids = self.prompt(list(given))
+        with LOCK, torch.no_grad():
+            scores = self.logits(torch.tensor([ids])).log_softmax(-1)
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
+        if takes_ids and "prompt_logprobs" in body:
+            own = self.values([float(scores[at, token]) for at, token in enumerate(ids[1:])])
+            choice["prompt_logprobs"] = [None, *(_entry(*pair) for pair in zip(ids[1:], own, strict=False))]
+        elif ("logprobs" in body and self.protocol == "next tokens") or (
+            self.protocol == "echo" and "echo" not in body
+        ):
+            top = scores[-1].topk(body["logprobs"])
+            values = self.values(top.values.tolist())
+            words = [f" {self.tokenizer.decode([token])}" for token in top.indices.tolist()]
+            choice["logprobs"] = {"token_logprobs": values[:1], "top_logprobs": [dict(zip(words, values, strict=True))]}
+        elif self.protocol == "echo":
+            at = [min(place + self.shift, len(ids) - 1) for place in range(len(ids) - 1)]
+            own = self.values([float(scores[place, token]) for place, token in zip(at, ids[1:], strict=True)])
+            own = own[1:] if ids[0] == 0 else own  # as llama.cpp leaves out the beginning
+            choice["logprobs"] = {"token_logprobs": [None, *own, -1.0], "tokens": []}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 1} if self.counts else None
+        return {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
+
+
+def served(base: Path, adapter: Path | None, protocol: str = "prompt_logprobs", **wrong: Any) -> Served:
+    """A right serving, unless something is wrong with it."""
+    factor, options = wrong.pop("factor", 1.0), wrong.pop("options", {})
+    logits = wrong.pop("logits", None) or with_peft(base, adapter, factor=factor, **options)
+    return Served(logits, hf.AutoTokenizer.from_pretrained(base), protocol, **wrong)
+
+
+def _entry(token: int, value: Any) -> dict[str, Any]:
+    return {str(token): {"logprob": value, "rank": 1, "decoded_token": f"w{token}"}}
+
+
+@contextlib.contextmanager
+def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of a server on the loopback that handles each request so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            handle(self)
+
+        def do_POST(self) -> None:
+            handle(self)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def serving(model: Served) -> Iterator[str]:
+    """The address of a server of this model."""
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "GET":
+            return reply(request, {"object": "list", "data": model.models})
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        model.requests.append({**body, "key": request.headers.get("Authorization")})
+        if model.busy:
+            model.busy -= 1
+            return reply(request, {"error": {"message": "busy"}}, 429)
+        try:
+            return reply(request, model.answer(body))
+        except ValueError as error:
+            return reply(request, {"error": {"message": str(error)}}, 400)
+
+    with running(handle) as address:
+        yield address
+
+
+def reply(request: BaseHTTPRequestHandler, content: Any, status: int = 200, **headers: str) -> None:
+    """Answer with JSON, or with bytes."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    request.send_response(status)
+    for name, value in ({"Content-Length": str(len(data)), "Content-Type": "application/json"} | headers).items():
+        request.send_header(name.replace("_", "-"), value)
+    request.end_headers()
+    request.wfile.write(data)
