@@ -61,7 +61,7 @@ NEEDED: Mapping[tuple[str, ...], Callable[[Path], Made]] = {
     ("llama.cpp", "merge-both"): of_case("tied embedding"),
     ("mlx", "mlx"): of_case("dora"),
     ("openvino", "peft"): of_case("pickle"),
-    ("openvino", "fold"): of_case("mlp"),
+    ("openvino", "openvino"): of_case("mlp"),
     ("tensorrt-llm", "setting max-lora-rank"): of_case("rank 520"),
     ("genai", "graph"): of_graph,
     ("genai", "export"): of_case("norm saved whole"),
