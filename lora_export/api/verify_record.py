@@ -37,6 +37,7 @@ class VerifyRequest(VerifyOptions):
     onnx_adapter: Path | None = None
     inputs: Path | None = None
     cache: Path | None = None
+    calibration: Path | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_export.options.spelling import named
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import (
+    CalibratedLayer,
     ChangedWeight,
     ComparedRows,
     WeightRows,
@@ -25,14 +26,20 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     sum_in_other_layout,
     wrong_sums,
 )
+from lora_export.verification.against_checkpoint.output_errors import OutputErrors
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
+OWN, NEAREST, EFFECT = "the candidate", "the nearest numbers", "the adapters"  # whose outputs are measured
+NOT_WORSE = 1.01  # times the error of the nearest numbers: the model's run is not repeated to the last bit
 
-def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+
+def judge_changed(
+    name: str, step: Step, base: StoredTensor, candidate: StoredTensor, calibrated: CalibratedLayer | None = None
+) -> AuditedWeight:
     """Compare a changed weight with its sum in fp64, and with the controls."""
-    return judge_weight(name, ChangedWeight(step, base, candidate, list(candidate.pieces())))
+    return judge_weight(name, ChangedWeight(step, base, candidate, list(candidate.pieces()), calibrated))
 
 
 def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
@@ -40,14 +47,24 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
     step = weight.step
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
-    found = _Differences()
+    found, outputs = _Differences(), weight.calibrated and weight.calibrated.errors(step.spec.layout)
     scratch, others = Scratch(), Scratch()
     for block in weight.blocks():
         compared = compare_rows(block, right, scratch, every_entry=not found.elements)
         found.add(block, compared, scratch)
-        for control in controls.values():
-            control.compare(block, compared.value, others)
+        if outputs is not None:
+            change = compared.value - block.before
+            errors = {OWN: compared.difference, NEAREST: block.nearest_error(compared.difference), EFFECT: change}
+            outputs.add(block.rows, errors)
+        for what, control in controls.items():
+            control.compare(block, compared.value, others, what, outputs)
+    if outputs is not None:
+        for what, control in controls.items():
+            control.detected = control.detected or outputs.norm(OWN) < outputs.norm(what)
     result = found.result(name, {what: one.detected for what, one in controls.items() if one.is_wrong})
+    if outputs is not None and outputs.norm(EFFECT):
+        own, nearest = (outputs.norm(which) / outputs.norm(EFFECT) for which in (OWN, NEAREST))
+        result = replace(result, output_error=own, nearest_output_error=nearest)
     if result.off:
         what = f"{step.terms[0].pair.kind}'s T(W)" if step.needs_weight else "W + s·BA"
         why = (
@@ -57,6 +74,13 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
         detected = {what: one.detected for what, one in controls.items()}
         guess = explain_difference(weight, right, detected, is_local=result.off <= result.elements / 100)
         return replace(result, outcome=Outcome.DIFFERENT, why=f"{why}: {guess}" if guess else why)
+    own, nearest = result.output_error, result.nearest_output_error
+    if own is not None and nearest is not None and own > NOT_WORSE * nearest:
+        why = (
+            f"its outputs differ from those of W + s·BA by {own:.3g} of the adapter's effect, and with the nearest "
+            f"numbers it is {nearest:.3g}: no calibration makes it worse"
+        )
+        return replace(result, outcome=Outcome.DIFFERENT, why=why)
     missed = [what for what, detected in result.controls.items() if not detected]
     if missed:
         why = f"it also fits the sum with {' and '.join(missed)}: rounding to {weight.stored_as} hides the difference"
@@ -88,12 +112,16 @@ class _Control:
     is_wrong: bool = False  # a change that is its own transpose, or zero, makes no difference
     detected: bool = False
 
-    def compare(self, block: WeightRows, value: Wide, scratch: Scratch) -> None:
-        if self.detected:
+    def compare(
+        self, block: WeightRows, value: Wide, scratch: Scratch, name: str, outputs: OutputErrors | None
+    ) -> None:
+        if self.detected and outputs is None:
             return
         found = compare_rows(block, self.wrong, scratch)
+        if outputs is not None:
+            outputs.add(block.rows, {name: found.difference})
         self.is_wrong = self.is_wrong or not np.array_equal(found.value, value)
-        self.detected = found.off > 0
+        self.detected = self.detected or found.off > 0
 
 
 class _Differences:
