@@ -4,7 +4,8 @@
 
 MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float
 model is merged into each, once as floats (the same as the adapter beside the quantised weights) and once with
-`--keep-quantised`. transformers loads every model with the scheme's own library. Needs the extras hf and train,
+`--keep-quantised`, rounded to nearest and with the training texts as calibration. transformers loads every model with
+the scheme's own library. Needs the extras hf and train,
 bitsandbytes and compressed-tensors.
 """
 
@@ -113,7 +114,7 @@ def size(folder: Path) -> int:
 
 
 def main(folder: Path) -> dict[str, tuple[float, float, float]]:
-    """Returns for each scheme: accuracy as floats, accuracy kept, size of the kept model / size of the base."""
+    """Returns for each scheme and rounding: accuracy as floats, accuracy kept, size of it / size of the base."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of int8
     shutil.rmtree(folder, ignore_errors=True)
@@ -125,25 +126,32 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
         base, folder / "docstrings.jsonl", folder / "adapter", max_length=32, on_message=console.print, **TRAINING
     )
     le.merge(base, trained.adapter, folder / "float")
-    table = Table("base", "layers kept", "of the change", "size", "accuracy as floats", "accuracy kept")
+    table = Table("base", "layers kept", "error of outputs", "size", "accuracy as floats", "accuracy kept")
     table.add_row("float", "", "", "", f"{accuracy(folder / 'float', rows, base):.1%}", "")
     found = {}
     for name, (quantise, options) in SCHEMES.items():
-        own, kept, floats = (folder / f"{name}{ending}" for ending in ("", "-merged", "-as-floats"))
+        own, floats = folder / name, folder / f"{name}-as-floats"
         quantise(base, own)
+        AutoTokenizer.from_pretrained(base).save_pretrained(own)
         le.merge(own, trained.adapter, floats, dequantize=True)
-        report = le.merge(own, trained.adapter, kept, keep_quantised=True).report
-        assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
-        layers = [layer for layer in report.layers if layer.is_kept]
-        left = [layer.retention for layer in layers if layer.retention is not None]
-        found[name] = accuracy(floats, rows, base), accuracy(kept, rows, base, **options), size(kept) / size(own)
-        table.add_row(
-            name,
-            f"{len(layers)} of {len(report.layers)}",
-            f"{min(left):.0%} to {max(left):.0%}" if left else "",
-            f"{found[name][2]:.2f} × the base's",
-            *(f"{share:.1%}" for share in found[name][:2]),
-        )
+        as_floats = accuracy(floats, rows, base)
+        for rounding in ("nearest", "calibrated"):
+            kept, texts = folder / f"{name}-{rounding}", {"calibration": folder / "docstrings.jsonl"}
+            merge = {"keep_quantised": True, "rounding": rounding, **texts}
+            report = le.merge(own, trained.adapter, kept, **merge).report
+            proof = le.verify(kept, base=own, adapters=trained.adapter, **(texts if rounding == "calibrated" else {}))
+            assert report is not None and proof, str(proof)
+            layers = [layer for layer in report.layers if layer.is_kept]
+            errors = [layer.outputs.error for layer in layers if layer.outputs]
+            result = as_floats, accuracy(kept, rows, base, **options), size(kept) / size(own)
+            found[f"{name}, {rounding}"] = result
+            table.add_row(
+                f"{name}, {rounding}",
+                f"{len(layers)} of {len(report.layers)}",
+                f"{min(errors):.0%} to {max(errors):.0%}" if errors else "",
+                f"{result[2]:.2f} × the base's",
+                *(f"{share:.1%}" for share in result[:2]),
+            )
     console.print(table)
     return found
 

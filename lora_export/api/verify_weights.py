@@ -111,7 +111,7 @@ def _calibrated_layers(
         what = f"names another file (SHA-256 {digest})" if names else "names no calibrated layers"
         raise InputRefused(f"{named('calibration', path)}: the record of {candidate.path} {what}")
     inputs = {} if path is None or not names else calibrate(steps, base, path, request.on_message)
-    layers = {name: CalibratedLayer(inputs[name].held_out.read() if name in inputs else None) for name in names}
+    layers = {name: CalibratedLayer(inputs.get(name)) for name in names}
     if unknown := [name for name in names if name not in inputs]:
         part = (
             f"which of the two values around W + s·BA the numbers of {count(len(unknown), 'calibrated layer')} are. "

@@ -108,7 +108,10 @@ class _Run:
             self.found[name] = LayerInputs(TokenRows(width, FITTED), TokenRows(width, HELD_OUT))
         is_masked = self.mask is not None and self.mask.shape == array.shape[:-1]
         rows = array[self.mask] if is_masked else array.reshape(-1, width)
-        self._rows(name).add(rows.float().numpy())
+        found = rows.float().numpy()
+        if not np.isfinite(found).all():
+            raise InputRefused(f"{name}: its inputs are not finite in the model's run on the calibration")
+        self._rows(name).add(found)
 
 
 def cases_of_texts(model: Model, texts: Collection[str]) -> Iterator[Case]:

@@ -120,8 +120,8 @@ class MergeOptions(Applied, Signed):
     )
     calibration: str | Path | None = option(
         None,
-        "Texts, one a line (or .jsonl with `text`), or arrays of the model's inputs (.npz). The model runs on them. What "
-        "is quantised or of 16 bits is rounded with feedback through the inputs of its layer. Needs PyTorch.",
+        "Texts, one a line (or .jsonl with `text`), or arrays of the model's inputs (.npz). The model runs on them, "
+        "and weights of 16 bits or less are rounded with feedback through the inputs of their layers. Needs PyTorch.",
         often=True,
         metavar="TEXTS|FILE.npz",
         only=(

@@ -259,7 +259,7 @@ def _print_outputs(to: Console, measured: Mapping[str, OutputResult], *, whole: 
     calibrated = sum(one.is_calibrated for one in measured.values())
     print_line(
         to,
-        f"{calibrated} of {count(len(measured), 'layer')} calibrated; error of the outputs on held-out inputs, relative "
+        f"{calibrated} of {count(len(measured), 'layer')} calibrated; error of outputs on held-out inputs, relative "
         f"to the adapters' effect: {min(own):.3g} to {max(own):.3g}, with the nearest numbers {min(nearest):.3g} to "
         f"{max(nearest):.3g}",
     )

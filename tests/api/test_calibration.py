@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lora_export
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, WrongUsage
 from support.cli import answer, call
 from support.small_models import WORDS, small_adapter, small_model, words_tokenizer
@@ -45,7 +45,7 @@ def test_small_adapter_keeps_its_effect_in_bf16(folder: Path, capsys: pytest.Cap
     assert code == 0, found
     outputs = [one["outputs"] for one in found["results"]]
     assert all(one["is_calibrated"] and one["error"] < one["nearest_error"] for one in outputs)
-    settings = json.loads((out / "lora_export.json").read_text())["made_from"]["settings"]
+    settings = open_artifact(out).record.settings
     assert len(settings["calibrated"]) == len(outputs) and len(settings["calibration"]) == 64
     judged = ["verify", out, "--base", base, "-a", adapter, "--weight", str(WEIGHT), "--no-strict"]
     code, verdict = answer(capsys, *judged, "--calibration", texts)

@@ -97,7 +97,7 @@ class Merged:
         return found
 
     def judged(self, *, calibrated: bool = True, inputs: bool = True) -> Audit:
-        layer = CalibratedLayer(self.inputs.held_out.read() if inputs else None)
+        layer = CalibratedLayer(self.inputs if inputs else None)
         layers = {WEIGHT: layer} if calibrated else {}
         return audit(self.plan, self.opened(self.base_path), self.opened(self.out), calibrated=layers)
 
@@ -115,7 +115,7 @@ def test_outputs_get_nearer_on_every_grid(kind: str, tmp_path: Path) -> None:
     merged = Merged(tmp_path, kind, 1e-3 if kind in FLOATS else 0.1)
     outputs = merged.result.outputs
     assert outputs is not None and outputs.is_calibrated
-    assert outputs.error < 0.8 * outputs.nearest_error and abs(outputs.retention - 1) < 0.25
+    assert outputs.error < 0.9 * outputs.nearest_error and abs(outputs.retention - 1) < 0.25
     assert outputs.error == pytest.approx(merged.errors(merged.after), rel=0.05, abs=0.01)
     if merged.is_quantised:
         assert merged.layer.outputs == outputs
@@ -141,11 +141,11 @@ def test_defects_of_calibrated_layers_are_detected(kind: str, has_inputs: bool, 
     bits = beyond.view(torch.int16 if kind == "bfloat16" else torch.int8)
     bits[3, 5] += 2 if bits[3, 5] < 100 else -2
     assert judged_with(beyond).startswith("different")
-    assert not judged_with(old).startswith("same")
+    assert judged_with(old).startswith("different" if has_inputs else "undecided")
     assert judged_with(right).startswith("same" if has_inputs or kind == "bfloat16" else "undecided")
     if has_inputs:  # each number is one of the two around the sum, and the choice was not made by the inputs
         is_even = torch.arange(right.shape[1]) % 2 == 0
-        assert not judged_with(torch.where(is_even, right, old)).startswith("same")
+        assert judged_with(torch.where(is_even, right, old)).startswith("different")
 
 
 def test_nearest_is_only_measured(tmp_path: Path) -> None:

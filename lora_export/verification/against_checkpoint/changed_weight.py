@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step
 from lora_export.verification.against_checkpoint.changes_of_weight import changes_of_weight
+from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     EVERY_ENTRY,
     FP32_ROUNDOFF,
@@ -29,9 +30,9 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     Fp64Sum,
     allowed_error,
 )
-from lora_export.verification.against_checkpoint.output_errors import OutputErrors
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import Wide
+from lora_export.weights.calibrated_rounding import LayerInputs
 
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one
 
@@ -63,17 +64,10 @@ class WeightRows:
             return allowed_error(value, bound, self.stored.dtype)
         below, above = (gap.reshape(-1)[entries] for gap in self.gaps)
         found: Wide = np.where(difference > 0, below, above) + bound
-        if self.is_calibrated:  # a number without a change stays
-            found = np.where(value == self.before.reshape(-1)[entries], bound, 2 * found - bound)
-        return found
-
-    def nearest_error(self, difference: Wide) -> Wide:
-        """N - V from M - V, where N is M or the value beside it on the other side of V: that which is nearer."""
-        assert self.gaps is not None
-        half = np.where(difference > 0, *self.gaps)
-        with np.errstate(invalid="ignore"):  # beyond the last value
-            other = difference - np.sign(difference) * 2 * half
-        found: Wide = np.where(np.abs(difference) <= half, difference, other)
+        if self.is_calibrated:  # a number that can be stored and does not change has no choice
+            before = self.before.reshape(-1)[entries]
+            stays = (value == before) & (before == before.astype(self.stored.dtype))
+            found = np.where(stays, bound, 2 * found - bound)
         return found
 
 
@@ -138,10 +132,13 @@ FIRST_ENTRIES, MOST_ENTRIES = 1 << 12, 1 << 16  # entries: a block in fp64 is ha
 class CalibratedLayer:
     """A layer whose numbers are not rounded to nearest, by the record of the candidate."""
 
-    held_out: NDArray[np.float32] | None = None  # inputs of the layer, (tokens, inputs), where they are known
+    inputs: LayerInputs | None = None  # where they are known
 
-    def errors(self, layout: Layout) -> OutputErrors | None:
-        return None if self.held_out is None else OutputErrors(self.held_out, is_transposed=layout.is_transposed)
+    def numbers(self, layout: Layout) -> ChosenNumbers | None:
+        if self.inputs is None:
+            return None
+        rows = self.inputs.fitted.read(), self.inputs.held_out.read()
+        return ChosenNumbers(*rows, is_transposed=layout.is_transposed)
 
 
 @dataclass(frozen=True, eq=False)

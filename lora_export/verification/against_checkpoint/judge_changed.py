@@ -18,6 +18,7 @@ from lora_export.verification.against_checkpoint.changed_weight import (
     WeightRows,
     compare_rows,
 )
+from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,
@@ -26,12 +27,11 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
     sum_in_other_layout,
     wrong_sums,
 )
-from lora_export.verification.against_checkpoint.output_errors import OutputErrors
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
-OWN, NEAREST, EFFECT = "the candidate", "the nearest numbers", "the adapters"  # whose outputs are measured
+RIGHT = "W + s·BA"  # beside the names of the controls
 NOT_WORSE = 1.01  # times the error of the nearest numbers: the model's run is not repeated to the last bit
 
 
@@ -47,24 +47,22 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
     step = weight.step
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
-    found, outputs = _Differences(), weight.calibrated and weight.calibrated.errors(step.spec.layout)
+    found = _Differences()
+    chosen = None if weight.calibrated is None else weight.calibrated.numbers(step.spec.layout)
     scratch, others = Scratch(), Scratch()
     for block in weight.blocks():
         compared = compare_rows(block, right, scratch, every_entry=not found.elements)
         found.add(block, compared, scratch)
-        if outputs is not None:
-            change = compared.value - block.before
-            errors = {OWN: compared.difference, NEAREST: block.nearest_error(compared.difference), EFFECT: change}
-            outputs.add(block.rows, errors)
+        if chosen is not None and block.gaps is not None:
+            chosen.add(RIGHT, compared.difference, block.gaps, compared.value - block.before)
         for what, control in controls.items():
-            control.compare(block, compared.value, others, what, outputs)
-    if outputs is not None:
+            control.compare(block, compared.value, others, what, chosen)
+    if chosen is not None:
         for what, control in controls.items():
-            control.detected = control.detected or outputs.norm(OWN) < outputs.norm(what)
+            control.detected = control.detected or not chosen.fits(what)
     result = found.result(name, {what: one.detected for what, one in controls.items() if one.is_wrong})
-    if outputs is not None and outputs.norm(EFFECT):
-        own, nearest = (outputs.norm(which) / outputs.norm(EFFECT) for which in (OWN, NEAREST))
-        result = replace(result, output_error=own, nearest_output_error=nearest)
+    if chosen is not None and (errors := chosen.errors(RIGHT)) is not None:
+        result = replace(result, output_error=errors[0], nearest_output_error=errors[1])
     if result.off:
         what = f"{step.terms[0].pair.kind}'s T(W)" if step.needs_weight else "W + s·BA"
         why = (
@@ -74,18 +72,25 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
         detected = {what: one.detected for what, one in controls.items()}
         guess = explain_difference(weight, right, detected, is_local=result.off <= result.elements / 100)
         return replace(result, outcome=Outcome.DIFFERENT, why=f"{why}: {guess}" if guess else why)
-    own, nearest = result.output_error, result.nearest_output_error
-    if own is not None and nearest is not None and own > NOT_WORSE * nearest:
-        why = (
-            f"its outputs differ from those of W + s·BA by {own:.3g} of the adapter's effect, and with the nearest "
-            f"numbers it is {nearest:.3g}: no calibration makes it worse"
-        )
+    if chosen is not None and (why := _not_chosen(chosen)):
         return replace(result, outcome=Outcome.DIFFERENT, why=why)
     missed = [what for what, detected in result.controls.items() if not detected]
     if missed:
         why = f"it also fits the sum with {' and '.join(missed)}: rounding to {weight.stored_as} hides the difference"
         return replace(result, outcome=Outcome.UNDECIDED, why=why)
     return result
+
+
+def _not_chosen(chosen: ChosenNumbers) -> str:
+    """Why the numbers of a calibrated layer were not chosen by its inputs for W + s·BA; empty where they were."""
+    errors = chosen.errors(RIGHT)
+    if not chosen.is_calibrated(RIGHT):
+        return "the record names it calibrated, and its numbers are rounded to nearest"
+    if not chosen.fits(RIGHT):
+        return "its numbers were not chosen by the calibration inputs for W + s·BA: others are nearer in the outputs"
+    if errors is not None and errors[0] > NOT_WORSE * errors[1]:
+        return f"the error of its outputs is {errors[0]:.3g} of the adapter's effect; the nearest have {errors[1]:.3g}"
+    return ""
 
 
 def judge_unknown_layout(step: Step, judge: Callable[[Step], AuditedWeight]) -> AuditedWeight:
@@ -113,13 +118,13 @@ class _Control:
     detected: bool = False
 
     def compare(
-        self, block: WeightRows, value: Wide, scratch: Scratch, name: str, outputs: OutputErrors | None
+        self, block: WeightRows, value: Wide, scratch: Scratch, name: str, chosen: ChosenNumbers | None
     ) -> None:
-        if self.detected and outputs is None:
+        if self.detected and chosen is None:
             return
         found = compare_rows(block, self.wrong, scratch)
-        if outputs is not None:
-            outputs.add(block.rows, {name: found.difference})
+        if chosen is not None and block.gaps is not None:
+            chosen.add(name, found.difference, block.gaps, found.value - block.before)
         self.is_wrong = self.is_wrong or not np.array_equal(found.value, value)
         self.detected = self.detected or found.off > 0
 
