@@ -131,9 +131,12 @@ def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, w
     """Raise InputRefused where rounding took too much of a change. `ways_out` are those of a checkpoint by default."""
     lost = [result for result in results if result.arrived < min_retention]
     if lost:
+        in_its_type = f"{named('calibration', 'TEXTS')} rounds it to its type with feedback"
+        if all(result.outputs is not None for result in lost):  # of both roundings
+            in_its_type = "No rounding to its type keeps it"
         ways_out = ways_out or (
             f"Store the result with {named('dtype', 'float32')}, or keep the adapter beside the weights "
-            f"({command('onnx', lora='nodes')})"
+            f"({command('onnx', lora='nodes')}). {in_its_type}"
         )
         lines = [f"{r.weight}: {r.arrived:.1%} of the change kept, noise {r.error:.0%}" for r in lost]
         raise InputRefused(

@@ -184,5 +184,7 @@ def test_gates_judge_outputs() -> None:
     assert not why_promoted(replace(result, outputs=outputs), 0.5)
     assert why_promoted(replace(result, outputs=replace(outputs, error=1.5)), 0.5).startswith("the noise")
     refuse_below_rounding([replace(result, outputs=outputs)], 0.5)
-    with pytest.raises(InputRefused, match=r"w: 10.0% of the change kept"):
+    with pytest.raises(InputRefused, match=r"w: 10.0% of the change kept(.|\n)*rounds it to its type with feedback"):
         refuse_below_rounding([result], 0.5)
+    with pytest.raises(InputRefused, match=r"w: 90.0% of the change kept(.|\n)*No rounding to its type keeps it"):
+        refuse_below_rounding([replace(result, outputs=outputs)], 0.95)
