@@ -21,7 +21,8 @@ from lora_export.storage.matrix_on_disk import MatrixOnDisk
 
 FITTED, HELD_OUT = 4096, 512  # inputs of a layer that are stored, at most
 DAMPING = 0.01  # of the mean second moment, added to each: directions that the calibration lacks
-MORE_PASSES = 2
+MORE_PASSES = 8  # at most
+FEW = 1e-4  # of the numbers: a pass that changes no more is the last
 INPUTS_AT_ONCE = 64  # whose errors are fed back one by one, before those to later inputs follow in one product
 
 Matrix = NDArray[np.float32]
@@ -111,6 +112,7 @@ def _fed_back(passes: tuple[Matrix, ...], total: Matrix, nearest: Matrix, other:
     """Which numbers take the other value, all (inputs, outputs)."""
     errors, takes_other = np.zeros_like(total), np.zeros(total.shape, bool)  # T - Q
     for feedback in passes:
+        before = takes_other.copy()
         for first in range(0, len(total), INPUTS_AT_ONCE):
             block = slice(first, first + INPUTS_AT_ONCE)
             own = feedback[block, block]
@@ -119,4 +121,6 @@ def _fed_back(passes: tuple[Matrix, ...], total: Matrix, nearest: Matrix, other:
                 target = targets[row - first] + weights @ errors[block]
                 np.less(np.abs(target - other[row]), np.abs(target - nearest[row]), out=takes_other[row])
                 np.subtract(total[row], np.where(takes_other[row], other[row], nearest[row]), out=errors[row])
+        if np.count_nonzero(before != takes_other) <= FEW * takes_other.size:
+            break
     return takes_other

@@ -34,6 +34,7 @@ from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import Wide
 from lora_export.weights.calibrated_rounding import LayerInputs
 
+LEAST = np.finfo(np.float64).tiny  # above zero: what is relative to it is finite
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one
 
 
@@ -67,7 +68,7 @@ class WeightRows:
         if self.is_calibrated:  # a number that can be stored and does not change has no choice
             before = self.before.reshape(-1)[entries]
             stays = (value == before) & (before == before.astype(self.stored.dtype))
-            found = np.where(stays, bound, 2 * found - bound)
+            found = np.where(stays, np.maximum(bound, LEAST), 2 * found - bound)
         return found
 
 

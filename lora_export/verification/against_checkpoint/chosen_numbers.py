@@ -9,6 +9,7 @@ Feedback leaves almost no number where that is negative. What all of them could 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class ChosenNumbers:
     is_transposed: bool  # whether the rows of the stored weight are inputs: all blocks are judged together then
     _moments: Wide = field(init=False)
     _sums: dict[str, Wide] = field(default_factory=dict)
-    _waiting: dict[str, list[tuple[Wide, ...]]] = field(default_factory=dict)
+    _waiting: dict[str, list[tuple[NDArray[Any], ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.fitted.astype(np.float64)
@@ -40,7 +41,7 @@ class ChosenNumbers:
     def add(self, name: str, difference: Wide, halves: tuple[Wide, Wide], change: Wide) -> None:
         """Add a block of M - V, with half the distances to the values beside M, and V - W."""
         half = np.where(difference > 0, *halves)
-        other = np.where(np.isfinite(half), -np.sign(difference) * 2 * half, 0)
+        other = -np.sign(difference) * 2 * np.where(np.isfinite(half), half, 0)
         arrays = difference.copy(), other, np.abs(difference) <= half * NEARLY, change.copy()
         if self.is_transposed:
             self._waiting.setdefault(name, []).append(arrays)
