@@ -10,7 +10,6 @@ from typing import TypeGuard
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.calibration import calibrate
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused
@@ -67,6 +66,8 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     calibration: Mapping[str, LayerInputs] = {}
     settings = dict(request.combined.settings)
     if request.calibration is not None:
+        from lora_export.api.calibration import calibrate  # few merges run a model
+
         calibration = calibrate(steps, checkpoint, request.calibration, request.on_message)
         if request.rounding == "nearest":
             calibration = {name: replace(one, is_fed_back=False) for name, one in calibration.items()}

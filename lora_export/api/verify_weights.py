@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.calibration import calibrate
 from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
@@ -31,6 +30,7 @@ from lora_export.verification.companion_files import ComparedFiles, compare_file
 from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import without_cache_scales
@@ -110,7 +110,11 @@ def _calibrated_layers(
     if path is not None and not (names and file_sha256(path) == digest):
         what = f"names another file (SHA-256 {digest})" if names else "names no calibrated layers"
         raise InputRefused(f"{named('calibration', path)}: the record of {candidate.path} {what}")
-    inputs = {} if path is None or not names else calibrate(steps, base, path, request.on_message)
+    inputs: Mapping[str, LayerInputs] = {}
+    if path is not None:
+        from lora_export.api.calibration import calibrate  # few proofs of weights run a model
+
+        inputs = calibrate(steps, base, path, request.on_message)
     layers = {name: CalibratedLayer(inputs.get(name)) for name in names}
     if unknown := [name for name in names if name not in inputs]:
         part = (
