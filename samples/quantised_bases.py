@@ -126,7 +126,7 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
         base, folder / "docstrings.jsonl", folder / "adapter", max_length=32, on_message=console.print, **TRAINING
     )
     le.merge(base, trained.adapter, folder / "float")
-    table = Table("base", "layers kept", "error of outputs", "size", "accuracy as floats", "accuracy kept")
+    table = Table("base", "layers kept", "of the change", "size", "accuracy as floats", "accuracy kept")
     table.add_row("float", "", "", "", f"{accuracy(folder / 'float', rows, base):.1%}", "")
     found = {}
     for name, (quantise, options) in SCHEMES.items():
@@ -135,20 +135,18 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
         AutoTokenizer.from_pretrained(base).save_pretrained(own)
         le.merge(own, trained.adapter, floats, dequantize=True)
         as_floats = accuracy(floats, rows, base)
-        for rounding in ("nearest", "calibrated"):
-            kept, texts = folder / f"{name}-{rounding}", {"calibration": folder / "docstrings.jsonl"}
-            merge = {"keep_quantised": True, "rounding": rounding, **texts}
-            report = le.merge(own, trained.adapter, kept, **merge).report
-            proof = le.verify(kept, base=own, adapters=trained.adapter, **(texts if rounding == "calibrated" else {}))
-            assert report is not None and proof, str(proof)
+        for rounding, texts in (("nearest", {}), ("calibrated", {"calibration": folder / "docstrings.jsonl"})):
+            kept = folder / f"{name}-{rounding}"
+            report = le.merge(own, trained.adapter, kept, keep_quantised=True, **texts).report
+            assert report is not None and le.verify(kept, base=own, adapters=trained.adapter, **texts)
             layers = [layer for layer in report.layers if layer.is_kept]
-            errors = [layer.outputs.error for layer in layers if layer.outputs]
+            left = [layer.outputs.retention if layer.outputs else layer.retention for layer in layers]
             result = as_floats, accuracy(kept, rows, base, **options), size(kept) / size(own)
             found[f"{name}, {rounding}"] = result
             table.add_row(
                 f"{name}, {rounding}",
                 f"{len(layers)} of {len(report.layers)}",
-                f"{min(errors):.0%} to {max(errors):.0%}" if errors else "",
+                f"{min(left):.0%} to {max(left):.0%}" if left else "",
                 f"{result[2]:.2f} × the base's",
                 *(f"{share:.1%}" for share in result[:2]),
             )
