@@ -4,7 +4,8 @@
 
 MiniLM in bfloat16 is stored in 8 bits and in 4 bits, by three schemes. An adapter that was trained beside the float
 model is merged into each, once as floats (the same as the adapter beside the quantised weights) and once with
-`--keep-quantised`. transformers loads every model with the scheme's own library. Needs the extras hf and train,
+`--keep-quantised`, rounded to nearest and with the training texts as calibration. transformers loads every model with
+the scheme's own library. Needs the extras hf and train,
 bitsandbytes and compressed-tensors.
 """
 
@@ -113,7 +114,7 @@ def size(folder: Path) -> int:
 
 
 def main(folder: Path) -> dict[str, tuple[float, float, float]]:
-    """Returns for each scheme: accuracy as floats, accuracy kept, size of the kept model / size of the base."""
+    """Returns for each scheme and rounding: accuracy as floats, accuracy kept, size of it / size of the base."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of int8
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,21 +130,26 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
     table.add_row("float", "", "", "", f"{accuracy(folder / 'float', rows, base):.1%}", "")
     found = {}
     for name, (quantise, options) in SCHEMES.items():
-        own, kept, floats = (folder / f"{name}{ending}" for ending in ("", "-merged", "-as-floats"))
+        own, floats = folder / name, folder / f"{name}-as-floats"
         quantise(base, own)
+        AutoTokenizer.from_pretrained(base).save_pretrained(own)
         le.merge(own, trained.adapter, floats, dequantize=True)
-        report = le.merge(own, trained.adapter, kept, keep_quantised=True).report
-        assert report is not None and le.verify(kept, base=own, adapters=trained.adapter)
-        layers = [layer for layer in report.layers if layer.is_kept]
-        left = [layer.retention for layer in layers if layer.retention is not None]
-        found[name] = accuracy(floats, rows, base), accuracy(kept, rows, base, **options), size(kept) / size(own)
-        table.add_row(
-            name,
-            f"{len(layers)} of {len(report.layers)}",
-            f"{min(left):.0%} to {max(left):.0%}" if left else "",
-            f"{found[name][2]:.2f} × the base's",
-            *(f"{share:.1%}" for share in found[name][:2]),
-        )
+        as_floats = accuracy(floats, rows, base)
+        for rounding, texts in (("nearest", {}), ("calibrated", {"calibration": folder / "docstrings.jsonl"})):
+            kept = folder / f"{name}-{rounding}"
+            report = le.merge(own, trained.adapter, kept, keep_quantised=True, **texts).report
+            assert report is not None and le.verify(kept, base=own, adapters=trained.adapter, **texts)
+            layers = [layer for layer in report.layers if layer.is_kept]
+            left = [layer.outputs.retention if layer.outputs else layer.retention for layer in layers]
+            result = as_floats, accuracy(kept, rows, base, **options), size(kept) / size(own)
+            found[f"{name}, {rounding}"] = result
+            table.add_row(
+                f"{name}, {rounding}",
+                f"{len(layers)} of {len(report.layers)}",
+                f"{min(left):.0%} to {max(left):.0%}" if left else "",
+                f"{result[2]:.2f} × the base's",
+                *(f"{share:.1%}" for share in result[:2]),
+            )
     console.print(table)
     return found
 

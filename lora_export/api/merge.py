@@ -40,6 +40,8 @@ def merge(options: MergeOptions) -> MergeResult:
     base = locate(options.base, options.on_message, options.download)
     kind = artifact_kind(base)
     options.check_usage(base=KINDS_OF_BASE.get(kind, "checkpoint"))
+    if options.rounding == "calibrated" and options.calibration is None:
+        raise WrongUsage(f"{named('rounding', 'calibrated')} needs {named('calibration', 'TEXTS')}")
     if options.device == "cuda":
         from lora_export.weights import cuda
 
@@ -101,4 +103,5 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         float_base=found(options.float_base),
         hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are
         keep_residual=None if options.keep_residual is None else Path(options.keep_residual),
+        calibration=None if options.calibration is None else Path(options.calibration),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
@@ -17,7 +17,9 @@ from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
+from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
@@ -61,10 +63,19 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised))
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
+    calibration: Mapping[str, LayerInputs] = {}
+    settings = dict(request.combined.settings)
+    if request.calibration is not None:
+        from lora_export.api.calibration import calibrate  # few merges run a model
+
+        calibration = calibrate(steps, checkpoint, request.calibration, request.on_message)
+        if request.rounding == "nearest":
+            calibration = {name: replace(one, is_fed_back=False) for name, one in calibration.items()}
+        settings |= {"calibration": file_sha256(request.calibration)}
     layers: tuple[QuantisedLayer, ...] = ()
     if request.keep_quantised:
         measuring = functools.partial(in_bytes, request.on_progress, "measuring")
-        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, measuring)
+        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, measuring, calibration)
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions) as folder:
@@ -78,7 +89,8 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", size),
             backend=backend,
-            more_settings=request.combined.settings,
+            more_settings=settings,
+            calibration=calibration,
         )
         refuse_no_change(report)
         report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0)

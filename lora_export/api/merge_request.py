@@ -52,6 +52,7 @@ class MergeRequest(MergeOptions):
     checkpoint: Path | None = None
     float_base: Path | None = None
     keep_residual: Path | None = None
+    calibration: Path | None = None
 
     @property
     def strengths(self) -> Sequence[float]:

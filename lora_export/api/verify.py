@@ -165,6 +165,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         other=locate_adapters(options.other, on_message, download),
         inputs=None if options.inputs is None else Path(options.inputs),
         cache=None if options.cache is None else Path(options.cache),
+        calibration=None if options.calibration is None else Path(options.calibration),
         fixed=dict(options.fixed or {}),
         layout=dict(options.layout or {}),
     )
@@ -244,6 +245,9 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         raise WrongUsage(
             f"{named('base')} alone judges checkpoints; what an .onnx computes is judged with {named('model')}"
         )
+    is_audit = model is None and candidate.kind.is_checkpoint
+    if request.calibration is not None and not is_audit:
+        raise WrongUsage(f"{named('calibration')} is for a checkpoint and {named('base')}, without {named('model')}")
     if model is None and not request.adapters:
         raise WrongUsage(
             f"{named('base')} needs the adapters that were merged ({named('adapters')}){_contained(candidate)}"

@@ -39,6 +39,7 @@ class VerifyRequest(VerifyOptions):
     inputs: Path | None = None
     other: Sequence[AdapterSource] = ()
     cache: Path | None = None
+    calibration: Path | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
 

@@ -16,19 +16,22 @@ from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import in_bytes
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
+from lora_export.options.spelling import named
+from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification import against_checkpoint
-from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.against_checkpoint import Audit, CalibratedLayer
 from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
-from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.calibrated_rounding import LayerInputs
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import without_cache_scales
 from lora_export.weights.quantised_layers import float_modules
@@ -72,7 +75,10 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
     floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
     record = _other_record(candidate, [*map(steps.output_name, promoted)])
-    audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
+    calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
+    audit = against_checkpoint.audit(
+        steps, origin, merged, layout=layout, progress=progress, calibrated=calibrated
+    ).with_files(not_judged)
     beside = compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ())
     for found in (beside, files.others, record):
         audit = audit.with_files(found)
@@ -89,6 +95,34 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
         "numpy": np.__version__,
     }
     return replace(audit, recorded=recorded, about=about)
+
+
+def _calibrated_layers(
+    candidate: Artifact, request: VerifyRequest, steps: Plan, base: Checkpoint
+) -> tuple[dict[str, CalibratedLayer], ComparedFiles]:
+    """The layers that the record names as calibrated, with inputs where the calibration is given; what is not judged.
+
+    Raises InputRefused for another calibration than that of the record.
+    """
+    settings, path = candidate.record.settings, request.calibration
+    stated, digest = settings.get("calibrated"), settings.get("calibration")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    if path is not None and not (names and file_sha256(path) == digest):
+        what = f"names another file (SHA-256 {digest})" if names else "names no calibrated layers"
+        raise InputRefused(f"{named('calibration', path)}: the record of {candidate.path} {what}")
+    inputs: Mapping[str, LayerInputs] = {}
+    if path is not None:
+        from lora_export.api.calibration import calibrate  # few proofs of weights run a model
+
+        inputs = calibrate(steps, base, path, request.on_message)
+    layers = {name: CalibratedLayer(inputs.get(name)) for name in names}
+    if unknown := [name for name in names if name not in inputs]:
+        part = (
+            f"which of the two values around W + s·BA the numbers of {count(len(unknown), 'calibrated layer')} are. "
+            f"Give their inputs: {named('calibration', 'TEXTS')}"
+        )
+        return layers, ComparedFiles(not_judged=(part,))
+    return layers, ComparedFiles()
 
 
 def _other_record(candidate: Artifact, promoted: Sequence[str]) -> ComparedFiles:

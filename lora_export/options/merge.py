@@ -15,6 +15,7 @@ OF_ONE_MODEL = {
     "pipeline": "is not for a pipeline. Give the folder of one of its models as BASE",
     "gguf": "is not for a GGUF file: its weights keep their types, or get those of {dtype_of}",
 }
+WITHOUT_PYTORCH = OF_ONE_MODEL | {"gguf": "is not for a GGUF file: a PyTorch model has to run, and there is none"}
 
 
 def checkpoints(because: str, *more: str) -> tuple[Only, ...]:
@@ -117,6 +118,24 @@ class MergeOptions(Applied, Signed):
         "Type in which every float tensor is stored.",
         often=True,
         only=checkpoints("the weights of a graph keep the types that its nodes expect", "pipeline"),
+    )
+    calibration: str | Path | None = option(
+        None,
+        "Texts, one a line (or .jsonl with `text`), or arrays of the model's inputs (.npz). The model runs on them, "
+        "and weights of 16 bits or less are rounded with feedback through the inputs of their layers. Needs PyTorch.",
+        often=True,
+        metavar="TEXTS|FILE.npz",
+        only=(
+            Only("base", ("checkpoint",), "a PyTorch model has to run", words="checkpoints", instead=WITHOUT_PYTORCH),
+            without("device", "cpu", "feedback is computed by the processor"),
+            without("keep_residual", None, "a residual is that of weights rounded to nearest"),
+        ),
+    )
+    rounding: Literal["nearest", "calibrated"] | None = option(
+        None,
+        "Rounding of what changes. calibrated needs {calibration}, and is the default with it; nearest then only "
+        "measures the error of the outputs.",
+        only=checkpoints("the weights of a graph are rounded to nearest"),
     )
     only_head: bool = option(
         False,

@@ -174,6 +174,13 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         often=True,
     )
     layout: Mapping[str, str] | None = means(None, replace(LAYOUT, section=Section.PROOF))
+    calibration: str | Path | None = option(
+        None,
+        "The file of `merge {calibration}`: the outputs of calibrated layers are judged on its held-out part, too. "
+        "Needs PyTorch.",
+        section=Section.PROOF,
+        metavar="TEXTS|FILE.npz",
+    )
     reports: Sequence[str | Path] = option(
         (),
         "Write the verdict as JSON (every figure), JUnit XML (for CI), HTML (to read), Markdown (for a model's page) "

@@ -20,7 +20,7 @@ from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.plan import Plan
 from lora_export.report.console import print_line, print_table
-from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, QuantisationLoss, StepResult
+from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, OutputResult, QuantisationLoss, StepResult
 
 NO_EFFECT = "this adapter changes nothing: every B, A or scale is zero, as in a new adapter"
 
@@ -224,8 +224,11 @@ def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
 def print_merge(to: Console, report: MergeReport, output: Path | None = None, *, whole: bool = False) -> None:
     """Print what a merge did in one line; the weights too with `whole`, or where rounding took over a tenth of one."""
     print_line(to, _merge_summary(report, output), style="bold")
-    if whole or not all(result.retention >= LOW_RETENTION for result in report.results):
+    if whole or not all(result.arrived >= LOW_RETENTION for result in report.results):
         _print_retention(to, report)
+    measured = {result.weight: result.outputs for result in report.results if result.outputs is not None}
+    if measured:
+        _print_outputs(to, measured, whole=whole)
     if report.layers:
         _print_layers(to, report, whole=whole)
     if report.quantisation:
@@ -248,6 +251,26 @@ def _print_retention(to: Console, report: MergeReport) -> None:
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
     low = {number for number, result in enumerate(results, 1) if not result.retention >= LOW_RETENTION}
     _print_first(to, header, [_result_row(result) for result in results], "the same retention or a higher one", low)
+
+
+def _print_outputs(to: Console, measured: Mapping[str, OutputResult], *, whole: bool) -> None:
+    """What calibration did to the outputs of layers, beside what the nearest numbers do."""
+    own, nearest = ([getattr(one, name) for one in measured.values()] for name in ("error", "nearest_error"))
+    calibrated = sum(one.is_calibrated for one in measured.values())
+    print_line(
+        to,
+        f"{calibrated} of {count(len(measured), 'layer')} calibrated; error of outputs on held-out inputs, relative "
+        f"to the adapters' effect: {min(own):.3g} to {max(own):.3g}, with the nearest numbers {min(nearest):.3g} to "
+        f"{max(nearest):.3g}",
+    )
+    header = ["layers with the largest output error", "output error", "nearest", "of the effect", "nearest"]
+    worst = sorted(measured.items(), key=lambda pair: -pair[1].error)
+    rows = [
+        [name, *(f"{value:.3g}" for value in (one.error, one.nearest_error, one.retention, one.nearest_retention))]
+        for name, one in worst
+    ]
+    if whole:
+        _print_first(to, header, rows, "the same error or a smaller one")
 
 
 def _print_layers(to: Console, report: MergeReport, *, whole: bool) -> None:

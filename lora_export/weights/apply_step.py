@@ -25,7 +25,10 @@ from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
 from lora_export.storage.matrix_on_disk import MatrixOnDisk
+from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
 from lora_export.weights.merge_report import Statistics
+
+HALF = 2  # bytes of a number in bf16 and fp16
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class StepRows:
     column_norms: NDArray[np.float64] | None = None  # see `sums.sum_rows`
     known_change: MatrixOnDisk | None = None  # see `change_by_columns`
     measured: bool = True  # whether the statistics count these rows
+    inputs: LayerInputs | None = None  # of the layer, where 16 bits are rounded with feedback through them
 
 
 ApplyStep = Callable[[StepRows], Statistics | None]
@@ -64,12 +68,28 @@ def apply_by_numpy(part: StepRows) -> Statistics | None:
     norms, known = part.column_norms, None if part.known_change is None else part.known_change[part.rows]
     change = sums.sum_rows(step, part.rows, weight, total, column_norms=norms, change=change, known=known)
     sums.round_into(output, total)
+    statistics = Statistics(part.name)
+    if part.inputs is not None and output.dtype.itemsize == HALF:
+        statistics.outputs = _feed_back(part.inputs, step, total, change, output)
     if not _is_below_largest(total, output.dtype):
         refuse_overflow(part.name, weight, output)
-    statistics = Statistics(part.name)
     if part.measured:
         statistics.add_block(weight, change, output, sum_buffer)
     return statistics
+
+
+def _feed_back(
+    inputs: LayerInputs, step: Step, total: NDArray[Any], change: NDArray[np.float32], output: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Replace rounded values of 16 bits by their neighbours on the other side of the sum: see `calibrated`."""
+    nearest = output.astype(np.float32)
+    ends = np.where(total > nearest, np.inf, -np.inf).astype(output.dtype)
+    other = np.where(total == nearest, output, np.nextafter(output, ends))
+    other = np.where(np.isfinite(other), other, output)
+    values = (total.astype(np.float32), change, nearest, other.astype(np.float32))
+    takes_other, found = calibrated(inputs, *values, is_transposed=step.spec.layout.is_transposed)
+    np.copyto(output, other, where=takes_other)
+    return found
 
 
 def scratch_arrays(

@@ -5,9 +5,10 @@ Each weight that a plan changes is quantised again in memory and measured, of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 
 from threadpoolctl import threadpool_limits
 
@@ -16,6 +17,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import kept_tensor, measured_results
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
@@ -28,6 +30,7 @@ def keep_quantised(
     base: Checkpoint,
     min_retention: float,
     progress_of: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
+    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
 ) -> tuple[Checkpoint, tuple[QuantisedLayer, ...]]:
     """The base with `kept` weights, and the others as floats; and what becomes of each layer that changes, and why.
 
@@ -41,7 +44,7 @@ def keep_quantised(
         )
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
-    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of)
+    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of, calibration)
     why = dict.fromkeys(replaced, OWN_VALUES)
     decided = {name: worst_result(results, min_retention) for name, results in measured.items()}
     worst = {name: result for name, (result, _) in decided.items()}
@@ -55,6 +58,7 @@ def keep_quantised(
             why=promoted.get(name, ""),
             retention=worst[name].retention if name in worst else None,
             noise=worst[name].noise if name in worst else None,
+            outputs=worst[name].outputs if name in worst else None,
         )
         for name, tensor in base.quantised.items()
         if name in changed or name in promoted
@@ -81,7 +85,11 @@ def _has_own_values(step: Step) -> bool:
 
 
 def _measured(
-    plan: Plan, base: Checkpoint, names: Sequence[str], progress_of: Callable[[int], Callable[[int], None]]
+    plan: Plan,
+    base: Checkpoint,
+    names: Sequence[str],
+    progress_of: Callable[[int], Callable[[int], None]],
+    calibration: Mapping[str, LayerInputs],
 ) -> dict[str, list[StepResult]]:
     """What is left of the change of each weight, and of each part of it, when it is quantised again."""
     stored = {name: shard for shard in base.shards.values() for name in shard.entries}
@@ -96,7 +104,7 @@ def _measured(
         kept = kept_tensor(entry(name), tensor, plan)
         assert kept is not None
         with file.path.open("rb") as reader:
-            return measured_results(kept, file.path, reader.fileno())
+            return measured_results(kept.with_inputs(kept.weight, calibration), file.path, reader.fileno())
 
     found, progress = {}, progress_of(sum(entry(name).nbytes for name in names))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:

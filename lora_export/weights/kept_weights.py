@@ -25,6 +25,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
+from lora_export.weights.calibrated_rounding import calibrated
 from lora_export.weights.merge_report import Statistics, StepResult, results_of
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
@@ -51,7 +52,8 @@ class KeptTensor(OutputTensor):
 
     @property
     def rows_at_once(self) -> int:
-        return rows_with_terms(self.patches, self.codes.layout.rows_together, self.codes.shape[0])
+        together = self.codes.shape[0] if self.takes_whole else self.codes.layout.rows_together
+        return rows_with_terms(self.patches, together, self.codes.shape[0])
 
     @property
     def largest_row_bytes(self) -> int:
@@ -169,9 +171,18 @@ class KeptChange:
             with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
                 change = sums.sum_rows(patch.step, own, weight, total, column_norms=norms, change=change)
             refuse_overflow(self.tensor.weight, weight, total)
-            new = codes.nearest(total.reshape(old.shape), own_scales, own_points, old)
-            after[here] = new
             found = Statistics(self.tensor.name_of(patch))
+            rounded = total.copy() if self.tensor.inputs is not None else total
+            new = codes.nearest(rounded.reshape(old.shape), own_scales, own_points, old)
+            if self.tensor.inputs is not None:
+                other = codes.beyond(total, own_scales, own_points, new, old)
+                values = (codes.weight(each, own_scales, own_points) for each in (new, other))
+                is_transposed = patch.step.spec.layout.is_transposed
+                takes, found.outputs = calibrated(
+                    self.tensor.inputs, total, change, *values, is_transposed=is_transposed
+                )
+                np.copyto(new, other, where=takes)
+            after[here] = new
             if measured:
                 found.add_block(weight, change, codes.weight(new, own_scales, own_points).reshape(weight.shape), total)
             statistics.append(found)

@@ -31,6 +31,7 @@ from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 from lora_export.weights.kept_weights import KeptTensor, kept_blocks, kept_tensor
 from lora_export.weights.lost_names import lost_names
@@ -64,14 +65,16 @@ def merge_checkpoint(
     progress: OnBytesWritten = lambda _: None,
     backend: Backend | None = None,
     more_settings: Mapping[str, Any] = MappingProxyType({}),
+    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
 
     A folder becomes a folder with the same shards, config and tokenizer, and a manifest. A bare file becomes one file
     called `file_name`, with its provenance in the header. `dtype` converts every float tensor. `hashing` names the
     hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy.
-    `more_settings` are recorded beside those of this function. Peak memory is a few blocks, whatever the size of the
-    model.
+    `more_settings` are recorded beside those of this function. `calibration` has the inputs of layers, by the names of
+    their weights in the output: these are rounded with feedback, and the record names them. Peak memory is a few blocks
+    and the matrices of two layers' inputs, whatever the size of the model.
 
     Raises InputRefused when an adapter is already merged in the base, the merge would break tied embeddings, a value
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
@@ -93,7 +96,7 @@ def merge_checkpoint(
         own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}
         return {"format": "pt", **_header_metadata(plan, base, base.shards[name]), **own}
 
-    tensors = _output_tensors(plan, base, dtype)
+    tensors = _output_tensors(plan, base, dtype, calibration)
     written = {}
     with threadpool_limits(1, user_api="blas"):  # the transfer already has a thread for each core
         for name, source in base.shards.items():
@@ -103,6 +106,8 @@ def merge_checkpoint(
     results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
     base.refuse_changed_files("merged")
+    if named_layers := [one.weight for one in results if one.outputs is not None and one.outputs.is_calibrated]:
+        settings |= {"calibrated": sorted(named_layers)}
     if base.is_folder:
         origin = record({name: shard.source_hash for name, shard in written.items()})
         for name in [name for name in written if not tensors[name]]:  # it had only scales of weights in other files
@@ -201,7 +206,9 @@ def _output_names(plan: Plan, base: Checkpoint) -> list[str]:
 # --- Writing ---
 
 
-def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, list[OutputTensor]]:
+def _output_tensors(
+    plan: Plan, base: Checkpoint, dtype: str | None, calibration: Mapping[str, LayerInputs] = MappingProxyType({})
+) -> dict[str, list[OutputTensor]]:
     """Every tensor of the output, by file, in the order of the base's bytes; added tensors are the last."""
 
     def output_dtype(own: np.dtype[Any]) -> np.dtype[Any]:
@@ -228,7 +235,10 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
             stored = next((tensor.dtype for tensor in base.kept.values()), output_dtype(no_bytes.dtype))
             added = OutputTensor(no_bytes, step, plan.output_name(step), stored)
             tensors[list(tensors)[-1]].append(added)
-    return tensors
+    return {
+        name: [one.with_inputs(one.weight if isinstance(one, KeptTensor) else one.name, calibration) for one in own]
+        for name, own in tensors.items()
+    }
 
 
 def _output_tensor(

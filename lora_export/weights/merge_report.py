@@ -26,6 +26,27 @@ COMPARED_AT_ONCE = 1 << 16  # entries; a comparison of so many stays in a core's
 
 
 @dataclass(frozen=True)
+class OutputResult:
+    """What became of the outputs of a layer on held-out inputs, relative to the effect of its change on them."""
+
+    retention: float  # <X(W'-W)ᵀ, XΔWᵀ> / ‖XΔWᵀ‖²: how much of the effect arrived
+    error: float  # ‖X(W'-W-ΔW)ᵀ‖ / ‖XΔWᵀ‖
+    # The same of the nearest values
+    nearest_retention: float
+    nearest_error: float
+    is_calibrated: bool  # whether numbers of W' are not the nearest
+
+    @classmethod
+    def of(cls, sums: NDArray[np.float64]) -> OutputResult | None:
+        """From ‖XΔWᵀ‖², of the errors <., XΔWᵀ> and ‖.‖², the same of the nearest values, and how many are others."""
+        effect, along, error, nearest_along, nearest_error, others = map(float, sums)
+        if not effect:
+            return None
+        ratios = 1 + along / effect, math.sqrt(error / effect)
+        return cls(*ratios, 1 + nearest_along / effect, math.sqrt(nearest_error / effect), others > 0)
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What became of one weight, measured on what was written: how much of the change survived rounding."""
 
@@ -35,6 +56,17 @@ class StepResult:
     noise: float  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
     changed: int  # entries whose stored value changed
     elements: int  # entries that were measured
+    outputs: OutputResult | None = None  # where inputs of the layer were given
+
+    @property
+    def arrived(self) -> float:
+        """How much of the change arrived: in the outputs, where these were measured, else in the weight."""
+        return self.retention if self.outputs is None else self.outputs.retention
+
+    @property
+    def error(self) -> float:
+        """The rounding beside it, measured in the same place."""
+        return self.noise if self.outputs is None else self.outputs.error
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,7 @@ class QuantisedLayer:
     # Of the change in the scheme of the base, rounded to nearest; None where no adapter adds to it.
     retention: float | None
     noise: float | None
+    outputs: OutputResult | None = None  # of the change, where inputs of the layer were given
 
     @property
     def is_kept(self) -> bool:
@@ -91,18 +124,21 @@ class MergeReport:
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:
         """The weights whose change is so small that rounding took more than a tenth of it."""
-        return tuple(result for result in self.results if result.retention < LOW_RETENTION)
+        return tuple(result for result in self.results if result.arrived < LOW_RETENTION)
 
 
 def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, ways_out: str = "") -> None:
     """Raise InputRefused where rounding took too much of a change. `ways_out` are those of a checkpoint by default."""
-    lost = [result for result in results if result.retention < min_retention]
+    lost = [result for result in results if result.arrived < min_retention]
     if lost:
+        in_its_type = f"{named('calibration', 'TEXTS')} rounds it to its type with feedback"
+        if all(result.outputs is not None for result in lost):  # of both roundings
+            in_its_type = "No rounding to its type keeps it"
         ways_out = ways_out or (
             f"Store the result with {named('dtype', 'float32')}, or keep the adapter beside the weights "
-            f"({command('onnx', lora='nodes')})"
+            f"({command('onnx', lora='nodes')}). {in_its_type}"
         )
-        lines = [f"{r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
+        lines = [f"{r.weight}: {r.arrived:.1%} of the change kept, noise {r.error:.0%}" for r in lost]
         raise InputRefused(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
             f"({named('min_retention', min_retention)}):",
@@ -123,6 +159,7 @@ class Statistics:
     def __init__(self, weight: str):
         self.weight = weight
         self.sums = np.zeros(5)  # ‖W‖², ‖ΔW‖², <W'-W, ΔW>, ‖(W'-W) - ΔW‖², entries changed
+        self.outputs = np.zeros(6)  # see `OutputResult.of`
         self.elements = 0
 
     def add_block(
@@ -148,6 +185,7 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Add the sums of another object over other blocks of the same weight."""
         self.sums += other.sums
+        self.outputs += other.outputs
         self.elements += other.elements
 
     def result(self) -> StepResult:
@@ -162,6 +200,7 @@ class Statistics:
             noise=math.sqrt(noise_sq / change_sq),
             changed=int(changed),
             elements=self.elements,
+            outputs=OutputResult.of(self.outputs),
         )
 
 

@@ -31,17 +31,17 @@ OF_EXPERTS = re.compile(r"(.*\bexperts)\.")  # all experts of a layer are one
 
 def why_promoted(result: StepResult, min_retention: float) -> str:
     """Why a scheme cannot hold the change of a layer; empty where it can. `result` was measured in that scheme."""
-    if not result.retention >= min_retention:  # NaN too
-        return f"{max(result.retention, 0):.1%} of its change would be left"
-    if result.noise > MOST_NOISE:
-        return f"the noise would be {result.noise:.2g} times its change"
+    if not result.arrived >= min_retention:  # NaN too
+        return f"{max(result.arrived, 0):.1%} of its change would be left"
+    if result.error > MOST_NOISE:
+        return f"the noise would be {result.error:.2g} times its change"
     return ""
 
 
 def worst_result(results: Sequence[StepResult], min_retention: float) -> tuple[StepResult, str]:
     """Of the parts of a layer the one that decides about it, and why the layer is promoted; empty where it is kept."""
     reasons = [(result, why) for result in results if (why := why_promoted(result, min_retention))]
-    return min(reasons or [(result, "") for result in results], key=lambda one: one[0].retention)
+    return min(reasons or [(result, "") for result in results], key=lambda one: one[0].arrived)
 
 
 def with_bound_layers(promoted: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:

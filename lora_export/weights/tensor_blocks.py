@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from lora_export.weights.apply_step import (
     refuse_overflow,
     squared_column_norms,
 )
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.merge_report import Statistics
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
@@ -67,6 +68,20 @@ class OutputTensor:
     quantised: QuantisedTensor | None = None  # `source` has its packed bytes, the shape of its rows, its float dtype
     shape: tuple[int, ...] | None = None  # in the output, where `source` has the same entries in another shape
     repeated: bool = False  # another tensor of the output has the same source
+    inputs: LayerInputs | None = None  # of the layer of a weight, where it is rounded with feedback through them
+
+    @property
+    def takes_whole(self) -> bool:
+        """Whether all rows change together: feedback runs from row to row."""
+        return self.inputs is not None and self.all_patches[0].step.spec.layout.is_transposed
+
+    def with_inputs(self, weight: str, layers: Mapping[str, LayerInputs]) -> Self:
+        """The tensor with the inputs of its layer, where they are known and one step changes the whole of it."""
+        if weight not in layers or len(self.all_patches) != 1:
+            return self
+        step = self.all_patches[0].step
+        is_whole = step.spec.region is None and len(step.spec.shape) == 2 and not step.is_replacement
+        return replace(self, inputs=layers[weight]) if is_whole else self
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -86,7 +101,7 @@ class OutputTensor:
         """The least rows of a block; blocks begin at multiples of it."""
         if not self.source.rows:
             return 1
-        rows = 1
+        rows = self.source.rows if self.takes_whole else 1
         if self.quantised is not None:
             rows = max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
         return rows_with_terms(self.all_patches, rows, self.source.rows, by_columns=True)
@@ -264,7 +279,10 @@ class _RowChange:
                     here = slice(own.start + patch.rows.start - rows.start, own.stop + patch.rows.start - rows.start)
                 before, after = _columns(stored[here], patch), _columns(output[here], patch)
                 name = patch.step.weight if self.tensor.patches else self.target.name
-                found = self.apply(StepRows(patch.step, name, own, before, after, scratch, *of_all_rows, measured))
+                part = StepRows(
+                    patch.step, name, own, before, after, scratch, *of_all_rows, measured, self.tensor.inputs
+                )
+                found = self.apply(part)
                 statistics += [] if found is None else [found]
         return statistics
 

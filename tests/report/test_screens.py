@@ -26,7 +26,7 @@ from lora_export.report.screens import (
     print_shares,
     title,
 )
-from lora_export.weights.merge_report import QuantisationLoss, QuantisedLayer
+from lora_export.weights.merge_report import OutputResult, QuantisationLoss, QuantisedLayer
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.screens import printed
 from support.written import adapter_of, low_rank
@@ -198,6 +198,16 @@ def test_quantisation_errors_are_a_range_and_the_largest_ones() -> None:
     assert rows[0] == line and rows[2].split() == ["w30", "nf4", "0.3", "0.3", "-"]
     assert rows[-1].endswith("more weights, with the same error or a smaller one")
     assert len(rows) < 30
+
+
+def test_output_errors_are_shown_beside_those_of_the_nearest() -> None:
+    outputs = [OutputResult(1.0, error, 0.5, 0.8, is_calibrated=error < 0.8) for error in (0.2, 0.8)]
+    results = [replace(a_result(f"w{number}", 0.4), outputs=each) for number, each in enumerate(outputs)]
+    line = "1 of 2 layers calibrated; error of outputs on held-out inputs, relative to the adapters' effect: 0.2 to 0.8"
+    (_, found) = printed(print_merge, a_merge_report(*results)).splitlines()
+    assert found == f"{line}, with the nearest numbers 0.8 to 0.8"
+    rows = printed(whole_merge, a_merge_report(*results)).splitlines()
+    assert rows[-2].split() == ["w1", "0.8", "0.8", "1", "0.5"]
 
 
 def test_plan_is_printed_as_its_text() -> None:

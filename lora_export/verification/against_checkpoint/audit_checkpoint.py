@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lora_export.lora import EVERY_ROW
 from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
+from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.kept_numbers import KeptWeight, judges_of_kept
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
@@ -34,10 +36,12 @@ def audit(
     *,
     layout: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    calibrated: Mapping[str, CalibratedLayer] = MappingProxyType({}),
 ) -> Audit:
     """Judge every tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
-    The layouts in the plan are not used: they are decided again. `layout` has those that the user stated.
+    The layouts in the plan are not used: they are decided again. `layout` has those that the user stated. The weights
+    in `calibrated` need not be rounded to nearest.
     Reads both checkpoints in pieces, in several threads. `progress` receives the bytes judged since the last call.
     Raises InputRefused where a file becomes shorter meanwhile.
     """
@@ -62,11 +66,12 @@ def audit(
         steps_on_it = parts.get(base_name) or ([] if step is None else [step])
         is_kept = base_name in base.quantised and name in merged.quantised
         if is_kept and not any(step.is_replacement for step in steps_on_it):
-            judges = judges_of_kept(name, steps_on_it, KeptWeight.of(base, base_name), KeptWeight.of(merged, name))
+            own, its = KeptWeight.of(base, base_name), KeptWeight.of(merged, name)
+            judges = judges_of_kept(name, steps_on_it, own, its, calibrated.get(name))
             return [Judgement(candidate.entry.nbytes // len(judges), judge) for judge in judges]
         if base_name in parts:
             return _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
-        judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype)
+        judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype, calibrated.get(name))
         return [Judgement(candidate.entry.nbytes, judge)]
 
     weights = [weight for weight in judge_all(list(map(judgements, expected)), progress) if weight is not None]
@@ -159,6 +164,7 @@ def _judge(
     base: StoredTensor | None,
     candidate: StoredTensor,
     common_dtype: np.dtype[Any] | None,
+    calibrated: CalibratedLayer | None = None,
 ) -> AuditedWeight:
     problem = _wrong_shape(step, base, candidate) or _wrong_dtype(base, candidate, common_dtype)
     if problem:
@@ -166,8 +172,8 @@ def _judge(
     if step is not None and not step.is_replacement:
         assert base is not None
         if step.spec.layout is Layout.UNKNOWN and step.terms:
-            return judge_unknown_layout(step, lambda one: judge_changed(name, one, base, candidate))
-        return judge_changed(name, step, base, candidate)
+            return judge_unknown_layout(step, lambda one: judge_changed(name, one, base, candidate, calibrated))
+        return judge_changed(name, step, base, candidate, calibrated)
     return judge_rounded(name, step, base, candidate)
 
 

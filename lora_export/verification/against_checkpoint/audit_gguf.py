@@ -197,7 +197,7 @@ class _Pair:
         def judge(one: Step) -> AuditedWeight:
             if blocks is None:
                 return judge_changed(name, one, before, after)
-            return judge_weight(name, ChangedBlocks(one, before, after, list(after.pieces()), blocks))
+            return judge_weight(name, ChangedBlocks(one, before, after, list(after.pieces()), stored_blocks=blocks))
 
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN and step.terms else judge(step)
 

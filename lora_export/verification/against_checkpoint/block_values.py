@@ -94,7 +94,7 @@ def bytes_at(file: GgufFile, start: int, size: int) -> Bytes:
     return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ChangedBlocks(ChangedWeight):
     """A weight that a step changes, whose candidate is in blocks."""
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.plan import Step
+from lora_export.plan import Layout, Step
 from lora_export.verification.against_checkpoint.changes_of_weight import changes_of_weight
+from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     EVERY_ENTRY,
     FP32_ROUNDOFF,
@@ -31,7 +32,9 @@ from lora_export.verification.against_checkpoint.fp64_sums import (
 )
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch
 from lora_export.verification.parity import Wide
+from lora_export.weights.calibrated_rounding import LayerInputs
 
+LEAST = np.finfo(np.float64).tiny  # above zero: what is relative to it is finite
 MOST_UNDECIDED = 1 / 8  # of the entries of a block; all together cost less than more of them one by one
 
 
@@ -54,13 +57,19 @@ class WeightRows:
     stored: NDArray[Any]  # M in its own dtype
     # Half the distances from M to the next smaller and the next larger value that can be stored; None: the dtype's
     gaps: tuple[Wide, Wide] | None = None
+    is_calibrated: bool = False  # M may be either value around V: twice as far away
 
     def allowed(self, value: Wide, bound: Wide, difference: Wide, entries: Entries) -> Wide:
         """How far M may be from V, of these entries."""
         if self.gaps is None:
             return allowed_error(value, bound, self.stored.dtype)
         below, above = (gap.reshape(-1)[entries] for gap in self.gaps)
-        return np.where(difference > 0, below, above) + bound
+        found: Wide = np.where(difference > 0, below, above) + bound
+        if self.is_calibrated:  # a number that can be stored and does not change has no choice
+            before = self.before.reshape(-1)[entries]
+            stays = (value == before) & (before == before.astype(self.stored.dtype))
+            found = np.where(stays, np.maximum(bound, LEAST), 2 * found - bound)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +104,8 @@ def _undecided(block: WeightRows, value: Wide, difference: Wide, scratch: Scratc
     flat = difference.reshape(-1)
     if not np.isfinite(flat @ flat):
         return EVERY_ENTRY
+    if block.is_calibrated:
+        return EVERY_ENTRY
     mask = scratch.array("undecided", value.shape, np.bool_)
     if block.gaps is not None:
         distance = np.abs(difference, out=scratch.array("distance", value.shape))
@@ -119,6 +130,19 @@ FIRST_ENTRIES, MOST_ENTRIES = 1 << 12, 1 << 16  # entries: a block in fp64 is ha
 
 
 @dataclass(frozen=True, eq=False)
+class CalibratedLayer:
+    """A layer whose numbers are not rounded to nearest, by the record of the candidate."""
+
+    inputs: LayerInputs | None = None  # where they are known
+
+    def numbers(self, layout: Layout) -> ChosenNumbers | None:
+        if self.inputs is None:
+            return None
+        rows = self.inputs.fitted.read(), self.inputs.held_out.read()
+        return ChosenNumbers(*rows, is_transposed=layout.is_transposed)
+
+
+@dataclass(frozen=True, eq=False)
 class ChangedWeight:
     """A weight that a step changes: as the base stores it, and as the candidate does."""
 
@@ -126,6 +150,7 @@ class ChangedWeight:
     base: TensorRows
     candidate: TensorRows
     pieces: Sequence[slice]
+    calibrated: CalibratedLayer | None = None  # None: each number is rounded to nearest
 
     @property
     def stored_as(self) -> str:
@@ -150,7 +175,8 @@ class ChangedWeight:
                 part = slice(first, min(len(after), first + max(1, size // math.prod(after.shape[1:]))))
                 rows = slice(piece.start + part.start, piece.start + part.stop)
                 wide = _widened(before[part], scratch, "base in fp64"), _widened(after[part], scratch, "in fp64")
-                yield WeightRows(rows, *wide, after[part])
+                gaps = None if self.calibrated is None else half_gaps(after[part])
+                yield WeightRows(rows, *wide, after[part], gaps, self.calibrated is not None)
                 first, size = part.stop, MOST_ENTRIES
 
     def _stored(self, rows: slice, scratch: Scratch) -> NDArray[Any]:
@@ -169,6 +195,15 @@ class ChangedWeight:
             squares += [np.square(part).sum(axis=0) for part in plain.rows(rows, self.before(rows))]
         norms, bounds = np.sqrt(squares)
         return replace(one, column_norms=(norms, bounds))
+
+
+def half_gaps(stored: NDArray[Any]) -> tuple[Wide, Wide]:
+    """Half the distances from numbers of a float dtype to the next smaller and the next larger ones."""
+    ends = (np.array(end, stored.dtype) for end in (-np.inf, np.inf))
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = stored.astype(np.float64)
+        below, above = (np.abs(np.nextafter(stored, end).astype(np.float64) - wide) / 2 for end in ends)
+    return below, above
 
 
 def _widened(stored: NDArray[Any], scratch: Scratch, name: str) -> Wide:

@@ -12,11 +12,13 @@ import numpy as np
 from lora_export.options.spelling import named
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import (
+    CalibratedLayer,
     ChangedWeight,
     ComparedRows,
     WeightRows,
     compare_rows,
 )
+from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,
@@ -29,10 +31,15 @@ from lora_export.verification.against_checkpoint.result import AuditedWeight, Fa
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
+RIGHT = "W + s·BA"  # beside the names of the controls
+NOT_WORSE = 1.01  # times the error of the nearest numbers: the model's run is not repeated to the last bit
 
-def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+
+def judge_changed(
+    name: str, step: Step, base: StoredTensor, candidate: StoredTensor, calibrated: CalibratedLayer | None = None
+) -> AuditedWeight:
     """Compare a changed weight with its sum in fp64, and with the controls."""
-    return judge_weight(name, ChangedWeight(step, base, candidate, list(candidate.pieces())))
+    return judge_weight(name, ChangedWeight(step, base, candidate, list(candidate.pieces()), calibrated))
 
 
 def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
@@ -41,13 +48,21 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
     found = _Differences()
+    chosen = None if weight.calibrated is None else weight.calibrated.numbers(step.spec.layout)
     scratch, others = Scratch(), Scratch()
     for block in weight.blocks():
         compared = compare_rows(block, right, scratch, every_entry=not found.elements)
         found.add(block, compared, scratch)
-        for control in controls.values():
-            control.compare(block, compared.value, others)
+        if chosen is not None and block.gaps is not None:
+            chosen.add(RIGHT, compared.difference, block.gaps, compared.value - block.before)
+        for what, control in controls.items():
+            control.compare(block, compared.value, others, what, chosen)
+    if chosen is not None:
+        for what, control in controls.items():
+            control.detected = control.detected or not chosen.fits(what)
     result = found.result(name, {what: one.detected for what, one in controls.items() if one.is_wrong})
+    if chosen is not None and (errors := chosen.errors(RIGHT)) is not None:
+        result = replace(result, output_error=errors[0], nearest_output_error=errors[1])
     if result.off:
         what = f"{step.terms[0].pair.kind}'s T(W)" if step.needs_weight else "W + s·BA"
         why = (
@@ -57,11 +72,25 @@ def judge_weight(name: str, weight: ChangedWeight) -> AuditedWeight:
         detected = {what: one.detected for what, one in controls.items()}
         guess = explain_difference(weight, right, detected, is_local=result.off <= result.elements / 100)
         return replace(result, outcome=Outcome.DIFFERENT, why=f"{why}: {guess}" if guess else why)
+    if chosen is not None and (why := _not_chosen(chosen)):
+        return replace(result, outcome=Outcome.DIFFERENT, why=why)
     missed = [what for what, detected in result.controls.items() if not detected]
     if missed:
         why = f"it also fits the sum with {' and '.join(missed)}: rounding to {weight.stored_as} hides the difference"
         return replace(result, outcome=Outcome.UNDECIDED, why=why)
     return result
+
+
+def _not_chosen(chosen: ChosenNumbers) -> str:
+    """Why the numbers of a calibrated layer were not chosen by its inputs for W + s·BA; empty where they were."""
+    errors = chosen.errors(RIGHT)
+    if not chosen.is_calibrated(RIGHT):
+        return "the record names it calibrated, and its numbers are rounded to nearest"
+    if not chosen.fits(RIGHT):
+        return "its numbers were not chosen by the calibration inputs for W + s·BA: others are nearer in the outputs"
+    if errors is not None and errors[0] > NOT_WORSE * errors[1]:
+        return f"the error of its outputs is {errors[0]:.3g} of the adapter's effect; the nearest have {errors[1]:.3g}"
+    return ""
 
 
 def judge_unknown_layout(step: Step, judge: Callable[[Step], AuditedWeight]) -> AuditedWeight:
@@ -88,12 +117,16 @@ class _Control:
     is_wrong: bool = False  # a change that is its own transpose, or zero, makes no difference
     detected: bool = False
 
-    def compare(self, block: WeightRows, value: Wide, scratch: Scratch) -> None:
-        if self.detected:
+    def compare(
+        self, block: WeightRows, value: Wide, scratch: Scratch, name: str, chosen: ChosenNumbers | None
+    ) -> None:
+        if self.detected and chosen is None:
             return
         found = compare_rows(block, self.wrong, scratch)
+        if chosen is not None and block.gaps is not None:
+            chosen.add(name, found.difference, block.gaps, found.value - block.before)
         self.is_wrong = self.is_wrong or not np.array_equal(found.value, value)
-        self.detected = found.off > 0
+        self.detected = self.detected or found.off > 0
 
 
 class _Differences:

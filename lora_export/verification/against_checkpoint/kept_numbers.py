@@ -23,7 +23,7 @@ from lora_export.plan import Layout, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import TensorFile
-from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows
+from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer, ChangedWeight, WeightRows
 from lora_export.verification.against_checkpoint.judge_changed import judge_unknown_layout, judge_weight
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Wide
@@ -107,7 +107,13 @@ def _are_equal_bytes(one: tuple[TensorFile, str], other: tuple[TensorFile, str])
 Judge = Callable[[], AuditedWeight | None]
 
 
-def judges_of_kept(name: str, steps: Sequence[Step], base: KeptWeight, candidate: KeptWeight) -> list[Judge]:
+def judges_of_kept(
+    name: str,
+    steps: Sequence[Step],
+    base: KeptWeight,
+    candidate: KeptWeight,
+    calibrated: CalibratedLayer | None = None,
+) -> list[Judge]:
     """What judges a weight: a function for each step on it or on a part of it, and one for all else of it."""
     mine, its = ((each.tensor.scheme, each.tensor.shape, len(each.tensor.parts)) for each in (candidate, base))
     fate = Fate.CHANGED if steps else Fate.KEPT
@@ -119,7 +125,8 @@ def judges_of_kept(name: str, steps: Sequence[Step], base: KeptWeight, candidate
         own = name if step.spec.region is None else step.weight
 
         def judge(one: Step) -> AuditedWeight:
-            return judge_weight(own, ChangedNumbers.of(patch_in_file(base.tensor, one), base, candidate))
+            patch = patch_in_file(base.tensor, one)
+            return judge_weight(own, ChangedNumbers.of(patch, base, candidate, calibrated))
 
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN else judge(step)
 
@@ -194,9 +201,12 @@ class ChangedNumbers(ChangedWeight):
     """A patch of a quantised weight, before and after."""
 
     @classmethod
-    def of(cls, patch: Patch, base: KeptWeight, candidate: KeptWeight) -> ChangedNumbers:
+    def of(
+        cls, patch: Patch, base: KeptWeight, candidate: KeptWeight, calibrated: CalibratedLayer | None = None
+    ) -> ChangedNumbers:
         rows = slice(0, patch.rows.stop - patch.rows.start)
-        return cls(patch.step, _Values(patch, base, base), _Values(patch, base, candidate), base.pieces(rows))
+        before, after = (_Values(patch, base, each) for each in (base, candidate))
+        return cls(patch.step, before, after, base.pieces(rows), calibrated)
 
     @property
     def stored_as(self) -> str:
@@ -220,7 +230,7 @@ class ChangedNumbers(ChangedWeight):
             for gap in gaps:
                 np.multiply(gap, np.where(size, size, np.inf), out=gap)
                 gap[is_wrong] = np.nan
-            yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]))
+            yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]), self.calibrated is not None)
 
 
 def half_distances(values: Wide) -> tuple[Wide, Wide]:

@@ -49,6 +49,9 @@ class AuditedWeight:
     relative_change: float | None = None
     retention: float | None = None
     noise: float | None = None
+    # Of a calibrated layer: ‖X(M - V)ᵀ‖ / ‖X(V - W)ᵀ‖ on held-out inputs X, and the same with the nearest numbers
+    output_error: float | None = None
+    nearest_output_error: float | None = None
     worst: WorstElement | None = None  # the entry with the largest error relative to what is allowed
 
     def __str__(self) -> str:

@@ -91,11 +91,40 @@ class StoredCodes:
             if self.has_float_zeros:
                 np.rint(weight, out=weight)
             found = self._rounded(weight)
+        self._keep_equal(found, old)
+        if not scales.all():
+            np.copyto(found, old, where=scales == 0)
+        return found
+
+    def _keep_equal(self, found: Numbers, old: Numbers) -> None:
+        """Put the old codes where they have the same value."""
         first = self._first_of_equal
         if first is not None:
             np.copyto(found, old, where=first.take(found) == first.take(old))
-        if not scales.all():
-            np.copyto(found, old, where=scales == 0)
+
+    @functools.cached_property
+    def _neighbours(self) -> tuple[Numbers, Numbers]:
+        """For each code that of the next smaller value, and that of the next larger one; at an end, of its own."""
+        ordered, first = np.unique(self.values[np.isfinite(self.values)], return_index=True)
+        codes = np.flatnonzero(np.isfinite(self.values))[first].astype(np.uint8)
+        places = np.searchsorted(ordered, self.values)
+        below, above = (codes[np.clip(places + step, 0, len(codes) - 1)] for step in (-1, 1))
+        return below, above
+
+    def beyond(
+        self,
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        zeros: NDArray[Any] | None,
+        nearest: Numbers,
+        old: Numbers,
+    ) -> Numbers:
+        """The codes of the values on the other side of a weight than the nearest; these, where there is none."""
+        values = self.weight(nearest, scales, zeros)
+        below, above = (codes.take(nearest) for codes in self._neighbours)
+        found = np.where((weight > values) == (scales > 0), above, below)
+        np.copyto(found, nearest, where=(weight == values) | (scales == 0))
+        self._keep_equal(found, old)
         return found
 
     def _rounded(self, numbers: NDArray[np.float32]) -> Numbers:

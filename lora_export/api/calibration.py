@@ -1,0 +1,60 @@
+"""The inputs of the layers that a merge changes, from texts or arrays: the merged model runs on them, in PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.callbacks import OnMessage
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.extras import pip_install
+from lora_export.isolation.limits import MAX_ROW
+from lora_export.options.spelling import named
+from lora_export.plan import Plan
+from lora_export.storage.input_files import read_text
+from lora_export.storage.npz import read_arrays
+from lora_export.training.records.opening import ROW_READERS, open_records
+from lora_export.weights.calibrated_rounding import LayerInputs
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.merge import merge_checkpoint
+
+
+def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -> Mapping[str, LayerInputs]:
+    """The inputs of layers, by the names of their weights in the output, where the merged model runs on a file's texts.
+
+    `base` has its quantised weights as floats. The merged model is one of floats, in a temporary folder. Raises
+    InputRefused where there is no model to run, and for a file without inputs; EnvironmentLacking without PyTorch.
+    """
+    option = named("calibration", path)
+    if not (base.is_folder and base.config):
+        raise InputRefused(f"{option} runs the model, and {base.path} has none: merge into its Hugging Face folder")
+    arrays = read_arrays(path) if path.suffix.lower() == ".npz" else None
+    texts = _texts(path) if arrays is None else []
+    try:
+        from lora_export.models import layer_inputs
+        from lora_export.models.load import load_model
+    except ImportError as error:
+        raise EnvironmentLacking(f"{option} needs PyTorch ({error}): {pip_install('hf')}") from error
+
+    changed = [plan.output_name(step.spec.stored_name) for step in plan.steps if step.terms]
+    with tempfile.TemporaryDirectory() as folder:
+        merge_checkpoint(plan, base, Path(folder), min_retention=0)
+        model = replace(load_model(folder, streamed=True), source=str(base.path))  # which has the tokenizer
+        cases = layer_inputs.cases_of_texts(model, texts) if arrays is None else layer_inputs.cases_of_arrays(arrays)
+        found = layer_inputs.collect_inputs(model, changed, cases)
+    tokens = [each.fitted.count for each in found.values()] or [0]
+    on_message(
+        f"note: {len(found)} of {len(changed)} weights that change have calibration inputs, at least {min(tokens):,}"
+        " each; the others are rounded to nearest"
+    )
+    return found
+
+
+def _texts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, or the column `text` of a file of rows."""
+    if path.suffix.lower() in ROW_READERS:
+        records = open_records(path)
+        return [str(records[row]["text"]) for row in range(len(records)) if "text" in records[row]]
+    return [line for line in read_text(path, MAX_ROW).splitlines() if line.strip()]

@@ -1,0 +1,102 @@
+"""`merge --calibration` and `verify --calibration`: the model runs, and what cannot run is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import lora_export
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.errors import InputRefused, WrongUsage
+from support.cli import answer, call
+from support.small_models import WORDS, small_adapter, small_model, words_tokenizer
+
+WEIGHT = 2e-2  # so small that bf16 swallows most of the adapter
+
+
+def texts_in(path: Path, count: int = 60) -> Path:
+    rng = np.random.default_rng(0)
+    lines = (" ".join(rng.choice(WORDS[3:], rng.integers(2, 9))) for _ in range(count))
+    path.write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in bf16 with a tokenizer, an adapter and texts."""
+    found = tmp_path_factory.mktemp("calibration")
+    base = small_model("llama", found / "base")
+    words_tokenizer(base)
+    small_adapter("llama", base, found / "adapter")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: one.bfloat16() for name, one in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    texts_in(found / "texts.txt")
+    return found
+
+
+def test_small_adapter_keeps_its_effect_in_bf16(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter, texts, out = (folder / name for name in ("base", "adapter", "texts.txt", "out"))
+    options = ["--calibration", texts, "--weight", str(WEIGHT), "--min-retention", "0"]
+    code, found = answer(capsys, "merge", base, adapter, "-o", out, *options)
+    assert code == 0, found
+    outputs = [one["outputs"] for one in found["results"]]
+    assert all(one["is_calibrated"] and one["error"] < one["nearest_error"] for one in outputs)
+    settings = open_artifact(out).record.settings
+    assert len(settings["calibrated"]) == len(outputs) and len(settings["calibration"]) == 64
+    judged = ["verify", out, "--base", base, "-a", adapter, "--weight", str(WEIGHT), "--no-strict"]
+    code, verdict = answer(capsys, *judged, "--calibration", texts)
+    assert (code, verdict["not_judged"]) == (0, [])
+    code, verdict = answer(capsys, *judged)
+    assert "which of the two values around W + s·BA" in verdict["not_judged"][0]
+    # An unmerged layer, and a file of other texts
+    broken = folder / "broken"
+    shutil.copytree(out, broken)
+    name = settings["calibrated"][0]
+    old, new = (load_file(each / "model.safetensors") for each in (base, out))
+    save_file(new | {name: old[name]}, broken / "model.safetensors", {"format": "pt"})
+    assert call("verify", broken, *judged[2:], "--calibration", texts) == 4
+    with pytest.raises(InputRefused, match="names another file"):
+        lora_export.verify(out, base=base, adapters=[adapter], calibration=texts_in(folder / "others.txt", 7))
+
+
+def test_arrays_calibrate_and_nearest_measures(folder: Path) -> None:
+    ids = np.random.default_rng(0).integers(3, 9, (40, 12))
+    mask = np.ones_like(ids)
+    mask[:, 10:] = 0
+    np.savez(folder / "inputs.npz", input_ids=ids, attention_mask=mask)
+    found = {}
+    for rounding in ("nearest", "calibrated"):
+        report = lora_export.merge(
+            folder / "base", [folder / "adapter"], folder / rounding, weights=[WEIGHT], min_retention=0.0,
+            calibration=folder / "inputs.npz", rounding=rounding,
+        ).report  # fmt: skip
+        assert report is not None
+        found[rounding] = [one.outputs for one in report.results if one.outputs is not None]
+    pairs = list(zip(found["nearest"], found["calibrated"], strict=True))
+    assert pairs and all(one.error == one.nearest_error > other.error for one, other in pairs)
+    assert lora_export.verify(folder / "nearest", base=folder / "base", adapters=[folder / "adapter"], weights=[WEIGHT])
+
+
+def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
+    base, adapters, out = folder / "base", [folder / "adapter"], tmp_path / "out"
+    with pytest.raises(WrongUsage, match="needs"):
+        lora_export.merge(base, adapters, out, rounding="calibrated")
+    file = shutil.copy(base / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(InputRefused, match="merge into its Hugging Face folder"):
+        lora_export.merge(file, adapters, tmp_path / "out.safetensors", calibration=folder / "texts.txt")
+    with pytest.raises(InputRefused, match="too few"):
+        lora_export.merge(base, adapters, out, calibration=texts_in(tmp_path / "few.txt", 4))
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    for path in bare.glob("*token*"):
+        path.unlink()
+    with pytest.raises(InputRefused, match=r"bare has no tokenizer"):
+        lora_export.merge(bare, adapters, out, calibration=folder / "texts.txt")
+    with pytest.raises(WrongUsage, match="for a checkpoint"):
+        lora_export.verify(out, model=base, adapters=adapters, calibration=folder / "texts.txt")
+    merged = lora_export.merge(base, adapters, out).output
+    with pytest.raises(InputRefused, match="names no calibrated layers"):
+        lora_export.verify(merged, base=base, adapters=adapters, calibration=folder / "texts.txt")
