@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from lora_export.verification.companion_files import ComparedFiles, compare_file
 from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
-from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
-from lora_export.weights.quantised import without_cache_scales
+from lora_export.weights.quantised import METADATA, without_layers, without_shared_parts
 from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
@@ -48,7 +49,7 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     merged = open_checkpoint(path, dequantise=True)
     origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
     if merged.quantised:
-        origin, merged = (replace(each, quantised=without_cache_scales(each.quantised)) for each in (origin, merged))
+        origin, merged = (replace(each, quantised=without_shared_parts(each.quantised)) for each in (origin, merged))
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     if origin.path.resolve() == merged.path.resolve():
         raise InputRefused(f"{path} is the base itself")
@@ -72,9 +73,10 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
     floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
     record = _other_record(candidate, [*map(steps.output_name, promoted)])
+    header = _other_header(origin, merged, promoted if kept else None)
     audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
     beside = compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ())
-    for found in (beside, files.others, record):
+    for found in (beside, files.others, record, header):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {
@@ -98,6 +100,15 @@ def _other_record(candidate: Artifact, promoted: Sequence[str]) -> ComparedFiles
     if recorded is None or recorded == sorted(promoted):
         return ComparedFiles()
     return ComparedFiles((f"the record names {len(recorded)} promoted weights, and other ones are floats",))
+
+
+def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> ComparedFiles:
+    """Where the headers of files without a config state their 8-bit layers otherwise than the base's do."""
+    floats = None if promoted is None else [name.removesuffix(".weight") for name in promoted]
+    expected = [without_layers(shard.metadata, floats) for shard in base.shards.values()]
+    found = [shard.metadata for shard in merged.shards.values()]
+    one, other = ([json.loads(each[METADATA]) for each in every if METADATA in each] for every in (expected, found))
+    return ComparedFiles() if one == other else ComparedFiles((f"{METADATA} of the header is not the base's",))
 
 
 def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:

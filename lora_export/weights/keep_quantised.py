@@ -20,7 +20,7 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
-from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats, without_cache_scales
+from lora_export.weights.quantised import QUANTIZATION_FILES, needs_no_statement, with_floats, without_shared_parts
 from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
 
 
@@ -64,7 +64,7 @@ def keep_quantised(
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
     floats = {name: base.quantised[name] for name in promoted}
-    decided = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
+    decided = replace(base, quantised=without_shared_parts(floats) if kept else floats, kept=kept)
     if promoted and kept and not _can_state_floats(decided):
         refuse_promotion(layers, "the config has no place that states which layers are floats")
     return decided, layers
@@ -72,7 +72,8 @@ def keep_quantised(
 
 def _can_state_floats(base: Checkpoint) -> bool:
     files = [name for name in QUANTIZATION_FILES if (base.path / name).is_file()]
-    return bool(files) or with_floats(base.config, ["a layer"], []) != base.config
+    is_stated = bool(files) or with_floats(base.config, ["a layer"], []) != base.config
+    return is_stated or all(map(needs_no_statement, base.kept.values()))
 
 
 def _has_own_values(step: Step) -> bool:

@@ -76,9 +76,11 @@ def patch_in_file(tensor: QuantisedTensor, step: Step) -> Patch:
     """A step on a weight, on the rows of the file."""
     region, (rows, columns) = step.spec.region, tensor.row_shape
     patch = Patch(step, slice(0, rows), EVERY_ROW) if region is None else Patch(step, region.rows, region.columns)
-    if len(step.spec.shape) != 2 or (region is not None and region.shape != tensor.row_shape):
-        raise _unsupported_part(step)
     assert tensor.codes is not None
+    # A row of a convolution is all of an output; of a bias, a number.
+    has_rows = not tensor.codes.is_turned and step.spec.shape[:1] == (rows,)
+    if (len(step.spec.shape) != 2 and not has_rows) or (region is not None and region.shape != tensor.row_shape):
+        raise _unsupported_part(step)
     return _turned(patch, tensor.codes.shape[1], columns) if tensor.codes.is_turned else patch
 
 
@@ -151,17 +153,18 @@ class KeptChange:
                 continue
             first = patch.rows.start - rows.start
             here = slice(own.start + first, own.stop + first), patch.columns
-            weight, old, own_scales = before[here], numbers[here], scales[here]
+            weight, old, own_scales = patch.shaped(before[here]), numbers[here], scales[here]
             own_points = None if points is None else points[here]
             change, total = scratch_arrays(scratch, weight.shape, np.dtype(np.float32))
             with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
                 change = sums.sum_rows(patch.step, own, weight, total, column_norms=norms, change=change)
             refuse_overflow(self.tensor.weight, weight, total)
-            new = codes.nearest(total, own_scales, own_points, old)
+            new = codes.nearest(total.reshape(old.shape), own_scales, own_points, old)
             after[here] = new
             found = Statistics(patch.step.weight if patch.step.spec.region is not None else self.tensor.weight)
             if measured:
-                found.add_block(weight, change, codes.weight(new, own_scales, own_points), total)
+                rounded = patch.shaped(codes.weight(new, own_scales, own_points))
+                found.add_block(weight, change, rounded, total)
             statistics.append(found)
         target[:] = source
         codes.layout.pack(after, target)

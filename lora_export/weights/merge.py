@@ -43,7 +43,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
-from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
@@ -139,9 +139,11 @@ def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[st
     """The metadata of a file's header, with the aliases that are still ones, under the names of the output."""
     aliases = tensor_aliases(base.shards.values())
     added = {step.weight for step in plan.steps if step.added} | plan.untied.keys()
+    floats = [name.removesuffix(".weight") for name in base.quantised] if base.kept else None
+    own = without_layers(shard.metadata, floats) if base.quantised or base.kept else shard.metadata
     return {
         plan.output_name(key) if key in aliases else key: plan.output_name(value) if key in aliases else value
-        for key, value in shard.metadata.items()
+        for key, value in own.items()
         if key not in added
     }
 

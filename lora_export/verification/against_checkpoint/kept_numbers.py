@@ -187,7 +187,7 @@ class _Values:
     def rows(self, rows: slice, _scratch: Any = None, _name: str = "") -> Wide:
         scales, zeros = self.scales(rows)
         found: Wide = (self.base.codes.values.astype(np.float64)[self.numbers(rows)] - zeros) * scales
-        return found
+        return self.patch.shaped(found)
 
 
 class ChangedNumbers(ChangedWeight):
@@ -220,7 +220,8 @@ class ChangedNumbers(ChangedWeight):
             for gap in gaps:
                 np.multiply(gap, np.where(size, size, np.inf), out=gap)
                 gap[is_wrong] = np.nan
-            yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]))
+            before, after, below_it, above_it = map(self.base.patch.shaped, (before, after, *gaps))
+            yield WeightRows(rows, before, after, after, (below_it, above_it))
 
 
 def half_distances(values: Wide) -> tuple[Wide, Wide]:

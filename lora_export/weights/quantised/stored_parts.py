@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +53,16 @@ class QuantisedTensor:
     pieces: Callable[[slice], Sequence[Pieces]] | None = None
     rows_at_once: int = 1  # so many rows cost little more than one
     codes: StoredCodes | None = None  # how its numbers are written again; None: not known
+    matrix: tuple[int, int] | None = None  # the shape whose rows are decoded, where it is another than `row_shape`
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape whose rows are decoded: experts of (rows, columns) are one matrix."""
-        return (math.prod(self.shape[:-1]), self.shape[-1])
+        return self.matrix or (math.prod(self.shape[:-1]), self.shape[-1])
+
+    def with_parts(self, *names: str) -> QuantisedTensor:
+        """The weight with more stored tensors that belong to it."""
+        return replace(self, parts=(*self.parts, *names))
 
     def entry(self, packed: Entry) -> Entry:
         """The weight as a tensor of the file that has its packed numbers: their bytes, its shape and dtype."""
