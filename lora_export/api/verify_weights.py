@@ -19,6 +19,7 @@ from lora_export.artifacts.artifact import Artifact, open_artifact
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
+from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
@@ -71,11 +72,17 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
-    floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
-    record = _other_record(candidate, [*map(steps.output_name, promoted)])
+    grids = {
+        name: grid
+        for name, one in origin.quantised.items()
+        if name not in promoted and merged.quantised[steps.output_name(name)].scheme != one.scheme
+        if (grid := one.finer())
+    }
+    floats = float_modules(replace(origin, quantised=promoted, kept=kept, grids=grids), steps)
+    record = _other_record(candidate, steps, promoted, grids)
     header = _other_header(origin, merged, promoted if kept else None)
-    audit = against_checkpoint.audit(steps, origin, merged, layout=layout, progress=progress)
-    beside = compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ())
+    audit = against_checkpoint.audit(steps, replace(origin, grids=grids), merged, layout=layout, progress=progress)
+    beside = compare_files(base, path, loaded, dtypes, floats if kept and any(floats[::2]) else ())
     for found in (beside, files.others, record, header):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
@@ -93,13 +100,19 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     return replace(audit, recorded=recorded, about=about)
 
 
-def _other_record(candidate: Artifact, promoted: Sequence[str]) -> ComparedFiles:
-    """Where the record of a merge that stayed quantised names other promoted weights than are floats."""
+def _other_record(candidate: Artifact, steps: Plan, floats: Iterable[str], finer: Iterable[str]) -> ComparedFiles:
+    """Where the record of a merge that stayed quantised names other promoted weights than are floats, or 8 bits."""
     stated = candidate.record.settings.get("quantised")
-    recorded = stated.get("promoted") if isinstance(stated, Mapping) else None
-    if recorded is None or recorded == sorted(promoted):
+    if not isinstance(stated, Mapping) or "promoted" not in stated:
         return ComparedFiles()
-    return ComparedFiles((f"the record names {len(recorded)} promoted weights, and other ones are floats",))
+    found = {"promoted": (floats, "are floats"), "finer": (finer, "have 8 bits")}
+    return ComparedFiles(
+        tuple(
+            f"the record names {len(stated.get(key, ()))} {key} weights, and other ones {what}"
+            for key, (names, what) in found.items()
+            if stated.get(key, []) != sorted(map(steps.output_name, names))
+        )
+    )
 
 
 def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> ComparedFiles:

@@ -34,6 +34,7 @@ from lora_export.weights.quantised import (
     stated_beside,
     stated_by_file,
 )
+from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.weight_files import is_index, weight_files
 
@@ -83,6 +84,7 @@ class Checkpoint:
     own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
     # Quantised weights that are read as they are stored, by the name of their packed numbers
     kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
+    grids: Mapping[str, NewGrid] = field(default_factory=dict)  # of kept weights, where it is another than the base's
 
     def __repr__(self) -> str:
         return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")

@@ -5,9 +5,10 @@ Each weight that a plan changes is quantised again in memory and measured, of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,6 +22,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import KeptChange, KeptTensor, kept_tensor
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult
 from lora_export.weights.quantised import QUANTIZATION_FILES, needs_no_statement, with_floats, without_shared_parts
+from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
 
 
@@ -43,28 +45,29 @@ def keep_quantised(
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
     measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of)
-    why = dict.fromkeys(replaced, "the adapter has values of its own")
-    worst = {name: min(results, key=lambda one: one.retention) for name, results in measured.items()}
-    for name, results in measured.items():
-        reasons = [(result, reason) for result in results if (reason := why_promoted(result, min_retention))]
-        if reasons:
-            worst[name], why[name] = min(reasons, key=lambda one: one[0].retention)
+    worst, why = _judged(measured, min_retention)
+    grids = {name: grid for name in why if (grid := base.quantised[name].finer())} if _can_state_finer(base) else {}
+    too_small = _judged(_measured(plan, base, list(grids), lambda _: lambda _: None, grids), min_retention)[1]
+    finer = with_bound_layers({name: why.pop(name) for name in grids if name not in too_small}, base.quantised)
+    why |= dict.fromkeys(replaced, "the adapter has values of its own")
     promoted = with_bound_layers(why, base.quantised)
+    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
+    grids = {name: grid for name, grid in grids.items() if name in finer and name not in promoted}
     layers = tuple(
         QuantisedLayer(
             weight=plan.output_name(name),
             scheme=tensor.scheme,
-            stored=str(tensor.dtype) if name in promoted else tensor.scheme,
-            why=promoted.get(name, ""),
+            stored=str(tensor.dtype) if name in promoted else grids[name].scheme if name in grids else tensor.scheme,
+            why=promoted.get(name, finer.get(name, "")),
             retention=worst[name].retention if name in worst else None,
             noise=worst[name].noise if name in worst else None,
         )
         for name, tensor in base.quantised.items()
-        if name in changed or name in promoted
+        if name in changed or name in promoted or name in grids
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
     floats = {name: base.quantised[name] for name in promoted}
-    decided = replace(base, quantised=without_shared_parts(floats) if kept else floats, kept=kept)
+    decided = replace(base, quantised=without_shared_parts(floats) if kept else floats, kept=kept, grids=grids)
     if promoted and kept and not _can_state_floats(decided):
         refuse_promotion(layers, "the config has no place that states which layers are floats")
     return decided, layers
@@ -76,12 +79,33 @@ def _can_state_floats(base: Checkpoint) -> bool:
     return is_stated or all(map(needs_no_statement, base.kept.values()))
 
 
+def _can_state_finer(base: Checkpoint) -> bool:
+    return with_floats(base.config, [], [], ["a layer"]) != base.config
+
+
+def _judged(
+    measured: Mapping[str, Sequence[StepResult]], min_retention: float
+) -> tuple[dict[str, StepResult], dict[str, str]]:
+    """The worst result of each weight, and why those that are lost cannot stay as they were measured."""
+    worst = {name: min(results, key=lambda one: one.retention) for name, results in measured.items()}
+    why = {}
+    for name, results in measured.items():
+        reasons = [(result, reason) for result in results if (reason := why_promoted(result, min_retention))]
+        if reasons:
+            worst[name], why[name] = min(reasons, key=lambda one: one[0].retention)
+    return worst, why
+
+
 def _has_own_values(step: Step) -> bool:
     return step.replace is not None or step.token_rows is not None
 
 
 def _measured(
-    plan: Plan, base: Checkpoint, names: Sequence[str], progress_of: Callable[[int], Callable[[int], None]]
+    plan: Plan,
+    base: Checkpoint,
+    names: Sequence[str],
+    progress_of: Callable[[int], Callable[[int], None]],
+    grids: Mapping[str, NewGrid] = MappingProxyType({}),
 ) -> dict[str, list[StepResult]]:
     """What is left of the change of each weight, and of each part of it, when it is quantised again."""
     stored = {name: shard for shard in base.shards.values() for name in shard.entries}
@@ -93,7 +117,7 @@ def _measured(
     def measure(name: str) -> list[StepResult]:
         tensor = base.quantised[name]
         file = stored[tensor.packed]
-        kept = kept_tensor(entry(name), tensor, plan)
+        kept = kept_tensor(entry(name), tensor, plan, grids.get(name))
         assert kept is not None
         return _results(kept, file)
 
@@ -117,6 +141,7 @@ def _results(kept: KeptTensor, file: TensorFile) -> list[StepResult]:
             first, last = kept.codes.layout.extent(rows)
             packed = np.empty(last - first, np.uint8)
             block_copy.read(file.path, reader.fileno(), packed, kept.source.start + first)
-            for found in change.make(rows, True, packed, np.empty_like(packed), scratch):
+            start, stop = kept.new_codes.layout.extent(rows)
+            for found in change.make(rows, True, packed, np.empty(stop - start, np.uint8), scratch):
                 by_weight.setdefault(found.weight, Statistics(found.weight)).merge(found)
     return [statistics.result() for statistics in by_weight.values()]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squared_column_norms
 from lora_export.weights.merge_report import Statistics
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
-from lora_export.weights.tensor_blocks import OutputTensor, Patch, blocks_to_measure, rows_with_terms
+from lora_export.weights.tensor_blocks import OutputTensor, Patch, blocks_to_measure, rows_with_terms, skipped_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,20 @@ class KeptTensor(OutputTensor):
 
     codes: StoredCodes = field(kw_only=True)
     weight: str = field(kw_only=True)  # the name of the weight in the output
+    grid: NewGrid | None = field(default=None, kw_only=True)  # what it is rounded to; None: the scales that it has
+
+    @property
+    def new_codes(self) -> StoredCodes:
+        return self.codes if self.grid is None else self.grid.codes
+
+    @property
+    def is_copy(self) -> bool:
+        return False
 
     @property
     def rows_at_once(self) -> int:
-        return rows_with_terms(self.patches, self.codes.layout.rows_together, self.codes.shape[0])
+        together = math.lcm(self.codes.layout.rows_together, self.new_codes.layout.rows_together)
+        return rows_with_terms(self.patches, together, self.codes.shape[0])
 
     @property
     def largest_row_bytes(self) -> int:
@@ -57,19 +69,50 @@ class KeptTensor(OutputTensor):
         return list(zip(pieces, blocks_to_measure(whole, pieces), strict=True))
 
 
-def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan) -> KeptTensor | None:
-    """The packed numbers of a weight with the steps of a plan; None where no step is on them.
+@dataclass(frozen=True, eq=False)
+class NewScales(OutputTensor):
+    """Scales or zero points of a weight on another grid. `source` is what the file has."""
+
+    part: NewPart = field(kw_only=True)
+
+    @property
+    def is_copy(self) -> bool:
+        return False
+
+    def blocks(self, target: Entry) -> Iterator[Block]:
+        old = self.source
+        yield from skipped_blocks(old.start, target.start, old.nbytes)
+        made = functools.cache(lambda: np.ascontiguousarray(self.part.make()).reshape(-1).view(np.uint8))
+
+        def fill(first: int, _source: Bytes, out: Bytes, _scratch: Bytes) -> None:
+            out[:] = made()[first : first + len(out)]
+
+        for first in range(0, target.nbytes, block_copy.BLOCK):
+            last = min(first + block_copy.BLOCK, target.nbytes)
+            place = target.start + first, target.start + last
+            yield Block(old.stop, old.stop, *place, work=functools.partial(fill, first))
+
+
+def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan, grid: NewGrid | None = None) -> KeptTensor | None:
+    """The packed numbers of a weight with the steps of a plan; None where no step is on them, and no other grid.
 
     Raises InputRefused for a part of a weight that is no block of the file.
     """
     whole = plan.by_weight.get(tensor.name)
     steps = plan.by_part.get(tensor.name, ()) if whole is None else (whole,)
-    if not steps:
+    if not steps and grid is None:
         return None
     assert tensor.codes is not None
     patches = tuple(patch_in_file(tensor, step) for step in steps)
     name, weight = plan.output_name(entry.name), plan.output_name(tensor.name)
-    return KeptTensor(entry, None, name, entry.dtype, patches, codes=tensor.codes, weight=weight)
+    shape = None if grid is None else grid.packed_shape
+    of_file = (entry, None, name, entry.dtype, patches, None, shape)
+    return KeptTensor(*of_file, codes=tensor.codes, weight=weight, grid=grid)
+
+
+def new_scales(kept: Iterable[QuantisedTensor], grids: Mapping[str, NewGrid]) -> dict[str, NewPart]:
+    """The stored tensors of weights on other grids that become others, by name."""
+    return {name: part for one in kept if one.name in grids for name, part in grids[one.name].parts.items()}
 
 
 def patch_in_file(tensor: QuantisedTensor, step: Step) -> Patch:
@@ -109,9 +152,9 @@ def kept_blocks(source: Path, read_fd: int, tensor: KeptTensor, target: Entry) -
     """Blocks that change the numbers of a weight. The work of a block returns a list of Statistics."""
     change, old = KeptChange.of(tensor, source, read_fd), tensor.source
     for rows, measured in tensor.pieces:
-        first, last = tensor.codes.layout.extent(rows)
+        (first, last), (start, stop) = (each.layout.extent(rows) for each in (tensor.codes, tensor.new_codes))
         work = functools.partial(change.make, rows, measured)
-        yield Block(old.start + first, old.start + last, target.start + first, target.start + last, work=work)
+        yield Block(old.start + first, old.start + last, target.start + start, target.start + stop, work=work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +163,7 @@ class KeptChange:
 
     tensor: KeptTensor
     grid: Grid
+    new_grid: Grid  # of what is written
     column_norms: Sequence[NDArray[np.float64] | None]  # of each patch
 
     @classmethod
@@ -136,7 +180,8 @@ class KeptChange:
             own = [part for rows, _ in tensor.pieces if (part := patch.within(rows)) is not None]
             return squared_column_norms(patch.step, own, read)
 
-        return cls(tensor, grid, [norms_of(patch) for patch in tensor.patches])
+        new_grid = grid if tensor.grid is None else tensor.grid.codes.load()
+        return cls(tensor, grid, new_grid, [norms_of(patch) for patch in tensor.patches])
 
     def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
         """Fill `target`, the packed numbers of some rows, from `source`. Returns the statistics of each change."""
@@ -144,6 +189,9 @@ class KeptChange:
         numbers = codes.layout.unpack(rows, source)
         scales, zeros = self.grid(rows)
         before, after = codes.weight(numbers, scales, zeros), numbers.copy()
+        if self.tensor.grid is not None:
+            codes, (scales, zeros) = self.tensor.new_codes, self.new_grid(rows)
+            after = codes.nearest(before.copy(), np.broadcast_to(scales, before.shape), zeros, np.zeros_like(numbers))
         scales = np.broadcast_to(scales, before.shape)
         points = None if zeros is None else np.broadcast_to(zeros, before.shape)
         statistics = []
@@ -153,7 +201,7 @@ class KeptChange:
                 continue
             first = patch.rows.start - rows.start
             here = slice(own.start + first, own.stop + first), patch.columns
-            weight, old, own_scales = patch.shaped(before[here]), numbers[here], scales[here]
+            weight, old, own_scales = patch.shaped(before[here]), after[here], scales[here]
             own_points = None if points is None else points[here]
             change, total = scratch_arrays(scratch, weight.shape, np.dtype(np.float32))
             with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
@@ -166,6 +214,6 @@ class KeptChange:
                 rounded = patch.shaped(codes.weight(new, own_scales, own_points))
                 found.add_block(weight, change, rounded, total)
             statistics.append(found)
-        target[:] = source
+        target[:] = source if self.tensor.grid is None else 0
         codes.layout.pack(after, target)
         return statistics

@@ -83,7 +83,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.source.shape) * self.dtype.itemsize
+        return math.prod(self.output_shape) * self.dtype.itemsize
 
     @property
     def rows_at_once(self) -> int:

@@ -120,6 +120,61 @@ def test_small_change_is_promoted_to_floats(kind: str, tmp_path: Path) -> None:
         assert states_float(out, "a.fc") and not states_float(out, "b.other") and not states_float(base, "a.fc")
 
 
+FEWER_BITS = [kind for kind in ONE_LAYER if kind.startswith(("compressed int", "gptq")) and "8" not in kind]
+
+
+@pytest.mark.parametrize("kind", FEWER_BITS)
+def test_change_that_8_bits_hold_is_promoted_to_them(kind: str, tmp_path: Path) -> None:
+    """Each step is a sixteenth (or so) of the base's: numbers that do not change keep their values."""
+    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
+    before = floats_of(base)
+    weight = before["a.fc.weight"]
+    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, np.abs(weight).max() / 100)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.a.fc.lora_B.weight"
+    tensors[name][:8] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    change[:8] = 0
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, min_retention=0.8)
+    assert result.report is not None
+    (layer,) = result.report.layers
+    assert layer.why and "8-bit" in layer.stored and layer.stored != layer.scheme
+    after = floats_of(out)
+    assert np.array_equal(after["a.fc.weight"][:8], weight[:8])
+    moved = after["a.fc.weight"] - weight
+    assert np.linalg.norm(moved - change) < 0.45 * np.linalg.norm(change)  # of 2 bits many numbers are at the end
+    assert np.array_equal(after["b.other.weight"], before["b.other.weight"])
+    assert_judged(out, base, adapter)
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    if kind.startswith("gptq"):
+        assert quantization["dynamic"] == {r"+:^a\.fc$": {"bits": 8}}
+    else:
+        first, second = quantization["config_groups"].values()
+        assert second == {**first, "targets": ["a.fc"], "weights": {**first["weights"], "num_bits": 8}}
+    for key, value in (
+        ("dynamic", {}),
+        ("config_groups", {"group_0": quantization.get("config_groups", {}).get("group_0")}),
+    ):
+        if key in quantization:
+            fields = {"dtype": "float32", "quantization_config": {**quantization, key: value}}
+            (out / "config.json").write_text(json.dumps(fields))
+    try:
+        verdict = str(verify(out, base=base, adapters=[adapter]))
+    except InputRefused as refused:  # of words that no stated number of bits fits
+        verdict = f"different: {refused}"
+    assert verdict.startswith("different")
+
+
+def test_scales_that_cannot_be_halved_need_floats(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gptq 4")
+    tensors = load_file(base / "model.safetensors")
+    tensors["a.fc.scales"] *= 1e-3  # in fp16 a sixteenth of it has fewer digits
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter, _ = adapter_of(tmp_path / "adapter", (24, 92), 1e-5)
+    result = lora_export.merge(base, [adapter], tmp_path / "out", keep_quantised=True, min_retention=0.9)
+    assert result.report is not None and result.report.layers[0].stored == "float16"
+
+
 def states_float(folder: Path, module: str) -> bool:
     """Whether the config excludes a module from quantisation."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -223,7 +278,7 @@ def test_file_of_the_quantiser_states_promoted_layers_too(
     base = base_of(tmp_path / "base", kind)
     (base / name).write_text(json.dumps(stated))
     weight = floats_of(base)["a.fc.weight"]
-    out, adapter = merged(tmp_path, base, {"a.fc": (np.ones((1, weight.shape[1])), np.full((24, 1), 3e-3))})
+    out, adapter = merged(tmp_path, base, {"a.fc": (np.ones((1, weight.shape[1])), np.full((24, 1), 1e-3))})
     found = json.loads((out / name).read_text())
     excluded = found.get("quantization", found)[key]
     assert list(excluded) == (["-:^a\\.fc$"] if key == "dynamic" else ["a.fc"])
@@ -234,7 +289,7 @@ def test_file_of_the_quantiser_states_promoted_layers_too(
 
 def test_whole_model_of_promoted_layers_is_a_float_model(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "gptq 4")
-    pairs = {name: (np.ones((1, 92)), np.full((24, 1), 3e-3)) for name in ("a.fc", "b.other")}
+    pairs = {name: (np.ones((1, 92)), np.full((24, 1), 1e-3)) for name in ("a.fc", "b.other")}
     out, adapter = merged(tmp_path, base, pairs)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert verify(out, base=base, adapters=[adapter])
@@ -242,7 +297,7 @@ def test_whole_model_of_promoted_layers_is_a_float_model(tmp_path: Path) -> None
 
 def test_command_reports_layers_and_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = base_of(tmp_path / "base", "gptq 4"), tmp_path / "out"
-    adapter = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3))})
+    adapter = peft_adapter(tmp_path / "adapter", {"a.fc": (np.ones((1, 92)), np.full((24, 1), 1e-3))})
     code, document = answer(capsys, "merge", base, adapter, "-o", out, "--keep-quantised")
     assert code == 0
     (layer,) = document["layers"]
@@ -345,7 +400,7 @@ def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
     for file in set(files.values()):
         save_file({name: stored[name] for name in stored if files[name] == file}, base / file, {"format": "pt"})
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    pairs = {"a.fc": (np.ones((1, 92)), np.full((24, 1), 3e-3)), "b.other": (np.ones((1, 92)), np.full((24, 1), 0.1))}
+    pairs = {"a.fc": (np.ones((1, 92)), np.full((24, 1), 1e-3)), "b.other": (np.ones((1, 92)), np.full((24, 1), 0.1))}
     adapter = peft_adapter(tmp_path / "adapter", pairs)
     result = lora_export.merge(base, [adapter], out, keep_quantised=True, hashing="sha256")
     assert result.report is not None and [layer.is_kept for layer in result.report.layers] == [False, True]
@@ -360,7 +415,7 @@ def test_scales_may_be_in_another_file(tmp_path: Path) -> None:
     assert "the record names 1 promoted weights" in str(verify(out, base=base, adapters=[adapter]))
 
 
-@pytest.mark.parametrize("size", [3e-3, 0.1])
+@pytest.mark.parametrize("size", [1e-3, 0.1])
 def test_scales_of_a_quantised_cache_stay(size: float, tmp_path: Path) -> None:
     """They are read as parts of a weight of the same attention, and stay where that one becomes a float."""
     base = base_of(tmp_path / "base", "compressed int4")

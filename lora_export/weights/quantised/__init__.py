@@ -21,7 +21,13 @@ from lora_export.weights.quantised.comfyui import file_dtype as file_dtype
 from lora_export.weights.quantised.comfyui import stated_by_file as stated_by_file
 from lora_export.weights.quantised.comfyui import without_layers as without_layers
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
-from lora_export.weights.quantised.exclusions import Exclude, excluded_by, excluded_by_patterns, excluded_of_modelopt
+from lora_export.weights.quantised.exclusions import (
+    Exclude,
+    excluded_by,
+    excluded_by_patterns,
+    excluded_of_compressed,
+    excluded_of_modelopt,
+)
 from lora_export.weights.quantised.gptq import gptq_weights
 from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
@@ -76,7 +82,7 @@ SCHEMES: dict[str, _Scheme] = {
         compressed_weights,
         "compressed-tensors",
         (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
-        excluded_by("ignore"),
+        excluded_of_compressed,
     ),
     "modelopt": _Scheme(
         modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2"), excluded_of_modelopt
@@ -217,8 +223,10 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_floats(config: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> dict[str, Any]:
-    """The config of a quantised model in which more `modules` are floats; `floats` were before.
+def with_floats(
+    config: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], finer: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The config of a quantised model in which more `modules` are floats; `floats` were before. `finer` have 8 bits.
 
     What each part of it states as `quantization_config` excludes them, as the library of the scheme reads it.
     """
@@ -226,14 +234,18 @@ def with_floats(config: Mapping[str, Any], modules: Sequence[str], floats: Seque
     for key, value in config.items():
         if isinstance(value, dict):
             is_stated = key == QUANTIZATION and method_of(value) in SCHEMES
-            found[key] = (SCHEMES[method_of(value)].exclude if is_stated else with_floats)(value, modules, floats)
+            found[key] = (SCHEMES[method_of(value)].exclude if is_stated else with_floats)(
+                value, modules, floats, finer
+            )
     return found
 
 
-def file_with_floats(name: str, stated: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> Any:
+def file_with_floats(
+    name: str, stated: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], finer: Sequence[str] = ()
+) -> Any:
     """As `with_floats`, for a file of `QUANTIZATION_FILES`."""
     method, _ = QUANTIZATION_FILES[name]
-    return SCHEMES[method].exclude(stated, modules, floats)
+    return SCHEMES[method].exclude(stated, modules, floats, finer)
 
 
 def as_conv1d(

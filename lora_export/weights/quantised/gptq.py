@@ -26,6 +26,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
+from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
 from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, pack, unpack, words_of
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
@@ -124,7 +125,31 @@ class _GptqModule:
                 layout=_ColumnsOfWords(bits, outputs),
                 load=lambda: self._grid(bits, inputs, scales, zeros, stated),
             ),
+            finer=lambda: self._finer(bits, inputs, scales, zeros, stated),
         )
+
+    def _finer(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> NewGrid | None:
+        groups, outputs = scales.shape
+        fine = finer_scales(self.parts.read_scales(scales.name), bits) if bits < FINE_BITS else None
+        if fine is None:
+            return None
+
+        def load() -> Grid:
+            return self._grid(bits, inputs, scales, zeros, stated)
+
+        def packed_points() -> NDArray[np.int32]:
+            points = self._scales_and_points(bits, scales, zeros)[1] << np.uint8(FINE_BITS - bits)
+            packed = np.zeros((groups, words_of(outputs, FINE_BITS) * WORD_BYTES), np.uint8)
+            packed[:, :outputs] = points - np.uint8(self.is_first_version)
+            return packed.view(np.int32)
+
+        every = np.arange(1 << FINE_BITS, dtype=np.float32)
+        parts = {
+            scales.name: NewPart(scales.shape, lambda: fine),
+            zeros.name: NewPart((groups, words_of(outputs, FINE_BITS)), packed_points),
+        }
+        codes = StoredCodes((inputs, outputs), True, every, _ColumnsOfWords(FINE_BITS, outputs), finer_grid(load, bits))
+        return NewGrid(f"gptq {FINE_BITS}-bit", codes, (words_of(inputs, FINE_BITS), outputs), parts)
 
     def _matrix(self, kind: str, dtypes: Sequence[str]) -> Entry:
         entry = self.parts.expect(f"{self.module}.{kind}", f"{self.module}.weight", *dtypes)

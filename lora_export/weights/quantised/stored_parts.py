@@ -21,6 +21,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
+from lora_export.weights.quantised.new_grid import NewGrid
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
@@ -53,6 +54,7 @@ class QuantisedTensor:
     pieces: Callable[[slice], Sequence[Pieces]] | None = None
     rows_at_once: int = 1  # so many rows cost little more than one
     codes: StoredCodes | None = None  # how its numbers are written again; None: not known
+    finer: Callable[[], NewGrid | None] = lambda: None  # the same weight in 8 bits. Reads scales; None: it has no such
     matrix: tuple[int, int] | None = None  # the shape whose rows are decoded, where it is another than `row_shape`
 
     @property
