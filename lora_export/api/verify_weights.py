@@ -33,6 +33,7 @@ from lora_export.version import __version__
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import METADATA, without_layers, without_shared_parts
+from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
@@ -72,14 +73,17 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
+    stored = {name: merged.quantised[steps.output_name(name)] for name in origin.quantised if name not in promoted}
     grids = {
         name: grid
-        for name, one in origin.quantised.items()
-        if name not in promoted and merged.quantised[steps.output_name(name)].scheme != one.scheme
-        if (grid := one.finer())
+        for name, one in stored.items()
+        if one.scheme != origin.quantised[name].scheme and (grid := origin.quantised[name].finer())
     }
+    new = _recorded(candidate, "rescaled")
+    grids |= {name: with_new_scales(one) for name, one in stored.items() if one.scaling and one.name in new}
     floats = float_modules(replace(origin, quantised=promoted, kept=kept, grids=grids), steps)
-    record = _other_record(candidate, steps, promoted, grids)
+    finer = [name for name, grid in grids.items() if not grid.is_rescaled]
+    record = _other_record(candidate, steps, promoted, finer)
     header = _other_header(origin, merged, promoted if kept else None)
     audit = against_checkpoint.audit(steps, replace(origin, grids=grids), merged, layout=layout, progress=progress)
     beside = compare_files(base, path, loaded, dtypes, floats if kept and any(floats[::2]) else ())
@@ -102,17 +106,23 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
 
 def _other_record(candidate: Artifact, steps: Plan, floats: Iterable[str], finer: Iterable[str]) -> ComparedFiles:
     """Where the record of a merge that stayed quantised names other promoted weights than are floats, or 8 bits."""
-    stated = candidate.record.settings.get("quantised")
-    if not isinstance(stated, Mapping) or "promoted" not in stated:
+    if "quantised" not in candidate.record.settings:
         return ComparedFiles()
     found = {"promoted": (floats, "are floats"), "finer": (finer, "have 8 bits")}
     return ComparedFiles(
         tuple(
-            f"the record names {len(stated.get(key, ()))} {key} weights, and other ones {what}"
+            f"the record names {len(_recorded(candidate, key))} {key} weights, and other ones {what}"
             for key, (names, what) in found.items()
-            if stated.get(key, []) != sorted(map(steps.output_name, names))
+            if _recorded(candidate, key) != sorted(map(steps.output_name, names))
         )
     )
+
+
+def _recorded(candidate: Artifact, key: str) -> list[Any]:
+    """The weights that the record of a merge that stayed quantised has under this key."""
+    stated = candidate.record.settings.get("quantised")
+    names = stated.get(key) if isinstance(stated, Mapping) else None
+    return names if isinstance(names, list) else []
 
 
 def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> ComparedFiles:

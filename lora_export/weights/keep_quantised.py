@@ -24,15 +24,20 @@ from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepRes
 from lora_export.weights.quantised import QUANTIZATION_FILES, needs_no_statement, with_floats, without_shared_parts
 from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised_layers import refuse_promotion, why_promoted, with_bound_layers
+from lora_export.weights.rescaled import rescaled
 
 
 def keep_quantised(
     plan: Plan,
     base: Checkpoint,
     min_retention: float,
+    *,
+    rescale: bool = False,
     progress_of: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> tuple[Checkpoint, tuple[QuantisedLayer, ...]]:
     """The base with `kept` weights, and the others as floats; and what becomes of each layer that changes, and why.
+
+    With `rescale`, weights that change get new scales where their scheme has a rule for them.
 
     Reads the rows of the base that are measured. `progress_of` receives the bytes of all weights to measure, and
     returns what receives those of each. Raises InputRefused for changes that cannot be quantised again.
@@ -44,20 +49,22 @@ def keep_quantised(
         )
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
-    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of)
-    worst, why = _judged(measured, min_retention)
+    added_to = [name for name in changed if name not in replaced]
+    new = {name: grid for name in added_to if (grid := _rescaled(plan, base, name))} if rescale else {}
+    worst, why = _judged(_measured(plan, base, added_to, progress_of, new), min_retention)
     grids = {name: grid for name in why if (grid := base.quantised[name].finer())} if _can_state_finer(base) else {}
     too_small = _judged(_measured(plan, base, list(grids), lambda _: lambda _: None, grids), min_retention)[1]
     finer = with_bound_layers({name: why.pop(name) for name in grids if name not in too_small}, base.quantised)
     why |= dict.fromkeys(replaced, "the adapter has values of its own")
     promoted = with_bound_layers(why, base.quantised)
     grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
-    grids = {name: grid for name, grid in grids.items() if name in finer and name not in promoted}
+    grids = new | {name: grid for name, grid in grids.items() if name in finer}
+    grids = {name: grid for name, grid in grids.items() if name not in promoted}
     layers = tuple(
         QuantisedLayer(
             weight=plan.output_name(name),
             scheme=tensor.scheme,
-            stored=str(tensor.dtype) if name in promoted else grids[name].scheme if name in grids else tensor.scheme,
+            stored=str(tensor.dtype) if name in promoted else grids[name].stored_as if name in grids else tensor.scheme,
             why=promoted.get(name, finer.get(name, "")),
             retention=worst[name].retention if name in worst else None,
             noise=worst[name].noise if name in worst else None,
@@ -71,6 +78,13 @@ def keep_quantised(
     if promoted and kept and not _can_state_floats(decided):
         refuse_promotion(layers, "the config has no place that states which layers are floats")
     return decided, layers
+
+
+def _rescaled(plan: Plan, base: Checkpoint, name: str) -> NewGrid | None:
+    tensor = base.quantised[name]
+    file = next(shard for shard in base.shards.values() if tensor.packed in shard.entries)
+    kept = kept_tensor(file.entries[tensor.packed], tensor, plan)
+    return None if kept is None else rescaled(kept, tensor.scheme, file.path, tensor.scaling)
 
 
 def _can_state_floats(base: Checkpoint) -> bool:

@@ -183,6 +183,25 @@ class KeptChange:
         new_grid = grid if tensor.grid is None else tensor.grid.codes.load()
         return cls(tensor, grid, new_grid, [norms_of(patch) for patch in tensor.patches])
 
+    def sums(self, rows: slice, source: Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[Any] | None]:
+        """Some rows before and after the change, in fp32, and their zero points."""
+        codes = self.tensor.codes
+        scales, zeros = self.grid(rows)
+        before = codes.weight(codes.layout.unpack(rows, source), scales, zeros)
+        after = before.copy()
+        for patch, norms in zip(self.tensor.patches, self.column_norms, strict=True):
+            own = patch.within(rows)
+            if own is not None:
+                first = patch.rows.start - rows.start
+                here = slice(own.start + first, own.stop + first), patch.columns
+                weight = patch.shaped(before[here])
+                total = np.empty_like(weight)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    sums.sum_rows(patch.step, own, weight, total, column_norms=norms)
+                refuse_overflow(self.tensor.weight, weight, total)
+                after[here] = total.reshape(after[here].shape)
+        return before, after, zeros
+
     def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
         """Fill `target`, the packed numbers of some rows, from `source`. Returns the statistics of each change."""
         codes = self.tensor.codes
@@ -191,7 +210,8 @@ class KeptChange:
         before, after = codes.weight(numbers, scales, zeros), numbers.copy()
         if self.tensor.grid is not None:
             codes, (scales, zeros) = self.tensor.new_codes, self.new_grid(rows)
-            after = codes.nearest(before.copy(), np.broadcast_to(scales, before.shape), zeros, np.zeros_like(numbers))
+            start = numbers if self.tensor.grid.is_rescaled else np.zeros_like(numbers)
+            after = codes.nearest(before.copy(), np.broadcast_to(scales, before.shape), zeros, start)
         scales = np.broadcast_to(scales, before.shape)
         points = None if zeros is None else np.broadcast_to(zeros, before.shape)
         statistics = []

@@ -131,7 +131,10 @@ def _stated_quantisation(plan: Plan, base: Checkpoint) -> dict[str, Any]:
     """What happened to quantised weights, for the record of provenance."""
     if base.kept:
         schemes = sorted({tensor.scheme for tensor in base.kept.values()})
-        others = {"finer": sorted(map(plan.output_name, base.grids))} if base.grids else {}
+        others: dict[str, list[str]] = {}
+        for name, grid in base.grids.items():
+            others.setdefault("rescaled" if grid.is_rescaled else "finer", []).append(plan.output_name(name))
+        others = {kind: sorted(names) for kind, names in others.items()}
         return {"quantised": {"kept": schemes, "promoted": sorted(map(plan.output_name, base.quantised)), **others}}
     return {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 

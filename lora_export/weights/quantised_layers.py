@@ -107,4 +107,5 @@ def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], l
     before = modules(name for name in are_matrices(base.specs) if name not in quantised)
     added = are_matrices(step.spec for step in plan.steps if step.added)
     new = {*modules(base.quantised), *(name.rpartition(".")[0] for name in added)}
-    return sorted(new.union(before if plan.name_prefix else ())), before, modules(base.grids)
+    finer = [name for name, grid in base.grids.items() if not grid.is_rescaled]
+    return sorted(new.union(before if plan.name_prefix else ())), before, modules(finer)

@@ -165,6 +165,57 @@ def test_change_that_8_bits_hold_is_promoted_to_them(kind: str, tmp_path: Path) 
     assert verdict.startswith("different")
 
 
+@pytest.mark.parametrize("kind", ONE_LAYER)
+def test_new_scales_are_those_of_the_rule(kind: str, tmp_path: Path) -> None:
+    """Eight rows do not change. A change of twice the weight would be cut off on the scales that it has."""
+    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
+    before = floats_of(base)
+    weight = before["a.fc.weight"]
+    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, 2 * weight.std())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.a.fc.lora_B.weight"][:8] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    change[:8] = 0
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True, rescale=True, min_retention=0)
+    assert result.report is not None
+    (layer,) = result.report.layers
+    is_new = layer.stored == f"{layer.scheme}, new scales"
+    assert is_new == (kind not in ("nf4, double", "fp8 without scales"))  # scales that are quantised again, and none
+    if is_new and layer.is_kept:
+        after = floats_of(out)["a.fc.weight"]
+        most = 0.7 if kind == "gptq 2" else 0.45
+        assert np.linalg.norm(after - weight - change) < most * np.linalg.norm(change)
+        assert np.array_equal(floats_of(out)["b.other.weight"], before["b.other.weight"])
+    assert_judged(out, base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "numbers", "reach"),
+    [
+        ("compressed int4", "weight_scale", 32, 7.5),
+        ("compressed int8", "weight_scale", 96, 127.5),
+        ("fp8_scaled", "scale_weight", 24 * 96, 448),
+        ("bitsandbytes int8", "SCB", 96, 1),
+        ("fp4", "weight.absmax", 64, 1),
+    ],
+)
+def test_rule_divides_the_largest_number(kind: str, name: str, numbers: int, reach: float, tmp_path: Path) -> None:
+    base, out = base_of(tmp_path / "base", kind), tmp_path / "merged"
+    weight = floats_of(base)["a.fc.weight"]
+    adapter, change = adapter_of(tmp_path / "adapter", weight.shape, 2 * weight.std())
+    lora_export.merge(base, [adapter], out, keep_quantised=True, rescale=True, min_retention=0)
+    flat = np.abs(weight + change).reshape(-1)
+    largest = np.maximum.reduceat(flat, np.arange(0, len(flat), numbers))
+    found = load_file(out / "model.safetensors")[f"a.fc.{name}"].float().numpy().reshape(-1)
+    np.testing.assert_allclose(found, largest / reach, rtol=2**-7)
+    sizes = {path.name: path.stat().st_size for path in base.iterdir()}
+    assert sizes["model.safetensors"] == pytest.approx((out / "model.safetensors").stat().st_size, abs=4096)
+    record = json.loads((out / "lora_export.json").read_text())
+    assert '"rescaled": ["a.fc.weight"]' in json.dumps(record)
+    (out / "lora_export.json").write_text(json.dumps(record).replace('"rescaled": ["a.fc.weight"]', '"rescaled": []'))
+    assert f"a.fc.{name} is not the base's" in str(verify(out, base=base, adapters=[adapter]))
+
+
 def test_scales_that_cannot_be_halved_need_floats(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "gptq 4")
     tensors = load_file(base / "model.safetensors")

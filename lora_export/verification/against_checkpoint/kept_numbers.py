@@ -2,6 +2,8 @@
 
     scales     Scales, zero points and all other parts have the bytes of the base.
     finer      In 8 bits a step is exactly 2^(bits - 8) of the base's, and a zero point 2^(8 - bits) times the base's.
+    rescaled   Where the record has new scales, each is what the rule of the scheme makes of V (`weights/rescaled.py`),
+               within the rounding of its dtype and the error of a sum in fp32; one without a change stays.
     changed    M is the nearest to V = W + Σ s·BA among the values that the scale allows: |M - V| <= half the distance
                from M to its neighbour on the side of V + the error bound of a sum in fp32. W, V and M are computed
                here in fp64 from the stored numbers. Beyond the last value there is no neighbour.
@@ -27,6 +29,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight, WeightRows
+from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
 from lora_export.verification.against_checkpoint.judge_changed import judge_unknown_layout, judge_weight
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Wide
@@ -35,9 +38,11 @@ from lora_export.weights.kept_weights import patch_in_file
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read_numbers
 from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
+from lora_export.weights.rescaled import NeededScales
 from lora_export.weights.tensor_blocks import Patch
 
 NUMBERS_AT_ONCE = 1 << 17
+OF_SCALE = 1e-5  # of a scale: the error of sums in fp32, relative to the largest number
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,12 @@ class KeptWeight:
         files = (((self.files[own], own), (base.files[old], old)) for own, old in pairs if old not in remade)
         return next((own[1] for own, old in files if not _are_equal_bytes(own, old)), "")
 
+    def half_steps(self, rows: slice) -> Wide:
+        """Half the larger distance from each number of some rows to its neighbours, and what fp32 may add to it."""
+        of_codes = np.maximum(*half_distances(self.codes.values.astype(np.float64)))[self.numbers(rows)]
+        found: Wide = of_codes * np.abs(self.grid(rows)[0].astype(np.float64)) * (1 + OF_SCALE)
+        return found
+
     def values(self, rows: slice) -> Wide:
         """Some rows in fp64."""
         (scales, zeros), numbers = self.grid(rows), self.codes.values.astype(np.float64)[self.numbers(rows)]
@@ -143,7 +154,9 @@ def judges_of_kept(
     def of_rest() -> AuditedWeight | None:
         other = candidate.other_part(base, () if grid is None else grid.parts)
         if grid is not None and not other:
-            other = "" if _is_finer(base, candidate) else "its steps or zero points are those of 8 bits, and one"
+            patches = [patch_in_file(base.tensor, step) for step in steps]
+            is_right = _are_by_rule(patches, base, candidate) if grid.is_rescaled else _is_finer(base, candidate)
+            other = "" if is_right else "one of its scales or zero points"
         off, elements = (_other_numbers if grid is None else _other_values)(
             [patch_in_file(base.tensor, step) for step in steps], base, candidate
         )
@@ -188,13 +201,46 @@ def _is_finer(base: KeptWeight, candidate: KeptWeight) -> bool:
     return True
 
 
+def _are_by_rule(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWeight) -> bool:
+    """Whether each scale is what the rule of the scheme makes of W + Σ s·BA in fp64; the base's without a change."""
+    scaling, its = base.tensor.scaling, candidate.tensor.scaling
+    assert scaling is not None and its is not None
+    old, new = scaling.read(), its.read()
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return False
+    weights = [ChangedNumbers.of(patch, base, candidate) for patch in patches]
+    exact = [weight.with_norms(Fp64Sum.right(weight.step)) for weight in weights]
+    needed = NeededScales(base.codes, scaling, old.size)
+    for piece in base.pieces(slice(0, base.codes.shape[0])):
+        before = base.values(piece)
+        after = before.copy()
+        for patch, one in zip(patches, exact, strict=True):
+            own = patch.within(piece)
+            if own is not None:
+                first = patch.rows.start - piece.start
+                here = slice(own.start + first, own.stop + first), patch.columns
+                after[here] = one.rows(own, patch.shaped(before[here]))[0].reshape(after[here].shape)
+        needed.add(piece, before, after, base.grid(piece)[1])
+    factors = needed.factors.astype(np.float32).reshape(old.shape)
+    low, high = (scaling.decode(scaling.stored(factors * np.float32(1 + sign * OF_SCALE), old)) for sign in (-1, 1))
+    found, kept = scaling.decode(new), np.equal(new.view(np.uint8), old.view(np.uint8)).reshape(*old.shape, -1).all(-1)
+    change = needed.change.reshape(old.shape)
+    is_none = change <= OF_SCALE * factors  # at most: lost in fp32, or in a scale that is too small to be stored
+    is_rule = (change > 0) & (np.fmin(low, high) <= found) & (found <= np.fmax(low, high))
+    return bool((is_rule | (kept & (is_none | ~(np.fmin(low, high) > 0)))).all())
+
+
 def _other_values(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWeight) -> tuple[int, int]:
-    """As `_other_numbers`, of values on different grids."""
+    """As `_other_numbers`, of values on different grids. On new scales they are the nearest."""
     off = elements = 0
+    are_new = len(candidate.codes.values) == len(base.codes.values)
     for piece in base.pieces(slice(0, base.codes.shape[0])):
         is_outside = _outside(patches, piece, base.codes.shape[1])
         elements += int(np.count_nonzero(is_outside))
-        off += int(np.count_nonzero((candidate.values(piece) != base.values(piece)) & is_outside))
+        distance = np.abs(candidate.values(piece) - base.values(piece))
+        is_new = (candidate.grid(piece)[0] != base.grid(piece)[0]) & are_new
+        allowed = np.where(is_new, candidate.half_steps(piece), 0.0)
+        off += int(np.count_nonzero(~(distance <= allowed) & is_outside))
     return off, elements
 
 
@@ -256,7 +302,6 @@ class ChangedNumbers(ChangedWeight):
         assert isinstance(self.base, _Values) and isinstance(self.candidate, _Values)
         values = self.candidate.weight.codes.values.astype(np.float64)
         below, above = half_distances(values)
-        is_same_grid = len(values) == len(self.base.weight.codes.values)
         for rows in self.pieces:
             new = self.candidate.numbers(rows).astype(np.intp)
             scales, zeros = self.candidate.scales(rows)
@@ -266,7 +311,7 @@ class ChangedNumbers(ChangedWeight):
             if is_negative.any():
                 gaps = np.where(is_negative, gaps[1], gaps[0]), np.where(is_negative, gaps[0], gaps[1])
             # Another number of the same value, and any other number where the scale is zero, is no change of the sum.
-            is_wrong = (after == before) & is_same_grid & (self.base.numbers(rows) != new)
+            is_wrong = (after == before) & (scales == self.base.scales(rows)[0]) & (self.base.numbers(rows) != new)
             for gap in gaps:
                 np.multiply(gap, np.where(size, size, np.inf), out=gap)
                 gap[is_wrong] = np.nan

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
 COMFYUI = "comfyui"
@@ -127,11 +128,13 @@ def _quantised(parts: StoredParts, entry: Entry, module: str, kind: str, scale: 
         if math.prod(shape) != 1 and shape != (rows, *[1] * (len(entry.shape) - 1)):
             raise InputRefused(f"{scale}: the shape {list(shape)} fits no weight of {list(entry.shape)}")
 
+    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        factors = values.reshape(-1, 1)
+        return lambda own: factors if len(factors) == 1 else factors[own]
+
     def grid() -> Grid:
-        factors = np.ones((1, 1), np.float32)
-        if scale:
-            factors = parts.read_scales(scale).astype(np.float32).reshape(-1, 1)
-        return lambda own: (factors if len(factors) == 1 else factors[own], None)
+        of_rows = spread(parts.read_scales(scale).astype(np.float32) if scale else np.ones(1, np.float32))
+        return lambda own: (of_rows(own), None)
 
     def load() -> Decode:
         of_rows, stored = grid(), entry.dtype
@@ -149,6 +152,7 @@ def _quantised(parts: StoredParts, entry: Entry, module: str, kind: str, scale: 
         *(entry.name, entry.shape, np.dtype(dtype), entry.name, tuple(own), f"{COMFYUI} {kind}", load),
         codes=codes,
         matrix=matrix,
+        scaling=Scaling(scale, lambda: parts.read_scales(scale), spread, float(np.nanmax(values))) if scale else None,
     )
 
 

@@ -12,7 +12,7 @@ Source: the library's own functions, which the tests compare with bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, Grid
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
 from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
 from lora_export.weights.quantised.packed_numbers import MOST_BITS, WORD_BYTES, unpack, words_of
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -151,19 +152,23 @@ class _StoredNumbers:
             self.parts.expect(*zero_points, name, dtype, count=count * grid[1])
         scheme = f"{self.bits or 8}-bit {'floats' if str(self.stored).startswith('float') else 'integers'}"
 
-        def load_grid() -> Grid:
-            values = self._scales().reshape(grid)
-            points = self._zero_points(grid) if zero_points else None
+        def spread(values: NDArray[Any]) -> Callable[[slice], NDArray[np.float32]]:
+            of_scales = values.reshape(grid)
             of_column = self._stated_groups(grid[1]) if groups else self._groups(grid[1], is_block=is_block)
             share = self.block[0] if is_block and self.block else int(grid[0] > 1)  # rows with one scale; 0: all
 
-            def of_columns(each: NDArray[Any], own: slice) -> NDArray[np.float32]:
+            def of_rows(own: slice) -> NDArray[np.float32]:
+                each = of_scales
                 if share:
                     each = each[own] if share == 1 else each[np.arange(own.start, own.stop) // share]
                 wide = each.astype(np.float32)
                 return wide if of_column is None else wide.take(of_column, axis=1)  # an index would turn its memory
 
-            return lambda own: (of_columns(values, own), None if points is None else of_columns(points, own))
+            return of_rows
+
+        def load_grid() -> Grid:
+            factors, points = spread(self._scales()), spread(self._zero_points(grid)) if zero_points else None
+            return lambda own: (factors(own), None if points is None else points(own))
 
         def load() -> Decode:
             of_rows = load_grid()
@@ -199,7 +204,13 @@ class _StoredNumbers:
             *(name, (rows, columns), scales.dtype, packed, every, scheme, load),
             codes=codes,
             finer=finer,
+            scaling=Scaling(f"{name}_scale", self._scales, spread, 0.0 if zero_points else self._reach),
         )
+
+    @property
+    def _reach(self) -> float:
+        """Half the range of the values (`calculate_qparams`)."""
+        return float(np.nanmax(self.values) - np.nanmin(self.values)) / 2
 
     def _scales(self) -> NDArray[Any]:
         return self.parts.read_scales(f"{self.name}_scale")

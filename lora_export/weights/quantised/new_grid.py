@@ -33,6 +33,12 @@ class NewGrid:
     codes: StoredCodes  # its grid has the new scales
     packed_shape: tuple[int, ...]
     parts: Mapping[str, NewPart] = field(default_factory=dict)  # stored tensor -> what it becomes; others stay
+    is_rescaled: bool = False  # new scales for the numbers that it has
+
+    @property
+    def stored_as(self) -> str:
+        """What a report says of the weight."""
+        return f"{self.scheme}, new scales" if self.is_rescaled else self.scheme
 
 
 def finer_scales(scales: NDArray[Any], bits: int) -> NDArray[Any] | None:

@@ -21,7 +21,8 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
-from lora_export.weights.quantised.new_grid import NewGrid
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart
+from lora_export.weights.quantised.scaling import Scaling
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
@@ -55,6 +56,7 @@ class QuantisedTensor:
     rows_at_once: int = 1  # so many rows cost little more than one
     codes: StoredCodes | None = None  # how its numbers are written again; None: not known
     finer: Callable[[], NewGrid | None] = lambda: None  # the same weight in 8 bits. Reads scales; None: it has no such
+    scaling: Scaling | None = None  # the rule for new scales; None: not known
     matrix: tuple[int, int] | None = None  # the shape whose rows are decoded, where it is another than `row_shape`
 
     @property
@@ -97,6 +99,13 @@ class QuantisedTensor:
                 block_copy.read(path, fd, piece, start + part.start + own * part.step)
                 filled += part.size
         return self.decode(rows, packed)
+
+
+def with_new_scales(tensor: QuantisedTensor) -> NewGrid:
+    """The grid of a weight whose scales are new, as it is stored."""
+    assert tensor.codes is not None and tensor.scaling is not None
+    part = NewPart(tensor.scaling.read().shape, tensor.scaling.read)
+    return NewGrid(tensor.scheme, tensor.codes, (), {tensor.scaling.name: part}, is_rescaled=True)
 
 
 @functools.lru_cache(LOADED_AT_ONCE)
