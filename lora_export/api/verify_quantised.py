@@ -25,7 +25,7 @@ from lora_export.api.verify_weights import judge_weights
 from lora_export.artifacts.artifact import Artifact
 from lora_export.lora import Adapter
 from lora_export.options.common import ModelSource
-from lora_export.plan import Plan
+from lora_export.plan import FLOATS, Plan
 from lora_export.storage import json_files
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Outcome
@@ -140,7 +140,7 @@ def _by_transformers(folder: Path, class_name: str) -> Any:
 def _pairs(one: Runs, other: Runs) -> Iterator[tuple[Any, Any]]:
     for case, outputs in one.items():
         for name, value in outputs.items():
-            if name in other[case] and np.issubdtype(np.asarray(value).dtype, np.inexact):
+            if name in other[case] and str(np.asarray(value).dtype) in FLOATS:
                 yield np.asarray(value, np.float64), np.asarray(other[case][name], np.float64)
 
 

@@ -70,7 +70,8 @@ class NeededScales:
     def _needed(self, weight: NDArray[Any], zeros: NDArray[Any] | None) -> NDArray[Any]:
         """The scale on which each number is the last value, or `reach`."""
         if self._scaling.reach:
-            return np.abs(weight) / self._scaling.reach
+            magnitudes: NDArray[Any] = np.abs(weight)
+            return magnitudes / self._scaling.reach
         points: Any = 0.0 if zeros is None else zeros
         ends = [np.nanmax(self._codes.values) - points, np.nanmin(self._codes.values) - points]
         with np.errstate(all="ignore"):

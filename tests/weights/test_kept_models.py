@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import lora_export
+from lora_export.api import verify_quantised
 from support.handmade import peft_adapter
 from support.quantised import LLAMA_SIZES, bits_of
 from support.quantised_weights import weights_in
@@ -196,3 +197,25 @@ def test_groups_of_4_and_8_bits_load(tmp_path: Path) -> None:
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+def test_verify_shows_what_quantisation_costs(
+    base: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = base
+    adapter = adapter_on(tmp_path / "adapter", {"layers.0.self_attn.q_proj": 0.02, "layers.0.mlp.down_proj": 0.02})
+    out = tmp_path / "merged"
+    lora_export.merge(folder, [adapter], out, keep_quantised=True)
+    result = lora_export.verify(out, folder, adapters=[adapter])
+    text, figures = str(result), result.about["quantisation_error"]
+    assert text.startswith("same") and f"{figures['of_rounding']:.3g} of the adapter's effect away" in text
+    assert 0.001 < figures["of_rounding"] < 0.7 and 0 < figures["of_library"] < 0.5
+    lora_export.merge(folder, [adapter], tmp_path / "half", keep_quantised=True, weights=[0.5], min_retention=0)
+    assert str(lora_export.verify(tmp_path / "half", folder, adapters=[adapter])).startswith("different")
+
+    def without_package(*_: object, **__: object) -> None:
+        raise ImportError("Loading this model requires the package xyz\nmore")
+
+    monkeypatch.setattr(verify_quantised, "_by_transformers", without_package)
+    text = str(lora_export.verify(out, folder, adapters=[adapter]))
+    assert text.startswith("same") and "what transformers computes: Loading this model requires the package xyz" in text
