@@ -32,7 +32,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    CompressedTensorsConfig,
 )
 
 import docstrings
@@ -84,7 +83,7 @@ SCHEMES: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any]]] = {
         lambda base, folder: by_bitsandbytes(base, folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         {},
     ),
-    "int4": (in_int4, {"quantization_config": CompressedTensorsConfig(dequantize=True)}),
+    "int4": (in_int4, {}),  # with dequantize=True transformers would not read layers of 8 bits beside those of 4
 }
 
 
@@ -140,12 +139,13 @@ def main(folder: Path) -> dict[str, tuple[float, float, float]]:
             report = le.merge(own, trained.adapter, kept, keep_quantised=True, **texts).report
             assert report is not None and le.verify(kept, base=own, adapters=trained.adapter, **texts)
             layers = [layer for layer in report.layers if layer.is_kept]
+            wider = sum("8-bit" in layer.stored for layer in report.layers if not layer.is_kept)
             left = [layer.outputs.retention if layer.outputs else layer.retention for layer in layers]
             result = as_floats, accuracy(kept, rows, base, **options), size(kept) / size(own)
             found[f"{name}, {rounding}"] = result
             table.add_row(
                 f"{name}, {rounding}",
-                f"{len(layers)} of {len(report.layers)}",
+                f"{len(layers)} of {len(report.layers)}" + (f", {wider} in 8 bits" if wider else ""),
                 f"{min(left):.0%} to {max(left):.0%}" if left else "",
                 f"{result[2]:.2f} × the base's",
                 *(f"{share:.1%}" for share in result[:2]),

@@ -75,7 +75,14 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     layers: tuple[QuantisedLayer, ...] = ()
     if request.keep_quantised:
         measuring = functools.partial(in_bytes, request.on_progress, "measuring")
-        checkpoint, layers = keep_quantised(steps, checkpoint, request.min_retention, measuring, calibration)
+        checkpoint, layers = keep_quantised(
+            steps,
+            checkpoint,
+            request.min_retention,
+            rescale=request.rescale,
+            progress_of=measuring,
+            calibration=calibration,
+        )
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions) as folder:

@@ -20,6 +20,7 @@ from lora_export.api.load import (
 )
 from lora_export.api.verify_gguf import judge_gguf
 from lora_export.api.verify_outputs import judge_outputs
+from lora_export.api.verify_quantised import is_quantised_folder, judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
@@ -143,7 +144,9 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
         request = _as_expected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
         if request.model is not None:
-            return judge_outputs(candidate, request)
+            quantised = candidate.path.is_dir() and is_quantised_folder(request.model)
+            judge = judge_quantised if quantised and is_quantised_folder(candidate.path) else judge_outputs
+            return judge(candidate, request)
         if is_pipeline(request.checkpoint):
             return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
         if ArtifactKind.GGUF in (candidate.kind, artifact_kind(request.checkpoint)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
-from lora_export.weights.quantised import without_cache_scales
+from lora_export.weights.quantised import METADATA, without_layers, without_shared_parts
+from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 from lora_export.weights.weight_files import variant_like
@@ -51,7 +53,7 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     merged = open_checkpoint(path, dequantise=True)
     origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
     if merged.quantised:
-        origin, merged = (replace(each, quantised=without_cache_scales(each.quantised)) for each in (origin, merged))
+        origin, merged = (replace(each, quantised=without_shared_parts(each.quantised)) for each in (origin, merged))
     progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     if origin.path.resolve() == merged.path.resolve():
         raise InputRefused(f"{path} is the base itself")
@@ -73,14 +75,24 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
     kept = {one.packed: one for name, one in origin.quantised.items() if name not in promoted}
-    floats = float_modules(replace(origin, quantised=promoted, kept=kept), steps)
-    record = _other_record(candidate, [*map(steps.output_name, promoted)])
+    stored = {name: merged.quantised[steps.output_name(name)] for name in origin.quantised if name not in promoted}
+    grids = {
+        name: grid
+        for name, one in stored.items()
+        if one.scheme != origin.quantised[name].scheme and (grid := origin.quantised[name].finer())
+    }
+    new = _recorded(candidate, "rescaled")
+    grids |= {name: with_new_scales(one) for name, one in stored.items() if one.scaling and one.name in new}
+    floats = float_modules(replace(origin, quantised=promoted, kept=kept, grids=grids), steps)
+    finer = [name for name, grid in grids.items() if not grid.is_rescaled]
+    record = _other_record(candidate, steps, promoted, finer)
+    header = _other_header(origin, merged, promoted if kept else None)
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
     audit = against_checkpoint.audit(
-        steps, origin, merged, layout=layout, progress=progress, calibrated=calibrated
+        steps, replace(origin, grids=grids), merged, layout=layout, progress=progress, calibrated=calibrated
     ).with_files(not_judged)
-    beside = compare_files(base, path, loaded, dtypes, floats if kept and floats[0] else ())
-    for found in (beside, files.others, record):
+    beside = compare_files(base, path, loaded, dtypes, floats if kept and any(floats[::2]) else ())
+    for found in (beside, files.others, record, header):
         audit = audit.with_files(found)
     recorded = recorded_explanation(audit, candidate, request, loaded, base)
     about = {
@@ -125,13 +137,34 @@ def _calibrated_layers(
     return layers, ComparedFiles()
 
 
-def _other_record(candidate: Artifact, promoted: Sequence[str]) -> ComparedFiles:
-    """Where the record of a merge that stayed quantised names other promoted weights than are floats."""
-    stated = candidate.record.settings.get("quantised")
-    recorded = stated.get("promoted") if isinstance(stated, Mapping) else None
-    if recorded is None or recorded == sorted(promoted):
+def _other_record(candidate: Artifact, steps: Plan, floats: Iterable[str], finer: Iterable[str]) -> ComparedFiles:
+    """Where the record of a merge that stayed quantised names other promoted weights than are floats, or 8 bits."""
+    if "quantised" not in candidate.record.settings:
         return ComparedFiles()
-    return ComparedFiles((f"the record names {len(recorded)} promoted weights, and other ones are floats",))
+    found = {"promoted": (floats, "are floats"), "finer": (finer, "have 8 bits")}
+    return ComparedFiles(
+        tuple(
+            f"the record names {len(_recorded(candidate, key))} {key} weights, and other ones {what}"
+            for key, (names, what) in found.items()
+            if _recorded(candidate, key) != sorted(map(steps.output_name, names))
+        )
+    )
+
+
+def _recorded(candidate: Artifact, key: str) -> list[Any]:
+    """The weights that the record of a merge that stayed quantised has under this key."""
+    stated = candidate.record.settings.get("quantised")
+    names = stated.get(key) if isinstance(stated, Mapping) else None
+    return names if isinstance(names, list) else []
+
+
+def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] | None) -> ComparedFiles:
+    """Where the headers of files without a config state their 8-bit layers otherwise than the base's do."""
+    floats = None if promoted is None else [name.removesuffix(".weight") for name in promoted]
+    expected = [without_layers(shard.metadata, floats) for shard in base.shards.values()]
+    found = [shard.metadata for shard in merged.shards.values()]
+    one, other = ([json.loads(each[METADATA]) for each in every if METADATA in each] for every in (expected, found))
+    return ComparedFiles() if one == other else ComparedFiles((f"{METADATA} of the header is not the base's",))
 
 
 def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:

@@ -98,6 +98,12 @@ class MergeOptions(Applied, Signed):
             without("device", "cpu", "quantised weights are changed by the processor"),
         ),
     )
+    rescale: bool = option(
+        False,
+        "With {keep_quantised}: give weights that change new scales, by the rule of their scheme.",
+        section=Section.BASE,
+        only=(Only(*("keep_quantised", (True,), "other weights have no scales"), verb="needs"),),
+    )
     requantize: bool = option(
         False,
         "Also merge into quantised weights of an .onnx BASE, and keep them so. Layers that would lose their change get "

@@ -27,11 +27,14 @@ from lora_export.weights.quantised import (
     QUANTIZATION_FILES,
     SCHEMES,
     QuantisedTensor,
+    file_dtype,
     find_quantised,
     method_of,
     remedy_for,
     stated_beside,
+    stated_by_file,
 )
+from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.weight_files import is_index, weight_files
 
@@ -81,6 +84,7 @@ class Checkpoint:
     own_adapters: tuple[str, ...] = ()  # the tasks for which its weights hold adapters; it is read without these
     # Quantised weights that are read as they are stored, by the name of their packed numbers
     kept: Mapping[str, QuantisedTensor] = field(default_factory=dict)
+    grids: Mapping[str, NewGrid] = field(default_factory=dict)  # of kept weights, where it is another than the base's
 
     def __repr__(self) -> str:
         return brief(self, repr(str(self.path)), count(len(self.specs), "tensor"), f"{self.nbytes:,} bytes")
@@ -178,7 +182,9 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shards, tasks = without_adapters({path.name: safetensors_file.open_file(path)}, {})
     history = _history(path, {}, shards[path.name])
-    return Checkpoint(path, shards, tuple(_specs(shards.values(), {})), history=history, own_adapters=tasks)
+    quantised = _read_quantised(path, shards, {}, stated_by_file(shards), dequantise)
+    specs = tuple(_specs(shards.values(), {}, quantised))
+    return Checkpoint(path, shards, specs, history=history, quantised=quantised, own_adapters=tasks)
 
 
 def checkpoint_of_headers(path: Path, shards: Mapping[str, TensorFile], config: Mapping[str, Any]) -> Checkpoint:
@@ -220,17 +226,25 @@ def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpo
     if index:
         _check_index(folder / index, shards)
     shards, tasks = without_adapters(shards, config)
-    quantization = quantization or _quantization_beside(folder, shards)
-    if quantization and not dequantise:
-        raise _not_silently(folder, quantization)
-    quantised: Mapping[str, QuantisedTensor] = {}
-    if quantization:
-        known = quantization if isinstance(quantization, dict) else {"quant_method": str(quantization)}
-        quantised = find_quantised(shards, known, _float_dtype(config), _conv1d_weights(config))
+    quantization = quantization or _quantization_beside(folder, shards) or stated_by_file(shards)
+    quantised = _read_quantised(folder, shards, config, quantization, dequantise)
     specs = tuple(_specs(shards.values(), config, quantised))
     first = next(iter(shards.values()))
     history = _history(folder, read_manifest(folder), first)
     return Checkpoint(folder, shards, specs, config, index, history, quantised, tasks)
+
+
+def _read_quantised(
+    path: Path, shards: Mapping[str, TensorFile], config: Mapping[str, Any], quantization: Any, dequantise: bool
+) -> dict[str, QuantisedTensor]:
+    """The quantised weights, by name. Raises InputRefused where there are some, and they are not to be read."""
+    if not quantization:
+        return {}
+    if not dequantise:
+        raise _not_silently(path, quantization)
+    known = quantization if isinstance(quantization, dict) else {"quant_method": str(quantization)}
+    dtype = _float_dtype(config, file_dtype(entry for shard in shards.values() for entry in shard.entries.values()))
+    return find_quantised(shards, known, dtype, _conv1d_weights(config))
 
 
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:
@@ -264,9 +278,9 @@ def _conv1d_weights(config: Mapping[str, Any]) -> Callable[[str], bool | None]:
     return is_conv1d
 
 
-def _float_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype of the model, as its config names it; bfloat16 where it names none."""
-    named = next((str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)), "bfloat16")
+def _float_dtype(config: Mapping[str, Any], default: str) -> str:
+    """The dtype of the model, as its config names it."""
+    named = next((str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)), default)
     return named if named in FLOATS else "bfloat16"
 
 

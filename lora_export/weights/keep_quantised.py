@@ -5,6 +5,7 @@ Each weight that a plan changes is quantised again in memory and measured, of a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,18 +22,24 @@ from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import kept_tensor, measured_results
 from lora_export.weights.merge_report import QuantisedLayer, StepResult
-from lora_export.weights.quantised import QUANTIZATION_FILES, with_floats, without_cache_scales
+from lora_export.weights.quantised import QUANTIZATION_FILES, needs_no_statement, with_floats, without_shared_parts
+from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, with_bound_layers, worst_result
+from lora_export.weights.rescaled import rescaled
 
 
 def keep_quantised(
     plan: Plan,
     base: Checkpoint,
     min_retention: float,
+    *,
+    rescale: bool = False,
     progress_of: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
     calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
 ) -> tuple[Checkpoint, tuple[QuantisedLayer, ...]]:
     """The base with `kept` weights, and the others as floats; and what becomes of each layer that changes, and why.
+
+    With `rescale`, weights that change get new scales where their scheme has a rule for them.
 
     Reads the rows of the base that are measured. `progress_of` receives the bytes of all weights to measure, and
     returns what receives those of each. Raises InputRefused for changes that cannot be quantised again.
@@ -44,28 +51,36 @@ def keep_quantised(
         )
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
     replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
-    measured = _measured(plan, base, [name for name in changed if name not in replaced], progress_of, calibration)
-    why = dict.fromkeys(replaced, OWN_VALUES)
-    decided = {name: worst_result(results, min_retention) for name, results in measured.items()}
-    worst = {name: result for name, (result, _) in decided.items()}
-    why |= {name: reason for name, (_, reason) in decided.items() if reason}
+    added_to = [name for name in changed if name not in replaced]
+    new = {name: grid for name in added_to if (grid := _rescaled(plan, base, name))} if rescale else {}
+    measured = functools.partial(_measured, plan, base, calibration=calibration)
+    worst, why = _judged(measured(added_to, progress_of, new), min_retention)
+    grids = {name: grid for name in why if (grid := base.quantised[name].finer())} if _can_state_finer(base) else {}
+    too_small = _judged(
+        _measured(plan, base, list(grids), lambda _: lambda _: None, grids, calibration), min_retention
+    )[1]
+    finer = with_bound_layers({name: why.pop(name) for name in grids if name not in too_small}, base.quantised)
+    why |= dict.fromkeys(replaced, OWN_VALUES)
     promoted = with_bound_layers(why, base.quantised)
+    grids |= {name: grid for name in finer if name not in grids and (grid := base.quantised[name].finer())}
+    grids = new | {name: grid for name, grid in grids.items() if name in finer}
+    grids = {name: grid for name, grid in grids.items() if name not in promoted}
     layers = tuple(
         QuantisedLayer(
             weight=plan.output_name(name),
             scheme=tensor.scheme,
-            stored=str(tensor.dtype) if name in promoted else tensor.scheme,
-            why=promoted.get(name, ""),
+            stored=str(tensor.dtype) if name in promoted else grids[name].stored_as if name in grids else tensor.scheme,
+            why=promoted.get(name, finer.get(name, "")),
             retention=worst[name].retention if name in worst else None,
             noise=worst[name].noise if name in worst else None,
             outputs=worst[name].outputs if name in worst else None,
         )
         for name, tensor in base.quantised.items()
-        if name in changed or name in promoted
+        if name in changed or name in promoted or name in grids
     )
     kept = {tensor.packed: tensor for name, tensor in base.quantised.items() if name not in promoted}
     floats = {name: base.quantised[name] for name in promoted}
-    output = replace(base, quantised=without_cache_scales(floats) if kept else floats, kept=kept)
+    output = replace(base, quantised=without_shared_parts(floats) if kept else floats, kept=kept, grids=grids)
     if promoted and kept and not _can_state_floats(output):
         because = "the config has no place that states which layers are floats"
         remedy = (
@@ -75,9 +90,30 @@ def keep_quantised(
     return output, layers
 
 
+def _rescaled(plan: Plan, base: Checkpoint, name: str) -> NewGrid | None:
+    tensor = base.quantised[name]
+    file = next(shard for shard in base.shards.values() if tensor.packed in shard.entries)
+    kept = kept_tensor(file.entries[tensor.packed], tensor, plan)
+    return None if kept is None else rescaled(kept, tensor.scheme, file.path, tensor.scaling)
+
+
 def _can_state_floats(base: Checkpoint) -> bool:
     files = [name for name in QUANTIZATION_FILES if (base.path / name).is_file()]
-    return bool(files) or with_floats(base.config, ["a layer"], []) != base.config
+    is_stated = bool(files) or with_floats(base.config, ["a layer"], []) != base.config
+    return is_stated or all(map(needs_no_statement, base.kept.values()))
+
+
+def _can_state_finer(base: Checkpoint) -> bool:
+    return with_floats(base.config, [], [], ["a layer"]) != base.config
+
+
+def _judged(
+    measured: Mapping[str, Sequence[StepResult]], min_retention: float
+) -> tuple[dict[str, StepResult], dict[str, str]]:
+    """The worst result of each weight, and why those that are lost cannot stay as they were measured."""
+    decided = {name: worst_result(results, min_retention) for name, results in measured.items()}
+    worst = {name: result for name, (result, _) in decided.items()}
+    return worst, {name: why for name, (_, why) in decided.items() if why}
 
 
 def _has_own_values(step: Step) -> bool:
@@ -89,7 +125,8 @@ def _measured(
     base: Checkpoint,
     names: Sequence[str],
     progress_of: Callable[[int], Callable[[int], None]],
-    calibration: Mapping[str, LayerInputs],
+    grids: Mapping[str, NewGrid] = MappingProxyType({}),
+    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
 ) -> dict[str, list[StepResult]]:
     """What is left of the change of each weight, and of each part of it, when it is quantised again."""
     stored = {name: shard for shard in base.shards.values() for name in shard.entries}
@@ -101,7 +138,7 @@ def _measured(
     def measure(name: str) -> list[StepResult]:
         tensor = base.quantised[name]
         file = stored[tensor.packed]
-        kept = kept_tensor(entry(name), tensor, plan)
+        kept = kept_tensor(entry(name), tensor, plan, grids.get(name))
         assert kept is not None
         with file.path.open("rb") as reader:
             return measured_results(kept.with_inputs(kept.weight, calibration), file.path, reader.fileno())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lora_export.weights.apply_step import refuse_overflow, scratch_arrays, squa
 from lora_export.weights.calibrated_rounding import calibrated
 from lora_export.weights.merge_report import Statistics, StepResult, results_of
 from lora_export.weights.quantised.codes import Grid, StoredCodes, read_numbers
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 from lora_export.weights.tensor_blocks import (
     OutputTensor,
@@ -35,6 +37,7 @@ from lora_export.weights.tensor_blocks import (
     blocks_to_measure,
     rows_with_terms,
     run_in_memory,
+    skipped_blocks,
 )
 
 
@@ -44,6 +47,15 @@ class KeptTensor(OutputTensor):
 
     codes: StoredCodes = field(kw_only=True)
     weight: str = field(kw_only=True)  # the name of the weight in the output
+    grid: NewGrid | None = field(default=None, kw_only=True)  # what it is rounded to; None: the scales that it has
+
+    @property
+    def new_codes(self) -> StoredCodes:
+        return self.codes if self.grid is None else self.grid.codes
+
+    @property
+    def is_copy(self) -> bool:
+        return False
 
     def name_of(self, patch: Patch) -> str:
         """The name of what a patch changes: a part of the weight, or all of it."""
@@ -52,7 +64,8 @@ class KeptTensor(OutputTensor):
 
     @property
     def rows_at_once(self) -> int:
-        together = self.codes.shape[0] if self.takes_whole else self.codes.layout.rows_together
+        together = math.lcm(self.codes.layout.rows_together, self.new_codes.layout.rows_together)
+        together = self.codes.shape[0] if self.takes_whole else together
         return rows_with_terms(self.patches, together, self.codes.shape[0])
 
     @property
@@ -70,28 +83,61 @@ class KeptTensor(OutputTensor):
         return list(zip(pieces, blocks_to_measure(whole, pieces), strict=True))
 
 
-def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan) -> KeptTensor | None:
-    """The packed numbers of a weight with the steps of a plan; None where no step is on them.
+@dataclass(frozen=True, eq=False)
+class NewScales(OutputTensor):
+    """Scales or zero points of a weight on another grid. `source` is what the file has."""
+
+    part: NewPart = field(kw_only=True)
+
+    @property
+    def is_copy(self) -> bool:
+        return False
+
+    def blocks(self, target: Entry) -> Iterator[Block]:
+        old = self.source
+        yield from skipped_blocks(old.start, target.start, old.nbytes)
+        made = functools.cache(lambda: np.ascontiguousarray(self.part.make()).reshape(-1).view(np.uint8))
+
+        def fill(first: int, _source: Bytes, out: Bytes, _scratch: Bytes) -> None:
+            out[:] = made()[first : first + len(out)]
+
+        for first in range(0, target.nbytes, block_copy.BLOCK):
+            last = min(first + block_copy.BLOCK, target.nbytes)
+            place = target.start + first, target.start + last
+            yield Block(old.stop, old.stop, *place, work=functools.partial(fill, first))
+
+
+def kept_tensor(entry: Entry, tensor: QuantisedTensor, plan: Plan, grid: NewGrid | None = None) -> KeptTensor | None:
+    """The packed numbers of a weight with the steps of a plan; None where no step is on them, and no other grid.
 
     Raises InputRefused for a part of a weight that is no block of the file.
     """
     whole = plan.by_weight.get(tensor.name)
     steps = plan.by_part.get(tensor.name, ()) if whole is None else (whole,)
-    if not steps:
+    if not steps and grid is None:
         return None
     assert tensor.codes is not None
     patches = tuple(patch_in_file(tensor, step) for step in steps)
     name, weight = plan.output_name(entry.name), plan.output_name(tensor.name)
-    return KeptTensor(entry, None, name, entry.dtype, patches, codes=tensor.codes, weight=weight)
+    shape = None if grid is None else grid.packed_shape
+    of_file = (entry, None, name, entry.dtype, patches, None, shape)
+    return KeptTensor(*of_file, codes=tensor.codes, weight=weight, grid=grid)
+
+
+def new_scales(kept: Iterable[QuantisedTensor], grids: Mapping[str, NewGrid]) -> dict[str, NewPart]:
+    """The stored tensors of weights on other grids that become others, by name."""
+    return {name: part for one in kept if one.name in grids for name, part in grids[one.name].parts.items()}
 
 
 def patch_in_file(tensor: QuantisedTensor, step: Step) -> Patch:
     """A step on a weight, on the rows of the file."""
     region, (rows, columns) = step.spec.region, tensor.row_shape
     patch = Patch(step, slice(0, rows), EVERY_ROW) if region is None else Patch(step, region.rows, region.columns)
-    if len(step.spec.shape) != 2 or (region is not None and region.shape != tensor.row_shape):
-        raise _unsupported_part(step)
     assert tensor.codes is not None
+    # A row of a convolution is all of an output; of a bias, a number.
+    has_rows = not tensor.codes.is_turned and step.spec.shape[:1] == (rows,)
+    if (len(step.spec.shape) != 2 and not has_rows) or (region is not None and region.shape != tensor.row_shape):
+        raise _unsupported_part(step)
     return _turned(patch, tensor.codes.shape[1], columns) if tensor.codes.is_turned else patch
 
 
@@ -120,9 +166,9 @@ def kept_blocks(source: Path, read_fd: int, tensor: KeptTensor, target: Entry) -
     """Blocks that change the numbers of a weight. The work of a block returns a list of Statistics."""
     change, old = KeptChange.of(tensor, source, read_fd), tensor.source
     for rows, measured in tensor.pieces:
-        first, last = tensor.codes.layout.extent(rows)
+        (first, last), (start, stop) = (each.layout.extent(rows) for each in (tensor.codes, tensor.new_codes))
         work = functools.partial(change.make, rows, measured)
-        yield Block(old.start + first, old.start + last, target.start + first, target.start + last, work=work)
+        yield Block(old.start + first, old.start + last, target.start + start, target.start + stop, work=work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +177,7 @@ class KeptChange:
 
     tensor: KeptTensor
     grid: Grid
+    new_grid: Grid  # of what is written
     column_norms: Sequence[NDArray[np.float64] | None]  # of each patch
 
     @classmethod
@@ -147,7 +194,27 @@ class KeptChange:
             own = [part for rows, _ in tensor.pieces if (part := patch.within(rows)) is not None]
             return squared_column_norms(patch.step, own, read)
 
-        return cls(tensor, grid, [norms_of(patch) for patch in tensor.patches])
+        new_grid = grid if tensor.grid is None else tensor.grid.codes.load()
+        return cls(tensor, grid, new_grid, [norms_of(patch) for patch in tensor.patches])
+
+    def sums(self, rows: slice, source: Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[Any] | None]:
+        """Some rows before and after the change, in fp32, and their zero points."""
+        codes = self.tensor.codes
+        scales, zeros = self.grid(rows)
+        before = codes.weight(codes.layout.unpack(rows, source), scales, zeros)
+        after = before.copy()
+        for patch, norms in zip(self.tensor.patches, self.column_norms, strict=True):
+            own = patch.within(rows)
+            if own is not None:
+                first = patch.rows.start - rows.start
+                here = slice(own.start + first, own.stop + first), patch.columns
+                weight = patch.shaped(before[here])
+                total = np.empty_like(weight)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    sums.sum_rows(patch.step, own, weight, total, column_norms=norms)
+                refuse_overflow(self.tensor.weight, weight, total)
+                after[here] = total.reshape(after[here].shape)
+        return before, after, zeros
 
     def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
         """Fill `target`, the packed numbers of some rows, from `source`. Returns the statistics of each change."""
@@ -155,6 +222,10 @@ class KeptChange:
         numbers = codes.layout.unpack(rows, source)
         scales, zeros = self.grid(rows)
         before, after = codes.weight(numbers, scales, zeros), numbers.copy()
+        if self.tensor.grid is not None:
+            codes, (scales, zeros) = self.tensor.new_codes, self.new_grid(rows)
+            start = numbers if self.tensor.grid.is_rescaled else np.zeros_like(numbers)
+            after = codes.nearest(before.copy(), np.broadcast_to(scales, before.shape), zeros, start)
         scales = np.broadcast_to(scales, before.shape)
         points = None if zeros is None else np.broadcast_to(zeros, before.shape)
         statistics = []
@@ -164,9 +235,8 @@ class KeptChange:
                 continue
             first = patch.rows.start - rows.start
             here = slice(own.start + first, own.stop + first), patch.columns
-            old, own_scales = numbers[here], scales[here]
+            weight, old, own_scales = patch.shaped(before[here]), after[here], scales[here]
             own_points = None if points is None else points[here]
-            weight = before[here].reshape(len(old), *patch.step.spec.shape[1:])  # a convolution has more dimensions
             change, total = scratch_arrays(scratch, weight.shape, np.dtype(np.float32))
             with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
                 change = sums.sum_rows(patch.step, own, weight, total, column_norms=norms, change=change)
@@ -184,9 +254,10 @@ class KeptChange:
                 np.copyto(new, other, where=takes)
             after[here] = new
             if measured:
-                found.add_block(weight, change, codes.weight(new, own_scales, own_points).reshape(weight.shape), total)
+                after_it = patch.shaped(codes.weight(new, own_scales, own_points))
+                found.add_block(weight, change, after_it, total)
             statistics.append(found)
-        target[:] = source
+        target[:] = source if self.tensor.grid is None else 0
         codes.layout.pack(after, target)
         return statistics
 

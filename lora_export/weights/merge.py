@@ -33,7 +33,7 @@ from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
-from lora_export.weights.kept_weights import KeptTensor, kept_blocks, kept_tensor
+from lora_export.weights.kept_weights import KeptTensor, NewScales, kept_blocks, kept_tensor, new_scales
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -44,7 +44,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
-from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
@@ -136,7 +136,11 @@ def _stated_quantisation(plan: Plan, base: Checkpoint) -> dict[str, Any]:
     """What happened to quantised weights, for the record of provenance."""
     if base.kept:
         schemes = sorted({tensor.scheme for tensor in base.kept.values()})
-        return {"quantised": {"kept": schemes, "promoted": sorted(map(plan.output_name, base.quantised))}}
+        others: dict[str, list[str]] = {}
+        for name, grid in base.grids.items():
+            others.setdefault("rescaled" if grid.is_rescaled else "finer", []).append(plan.output_name(name))
+        others = {kind: sorted(names) for kind, names in others.items()}
+        return {"quantised": {"kept": schemes, "promoted": sorted(map(plan.output_name, base.quantised)), **others}}
     return {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
 
@@ -144,9 +148,11 @@ def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[st
     """The metadata of a file's header, with the aliases that are still ones, under the names of the output."""
     aliases = tensor_aliases(base.shards.values())
     added = {step.weight for step in plan.steps if step.added} | plan.untied.keys()
+    floats = [name.removesuffix(".weight") for name in base.quantised] if base.kept else None
+    own = without_layers(shard.metadata, floats) if base.quantised or base.kept else shard.metadata
     return {
         plan.output_name(key) if key in aliases else key: plan.output_name(value) if key in aliases else value
-        for key, value in shard.metadata.items()
+        for key, value in own.items()
         if key not in added
     }
 
@@ -214,15 +220,18 @@ def _output_tensors(
     def output_dtype(own: np.dtype[Any]) -> np.dtype[Any]:
         return np.dtype(dtype) if dtype and str(own) in FLOATS else own
 
-    tensors = {
-        name: [
-            _output_tensor(
-                entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name), base.kept.get(entry.name)
-            )
-            for entry in base.entries(name).values()
-        ]
-        for name in base.shards
-    }
+    parts = new_scales(base.kept.values(), base.grids)
+
+    def output_of(entry: Entry) -> OutputTensor:
+        kept, part = base.kept.get(entry.name), parts.get(entry.name)
+        if part is not None:
+            return NewScales(entry, None, plan.output_name(entry.name), entry.dtype, shape=part.shape, part=part)
+        changed = None if kept is None else kept_tensor(entry, kept, plan, base.grids.get(kept.name))
+        if kept is not None:
+            return changed or OutputTensor(entry, None, plan.output_name(entry.name), entry.dtype)
+        return _output_tensor(entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name))
+
+    tensors = {name: [output_of(entry) for entry in base.entries(name).values()] for name in base.shards}
     for name, source in plan.untied.items():
         own = next(shard for shard in base.shards if source in base.entries(shard))
         entry = replace(base.entries(own)[source], name=name)
@@ -246,11 +255,8 @@ def _output_tensor(
     plan: Plan,
     dtype: np.dtype[Any],
     quantised: QuantisedTensor | None = None,
-    kept: QuantisedTensor | None = None,
 ) -> OutputTensor:
     """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
-    if kept is not None:
-        return kept_tensor(entry, kept, plan) or OutputTensor(entry, None, plan.output_name(entry.name), dtype)
     name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())
     step, shape = plan.by_weight.get(entry.name), entry.shape
     if quantised is not None and step is None:
@@ -331,6 +337,8 @@ def _blocks(
                 blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
             elif isinstance(first, KeptTensor):
                 blocks = kept_blocks(source.path, read_fd, first, entry)
+            elif isinstance(first, NewScales):
+                blocks = first.blocks(entry)
             else:
                 blocks = tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
             yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks

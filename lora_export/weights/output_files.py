@@ -31,7 +31,7 @@ def write_other_files(
     if config != base.config:
         json_files.write_json(stage / CONFIG, config)
     for name in QUANTIZATION_FILES if base.kept else ():
-        if (stage / name).exists() and (floats := float_modules(base, plan))[0]:
+        if (stage / name).exists() and any((floats := float_modules(base, plan))[::2]):
             stated = json_files.read_json(stage / name)
             json_files.write_json(stage / name, file_with_floats(name, stated, *floats))
     if base.index:
@@ -53,7 +53,7 @@ def output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, 
         config = untied_config(config)
     if base.kept:
         floats = float_modules(base, plan)
-        config = with_floats(config, *floats) if floats[0] else config
+        config = with_floats(config, *floats) if any(floats[::2]) else config
     elif base.quantised:
         config = without_quantisation(config)
     if base.own_adapters:

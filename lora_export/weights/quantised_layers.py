@@ -93,8 +93,8 @@ def ways_out_beside_kept() -> str:
     )
 
 
-def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str]]:
-    """The modules of a merge that its config has to name as floats, and those that were floats before.
+def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str], list[str]]:
+    """The modules that the config of a merge has to name: as floats, as floats before it, and as those of 8 bits now.
 
     The first are those that become floats, and the linear layers that an adapter adds: a loader would quantise them.
     Where the merge renames all tensors, those that were floats before are among them. A module has the names of its
@@ -113,4 +113,5 @@ def float_modules(base: Checkpoint, plan: Plan) -> tuple[list[str], list[str]]:
     before = modules(name for name in are_matrices(base.specs) if name not in quantised)
     added = are_matrices(step.spec for step in plan.steps if step.added)
     new = {*modules(base.quantised), *(name.rpartition(".")[0] for name in added)}
-    return sorted(new.union(before if plan.name_prefix else ())), before
+    finer = [name for name, grid in base.grids.items() if not grid.is_rescaled]
+    return sorted(new.union(before if plan.name_prefix else ())), before, modules(finer)

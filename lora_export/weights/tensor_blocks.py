@@ -55,6 +55,10 @@ class Patch(NamedTuple):
         first, last = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
         return slice(first - self.rows.start, last - self.rows.start) if first < last else None
 
+    def shaped(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Some rows of a matrix in the shape of the step's weight: a convolution has more axes, a bias has one."""
+        return matrix.reshape(len(matrix), *self.step.spec.shape[1:])
+
 
 @dataclass(frozen=True, eq=False)
 class OutputTensor:
@@ -94,7 +98,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.source.shape) * self.dtype.itemsize
+        return math.prod(self.output_shape) * self.dtype.itemsize
 
     @property
     def rows_at_once(self) -> int:

@@ -6,6 +6,7 @@ quantisation, blocks that do not divide the shape.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from bitsandbytes import functional
 
 from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.quantised.comfyui import MARKER
 from support.quantised import OpenedWeight, Tensors
 
 Quantised = tuple[Tensors, dict[str, Any]]  # the tensors of the module, and the quantization_config
@@ -163,6 +165,22 @@ def _modelopt() -> Quantised:
     return stored, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
+def _of_comfyui(kind: str, scale: str, rows: int = 1) -> Callable[[], Quantised]:
+    def made() -> Quantised:
+        floats = torch.randn(OUT, IN) * 30
+        stored = {"weight": (floats if kind == "int8" else floats * 5).to(getattr(torch, kind))}
+        if scale:
+            stored |= {scale: _scales(rows, *[1] * (rows > 1)) / 10, "input_scale": torch.ones(())}
+        if scale == "scale_weight":
+            return {**stored, MARKER: torch.zeros(2).to(torch.float8_e4m3fn)}, {}
+        if scale:
+            stated = json.dumps({"format": "int8_tensorwise" if kind == "int8" else kind})
+            stored["comfy_quant"] = torch.tensor(list(stated.encode()), dtype=torch.uint8)
+        return stored, {}
+
+    return made
+
+
 # What is quantised how -> its tensors, by the ends of their names, and the config
 WEIGHTS: dict[str, Callable[[], Quantised]] = {
     "compressed int4": lambda: _compressed_integers(4, group=32),
@@ -184,6 +202,10 @@ WEIGHTS: dict[str, Callable[[], Quantised]] = {
     "fp8, ragged blocks": _float8_blocks,
     "mxfp4": _experts,
     "modelopt nvfp4": _modelopt,
+    "fp8_scaled": _of_comfyui("float8_e4m3fn", "scale_weight"),
+    "comfyui e5m2": _of_comfyui("float8_e5m2", "weight_scale"),
+    "comfyui int8 rows": _of_comfyui("int8", "weight_scale", OUT),
+    "fp8 without scales": _of_comfyui("float8_e4m3fn", ""),
 }
 
 
@@ -191,7 +213,7 @@ def quantised(kind: str, module: str = "x") -> Quantised:
     """The stored tensors of a module of this kind, and the quantization_config of its model."""
     torch.manual_seed(0)
     stored, config = WEIGHTS[kind]()
-    names = {name: f"{module}{'' if kind == 'mxfp4' else '.'}{name}" for name in stored}
+    names = {name: f"{module}{'' if kind == 'mxfp4' else '.'}{name}" for name in stored} | {MARKER: MARKER}
     return {names[name]: tensor.contiguous() for name, tensor in stored.items()}, config
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import lora_export
+from lora_export.api import verify_quantised
 from support.handmade import peft_adapter
 from support.quantised import LLAMA_SIZES, bits_of
 from support.quantised_weights import weights_in
@@ -167,3 +168,54 @@ def test_head_that_an_adapter_adds_is_no_quantised_layer(base: tuple[Path, dict[
     config = out / "config.json"
     config.write_text(config.read_text().replace('"score"', '"other"'))
     assert not lora_export.verify(out, base=folder, adapters=[adapter])
+
+
+def test_groups_of_4_and_8_bits_load(tmp_path: Path) -> None:
+    """transformers computes with them what it does with our floats. With `dequantize=True` it reads other weights."""
+    base, out = in_compressed_integers(tmp_path / "base"), tmp_path / "merged"
+    sizes = {"layers.0.self_attn.q_proj": 0.02, "layers.0.mlp.down_proj": 8e-4, "layers.1.self_attn.q_proj": 8e-4}
+    adapter = adapter_on(tmp_path / "adapter", sizes | {"layers.1.self_attn.o_proj": 2e-5})
+    result = lora_export.merge(base, [adapter], out, keep_quantised=True)
+    assert result.report is not None
+    stored = {layer.weight.removeprefix("model.layers."): layer.stored for layer in result.report.layers}
+    assert stored == {
+        "0.self_attn.q_proj.weight": "4-bit integers",
+        "0.mlp.down_proj.weight": "8-bit integers",
+        "1.self_attn.o_proj.weight": "bfloat16",
+        **{f"1.self_attn.{part}_proj.weight": "8-bit integers" for part in "qkv"},
+    }
+    before, after = weights_in(base), weights_in(out)
+    for part in "kv":  # fused with q: of one type, and of the same values
+        name = f"model.layers.1.self_attn.{part}_proj.weight"
+        assert np.array_equal(before[name], after[name])
+    assert str(lora_export.verify(out, base=base, adapters=[adapter])).startswith("same")
+    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(float_llama(tmp_path / "float"))
+    floats = {name: torch.from_numpy(weight.astype(np.float32)) for name, weight in after.items()}
+    missing = plain.load_state_dict(floats, strict=False)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+def test_verify_shows_what_quantisation_costs(
+    base: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = base
+    adapter = adapter_on(tmp_path / "adapter", {"layers.0.self_attn.q_proj": 0.02, "layers.0.mlp.down_proj": 0.02})
+    out = tmp_path / "merged"
+    lora_export.merge(folder, [adapter], out, keep_quantised=True)
+    result = lora_export.verify(out, folder, adapters=[adapter])
+    text, figures = str(result), result.about["quantisation_error"]
+    assert text.startswith("same") and f"{figures['of_rounding']:.3g} of the adapter's effect away" in text
+    assert 0.001 < figures["of_rounding"] < 0.7 and 0 < figures["of_library"] < 0.5
+    lora_export.merge(folder, [adapter], tmp_path / "half", keep_quantised=True, weights=[0.5], min_retention=0)
+    assert str(lora_export.verify(tmp_path / "half", folder, adapters=[adapter])).startswith("different")
+
+    def without_package(*_: object, **__: object) -> None:
+        raise ImportError("Loading this model requires the package xyz\nmore")
+
+    monkeypatch.setattr(verify_quantised, "_by_transformers", without_package)
+    text = str(lora_export.verify(out, folder, adapters=[adapter]))
+    assert text.startswith("same") and "what transformers computes: Loading this model requires the package xyz" in text

@@ -66,8 +66,8 @@ def audit(
         steps_on_it = parts.get(base_name) or ([] if step is None else [step])
         is_kept = base_name in base.quantised and name in merged.quantised
         if is_kept and not any(step.is_replacement for step in steps_on_it):
-            own, its = KeptWeight.of(base, base_name), KeptWeight.of(merged, name)
-            judges = judges_of_kept(name, steps_on_it, own, its, calibrated.get(name))
+            own, its, grid = KeptWeight.of(base, base_name), KeptWeight.of(merged, name), base.grids.get(base_name)
+            judges = judges_of_kept(name, steps_on_it, own, its, grid, calibrated.get(name))
             return [Judgement(candidate.entry.nbytes // len(judges), judge) for judge in judges]
         if base_name in parts:
             return _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)

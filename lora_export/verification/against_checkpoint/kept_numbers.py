@@ -1,10 +1,14 @@
 """A weight that a candidate stores in the quantised scheme of its base, judged by its numbers.
 
     scales     Scales, zero points and all other parts have the bytes of the base.
+    finer      In 8 bits a step is exactly 2^(bits - 8) of the base's, and a zero point 2^(8 - bits) times the base's.
+    rescaled   Where the record has new scales, each is what the rule of the scheme makes of V (`weights/rescaled.py`),
+               within the rounding of its dtype and the error of a sum in fp32; one without a change stays.
     changed    M is the nearest to V = W + Σ s·BA among the values that the scale allows: |M - V| <= half the distance
                from M to its neighbour on the side of V + the error bound of a sum in fp32. W, V and M are computed
                here in fp64 from the stored numbers. Beyond the last value there is no neighbour.
-    the rest   Numbers outside of the parts that change, and padding, have the bits of the base.
+    the rest   Numbers outside of the parts that change have the value of the base, and with it the bits where the
+               scales are the same; padding has the bits of the base, or is zero.
 
 Nothing of a merge is used but how numbers are unpacked, and where in the file the rows of a weight are.
 """
@@ -13,27 +17,32 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer, ChangedWeight, WeightRows
+from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
 from lora_export.verification.against_checkpoint.judge_changed import judge_unknown_layout, judge_weight
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Wide
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import patch_in_file
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read_numbers
+from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
+from lora_export.weights.rescaled import NeededScales
 from lora_export.weights.tensor_blocks import Patch
 
 NUMBERS_AT_ONCE = 1 << 17
+OF_SCALE = 1e-5  # of a scale: the error of sums in fp32, relative to the largest number
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +89,26 @@ class KeptWeight:
         cuts = [rows.start, *range(rows.start // count * count + count, rows.stop, count), rows.stop]
         return [slice(first, last) for first, last in itertools.pairwise(cuts)]
 
-    def other_part(self, base: KeptWeight) -> str:
-        """The part of the description of the numbers that is not the base's; empty where all of it is."""
+    def other_part(self, base: KeptWeight, remade: Container[str] = ()) -> str:
+        """The part of the description of the numbers that is not the base's; empty where all of it is.
+
+        Not compared are those of the base that are `remade`.
+        """
         pairs = zip(self.tensor.parts, base.tensor.parts, strict=True)
-        return next(
-            (own for own, old in pairs if not _are_equal_bytes((self.files[own], own), (base.files[old], old))), ""
-        )
+        files = (((self.files[own], own), (base.files[old], old)) for own, old in pairs if old not in remade)
+        return next((own[1] for own, old in files if not _are_equal_bytes(own, old)), "")
+
+    def half_steps(self, rows: slice) -> Wide:
+        """Half the larger distance from each number of some rows to its neighbours, and what fp32 may add to it."""
+        of_codes = np.maximum(*half_distances(self.codes.values.astype(np.float64)))[self.numbers(rows)]
+        found: Wide = of_codes * np.abs(self.grid(rows)[0].astype(np.float64)) * (1 + OF_SCALE)
+        return found
+
+    def values(self, rows: slice) -> Wide:
+        """Some rows in fp64."""
+        (scales, zeros), numbers = self.grid(rows), self.codes.values.astype(np.float64)[self.numbers(rows)]
+        found: Wide = (numbers - (0.0 if zeros is None else zeros.astype(np.float64))) * scales.astype(np.float64)
+        return found
 
 
 def _are_equal_bytes(one: tuple[TensorFile, str], other: tuple[TensorFile, str]) -> bool:
@@ -112,12 +135,16 @@ def judges_of_kept(
     steps: Sequence[Step],
     base: KeptWeight,
     candidate: KeptWeight,
+    grid: NewGrid | None = None,
     calibrated: CalibratedLayer | None = None,
 ) -> list[Judge]:
-    """What judges a weight: a function for each step on it or on a part of it, and one for all else of it."""
+    """What judges a weight: a function for each step on it or on a part of it, and one for all else of it.
+
+    `grid` is what it should be stored on, where that is another than the base's.
+    """
     mine, its = ((each.tensor.scheme, each.tensor.shape, len(each.tensor.parts)) for each in (candidate, base))
     fate = Fate.CHANGED if steps else Fate.KEPT
-    if mine != its:
+    if mine != (its if grid is None else (grid.scheme, *its[1:])):
         why = f"is stored as {mine[0]} {list(mine[1])}, and the base's is {its[0]} {list(its[1])}"
         return [lambda: AuditedWeight(name, fate, Outcome.DIFFERENT, why)]
 
@@ -131,8 +158,14 @@ def judges_of_kept(
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN else judge(step)
 
     def of_rest() -> AuditedWeight | None:
-        other = candidate.other_part(base)
-        off, elements = _other_numbers([patch_in_file(base.tensor, step) for step in steps], base, candidate)
+        other = candidate.other_part(base, () if grid is None else grid.parts)
+        if grid is not None and not other:
+            patches = [patch_in_file(base.tensor, step) for step in steps]
+            is_right = _are_by_rule(patches, base, candidate) if grid.is_rescaled else _is_finer(base, candidate)
+            other = "" if is_right else "one of its scales or zero points"
+        off, elements = (_other_numbers if grid is None else _other_values)(
+            [patch_in_file(base.tensor, step) for step in steps], base, candidate
+        )
         if not (off or other):
             return None if steps else AuditedWeight(name, fate, Outcome.SAME, elements=elements)
         why = f"{off:,} of {elements:,} numbers that should not change, or bytes beside them, are not the base's"
@@ -149,12 +182,7 @@ def _other_numbers(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWe
     off = elements = 0
     for piece in base.pieces(slice(0, rows)):
         own, old = candidate.packed(piece), base.packed(piece)
-        is_outside = np.ones((piece.stop - piece.start, columns), bool)
-        for patch in patches:
-            inside = patch.within(piece)
-            if inside is not None:
-                first = patch.rows.start - piece.start
-                is_outside[inside.start + first : inside.stop + first, patch.columns] = False
+        is_outside = _outside(patches, piece, columns)
         elements += int(np.count_nonzero(is_outside))
         if np.array_equal(own, old):
             continue
@@ -167,12 +195,77 @@ def _other_numbers(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWe
     return off, elements
 
 
+def _is_finer(base: KeptWeight, candidate: KeptWeight) -> bool:
+    """Whether each step is exactly a power of two of the base's, and each zero point has the same value."""
+    factor = len(candidate.codes.values) / len(base.codes.values)
+    for piece in base.pieces(slice(0, base.codes.shape[0])):
+        (own, points), (old, old_points) = candidate.grid(piece), base.grid(piece)
+        if not np.array_equal(own * np.float32(factor), old) or (points is None) != (old_points is None):
+            return False
+        if points is not None and old_points is not None and not np.array_equal(points, old_points * factor):
+            return False
+    return True
+
+
+def _are_by_rule(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWeight) -> bool:
+    """Whether each scale is what the rule of the scheme makes of W + Σ s·BA in fp64; the base's without a change."""
+    scaling, its = base.tensor.scaling, candidate.tensor.scaling
+    assert scaling is not None and its is not None
+    old, new = scaling.read(), its.read()
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return False
+    weights = [ChangedNumbers.of(patch, base, candidate) for patch in patches]
+    exact = [weight.with_norms(Fp64Sum.right(weight.step)) for weight in weights]
+    needed = NeededScales(base.codes, scaling, old.size)
+    for piece in base.pieces(slice(0, base.codes.shape[0])):
+        before = base.values(piece)
+        after = before.copy()
+        for patch, one in zip(patches, exact, strict=True):
+            own = patch.within(piece)
+            if own is not None:
+                first = patch.rows.start - piece.start
+                here = slice(own.start + first, own.stop + first), patch.columns
+                after[here] = one.rows(own, patch.shaped(before[here]))[0].reshape(after[here].shape)
+        needed.add(piece, before, after, base.grid(piece)[1])
+    factors = needed.factors.astype(np.float32).reshape(old.shape)
+    low, high = (scaling.decode(scaling.stored(factors * np.float32(1 + sign * OF_SCALE), old)) for sign in (-1, 1))
+    found, kept = scaling.decode(new), np.equal(new.view(np.uint8), old.view(np.uint8)).reshape(*old.shape, -1).all(-1)
+    change = needed.change.reshape(old.shape)
+    is_none = change <= OF_SCALE * factors  # at most: lost in fp32, or in a scale that is too small to be stored
+    is_rule = (change > 0) & (np.fmin(low, high) <= found) & (found <= np.fmax(low, high))
+    return bool((is_rule | (kept & (is_none | ~(np.fmin(low, high) > 0)))).all())
+
+
+def _other_values(patches: Sequence[Patch], base: KeptWeight, candidate: KeptWeight) -> tuple[int, int]:
+    """As `_other_numbers`, of values on different grids. On new scales they are the nearest."""
+    off = elements = 0
+    are_new = len(candidate.codes.values) == len(base.codes.values)
+    for piece in base.pieces(slice(0, base.codes.shape[0])):
+        is_outside = _outside(patches, piece, base.codes.shape[1])
+        elements += int(np.count_nonzero(is_outside))
+        distance = np.abs(candidate.values(piece) - base.values(piece))
+        is_new = (candidate.grid(piece)[0] != base.grid(piece)[0]) & are_new
+        allowed = np.where(is_new, candidate.half_steps(piece), 0.0)
+        off += int(np.count_nonzero(~(distance <= allowed) & is_outside))
+    return off, elements
+
+
+def _outside(patches: Sequence[Patch], piece: slice, columns: int) -> NDArray[np.bool_]:
+    """Which numbers of some rows are in no patch."""
+    is_outside = np.ones((piece.stop - piece.start, columns), bool)
+    for patch in patches:
+        inside = patch.within(piece)
+        if inside is not None:
+            first = patch.rows.start - piece.start
+            is_outside[inside.start + first : inside.stop + first, patch.columns] = False
+    return is_outside
+
+
 @dataclass(frozen=True, eq=False)
 class _Values:
-    """The values of a patch in fp64, of the base or of the candidate, on the scales of the base."""
+    """The values of a patch in fp64, of the base or of the candidate."""
 
     patch: Patch
-    base: KeptWeight
     weight: KeptWeight
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float64))
 
@@ -184,8 +277,8 @@ class _Values:
 
     def scales(self, rows: slice) -> tuple[Wide, Wide | float]:
         """The scales and zero points of these rows, of each entry."""
-        scales, zeros = self.base.grid(self._in_tensor(rows))
-        shape = (rows.stop - rows.start, self.base.codes.shape[1])
+        scales, zeros = self.weight.grid(self._in_tensor(rows))
+        shape = (rows.stop - rows.start, self.weight.codes.shape[1])
         wide = np.broadcast_to(scales, shape)[:, self.patch.columns].astype(np.float64)
         if zeros is None:
             return wide, 0.0
@@ -193,8 +286,8 @@ class _Values:
 
     def rows(self, rows: slice, _scratch: Any = None, _name: str = "") -> Wide:
         scales, zeros = self.scales(rows)
-        found: Wide = (self.base.codes.values.astype(np.float64)[self.numbers(rows)] - zeros) * scales
-        return found
+        found: Wide = (self.weight.codes.values.astype(np.float64)[self.numbers(rows)] - zeros) * scales
+        return self.patch.shaped(found)
 
 
 class ChangedNumbers(ChangedWeight):
@@ -205,7 +298,7 @@ class ChangedNumbers(ChangedWeight):
         cls, patch: Patch, base: KeptWeight, candidate: KeptWeight, calibrated: CalibratedLayer | None = None
     ) -> ChangedNumbers:
         rows = slice(0, patch.rows.stop - patch.rows.start)
-        before, after = (_Values(patch, base, each) for each in (base, candidate))
+        before, after = (_Values(patch, each) for each in (base, candidate))
         return cls(patch.step, before, after, base.pieces(rows), calibrated)
 
     @property
@@ -216,21 +309,23 @@ class ChangedNumbers(ChangedWeight):
     def blocks(self) -> Iterator[WeightRows]:
         """All rows, with half the distances from each value to its neighbours."""
         assert isinstance(self.base, _Values) and isinstance(self.candidate, _Values)
-        values = self.base.base.codes.values.astype(np.float64)
+        values = self.candidate.weight.codes.values.astype(np.float64)
         below, above = half_distances(values)
         for rows in self.pieces:
-            old, new = (each.numbers(rows).astype(np.intp) for each in (self.base, self.candidate))
-            scales, zeros = self.base.scales(rows)
-            before, after = ((values.take(numbers) - zeros) * scales for numbers in (old, new))
+            new = self.candidate.numbers(rows).astype(np.intp)
+            scales, zeros = self.candidate.scales(rows)
+            before, after = self.base.rows(rows), (values.take(new) - zeros) * scales
+            before = before.reshape(after.shape)
             size, is_negative, gaps = np.abs(scales), scales < 0, (below.take(new), above.take(new))
             if is_negative.any():
                 gaps = np.where(is_negative, gaps[1], gaps[0]), np.where(is_negative, gaps[0], gaps[1])
             # Another number of the same value, and any other number where the scale is zero, is no change of the sum.
-            is_wrong = (new != old) & (after == before)
+            is_wrong = (after == before) & (scales == self.base.scales(rows)[0]) & (self.base.numbers(rows) != new)
             for gap in gaps:
                 np.multiply(gap, np.where(size, size, np.inf), out=gap)
                 gap[is_wrong] = np.nan
-            yield WeightRows(rows, before, after, after, (gaps[0], gaps[1]), self.calibrated is not None)
+            before, after, below_it, above_it = map(self.base.patch.shaped, (before, after, *gaps))
+            yield WeightRows(rows, before, after, after, (below_it, above_it), self.calibrated is not None)
 
 
 def half_distances(values: Wide) -> tuple[Wide, Wide]:

@@ -68,6 +68,7 @@ class Audit:
     files: tuple[str, ...] = ()  # how config, tokenizer and the like differ from the base's, see `companion_files`
     not_judged: tuple[str, ...] = ()  # parts in which a fault could be
     notes: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()  # what else was measured, as sentences
     about: Mapping[str, Any] = field(default_factory=dict)  # versions, files, adapters
     seconds: float = 0.0  # of the whole run
     # What a report shows of a `Proof`: nothing ran, and no error of a run can end an audit.
@@ -141,7 +142,8 @@ class Audit:
         more = len(self.worst) - len(weights)
         weights += [f"  and {more} more"] if more else []
         not_judged = [one_line(f"{NOT_JUDGED}: {part}") for part in self.not_judged]
-        return [f"  {one_line(line)}" for line in self.explanation], [*weights, *not_judged]
+        figures = [f"  {one_line(line)}" for line in self.figures]
+        return [f"  {one_line(line)}" for line in self.explanation], [*weights, *figures, *not_judged]
 
     def __str__(self) -> str:
         recorded, weights = self.summary_lines

@@ -15,8 +15,19 @@ from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.quantised.awq import awq_weights
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
+from lora_export.weights.quantised.comfyui import COMFYUI, MARKER, comfyui_weights
+from lora_export.weights.quantised.comfyui import METADATA as METADATA
+from lora_export.weights.quantised.comfyui import file_dtype as file_dtype
+from lora_export.weights.quantised.comfyui import stated_by_file as stated_by_file
+from lora_export.weights.quantised.comfyui import without_layers as without_layers
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
-from lora_export.weights.quantised.exclusions import Exclude, excluded_by, excluded_by_patterns, excluded_of_modelopt
+from lora_export.weights.quantised.exclusions import (
+    Exclude,
+    excluded_by,
+    excluded_by_patterns,
+    excluded_of_compressed,
+    excluded_of_modelopt,
+)
 from lora_export.weights.quantised.gptq import gptq_weights
 from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
@@ -71,7 +82,7 @@ SCHEMES: dict[str, _Scheme] = {
         compressed_weights,
         "compressed-tensors",
         (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
-        excluded_by("ignore"),
+        excluded_of_compressed,
     ),
     "modelopt": _Scheme(
         modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2"), excluded_of_modelopt
@@ -84,6 +95,13 @@ SCHEMES: dict[str, _Scheme] = {
         conv1d_as_linear=True,
     ),
     "awq": _Scheme(awq_weights, "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), OF_AWQ_LAYERS, caution=OF_AWQ),
+    # All scales that are known: of none is it known that a float8 beside it is its own value.
+    COMFYUI: _Scheme(
+        comfyui_weights,
+        "8 bits in files for ComfyUI",
+        (".scale_weight", ".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_s_rel", ".weight_zeros"),
+        lambda stated, *_: dict(stated),
+    ),
 }
 
 
@@ -112,6 +130,11 @@ def caution_for(tensor: QuantisedTensor) -> str:
     """What a user must know of adapters beside such a weight; empty where there is nothing."""
     scheme = SCHEMES.get(tensor.scheme.partition(" ")[0])
     return "" if scheme is None else scheme.caution
+
+
+def needs_no_statement(tensor: QuantisedTensor) -> bool:
+    """Whether a float layer beside such a weight is one that nothing names."""
+    return tensor.scheme.partition(" ")[0] == COMFYUI
 
 
 def stated_beside(name: str, stated: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any] | None:
@@ -154,7 +177,7 @@ def find_quantised(
     cache_scales = _cache_scales(parts, quantization, found)
     return {
         name: as_conv1d(
-            replace(tensor, parts=(*tensor.parts, *cache_scales.get(name, ()))),
+            tensor.with_parts(*cache_scales.get(name, ())),
             parts.expect(tensor.packed, name).nbytes,
             is_conv1d(name),
             scheme.conv1d_as_linear,
@@ -179,10 +202,14 @@ def _cache_scales(
     return scales
 
 
-def without_cache_scales(found: Mapping[str, QuantisedTensor]) -> dict[str, QuantisedTensor]:
-    """The weights without the scales of a quantised cache, which are tensors of their own in a model that stays so."""
+def without_shared_parts(found: Mapping[str, QuantisedTensor]) -> dict[str, QuantisedTensor]:
+    """The weights without the scales of a quantised cache and what marks a whole file.
+
+    These are tensors of their own in a model that stays quantised.
+    """
+    shared = (*CACHE_SCALES, MARKER)
     return {
-        name: replace(tensor, parts=tuple(part for part in tensor.parts if part.rpartition(".")[2] not in CACHE_SCALES))
+        name: replace(tensor, parts=tuple(part for part in tensor.parts if part.rpartition(".")[2] not in shared))
         for name, tensor in found.items()
     }
 
@@ -196,8 +223,10 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_floats(config: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> dict[str, Any]:
-    """The config of a quantised model in which more `modules` are floats; `floats` were before.
+def with_floats(
+    config: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], finer: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The config of a quantised model in which more `modules` are floats; `floats` were before. `finer` have 8 bits.
 
     What each part of it states as `quantization_config` excludes them, as the library of the scheme reads it.
     """
@@ -205,14 +234,18 @@ def with_floats(config: Mapping[str, Any], modules: Sequence[str], floats: Seque
     for key, value in config.items():
         if isinstance(value, dict):
             is_stated = key == QUANTIZATION and method_of(value) in SCHEMES
-            found[key] = (SCHEMES[method_of(value)].exclude if is_stated else with_floats)(value, modules, floats)
+            found[key] = (SCHEMES[method_of(value)].exclude if is_stated else with_floats)(
+                value, modules, floats, finer
+            )
     return found
 
 
-def file_with_floats(name: str, stated: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str]) -> Any:
+def file_with_floats(
+    name: str, stated: Mapping[str, Any], modules: Sequence[str], floats: Sequence[str], finer: Sequence[str] = ()
+) -> Any:
     """As `with_floats`, for a file of `QUANTIZATION_FILES`."""
     method, _ = QUANTIZATION_FILES[name]
-    return SCHEMES[method].exclude(stated, modules, floats)
+    return SCHEMES[method].exclude(stated, modules, floats, finer)
 
 
 def as_conv1d(

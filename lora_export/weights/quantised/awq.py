@@ -13,7 +13,7 @@ Source: autoawq 0.2.9, whose results are in the tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
 from lora_export.weights.quantised.packed_numbers import WORD_BYTES, pack, unpack
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -86,21 +87,22 @@ def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
 
         return decode
 
+    def spread(values: NDArray[Any]) -> Callable[[slice], NDArray[Any]]:
+        of_groups = values.reshape(scales.shape)
+        size = inputs // len(of_groups)
+        return lambda rows: of_groups[np.arange(rows.start, rows.stop) // size]
+
     def grid() -> Grid:
-        values, points = parts.read_scales(scales.name), _in_order(parts.read(zeros.name))
-        size = inputs // len(values)
-
-        def of_inputs(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-            groups = np.arange(rows.start, rows.stop) // size
-            return values[groups].astype(np.float32), points[groups]
-
-        return of_inputs
+        factors, points = spread(parts.read_scales(scales.name)), spread(_in_order(parts.read(zeros.name)))
+        return lambda rows: (factors(rows).astype(np.float32), points(rows))
 
     every, scheme = (scales.name, zeros.name), f"awq {AWQ_BITS}-bit"
     shape, levels = (PER_WORD * words, inputs), np.arange(1 << AWQ_BITS, dtype=np.float32)
     codes = StoredCodes(shape[::-1], True, levels, _RowsOfWords(words), grid)
     return QuantisedTensor(
-        *(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE), codes=codes
+        *(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE),
+        codes=codes,
+        scaling=Scaling(scales.name, lambda: parts.read_scales(scales.name), spread),
     )
 
 

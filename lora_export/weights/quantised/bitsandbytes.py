@@ -23,6 +23,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
@@ -103,8 +104,20 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
         load=grid,
     )
 
+    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales, columns = values.reshape(-1), shape[1]
+
+        def of_rows(rows: slice) -> NDArray[np.float32]:
+            first, count = rows.start * columns, (rows.stop - rows.start) * columns
+            return _of_numbers(of_scales.__getitem__, first, count, block).reshape(-1, columns)
+
+        return of_rows
+
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
-    return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load, codes=codes)
+    scaling = None  # scales that are quantised again stay
+    if nested is None:
+        scaling = Scaling(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)
+    return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load, codes=codes, scaling=scaling)
 
 
 def _of_numbers(scales_of: _ScalesOf, first: int, count: int, block: int) -> NDArray[np.float32]:
@@ -183,4 +196,10 @@ def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> Q
 
     codes = StoredCodes(shape, False, INT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
     every = (scales_name, *markers)
-    return QuantisedTensor(weight, shape, np.dtype(dtype), weight, every, "int8", load, codes=codes)
+    scaling = Scaling(
+        *(scales_name, lambda: parts.read_scales(scales_name), lambda values: values.reshape(-1, 1).__getitem__),
+        reach=float(1 / OF_INT8),  # the scale is the largest magnitude of a row
+        decode=lambda stored: stored * OF_INT8,
+        encode=lambda factors: factors / OF_INT8,
+    )
+    return QuantisedTensor(*(weight, shape, np.dtype(dtype), weight, every, "int8", load), codes=codes, scaling=scaling)

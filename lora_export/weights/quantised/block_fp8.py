@@ -8,7 +8,7 @@ are stored as exponents. The product is made in fp32, and rounded once to the dt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.scaling import Scaling, to_larger_exponents
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -58,18 +59,23 @@ def _quantised(
             f"blocks of {list(block)}"
         )
 
-    def grid() -> Grid:
-        stored = parts.read(scales_name)
-        if stored.dtype == np.uint8:
-            stored = powers_of_two(scales_name, stored)
-        refuse_damaged_scales(scales_name, stored)
-        scales = stored.astype(np.float32).reshape(-(-shape[0] // own[0]), -1)
+    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales = values.reshape(-(-shape[0] // own[0]), -1)
 
-        def of_rows(rows: slice) -> tuple[NDArray[np.float32], None]:
-            each = scales[np.arange(rows.start, rows.stop) // own[0]]
-            return np.repeat(each, own[1], axis=1)[:, : shape[1]], None
+        def of_rows(rows: slice) -> NDArray[np.float32]:
+            each = of_scales[np.arange(rows.start, rows.stop) // own[0]]
+            return np.repeat(each, own[1], axis=1)[:, : shape[1]]
 
         return of_rows
+
+    def decode_scales(stored: NDArray[Any]) -> NDArray[np.float32]:
+        factors = powers_of_two(scales_name, stored) if stored.dtype == np.uint8 else stored
+        refuse_damaged_scales(scales_name, factors)
+        return factors.astype(np.float32)
+
+    def grid() -> Grid:
+        of_rows = spread(decode_scales(parts.read(scales_name)))
+        return lambda rows: (of_rows(rows), None)
 
     def load() -> Decode:
         of_rows = grid()
@@ -84,7 +90,10 @@ def _quantised(
     module = name.removesuffix("weight")
     every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
     codes = StoredCodes((shape[0], shape[1]), False, FLOAT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
-    return QuantisedTensor(name, shape, dtype, name, every, "fp8", load, codes=codes)
+    encode = to_larger_exponents if str(scales.dtype) == "uint8" else None
+    largest = float(np.nanmax(FLOAT8_VALUES))
+    scaling = Scaling(scales_name, lambda: parts.read(scales_name), spread, largest, decode_scales, encode)
+    return QuantisedTensor(name, shape, dtype, name, every, "fp8", load, codes=codes, scaling=scaling)
 
 
 def _block_of(grid: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, int]) -> tuple[int, int] | None:

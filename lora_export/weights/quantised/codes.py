@@ -25,7 +25,16 @@ from lora_export.weights.quantised.packed_numbers import pack, unpack
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 EVERY_BYTE = np.arange(256, dtype=np.uint8)
-FLOAT8_VALUES = EVERY_BYTE.view(FLOAT8).astype(np.float32)
+
+
+def _values_of(dtype: np.dtype[Any]) -> NDArray[np.float32]:
+    values = EVERY_BYTE.view(dtype).astype(np.float32)
+    return np.where(np.isfinite(values), values, np.float32(np.nan))
+
+
+# Name of a dtype -> the dtype, and the value of each byte
+FLOAT8_KINDS = {str(dtype): (dtype, _values_of(dtype)) for dtype in (FLOAT8, np.dtype(ml_dtypes.float8_e5m2))}
+FLOAT8_VALUES = FLOAT8_KINDS[str(FLOAT8)][1]
 MOST_BINS = 1 << 14
 INT8_VALUES = EVERY_BYTE.view(np.int8).astype(np.float32)
 
@@ -134,9 +143,10 @@ class StoredCodes:
                 numbers -= self.values[0]
                 return numbers.astype(np.uint16)
             return (numbers.astype(np.int16) - np.int16(self.values[0])).astype(np.uint8)
-        if self.values is FLOAT8_VALUES:
-            largest = float(ml_dtypes.finfo(FLOAT8).max)
-            return np.clip(numbers, -largest, largest, out=numbers).astype(FLOAT8).view(np.uint8)
+        for dtype, values in FLOAT8_KINDS.values():
+            if self.values is values:
+                largest = float(ml_dtypes.finfo(dtype).max)
+                return np.clip(numbers, -largest, largest, out=numbers).astype(dtype).view(np.uint8)
         return self._search(numbers)
 
 

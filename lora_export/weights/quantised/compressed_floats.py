@@ -10,6 +10,7 @@ The library makes bfloat16 of all four.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import FLOAT8, FLOAT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
+from lora_export.weights.quantised.scaling import Scaling, to_exponents, to_floats8
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -62,6 +64,7 @@ GROUP_FORMATS: dict[tuple[str, str, int], tuple[str, int, Callable[[Bytes], NDAr
 
 
 VALUES = {"nvfp4": FLOAT4_VALUES, "mxfp4": FLOAT4_VALUES, "mxfp6": SIX_BIT_VALUES, "mxfp8": FLOAT8_VALUES}  # by code
+REACH = {"nvfp4": 6.0, "mxfp4": 4.0, "mxfp6": 4.0, "mxfp8": 256.0}  # of powers of two, the largest one among the values
 
 
 def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
@@ -93,6 +96,26 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         scales_of = scales_of_rows()
         return lambda rows: (np.repeat(scales_of(rows), columns // scales.shape[1], axis=1), None)
 
+    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales = values.reshape(scales.shape)
+        return lambda rows: np.repeat(of_scales[rows], columns // scales.shape[1], axis=1)
+
+    def divisor() -> Any:
+        return parts.read(f"{name}_global_scale").reshape(-1)
+
+    def read() -> NDArray[Any]:
+        return parts.read(f"{name}_scale")
+
+    if kind == "nvfp4":
+        scaling = Scaling(
+            *(f"{name}_scale", read, spread, REACH[kind]),
+            decode=lambda stored: stored.astype(np.float32) / divisor(),
+            encode=lambda factors: to_floats8(factors * divisor()),
+        )
+    else:
+        decode = functools.partial(powers_of_two, f"{name}_scale")
+        scaling = Scaling(f"{name}_scale", read, spread, REACH[kind], decode, to_exponents)
+
     def load() -> Decode:
         scales_of = scales_of_rows()
 
@@ -105,7 +128,7 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
     values, shape = VALUES[kind], (numbers.shape[0], columns)
     layout = PackedRows(len(values).bit_length() - 1, columns, numbers.row_bytes)
     codes = StoredCodes(shape, False, values, layout, grid)
-    return QuantisedTensor(name, shape, BFLOAT16, packed, every, kind, load, codes=codes)
+    return QuantisedTensor(name, shape, BFLOAT16, packed, every, kind, load, codes=codes, scaling=scaling)
 
 
 def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int, Callable[[Bytes], NDArray[np.float32]]]:

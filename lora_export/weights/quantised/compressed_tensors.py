@@ -12,8 +12,8 @@ Source: the library's own functions, which the tests compare with bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
-from lora_export.weights.quantised.packed_numbers import MOST_BITS, unpack, words_of
+from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
+from lora_export.weights.quantised.packed_numbers import MOST_BITS, WORD_BYTES, unpack, words_of
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -150,19 +152,23 @@ class _StoredNumbers:
             self.parts.expect(*zero_points, name, dtype, count=count * grid[1])
         scheme = f"{self.bits or 8}-bit {'floats' if str(self.stored).startswith('float') else 'integers'}"
 
-        def load_grid() -> Grid:
-            values = self.parts.read_scales(f"{name}_scale").reshape(grid)
-            points = self._zero_points(grid) if zero_points else None
+        def spread(values: NDArray[Any]) -> Callable[[slice], NDArray[np.float32]]:
+            of_scales = values.reshape(grid)
             of_column = self._stated_groups(grid[1]) if groups else self._groups(grid[1], is_block=is_block)
             share = self.block[0] if is_block and self.block else int(grid[0] > 1)  # rows with one scale; 0: all
 
-            def of_columns(each: NDArray[Any], own: slice) -> NDArray[np.float32]:
+            def of_rows(own: slice) -> NDArray[np.float32]:
+                each = of_scales
                 if share:
                     each = each[own] if share == 1 else each[np.arange(own.start, own.stop) // share]
                 wide = each.astype(np.float32)
                 return wide if of_column is None else wide.take(of_column, axis=1)  # an index would turn its memory
 
-            return lambda own: (of_columns(values, own), None if points is None else of_columns(points, own))
+            return of_rows
+
+        def load_grid() -> Grid:
+            factors, points = spread(self._scales()), spread(self._zero_points(grid)) if zero_points else None
+            return lambda own: (factors(own), None if points is None else points(own))
 
         def load() -> Decode:
             of_rows = load_grid()
@@ -179,11 +185,45 @@ class _StoredNumbers:
 
         every = (*others, f"{name}_scale", *groups, *zero_points)
         row_bytes = self.parts.expect(packed, name).row_bytes
-        codes = StoredCodes(self.shape, False, self._values, PackedRows(self.bits or 8, columns, row_bytes), load_grid)
-        return QuantisedTensor(name, (rows, columns), scales.dtype, packed, every, scheme, load, codes=codes)
+        codes = StoredCodes(self.shape, False, self.values, PackedRows(self.bits or 8, columns, row_bytes), load_grid)
+
+        def finer() -> NewGrid | None:
+            fine = finer_scales(self._scales(), self.bits) if 0 < self.bits < FINE_BITS else None
+            if fine is None:
+                return None
+            words, wide = words_of(columns, FINE_BITS), replace(self, bits=FINE_BITS)
+            layout = PackedRows(FINE_BITS, columns, words * WORD_BYTES)
+            parts = {f"{name}_scale": NewPart(scales.shape, lambda: fine)}
+            if zero_points:
+                shape = (words_of(grid[0], FINE_BITS), grid[1])
+                parts[zero_points[0]] = NewPart(shape, lambda: wide.packed_points(self._zero_points(grid), self.bits))
+            codes = StoredCodes(self.shape, False, wide.values, layout, finer_grid(load_grid, self.bits))
+            return NewGrid(f"{FINE_BITS}-bit integers", codes, (rows, words), parts)
+
+        return QuantisedTensor(
+            *(name, (rows, columns), scales.dtype, packed, every, scheme, load),
+            codes=codes,
+            finer=finer,
+            scaling=Scaling(f"{name}_scale", self._scales, spread, 0.0 if zero_points else self._reach),
+        )
 
     @property
-    def _values(self) -> NDArray[np.float32]:
+    def _reach(self) -> float:
+        """Half the range of the values (`calculate_qparams`)."""
+        return float(np.nanmax(self.values) - np.nanmin(self.values)) / 2
+
+    def _scales(self) -> NDArray[Any]:
+        return self.parts.read_scales(f"{self.name}_scale")
+
+    def packed_points(self, points: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
+        """Zero points of `bits` as those of 8 bits, packed along the rows: (rows, groups) -> (words, groups)."""
+        stored = (points.astype(np.int16) * (1 << (FINE_BITS - bits)) + (1 << (FINE_BITS - 1))).astype(np.uint8)
+        packed = np.zeros((points.shape[1], words_of(len(points), FINE_BITS) * WORD_BYTES), np.uint8)
+        packed[:, : len(points)] = stored.T
+        return np.ascontiguousarray(packed.view(np.int32).T)
+
+    @property
+    def values(self) -> NDArray[np.float32]:
         """The value of each code."""
         if self.bits:
             return np.arange(1 << self.bits, dtype=np.float32) - np.float32(1 << (self.bits - 1))

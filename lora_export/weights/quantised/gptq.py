@@ -14,7 +14,7 @@ Source: the publication's own packing, and gptqmodel 7.7 and auto-gptq 0.7.1, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
+from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
 from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, pack, unpack, words_of
+from lora_export.weights.quantised.scaling import Scaling
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -124,7 +126,41 @@ class _GptqModule:
                 layout=_ColumnsOfWords(bits, outputs),
                 load=lambda: self._grid(bits, inputs, scales, zeros, stated),
             ),
+            finer=lambda: self._finer(bits, inputs, scales, zeros, stated),
+            scaling=Scaling(
+                scales.name,
+                lambda: self.parts.read_scales(scales.name),
+                lambda values: self._spread(values.reshape(groups, outputs), inputs, stated),
+            ),
         )
+
+    def _spread(self, values: NDArray[Any], inputs: int, stated: Sequence[str]) -> Callable[[slice], NDArray[Any]]:
+        """Of each group -> of each input of some rows."""
+        group_of_input = self._group_of_input(inputs, len(values), stated)
+        return lambda rows: values[group_of_input[rows]]
+
+    def _finer(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> NewGrid | None:
+        groups, outputs = scales.shape
+        fine = finer_scales(self.parts.read_scales(scales.name), bits) if bits < FINE_BITS else None
+        if fine is None:
+            return None
+
+        def load() -> Grid:
+            return self._grid(bits, inputs, scales, zeros, stated)
+
+        def packed_points() -> NDArray[np.int32]:
+            points = self._scales_and_points(bits, scales, zeros)[1] << np.uint8(FINE_BITS - bits)
+            packed = np.zeros((groups, words_of(outputs, FINE_BITS) * WORD_BYTES), np.uint8)
+            packed[:, :outputs] = points - np.uint8(self.is_first_version)
+            return packed.view(np.int32)
+
+        every = np.arange(1 << FINE_BITS, dtype=np.float32)
+        parts = {
+            scales.name: NewPart(scales.shape, lambda: fine),
+            zeros.name: NewPart((groups, words_of(outputs, FINE_BITS)), packed_points),
+        }
+        codes = StoredCodes((inputs, outputs), True, every, _ColumnsOfWords(FINE_BITS, outputs), finer_grid(load, bits))
+        return NewGrid(f"gptq {FINE_BITS}-bit", codes, (words_of(inputs, FINE_BITS), outputs), parts)
 
     def _matrix(self, kind: str, dtypes: Sequence[str]) -> Entry:
         entry = self.parts.expect(f"{self.module}.{kind}", f"{self.module}.weight", *dtypes)
@@ -171,8 +207,8 @@ class _GptqModule:
 
     def _grid(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Grid:
         values, points = self._scales_and_points(bits, scales, zeros)
-        group_of_input = self._group_of_input(inputs, scales.shape[0], stated)
-        return lambda rows: (values[group_of_input[rows]].astype(np.float32), points[group_of_input[rows]])
+        factors, zero_points = (self._spread(each, inputs, stated) for each in (values, points))
+        return lambda rows: (factors(rows).astype(np.float32), zero_points(rows))
 
     def _decoder(self, bits: int, inputs: int, scales: Entry, zeros: Entry, stated: Sequence[str]) -> Decode:
         groups = scales.shape[0]

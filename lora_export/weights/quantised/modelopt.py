@@ -23,6 +23,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
+from lora_export.weights.quantised.scaling import Scaling, to_floats8
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
@@ -78,7 +79,16 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
 
         return decode
 
+    def spread(values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales = values.reshape(scales.shape)
+        return lambda rows: np.repeat(of_scales[rows], NVFP4_COLUMNS, axis=1)
+
+    scaling = Scaling(
+        *(first, lambda: parts.read_scales(first), spread, float(FLOAT4_VALUES.max())),
+        decode=lambda stored: stored.astype(np.float32) * parts.read_scales(second).reshape(-1),
+        encode=lambda factors: to_floats8(factors / parts.read_scales(second).reshape(-1)),
+    )
     every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
     shape = (scales.shape[0], NVFP4_COLUMNS * groups)
     codes = StoredCodes(shape, False, FLOAT4_VALUES, PackedRows(4, shape[1], numbers.shape[1]), grid)
-    return QuantisedTensor(name, shape, dtype, name, every, "modelopt nvfp4", load, codes=codes)
+    return QuantisedTensor(name, shape, dtype, name, every, "modelopt nvfp4", load, codes=codes, scaling=scaling)

@@ -10,7 +10,7 @@ Source: transformers' own functions on a CPU, which the tests compare with bit f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
+from lora_export.weights.quantised.scaling import Scaling, to_exponents
 from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
@@ -31,6 +32,7 @@ from lora_export.weights.quantised.stored_parts import (
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
 BLOCK_NUMBERS, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes
 ROWS_IN_CACHE = 64
+REACH = 4.0  # the largest power of two among the values
 INPUTS_AT_ONCE = 16 * BLOCK_NUMBERS  # each output's bytes are read for so many inputs at once
 
 
@@ -69,6 +71,11 @@ def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:
             values=FLOAT4_VALUES,
             layout=PackedRows(4, count * BLOCK_NUMBERS, count * BLOCK_BYTES),
             load=lambda: layout.grid,
+        ),
+        scaling=Scaling(
+            *(scales.name, lambda: parts.read(scales.name), layout.spread, REACH),
+            decode=lambda stored: powers_of_two(scales.name, stored),
+            encode=to_exponents,
         ),
     )
 
@@ -128,6 +135,10 @@ class _Experts:
         first = rows.start - experts.start * self.outputs
         own = powers_of_two(self.scales, stored[first : first + rows.stop - rows.start])
         return np.repeat(own, BLOCK_NUMBERS, axis=1), None
+
+    def spread(self, values: NDArray[np.float32]) -> Callable[[slice], NDArray[np.float32]]:
+        of_scales = values.reshape(-1, self.blocks)
+        return lambda rows: np.repeat(of_scales[rows], BLOCK_NUMBERS, axis=1)
 
     def _runs(self, rows: slice) -> Iterator[_RowsOfExpert]:
         """The rows, expert by expert."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart
+from lora_export.weights.quantised.scaling import Scaling
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
@@ -53,11 +55,18 @@ class QuantisedTensor:
     pieces: Callable[[slice], Sequence[Pieces]] | None = None
     rows_at_once: int = 1  # so many rows cost little more than one
     codes: StoredCodes | None = None  # how its numbers are written again; None: not known
+    finer: Callable[[], NewGrid | None] = lambda: None  # the same weight in 8 bits. Reads scales; None: it has no such
+    scaling: Scaling | None = None  # the rule for new scales; None: not known
+    matrix: tuple[int, int] | None = None  # the shape whose rows are decoded, where it is another than `row_shape`
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape whose rows are decoded: experts of (rows, columns) are one matrix."""
-        return (math.prod(self.shape[:-1]), self.shape[-1])
+        return self.matrix or (math.prod(self.shape[:-1]), self.shape[-1])
+
+    def with_parts(self, *names: str) -> QuantisedTensor:
+        """The weight with more stored tensors that belong to it."""
+        return replace(self, parts=(*self.parts, *names))
 
     def entry(self, packed: Entry) -> Entry:
         """The weight as a tensor of the file that has its packed numbers: their bytes, its shape and dtype."""
@@ -90,6 +99,13 @@ class QuantisedTensor:
                 block_copy.read(path, fd, piece, start + part.start + own * part.step)
                 filled += part.size
         return self.decode(rows, packed)
+
+
+def with_new_scales(tensor: QuantisedTensor) -> NewGrid:
+    """The grid of a weight whose scales are new, as it is stored."""
+    assert tensor.codes is not None and tensor.scaling is not None
+    part = NewPart(tensor.scaling.read().shape, tensor.scaling.read)
+    return NewGrid(tensor.scheme, tensor.codes, (), {tensor.scaling.name: part}, is_rescaled=True)
 
 
 @functools.lru_cache(LOADED_AT_ONCE)

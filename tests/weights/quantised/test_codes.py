@@ -19,7 +19,7 @@ def opened(kind: str, path: Path) -> tuple[OpenedWeight, StoredCodes, np.ndarray
     """A weight, its codes, and its packed bytes."""
     stored, config = quantised(kind)
     parts = parts_in(path, stored)
-    (tensor,) = find_quantised(parts.shards, config, "float32").values()
+    (tensor,) = find_quantised(parts.shards, config or {"quant_method": "comfyui"}, "float32").values()
     file = parts.shards[path.name]
     assert tensor.codes is not None
     return OpenedWeight(tensor, file), tensor.codes, file.read(tensor.packed).reshape(-1).view(np.uint8)
