@@ -42,7 +42,7 @@ LAYOUT = Option(
     metavar="NAME=in_out|out_in",
     read=table_of("NAME=out_in or NAME=in_out", {"out_in": "out_in", "in_out": "in_out"}.__getitem__, at_last=True),
 )
-MIN_RETENTION = Option(
+LEAST_RETENTION = Option(
     "Least part of a weight's change that has to survive rounding. Less is refused; where a quantised base stays so, "
     "the layer gets more bits or becomes floats.",
     section=Section.OUTPUT,

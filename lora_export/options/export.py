@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.options.combining import GivenAdapters
 from lora_export.options.common import (
-    MIN_RETENTION,
+    LEAST_RETENTION,
     PROVIDER,
     ModelSource,
     ProviderName,
@@ -71,7 +71,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
         only=(EXISTING_GRAPH, Only("lora", ("merged",), "beside weights that stay as they are, adapters stay floats")),
     )
     min_retention: float = means(
-        0.5, replace(MIN_RETENTION, only=(EXISTING_GRAPH, Only("lora", ("merged",), "nothing else is rounded")))
+        0.5, replace(LEAST_RETENTION, only=(EXISTING_GRAPH, Only("lora", ("merged",), "nothing else is rounded")))
     )
     target: str | Sequence[str] | None = option(
         None,

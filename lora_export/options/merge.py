@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import LAYOUT, MIN_RETENTION, Output, Signed, written
+from lora_export.options.common import LAYOUT, LEAST_RETENTION, Output, Signed, written
 from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
 from lora_export.options.reading import AllowPickle
 
@@ -160,7 +160,7 @@ class MergeOptions(Applied, Signed):
         ),
         only=(Only("base", ("gguf",), "only there has each weight a type of its own", words="a .gguf BASE"),),
     )
-    min_retention: float = means(0.5, MIN_RETENTION)
+    min_retention: float = means(0.5, LEAST_RETENTION)
     keep_residual: str | Path | None = option(
         None,
         "Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",

@@ -40,10 +40,10 @@ from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
 from lora_export.weights.tensor_blocks import OutputTensor, Patch, run_in_memory
 
-BYTE = DTYPES["U8"]
-BITS = 8  # the most that MatMulNBits has
+PACKED_BYTE = DTYPES["U8"]
+WIDEST = 8  # the most that MatMulNBits has
 LOW_NOISE = 0.1  # of the change: with more, new scales are tried
-SCALES, ZEROS, BIAS = 2, 3, 5  # inputs of MatMulNBits
+SCALES_OF_NBITS, ZEROS_OF_NBITS, BIAS_OF_NBITS = 2, 3, 5  # inputs of MatMulNBits
 
 
 def graph_remedy() -> str:
@@ -108,8 +108,8 @@ class QuantisedChange:
         """The integers on their own scales."""
         start, codes = self._start, self.tensor.codes
         assert codes is not None
-        packed = Entry(self.name, BYTE, (self.integers.nbytes,), start, start + self.integers.nbytes)
-        return KeptTensor(packed, None, self.name, BYTE, self.patches, codes=codes, weight=self.name)
+        packed = Entry(self.name, PACKED_BYTE, (self.integers.nbytes,), start, start + self.integers.nbytes)
+        return KeptTensor(packed, None, self.name, PACKED_BYTE, self.patches, codes=codes, weight=self.name)
 
     def floats(self) -> OutputTensor:
         """The sum in the dtype in which the graph computes with the weight."""
@@ -146,7 +146,7 @@ class QuantisedChange:
             yield Path(self.name), file.fileno()
 
 
-Form = Callable[[ir.Model, QuantisedChange], list[NewTensor]]  # changes the nodes
+ChangeNodes = Callable[[ir.Model, QuantisedChange], list[NewTensor]]  # changes the nodes
 
 
 def quantised_change(value: ir.Value, changes: Sequence[InitializerChange]) -> QuantisedChange:
@@ -189,16 +189,16 @@ def requantise(
     return [layer for layer, _ in decided], made
 
 
-def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) -> tuple[QuantisedLayer, Form]:
+def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) -> tuple[QuantisedLayer, ChangeNodes]:
     """What becomes of a layer: kept, or promoted to the narrowest form that holds its change."""
     stored, floats = change.stored, str(change.floats().dtype)
     if change.has_own_values:
         return QuantisedLayer(change.name, stored.kind, floats, OWN_VALUES, None, None), _to_floats
-    bits = stored.bits if isinstance(stored, NBitsWeight) else BITS
-    forms: list[tuple[str, OutputTensor, Form]] = [(floats, change.floats(), _to_floats)]
-    if bits < BITS:
-        name = f"{BITS} bits in blocks of {stored.block_size}"
-        forms.insert(0, (name, change.rescaled(BITS), functools.partial(_rescale, bits=BITS)))
+    bits = stored.bits if isinstance(stored, NBitsWeight) else WIDEST
+    forms: list[tuple[str, OutputTensor, ChangeNodes]] = [(floats, change.floats(), _to_floats)]
+    if bits < WIDEST:
+        name = f"{WIDEST} bits in blocks of {stored.block_size}"
+        forms.insert(0, (name, change.rescaled(WIDEST), functools.partial(_rescale, bits=WIDEST)))
     with change.opened() as (path, fd):
         result, why = worst_result(measured_results(change.kept(), path, fd), min_retention)
         layer = QuantisedLayer(change.name, stored.kind, stored.kind, why, result.retention, result.noise)
@@ -248,14 +248,16 @@ def _kept(_: ir.Model, change: QuantisedChange) -> list[NewTensor]:
 def _rescale(model: ir.Model, change: QuantisedChange, bits: int) -> list[NewTensor]:
     """Let the nodes of a weight read integers of so many bits, with scales of their own and no zero points."""
     readers = list(change.value.uses())
-    old = [readers[0][0].inputs[index] for index in (SCALES, ZEROS) if index < len(readers[0][0].inputs)]
+    old = [
+        readers[0][0].inputs[index] for index in (SCALES_OF_NBITS, ZEROS_OF_NBITS) if index < len(readers[0][0].inputs)
+    ]
     scale = change.stored.tensors[1]
     scales = new_initializer(model, unused_name(f"{change.value.name}_scales", value_names(model)), scale)
     for node, _ in readers:
         node.attributes["bits"] = ir.AttrInt64("bits", bits)
-        node.replace_input_with(SCALES, scales)
-        if len(node.inputs) > ZEROS:
-            node.replace_input_with(ZEROS, None)
+        node.replace_input_with(SCALES_OF_NBITS, scales)
+        if len(node.inputs) > ZEROS_OF_NBITS:
+            node.replace_input_with(ZEROS_OF_NBITS, None)
     _drop_unused(model, old)
     (rows, columns), size = change.stored.shape, change.stored.block_size
     shape = rows, -(-columns // size), size * bits // 8
@@ -292,7 +294,7 @@ def _to_floats(model: ir.Model, change: QuantisedChange) -> list[NewTensor]:
 
 def _replace_product(old: ir.Node, weight: ir.Value) -> None:
     """Put a Transpose and a MatMul, and an Add of the bias, in the place of a MatMulNBits."""
-    graph, bias = old.graph, old.inputs[BIAS] if len(old.inputs) > BIAS else None
+    graph, bias = old.graph, old.inputs[BIAS_OF_NBITS] if len(old.inputs) > BIAS_OF_NBITS else None
     assert graph is not None
     turned = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{old.name}_transposed")
     turned.outputs[0].name = f"{old.outputs[0].name}_weight"
