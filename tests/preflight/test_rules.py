@@ -64,14 +64,14 @@ TABLE = {
         {
             ("merge",): (*WHOLE, *TWO_RANKS, "dora", "ia3"),
             ("fold", "gguf"): ("alpha pattern", "loha", "lokr"),
-            ("merge-both",): ("tied embedding",),
-            ("merge-untied",): ("tied head",),
+            ("merge-untied",): ("tied embedding", "tied head"),
         },
     ),
     "mlx": Row(
         ("mlx",),
         {
             ("merge",): (*WHOLE, *TWO_RANKS, "rank pattern", "ia3"),
+            ("merge-untied",): ("tied embedding", "tied head"),
             ("fold", "mlx"): ("alpha pattern", "loha", "lokr"),
         },
     ),
@@ -81,8 +81,7 @@ TABLE = {
             (): ("v alone", "a pattern as targets", "mlp", "up alone"),
             ("merge",): (*WHOLE, *TWO_RANKS, "dora", "ia3"),
             ("fold", "gguf"): ("alpha pattern", "loha", "lokr"),
-            ("merge-both",): ("tied embedding",),
-            ("merge-untied",): ("tied head",),
+            ("merge-untied",): ("tied embedding", "tied head"),
         },
     ),
     "openvino": Row(
