@@ -51,7 +51,7 @@ OF_CHANGE = {
     "expert": "whether it is an expert",
     "kernel": "how many entries the kernel has; 1 for a linear layer",
     "siblings": "the last parts of the names of all changes of the same parent",
-    "in_base": "whether the base has a tensor of this name",
+    "in_base": "whether the base has a tensor of this name, or of the name without its first part",
     "repeats_base": "whether the tensor is the base's own",
 }
 OF_BASE = {
@@ -217,5 +217,7 @@ def _in_base(name: str, adapter: Adapter, base: Base | None) -> bool | None:
 
 
 def _tensors_of(name: str) -> Iterator[str]:
+    """The names of its tensor; without the first part too, which a bare model's checkpoint lacks (`bert.`)."""
     owner = split_part(name)[0]
-    yield from (owner, f"{owner}.weight")
+    for own in (owner, owner.partition(".")[2]):
+        yield from (own, f"{own}.weight")

@@ -28,12 +28,7 @@ from lora_export.preflight.facts import NEED_BASE, OF_CHANGE, Fact, KnownFacts
 Effect = Literal["refused", "dropped", "changed"]
 EFFECTS: tuple[Effect, ...] = ("refused", "dropped", "changed")
 SETTING = "setting "  # begins the name of a repair
-LAST_REPAIRS = (
-    "merge-untied",
-    "merge-both",
-    "merge",
-    "export",
-)  # after one of these no adapter is left that would need another repair
+LAST_REPAIRS = ("merge-untied", "merge", "export")  # after one of these no adapter is left to repair
 
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "is": operator.eq,

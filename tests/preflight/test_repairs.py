@@ -58,7 +58,6 @@ NEEDED: Mapping[tuple[str, ...], Callable[[Path], Made]] = {
     ("llama.cpp", "gguf"): of_case("rank pattern"),
     ("llama.cpp", "fold", "gguf"): of_case("alpha pattern"),
     ("llama.cpp", "merge-untied"): of_case("tied head"),
-    ("llama.cpp", "merge-both"): of_case("tied embedding"),
     ("mlx", "mlx"): of_case("dora"),
     ("openvino", "peft"): of_case("pickle"),
     ("openvino", "openvino"): of_case("mlp"),

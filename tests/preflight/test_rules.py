@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lora_export
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, LoraPair
 from lora_export.options.preflight import RUNTIMES
 from lora_export.preflight.facts import (
     OF_ADAPTER,
@@ -64,14 +65,14 @@ TABLE = {
         {
             ("merge",): (*WHOLE, *TWO_RANKS, "dora", "ia3"),
             ("fold", "gguf"): ("alpha pattern", "loha", "lokr"),
-            ("merge-both",): ("tied embedding",),
-            ("merge-untied",): ("tied head",),
+            ("merge-untied",): ("tied embedding", "tied head"),
         },
     ),
     "mlx": Row(
         ("mlx",),
         {
             ("merge",): (*WHOLE, *TWO_RANKS, "rank pattern", "ia3"),
+            ("merge-untied",): ("tied embedding", "tied head"),
             ("fold", "mlx"): ("alpha pattern", "loha", "lokr"),
         },
     ),
@@ -81,8 +82,7 @@ TABLE = {
             (): ("v alone", "a pattern as targets", "mlp", "up alone"),
             ("merge",): (*WHOLE, *TWO_RANKS, "dora", "ia3"),
             ("fold", "gguf"): ("alpha pattern", "loha", "lokr"),
-            ("merge-both",): ("tied embedding",),
-            ("merge-untied",): ("tied head",),
+            ("merge-untied",): ("tied embedding", "tied head"),
         },
     ),
     "openvino": Row(
@@ -177,6 +177,16 @@ def test_the_facts_of_an_adapter_are_the_closed_set() -> None:
     assert facts_of_base(case, base).keys() == OF_BASE.keys() == facts_of_base(case, None).keys()
     (facts,) = facts_of_changes(case, {}, base).values()
     assert facts.keys() == OF_CHANGE.keys() and facts["in_base"] and facts["repeats_base"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("encoder.q", True), ("bert.encoder.q", True), ("q", False), ("a.bert.encoder.q", False)]
+)
+def test_a_bare_models_names_lack_a_part(name: str, found: bool) -> None:
+    base = Base(tensors=frozenset({"encoder.q.weight"}))
+    pair = LoraPair(a=np.ones((1, 2)), b=np.ones((2, 1)), scale=1.0)
+    (facts,) = facts_of_changes(Adapter(name="a", format="peft", pairs={name: pair}), {}, base).values()
+    assert facts["in_base"] is found
 
 
 @pytest.mark.parametrize(
