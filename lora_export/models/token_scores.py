@@ -45,7 +45,8 @@ def with_token_scores(model: Model, first: int, draw: Draw, longest: int | None 
         drawn = draw(sizes["batch"], sizes[OF_TEXTS], generator.initial_seed())
         return {IDS: made_before(sizes, generator)[IDS] if drawn is None else torch.tensor(drawn)}
 
-    most = min((size for size in (longest, model.limits.get(OF_TEXTS, (0, None))[1]) if size), default=None)
+    positions = model.limits.get(OF_TEXTS, (0, None))[1]  # the server generates one token beyond those of a text
+    most = min((size for size in (longest, positions and positions - 1) if size), default=None)
     limits: Limits = {OF_TEXTS: (first + 4, most)}
     further = tuple(sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > 1)
     if is_costly:

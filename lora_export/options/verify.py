@@ -145,7 +145,9 @@ class Judging(Running):
 class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     """What `verify` takes."""
 
-    candidate: str | Path = field(kw_only=False, metadata=declares(Positional("CANDIDATE", kind="path")))
+    candidate: str | Path = field(
+        kw_only=False, metadata=declares(Positional("CANDIDATE", kind="source", multiple=False))
+    )
     model: "ModelSource | None" = field(
         default=None,
         kw_only=False,

@@ -33,15 +33,10 @@ class EndpointRunner(PlainRunner):
     server: Completions
     entry: Mapping[str, Any]  # the model in the server's list; empty where it is not there
     others: Sequence[str]  # the other models there
+    longest: int | None = None  # tokens of a text, beside one that follows; None where the server does not state it
     axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=lambda: {IDS: (None, None)})
     names_known: bool = True
     decimals: int = 0  # the most that a number of the server has had
-
-    @property
-    def longest(self) -> int | None:
-        """The most tokens of a text, with one that follows; None where the server does not state it."""
-        most = self.entry.get("max_model_len")
-        return most - 1 if isinstance(most, int) and most > 1 else None
 
     def run(self, inputs: Arrays) -> Arrays:
         """One request for each row, or one for each token. Errors are those of the way."""
@@ -99,8 +94,11 @@ def open_endpoint(
     model = served_name or _only(models, adapters, address)
     server = Completions(client, model)
     way = find_way(server, vocabulary, lambda: Texts.of(folder))
-    entry = next((entry for entry in models if entry["id"] == model), {})
-    return EndpointRunner(way, server, entry, [entry["id"] for entry in models if entry["id"] != model])
+    by_id = {entry["id"]: entry for entry in models}
+    entry = by_id.pop(model, {})
+    lengths = [each.get("max_model_len") for each in (entry, by_id.get(str(entry.get("parent")), {}))]
+    longest = next((length - 1 for length in lengths if isinstance(length, int) and length > 1), None)
+    return EndpointRunner(way, server, entry, list(by_id), longest)
 
 
 def _models(client: Client, *, is_needed: bool) -> list[dict[str, Any]]:
