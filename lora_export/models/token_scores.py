@@ -90,7 +90,7 @@ def cache_argument(cls: type[nn.Module]) -> str:
 
 
 def _half_cache(config: Any) -> Any:
-    """A key/value cache in float16, whatever the model is in: llama.cpp's, unless it is told otherwise."""
+    """A key/value cache in float16, whatever the model is in: llama.cpp's, unless another type was chosen."""
     transformers = optional_package("transformers", "a Hugging Face model needs", "hf")
 
     class HalfCache(transformers.DynamicCache):  # type: ignore[name-defined,misc]

@@ -115,7 +115,7 @@ class Judging(Running):
     )
     other: AdapterSources = option(
         (),
-        "Adapter of another tenant of an endpoint: its answers must be told apart. May be repeated.",
+        "Adapter of another tenant of an endpoint: its answers must be distinguishable. May be repeated.",
         metavar="[NAME=]ADAPTER",
         kind="source",
         multiple=True,

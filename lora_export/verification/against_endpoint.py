@@ -71,7 +71,7 @@ class EndpointReferences(PyTorchReferences):
 
 @dataclass(frozen=True)
 class TenantControls(PairControls):
-    """Those of the pairs, and the other tenants that cannot be told apart from the adapter."""
+    """Those of the pairs, and the other tenants that cannot be distinguished from the adapter."""
 
     alike: tuple[str, ...] = ()
 

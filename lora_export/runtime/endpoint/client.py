@@ -111,7 +111,7 @@ class Client:
         answer = self._answer(request)
         self.server = self._clean(answer.headers.get("Server", ""))
         if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-            self._refuse(f"compressed its answer ({encoding}), which was not asked for")
+            self._refuse(f"compressed its answer ({encoding}), which was not requested")
         try:
             refuse_flood(answer.content, "it")
             content = json.loads(
@@ -219,7 +219,7 @@ class Client:
 
 
 def _message(content: bytes) -> str:
-    """What a server says of an error: OpenAI's form, FastAPI's, or its first characters."""
+    """What a server answers with an error: OpenAI's form, FastAPI's, or its first characters."""
     text = content[: 10 * SHOWN].decode(errors="replace")
     try:
         found: Any = json.loads(text)

@@ -52,11 +52,11 @@ class EndpointRunner(PlainRunner):
 
     @property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
-        """How it was asked, and what the server says of itself."""
+        """How it was requested, and what the server states of itself."""
         entry, address = self.entry, self.server.client.address
         listed = ", ".join(f"{name} {entry[name]}" for name in ("parent", "root") if entry.get(name))
         notes = [
-            f"{address}: {self.server.model} ({listed or 'the server says no more of it'})",
+            f"{address}: {self.server.model} ({listed or 'the server states no more of it'})",
             f"by `{self.way.name}`: {self.way.note}",
         ]
         if not entry:
@@ -64,7 +64,7 @@ class EndpointRunner(PlainRunner):
         if others := [name for name in self.others[:OTHERS_SHOWN] if name != entry.get("parent")]:
             notes.append(f"not compared: {', '.join(others)}, which the server lists, too ({named('other')})")
         if strange := self.server.answered_as - {self.server.model}:
-            notes.append(f"the server says that {', '.join(sorted(strange))} answered")
+            notes.append(f"the server states that {', '.join(sorted(strange))} answered")
         return notes
 
     @property

@@ -18,8 +18,8 @@ from lora_export.errors import Different, RuntimeRefused, Undecided
 from lora_export.runtime.endpoint.client import Client, RequestRefused
 from lora_export.runtime.endpoint.texts import Texts
 
-LIKELIEST = 5  # tokens that are asked for: OpenAI's most
-START = 4  # tokens of a text before the first whose value is asked for, where each takes a request
+LIKELIEST = 5  # tokens that are requested: OpenAI's most
+START = 4  # tokens of a text before the first whose value is requested, where each takes a request
 FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 PROBES = 2  # texts by which `echo` is compared with generated tokens
 # OpenAI's form for completions, and that for chats, which mlx_lm's server wants for both
@@ -51,11 +51,11 @@ class Way(Protocol):
 
 @dataclass(eq=False)
 class Completions:
-    """The path /completions of a server, and the model that is asked for."""
+    """The path /completions of a server, and the model that is requested."""
 
     client: Client
     model: str
-    answered_as: set[str] = field(default_factory=set)  # the models that the server says answered
+    answered_as: set[str] = field(default_factory=set)  # the models that answered, as the server states
 
     def ask(self, prompt: Any, **more: Any) -> dict[str, Any]:
         """The first choice of the answer, with its `usage`. Raises RuntimeRefused where there is none."""
@@ -69,7 +69,7 @@ class Completions:
         return {**choices[0], "usage": answer.get("usage")}
 
     def wrong(self, what: str) -> RuntimeRefused:
-        """The error for an answer that is not what the protocol says."""
+        """The error for an answer that is not what the protocol allows."""
         return RuntimeRefused(f"{self.client.address} answered with JSON that is no completion: {what}")
 
     def number(self, value: Any) -> Value:
@@ -182,7 +182,7 @@ class NextToken:
 
     server: Completions
     texts: Texts
-    form: Mapping[str, Any]  # how the likeliest are asked for
+    form: Mapping[str, Any]  # how the likeliest are requested
     name: ClassVar[str] = "next tokens"
     note: str = (
         f"texts were sent, one for each token, and a token's log-probability was read among the {LIKELIEST} likeliest: "
