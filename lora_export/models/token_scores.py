@@ -24,10 +24,12 @@ FP32_BYTES = 4
 FEW_VALUES = 500  # of an output, above which the judge has its narrowest limits (`parity.ratio_limit`)
 HALF_CACHE = "rounds_cache"  # attribute of a module whose keys and values are rounded to float16
 
-Draw = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
+DrawTexts = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
 
 
-def with_token_scores(model: Model, first: int, draw: Draw, longest: int | None = None, *, is_costly: bool) -> Model:
+def with_token_scores(
+    model: Model, first: int, draw: DrawTexts, longest: int | None = None, *, is_costly: bool
+) -> Model:
     """The model with `input_ids` alone as its input, and log-probabilities (batch, sequence - first) as its output.
 
     A text has no padding. `draw` gives the tokens of the inputs. Where each takes much (`is_costly`), they are few.

@@ -17,11 +17,11 @@ from lora_export.models.token_scores import SCORES
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
 from lora_export.runtime.endpoint.texts import Texts
-from lora_export.runtime.endpoint.ways import Completions, Value, Way, find_way
+from lora_export.runtime.endpoint.ways import Completions, LogProbability, Way, find_way
 from lora_export.runtime.runner import Arrays, PlainRunner
 
 OTHERS_SHOWN = 8  # models of a server that a message names
-FACTS = ("id", "parent", "root", "owned_by", "max_model_len")  # of a model in a server's list
+STATED_FACTS = ("id", "parent", "root", "owned_by", "max_model_len")  # of a model in a server's list
 IN_BINARY = 12  # decimals from which a number is one in binary, and not rounded to decimals
 
 
@@ -71,12 +71,12 @@ class EndpointRunner(PlainRunner):
     def facts(self) -> dict[str, Any]:
         """What a report has of the server."""
         client = self.server.client
-        stated = {name: str(self.entry[name]) for name in FACTS if self.entry.get(name) is not None}
+        stated = {name: str(self.entry[name]) for name in STATED_FACTS if self.entry.get(name) is not None}
         facts = {"model": self.server.model, "listed": stated, "server": client.server, "by": self.way.name}
         return {**facts, "requests": client.requests, "decimals": min(self.decimals, IN_BINARY)}
 
 
-def _decimals(value: Value) -> int:
+def _decimals(value: LogProbability) -> int:
     exponent = value.normalize().as_tuple().exponent if isinstance(value, Decimal) else 0
     return max(0, -int(exponent))
 
