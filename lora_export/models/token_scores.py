@@ -24,10 +24,12 @@ FP32_BYTES = 4
 FEW_VALUES = 500  # of an output, above which the judge has its narrowest limits (`parity.ratio_limit`)
 HALF_CACHE = "rounds_cache"  # attribute of a module whose keys and values are rounded to float16
 
-Draw = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
+DrawTexts = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
 
 
-def with_token_scores(model: Model, first: int, draw: Draw, longest: int | None = None, *, is_costly: bool) -> Model:
+def with_token_scores(
+    model: Model, first: int, draw: DrawTexts, longest: int | None = None, *, is_costly: bool
+) -> Model:
     """The model with `input_ids` alone as its input, and log-probabilities (batch, sequence - first) as its output.
 
     A text has no padding. `draw` gives the tokens of the inputs. Where each takes much (`is_costly`), they are few.
@@ -45,7 +47,8 @@ def with_token_scores(model: Model, first: int, draw: Draw, longest: int | None 
         drawn = draw(sizes["batch"], sizes[OF_TEXTS], generator.initial_seed())
         return {IDS: made_before(sizes, generator)[IDS] if drawn is None else torch.tensor(drawn)}
 
-    most = min((size for size in (longest, model.limits.get(OF_TEXTS, (0, None))[1]) if size), default=None)
+    positions = model.limits.get(OF_TEXTS, (0, None))[1]  # the server generates one token beyond those of a text
+    most = min((size for size in (longest, positions and positions - 1) if size), default=None)
     limits: Limits = {OF_TEXTS: (first + 4, most)}
     further = tuple(sizes for sizes in model.further if sizes.get(OF_TEXTS, 0) > 1)
     if is_costly:
@@ -89,7 +92,7 @@ def cache_argument(cls: type[nn.Module]) -> str:
 
 
 def _half_cache(config: Any) -> Any:
-    """A key/value cache in float16, whatever the model is in: llama.cpp's, unless it is told otherwise."""
+    """A key/value cache in float16, whatever the model is in: llama.cpp's, unless another type was chosen."""
     transformers = optional_package("transformers", "a Hugging Face model needs", "hf")
 
     class HalfCache(transformers.DynamicCache):  # type: ignore[name-defined,misc]

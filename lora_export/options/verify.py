@@ -122,7 +122,7 @@ class Judging(Running):
     )
     other: AdapterSources = option(
         (),
-        "Adapter of another tenant of an endpoint: its answers must be told apart. May be repeated.",
+        "Adapter of another tenant of an endpoint: its answers must be distinguishable. May be repeated.",
         metavar="[NAME=]ADAPTER",
         kind="source",
         multiple=True,
@@ -152,7 +152,9 @@ class Judging(Running):
 class VerifyOptions(GivenAdapters, Judging, Download, Reported):
     """What `verify` takes."""
 
-    candidate: str | Path = field(kw_only=False, metadata=declares(Positional("CANDIDATE", kind="path")))
+    candidate: str | Path = field(
+        kw_only=False, metadata=declares(Positional("CANDIDATE", kind="source", multiple=False))
+    )
     model: "ModelSource | None" = field(
         default=None,
         kw_only=False,

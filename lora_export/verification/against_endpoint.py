@@ -19,6 +19,7 @@ from lora_export.graph.cache_names import IDS
 from lora_export.lora import Adapter
 from lora_export.models.token_scores import HALF_CACHE, cache_argument
 from lora_export.plan import Term
+from lora_export.provenance import adapter_records
 from lora_export.runtime.endpoint.runner import IN_BINARY, EndpointRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner
@@ -63,10 +64,14 @@ class EndpointReferences(PyTorchReferences):
         made = super().prepare(candidate, inputs)
         return PreparedEndpoint(**{each.name: getattr(made, each.name) for each in fields(made) if each.init})
 
+    def about(self) -> dict[str, Any]:
+        others = {"others": adapter_records(self.others, [1.0] * len(self.others))} if self.others else {}
+        return {**super().about(), **others}
+
 
 @dataclass(frozen=True)
 class TenantControls(PairControls):
-    """Those of the pairs, and the other tenants that cannot be told apart from the adapter."""
+    """Those of the pairs, and the other tenants that cannot be distinguished from the adapter."""
 
     alike: tuple[str, ...] = ()
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,16 +22,17 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = 60
+READY = 900  # seconds
 LOCK = threading.Lock()  # one run at a time: PyTorch's threads are few
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # ids (1, n) -> (n, words)
 
 
-def save_base(folder: Path, *, seed: int = 0, begins: bool = False) -> Path:
+def save_base(folder: Path, *, seed: int = 0, begins: bool = False, hidden: int = 32) -> Path:
     """A Llama of two layers, with a tokenizer of words; it begins each text with <s> if that is wanted."""
     torch.manual_seed(seed)
     config = hf.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=WORDS, initializer_range=0.2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     )  # fmt: skip
@@ -141,6 +147,31 @@ def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], log: Path, **environment: str) -> Iterator[str]:
+    """The address of a real server, which gets its port as the last argument. It has some minutes to be ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address, end = f"http://127.0.0.1:{port}/v1", time.monotonic() + READY
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*map(str, command), str(port)], env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/models", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextlib.contextmanager

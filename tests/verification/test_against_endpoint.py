@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -70,6 +71,7 @@ def test_a_right_serving_is_the_same(protocol: str, begins: bool, folders: Folde
     result = verified(folders._replace(base=base), model, other=folders.other)
     assert result.verdict.same, str(result)
     facts = result.about["endpoint"]
+    assert [other["name"] for other in result.about["others"]] == ["b"]
     assert (facts["model"], facts["listed"], facts["by"]) == ("a", {"id": "a", "parent": "base"}, protocol)
     assert len(model.requests) == facts["requests"] - 1 <= 200  # and the list of models
     assert {"input_ids"} == {sensitivity.input for sensitivity in result.verdict.sensitivity}
@@ -181,6 +183,21 @@ def test_a_serving_in_bfloat16_is_judged_in_it(
     result = verified(folders, model, dtype="bfloat16", other=folders.other)
     assert result.verdict.outcome == outcome, str(result)
     assert {"adapter": "", "other": "answers as the other tenant b", None: "the base model"}[adapter] in str(result)
+
+
+def test_own_inputs_are_compared_too(folders: Folders, tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", input_ids=np.arange(2, 42).reshape(2, 20))
+    model = served(folders.base, folders.adapter)
+    result = verified(folders, model, inputs=tmp_path / "own.npz")
+    assert result.verdict.same and "own.npz" in result.about["inputs"]
+    assert list(range(2, 22)) in [request["prompt"] for request in model.requests]
+
+
+def test_a_text_is_no_longer_than_the_server_takes(folders: Folders) -> None:
+    models = [{"id": "a", "parent": "base", "max_model_len": None}, {"id": "base", "max_model_len": 20}]
+    model = served(folders.base, folders.adapter, models=models)
+    assert verified(folders, model).verdict.same
+    assert max(len(request["prompt"]) for request in model.requests) == 19
 
 
 def test_a_tenant_that_is_alike_leaves_it_undecided(folders: Folders) -> None:

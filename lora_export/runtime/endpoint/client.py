@@ -27,10 +27,10 @@ from lora_export.options.spelling import named
 from lora_export.storage.json_files import checked_objects, refuse_flood
 from lora_export.version import __version__
 
-KEYS = ("LORA_EXPORT_API_KEY", "OPENAI_API_KEY")  # variables of the environment; the first that is set counts
+KEY_VARIABLES = ("LORA_EXPORT_API_KEY", "OPENAI_API_KEY")  # variables of the environment; the first that is set counts
 BUSY = (429, 503)  # answers after which a request is sent again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before that
-SHOWN = 300  # characters of a server's own message
+SHOWN_OF_MESSAGE = 300  # characters of a server's own message
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -62,14 +62,14 @@ def refuse_address(address: str) -> None:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise WrongUsage(
             "CANDIDATE is an address with a password, a query or a fragment. Reports would show it: put the key into "
-            f"the variable {KEYS[0]}, and give an address such as https://host/v1"
+            f"the variable {KEY_VARIABLES[0]}, and give an address such as https://host/v1"
         )
 
 
 def key_of(address: str) -> str:
     """The key from the environment; empty where there is none. Raises WrongUsage for one that cannot be sent safely."""
     parts = urlsplit(address)
-    own, other = KEYS
+    own, other = KEY_VARIABLES
     is_safe = parts.scheme == "https" or parts.hostname in LOCAL
     if os.environ.get(own) and not is_safe:
         raise WrongUsage(f"the key of {own} would be readable on its way to {address}: give an https:// address")
@@ -111,7 +111,7 @@ class Client:
         answer = self._answer(request)
         self.server = self._clean(answer.headers.get("Server", ""))
         if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-            self._refuse(f"compressed its answer ({encoding}), which was not asked for")
+            self._refuse(f"compressed its answer ({encoding}), which was not requested")
         try:
             refuse_flood(answer.content, "it")
             content = json.loads(
@@ -206,7 +206,7 @@ class Client:
         if error.code in (401, 403):
             raise EnvironmentLacking(
                 f"{self.address} refuses the key ({error.code}): {error.msg}. It is the value of the variable "
-                f"{' or '.join(KEYS)}"
+                f"{' or '.join(KEY_VARIABLES)}"
             ) from None
         raise RequestRefused(f"{self.address} answered {error.code}: {error.msg}") from None
 
@@ -215,12 +215,12 @@ class Client:
 
     def _clean(self, text: str) -> str:
         """A server's text, shortened, and without the key, which it may repeat."""
-        return (text.replace(self.key, "(the key)") if self.key else text)[:SHOWN]
+        return (text.replace(self.key, "(the key)") if self.key else text)[:SHOWN_OF_MESSAGE]
 
 
 def _message(content: bytes) -> str:
-    """What a server says of an error: OpenAI's form, FastAPI's, or its first characters."""
-    text = content[: 10 * SHOWN].decode(errors="replace")
+    """What a server answers with an error: OpenAI's form, FastAPI's, or its first characters."""
+    text = content[: 10 * SHOWN_OF_MESSAGE].decode(errors="replace")
     try:
         found: Any = json.loads(text)
     except (ValueError, RecursionError):

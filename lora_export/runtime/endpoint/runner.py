@@ -17,11 +17,11 @@ from lora_export.models.token_scores import SCORES
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
 from lora_export.runtime.endpoint.texts import Texts
-from lora_export.runtime.endpoint.ways import Completions, Value, Way, find_way
+from lora_export.runtime.endpoint.ways import Completions, LogProbability, Way, find_way
 from lora_export.runtime.runner import Arrays, PlainRunner
 
 OTHERS_SHOWN = 8  # models of a server that a message names
-FACTS = ("id", "parent", "root", "owned_by", "max_model_len")  # of a model in a server's list
+STATED_FACTS = ("id", "parent", "root", "owned_by", "max_model_len")  # of a model in a server's list
 IN_BINARY = 12  # decimals from which a number is one in binary, and not rounded to decimals
 
 
@@ -33,15 +33,10 @@ class EndpointRunner(PlainRunner):
     server: Completions
     entry: Mapping[str, Any]  # the model in the server's list; empty where it is not there
     others: Sequence[str]  # the other models there
+    longest: int | None = None  # tokens of a text, beside one that follows; None where the server does not state it
     axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=lambda: {IDS: (None, None)})
     names_known: bool = True
     decimals: int = 0  # the most that a number of the server has had
-
-    @property
-    def longest(self) -> int | None:
-        """The most tokens of a text, with one that follows; None where the server does not state it."""
-        most = self.entry.get("max_model_len")
-        return most - 1 if isinstance(most, int) and most > 1 else None
 
     def run(self, inputs: Arrays) -> Arrays:
         """One request for each row, or one for each token. Errors are those of the way."""
@@ -57,11 +52,11 @@ class EndpointRunner(PlainRunner):
 
     @property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
-        """How it was asked, and what the server says of itself."""
+        """How it was requested, and what the server states of itself."""
         entry, address = self.entry, self.server.client.address
         listed = ", ".join(f"{name} {entry[name]}" for name in ("parent", "root") if entry.get(name))
         notes = [
-            f"{address}: {self.server.model} ({listed or 'the server says no more of it'})",
+            f"{address}: {self.server.model} ({listed or 'the server states no more of it'})",
             f"by `{self.way.name}`: {self.way.note}",
         ]
         if not entry:
@@ -69,19 +64,19 @@ class EndpointRunner(PlainRunner):
         if others := [name for name in self.others[:OTHERS_SHOWN] if name != entry.get("parent")]:
             notes.append(f"not compared: {', '.join(others)}, which the server lists, too ({named('other')})")
         if strange := self.server.answered_as - {self.server.model}:
-            notes.append(f"the server says that {', '.join(sorted(strange))} answered")
+            notes.append(f"the server states that {', '.join(sorted(strange))} answered")
         return notes
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a report has of the server."""
         client = self.server.client
-        stated = {name: str(self.entry[name]) for name in FACTS if self.entry.get(name) is not None}
+        stated = {name: str(self.entry[name]) for name in STATED_FACTS if self.entry.get(name) is not None}
         facts = {"model": self.server.model, "listed": stated, "server": client.server, "by": self.way.name}
         return {**facts, "requests": client.requests, "decimals": min(self.decimals, IN_BINARY)}
 
 
-def _decimals(value: Value) -> int:
+def _decimals(value: LogProbability) -> int:
     exponent = value.normalize().as_tuple().exponent if isinstance(value, Decimal) else 0
     return max(0, -int(exponent))
 
@@ -99,8 +94,11 @@ def open_endpoint(
     model = served_name or _only(models, adapters, address)
     server = Completions(client, model)
     way = find_way(server, vocabulary, lambda: Texts.of(folder))
-    entry = next((entry for entry in models if entry["id"] == model), {})
-    return EndpointRunner(way, server, entry, [entry["id"] for entry in models if entry["id"] != model])
+    by_id = {entry["id"]: entry for entry in models}
+    entry = by_id.pop(model, {})
+    lengths = [each.get("max_model_len") for each in (entry, by_id.get(str(entry.get("parent")), {}))]
+    longest = next((length - 1 for length in lengths if isinstance(length, int) and length > 1), None)
+    return EndpointRunner(way, server, entry, list(by_id), longest)
 
 
 def _models(client: Client, *, is_needed: bool) -> list[dict[str, Any]]:

@@ -18,16 +18,19 @@ from lora_export.errors import Different, RuntimeRefused, Undecided
 from lora_export.runtime.endpoint.client import Client, RequestRefused
 from lora_export.runtime.endpoint.texts import Texts
 
-LIKELIEST = 5  # tokens that are asked for: OpenAI's most
-START = 4  # tokens of a text before the first whose value is asked for, where each takes a request
+LIKELIEST = 5  # tokens that are requested: OpenAI's most
+BEGINNING = 4  # tokens of a text before the first whose value is requested, where each takes a request
 FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 PROBES = 2  # texts by which `echo` is compared with generated tokens
 # OpenAI's form for completions, and that for chats, which mlx_lm's server wants for both
-FORMS: tuple[Mapping[str, Any], ...] = ({"logprobs": LIKELIEST}, {"logprobs": True, "top_logprobs": LIKELIEST})
-NOT_WEIGHTS = "Its weights were not judged"
-CLOSE = 0.02  # of a log-probability, plus as much of its size: farther apart, two values are not of one position
+FORMS_OF_REQUEST: tuple[Mapping[str, Any], ...] = (
+    {"logprobs": LIKELIEST},
+    {"logprobs": True, "top_logprobs": LIKELIEST},
+)
+WEIGHTS_NOT_JUDGED = "Its weights were not judged"
+NEAR_VALUE = 0.02  # of a log-probability, plus as much of its size: farther apart, two values are not of one position
 
-Value = Decimal | int
+LogProbability = Decimal | int
 Texted = Callable[[], Texts]
 Found = TypeVar("Found")
 
@@ -42,7 +45,7 @@ class Way(Protocol):
     @property
     def note(self) -> str: ...  # what was sent, and what was not compared
 
-    def values(self, ids: Sequence[int]) -> list[Value]:
+    def values(self, ids: Sequence[int]) -> list[LogProbability]:
         """The log-probability of each token from `first` on, given those before it."""
 
     def draw(self, length: int, choose: random.Random) -> list[int] | None:
@@ -51,11 +54,11 @@ class Way(Protocol):
 
 @dataclass(eq=False)
 class Completions:
-    """The path /completions of a server, and the model that is asked for."""
+    """The path /completions of a server, and the model that is requested."""
 
     client: Client
     model: str
-    answered_as: set[str] = field(default_factory=set)  # the models that the server says answered
+    answered_as: set[str] = field(default_factory=set)  # the models that answered, as the server states
 
     def ask(self, prompt: Any, **more: Any) -> dict[str, Any]:
         """The first choice of the answer, with its `usage`. Raises RuntimeRefused where there is none."""
@@ -69,10 +72,10 @@ class Completions:
         return {**choices[0], "usage": answer.get("usage")}
 
     def wrong(self, what: str) -> RuntimeRefused:
-        """The error for an answer that is not what the protocol says."""
+        """The error for an answer that is not what the protocol allows."""
         return RuntimeRefused(f"{self.client.address} answered with JSON that is no completion: {what}")
 
-    def number(self, value: Any) -> Value:
+    def number(self, value: Any) -> LogProbability:
         """A log-probability. Raises RuntimeRefused for what is none."""
         if isinstance(value, bool) or not isinstance(value, Decimal | int) or not math.isfinite(value):
             raise self.wrong(f"a log-probability is {value!r:.40}")
@@ -93,7 +96,7 @@ class Completions:
             how = "adds tokens, such as that of a beginning (BOS) or of a chat" if found > len(ids) else "drops tokens"
             raise Different(
                 f"the server counts {found} tokens in a text of which the base's tokenizer makes {len(ids)}: it {how}, "
-                f"or has another tokenizer. {NOT_WEIGHTS}"
+                f"or has another tokenizer. {WEIGHTS_NOT_JUDGED}"
             )
 
 
@@ -115,10 +118,10 @@ class PromptLogprobs:
         way.read(choice, ids)
         return way
 
-    def values(self, ids: Sequence[int]) -> list[Value]:
+    def values(self, ids: Sequence[int]) -> list[LogProbability]:
         return self.read(self.server.ask(list(ids), prompt_logprobs=1), ids)
 
-    def read(self, choice: dict[str, Any], ids: Sequence[int]) -> list[Value]:
+    def read(self, choice: dict[str, Any], ids: Sequence[int]) -> list[LogProbability]:
         """The values in a choice. Raises Different where it has other tokens than were sent."""
         self.server.refuse_other_tokens(choice, ids)
         rows = choice.get("prompt_logprobs")
@@ -127,7 +130,7 @@ class PromptLogprobs:
         tables = [self.server.table(row, "an entry of `prompt_logprobs`") for row in rows[1:]]
         of_tokens = list(zip(map(str, ids[1:]), tables, strict=False))
         if len(rows) != len(ids) or any(token not in row for token, row in of_tokens):
-            raise Different(f"the server gave log-probabilities of other tokens than were sent. {NOT_WEIGHTS}")
+            raise Different(f"the server gave log-probabilities of other tokens than were sent. {WEIGHTS_NOT_JUDGED}")
         own = [self.server.table(row[token], "a token's entry") for token, row in of_tokens]
         return [self.server.number(entry.get("logprob")) for entry in own]
 
@@ -161,14 +164,14 @@ class Echo:
         hidden = 0 if len(values) - generated >= len(ids) else 1
         return cls(server, texts, hidden) if hidden <= len(texts.begin) else None
 
-    def values(self, ids: Sequence[int]) -> list[Value]:
+    def values(self, ids: Sequence[int]) -> list[LogProbability]:
         choice = self.server.ask(self.texts.text(ids), echo=True, logprobs=1)
         self.server.refuse_other_tokens(choice, ids)
         values = _token_logprobs(choice)
         count = len(ids) - self.hidden
         if values is None or len(values) - count not in (0, 1):
             raise Different(
-                f"the server repeats other tokens than the base's tokenizer makes of the text. {NOT_WEIGHTS}"
+                f"the server repeats other tokens than the base's tokenizer makes of the text. {WEIGHTS_NOT_JUDGED}"
             )
         return [self.server.number(value) for value in values[1:count]]
 
@@ -182,13 +185,13 @@ class NextToken:
 
     server: Completions
     texts: Texts
-    form: Mapping[str, Any]  # how the likeliest are asked for
+    form: Mapping[str, Any]  # how the likeliest are requested
     name: ClassVar[str] = "next tokens"
     note: str = (
         f"texts were sent, one for each token, and a token's log-probability was read among the {LIKELIEST} likeliest: "
         "less likely ones were not compared"
     )
-    first: int = START
+    first: int = BEGINNING
 
     @classmethod
     def found(cls, server: Completions, texts: Texts, ids: Sequence[int], form: Mapping[str, Any]) -> NextToken | None:
@@ -196,10 +199,10 @@ class NextToken:
         way = cls(server, texts, form)
         return way if way._likeliest(ids) else None
 
-    def values(self, ids: Sequence[int]) -> list[Value]:
+    def values(self, ids: Sequence[int]) -> list[LogProbability]:
         return [self.value_after(ids[:place], ids[place]) for place in range(self.first, len(ids))]
 
-    def value_after(self, ids: Sequence[int], token: int) -> Value:
+    def value_after(self, ids: Sequence[int], token: int) -> LogProbability:
         """The log-probability of a token. Raises RuntimeRefused where it is not among the likeliest."""
         for likely, value in self._likeliest(ids):
             if likely == token:
@@ -211,7 +214,7 @@ class NextToken:
 
     def draw(self, length: int, choose: random.Random) -> list[int] | None:
         """A random beginning, continued by what the server itself finds likely."""
-        ids = self.texts.draw(min(START, length), choose)
+        ids = self.texts.draw(min(BEGINNING, length), choose)
         while len(ids) < length:
             following = list(self.following(ids))
             if not following:  # such as half of a letter
@@ -222,7 +225,7 @@ class NextToken:
             ids.append(choose.choice(following)[0])
         return ids
 
-    def following(self, ids: Sequence[int]) -> Iterator[tuple[int, Value]]:
+    def following(self, ids: Sequence[int]) -> Iterator[tuple[int, LogProbability]]:
         """The likeliest tokens that a text can end with, and their values."""
         for token, value in self._likeliest(ids):
             if token is not None and self.texts.is_exact([*ids, token]):
@@ -251,13 +254,13 @@ def find_way(server: Completions, vocabulary: int, texts: Texted) -> Way:
             return None
 
     few = min(vocabulary, FEW_TOKENS)
-    if way := tried(lambda: PromptLogprobs.found(server, [choose.randrange(few) for _ in range(START)])):
+    if way := tried(lambda: PromptLogprobs.found(server, [choose.randrange(few) for _ in range(BEGINNING)])):
         return way
     refusals.clear()  # not those of token ids: texts are next
     of_base = texts()
-    ids = of_base.draw(START + 1, choose)
+    ids = of_base.draw(BEGINNING + 1, choose)
     echo = tried(lambda: Echo.found(server, of_base, ids))
-    forms = iter(FORMS)
+    forms = iter(FORMS_OF_REQUEST)
     following = None
     while following is None and (form := next(forms, None)):
         following = tried(functools.partial(NextToken.found, server, of_base, ids, form))
@@ -281,10 +284,10 @@ def _fault_of_echo(echo: Echo, following: NextToken, choose: random.Random) -> s
     llama.cpp's server gives the values of the position after it, where no token of a beginning leads.
     """
     for _ in range(PROBES):
-        ids = echo.texts.draw(START + 1, choose)
+        ids = echo.texts.draw(BEGINNING + 1, choose)
         for token, value in following.following(ids):
             repeated = echo.values([*ids, token])[-1]
-            if abs(float(repeated) - float(value)) > CLOSE * (1 + abs(float(value))):
+            if abs(float(repeated) - float(value)) > NEAR_VALUE * (1 + abs(float(value))):
                 return (
                     f"the server gives {float(repeated):.4g} for a token by `echo` and {float(value):.4g} when it "
                     "generates it: the values of its `echo` are those of another position"

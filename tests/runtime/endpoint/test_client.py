@@ -145,7 +145,7 @@ def test_a_certificate_that_nobody_signed_is_refused() -> None:
 def test_the_key_is_from_the_environment(
     address: str, own: str, other: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in zip(clients.KEYS, (own, other), strict=True):
+    for name, value in zip(clients.KEY_VARIABLES, (own, other), strict=True):
         monkeypatch.setenv(name, value)
     if " " not in found:
         assert key_of(address) == found
