@@ -16,7 +16,7 @@ from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.plan import Plan
 from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit
-from lora_export.weights.calibrated_rounding import LayerInputs, TokenRows
+from lora_export.weights.calibrated_rounding import LayerInputs, StoredInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint
@@ -50,7 +50,7 @@ def inputs_of(columns: int) -> LayerInputs:
     directions = rng.normal(size=(columns, columns)) * np.arange(1, columns + 1)[:, None] ** -1.5
     found = []
     for count in (600, 200):
-        rows = TokenRows(columns, count + 10)
+        rows = StoredInputs(columns, count + 10)
         rows.add((rng.normal(size=(count, columns)) @ directions).astype(np.float32))
         found.append(rows)
     return LayerInputs(*found)
