@@ -22,17 +22,17 @@ from lora_export.models.huggingface import load_tokenizer
 from lora_export.models.model import Model, in_dtype_of
 from lora_export.models.text_inputs import text_lengths
 from lora_export.models.tracing import named_failures
-from lora_export.weights.calibrated_rounding import FITTED, HELD_OUT, LayerInputs, TokenRows
+from lora_export.weights.calibrated_rounding import FITTED, HELD_OUT, LayerInputs, StoredInputs
 
 HELD_OUT_EVERY = 5  # of so many texts, one is held out
 AT_ONCE = 16  # texts of one length that run together
-LONGEST = 1024  # tokens of a text
-MASK, CONV1D = "attention_mask", "Conv1D"
+LONGEST_CALIBRATION = 1024  # tokens of a text
+TOKEN_MASK, CONV1D_CLASS = "attention_mask", "Conv1D"
 
-Case = tuple[bool, dict[str, NDArray[Any]]]  # whether it is held out, and the arrays that forward takes
+CalibrationCase = tuple[bool, dict[str, NDArray[Any]]]  # whether it is held out, and the arrays that forward takes
 
 
-def collect_inputs(model: Model, weights: Collection[str], cases: Iterable[Case]) -> dict[str, LayerInputs]:
+def collect_inputs(model: Model, weights: Collection[str], cases: Iterable[CalibrationCase]) -> dict[str, LayerInputs]:
     """The inputs of linear layers in these cases, by the names of their weights in the model's folder.
 
     Stores what has a place, and runs no more than that. Layers that no case reaches are left out, and so are weights of
@@ -43,14 +43,14 @@ def collect_inputs(model: Model, weights: Collection[str], cases: Iterable[Case]
     for name, module in model.module.named_modules():
         own = f"{name}.weight"
         stored = next((each for each in (own, own.removeprefix(prefix), prefix + own) if each in named), None)
-        if stored is not None and (isinstance(module, nn.Linear) or type(module).__name__ == CONV1D):
+        if stored is not None and (isinstance(module, nn.Linear) or type(module).__name__ == CONV1D_CLASS):
             layers[named[stored]] = module
     run = _Run()
     with run.listening(layers), torch.inference_mode():
         for run.is_held_out, arrays in cases:
             if run.is_full(layers):
                 continue
-            run.mask = torch.from_numpy(arrays[MASK]).bool() if MASK in arrays else None
+            run.mask = torch.from_numpy(arrays[TOKEN_MASK]).bool() if TOKEN_MASK in arrays else None
             tensors = in_dtype_of(model.module, {name: torch.from_numpy(each) for name, each in arrays.items()})
             with named_failures(model.module, tensors, "calibration inputs"):
                 model.module(**tensors)
@@ -91,7 +91,7 @@ class _Run:
         sources = {self.source.get(name, "") for name in layers}
         return all(name and self._rows(name).is_full for name in sources)
 
-    def _rows(self, name: str) -> TokenRows:
+    def _rows(self, name: str) -> StoredInputs:
         return self.found[name].held_out if self.is_held_out else self.found[name].fitted
 
     def _add(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -105,7 +105,7 @@ class _Run:
         self.last = name, array
         width = array.shape[-1]
         if name not in self.found:
-            self.found[name] = LayerInputs(TokenRows(width, FITTED), TokenRows(width, HELD_OUT))
+            self.found[name] = LayerInputs(StoredInputs(width, FITTED), StoredInputs(width, HELD_OUT))
         is_masked = self.mask is not None and self.mask.shape == array.shape[:-1]
         rows = array[self.mask] if is_masked else array.reshape(-1, width)
         found = rows.float().numpy()
@@ -114,13 +114,13 @@ class _Run:
         self._rows(name).add(found)
 
 
-def cases_of_texts(model: Model, texts: Collection[str]) -> Iterator[Case]:
+def cases_of_texts(model: Model, texts: Collection[str]) -> Iterator[CalibrationCase]:
     """Texts as a Hugging Face model takes them, without padding: those of one length together, in a fixed random order.
 
     Raises InputRefused where the folder has no tokenizer, and for too few texts.
     """
     tokenizer = load_tokenizer(model)
-    most = min(LONGEST, int(text_lengths(model.module, {"sequence"}).most("sequence")))
+    most = min(LONGEST_CALIBRATION, int(text_lengths(model.module, {"sequence"}).most("sequence")))
     by_length: dict[tuple[bool, int], list[list[int]]] = {}
     for number, text in enumerate(texts):
         tokens = tokenizer(text, truncation=True, max_length=most)["input_ids"]
@@ -136,10 +136,10 @@ def cases_of_texts(model: Model, texts: Collection[str]) -> Iterator[Case]:
         own = [rows for held, rows in batches if held is is_held_out]
         for position in np.random.default_rng(0).permutation(len(own)):
             ids = np.array(own[position], np.int64)
-            yield is_held_out, {"input_ids": ids, MASK: np.ones_like(ids)}
+            yield is_held_out, {"input_ids": ids, TOKEN_MASK: np.ones_like(ids)}
 
 
-def cases_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Iterator[Case]:
+def cases_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Iterator[CalibrationCase]:
     """Arrays that forward takes, some rows at a time. Raises InputRefused for rows that differ in number or are few."""
     counts = {len(each) if each.ndim else 0 for each in arrays.values()}
     if len(counts) != 1:

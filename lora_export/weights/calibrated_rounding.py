@@ -22,14 +22,14 @@ from lora_export.storage.matrix_on_disk import MatrixOnDisk
 FITTED, HELD_OUT = 4096, 512  # inputs of a layer that are stored, at most
 DAMPING = 0.01  # of the mean second moment, added to each: directions that the calibration lacks
 MORE_PASSES = 8  # at most
-FEW = 1e-4  # of the numbers: a pass that changes no more is the last
-INPUTS_AT_ONCE = 64  # whose errors are fed back one by one, before those to later inputs follow in one product
+FEW_CHANGES = 1e-4  # of the numbers: a pass that changes no more is the last
+FED_BACK_AT_ONCE = 64  # whose errors are fed back one by one, before those to later inputs follow in one product
 
-Matrix = NDArray[np.float32]
+_Matrix = NDArray[np.float32]
 
 
 @dataclass(eq=False)
-class TokenRows:
+class StoredInputs:
     """The first rows of what is added, in a temporary file."""
 
     width: int
@@ -44,12 +44,12 @@ class TokenRows:
     def is_full(self) -> bool:
         return self.count == self.most
 
-    def add(self, rows: Matrix) -> None:
+    def add(self, rows: _Matrix) -> None:
         rows = rows[: self.most - self.count]
         self._stored.write_rows(slice(self.count, self.count + len(rows)), rows)
         self.count += len(rows)
 
-    def read(self) -> Matrix:
+    def read(self) -> _Matrix:
         return self._stored[slice(0, self.count)]
 
 
@@ -57,12 +57,12 @@ class TokenRows:
 class LayerInputs:
     """Inputs of a layer from runs of the model. Raises OutputFailed where their files have no place."""
 
-    fitted: TokenRows
-    held_out: TokenRows
+    fitted: StoredInputs
+    held_out: StoredInputs
     is_fed_back: bool = True  # False: only the outputs of the nearest values are measured
 
     @property
-    def passes(self) -> tuple[Matrix, ...]:
+    def passes(self) -> tuple[_Matrix, ...]:
         """F of each pass, (inputs, inputs). Costs (tokens + inputs / 3) · inputs² multiplications; cached."""
         with _ONE_AT_A_TIME:
             return _passes(self) if self.is_fed_back else ()
@@ -72,7 +72,7 @@ _ONE_AT_A_TIME = threading.Lock()  # the matrices of a layer are several times a
 
 
 @functools.lru_cache(1)
-def _passes(inputs: LayerInputs) -> tuple[Matrix, ...]:
+def _passes(inputs: LayerInputs) -> tuple[_Matrix, ...]:
     rows = inputs.fitted.read()
     moments = (rows.T @ rows).astype(np.float64)
     diagonal = np.einsum("ii->i", moments)
@@ -88,7 +88,7 @@ def _passes(inputs: LayerInputs) -> tuple[Matrix, ...]:
 
 
 def calibrated(
-    inputs: LayerInputs, total: Matrix, change: Matrix, nearest: Matrix, other: Matrix, *, is_transposed: bool
+    inputs: LayerInputs, total: _Matrix, change: _Matrix, nearest: _Matrix, other: _Matrix, *, is_transposed: bool
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Which numbers take `other`, the value on the other side of a sum, in place of the nearest; and `OutputSums`.
 
@@ -108,19 +108,19 @@ def calibrated(
     return takes_other if is_transposed else takes_other.T, sums
 
 
-def _fed_back(passes: tuple[Matrix, ...], total: Matrix, nearest: Matrix, other: Matrix) -> NDArray[np.bool_]:
+def _fed_back(passes: tuple[_Matrix, ...], total: _Matrix, nearest: _Matrix, other: _Matrix) -> NDArray[np.bool_]:
     """Which numbers take the other value, all (inputs, outputs)."""
     errors, takes_other = np.zeros_like(total), np.zeros(total.shape, bool)  # T - Q
     for feedback in passes:
         before = takes_other.copy()
-        for first in range(0, len(total), INPUTS_AT_ONCE):
-            block = slice(first, first + INPUTS_AT_ONCE)
+        for first in range(0, len(total), FED_BACK_AT_ONCE):
+            block = slice(first, first + FED_BACK_AT_ONCE)
             own = feedback[block, block]
             targets = total[block] + feedback[block] @ errors - own @ errors[block]
             for row, weights in enumerate(own, first):
                 target = targets[row - first] + weights @ errors[block]
                 np.less(np.abs(target - other[row]), np.abs(target - nearest[row]), out=takes_other[row])
                 np.subtract(total[row], np.where(takes_other[row], other[row], nearest[row]), out=errors[row])
-        if np.count_nonzero(before != takes_other) <= FEW * takes_other.size:
+        if np.count_nonzero(before != takes_other) <= FEW_CHANGES * takes_other.size:
             break
     return takes_other

@@ -16,7 +16,7 @@ from lora_export.api.load import load_adapters
 from lora_export.errors import InputRefused
 from lora_export.plan import Plan
 from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit
-from lora_export.weights.calibrated_rounding import LayerInputs, TokenRows
+from lora_export.weights.calibrated_rounding import LayerInputs, StoredInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint
@@ -50,7 +50,7 @@ def inputs_of(columns: int) -> LayerInputs:
     directions = rng.normal(size=(columns, columns)) * np.arange(1, columns + 1)[:, None] ** -1.5
     found = []
     for count in (600, 200):
-        rows = TokenRows(columns, count + 10)
+        rows = StoredInputs(columns, count + 10)
         rows.add((rng.normal(size=(count, columns)) @ directions).astype(np.float32))
         found.append(rows)
     return LayerInputs(*found)
@@ -61,6 +61,7 @@ def adapter_of(folder: Path, weight: np.ndarray, inputs: LayerInputs, size: floa
     rng = np.random.default_rng(1)
     a = inputs.fitted.read()[:2]
     b = rng.normal(size=(len(weight), 2)).astype(np.float32)
+    b[0] = 0  # an output without a change
     b *= size * np.linalg.norm(weight.astype(np.float64)) / np.linalg.norm(b @ a)
     return peft_adapter(folder, {"a.fc": (a, b)})
 
@@ -137,10 +138,11 @@ def test_defects_of_calibrated_layers_are_detected(kind: str, has_inputs: bool, 
         save_file(load_file(path) | {WEIGHT: weight}, path, {"format": "pt"})
         return str(merged.judged(inputs=has_inputs))
 
-    beyond = right.clone()
-    bits = beyond.view(torch.int16 if kind == "bfloat16" else torch.int8)
-    bits[3, 5] += 2 if bits[3, 5] < 100 else -2
-    assert judged_with(beyond).startswith("different")
+    for row, steps in ((3, 2), (0, 1)):  # beyond the values around the sum; and where nothing changes
+        damaged = right.clone()
+        bits = damaged.view(torch.int16 if kind == "bfloat16" else torch.int8)
+        bits[row, 5] += steps if bits[row, 5] < 100 else -steps
+        assert judged_with(damaged).startswith("different")
     assert judged_with(old).startswith("different" if has_inputs or kind == "bfloat16" else "undecided")
     assert judged_with(right).startswith("same" if has_inputs or kind == "bfloat16" else "undecided")
     if has_inputs:  # each number is one of the two around the sum, and the choice was not made by the inputs
@@ -153,8 +155,9 @@ def test_nearest_is_only_measured(tmp_path: Path) -> None:
     outputs = merged.result.outputs
     assert outputs is not None and not outputs.is_calibrated
     assert (outputs.error, outputs.retention) == (outputs.nearest_error, outputs.nearest_retention)
-    assert outputs.error == pytest.approx(merged.errors(merged.after), rel=1e-3)
+    assert outputs.error == pytest.approx(merged.errors(merged.after), rel=1e-2)
     assert str(merged.judged(calibrated=False)).startswith("same")
+    assert "the record names it calibrated, and its numbers are rounded to nearest" in str(merged.judged())
 
 
 def test_layer_that_gets_no_better_keeps_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +173,7 @@ def test_layer_that_gets_no_better_keeps_the_nearest(tmp_path: Path, monkeypatch
 def test_numbers_without_a_change_stay(tmp_path: Path) -> None:
     merged = Merged(tmp_path, "compressed int4", 0.1)
     step = merged.plan.steps[0]
-    rows = np.abs(step.terms[0].pair.b).sum(1) == 0
-    assert np.array_equal(merged.after[rows], merged.before[rows])
+    assert np.array_equal(merged.after[0], merged.before[0])
     moved = merged.after != merged.before
     change = step.terms[0].scale * step.terms[0].pair.b @ step.terms[0].pair.a
     assert moved.any() and (np.sign((merged.after - merged.before)[moved]) == np.sign(change[moved])).all()
