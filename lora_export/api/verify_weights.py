@@ -34,7 +34,7 @@ from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
-from lora_export.weights.quantised import METADATA, without_layers, without_shared_parts
+from lora_export.weights.quantised import LAYERS_IN_HEADER, without_layers, without_shared_parts
 from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
@@ -163,8 +163,11 @@ def _other_header(base: Checkpoint, merged: Checkpoint, promoted: Iterable[str] 
     floats = None if promoted is None else [name.removesuffix(".weight") for name in promoted]
     expected = [without_layers(shard.metadata, floats) for shard in base.shards.values()]
     found = [shard.metadata for shard in merged.shards.values()]
-    one, other = ([json.loads(each[METADATA]) for each in every if METADATA in each] for every in (expected, found))
-    return ComparedFiles() if one == other else ComparedFiles((f"{METADATA} of the header is not the base's",))
+    one, other = (
+        [json.loads(each[LAYERS_IN_HEADER]) for each in every if LAYERS_IN_HEADER in each]
+        for every in (expected, found)
+    )
+    return ComparedFiles() if one == other else ComparedFiles((f"{LAYERS_IN_HEADER} of the header is not the base's",))
 
 
 def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Audit:

@@ -17,10 +17,10 @@ from lora_export.storage import block_copy
 from lora_export.weights.kept_weights import KeptChange, KeptTensor
 from lora_export.weights.quantised.codes import Grid, StoredCodes
 from lora_export.weights.quantised.new_grid import NewGrid, NewPart
-from lora_export.weights.quantised.scaling import MOST_SCALES, Scaling
+from lora_export.weights.quantised.scaling import MOST_SCALES, ScaleRule
 
 
-def rescaled(tensor: KeptTensor, scheme: str, path: Path, scaling: Scaling | None) -> NewGrid | None:
+def rescaled(tensor: KeptTensor, scheme: str, path: Path, scaling: ScaleRule | None) -> NewGrid | None:
     """The grid of a weight with new scales; None where its scheme has no rule. Reads the scales it has."""
     if scaling is None or scaling.read().size > MOST_SCALES:
         return None
@@ -35,7 +35,7 @@ def rescaled(tensor: KeptTensor, scheme: str, path: Path, scaling: Scaling | Non
     return NewGrid(scheme, codes, tensor.source.shape, parts, is_rescaled=True)
 
 
-def _new_scales(tensor: KeptTensor, path: Path, scaling: Scaling) -> NDArray[Any]:
+def _new_scales(tensor: KeptTensor, path: Path, scaling: ScaleRule) -> NDArray[Any]:
     """The stored scales after the change."""
     old = scaling.read()
     needed = NeededScales(tensor.codes, scaling, old.size)
@@ -56,7 +56,7 @@ def _new_scales(tensor: KeptTensor, path: Path, scaling: Scaling) -> NDArray[Any
 class NeededScales:
     """What the rule of a scheme makes of each scale of a weight, from its rows."""
 
-    def __init__(self, codes: StoredCodes, scaling: Scaling, count: int) -> None:
+    def __init__(self, codes: StoredCodes, scaling: ScaleRule, count: int) -> None:
         self.factors, self.change = np.zeros((2, count))  # the scales, and the largest change of a number of each
         self._codes, self._scaling = codes, scaling
         self._place = scaling.spread(np.arange(count, dtype=np.float32))

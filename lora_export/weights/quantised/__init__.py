@@ -16,7 +16,7 @@ from lora_export.weights.quantised.awq import awq_weights
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
 from lora_export.weights.quantised.comfyui import COMFYUI, MARKER, comfyui_weights
-from lora_export.weights.quantised.comfyui import METADATA as METADATA
+from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER as LAYERS_IN_HEADER
 from lora_export.weights.quantised.comfyui import file_dtype as file_dtype
 from lora_export.weights.quantised.comfyui import stated_by_file as stated_by_file
 from lora_export.weights.quantised.comfyui import without_layers as without_layers

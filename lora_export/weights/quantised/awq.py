@@ -25,7 +25,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
 from lora_export.weights.quantised.packed_numbers import WORD_BYTES, pack, unpack
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -102,7 +102,7 @@ def _tensor(parts: StoredParts, module: str) -> QuantisedTensor:
     return QuantisedTensor(
         *(name, shape, scales.dtype, numbers.name, every, scheme, load, pieces, AWQ_OUTPUTS_AT_ONCE),
         codes=codes,
-        scaling=Scaling(scales.name, lambda: parts.read_scales(scales.name), spread),
+        scaling=ScaleRule(scales.name, lambda: parts.read_scales(scales.name), spread),
     )
 
 

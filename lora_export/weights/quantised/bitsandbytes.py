@@ -23,7 +23,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
@@ -116,7 +116,7 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
     scaling = None  # scales that are quantised again stay
     if nested is None:
-        scaling = Scaling(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)
+        scaling = ScaleRule(f"{weight}.absmax", lambda: parts.read_scales(f"{weight}.absmax"), spread, 1.0)
     return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load, codes=codes, scaling=scaling)
 
 
@@ -196,7 +196,7 @@ def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> Q
 
     codes = StoredCodes(shape, False, INT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
     every = (scales_name, *markers)
-    scaling = Scaling(
+    scaling = ScaleRule(
         *(scales_name, lambda: parts.read_scales(scales_name), lambda values: values.reshape(-1, 1).__getitem__),
         reach=float(1 / OF_INT8),  # the scale is the largest magnitude of a row
         decode=lambda stored: stored * OF_INT8,

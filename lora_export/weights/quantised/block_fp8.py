@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.scaling import Scaling, to_larger_exponents
+from lora_export.weights.quantised.scaling import ScaleRule, to_larger_exponents
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -92,7 +92,7 @@ def _quantised(
     codes = StoredCodes((shape[0], shape[1]), False, FLOAT8_VALUES, PackedRows(8, shape[1], shape[1]), grid)
     encode = to_larger_exponents if str(scales.dtype) == "uint8" else None
     largest = float(np.nanmax(FLOAT8_VALUES))
-    scaling = Scaling(scales_name, lambda: parts.read(scales_name), spread, largest, decode_scales, encode)
+    scaling = ScaleRule(scales_name, lambda: parts.read(scales_name), spread, largest, decode_scales, encode)
     return QuantisedTensor(name, shape, dtype, name, every, "fp8", load, codes=codes, scaling=scaling)
 
 

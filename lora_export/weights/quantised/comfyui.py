@@ -26,14 +26,14 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
 COMFYUI = "comfyui"
-MARKER, METADATA, STATED = "scaled_fp8", "_quantization_metadata", "comfy_quant"
-FIRST_SCALE, SECOND_SCALE = "scale_weight", "weight_scale"
-INPUT_SCALES = ("scale_input", "input_scale")
-VALUES = {**{name: values for name, (_, values) in FLOAT8_KINDS.items()}, "int8_tensorwise": INT8_VALUES}
+MARKER, LAYERS_IN_HEADER, STATED_FORMAT = "scaled_fp8", "_quantization_metadata", "comfy_quant"
+FIRST_SCALE, STATED_SCALE = "scale_weight", "weight_scale"
+SCALES_OF_INPUTS = ("scale_input", "input_scale")
+VALUES_OF_FORMATS = {**{name: values for name, (_, values) in FLOAT8_KINDS.items()}, "int8_tensorwise": INT8_VALUES}
 STORED_AS = {"int8_tensorwise": "int8"}  # format -> dtype; others are the dtype
 MOST_STATED_BYTES = 1 << 16
 
@@ -42,14 +42,14 @@ def stated_by_file(shards: Mapping[str, TensorFile]) -> dict[str, Any] | None:
     """What the tensors and headers of files without a config state, as a `quantization_config`; None for floats."""
     layers: dict[str, Any] = {}
     for shard in shards.values():
-        if text := shard.metadata.get(METADATA):
-            found = json_files.parse_json(text.encode(), f"{METADATA} of {shard.path}").get("layers")
+        if text := shard.metadata.get(LAYERS_IN_HEADER):
+            found = json_files.parse_json(text.encode(), f"{LAYERS_IN_HEADER} of {shard.path}").get("layers")
             if not isinstance(found, dict):
-                raise InputRefused(f"{METADATA} of {shard.path} has no table of layers")
+                raise InputRefused(f"{LAYERS_IN_HEADER} of {shard.path} has no table of layers")
             layers |= found
     every = {name: entry for shard in shards.values() for name, entry in shard.entries.items()}
     is_quantised = layers or any(
-        name.endswith(f".{STATED}") or (str(entry.dtype) in FLOAT8_KINDS and not _is_marker(name))
+        name.endswith(f".{STATED_FORMAT}") or (str(entry.dtype) in FLOAT8_KINDS and not _is_marker(name))
         for name, entry in every.items()
     )
     return {"quant_method": COMFYUI, "layers": layers} if is_quantised else None
@@ -58,31 +58,33 @@ def stated_by_file(shards: Mapping[str, TensorFile]) -> dict[str, Any] | None:
 def without_layers(metadata: Mapping[str, str], modules: Iterable[str] | None) -> dict[str, str]:
     """The metadata of a header in which more modules are floats; all of them for None."""
     found = dict(metadata)
-    if METADATA in found:
-        stated = json.loads(found.pop(METADATA))
+    if LAYERS_IN_HEADER in found:
+        stated = json.loads(found.pop(LAYERS_IN_HEADER))
         left = {} if modules is None else {k: v for k, v in stated["layers"].items() if k not in set(modules)}
-        found |= {METADATA: json.dumps({**stated, "layers": left})} if left else {}
+        found |= {LAYERS_IN_HEADER: json.dumps({**stated, "layers": left})} if left else {}
     return found
 
 
 def comfyui_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
     """The weights in 8 bits, by name. Raises InputRefused for another format, and where a scale is missing."""
     layers = dict(quantization.get("layers") or {})
-    for module in parts.modules_with(STATED):
-        parts.expect(f"{module}.{STATED}", module, "uint8", most=MOST_STATED_BYTES)
-        layers[module] = json_files.parse_json(parts.read(f"{module}.{STATED}").tobytes(), f"{module}.{STATED}")
+    for module in parts.modules_with(STATED_FORMAT):
+        parts.expect(f"{module}.{STATED_FORMAT}", module, "uint8", most=MOST_STATED_BYTES)
+        layers[module] = json_files.parse_json(
+            parts.read(f"{module}.{STATED_FORMAT}").tobytes(), f"{module}.{STATED_FORMAT}"
+        )
     markers = tuple(name.removesuffix(MARKER) for name in parts.names() if _is_marker(name))
     scaled = {module for module in parts.modules_with(FIRST_SCALE) if f"{module}.".startswith(markers)}
     found = {}
     for module in {**layers, **dict.fromkeys(sorted(scaled))}:
         entry = parts.expect(f"{module}.weight", f"{module}.weight")
         kind = _format(module, layers[module]) if module in layers else str(entry.dtype)
-        if kind not in VALUES or str(entry.dtype) != STORED_AS.get(kind, kind):
+        if kind not in VALUES_OF_FORMATS or str(entry.dtype) != STORED_AS.get(kind, kind):
             raise InputRefused(
                 f"{entry.name} is {entry.dtype}, and the file states {kind} for it: lora-export reads "
-                f"{', '.join(VALUES)} of such files. Merge into the original float model"
+                f"{', '.join(VALUES_OF_FORMATS)} of such files. Merge into the original float model"
             )
-        scale = f"{module}.{SECOND_SCALE if module in layers else FIRST_SCALE}"
+        scale = f"{module}.{STATED_SCALE if module in layers else FIRST_SCALE}"
         found[entry.name] = _quantised(parts, entry, module, kind, scale, dtype)
     for name in parts.names():
         plain = parts.find(name)
@@ -121,7 +123,7 @@ def _with_markers(parts: StoredParts, found: dict[str, QuantisedTensor]) -> dict
 
 def _quantised(parts: StoredParts, entry: Entry, module: str, kind: str, scale: str, dtype: str) -> QuantisedTensor:
     """A weight with one scale, or one for each row; or without (`scale` is empty)."""
-    rows, values = (entry.shape or (1,))[0], VALUES[kind]
+    rows, values = (entry.shape or (1,))[0], VALUES_OF_FORMATS[kind]
     matrix = (rows, math.prod(entry.shape[1:]))
     if scale:
         shape = parts.expect(scale, entry.name, *FLOAT_SCALES, most=max(rows, 1)).shape
@@ -152,11 +154,11 @@ def _quantised(parts: StoredParts, entry: Entry, module: str, kind: str, scale: 
         *(entry.name, entry.shape, np.dtype(dtype), entry.name, tuple(own), f"{COMFYUI} {kind}", load),
         codes=codes,
         matrix=matrix,
-        scaling=Scaling(scale, lambda: parts.read_scales(scale), spread, float(np.nanmax(values))) if scale else None,
+        scaling=ScaleRule(scale, lambda: parts.read_scales(scale), spread, float(np.nanmax(values))) if scale else None,
     )
 
 
 def _present(parts: StoredParts, module: str, name: str) -> Iterator[str]:
     """What describes the inputs and the format of the layer whose weight this is."""
     if name == f"{module}.weight":
-        yield from parts.present(*(f"{module}.{what}" for what in (*INPUT_SCALES, STATED)))
+        yield from parts.present(*(f"{module}.{what}" for what in (*SCALES_OF_INPUTS, STATED_FORMAT)))

@@ -23,7 +23,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import FLOAT8, FLOAT8_VALUES, Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.scaling import Scaling, to_exponents, to_floats8
+from lora_export.weights.quantised.scaling import ScaleRule, to_exponents, to_floats8
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,
@@ -107,14 +107,14 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         return parts.read(f"{name}_scale")
 
     if kind == "nvfp4":
-        scaling = Scaling(
+        scaling = ScaleRule(
             *(f"{name}_scale", read, spread, REACH[kind]),
             decode=lambda stored: stored.astype(np.float32) / divisor(),
             encode=lambda factors: to_floats8(factors * divisor()),
         )
     else:
         decode = functools.partial(powers_of_two, f"{name}_scale")
-        scaling = Scaling(f"{name}_scale", read, spread, REACH[kind], decode, to_exponents)
+        scaling = ScaleRule(f"{name}_scale", read, spread, REACH[kind], decode, to_exponents)
 
     def load() -> Decode:
         scales_of = scales_of_rows()

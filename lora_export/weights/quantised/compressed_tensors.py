@@ -26,7 +26,7 @@ from lora_export.weights.quantised.codes import FLOAT8_VALUES, INT8_VALUES, Grid
 from lora_export.weights.quantised.compressed_floats import floats_in_groups
 from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
 from lora_export.weights.quantised.packed_numbers import MOST_BITS, WORD_BYTES, unpack, words_of
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -204,7 +204,7 @@ class _StoredNumbers:
             *(name, (rows, columns), scales.dtype, packed, every, scheme, load),
             codes=codes,
             finer=finer,
-            scaling=Scaling(f"{name}_scale", self._scales, spread, 0.0 if zero_points else self._reach),
+            scaling=ScaleRule(f"{name}_scale", self._scales, spread, 0.0 if zero_points else self._reach),
         )
 
     @property

@@ -28,7 +28,7 @@ from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
 from lora_export.weights.quantised.new_grid import FINE_BITS, NewGrid, NewPart, finer_grid, finer_scales
 from lora_export.weights.quantised.packed_numbers import WORD, WORD_BYTES, pack, unpack, words_of
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,
@@ -127,7 +127,7 @@ class _GptqModule:
                 load=lambda: self._grid(bits, inputs, scales, zeros, stated),
             ),
             finer=lambda: self._finer(bits, inputs, scales, zeros, stated),
-            scaling=Scaling(
+            scaling=ScaleRule(
                 scales.name,
                 lambda: self.parts.read_scales(scales.name),
                 lambda values: self._spread(values.reshape(groups, outputs), inputs, stated),

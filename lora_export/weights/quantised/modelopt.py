@@ -23,7 +23,7 @@ from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.scaling import Scaling, to_floats8
+from lora_export.weights.quantised.scaling import ScaleRule, to_floats8
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
@@ -83,7 +83,7 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
         of_scales = values.reshape(scales.shape)
         return lambda rows: np.repeat(of_scales[rows], NVFP4_COLUMNS, axis=1)
 
-    scaling = Scaling(
+    scaling = ScaleRule(
         *(first, lambda: parts.read_scales(first), spread, float(FLOAT4_VALUES.max())),
         decode=lambda stored: stored.astype(np.float32) * parts.read_scales(second).reshape(-1),
         encode=lambda factors: to_floats8(factors / parts.read_scales(second).reshape(-1)),

@@ -21,7 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import PackedRows, StoredCodes
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.scaling import Scaling, to_exponents
+from lora_export.weights.quantised.scaling import ScaleRule, to_exponents
 from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
@@ -32,7 +32,7 @@ from lora_export.weights.quantised.stored_parts import (
 BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
 BLOCK_NUMBERS, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes
 ROWS_IN_CACHE = 64
-REACH = 4.0  # the largest power of two among the values
+REACH_OF_MXFP4 = 4.0  # the largest power of two among the values
 INPUTS_AT_ONCE = 16 * BLOCK_NUMBERS  # each output's bytes are read for so many inputs at once
 
 
@@ -72,8 +72,8 @@ def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:
             layout=PackedRows(4, count * BLOCK_NUMBERS, count * BLOCK_BYTES),
             load=lambda: layout.grid,
         ),
-        scaling=Scaling(
-            *(scales.name, lambda: parts.read(scales.name), layout.spread, REACH),
+        scaling=ScaleRule(
+            *(scales.name, lambda: parts.read(scales.name), layout.spread, REACH_OF_MXFP4),
             decode=lambda stored: powers_of_two(scales.name, stored),
             encode=to_exponents,
         ),

@@ -37,7 +37,7 @@ class NewGrid:
 
     @property
     def stored_as(self) -> str:
-        """What a report says of the weight."""
+        """The scheme of the weight in a report."""
         return f"{self.scheme}, new scales" if self.is_rescaled else self.scheme
 
 

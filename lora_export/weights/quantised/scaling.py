@@ -21,7 +21,7 @@ MOST_SCALES = 1 << 24  # an index of one in fp32 is exact
 
 
 @dataclass(frozen=True, eq=False)
-class Scaling:
+class ScaleRule:
     """The scales of a weight. `decode` and `encode` are between stored scales and factors of numbers, in fp32."""
 
     name: str  # the stored tensor

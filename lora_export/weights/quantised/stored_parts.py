@@ -22,7 +22,7 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
 from lora_export.weights.quantised.new_grid import NewGrid, NewPart
-from lora_export.weights.quantised.scaling import Scaling
+from lora_export.weights.quantised.scaling import ScaleRule
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
@@ -56,7 +56,7 @@ class QuantisedTensor:
     rows_at_once: int = 1  # so many rows cost little more than one
     codes: StoredCodes | None = None  # how its numbers are written again; None: not known
     finer: Callable[[], NewGrid | None] = lambda: None  # the same weight in 8 bits. Reads scales; None: it has no such
-    scaling: Scaling | None = None  # the rule for new scales; None: not known
+    scaling: ScaleRule | None = None  # the rule for new scales; None: not known
     matrix: tuple[int, int] | None = None  # the shape whose rows are decoded, where it is another than `row_shape`
 
     @property

@@ -18,7 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.names.diffusion_layouts import other_layouts
 from lora_export.storage import safetensors_file
 from lora_export.weights.checkpoint import open_checkpoint
-from lora_export.weights.quantised.comfyui import METADATA
+from lora_export.weights.quantised.comfyui import LAYERS_IN_HEADER
 from support.cli import call
 from support.diffusion import adapter_file, layout_of, original_shapes, random_pairs, transformer, unet
 
@@ -54,7 +54,7 @@ def in_8_bits(weights: Mapping[str, torch.Tensor], form: str, path: Path) -> Pat
     if form == "scaled":
         stored[f"{PREFIX}scaled_fp8"] = torch.empty(0).to(FLOAT8)
     if form == "stated":
-        metadata[METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
+        metadata[LAYERS_IN_HEADER] = json.dumps({"format_version": "1.0", "layers": layers})
     save_file(stored, path, metadata)
     return path
 
@@ -136,7 +136,7 @@ def test_promoted_layer_has_no_scale_and_no_name(form: str, tmp_path: Path) -> N
         metadata = file.metadata()
     assert metadata["modelspec.title"] == "a model"
     if form == "stated":
-        assert json.loads(metadata[METADATA])["layers"].keys() == {f"{PREFIX}a", f"{PREFIX}c"}
+        assert json.loads(metadata[LAYERS_IN_HEADER])["layers"].keys() == {f"{PREFIX}a", f"{PREFIX}c"}
     assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
     save_file(after | {f"{PREFIX}b.weight": after[f"{PREFIX}b.weight"] * 1.01}, out, metadata)
     assert str(verify(out, base=base, adapters=[adapter])).startswith("different")
@@ -153,7 +153,7 @@ def test_dequantised_file_is_a_float_model(form: str, tmp_path: Path) -> None:
     scale = before.get(f"{PREFIX}c.scale_weight", before.get(f"{PREFIX}c.weight_scale", torch.ones(())))
     assert torch.equal(after[f"{PREFIX}c.weight"], (own * scale).bfloat16())
     with safe_open(out, "pt") as file:
-        assert METADATA not in file.metadata()
+        assert LAYERS_IN_HEADER not in file.metadata()
     assert str(verify(out, base=base, adapters=[adapter])).startswith("same")
 
 
@@ -229,7 +229,7 @@ def test_file_that_states_something_else_is_refused(
     ],
 )
 def test_header_that_states_something_else_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    save_file({"x.weight": WEIGHT}, tmp_path / "x.safetensors", {METADATA: text})
+    save_file({"x.weight": WEIGHT}, tmp_path / "x.safetensors", {LAYERS_IN_HEADER: text})
     with pytest.raises(InputRefused, match=message):
         open_checkpoint(tmp_path / "x.safetensors", dequantise=True)
 
@@ -251,8 +251,8 @@ def test_header_that_states_another_product_is_different(tmp_path: Path) -> None
     merge(base, [adapter], out, keep_quantised=True)
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
-    table = json.loads(metadata[METADATA])
+    table = json.loads(metadata[LAYERS_IN_HEADER])
     table["layers"][f"{PREFIX}a"]["full_precision_matrix_mult"] = True
-    save_file(load_file(out), out, metadata | {METADATA: json.dumps(table)})
+    save_file(load_file(out), out, metadata | {LAYERS_IN_HEADER: json.dumps(table)})
     text = str(verify(out, base=base, adapters=[adapter]))
-    assert text.startswith("different") and f"{METADATA} of the header is not the base's" in text
+    assert text.startswith("different") and f"{LAYERS_IN_HEADER} of the header is not the base's" in text
