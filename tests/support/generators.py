@@ -200,7 +200,7 @@ def exported_decoder(name: str) -> tuple[Any, ir.Model]:
 @functools.cache
 def _exported_decoder(name: str) -> tuple[Any, ir.Model]:
     with tempfile.TemporaryDirectory() as folder:  # as other tests have it, which export it too
-        module = hf.AutoModelForCausalLM.from_pretrained(small_decoder(name, Path(folder))).eval()
+        module = hf.AutoModelForCausalLM.from_pretrained(small_decoder(name, Path(folder))).eval().requires_grad_(False)
     if name == "opt":
         module.config.use_cache = False  # which an export with a cache overrides while it runs
     return module, export_decoder(module)

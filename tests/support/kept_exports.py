@@ -3,7 +3,7 @@
 The exporters are PyTorch's and transformers' own, and take most of the time of the tests that need a graph. The package
 runs as always: it gives them the module and its inputs, and simplifies, names and checks what comes back. An export is
 known by all that goes in: the module with its weights, settings and code, the inputs, the options. Whatever cannot be
-told is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
+pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
 Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
 """
@@ -15,12 +15,11 @@ import functools
 import hashlib
 import importlib
 import io
-import marshal
 import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 MOST_NUMBERS = 2_000_000  # of a model that is kept
 LIBRARIES = ("site-packages", sys.base_prefix)
+OF_LOADING = ("model_type", "_original_object_hash")  # in a config: from its class, and a number of this process
 use = SimpleNamespace(folder=None)  # where graphs are kept; None for a test that is to get none
 
 
@@ -54,8 +54,9 @@ class Contents(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
+        self.fast = True  # which objects are the same one differs between processes
         self.storages: dict[int, int] = {}
-        self.told: set[int] = set()
+        self.told: dict[int, object] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, set | frozenset):
@@ -75,11 +76,13 @@ class Contents(pickle.Pickler):
         if isinstance(obj, torch.export.ExportedProgram):  # one export inside another, which is kept
             raise NotKeptError
         if not isinstance(obj, FunctionType | type):
-            return NotImplemented
+            is_config = hasattr(obj, "to_json_string")
+            kept = {name: value for name, value in vars(obj).items() if name not in OF_LOADING} if is_config else {}
+            return (TOLD, (type(obj), kept)) if is_config else NotImplemented
         name = obj.__module__, obj.__qualname__
         if id(obj) in self.told:  # a class is in the closures of its own methods
             return TOLD, name
-        self.told.add(id(obj))
+        self.told[id(obj)] = obj
         if of_library(obj):
             return TOLD, (*name, code(getattr(obj, "forward", None)))
         if isinstance(obj, type):
@@ -93,8 +96,15 @@ def source_of(function: FunctionType) -> bytes:
     return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
 
 
-def code(function: object) -> bytes:
-    return marshal.dumps(function.__code__) if isinstance(function, FunctionType) else b""
+def code(function: object) -> tuple[object, ...]:
+    found = getattr(function, "__code__", function)
+    if not isinstance(found, CodeType):
+        return ()
+    return found.co_code, found.co_names, [code(each) or repr_of(each) for each in found.co_consts]
+
+
+def repr_of(value: object) -> object:
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def key(*given: object) -> str | None:
@@ -109,12 +119,16 @@ def key(*given: object) -> str | None:
 
 
 def load(path: Path, module: nn.Module) -> ir.Model:
-    """A kept graph, whose weights are the module's own tensors, as in an export."""
+    """A kept graph. Its weights are the module's own tensors, and its constants arrays, as in an export."""
     model = ir.load(path)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        value = model.graph.initializers.get(name)
-        if value is not None and value.const_value is not None:
-            value.const_value = ir.tensor(tensor.detach(), name=name)
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, value in model.graph.initializers.items():
+        kept = value.const_value
+        assert kept is not None
+        if name in tensors and tuple(tensors[name].shape) == tuple(kept.shape):
+            value.const_value = ir.tensor(tensors[name].detach(), name=name)
+        else:
+            value.const_value = ir.Tensor(kept.numpy().copy(), dtype=kept.dtype, name=name)
     return model
 
 
