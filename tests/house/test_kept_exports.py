@@ -25,15 +25,14 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.factor, self.used = 2.0, {"b", "a"}
+        self.factor = 2.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.other(self.one(x)) * self.factor
 
 
-def doubled(net: Net) -> None:
-    forward = net.forward
-    exchange_forward(net, lambda _, x: forward(x) * 2)
+def times(net: Net, factor: float) -> None:
+    exchange_forward(net, lambda self, x: self.one(x) * factor)
 
 
 def tied(net: Net) -> None:
@@ -47,10 +46,13 @@ def equal(net: Net) -> None:
 CHANGES: dict[str, Callable[[Net], object]] = {
     "a number of a weight": lambda net: net.one.weight.data[0, 0].add_(1),
     "a buffer": lambda net: net.register_buffer("mean", torch.zeros(2)),
+    "a buffer of another dtype": lambda net: net.register_buffer("mean", torch.zeros(2, dtype=torch.int32)),
     "a setting": lambda net: setattr(net, "factor", 3.0),
     "its mode": lambda net: net.eval(),
     "a hook": lambda net: net.one.register_forward_hook(lambda _, inputs, output: output + inputs[0]),
-    "its forward": doubled,
+    "its forward": lambda net: times(net, 2.0),
+    "what its forward holds": lambda net: times(net, 3.0),
+    "gradients": lambda net: net.requires_grad_(False),
     "tied weights": tied,
     "equal weights": equal,
     "dtype": lambda net: net.half(),
