@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,15 +32,24 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    # The garbage collector need not visit thousands of tests and all modules each time: a sixth of the time of exports.
+    # The garbage collector need not visit thousands of tests and all modules each time: a third of the time of exports.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "lora_export.models.export" in sys.modules:
+        keep_exports(item)
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
+
+
+def keep_exports(item: pytest.Item) -> None:
+    from support import kept_exports
+
+    kept_exports.install()
+    kept_exports.use.folder = None if item.get_closest_marker("exports") else kept_exports.folder(item.config)
 
 
 @pytest.fixture(scope="session")

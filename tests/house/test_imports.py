@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import lora_export
 from lora_export.cli import COMMANDS
+from support import offenders
 
 PACKAGE = Path(lora_export.__file__).parent
 
@@ -132,6 +134,7 @@ def imported(module: str, tree: ast.AST) -> Iterator[str]:
             yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
 
 
+@functools.cache
 def imports_of(module: str) -> set[str]:
     return set(imported(module, ast.parse(MODULES[module].read_text(encoding="utf-8"))))
 
@@ -154,10 +157,9 @@ def test_every_file_has_its_place_in_the_order():
     assert {layer(module) for module in LAYERED} <= set(ORDER), "a new layer: give it its place in ORDER"
 
 
-@pytest.mark.parametrize("module", LAYERED)
-def test_imports_only_go_down(module):
-    place = ORDER.index(layer(module))
-    assert layers_below(module) <= set(ORDER[:place])
+def test_imports_only_go_down():
+    below = {place: set(ORDER[:number]) for number, place in enumerate(ORDER)}
+    assert offenders({module: layers_below(module) - below[layer(module)] for module in LAYERED}) == {}
 
 
 def test_nothing_imports_in_a_circle():
@@ -165,30 +167,35 @@ def test_nothing_imports_in_a_circle():
     TopologicalSorter(files_below).prepare()  # raises CycleError, with the circle
 
 
-@pytest.mark.parametrize("module", [module for module in LAYERED if layer(module) in ("plan", "sums")])
-def test_a_plan_knows_no_holder_of_weights(module):
-    ground = {"errors", "lora", "notebook", "options", "pairs"}
-    assert layers_below(module) <= ground | {"names", "plan"}
+def test_a_plan_knows_no_holder_of_weights():
+    plans = [module for module in LAYERED if layer(module) in ("plan", "sums")]
+    ground = {"errors", "lora", "notebook", "options", "pairs", "names", "plan"}
+    assert plans and offenders({module: layers_below(module) - ground for module in plans}) == {}
 
 
-@pytest.mark.parametrize("module", [module for module in LAYERED if within(module, DOERS)])
-def test_doers_do_not_import_each_other(module):
-    assert {within(name, DOERS) for name in imports_of(module) - {PRIVATE_NAMES}} <= {None, within(module, DOERS)}
+def test_doers_do_not_import_each_other():
+    others = {}
+    for module in (module for module in LAYERED if within(module, DOERS)):
+        doers = {within(name, DOERS) for name in imports_of(module) - {PRIVATE_NAMES}}
+        others[module] = doers - {None, within(module, DOERS)}
+    assert others and offenders(others) == {}
 
 
 CORE = [module for module in LAYERED if within(module, NUMPY_CORE) and module not in TORCH_BY_REQUEST]
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_is_numpy(module):
-    excused = {"onnxruntime"} & set(imports_of(module)) if module in MAY_IMPORT_ONNXRUNTIME else set()
-    assert {name.partition(".")[0] for name in imports_of(module)} & NOT_IN_THE_CORE == excused
+def packages(module):
+    return {name.partition(".")[0] for name in imports_of(module)}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_onnxruntime_is_imported_in_one_place(module):
-    names = {name.partition(".")[0] for name in imports_of(module)}
-    assert "onnxruntime" not in names or module in MAY_IMPORT_ONNXRUNTIME
+def test_the_core_is_numpy():
+    excused = {module: {"onnxruntime"} & imports_of(module) for module in MAY_IMPORT_ONNXRUNTIME}
+    found = {module: (packages(module) & NOT_IN_THE_CORE) - excused.get(module, set()) for module in CORE}
+    assert found and offenders(found) == {}
+
+
+def test_onnxruntime_is_imported_in_one_place():
+    assert {module for module in MODULES if "onnxruntime" in packages(module)} <= MAY_IMPORT_ONNXRUNTIME
 
 
 # --- what is really loaded ---

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from support import ROOT
+from support import ROOT, offenders
 
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "lora_export"
@@ -50,15 +48,13 @@ def imported(tree: ast.AST) -> Iterator[str]:
                 yield from name.split(".")
 
 
-@pytest.mark.parametrize("path", TEST_FILES, ids=relative)
-def test_the_name_of_a_test_is_short_and_its_own(path: Path) -> None:
-    names = names_of_tests(tree_of(path))
-    assert (too_long(names), repeated(names)) == ([], [])
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_no_test_file_is_imported(path: Path) -> None:
-    assert {file.stem for file in TEST_FILES} & set(imported(tree_of(path))) == set()
+def test_names_are_short_and_no_test_file_is_imported() -> None:
+    stems, faults = {file.stem for file in TEST_FILES}, {}
+    for path in FILES:
+        tree = tree_of(path)
+        names = names_of_tests(tree) if path in TEST_FILES else []
+        faults[relative(path)] = [*too_long(names), *repeated(names), *(stems & set(imported(tree)))]
+    assert len(faults) > 300 and offenders(faults) == {}
 
 
 def test_every_folder_of_tests_is_a_folder_of_the_package() -> None:

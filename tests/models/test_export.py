@@ -23,6 +23,7 @@ from lora_export.models.model import Axes
 from support.exported_models import EVERY_MODEL, MODEL_BUILDERS, Encoder, Mlp, eager, exported, inputs
 from support.graphs import run
 
+pytestmark = pytest.mark.exports
 OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
 
 

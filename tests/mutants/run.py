@@ -40,6 +40,7 @@ CHOSEN, BASELINE = Path("tests/mutants/mutants.json"), Path("tests/mutants/basel
 NOT_COPIED = (".git", ".venv", "build", "dist", "*-output", "__pycache__", ".*_cache", ".hypothesis")
 PRELOADED = "numpy,torch,torch.export,torch.onnx,onnx,onnxruntime,onnxscript,safetensors.torch,peft"
 PRELOADED += ",transformers.models.bert.modeling_bert,transformers.models.llama.modeling_llama"
+PRELOADED += ",transformers.exporters.exporter_onnx"
 QUICK = "not slow and not soak and not matrix and not cuda"
 MOST_TESTS = 40  # for one mutant
 FEW_TESTS = 12  # fewer are joined by their neighbours: these share fixtures that only the first of them runs

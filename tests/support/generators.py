@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,8 @@ def exported_decoder(name: str) -> tuple[Any, ir.Model]:
 
 @functools.cache
 def _exported_decoder(name: str) -> tuple[Any, ir.Model]:
-    torch.manual_seed(0)
-    module = DECODERS[name]().eval()
+    with tempfile.TemporaryDirectory() as folder:  # as other tests have it, which export it too
+        module = hf.AutoModelForCausalLM.from_pretrained(small_decoder(name, Path(folder))).eval().requires_grad_(False)
     if name == "opt":
         module.config.use_cache = False  # which an export with a cache overrides while it runs
     return module, export_decoder(module)

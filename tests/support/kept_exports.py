@@ -1,0 +1,179 @@
+"""Equal models are exported once a run: what the exporters return is kept in a folder that all workers share.
+
+The exporters are PyTorch's and transformers' own, and take most of the time of the tests that need a graph. The package
+runs as always: it gives them the module and its inputs, and simplifies, names and checks what comes back. An export is
+known by all that goes in: the module with its weights, settings and code, the inputs, the options. Whatever cannot be
+pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
+
+Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FunctionType, SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+MOST_NUMBERS = 2_000_000  # of a model that is kept
+LIBRARIES = ("site-packages", sys.base_prefix)
+OF_LOADING = ("model_type", "_original_object_hash")  # in a config: from its class, and a number of this process
+use = SimpleNamespace(folder=None)  # where graphs are kept; None for a test that is to get none
+
+
+class NotKeptError(Exception):
+    """Not all that goes into an export can be told."""
+
+
+def of_library(obj: Any) -> bool:
+    """Whether a class or function is the one that its module has under its name, and the module is installed."""
+    module = sys.modules.get(obj.__module__)
+    found = functools.reduce(lambda place, name: getattr(place, name, None), obj.__qualname__.split("."), module)
+    file = getattr(module, "__file__", None) or LIBRARIES[0]
+    return found is obj and any(place in file for place in LIBRARIES)
+
+
+TOLD = repr  # stands before what is told of a class or function: nobody reads what is pickled
+
+
+class Contents(pickle.Pickler):
+    """Writes what objects contain: tensors by numbers and what they share, classes and functions by their code."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.fast = True  # which objects are the same one differs between processes
+        self.storages: dict[int, int] = {}
+        self.told: dict[int, object] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, set | frozenset):
+            return sorted(map(repr, obj))  # their order differs between processes
+        if isinstance(obj, str) and obj.startswith("/"):
+            return "a path"  # a config of transformers has the one that it was read from
+        if not isinstance(obj, Tensor):
+            return None
+        if type(obj) not in (Tensor, nn.Parameter) or obj.layout != torch.strided or obj.is_meta:
+            raise NotKeptError
+        storage = self.storages.setdefault(obj.untyped_storage().data_ptr(), len(self.storages))
+        numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        kind = (type(obj).__name__, str(obj.dtype), str(obj.device), tuple(obj.shape), obj.requires_grad)
+        return (*kind, storage, obj.storage_offset(), obj.stride(), hashlib.sha256(numbers).hexdigest())
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.export.ExportedProgram):  # one export inside another, which is kept
+            raise NotKeptError
+        if not isinstance(obj, FunctionType | type):
+            is_config = hasattr(obj, "to_json_string")
+            kept = {name: value for name, value in vars(obj).items() if name not in OF_LOADING} if is_config else {}
+            return (TOLD, (type(obj), kept)) if is_config else NotImplemented
+        name = obj.__module__, obj.__qualname__
+        if id(obj) in self.told:  # a class is in the closures of its own methods
+            return TOLD, name
+        self.told[id(obj)] = obj
+        if of_library(obj):
+            return TOLD, (*name, code(getattr(obj, "forward", None)))
+        if isinstance(obj, type):
+            return TOLD, (*name, obj.__bases__, {key: each for key, each in vars(obj).items() if callable(each)})
+        cells = [cell.cell_contents for cell in obj.__closure__ or ()]
+        return TOLD, (*name, code(obj), source_of(obj), obj.__defaults__, obj.__kwdefaults__, cells)
+
+
+def source_of(function: FunctionType) -> bytes:
+    file = Path(function.__code__.co_filename)
+    return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
+
+
+def code(function: object) -> tuple[object, ...]:
+    found = getattr(function, "__code__", function)
+    if not isinstance(found, CodeType):
+        return ()
+    return found.co_code, found.co_names, [code(each) or repr_of(each) for each in found.co_consts]
+
+
+def repr_of(value: object) -> object:
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+
+
+def key(*given: object) -> str | None:
+    """What tells an export from all others, or None."""
+    content = io.BytesIO()
+    modes = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled())
+    try:
+        Contents(content).dump((given, modes))
+    except Exception:  # noqa: BLE001  whatever objects raise that nobody meant to pickle
+        return None
+    return hashlib.sha256(content.getvalue()).hexdigest()
+
+
+def load(path: Path, module: nn.Module) -> ir.Model:
+    """A kept graph. Its weights are the module's own tensors, and its constants arrays, as in an export."""
+    model = ir.load(path)
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, value in model.graph.initializers.items():
+        kept = value.const_value
+        assert kept is not None
+        if name in tensors and tuple(tensors[name].shape) == tuple(kept.shape):
+            value.const_value = ir.tensor(tensors[name].detach(), name=name)
+        else:
+            value.const_value = ir.Tensor(kept.numpy().copy(), dtype=kept.dtype, name=name)
+    return model
+
+
+def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Callable[..., Any]:
+    """The exporter, which looks first among what was kept. `attribute` of what it returns is the graph.
+
+    A call that has not this number of arguments without a name is none of the package's.
+    """
+
+    @functools.wraps(export)
+    def exported(*args: Any, **options: Any) -> Any:
+        module = next((each for each in args if isinstance(each, nn.Module)), None)
+        name = None
+        if use.folder is not None and module is not None and len(args) == arguments and "f" not in options:
+            small = sum(each.numel() for each in module.parameters()) < MOST_NUMBERS
+            name = key(attribute, args, options) if small else None
+        if name is None:
+            return export(*args, **options)
+        assert isinstance(module, nn.Module)
+        path = use.folder / f"{name}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                graph = getattr(export(*args, **options), attribute)
+                ir.save(graph, path.with_suffix(".part"), format="protobuf")
+                path.with_suffix(".part").replace(path)
+        return SimpleNamespace(**{attribute: load(path, module)})
+
+    return exported
+
+
+@functools.cache
+def folder(config: pytest.Config) -> Path:
+    """The folder of this run, for all workers."""
+    own: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    place = (own.parent if hasattr(config, "workerinput") else own) / "kept-exports"
+    place.mkdir(exist_ok=True)
+    return place
+
+
+@functools.cache
+def install() -> None:
+    """Exports of this process are kept from now on."""
+    registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
+    registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
+    torch.onnx.export = keeping(torch.onnx.export, "model", 1)
+    with contextlib.suppress(ImportError):
+        transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
+        transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)
