@@ -167,8 +167,7 @@ def _modelopt() -> Quantised:
 
 def _of_comfyui(kind: str, scale: str, rows: int = 1) -> Callable[[], Quantised]:
     def made() -> Quantised:
-        floats = torch.randn(OUT, IN) * 30
-        stored = {"weight": (floats if kind == "int8" else floats * 5).to(getattr(torch, kind))}
+        stored: Tensors = {"weight": (torch.randn(OUT, IN) * (30 if kind == "int8" else 8)).to(getattr(torch, kind))}
         if scale:
             stored |= {scale: _scales(rows, *[1] * (rows > 1)) / 10, "input_scale": torch.ones(())}
         if scale == "scale_weight":
