@@ -84,7 +84,7 @@ class KeptTensor(OutputTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class NewScales(OutputTensor):
+class ScalesOfGrid(OutputTensor):
     """Scales or zero points of a weight on another grid. `source` is what the file has."""
 
     part: NewPart = field(kw_only=True)

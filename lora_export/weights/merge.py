@@ -33,7 +33,7 @@ from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
-from lora_export.weights.kept_weights import KeptTensor, NewScales, kept_blocks, kept_tensor, new_scales
+from lora_export.weights.kept_weights import KeptTensor, ScalesOfGrid, kept_blocks, kept_tensor, new_scales
 from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -225,7 +225,7 @@ def _output_tensors(
     def output_of(entry: Entry) -> OutputTensor:
         kept, part = base.kept.get(entry.name), parts.get(entry.name)
         if part is not None:
-            return NewScales(entry, None, plan.output_name(entry.name), entry.dtype, shape=part.shape, part=part)
+            return ScalesOfGrid(entry, None, plan.output_name(entry.name), entry.dtype, shape=part.shape, part=part)
         changed = None if kept is None else kept_tensor(entry, kept, plan, base.grids.get(kept.name))
         if kept is not None:
             return changed or OutputTensor(entry, None, plan.output_name(entry.name), entry.dtype)
@@ -337,7 +337,7 @@ def _blocks(
                 blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
             elif isinstance(first, KeptTensor):
                 blocks = kept_blocks(source.path, read_fd, first, entry)
-            elif isinstance(first, NewScales):
+            elif isinstance(first, ScalesOfGrid):
                 blocks = first.blocks(entry)
             else:
                 blocks = tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)

@@ -1,4 +1,4 @@
-"""Run a candidate with a runner by name, in a process of its own: `verify --runner`."""
+"""Run a candidate with a runner by name, in a process of its own: the option `runner` of `verify`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RegisteredRunner(PlainRunner):
         self.name, self.path, self.timeout = name, candidate.path, timeout
         self.names_known = True
         self._process = IsolatedProcess.start(RUNNING_CHILD, name, self.path.absolute(), memory=None)
-        header, _ = self._asked(None, {})
+        header, _ = self._exchanged(None, {})
         if refusal := header.get("refused"):
             kind = getattr(errors, str(header.get("kind")), errors.InputRefused)
             raise kind(str(refusal))
@@ -55,7 +55,7 @@ class RegisteredRunner(PlainRunner):
             rows = np.arange(len(next(iter(inputs.values())))) % len(self._ids)
             scales = None if self._scales is None else self._scales[rows]
             inputs = {**inputs, **row_inputs(self._ids[rows], scales, self.adapters_per_row)}
-        header, outputs = self._asked({}, {**inputs, **self._adapter_values})
+        header, outputs = self._exchanged({}, {**inputs, **self._adapter_values})
         if failure := header.get("failed"):
             raise RuntimeRefused(one_line(str(failure)))
         self.names_known = bool(header.get("are_named"))
@@ -99,7 +99,7 @@ class RegisteredRunner(PlainRunner):
                 onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)
         return absent if adapter is None else {**absent, **onnx_adapter.arrays_of(adapter)}
 
-    def _asked(self, request: Mapping[str, Any] | None, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    def _exchanged(self, request: Mapping[str, Any] | None, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
         with self._refusals():
             if request is None:
                 return self._process.answer(self.timeout)
