@@ -134,6 +134,7 @@ def running(handle: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
             handle(self)
 
         def do_POST(self) -> None:
+            self.body = self.rfile.read(int(self.headers["Content-Length"]))  # unread, it would end the connection
             handle(self)
 
         def log_message(self, *_: Any) -> None:
@@ -178,10 +179,10 @@ def started(command: Sequence[str | Path], log: Path, **environment: str) -> Ite
 def serving(model: Served) -> Iterator[str]:
     """The address of a server of this model."""
 
-    def handle(request: BaseHTTPRequestHandler) -> None:
+    def handle(request: Any) -> None:
         if request.command == "GET":
             return reply(request, {"object": "list", "data": model.models})
-        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        body = json.loads(request.body)
         model.requests.append({**body, "key": request.headers.get("Authorization")})
         if model.busy:
             model.busy -= 1
