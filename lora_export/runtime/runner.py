@@ -15,6 +15,7 @@ from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT as TIMEOUT
 from lora_export.isolation.process import Arrays as Arrays
+from lora_export.isolation.process import ProcessEnded
 from lora_export.options.spelling import named
 from lora_export.runtime.environment_probes import CPU
 
@@ -148,6 +149,17 @@ class TooSlow(RuntimeRefused):
 
     def __init__(self, path: Path, seconds: float):
         super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with {named('timeout')}")
+
+
+@contextlib.contextmanager
+def refused_ends(process: str, path: Path, timeout: float, remedy: str = "") -> Iterator[None]:
+    """Turn the end of a process that runs a file into RuntimeRefused. `remedy` is for one that a signal ended."""
+    try:
+        yield
+    except ProcessEnded as ended:
+        if ended.too_slow:
+            raise TooSlow(path, timeout) from ended
+        raise RuntimeRefused(f"{process} ended: {ended}{remedy if ended.killed else ''}") from ended
 
 
 @contextlib.contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.errors import RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
 from lora_export.formats.row_adapters import read_row_adapters, row_inputs
-from lora_export.isolation.process import IsolatedProcess, ProcessEnded
-from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, TooSlow, completed_inputs
+from lora_export.isolation.process import IsolatedProcess
+from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, completed_inputs, refused_ends
 
 RUNNING_CHILD = "lora_export.runtime.registered.child"
 
@@ -100,16 +99,7 @@ class RegisteredRunner(PlainRunner):
         return absent if adapter is None else {**absent, **onnx_adapter.arrays_of(adapter)}
 
     def _exchanged(self, request: Mapping[str, Any] | None, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-        with self._refusals():
+        with refused_ends(f"the process of the runner {self.name}", self.path, self.timeout):
             if request is None:
                 return self._process.answer(self.timeout)
             return self._process.ask(request, arrays, self.timeout)
-
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except ProcessEnded as ended:
-            if ended.too_slow:
-                raise TooSlow(self.path, self.timeout) from ended
-            raise RuntimeRefused(f"the process of the runner {self.name} ended: {ended}") from ended

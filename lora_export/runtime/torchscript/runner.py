@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT, memory_for
-from lora_export.isolation.process import IsolatedProcess, ProcessEnded
+from lora_export.isolation.process import IsolatedProcess
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest
-from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
+from lora_export.runtime.runner import Arrays, PlainRunner, refused_ends
 from lora_export.storage import input_files
 
 CHILD = "lora_export.runtime.torchscript.child"
@@ -79,15 +79,8 @@ class ScriptRunner(PlainRunner):
         with self._refusals():
             return self._process.ask(request, arrays, self.timeout)
 
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except ProcessEnded as ended:
-            if ended.too_slow:
-                raise TooSlow(self.path, self.timeout) from ended
-            more = self._more_memory() if ended.killed else ""
-            raise RuntimeRefused(f"the process that runs {self.path} ended: {ended}{more}") from ended
+    def _refusals(self) -> contextlib.AbstractContextManager[None]:
+        return refused_ends(f"the process that runs {self.path}", self.path, self.timeout, self._more_memory())
 
     def _more_memory(self) -> str:
         return f". Allow more with {named('memory')}"
