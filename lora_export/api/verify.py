@@ -35,7 +35,6 @@ from lora_export.provenance import adapter_records
 from lora_export.report.files import check_report_path, try_report_place, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.report.verdict_screen import screen
-from lora_export.runtime.endpoint.client import refuse_address
 from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
@@ -279,8 +278,10 @@ def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:
         given: dict[str, object] = {"served_name": request.served_name, "other": request.other}
         why = "CANDIDATE is an address such as https://host/v1"
     else:
+        from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
+
         refuse_address(candidate.address)
-        given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory}
+        given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory, "runner": request.runner}
         given |= {"expect_signature": request.expected.signature}
         why = "an endpoint shows its answers alone, and is no file"
     if request.other and not request.adapters:

@@ -265,6 +265,7 @@ def test_a_value_that_is_no_log_probability_is_refused(value: Any, folders: Fold
     ("options", "message"),
     [
         ({"trace": True}, "trace=: an endpoint shows its answers alone"),
+        ({"runner": "openvino"}, "runner=: an endpoint shows its answers alone"),
         ({"provider": "cuda"}, "is for .onnx files"),
         ({"adapter_id": 1}, "are for .onnx files"),
         ({"fixed": {"sequence": 4}}, "an endpoint shows its answers alone"),

@@ -203,10 +203,10 @@ def input_reasons(sensitivity: Sequence[Sensitivity], peer: str) -> Iterator[Rea
 
 
 def frozen_input(frozen: Sensitivity, peer: str) -> str:
-    """What is wrong with an input that the export replaced by a constant."""
+    """What is wrong with an input that has no influence, as where an export replaced it by a constant."""
     return (
-        f"changing the input {frozen.input} changes {peer}'s outputs and not the candidate's: the export replaced this "
-        "input by a constant"
+        f"changing the input {frozen.input} changes {peer}'s outputs and not the candidate's: to the candidate this "
+        "input is a constant"
     )
 
 
