@@ -107,7 +107,7 @@ class GgufFile:
 def is_gguf(path: Path) -> bool:
     """Whether a path is a file that begins as one. Raises nothing."""
     try:
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size < len(MAGIC):  # such as /proc/kmsg, which waits for its reader
             return False
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC

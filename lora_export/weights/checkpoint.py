@@ -34,6 +34,7 @@ from lora_export.weights.quantised import (
     stated_beside,
     stated_by_file,
 )
+from lora_export.weights.quantised.comfyui import COMFYUI
 from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.sentence_modules import module_folders
 from lora_export.weights.weight_files import is_index, weight_files
@@ -249,9 +250,10 @@ def _read_quantised(
 
 def _not_silently(folder: Path, quantization: Any) -> InputRefused:
     method = method_of(quantization)
+    shown = "8 bits, as for ComfyUI" if method == COMFYUI else method
     kept = f". {named('keep_quantised', True)} merges and keeps it quantised" if method in SCHEMES else ""
     return InputRefused(
-        f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
+        f"{folder} is quantised ({shown}): its weights are never merged or quantised again silently. "
         f"Merge into the original float model, or {remedy_for(quantization)}{kept}"
     )
 

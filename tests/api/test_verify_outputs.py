@@ -13,6 +13,7 @@ from torch import nn
 import lora_export as le
 from lora_export.api.verify_outputs import _seconds
 from lora_export.api.verify_record import VerifyRequest
+from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
 from lora_export.models import factory
 from lora_export.runtime.memory import AVAILABLE
@@ -116,8 +117,9 @@ def test_a_run_ends_in_proportion_to_pytorchs(
 def test_what_is_not_timed_has_the_longer_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     base = factory.from_module(nn.Linear(3, 2), {"input": torch.ones(4, 3)})
     timed: dict[str, Any] = {"candidate": "m.onnx", "model": "m"}
-    assert _seconds(VerifyRequest(**timed), base) == 60
+    graph = open_artifact("m.onnx")
+    assert _seconds(VerifyRequest(**timed), base, graph) == 60
     for options in ({"inputs": Path("x.npz")}, {"dtype": "bfloat16"}):
-        assert _seconds(VerifyRequest(**timed, **options), base) == 600
+        assert _seconds(VerifyRequest(**timed, **options), base, graph) == 600
     monkeypatch.setattr("lora_export.verification.module_copies.is_large", lambda _: True)
-    assert _seconds(VerifyRequest(**timed), base) == 600
+    assert _seconds(VerifyRequest(**timed), base, graph) == 600

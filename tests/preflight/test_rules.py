@@ -88,10 +88,11 @@ TABLE = {
     "openvino": Row(
         (),
         {
-            ("fold",): (
+            ("openvino",): (
                 *("alpha 10", "a fraction as alpha", "mlp", "rslora", "rslora of two ranks", "rank pattern"),
-                *("alpha pattern", "loha", "lokr"),
+                "alpha pattern",
             ),
+            ("fold",): ("loha", "lokr"),
             ("merge",): (*WHOLE[2:], "dora", "embedding", "tied embedding", "ia3", "vera"),
             ("peft",): ("pickle",),
         },
