@@ -279,11 +279,14 @@ def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:
         why = "CANDIDATE is an address such as https://host/v1"
     else:
         from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
+        from lora_export.runtime.endpoint.tensors import is_of_tensors
 
         refuse_address(candidate.address)
         given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory, "runner": request.runner}
         given |= {"expect_signature": request.expected.signature}
         why = "an endpoint shows its answers alone, and is no file"
+        if is_of_tensors(candidate.address) and request.other:
+            raise WrongUsage(f"{named('other')} is for servers that give log-probabilities of tokens")
     if request.other and not request.adapters:
         given |= {"other": request.other}
         why = f"it is beside the adapter that is judged ({named('adapters')})"

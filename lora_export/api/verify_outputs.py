@@ -121,8 +121,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         if recorded and diagnosis is not None:
             diagnosis = replace(diagnosis, why=without_guesses(diagnosis.why))
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded), diagnosis=diagnosis)
-    if isinstance(runner, EndpointRunner):
-        facts["endpoint"] = runner.facts
+    if candidate.address and runner is not None:
+        facts["endpoint"] = getattr(runner, "facts", {})
     about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
 

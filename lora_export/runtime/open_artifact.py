@@ -25,6 +25,7 @@ from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.endpoint.runner import open_endpoint
+from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
@@ -124,6 +125,8 @@ def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 
 def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+    if is_of_tensors(candidate.address):
+        return open_tensors_of(candidate.address, how.served_name, how.timeout)
     module: Any = how.base.module
     vocabulary = module.config.get_text_config().vocab_size if how.base.is_huggingface else 1
     folder = Path(how.base.source)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from torch import nn
 
 import lora_export as le
@@ -19,6 +22,7 @@ from lora_export.models import factory
 from lora_export.runtime.memory import AVAILABLE
 from support import RUNNERS
 from support.api import MODEL
+from support.endpoints import reply, running
 from support.exporters import checkpoint_of, torchscript
 
 
@@ -89,6 +93,31 @@ def test_any_file_is_a_candidate_of_a_runner(place: Path, tmp_path: Path) -> Non
         le.verify(engine, MODEL, adapters=place / "adapter")
     with pytest.raises(WrongUsage, match="a runner chooses its own"):
         le.verify(place / "m.onnx", MODEL, adapters=place / "adapter", runner="openvino", provider="cuda")
+
+
+@pytest.mark.parametrize(("adapter", "outcome"), [("adapter", "same"), ("stronger", "different")])
+def test_a_server_of_tensors_is_judged(adapter: str, outcome: str, place: Path) -> None:
+    session = InferenceSession(place / "m.onnx")
+    inputs, outputs = (
+        [{"name": one.name, "datatype": "FP32", "shape": [-1] * len(one.shape)} for one in values]
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+
+    def handle(request: Any) -> None:
+        if request.command == "GET":
+            return reply(request, {"name": "m", "platform": "onnx", "inputs": inputs, "outputs": outputs})
+        sent = json.loads(request.body)["inputs"]
+        arrays = {one["name"]: np.array(one["data"], np.float32).reshape(one["shape"]) for one in sent}
+        found = zip(outputs, session.run(None, arrays), strict=True)
+        entries = [{**one, "shape": list(array.shape), "data": array.ravel().tolist()} for one, array in found]
+        return reply(request, {"model_name": "m", "outputs": entries})
+
+    with running(handle) as address:
+        root = address.removesuffix("/v1")
+        result = le.verify(f"{root}/v2/models/m", MODEL, adapters=place / adapter)
+        assert (result.verdict.outcome, result.about["endpoint"]["platform"]) == (outcome, "onnx"), str(result)
+        with pytest.raises(WrongUsage, match="other= is for servers that give log-probabilities"):
+            le.verify(f"{root}/v2/models/m", MODEL, adapters=place / adapter, other=place / "stronger")
 
 
 ENDLESS = """<ir_version: 10, opset_import: ["" : 20]>

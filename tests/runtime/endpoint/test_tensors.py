@@ -1,0 +1,103 @@
+"""Servers of tensors (KServe v2): what is sent and read, and what is no answer of the protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
+from support.endpoints import reply, running
+
+METADATA = {
+    "name": "m",
+    "platform": "onnxruntime_onnx",
+    "inputs": [
+        {"name": "x", "datatype": "FP32", "shape": [-1, 2]},
+        {"name": "ids", "datatype": "INT32", "shape": [-1]},
+    ],
+    "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}],
+}
+INPUTS = {"x": np.array([[0.1, 1], [2, 3]], np.float32), "ids": np.array([7, 8])}
+RIGHT = {"name": "y", "datatype": "FP32", "shape": [2, 2], "data": [0.30000001192092896, 2, -1e-7, 4]}
+
+
+@contextmanager
+def server(output: Any = None, metadata: Any = None, sent: list[Any] | None = None) -> Iterator[str]:
+    def handle(request: Any) -> None:
+        if request.path == "/v2/models/m":
+            reply(request, METADATA if metadata is None else metadata)
+        elif request.path == "/v2/models/m/infer":
+            if sent is not None:
+                sent.append(json.loads(request.body))
+            reply(request, {"model_name": "m", "outputs": [RIGHT if output is None else output]})
+        else:
+            reply(request, {"error": "unknown model"}, 404)
+
+    with running(handle) as address:
+        yield f"{address.removesuffix('/v1')}/v2"
+
+
+@pytest.mark.parametrize("data", [RIGHT["data"], [[0.30000001192092896, 2], [-1e-7, 4]]], ids=["flat", "nested"])
+def test_arrays_are_sent_and_read_as_they_are(data: list[Any]) -> None:
+    sent: list[Any] = []
+    with server({**RIGHT, "data": data}, sent=sent) as address:
+        runner = open_tensors_of(f"{address}/models/m", None, 10)
+        outputs = runner.run(INPUTS)
+    assert runner.axes == {"x": (None, 2), "ids": (None,)}
+    assert outputs["y"].dtype == np.float32
+    assert outputs["y"].tolist() == np.array([[0.3, 2], [-1e-7, 4]], np.float32).tolist()
+    (body,) = sent
+    by_name = {one["name"]: one for one in body["inputs"]}
+    assert by_name["ids"] == {"name": "ids", "datatype": "INT32", "shape": [2], "data": [7, 8]}
+    assert np.array(by_name["x"]["data"], np.float32).tolist() == INPUTS["x"].ravel().tolist()
+    assert runner.facts == {"model": "m", "platform": "onnxruntime_onnx", "server": runner.client.server, "requests": 2}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({**RIGHT, "name": "z"}, "it lacks the output y"),
+        ({**RIGHT, "datatype": "FP64"}, "y has no FP32"),
+        ({**RIGHT, "shape": [-2, 2]}, "y has no FP32"),
+        ({**RIGHT, "data": [1, 2, 3]}, r"y has 3 numbers for the shape \[2, 2\]"),
+        ({**RIGHT, "data": [1, 2, 3, "4"]}, "y has 4 numbers"),
+        ("y", "it lacks the output y"),
+    ],
+)
+def test_another_answer_is_refused(output: Any, message: str) -> None:
+    with server(output) as address, pytest.raises(RuntimeRefused, match=message):
+        open_tensors_of(f"{address}/models/m", None, 10).run(INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "path", "message"),
+    [
+        ({"inputs": []}, "/models/m", "have no `inputs` with names, types and shapes"),
+        ({**METADATA, "outputs": [{"name": "y"}]}, "/models/m", "have no `outputs`"),
+        (None, "/models/other", "answered 404: unknown model. Is other the name of a model there"),
+        (None, "", r"names no model: give .*/v2/models/NAME, or its name by served_name="),
+    ],
+)
+def test_what_is_no_model_is_refused(metadata: Any, path: str, message: str) -> None:
+    with server(metadata=metadata) as address, pytest.raises(InputRefused, match=message):
+        open_tensors_of(f"{address}{path}", None, 10)
+
+
+def test_types_without_numbers_and_values_that_do_not_fit_are_refused() -> None:
+    inputs = [{"name": "x", "datatype": "FP16", "shape": [-1, 2]}, METADATA["inputs"][1]]
+    halves = server(metadata={**METADATA, "inputs": inputs})
+    with halves as address, pytest.raises(InputRefused, match="x is FP16 at the server"):
+        open_tensors_of(address, "m", 10).run(INPUTS)
+    with server() as address, pytest.raises(RuntimeRefused, match="takes ids as INT32, which does not hold its"):
+        open_tensors_of(address, "m", 10).run({**INPUTS, "ids": np.array([7, 1 << 40])})
+
+
+def test_addresses_of_the_second_version_are_of_tensors() -> None:
+    assert is_of_tensors("https://host/v2") and is_of_tensors("http://host:8000/kserve/v2/models/m")
+    assert not is_of_tensors("https://host/v1") and not is_of_tensors("https://v2.host/v1")
