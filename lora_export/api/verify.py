@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
-from lora_export.options.verify import Expectations, Judging, VerifyOptions
+from lora_export.options.verify import Expectations, Judging, VerifyOptions, seconds_of
 from lora_export.provenance import adapter_records
 from lora_export.report.files import check_report_path, try_report_place, write_report
 from lora_export.report.json_document import document_of_proof
@@ -108,9 +109,21 @@ def verify(options: VerifyOptions) -> Verification:
     with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with the base's folder. A
     weight whose layout is unknown is `undecided`.
 
-    Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
-    that do not go together.
+    Returns the verdict, whichever it is. With `watch`, it is the first that is not `same`. Raises InputRefused for
+    inputs that cannot be used, and WrongUsage for options that do not go together.
     """
+    pause = None if options.watch is None else seconds_of(options.watch)
+    for seed in itertools.count(options.input_seed or 0):
+        result = _verified(options if pause is None else replace(options, input_seed=seed))
+        if pause is None or not result:
+            return result
+        options.on_message(f"{result.proof.verdict.headline} (inputs of seed {seed}); again in {options.watch}")
+        time.sleep(pause)
+    raise AssertionError("there is always another seed")
+
+
+def _verified(options: VerifyOptions) -> Verification:
+    """One proof, with its reports."""
     begun = time.perf_counter()
     request = _request(options)
     with stated_memory(options.memory):

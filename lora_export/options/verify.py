@@ -23,6 +23,8 @@ from lora_export.options.declaring import (
 )
 from lora_export.options.spelling import named
 
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
+DURATION = re.compile(r"([1-9]\d{0,8})([smh])")
 SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 
 
@@ -35,6 +37,14 @@ def _size(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise ValueError(text)
     return int(text)
+
+
+def seconds_of(duration: str) -> float:
+    """The seconds of a duration such as 90s, 10m or 2h. Raises WrongUsage for another text."""
+    found = DURATION.fullmatch(duration)
+    if found is None:
+        raise WrongUsage(f"{named('watch', duration)} is no duration: give one such as 90s, 10m or 2h")
+    return float(found[1]) * SECONDS_OF_UNIT[found[2]]
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,12 @@ class Judging(Running):
         kind="source",
         multiple=True,
         section=Section.PROOF,
+    )
+    watch: str | None = option(
+        None,
+        "Repeat the proof so long after each, with fresh inputs, and end with the first verdict that is not `same`: "
+        "90s, 10m or 2h.",
+        metavar="DURATION",
     )
     atol: float | None = option(None, "Also require |candidate - reference| <= atol + rtol·|reference|.", at_least=0)
     rtol: float | None = option(None, "See {atol}.", at_least=0)

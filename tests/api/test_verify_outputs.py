@@ -120,6 +120,29 @@ def test_a_server_of_tensors_is_judged(adapter: str, outcome: str, place: Path) 
             le.verify(f"{root}/v2/models/m", MODEL, adapters=place / adapter, other=place / "stronger")
 
 
+def test_a_watch_ends_with_the_first_verdict_that_is_not_same(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, pauses, messages = tmp_path / "m.onnx", [], []
+    served.write_bytes((place / "m.onnx").read_bytes())
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:  # another adapter is deployed
+            le.export_onnx(MODEL, served, adapters=place / "stronger", overwrite=True)
+
+    monkeypatch.setattr("lora_export.api.verify.time.sleep", pause)
+    watched: dict[str, Any] = {"adapters": place / "adapter", "input_seed": 5, "on_message": messages.append}
+    result = le.verify(served, MODEL, watch="10m", **watched)
+    assert (result.exit_code, pauses, result.about["seed"]) == (4, [600, 600], 7)
+    assert [line.rpartition("(")[2] for line in messages if "again in" in line] == [
+        "inputs of seed 5); again in 10m",
+        "inputs of seed 6); again in 10m",
+    ]
+    with pytest.raises(WrongUsage, match='watch="soon" is no duration: give one such as 90s, 10m or 2h'):
+        le.verify(served, MODEL, watch="soon", **watched)
+
+
 ENDLESS = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[N, 3] input) => (float[N, 2] y)
 <int64 most = {9223372036854775807}, bool on = {1}, float[3, 2] w = {1, 2, 3, 4, 5, 6}>
