@@ -57,8 +57,8 @@ def test_terminal_shows_the_outcome_in_colour(verdict: Verdict, colour: str) -> 
 def test_screen_shows_the_reasons_and_the_diagnosis() -> None:
     text = printed(print_verdict, Proof(DIFFERENT, diagnosis=DIAGNOSIS))
     assert "  - logits in case bad: the error is 1, allowed is 0.25; PyTorch's own error is 0.125 (× 8)\n" in text
-    frozen = "changing the input mask changes PyTorch's outputs and not the candidate's: the export replaced this input"
-    assert f"  - {frozen} by a constant\n" in text
+    frozen = "changing the input mask changes PyTorch's outputs and not the candidate's: to the candidate this input"
+    assert f"  - {frozen} is a constant\n" in text
     assert "encoder.1\n  its adapter's scale, 2, is applied twice\n" in text
     assert printed(print_verdict, Proof(NOTHING)).startswith(
         "undecided: nothing was compared\n  - nothing was compared: there is no case"

@@ -46,7 +46,7 @@ class Sensitivity:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the export replaced the input by a constant."""
+        """Whether the input has no influence, as where an export replaced it by a constant."""
         return self.peer_changed and not self.candidate_changed
 
 
