@@ -46,7 +46,7 @@ NEEDS = {
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),
     "judged": (),
-    "runners": ("base", "adapter", "model.onnx"),
+    "runners": ("base", "adapter", "fr", "model.onnx"),
     "endpoints": (),
     "ci": ("base", "adapter", "model.onnx", "merged"),
     "python": ("base", "adapter", "fr", "base.onnx"),
