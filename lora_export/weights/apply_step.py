@@ -1,6 +1,7 @@
 """What a step does to some rows of a weight: sum, round once, and measure what was stored.
 
-`Backend` is where that is computed: here by NumPy on every core, in `cuda.py` by PyTorch on a GPU.
+`Backend` is where that is computed: here by NumPy on every core, in `compiled.py` by compiled code where that is
+installed, in `cuda.py` by PyTorch on a GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
 from lora_export.storage.matrix_on_disk import MatrixOnDisk
+from lora_export.weights import compiled
 from lora_export.weights.calibrated_rounding import LayerInputs, calibrated
-from lora_export.weights.merge_report import Statistics
+from lora_export.weights.merge_report import Statistics, is_in_range
 
 HALF = 2  # bytes of a number in bf16 and fp16
 
@@ -48,6 +50,19 @@ class StepRows:
 
 
 ApplyStep = Callable[[StepRows], Statistics | None]
+
+
+def apply_on_processor(part: StepRows) -> Statistics | None:
+    """As `apply_by_numpy`, by compiled code where there is one for such rows."""
+    if part.column_norms is None and part.known_change is None and part.inputs is None:
+        weight = sums.starting_rows(part.step, part.rows, part.stored)
+        found = compiled.merged_rows(part.step, part.rows, weight, part.output, measured=part.measured)
+        if found is not None and (not part.measured or is_in_range(found)):
+            statistics = Statistics(part.name)
+            if part.measured:
+                statistics.add_sums(found, part.output.size)
+            return statistics
+    return apply_by_numpy(part)
 
 
 def apply_by_numpy(part: StepRows) -> Statistics | None:
@@ -183,9 +198,9 @@ def change_by_columns(
 
 @dataclass(frozen=True)
 class Backend:
-    """Where weights are changed: by NumPy on every core, or on a GPU (see `cuda.py`)."""
+    """Where weights are changed: on every core of the processor, or on a GPU (see `cuda.py`)."""
 
-    apply: ApplyStep = apply_by_numpy
+    apply: ApplyStep = apply_on_processor
     threads: int | None = None  # None: as many as `block_copy.transfer` chooses
     memory: Memory = block_copy.memory
     device: str = ""  # its name; empty for the processor
@@ -193,7 +208,8 @@ class Backend:
     @property
     def settings(self) -> dict[str, str]:
         """What a record of provenance contains of it."""
-        return {"device": self.device} if self.device else {}
+        arithmetic = "" if self.device else compiled.name()
+        return {name: value for name, value in (("device", self.device), ("arithmetic", arithmetic)) if value}
 
     def transfer(
         self, source: Path, target_fd: int, blocks: Iterable[Block], hashes: RunningHashes, *, buffer_bytes: int

@@ -174,8 +174,7 @@ class Arithmetic:
             apply_step.refuse_overflow(part.name, stored, output)
         statistics = Statistics(part.name)
         if part.measured:
-            statistics.sums += block_sums
-            statistics.elements += output.size
+            statistics.add_sums(np.array(block_sums), output.size)
         return statistics
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:

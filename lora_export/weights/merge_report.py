@@ -177,10 +177,14 @@ class Statistics:
         if scratch is None:
             scratch = np.empty(weight.shape, sum_dtype(weight.dtype))
         sums = _sums(weight, change, merged, scratch)
-        if not np.all((sums[:2] > SMALLEST_SUM) & (sums[:2] < 1 / SMALLEST_SUM)):
+        if not is_in_range(sums):
             sums = _sums(weight, change, merged, np.empty(weight.shape))
+        self.add_sums(sums, weight.size)
+
+    def add_sums(self, sums: NDArray[np.float64], elements: int) -> None:
+        """Add the sums over so many entries."""
         self.sums += sums
-        self.elements += weight.size
+        self.elements += elements
 
     def merge(self, other: Statistics) -> None:
         """Add the sums of another object over other blocks of the same weight."""
@@ -210,6 +214,11 @@ def results_of(found: Iterable[Statistics]) -> list[StepResult]:
     for statistics in found:
         by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
     return [statistics.result() for statistics in by_weight.values()]
+
+
+def is_in_range(sums: NDArray[np.float64]) -> bool:
+    """Whether sums of squares in fp32 neither under- nor overflow."""
+    return bool(np.all((sums[:2] > SMALLEST_SUM) & (sums[:2] < 1 / SMALLEST_SUM)))
 
 
 def _sums(

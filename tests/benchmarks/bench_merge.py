@@ -20,6 +20,7 @@ from benchmarks.checkpoints import QUERY_VALUE, adapter, llama
 from benchmarks.measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 
 RUNS, RUNS_OF_PEERS = 5, 3
+KERNEL = Path(sys.prefix) / "kernel"  # where `make` puts the compiled arithmetic
 TARGETS = {"all linear": None, "q and v": QUERY_VALUE}
 PEFT_NAME = "PEFT merge_and_unload and save_pretrained"
 PEFT = """
@@ -49,13 +50,14 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
             shutil.rmtree(folder, ignore_errors=True)
         settle(place, size)
 
-    def ours(*options: str) -> Run:
-        return run([sys.executable, "-m", "lora_export", "merge", base, made, "-o", out, *options])
+    def ours(*options: str, **variables: str) -> Run:
+        return run([sys.executable, "-m", "lora_export", "merge", base, made, "-o", out, *options], **variables)
 
     copy = "`cp -r` and `sync`"
     rivals = {
         copy: lambda: run(["cp", "-r", base, out], ["sync"]),
         "lora-export merge": ours,
+        "lora-export merge, compiled": lambda: ours(PYTHONPATH=str(KERNEL)),
         "lora-export merge --hash sha256": lambda: ours("--hash", "sha256"),
     }
     if torch.cuda.is_available():

@@ -43,9 +43,9 @@ sys.exit(code)
 """
 
 
-def run(*commands: Sequence[object]) -> Run:
+def run(*commands: Sequence[object], **variables: str) -> Run:
     """Run commands one after the other, as whole processes: the seconds of all, the peak of the largest."""
-    environment = {name: value for name, value in os.environ.items() if name not in GIVEN_BACK}
+    environment = {name: value for name, value in os.environ.items() if name not in GIVEN_BACK} | variables
     runs = [peak.run(command, environment) for command in commands]
     assert not any(run.code for run in runs), f"{commands} ended with {[run.code for run in runs]}"
     used = sum(run.used for run in runs)

@@ -1,0 +1,111 @@
+"""W + BA of rows of a weight, rounded once and measured, in one pass over the weight (merge_rows.c).
+
+`INSTRUCTIONS` names the instruction set in use; it is empty on a processor that has none of them, and `merge_rows` is
+not to be called then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__version__ = "0.1.0"
+
+TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}  # `enum Type` in C
+# The library of each instruction set, the fastest first -> what NumPy calls the set, before 2.4 and since
+FEATURES = {"v4": ({"AVX512_SKX"}, {"X86_V4"}), "v3": ({"AVX2", "FMA3", "F16C"}, {"X86_V3"})}
+
+
+class _Job(ctypes.Structure):
+    """`Job` in C."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("weight", "output", "b", "a", "factors", "norms", "figures")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "output_stride")),
+        *((name, ctypes.c_int32) for name in ("weight_type", "output_type")),
+    )
+
+
+def _instructions() -> str:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "neon"
+    found = np.show_config(mode="dicts")["SIMD Extensions"]  # type: ignore[index]
+    has = {*found["baseline"], *found["found"]}
+    return next((name for name, sets in FEATURES.items() if any(one <= has for one in sets)), "")
+
+
+INSTRUCTIONS = _instructions()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    (path,) = Path(__file__).parent.glob(f"merge_rows_{INSTRUCTIONS}.*")
+    library = ctypes.CDLL(str(path))
+    library.merge_rows.argtypes, library.merge_rows.restype = [ctypes.POINTER(_Job)], ctypes.c_int32
+    return library
+
+
+def takes(weight: NDArray[Any], output: NDArray[Any]) -> bool:
+    """Whether `merge_rows` takes such arrays: matrices of its types, whose rows are contiguous."""
+    return bool(INSTRUCTIONS) and all(
+        one.ndim == 2 and one.dtype in TYPES and one.strides[1] == one.itemsize and not one.strides[0] % one.itemsize
+        for one in (weight, output)
+    )
+
+
+def merge_rows(
+    weight: NDArray[Any],
+    output: NDArray[Any],
+    b: NDArray[np.float32],
+    a: NDArray[np.float32],
+    *,
+    factors: NDArray[np.float32] | None = None,
+    figures: NDArray[np.float64] | None = None,
+) -> bool:
+    """Fill `output` (rows, columns) with (weight + b @ a) * factors, in fp32, rounded once. See `takes`.
+
+    `b` is (rows, rank), `a` (rank, columns), `factors` (rows,). To `figures` (5,) are added the sums of W², of D²,
+    of (W' - W) D, of (W' - W - D)², and the number of entries where W' is not W: D is the change, W' what is stored.
+    Returns whether every sum is finite, and every number that is stored.
+    """
+    return not _run(weight, output, b, a, factors=factors, figures=figures)
+
+
+def squared_norms(weight: NDArray[Any], b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The squared norm of each row of weight + b @ a, (rows,)."""
+    norms = np.zeros(len(weight))
+    _run(weight, None, b, a, norms=norms)
+    return norms
+
+
+def _run(
+    weight: NDArray[Any],
+    output: NDArray[Any] | None,
+    b: NDArray[np.float32],
+    a: NDArray[np.float32],
+    **others: NDArray[Any] | None,
+) -> int:
+    target = weight if output is None else output
+    job = _Job(
+        *(*weight.shape, len(a)),
+        weight_stride=weight.strides[0] // weight.itemsize,
+        output_stride=target.strides[0] // target.itemsize,
+        weight_type=TYPES[weight.dtype],
+        output_type=TYPES[target.dtype],
+        **{name: array.ctypes.data for name, array in others.items() if array is not None},
+        weight=weight.ctypes.data,
+        b=b.ctypes.data,
+        a=a.ctypes.data,
+        output=None if output is None else output.ctypes.data,
+    )
+    assert b.flags.c_contiguous and a.flags.c_contiguous and b.shape == (len(weight), len(a))
+    assert a.shape[1] == weight.shape[1] == target.shape[1] and len(target) == len(weight)
+    return int(_library().merge_rows(ctypes.byref(job)))
