@@ -52,6 +52,14 @@ def keep_exports(item: pytest.Item) -> None:
     kept_exports.use.folder = None if item.get_closest_marker("exports") else kept_exports.folder(item.config)
 
 
+@pytest.fixture
+def by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy does the arithmetic of merges, also where the compiled one is installed."""
+    from lora_export.weights import compiled
+
+    monkeypatch.setattr(compiled, "kernel", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
     """Programs of torch.export, and the adapters of their models, as files."""

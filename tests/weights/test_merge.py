@@ -577,6 +577,7 @@ def test_each_shard_keeps_its_metadata(tmp_path, sharded, adapter):
             assert file.metadata() == {"format": "pt", "made by": path.name}
 
 
+@pytest.mark.usefixtures("by_numpy")
 @pytest.mark.parametrize("hashing", ["xxh3_128", "sha256"])
 def test_the_manifest_records_base_adapters_settings_and_files(tmp_path, sharded, adapter, hashing):
     def facts(path: Path) -> dict[str, str]:
@@ -779,6 +780,7 @@ def test_blocks_of_rows_give_the_same_bits_as_the_whole(tmp_path, monkeypatch, m
     assert one.retention == pytest.approx(other.retention, rel=1e-6)
 
 
+@pytest.mark.usefixtures("by_numpy")
 def test_one_block_of_rows_is_summed_at_a_time(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((20, 20))}, BF16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 20)), np.ones((20, 1)))})
@@ -798,6 +800,7 @@ def test_the_number_of_threads_does_not_change_the_output(tmp_path, monkeypatch,
     assert read_manifest(tmp_path / "out") == read_manifest(tmp_path / "other")
 
 
+@pytest.mark.usefixtures("by_numpy")
 def test_blas_computes_in_the_calling_thread(tmp_path, monkeypatch, sharded, adapter):
     # Each of the transfer's threads has a core already; pools of its own would only get in each other's way.
     def threads() -> set[int]:

@@ -233,6 +233,7 @@ def test_change_below_rounding_is_refused(tmp_path: Path) -> None:
 
 
 @DATA
+@pytest.mark.usefixtures("by_numpy")
 def test_file_that_changes_during_merge_is_refused(
     tmp_path: Path, data: str | Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
