@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.models.pt2.program_types import (
+    PROGRAMS,
     STRIDED,
     Argument,
     Graph,
@@ -28,7 +29,6 @@ from lora_export.models.pt2.program_types import (
 )
 from lora_export.storage import json_files
 
-MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
 # The kinds of arguments that also come as lists, under the same name with an s.
 LISTED = (
     *("as_tensor", "as_int", "as_float", "as_bool", "as_string"),
@@ -143,9 +143,9 @@ class _GraphReader:
 
 
 def _memory_format(number: Any, where: str) -> str:
-    if integer(number, where) not in MEMORY_FORMATS:
+    if str(integer(number, where)) not in PROGRAMS["memory_formats"]:
         raise InputRefused(f"{where}: {number} is no memory format of torch")
-    return MEMORY_FORMATS[number]
+    return str(PROGRAMS["memory_formats"][str(number)])
 
 
 def _layout(number: Any, where: str) -> str:
