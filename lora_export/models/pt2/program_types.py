@@ -16,7 +16,7 @@ from lora_export.errors import InputRefused
 
 # torch's own numbers for dtypes and memory formats (torch/_export/serde/schema.py), and its operators, of a closed list
 PROGRAMS: Mapping[str, Any] = json.loads(Path(__file__).parents[1].joinpath("programs.json").read_text("utf-8"))
-DTYPES_BY_NUMBER = {int(number): name for number, name in PROGRAMS["dtypes"].items()}
+DTYPES_BY_NUMBER: dict[int, str] = {int(number): name for number, name in PROGRAMS["dtypes"].items()}
 ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 for name in DTYPES_BY_NUMBER.values()}
 
 
