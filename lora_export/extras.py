@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lora_export.errors import EnvironmentLacking
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -20,6 +23,14 @@ def installed() -> list[Distribution]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(importlib.metadata.distribution(name))
     return found
+
+
+def optional_package(name: str, needs: str, extra: str, *packages: str) -> Any:
+    """Import a package of an extra. Raises EnvironmentLacking without it, with `needs` ("sounds need") before it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+        raise EnvironmentLacking(f"{needs} {name} ({error}): {pip_install(extra, *packages)}") from error
 
 
 def pip_install(extra: str, *packages: str) -> str:

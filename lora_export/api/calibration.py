@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lora_export.artifacts.artifact import is_arrays
 from lora_export.callbacks import OnMessage
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.extras import pip_install
@@ -30,7 +31,7 @@ def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -
     option = named("calibration", path)
     if not (base.is_folder and base.config):
         raise InputRefused(f"{option} runs the model, and {base.path} has none: merge into its Hugging Face folder")
-    arrays = read_arrays(path) if path.suffix.lower() == ".npz" else None
+    arrays = read_arrays(path) if is_arrays(path) else None
     texts = _texts(path) if arrays is None else []
     try:
         from lora_export.models import layer_inputs

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_export import plan, provenance
-from lora_export.adapters.as_lora import as_lora
-from lora_export.adapters.low_rank import LayerShare
+from lora_export.adapters.low_rank import LayerShare, as_lora
 from lora_export.api.adapter_names import (
     family_of_base,
     named_for,

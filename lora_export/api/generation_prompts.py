@@ -11,8 +11,15 @@ import numpy as np
 from lora_export.api.generation_files import GenerationSettings
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS, MASK
-from lora_export.models.chat_templates import render_chat
-from lora_export.models.processors import PIXELS, features_of, open_extractor, pixels_of, read_sound, tokenised
+from lora_export.models.processors import (
+    PIXELS,
+    features_of,
+    open_extractor,
+    pixels_of,
+    read_sound,
+    render_chat,
+    tokenised,
+)
 from lora_export.options.export import Prompt, Starts
 from lora_export.runtime.generation.decoder import EncoderDecoder
 from lora_export.runtime.runner import Arrays

@@ -122,8 +122,7 @@ def resolve_model(
     """
     import torch
 
-    from lora_export.models.factory import from_module
-    from lora_export.models.load import load_model, with_inputs_from
+    from lora_export.models.load import from_module, load_model, with_inputs_from
     from lora_export.models.model import Model
     from lora_export.storage.npz import read_arrays
 

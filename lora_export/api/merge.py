@@ -83,8 +83,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
     reading = options.reading.for_base(options.checkpoint or base)
     loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
 
-    suffix = SUFFIX if kind is ArtifactKind.GGUF else None
-    suffix = base.suffix if kind in (ArtifactKind.GRAPH, ArtifactKind.WEIGHTS) else suffix
+    suffixes = {ArtifactKind.GGUF: SUFFIX, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
 
     def found(path: str | Path | None) -> Path | None:
         return None if path is None else locate(path, options.on_message, options.download)
@@ -95,7 +94,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         base=base,
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
-        output=Path(options.output) if suffix is None else with_suffix(options.output, suffix),
+        output=with_suffix(options.output, suffixes[kind]) if kind in suffixes else Path(options.output),
         reading=reading,
         layout=dict(options.layout or {}),
         dtype_of=dict(options.dtype_of or {}),

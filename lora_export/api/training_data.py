@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_export.artifacts.artifact import is_arrays
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
@@ -22,7 +23,6 @@ from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
 from lora_export.training import encoders
-from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
 from lora_export.training.batches import (
     ArrayData,
     Data,
@@ -33,7 +33,7 @@ from lora_export.training.batches import (
     read_own_batches,
 )
 from lora_export.training.order import RowNumbers, split_rows
-from lora_export.training.records.opening import open_records
+from lora_export.training.records.opening import LabelledArrays, open_records, read_labelled_arrays
 from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
 from lora_export.training.speech import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
@@ -136,7 +136,7 @@ def read_training_data(
     if separator and location and not path.exists() and (location.endswith(".py") or not path.suffix):
         batches = read_own_batches(str(source), find_function(location, name))
         return TrainingData(batches, batches_sha256(batches))
-    if path.suffix.lower() == ".npz":
+    if is_arrays(path):
         return TrainingData(read_labelled_arrays(path), file_sha256(path))
     records = open_records(path, columns)
     form = form_of(records, RowForm(task) if task else None)

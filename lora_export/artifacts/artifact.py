@@ -148,6 +148,11 @@ def claimed_kind(name: str | Path) -> ArtifactKind | None:
     return CLAIMED.get(Path(name).suffix)
 
 
+def is_arrays(path: Path) -> bool:
+    """Whether a file is taken for arrays of NumPy (.npz)."""
+    return path.suffix.lower() == ".npz"
+
+
 def _kind_of_content(path: Path) -> ArtifactKind:
     if is_gguf(path):  # as programs that download models store them
         return ArtifactKind.GGUF

@@ -47,8 +47,8 @@ def check_command(as_json: bool, **options: Any) -> None:
     exit code 3 where there is a finding.
     """
     from lora_export.api.check import check
+    from lora_export.preflight.rules import check_lines
     from lora_export.report.json_document import as_dict
-    from lora_export.report.preflight import check_lines
 
     result = check(**options)
     if as_json:

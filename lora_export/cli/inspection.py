@@ -104,7 +104,7 @@ def _more(number: int) -> str:
 
 
 def _lines_of_checkpoint(found: Inspection, checkpoint: Checkpoint, *, every: bool) -> Iterator[str]:
-    from lora_export.plan.layout_evidence import LayoutEvidence
+    from lora_export.plan.layouts import LayoutEvidence
 
     stored = [spec for spec in checkpoint.specs if spec.region is None]  # a stack of experts is one tensor
     types = {spec.name: spec.dtype for spec in stored}

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats import deepspeed
 from lora_export.formats.adapter_files import SHARD, is_tensor_file
 from lora_export.lora import Adapter
 from lora_export.options.reading import DEFAULTS, ReadOptions
@@ -140,7 +139,7 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         candidates = {options.format: candidates[options.format]}
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
-        deepspeed.refuse_shards(path)
+        refuse_shards(path)
         _refuse_foreign_keys(path)
         if options.format:
             raise InputRefused(
@@ -176,3 +175,21 @@ def _default_name(path: Path) -> str:
     shard = SHARD.fullmatch(resolved.name)
     stem = shard["stem"] if shard else resolved.name.partition(".")[0]
     return resolved.parent.name if stem in SAME_FOR_ALL else stem
+
+
+# --- Folders of DeepSpeed's ZeRO, whose shards are pickles of its classes: recognised, and refused with the way out ---
+
+_SHARD = "*zero_pp_rank_*_states.pt"
+_SCRIPT = "zero_to_fp32.py"  # DeepSpeed puts it into each of its checkpoints
+
+
+def refuse_shards(path: Path) -> None:
+    """Raise InputRefused for a folder with shards of ZeRO, or of a checkpoint that has such a folder inside."""
+    if not path.is_dir() or not any((*path.glob(_SHARD), *path.glob(f"*/{_SHARD}"))):
+        return
+    folder = path if any(path.glob(f"*/{_SHARD}")) else path.parent
+    raise InputRefused(
+        f"{path} has shards of DeepSpeed's ZeRO, which only DeepSpeed reads. Gather them with the script that it saved "
+        f"there: python {folder / _SCRIPT} {folder} OUT (with its flags safe_serialization and "
+        "exclude_frozen_parameters). Then put adapter_config.json beside OUT/model.safetensors, and name OUT"
+    )

@@ -16,12 +16,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
-from lora_export.formats.gguf_architecture import config_of
 from lora_export.lora import LoraPair
+from lora_export.names.families import LlamaCppNames, model_type_of
+from lora_export.names.row_orders import Heads
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage import input_files, json_files, safetensors_file, torch_pickle
-from lora_export.storage.gguf_file import is_gguf, open_gguf
+from lora_export.storage.gguf_file import GgufFile, is_gguf, open_gguf
 from lora_export.storage.safetensors_file import Entry, TensorFile, is_safetensors
 from lora_export.storage.torch_pickle import PickledTensors
 
@@ -217,6 +218,15 @@ def size_in_config(config: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else positive_size("the base's config", name, value)
 
 
+def heads_in_config(config: Mapping[str, Any]) -> Heads:
+    """The heads of the base's attention and their rows. Raises InputRefused for a config without their number."""
+    queries, width = (
+        positive_size("the base's config", key, config.get(key)) for key in ("num_attention_heads", "hidden_size")
+    )
+    keys = size_in_config(config, "num_key_value_heads") or queries
+    return Heads(queries, keys, size_in_config(config, "head_dim") or max(1, width // queries))
+
+
 def stated_rank_and_alpha(why: str, options: ReadOptions) -> tuple[int, float]:
     """What the user states of an adapter that records neither, for the reason `why`. Raises InputRefused without."""
     if options.lora_rank is None or options.lora_alpha is None:
@@ -286,3 +296,44 @@ def refuse_problems(file: TensorSource, problems: list[str]) -> None:
     """Raise InputRefused with everything that is wrong with a file, where anything is."""
     if problems:
         raise InputRefused(f"{file.path} is refused:", listed(sorted(problems), len(problems)))
+
+
+# --- What the header of a GGUF file has of a model's architecture: the names of its tensors, and its config ---
+
+
+def names_of(file: GgufFile) -> LlamaCppNames:
+    """The names of a model's or an adapter's tensors. Raises InputRefused for an architecture that is not known."""
+    architecture = str(file.value("general.architecture", ""))
+    has_experts = any("_exps." in tensor.name for tensor in file.tensors)
+    try:
+        kind = model_type_of(architecture, has_experts=has_experts)
+    except InputRefused as error:
+        raise InputRefused(f"{file.path}: {error}") from error
+
+    def size(key: str) -> int:
+        value = file.value(f"{architecture}.attention.{key}", 0)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    queries = size("head_count")
+    return LlamaCppNames(kind, Heads(queries, size("head_count_kv") or queries))
+
+
+def config_of(file: GgufFile) -> dict[str, Any]:
+    """What transformers' config of a model in a GGUF file has, of what plans and readers of adapters need."""
+    names = names_of(file)
+    words = next((tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
+    blocks = file.value(f"{file.value('general.architecture')}.block_count", 0)
+    return {
+        "model_type": names.model_type,
+        "architectures": [names.class_name],
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in file.tensors),
+        "num_attention_heads": names.heads.queries,
+        "num_key_value_heads": names.heads.keys,
+        **({"num_hidden_layers": blocks} if blocks else {}),
+        **({} if words is None else {"vocab_size": words}),
+    }
+
+
+def is_adapter(file: GgufFile) -> bool:
+    """Whether a GGUF file is an adapter, and no model."""
+    return bool(file.value("general.type") == "adapter")

@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.extras import pip_install
+from lora_export.errors import InputRefused
+from lora_export.extras import optional_package
 from lora_export.formats import WriteOptions
 from lora_export.formats.adapter_files import (
     LARGEST_NUMBER,
     Tensors,
     base_config,
     hash_of_unchanged,
+    is_adapter,
+    names_of,
     read_pairs,
     size_in_config,
 )
 from lora_export.formats.expert_layouts import expert_stacks, stacked_factors
-from lora_export.formats.gguf_architecture import is_adapter, names_of
 from lora_export.formats.writing import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.families import FamilyNames, column, model_types
-from lora_export.names.llama_cpp import EXPERT, LlamaCppNames
+from lora_export.names.families import EXPERT, FamilyNames, LlamaCppNames, column, model_types
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
@@ -114,12 +114,7 @@ def _scale(alpha: float, rank: int) -> float:
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write an adapter for llama.cpp. All pairs have one alpha, which is scale x rank."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise EnvironmentLacking(
-            f"{named('to', 'gguf')} needs the package gguf ({error}): {pip_install('gguf')}"
-        ) from error
+    gguf = optional_package("gguf", f"{named('to', 'gguf')} needs", "gguf")
     config = base_config(None, options.reading)
     if config is None:
         raise InputRefused(

@@ -1,7 +1,7 @@
 """Adapters of kohya's sd-scripts and musubi-tuner, and of LyCORIS: flattened names such as `lora_unet_blocks_0_attn_q`.
 
 A name does not tell which of its `_` are dots of the module's name. Only the names of the base do, so that the plan
-resolves them (see `lora_export.plan.flattened_names`).
+resolves them (see `lora_export.plan.spelling`).
 """
 
 from __future__ import annotations

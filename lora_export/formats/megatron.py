@@ -126,13 +126,9 @@ class _MegatronModel:
                 f"what Megatron-Bridge calls the layers of models of the type {kind!r} is not known; known: "
                 f"{', '.join(sorted(known))}"
             )
-        heads, width, inner = (
-            adapter_files.positive_size("the base's config", key, config.get(key))
-            for key in ("num_attention_heads", "hidden_size", "intermediate_size")
-        )
-        groups = adapter_files.size_in_config(config, "num_key_value_heads") or heads
-        size = adapter_files.size_in_config(config, "head_dim") or max(1, width // heads)
-        return cls(str(kind), rank, scale, Heads(heads, groups, size), inner)
+        heads = adapter_files.heads_in_config(config)
+        inner = adapter_files.positive_size("the base's config", "intermediate_size", config.get("intermediate_size"))
+        return cls(str(kind), rank, scale, heads, inner)
 
     def pairs(self, module: str, tensors: adapter_files.Tensors) -> dict[str, LoraPair]:
         """The pairs of a layer of Megatron, under the names of Hugging Face's model."""

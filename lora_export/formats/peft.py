@@ -52,9 +52,15 @@ from lora_export.formats.peft_keys import (
     targeted_name,
 )
 from lora_export.formats.peft_kinds import reading
-from lora_export.formats.peft_records import axes_of_experts, layouts_of, metadata_of, notes_of, tied_heads
+from lora_export.formats.peft_records import (
+    axes_of_experts,
+    layouts_of,
+    metadata_of,
+    notes_of,
+    read_token_rows,
+    tied_heads,
+)
 from lora_export.formats.peft_writing import SUFFIX, write
-from lora_export.formats.token_rows import read_token_rows
 from lora_export.lora import Adapter, LoraPair, expert_name
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import json_files

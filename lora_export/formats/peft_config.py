@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import WRAPPERS, positive_number, unwrapped
-from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS
 from lora_export.formats.patterns import Patterns
 
-# Fields that the readers use, or that do not affect the weights: of every kind of adapter, and of LoRA.
-OF_EVERY_KIND = frozenset(
-    {
-        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
-        *("auto_mapping", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
-        *("layers_pattern", "bias"),
-    }
-)
-SUPPORTED = OF_EVERY_KIND | {
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-    *("qalora_group_size", "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "eva_config"),
-    *("megatron_core", "ensure_weight_tying", "trainable_token_indices", "target_parameters", "velora_config"),
-    *("monteclora_config", B_LAYOUT, UNSLOTH_LAYOUTS),
-    # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
-    *("loftq_config", "corda_config", "lora_ga_config"),
-}
+# `of_every_kind` and `of_lora` are fields that the readers use, or that do not affect the weights. Some belong to
+# `init_lora_weights`, such as `loftq_config`: PEFT leaves them beside `true` in an adapter that it has converted.
+# `refused_of_lora` change the merged weights. A true value is refused: a wrong merge is worse than none. `types` are
+# those that PEFT writes: another one would be misread.
+_TABLE = json.loads(Path(__file__).with_name("peft_config.json").read_text("utf-8"))
+OF_EVERY_KIND = frozenset(_TABLE["of_every_kind"])
+SUPPORTED = OF_EVERY_KIND | frozenset(_TABLE["of_lora"])
+REFUSED_FIELDS: Mapping[str, str] = _TABLE["refused_of_lora"]
+_TYPES: Mapping[str, type] = {kind.__name__: kind for kind in (bool, str, int, list, dict)}
+FIELD_TYPES = {field: tuple(map(_TYPES.__getitem__, names)) for field, names in _TABLE["types"].items()}
 MERGE_IN_PEFT = (
     "PEFT cannot convert such an adapter to plain LoRA: merge it there (merge_and_unload, which changes the base in "
     "the same way), and use the merged model"
@@ -38,27 +33,7 @@ MERGE_IN_PEFT = (
 CONVERT_IN_PEFT = (
     "Convert the adapter to plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
 )
-# Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
-REFUSED_FIELDS = {
-    "use_qalora": "QA-LoRA is not supported",
-    "use_bdlora": "BD-LoRA is not supported",
-    "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged. PEFT runs it",
-    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged. PEFT runs it",
-    "megatron_config": "Megatron layers are not supported",
-    "kasa_config": f"KaSA changes the base weights. {MERGE_IN_PEFT}",
-}
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
-# The types that PEFT writes. Another type would be misread.
-FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
-    **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
-    "target_parameters": (list,),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    "layers_to_transform": (int, list),
-    "trainable_token_indices": (list, dict),
-}
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")  # lists of names, or None
 BIASES = re.compile(r"none|all|\w{1,20}_only")
 SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))

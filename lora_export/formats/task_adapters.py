@@ -1,13 +1,14 @@
 """Adapters inside of a model's own weights, one for each task, as jina-embeddings-v3 stores them.
 
-See `names/parametrized.py` for the tensors. The scale is `lora_alpha / lora_rank` of the model's config, which names
-the tasks (`lora_adaptations`), too. Factors that are no stacks are one adapter.
+The scale is `lora_alpha / lora_rank` of the model's config, which names the tasks (`lora_adaptations`), too. Factors
+that are no stacks are one adapter.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,6 @@ from lora_export.formats.adapter_files import (
 )
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.lora import Adapter, LoraPair
-from lora_export.names.parametrized import (
-    STACKED_ADAPTER,
-    has_own_adapters,
-    original_name,
-    refuse_other_parametrizations,
-    task_names,
-    tasks_of,
-)
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.storage.safetensors_file import is_safetensors
@@ -131,7 +124,7 @@ def _pair(file: TensorSource, module: str, sides: Mapping[str, str], task: int, 
         raise InputRefused(
             f"lora_A is {a.shape} and lora_B {b.shape}; both need three dimensions, the first for the tasks"
         )
-    stored = file.entries.get(original_name(module))
+    stored = file.entries.get(f"{module}.parametrizations.weight.original")
     original = None if stored is None else stored.shape
     is_linear = a.shape[1] == b.shape[2] and original in (None, (b.shape[1], a.shape[2]))
     is_table = a.shape[2] == b.shape[1] and original in (None, (a.shape[1], b.shape[2]))
@@ -140,3 +133,52 @@ def _pair(file: TensorSource, module: str, sides: Mapping[str, str], task: int, 
     one: NDArray[Any] = a[task] if is_linear else a[task].T
     other: NDArray[Any] = b[task] if is_linear else b[task].T
     return LoraPair(one, other, scale, embedding=is_table)
+
+
+# --- Names of weights that hold adapters of their own: an adapter for each task, stacked, as a parametrization ---
+#
+# `torch.nn.utils.parametrize` stores the weight as `X.parametrizations.weight.original`, and what changes it beside
+# that. jina-embeddings-v3 has `X.parametrizations.weight.0.lora_A` (tasks, rank, in) and `lora_B` (tasks, out, rank)
+# there, and for a table of embeddings (tasks, words, rank) and (tasks, rank, width).
+
+ORIGINAL = re.compile(r"(?P<module>.+)\.parametrizations\.weight\.original")
+STACKED_ADAPTER = re.compile(r"(?P<module>.+)\.parametrizations\.weight\.0\.lora_(?P<side>[AB])")
+PARAMETRIZED = re.compile(r".+\.parametrizations\..+")
+_TASKS = "lora_adaptations"  # in the model's config: the names of the tasks
+FIELDS = (_TASKS, "lora_rank", "lora_alpha", "lora_dropout_p", "lora_main_params_trainable")  # that are of the adapters
+
+
+def tasks_of(shape: Sequence[int]) -> int:
+    """For how many tasks a factor of this shape is: one that is no stack is for one."""
+    return shape[0] if len(shape) == 3 else 1
+
+
+def refuse_other_parametrizations(names: Iterable[str], source: object) -> None:
+    """Raise InputRefused for parametrizations that are no such adapters, as DoRA's `magnitude` is."""
+    others = [n for n in names if PARAMETRIZED.fullmatch(n) and not STACKED_ADAPTER.fullmatch(n)]
+    if others := [name for name in others if not ORIGINAL.fullmatch(name)]:
+        raise InputRefused(f"{source}: {len(others)} unknown tensors of parametrizations, such as {others[0]}")
+
+
+def has_own_adapters(names: Iterable[str]) -> bool:
+    """Whether some of these tensors are stacked adapters."""
+    return any(STACKED_ADAPTER.fullmatch(name) for name in names)
+
+
+def plain_name(name: str) -> str | None:
+    """The name of a tensor in the model without its adapters; None for a part of these."""
+    if STACKED_ADAPTER.fullmatch(name):
+        return None
+    found = ORIGINAL.fullmatch(name)
+    return f"{found['module']}.weight" if found else name
+
+
+def task_names(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """The names of so many tasks, by the config; their numbers where it has none. Raises InputRefused for others."""
+    names = config.get(_TASKS)
+    if names is None:
+        return tuple(map(str, range(count)))
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not is_list or len(set(names)) != len(names) or len(names) != count:
+        raise InputRefused(f"{_TASKS} of the config is {names!r}; it must have the names of {count} tasks")
+    return tuple(names)

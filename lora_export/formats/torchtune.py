@@ -123,14 +123,8 @@ class _TorchtuneModel:
         if kind not in rows:
             known = ", ".join(sorted(rows))
             raise InputRefused(f"how torchtune converts models of the type {kind!r} is not known; known: {known}")
-        source = "the base's config"
-        heads, width = (
-            adapter_files.positive_size(source, key, config.get(key)) for key in ("num_attention_heads", "hidden_size")
-        )
-        groups = adapter_files.size_in_config(config, "num_key_value_heads") or heads
-        size = adapter_files.size_in_config(config, "head_dim") or max(1, width // heads)
         names = FamilyNames.of(rows[kind], read_rows("families.json")["torchtune_modules"])
-        return cls(str(kind), scale, rank, Heads(heads, groups, size), names)
+        return cls(str(kind), scale, rank, adapter_files.heads_in_config(config), names)
 
     def renamed(self, module: str) -> str:
         """The name in Hugging Face's model. Raises InputRefused for a layer whose name is not known."""

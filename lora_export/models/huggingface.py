@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from lora_export.errors import EscapedLines, InputRefused, escaped_lines, listed
+from lora_export.extras import optional_package
 from lora_export.isolation.limits import MAX_OBJECTS
 from lora_export.layers.frozen_linear import scales_of_4bit
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, loading_options, quantised_modules, widen_floats
 from lora_export.models.generated_inputs import generated_inputs
 from lora_export.models.model import Model, ModelInputs, Sizes
-from lora_export.models.processors import open_image_processor, open_tokenizer, optional_package
+from lora_export.models.processors import open_image_processor, open_tokenizer
 from lora_export.models.sentence_transformer import (
     POOLER,
     as_embedder,

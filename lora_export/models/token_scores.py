@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.extras import optional_package
 from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import Limits, Model, ModelInputs, Sizes
-from lora_export.models.processors import optional_package
 from lora_export.models.text_inputs import LONG
 from lora_export.models.traced_lengths import OF_TEXTS, with_traced_lengths
 from lora_export.models.tracing import named_outputs

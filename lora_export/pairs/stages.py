@@ -216,3 +216,12 @@ class RowBlocks(Stage):
         if others is not None:
             whole._own(others)
         return self if own is None else replace(self, matrices=self.matrices[whole._own(own)])
+
+
+def scales(change: NDArray[np.float32], shape: tuple[int, int], *, of_inputs: bool = False) -> EntryWise:
+    """W + W ∘ change, with a number for each output of the weight (out, in), or for each input and all its kernel."""
+    if of_inputs:
+        a, b = np.repeat(change, max(1, shape[1] // len(change)))[None], np.ones((shape[0], 1), np.float32)
+    else:
+        a, b = np.ones((1, shape[1]), np.float32), change[:, None]
+    return EntryWise(factor=LoraPair(a=a, b=b, scale=1.0))

@@ -13,10 +13,9 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     stored_region.py  a part of a stored tensor
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
-    match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor
+    match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor, or two conflict on it
     own_heads.py      whole layers that adapters bring, where rows of a batch choose them
     ties.py           tied tensors of which an adapter changes one: untied, or changed together
-    conflicts.py      why two tensors of adapters cannot change the same base tensor, or one with two names
 """
 
 from lora_export.plan.build import make

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit, WrongUsage, count
-from lora_export.lora import Adapter, TokenRows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.names.architecture import ArchitectureRules
 from lora_export.options.spelling import named
+from lora_export.pairs.open_shape import OpenPair
 from lora_export.plan.attempts import SpelledAdapter, Spelling
-from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
 from lora_export.plan.diffusion import (
     components_of,
     joined_components,
@@ -24,14 +24,21 @@ from lora_export.plan.diffusion import (
     prefixes_of_models,
     tensors_of_model,
 )
-from lora_export.plan.laid_out import with_shapes
 from lora_export.plan.layouts import check_stated, layout_notes, refuse_unknown, settle_layouts
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
-from lora_export.plan.match_tensors import Match, match_adapter, resizing_remedy, resolved
+from lora_export.plan.match_tensors import (
+    Match,
+    broken_ties,
+    conflicts,
+    match_adapter,
+    overlapping_parts,
+    resizing_remedy,
+    resolved,
+)
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
 from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
-from lora_export.plan.types import Plan, Step, TensorSpec
+from lora_export.plan.types import Layout, Plan, Step, TensorSpec
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
 
@@ -311,3 +318,31 @@ def _name_prefix(by_weight: Iterable[Sequence[Match]], base: Mapping[str, Tensor
             + ". Merge only one of these adapters"
         )
     return next(iter(prefixes), "")
+
+
+# --- Pairs without a shape, as pairs of the weights that a plan lays them on ---
+
+
+def with_shapes(base: BaseTensors, adapter: Adapter, prefix: Prefix) -> Adapter:
+    """The adapter without open pairs; those of weights that the base lacks, or in an unknown layout, stay open.
+
+    Raises MatchError with every pair that has no form of its weight's shape.
+    """
+    names = {
+        name: weight_of(prefix.to_base(name), base)
+        for name, pair in adapter.pairs.items()
+        if isinstance(pair, OpenPair)
+    }
+    specs = {name: base[weight] for name, weight in names.items() if weight is not None}
+    shapes = {name: spec.matrix for name, spec in specs.items() if spec.layout is not Layout.UNKNOWN}
+    pairs: dict[str, LoraPair] = {}
+    misfits = []
+    for name, shape in shapes.items():
+        pair = adapter.pairs[name]
+        try:
+            pairs[name] = pair.for_shape(shape, list(shapes.values())) if isinstance(pair, OpenPair) else pair
+        except InputRefused as error:
+            misfits.append(Misfit(adapter.name, adapter.spelled(name), f"{names[name]}: {error}"))
+    if misfits:
+        raise MatchError(misfits, targets=len(adapter.pairs))
+    return replace(adapter, pairs={**adapter.pairs, **pairs}) if pairs else adapter

@@ -68,25 +68,31 @@ class NamesOfConvertedTensors(ConvertedNames):
         return missing_targets(self.adapter, self.prefix, self.names)
 
 
-class AsLoaded(NamesOfConvertedTensors):
-    spelling = Spelling.LOADED
-    meaning = "the names of the loaded model"
+class _ByTransformers(ConvertedNames):
+    """Names that transformers converts while it loads a model."""
 
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base, loaded_names(base, rules))
-        self.rules = rules
-        experts = (self.loaded.get(self.prefix.to_base(name) or name) for name in adapter.experts)
-        self.has_converted_experts = any(found is not None and found.conversion is not None for found in experts)
+    rules: ArchitectureRules
+    relation: str  # between the names of the adapter and those of the base
 
     def converts(self, tensor: str) -> str:
         return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
 
     @property
     def note(self) -> str:
-        return (
-            f"{self.adapter.name}: its names are those of the loaded model, the base has the original ones; "
-            f"{_by_mapping(self.rules)}"
-        )
+        mapping = f"the conversion mapping of transformers {self.rules.version} for {self.rules.architecture}"
+        return f"{self.adapter.name}: {self.relation}; matched by {mapping}."
+
+
+class AsLoaded(_ByTransformers, NamesOfConvertedTensors):
+    spelling = Spelling.LOADED
+    meaning = "the names of the loaded model"
+    relation = "its names are those of the loaded model, the base has the original ones"
+
+    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
+        super().__init__(adapter, base, loaded_names(base, rules))
+        self.rules = rules
+        experts = (self.loaded.get(self.prefix.to_base(name) or name) for name in adapter.experts)
+        self.has_converted_experts = any(found is not None and found.conversion is not None for found in experts)
 
 
 class AsOtherLayout(NamesOfConvertedTensors):
@@ -107,9 +113,10 @@ class AsOtherLayout(NamesOfConvertedTensors):
         return f"{self.adapter.name}: it has {self.meaning}, the base has {self.other}; matched."
 
 
-class AsOriginal(ConvertedNames):
+class AsOriginal(_ByTransformers):
     spelling = Spelling.ORIGINAL
     meaning = "the names before transformers renames them"
+    relation = "its names are the original ones, the base has those of the loaded model"
 
     def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
         super().__init__(adapter, base)
@@ -121,16 +128,6 @@ class AsOriginal(ConvertedNames):
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
         self.matched_tensors = sum(self._is_in_base(name) for name in self._tensors())
-
-    def converts(self, tensor: str) -> str:
-        return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
-
-    @property
-    def note(self) -> str:
-        return (
-            f"{self.adapter.name}: its names are the original ones, the base has those of the loaded model; "
-            f"{_by_mapping(self.rules)}"
-        )
 
     def _renamed(self) -> Adapter:
         """The adapter with the modules of the loaded model. Its pairs are used for their names only."""
@@ -213,10 +210,6 @@ def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
     if base.loaded is None or base.loaded.rules is not rules:
         base.loaded = LoadedNames(rules, base)
     return base.loaded
-
-
-def _by_mapping(rules: ArchitectureRules) -> str:
-    return f"matched by the conversion mapping of transformers {rules.version} for {rules.architecture}."
 
 
 def _loaded_spec(tensor: LoadedTensor, base: BaseTensors) -> TensorSpec:

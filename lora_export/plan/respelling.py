@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
 
 from lora_export.errors import Misfit
 from lora_export.lora import LoraPair
@@ -41,21 +44,8 @@ class Respelling:
                 if name in pairs:
                     self._refuse_second(name, owners[name], module)
                 pairs[name], owners[name] = part, module
-        biases = {
-            name.removesuffix(".bias"): place.of_array(change)
-            for module, change in adapter.biases.items()
-            for name, place in self._tensor(f"{module}.bias", change.shape)
-        }
-        added = {
-            name: place.of_array(change)
-            for tensor, change in adapter.added.items()
-            for name, place in self._tensor(tensor, change.shape)
-        }
-        replaced = {
-            name: place.of_array(value)
-            for tensor, value in adapter.replaced.items()
-            for name, place in self._tensor(tensor, value.shape)
-        }
+        biases = self._arrays({f"{module}.bias": change for module, change in adapter.biases.items()})
+        added, replaced = self._arrays(adapter.added), self._arrays(adapter.replaced)
         token_rows = {
             name: rows
             for tensor, rows in adapter.token_rows.items()
@@ -65,7 +55,7 @@ class Respelling:
         spelled = replace(
             adapter,
             pairs=pairs,
-            biases=biases,
+            biases={name.removesuffix(".bias"): change for name, change in biases.items()},
             added=added,
             replaced=replaced,
             token_rows=token_rows,
@@ -81,6 +71,13 @@ class Respelling:
             [*self.misfits, *attempt.misfits(spelled)],
             [*prefix_notes(adapter, attempt.prefix), attempt.note],
         )
+
+    def _arrays(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return {
+            name: place.of_array(value)
+            for tensor, value in values.items()
+            for name, place in self._tensor(tensor, value.shape)
+        }
 
     def _pairs(self, module: str, pair: LoraPair) -> Iterable[tuple[str, LoraPair]]:
         tensor = self.attempt.tensor_of(module)

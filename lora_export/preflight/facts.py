@@ -119,7 +119,8 @@ def facts_of_adapter(adapter: Adapter, config: Mapping[str, Any], folder: Path |
 def _suffix(folder: Path) -> str:
     if folder.is_file():
         return folder.suffix
-    return min((each.suffix for each in folder.glob("adapter_model*") if each.is_file()), key=".bin".__eq__, default="")
+    files = filter(Path.is_file, folder.glob("adapter_model*"))
+    return min((each.suffix for each in files), key=".bin".__eq__, default="")
 
 
 def _added_tokens(folder: Path | None, base: Base | None) -> int | None:

@@ -17,13 +17,14 @@ import importlib.resources
 import operator
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_export.errors import count
 from lora_export.options.preflight import RUNTIMES
-from lora_export.options.spelling import command
-from lora_export.preflight.facts import NEED_BASE, OF_CHANGE, Fact, KnownFacts
+from lora_export.options.spelling import command, named
+from lora_export.preflight.facts import NEED_BASE, OF_BASE, OF_CHANGE, Fact, KnownFacts
 
 Effect = Literal["refused", "dropped", "changed"]
 EFFECTS: tuple[Effect, ...] = ("refused", "dropped", "changed")
@@ -231,3 +232,27 @@ def _repair(rule: RuntimeRule, runtime: Runtime, matching: Iterable[KnownFacts],
 def runtimes() -> dict[str, Runtime]:
     """All runtimes, by name."""
     return {name: runtime_named(name) for name in RUNTIMES}
+
+
+# --- as lines ---
+
+SHOWN_CHANGES = 2
+
+
+def check_lines(outcomes: Iterable[RuntimeOutcome], *, every: bool) -> Iterator[str]:
+    """A line for each runtime; with `every`, its findings and what repairs them."""
+    for outcome in outcomes:
+        verdict = count(len(outcome.findings), "finding") if outcome.findings else "fits"
+        yield f"{outcome.title} {outcome.version}: {verdict} ({outcome.proof})"
+        if not every:
+            continue
+        for finding in outcome.findings:
+            first, more = finding.changes[:SHOWN_CHANGES], len(finding.changes) - SHOWN_CHANGES
+            names = f" [{', '.join(first)}{f' and {more} more' if more > 0 else ''}]" if first else ""
+            yield f"  {finding.effect}: {finding.does}{names}"
+            yield f"    {finding.source}"
+        for repair in outcome.repairs:
+            yield f"  -> {repair.text}"
+        if outcome.unknown:
+            facts = "; ".join((OF_BASE | OF_CHANGE)[fact] for fact in outcome.unknown)
+            yield f"  not checked: {facts} ({named('base', 'CHECKPOINT')} may show it)"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking
-from lora_export.extras import pip_install
+from lora_export.extras import optional_package
 from lora_export.report.files.page import render
 from lora_export.storage.atomic_output import byte_size
 
@@ -50,10 +48,7 @@ def _cells(run: Mapping[str, Any]) -> tuple[str, ...]:
 
 def require_matplotlib() -> Any:
     """The class Figure of matplotlib. Raises EnvironmentLacking where it is missing."""
-    try:
-        return importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise EnvironmentLacking(f"a plot needs matplotlib ({error}): {pip_install('plot')}") from error
+    return optional_package("matplotlib.figure", "a plot needs", "plot").Figure
 
 
 def draw_losses(

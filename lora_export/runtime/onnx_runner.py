@@ -22,18 +22,16 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
-from lora_export.formats.row_adapters import read_row_adapters, row_inputs
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
-from lora_export.options.spelling import named
 from lora_export.provenance import read_longest
 from lora_export.runtime.environment_probes import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.runner import (
     TIMEOUT,
+    AdaptersByInput,
     Arrays,
     Placement,
-    PlainRunner,
     TooSlow,
     completed_inputs,
     within_memory,
@@ -48,7 +46,7 @@ NO_KERNEL = "NOT_IMPLEMENTED"  # in onnxruntime's error for a node whose types a
 KERNEL_SUFFIX = "_kernel_time"  # what a profile appends to the name of a node that is computed
 
 
-class OnnxRunner(PlainRunner):
+class OnnxRunner(AdaptersByInput):
     """An ONNX graph under onnxruntime, on the requested provider and on no other.
 
     `optimise=False` turns off all of onnxruntime's graph optimisations. `low_memory` frees memory as soon as it is
@@ -84,18 +82,10 @@ class OnnxRunner(PlainRunner):
         }
         self.names_known = True
         self.timeout = timeout
-        self._adapter_values: Arrays = {}  # where it is given as inputs
-        self._has_required_inputs = False  # whether every run has to have them
-        if onnx_adapter.CONTRACT_KEY in self.metadata:
-            contract = onnx_adapter.read_contract(self.metadata, self.path)
-            self._has_required_inputs = contract.required
-            self._adapter_values = contract.without_adapter() if contract.required else {}
-            self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
+        self._has_required_inputs = self._set_adapter_inputs()
         self.adapter_file: Path | None = None
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
-        self._adapter_ids: NDArray[np.int64] | None = None  # [rows], or [rows, adapters of a row]
-        self._adapter_scales: NDArray[np.float32] | None = None  # [rows, adapters of a row]
 
     @property
     def session(self) -> Any:
@@ -133,16 +123,6 @@ class OnnxRunner(PlainRunner):
         """The adapter ids of every batch's rows; None where they are not set, or a row has several."""
         is_single = self._adapter_ids is not None and self._adapter_ids.ndim == 1
         return tuple(self._adapter_ids.tolist()) if is_single and self._adapter_ids is not None else None
-
-    @property
-    def adapters_by_row(self) -> list[str] | None:
-        """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
-        record = read_row_adapters(self.metadata, str(self.path))
-        return None if record is None else list(record.names)
-
-    @property
-    def takes_rows(self) -> bool:
-        return onnx_adapter.ADAPTER_IDS in self.axes
 
     @property
     def takes_adapters(self) -> bool:
@@ -185,34 +165,6 @@ class OnnxRunner(PlainRunner):
         """The sizes up to which the graph was made, by its model's symbols. Raises InputRefused where it is damaged."""
         return read_longest(self.metadata, self.path)
 
-    @property
-    def adapters_per_row(self) -> int:
-        record = read_row_adapters(self.metadata, str(self.path))
-        return 1 if record is None else record.per_row
-
-    def with_rows(
-        self,
-        ids: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
-        scales: Sequence[Sequence[float]] | NDArray[np.float32] | None = None,
-    ) -> OnnxRunner:
-        """The same session with these adapter ids for the rows of every batch, repeated as often as needed.
-
-        `ids` have one adapter for each row. With `scales`, both are [rows, adapters of a row], for a graph whose rows
-        have several.
-
-        The batch is the first dimension of the first input. Raises InputRefused for a graph without the input
-        `adapter_ids`.
-        """
-        if onnx_adapter.ADAPTER_IDS not in self.axes and self._adapter_ids is None:
-            raise InputRefused(
-                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
-            )
-        runner = copy.copy(self)
-        runner._adapter_ids = np.array(ids, np.int64)
-        runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
-        return runner
-
     def executed_nodes(self, run: Callable[[OnnxRunner], object]) -> frozenset[tuple[str, str]]:
         """(node, operator) of every node that runs while `run` uses the runner that is passed to it.
 
@@ -242,12 +194,7 @@ class OnnxRunner(PlainRunner):
         """
         inputs = completed_inputs(inputs, self.axes)
         names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
-        if self._adapter_ids is not None:
-            batch = len(next(iter(inputs.values())))
-            rows = np.arange(batch) % len(self._adapter_ids)
-            scales = None if self._adapter_scales is None else self._adapter_scales[rows]
-            inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
-        computed = functools.partial(self._outputs, names, {**inputs, **self._adapter_values})
+        computed = functools.partial(self._outputs, names, self._with_adapters(inputs))
         # It makes onnxruntime end the run before its next node.
         stop = functools.partial(setattr, self._run_options, "terminate", True)
         try:
@@ -265,7 +212,7 @@ class OnnxRunner(PlainRunner):
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())
-        record = read_row_adapters(self.metadata, str(self.path)) if len(ids) == 1 else None
+        record = self._row_adapters if len(ids) == 1 else None
         return outputs if record is None or not record.labels else record.own_labels(outputs, ids.pop())
 
     @property

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, RuntimeRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.formats import onnx_adapter
+from lora_export.formats.row_adapters import RowAdapters, read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT as TIMEOUT
@@ -83,6 +87,81 @@ class PlainRunner:
 
     def close(self) -> None:
         """Nothing is held beyond the object."""
+
+
+class AdaptersByInput(PlainRunner):
+    """A runner of a graph whose inputs may be an adapter, or choose one for each row of a batch."""
+
+    path: Path
+    axes: Mapping[str, tuple[int | None, ...]]
+    _adapter_values: Arrays  # where an adapter is given as inputs
+    _adapter_ids: NDArray[np.int64] | None = None  # [rows], or [rows, adapters of a row]
+    _adapter_scales: NDArray[np.float32] | None = None  # [rows, adapters of a row]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Those of the graph."""
+        raise NotImplementedError
+
+    @property
+    def takes_rows(self) -> bool:
+        return onnx_adapter.ADAPTER_IDS in self.axes
+
+    @property
+    def _row_adapters(self) -> RowAdapters | None:
+        return read_row_adapters(self.metadata, str(self.path))
+
+    @property
+    def adapters_by_row(self) -> list[str] | None:
+        """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
+        return None if self._row_adapters is None else list(self._row_adapters.names)
+
+    @property
+    def adapters_per_row(self) -> int:
+        return 1 if self._row_adapters is None else self._row_adapters.per_row
+
+    def with_rows(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
+        scales: Sequence[Sequence[float]] | NDArray[np.float32] | None = None,
+    ) -> Self:
+        """The same session with these adapter ids for the rows of every batch, repeated as often as needed.
+
+        `ids` have one adapter for each row. With `scales`, both are [rows, adapters of a row], for a graph whose rows
+        have several. The batch is the first dimension of the first input. Raises InputRefused for a graph without the
+        input `adapter_ids`.
+        """
+        if self.axes and not self.takes_rows and self._adapter_ids is None:
+            raise InputRefused(
+                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
+            )
+        runner = copy.copy(self)
+        runner._adapter_ids = np.array(ids, np.int64)
+        runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
+        return runner
+
+    def _with_adapters(self, inputs: Arrays) -> Arrays:
+        """The inputs of a run, with those that are an adapter, or choose one for each row."""
+        if self._adapter_ids is not None:
+            rows = np.arange(len(next(iter(inputs.values())))) % len(self._adapter_ids)
+            scales = None if self._adapter_scales is None else self._adapter_scales[rows]
+            inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
+        return {**inputs, **self._adapter_values}
+
+    def _set_adapter_inputs(self, adapter: Path | None = None) -> bool:
+        """Take the inputs of the graph's metadata, which are an adapter, out of `axes`; whether each run has to have
+        them. Raises InputRefused where a file of an adapter does not fit them.
+        """
+        is_required, values = False, {}
+        if onnx_adapter.CONTRACT_KEY in self.metadata:
+            contract = onnx_adapter.read_contract(self.metadata, self.path)
+            is_required, values = contract.required, contract.without_adapter() if contract.required else {}
+            if adapter is not None:
+                onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)
+        self._adapter_values = values if adapter is None else {**values, **onnx_adapter.arrays_of(adapter)}
+        self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
+        return is_required
 
 
 @dataclass(frozen=True)

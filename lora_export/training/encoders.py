@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.chat_templates import chat_template_of, render_chat
-from lora_export.models.processors import PIXELS, image_pixels, read_image, tokenised
-from lora_export.training.arrays import IGNORED
+from lora_export.models.processors import PIXELS, chat_template_of, image_pixels, read_image, render_chat, tokenised
 from lora_export.training.batches import Batch, BinaryCrossEntropy, CosineError, CrossEntropy, Loss, SquaredError
+from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import Row
 from lora_export.training.row_forms import LabelKind, label_value
 

@@ -2,7 +2,8 @@
 
 A batch of 8192 tokens and 32,000 words has 1 GB of scores in fp32, and PyTorch makes them three times. In parts, the
 scores of all words never exist at once: some rows get their scores, their share of the loss and their share of the
-gradient of the hidden states, one part after the other.
+gradient of the hidden states, one part after the other. `torch.nn.functional.linear_cross_entropy` does so since
+PyTorch 2.13: it takes the place of `_Total` once that is the oldest release that is supported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from lora_export.errors import InputRefused
 from lora_export.options.train import Precision, TrainOptions
-from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import (
     Batch,
     CrossEntropy,
@@ -33,6 +33,7 @@ from lora_export.training.batches import (
 )
 from lora_export.training.compiling import autocast
 from lora_export.training.processes import is_sharded, move, rank, sum_over_processes, world_size
+from lora_export.training.records.opening import IGNORED
 
 # Numbers. A product reads all weights of the head for each part: with 2²² (131 rows of 32,000 words) it takes a tenth
 # longer than with 2²⁴.

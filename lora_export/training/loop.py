@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import ALLOCATION_FAILED, EnvironmentLacking, InputRefused, listed
-from lora_export.extras import pip_install
+from lora_export.extras import optional_package
 from lora_export.options.spelling import named
 from lora_export.options.train import Precision, TrainingSettings, TrainOptions
 from lora_export.storage.system_calls import deferred_signals
@@ -280,10 +280,7 @@ def accelerator_for(device: Device, precision: Precision) -> Any:
         raise EnvironmentLacking(
             f"PyTorch finds no CUDA device; train with {named('device', 'cpu')}, or see `lora-export doctor`"
         )
-    try:
-        import accelerate
-    except ImportError as error:
-        raise EnvironmentLacking(f"training needs accelerate: {pip_install('train')}") from error
+    accelerate = optional_package("accelerate", "training needs", "train")
     try:
         # Its precision is one for the whole process. bf16 is autocast alone; fp16 has a scale of the loss.
         mixed = "fp16" if precision == "fp16" else "no"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.models.processors import features_of, read_sound, sound_header, tokenised
 from lora_export.options.spelling import named
-from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, CrossEntropy, Loss, LossOfTheModel
 from lora_export.training.encoders import decoder_tensors, ended
+from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import AUDIO, Records, Row, sound_in
 
 Encoded = tuple[NDArray[np.float32], list[int]]  # samples, and the tokens of the transcript

@@ -17,10 +17,10 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
-from lora_export.training.arrays import IGNORED
 from lora_export.training.batches import Batch, CrossEntropy, module_outputs, scores_of
 from lora_export.training.encoders import Tokenise
 from lora_export.training.order import RowNumbers
+from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import Records
 
 MASKED_PART = 0.15  # of the tokens that a masked language model predicts (Devlin et al. 2019)

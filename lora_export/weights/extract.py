@@ -21,8 +21,7 @@ from lora_export.names.loaded_names import LoadedNames
 from lora_export.names.table import is_embedding
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Layout, TensorSpec
-from lora_export.plan.layout_evidence import LayoutEvidence
-from lora_export.plan.layouts import check_stated
+from lora_export.plan.layouts import LayoutEvidence, check_stated
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
 from lora_export.weights.merge import WORD_HEAD

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.names.parametrized import FIELDS
+from lora_export.formats.task_adapters import FIELDS
 from lora_export.plan import Plan, Step, are_same_change
 from lora_export.storage import json_files
 from lora_export.storage.safetensors_file import TensorFile

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights hold adapters of their own, read without these: see `names/parametrized.py`."""
+"""Checkpoints whose weights hold adapters of their own, read without these: see `formats/task_adapters.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.names.parametrized import (
+from lora_export.formats.task_adapters import (
     STACKED_ADAPTER,
     plain_name,
     refuse_other_parametrizations,

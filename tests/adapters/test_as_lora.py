@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_export.adapters import low_rank
-from lora_export.adapters.as_lora import as_lora
+from lora_export.adapters.low_rank import as_lora
 from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, writer_of

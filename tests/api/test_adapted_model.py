@@ -18,7 +18,7 @@ from lora_export.api.adapted_model import adapted_model
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models.factory import from_module
+from lora_export.models.load import from_module
 from lora_export.options.combining import Applied, Combination
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])

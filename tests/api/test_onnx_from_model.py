@@ -22,7 +22,7 @@ from lora_export.api.onnx_request import OnnxRequest
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models.factory import from_module
+from lora_export.models.load import from_module
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.api import Recorder

@@ -18,7 +18,7 @@ from lora_export.api.verify_outputs import _seconds
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused, WrongUsage
-from lora_export.models import factory
+from lora_export.models.load import from_module
 from lora_export.runtime.memory import AVAILABLE
 from support import RUNNERS
 from support.api import MODEL
@@ -167,7 +167,7 @@ def test_a_run_ends_in_proportion_to_pytorchs(
 
 
 def test_what_is_not_timed_has_the_longer_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = factory.from_module(nn.Linear(3, 2), {"input": torch.ones(4, 3)})
+    base = from_module(nn.Linear(3, 2), {"input": torch.ones(4, 3)})
     timed: dict[str, Any] = {"candidate": "m.onnx", "model": "m"}
     graph = open_artifact("m.onnx")
     assert _seconds(VerifyRequest(**timed), base, graph) == 60

@@ -211,6 +211,6 @@ def test_the_base_and_the_package_are_needed(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputRefused, match='State it: base="CHECKPOINT"'):
         lora_export.convert(adapter, tmp_path / "out", to="gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(EnvironmentLacking, match=r"to=.gguf. needs the package gguf .*pip install 'gguf>="):
+    with pytest.raises(EnvironmentLacking, match=r"to=.gguf. needs gguf .*pip install 'gguf>="):
         lora_export.convert(adapter, tmp_path / "out", to="gguf")
     assert list(tmp_path.iterdir()) == []

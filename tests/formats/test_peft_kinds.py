@@ -20,8 +20,7 @@ from transformers.activations import ACT2FN
 
 import lora_export as le
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds import frod
-from lora_export.formats.peft_kinds.not_weights import NOT_SAVED, NOT_WEIGHTS
+from lora_export.formats.peft_kinds import reading, subspaces
 from lora_export.formats.peft_kinds.peanut import PEANUT_FUNCTIONS
 from lora_export.formats.peft_kinds.reading import kinds
 from lora_export.pairs import exact_transforms
@@ -134,7 +133,7 @@ def test_every_kind_of_the_installed_peft_is_read_or_refused_by_name(tmp_path):
             InputRefused, match=f"peft_type is '{peft_type}', which (cannot be merged|is not supported)"
         ):
             le.load_adapter(tmp_path)
-    assert {*NOT_WEIGHTS, *NOT_SAVED} < {each.value for each in peft.PeftType}
+    assert {*reading._rows()["not_weights"], *reading._rows()["not_saved"]} < {each.value for each in peft.PeftType}
 
 
 # --- What all kinds have in common ---
@@ -272,7 +271,7 @@ def test_matrices_that_are_not_saved_are_named(tmp_path, name, option):
     ],
 )
 def test_layers_share_a_matrix_by_pefts_names(name):
-    assert frod._category(name) == peft_frod._category_from_key(name)
+    assert subspaces._category(name) == peft_frod._category_from_key(name)
 
 
 @pytest.mark.parametrize("name", PEANUT_FUNCTIONS)

@@ -36,7 +36,6 @@ from fuzz.targets import (
 )
 from lora_export.api.generation_files import GenerationSettings
 from lora_export.api.generation_prompts import token_ids
-from lora_export.models.chat_templates import render_chat
 from lora_export.models.processors import (
     features_of,
     open_extractor,
@@ -44,6 +43,7 @@ from lora_export.models.processors import (
     pixels_of,
     read_image,
     read_sound,
+    render_chat,
     tokenised,
 )
 from support.small_models import words_tokenizer

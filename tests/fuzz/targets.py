@@ -48,8 +48,7 @@ from lora_export.models.pt2.program_model import ProgramInputs
 from lora_export.runtime.session import Session
 from lora_export.storage import hashes
 from lora_export.storage.npz import read_arrays
-from lora_export.training.arrays import read_labelled_arrays
-from lora_export.training.records.opening import open_records
+from lora_export.training.records.opening import open_records, read_labelled_arrays
 from lora_export.training.row_forms import form_of, survey
 from lora_export.weights.checkpoint import open_checkpoint
 from support.distributed import save_whole

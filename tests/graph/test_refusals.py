@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused, MatchError, Misfit
-from lora_export.formats.peft_kinds import ia3
+from lora_export.formats.peft_kinds import entry_wise
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
@@ -77,8 +77,8 @@ UNNAMED = "g (float[N,3] x) => (float[N,2] y) <float[2,3] m.weight = {1,2,3,4,5,
 def test_a_bias_without_a_name_is_not_left_as_it_was(body, is_refused):
     """It would be scaled with the weight."""
     scales = {"ia3_l": np.float32([2, 3])}
-    bias = WeightTransform("IA3", scales, ia3._lower, (2,), settings={"of_inputs": False})
-    change = WeightTransform("IA3", scales, ia3._lower, (2, 0), settings={"of_inputs": False}, bias=bias)
+    bias = WeightTransform("IA3", scales, entry_wise._lower_ia3, (2,), settings={"of_inputs": False})
+    change = WeightTransform("IA3", scales, entry_wise._lower_ia3, (2, 0), settings={"of_inputs": False}, bias=bias)
     sites, steps = planned(a_graph(UNNAMED.replace("BODY", body)), an_adapter({"m": change}))
     with pytest.raises(InputRefused, match="IA3 scales the bias of the layer too") if is_refused else nullcontext():
         refuse_lost_biases(steps, sites)

@@ -30,8 +30,7 @@ from lora_export.errors import InputRefused, LoraExportError
 from lora_export.models.load import load_model
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import npz
-from lora_export.training.arrays import read_labelled_arrays
-from lora_export.training.records.opening import open_records
+from lora_export.training.records.opening import open_records, read_labelled_arrays
 from lora_export.weights.checkpoint import OTHER_WEIGHTS
 from support.handmade import Payload, base_file, peft_adapter, raw_tensor_file
 

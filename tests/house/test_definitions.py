@@ -13,7 +13,6 @@ MODULES = sorted((ROOT / "lora_export").rglob("*.py"))
 OF_EACH_MODULE = {
     *("read", "recognises", "foreign_keys", "write", "DESCRIPTION", "OF_PIPELINES"),
     "main",
-    "KIND",  # of PEFT's adapters
     *("SUFFIX", "PURPOSE", "require", "of_proof", "of_error"),
 }
 

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.models import chat_templates
-from lora_export.models.chat_templates import render_chat
-from lora_export.models.processors import open_tokenizer
+from lora_export.models import processors
+from lora_export.models.processors import open_tokenizer, render_chat
 from support.small_models import words_tokenizer
 
 TURNS = [
@@ -57,9 +56,9 @@ def test_a_template_gives_what_transformers_gives(tokenizer: Any, template: str,
 
 def test_elsewhere_a_template_is_rendered_in_this_process(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = PLAIN
-    monkeypatch.setattr(chat_templates, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(processors, "sys", SimpleNamespace(platform="darwin"))
     assert render_chat(tokenizer, TURNS[1:2], tokenize=False) == "user: good film\n"
-    assert tokenizer not in chat_templates._processes
+    assert tokenizer not in processors._processes
 
 
 def test_values_that_json_does_not_have_are_placeholders(tokenizer: Any) -> None:
@@ -89,7 +88,7 @@ ATTACKS = {
 def test_a_template_that_takes_too_much_is_refused(
     tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_templates, "CHAT_SECONDS", 0.5 if "finish" in ATTACKS[template] else 20)
+    monkeypatch.setattr(processors, "CHAT_SECONDS", 0.5 if "finish" in ATTACKS[template] else 20)
     tokenizer.chat_template = template
     with pytest.raises(InputRefused, match=ATTACKS[template]) as refused:
         render_chat(tokenizer, TURNS, tokenize=False)
@@ -102,10 +101,10 @@ def test_a_template_that_takes_too_much_is_refused(
 def test_all_conversations_have_one_process(tokenizer: Any) -> None:
     tokenizer.chat_template = PLAIN
     render_chat(tokenizer, TURNS, tokenize=False)
-    (state, process), begun = chat_templates._processes[tokenizer], time.monotonic()
+    (state, process), begun = processors._processes[tokenizer], time.monotonic()
     for _ in range(200):
         render_chat(tokenizer, TURNS, tokenize=False)
-    assert chat_templates._processes[tokenizer] == (state, process) and process.is_running
+    assert processors._processes[tokenizer] == (state, process) and process.is_running
     assert time.monotonic() - begun < 20  # some milliseconds each at most
     del tokenizer
 
@@ -115,9 +114,9 @@ def test_a_process_ends_with_its_tokenizer(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(words_tokenizer(tmp_path), needed=True)
     tokenizer.chat_template = PLAIN
     render_chat(tokenizer, TURNS, tokenize=False)
-    number = chat_templates._processes[tokenizer][1]._process.number
+    number = processors._processes[tokenizer][1]._process.number
     os.kill(number, 0)
-    chat_templates._processes.pop(tokenizer)
+    processors._processes.pop(tokenizer)
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
 

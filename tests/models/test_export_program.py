@@ -17,7 +17,7 @@ from torch import nn
 import lora_export as le
 from lora_export.errors import RuntimeRefused, WrongUsage
 from lora_export.models.export_program import load_own_program, save_program, to_program
-from lora_export.models.factory import from_module
+from lora_export.models.load import from_module
 
 # Run by a Python that knows neither this package nor transformers, and turns every warning into an error.
 LOADS_ALONE = """

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models import export, export_program
 from lora_export.models.export import to_onnx
-from lora_export.models.factory import from_module
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.models.tracing import (
     cache_setting,
     disable_cache,

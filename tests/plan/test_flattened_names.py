@@ -7,7 +7,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.plan.flattened_names import with_dots
+from lora_export.plan.spelling import with_dots
 from support.small_layers import a_pair
 
 

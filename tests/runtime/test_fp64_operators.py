@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 
-from lora_export.runtime import fp64_operators
+from lora_export.runtime import torch_runners
 from lora_export.runtime.torch_runners import Fp64Runner
 
 NARROW = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,7 +53,7 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def test_narrow_weights_compute_what_fp64_ones_do(
     dtype: torch.dtype, most_widened: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fp64_operators, "MOST_WIDENED", most_widened)
+    monkeypatch.setattr(torch_runners, "MOST_WIDENED", most_widened)
     torch.manual_seed(0)
     module = Everything().eval().to(dtype)
     before = {name: tensor.clone() for name, tensor in tensors(module).items()}
@@ -103,7 +103,7 @@ def test_products_of_narrow_experts_are_computed_in_fp64() -> None:
 
 
 def test_memory_of_widened_weights_is_used_again() -> None:
-    operators = fp64_operators.Fp64Operators(nn.Linear(1, 1), fp64_operators.NarrowOperators(set()))
+    operators = torch_runners.Fp64Operators(nn.Linear(1, 1), torch_runners.NarrowOperators(set()))
     values = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     first = operators._in_scratch(values)
     assert first.dtype == torch.float64 and first.equal(values.double())

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from lora_export.artifacts.artifact import ArtifactKind, open_artifact
 from lora_export.errors import InputRefused
-from lora_export.models import factory
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import RUNNERS, HowToOpen, open_candidate
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow
@@ -27,7 +26,7 @@ TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
 g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}> { y = MatMul (x, w) }
 """
-MODEL = factory.from_module(torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)})
+MODEL = from_module(torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)})
 
 
 def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:

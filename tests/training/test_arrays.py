@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.training.arrays import read_labelled_arrays
+from lora_export.training.records.opening import read_labelled_arrays
 
 
 def saved(path: Path, **arrays: Any) -> Path:

@@ -30,7 +30,7 @@ from lora_export.training.batches import (
     refuse_unknown_inputs,
     scores_of,
 )
-from lora_export.training.records.text_rows import JsonLines
+from lora_export.training.records.rows import JsonLines
 
 
 class Numbers:

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from lora_export.errors import InputRefused
 from lora_export.training.batches import module_outputs
 from lora_export.training.encoders import Tokens
-from lora_export.training.records.rows import Row
-from lora_export.training.records.text_rows import JsonLines
+from lora_export.training.records.rows import JsonLines, Row
 from lora_export.training.token_rows import (
     CausalRows,
     MaskedRows,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.lora import Adapter
-from lora_export.models import factory, model
-from lora_export.models.load import load_model
+from lora_export.models import model
+from lora_export.models.load import from_module, load_model
 from lora_export.models.pt2 import program, reader
 from lora_export.runtime.open_artifact import HowToOpen, open_candidate
 from lora_export.runtime.torch_runners import Fp64Runner
@@ -94,7 +94,7 @@ def test_pefts_merge_is_same_as_the_program_with_its_adapter(programs: ProgramFi
 
 @pytest.mark.parametrize("name", ["mlp", "words", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_pefts_merge_is_same_as_the_module_with_its_adapter(programs: ProgramFiles, name: str) -> None:
-    base = factory.from_module(SUBJECTS[name].base, dict(SUBJECTS[name].inputs))
+    base = from_module(SUBJECTS[name].base, dict(SUBJECTS[name].inputs))
     assert verdict(programs.merged(name), base, [programs.adapter(name)]).verdict.outcome is Outcome.SAME
 
 
@@ -289,7 +289,7 @@ def test_a_half_precision_candidate_is_compared_in_its_precision(
     assert (result.verdict.outcome, result.verdict.dtype) == (Outcome.SAME, spelled), str(result.verdict)
     assert f"the model's .pt2 stores its weights in {spelled}" in result.verdict.notes
     assert all(case.deployed["output_0"].dtype.name == spelled for case in result.cases)
-    eager = factory.from_module(subject.base, dict(subject.inputs))
+    eager = from_module(subject.base, dict(subject.inputs))
     assert verdict(merged, eager, [programs.adapter(name)]).verdict.outcome is Outcome.SAME
     wrong = in_half(subject, subject.merged(zeroed), dtype, tmp_path / "wrong.pt2")
     assert verdict(wrong, base, [programs.adapter(name)]).verdict.outcome is Outcome.DIFFERENT

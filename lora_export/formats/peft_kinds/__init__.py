@@ -1,5 +1,5 @@
-"""PEFT's kinds of adapters beside LoRA, one module each.
+"""PEFT's kinds of adapters beside LoRA: functions for the change of one module, and their table, `kinds.toml`.
 
-To add the kind NAME, write `peft_kinds/name.py` with `KIND`, see `kind.py`, and a row in `tests/support/peft_kinds.py`.
-Every module of this folder that has a KIND is a kind. `reading.py` reads the files, and what all kinds have in common.
+To add a kind, write its function in a module of this folder, a row of `kinds.toml`, and one of
+`tests/support/peft_kinds.py`. `reading.py` reads the files, and what all kinds have in common.
 """

@@ -1,8 +1,9 @@
-"""What the module of a kind of PEFT's adapters provides: the keys of its tensors, its fields, and its change."""
+"""What `kinds.toml` states of a kind of PEFT's adapters, and what the function of its change gets and returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Stored:
     shared: Tensors  # those that belong to no module
     module: str  # its name
     modules: int  # how many the file has
+    title: str  # the name of the method
 
     def part(self, name: str, dimensions: int) -> NDArray[np.float32]:
         """A part in fp32. Raises InputRefused where it has another number of dimensions, or none of some."""
@@ -49,18 +51,17 @@ class ModuleChange:
 class Kind:
     """A kind of adapter.
 
-    `change` makes the change of one module, and raises InputRefused for what does not fit. A part that is not in
-    `needed` may be absent.
+    `change` names the function that makes the change of one module, and raises InputRefused for what does not fit. A
+    part that is not in `needed` may be absent; without `needed` none may.
     """
 
-    peft_type: str  # as in the config
     title: str  # the name of the method
-    change: Callable[[Stored], LoraPair | ModuleChange]
-    parts: tuple[str, ...]  # what follows the module's name in a key
-    needed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()  # names of tensors that belong to no module, up to their first dot
-    fields: tuple[str, ...] = ()  # that it uses, or that do not affect the weights, beside those of every kind
-    numbers: tuple[str, ...] = ()  # of these: the positive numbers that must be stated
+    change: str  # a module of this folder, and its function
+    parts: Sequence[str]  # what follows the module's name in a key
+    needed: Sequence[str] | None = None
+    shared: Sequence[str] = ()  # names of tensors that belong to no module, up to their first dot
+    fields: Sequence[str] = ()  # that it uses, or that do not affect the weights, beside those of every kind
+    numbers: Sequence[str] = ()  # of these: the positive numbers that must be stated
     patterns: Mapping[str, str] = field(default_factory=dict)  # a table of patterns -> the field with the default
     refused: Mapping[str, str] = field(default_factory=dict)  # field -> why a true value is refused
     shared_alone: str = "no layer has a change"  # why a file with nothing but shared tensors is refused
@@ -68,4 +69,13 @@ class Kind:
     @property
     def config_fields(self) -> ConfigFields:
         supported = OF_EVERY_KIND | {*self.fields, *self.numbers, *self.patterns, *self.patterns.values()}
-        return ConfigFields(supported, self.numbers, tuple(self.patterns), self.refused)
+        return ConfigFields(supported, tuple(self.numbers), tuple(self.patterns), self.refused)
+
+    @property
+    def function(self) -> Callable[[Stored], LoraPair | ModuleChange]:
+        """The function that makes the change. Its module is imported then."""
+        module, _, name = self.change.partition(".")
+        found: Callable[[Stored], LoraPair | ModuleChange] = getattr(
+            importlib.import_module(f"{__package__}.{module}"), name
+        )
+        return found

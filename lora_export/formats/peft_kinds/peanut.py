@@ -1,7 +1,4 @@
-"""PEANuT: a small network makes the change of each input's weights from these weights, ΔW = s B f(A W) (Zhong 2024).
-
-f is an activation, then encoders and decoders, each followed by one, with residuals between the two halves.
-"""
+"""PEFT's kind whose change is the output of a network."""
 
 from __future__ import annotations
 
@@ -14,12 +11,11 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
-from lora_export.formats.peft_kinds.kind import Kind, Stored
+from lora_export.formats.peft_kinds.kind import Stored
 from lora_export.pairs.stages import OfMatrix, Stage
 from lora_export.pairs.transforms import WeightTransform
 
 _Array = NDArray[Any]
-_TITLE = "PEANuT"
 _MOST_LAYERS = 32  # of either half
 _HALVES = ("encoders", "decoders")
 
@@ -42,7 +38,11 @@ PEANUT_FUNCTIONS: Mapping[str, Callable[[_Array], _Array]] = {
 }
 
 
-def _change(stored: Stored) -> WeightTransform:
+def peanut(stored: Stored) -> WeightTransform:
+    """PEANuT: a small network makes the change of each input's weights from these, ΔW = s B f(A W) (Zhong 2024).
+
+    f is an activation, then encoders and decoders, each followed by one, with residuals between the two halves.
+    """
     config, tensors = stored.config, {name: stored.part(name, 2) for name in stored.parts}
     rank, depth, activation = config["r"], config.get("depth", 0), config.get("act_fn", "relu")
     scale = positive_number("the config", "scaling", config.get("scaling", 1.0))
@@ -56,10 +56,10 @@ def _change(stored: Stored) -> WeightTransform:
         shapes = ", ".join(f"{name} {each.shape}" for name, each in tensors.items())
         raise InputRefused(f"{shapes} disagree with each other, or with the rank {rank}")
     settings = {"scale": scale, "activation": activation, "depth": depth}
-    return WeightTransform(_TITLE, tensors, _lower, (len(b), 0), settings=settings, rank=rank)
+    return WeightTransform(stored.title, tensors, _lower_peanut, (len(b), 0), settings=settings, rank=rank)
 
 
-def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
+def _lower_peanut(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, ...]:
     tensors, settings = transform.stored, transform.settings
     f, b = PEANUT_FUNCTIONS[settings["activation"]], tensors["peanut_B.weight"] * np.float32(settings["scale"])
 
@@ -73,17 +73,3 @@ def _lower(transform: WeightTransform, _shape: tuple[int, int]) -> tuple[Stage, 
         return np.asarray(b @ values)
 
     return (OfMatrix(function=change, is_neutral=not b.any()),)
-
-
-KIND = Kind(
-    peft_type="PEANUT",
-    title=_TITLE,
-    change=_change,
-    parts=(
-        *("peanut_A.weight", "peanut_B.weight"),
-        *(f"peanut_{half}.{number}.weight" for half in _HALVES for number in range(_MOST_LAYERS)),
-    ),
-    needed=("peanut_A.weight", "peanut_B.weight"),
-    fields=("depth", "act_fn", "scaling", "init_weights"),
-    numbers=("r",),
-)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,28 +12,25 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.formats import peft_kinds
 from lora_export.formats.adapter_files import TensorSource, hash_of_unchanged, refuse_problems, unwrapped
 from lora_export.formats.peft_config import checked_config, is_declared, targets_of, value_for_module
 from lora_export.formats.peft_keys import ADAPTER_CONFIG, ROWS_KEY, WRAPPER, is_of_trainer, whole_name
 from lora_export.formats.peft_kinds.kind import Kind, ModuleChange, Stored
-from lora_export.formats.peft_kinds.not_weights import refuse_not_weights
-from lora_export.formats.peft_records import layouts_of, metadata_of
-from lora_export.formats.token_rows import read_token_rows
+from lora_export.formats.peft_records import layouts_of, metadata_of, read_token_rows
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 
 ROOT = "base_model."  # before the names of shared tensors
 
 
 @functools.cache
+def _rows() -> Mapping[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+
+
+@functools.cache
 def kinds() -> Mapping[str, Kind]:
-    """The kinds, by PEFT's names. Their modules are imported when they are first used."""
-    modules = [importlib.import_module(f"{peft_kinds.__name__}.{each.name}") for each in _modules()]
-    return {module.KIND.peft_type: module.KIND for module in modules if hasattr(module, "KIND")}
-
-
-def _modules() -> list[pkgutil.ModuleInfo]:
-    return list(pkgutil.iter_modules(peft_kinds.__path__))
+    """The kinds, by PEFT's names."""
+    return {name: Kind(**row) for name, row in _rows()["kinds"].items()}
 
 
 def read(folder: Path, name: str, config: dict[str, Any], file: TensorSource) -> Adapter:
@@ -95,7 +91,16 @@ def _without_repeated_rows(rows: Mapping[str, TokenRows], config: Mapping[str, A
 
 def _kind_of(config: Mapping[str, Any], path: Path) -> Kind:
     peft_type = config.get("peft_type")
-    refuse_not_weights(peft_type, path)
+    if why := _rows()["not_saved"].get(str(peft_type)):
+        raise InputRefused(
+            f"{path}: peft_type is {peft_type!r}, which is not supported: {why}, and the file does not hold them. "
+            "Merge it with PEFT (merge_and_unload), and use the merged model"
+        )
+    if why := _rows()["not_weights"].get(str(peft_type)):
+        raise InputRefused(
+            f"{path}: peft_type is {peft_type!r}, which cannot be merged into weights: {why}. Run it with PEFT "
+            "(PeftModel.from_pretrained)"
+        )
     if not isinstance(peft_type, str) or peft_type not in kinds():
         known = ", ".join(["LORA", *sorted(kinds())])
         raise InputRefused(
@@ -164,13 +169,13 @@ def _changes(
     shared = {name: file.read(key) for name, key in keys.shared.items()}
     changes, problems = {}, []
     for module, own in keys.parts.items():
-        if missing := [part for part in kind.needed if part not in own]:
+        if missing := [part for part in (kind.parts if kind.needed is None else kind.needed) if part not in own]:
             problems.append(f"{module}: {' and '.join(missing)} missing")
             continue
         values = {default: value_for_module(module, config, each, default) for each, default in kind.patterns.items()}
         try:
             parts = {part: file.read(key) for part, key in own.items()}
-            change = kind.change(Stored(parts, {**config, **values}, shared, module, len(keys.parts)))
+            change = kind.function(Stored(parts, {**config, **values}, shared, module, len(keys.parts), kind.title))
         except InputRefused as error:
             problems.append(f"{module}: {error}")
             continue

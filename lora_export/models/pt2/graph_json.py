@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.models.pt2.program_types import (
+    PROGRAMS,
     STRIDED,
     Argument,
     Graph,
@@ -28,12 +29,13 @@ from lora_export.models.pt2.program_types import (
 )
 from lora_export.storage import json_files
 
-MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
 # The kinds of arguments that also come as lists, under the same name with an s.
 LISTED = (
     *("as_tensor", "as_int", "as_float", "as_bool", "as_string"),
     *("as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"),
 )
+# The field with the name of a value that is made, by its kind.
+NAMED = {"as_tensor": "name", "as_sym_int": "as_name", "as_sym_float": "as_name", "as_sym_bool": "as_name"}
 SEQUENCES = {"builtins.tuple": tuple, "builtins.list": list, "collections.deque": list}
 MAPPINGS = ("builtins.dict", "collections.OrderedDict")
 TRANSFORMERS = "transformers."  # its ModelOutputs are read as dicts; the type is not imported
@@ -71,10 +73,8 @@ class _GraphReader:
 
     def _graph_input(self, union: Any, where: str) -> str | None:
         kind, value = single_field(union, where)
-        if kind == "as_tensor":
-            return string(json_object(value, where).get("name"), where)
-        if kind == "as_sym_int":
-            return string(json_object(value, where).get("as_name"), where)
+        if kind in ("as_tensor", "as_sym_int"):
+            return _name(kind, value, where)
         if kind in ("as_none", "as_int", "as_float", "as_bool", "as_string"):
             return None
         raise InputRefused(f"{where} takes an input of the kind {kind!r}, which is not supported")
@@ -97,12 +97,10 @@ class _GraphReader:
 
     def _result(self, union: Any, where: str) -> Any:
         kind, value = single_field(union, where)
-        if kind == "as_tensor":
-            return string(json_object(value, where).get("name"), where)
+        if kind in NAMED:
+            return _name(kind, value, where)
         if kind == "as_tensors":
-            return [string(json_object(each, where).get("name"), where) for each in json_list(value, where)]
-        if kind in ("as_sym_int", "as_sym_bool", "as_sym_float"):
-            return string(json_object(value, where).get("as_name"), where)
+            return [_name("as_tensor", each, where) for each in json_list(value, where)]
         if kind == "as_none":
             return None
         raise InputRefused(f"{where} makes a result of the kind {kind!r}, which is not supported")
@@ -142,10 +140,14 @@ class _GraphReader:
         return self._value(value, known, where) if kind == "as_name" else number(value, where)
 
 
+def _name(kind: str, value: Any, where: str) -> str:
+    return string(json_object(value, where).get(NAMED[kind]), where)
+
+
 def _memory_format(number: Any, where: str) -> str:
-    if integer(number, where) not in MEMORY_FORMATS:
+    if str(integer(number, where)) not in PROGRAMS["memory_formats"]:
         raise InputRefused(f"{where}: {number} is no memory format of torch")
-    return MEMORY_FORMATS[number]
+    return str(PROGRAMS["memory_formats"][str(number)])
 
 
 def _layout(number: Any, where: str) -> str:

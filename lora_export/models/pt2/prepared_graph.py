@@ -1,10 +1,10 @@
 """A program's graph prepared to run: each node with its operator, of a closed list, or the layer called in its place.
 
-The list is closed since the file is not trusted. PyTorch's operators are looked up by these names alone. All others are
-refused by name: operators that open files (`aten::from_file`), that place a tensor on another's memory (`set_`,
-`resize_`), that draw random numbers, or that do not check the sizes they are given; every other namespace; all
-functions of Python. Some operators that exported programs contain do not check their arguments. In their place, the
-public function that does is run.
+The list (`models/programs.json`) is closed since the file is not trusted. PyTorch's operators are looked up by these
+names alone. All others are refused by name: operators that open files (`aten::from_file`), that place a tensor on
+another's memory (`set_`, `resize_`), that draw random numbers, or that do not check the sizes they are given; every
+other namespace; all functions of Python. Some operators that exported programs contain do not check their arguments. In
+their place, the public function that does is run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_export.errors import InputRefused
 from lora_export.layers.torch_internals import schema_of
-from lora_export.models.pt2.program_types import Graph, Node
+from lora_export.models.pt2.program_types import PROGRAMS, Graph, Node
 from lora_export.models.pt2.recover_layers import argument_of, operator_of, readable, values_in
 
 Function = Callable[..., Any]
@@ -32,42 +32,6 @@ LARGEST_SIZE = 1 << 62  # beyond this, Python would compute on with integers tha
 ATEN_NAME = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
 HIGHER_ORDER = "torch.ops.higher_order."
 
-ARITHMETIC = """
-    abs acos acosh add addcdiv addcmul amax amin argmax argmin argsort asin asinh atan atan2 atanh bitwise_and
-    bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh count_nonzero cumprod cumsum
-    deg2rad diff div eq erf erfc erfinv exp exp2 expm1 floor floor_divide fmax fmin fmod frac ge gt histc hypot isfinite
-    isinf isnan isneginf isposinf le lerp lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or
-    logical_xor logit logsumexp lt max maximum mean median min minimum mul nan_to_num nanmean nansum ne neg norm pow
-    prod rad2deg reciprocal remainder round rsqrt rsub sgn sign signbit sin sinc sinh sort sqrt square std std_mean
-    sub sum tan tanh topk true_divide trunc var var_mean xlogy all any kthvalue __and__ __or__ __xor__ linalg_norm
-    linalg_vector_norm
-"""
-PRODUCTS = """
-    addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-    convolution dot einsum embedding inner linear matmul mm mv outer scaled_dot_product_attention tensordot
-    cosine_similarity cdist
-"""
-LAYERS = """
-    _log_softmax _softmax adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d batch_norm celu dropout elu feature_dropout gelu glu
-    group_norm hardshrink hardsigmoid hardswish hardtanh instance_norm layer_norm leaky_relu log_sigmoid log_softmax
-    max_pool1d max_pool2d max_pool2d_with_indices max_pool3d mish native_dropout native_layer_norm prelu relu relu6
-    rms_norm selu sigmoid silu softmax softplus softshrink threshold upsample_bicubic2d
-    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d
-"""
-SHAPES = """
-    _to_copy alias arange as_strided broadcast_tensors broadcast_to bucketize cat chunk clone column_stack concat
-    constant_pad_nd contiguous copy detach diag diag_embed diagonal dstack expand expand_as eye fill flatten flip
-    full full_like gather hstack im2col index index_add index_copy index_fill index_put index_select item lift_fresh
-    lift_fresh_copy linspace _local_scalar_dense masked_fill masked_scatter masked_select meshgrid movedim narrow
-    new_full new_ones new_zeros nonzero numpy_T one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle
-    reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
-    replication_pad3d reshape reshape_as roll rot90 scalar_tensor scatter scatter_add scatter_reduce select
-    select_scatter slice slice_scatter split split_with_sizes squeeze stack swapaxes swapdims sym_numel sym_size
-    sym_storage_offset sym_stride t take take_along_dim tensor_split tile to transpose tril tril_indices triu
-    triu_indices type_as unbind unflatten unfold unsqueeze view view_as vstack where zero zeros zeros_like
-"""
 # Reads a tensor's bytes as another type, which has another meaning once the tensor is in fp64.
 REFUSED_OPERATORS = {"view.dtype"}
 
@@ -121,7 +85,9 @@ REPLACEMENTS: dict[str, Function] = {
     "new_empty.default": lambda self, size, dtype=None, **_: self.new_zeros(size, dtype=dtype),
     "empty_permuted.default": _zeros,
 }
-OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
+# What runs the operators -> their names: programs, and what TorchScript has beside these
+OPERATOR_NAMES: Mapping[str, frozenset[str]] = {use: frozenset(names) for use, names in PROGRAMS["operators"].items()}
+OPERATORS = OPERATOR_NAMES["programs"]
 
 
 def _bounded(function: Function) -> Function:

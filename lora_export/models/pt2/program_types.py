@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zipfile
@@ -13,22 +14,9 @@ from typing import Any, NamedTuple
 from lora_export.artifacts import archive
 from lora_export.errors import InputRefused
 
-# torch's own numbers for dtypes (torch/_export/serde/schema.py), and the names in NumPy and ml_dtypes.
-DTYPES_BY_NUMBER = {
-    1: "uint8",
-    2: "int8",
-    3: "int16",
-    4: "int32",
-    5: "int64",
-    6: "float16",
-    7: "float32",
-    8: "float64",
-    12: "bool",
-    13: "bfloat16",
-    28: "uint16",
-    34: "uint32",
-    35: "uint64",
-}
+# torch's own numbers for dtypes and memory formats (torch/_export/serde/schema.py), and its operators, of a closed list
+PROGRAMS: Mapping[str, Any] = json.loads(Path(__file__).parents[1].joinpath("programs.json").read_text("utf-8"))
+DTYPES_BY_NUMBER: dict[int, str] = {int(number): name for number, name in PROGRAMS["dtypes"].items()}
 ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 for name in DTYPES_BY_NUMBER.values()}
 
 

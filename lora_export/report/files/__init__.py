@@ -21,14 +21,14 @@ from lora_export.storage.manifest import MANIFEST
 
 
 class ReportFile(Protocol):
-    """What the module of a report provides."""
+    """What the module of a report provides.
+
+    One that needs a package has `require` too, which raises EnvironmentLacking without it, before any work.
+    """
 
     __name__: str
     SUFFIX: str  # of the files: ".json"
     PURPOSE: str  # what such a report is for, for messages: "every figure"
-
-    def require(self) -> None:
-        """Raise EnvironmentLacking where a package is missing that the report needs. Called before any work."""
 
     def of_proof(self, proof: AnyProof) -> str:
         """The report of a verdict, as the text of the file."""
@@ -61,7 +61,7 @@ def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
     if path.is_file() and path.stat().st_size and not _is_report(path):
         raise InputRefused(f"{path} exists and is no report")
-    kind.require()
+    getattr(kind, "require", lambda: None)()
 
 
 class _Tried(Exception):

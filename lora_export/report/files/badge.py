@@ -28,10 +28,6 @@ TEMPLATE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20
 """
 
 
-def require() -> None:
-    """Nothing more is needed."""
-
-
 def of_proof(proof: AnyProof) -> str:
     """The badge of an outcome."""
     return _badge(str(proof.verdict.outcome))

@@ -19,10 +19,6 @@ COMPARED = {
 }
 
 
-def require() -> None:
-    """Nothing more is needed."""
-
-
 def of_proof(proof: AnyProof) -> str:
     """The verdict as a section of Markdown."""
     document, about = document_of_proof(proof), proof.about

@@ -12,10 +12,6 @@ SUFFIX = ".json"
 PURPOSE = "every figure"
 
 
-def require() -> None:
-    """Do nothing: JSON needs no package."""
-
-
 def of_proof(proof: AnyProof) -> str:
     """The document that `verify` prints as JSON."""
     return _json(document_of_proof(proof))

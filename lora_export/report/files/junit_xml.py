@@ -33,10 +33,6 @@ PURPOSE = "JUnit, for CI"
 NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
-def require() -> None:
-    """Do nothing: XML needs no package."""
-
-
 def of_proof(proof: Proof | Audit) -> str:
     """The verdict as JUnit XML.
 

@@ -6,13 +6,12 @@ everything is escaped, and the page forbids itself to load or to run anything.
 
 from __future__ import annotations
 
-import importlib
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking, one_line
-from lora_export.extras import pip_install
+from lora_export.errors import one_line
+from lora_export.extras import optional_package
 from lora_export.report.html_context import (
     adapters_of,
     candidate_name,
@@ -34,10 +33,7 @@ MARKS = {"same": "✓", "different": "✕", "undecided": "?"}
 
 def require_jinja2() -> Any:
     """The package jinja2. Raises EnvironmentLacking where it is missing."""
-    try:
-        return importlib.import_module("jinja2")
-    except ImportError as error:
-        raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): {pip_install('report')}") from error
+    return optional_package("jinja2", "an HTML report needs", "report")
 
 
 require = require_jinja2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from lora_export.artifacts.artifact import ArtifactKind, open_artifact
-from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.extras import pip_install
+from lora_export.errors import InputRefused
+from lora_export.extras import optional_package
 from lora_export.formats.onnx_adapter import CONTRACT_KEY, read_contract
 from lora_export.options.spelling import command
 from lora_export.runtime.runner import Arrays
@@ -22,7 +21,7 @@ class OpenVINOModel:
     """A model that is compiled for the CPU. Called with inputs by name, it returns outputs by name."""
 
     def __init__(self, path: str):
-        openvino = _import()
+        openvino = optional_package("openvino", "the runner openvino needs", "openvino")
         self._compiled = openvino.Core().compile_model(path, DEVICE, PRECISION)
         self.axes: Mapping[str, list[int | None]] = {port.any_name: _sizes(port) for port in self._compiled.inputs}
         settings = ", ".join(f"{key}={value}" for key, value in PRECISION.items())
@@ -47,13 +46,6 @@ def open_compiled(path: str) -> OpenVINOModel:
             f"required ones, or with the adapter as nodes or merged (see `{command('guide', 'runners')}`)"
         )
     return OpenVINOModel(path)
-
-
-def _import() -> Any:
-    try:
-        return importlib.import_module("openvino")
-    except ImportError as error:
-        raise EnvironmentLacking(f"the runner openvino needs OpenVINO: {pip_install('openvino')}") from error
 
 
 def _sizes(port: Any) -> list[int | None]:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import csv
 import hashlib
-from collections.abc import Mapping
+import io
+import json
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
-from lora_export.errors import InputRefused
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
+from lora_export.extras import optional_package
+from lora_export.isolation.bounds import bounded_memory
+from lora_export.isolation.limits import MAX_INFLATED, MAX_RATIO, MAX_ROW, memory_for
 from lora_export.models.processors import sound_header
 from lora_export.storage.hashes import file_sha256
+from lora_export.storage.input_files import file_states, must_be_regular, open_regular, regular_files
+from lora_export.storage.json_files import checked_objects, refuse_flood
 
 Row = Mapping[str, Any]  # column -> value
 
@@ -96,3 +107,235 @@ def sha256_with_sounds(records: Records) -> str:
         if isinstance(found, Path):
             digest.update(file_sha256(found).encode())
     return digest.hexdigest()
+
+
+# --- Rows of .jsonl, .csv and .parquet files, and of a folder that `datasets` saved. All may be larger than memory ---
+
+BOM = b"\xef\xbb\xbf"
+
+
+class _OfLines(Records):
+    """Rows by the places and the numbers of their lines."""
+
+    offsets: array[int]
+    numbers: array[int]
+    state: tuple[int, ...]  # of the file when its lines were found
+
+    def opened(self) -> BinaryIO:
+        """The file, which must be as it was. Raises InputRefused otherwise."""
+        file = open_regular(self.path)
+        if _content_state(self.path) != self.state:
+            file.close()
+            raise InputRefused(f"{self.path} changed while it was read. Begin again")
+        return file
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def where(self, row: int) -> str:
+        return f"line {self.numbers[row]}"
+
+
+def _content_state(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and the time of the last write: not when its mode or its links changed."""
+    return file_states([path])[0][:4]
+
+
+class JsonLines(_OfLines):
+    """The objects of a .jsonl file. Memory holds 16 bytes for each line that is not empty."""
+
+    def __init__(self, path: Path):
+        """Read the file once, for the places of its lines. Raises InputRefused where it cannot be read."""
+        must_be_regular(path)
+        self.path, self.state = path, _content_state(path)
+        self.offsets, self.numbers = array("q"), array("q")
+        digest = hashlib.sha256()
+        with open_regular(path) as file:
+            for number, offset, line in numbered_lines(file, path):
+                digest.update(line)
+                if line.strip():
+                    self.offsets.append(offset)
+                    self.numbers.append(number)
+        self.sha256 = digest.hexdigest()
+
+    def read(self, row: int) -> Row:
+        with self.opened() as file:
+            file.seek(self.offsets[row])
+            line = file.readline(MAX_ROW)
+        refuse_flood(line, f"{self.path}, {self.where(row)}")
+        try:
+            values: Any = json.loads(line, object_pairs_hook=checked_objects(f"{self.path}, {self.where(row)}"))
+        except json.JSONDecodeError as error:
+            column = min(error.pos, len(error.doc.rstrip())) + 1  # its own line and column count from this line
+            raise InputRefused(f"{self.path}, {self.where(row)}: not JSON ({error.msg}: column {column})") from error
+        except UnicodeDecodeError as error:
+            raise InputRefused(f"{self.path}, {self.where(row)}: not UTF-8: byte {error.start + 1}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputRefused(f"{self.path}, {self.where(row)}: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise InputRefused(f"{self.path}, {self.where(row)}: not an object with columns by name")
+        return values
+
+
+def numbered_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Line number from 1, offset in bytes, and the line. Raises InputRefused for a line longer than MAX_ROW."""
+    offset, number = 0, 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            raise InputRefused(f"{path}, line {number} has more than {MAX_ROW:,} bytes")
+        yield number, offset, line
+        offset += len(line)
+
+
+class CsvRows(_OfLines):
+    """The rows of a .csv file; every value is a string. Memory holds 24 bytes for each row."""
+
+    has_types = False
+
+    def __init__(self, path: Path):
+        """Read the file once. Raises InputRefused, with the lines, for what is no CSV in UTF-8 with a header."""
+        must_be_regular(path)
+        self.path, self.state = path, _content_state(path)
+        self.offsets, self.ends, self.numbers = array("q"), array("q"), array("q")
+        self.columns: tuple[str, ...] = ()
+        digest = hashlib.sha256()
+        problems: list[str] = []
+        csv.field_size_limit(MAX_ROW)
+        with open_regular(path) as file:
+            source = _Lines(file, path, digest)
+            reader = csv.reader(source, strict=True)
+            try:
+                self.columns = tuple(next(reader, []))
+                self._refuse_header()
+                begin = source.end
+                for row in reader:
+                    if row and len(row) != len(self.columns):
+                        found = f"{len(row)} fields, the header has {len(self.columns)}"
+                        problems.append(f"line {reader.line_num}: {found}")
+                    elif row:
+                        self.offsets.append(begin)
+                        self.ends.append(source.end)
+                        self.numbers.append(reader.line_num)
+                    begin = source.end
+            except csv.Error as error:
+                problems.append(f"line {reader.line_num}: {error}")
+        if problems:
+            raise InputRefused(f"{path}:", listed(problems))
+        self.sha256 = digest.hexdigest()
+
+    def _refuse_header(self) -> None:
+        if not self.columns:
+            raise InputRefused(f"{self.path} has no header: its first line must name the columns")
+        repeated = sorted(name for name, count in Counter(self.columns).items() if count > 1)
+        if repeated or not any(self.columns):
+            names = ", ".join(repeated[:SHOWN_PROBLEMS] or self.columns) or "nothing"
+            raise InputRefused(f"{self.path}: the first line must name each column once, not {names}")
+
+    def read(self, row: int) -> Row:
+        with self.opened() as file:
+            file.seek(self.offsets[row])
+            text = file.read(self.ends[row] - self.offsets[row]).decode()
+        values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
+        return dict(zip(self.columns, values, strict=True))
+
+
+class _Lines:
+    """Decoded lines for csv.reader, and where the last one ends. A BOM is not part of the first."""
+
+    def __init__(self, file: BinaryIO, path: Path, digest: Any):
+        self.file, self.path, self.digest = file, path, digest
+        self.end = 0  # bytes
+
+    def __iter__(self) -> Iterator[str]:
+        for number, offset, line in numbered_lines(self.file, self.path):
+            self.digest.update(line)
+            self.end = offset + len(line)
+            try:
+                yield (line.removeprefix(BOM) if number == 1 else line).decode()
+            except UnicodeDecodeError as error:
+                raise InputRefused(f"{self.path}, line {number} is not UTF-8: byte {error.start + 1}") from error
+
+
+# --- in Arrow's memory layout, mapped from the disk ---
+
+TRAINING_SPLIT = "train"
+UNPACKED_ROWS = 1024  # that are unpacked
+ARROW = ("pyarrow", "pyarrow.parquet")
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # a folder of `datasets` has one of them
+
+
+class ParquetRows(Records):
+    """The rows of a .parquet file.
+
+    The file is unpacked once into a temporary Arrow file, which is mapped: single rows of packed groups would be slow.
+    """
+
+    def __init__(self, path: Path):
+        """Unpack the file. Raises InputRefused where it is damaged, and EnvironmentLacking without pyarrow."""
+        must_be_regular(path)
+        pyarrow, parquet = (optional_package(name, "a .parquet file needs", "data") for name in ARROW)
+        self.path = path
+        self.sha256 = file_sha256(path)
+        self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")  # removed with this object
+        unpacked = Path(self._folder.name, "rows.arrow")
+        packed, total = path.stat().st_size, 0
+        try:
+            with (
+                bounded_memory(memory_for(packed)),
+                parquet.ParquetFile(path) as file,
+                pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer,
+            ):
+                for group in file.iter_batches(UNPACKED_ROWS):
+                    total += group.nbytes
+                    if total > MAX_INFLATED and total > MAX_RATIO * packed:
+                        raise InputRefused(f"{path} inflates from {packed:,} bytes to more than {total:,}")
+                    writer.write_batch(group)
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+            raise InputRefused(f"{path} is no .parquet file: {str(error).strip()}") from error
+        self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(unpacked))).read_all()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def read(self, row: int) -> Row:
+        (values,) = self._table.slice(row, 1).to_pylist()
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class SavedDataset(Records):
+    """The rows of a folder that `Dataset.save_to_disk` wrote. Of several splits, `train` is read."""
+
+    def __init__(self, path: Path):
+        """Map the folder. Raises InputRefused where it is damaged, and EnvironmentLacking without `datasets`."""
+        datasets = optional_package("datasets", "a saved data set needs", "data")
+        self.path = path
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:  # damaged folders raise a dozen types
+            raise InputRefused(f"{path} is no folder that `datasets` can load: {error}") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if TRAINING_SPLIT not in loaded:
+                raise InputRefused(
+                    f"{path} has no split `{TRAINING_SPLIT}`; give one of {', '.join(loaded)} as a folder"
+                )
+            loaded = loaded[TRAINING_SPLIT]
+        for name, feature in loaded.features.items():
+            if isinstance(feature, datasets.Audio):  # its bytes: `datasets` would need one more package to decode them
+                loaded = loaded.cast_column(name, datasets.Audio(decode=False))
+        self._dataset = loaded
+        self._names = {
+            name: feature for name, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)
+        }
+        hashes = (f"{file.relative_to(path)} {file_sha256(file)}\n" for file in regular_files(path))
+        self.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, row: int) -> Row:
+        values: dict[str, Any] = {name: value for name, value in self._dataset[row].items() if value is not None}
+        for name, feature in self._names.items():
+            if name in values:
+                values[name] = feature.int2str(values[name])
+        return values

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
-from lora_export.formats.gguf_architecture import config_of, is_adapter, names_of
-from lora_export.names.llama_cpp import EXPERT, LlamaCppNames
+from lora_export.formats.adapter_files import config_of, is_adapter, names_of
+from lora_export.names.families import EXPERT, LlamaCppNames
 from lora_export.names.row_orders import Indices
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 from lora_export.plan.stored_region import StoredRegion

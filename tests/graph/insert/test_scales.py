@@ -7,7 +7,7 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.lycoris_transforms import input_or_output_scales
+from lora_export.formats.lora_changes import input_or_output_scales
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.lora import LoraPair
 from lora_export.pairs.transforms import WeightTransform

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models import factory
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.models.pt2 import program
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification.references.attached_module import attached_copy
@@ -88,7 +87,7 @@ def test_packed_attention_takes_an_adapter(tmp_path: Path) -> None:
     adapter = Adapter(name="a", format="test", pairs=pairs)
     base = load_model(str(export(eager, {"signal": noise(2, 4, 9)}, tmp_path / "base.pt2")))
     own = Fp64Runner(attached_copy(base, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
-    of_eager = factory.from_module(eager, noise(2, 4, 9))
+    of_eager = from_module(eager, noise(2, 4, 9))
     theirs = Fp64Runner(attached_copy(of_eager, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
     np.testing.assert_allclose(own["output_0"], theirs["output_0"], rtol=1e-10, atol=1e-12)
     without = Fp64Runner(copy.deepcopy(eager).double()).run({"signal": noise(3, 4, 9).numpy()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from lora_export.report import files
-from lora_export.report.files import badge, card, check_report_path, figures, page, write_report
+from lora_export.report.files import badge, card, check_report_path, figures, write_report
 from lora_export.report.json_document import document_of_proof
 from lora_export.verification.proof import Proof
 from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME, STRAYED
@@ -56,10 +57,7 @@ def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
 
 
 def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(page.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # as where it is not installed
     with pytest.raises(EnvironmentLacking, match=r"pip install 'jinja2>="):
         check_report_path(tmp_path / "page.html")
     check_report_path(tmp_path / "page.json")

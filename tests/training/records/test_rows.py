@@ -9,8 +9,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.training.records.opening import DescribedSounds
-from lora_export.training.records.rows import sha256_with_sounds, sound_in, sound_problem, with_columns
-from lora_export.training.records.text_rows import JsonLines
+from lora_export.training.records.rows import JsonLines, sha256_with_sounds, sound_in, sound_problem, with_columns
 from lora_export.training.row_forms import RowForm, form_of, survey
 from support.sounds import write_sound
 

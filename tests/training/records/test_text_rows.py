@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.training.records import text_rows
-from lora_export.training.records.text_rows import CsvRows, JsonLines, ParquetRows, SavedDataset
+from lora_export.training.records import rows
+from lora_export.training.records.rows import CsvRows, JsonLines, ParquetRows, SavedDataset
 
 
 def lines(path: Path, *contents: str | bytes) -> JsonLines:
@@ -48,7 +48,7 @@ def test_a_line_that_is_no_object_is_refused_when_it_is_read(tmp_path: Path, lin
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_rows, "MAX_ROW", 30)
+    monkeypatch.setattr(rows, "MAX_ROW", 30)
     with pytest.raises(InputRefused, match=r"a\.jsonl, line 2 has more than 30 bytes"):
         lines(tmp_path / "a.jsonl", "{}", json.dumps({"text": "a" * 40}))
 

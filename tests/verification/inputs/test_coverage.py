@@ -10,7 +10,8 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.layers.attachments import attachment_of
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from lora_export.models import factory, model
+from lora_export.models import model
+from lora_export.models.load import from_module
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs import coverage
@@ -139,7 +140,7 @@ class Words(nn.Module):
     ids=["none", "some", "all"],
 )
 def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[str], not_judged: list[str]) -> None:
-    model = factory.from_module(Words(), {"ids": torch.zeros(2, 2, dtype=torch.int64)})
+    model = from_module(Words(), {"ids": torch.zeros(2, 2, dtype=torch.int64)})
     rows = TokenRows(np.array([3, 7]), np.ones((2, 2)))
     adapter = Adapter(name="rows", format="test", pairs={}, token_rows={"words.weight": rows}, sha256="00")
     looked_up = RowCoverage(model.module, model, [adapter])

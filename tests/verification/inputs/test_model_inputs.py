@@ -12,14 +12,13 @@ import torch
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, TokenRows
-from lora_export.models import factory
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
 from support.small_models import small_model
 
 LAYER = torch.nn.Linear(4, 2)
-MODEL = factory.from_module(LAYER, {"input": torch.ones(3, 7, 4)})
+MODEL = from_module(LAYER, {"input": torch.ones(3, 7, 4)})
 ANY_SIZE = ModuleRunner(LAYER)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import LoraPair
 from lora_export.models import stored_parameter
-from lora_export.models.factory import from_module
+from lora_export.models.load import from_module
 from lora_export.verification.module_copies import widened
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
 from support import graphs

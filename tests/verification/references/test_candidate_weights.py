@@ -22,8 +22,7 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.quantised_weights import Steps
 from lora_export.lora import Adapter
 from lora_export.models.export import to_onnx
-from lora_export.models.factory import from_module
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.models.model import Model
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner

@@ -24,8 +24,8 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import NameSource
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models import factory
 from lora_export.models.export import to_onnx
+from lora_export.models.load import from_module
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
@@ -55,7 +55,7 @@ class Routed(nn.Module):
 
 @pytest.fixture(scope="module")
 def routed() -> Model:
-    return factory.from_module(Routed(), {"x": torch.randn(2, 5, 16)})
+    return from_module(Routed(), {"x": torch.randn(2, 5, 16)})
 
 
 def an_adapter(name: str, rank: int) -> Adapter:

@@ -20,8 +20,8 @@ from lora_export import layers, plan
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import NameSource
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name
-from lora_export.models import factory
 from lora_export.models.export import to_onnx
+from lora_export.models.load import from_module
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -268,7 +268,7 @@ class Routed(nn.Module):
 
 @pytest.fixture
 def routed() -> Model:
-    return factory.from_module(Routed(), {"x": torch.randn(2, 5, 16)})
+    return from_module(Routed(), {"x": torch.randn(2, 5, 16)})
 
 
 def verdict_of(module: nn.Module, model: Model, folder: Path, form: str) -> parity.Verdict:

@@ -30,9 +30,8 @@ from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.site import Site
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models import factory
 from lora_export.models.export import to_onnx
-from lora_export.models.load import load_model
+from lora_export.models.load import from_module, load_model
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -425,7 +424,7 @@ def dequantised(weight: NDArray[np.float32], *, axis: int) -> ir.Model:
 def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_path: Path) -> None:
     """It fuses a scale for each output, and then multiplies in int8. It does not fuse a scale for each input."""
     torch.manual_seed(0)
-    turned = factory.from_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    turned = from_module(Turned(), {"x": torch.randn(3, 7, 40)})
     path = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=axis), tmp_path)  # type: ignore[union-attr]
     runner = OnnxRunner(path)
     x = np.ones((2, 5, 40), np.float32)
@@ -438,7 +437,7 @@ def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_pa
 
 def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    turned = factory.from_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    turned = from_module(Turned(), {"x": torch.randn(3, 7, 40)})
     base = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=1), tmp_path)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
 

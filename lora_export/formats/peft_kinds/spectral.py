@@ -1,8 +1,4 @@
-"""WaveFT: trained wavelet coefficients at places that a seed chooses, or entries at these places (Bilican et al. 2025).
-
-`wavelets.json` has the low filter of each wavelet's reconstruction (Daubechies 1992, tables 6.1, 6.3 and 8.1); the high
-one is its mirror image with alternating signs. A filter of length n lets each coefficient change n² entries.
-"""
+"""PEFT's kinds that train coefficients of a transform of the weight."""
 
 from __future__ import annotations
 
@@ -18,11 +14,46 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
-from lora_export.formats.peft_kinds.fourierft import PLACES_SEED, checked_values, seeded_places
-from lora_export.formats.peft_kinds.kind import Kind, Stored
+from lora_export.formats.peft_kinds.kind import Stored
+from lora_export.formats.peft_kinds.torch_random import Generator
 from lora_export.lora import LoraPair
-from lora_export.pairs.computed import sparse_pair
+from lora_export.pairs.computed import CirculantPair, FourierPair, sparse_pair
 from lora_export.pairs.open_shape import MatrixShape, OpenPair
+
+PLACES_SEED = "random_loc_seed"
+
+
+def seeded_places(stored: Stored, values: NDArray[np.float32], shape: MatrixShape) -> NDArray[np.int64]:
+    """The places (2, n) that the seed gives these values in a matrix: the start of a permutation of its entries."""
+    if values.size > math.prod(shape):
+        raise InputRefused(f"the weight is {shape}, the adapter was trained on {values.size} of its entries or more")
+    places = Generator(stored.config.get(PLACES_SEED), PLACES_SEED).start_of_permutation(math.prod(shape), values.size)
+    return np.stack(np.divmod(places, shape[1]))
+
+
+def checked_values(stored: Stored, name: str) -> NDArray[np.float32]:
+    """The trained values. Raises InputRefused where the config states another number of them.
+
+    With WaveFT's `proportional_parameters` their number follows from the sizes of all layers.
+    """
+    values, count = stored.part(name, 1), stored.config["n_frequency"]
+    if values.size != count and not stored.config.get("proportional_parameters"):
+        raise InputRefused(f"{name} has {values.size} values, the config's n_frequency is {count}")
+    Generator(stored.config.get(PLACES_SEED), PLACES_SEED)
+    return values
+
+
+def fourierft(stored: Stored) -> OpenPair:
+    """FourierFT: trained coefficients of few frequencies, which a seed chooses (Gao et al. 2024)."""
+    values = checked_values(stored, "fourierft_spectrum")
+    scaling = positive_number("the config", "scaling", stored.config.get("scaling"))
+
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
+        settings = {"shape": shape, "frequencies": seeded_places(stored, values, shape)}
+        return FourierPair({"c": values}, scaling, settings=settings)
+
+    return OpenPair(pair, [values])
+
 
 _WAVELETS = Path(__file__).with_name("wavelets.json")
 
@@ -40,7 +71,12 @@ def filters(wavelet: str) -> NDArray[np.float64]:
     return np.stack([low, low[::-1] * (-1.0) ** np.arange(len(low))])
 
 
-def _change(stored: Stored) -> OpenPair:
+def waveft(stored: Stored) -> OpenPair:
+    """WaveFT: trained wavelet coefficients, or entries, at places that a seed chooses (Bilican et al. 2025).
+
+    `wavelets.json` has the low filter of each wavelet's reconstruction (Daubechies 1992, tables 6.1, 6.3 and 8.1); the
+    high one is its mirror image with alternating signs. A filter of length n lets each coefficient change n² entries.
+    """
     values = checked_values(stored, "waveft_spectrum")
     scaling = positive_number("the config", "scaling", stored.config.get("scaling"))
     is_transformed = stored.config.get("use_idwt", True)
@@ -90,21 +126,9 @@ def _reconstructed(
     return entries.reshape(-1)[inside], targets[:, inside]
 
 
-KIND = Kind(
-    peft_type="WAVEFT",
-    title="WaveFT",
-    change=_change,
-    parts=("waveft_spectrum",),
-    needed=("waveft_spectrum",),
-    fields=(
-        "scaling",
-        PLACES_SEED,
-        "init_weights",
-        "fan_in_fan_out",
-        "wavelet_family",
-        "use_idwt",
-        "proportional_parameters",
-    ),
-    numbers=("n_frequency",),
-    patterns={"n_frequency_pattern": "n_frequency"},
-)
+def c3a(stored: Stored) -> LoraPair:
+    """C3A: blocks of circulant matrices (Chen et al. 2024). PEFT divides the change by the number of inputs."""
+    kernels, size = stored.part("c3a_kernel", 3), stored.config["block_size"]
+    if kernels.shape[2] != size:
+        raise InputRefused(f"c3a_kernel is {kernels.shape}, the config's block_size is {size}")
+    return CirculantPair({"w": kernels}, 1 / (kernels.shape[1] * kernels.shape[2]))

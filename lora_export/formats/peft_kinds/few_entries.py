@@ -1,8 +1,4 @@
-"""SuperTuning: few entries of the weight are trained, those of the largest values, perhaps beside a LoRA (Supra).
-
-Their places are in the file unless `save_precomputed_indices` is false: which of equal values were taken is then known
-to PyTorch alone.
-"""
+"""PEFT's kinds that train few entries of a weight."""
 
 from __future__ import annotations
 
@@ -12,18 +8,36 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.kind import Kind, Stored
+from lora_export.formats.peft_kinds.kind import Stored
 from lora_export.lora import LoraPair
 from lora_export.pairs.computed import SparsePair
 from lora_export.pairs.open_shape import MatrixShape, OpenPair
 from lora_export.pairs.stages import EntryWise, Stage
 from lora_export.pairs.transforms import WeightTransform
 
-_TITLE = "SuperTuning"
+
+def shira(stored: Stored) -> OpenPair:
+    """SHiRA: few entries of the weight are trained (Bhardwaj et al. 2024). Their places are in the file."""
+    values, indices = stored.part("shira_weight", 1), stored.parts["shira_indices"]  # floats where Windows saved them
+    places = indices.astype(np.int64) if np.isfinite(indices.astype(np.float64)).all() else np.full(indices.shape, -1)
+    if places.shape != (2, values.size) or (places != indices).any():
+        raise InputRefused(f"shira_indices {indices.shape} {indices.dtype} are not the places of {values.size} entries")
+
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
+        return SparsePair({"v": values}, 1.0, settings={"places": places, "shape": shape})
+
+    return OpenPair(pair, [values])
+
+
 _FACTORS = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
 
 
-def _change(stored: Stored) -> OpenPair:
+def supertuning(stored: Stored) -> OpenPair:
+    """SuperTuning: few entries of the weight are trained, those of the largest values, perhaps beside a LoRA (Supra).
+
+    Their places are in the file unless `save_precomputed_indices` is false: which of equal values were taken is then
+    known to PyTorch alone.
+    """
     values = stored.part("supertuning_values", 1)
     if "supertuning_indices" not in stored.parts:
         raise InputRefused(
@@ -58,16 +72,6 @@ def _change(stored: Stored) -> OpenPair:
 
         tensors = {"values": values, "a": a, "b": b}
         settings = {"indices": indices, "scale": low_rank.scale}
-        return WeightTransform(_TITLE, tensors, lower, shape, settings=settings, rank=rank)
+        return WeightTransform(stored.title, tensors, lower, shape, settings=settings, rank=rank)
 
     return OpenPair(pair, [values])
-
-
-KIND = Kind(
-    peft_type="SUPERTUNING",
-    title=_TITLE,
-    change=_change,
-    parts=("supertuning_values", "supertuning_indices", *_FACTORS),
-    needed=("supertuning_values",),
-    fields=("sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "init_weights", "save_precomputed_indices"),
-)
