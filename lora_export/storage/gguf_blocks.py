@@ -40,7 +40,10 @@ class Plane(NamedTuple):
         stored = blocks[:, self.start : self.start + self.chunks * self.width]
         if self.bits == 8:  # a signed byte
             return stored ^ SIGN
-        bits = stored.reshape(len(blocks), self.chunks, 1, self.width) >> self._shifts
+        stored = stored.reshape(len(blocks), self.chunks, self.width)
+        bits = np.empty((len(blocks), self.chunks, len(self._shifts), self.width), np.uint8)
+        for place, shift in enumerate(self._shifts):  # a call for each is faster than one with four axes
+            np.right_shift(stored, shift, out=bits[:, :, place])
         bits &= self._mask
         return bits.reshape(len(blocks), -1)
 
@@ -49,9 +52,11 @@ class Plane(NamedTuple):
         if self.bits == 8:
             codes = codes ^ SIGN
         else:
-            codes = (codes & self._mask).reshape(len(blocks), self.chunks, -1, self.width) << self._shifts
-            codes = np.bitwise_or.reduce(codes, axis=2).reshape(len(blocks), -1)
-        blocks[:, self.start : self.start + self.chunks * self.width] = codes
+            bits = (codes & self._mask).reshape(len(blocks), self.chunks, -1, self.width)
+            codes = bits[:, :, 0].copy()
+            for place, shift in enumerate(self._shifts[1:], 1):
+                codes |= bits[:, :, place] << shift
+        blocks[:, self.start : self.start + self.chunks * self.width] = codes.reshape(len(blocks), -1)
 
     @property
     def _mask(self) -> np.uint8:
@@ -59,7 +64,7 @@ class Plane(NamedTuple):
 
     @property
     def _shifts(self) -> Bytes:
-        return np.arange(0, 8, self.bits, dtype=np.uint8).reshape(1, 1, -1, 1)
+        return np.arange(0, 8, self.bits, dtype=np.uint8)
 
 
 # Steps and offsets of each group: (blocks, groups) in fp32, or no offsets
@@ -90,7 +95,9 @@ class BlockCodec:
         is_fixed = steps == 0
         divisor: Floats = np.where(is_fixed, np.float32(np.inf), steps).astype(np.float32)[..., None]
         with np.errstate(over="ignore"):
-            position = (wanted if offsets is None else wanted - offsets[..., None]) / divisor
+            position = wanted / divisor if offsets is None else wanted - offsets[..., None]
+            if offsets is not None:
+                position /= divisor
         codes = self._nearest(position).reshape(len(blocks), -1)
         is_odd = is_fixed if offsets is None else is_fixed | (np.abs(offsets) > RESOLVED * np.abs(steps))
         odd = np.flatnonzero(is_odd.any(axis=1)) if self._is_ladder else np.arange(len(blocks))
@@ -104,9 +111,14 @@ class BlockCodec:
             shift += plane.bits
         return result
 
-    def largest(self, blocks: Bytes) -> Floats:
-        """The largest absolute value that each block can have, (blocks,); not finite in a damaged block."""
+    def decode_finite(self, blocks: Bytes) -> tuple[Floats, int]:
+        """The elements, and the number of blocks that have others than finite ones. See `decode`."""
         steps, offsets = self.scales(blocks)
+        bad = len(blocks) - np.count_nonzero(np.isfinite(self.largest(steps, offsets)))
+        return self._values(self.codes_of(blocks), steps, offsets), bad
+
+    def largest(self, steps: Floats, offsets: Floats | None) -> Floats:
+        """The largest absolute value that each block can have, (blocks,); not finite in a damaged block."""
         with np.errstate(over="ignore", invalid="ignore"):
             reach = np.abs(steps) * np.abs(self.numbers).max()
             reach = reach if offsets is None else reach + np.abs(offsets)
@@ -128,7 +140,8 @@ class BlockCodec:
     def _values(self, codes: Bytes, steps: Floats, offsets: Floats | None) -> Floats:
         if self._is_ladder:  # several times as fast as a look-up
             values = codes.astype(np.float32)
-            values += self.numbers[0]
+            if self.numbers[0]:
+                values += self.numbers[0]
         else:
             values = self.numbers.take(codes)
         grouped = values.reshape(len(codes), -1, self.group)
@@ -289,11 +302,10 @@ def codec_of(name: str, kind: BlockType) -> BlockCodec:
 
 def decoded(name: str, codec: BlockCodec, blocks: Bytes) -> Floats:
     """The elements of (blocks, bytes): (blocks, elements). Raises InputRefused where some are no finite numbers."""
-    largest = codec.largest(blocks)
-    bad = largest.size - np.count_nonzero(np.isfinite(largest))
+    elements, bad = codec.decode_finite(blocks)
     if bad:
         raise InputRefused(f"{name}: {bad} blocks have scales that are no finite numbers. The file is damaged")
-    return codec.decode(blocks)
+    return elements
 
 
 @dataclass(frozen=True)

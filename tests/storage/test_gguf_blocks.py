@@ -21,7 +21,7 @@ WANTED = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 def some_blocks(codec: BlockCodec, count: int = 300) -> NDArray[np.uint8]:
     """Random bytes, without those whose scales are no numbers."""
     found = np.random.default_rng(0).integers(0, 256, (count, codec.type.nbytes), dtype=np.uint8)
-    return found[np.isfinite(codec.largest(found))]
+    return found[np.isfinite(codec.largest(*codec.scales(found)))]
 
 
 def grid(codec: BlockCodec, blocks: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -55,7 +55,7 @@ def test_values_that_do_not_change_keep_their_bytes(codec: BlockCodec) -> None:
 @EVERY
 def test_codes_are_the_nearest_on_scales_that_stay(codec: BlockCodec) -> None:
     blocks, rng = some_blocks(codec, 60), np.random.default_rng(1)
-    blocks = blocks[codec.largest(blocks) < 1e30]
+    blocks = blocks[codec.largest(*codec.scales(blocks)) < 1e30]
     old = codec.decode(blocks)
     wanted = old + np.float32(0.3) * np.abs(old).mean(axis=1, keepdims=True) * rng.standard_normal(old.shape)
     wanted = np.concatenate([wanted[:30], 9 * wanted[30:]]).astype(np.float32)  # half are beyond the last code
@@ -65,7 +65,7 @@ def test_codes_are_the_nearest_on_scales_that_stay(codec: BlockCodec) -> None:
     target = wanted.reshape(len(blocks), -1, codec.group).astype(np.float64)
     least = np.abs(target[..., None] - grid(codec, blocks)).min(axis=-1)
     distance = np.abs(codec.decode(found).reshape(target.shape) - target)
-    scale = np.abs(target) + codec.largest(blocks)[:, None, None]
+    scale = np.abs(target) + codec.largest(*codec.scales(blocks))[:, None, None]
     assert (distance - least <= 2.0**-21 * scale).all()
 
 

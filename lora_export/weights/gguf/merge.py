@@ -323,6 +323,8 @@ def _encode(
     change(source, total.reshape(-1).view(np.uint8), scratch)
     blocks = codec.encode(source.reshape(-1, own.nbytes), total) if kind == own else new_q8_0(total)
     target[:] = blocks.reshape(-1)
+    if kind == own and not measured:
+        return []
     after = decoded(name, codec, blocks)  # refuses new scales that are too large
     if not measured:
         return []
