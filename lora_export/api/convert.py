@@ -169,10 +169,10 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     contract = checked_contract(model, graph)
     names = [spec.name for spec in sites.specs]
     try:
-        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight], around=names)
+        steps = plan.make([loaded], [place.spec for place in contract.places], strengths=[options.weight], around=names)
     except MatchError as error:
         raise error.with_words(NO_WEIGHT, "the graph takes no adapter at").with_remedy(
-            f"{graph} takes adapters at {len(contract.slots)} layers. "
+            f"{graph} takes adapters at {len(contract.places)} layers. "
             f"`{command('onnx', lora='inputs', target='NAMES')}` makes a graph that takes them at others"
         ) from error
     if any(step.replace is not None for step in steps.low_rank):
@@ -188,4 +188,4 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     with staged(options, output, [graph, *adapter_paths(adapter)], is_file=True) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
-    return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)
+    return ConvertResult(output, len(changed), len(contract.places), contract.base, notes)

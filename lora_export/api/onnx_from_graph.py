@@ -19,7 +19,7 @@ from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
-from lora_export.formats import onnx_adapter
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
@@ -111,7 +111,7 @@ def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | 
 
 def _way_on(graph: GraphFile) -> str:
     """How a graph that takes adapters gets one more."""
-    if onnx_adapter.ROW_ADAPTERS_KEY in graph.model.metadata_props:
+    if ROW_ADAPTERS_KEY in graph.model.metadata_props:
         return "Its rows choose among those in it. Give all of them, with the graph that it was made from"
     one_more = command("convert", "ADAPTER", graph=graph.path.name)
     return f"One more needs a file alone (`{one_more}`). For anything else start from the graph that it was made from"

@@ -139,7 +139,7 @@ def _with_inputs(
         assert steps is not None
         factors = contract_dora_factors(program, contract, steps, adapter.name)
         # One of several graphs may have nothing of this adapter. Its file then has a pair of zeros.
-        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.slots[0].zeros()
+        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.places[0].zeros()
         path = folder / adapter_file(adapter, options)
         onnx_adapter.write(path, parameters, contract, sha256=adapter.sha256)
         names.append(path.name)

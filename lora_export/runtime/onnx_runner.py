@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
-from lora_export.formats.row_adapters import read_row_adapters, row_inputs
+from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_ADAPTERS_KEY, ROW_INPUTS, read_row_adapters, row_inputs
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
@@ -86,8 +87,8 @@ class OnnxRunner(PlainRunner):
         self.timeout = timeout
         self._adapter_values: Arrays = {}  # where it is given as inputs
         self._has_required_inputs = False  # whether every run has to have them
-        if onnx_adapter.CONTRACT_KEY in self.metadata:
-            contract = onnx_adapter.read_contract(self.metadata, self.path)
+        if CONTRACT_KEY in self.metadata:
+            contract = read_contract(self.metadata, self.path)
             self._has_required_inputs = contract.required
             self._adapter_values = contract.without_adapter() if contract.required else {}
             self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
@@ -142,17 +143,17 @@ class OnnxRunner(PlainRunner):
 
     @property
     def takes_rows(self) -> bool:
-        return onnx_adapter.ADAPTER_IDS in self.axes
+        return ADAPTER_IDS in self.axes
 
     @property
     def takes_adapters(self) -> bool:
         """Whether the graph's metadata declares adapters: as inputs, or row by row."""
-        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self.metadata)
+        return not {CONTRACT_KEY, ROW_ADAPTERS_KEY}.isdisjoint(self.metadata)
 
     @property
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and runs without one."""
-        return onnx_adapter.CONTRACT_KEY in self.metadata and self._adapter is None
+        return CONTRACT_KEY in self.metadata and self._adapter is None
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -165,8 +166,8 @@ class OnnxRunner(PlainRunner):
         Raises InputRefused where the file is no adapter, or does not fit the graph's declared inputs.
         """
         file = onnx_adapter.read(path)
-        if onnx_adapter.CONTRACT_KEY in self.metadata:
-            contract = onnx_adapter.read_contract(self.metadata, self.path)
+        if CONTRACT_KEY in self.metadata:
+            contract = read_contract(self.metadata, self.path)
             onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
@@ -203,14 +204,12 @@ class OnnxRunner(PlainRunner):
         The batch is the first dimension of the first input. Raises InputRefused for a graph without the input
         `adapter_ids`.
         """
-        if onnx_adapter.ADAPTER_IDS not in self.axes and self._adapter_ids is None:
-            raise InputRefused(
-                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
-            )
+        if ADAPTER_IDS not in self.axes and self._adapter_ids is None:
+            raise InputRefused(f"{self.path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')}")
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in ROW_INPUTS}
         return runner
 
     def executed_nodes(self, run: Callable[[OnnxRunner], object]) -> frozenset[tuple[str, str]]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
+from lora_export.formats.row_adapters import ADAPTER_IDS, ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
 from lora_export.graph.insert.node_factory import (

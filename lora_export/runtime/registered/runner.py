@@ -14,7 +14,8 @@ from lora_export import errors
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.errors import RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
-from lora_export.formats.row_adapters import read_row_adapters, row_inputs
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, read_row_adapters, row_inputs
 from lora_export.isolation.process import IsolatedProcess
 from lora_export.runtime.runner import TIMEOUT, Arrays, PlainRunner, completed_inputs, refused_ends
 
@@ -66,7 +67,7 @@ class RegisteredRunner(PlainRunner):
 
     @property
     def takes_rows(self) -> bool:
-        return onnx_adapter.ADAPTER_IDS in self.axes
+        return ADAPTER_IDS in self.axes
 
     @property
     def adapters_by_row(self) -> list[str] | None:
@@ -85,14 +86,14 @@ class RegisteredRunner(PlainRunner):
         runner = copy.copy(self)
         runner._ids = np.array(ids, np.int64)
         runner._scales = None if scales is None else np.array(scales, np.float32)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in ROW_INPUTS}
         return runner
 
     def _values_of(self, adapter: Path | None) -> Arrays:
         """The inputs that are an adapter; those of none where the graph needs them."""
         absent = {}
-        if onnx_adapter.CONTRACT_KEY in self._metadata:
-            contract = onnx_adapter.read_contract(self._metadata, self.path)
+        if CONTRACT_KEY in self._metadata:
+            contract = read_contract(self._metadata, self.path)
             absent = contract.without_adapter() if contract.required else {}
             if adapter is not None:
                 onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)

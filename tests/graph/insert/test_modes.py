@@ -21,6 +21,7 @@ from torch import nn
 
 from lora_export import formats, plan
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import read_contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_names import module_of
@@ -64,7 +65,7 @@ class InsertedAdapters:
             else:
                 dora = {step.weight for step in steps.steps if step.has_dora}
                 insert_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
-                contract = onnx_adapter.read_contract(graph.metadata_props, "")
+                contract = read_contract(graph.metadata_props, "")
                 names = [adapter.name for adapter in adapters]
                 self.input_values = [
                     onnx_adapter.input_values(
