@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
-from lora_export.formats.contract import NO_ARRAYS, AdapterArrays, AdapterPlace, Contract, version_of
+from lora_export.formats.contract import NO_ARRAYS, AdapterArrays, AdapterPlace, Contract, HeadPlace, version_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
@@ -268,7 +268,7 @@ def _misfits(adapter: OnnxAdapter, contract: Contract) -> Iterator[str]:
     for name in adapter.values:
         if name not in contract.inputs:
             yield f"{name}: the graph has no such input for an adapter"
-    for place in contract.places:
+    for place in contract.every_place:
         values = {name: adapter.values[name] for name in place.input_shapes if name in adapter.values}
         for name in place.input_shapes:
             if values and name not in values:
@@ -280,13 +280,15 @@ def _misfits(adapter: OnnxAdapter, contract: Contract) -> Iterator[str]:
             yield from _shape_misfits(place, {name: list(value.shape()) for name, value in values.items()})
 
 
-def _shape_misfits(place: AdapterPlace, shapes: Mapping[str, list[int]]) -> Iterator[str]:
+def _shape_misfits(place: AdapterPlace | HeadPlace, shapes: Mapping[str, list[int]]) -> Iterator[str]:
     for name, shape in shapes.items():
         wanted = place.input_shapes[name]
         if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape, strict=True)):
             sizes = ["rank" if size is None else str(size) for size in wanted]
             yield f"{name}: {shape}, the graph takes [{', '.join(sizes)}]"
             return
+    if isinstance(place, HeadPlace):
+        return
     a, b = (shapes[name][place.rank_axis(name)] for name in (place.a, place.b))
     if a != b:
         yield f"{place.a} {shapes[place.a]} and {place.b} {shapes[place.b]}: the ranks disagree"

@@ -79,7 +79,7 @@ def insert_inputs(
         is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
         own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
         has_dora, name_of = weight in with_dora, CONVENTIONS[names]
-        place = _place(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
+        place = place_of(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
         scale = name_of(module_of(weight), SCALE, is_embedding) if weight in with_scale else ""
         place = replace(place, max_rank=max_rank, scale=scale)
         factors = _add_inputs(inserter.factory, place)
@@ -98,9 +98,10 @@ def insert_inputs(
     return contract
 
 
-def _place(
+def place_of(
     weight: str, sites: Sequence[Site], name_of: Convention, digest: str, *, embedding: bool, dora: bool
 ) -> AdapterPlace:
+    """The place of an adapter beside a weight, its inputs named by a convention."""
     site, module = sites[0], module_of(weight)
     return AdapterPlace(
         weight,
