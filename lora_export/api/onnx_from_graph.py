@@ -73,7 +73,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
             run, companions, report = _merge(graph, program, located, folder, options)
             hashes = run.hashes
         else:
-            if options.lora == "rows":
+            if options.by_row:
                 _measure_unclear_shapes(program, located, base, options)
             targets = _targets(located.sites, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
@@ -234,6 +234,7 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
     settings = {"lora": options.lora, **options.settings}
     settings |= {"requantize": True, "min_retention": options.min_retention} if options.requantize else {}
-    settings |= {"max_rank": options.max_rank} if options.max_rank else {}
+    settings |= {"max_rank": options.rank} if options.rank else {}
+    settings |= {"slots": options.slots} if options.lora == "slots" else {}
     settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

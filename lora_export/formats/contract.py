@@ -108,6 +108,11 @@ class HeadPlace:
     narrower: bool  # whether a head may have fewer labels
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(labels, in) of the widest head."""
+        return self.labels, self.features
+
+    @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each input, by its name."""
         return {self.w: (self.features, self.labels), self.b: (self.labels,), self.used: (1,)}

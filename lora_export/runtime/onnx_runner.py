@@ -19,11 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused, RuntimeRefused, count
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, AdapterArrays, Contract, read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
-from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_ADAPTERS_KEY, ROW_INPUTS, read_row_adapters, row_inputs
+from lora_export.formats.row_adapters import (
+    ADAPTER_IDS,
+    ROW_ADAPTERS_KEY,
+    ROW_INPUTS,
+    RowAdapters,
+    read_row_adapters,
+    row_inputs,
+)
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.options.spelling import named
@@ -92,6 +99,11 @@ class OnnxRunner(PlainRunner):
             self._has_required_inputs = contract.required
             self._adapter_values = contract.without_adapter() if contract.required else {}
             self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
+        self.row_adapters = read_row_adapters(self.metadata, str(self.path))
+        if self.contract_of_slots is not None:
+            self._adapter_values = self.contract_of_slots.stacks()
+            self.row_adapters = RowAdapters([], per_row=self.contract_of_slots.per_row)
+            self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         self.adapter_file: Path | None = None
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
@@ -125,7 +137,7 @@ class OnnxRunner(PlainRunner):
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
-        runner.adapter_file = self.adapter_file
+        runner.adapter_file, runner.row_adapters = self.adapter_file, self.row_adapters
         runner._adapter_values = self._adapter_values
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
@@ -138,8 +150,7 @@ class OnnxRunner(PlainRunner):
     @property
     def adapters_by_row(self) -> list[str] | None:
         """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
-        record = read_row_adapters(self.metadata, str(self.path))
-        return None if record is None else list(record.names)
+        return None if self.row_adapters is None else list(self.row_adapters.names)
 
     @property
     def takes_rows(self) -> bool:
@@ -148,7 +159,7 @@ class OnnxRunner(PlainRunner):
     @property
     def takes_adapters(self) -> bool:
         """Whether the graph's metadata declares adapters: as inputs, or row by row."""
-        return not {CONTRACT_KEY, ROW_ADAPTERS_KEY}.isdisjoint(self.metadata)
+        return not {CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY}.isdisjoint(self.metadata)
 
     @property
     def lacks_adapter(self) -> bool:
@@ -188,8 +199,43 @@ class OnnxRunner(PlainRunner):
 
     @property
     def adapters_per_row(self) -> int:
-        record = read_row_adapters(self.metadata, str(self.path))
-        return 1 if record is None else record.per_row
+        return 1 if self.row_adapters is None else self.row_adapters.per_row
+
+    @functools.cached_property
+    def contract_of_slots(self) -> Contract | None:
+        """What a slot takes; None for a graph without slots. Raises InputRefused where the record is damaged."""
+        return read_contract(self.metadata, self.path) if SLOTS_KEY in self.metadata else None
+
+    def with_slots(self, adapters: Mapping[str, AdapterArrays]) -> OnnxRunner:
+        """The same session with these adapters in its slots, from slot 1 on: the values of each by its name.
+
+        Raises InputRefused for more adapters than slots, and for a graph without slots.
+        """
+        contract = self.contract_of_slots
+        if contract is None or len(adapters) > contract.slots:
+            has = "no slots" if contract is None else count(contract.slots, "slot")
+            raise InputRefused(f"{self.path} has {has}, for {count(len(adapters), 'adapter')}")
+        runner = copy.copy(self)
+        runner._adapter_values = contract.stacks()
+        for slot, values in enumerate(adapters.values(), 1):
+            contract.fill(runner._adapter_values, slot, values)
+        labels = contract.labels(list(adapters.values()))
+        runner.row_adapters = RowAdapters(list(adapters), labels, contract.per_row)
+        return runner
+
+    def with_moved_adapters(self) -> tuple[OnnxRunner, list[int]] | None:
+        """The same session after another adapter, or none, took the place of that of each slot.
+
+        Returns the adapter that each slot has then, from slot 1 on, by its number; 0 where the slot was emptied. None
+        for a graph without slots.
+        """
+        contract, adapters = self.contract_of_slots, len(self.adapters_by_row or ())
+        if contract is None:
+            return None
+        now = [(slot + 1) % (adapters + 1) for slot in range(1, contract.slots + 1)]
+        runner, before = copy.copy(self), self._adapter_values
+        runner._adapter_values = {name: stack[[0, *now]] for name, stack in before.items()}
+        return runner, now
 
     def with_rows(
         self,
@@ -205,7 +251,9 @@ class OnnxRunner(PlainRunner):
         `adapter_ids`.
         """
         if ADAPTER_IDS not in self.axes and self._adapter_ids is None:
-            raise InputRefused(f"{self.path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')}")
+            raise InputRefused(
+                f"{self.path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots"
+            )
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
@@ -264,7 +312,7 @@ class OnnxRunner(PlainRunner):
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())
-        record = read_row_adapters(self.metadata, str(self.path)) if len(ids) == 1 else None
+        record = self.row_adapters if len(ids) == 1 else None
         return outputs if record is None or not record.labels else record.own_labels(outputs, ids.pop())
 
     @property

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, HeadPlace, read_contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import (
     CONVENTIONS,
@@ -266,17 +266,25 @@ def _fits(site: Site, place: AdapterPlace, block: range | None) -> bool:
 
 def _input_problems(inputs: Mapping[str | None, ir.Value], contract: Contract) -> Iterator[str]:
     """What is wrong with the inputs of the places."""
-    for place in contract.places:
+    shapes = contract.input_shapes
+    for place in contract.every_place:
         values = {name: inputs[name] for name in place.input_shapes if name in inputs}
-        yield from (f"{name}: no optional input of that name" for name in place.input_shapes if name not in inputs)
+        kind = "" if contract.required else "optional "
+        yield from (f"{name}: no {kind}input of that name" for name in place.input_shapes if name not in inputs)
         if len(values) == len(place.input_shapes):
-            yield from _shape_problems(place, values, is_required=contract.required)
+            yield from _shape_problems(place, values, shapes, is_required=contract.required)
 
 
-def _shape_problems(place: AdapterPlace, values: Mapping[str, ir.Value], *, is_required: bool) -> Iterator[str]:
-    weight, first = " x ".join(map(str, place.shape)), values[place.a]
+def _shape_problems(
+    place: AdapterPlace | HeadPlace,
+    values: Mapping[str, ir.Value],
+    shapes: Mapping[str, Sequence[int | None]],
+    *,
+    is_required: bool,
+) -> Iterator[str]:
+    weight, first = " x ".join(map(str, place.shape)), next(iter(values.values()))
     for name, value in values.items():
-        sizes, wanted = list(value.shape or ()), place.input_shapes[name]
+        sizes, wanted = list(value.shape or ()), shapes[name]
         pairs = list(zip(wanted, sizes, strict=False))
         has_fixed_rank = any(size is None and isinstance(actual, int) for size, actual in pairs)
         if len(sizes) != len(wanted) or any(size is not None and size != actual for size, actual in pairs):

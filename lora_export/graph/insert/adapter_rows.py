@@ -235,11 +235,11 @@ class AdapterStacks:
         step: Step,
         adapters: Sequence[str],
         dtype: str,
-        dora: Sequence[NDArray[np.float64] | None],
+        dora: Sequence[NDArray[np.float64] | None] = (),
         *,
         max_rank: int = 0,
     ):
-        self.factory, self.step, self.dtype, self.dora = factory, step, dtype, dora
+        self.factory, self.step, self.dtype, self.dora = factory, step, dtype, dora or [None] * len(adapters)
         own_steps = [step.for_adapter(name) for name in adapters]
         self.scalings = [None if own is None else own.scaling for own in own_steps]
         paired = [() if own is None or own.scaling is not None else own.terms for own in own_steps]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.formats.contract import SLOTS_KEY, AdapterPlace, Contract, HeadPlace
+from lora_export.formats.onnx_adapter import cast_factor
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_inputs import fingerprint, names_digest, place_of, weight_digests
 from lora_export.graph.insert.adapter_names import CONVENTIONS, DORA_FACTOR, LORA_A, LORA_B, SCALE, dotted, module_of
@@ -24,6 +26,7 @@ from lora_export.graph.insert.row_heads import SAVED_WHOLE, HeadLayer, HeadOutpu
 from lora_export.graph.site import common_dtype
 from lora_export.graph.values import unused_name
 from lora_export.options.export import OnnxOptions
+from lora_export.options.spelling import named
 from lora_export.plan import Layout, Plan
 from lora_export.plan.own_heads import Head
 
@@ -174,3 +177,34 @@ def _head_place(found: HeadOutputs) -> HeadPlace:
         outputs=found.names,
         narrower=found.is_clear,
     )
+
+
+def head_values(contract: Contract, sites: Sites, adapter: str, head: Head) -> dict[str, NDArray[Any]]:
+    """The values of a slot's inputs for the layers that an adapter brings whole.
+
+    `sites` are those of the graph. Where the adapter has one of weight and bias, the other is the base's. Raises
+    InputRefused, with all of them, for layers that the graph does not take, and for other numbers of labels.
+    """
+    values: dict[str, NDArray[Any]] = {}
+    places = {place.weight: place for place in contract.heads}
+    problems = []
+    for weight in dict.fromkeys(dotted(module_of(name.removesuffix(".bias")), "weight") for name in head):
+        place, bias = places.get(weight), dotted(module_of(weight), "bias")
+        if place is None:
+            problems.append(f"{adapter}, {weight}: the graph takes no such layer")
+            continue
+        own = head[weight] if weight in head else sites.by_name[weight][0].matrix
+        added = head[bias] if bias in head else sites.by_name[bias][0].array if bias in sites.by_name else None
+        if len(own) > place.labels or (len(own) < place.labels and not place.narrower):
+            most = f"{place.labels}" if not place.narrower else f"at most {place.labels}"
+            problems.append(f"{adapter}, {weight}: {len(own)} labels, the graph takes {most}")
+            continue
+        parts = place.values(own, added)
+        values |= {name: cast_factor(f"{adapter}, {weight}", name, one, place.dtype) for name, one in parts.items()}
+    if problems:
+        raise InputRefused(
+            "a slot takes the layers of the adapters that the graph was made with; these do not fit:",
+            listed(problems),
+            f"Export again with this adapter ({named('adapters')}). Nothing was written.",
+        )
+    return values
