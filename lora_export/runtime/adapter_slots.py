@@ -22,7 +22,7 @@ from lora_export.errors import InputRefused, count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import AdapterArrays, Contract, read_contract
 from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
-from lora_export.formats.row_adapters import row_inputs
+from lora_export.formats.row_adapters import ROW_INPUTS, row_inputs
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
@@ -75,7 +75,8 @@ class AdapterSlots:
         self.contract, self.longest = read_contract(metadata, self.model), read_longest(metadata, self.model)
         if not self.contract.slots:
             raise InputRefused(f"{self.model} has no slots: it was made with {named('lora', 'inputs')}")
-        self._shapes = {value.name: value.shape for value in session.get_inputs()}
+        own = {*self.contract.inputs, *ROW_INPUTS}
+        self._shapes = {value.name: value.shape for value in session.get_inputs() if value.name not in own}
         self._outputs = [value.name for value in session.get_outputs()]
         self._stacks = _Stacks(self.contract, provider)
         self._threads = threading.local()
@@ -105,9 +106,11 @@ class AdapterSlots:
         """Outputs by name (all, unless `outputs` names them), each row computed with its adapter.
 
         `adapters` has a name for each row, or several where the graph takes several; `scales` has their factors then.
-        Raises InputRefused for an adapter that is refused, and for more of them than there are slots; RuntimeRefused
-        where onnxruntime refuses the run.
+        Raises InputRefused for an adapter that is refused, for more of them than there are slots, and for other inputs
+        than the graph's; RuntimeRefused where onnxruntime refuses the run.
         """
+        if feeds.keys() != self._shapes.keys():  # a binding would read what an earlier run gave
+            raise InputRefused(f"{self.model} takes {', '.join(self._shapes)}, and the run has {', '.join(feeds)}")
         binding = self.io_binding()
         names = self._outputs if outputs is None else list(outputs)
         held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # a binding holds no array

@@ -68,6 +68,8 @@ class Session:
             session = open_session(self.model, provider, _default_options() if options is None else options)
         self.session = session
         contract = read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
+        if contract.slots:
+            raise InputRefused(f"{self.model} has slots, which lora_export.AdapterSlots fills")
         self.contract = _checked(contract, self.session, self.model)
         self.longest = read_longest(self.session.get_modelmeta().custom_metadata_map, self.model)
         self._base_values = {name: _owned_copy(array) for name, array in self.contract.without_adapter().items()}

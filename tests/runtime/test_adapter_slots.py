@@ -200,12 +200,25 @@ def test_several_adapters_of_a_row_are_added_up(tmp_path: Path) -> None:
         slots.run({"x": X[:1]}, [["a", "b", "c"]])
 
 
+def test_inputs_of_an_earlier_run_are_never_read_again(fleet: Fleet) -> None:
+    slots = AdapterSlots(fleet.graph, fleet.adapters)
+    fleet.check(slots, ["a"])
+    for feeds in ({}, {"x": X[:1], "adapter_ids": np.ones(1, np.int64)}):
+        with pytest.raises(InputRefused, match="takes x, and the run has"):
+            slots.run(feeds, ["a"])
+
+
 def test_a_graph_without_slots_is_refused(tmp_path: Path) -> None:
     model = graph()
     insert_inputs(model, find_sites(model), ["up.weight"])
     ir.save(model, tmp_path / "inputs.onnx")
     with pytest.raises(InputRefused, match="has no slots"):
         AdapterSlots(tmp_path / "inputs.onnx", tmp_path)
+
+
+def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None:
+    with pytest.raises(InputRefused, match="has slots, which lora_export.AdapterSlots fills"):
+        le.Session(fleet.graph)
 
 
 def under_threads(fleet: Fleet, *, seconds: float, rounds: int) -> int:

@@ -63,6 +63,8 @@ class Decoder:
         self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
         self.adapters: Session | None = None
+        if runner.inner.contract_of_slots is not None:
+            raise InputRefused(f"{graph} has slots, which nothing fills here: generate with {named('lora', 'rows')}")
         if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
             self.adapters = Session(graph, provider=provider, session=self.session)
             unknown -= {name for place in self.adapters.contract.places for name in place.input_shapes}
