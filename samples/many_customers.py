@@ -1,4 +1,4 @@
-"""Serve a classifier to many customers: requests that arrive together are one run of the graph, whoever sent them.
+"""Serve a classifier to many customers: requests that arrive together are one run of the graph.
 
     pip install fastapi uvicorn
     python samples/many_customers.py MODEL served.onnx ADAPTERS

@@ -87,7 +87,7 @@ def locate_steps(
 def insert_and_save(
     program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
 ) -> list[str]:
-    """Insert the adapters as the mode says, and write the graph; return the names of the files beside it.
+    """Insert the adapters in their mode, and write the graph; return the names of the files beside it.
 
     `targets` are weights beside which inputs for future adapters are added. The graph is changed.
     """

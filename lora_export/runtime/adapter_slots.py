@@ -29,7 +29,7 @@ from lora_export.provenance import read_longest, refuse_larger
 from lora_export.runtime.ort_session import open_session, raising_refusals
 from lora_export.storage.hashes import FAST, file_hash
 
-Row = str | None | Sequence[str | None]  # the adapter of a row, or several; None is the base
+AdaptersOfRow = str | None | Sequence[str | None]  # the adapter of a row, or several; None is the base
 
 
 class _Version(NamedTuple):
@@ -97,7 +97,7 @@ class AdapterSlots:
     def run(
         self,
         feeds: Mapping[str, NDArray[Any]],
-        adapters: Sequence[Row],
+        adapters: Sequence[AdaptersOfRow],
         *,
         scales: Sequence[Sequence[float]] | None = None,
         outputs: Sequence[str] | None = None,
@@ -139,7 +139,7 @@ class AdapterSlots:
         return self._threads.binding
 
     @contextlib.contextmanager
-    def use(self, adapters: Sequence[Row]) -> Iterator[NDArray[np.int64]]:
+    def use(self, adapters: Sequence[AdaptersOfRow]) -> Iterator[NDArray[np.int64]]:
         """The value of `adapter_ids` for rows with these adapters, whose slots stay as they are until the end.
 
         It is [batch], or [batch, adapters of a row] where a row has several.
@@ -319,7 +319,7 @@ class _Stacks:
                 self.values[name].update_inplace(self.host[name])
 
 
-def _adapters_of(row: Row) -> Sequence[str | None]:
+def _adapters_of(row: AdaptersOfRow) -> Sequence[str | None]:
     return [row] if row is None or isinstance(row, str) else row
 
 

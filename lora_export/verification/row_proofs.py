@@ -99,7 +99,7 @@ def prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[
 
     `proofs` are those of `prove_mixed`. None for a graph without slots. Of many slots, MOST_SLOTS are judged, the first
     and the last among them. As a control, each adapter is compared with the one in the slot beside it: the verdict is
-    `undecided` where these could not be told apart.
+    `undecided` where it cannot distinguish them.
     """
     moved = candidate.with_moved_adapters() if isinstance(candidate, OnnxRunner) else None
     if moved is None:
@@ -113,17 +113,17 @@ def prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[
         parity.Reason(
             Outcome.UNDECIDED,
             "neighbour's slot",
-            f"{names[one - 1]} and {names[other - 1]} in the slot beside it compute nearly the same: this check could "
-            "not have told a neighbour's slot",
+            f"{names[one - 1]} and {names[other - 1]} in the slot beside it compute nearly the same: this check cannot "
+            "distinguish a neighbour's slot",
             remedy="adapters that differ more",
         )
         for one, other in itertools.pairwise(range(1, len(proofs)))
-        if not _is_told_apart(proofs[one], proofs[other])
+        if not _is_distinguished(proofs[one], proofs[other])
     ]
     return replace(proof, verdict=parity.with_reasons(proof.verdict, *reasons))
 
 
-def _is_told_apart(proof: Proof, neighbour: Proof) -> bool:
+def _is_distinguished(proof: Proof, neighbour: Proof) -> bool:
     """Whether the candidate with the neighbour's adapter is different from the reference of this one."""
     cases = [replace(case, candidate=other.candidate) for case, other in zip(proof.cases, neighbour.cases, strict=True)]
     return parity.judge(cases, dtype=proof.verdict.dtype).outcome is Outcome.DIFFERENT

@@ -217,7 +217,7 @@ def test_a_graph_without_slots_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None:
-    with pytest.raises(InputRefused, match="has slots, which lora_export.AdapterSlots fills"):
+    with pytest.raises(InputRefused, match=r"has slots, which lora_export\.AdapterSlots fills"):
         le.Session(fleet.graph)
 
 
