@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_export.options.reading import ReadOptions
     from lora_export.plan import Plan, TensorSpec
     from lora_export.plan import make as make_plan
+    from lora_export.runtime.adapter_slots import AdapterSlots
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.session import Session
     from lora_export.runtime.torch_runners import ModuleRunner
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 # public name -> where it lives
 _HOMES = {
     "Adapter": "lora:Adapter",
+    "AdapterSlots": "runtime.adapter_slots:AdapterSlots",
     "Combination": "options.combining:Combination",
     "GraphReferences": "verification.against_graph:GraphReferences",
     "LoraPair": "lora:LoraPair",
@@ -88,6 +90,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "AdapterSlots",
     "Combination",
     "GraphReferences",
     "LoraPair",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export import plan, provenance
+from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, as_lora
 from lora_export.api.adapter_names import (
     family_of_base,
@@ -18,27 +18,25 @@ from lora_export.api.adapter_names import (
     with_shapes_of_base,
     without_repeated_tables,
 )
+from lora_export.api.adapter_values import adapter_values
 from lora_export.api.adapters import copy_head_config, staged, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.output_names import with_suffix
-from lora_export.errors import InputRefused, MatchError
+from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors
-from lora_export.graph.merge.fold import without_unchanged_tables
+from lora_export.graph.insert.adapter_inputs import checked_contract
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.graph.refusals import refuse_lost_biases
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
-from lora_export.options.spelling import command, named
+from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family, family_of_names
-from lora_export.plan.match_tensors import NO_WEIGHT
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.weights.changes_of_base import with_changes_of_base
@@ -159,32 +157,19 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
 
 def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, graph: Path) -> ConvertResult:
     output = Path(options.output)
-    onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if options.ignore_head else loaded])
+    if options.ignore_head:
+        onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)
     sites = find_sites(model)
     if options.ignore_head:
         (loaded,) = without_shared_head([loaded], sites.specs, stored_in_graph(sites))
     contract = checked_contract(model, graph)
-    names = [spec.name for spec in sites.specs]
-    try:
-        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[options.weight], around=names)
-    except MatchError as error:
-        raise error.with_words(NO_WEIGHT, "the graph takes no adapter at").with_remedy(
-            f"{graph} takes adapters at {len(contract.slots)} layers. "
-            f"`{command('onnx', lora='inputs', target='NAMES')}` makes a graph that takes them at others"
-        ) from error
-    if any(step.replace is not None for step in steps.low_rank):
-        steps = without_unchanged_tables(steps, sites)
-    onnx_adapter.refuse_new_tables(steps)
-    refuse_lost_biases(steps, find_sites(model))
+    arrays, steps = adapter_values(loaded, options.weight, model, contract, sites, graph)
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         options.on_message(f"note: {note}")
-    onnx_adapter.refuse_dora_without_factor(contract, steps)
-    factors = contract_dora_factors(model, contract, steps, loaded.name)
-    parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
     with staged(options, output, [graph, *adapter_paths(adapter)], is_file=True) as folder:
-        onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
-    changed = {contract.inputs[name].weight for name in parameters}
-    return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)
+        onnx_adapter.write(folder / output.name, arrays, contract, sha256=loaded.sha256)
+    changed = {contract.inputs[name].weight for name in arrays}
+    return ConvertResult(output, len(changed), len(contract.every_place), contract.base, notes)

@@ -60,7 +60,7 @@ class Inspection:
 
     @property
     def mode(self) -> str:
-        """How the adapters are in a graph: "merged", "nodes", "inputs" or "rows"; empty where none are recorded."""
+        """How the adapters are in a graph, as `lora` of `export_onnx` names it; empty where none are recorded."""
         return self.record.mode if self.record.adapters or self.record.by_row is not None else ""
 
     @property

@@ -40,7 +40,9 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
 
     With `lora="inputs"`, each adapter becomes a file NAME.onnx_adapter beside the graph. With "rows", the input
     `adapter_ids` (int64 [batch]) chooses the adapter of each row: 0 is the base, n the n-th adapter. With `per_row`
-    above 1, it is [batch, per_row], and so is the input `adapter_scales` (float32), with a factor for each.
+    above 1, it is [batch, per_row], and so is the input `adapter_scales` (float32), with a factor for each. With
+    "slots", the adapters are inputs too (slots + 1, ...), which `AdapterSlots` fills while the graph is in use; those
+    that are given become files, and without any the proof generates two.
 
     The task "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for
     a prompt and for every token after it. The other tasks make three graphs of a model with an encoder:
@@ -105,7 +107,7 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(
             f"{named('tied', 'both')} is for models: in a graph each layer gets a weight of its own where it changes"
         )
-    if lora == "inputs" and not adapters and target is None:
+    if lora in ("inputs", "slots") and not adapters and target is None:
         raise WrongUsage(
             f"{named('lora', lora)} needs an adapter ({named('adapters')}), or {named('target')} for future ones"
         )
@@ -117,6 +119,10 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(
             f"{named('target')} is not for {options.task}: inputs are where the adapters of {named('adapters')} are"
         )
+    if options.has_encoder and lora == "slots":
+        raise WrongUsage(f"{named('lora', lora)} is not for {options.task}, whose adapters are in several graphs")
+    if options.dora and options.per_row > 1:
+        raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
     if options.has_encoder and options.fuse:
         raise WrongUsage(f"{named('fuse')} is for decoders alone, not for {options.task}")
     if options.quantize and options.dtype == "bfloat16" and options.provider == "cpu":

@@ -19,7 +19,7 @@ from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
-from lora_export.formats import onnx_adapter
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs
@@ -73,7 +73,7 @@ def export_from_graph(options: OnnxRequest) -> OnnxResult:
             run, companions, report = _merge(graph, program, located, folder, options)
             hashes = run.hashes
         else:
-            if options.lora == "rows":
+            if options.by_row:
                 _measure_unclear_shapes(program, located, base, options)
             targets = _targets(located.sites, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
@@ -111,7 +111,7 @@ def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | 
 
 def _way_on(graph: GraphFile) -> str:
     """How a graph that takes adapters gets one more."""
-    if onnx_adapter.ROW_ADAPTERS_KEY in graph.model.metadata_props:
+    if ROW_ADAPTERS_KEY in graph.model.metadata_props:
         return "Its rows choose among those in it. Give all of them, with the graph that it was made from"
     one_more = command("convert", "ADAPTER", graph=graph.path.name)
     return f"One more needs a file alone (`{one_more}`). For anything else start from the graph that it was made from"
@@ -234,6 +234,7 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
     settings = {"lora": options.lora, **options.settings}
     settings |= {"requantize": True, "min_retention": options.min_retention} if options.requantize else {}
-    settings |= {"max_rank": options.max_rank} if options.max_rank else {}
+    settings |= {"max_rank": options.rank} if options.rank else {}
+    settings |= {"slots": options.slots} if options.lora == "slots" else {}
     settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

@@ -108,7 +108,7 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
-        chosen |= {"max_rank": options.max_rank}
+        chosen |= {"max_rank": options.rank, "slots": options.slots if options.lora == "slots" else None}
         chosen |= {"per_row": options.per_row if options.per_row > 1 else None}
         settings |= {name: value for name, value in chosen.items() if value}
         record = record_of_model(base, given.adapters, given.weights, settings)

@@ -26,6 +26,8 @@ from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
+SLOT_RANK = 16  # of a graph of slots, where no other is stated
+
 if TYPE_CHECKING:
     from lora_export.graph.interface import WeightPrecision
     from lora_export.weights.merge_report import MergeReport
@@ -61,6 +63,16 @@ class OnnxRequest(OnnxOptions):
         """Whether a call of the graph chooses its adapter."""
         return self.lora in SWAPPED
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a batch chooses its adapter."""
+        return self.lora in ("rows", "slots")
+
+    @property
+    def rank(self) -> int:
+        """The rank to which those of adapters are padded; 0: each has its own."""
+        return self.max_rank or (SLOT_RANK if self.lora == "slots" else 0)
+
     def without_head(self, specs: Iterable[plan.TensorSpec], stored: BaseTensor) -> OnnxRequest:
         """The same options, without the head that all adapters share with the base (`ignore_head`).
 
@@ -73,7 +85,7 @@ class OnnxRequest(OnnxOptions):
     @property
     def has_own_heads(self) -> bool:
         """Whether each row of a batch has the head that its adapter saves whole."""
-        is_taken = self.lora == "rows" and not self.ignore_head and not self.has_encoder
+        is_taken = self.by_row and not self.ignore_head and not self.has_encoder
         return is_taken and any(map(head_names, self.adapters))
 
     @property
@@ -109,6 +121,7 @@ class OnnxProofs:
     mixed: Proof | None = None  # batches in which each row has its own adapter
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
     several: Proof | None = None  # batches in which each row has several adapters
+    moved: Proof | None = None  # batches after the adapter of each slot was replaced
 
     def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
         """What was proven besides the whole, by name; each proof in a form of it."""
@@ -116,7 +129,7 @@ class OnnxProofs:
         if self.unlike_base is not None:
             found["bits_of_base"] = not self.unlike_base
             found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
-        batches = {"mixed": self.mixed, "several": self.several}
+        batches = {"mixed": self.mixed, "several": self.several, "moved": self.moved}
         return found | {name: form(proof) for name, proof in batches.items() if proof}
 
 
@@ -165,6 +178,6 @@ def check_adapters(options: OnnxRequest) -> None:
         if options.ignore_head:  # its tensors are compared with the base's when those are known
             others = [replace(adapter, replaced={}) for adapter in options.adapters]
         onnx_adapter.refuse_beyond_low_rank(others)
-    if options.lora == "inputs":
+    if options.lora in ("inputs", "slots"):
         for adapter in options.adapters:
             adapter_file(adapter, options)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from lora_export import provenance
+from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.formats import onnx_adapter
@@ -22,6 +23,7 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.adapter_slots import head_values, insert_slots
 from lora_export.graph.merge.fold import without_unchanged_tables
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank, refuse_lost_biases
@@ -35,7 +37,7 @@ from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove, prove_by_origin
 from lora_export.verification.references import References
-from lora_export.verification.row_proofs import BASE, MIXED, SEVERAL, prove_mixed, prove_several
+from lora_export.verification.row_proofs import BASE, MIXED, MOVED, SEVERAL, prove_mixed, prove_moved, prove_several
 from lora_export.weights.checkpoint import Checkpoint
 
 
@@ -85,11 +87,11 @@ def locate_steps(
 def insert_and_save(
     program: ir.Model, located: Located, options: OnnxRequest, targets: Sequence[str], folder: Path
 ) -> list[str]:
-    """Insert the adapters as nodes, rows or inputs, and write the graph; return the names of the files beside it.
+    """Insert the adapters in their mode, and write the graph; return the names of the files beside it.
 
     `targets` are weights beside which inputs for future adapters are added. The graph is changed.
     """
-    if options.lora == "inputs":
+    if options.lora in ("inputs", "slots"):
         return _with_inputs(program, located, options, targets, folder)
     assert located.plan is not None
     options.stage("inserting the adapters")
@@ -98,7 +100,7 @@ def insert_and_save(
             program,
             located.sites,
             located.plan,
-            max_rank=options.max_rank or 0,
+            max_rank=options.rank,
             heads=located.heads,
             per_row=options.per_row,
         )
@@ -124,22 +126,21 @@ def _with_inputs(
     dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
     parts = [name for name in changed if name not in sites.by_name]
     weights = [*(name for name in sites.by_name if name in wanted), *parts]
-    contract = insert_inputs(
-        program,
-        sites,
-        weights,
-        names=options.names,
-        dora=dora,
-        scaled=[weight for weight, scaling in scalings if scaling.of_inputs],
-        max_rank=options.max_rank or 0,
-        required=options.required_inputs,
-    )
+    scaled = [weight for weight, scaling in scalings if scaling.of_inputs]
+    common: dict[str, Any] = {"names": options.names, "dora": dora, "scaled": scaled, "max_rank": options.rank}
+    if options.lora == "slots":
+        taken: dict[str, Any] = {"slots": options.slots, "heads": located.heads, "per_row": options.per_row}
+        contract = insert_slots(program, sites, weights, steps, **common, **taken)
+    else:
+        contract = insert_inputs(program, sites, weights, **common, required=options.required_inputs)
     names = []
-    for adapter in options.adapters:
+    for number, adapter in enumerate(options.adapters):
         assert steps is not None
         factors = contract_dora_factors(program, contract, steps, adapter.name)
         # One of several graphs may have nothing of this adapter. Its file then has a pair of zeros.
-        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.slots[0].zeros()
+        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors) or contract.places[0].zeros()
+        for head in located.heads[number : number + 1]:
+            parameters |= head_values(contract, located.sites, adapter.name, head)
         path = folder / adapter_file(adapter, options)
         onnx_adapter.write(path, parameters, contract, sha256=adapter.sha256)
         names.append(path.name)
@@ -187,6 +188,9 @@ def prove_all(
         runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.seconds)
     else:
         runner = OnnxRunner(path, options.provider, timeout=options.seconds)
+    if options.lora == "slots":
+        assert isinstance(runner, OnnxRunner)
+        options, runner = _with_slots(options, runner)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         return OnnxProofs(require_same(_prove(runner, own, options, "")))
@@ -202,14 +206,26 @@ def prove_all(
     for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
-    several = mixed = None
+    several = mixed = moved = None
     if options.per_row > 1:
         own = references.with_adapters(options.adapters, options.strengths)
         several = require_same(prove_several(runner, own, step=stage_of_proof(options.stage, SEVERAL)), SEVERAL)
-    if options.lora == "rows":
+    if options.by_row:
         options.stage(f"verifying {MIXED}")
-        mixed = require_same(prove_mixed(runner, references, [whole, *adapters.values()], several), MIXED)
-    return OnnxProofs(whole, adapters, mixed, unlike, several)
+        alone = [whole, *adapters.values()]
+        mixed = require_same(prove_mixed(runner, references, alone, several), MIXED)
+        moved = prove_moved(runner, references, alone)
+        moved = moved and require_same(moved, MOVED)
+    return OnnxProofs(whole, adapters, mixed, unlike, several, moved)
+
+
+def _with_slots(options: OnnxRequest, runner: OnnxRunner) -> tuple[OnnxRequest, OnnxRunner]:
+    """The adapters of the request in slots, by their files; without any, generated ones."""
+    if not options.adapters:
+        options = replace(options, adapters=generated_adapters(runner.path))
+        return options, with_filled_slots(runner, options.adapters, None)
+    files = {one.name: runner.path.with_name(adapter_file(one, options)) for one in options.adapters}
+    return options, runner.with_slots({name: onnx_adapter.arrays_of(file) for name, file in files.items()})
 
 
 def _prove(runner: Graphs, references: References, options: OnnxRequest, what: str) -> Proof:
@@ -227,7 +243,7 @@ def _prove_base(runner: Graphs, references: References, options: OnnxRequest, ex
 
 def _by_adapter(runner: Graphs, options: OnnxRequest) -> list[Graphs]:
     """The graph without an adapter, and with each."""
-    if options.lora == "rows":
+    if options.by_row:
         return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
     if isinstance(runner, EncoderDecoderRunner):
         return [runner, *(runner.with_adapter(adapter.name) for adapter in options.adapters)]

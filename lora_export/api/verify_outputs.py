@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     """Prove the candidate against the PyTorch model. Its `error` is what ended the proof before it had figures."""
     from lora_export.api.adapted_model import adapted_model
+    from lora_export.api.adapter_values import generated_adapters, with_filled_slots
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
     from lora_export.models.token_scores import with_token_scores
     from lora_export.runtime.endpoint.runner import EndpointRunner
     from lora_export.runtime.endpoint.ways import NextToken
+    from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.open_artifact import HowToOpen, open_candidate
     from lora_export.verification.against_endpoint import EndpointReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
@@ -78,6 +80,11 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             request.runner,
         )
         runner = open_candidate(candidate, how)
+        if isinstance(runner, OnnxRunner) and runner.contract_of_slots is not None:
+            stage("filling the slots")
+            if not loaded:
+                adapted = replace(adapted, adapters=generated_adapters(runner.path), strengths=(1.0, 1.0))
+            runner = with_filled_slots(runner, adapted.adapters, adapted.strengths)
         make_references: Callable[..., PyTorchReferences] = PyTorchReferences
         if isinstance(runner, EndpointRunner):
             is_costly = isinstance(runner.way, NextToken)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import version_of
 from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource
 from lora_export.options.spelling import named
@@ -136,7 +137,7 @@ def active_adapters(record: WrittenRecord, given: ComparedWith) -> Sequence[Reco
 def _version(adapter: Record) -> int | None:
     """What an adapter's file holds of its hash."""
     digest = str(adapter.get("sha256", ""))
-    return onnx_adapter.version_of(digest) if SHA256.fullmatch(digest) else None
+    return version_of(digest) if SHA256.fullmatch(digest) else None
 
 
 def _adapter_lines(given: Sequence[Record], contained: Sequence[Record], *, in_order: bool) -> Iterator[str]:

@@ -26,8 +26,8 @@ from lora_export.artifacts.files import (
     is_encoder_decoder_folder,
 )
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
-from lora_export.formats.row_adapters import read_row_adapters
+from lora_export.formats.contract import SLOTS_KEY, read_contract
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.provenance import History
@@ -259,6 +259,8 @@ class Artifact:
     @property
     def has_own_heads(self) -> bool:
         """Whether each row of a graph has the head that its adapter saves whole."""
+        if self.kind is ArtifactKind.GRAPH and SLOTS_KEY in self.metadata:
+            return bool(read_contract(self.metadata, self.path).heads)
         rows = read_row_adapters(self.metadata, str(self.path)) if self.kind is ArtifactKind.GRAPH else None
         return rows is not None and bool(rows.labels)
 

@@ -29,7 +29,8 @@ def onnx_command(as_json: bool, **options: Any) -> None:
 
     With --lora inputs, each adapter becomes a file NAME.onnx_adapter beside the graph. With --lora rows, the graph has
     the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter. With
-    --adapters-per-row, a row has several.
+    --adapters-per-row, a row has several. With --lora slots, adapters are loaded and replaced while the graph runs:
+    `lora-export guide slots`.
     """
     from lora_export.api.onnx import export_onnx
     from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs

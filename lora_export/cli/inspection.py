@@ -35,6 +35,7 @@ MODES = {
     "nodes": "as nodes beside the weights",
     "inputs": "as inputs (a file .onnx_adapter each)",
     "rows": "chosen by the input adapter_ids",
+    "slots": "as inputs in slots, chosen by the input adapter_ids (a file .onnx_adapter each)",
 }
 _Item = TypeVar("_Item")
 

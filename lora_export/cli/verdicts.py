@@ -73,6 +73,8 @@ def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
         show_proof(proofs.mixed, "mixed batches")
     if proofs.several:
         show_proof(proofs.several, "several adapters on a row")
+    if proofs.moved:
+        show_proof(proofs.moved, "replaced adapters")
 
 
 def show_files(paths: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""onnxruntime's adapter files (`.onnx_adapter`), and the record of a graph's adapter inputs.
+"""onnxruntime's adapter files (`.onnx_adapter`), and the values of a graph's adapter inputs.
 
 A graph made with `lora="inputs"` takes A (in, rank) and B (rank, out) of each layer as optional inputs. A graph made
 for DoRA also takes a factor for each output. An `.onnx_adapter` is a FlatBuffer of tensors under the names of those
@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -27,154 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, brief, count, listed
+from lora_export.formats.contract import NO_ARRAYS, AdapterArrays, AdapterPlace, Contract, HeadPlace, version_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import command, named
-from lora_export.plan import Layout, Plan, TensorSpec
+from lora_export.plan import Plan
 from lora_export.plan.own_heads import head_into_base
-from lora_export.storage import hashes, input_files, json_files
+from lora_export.storage import hashes, input_files
 
-CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
-ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `lora="rows"`
-ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
-ADAPTER_SCALES = "adapter_scales"  # its input where a row has several adapters: a factor for each
-ROW_INPUTS = (ADAPTER_IDS, ADAPTER_SCALES)
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
 # ONNX's numbers of the types that a weight may have
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
-
-AdapterArrays = Mapping[str, NDArray[Any]]
-NO_ARRAYS: AdapterArrays = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class AdapterSlot:
-    """The optional inputs of a graph that take an adapter for one weight.
-
-    A linear layer takes A (in, rank) and B (rank, out). An embedding takes the same; `in` is its number of rows.
-    A convolution takes A (rank, in, kernel) and B (out, rank, 1...). B contains the scale.
-    """
-
-    weight: str  # the base's name of the weight
-    a: str  # name of the graph's input for A
-    b: str  # name of the graph's input for B
-    shape: tuple[int, ...]  # (out, in, kernel) of the weight
-    dtype: str
-    digest: str  # of the weight's contents
-    factor: str = ""  # name of the graph's input (out, 1...) for DoRA's m / ‖W + sBA‖; empty without such an input
-    scale: str = ""  # name of the graph's input (in, 1...) for factors of the layer's inputs; empty without
-    embedding: bool = False
-    value: str = ""  # the graph's initializer that holds the weight
-    block: tuple[int, int] | None = None  # the weight's output features, where the initializer holds others too
-    quantised: str = ""  # how the weight is quantised, in words; empty where it is not
-    max_rank: int = 0  # the rank of A and B, to which smaller ones are padded; 0: any rank
-
-    @property
-    def spec(self) -> TensorSpec:
-        shape = self.shape[::-1] if self.embedding else self.shape
-        return TensorSpec(self.weight, shape, self.dtype, Layout.EMBEDDING if self.embedding else Layout.OUT_IN)
-
-    @property
-    def input_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """The shape of each input, by its name. The size of the rank is None, unless it is fixed."""
-        out, inner, *kernel = self.shape
-        ones, rank = (1,) * len(kernel), self.max_rank or None
-        a = (rank, inner, *kernel) if kernel else (inner, rank)
-        b = (out, rank, *ones) if kernel else (rank, out)
-        factors = {self.factor: (out, *ones), self.scale: (inner, *ones)}
-        return {self.a: a, self.b: b} | {name: shape for name, shape in factors.items() if name}
-
-    def without_adapter(self) -> dict[str, NDArray[Any]]:
-        """Return each input's value when there is no adapter: A and B of rank zero, and a factor of ones.
-
-        A fixed rank is that of zeros. A convolution's A and B have one rank of zeros: onnxruntime's convolution over no
-        channels does not set its output.
-        """
-        return self.zeros(1 if len(self.shape) > 2 else 0)
-
-    def zeros(self, rank: int = 1) -> dict[str, NDArray[Any]]:
-        """Return the values of an adapter of this rank that changes nothing: A and B of zeros, and a factor of ones."""
-        sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.input_shapes.items()}
-        ones = {self.factor, self.scale}
-        return {name: (np.ones if name in ones else np.zeros)(size, self.dtype) for name, size in sizes.items()}
-
-    def rank_axis(self, name: str) -> int:
-        """The axis of an input that is the rank."""
-        is_a, is_linear = name == self.a, len(self.shape) == 2
-        return int(is_a == is_linear)
-
-    def padded(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """Return A or B with zeros up to the fixed rank; unchanged where any rank fits."""
-        sizes, axis = [(0, 0)] * array.ndim, self.rank_axis(name)
-        sizes[axis] = (0, max(0, self.max_rank - array.shape[axis]))
-        return np.pad(array, sizes) if self.max_rank else array
-
-
-@dataclass(frozen=True)
-class Contract:
-    """The adapter inputs of a graph, and the base that the graph holds."""
-
-    base: str  # fingerprint of all the base's weights, as hex
-    names: str  # a hash of their names alone
-    slots: tuple[AdapterSlot, ...]
-    required: bool = False  # whether the inputs have no default, so that every run has to feed them
-
-    @property
-    def version(self) -> int:
-        """What an adapter's file holds of the fingerprint."""
-        return version_of(self.base)
-
-    @property
-    def inputs(self) -> dict[str, AdapterSlot]:
-        """The slot of each input, by the input's name."""
-        return {name: slot for slot in self.slots for name in slot.input_shapes}
-
-    def without_adapter(self) -> dict[str, NDArray[Any]]:
-        """Return the values of all inputs when there is no adapter."""
-        return {name: value for slot in self.slots for name, value in slot.without_adapter().items()}
-
-    def __str__(self) -> str:
-        """The JSON that a graph's metadata holds."""
-        defaults = {one.name: one.default for one in fields(AdapterSlot)}
-        records = [{key: value for key, value in asdict(slot).items() if value != defaults[key]} for slot in self.slots]
-        required = {"required": True} if self.required else {}
-        return json.dumps({"base": self.base, "names": self.names, **required, "places": records})
-
-
-def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
-    """Read the contract in a graph's metadata. Raises InputRefused where there is none, or where it is damaged."""
-    if CONTRACT_KEY not in metadata:
-        raise InputRefused(
-            f"{source} does not record where it takes adapters: it was not made by `{command('onnx', lora='inputs')}`, "
-            f"or it has lost its metadata ({CONTRACT_KEY})"
-        )
-    record = json_files.parse_json(metadata[CONTRACT_KEY].encode(), f"{source}, {CONTRACT_KEY}")
-    try:
-        slots = tuple(_slot(entry) for entry in record["places"])
-        contract = Contract(str(record["base"]), str(record["names"]), slots, bool(record.get("required")))
-        version_of(contract.base)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputRefused(f"{source}: its record of adapter inputs ({CONTRACT_KEY}) is damaged: {error!r}") from error
-    return contract
-
-
-def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
-    shape = tuple(map(operator.index, entry["shape"]))
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"a weight of shape {shape}")
-    texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
-    texts |= {key: str(entry[key]) for key in ("factor", "scale", "value", "quantised") if key in entry}
-    start, stop = map(operator.index, entry.get("block", (0, 0)))
-    max_rank = operator.index(entry.get("max_rank", 0))
-    if max_rank < 0:
-        raise ValueError(f"a rank of {max_rank}")
-    block = (start, stop) if "block" in entry else None
-    return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, max_rank=max_rank, **texts)
-
-
-def version_of(fingerprint: str) -> int:
-    """The first 31 bits of a hash: an adapter's file holds no more."""
-    return int(fingerprint[:8], 16) & 0x7FFFFFFF
 
 
 # --- the values of a graph's adapter inputs -----------------------------------------------------
@@ -232,12 +92,12 @@ def refuse_new_tables(plan: Plan) -> None:
 
 def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
     """Raise InputRefused where an adapter has DoRA and the graph has no input for its factor. Lists every weight."""
-    slots = {slot.weight: slot for slot in contract.slots}
+    places = {place.weight: place for place in contract.places}
     lacking = [
         f"{term.adapter}, {step.weight}"
         for step in plan.low_rank
         for term in step.terms
-        if (needed := _input_of_factors(term.pair)) and not getattr(slots.get(step.weight), needed, "")
+        if (needed := _input_of_factors(term.pair)) and not getattr(places.get(step.weight), needed, "")
     ]
     if lacking:
         raise InputRefused(
@@ -249,7 +109,7 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
 
 
 def _input_of_factors(pair: LoraPair) -> str:
-    """The field of a slot that a pair needs beside A and B; empty for none."""
+    """The field of a place that a pair needs beside A and B; empty for none."""
     if (scaling := pair.scaling()) is not None and scaling.of_inputs:
         return "scale"
     return "factor" if scaling is not None or pair.magnitude is not None else ""
@@ -284,27 +144,27 @@ def input_values(
     fixed one, and for DoRA where the graph does not take it.
     """
     refuse_dora_without_factor(contract, plan)
-    slots = {slot.weight: slot for slot in contract.slots}
-    refuse_larger_ranks(plan, {weight: slot.max_rank for weight, slot in slots.items()})
+    places = {place.weight: place for place in contract.places}
+    refuse_larger_ranks(plan, {weight: place.max_rank for weight, place in places.items()})
     values: dict[str, NDArray[Any]] = {}
     for step in plan.low_rank:
         own = step.for_adapter(adapter)
         if own is None:
             continue
-        slot = slots[step.weight]
-        arrays: dict[str, NDArray[Any]] = slot.zeros()
+        place = places[step.weight]
+        arrays: dict[str, NDArray[Any]] = place.zeros()
         if own.scaling is not None:
-            name = getattr(slot, _input_of_factors(own.terms[0].pair))
+            name = getattr(place, _input_of_factors(own.terms[0].pair))
             arrays[name] = own.scaling.factors.reshape(arrays[name].shape)
         else:
             arrays |= {
-                name: slot.padded(name, np.concatenate(parts, axis=slot.rank_axis(name)))
-                for name, *parts in zip((slot.a, slot.b), *(term.factors for term in own.terms), strict=True)
+                name: place.padded(name, np.concatenate(parts, axis=place.rank_axis(name)))
+                for name, *parts in zip((place.a, place.b), *(term.factors for term in own.terms), strict=True)
             }
         if own.magnitude is not None:
-            arrays[slot.factor] = factors[step.weight]
+            arrays[place.factor] = factors[step.weight]
         for name, array in arrays.items():
-            values[name] = cast_factor(f"{adapter}, {step.weight}", name, array, slot.dtype)
+            values[name] = cast_factor(f"{adapter}, {step.weight}", name, array, place.dtype)
     return values
 
 
@@ -408,28 +268,30 @@ def _misfits(adapter: OnnxAdapter, contract: Contract) -> Iterator[str]:
     for name in adapter.values:
         if name not in contract.inputs:
             yield f"{name}: the graph has no such input for an adapter"
-    for slot in contract.slots:
-        values = {name: adapter.values[name] for name in slot.input_shapes if name in adapter.values}
-        for name in slot.input_shapes:
+    for place in contract.every_place:
+        values = {name: adapter.values[name] for name in place.input_shapes if name in adapter.values}
+        for name in place.input_shapes:
             if values and name not in values:
                 yield f"{name}: missing, though {next(iter(values))} is present"
         for name, value in values.items():
-            if value.element_type() != ONNX_TYPES[slot.dtype]:
-                yield f"{name}: {value.data_type()}, the graph takes {slot.dtype}"
-        if len(values) == len(slot.input_shapes):
-            yield from _shape_misfits(slot, {name: list(value.shape()) for name, value in values.items()})
+            if value.element_type() != ONNX_TYPES[place.dtype]:
+                yield f"{name}: {value.data_type()}, the graph takes {place.dtype}"
+        if len(values) == len(place.input_shapes):
+            yield from _shape_misfits(place, {name: list(value.shape()) for name, value in values.items()})
 
 
-def _shape_misfits(slot: AdapterSlot, shapes: Mapping[str, list[int]]) -> Iterator[str]:
+def _shape_misfits(place: AdapterPlace | HeadPlace, shapes: Mapping[str, list[int]]) -> Iterator[str]:
     for name, shape in shapes.items():
-        wanted = slot.input_shapes[name]
+        wanted = place.input_shapes[name]
         if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape, strict=True)):
             sizes = ["rank" if size is None else str(size) for size in wanted]
             yield f"{name}: {shape}, the graph takes [{', '.join(sizes)}]"
             return
-    a, b = (shapes[name][slot.rank_axis(name)] for name in (slot.a, slot.b))
+    if isinstance(place, HeadPlace):
+        return
+    a, b = (shapes[name][place.rank_axis(name)] for name in (place.a, place.b))
     if a != b:
-        yield f"{slot.a} {shapes[slot.a]} and {slot.b} {shapes[slot.b]}: the ranks disagree"
+        yield f"{place.a} {shapes[place.a]} and {place.b} {shapes[place.b]}: the ranks disagree"
 
 
 def array_of_ort_value(value: Any) -> NDArray[Any]:

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES, ROW_ADAPTERS_KEY
 from lora_export.storage.json_files import parse_json
 
+ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `lora="rows"`
+ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
+ADAPTER_SCALES = "adapter_scales"  # its input where a row has several adapters: a factor for each
+ROW_INPUTS = (ADAPTER_IDS, ADAPTER_SCALES)
 # The logit of a label that the head of a row's adapter does not have. Every float type holds it (bfloat16 as -9984),
 # and its softmax and sigmoid are 0.
 ABSENT_LABEL = -10000.0

@@ -30,7 +30,7 @@ class ConvertOptions(Output):
     to: WrittenFormat = option("onnx_adapter", "Format to write.", often=True)
     graph: str | Path | None = option(
         None,
-        "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}`.",
+        "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}` or slots.",
         flags=("--for",),
         metavar="MODEL.onnx",
         often=True,

@@ -150,6 +150,7 @@ LORA_MODES = {
     "nodes": "keep A and B as nodes beside the weights",
     "inputs": "make A and B optional inputs, with one file per adapter",
     "rows": "choose the adapter of each batch row by an input",
+    "slots": "as rows, with the adapters as inputs, so that they are replaced while the graph runs",
 }
 
 

@@ -26,7 +26,7 @@ CachedTask = Literal["text-generation", "text2text-generation", "automatic-speec
 # What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
 CACHED_TASKS: tuple[str, ...] = get_args(CachedTask)
 TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS
-SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
+SWAPPED = ("inputs", "rows", "slots")  # modes whose graph is the base until a call chooses an adapter
 
 OF_ADAPTERS = "other graphs contain the adapters that are given, and no others"
 EXPORTED = Only("model", ("module",), "MODEL is a graph already", words="models that are exported")
@@ -62,8 +62,8 @@ class OnnxOptions(GivenAdapters, Running, Published):
         section=Section.OPTIONS,
     )
 
-    lora: Literal["merged", "nodes", "inputs", "rows"] = option(
-        "merged", modes("merged", "nodes", "inputs", "rows"), often=True
+    lora: Literal["merged", "nodes", "inputs", "rows", "slots"] = option(
+        "merged", modes("merged", "nodes", "inputs", "rows", "slots"), often=True
     )
     requantize: bool = option(
         False,
@@ -75,26 +75,35 @@ class OnnxOptions(GivenAdapters, Running, Published):
     )
     target: str | Sequence[str] | None = option(
         None,
-        "With {lora=inputs}: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
-        "separated by commas, or all linear layers except the output head.",
+        "With {lora=inputs} and slots: also add adapter inputs at these layers, for future adapters. Endings of layer "
+        "names, separated by commas, or all linear layers except the output head.",
         metavar="NAMES|all-linear",
         multiple=False,
         often=True,
-        only=(Only("lora", ("inputs",), OF_ADAPTERS),),
+        only=(Only("lora", ("inputs", "slots"), OF_ADAPTERS),),
     )
     dora: bool = option(
         False,
-        "With {lora=inputs}: let future adapters have DoRA at all these layers.",
-        only=(Only("lora", ("inputs",), OF_ADAPTERS),),
+        "With {lora=inputs} and slots: let future adapters have DoRA at all these layers.",
+        only=(Only("lora", ("inputs", "slots"), OF_ADAPTERS),),
     )
-    names: Literal["olive", "genai", "peft"] = option("olive", "With {lora=inputs}: naming convention of the inputs.")
+    names: Literal["olive", "genai", "peft"] = option(
+        "olive", "With {lora=inputs} and slots: naming convention of the inputs."
+    )
     max_rank: int | None = option(
         None,
-        "With {lora=inputs} and rows: pad the rank of every adapter to N with zeros, so that adapters have static "
-        "shapes. A larger rank is refused.",
+        "With {lora=inputs}, rows and slots: pad the rank of every adapter to N with zeros, so that adapters have "
+        "static shapes. A larger rank is refused. Default of slots: 16.",
         metavar="N",
         at_least=1,
         only=(Only("lora", SWAPPED, "in other graphs an adapter has its own rank"),),
+    )
+    slots: int = option(
+        64,
+        "With {lora=slots}: how many adapters the graph takes at a time.",
+        metavar="N",
+        at_least=1,
+        only=(Only("lora", ("slots",)),),
     )
     required_inputs: bool = option(
         False,
@@ -103,17 +112,17 @@ class OnnxOptions(GivenAdapters, Running, Published):
     )
     per_row: int = option(
         1,
-        "With {lora=rows}: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
+        "With {lora=rows} and slots: give each row K adapters, added up. adapter_ids and the input adapter_scales are "
         "[batch, K].",
         flags=("--adapters-per-row",),
         metavar="K",
         at_least=1,
-        only=(Only("lora", ("rows",)),),
+        only=(Only("lora", ("rows", "slots")),),
     )
     ignore_head: bool = option(
         False,
-        "With {lora=inputs} and rows: leave out the task head that the adapters save whole. MODEL has to contain "
-        "the same head (merge {only_head}).",
+        "With {lora=inputs}, rows and slots: leave out the task head that the adapters save whole. MODEL has to "
+        "contain the same head (merge {only_head}).",
         only=(Only("lora", SWAPPED, "other graphs contain the head of the adapter"),),
     )
     task: CachedTask | None = option(

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, read_contract
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
 from lora_export.isolation.deadline import call_within
 from lora_export.isolation.limits import MIB, memory_for
 from lora_export.provenance import read_longest
@@ -114,7 +116,7 @@ class OnnxRunner(AdaptersByInput):
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
         runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
-        runner.adapter_file = self.adapter_file
+        runner.adapter_file, runner.row_adapters = self.adapter_file, self.row_adapters
         runner._adapter_values = self._adapter_values
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids, self._adapter_scales)
 
@@ -127,12 +129,12 @@ class OnnxRunner(AdaptersByInput):
     @property
     def takes_adapters(self) -> bool:
         """Whether the graph's metadata declares adapters: as inputs, or row by row."""
-        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self.metadata)
+        return not {CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY}.isdisjoint(self.metadata)
 
     @property
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and runs without one."""
-        return onnx_adapter.CONTRACT_KEY in self.metadata and self._adapter is None
+        return CONTRACT_KEY in self.metadata and self._adapter is None
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -145,8 +147,8 @@ class OnnxRunner(AdaptersByInput):
         Raises InputRefused where the file is no adapter, or does not fit the graph's declared inputs.
         """
         file = onnx_adapter.read(path)
-        if onnx_adapter.CONTRACT_KEY in self.metadata:
-            contract = onnx_adapter.read_contract(self.metadata, self.path)
+        if CONTRACT_KEY in self.metadata:
+            contract = read_contract(self.metadata, self.path)
             onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
@@ -212,7 +214,7 @@ class OnnxRunner(AdaptersByInput):
 
     def _with_own_labels(self, outputs: Arrays) -> Arrays:
         ids = set(self.adapter_ids or ())
-        record = self._row_adapters if len(ids) == 1 else None
+        record = self.row_adapters if len(ids) == 1 else None
         return outputs if record is None or not record.labels else record.own_labels(outputs, ids.pop())
 
     @property

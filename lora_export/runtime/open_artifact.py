@@ -70,6 +70,8 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = OnnxRunner(candidate.path, how.provider, timeout=how.timeout)
     runner = runner if how.onnx_adapter is None else runner.with_adapter(how.onnx_adapter)
+    if runner.contract_of_slots is not None and how.adapter_id is not None:
+        raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
     if how.adapter_id is None and runner.takes_rows:
         return runner
     return with_cache(runner if how.adapter_id is None else runner.with_rows([how.adapter_id]))

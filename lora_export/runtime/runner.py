@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused, count
 from lora_export.formats import onnx_adapter
-from lora_export.formats.row_adapters import RowAdapters, read_row_adapters, row_inputs
+from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, AdapterArrays, Contract, read_contract
+from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, RowAdapters, read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT as TIMEOUT
@@ -94,7 +96,8 @@ class AdaptersByInput(PlainRunner):
 
     path: Path
     axes: Mapping[str, tuple[int | None, ...]]
-    _adapter_values: Arrays  # where an adapter is given as inputs
+    row_adapters: RowAdapters | None  # the adapters that rows may choose from
+    _adapter_values: Arrays  # where adapters are given as inputs
     _adapter_ids: NDArray[np.int64] | None = None  # [rows], or [rows, adapters of a row]
     _adapter_scales: NDArray[np.float32] | None = None  # [rows, adapters of a row]
 
@@ -105,20 +108,52 @@ class AdaptersByInput(PlainRunner):
 
     @property
     def takes_rows(self) -> bool:
-        return onnx_adapter.ADAPTER_IDS in self.axes
-
-    @property
-    def _row_adapters(self) -> RowAdapters | None:
-        return read_row_adapters(self.metadata, str(self.path))
+        return ADAPTER_IDS in self.axes
 
     @property
     def adapters_by_row(self) -> list[str] | None:
         """The names of the adapters that rows may choose from, from id 1 on; None where the metadata has none."""
-        return None if self._row_adapters is None else list(self._row_adapters.names)
+        return None if self.row_adapters is None else list(self.row_adapters.names)
 
     @property
     def adapters_per_row(self) -> int:
-        return 1 if self._row_adapters is None else self._row_adapters.per_row
+        return 1 if self.row_adapters is None else self.row_adapters.per_row
+
+    @functools.cached_property
+    def contract_of_slots(self) -> Contract | None:
+        """What a slot takes; None for a graph without slots. Raises InputRefused where the record is damaged."""
+        return read_contract(self.metadata, self.path) if SLOTS_KEY in self.metadata else None
+
+    def with_slots(self, adapters: Mapping[str, AdapterArrays]) -> Self:
+        """The same session with these adapters in its slots, from slot 1 on: the values of each by its name.
+
+        Raises InputRefused for more adapters than slots, and for a graph without slots.
+        """
+        contract = self.contract_of_slots
+        if contract is None or len(adapters) > contract.slots:
+            has = "no slots" if contract is None else count(contract.slots, "slot")
+            raise InputRefused(f"{self.path} has {has}, for {count(len(adapters), 'adapter')}")
+        runner = copy.copy(self)
+        runner._adapter_values = contract.stacks()
+        for slot, values in enumerate(adapters.values(), 1):
+            contract.fill(runner._adapter_values, slot, values)
+        labels = contract.labels(list(adapters.values()))
+        runner.row_adapters = RowAdapters(list(adapters), labels, contract.per_row)
+        return runner
+
+    def with_moved_adapters(self) -> tuple[Self, list[int]] | None:
+        """The same session after another adapter, or none, took the place of that of each slot.
+
+        Returns the adapter that each slot has then, from slot 1 on, by its number; 0 where the slot was emptied. None
+        for a graph without slots.
+        """
+        contract, adapters = self.contract_of_slots, len(self.adapters_by_row or ())
+        if contract is None:
+            return None
+        now = [(slot + 1) % (adapters + 1) for slot in range(1, contract.slots + 1)]
+        runner, before = copy.copy(self), self._adapter_values
+        runner._adapter_values = {name: stack[[0, *now]] for name, stack in before.items()}
+        return runner, now
 
     def with_rows(
         self,
@@ -133,12 +168,12 @@ class AdaptersByInput(PlainRunner):
         """
         if self.axes and not self.takes_rows and self._adapter_ids is None:
             raise InputRefused(
-                f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with {named('lora', 'rows')}"
+                f"{self.path} has no input {ADAPTER_IDS}: it was not made with {named('lora', 'rows')} or slots"
             )
         runner = copy.copy(self)
         runner._adapter_ids = np.array(ids, np.int64)
         runner._adapter_scales = None if scales is None else np.array(scales, np.float32)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in onnx_adapter.ROW_INPUTS}
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name not in ROW_INPUTS}
         return runner
 
     def _with_adapters(self, inputs: Arrays) -> Arrays:
@@ -150,12 +185,16 @@ class AdaptersByInput(PlainRunner):
         return {**inputs, **self._adapter_values}
 
     def _set_adapter_inputs(self, adapter: Path | None = None) -> bool:
-        """Take the inputs of the graph's metadata, which are an adapter, out of `axes`; whether each run has to have
+        """Take the inputs of the graph's metadata, which are adapters, out of `axes`; whether each run has to have
         them. Raises InputRefused where a file of an adapter does not fit them.
         """
         is_required, values = False, {}
-        if onnx_adapter.CONTRACT_KEY in self.metadata:
-            contract = onnx_adapter.read_contract(self.metadata, self.path)
+        self.row_adapters = read_row_adapters(self.metadata, str(self.path))
+        if self.contract_of_slots is not None:
+            values = self.contract_of_slots.stacks()
+            self.row_adapters = RowAdapters([], per_row=self.contract_of_slots.per_row)
+        elif CONTRACT_KEY in self.metadata:
+            contract = read_contract(self.metadata, self.path)
             is_required, values = contract.required, contract.without_adapter() if contract.required else {}
             if adapter is not None:
                 onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)

@@ -20,14 +20,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import (
-    ONNX_TYPES,
-    AdapterArrays,
-    AdapterSlot,
-    Contract,
-    array_of_ort_value,
-    import_onnxruntime,
-)
+from lora_export.formats.contract import AdapterArrays, AdapterPlace, Contract, read_contract
+from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
@@ -73,7 +67,9 @@ class Session:
         if session is None:
             session = open_session(self.model, provider, _default_options() if options is None else options)
         self.session = session
-        contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
+        contract = read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
+        if contract.slots:
+            raise InputRefused(f"{self.model} has slots, which lora_export.AdapterSlots fills")
         self.contract = _checked(contract, self.session, self.model)
         self.longest = read_longest(self.session.get_modelmeta().custom_metadata_map, self.model)
         self._base_values = {name: _owned_copy(array) for name, array in self.contract.without_adapter().items()}
@@ -86,7 +82,7 @@ class Session:
         return tuple(self._loaded)
 
     def load(self, name: str, path: str | Path) -> None:
-        """Load an `.onnx_adapter` under a name, in slot of a loaded adapter of that name.
+        """Load an `.onnx_adapter` under a name, in place of a loaded adapter of that name.
 
         Raises InputRefused where the file is not one for this graph, with every misfit of names, pairs, shapes, types
         and the base's fingerprint. The loaded adapters are then unchanged.
@@ -106,11 +102,11 @@ class Session:
         if not parts or not all(np.isfinite(strength) for _, strength in parts):
             raise InputRefused(f"a mix needs adapters and finite strengths, not {dict(strengths)}")
         mixed: dict[str, Any] = {}
-        for slot in self.contract.slots:
-            present = [(values, strength) for values, strength in parts if slot.a in values]
+        for place in self.contract.places:
+            present = [(values, strength) for values, strength in parts if place.a in values]
             if present:
-                _refuse_dora(name, slot, present)
-                mixed |= {key: self._on_device(array) for key, array in _concatenated(name, slot, present).items()}
+                _refuse_dora(name, place, present)
+                mixed |= {key: self._on_device(array) for key, array in _concatenated(name, place, present).items()}
         self._loaded[name] = mixed
 
     def unload(self, name: str) -> None:
@@ -210,54 +206,54 @@ def _checked(contract: Contract, session: Any, model: Path) -> Contract:
     lost = [name for name in contract.inputs if name not in optional or optional[name].type not in ADAPTER_DTYPES]
     if lost:
         raise InputRefused(f"{model} has lost {len(lost)} of its adapter inputs, the first of them {lost[0]}")
-    for slot in contract.slots:
-        for name, sizes in slot.input_shapes.items():
+    for place in contract.places:
+        for name, sizes in place.input_shapes.items():
             shape = optional[name].shape
             if len(shape) != len(sizes) or any(
                 wanted not in (None, size) for wanted, size in zip(sizes, shape, strict=True)
             ):
                 raise InputRefused(
-                    f"{model}: its metadata gives {slot.weight} the shape {list(slot.shape)}, which does not fit the "
+                    f"{model}: its metadata gives {place.weight} the shape {list(place.shape)}, which does not fit the "
                     f"input {name} {list(shape)}"
                 )
-    slots = tuple(replace(slot, dtype=ADAPTER_DTYPES[optional[slot.a].type]) for slot in contract.slots)
-    return replace(contract, slots=slots)
+    places = tuple(replace(place, dtype=ADAPTER_DTYPES[optional[place.a].type]) for place in contract.places)
+    return replace(contract, places=places)
 
 
-def _concatenated(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValues, np.float32]]) -> AdapterArrays:
+def _concatenated(name: str, place: AdapterPlace, present: Sequence[tuple[OrtValues, np.float32]]) -> AdapterArrays:
     """The values of one weight's inputs in a mix: the A and B of all adapters, concatenated along the rank."""
-    a = np.concatenate([array_of_ort_value(values[slot.a]) for values, _ in present], axis=slot.rank_axis(slot.a))
+    a = np.concatenate([array_of_ort_value(values[place.a]) for values, _ in present], axis=place.rank_axis(place.a))
     b = np.concatenate(
-        [array_of_ort_value(values[slot.b]).astype(np.float32) * strength for values, strength in present],
-        axis=slot.rank_axis(slot.b),
+        [array_of_ort_value(values[place.b]).astype(np.float32) * strength for values, strength in present],
+        axis=place.rank_axis(place.b),
     )
-    if slot.max_rank:
-        a, b = _with_fixed_rank(name, slot, a, b)
-    factors = {slot.a: a, slot.b: onnx_adapter.cast_factor(f"{name}, {slot.weight}", slot.b, b, slot.dtype)}
-    return factors | {key: array_of_ort_value(present[0][0][key]) for key in slot.input_shapes if key == slot.factor}
+    if place.max_rank:
+        a, b = _with_fixed_rank(name, place, a, b)
+    factors = {place.a: a, place.b: onnx_adapter.cast_factor(f"{name}, {place.weight}", place.b, b, place.dtype)}
+    return factors | {key: array_of_ort_value(present[0][0][key]) for key in place.input_shapes if key == place.factor}
 
 
 def _with_fixed_rank(
-    name: str, slot: AdapterSlot, a: NDArray[Any], b: NDArray[Any]
+    name: str, place: AdapterPlace, a: NDArray[Any], b: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """A and B without the ranks that are zeros, which adapters were padded with, and padded to the fixed rank again."""
-    axis, other = slot.rank_axis(slot.b), slot.rank_axis(slot.a)
+    axis, other = place.rank_axis(place.b), place.rank_axis(place.a)
     used = np.flatnonzero(b.any(axis=tuple(each for each in range(b.ndim) if each != axis)))
-    if len(used) > slot.max_rank:
+    if len(used) > place.max_rank:
         raise InputRefused(
-            f"{name}, {slot.weight}: the mix has the rank {len(used)}, and the graph takes at most {slot.max_rank} "
+            f"{name}, {place.weight}: the mix has the rank {len(used)}, and the graph takes at most {place.max_rank} "
             f"({named('max_rank')})"
         )
-    return slot.padded(slot.a, a.take(used, axis=other)), slot.padded(slot.b, b.take(used, axis=axis))
+    return place.padded(place.a, a.take(used, axis=other)), place.padded(place.b, b.take(used, axis=axis))
 
 
-def _refuse_dora(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValues, np.float32]]) -> None:
+def _refuse_dora(name: str, place: AdapterPlace, present: Sequence[tuple[OrtValues, np.float32]]) -> None:
     """DoRA's factor is correct for one W + sBA: for no other strength, and for no sum."""
     is_unchanged = len(present) == 1 and present[0][1] == 1
-    uses_dora = slot.factor and any((array_of_ort_value(values[slot.factor]) != 1).any() for values, _ in present)
+    uses_dora = place.factor and any((array_of_ort_value(values[place.factor]) != 1).any() for values, _ in present)
     if uses_dora and not is_unchanged:
         raise InputRefused(
-            f"{name}: an adapter uses DoRA at {slot.weight}. It cannot be mixed there with another adapter, and its "
+            f"{name}: an adapter uses DoRA at {place.weight}. It cannot be mixed there with another adapter, and its "
             "strength must be 1: its factor is correct for W + sBA alone"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,16 +15,20 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
+from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.compare_outputs import named_as
+from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import References
 
 BASE = "the base"
 MIXED = "mixed batches"
 SEVERAL = "several adapters on a row"
+MOVED = "replaced adapters"
+MOST_SLOTS = 64  # slots whose adapters are judged after they were replaced
 SCALES_OF_SEVERAL = (0.75, -0.5, 0.375)  # of the adapters on one row, over and over
 
 Prove = Callable[..., Proof]  # `prove`, perhaps with some of its options
@@ -86,14 +91,61 @@ def prove_mixed(
     """
     rows = mixed_rows(len(proofs) - 1, candidate.adapters_per_row if several else 1)
     every = [*proofs, several] if several else list(proofs)
+    return _judged(every, _cases_of_rows(candidate, references, every, rows, with_scales=several is not None))
+
+
+def prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[Proof]) -> Proof | None:
+    """Judge batches of a graph of slots after another adapter, or none, took the place of that of each slot.
+
+    `proofs` are those of `prove_mixed`. None for a graph without slots. Of many slots, MOST_SLOTS are judged, the first
+    and the last among them. As a control, each adapter is compared with the one in the slot beside it: the verdict is
+    `undecided` where it cannot distinguish them.
+    """
+    moved = candidate.with_moved_adapters() if isinstance(candidate, OnnxRunner) else None
+    if moved is None:
+        return None
+    runner, now = moved
+    slots = np.unique(np.linspace(1, len(now), min(len(now), MOST_SLOTS)).astype(int)).tolist()
+    rows = [MixedRow((slot,), (1.0,), now[slot - 1]) for slot in slots]
+    proof = _judged(proofs, _cases_of_rows(runner, references, proofs, rows, with_scales=False))
+    names = candidate.adapters_by_row or []
+    reasons = [
+        parity.Reason(
+            Outcome.UNDECIDED,
+            "neighbour's slot",
+            f"{names[one - 1]} and {names[other - 1]} in the slot beside it compute nearly the same: this check cannot "
+            "distinguish a neighbour's slot",
+            remedy="adapters that differ more",
+        )
+        for one, other in itertools.pairwise(range(1, len(proofs)))
+        if not _is_distinguished(proofs[one], proofs[other])
+    ]
+    return replace(proof, verdict=parity.with_reasons(proof.verdict, *reasons))
+
+
+def _is_distinguished(proof: Proof, neighbour: Proof) -> bool:
+    """Whether the candidate with the neighbour's adapter is different from the reference of this one."""
+    cases = [replace(case, candidate=other.candidate) for case, other in zip(proof.cases, neighbour.cases, strict=True)]
+    return parity.judge(cases, dtype=proof.verdict.dtype).outcome is Outcome.DIFFERENT
+
+
+def _cases_of_rows(
+    candidate: RowsRunner,
+    references: References,
+    proofs: Sequence[Proof],
+    rows: Sequence[MixedRow],
+    *,
+    with_scales: bool,
+) -> list[parity.Case]:
+    """The cases of batches that have each of these rows at least once."""
     largest = max(len(next(iter(arrays.values()))) for arrays in proofs[0].inputs.values())
     cases: list[parity.Case] = []
     for begin in range(0, len(rows), largest):
         own = [*rows[begin:], *rows[:begin]]
         ids, scales = [list(row.ids) for row in own], [list(row.scales) for row in own]
-        runner = candidate.with_rows(ids, scales) if several else candidate.with_rows([row.ids[0] for row in own])
-        cases += _mixed_cases(references.as_run(runner), every, own)
-    return _judged(every, cases)
+        runner = candidate.with_rows(ids, scales) if with_scales else candidate.with_rows([row.ids[0] for row in own])
+        cases += _mixed_cases(references.as_run(runner), proofs, own)
+    return cases
 
 
 class MixedRow(NamedTuple):
@@ -194,6 +246,8 @@ def prove_rows(
         verdicts[SEVERAL] = several.verdict
     step(MIXED)
     verdicts[MIXED] = prove_mixed(candidate, references, alone, several).verdict
+    if moved := prove_moved(candidate, references, alone):
+        verdicts[MOVED] = moved.verdict
     about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
     diagnosed = (proof.diagnosis for proof in (*alone, several) if proof is not None and proof.diagnosis)
     return replace(alone[0], verdict=parity.joint_verdict(verdicts), about=about, diagnosis=next(diagnosed, None))

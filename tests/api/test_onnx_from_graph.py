@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from lora_export import formats, plan
 from lora_export.api import onnx_from_graph, onnx_steps
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES, in_memory, save_graph
@@ -139,8 +140,8 @@ def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(
     runner = OnnxRunner(out)
     for name in ("fr", "de"):
         assert_is_pytorchs(runner.with_adapter(tmp_path / f"{name}.onnx_adapter"), place / name)
-    contract = onnx_adapter.read_contract(runner.session.get_modelmeta().custom_metadata_map, "")
-    assert {place.weight.removesuffix(".weight") for place in contract.slots} == {*TARGETS, f"{LAYER}.output.dense"}
+    contract = read_contract(runner.session.get_modelmeta().custom_metadata_map, "")
+    assert {place.weight.removesuffix(".weight") for place in contract.places} == {*TARGETS, f"{LAYER}.output.dense"}
     # Next week's adapter, and a graph that has places for adapters already.
     later = an_adapter_in(tmp_path / "it", seed=7)
     assert call("convert", later, "--to", "onnx_adapter", "--for", out, "-o", tmp_path / "it.onnx_adapter") == 0
@@ -533,10 +534,10 @@ def test_all_linear_is_every_linear_layer_but_the_head(
     words = ("--lora", "inputs", "--target", "all-linear", "--names", "peft", "-o", out)
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
     assert (code, told["proof"]["outcome"], told["adapters"]) == (0, "same", {})
-    contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
+    contract = read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
     linear = {site.name for site in find_sites(load_graph(place / "base.onnx")).linear}
-    assert linear - {place.weight for place in contract.slots} == {"classifier.weight"}
-    assert len(contract.slots) == 7
+    assert linear - {place.weight for place in contract.places} == {"classifier.weight"}
+    assert len(contract.places) == 7
 
 
 # --- names ---

@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 import lora_export as le
 from lora_export.api.verify_record import ComparedWith, explain_by_record
 from lora_export.artifacts.artifact import WrittenRecord
-from lora_export.formats.onnx_adapter import version_of
+from lora_export.formats.contract import version_of
 from lora_export.lora import Adapter, LoraPair
 from support.api import MODEL
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from lora_export import formats
 from lora_export.api import onnx_steps
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import Contract, read_contract
 from lora_export.graph.insert import row_branches
 from lora_export.graph.insert.row_scales import RowScales
 from lora_export.models.load import load_model
@@ -83,10 +84,8 @@ def test_inputs_are_proven_one_adapter_after_the_other_and_the_base(place: Path)
 
 
 def test_every_target_of_every_adapter_and_of_target_has_its_place(place: Path) -> None:
-    contract = onnx_adapter.read_contract(
-        OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, ""
-    )
-    assert [re.sub(r"(\.in_proj_|\.)weight$", "", there.weight) for there in contract.slots] == [
+    contract = read_contract(OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, "")
+    assert [re.sub(r"(\.in_proj_|\.)weight$", "", there.weight) for there in contract.places] == [
         *(PACKED, OUT, "encoder.layers.0.linear1"),
         *("encoder.layers.1.linear1", "encoder.layers.1.linear2", "head"),
     ]
@@ -124,10 +123,10 @@ def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
     )
     assert (code, told["proof"]["outcome"], told["bits_of_base"], told["adapters"]) == (0, "same", True, {})
     assert [path.name for path in tmp_path.iterdir()] == ["empty.onnx"]
-    contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
-    assert len(contract.slots) == 9 and contract.slots[0].a == f"base_model.model.{PACKED}.lora_A.weight"
+    contract = read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
+    assert len(contract.places) == 9 and contract.places[0].a == f"base_model.model.{PACKED}.lora_A.weight"
     # The base is the same one, whatever the places and names.
-    other = onnx_adapter.read_contract(OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, "")
+    other = read_contract(OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, "")
     assert contract.base == other.base
 
 
@@ -155,7 +154,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
 ) -> None:
     right = onnx_steps.insert_inputs
 
-    def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> onnx_adapter.Contract:
+    def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> Contract:
         """As a fusion might compute it: the last bit of a bias is another."""
         bias = program.graph.initializers["head.bias"]
         assert bias.const_value is not None
@@ -454,7 +453,7 @@ def test_verify_refuses_an_adapter_for_another_base(
 ) -> None:
     there = onnx_adapter.read(place / "fr.onnx_adapter")
     given = {name: onnx_adapter.array_of_ort_value(value) for name, value in there.values.items()}
-    onnx_adapter.write(tmp_path / "foreign", given, onnx_adapter.Contract("12345678", "", ()), sha256="0")
+    onnx_adapter.write(tmp_path / "foreign", given, Contract("12345678", "", ()), sha256="0")
     words = ("verify", place / "graph.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
     assert call(*words, tmp_path / "foreign") == 3
     assert "it was made for another base" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_export import layers, plan
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -438,7 +439,7 @@ class Column:
         if self.mode == "rows":
             return runner.with_rows([1])
         if self.mode == "inputs" and made_of.pairs:
-            contract = onnx_adapter.read_contract(program.metadata_props, "")
+            contract = read_contract(program.metadata_props, "")
             steps = plan.make([made_of], find_sites(_exported(self.subject)).specs)
             values = onnx_adapter.input_values(contract, steps, made_of.name)
             onnx_adapter.write(folder / "adapter.onnx_adapter", values, contract, sha256=made_of.sha256)

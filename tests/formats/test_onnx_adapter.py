@@ -15,13 +15,13 @@ import pytest
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import AdapterSlot, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
 from lora_export.storage import hashes
 from support.onnx_adapters import shortened
 
 A, B = np.float32([[1, 2], [0, 1], [5, 0]]), np.float32([[1, 2, 3, 4], [0, 0, 1, 0]])
 SLOTS = tuple(
-    AdapterSlot(weight, a, b, (4, 3), "float32", "")
+    AdapterPlace(weight, a, b, (4, 3), "float32", "")
     for weight, a, b in [("m.weight", "a", "b"), ("n.weight", "c", "d")]
 )
 CONTRACT = Contract("ffffffff00", "00", SLOTS)
@@ -55,7 +55,7 @@ def test_every_dtype_reads_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
 
 def test_an_adapter_for_some_of_the_slots_is_accepted(tmp_path: Path) -> None:
     adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B}))
-    assert set(adapter.values) == {"a", "b"} and len(CONTRACT.slots) > 1
+    assert set(adapter.values) == {"a", "b"} and len(CONTRACT.places) > 1
     onnx_adapter.refuse_misfits(adapter, CONTRACT, source="x", graph="g")  # raises for any misfit
 
 
@@ -166,9 +166,9 @@ def test_onnxruntime_reads_a_file_with_a_hash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_rank", [-1, "4", 2.5])
 def test_a_record_with_a_damaged_rank_is_refused(max_rank: Any) -> None:
-    slot = replace(SLOTS[0], max_rank=4)
-    right = str(Contract("ffffffff00", "00", (slot,), required=True))
-    assert onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: right}, "g").slots == (slot,)
+    place = replace(SLOTS[0], max_rank=4)
+    right = str(Contract("ffffffff00", "00", (place,), required=True))
+    assert read_contract({CONTRACT_KEY: right}, "g").places == (place,)
     wrong = right.replace('"max_rank": 4', f'"max_rank": {json.dumps(max_rank)}')
     with pytest.raises(InputRefused, match="g: its record of adapter inputs"):
-        onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: wrong}, "g")
+        read_contract({CONTRACT_KEY: wrong}, "g")

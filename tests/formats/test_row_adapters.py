@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
-from lora_export.formats.row_adapters import ABSENT_LABEL, RowAdapters, read_row_adapters, row_inputs, without_absent
+from lora_export.formats.row_adapters import (
+    ABSENT_LABEL,
+    ROW_ADAPTERS_KEY,
+    RowAdapters,
+    read_row_adapters,
+    row_inputs,
+    without_absent,
+)
 
 LOGITS = np.float32([[1, 2, ABSENT_LABEL], [3, 4, ABSENT_LABEL]])
 

@@ -37,6 +37,7 @@ from safetensors.numpy import save
 from lora_export import cli, plan
 from lora_export.errors import LoraExportError
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert import adapter_inputs
 from lora_export.graph.merge.fold import fold_graph
@@ -630,7 +631,7 @@ g (float[N, 3] x, float[3, r] "fc.lora_A.weight", float[r, 2] "fc.lora_B.weight"
 
 def open_graph_of(contract: bytes) -> bytes:
     model = onnx.parser.parse_model(OPEN)
-    model.metadata_props.add(key=onnx_adapter.CONTRACT_KEY, value=contract.decode("utf-8", "replace"))
+    model.metadata_props.add(key=CONTRACT_KEY, value=contract.decode("utf-8", "replace"))
     return model.SerializeToString()
 
 
@@ -696,7 +697,7 @@ def the_session() -> Session:
 def good_onnx_adapter() -> bytes:
     with a_place() as place:
         path = place / "a.onnx_adapter"
-        known = onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: good_contract().decode()}, "a graph")
+        known = read_contract({CONTRACT_KEY: good_contract().decode()}, "a graph")
         given = {PLACE["a"]: np.ascontiguousarray(A.T), PLACE["b"]: np.ascontiguousarray(B.T)}
         onnx_adapter.write(path, given, known, sha256="7" * 64)  # type: ignore[arg-type]
         return path.read_bytes()[: -hashes.ENDING]  # or each change would end at the hash

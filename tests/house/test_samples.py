@@ -13,7 +13,9 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -32,7 +34,7 @@ from support import ROOT
 from support.browser import needs_chromium, served, shown
 from support.handmade import peft_adapter
 from support.pages import blocks
-from support.small_models import small_adapter, small_model
+from support.small_models import small_adapter, small_model, words_tokenizer
 
 SAMPLES = ROOT / "samples"
 
@@ -92,6 +94,47 @@ def test_the_demo_has_ten_classes_with_enough_texts(tmp_path: Path) -> None:
     assert len(rows) == count == len({(row["label"], row["text"]) for row in rows})
     assert sorted(per_class) == sorted(docstrings.PACKAGES) and len(per_class) == 10
     assert min(per_class.values()) >= 80
+
+
+# --- A server of many customers ---
+
+
+@pytest.mark.slow
+def test_customers_in_one_batch_get_what_peft_gives_each(tmp_path: Path) -> None:
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi and httpx are not installed")
+    import many_customers
+
+    base, sizes = words_tokenizer(tmp_path / "base"), {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(base)
+    expected = {}
+    inputs = transformers.AutoTokenizer.from_pretrained(base)("a very good film", return_tensors="pt")
+    for seed, name in enumerate(("acme", "birch", "cedar"), 1):
+        torch.manual_seed(seed)
+        module = transformers.BertForSequenceClassification.from_pretrained(
+            base, num_labels=1 + seed, ignore_mismatched_sizes=True
+        )
+        options = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False)
+        model = peft.get_peft_model(module, options).eval()
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            expected[name] = model(**inputs).logits[0].tolist()
+    le.export_onnx(base, tmp_path / "s.onnx", adapters=[tmp_path / "cedar"], lora="slots", slots=2, verify=False)
+    for name in expected:
+        le.convert(tmp_path / name, tmp_path / f"{name}.onnx_adapter", graph=tmp_path / "s.onnx", overwrite=True)
+    app = many_customers.make_app(str(base), str(tmp_path / "s.onnx"), str(tmp_path))
+    with testclient.TestClient(app) as client, ThreadPoolExecutor(8) as pool:
+        asked = [*expected, "nobody"] * 5
+
+        def ask(name: str) -> Any:
+            return client.post("/classify", json={"text": "a very good film", "customer": name})
+
+        for name, answer in zip(asked, pool.map(ask, asked), strict=True):
+            if name == "nobody":
+                assert answer.status_code == 404 and "no adapter 'nobody'" in answer.json()["detail"]
+            else:
+                np.testing.assert_allclose(answer.json(), expected[name], rtol=1e-3, atol=1e-5)
 
 
 # --- The LoRA layer of a lesson ---

@@ -22,7 +22,8 @@ from conftest import why_no_cuda
 from lora_export import Session, plan
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract, array_of_ort_value
+from lora_export.formats.contract import CONTRACT_KEY, Contract
+from lora_export.formats.onnx_adapter import array_of_ort_value
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
@@ -276,9 +277,9 @@ def test_graph_without_its_adapter_inputs_is_refused(model: Path) -> None:
 def test_metadata_with_other_sizes_is_refused_before_allocation(tmp_path: Path, size: int) -> None:
     path = files_of(tmp_path)
     graph = load_graph(path)
-    record = graph.metadata_props[onnx_adapter.CONTRACT_KEY]
+    record = graph.metadata_props[CONTRACT_KEY]
     assert '"shape": [2, 3]' in record
-    graph.metadata_props[onnx_adapter.CONTRACT_KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
+    graph.metadata_props[CONTRACT_KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
     save_graph(graph, tmp_path, "other.onnx")
     message = rf"other.onnx: its metadata gives m.weight the shape \[{size}, 3\], which does not fit the input m.lora_"
     with pytest.raises(InputRefused, match=message):
@@ -503,9 +504,9 @@ def test_a_mix_in_a_graph_of_fixed_rank_drops_the_padding(tmp_path: Path) -> Non
     model = a_graph(BODY.format(dtype="float"))
     contract = insert_inputs(model, find_sites(model), ["m.weight", "n.weight"], max_rank=3)
     save_graph(model, tmp_path, "model.onnx")
-    slots = contract.inputs
+    places = contract.inputs
     for name, adapter in (("one", ONE), ("two", TWO)):
-        padded = {key: slots[key].padded(key, array) for key, array in adapter.items()}
+        padded = {key: places[key].padded(key, array) for key, array in adapter.items()}
         onnx_adapter.write(tmp_path / name, padded, contract, sha256="1")
     session = Session(tmp_path / "model.onnx", {name: tmp_path / name for name in ("one", "two")})
     session.mix("sum", {"one": 1.0, "two": 1.0})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract
+from lora_export.formats.contract import Contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -92,7 +92,7 @@ def with_rows(
 
 def adapter_inputs(contract: Contract, adapter: Adapter, strength: float = 1.0) -> dict[str, NDArray[Any]]:
     """The values of the graph's adapter inputs for one adapter without DoRA."""
-    steps = plan.make([adapter], [slot.spec for slot in contract.slots], strengths=[strength])
+    steps = plan.make([adapter], [place.spec for place in contract.places], strengths=[strength])
     return onnx_adapter.input_values(contract, steps, adapter.name)
 
 

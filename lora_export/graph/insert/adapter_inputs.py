@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.onnx_adapter import CONTRACT_KEY, AdapterSlot, Contract, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, HeadPlace, read_contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import (
     CONVENTIONS,
@@ -50,7 +50,7 @@ def insert_inputs(
     max_rank: int = 0,
     required: bool = False,
 ) -> Contract:
-    """Give the layers of these weights A and B as optional inputs, in memory. See `AdapterSlot` for the shapes.
+    """Give the layers of these weights A and B as optional inputs, in memory. See `AdapterPlace` for the shapes.
 
     Each input has an initializer of the same name as its default. The default has rank 0 (a convolution's has one rank
     of zeros), so that without an adapter the layer gains zeros and the graph computes what it did. The rank of each
@@ -73,36 +73,37 @@ def insert_inputs(
     if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
     digests, with_dora, with_scale = weight_digests(sites), set(dora), set(scaled)
-    inserter, slots = Inserter(model), []
+    inserter, places = Inserter(model), []
     for weight in weights:
         readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
         is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
         own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
         has_dora, name_of = weight in with_dora, CONVENTIONS[names]
-        slot = _slot(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
+        place = place_of(weight, own_sites, name_of, digests[weight], embedding=is_embedding, dora=has_dora)
         scale = name_of(module_of(weight), SCALE, is_embedding) if weight in with_scale else ""
-        slot = replace(slot, max_rank=max_rank, scale=scale)
-        factors = _add_inputs(inserter.factory, slot)
+        place = replace(place, max_rank=max_rank, scale=scale)
+        factors = _add_inputs(inserter.factory, place)
         for site in own_sites:
-            if slot.scale:
+            if place.scale:
                 inserter.scale_input(site, *scaled_input(inserter.factory, site, factors[SCALE]))
             factor = factors.get(DORA_FACTOR)
             rescaling = common_rescaling(inserter.factory, site, factor) if factor else None
             inserter.insert(site, [(factors[LORA_A], factors[LORA_B])], rescaling)
-        slots.append(slot)
+        places.append(place)
     inserter.finish()
-    contract = Contract(fingerprint(digests), names_digest(sites), tuple(slots), required)
+    contract = Contract(fingerprint(digests), names_digest(sites), tuple(places), required)
     for name in contract.inputs if required else ():
         model.graph.initializers.pop(name).const_value = None
     model.metadata_props[CONTRACT_KEY] = str(contract)
     return contract
 
 
-def _slot(
+def place_of(
     weight: str, sites: Sequence[Site], name_of: Convention, digest: str, *, embedding: bool, dora: bool
-) -> AdapterSlot:
+) -> AdapterPlace:
+    """The place of an adapter beside a weight, its inputs named by a convention."""
     site, module = sites[0], module_of(weight)
-    return AdapterSlot(
+    return AdapterPlace(
         weight,
         a=name_of(module, LORA_A, embedding),
         b=name_of(module, LORA_B, embedding),
@@ -117,17 +118,17 @@ def _slot(
     )
 
 
-def _add_inputs(factory: NodeFactory, slot: AdapterSlot) -> dict[str, Factor]:
+def _add_inputs(factory: NodeFactory, place: AdapterPlace) -> dict[str, Factor]:
     """Add the inputs of a layer: A, B, and the factors of its outputs and inputs where it takes such. By their part."""
-    module = module_of(slot.weight)
+    module = module_of(place.weight)
     # A symbol of its own: onnxruntime lets tensors of equal symbols share memory.
     rank = dotted(module, "lora_r")
-    parts = {slot.a: LORA_A, slot.b: LORA_B, slot.factor: DORA_FACTOR, slot.scale: SCALE}
+    parts = {place.a: LORA_A, place.b: LORA_B, place.factor: DORA_FACTOR, place.scale: SCALE}
     factors = {}
-    for name, array in slot.without_adapter().items():
+    for name, array in place.without_adapter().items():
         part = parts[name]
         factor = factory.factor(module, part, array, name=name)
-        factor.value.shape = ir.Shape([rank if size is None else size for size in slot.input_shapes[name]])
+        factor.value.shape = ir.Shape([rank if size is None else size for size in place.input_shapes[name]])
         factory.model.graph.inputs.append(factor.value)
         factors[part] = factor
     return factors
@@ -192,7 +193,7 @@ def hash_parts(parts: Iterable[object]) -> str:
 
 
 def checked_contract(model: ir.Model, source: Path) -> Contract:
-    """The contract of a graph with inputs for adapters, with each slot's dtype as it is now. Reads all base weights.
+    """The contract of a graph with inputs for adapters, with each place's dtype as it is now. Reads all base weights.
 
     Raises InputRefused, with all problems, where an input is missing or has another shape than in the contract, and
     where the base's weights changed after the inputs were added. What cannot be compared is accepted: a graph that was
@@ -203,16 +204,16 @@ def checked_contract(model: ir.Model, source: Path) -> Contract:
     sites = _base_sites(model, contract)
     digests = weight_digests(sites)
     inputs = {value.name: value for value in model.graph.inputs}
-    dtypes = [(slot, inputs[slot.a].dtype if slot.a in inputs else None) for slot in contract.slots]
-    slots = [slot if dtype is None else replace(slot, dtype=str(dtype.numpy())) for slot, dtype in dtypes]
-    problems = [*_input_problems(inputs, contract), *_weight_problems(contract, slots, sites, digests)]
-    same_dtype = all(now.dtype == slot.dtype for now, slot in zip(slots, contract.slots, strict=True))
+    dtypes = [(place, inputs[place.a].dtype if place.a in inputs else None) for place in contract.places]
+    places = [place if dtype is None else replace(place, dtype=str(dtype.numpy())) for place, dtype in dtypes]
+    problems = [*_input_problems(inputs, contract), *_weight_problems(contract, places, sites, digests)]
+    same_dtype = all(now.dtype == place.dtype for now, place in zip(places, contract.places, strict=True))
     same_names = names_digest(sites) == contract.names
     if not problems and same_dtype and same_names and fingerprint(digests) != contract.base:
         problems.append("weights without an adapter differ from those when the inputs were added")
     if problems:
         raise InputRefused(f"{source} does not agree with its own record of inputs for adapters:", listed(problems))
-    return replace(contract, slots=tuple(slots))
+    return replace(contract, places=tuple(places))
 
 
 def contract_dora_factors(
@@ -243,39 +244,47 @@ def _base_sites(model: ir.Model, contract: Contract) -> Sites:
     by_name = {name: own_sites for name, own_sites in sites.by_name.items() if name not in contract.inputs}
     values = {value.name: value for value in initializers(model)}
     values |= {output.name: output for node in model.graph for output in node.outputs if node.op_type == "Constant"}
-    for slot in contract.slots:
-        if slot.weight not in by_name and slot.value in values:
-            block = None if slot.block is None else range(*slot.block)
-            readers = find_readers(values[slot.value], model.functions)
+    for place in contract.places:
+        if place.weight not in by_name and place.value in values:
+            block = None if place.block is None else range(*place.block)
+            readers = find_readers(values[place.value], model.functions)
             own_sites = tuple(
-                replace(site, name=slot.weight, block=block) for site in readers if _fits(site, slot, block)
+                replace(site, name=place.weight, block=block) for site in readers if _fits(site, place, block)
             )
-            by_name |= {slot.weight: own_sites} if own_sites else {}
+            by_name |= {place.weight: own_sites} if own_sites else {}
     return replace(sites, by_name=by_name)
 
 
-def _fits(site: Site, slot: AdapterSlot, block: range | None) -> bool:
-    """Whether a site has the shape of the weight in a slot."""
-    if slot.embedding or len(slot.shape) > 2 or not site.is_linear:
-        return site.layout is slot.spec.layout and site.stored_shape == slot.spec.shape
+def _fits(site: Site, place: AdapterPlace, block: range | None) -> bool:
+    """Whether a site has the shape of the weight in a place."""
+    if place.embedding or len(place.shape) > 2 or not site.is_linear:
+        return site.layout is place.spec.layout and site.stored_shape == place.spec.shape
     shape = site.stored_shape[::-1] if site.layout is Layout.IN_OUT else site.stored_shape
     out = len(block) if block is not None and block.stop <= shape[0] else shape[0]
-    return (out, *shape[1:]) == slot.shape
+    return (out, *shape[1:]) == place.shape
 
 
 def _input_problems(inputs: Mapping[str | None, ir.Value], contract: Contract) -> Iterator[str]:
-    """What is wrong with the inputs of the slots."""
-    for slot in contract.slots:
-        values = {name: inputs[name] for name in slot.input_shapes if name in inputs}
-        yield from (f"{name}: no optional input of that name" for name in slot.input_shapes if name not in inputs)
-        if len(values) == len(slot.input_shapes):
-            yield from _shape_problems(slot, values, is_required=contract.required)
+    """What is wrong with the inputs of the places."""
+    shapes = contract.input_shapes
+    for place in contract.every_place:
+        values = {name: inputs[name] for name in place.input_shapes if name in inputs}
+        kind = "" if contract.required else "optional "
+        yield from (f"{name}: no {kind}input of that name" for name in place.input_shapes if name not in inputs)
+        if len(values) == len(place.input_shapes):
+            yield from _shape_problems(place, values, shapes, is_required=contract.required)
 
 
-def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_required: bool) -> Iterator[str]:
-    weight, first = " x ".join(map(str, slot.shape)), values[slot.a]
+def _shape_problems(
+    place: AdapterPlace | HeadPlace,
+    values: Mapping[str, ir.Value],
+    shapes: Mapping[str, Sequence[int | None]],
+    *,
+    is_required: bool,
+) -> Iterator[str]:
+    weight, first = " x ".join(map(str, place.shape)), next(iter(values.values()))
     for name, value in values.items():
-        sizes, wanted = list(value.shape or ()), slot.input_shapes[name]
+        sizes, wanted = list(value.shape or ()), shapes[name]
         pairs = list(zip(wanted, sizes, strict=False))
         has_fixed_rank = any(size is None and isinstance(actual, int) for size, actual in pairs)
         if len(sizes) != len(wanted) or any(size is not None and size != actual for size, actual in pairs):
@@ -287,11 +296,11 @@ def _shape_problems(slot: AdapterSlot, values: Mapping[str, ir.Value], *, is_req
 
 
 def _weight_problems(
-    contract: Contract, slots: Sequence[AdapterSlot], sites: Sites, digests: Mapping[str, str]
+    contract: Contract, places: Sequence[AdapterPlace], sites: Sites, digests: Mapping[str, str]
 ) -> Iterator[str]:
-    """The weights of slots that have changed since their inputs were added, where they can be compared."""
+    """The weights of places that have changed since their inputs were added, where they can be compared."""
     kinds = {name: quantisation_of(main_site(own_sites)) for name, own_sites in sites.by_name.items()}
-    for now, slot in zip(slots, contract.slots, strict=True):
-        is_comparable = now.dtype == slot.dtype and kinds.get(slot.weight, slot.quantised) == slot.quantised
-        if is_comparable and digests.get(slot.weight, slot.digest) != slot.digest:
-            yield f"{slot.weight}: differs from the weight for which the inputs were added"
+    for now, place in zip(places, contract.places, strict=True):
+        is_comparable = now.dtype == place.dtype and kinds.get(place.weight, place.quantised) == place.quantised
+        if is_comparable and digests.get(place.weight, place.digest) != place.digest:
+            yield f"{place.weight}: differs from the weight for which the inputs were added"

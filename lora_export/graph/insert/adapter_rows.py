@@ -15,32 +15,25 @@ weights for each row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.onnx_adapter import (
-    ADAPTER_IDS,
-    ADAPTER_SCALES,
-    ROW_ADAPTERS_KEY,
-    cast_factor,
-    refuse_beyond_low_rank,
-    refuse_larger_ranks,
-    refuse_new_tables,
-)
-from lora_export.formats.row_adapters import RowAdapters
+from lora_export.formats.onnx_adapter import cast_factor, refuse_beyond_low_rank, refuse_larger_ranks, refuse_new_tables
+from lora_export.formats.row_adapters import ADAPTER_IDS, ADAPTER_SCALES, ROW_ADAPTERS_KEY, RowAdapters
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes
 from lora_export.graph.insert.branches import Inserter, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory, layer_input
 from lora_export.graph.insert.row_branches import RowBranches
-from lora_export.graph.insert.row_heads import RowHeads, head_layers
+from lora_export.graph.insert.row_heads import HeadLayer, HeadOutputs, HeadStacks, RowHeads, head_layers
 from lora_export.graph.site import Site, common_dtype
 from lora_export.options.spelling import named
 from lora_export.plan import Plan, Step
@@ -82,41 +75,90 @@ def insert_rows(
     inserted; where an adapter overflows the weights' dtype or has a rank above `max_rank`; for DoRA and heads where a
     row has several adapters; and for an opset below 15. The graph is then partly changed and must not be used.
     """
-    inserter = Inserter(model)
-    inserter.factory.require_opset(MIN_ROWS_OPSET, named("lora", "rows"))
+    inserter = inserter_of_rows(model, "rows", per_row)
     refuse_beyond_low_rank(plan.adapters)
     refuse_new_tables(plan)
     refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
-    _refuse_pairs_of_heads(plan, heads)
-    if per_row > 1:
-        _refuse_without_sum(plan, heads)
-    for name in (ADAPTER_IDS, *([ADAPTER_SCALES] if per_row > 1 else [])):
-        if name in inserter.factory.value_names:
-            raise InputRefused(f"the graph has an input or value {name} already: start from the graph without adapters")
+    refuse_without_rows(plan, heads, per_row)
     sites_by_weight = {
         step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding)
         for step in plan.low_rank
     }
-    brought = head_layers(inserter, sites, heads)
-    layers = [(weight, site) for weight, own_sites in sites_by_weight.items() for site in own_sites]
-    layers += [(layer.module, site) for layer in brought for site in layer.sites]
-    if any(layer_input(site).shape is None for _, site in layers):
-        infer_shapes(model)
-    first_input, batch = batch_input(model, batch, [site for _, site in layers])
-    axes = batch_axes(layers, batch)
-    branches = RowBranches(inserter.factory, first_input, len(plan.adapters), per_row)
     names = [adapter.name for adapter in plan.adapters]
     dora = {name: dora_factors_by_weight(plan.low_rank, name, sites_by_weight.__getitem__) for name in names}
-    for step in plan.low_rank:
-        own_sites = sites_by_weight[step.weight]
-        stacks = AdapterStacks(inserter.factory, step, names, common_dtype(own_sites), max_rank=max_rank)
-        factors = [dora[name].get(step.weight) for name in names]
-        _insert_stacks(inserter, branches, stacks, factors, own_sites, axes)
-    row_heads = RowHeads(inserter, branches, axes)
-    for layer in brought:
-        row_heads.insert(layer)
-    inserter.finish()
-    model.metadata_props[ROW_ADAPTERS_KEY] = str(RowAdapters(names, row_heads.labels(), per_row))
+    steps = {step.weight: step for step in plan.low_rank}
+
+    def stacks_of(weight: str) -> AdapterStacks:
+        dtype, own = common_dtype(sites_by_weight[weight]), [dora[name].get(weight) for name in names]
+        return AdapterStacks(inserter.factory, steps[weight], names, dtype, own, max_rank=max_rank)
+
+    insertion = RowInsertion(inserter, sites_by_weight, head_layers(inserter, sites, heads), batch)
+    outputs = insertion.insert(len(names), per_row, stacks_of, RowHeads.stored)
+    labels = {output: found.layer.labels for found in outputs for output in found.names}
+    model.metadata_props[ROW_ADAPTERS_KEY] = str(RowAdapters(names, labels, per_row))
+
+
+def inserter_of_rows(model: ir.Model, lora: str, per_row: int) -> Inserter:
+    """An inserter into a graph whose rows choose no adapters yet. Raises InputRefused for another, or an old one."""
+    inserter = Inserter(model)
+    inserter.factory.require_opset(MIN_ROWS_OPSET, named("lora", lora))
+    for name in (ADAPTER_IDS, *([ADAPTER_SCALES] if per_row > 1 else [])):
+        if name in inserter.factory.value_names:
+            raise InputRefused(f"the graph has an input or value {name} already: start from the graph without adapters")
+    return inserter
+
+
+class Stacks(Protocol):
+    """The factors of all adapters for one weight; entry 0 of each is the base's, which adds nothing."""
+
+    def pairs(self) -> tuple[Factor, Factor] | None: ...  # (adapters + 1, in, rank), (adapters + 1, rank, out)
+    def convolutions(self) -> tuple[Factor, Factor] | None: ...  # (ranks, in, kernel), (out, ranks, 1...)
+    def rank_mask(self) -> NDArray[np.bool_]: ...  # (adapters + 1, ranks)
+    def of_outputs(self) -> Factor | None: ...  # (adapters + 1, out)
+    def of_inputs(self) -> Factor | None: ...  # (adapters + 1, in)
+
+
+@dataclass(frozen=True, eq=False)
+class RowInsertion:
+    """Branches beside weights, and layers in the place of others, that `adapter_ids` selects by row."""
+
+    inserter: Inserter
+    sites_by_weight: Mapping[str, tuple[Site, ...]]
+    layers: Sequence[HeadLayer]
+    batch: str
+
+    def insert(
+        self,
+        adapters: int,
+        per_row: int,
+        stacks_of: Callable[[str], Stacks],
+        stacks_of_head: Callable[[RowHeads, HeadLayer], HeadStacks],
+        *,
+        by_copies: bool = False,
+    ) -> list[HeadOutputs]:
+        """Insert them, and the inputs that choose. Raises InputRefused as `batch_input` and `batch_axes` do."""
+        model = self.inserter.factory.model
+        layers = [(weight, site) for weight, own_sites in self.sites_by_weight.items() for site in own_sites]
+        layers += [(layer.module, site) for layer in self.layers for site in layer.sites]
+        if any(layer_input(site).shape is None for _, site in layers):
+            infer_shapes(model)
+        first_input, batch = batch_input(model, self.batch, [site for _, site in layers])
+        axes = batch_axes(layers, batch)
+        branches = RowBranches(self.inserter.factory, first_input, adapters, per_row, by_copies=by_copies)
+        for weight, own_sites in self.sites_by_weight.items():
+            _insert_stacks(self.inserter, branches, stacks_of(weight), own_sites, axes)
+        row_heads = RowHeads(self.inserter, branches, axes)
+        for layer in self.layers:
+            row_heads.insert(layer, stacks_of_head(row_heads, layer))
+        self.inserter.finish()
+        return row_heads.outputs()
+
+
+def refuse_without_rows(plan: Plan, heads: Sequence[Head], per_row: int) -> None:
+    """Raise InputRefused for what rows cannot choose: a tensor of a layer with a pair; several with no sum."""
+    _refuse_pairs_of_heads(plan, heads)
+    if per_row > 1:
+        _refuse_without_sum(plan, heads)
 
 
 def _refuse_pairs_of_heads(plan: Plan, heads: Sequence[Head]) -> None:
@@ -155,27 +197,25 @@ def _refuse_without_sum(plan: Plan, heads: Sequence[Head]) -> None:
 def _insert_stacks(
     inserter: Inserter,
     branches: RowBranches,
-    stacks: AdapterStacks,
-    dora: Sequence[NDArray[np.float64] | None],
+    stacks: Stacks,
     sites: Sequence[Site],
     axes: Mapping[tuple[ir.Node, int], BatchAxis],
 ) -> None:
-    """Insert the stacked factors of one weight beside its sites. `dora` has the factor of each adapter."""
-    has_pairs = any(stacks.ranks)
-    a, b = (stacks.convolutions() if sites[0].is_convolution else stacks.pairs()) if has_pairs else (None, None)
-    factor, scale = stacks.of_outputs(dora), stacks.of_inputs()
+    """Insert the stacked factors of one weight beside its sites."""
+    pair = stacks.convolutions() if sites[0].is_convolution else stacks.pairs()
+    factor, scale = stacks.of_outputs(), stacks.of_inputs()
     for site in sites:
         axis = axes[site.node_input]
         if scale is not None:
             inserter.scale_input(site, *branches.scaled_input(site, axis, scale))
         rescaling = None if factor is None else branches.rescaling(site, axis, factor)
-        if a is None or b is None:
+        if pair is None:
             inserter.insert_beside(site, None, rescaling)
             continue
         if site.is_convolution:
-            branch = partial(branches.convolution_branch, site, a, b, stacks.rank_mask())
+            branch = partial(branches.convolution_branch, site, *pair, stacks.rank_mask())
         else:
-            branch = partial(branches.branch, site, axis, a, b)
+            branch = partial(branches.branch, site, axis, *pair)
         inserter.insert_beside(site, branch, rescaling)
 
 
@@ -185,12 +225,21 @@ def _insert_stacks(
 class AdapterStacks:
     """Makes initializers of the factors that a plan's adapters have for one weight.
 
-    `adapters` are the adapters' names in the order of their ids, `dtype` is that of the weight's readers. Each adapter
-    with a pair has at least the rank `max_rank`: zeros fill it.
+    `adapters` are the adapters' names in the order of their ids, `dtype` is that of the weight's readers, and `dora`
+    has the factor of each adapter. Each adapter with a pair has at least the rank `max_rank`: zeros fill it.
     """
 
-    def __init__(self, factory: NodeFactory, step: Step, adapters: Sequence[str], dtype: str, *, max_rank: int = 0):
-        self.factory, self.step, self.dtype = factory, step, dtype
+    def __init__(
+        self,
+        factory: NodeFactory,
+        step: Step,
+        adapters: Sequence[str],
+        dtype: str,
+        dora: Sequence[NDArray[np.float64] | None] = (),
+        *,
+        max_rank: int = 0,
+    ):
+        self.factory, self.step, self.dtype, self.dora = factory, step, dtype, dora or [None] * len(adapters)
         own_steps = [step.for_adapter(name) for name in adapters]
         self.scalings = [None if own is None else own.scaling for own in own_steps]
         paired = [() if own is None or own.scaling is not None else own.terms for own in own_steps]
@@ -201,11 +250,13 @@ class AdapterStacks:
                 factors.append(self._zeros(*factors[0], max_rank - rank))
         self.ranks = [max(rank, max_rank) if rank else 0 for rank in ranks]
 
-    def pairs(self) -> tuple[Factor, Factor]:
+    def pairs(self) -> tuple[Factor, Factor] | None:
         """A (adapters + 1, in, rank) and B (adapters + 1, rank, out), padded with zeros to the largest rank.
 
-        An embedding's A is one table: (adapters + 1) times its rows, rank.
+        An embedding's A is one table: (adapters + 1) times its rows, rank. None where no adapter has a pair.
         """
+        if not any(self.ranks):
+            return None
         out_features, in_features = self.step.terms[0].pair.shape
         rank = max(self.ranks)
         stacked_a = np.zeros((len(self.factors) + 1, in_features, rank), np.float32)
@@ -219,8 +270,10 @@ class AdapterStacks:
         table = stacked_a.reshape(-1, rank) if self.step.terms[0].pair.embedding else stacked_a
         return self._initializer(LORA_A, table), self._initializer(LORA_B, stacked_b)
 
-    def convolutions(self) -> tuple[Factor, Factor]:
-        """A (ranks, in, kernel) and B (out, ranks, 1...), the ranks of all adapters concatenated."""
+    def convolutions(self) -> tuple[Factor, Factor] | None:
+        """A (ranks, in, kernel) and B (out, ranks, 1...), ranks of all adapters concatenated; None without pairs."""
+        if not any(self.ranks):
+            return None
         factors = [pair for own in self.factors for pair in own]
         a, b = np.concatenate([a for a, _ in factors]), np.concatenate([b for _, b in factors], axis=1)
         return self._initializer(LORA_A, a), self._initializer(LORA_B, b)
@@ -231,9 +284,9 @@ class AdapterStacks:
         mask: NDArray[np.bool_] = owner == np.arange(len(self.ranks) + 1)[:, None]
         return mask
 
-    def of_outputs(self, dora: Sequence[NDArray[np.float64] | None]) -> Factor | None:
+    def of_outputs(self) -> Factor | None:
         """The factors of outputs (adapters + 1, out), DoRA's among them; ones where an adapter has none."""
-        pairs = zip(dora, self._scalings(of_inputs=False), strict=True)
+        pairs = zip(self.dora, self._scalings(of_inputs=False), strict=True)
         return self._factors(DORA_FACTOR, [one if one is not None else other for one, other in pairs], 0)
 
     def of_inputs(self) -> Factor | None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, ADAPTER_SCALES
+from lora_export.formats.row_adapters import ADAPTER_IDS, ADAPTER_SCALES
 from lora_export.graph.insert.batch_axis import UNKNOWN, BatchAxis
 from lora_export.graph.insert.branches import BranchNodes, Rescaling
 from lora_export.graph.insert.node_factory import (
@@ -42,13 +42,17 @@ class RowBranches:
     """Makes the input `adapter_ids`, and the nodes of branches that follow it.
 
     `first_input` is an input of the graph whose first dimension is the batch. With `per_row` above 1, each row has so
-    many adapters: `adapter_ids` is [batch, per_row], and so is the input `adapter_scales`, their factors.
+    many adapters: `adapter_ids` is [batch, per_row], and so is the input `adapter_scales`, their factors. Where the
+    stacks are inputs (`by_copies`), no matrices of all adapters are made: that would copy all of them in every run.
     """
 
-    def __init__(self, factory: NodeFactory, first_input: ir.Value, adapters: int, per_row: int = 1):
+    def __init__(
+        self, factory: NodeFactory, first_input: ir.Value, adapters: int, per_row: int = 1, *, by_copies: bool = False
+    ):
         assert first_input.shape is not None
         self.factory, self.batch = factory, first_input.shape[0]
         self.adapters, self.per_row = adapters, per_row
+        self.by_copies = by_copies or adapters >= COPY_COST * per_row
         self.constants: dict[tuple[int, ...], ir.Value] = {}
         self.rank_masks: dict[int, ir.Value] = {}  # by rank
         self.scales: RowScales | None = None  # None: each row has one adapter
@@ -85,7 +89,7 @@ class RowBranches:
         x, back = self.batch_first(nodes, x, batch)
         if site.is_lookup:
             x = self._scaled(nodes, x)
-        if site.is_lookup or self.adapters >= COPY_COST * self.per_row or site.dtype != "float32":
+        if site.is_lookup or self.by_copies or site.dtype != "float32":
             if not site.is_lookup:
                 x = self._scaled(nodes, self.product_by_row(nodes, x, a.value, to_ranks=True))
             nodes.path = b.path

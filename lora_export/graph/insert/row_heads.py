@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -47,6 +47,11 @@ class HeadLayer:
     biases: Sequence[NDArray[Any] | None]  # (out,) by adapter
 
     @property
+    def width(self) -> int:
+        """Labels of the widest head."""
+        return max(self.labels)
+
+    @property
     def base_labels(self) -> int:
         """Outputs of the base's own layer."""
         return self.sites[0].node_outputs
@@ -61,7 +66,7 @@ class HeadLayer:
 
         There is no b where the layer has none and all have the same labels.
         """
-        width, inner = max(self.labels), self.sites[0].matrix.shape[1]
+        width, inner = self.width, self.sites[0].matrix.shape[1]
         weights = np.zeros((len(self.labels), inner, width), np.float32)
         biases = np.full((len(self.labels), width), ABSENT_LABEL, np.float32)
         owners = np.zeros((len(self.labels), 1), np.bool_)
@@ -122,6 +127,22 @@ def _obstacle(weight: str, sites: Sites) -> str:
     return "one of several weights in one matrix" if any(site.block is not None for site in own_sites) else ""
 
 
+class HeadStacks(NamedTuple):
+    """W (adapters + 1, in, labels), b (adapters + 1, labels), and whether each id has them (adapters + 1, 1)."""
+
+    weights: Factor
+    biases: Factor | None
+    owners: ir.Value
+
+
+class HeadOutputs(NamedTuple):
+    """The graph's outputs that have the labels of a layer."""
+
+    layer: HeadLayer
+    names: tuple[str, ...]
+    is_clear: bool  # whether they are the layer's output, unchanged: heads may then have different numbers of labels
+
+
 class RowHeads:
     """Inserts the layers that adapters bring, before `Inserter.finish` adds the branches beside them."""
 
@@ -130,19 +151,21 @@ class RowHeads:
         self.factory = inserter.factory
         self.chosen: list[tuple[HeadLayer, ir.Value]] = []
 
-    def insert(self, layer: HeadLayer) -> None:
-        """Let each row have the output of its own layer. Raises InputRefused where a dtype cannot hold a value."""
+    def insert(self, layer: HeadLayer, stacks: HeadStacks) -> None:
+        """Let each row have the output of its own layer."""
+        for site in layer.sites:
+            self.chosen.append((layer, self._choose(layer, site, *stacks)))
+
+    def stored(self, layer: HeadLayer) -> HeadStacks:
+        """The layers of all adapters as initializers. Raises InputRefused where a dtype cannot hold a value."""
         weights, biases, owners = layer.stacks()
         dtype = common_dtype(layer.sites)
-        path = "/" + dotted(layer.module, SAVED_WHOLE)
         w = self._factor(layer.module, "weight", weights, dtype)
         b = None if biases is None else self._factor(layer.module, "bias", biases, dtype)
-        mask = self.factory.constant(path, "rows", owners)
-        for site in layer.sites:
-            self.chosen.append((layer, self._choose(layer, site, w, b, mask)))
+        return HeadStacks(w, b, self.factory.constant("/" + dotted(layer.module, SAVED_WHOLE), "rows", owners))
 
-    def labels(self) -> dict[str, list[int]]:
-        """The graph's outputs of logits, each with the number of labels of each id. Infers shapes that changed.
+    def outputs(self) -> list[HeadOutputs]:
+        """The graph's outputs of logits of each layer. Infers shapes that changed.
 
         Raises InputRefused where heads have different numbers of labels and these do not reach an output as they are.
         """
@@ -158,20 +181,19 @@ class RowHeads:
                     f"{way}. Export a graph that returns the logits, or one graph for each adapter "
                     f"({named('lora', 'merged')})"
                 )
-            reached.append((layer, value, outputs))
+            reached.append((layer, outputs, not others and bool(outputs)))
             if is_wider:
                 changed = True
                 for later in _later_values(value):
                     later.shape = None
         if changed:
             infer_shapes(model)
-        found: dict[str, list[int]] = {}
-        for layer, _, outputs in reached:
-            width = max(layer.labels)
-            with_names = [output for output in outputs if output.shape is not None and output.shape[-1] == width]
-            if len(set(layer.labels)) > 1 and len(with_names) < len(outputs):
-                raise InputRefused(f"{layer.module}: an output of the graph has no dimension of {width} labels")
-            found |= {str(output.name): layer.labels for output in with_names}
+        found = []
+        for layer, outputs, is_clear in reached:
+            wide = [output for output in outputs if output.shape is not None and output.shape[-1] == layer.width]
+            if len(set(layer.labels)) > 1 and len(wide) < len(outputs):
+                raise InputRefused(f"{layer.module}: an output of the graph has no dimension of {layer.width} labels")
+            found.append(HeadOutputs(layer, tuple(str(output.name) for output in wide), is_clear))
         return found
 
     def _factor(self, module: str, part: str, array: NDArray[Any], dtype: str) -> Factor:
@@ -181,7 +203,7 @@ class RowHeads:
     def _choose(self, layer: HeadLayer, site: Site, weights: Factor, biases: Factor | None, mask: ir.Value) -> ir.Value:
         """Insert the choice behind a layer; returns the layer's output as it is then."""
         output = _layer_output(site, layer)
-        uses, axis, width = output.uses(), self.axes[site.node_input], max(layer.labels)
+        uses, axis, width = output.uses(), self.axes[site.node_input], layer.width
         nodes = NodeList(self.factory, "/" + dotted(layer.module, SAVED_WHOLE))
         own = self._own(nodes, site, axis, weights, biases)
         base = self.branches.separate_batch(nodes, self._widened(nodes, output, axis, layer), axis, width)
@@ -209,10 +231,10 @@ class RowHeads:
 
     def _widened(self, nodes: NodeList, output: ir.Value, axis: BatchAxis, layer: HeadLayer) -> ir.Value:
         """The base's own output with absent labels, where it has fewer than the widest head."""
-        more = max(layer.labels) - layer.base_labels
+        more = layer.width - layer.base_labels
         if not more:
             return output
-        shape = None if output.shape is None else [*output.shape[:-1], max(layer.labels)]
+        shape = None if output.shape is None else [*output.shape[:-1], layer.width]
         return nodes.pad(output, ("labels", "absent"), [0] * (2 * axis.rank - 1) + [more], ABSENT_LABEL, shape)
 
 

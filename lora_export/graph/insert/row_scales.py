@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.formats.onnx_adapter import ADAPTER_SCALES
+from lora_export.formats.row_adapters import ADAPTER_SCALES
 from lora_export.graph.insert.node_factory import Dim, NodeList, fixed_sizes, last_size, sizes_of
 
 

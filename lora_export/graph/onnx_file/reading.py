@@ -23,7 +23,8 @@ from onnx import defs
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, OutputFailed, count, listed
-from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
@@ -52,7 +53,7 @@ class GraphFile:
     @property
     def takes_adapters(self) -> bool:
         """Whether adapters are inputs of the graph, or are selected by an input."""
-        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self.model.metadata_props)
+        return not {CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY}.isdisjoint(self.model.metadata_props)
 
     def changed(self) -> list[Path]:
         """The files that have changed since they were opened."""

@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import (
-    ADAPTER_IDS,
-    CONTRACT_KEY,
-    ROW_INPUTS,
-    array_of_ort_value,
-    import_onnxruntime,
-    ort_value_of_array,
-)
-from lora_export.formats.row_adapters import row_inputs
+from lora_export.formats.contract import CONTRACT_KEY
+from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime, ort_value_of_array
+from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, row_inputs
 from lora_export.graph.cache_names import (
     BRANCH,
     CACHE_POSITION,
@@ -69,9 +63,11 @@ class Decoder:
         self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
         self.adapters: Session | None = None
+        if runner.inner.contract_of_slots is not None:
+            raise InputRefused(f"{graph} has slots, which nothing fills here: generate with {named('lora', 'rows')}")
         if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
             self.adapters = Session(graph, provider=provider, session=self.session)
-            unknown -= {name for slot in self.adapters.contract.slots for name in slot.input_shapes}
+            unknown -= {name for place in self.adapters.contract.places for name in place.input_shapes}
         outputs = [output.name for output in self.session.get_outputs()]
         if unknown or LOGITS not in outputs:
             lacking = f"also takes {', '.join(sorted(unknown))}" if unknown else f"has no output {LOGITS}"

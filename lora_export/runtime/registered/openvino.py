@@ -8,7 +8,7 @@ from typing import Any
 from lora_export.artifacts.artifact import ArtifactKind, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
-from lora_export.formats.onnx_adapter import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
 from lora_export.options.spelling import command
 from lora_export.runtime.runner import Arrays
 

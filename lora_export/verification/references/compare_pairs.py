@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import CONTRACT_KEY
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
 from lora_export.graph.content_match import Spellings
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.onnx_file.reading import load_graph
@@ -120,12 +120,12 @@ def _of_contract(graph: OnnxRunner, spellings: Spellings) -> Iterator[StoredPair
     """Those of the adapter's file that is loaded."""
     if graph.adapter_file is None:
         return
-    contract = onnx_adapter.read_contract(graph.metadata, graph.path)
+    contract = read_contract(graph.metadata, graph.path)
     values = onnx_adapter.arrays_of(graph.adapter_file)
-    for slot in contract.slots:
-        module = module_of(spellings.of(dotted(module_of(slot.weight), "weight")))
-        if slot.a in values and slot.b in values:
-            yield StoredPairs(module, [StoredPair(values[slot.a], values[slot.b])], is_ours=True)
+    for place in contract.places:
+        module = module_of(spellings.of(dotted(module_of(place.weight), "weight")))
+        if place.a in values and place.b in values:
+            yield StoredPairs(module, [StoredPair(values[place.a], values[place.b])], is_ours=True)
 
 
 def _by_module(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import AdapterSlot, Contract
+from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, read_contract
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
 from support.graphs import a_graph, an_adapter, contents, linear_specs, run
@@ -32,7 +32,7 @@ def test_a_and_b_are_inputs_with_defaults_of_rank_zero() -> None:
         model.graph.initializers[name].const_value.shape.numpy() for name in ("m.lora_A.weight", "m.lora_B.weight")
     ]
     assert defaults == [(3, 0), (0, 2)]
-    assert [(slot.weight, slot.a, slot.b, slot.shape) for slot in contract.slots] == [
+    assert [(place.weight, place.a, place.b, place.shape) for place in contract.places] == [
         ("m.weight", "m.lora_A.weight", "m.lora_B.weight", (2, 3))
     ]
 
@@ -89,10 +89,10 @@ def test_inputs_and_their_values_have_dtype_of_weight(dtype: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 7e4), ("bfloat16", 3.4e38), ("float32", 3.4e38)])
 def test_factor_that_overflows_dtype_of_weight_is_refused(dtype: str, largest: float) -> None:
-    slot = AdapterSlot("m.weight", "a", "b", (2, 3), dtype, "")
+    place = AdapterPlace("m.weight", "a", "b", (2, 3), dtype, "")
     pair = LoraPair(a=PAIR.a, b=[[1], [largest]], scale=1.0 if dtype == "float16" else 2.0)
     with pytest.raises(InputRefused, match=rf"default, m.weight: 1 value of b .* largest {dtype} is"):
-        adapter_inputs(Contract("0", "0", (slot,)), an_adapter({"m": pair}))
+        adapter_inputs(Contract("0", "0", (place,)), an_adapter({"m": pair}))
 
 
 def test_second_insertion_of_inputs_is_refused() -> None:
@@ -100,7 +100,7 @@ def test_second_insertion_of_inputs_is_refused() -> None:
     with_inputs(model, "m.weight")
     with pytest.raises(InputRefused, match="has inputs for adapters already"):
         with_inputs(model, "m.weight")
-    del model.metadata_props[onnx_adapter.CONTRACT_KEY]
+    del model.metadata_props[CONTRACT_KEY]
     with pytest.raises(InputRefused, match=r"the graph holds m.lora_A.weight already"):
         with_inputs(model, "m.weight")
 
@@ -137,14 +137,14 @@ def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: s
 
 
 def random_adapter(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """A pair with a rank of its own for each slot, and ΔW by weight in the layout of the model."""
+    """A pair with a rank of its own for each place, and ΔW by weight in the layout of the model."""
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
-    for number, slot in enumerate(contract.slots):
-        rank, (out, into) = [1, 4, 2, 7, 3][number % 5], slot.shape
+    for number, place in enumerate(contract.places):
+        rank, (out, into) = [1, 4, 2, 7, 3][number % 5], place.shape
         pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
-        pairs[re.sub(r"\.(in_proj_)?weight$", "", slot.weight)] = pair
-        changes[slot.weight] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
+        pairs[re.sub(r"\.(in_proj_)?weight$", "", place.weight)] = pair
+        changes[place.weight] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
     return an_adapter(pairs), changes
 
 
@@ -180,8 +180,8 @@ def test_default_of_convolution_has_one_rank_of_zeros() -> None:
     model = a_graph("""
         g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
         { [n] y = Conv(x, c.weight) }""")
-    (slot,) = with_inputs(model, "c.weight", dora=["c.weight"]).slots
-    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in slot.input_shapes}
+    (place,) = with_inputs(model, "c.weight", dora=["c.weight"]).places
+    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in place.input_shapes}
     assert {name: array.shape for name, array in defaults.items()} == {
         "c.lora_A.weight": (1, 2, 2), "c.lora_B.weight": (3, 1, 1), "c.lora_magnitude_vector.weight": (3, 1),
     }  # fmt: skip
@@ -206,7 +206,7 @@ def test_fixed_rank_makes_every_shape_static_and_computes_the_same() -> None:
     assert np.array_equal(fed["m.lora_A.weight"], [[1, 0, 0], [0, 0, 0], [-1, 0, 0]])
     assert np.array_equal(fed["m.lora_B.weight"], [[2, 4], [0, 0], [0, 0]])
     assert np.array_equal(run(model, x=X, **fed)["y"], before + np.float32([[-2 * 7, -4 * 8]] * 2))
-    assert onnx_adapter.read_contract(model.metadata_props, "") == contract
+    assert read_contract(model.metadata_props, "") == contract
 
 
 def test_larger_rank_than_the_fixed_one_is_refused_with_both_numbers() -> None:
@@ -244,4 +244,4 @@ def test_required_inputs_have_no_default() -> None:
     with_default = with_inputs(plain, "m.weight")
     assert not with_default.required
     assert np.array_equal(run(model, x=X, **fed)["y"], run(plain, x=X, **fed)["y"])
-    assert onnx_adapter.read_contract(model.metadata_props, "") == contract
+    assert read_contract(model.metadata_props, "") == contract

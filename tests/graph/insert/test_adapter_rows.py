@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
+from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import AdapterStacks
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
@@ -194,7 +194,7 @@ def array(factor: Factor) -> np.ndarray:
 
 def test_ranks_are_padded_and_entry_0_is_zero() -> None:
     stacks = stacks_of(GEMM, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
-    a, b = map(array, stacks.pairs())
+    a, b = map(array, stacks.pairs() or ())
     assert (a.shape, b.shape) == ((3, 3, 2), (3, 2, 2))
     assert not a[0].any() and not b[0].any()
     assert np.array_equal((a[1] @ b[1]).T, PAIR.delta())
@@ -212,20 +212,21 @@ def test_adapter_without_pair_has_zeros() -> None:
     model = a_graph(body.replace("(float[N,2] y)", "(float[N,2] y, float[N,2] z)"))
     steps = plan.make([an_adapter({"m": PAIR}, name="one"), other], find_sites(model).specs, one_at_a_time=True)
     step = next(step for step in steps.low_rank if step.weight == "m.weight")
-    a, b = map(array, AdapterStacks(NodeFactory(model), step, ["one", "two"], "float32").pairs())
+    a, b = map(array, AdapterStacks(NodeFactory(model), step, ["one", "two"], "float32").pairs() or ())
     assert a[1].any() and not a[2].any() and not b[2].any()
 
 
 def test_ranks_of_convolutions_are_concatenated() -> None:
     adapters = [an_adapter({"c": CONVOLUTION_PAIR}, name=name) for name in ("one", "two")]
     stacks = stacks_of(CONVOLUTION.replace("ATTRIBUTES", "strides = [1]"), *adapters)
-    a, b = map(array, stacks.convolutions())
+    a, b = map(array, stacks.convolutions() or ())
     assert (a.shape, b.shape) == ((2, 2, 2), (3, 2, 1))
     assert stacks.rank_mask().tolist() == [[False, False], [True, False], [False, True]]
 
 
 def test_factors_of_dora_are_ones_without_dora() -> None:
     stacks = stacks_of(GEMM, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
-    factors = stacks.of_outputs([None, np.array([2.0, -3.0])])
+    assert stacks.of_outputs() is None and stacks.of_inputs() is None
+    stacks.dora = [None, np.array([2.0, -3.0])]
+    factors = stacks.of_outputs()
     assert factors is not None and array(factors).tolist() == [[1, 1], [1, 1], [2, -3]]
-    assert stacks.of_outputs([None, None]) is None and stacks.of_inputs() is None

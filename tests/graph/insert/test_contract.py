@@ -12,6 +12,7 @@ import pytest
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import CONTRACT_KEY, read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import checked_contract, contract_dora_factors, insert_inputs
 from lora_export.graph.onnx_file.reading import load_graph
@@ -38,7 +39,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_contract_is_read_from_file(saved: Path) -> None:
     model = load_graph(saved)
-    assert checked_contract(model, saved) == onnx_adapter.read_contract(model.metadata_props, saved)
+    assert checked_contract(model, saved) == read_contract(model.metadata_props, saved)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_changed_inputs_are_all_listed(saved: Path) -> None:
 
 def test_missing_and_damaged_contracts_are_refused(saved: Path) -> None:
     model = load_graph(saved)
-    good = model.metadata_props.pop(onnx_adapter.CONTRACT_KEY)
+    good = model.metadata_props.pop(CONTRACT_KEY)
     with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         checked_contract(model, saved)
     for bad in (
@@ -84,7 +85,7 @@ def test_missing_and_damaged_contracts_are_refused(saved: Path) -> None:
         good.replace('"a"', '"c"'),
         good.replace('"base": "', '"base": "z'),
     ):
-        model.metadata_props[onnx_adapter.CONTRACT_KEY] = bad
+        model.metadata_props[CONTRACT_KEY] = bad
         with pytest.raises(InputRefused):
             checked_contract(model, saved)
 
@@ -106,10 +107,10 @@ def test_block_named_by_checkpoint_is_found_by_contract(tmp_path: Path, bits: in
     assert not {"k.weight", "o.weight"} & set(find_sites(model).by_name)
     contract = checked_contract(model, tmp_path / "packed.onnx")
     assert contract == with_inputs
-    assert [(slot.weight, slot.block) for slot in contract.slots] == [("k.weight", (8, 12)), ("o.weight", None)]
+    assert [(place.weight, place.block) for place in contract.places] == [("k.weight", (8, 12)), ("o.weight", None)]
     pair = LoraPair(a=RNG.normal(size=(2, 32)), b=RNG.normal(size=(4, 2)), scale=1.0, magnitude=[1, 2, 3, -4])
     adapter = an_adapter({"k": pair})
-    steps = plan.make([adapter], [slot.spec for slot in contract.slots])
+    steps = plan.make([adapter], [place.spec for place in contract.places])
     fed = onnx_adapter.input_values(
         contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
     )
@@ -140,7 +141,7 @@ def test_graph_quantised_after_insertion_is_accepted() -> None:
         { [m] y = MatMul(x, m.weight) }""")
     )
     contract = checked_contract(model, Path("x.onnx"))
-    assert [slot.quantised for slot in contract.slots] == [""]
+    assert [place.quantised for place in contract.places] == [""]
     assert [site.quantised is not None for site in find_sites(model).by_name["m.weight"]] == [True]
 
 

@@ -103,13 +103,13 @@ def test_attention_takes_adapters_as_inputs_one_after_another(packed: Any, tmp_p
     assert OnnxRunner(path).run({"x": TOKENS})["y"].tobytes() == base.tobytes()
     for pairs in (PAIRS, OTHERS):
         adapter = an_adapter(pairs, sha256="1")
-        steps = plan.make([adapter], [slot.spec for slot in contract.slots])
+        steps = plan.make([adapter], [place.spec for place in contract.places])
         values = onnx_adapter.input_values(
             contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
         )
         onnx_adapter.write(tmp_path / "a.onnx_adapter", values, contract, sha256="1")
         assert_computes(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
-    assert checked_contract(load_graph(path), path).slots == contract.slots
+    assert checked_contract(load_graph(path), path).places == contract.places
     other = load_graph(path)
     other.graph.initializers["w"].const_value = ir.Tensor(stored(other, "w") + np.float32(1), name="w")
     with pytest.raises(InputRefused, match=r"q.weight: differs from the weight for which"):
@@ -180,7 +180,7 @@ def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
 
 
 def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
-    steps = plan.make([adapter], [slot.spec for slot in contract.slots])
+    steps = plan.make([adapter], [place.spec for place in contract.places])
     return onnx_adapter.input_values(
         contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
     )

@@ -21,11 +21,13 @@ from torch import nn
 
 from lora_export import formats, plan
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import Contract, read_contract
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.adapter_slots import insert_slots
 from lora_export.graph.insert.branches import branch_obstacle
 from lora_export.graph.site import find_readers
 from lora_export.lora import Adapter, LoraPair
@@ -35,7 +37,9 @@ from support.graphs import Arrays, an_adapter, contents, quantised, run
 from support.handmade import base_file
 from support.small_graphs import filled
 
-MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows", "slots"])
+BY_ROW = ("rows", "slots")
+SLOT_OF = np.array([0, 3, 1])  # the base, and the two adapters; slot 2 has another
 
 
 RNG = np.random.default_rng(0)
@@ -63,8 +67,12 @@ class InsertedAdapters:
                 insert_rows(graph, own, steps, batch=batch)
             else:
                 dora = {step.weight for step in steps.steps if step.has_dora}
-                insert_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
-                contract = onnx_adapter.read_contract(graph.metadata_props, "")
+                weights = [step.weight for step in steps.steps]
+                if mode == "slots":
+                    insert_slots(graph, own, weights, slots=3, max_rank=4, dora=dora, batch=batch)
+                else:
+                    insert_inputs(graph, own, weights, dora=dora)
+                contract = read_contract(graph.metadata_props, "")
                 names = [adapter.name for adapter in adapters]
                 self.input_values = [
                     onnx_adapter.input_values(
@@ -72,6 +80,11 @@ class InsertedAdapters:
                     )
                     for name in names
                 ]
+                if mode == "slots":
+                    self.stacks = contract.stacks()
+                    self.replace(contract, {1: self.input_values[0]})  # of another adapter before
+                    other = {name: 7 * value for name, value in self.input_values[-1].items()}
+                    self.replace(contract, dict(zip(SLOT_OF[1:], self.input_values, strict=False)) | {2: other})
         for graph in self.graphs.values():
             assert before.items() <= contents(graph).items()
 
@@ -91,11 +104,17 @@ class InsertedAdapters:
             by_name[name] = tuple(moved)
         return model, Sites(by_name, (), ())
 
+    def replace(self, contract: Contract, adapters: Mapping[int, Arrays]) -> None:
+        for slot, values in adapters.items():
+            contract.fill(self.stacks, slot, values)
+
     def feeds_for(self, number: int | Sequence[int], feeds: Mapping[str, Any]) -> Arrays:
         fed = dict(feeds)
-        if self.mode == "rows":
+        if self.mode in BY_ROW:
             rows = len(next(iter(feeds.values())))
-            fed["adapter_ids"] = np.resize(np.array(number, np.int64), rows)
+            ids = np.array(number, np.int64)
+            fed["adapter_ids"] = np.resize(SLOT_OF[ids] if self.mode == "slots" else ids, rows)
+            fed |= self.stacks if self.mode == "slots" else {}
         elif self.mode == "inputs" and number:
             assert isinstance(number, int)
             fed |= self.input_values[number - 1]
@@ -306,7 +325,7 @@ def test_adapter_equals_numpy_and_base_is_unchanged(tmp_path: Path, name: str, m
     for number, output in enumerate(expected):
         np.testing.assert_allclose(inserted.output(number, **layer.feeds), output, rtol=1e-4, atol=1e-4)
     assert inserted.output(0, **layer.feeds).tobytes() == base.tobytes()
-    if mode == "rows":
+    if mode in BY_ROW:
         number = [2, 0, 1]
         output = inserted.output(number, **layer.feeds)
         np.testing.assert_allclose(output, by_rows(layer, expected, number), rtol=1e-4, atol=1e-4)
@@ -409,7 +428,7 @@ def adapter_for_all(found: Sites, name: str, *, rank: int) -> Adapter:
     return an_adapter(pairs, name=name)
 
 
-@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("mode", ["inputs", *BY_ROW])
 @pytest.mark.parametrize("name", ["encoder", "bert"])
 def test_export_with_all_kinds_of_adapters_equals_pytorch(name: str, mode: str) -> None:
     made = exported(name)
@@ -426,7 +445,7 @@ def test_export_with_all_kinds_of_adapters_equals_pytorch(name: str, mode: str) 
         for key, value in alone[number].items():
             np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=2e-5)
             assert number == 0 or np.abs(value - before[key]).max() > 1e-2
-    if mode == "rows":
+    if mode in BY_ROW:
         output = run(inserted.graphs[0], **inserted.feeds_for([2, 0, 1], arrays))
         for key in before:
             expected = np.stack([alone[number][key][row] for row, number in enumerate([2, 0, 1])])

@@ -1,0 +1,254 @@
+"""Adapters that are loaded into the slots of a session while it runs, compared with PEFT."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import lora_export as le
+from lora_export import formats, plan
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
+from lora_export.graph.insert.adapter_slots import insert_slots
+from lora_export.runtime.adapter_slots import AdapterSlots
+from support.graphs import run
+from support.small_graphs import filled
+
+NAMES = ["a", "b", "c", "d", "e", "f"]
+SLOTS, RANK = 3, 4
+X = np.random.default_rng(0).standard_normal((6, 4, 32)).astype(np.float32)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48, bias=False), nn.Linear(48, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def module() -> Two:
+    torch.manual_seed(0)
+    return Two()
+
+
+def graph() -> ir.Model:
+    weights = {name: value.detach().numpy().T for name, value in module().named_parameters()}
+    return filled(
+        """g (float[N,S,32] x) => (float[N,S,8] y) <float[1,1] up.weight = {0}, float[1,1] down.weight = {0}>
+        { [up] a = MatMul(x, up.weight)
+          b = Tanh(a)
+          [down] y = MatMul(b, down.weight) }""",
+        **weights,
+    )
+
+
+def peft_model(seed: int, rank: int, dora: bool) -> peft.PeftModel:
+    config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["up", "down"], use_dora=dora)
+    model = peft.get_peft_model(module(), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+class Fleet:
+    """A graph with three slots, six adapters of PEFT as files, and what each of them computes of X."""
+
+    def __init__(self, folder: Path, *, per_row: int = 1):
+        self.graph, self.adapters = folder / "served.onnx", folder / "adapters"
+        self.adapters.mkdir()
+        self.model = graph()
+        weights = [] if per_row > 1 else ["up.weight", "down.weight"]
+        shapes = {"slots": SLOTS, "max_rank": RANK, "batch": "N", "per_row": per_row}
+        self.contract = insert_slots(
+            self.model, find_sites(self.model), ["up.weight", "down.weight"], dora=weights, **shapes
+        )
+        ir.save(self.model, self.graph)
+        with torch.no_grad():
+            self.expected: dict[str | None, NDArray[np.float32]] = {None: module()(torch.from_numpy(X)).numpy()}
+        for number, name in enumerate(NAMES, 1):
+            self.write(name, number, dora=number == 2 and per_row == 1)
+
+    def write(self, name: str, seed: int, *, rank: int = 0, dora: bool = False) -> Path:
+        """Train an adapter, and put its file in the place of an earlier one, in one step."""
+        path = self.adapters / f"{name}.onnx_adapter"
+        model = peft_model(seed, rank or 1 + seed % RANK, dora)
+        model.save_pretrained(self.adapters / f"of {name}")
+        adapter = formats.load(self.adapters / f"of {name}")
+        steps = plan.make([adapter], [place.spec for place in self.contract.places])
+        factors = contract_dora_factors(self.model, self.contract, steps, adapter.name)
+        values = onnx_adapter.input_values(self.contract, steps, adapter.name, factors)
+        onnx_adapter.write(path.with_suffix(".new"), values, self.contract, sha256="0")
+        path.with_suffix(".new").replace(path)
+        with torch.no_grad():
+            self.expected[name] = model(torch.from_numpy(X)).numpy()
+        return path
+
+    def check(self, slots: AdapterSlots, names: Sequence[str | None]) -> None:
+        x = X[: len(names)]
+        output = slots.run({"x": x}, names)["y"]
+        expected = np.stack([self.expected[name][row] for row, name in enumerate(names)])
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
+
+
+def test_each_row_has_its_adapter_and_the_least_used_makes_place(fleet: Fleet) -> None:
+    slots = le.AdapterSlots(fleet.graph, fleet.adapters)
+    assert min(np.abs(fleet.expected[name] - fleet.expected[None]).max() for name in NAMES) > 0.1
+    fleet.check(slots, ["a", None, "b", "a", "c"])
+    assert slots.loaded == ("a", "b", "c")
+    fleet.check(slots, ["a"])
+    fleet.check(slots, [None, "d"])
+    assert slots.loaded == ("c", "a", "d")
+    fleet.check(slots, ["e", "f", "b"])
+    base = slots.run({"x": X}, [None] * len(X))["y"]
+    assert base.tobytes() == run(graph(), x=X)["y"].tobytes()
+
+
+def test_a_changed_file_is_loaded_again_and_equal_contents_are_not(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = AdapterSlots(fleet.graph, fleet.adapters)
+    fleet.check(slots, ["a", "b"])
+    path, written = fleet.adapters / "a.onnx_adapter", []
+    fill = slots._stacks.fill
+    monkeypatch.setattr(slots._stacks, "fill", lambda *own: (written.append(own[1]), fill(*own)))
+    os.utime(path, ns=(1, 1))
+    fleet.check(slots, ["a"])
+    assert not written
+    with slots.use(["a"]) as ids:  # a run of the earlier version goes on
+        before = fleet.expected["a"]
+        fleet.write("a", 77)
+        fleet.check(slots, ["a", "b", "a"])
+        assert written and written != ids.tolist() and np.abs(before - fleet.expected["a"]).max() > 0.1
+    fleet.check(slots, ["a", "c"])
+    assert len(slots.loaded) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zzz", "there is no adapter 'zzz'"),
+        ("../adapters/a", "there is no adapter '../adapters/a'"),
+        ("torn", "torn.onnx_adapter"),
+        ("other", "made for another base"),
+    ],
+)
+def test_a_refused_adapter_is_named_and_all_else_is_served(fleet: Fleet, name: str, message: str) -> None:
+    (fleet.adapters / "torn.onnx_adapter").write_bytes((fleet.adapters / "a.onnx_adapter").read_bytes()[:-40])
+    path, other = fleet.adapters / "other.onnx_adapter", replace(fleet.contract, base="f" * 16)
+    onnx_adapter.write(path, fleet.contract.without_adapter(), other, sha256="0")
+    slots = AdapterSlots(fleet.graph, fleet.adapters)
+    fleet.check(slots, ["a", "b"])
+    with pytest.raises(InputRefused, match=message):
+        slots.run({"x": X[:2]}, ["a", name])
+    with pytest.raises(InputRefused, match=message):
+        slots.prefetch(name).result()
+    fleet.check(slots, ["a", None, "c"])
+    assert slots._users == [0] * (SLOTS + 1)
+
+
+def test_more_adapters_than_slots_and_pinned_ones_are_refused(fleet: Fleet) -> None:
+    slots = AdapterSlots(fleet.graph, lambda name: fleet.adapters / f"{name}.onnx_adapter")
+    with pytest.raises(InputRefused, match="3 slots, for 4 adapters"):
+        slots.run({"x": X[:4]}, ["a", "b", "c", "d"])
+    slots.pin("a")
+    slots.pin("b")
+    for name in ("c", "d", "e"):
+        fleet.check(slots, [name, "a"])
+    with pytest.raises(InputRefused, match="no slot is left beside 2 pinned adapters"):
+        slots.run({"x": X[:2]}, ["c", "d"])
+    assert set(slots.loaded) == {"a", "b", "e"}
+    slots.unpin("a")
+    slots.unload("b")
+    fleet.check(slots, ["c", "d", "f"])
+    slots.prefetch("a").result()
+    assert "a" in slots.loaded
+
+
+def test_several_adapters_of_a_row_are_added_up(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, per_row=2)
+    slots = AdapterSlots(fleet.graph, fleet.adapters)
+    fleet.check(slots, ["a", None, "c"])
+    rows, scales = [["a", "b"], ["b"], [None]], [[1.0, 0.0], [1.0], [1.0]]
+    output = slots.run({"x": X[:3]}, rows, scales=scales)["y"]
+    expected = np.stack([fleet.expected[name][row] for row, name in enumerate(("a", "b", None))])
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputRefused, match="2 adapters on a row, not 3"):
+        slots.run({"x": X[:1]}, [["a", "b", "c"]])
+
+
+def test_inputs_of_an_earlier_run_are_never_read_again(fleet: Fleet) -> None:
+    slots = AdapterSlots(fleet.graph, fleet.adapters)
+    fleet.check(slots, ["a"])
+    for feeds in ({}, {"x": X[:1], "adapter_ids": np.ones(1, np.int64)}):
+        with pytest.raises(InputRefused, match="takes x, and the run has"):
+            slots.run(feeds, ["a"])
+
+
+def test_a_graph_without_slots_is_refused(tmp_path: Path) -> None:
+    model = graph()
+    insert_inputs(model, find_sites(model), ["up.weight"])
+    ir.save(model, tmp_path / "inputs.onnx")
+    with pytest.raises(InputRefused, match="has no slots"):
+        AdapterSlots(tmp_path / "inputs.onnx", tmp_path)
+
+
+def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None:
+    with pytest.raises(InputRefused, match=r"has slots, which lora_export\.AdapterSlots fills"):
+        le.Session(fleet.graph)
+
+
+def under_threads(fleet: Fleet, *, seconds: float, rounds: int) -> int:
+    """Compare random batches of 8 threads with PEFT, while adapters are replaced. Returns the number of batches."""
+    slots, end = AdapterSlots(fleet.graph, fleet.adapters), time.monotonic() + seconds
+    done = [0] * 8
+
+    def work(number: int) -> None:
+        rng = np.random.default_rng(number)
+        while done[number] < rounds and time.monotonic() < end:
+            few = [None, *rng.choice(NAMES, rng.integers(1, SLOTS + 1), replace=False)]
+            fleet.check(slots, [few[one] for one in rng.integers(0, len(few), len(X))])
+            if number == 0:
+                slots.unload(str(rng.choice(NAMES)))
+            done[number] += 1
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert slots._users == [0] * (SLOTS + 1) and not slots._loading
+    return sum(done)
+
+
+def test_eight_threads_never_get_a_neighbours_adapter(fleet: Fleet) -> None:
+    assert under_threads(fleet, seconds=60, rounds=10) == 80
+
+
+@pytest.mark.soak
+def test_eight_threads_never_get_a_neighbours_adapter_for_long(fleet: Fleet) -> None:
+    assert under_threads(fleet, seconds=300, rounds=1_000_000) > 1000

@@ -1,0 +1,182 @@
+"""Graphs of slots: proven with adapters that they have never seen, also after these were replaced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import lora_export as le
+from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
+from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import SLOTS_KEY, read_contract
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.lora import Adapter, LoraPair
+from lora_export.runtime.onnx_runner import OnnxRunner
+from support.graphs import a_graph, an_adapter
+from support.small_graphs import PAIR
+
+INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2))
+
+
+def adapter(name: str, scale: float = 1.0, rank: int = 1) -> Adapter:
+    pair = LoraPair(a=np.repeat(PAIR.a, rank, axis=0), b=np.repeat(PAIR.b, rank, axis=1), scale=scale)
+    return an_adapter({"0": pair}, name=name)
+
+
+def export(path: Path, adapters: Any = (), **options: Any) -> Any:
+    return le.export_onnx((net(), INPUTS), path, adapters=adapters, lora="slots", **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of four slots that was made without an adapter."""
+    path = tmp_path_factory.mktemp("slots") / "slots.onnx"
+    result = export(path, target="0", slots=4, max_rank=2, dora=True)
+    assert list(result.proofs.adapters) == ["generated 1", "generated 2"] and result.proofs.moved.verdict
+    assert [file.name for file in result.files] == ["slots.onnx"]
+    return path
+
+
+def with_other_ids(graph: Path, text: str, target: Path) -> Path:
+    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
+    model, part = load_graph(graph), a_graph(f"ids (int64[a] adapter_ids) => (int64[a] other) {{ {text} }}")
+    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
+    (own,), (other,) = part.graph.inputs, part.graph.outputs
+    for old, new in ((given, other), (own, given)):
+        for node, index in list(old.uses()):
+            node.replace_input_with(index, new)
+    nodes = list(part.graph)
+    part.graph.outputs.clear()
+    part.graph.remove(nodes)
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"other.{number}"
+    model.graph.insert_before(model.graph[0], nodes)
+    ir.save(model, target)
+    return target
+
+
+OTHER_IDS = {
+    "the slot beside it": "used = Sign(adapter_ids) next = Add(adapter_ids, used) "
+    "last = Constant <value = int64[1] {4}> () other = Min(next, last)",
+    "never beyond slot 2": "last = Constant <value = int64[1] {2}> () other = Min(adapter_ids, last)",
+    "never the last slot": "last = Constant <value = int64[1] {3}> () other = Min(adapter_ids, last)",
+    "the first slot for the base": "one = Constant <value = int64[1] {1}> () other = Max(adapter_ids, one)",
+}
+
+
+@pytest.mark.parametrize("given", [[], ["x"], ["x", "y"], ["x", "y", "z"]])
+def test_a_right_graph_is_same_with_adapters_that_it_has_not_seen(exported: Path, given: list[str]) -> None:
+    adapters = [adapter(name, scale) for name, scale in zip(given, (1.0, -2.0, 0.5), strict=False)]
+    assert le.verify(exported, (net(), INPUTS), adapters=adapters)
+
+
+@pytest.mark.parametrize("wrong", OTHER_IDS)
+def test_a_graph_that_reads_another_slot_is_different(exported: Path, wrong: str, tmp_path: Path) -> None:
+    path = with_other_ids(exported, OTHER_IDS[wrong], tmp_path / "wrong.onnx")
+    result = le.verify(path, (net(), INPUTS), adapters=[adapter("x"), adapter("y", -2.0)])
+    assert result.verdict.outcome == "different"
+
+
+def test_equal_neighbours_are_undecided(exported: Path) -> None:
+    result = le.verify(exported, (net(), INPUTS), adapters=[adapter("x"), replace(adapter("x"), name="y")])
+    assert result.verdict.outcome == "undecided"
+    assert "x and y in the slot beside it compute nearly the same" in str(result)
+
+
+def test_a_wrong_graph_is_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = onnx_adapter.arrays_of
+    monkeypatch.setattr(onnx_adapter, "arrays_of", lambda path: {key: 2 * value for key, value in read(path).items()})
+    with pytest.raises(Different):
+        export(tmp_path / "slots.onnx", [adapter("x"), adapter("y", -2.0)], slots=2)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    with pytest.raises(Undecided, match="x and y"):
+        export(tmp_path / "slots.onnx", [adapter("x"), replace(adapter("x"), name="y")], slots=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_given_adapters_become_files_of_the_fixed_rank(tmp_path: Path) -> None:
+    result = export(tmp_path / "slots.onnx", [adapter("x"), adapter("y", -2.0)], slots=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slots.onnx", "x.onnx_adapter", "y.onnx_adapter"]
+    assert result.proofs.mixed.verdict and result.proofs.moved.verdict
+    arrays = onnx_adapter.arrays_of(tmp_path / "y.onnx_adapter")
+    assert {name: value.shape for name, value in arrays.items()} == {
+        "0.lora_A.weight": (3, 16),
+        "0.lora_B.weight": (16, 2),
+    }
+    le.convert(adapter("z", 3.0), tmp_path / "z", graph=tmp_path / "slots.onnx")
+    stored = onnx_adapter.arrays_of(tmp_path / "z")
+    assert np.array_equal((stored["0.lora_A.weight"] @ stored["0.lora_B.weight"]).T, 3 * PAIR.b @ PAIR.a)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([adapter("x", rank=3)], "x, 0.weight: rank 3 > 2"),
+        ([an_adapter({"1": PAIR}, name="x")], "the graph takes no adapter at"),
+        ([adapter(f"a{number}", number) for number in range(1, 6)], "has 4 slots, for 5 adapters"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    exported: Path, given: list[Adapter], message: str, tmp_path: Path
+) -> None:
+    if len(given) == 1:
+        with pytest.raises(InputRefused, match=message):
+            le.convert(given[0], tmp_path / "x.onnx_adapter", graph=exported)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises((InputRefused, MatchError), match=message if len(given) > 1 else None):
+        le.verify(exported, (net(), INPUTS), adapters=given)
+
+
+def test_one_id_of_a_graph_that_holds_no_adapter_is_refused(exported: Path) -> None:
+    with pytest.raises(InputRefused, match="holds no adapters: leave"):
+        le.verify(exported, (net(), INPUTS), adapters=[adapter("x")], adapter_id=1)
+    with pytest.raises(InputRefused, match="takes adapters already"):
+        le.export_onnx(exported, exported.with_name("more.onnx"), adapters=[adapter("x")], lora="rows")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs an adapter"),
+        ({"target": "0", "dora": True, "per_row": 2}, "exclude each other"),
+        ({"target": "0", "lora": "rows", "slots": 3}, "slots.* is for"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        le.export_onnx((net(), INPUTS), tmp_path / "slots.onnx", **{"lora": "slots", **options})
+
+
+def test_several_adapters_on_a_row_are_proven(tmp_path: Path) -> None:
+    result = export(tmp_path / "slots.onnx", target="0", slots=3, per_row=2)
+    assert result.proofs.several.verdict and result.proofs.moved.verdict
+    assert le.verify(tmp_path / "slots.onnx", (net(), INPUTS), adapters=[adapter("x"), adapter("y", -2.0)])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '"slots": 4 -> "slots": 0',
+        '"slots": 4 -> "slots": "4"',
+        '"heads": [] -> "heads": [{}]',
+        '"max_rank": 2 -> "max_rank": 0',
+    ],
+)
+def test_a_damaged_record_is_refused(exported: Path, damage: str) -> None:
+    metadata, (old, new) = dict(OnnxRunner(exported).metadata), damage.split(" -> ")
+    assert read_contract(metadata, "g").slots == 4 and old in metadata[SLOTS_KEY]
+    with pytest.raises(InputRefused, match="is damaged"):
+        read_contract({SLOTS_KEY: metadata[SLOTS_KEY].replace(old, new)}, "g")
