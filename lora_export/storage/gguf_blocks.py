@@ -114,7 +114,7 @@ class BlockCodec:
     def decode_finite(self, blocks: Bytes) -> tuple[Floats, int]:
         """The elements, and the number of blocks that have others than finite ones. See `decode`."""
         steps, offsets = self.scales(blocks)
-        bad = len(blocks) - np.count_nonzero(np.isfinite(self.largest(steps, offsets)))
+        bad = len(blocks) - int(np.isfinite(self.largest(steps, offsets)).sum())
         return self._values(self.codes_of(blocks), steps, offsets), bad
 
     def largest(self, steps: Floats, offsets: Floats | None) -> Floats:
