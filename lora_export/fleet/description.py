@@ -98,9 +98,10 @@ def _jobs_of_adapter(names: Mapping[str, Any], steps: Sequence[tuple[str, Mappin
                 raise WrongUsage(f"{place}: no step before it writes a model: give `candidate`, the file to judge")
             values["candidate"] = made
         job = FleetJob(**names, number=number, step=step, values=values, place=f"{place} ({step})")
-        read = {os.path.normpath(path) for paths in job.inputs().values() for path in paths}
-        if address := next(filter(is_address, sorted(read)), None):
+        paths = [path for paths in job.inputs().values() for path in paths]
+        if address := next(filter(is_address, paths), None):
             raise WrongUsage(f"{job.place}: {address} is a server, whose answers are in no file that could be done")
+        read = set(map(os.path.normpath, paths))
         after = tuple(one.id for one in before if one.output is not None and os.path.normpath(one.output) in read)
         before.append(replace(job, after=after))
     yield from before

@@ -106,7 +106,7 @@ def on_ray(address: str, number: int) -> Iterator[Engine]:
     from lora_export.errors import EnvironmentLacking
 
     ray = require_ray()
-    settings: dict[str, Any] = {"address": address, "log_to_driver": False}
+    settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "WARNING"}
     if address == "local":
         settings |= {"include_dashboard": False, **({"num_cpus": number} if number > 1 else {})}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

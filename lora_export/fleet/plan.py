@@ -55,6 +55,7 @@ class FleetPlan:
     adapters: int
     steps: tuple[StepPlan, ...]
     problems: tuple[JobProblem, ...]
+    unread: int  # files whose hash is not known: what depends on them counts as not done
 
     @property
     def exit_code(self) -> int:
@@ -79,7 +80,7 @@ def plan_of(fleet: FleetFile) -> FleetPlan:
         jobs = [job for job in fleet.jobs if job.number == number]
         left = [job for job in jobs if not standings[job.id].is_settled]
         steps.append(StepPlan(jobs[0].step, len(jobs), len(jobs) - len(left), JobNeeds.together(map(needs.of, left))))
-    return FleetPlan(str(fleet.path), len(_by_adapter(fleet.jobs)), tuple(steps), tuple(problems))
+    return FleetPlan(str(fleet.path), len(_by_adapter(fleet.jobs)), tuple(steps), tuple(problems), len(records.unread))
 
 
 def _by_adapter(jobs: tuple[FleetJob, ...]) -> list[list[FleetJob]]:

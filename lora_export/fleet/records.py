@@ -59,6 +59,7 @@ class FleetRecords:
         self._hashes_file = folder / "hashes.json"
         self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
         self._has_new_hashes = False
+        self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
         self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
 
     def standing(self, job: FleetJob, others: Mapping[str, Standing]) -> Standing:
@@ -71,9 +72,10 @@ class FleetRecords:
         if facts is None:
             return Standing(NOT_DONE, record=record)
         written = record.get("written") or {}
-        is_there = {path: self.identity_of(path) for path in written} == written
-        is_own = is_there if written else bool(record.get("replaces"))
-        if record.get("facts") == facts and is_there and record["outcome"] in OUTCOMES:
+        found = {path: self.identity_of(path) for path in written}
+        own = [one is None or one == written[path] or _is_like(one, written[path]) for path, one in found.items()]
+        is_own = all(own) if written else bool(record.get("replaces"))
+        if record.get("facts") == facts and found == written and record["outcome"] in OUTCOMES:
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, is_own)
         return Standing(NOT_DONE, record=record, facts=facts, replaces=is_own)
 
@@ -118,7 +120,7 @@ class FleetRecords:
         known = keys_of(job.kind.record)
         made = {os.path.normpath(one.facts["options"]["output"]): one.record["written"] for one in before}
         read = {path for paths in job.inputs().values() for path in paths if os.path.normpath(path) not in made}
-        contents = {path: self._contents_of(path) for path in {job.base_path, job.adapter_path, *read}}
+        contents = {path: self._contents_of_input(path) for path in {job.base_path, job.adapter_path, *read}}
         if None in contents.values():
             return None
         facts = {
@@ -132,28 +134,40 @@ class FleetRecords:
         }
         return dict(json.loads(json.dumps(facts, default=str)))  # as a record has it
 
-    def _contents_of(self, path: str) -> dict[str, str] | None:
-        """The hash of each file of a path; empty for what is no file, such as a factory of a package.
-
-        None where a hash is not known, and files are not to be read.
-        """
+    def _contents_of_input(self, path: str) -> dict[str, str] | None:
         if path not in self._contents:
-            found = model_paths(str(locate(path, ignore)))  # of FILE.py:FACTORY, the file
-            files = {} if not found else open_artifact(found[0]).files
-            hashes = {name: self._hash_of(file) for name, file in files.items()}
-            known = {name: digest for name, digest in hashes.items() if digest is not None}
-            self._contents[path] = known if len(known) == len(hashes) else None
+            self._contents[path] = self._contents_of(path)
         return self._contents[path]
+
+    def _contents_of(self, path: str) -> dict[str, str] | None:
+        """The hash of each file of a path. None where one is not known, and files are not to be read.
+
+        Empty for what is no file, such as a factory of a package, and for what cannot be read: the job will refuse it.
+        """
+        try:
+            found = model_paths(str(locate(path, ignore)))  # of FILE.py:FACTORY, the file
+            files = open_artifact(found[0]).files if found else {}
+            hashes = {name: self._hash_of(file) for name, file in files.items()}
+        except (InputRefused, OSError):
+            return {}
+        known = {name: digest for name, digest in hashes.items() if digest is not None}
+        return known if len(known) == len(hashes) else None
 
     def _hash_of(self, file: Path) -> str | None:
         (state,) = input_files.file_states([file])
         *before, digest = self._known.get(str(file.absolute()), [None])
         if tuple(before) != state[1:]:  # the number of a device changes when it is mounted
             if not self.reads:
+                self.unread.add(str(file))
                 return None
             digest, self._has_new_hashes = file_hash(file, FAST), True
             self._known[str(file.absolute())] = [*state[1:], digest]
         return str(digest)
+
+
+def _is_like(found: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    """Whether an output is the one that was written, of which a file may be missing or damaged."""
+    return "record" in found and found["record"] == written.get("record")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from lora_export.options.fleet import FleetOptions
 from lora_export.options.spelling import is_command_line
 from lora_export.report.fleet import problem_line
 from lora_export.runtime.memory import available_memory
+from lora_export.storage import atomic_output
 from lora_export.storage.output_lock import output_lock
 
 
@@ -38,9 +39,13 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
         engine = (
             processes(_at_once(fleet, needs, options)) if options.ray is None else on_ray(options.ray, options.jobs)
         )
-        with engine as opened:
-            run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress)
-            run.whole()
+        try:
+            with engine as opened:
+                run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress)
+                run.whole()
+        except KeyboardInterrupt:
+            atomic_output.published.append(fleet.records)  # what is done stays: the next run goes on
+            raise
     jobs = tuple(job_status(job, run.standings[job.id]) for job in fleet.jobs)
     return FleetStatus(str(fleet.path), jobs, round(time.perf_counter() - begun, 1))
 
@@ -52,7 +57,7 @@ def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int
         return options.jobs
     fitting = max(1, available // most)
     options.on_message(
-        f"note: {count(fitting, 'process')} at the same time, not {options.jobs}: a job needs {most / GIB:.1f} GiB of "
+        f"note: jobs at the same time: {fitting}, not {options.jobs}. A job needs {most / GIB:.1f} GiB of "
         f"memory, and {available / GIB:.1f} GiB are available"
     )
     return fitting

@@ -86,7 +86,7 @@ def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, An
         "exit": 0,
         "message": message,
         "output": None if output is None else str(output),
-        "written": {path: records.identity_of(path) for path in paths},
+        "written": {path: records.identity_of(path) or {} for path in paths},
     }
 
 

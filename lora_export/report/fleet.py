@@ -61,6 +61,8 @@ def plan_table(document: FleetDocument) -> list[list[str]]:
 
 def plan_lines(document: FleetDocument, *, every: bool) -> Iterator[str]:
     """What does not fit, an adapter after the other; all of its lines with `every`."""
+    if document["unread"]:
+        yield f"{count(document['unread'], 'file')} without a known hash: what depends on them counts as not done"
     problems = document["problems"]
     names = {(problem["base"], problem["adapter"]) for problem in problems}
     if not problems:
