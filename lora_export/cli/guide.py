@@ -38,6 +38,7 @@ GROUPS = {
         "onnx": "Export to ONNX: the modes merged, nodes, inputs and rows.",
         "torchscript": "Export to TorchScript.",
         "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
+        "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
         "quantised": "Quantised graphs, checkpoints and GGUF files.",

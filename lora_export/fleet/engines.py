@@ -110,20 +110,22 @@ def on_ray(address: str, number: int) -> Iterator[Engine]:
     if address == "local":
         settings |= {"include_dashboard": False, **({"num_cpus": number} if number > 1 else {})}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EnvironmentLacking(f"Ray does not start or answer at {address}: {error}") from error
-    for number, handler in handlers.items():  # Ray sets its own
-        signal.signal(number, handler)
-    engine = _Ray(ray, ray.cluster_resources() if address == "local" else None)
-    try:
-        yield engine
-    except BaseException:
-        engine.cancel()
-        raise
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices, and stdout has the result alone
+        try:
+            ray.init(**settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise EnvironmentLacking(f"Ray does not start or answer at {address}: {error}") from error
+        with contextlib.suppress(ValueError):  # Ray sets its own handlers, unless this is no main thread
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        engine = _Ray(ray, ray.cluster_resources() if address == "local" else None)
+        try:
+            yield engine
+        except BaseException:
+            engine.cancel()
+            raise
+        finally:
+            ray.shutdown()
 
 
 class _Ray:

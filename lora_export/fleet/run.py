@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.callbacks import OnMessage, OnProgress, Progress
-from lora_export.errors import EnvironmentLacking, count
+from lora_export.errors import EnvironmentLacking
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.engines import TRIES, Engine, on_ray, processes
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
@@ -73,13 +73,14 @@ class _Run:
     on_progress: OnProgress
     standings: dict[str, Standing] = field(default_factory=dict)
     running: dict[concurrent.futures.Future[Any], tuple[FleetJob, Standing, int]] = field(default_factory=dict)
+    suspects: list[tuple[FleetJob, int]] = field(default_factory=list)  # that ran when a process died, and the next try
     done: int = 0  # jobs of this run
     begun: float = field(default_factory=time.monotonic)
 
     def whole(self) -> None:
         """Run until nothing is left. The hashes of inputs are written before the work: it may be interrupted."""
         left = list(self.fleet.jobs)
-        while left or self.running:
+        while left or self.running or self.suspects:
             left = self._start(left)
             self.records.write_hashes()
             self._report(len(left))
@@ -90,6 +91,13 @@ class _Run:
 
     def _start(self, left: list[FleetJob]) -> list[FleetJob]:
         """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
+        if self.suspects:  # one at a time, so that a job that ends its process ends no other job
+            if not self.running:
+                job, tries = self.suspects.pop()
+                self._submit(job, self.records.standing(job, self.standings), tries)
+            return left
+        if any(tries > 1 for _, _, tries in self.running.values()):
+            return left
         waiting = list[FleetJob]()
         for number, job in enumerate(left):
             if len(self.running) >= self.engine.at_once:
@@ -132,7 +140,7 @@ class _Run:
             if not reason:
                 raise
             if self.engine.is_tried_again and tries < TRIES:
-                self._submit(job, self.records.standing(job, self.standings), tries + 1)
+                self.suspects.append((job, tries + 1))
                 return
             message, lacking = f"{reason} ({TRIES} times)", EnvironmentLacking.exit_code
             record = {**standing.record, "outcome": "failed", "exit": lacking, "message": message}
@@ -149,6 +157,6 @@ class _Run:
         """Report how many jobs are known, and the rate of this run."""
         rate = 3600 * self.done / max(time.monotonic() - self.begun, 1e-3)
         total = len(self.fleet.jobs)
-        known = total - left - len(self.running)
+        known = total - left - len(self.running) - len(self.suspects)
         detail = f"{rate:,.0f} an hour" if self.done else ""
         self.on_progress(Progress("running", known, total, "jobs", detail))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +64,12 @@ def test_large_tensors_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch
     for name, inner in (("de", size), ("fr", size + 1)):
         peft_adapter(place / "adapters" / name, {"up": (np.ones((1, inner)), [[1], [10]])})
     read: list[int] = []
-    monkeypatch.setattr(
-        safetensors_file.np, "fromfile", lambda file, dtype, number, real=np.fromfile: read.append(number) or real(file, dtype, number)
-    )  # fmt: skip
+
+    def counting(file: Any, dtype: Any, number: int, real: Any = np.fromfile) -> Any:
+        read.append(number)
+        return real(file, dtype, number)
+
+    monkeypatch.setattr(safetensors_file.np, "fromfile", counting)
     plan = planned()
     assert [problem.adapter for problem in plan.problems] == ["fr"] and sum(read) < 100
     assert le.load_adapter("adapters/de").pairs["up"].rank == 1 and sum(read) > 4 * size  # as ever
@@ -76,7 +80,11 @@ def test_needs_follow_from_headers(place: Path, monkeypatch: pytest.MonkeyPatch)
     merge, audit, onnx, verify = planned().steps
     base = sum(path.stat().st_size for path in (place / "base").iterdir())
     adapters = sum(path.stat().st_size for path in place.glob("adapters/*/*"))
-    assert (merge.needs.read, merge.needs.written, audit.needs.read) == (2 * base + adapters, 2 * base, 4 * base + adapters)
+    assert (merge.needs.read, merge.needs.written, audit.needs.read) == (
+        2 * base + adapters,
+        2 * base,
+        4 * base + adapters,
+    )
     assert merge.needs.memory == audit.needs.memory == 300 << 20
     assert PROGRAM < onnx.needs.memory == verify.needs.memory < PROGRAM + 6 * 32 + 1 and onnx.needs.written == 2 * 4 * 6
     assert 0 < merge.needs.seconds < onnx.needs.seconds

@@ -56,7 +56,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an output is gone": (lambda place: shutil.rmtree(place / "release" / "fr"), FR[:1]),
     "a shard is gone": (lambda place: (place / "release" / "fr" / "model.safetensors").unlink(), FR[:1]),
     "an adapter": (lambda place: peft_adapter(place / "adapters" / "fr", {"up": ([[1, 1, 1]], [[1], [1]])}), FR),
-    "an option": (lambda place: (place / "fleet.toml").write_text(BASES + MERGE + 'dtype = "float16"\n' + VERIFY), JOBS),
+    "an option": (
+        lambda place: (place / "fleet.toml").write_text(BASES + MERGE + 'dtype = "float16"\n' + VERIFY),
+        JOBS,
+    ),
     "an option of the proof": (lambda place: (place / "fleet.toml").write_text(FLEET + "strict = true\n"), JOBS[1::2]),
     "a limit of the run": (lambda place: (place / "fleet.toml").write_text(FLEET + "download = true\n"), []),
     "killed before the record": (interrupt, FR[:1]),
@@ -131,7 +134,7 @@ def test_the_output_has_the_suffix_of_its_kind(place: Path, monkeypatch: pytest.
     (place / "fleet.toml").write_text(FLEET.replace('"base"', '"base.safetensors"'))
     status, ran = run_here(monkeypatch)
     assert status.counts == {"done": 2, "same": 2} and len(ran) == 4
-    assert sorted(os.listdir("release")) == ["de.safetensors", "fr.safetensors"]
+    assert sorted(path.name for path in Path("release").iterdir()) == ["de.safetensors", "fr.safetensors"]
     assert run_here(monkeypatch)[1] == []
 
 
@@ -139,7 +142,7 @@ def test_a_fleet_has_one_run_at_a_time(place: Path, monkeypatch: pytest.MonkeyPa
     (place / "fleet.records").mkdir()
     with output_lock(place / "fleet.records" / ".lock", place), pytest.raises(OutputFailed, match="another run"):
         run_here(monkeypatch)
-    assert sorted(os.listdir(place)) == ["adapters", "base", "fleet.records", "fleet.toml"]
+    assert sorted(path.name for path in place.iterdir()) == ["adapters", "base", "fleet.records", "fleet.toml"]
 
 
 def test_processes_are_as_many_as_the_memory_allows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

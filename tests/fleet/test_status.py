@@ -15,10 +15,10 @@ CODES = {"different": 4, "undecided": 5, "refused": 3, "failed": 7}
 
 
 def status(*outcomes: str) -> FleetStatus:
-    return FleetStatus(
-        "fleet.toml",
-        tuple(JobStatus("base", str(n), "merge", 1, one, "", CODES.get(one, 0), None, "", "") for n, one in enumerate(outcomes)),
-    )  # fmt: skip
+    codes = [CODES.get(one, 0) for one in outcomes]
+    given = zip(outcomes, codes, strict=True)
+    jobs = [JobStatus("base", one, "merge", 1, one, "", code, None, "", "") for one, code in given]
+    return FleetStatus("fleet.toml", tuple(jobs))
 
 
 @pytest.mark.parametrize(

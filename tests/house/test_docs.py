@@ -41,6 +41,7 @@ NEEDS = {
     "onnx": ("base", "adapter", "fr", "base.onnx"),
     "torchscript": ("base", "adapter"),
     "many-adapters": ("base", "adapter", "fr", "de", "base.onnx"),
+    "fleet": ("base", "fr", "de"),
     "generation": ("decoder", "pirate"),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),

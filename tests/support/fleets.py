@@ -24,7 +24,7 @@ MERGE = '[[steps]]\nstep = "merge"\noutput = "release/{adapter}"\n'
 VERIFY = '[[steps]]\nstep = "verify --base"\n'
 FLEET = BASES + MERGE + VERIFY
 JOBS = ["base/de/1-merge", "base/de/2-verify-base", "base/fr/1-merge", "base/fr/2-verify-base"]
-# In a process: a merge that `faults/ADAPTER` names is killed, once or always, or sleeps, when all is written but its name
+# In a process: a merge that `faults/ADAPTER` names is killed or sleeps when all is written but the output's name
 HOOK = """
 import os, pathlib, signal, sys, time
 class Hook:
@@ -52,7 +52,9 @@ sys.meta_path.insert(0, Hook())
 def small_fleet(folder: Path, text: str = FLEET) -> Path:
     """A base of one weight, two adapters, and FLEET.toml; returns the folder."""
     (folder / "base").mkdir()
-    base_file(folder / "base" / "model.safetensors", {"up.weight": np.arange(6).reshape(2, 3)}, metadata={"format": "pt"})
+    base_file(
+        folder / "base" / "model.safetensors", {"up.weight": np.arange(6).reshape(2, 3)}, metadata={"format": "pt"}
+    )
     (folder / "base" / "config.json").write_text('{"model_type": "x"}')
     for name, pair in PAIRS.items():
         peft_adapter(folder / "adapters" / name, {"up": pair})
