@@ -36,32 +36,32 @@ def require_memory_to_verify(model: ModelSource, candidate: Artifact, dtype: str
     instead = command("verify", "MERGED", base="BASE")
     ways_out = [f"`{instead}` compares the weights of a merged checkpoint in 300 MiB."] if is_checkpoint else []
     needed = memory_to_verify(model, dtype, is_checkpoint, is_checkpoint and candidate.is_streamable)
-    require_memory(needed, f"verify against a model of {_size(parameters_of(model))}", *ways_out)
+    require_memory(needed, f"verify against a model of {_size(count_floats(model))}", *ways_out)
 
 
 def memory_to_verify(model: ModelSource, dtype: str, of_checkpoint: bool, is_streamable: bool) -> int:
     """Bytes that a proof takes, of a merged checkpoint or of another file; 0 where they are unknown. Reads headers."""
     is_read = dtype == "float32" and _is_streamable(model)
     if of_checkpoint:
-        return _needed(parameters_of(model), VERIFY_CHECKPOINT_READ if is_read and is_streamable else VERIFY_CHECKPOINT)
-    return _needed(parameters_of(model), VERIFY_FILE_READ if is_read else VERIFY_FILE)
+        return _needed(count_floats(model), VERIFY_CHECKPOINT_READ if is_read and is_streamable else VERIFY_CHECKPOINT)
+    return _needed(count_floats(model), VERIFY_FILE_READ if is_read else VERIFY_FILE)
 
 
 def require_memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
-    purpose = f"exporting a model of {_size(parameters_of(model))}"
+    purpose = f"exporting a model of {_size(count_floats(model))}"
     require_memory(memory_to_export(model, dtype), purpose, MERGE_INSTEAD)
 
 
 def memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> int:
     """Bytes that an export with its proof takes; 0 where they are unknown. Reads headers."""
     is_read = dtype == "float32" and _is_streamable(model)
-    return _needed(parameters_of(model), EXPORT_READ if is_read else EXPORT)
+    return _needed(count_floats(model), EXPORT_READ if is_read else EXPORT)
 
 
 def is_large_folder(model: ModelSource) -> bool:
     """Whether a model is a Hugging Face folder that a proof does not hold in fp64 as a whole. Reads headers."""
-    return parameters_of(model) > MOST_WIDENED_PARAMETERS
+    return count_floats(model) > MOST_WIDENED_PARAMETERS
 
 
 def _needed(parameters: int, each: float) -> int:
@@ -74,7 +74,7 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} billion parameters"
 
 
-def parameters_of(model: ModelSource) -> int:
+def count_floats(model: ModelSource) -> int:
     """The number of floats in a Hugging Face folder; 0 where it is unknown."""
     if isinstance(model, str | Path) and Path(model).is_dir():
         with contextlib.suppress(InputRefused):  # loading it will refuse it with a better message

@@ -52,6 +52,6 @@ def _show(document: dict[str, Any], *, is_plan: bool) -> None:
         table = fleet.fleet_table(document)
         print_table(to, table if every or len(table) <= SHOWN_ROWS else fleet.fleet_table(document, every=False))
         for job in document["jobs"]:
-            if job["outcome"] not in (*fleet.RIGHT, "not run", "not done"):
+            if job["outcome"] not in (*fleet.RIGHT_OUTCOMES, "not run", "not done"):
                 print_line(to, fleet.problem_line(job))
     click.echo(fleet.headline_of_fleet(document))

@@ -1,4 +1,4 @@
-"""FLEET.toml: bases, adapters by globs, steps with their options. `jobs_of` makes a job of each adapter and step."""
+"""FLEET.toml: bases, adapters by globs, steps with their options. Each adapter and step is a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused, WrongUsage, listed
-from lora_export.fleet.steps import KINDS, NOT_IN_STEPS, FleetJob
+from lora_export.fleet.steps import FLEET_STEPS, NOT_IN_STEPS, FleetJob
 from lora_export.formats import default_name
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
@@ -21,8 +21,8 @@ from lora_export.options.tables import keys_of, options_from_table, unknown_key
 from lora_export.storage.input_files import read_bytes
 
 NAME_IN_TEXT = re.compile(r"\{(\w*)\}")
-NAMES = ("adapter", "adapter_path", "base", "base_path")
-OF_FILE, OF_BASE = ("records", "bases", "steps"), ("path", "name", "adapters")
+NAMES_IN_BRACES = ("adapter", "adapter_path", "base", "base_path")
+KEYS_OF_FILE, KEYS_OF_BASE = ("records", "bases", "steps"), ("path", "name", "adapters")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_fleet(path: Path) -> FleetFile:
         table = tomllib.loads(read_bytes(path, MAX_SETTINGS).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputRefused(f"{path} is not valid TOML: {error}") from error
-    _check_keys(table, OF_FILE, str(path))
+    _check_keys(table, KEYS_OF_FILE, str(path))
     records = _of_type(table, "records", str, str(path), str(path.with_suffix(".records")))
     steps = _tables(table, "steps", path)
     jobs = [job for place, base in _tables(table, "bases", path) for job in _jobs_of_base(base, place, steps)]
@@ -67,7 +67,7 @@ def _tables(table: Mapping[str, Any], key: str, path: Path) -> list[tuple[str, M
 def _jobs_of_base(
     table: Mapping[str, Any], place: str, steps: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> Iterator[FleetJob]:
-    _check_keys(table, OF_BASE, place)
+    _check_keys(table, KEYS_OF_BASE, place)
     base = _of_type(table, "path", str, place)
     name = _of_type(table, "name", str, place, default_name(Path(base)))
     patterns = _of_type(table, "adapters", list, place)
@@ -86,11 +86,11 @@ def _jobs_of_adapter(names: Mapping[str, Any], steps: Sequence[tuple[str, Mappin
     before: list[FleetJob] = []
     for number, (place, table) in enumerate(steps, 1):
         step = _of_type(table, "step", str, place)
-        if step not in KINDS:
-            raise WrongUsage(f"{place}: there is no step {step!r}. The steps are: {', '.join(KINDS)}")
+        if step not in FLEET_STEPS:
+            raise WrongUsage(f"{place}: there is no step {step!r}. The steps are: {', '.join(FLEET_STEPS)}")
         values = {key.replace("_", "-"): _named(value, names, place) for key, value in table.items() if key != "step"}
-        set_by_fleet = NOT_IN_STEPS | ({KINDS[step].base} if KINDS[step].writes_model else set())
-        known = {key for key, (_, one) in keys_of(KINDS[step].record).items() if one.name not in set_by_fleet}
+        set_by_fleet = NOT_IN_STEPS | ({FLEET_STEPS[step].base} if FLEET_STEPS[step].writes_model else set())
+        known = {key for key, (_, one) in keys_of(FLEET_STEPS[step].record).items() if one.name not in set_by_fleet}
         _check_keys(values, known, f"{place} ({step})")
         if "candidate" in known and "candidate" not in values:
             made = next((job.output for job in reversed(before) if job.kind.writes_model), None)
@@ -111,8 +111,8 @@ def _named(value: Any, names: Mapping[str, str], place: str) -> Any:
     """A value of a table, with the names of the adapter and the base put into its texts."""
 
     def name(found: re.Match[str]) -> str:
-        if found[1] not in NAMES:
-            names_in_braces = ", ".join(f"{{{name}}}" for name in NAMES)
+        if found[1] not in NAMES_IN_BRACES:
+            names_in_braces = ", ".join(f"{{{name}}}" for name in NAMES_IN_BRACES)
             raise WrongUsage(f"{place}: {found[0]} is no name of a fleet. The names are: {names_in_braces}")
         return names[found[1]]
 

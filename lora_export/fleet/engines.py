@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from lora_export.fleet.worker import JobRequest, perform
 
-Record = dict[str, Any]
-TRIES = 3  # of a job whose worker dies
+JobRecord = dict[str, Any]
+TRIES_OF_JOB = 3  # of a job whose worker dies
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -33,7 +33,7 @@ class Engine(Protocol):
     at_once: int  # jobs that are given to it at the same time
     is_tried_again: bool  # a job whose worker died has to be given to it again
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Record]:
+    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
         """Start a job, or let it wait for a free worker. `memory` is in bytes."""
 
     def died(self, error: BaseException) -> str:
@@ -70,7 +70,7 @@ class _Processes:
         )  # a copy of this process would have its locks, without its threads
         return concurrent.futures.ProcessPoolExecutor(self.at_once, context, _begin, (threads,))
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Record]:  # noqa: ARG002
+    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:  # noqa: ARG002
         try:
             return self.pool.submit(perform, request)
         except BrokenProcessPool:
@@ -133,16 +133,16 @@ class _Ray:
     is_tried_again = False  # Ray does it itself, on another worker
 
     def __init__(self, ray: Any, most: Mapping[str, float] | None):
-        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[Record], Any]()
-        self._perform = ray.remote(max_retries=TRIES - 1, retry_exceptions=False)(perform)
+        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[JobRecord], Any]()
+        self._perform = ray.remote(max_retries=TRIES_OF_JOB - 1, retry_exceptions=False)(perform)
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Record]:
+    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
         requested = {"memory": memory, "GPU": int(on_gpu)}
         if self._most is not None:  # a cluster may grow; here the job itself tells what is missing
             requested = {name: min(number, int(self._most.get(name, 0))) for name, number in requested.items()}
         memory, gpus = requested["memory"], requested["GPU"]
         reference = self._perform.options(memory=memory, num_gpus=gpus, name=request.job.id).remote(request)
-        future: concurrent.futures.Future[Record] = reference.future()
+        future: concurrent.futures.Future[JobRecord] = reference.future()
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))
         return future

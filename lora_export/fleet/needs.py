@@ -10,16 +10,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.api.memory_needs import PROGRAM, memory_to_export, memory_to_verify, parameters_of
+from lora_export.api.memory_needs import PROGRAM, count_floats, memory_to_export, memory_to_verify
 from lora_export.artifacts.artifact import claimed_kind, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.fleet.steps import FleetJob
+from lora_export.options.fleet import VERIFY_WEIGHTS
 from lora_export.storage.hub_cache import locate
 
 STREAMED = 300 << 20  # bytes of memory of what reads weights in blocks
-START = {"merge": 0.3, "convert": 0.5, "verify --base": 0.5, "onnx": 8.0, "torchscript": 8.0, "verify": 8.0}  # seconds
-SECONDS_FOR_BYTE = {"merge": 2.5 / 2.2e9, "verify --base": 4.4 / 2.2e9}  # of the base
+START_SECONDS = {
+    "merge": 0.3,
+    "convert": 0.5,
+    VERIFY_WEIGHTS: 0.5,
+    "onnx": 8.0,
+    "torchscript": 8.0,
+    "verify": 8.0,
+}  # seconds
+SECONDS_FOR_BYTE = {"merge": 2.5 / 2.2e9, VERIFY_WEIGHTS: 4.4 / 2.2e9}  # of the base
 SECONDS_FOR_PARAMETER = {"onnx": 125 / 1.1e9, "torchscript": 125 / 1.1e9, "verify": 140 / 1.1e9}
 
 
@@ -62,10 +70,10 @@ class NeedsOfJobs:
         adapter, _ = self._size(job.adapter_path)
         written = {"merge": size, "convert": adapter, "onnx": 4 * parameters, "torchscript": 4 * parameters}
         read = adapter if job.step == "convert" else size + adapter
-        if job.step == "verify --base":
+        if job.step == VERIFY_WEIGHTS:
             read += size  # the merged weights
         taken = self._taken.get((job.base, job.step))
-        seconds = START[job.step]
+        seconds = START_SECONDS[job.step]
         seconds += SECONDS_FOR_BYTE.get(job.step, 0) * size + SECONDS_FOR_PARAMETER.get(job.step, 0) * parameters
         return JobNeeds(
             self._memory_of(job), read, written.get(job.step, 0), sum(taken) / len(taken) if taken else seconds
@@ -95,7 +103,7 @@ class NeedsOfJobs:
             located = locate(path, ignore)
             try:
                 files = open_artifact(located).files if located.exists() else {}
-                self._sizes[path] = sum(file.stat().st_size for file in files.values()), parameters_of(located)
+                self._sizes[path] = sum(file.stat().st_size for file in files.values()), count_floats(located)
             except (InputRefused, OSError):
                 self._sizes[path] = 0, 0
         return self._sizes[path]

@@ -25,8 +25,8 @@ from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
 from lora_export.version import __version__
 
-SCHEMA = "lora-export/fleet-record/1"
-STARTED, NOT_DONE = "started", "not done"
+RECORD_SCHEMA = "lora-export/fleet-record/1"
+STARTED, JOB_NOT_DONE = "started", "not done"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
 SETTLED = (*GOOD, "different", "undecided", "refused")
@@ -66,18 +66,20 @@ class FleetRecords:
         """What is known of a job, by the standings of those `after` which it comes."""
         before = {name: others[name] for name in job.after}
         record = self.read(job.id)
-        if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, NOT_DONE)]:
+        if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
-        facts = None if any(one.outcome == NOT_DONE for one in before.values()) else self._facts(job, before.values())
+        facts = (
+            None if any(one.outcome == JOB_NOT_DONE for one in before.values()) else self._facts(job, before.values())
+        )
         if facts is None:
-            return Standing(NOT_DONE, record=record)
+            return Standing(JOB_NOT_DONE, record=record)
         written = record.get("written") or {}
         found = {path: self.identity_of(path) for path in written}
         own = [one is None or one == written[path] or _is_like(one, written[path]) for path, one in found.items()]
         is_own = all(own) if written else bool(record.get("replaces"))
         if record.get("facts") == facts and found == written and record["outcome"] in OUTCOMES:
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, is_own)
-        return Standing(NOT_DONE, record=record, facts=facts, replaces=is_own)
+        return Standing(JOB_NOT_DONE, record=record, facts=facts, replaces=is_own)
 
     def read(self, job_id: str) -> dict[str, Any]:
         """The record of a job; empty where it has none. Raises InputRefused for a damaged one."""
@@ -88,7 +90,7 @@ class FleetRecords:
         """Write the record of a job, in one step."""
         path = self._path(job_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, {"schema": SCHEMA, **record})
+        _write(path, {"schema": RECORD_SCHEMA, **record})
 
     def write_hashes(self) -> None:
         """Write the hashes of files that were read since the last time: the next run does not read these files."""

@@ -12,7 +12,7 @@ from typing import Any
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import EnvironmentLacking
 from lora_export.fleet.description import FleetFile
-from lora_export.fleet.engines import TRIES, Engine, on_ray, processes
+from lora_export.fleet.engines import TRIES_OF_JOB, Engine, on_ray, processes
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
 from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
@@ -139,10 +139,10 @@ class _Run:
             reason = self.engine.died(error)
             if not reason:
                 raise
-            if self.engine.is_tried_again and tries < TRIES:
+            if self.engine.is_tried_again and tries < TRIES_OF_JOB:
                 self.suspects.append((job, tries + 1))
                 return
-            message, lacking = f"{reason} ({TRIES} times)", EnvironmentLacking.exit_code
+            message, lacking = f"{reason} ({TRIES_OF_JOB} times)", EnvironmentLacking.exit_code
             record = {**standing.record, "outcome": "failed", "exit": lacking, "message": message}
             record["facts"] = dict(standing.facts)
             self.records.write(job.id, record)

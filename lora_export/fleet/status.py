@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.fleet.description import FleetFile
-from lora_export.fleet.records import NOT_DONE, FleetRecords, Standing
+from lora_export.fleet.records import JOB_NOT_DONE, FleetRecords, Standing
 from lora_export.fleet.steps import FleetJob
 from lora_export.report.json_document import as_dict
 
@@ -55,7 +55,7 @@ class FleetStatus:
         """0 where everything is done, and every verdict is `same`. What is not done is undecided."""
         codes = [code for outcome, code in WORST_FIRST.items() if outcome in self.counts]
         codes += [job.exit_code for job in self.jobs if job.outcome == "failed"]
-        return next(iter(codes), Undecided.exit_code if NOT_DONE in self.counts else 0)
+        return next(iter(codes), Undecided.exit_code if JOB_NOT_DONE in self.counts else 0)
 
     def as_document(self) -> dict[str, Any]:
         """The status as the JSON document that the command line prints."""
@@ -72,9 +72,9 @@ def status_of(fleet: FleetFile) -> FleetStatus:
 
 def job_status(job: FleetJob, standing: Standing) -> JobStatus:
     """What a standing tells of a job. An earlier record of what is not done does not count."""
-    record = standing.record if standing.outcome not in (NOT_DONE, "not run") else {}
+    record = standing.record if standing.outcome not in (JOB_NOT_DONE, "not run") else {}
     message = standing.message
-    if standing.outcome == NOT_DONE and standing.record:
+    if standing.outcome == JOB_NOT_DONE and standing.record:
         message = "base, adapter, options, version or output are others than those of the last run"
     return JobStatus(
         *(job.base, job.adapter, job.step, job.number, standing.outcome, message),

@@ -9,6 +9,7 @@ from typing import Any
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.declaring import Options
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
+from lora_export.options.fleet import VERIFY_WEIGHTS
 from lora_export.options.merge import MergeOptions
 from lora_export.options.tables import keys_of
 from lora_export.options.verify import VerifyOptions
@@ -25,13 +26,13 @@ class StepKind:
     writes_model: bool = False  # what a later proof judges
 
 
-KINDS: Mapping[str, StepKind] = {
+FLEET_STEPS: Mapping[str, StepKind] = {
     "merge": StepKind(MergeOptions, "merge", "base", "adapters", writes_model=True),
     "onnx": StepKind(OnnxOptions, "export_onnx", "model", "adapters", writes_model=True),
     "torchscript": StepKind(TorchScriptOptions, "export_torchscript", "model", "adapters", writes_model=True),
     "convert": StepKind(ConvertOptions, "convert", "", "adapter"),
     "verify": StepKind(VerifyOptions, "verify", "model", "adapters"),
-    "verify --base": StepKind(VerifyOptions, "verify", "base", "adapters"),
+    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify", "base", "adapters"),
 }
 # Fields that have no meaning in a fleet, which has its own plan, and names the adapters itself
 NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch"}
@@ -50,7 +51,7 @@ class FleetJob:
     adapter: str  # its name
     adapter_path: str
     number: int  # of the step in the file, from 1
-    step: str  # a key of KINDS
+    step: str  # a key of FLEET_STEPS
     values: Mapping[str, Any]  # the options, with the names put in; keys as in the file
     place: str  # of the step in the file, for messages
     after: tuple[str, ...] = ()  # the jobs whose outputs this one reads
@@ -62,7 +63,7 @@ class FleetJob:
 
     @property
     def kind(self) -> StepKind:
-        return KINDS[self.step]
+        return FLEET_STEPS[self.step]
 
     @property
     def output(self) -> str | None:

@@ -8,6 +8,7 @@ from typing import Literal
 from lora_export.options.common import Reported
 from lora_export.options.declaring import Only, Positional, Section, declares, option
 
+VERIFY_WEIGHTS = "verify --base"  # the step that proves merged weights, as the file of a fleet names it
 RUN = Only("action", ("run",), words="`fleet run`")
 
 

@@ -39,7 +39,7 @@ def options_from_table(record: type[_Record], table: Mapping[str, Any], place: s
         try:
             (inner.setdefault(name, {}) if name else keywords)[declared.name] = _value(declared, value)
         except ValueError as error:
-            raise WrongUsage(f"{place}: `{key}` is {value!r}; it must be {error}") from error
+            raise WrongUsage(f"{place}: `{key}` is {value!r}; {error}") from error
     try:
         records = {name: nested_in(record)[name].record(**values) for name, values in inner.items()}
         return record(**keywords | records | fixed)
@@ -58,7 +58,7 @@ def _key(declared: Declared) -> str:
 
 
 def _value(declared: Declared, value: Any) -> Any:
-    """A value of TOML as the record takes it. Raises ValueError with what it must be."""
+    """A value of TOML as the record takes it. Raises ValueError with what is wrong."""
     if isinstance(value, Mapping) and declared.option.read is not None:
         value = [f"{name}={each}" for name, each in value.items()]
     values = (
@@ -72,7 +72,7 @@ def _value(declared: Declared, value: Any) -> Any:
     for each in values:
         is_other = isinstance(each, bool) is not (declared.kind == "flag") or not isinstance(each, types)
         if is_other or (declared.choices and each not in declared.choices):
-            raise ValueError(words)
+            raise ValueError(f"it must be {words}")
     if declared.option.read is not None:
         return declared.option.read(values)
     if declared.kind == "flag" and declared.default is True:  # the key is that of the flag which switches it off

@@ -16,7 +16,7 @@ from lora_export.report.files.junit_xml import finished_suite, new_suite, xml_te
 from lora_export.report.files.page import MARKS, render, require_jinja2
 
 FleetDocument = Mapping[str, Any]
-RIGHT = ("same", "done")
+RIGHT_OUTCOMES = ("same", "done")
 COLOURS = {"same": "same", "done": "same", "different": "different", "refused": "different", "failed": "different"}
 SHOWN_PROBLEM_LINES = 6  # of one adapter, on a screen
 
@@ -43,7 +43,7 @@ def fleet_table(document: FleetDocument, *, every: bool = True) -> list[list[str
         *(
             [f"{base}/{adapter}" if several else adapter, *(own[number] for number, _ in steps)]
             for (base, adapter), own in rows.items()
-            if every or not set(own.values()) <= set(RIGHT)
+            if every or not set(own.values()) <= set(RIGHT_OUTCOMES)
         ),
     ]
 
@@ -100,7 +100,7 @@ def _as_junit(document: FleetDocument) -> str:
         message = xml_text(outcome_and_message(job))
         if job["outcome"] == "not run":
             ElementTree.SubElement(test, "skipped", message=message)
-        elif job["outcome"] not in RIGHT:
+        elif job["outcome"] not in RIGHT_OUTCOMES:
             tag = "failure" if job["outcome"] == "different" else "error"
             fault = ElementTree.SubElement(test, tag, message=message.partition("\n")[0], type=job["outcome"])
             fault.text = message
@@ -120,19 +120,19 @@ def _as_page(document: FleetDocument) -> str:
         bad=[
             {**job, "text": outcome_and_message(job)}
             for job in document["jobs"]
-            if job["outcome"] not in (*RIGHT, "not run")
+            if job["outcome"] not in (*RIGHT_OUTCOMES, "not run")
         ],
         colours=COLOURS,
     )
 
 
-FILES: Mapping[str, Callable[[FleetDocument], str]] = {".json": _as_json, ".xml": _as_junit, ".html": _as_page}
+FLEET_REPORTS: Mapping[str, Callable[[FleetDocument], str]] = {".json": _as_json, ".xml": _as_junit, ".html": _as_page}
 
 
 def check_fleet_report(path: Path) -> None:
     """Raise InputRefused for a path that no such report may have, and EnvironmentLacking without jinja2 for HTML."""
-    if path.suffix not in FILES:
-        raise InputRefused(f"{path}: unknown report of a fleet. Name it {', '.join(FILES)}")
+    if path.suffix not in FLEET_REPORTS:
+        raise InputRefused(f"{path}: unknown report of a fleet. Name it {', '.join(FLEET_REPORTS)}")
     if path.is_file() and path.stat().st_size and not is_report(path):
         raise InputRefused(f"{path} exists and is no report")
     if path.suffix == ".html":
@@ -141,7 +141,7 @@ def check_fleet_report(path: Path) -> None:
 
 def write_fleet_report(path: Path, document: FleetDocument) -> None:
     """Write a report of a fleet, completely or not at all. An existing report is replaced."""
-    replace_report(path, FILES[path.suffix](document))
+    replace_report(path, FLEET_REPORTS[path.suffix](document))
 
 
 def problem_line(job: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ import pytest
 from support.cli import answer, call
 from support.fleets import FLEET, run_here, small_fleet
 from support.handmade import peft_adapter
-from support.junit_schema import checked
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_status_ends_with_the_worst(
     told = capsys.readouterr().out.splitlines()
     assert told[:2] == ["adapter  merge  verify --base", "de        done      different"]
     assert told[3].startswith("de, verify --base: different: ") and told[-1] == "2 done, 2 different"
-    assert checked((place / "s.xml").read_text()).attrib["failures"] == "2"
+    assert 'failures="2"' in (place / "s.xml").read_text()
     code, document = answer(capsys, "fleet", "status", "fleet.toml")
     assert code == 4 and document["counts"] == {"done": 2, "different": 2}
     assert call("fleet", "status", "fleet.toml", "-q") == 4
@@ -51,7 +50,7 @@ def test_status_ends_with_the_worst(
 
 def test_options_of_a_run_are_of_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("fleet", "status", "fleet.toml", "-j", "2") == 2
-    assert "--jobs is for `fleet run`" in capsys.readouterr().err
+    assert "-j is for `fleet run`" in capsys.readouterr().err
     assert call("fleet", "plan", "fleet.toml", "--report", "x.xml") == 2
     assert call("fleet", "begin", "fleet.toml") == 2
     assert call("fleet", "plan", "nowhere.toml") == 3

@@ -50,9 +50,9 @@ prefix = {"a." = "b."}
         ("svd-rank = 1.5", "`svd-rank` is 1.5; it must be an integer"),
         ("dtype = 16", "`dtype` is 16; it must be one of keep, float32, bfloat16, float16"),
         ("weight = ['a']", "`weight` is ['a']; it must be a number"),
-        ("layout = ['x']", "`layout` is ['x']; it must be x is not NAME=out_in or NAME=in_out"),
+        ("layout = ['x']", "`layout` is ['x']; x is not NAME=out_in or NAME=in_out"),
         ("dtype = ['float16']", "`dtype` is ['float16']; it must be one of"),
-        ("combine = 'ties'", 'combine="ties" needs density='),
+        ("combine = 'ties'", 'combination="ties" needs density='),
         ("min-retention = 2.0", "min_retention= is 2; it must be at least 0 and at most 1"),
     ],
 )
