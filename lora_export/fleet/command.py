@@ -22,6 +22,8 @@ def run_fleet(options: FleetOptions) -> FleetPlan | FleetStatus:
     version and the output that are there; the existence of a file proves nothing. A refusal, a verdict or a failure
     ends no other job, and is no exception: `exit_code` of the result has the worst.
 
+    A run starts processes that import the program: call it below `if __name__ == "__main__"`.
+
     Raises WrongUsage for keys and values of the file that do not exist, InputRefused where it is damaged, and
     OutputFailed where another run has the fleet.
     """

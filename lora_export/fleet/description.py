@@ -70,6 +70,8 @@ def _jobs_of_base(
     _check_keys(table, KEYS_OF_BASE, place)
     base = _of_type(table, "path", str, place)
     name = _of_type(table, "name", str, place, default_name(Path(base)))
+    if name in ("", ".", "..") or set(name) & {"/", os.sep}:
+        raise WrongUsage(f"{place}: {name!r} is no name of a folder. State another `name`")
     patterns = _of_type(table, "adapters", list, place)
     found: dict[str, None] = {}
     for pattern in patterns:

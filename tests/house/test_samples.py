@@ -350,7 +350,7 @@ def test_the_fleet_of_three_goes_from_plan_to_status(tmp_path: Path, capsys: pyt
 
     assert fleet_of_three.main(tmp_path / "out") == 3
     printed = capsys.readouterr().out
-    assert printed.startswith("of-another-base: 6 of 6 targets do not fit the base.")
+    assert printed.startswith("of-another-base: 7 of 7 targets do not fit the base.")
     assert printed.count(": same\n") == 4 and printed.count(": not run\n") == 2
     assert {path.name for path in (tmp_path / "out" / "release").iterdir()} == {"english", "french"}
     assert {path.name for path in (tmp_path / "out").glob("fleet.*")} >= {"fleet.html", "fleet.xml"}
