@@ -75,12 +75,13 @@ def plan_of(fleet: FleetFile) -> FleetPlan:
         if standings[job.id].outcome in ("done", "same"):
             needs.learn(job, standings[job.id].record["seconds"])
     problems = [problem for own in _by_adapter(fleet.jobs) for problem in _problems(own, standings)]
+    unread = len(records.unread) if fleet.records.exists() else 0  # before the first run nothing is known anyway
     steps = []
     for number in dict.fromkeys(job.number for job in fleet.jobs):
         jobs = [job for job in fleet.jobs if job.number == number]
         left = [job for job in jobs if not standings[job.id].is_settled]
         steps.append(StepPlan(jobs[0].step, len(jobs), len(jobs) - len(left), JobNeeds.together(map(needs.of, left))))
-    return FleetPlan(str(fleet.path), len(_by_adapter(fleet.jobs)), tuple(steps), tuple(problems), len(records.unread))
+    return FleetPlan(str(fleet.path), len(_by_adapter(fleet.jobs)), tuple(steps), tuple(problems), unread)
 
 
 def _by_adapter(jobs: tuple[FleetJob, ...]) -> list[list[FleetJob]]:

@@ -68,16 +68,14 @@ class FleetRecords:
         record = self.read(job.id)
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
-        facts = (
-            None if any(one.outcome == JOB_NOT_DONE for one in before.values()) else self._facts(job, before.values())
-        )
-        if facts is None:
+        is_open = any(one.outcome == JOB_NOT_DONE for one in before.values())
+        if (facts := None if is_open else self._facts(job, before.values())) is None:
             return Standing(JOB_NOT_DONE, record=record)
         written = record.get("written") or {}
         found = {path: self.identity_of(path) for path in written}
         own = [one is None or one == written[path] or _is_like(one, written[path]) for path, one in found.items()]
         is_own = all(own) if written else bool(record.get("replaces"))
-        if record.get("facts") == facts and found == written and record["outcome"] in OUTCOMES:
+        if record.get("facts") == facts and found == written and record.get("outcome") in OUTCOMES:
             return Standing(record["outcome"], str(record.get("message", "")), record, facts, is_own)
         return Standing(JOB_NOT_DONE, record=record, facts=facts, replaces=is_own)
 

@@ -93,8 +93,7 @@ class _Run:
         """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
         if self.suspects:  # one at a time, so that a job that ends its process ends no other job
             if not self.running:
-                job, tries = self.suspects.pop()
-                self._submit(job, self.records.standing(job, self.standings), tries)
+                self._submit(*self.suspects.pop())
             return left
         if any(tries > 1 for _, _, tries in self.running.values()):
             return left
@@ -105,14 +104,15 @@ class _Run:
             if any(name not in self.standings for name in job.after):
                 waiting.append(job)
                 continue
-            standing = self.records.standing(job, self.standings)
-            if standing.is_settled:
-                self.standings[job.id] = standing
-            else:
-                self._submit(job, standing, 1)
+            self._submit(job, 1)
         return waiting
 
-    def _submit(self, job: FleetJob, standing: Standing, tries: int) -> None:
+    def _submit(self, job: FleetJob, tries: int) -> None:
+        """Give a job to the engine, unless its result is known: also a process that died may have left it."""
+        standing = self.records.standing(job, self.standings)
+        if standing.is_settled:
+            self.standings[job.id] = standing
+            return
         last = standing.record if standing.replaces else {}
         made = {
             one.facts["options"]["output"]: one.record["output"] for one in map(self.standings.get, job.after) if one
@@ -143,7 +143,7 @@ class _Run:
                 self.suspects.append((job, tries + 1))
                 return
             message, lacking = f"{reason} ({TRIES_OF_JOB} times)", EnvironmentLacking.exit_code
-            record = {**standing.record, "outcome": "failed", "exit": lacking, "message": message}
+            record = {**self.records.read(job.id), "outcome": "failed", "exit": lacking, "message": message}
             record["facts"] = dict(standing.facts)
             self.records.write(job.id, record)
         self.standings[job.id] = Standing(record["outcome"], str(record.get("message", "")), record, standing.facts)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from safetensors.numpy import load_file
 
 import lora_export as le
 from lora_export.errors import OutputFailed
-from lora_export.fleet import records
+from lora_export.fleet import records, run
+from lora_export.fleet.worker import perform
 from lora_export.storage.output_lock import output_lock
-from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, run_here, small_fleet
+from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
 
 FR = JOBS[2:]
@@ -79,6 +83,39 @@ def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pyte
     for name, (a, b) in PAIRS.items() if changed != "an adapter" else ():
         merged = load_file(place / "release" / name / "model.safetensors")["up.weight"]
         assert np.array_equal(merged, weight + np.array(b) @ np.array(a))
+
+
+def test_a_job_whose_process_dies_is_tried_alone_and_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs beside it go on, and a result that a dead process has recorded is not made again."""
+    engine = Dying(at_once=2)
+    monkeypatch.setattr(run, "processes", lambda number: contextlib.nullcontext(engine))
+    status = le.run_fleet("run", "fleet.toml")
+    assert [job.outcome for job in status.jobs] == ["failed", "not run", "done", "same"] and status.exit_code == 6
+    assert engine.ran == [JOBS[0], JOBS[2], JOBS[0], JOBS[0], JOBS[3]]
+    assert status.jobs[0].message == "killed (3 times)"
+    assert le.run_fleet("status", "fleet.toml").jobs[0].outcome == "failed"
+
+
+class Dying(Here):
+    """An engine of which each process that merges `de` dies, and the one beside it too, after its record."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once = at_once
+
+    def submit(self, request: Any, memory: int, *, on_gpu: bool) -> Future[dict[str, Any]]:
+        is_beside = self.ran == [JOBS[0]]
+        self.ran.append(request.job.id)
+        future: Future[dict[str, Any]] = Future()
+        result = None if request.job.id == JOBS[0] else perform(request)
+        if result is None or is_beside:
+            future.set_exception(BrokenPipeError())
+        else:
+            future.set_result(result)
+        return future
+
+    def died(self, error: BaseException) -> str:
+        return "killed" if isinstance(error, BrokenPipeError) else ""
 
 
 def test_another_version_does_all_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
