@@ -41,6 +41,7 @@ samples: $(VENV)/dev.stamp ## run all samples
 	$(SAMPLE)/generate_with_adapter.py $(OUT)/gpt/base $(OUT)/gpt/adapter $(OUT)/genai "Return the "
 	$(SAMPLE)/python_api.py $(OUT)/gpt/base $(OUT)/gpt/adapter $(OUT)/api
 	$(SAMPLE)/swap_image_styles.py $(OUT)/styles
+	$(SAMPLE)/fleet_of_three.py $(OUT)/fleet
 	$(BIN)/python -m pytest -q samples/parity_test.py
 	$(SAMPLE)/demo.py $(OUT)/demo
 	$(BIN)/python release/site/pictures.py $(OUT)

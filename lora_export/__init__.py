@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_export.api.train import train
     from lora_export.api.unmerge import unmerge
     from lora_export.api.verify import verify
+    from lora_export.fleet.command import run_fleet
     from lora_export.formats import load as load_adapter
     from lora_export.layers import attach, count_parameters, create_adapter, detach
     from lora_export.layers import fold as fold_module
@@ -81,6 +82,7 @@ _HOMES = {
     "open_checkpoint": "weights.checkpoint:open_checkpoint",
     "prove": "verification.proof:prove",
     "resize": "api.adapters:resize",
+    "run_fleet": "fleet.command:run_fleet",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
     "train": "api.train:train",
@@ -124,6 +126,7 @@ __all__ = [
     "open_checkpoint",
     "prove",
     "resize",
+    "run_fleet",
     "stage_file",
     "stage_folder",
     "train",

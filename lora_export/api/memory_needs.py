@@ -33,27 +33,35 @@ MERGE_INSTEAD = (
 def require_memory_to_verify(model: ModelSource, candidate: Artifact, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
     is_checkpoint = candidate.kind.is_checkpoint
-    count, is_read = _parameters(model), dtype == "float32" and _is_streamable(model)
-    if is_checkpoint:
-        each = VERIFY_CHECKPOINT_READ if is_read and candidate.is_streamable else VERIFY_CHECKPOINT
-    else:
-        each = VERIFY_FILE_READ if is_read else VERIFY_FILE
     instead = command("verify", "MERGED", base="BASE")
     ways_out = [f"`{instead}` compares the weights of a merged checkpoint in 300 MiB."] if is_checkpoint else []
-    needed = _needed(count, each)
-    require_memory(needed, f"verify against a model of {_size(count)}", *ways_out)
+    needed = memory_to_verify(model, dtype, is_checkpoint, is_checkpoint and candidate.is_streamable)
+    require_memory(needed, f"verify against a model of {_size(count_floats(model))}", *ways_out)
+
+
+def memory_to_verify(model: ModelSource, dtype: str, of_checkpoint: bool, is_streamable: bool) -> int:
+    """Bytes that a proof takes, of a merged checkpoint or of another file; 0 where they are unknown. Reads headers."""
+    is_read = dtype == "float32" and _is_streamable(model)
+    if of_checkpoint:
+        return _needed(count_floats(model), VERIFY_CHECKPOINT_READ if is_read and is_streamable else VERIFY_CHECKPOINT)
+    return _needed(count_floats(model), VERIFY_FILE_READ if is_read else VERIFY_FILE)
 
 
 def require_memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> None:
     """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
-    count = _parameters(model)
-    each = EXPORT_READ if dtype == "float32" and _is_streamable(model) else EXPORT
-    require_memory(_needed(count, each), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
+    purpose = f"exporting a model of {_size(count_floats(model))}"
+    require_memory(memory_to_export(model, dtype), purpose, MERGE_INSTEAD)
+
+
+def memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> int:
+    """Bytes that an export with its proof takes; 0 where they are unknown. Reads headers."""
+    is_read = dtype == "float32" and _is_streamable(model)
+    return _needed(count_floats(model), EXPORT_READ if is_read else EXPORT)
 
 
 def is_large_folder(model: ModelSource) -> bool:
     """Whether a model is a Hugging Face folder that a proof does not hold in fp64 as a whole. Reads headers."""
-    return _parameters(model) > MOST_WIDENED_PARAMETERS
+    return count_floats(model) > MOST_WIDENED_PARAMETERS
 
 
 def _needed(parameters: int, each: float) -> int:
@@ -66,7 +74,7 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} billion parameters"
 
 
-def _parameters(model: ModelSource) -> int:
+def count_floats(model: ModelSource) -> int:
     """The number of floats in a Hugging Face folder; 0 where it is unknown."""
     if isinstance(model, str | Path) and Path(model).is_dir():
         with contextlib.suppress(InputRefused):  # loading it will refuse it with a better message

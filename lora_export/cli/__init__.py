@@ -45,6 +45,7 @@ JOBS = {
         "onnx": "Export to ONNX: adapters merged, as nodes, as inputs, or per row.",
         "torchscript": "Export to TorchScript: adapters merged or as nodes.",
         "generate": "Generate texts with the graphs of a model.",
+        "fleet": "Plan, run and show many adapters by one file.",
     },
     "Proof": {
         "verify": "Prove that a file computes what the PyTorch model computes.",
@@ -59,6 +60,7 @@ COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.
 NAMES_ELSEWHERE = {
     **dict.fromkeys(("fuse", "bake", "apply", "merge-lora"), ("merge",)),
     "export": ("onnx", "torchscript"),
+    **dict.fromkeys(("batch", "multi", "many"), ("fleet",)),
     **dict.fromkeys(("test", "validate", "compare"), ("verify",)),
     **dict.fromkeys(("info", "show", "list"), ("inspect",)),
     **dict.fromkeys(("help", "docs"), ("guide",)),

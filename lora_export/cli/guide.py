@@ -39,6 +39,7 @@ GROUPS = {
         "torchscript": "Export to TorchScript.",
         "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
         "slots": "A thousand adapters: loaded and replaced while a graph runs.",
+        "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
         "quantised": "Quantised graphs, checkpoints and GGUF files.",

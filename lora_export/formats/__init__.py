@@ -153,7 +153,7 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         first = named("format", next(iter(matching)))
         raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one: {first}")
     (module,) = matching.values()
-    adapter = module.read(path, name or _default_name(outer), options)
+    adapter = module.read(path, name or default_name(outer), options)
     inside = (f"{outer}: the adapter is in its folder {path.name}.",) if path != outer else ()
     return replace(adapter, notes=(*inside, *adapter.notes), hub=hub_source(path))
 
@@ -168,7 +168,8 @@ def _refuse_foreign_keys(path: Path) -> None:
             )
 
 
-def _default_name(path: Path) -> str:
+def default_name(path: Path) -> str:
+    """The name of an adapter by its path: that of its folder, or of its file without the suffix."""
     resolved = path.resolve()
     if resolved.is_dir():
         return resolved.name

@@ -5,14 +5,17 @@ Tensors are in a safetensors file or in several, its shards, or in pickles of Py
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
@@ -54,6 +57,34 @@ class ShardedTensors:
     def unchanged(self) -> bool:
         """Whether all files are still those of which the headers were read."""
         return all(file.unchanged() for file in self.files.values())
+
+
+LEAST_LEFT_OUT = 1 << 16  # bytes: smaller tensors, such as alpha, decide what the others mean
+_by_headers: ContextVar[bool] = ContextVar("by_headers", default=False)
+
+
+@contextlib.contextmanager
+def by_headers() -> Iterator[None]:
+    """Read adapters without their large tensors meanwhile: those have the right shape, and every value is 1.
+
+    For what names and shapes decide, such as a plan. Such an adapter has no hash.
+    """
+    before = _by_headers.set(True)
+    try:
+        yield
+    finally:
+        _by_headers.reset(before)
+
+
+class HeaderAlone(TensorFile):
+    """A file of which only small tensors are read, and those that are no floats."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor; a large one of floats takes no memory, and has the value 1 everywhere."""
+        entry = self.entries[name]
+        if entry.nbytes < LEAST_LEFT_OUT or entry.dtype.kind in "iub":
+            return super().read(name)
+        return np.broadcast_to(np.ones((), entry.dtype), entry.shape)
 
 
 TensorSource = TensorFile | PickledTensors | ShardedTensors
@@ -101,14 +132,14 @@ def open_tensors(path: Path, options: ReadOptions) -> TensorSource:
 def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
     match = SHARD.fullmatch(path.name)
     if match is None:
-        return safetensors_file.open_file(path)
+        return _open_file(path)
     count, (start, end) = int(match["count"]), match.span("number")
     if not 0 < count <= MOST_SHARDS:
         raise InputRefused(f"{path} is one of {count} shards, and an adapter has 1 to {MOST_SHARDS}")
     names = [f"{path.name[:start]}{number:0{end - start}}{path.name[end:]}" for number in range(1, count + 1)]
     if missing := [name for name in names if not (path.parent / name).is_file()]:
         raise InputRefused(f"{path} is one of {count} shards, and {path.parent} lacks others:", listed(missing))
-    shards = [safetensors_file.open_file(path.parent / name) for name in names]
+    shards = [_open_file(path.parent / name) for name in names]
     files: dict[str, TensorFile] = {}
     for shard in shards:
         if twice := sorted(files.keys() & shard.entries.keys()):
@@ -117,6 +148,11 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     metadata = {key: value for shard in shards for key, value in shard.metadata.items()}
     return ShardedTensors(shards[0].path, entries, files, metadata)
+
+
+def _open_file(path: Path) -> TensorFile:
+    file = safetensors_file.open_file(path)
+    return HeaderAlone(**vars(file)) if _by_headers.get() else file
 
 
 def names_in(path: Path) -> frozenset[str]:
@@ -153,6 +189,8 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
     Of one file, it is that of the file. Of several, it is that of what `sha256sum` prints for them, in this order and
     the tensors last: a line `HASH  NAME` for each. Raises InputRefused where the tensors changed meanwhile.
     """
+    if _by_headers.get():
+        return ""
     shards = file.files.values() if isinstance(file, ShardedTensors) else ()
     tensors = list(dict.fromkeys(shard.path for shard in shards)) or [file.path]
     hashes = [(_sha256(path, _stamp(path)), path.name) for path in (*beside, *tensors)]
@@ -166,7 +204,7 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
 
 def hash_of_tensors(file: TensorSource) -> str:
     """The SHA-256 of the file of tensors alone; empty where they are in several. `hash_of_unchanged` has read it."""
-    return "" if isinstance(file, ShardedTensors) else _sha256(file.path, _stamp(file.path))
+    return "" if isinstance(file, ShardedTensors) or _by_headers.get() else _sha256(file.path, _stamp(file.path))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

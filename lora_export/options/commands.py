@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
 from lora_export.options.declaring import Options, options_of
 from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
+from lora_export.options.fleet import FleetOptions
 from lora_export.options.merge import MergeOptions, UnmergeOptions
 from lora_export.options.preflight import CheckOptions
 from lora_export.options.train import TrainOptions
@@ -25,6 +26,7 @@ RECORDS: dict[str, type[Options]] = {
     "torchscript": TorchScriptOptions,
     "generate": GenerateOptions,
     "verify": VerifyOptions,
+    "fleet": FleetOptions,
 }
 
 

@@ -17,7 +17,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 KEYWORDS = {"combine": "combination", "combine_seed": "seed"}  # names of flags -> keywords of Python
-FUNCTIONS = {"onnx": "export_onnx", "torchscript": "export_torchscript"}  # command -> function, where the names differ
+FUNCTIONS = {
+    "onnx": "export_onnx",
+    "torchscript": "export_torchscript",
+    "fleet": "run_fleet",
+}  # command -> function, where the names differ
 COMMANDS_ALONE = ("doctor", "guide")  # commands that are no function
 
 Flags = Callable[[], Mapping[str, str]]  # returns flags by Python names, where they are not the names with dashes
@@ -38,6 +42,11 @@ def as_command_line(flags: Flags = dict) -> Iterator[None]:
         yield
     finally:
         _flags = before
+
+
+def is_command_line() -> bool:
+    """Whether options are spelled as flags."""
+    return _flags is not None
 
 
 def named(name: str, value: object = _UNSET) -> str:

@@ -42,6 +42,7 @@ NEEDS = {
     "torchscript": ("base", "adapter"),
     "many-adapters": ("base", "adapter", "fr", "de", "base.onnx"),
     "slots": ("base", "fr", "de"),
+    "fleet": ("base", "fr", "de"),
     "generation": ("decoder", "pirate"),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),

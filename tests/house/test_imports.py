@@ -42,7 +42,7 @@ ORDER = (
         "formats",
     ),
     *("weights", "layers", "graph", "artifacts", "preflight", "models", "training", "runtime"),
-    *("verification", "report", "api", "testing", "cli"),
+    *("verification", "report", "api", "fleet", "testing", "cli"),
 )
 # What does the work: none of these needs another.
 DOERS = (

@@ -57,9 +57,9 @@ def check_report_path(path: Path, inputs: Iterable[Path] = ()) -> None:
     kind = _kind_of(path)
     for source in inputs:
         is_inside = path.exists() and path.resolve().is_relative_to(source.resolve())
-        if is_inside and not (source.is_dir() and _is_report(path)):
+        if is_inside and not (source.is_dir() and is_report(path)):
             raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
-    if path.is_file() and path.stat().st_size and not _is_report(path):
+    if path.is_file() and path.stat().st_size and not is_report(path):
         raise InputRefused(f"{path} exists and is no report")
     getattr(kind, "require", lambda: None)()
 
@@ -82,7 +82,7 @@ def _kind_of(path: Path) -> ReportFile:
     raise InputRefused(f"{path}: unknown report format. Name it {', '.join(others)} or {last}")
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
     """Whether an existing file is a report of this program: a manifest and a config are none."""
     with input_files.open_regular(path) as file:
         beginning = file.read(4096)
@@ -96,7 +96,7 @@ def write_report(path: Path, proof: AnyProof) -> None:
     OutputFailed where the file cannot be written.
     """
     check_report_path(path)
-    _replace(path, _kind_of(path).of_proof(proof))
+    replace_report(path, _kind_of(path).of_proof(proof))
 
 
 def write_error_report(path: Path, error: Mapping[str, Any], *, seconds: float = 0.0) -> None:
@@ -105,9 +105,10 @@ def write_error_report(path: Path, error: Mapping[str, Any], *, seconds: float =
     `error` is its JSON document (see `ReportFile.of_error`); `seconds` is the duration of the run.
     """
     check_report_path(path)
-    _replace(path, _kind_of(path).of_error(error, seconds))
+    replace_report(path, _kind_of(path).of_error(error, seconds))
 
 
-def _replace(path: Path, content: str) -> None:
+def replace_report(path: Path, content: str) -> None:
+    """Write the text of a report, completely or not at all. An existing file is replaced."""
     with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8", newline="\n")

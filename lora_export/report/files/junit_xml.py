@@ -41,10 +41,10 @@ def of_proof(proof: Proof | Audit) -> str:
     `undecided` is an error: the test could not be made. The duration of the run is the time of the suite and of the
     test of the verdict; the other tests are not timed.
     """
-    suite = _suite(proof.about, proof.seconds)
+    suite = new_suite(proof.about, proof.seconds)
     test = _weight_tests(suite, proof) if isinstance(proof, Audit) else _output_tests(suite, proof)
     test.set("time", f"{proof.seconds:.3f}")
-    return _finished(suite, proof.seconds)
+    return finished_suite(suite, proof.seconds)
 
 
 def _output_tests(suite: ElementTree.Element, proof: Proof) -> ElementTree.Element:
@@ -83,28 +83,32 @@ def _weight_tests(suite: ElementTree.Element, audit: Audit) -> ElementTree.Eleme
 
 def of_error(error: Mapping[str, Any], seconds: float) -> str:
     """An error that ended the command before there was a verdict: the test of the verdict could not be made."""
-    suite = _suite({name: error[name] for name in ("command", "exit", "kind")}, seconds)
+    suite = new_suite({name: error[name] for name in ("command", "exit", "kind")}, seconds)
     test = ElementTree.SubElement(suite, "testcase", classname="lora-export.verdict", name="same")
     test.set("time", f"{seconds:.3f}")
     message = error["error"]
-    fault = ElementTree.SubElement(test, "error", message=_xml(message.partition("\n")[0]), type=_xml(error["kind"]))
-    fault.text = _xml(message)
-    return _finished(suite, seconds)
+    fault = ElementTree.SubElement(
+        test, "error", message=xml_text(message.partition("\n")[0]), type=xml_text(error["kind"])
+    )
+    fault.text = xml_text(message)
+    return finished_suite(suite, seconds)
 
 
 # --- The suite ---
 
 
-def _suite(about: Mapping[str, Any], seconds: float) -> ElementTree.Element:
+def new_suite(about: Mapping[str, Any], seconds: float) -> ElementTree.Element:
+    """A suite without tests, with these facts as its properties."""
     suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _flat(about):
-        ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(value))
+        ElementTree.SubElement(properties, "property", name=xml_text(name), value=xml_text(value))
     return suite
 
 
-def _finished(suite: ElementTree.Element, seconds: float) -> str:
-    suites = ElementTree.Element("testsuites", name="lora-export verify", time=f"{seconds:.3f}")
+def finished_suite(suite: ElementTree.Element, seconds: float, name: str = "lora-export verify") -> str:
+    """The text of the file: the suite, with its tests counted."""
+    suites = ElementTree.Element("testsuites", name=name, time=f"{seconds:.3f}")
     suites.append(suite)
     for element in (suites, suite):
         element.set("tests", str(len(suite.findall("testcase"))))
@@ -139,17 +143,17 @@ def _test(
     output: str,
     explanation: Sequence[str] = (),
 ) -> ElementTree.Element:
-    test = ElementTree.SubElement(suite, "testcase", classname=_xml(f"lora-export.{group}"), name=_xml(name))
+    test = ElementTree.SubElement(suite, "testcase", classname=xml_text(f"lora-export.{group}"), name=xml_text(name))
     if reasons:
         # `different` outweighs `undecided`, and a test has one message.
         worst = next((reason for reason in reasons if reason.outcome is Outcome.DIFFERENT), reasons[0])
         tag = "failure" if worst.outcome is Outcome.DIFFERENT else "error"
-        fault = ElementTree.SubElement(test, tag, message=_xml(str(worst)), type=worst.outcome)
+        fault = ElementTree.SubElement(test, tag, message=xml_text(str(worst)), type=worst.outcome)
         lines = [
             line for reason in reasons for line in (str(reason), reason.remedy and f"  {DECIDES}: {reason.remedy}")
         ]
-        fault.text = _xml("\n".join([*explanation, *filter(None, lines)]))
-    ElementTree.SubElement(test, "system-out").text = _xml(output)
+        fault.text = xml_text("\n".join([*explanation, *filter(None, lines)]))
+    ElementTree.SubElement(test, "system-out").text = xml_text(output)
     return test
 
 
@@ -195,5 +199,6 @@ def _input_test(suite: ElementTree.Element, sensitivity: Sensitivity, peer: str)
         test.insert(0, ElementTree.Element("skipped", message=f"the input does not change {peer}'s outputs either"))
 
 
-def _xml(text: str) -> str:
+def xml_text(text: str) -> str:
+    """The text, with a mark for each character that XML cannot hold."""
     return re.sub(NOT_XML, "\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,175 @@
+"""What is done: a record for each job, which counts while base, adapter, options, version and output fit.
+
+The existence of a file proves nothing. The contents of inputs are compared by hashes. A file is read again where its
+size, its times or its place on the disk are others than when it was hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.api.load import model_paths
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.callbacks import ignore
+from lora_export.errors import InputRefused
+from lora_export.fleet.steps import OF_THE_RUN, FleetJob
+from lora_export.options.tables import keys_of
+from lora_export.storage import atomic_output, input_files, json_files
+from lora_export.storage.hashes import FAST, file_hash
+from lora_export.storage.hub_cache import locate
+from lora_export.version import __version__
+
+RECORD_SCHEMA = "lora-export/fleet-record/1"
+STARTED, JOB_NOT_DONE = "started", "not done"
+GOOD = ("done", "same")
+# Outcomes that a job has again while nothing changes. `failed` is tried again
+SETTLED = (*GOOD, "different", "undecided", "refused")
+OUTCOMES = (*SETTLED, "failed")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of a job."""
+
+    outcome: str  # one of SETTLED, "failed", "not done", or "not run" after a job that was not good
+    message: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict)  # the last one, also where it does not count any more
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what a record has to match
+    replaces: bool = False  # the output that exists is this fleet's own
+
+    @property
+    def is_settled(self) -> bool:
+        return self.outcome in SETTLED or self.outcome == "not run"
+
+
+class FleetRecords:
+    """The records of a fleet, in a folder.
+
+    With `reads`, a file whose hash is not known is read. Without, whatever depends on it is not done.
+    """
+
+    def __init__(self, folder: Path, *, reads: bool):
+        self.folder, self.reads = folder, reads
+        self._hashes_file = folder / "hashes.json"
+        self._known = json_files.read_json(self._hashes_file) if self._hashes_file.is_file() else {}
+        self._has_new_hashes = False
+        self.unread: set[str] = set()  # files whose hash is not known, where they are not to be read
+        self._contents: dict[str, dict[str, str] | None] = {}  # of this run, by path
+
+    def standing(self, job: FleetJob, others: Mapping[str, Standing]) -> Standing:
+        """What is known of a job, by the standings of those `after` which it comes."""
+        before = {name: others[name] for name in job.after}
+        record = self.read(job.id)
+        if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
+            return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
+        is_open = any(one.outcome == JOB_NOT_DONE for one in before.values())
+        if (facts := None if is_open else self._facts(job, before.values())) is None:
+            return Standing(JOB_NOT_DONE, record=record)
+        written = record.get("written") or {}
+        found = {path: self.identity_of(path) for path in written}
+        own = [one is None or one == written[path] or _is_like(one, written[path]) for path, one in found.items()]
+        is_own = all(own) if written else bool(record.get("replaces"))
+        if record.get("facts") == facts and found == written and record.get("outcome") in OUTCOMES:
+            return Standing(record["outcome"], str(record.get("message", "")), record, facts, is_own)
+        return Standing(JOB_NOT_DONE, record=record, facts=facts, replaces=is_own)
+
+    def read(self, job_id: str) -> dict[str, Any]:
+        """The record of a job; empty where it has none. Raises InputRefused for a damaged one."""
+        path = self._path(job_id)
+        return json_files.read_json(path) if path.is_file() else {}
+
+    def write(self, job_id: str, record: Mapping[str, Any]) -> None:
+        """Write the record of a job, in one step."""
+        path = self._path(job_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, {"schema": RECORD_SCHEMA, **record})
+
+    def write_hashes(self) -> None:
+        """Write the hashes of files that were read since the last time: the next run does not read these files."""
+        if self._has_new_hashes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self._hashes_file, self._known)
+            self._has_new_hashes = False
+
+    def identity_of(self, path: str) -> dict[str, Any] | None:
+        """What an output is: the sizes of its files and its own record, or without one the hashes of its files.
+
+        None where it does not exist, cannot be read, or has no hash yet.
+        """
+        try:
+            artifact = open_artifact(path)
+            if content := artifact.record.content if Path(path).exists() else {}:
+                text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
+                sizes = {name: file.stat().st_size for name, file in artifact.files.items()}
+                return {"sizes": sizes, "record": hashlib.sha256(text).hexdigest()}
+        except (InputRefused, OSError):
+            return None
+        return self._contents_of(path) or None
+
+    def _path(self, job_id: str) -> Path:
+        return self.folder / f"{job_id}.json"
+
+    def _facts(self, job: FleetJob, before: Iterable[Standing]) -> dict[str, Any] | None:
+        """What the result of a job depends on; None where the hash of a file is not known."""
+        known = keys_of(job.kind.record)
+        made = {os.path.normpath(one.facts["options"]["output"]): one.record["written"] for one in before}
+        read = {path for paths in job.inputs().values() for path in paths if os.path.normpath(path) not in made}
+        contents = {path: self._contents_of_input(path) for path in {job.base_path, job.adapter_path, *read}}
+        if None in contents.values():
+            return None
+        facts = {
+            "step": job.step,
+            "options": {key: one for key, one in job.values.items() if known[key][1].name not in OF_THE_RUN},
+            "base": contents[job.base_path],
+            "adapter": contents[job.adapter_path],
+            "inputs": {path: contents[path] for path in sorted(read)},
+            "made": made,
+            "version": __version__,
+        }
+        return dict(json.loads(json.dumps(facts, default=str)))  # as a record has it
+
+    def _contents_of_input(self, path: str) -> dict[str, str] | None:
+        if path not in self._contents:
+            self._contents[path] = self._contents_of(path)
+        return self._contents[path]
+
+    def _contents_of(self, path: str) -> dict[str, str] | None:
+        """The hash of each file of a path. None where one is not known, and files are not to be read.
+
+        Empty for what is no file, such as a factory of a package, and for what cannot be read: the job will refuse it.
+        """
+        try:
+            found = model_paths(str(locate(path, ignore)))  # of FILE.py:FACTORY, the file
+            files = open_artifact(found[0]).files if found else {}
+            hashes = {name: self._hash_of(file) for name, file in files.items()}
+        except (InputRefused, OSError):
+            return {}
+        known = {name: digest for name, digest in hashes.items() if digest is not None}
+        return known if len(known) == len(hashes) else None
+
+    def _hash_of(self, file: Path) -> str | None:
+        (state,) = input_files.file_states([file])
+        *before, digest = self._known.get(str(file.absolute()), [None])
+        if tuple(before) != state[1:]:  # the number of a device changes when it is mounted
+            if not self.reads:
+                self.unread.add(str(file))
+                return None
+            digest, self._has_new_hashes = file_hash(file, FAST), True
+            self._known[str(file.absolute())] = [*state[1:], digest]
+        return str(digest)
+
+
+def _is_like(found: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    """Whether an output is the one that was written, of which a file may be missing or damaged."""
+    return "record" in found and found["record"] == written.get("record")
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
+        json_files.write_json(stage / path.name, content)

@@ -1,0 +1,162 @@
+"""Run what is not done of a fleet: each job as soon as those are done whose outputs it reads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.callbacks import OnMessage, OnProgress, Progress
+from lora_export.errors import EnvironmentLacking
+from lora_export.fleet.description import FleetFile
+from lora_export.fleet.engines import TRIES_OF_JOB, Engine, on_ray, processes
+from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
+from lora_export.fleet.records import GOOD, FleetRecords, Standing
+from lora_export.fleet.status import FleetStatus, job_status
+from lora_export.fleet.steps import FleetJob
+from lora_export.fleet.worker import JobRequest
+from lora_export.isolation.limits import GIB
+from lora_export.options.fleet import FleetOptions
+from lora_export.options.spelling import is_command_line
+from lora_export.report.fleet import problem_line
+from lora_export.runtime.memory import available_memory
+from lora_export.storage import atomic_output
+from lora_export.storage.output_lock import output_lock
+
+
+def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
+    """Do what is not done, and return what became of all. A refusal, a verdict or a failure of one job ends no other.
+
+    Raises OutputFailed where another run has the fleet, and EnvironmentLacking without Ray where that was requested.
+    """
+    begun = time.perf_counter()
+    fleet.records.mkdir(parents=True, exist_ok=True)
+    with output_lock(fleet.records / ".lock", fleet.records):
+        records, needs = FleetRecords(fleet.records, reads=True), NeedsOfJobs()
+        engine = (
+            processes(_at_once(fleet, needs, options)) if options.ray is None else on_ray(options.ray, options.jobs)
+        )
+        try:
+            with engine as opened:
+                run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress)
+                run.whole()
+        except KeyboardInterrupt:
+            atomic_output.published.append(fleet.records)  # what is done stays: the next run goes on
+            raise
+    jobs = tuple(job_status(job, run.standings[job.id]) for job in fleet.jobs)
+    return FleetStatus(str(fleet.path), jobs, round(time.perf_counter() - begun, 1))
+
+
+def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int:
+    """How many processes work at the same time: those of `jobs` for which there is memory."""
+    most, available = JobNeeds.together(map(needs.of, fleet.jobs)).memory, available_memory()
+    if available is None or most * options.jobs <= available or options.jobs == 1:
+        return options.jobs
+    fitting = max(1, available // most)
+    options.on_message(
+        f"note: jobs at the same time: {fitting}, not {options.jobs}. A job needs {most / GIB:.1f} GiB of "
+        f"memory, and {available / GIB:.1f} GiB are available"
+    )
+    return fitting
+
+
+@dataclass
+class _Run:
+    fleet: FleetFile
+    records: FleetRecords
+    engine: Engine
+    needs: NeedsOfJobs
+    on_message: OnMessage
+    on_progress: OnProgress
+    standings: dict[str, Standing] = field(default_factory=dict)
+    running: dict[concurrent.futures.Future[Any], tuple[FleetJob, Standing, int]] = field(default_factory=dict)
+    suspects: list[tuple[FleetJob, int]] = field(default_factory=list)  # that ran when a process died, and the next try
+    done: int = 0  # jobs of this run
+    begun: float = field(default_factory=time.monotonic)
+
+    def whole(self) -> None:
+        """Run until nothing is left. The hashes of inputs are written before the work: it may be interrupted."""
+        left = list(self.fleet.jobs)
+        while left or self.running or self.suspects:
+            left = self._start(left)
+            self.records.write_hashes()
+            self._report(len(left))
+            if self.running:
+                finished, _ = concurrent.futures.wait(self.running, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in finished:
+                    self._finish(future)
+
+    def _start(self, left: list[FleetJob]) -> list[FleetJob]:
+        """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
+        if self.suspects:  # one at a time, so that a job that ends its process ends no other job
+            if not self.running:
+                self._submit(*self.suspects.pop())
+            return left
+        if any(tries > 1 for _, _, tries in self.running.values()):
+            return left
+        waiting = list[FleetJob]()
+        for number, job in enumerate(left):
+            if len(self.running) >= self.engine.at_once:
+                return [*waiting, *left[number:]]
+            if any(name not in self.standings for name in job.after):
+                waiting.append(job)
+                continue
+            self._submit(job, 1)
+        return waiting
+
+    def _submit(self, job: FleetJob, tries: int) -> None:
+        """Give a job to the engine, unless its result is known: also a process that died may have left it."""
+        standing = self.records.standing(job, self.standings)
+        if standing.is_settled:
+            self.standings[job.id] = standing
+            return
+        last = standing.record if standing.replaces else {}
+        made = {
+            one.facts["options"]["output"]: one.record["output"] for one in map(self.standings.get, job.after) if one
+        }
+        request = JobRequest(
+            job=job,
+            folder=str(Path.cwd()),
+            records=str(self.fleet.records),
+            made={os.path.normpath(name): path for name, path in made.items()},
+            facts=standing.facts,
+            before={name: last[name] for name in ("output", "written") if name in last},
+            replaces=standing.replaces,
+            as_command_line=is_command_line(),
+        )
+        on_gpu = "cuda" in (job.values.get("provider"), job.values.get("device"))
+        future = self.engine.submit(request, self.needs.of(job).memory, on_gpu=on_gpu)
+        self.running[future] = job, standing, tries
+
+    def _finish(self, future: concurrent.futures.Future[Any]) -> None:
+        job, standing, tries = self.running.pop(future)
+        try:
+            record = future.result()
+        except Exception as error:
+            reason = self.engine.died(error)
+            if not reason:
+                raise
+            if self.engine.is_tried_again and tries < TRIES_OF_JOB:
+                self.suspects.append((job, tries + 1))
+                return
+            message, lacking = f"{reason} ({TRIES_OF_JOB} times)", EnvironmentLacking.exit_code
+            record = {**self.records.read(job.id), "outcome": "failed", "exit": lacking, "message": message}
+            record["facts"] = dict(standing.facts)
+            self.records.write(job.id, record)
+        self.standings[job.id] = Standing(record["outcome"], str(record.get("message", "")), record, standing.facts)
+        self.done += 1
+        if record["outcome"] in GOOD:
+            self.needs.learn(job, record["seconds"])
+        else:
+            self.on_message(problem_line({**record, "adapter": job.adapter, "step": job.step}))
+
+    def _report(self, left: int) -> None:
+        """Report how many jobs are known, and the rate of this run."""
+        rate = 3600 * self.done / max(time.monotonic() - self.begun, 1e-3)
+        total = len(self.fleet.jobs)
+        known = total - left - len(self.running) - len(self.suspects)
+        detail = f"{rate:,.0f} an hour" if self.done else ""
+        self.on_progress(Progress("running", known, total, "jobs", detail))

@@ -1,0 +1,85 @@
+"""The steps of a fleet: which command each runs, and which of its options the fleet sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_export.options.adapters import ConvertOptions
+from lora_export.options.declaring import Options
+from lora_export.options.export import OnnxOptions, TorchScriptOptions
+from lora_export.options.fleet import VERIFY_WEIGHTS
+from lora_export.options.merge import MergeOptions
+from lora_export.options.tables import keys_of
+from lora_export.options.verify import VerifyOptions
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A command as a step: its record, its public function, and the fields that the fleet fills."""
+
+    record: type[Options]
+    function: str
+    base: str  # the field that takes the base; empty where the step has none
+    adapter: str  # the field that takes the adapter
+    writes_model: bool = False  # what a later proof judges
+
+
+FLEET_STEPS: Mapping[str, StepKind] = {
+    "merge": StepKind(MergeOptions, "merge", "base", "adapters", writes_model=True),
+    "onnx": StepKind(OnnxOptions, "export_onnx", "model", "adapters", writes_model=True),
+    "torchscript": StepKind(TorchScriptOptions, "export_torchscript", "model", "adapters", writes_model=True),
+    "convert": StepKind(ConvertOptions, "convert", "", "adapter"),
+    "verify": StepKind(VerifyOptions, "verify", "model", "adapters"),
+    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify", "base", "adapters"),
+}
+# Fields that have no meaning in a fleet, which has its own plan, and names the adapters itself
+NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch"}
+# Fields that say where something is written, and those that change no result
+WRITTEN = {"output", "reports", "keep_residual", "cache", "sign"}
+OF_THE_RUN = {"overwrite", "download", "timeout", "memory"}
+PATHS = ("path", "folder", "source")
+
+
+@dataclass(frozen=True)
+class FleetJob:
+    """One step of one adapter."""
+
+    base: str  # its name
+    base_path: str
+    adapter: str  # its name
+    adapter_path: str
+    number: int  # of the step in the file, from 1
+    step: str  # a key of FLEET_STEPS
+    values: Mapping[str, Any]  # the options, with the names put in; keys as in the file
+    place: str  # of the step in the file, for messages
+    after: tuple[str, ...] = ()  # the jobs whose outputs this one reads
+
+    @property
+    def id(self) -> str:
+        """The name of its record."""
+        return f"{self.base}/{self.adapter}/{self.number}-{self.step.replace(' --', '-')}"
+
+    @property
+    def kind(self) -> StepKind:
+        return FLEET_STEPS[self.step]
+
+    @property
+    def output(self) -> str | None:
+        """What it writes, as the file names it; None for a proof."""
+        return self.values.get("output")
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that the fleet fills."""
+        known = keys_of(self.kind.record)
+        own = {known[key][1].name for key in self.values}  # a proof may name another model
+        base = {self.kind.base: self.base_path} if self.kind.base and self.kind.base not in own else {}
+        return base | {self.kind.adapter: self.adapter_path}
+
+    def inputs(self) -> dict[str, list[str]]:
+        """Key -> the paths that its own options name and that it reads."""
+        known = keys_of(self.kind.record)
+        read = {key for key in self.values if known[key][1].kind in PATHS and known[key][1].name not in WRITTEN}
+        values = {key: value for key, value in self.values.items() if key in read}
+        return {key: value if isinstance(value, list) else [value] for key, value in values.items()}

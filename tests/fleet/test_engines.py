@@ -1,0 +1,125 @@
+"""Jobs in processes of this machine and on Ray: what a worker's death, Ctrl-C and SIGTERM leave."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lora_export as le
+from lora_export.errors import EnvironmentLacking
+from lora_export.fleet.engines import require_ray
+from support.fleets import faults_in, small_fleet
+
+ENGINES = [
+    pytest.param((), id="processes", marks=pytest.mark.slow),
+    pytest.param(("--ray", "local"), id="ray", marks=pytest.mark.slow),
+]
+COMMAND = [sys.executable, "-m", "lora_export", "fleet", "run", "fleet.toml", "-j", "2"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # with it, Ray writes a token into the home folder
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    return small_fleet(tmp_path)
+
+
+def needs_ray(more: tuple[str, ...]) -> None:
+    if more:
+        pytest.importorskip("ray", reason="Ray is not installed")
+
+
+def outputs() -> list[str]:
+    return sorted(path.name for path in Path("release").iterdir()) if Path("release").exists() else []
+
+
+def test_processes_do_the_jobs(place: Path) -> None:
+    status = le.run_fleet("run", "fleet.toml", jobs=2)
+    assert status.exit_code == 0 and outputs() == ["de", "fr"]
+    assert {job.outcome for job in status.jobs} == {"done", "same"}
+
+
+@pytest.mark.parametrize("more", ENGINES)
+@pytest.mark.parametrize(("fault", "outcome"), [("kill once", "done"), ("kill", "failed")])
+def test_the_job_of_a_dead_worker_is_tried_again(
+    more: tuple[str, ...], fault: str, outcome: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_ray(more)
+    faults_in(place, monkeypatch, fr=fault)
+    ran = subprocess.run([*COMMAND, *more, "--json"], capture_output=True, text=True, check=False)
+    document = json.loads(ran.stdout)
+    outcomes = [job["outcome"] for job in document["jobs"]]
+    assert outcomes == ["done", "same", outcome, "same" if outcome == "done" else "not run"], ran.stderr
+    assert ran.returncode == document["exit_code"] == (0 if outcome == "done" else 6)
+    assert [name for name in outputs() if not name.startswith(".")] == (["de", "fr"] if outcome == "done" else ["de"])
+    assert outcome == "done" or document["jobs"][2]["message"].endswith("(3 times)")
+
+
+@pytest.mark.parametrize("more", ENGINES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_leaves_whole_outputs_and_goes_on(
+    more: tuple[str, ...], number: signal.Signals, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_ray(more)
+    faults = faults_in(place, monkeypatch, fr="sleep")
+    process = subprocess.Popen([*COMMAND, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (faults / "asleep").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "fleet.records had been written" in told
+    assert set(outputs()) <= {"de"}  # no unfinished output, and no lock
+    (faults / "fr").unlink()
+    ran = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and outputs() == ["de", "fr"], ran.stderr
+
+
+def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EnvironmentLacking, match=r"a fleet on Ray needs the package ray .*pip install"):
+        require_ray()
+    with pytest.raises(EnvironmentLacking):
+        le.run_fleet("run", "fleet.toml", ray="local")
+    assert not (place / "release").exists()
+
+
+class OfRay:
+    """What an engine uses of Ray, and the resources that jobs ask for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, object]] = []
+
+    def remote(self, **settings: object) -> object:
+        self.settings = settings
+        return lambda function: self
+
+    def options(self, **settings: object) -> object:
+        self.asked.append(settings)
+        from concurrent.futures import Future
+        from types import SimpleNamespace
+
+        return SimpleNamespace(remote=lambda request: SimpleNamespace(future=Future))
+
+
+@pytest.mark.parametrize(
+    ("most", "memory", "gpus"), [(None, 9 << 30, 1), ({"memory": 2.0**30, "CPU": 2.0}, 1 << 30, 0)]
+)
+def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, memory: int, gpus: int) -> None:
+    """A cluster may grow. A local one may not: the job itself then refuses what is missing."""
+    from types import SimpleNamespace
+
+    from lora_export.fleet.engines import _Ray
+
+    ray = OfRay()
+    engine = _Ray(ray, most)
+    request = SimpleNamespace(job=SimpleNamespace(id="base/fr/1-onnx"))
+    engine.submit(request, 9 << 30, on_gpu=True)
+    assert ray.settings == {"max_retries": 2, "retry_exceptions": False}
+    assert ray.asked == [{"memory": memory, "num_gpus": gpus, "name": "base/fr/1-onnx"}]

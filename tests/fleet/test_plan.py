@@ -1,0 +1,106 @@
+"""A plan reads headers, tells everything that does not fit, and writes nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.api.memory_needs import PROGRAM
+from lora_export.fleet.plan import FleetPlan
+from lora_export.formats import adapter_files
+from lora_export.storage import safetensors_file
+from support.fleets import BASES, FLEET, MERGE, run_here, small_fleet
+from support.handmade import base_file, peft_adapter
+
+ONNX = '[[steps]]\nstep = "onnx"\noutput = "graphs/{adapter}.onnx"\n[[steps]]\nstep = "verify"\n'
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return small_fleet(tmp_path)
+
+
+def planned() -> FleetPlan:
+    plan = le.run_fleet("plan", "fleet.toml")
+    assert isinstance(plan, FleetPlan)
+    return plan
+
+
+@pytest.mark.parametrize("text", [FLEET, BASES + ONNX])
+def test_all_misfits_of_all_adapters_are_told_at_once(text: str, place: Path) -> None:
+    (place / "fleet.toml").write_text(text)
+    peft_adapter(place / "adapters" / "wide", {"up": ([[1, 2, 3, 4]], [[1], [10]])})
+    peft_adapter(place / "adapters" / "lost", {"down": ([[1, 2, 3]], [[1], [10]])})
+    (place / "adapters" / "notes.txt").write_text("no adapter")
+    before = sorted(place.rglob("*"))
+    plan = planned()
+    assert [problem.adapter for problem in plan.problems] == ["lost", "notes", "wide"] and plan.exit_code == 3
+    assert "down" in plan.problems[0].text and "not an adapter in a known format" in plan.problems[1].text
+    assert "(2, 3), the adapter was trained on (2, 4)" in plan.problems[2].text
+    assert (plan.adapters, [step.jobs for step in plan.steps]) == (5, [5, 5])
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_is_done_is_not_planned_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
+    peft_adapter(place / "adapters" / "it", {"up": ([[1, 1, 1]], [[1], [1]])})
+    plan = planned()
+    assert [(step.jobs, step.done) for step in plan.steps] == [(3, 2), (3, 2)] and plan.exit_code == 0
+    assert plan.unread == 2  # the files of the new adapter
+    os.utime(place / "base" / "model.safetensors")
+    assert planned().unread == 3 and [step.done for step in planned().steps] == [0, 0]
+
+
+def test_large_tensors_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the base nor of an adapter; the shapes decide alone."""
+    size = adapter_files.LEAST_LEFT_OUT // 4
+    base_file(place / "base" / "model.safetensors", {"up.weight": np.ones((2, size))}, metadata={"format": "pt"})
+    for name, inner in (("de", size), ("fr", size + 1)):
+        peft_adapter(place / "adapters" / name, {"up": (np.ones((1, inner)), [[1], [10]])})
+    read: list[int] = []
+
+    def counting(file: Any, dtype: Any, number: int, real: Any = np.fromfile) -> Any:
+        read.append(number)
+        return real(file, dtype, number)
+
+    monkeypatch.setattr(safetensors_file.np, "fromfile", counting)
+    plan = planned()
+    assert [problem.adapter for problem in plan.problems] == ["fr"] and sum(read) < 100
+    assert le.load_adapter("adapters/de").pairs["up"].rank == 1 and sum(read) > 4 * size  # as ever
+
+
+def test_needs_follow_from_headers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.toml").write_text(FLEET + ONNX)
+    merge, audit, onnx, verify = planned().steps
+    base = sum(path.stat().st_size for path in (place / "base").iterdir())
+    adapters = sum(path.stat().st_size for path in place.glob("adapters/*/*"))
+    assert (merge.needs.read, merge.needs.written, audit.needs.read) == (
+        2 * base + adapters,
+        2 * base,
+        4 * base + adapters,
+    )
+    assert merge.needs.memory == audit.needs.memory == 300 << 20
+    assert PROGRAM < onnx.needs.memory == verify.needs.memory < PROGRAM + 6 * 32 + 1 and onnx.needs.written == 2 * 4 * 6
+    assert 0 < merge.needs.seconds < onnx.needs.seconds
+
+
+def test_times_are_those_of_earlier_jobs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _ = run_here(monkeypatch)
+    taken = [job.seconds or 0 for job in status.jobs if job.step == "merge"]
+    peft_adapter(place / "adapters" / "it", {"up": ([[1, 1, 1]], [[1], [1]])})
+    assert planned().steps[0].needs.seconds == pytest.approx(sum(taken) / 2)
+
+
+def test_a_taken_place_is_told_unless_it_may_be_replaced(place: Path) -> None:
+    (place / "release" / "fr").mkdir(parents=True)
+    (place / "release" / "fr" / "x").write_text("mine")
+    (problem,) = planned().problems
+    assert problem.text == "release/fr exists, and this fleet did not write it. Remove it, or state `overwrite = true`"
+    (place / "fleet.toml").write_text(BASES + MERGE + "overwrite = true\n")
+    assert planned().problems == ()

@@ -1,0 +1,198 @@
+"""A run does what is not done, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_export as le
+from lora_export.errors import OutputFailed
+from lora_export.fleet import records, run
+from lora_export.fleet.worker import perform
+from lora_export.storage.output_lock import output_lock
+from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
+from support.handmade import peft_adapter
+
+FR = JOBS[2:]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return small_fleet(tmp_path)
+
+
+def record(job: str) -> tuple[Path, dict[str, object]]:
+    path = Path("fleet.records") / f"{job}.json"
+    return path, json.loads(path.read_text())
+
+
+def change_byte(place: Path) -> None:
+    """Change a weight of the base, and put its times back."""
+    path = place / "base" / "model.safetensors"
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def interrupt(place: Path) -> None:
+    """Leave what a run leaves that is killed between an output and its record."""
+    path, content = record(FR[0])
+    path.write_text(json.dumps({"outcome": "started", "facts": content["facts"], "replaces": True}))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "nothing": (lambda place: None, []),
+    "times of the base": (lambda place: os.utime(place / "base" / "model.safetensors"), []),
+    "a weight of the base": (change_byte, JOBS),
+    "the base's config": (lambda place: (place / "base" / "config.json").write_text("{}"), JOBS),
+    "an output is gone": (lambda place: shutil.rmtree(place / "release" / "fr"), FR[:1]),
+    "a shard is gone": (lambda place: (place / "release" / "fr" / "model.safetensors").unlink(), FR[:1]),
+    "an adapter": (lambda place: peft_adapter(place / "adapters" / "fr", {"up": ([[1, 1, 1]], [[1], [1]])}), FR),
+    "an option": (
+        lambda place: (place / "fleet.toml").write_text(BASES + MERGE + 'dtype = "float16"\n' + VERIFY),
+        JOBS,
+    ),
+    "an option of the proof": (lambda place: (place / "fleet.toml").write_text(FLEET + "strict = true\n"), JOBS[1::2]),
+    "a limit of the run": (lambda place: (place / "fleet.toml").write_text(FLEET + "download = true\n"), []),
+    "killed before the record": (interrupt, FR[:1]),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, ran = run_here(monkeypatch)
+    assert ran == JOBS and status.exit_code == 0 and status.counts == {"done": 2, "same": 2}
+    change, expected = CHANGES[changed]
+    change(place)
+    assert (le.run_fleet("status", "fleet.toml").exit_code == 5) is bool(expected)
+    status, ran = run_here(monkeypatch)
+    assert ran == expected and status.counts == {"done": 2, "same": 2}
+    weight = load_file(place / "base" / "model.safetensors")["up.weight"]
+    for name, (a, b) in PAIRS.items() if changed != "an adapter" else ():
+        merged = load_file(place / "release" / name / "model.safetensors")["up.weight"]
+        assert np.array_equal(merged, weight + np.array(b) @ np.array(a))
+
+
+def test_a_job_whose_process_dies_is_tried_alone_and_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs beside it go on, and a result that a dead process has recorded is not made again."""
+    engine = Dying(at_once=2)
+    monkeypatch.setattr(run, "processes", lambda number: contextlib.nullcontext(engine))
+    status = le.run_fleet("run", "fleet.toml")
+    assert [job.outcome for job in status.jobs] == ["failed", "not run", "done", "same"] and status.exit_code == 6
+    assert engine.ran == [JOBS[0], JOBS[2], JOBS[0], JOBS[0], JOBS[3]]
+    assert status.jobs[0].message == "killed (3 times)"
+    assert le.run_fleet("status", "fleet.toml").jobs[0].outcome == "failed"
+
+
+class Dying(Here):
+    """An engine of which each process that merges `de` dies, and the one beside it too, after its record."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once = at_once
+
+    def submit(self, request: Any, memory: int, *, on_gpu: bool) -> Future[dict[str, Any]]:
+        is_beside = self.ran == [JOBS[0]]
+        self.ran.append(request.job.id)
+        future: Future[dict[str, Any]] = Future()
+        result = None if request.job.id == JOBS[0] else perform(request)
+        if result is None or is_beside:
+            future.set_exception(BrokenPipeError())
+        else:
+            future.set_result(result)
+        return future
+
+    def died(self, error: BaseException) -> str:
+        return "killed" if isinstance(error, BrokenPipeError) else ""
+
+
+def test_another_version_does_all_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
+    monkeypatch.setattr(records, "__version__", "next")
+    assert run_here(monkeypatch)[1] == JOBS
+
+
+def test_an_output_of_somebody_else_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
+    foreign = place / "release" / "fr" / "lora_export.json"
+    shutil.copy(place / "release" / "de" / "lora_export.json", foreign)
+    status, ran = run_here(monkeypatch)
+    assert ran == FR[:1] and status.counts == {"done": 1, "same": 1, "failed": 1, "not run": 1}
+    assert status.exit_code == 7 and foreign.read_bytes() == (place / "release/de/lora_export.json").read_bytes()
+    (problem,) = le.run_fleet("plan", "fleet.toml").problems
+    assert problem.text.startswith("release/fr exists, and this fleet did not write it")
+
+
+def test_a_refusal_ends_no_other_job_and_is_a_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft_adapter(place / "adapters" / "dd", {"up": ([[1, 2, 3, 4]], [[1], [10]])})
+    status, ran = run_here(monkeypatch)
+    assert ran == ["base/dd/1-merge", *JOBS] and status.exit_code == 3
+    assert [job.outcome for job in status.jobs] == ["refused", "not run", "done", "same", "done", "same"]
+    assert "(2, 3), the adapter was trained on (2, 4)" in status.jobs[0].message
+    assert status.jobs[1].message == "after base/dd/1-merge: refused" and not (place / "release" / "dd").exists()
+    status, ran = run_here(monkeypatch)
+    assert ran == [] and status.counts["refused"] == 1
+
+
+def test_a_wrong_merge_is_different(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.toml").write_text(FLEET + "weight = [0.5]\n")
+    status, _ = run_here(monkeypatch)
+    assert status.counts == {"done": 2, "different": 2} and status.exit_code == 4
+    assert status.jobs[1].message.startswith("different: ")
+
+
+def test_a_bug_in_one_job_ends_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = le.merge
+    monkeypatch.setattr(le, "merge", lambda **k: 1 / 0 if "de" in str(k["adapters"]) else merge(**k), raising=False)
+    status, ran = run_here(monkeypatch)
+    assert ran == [JOBS[0], *FR] and status.exit_code == 1
+    assert status.jobs[0].message == "a bug in lora-export: ZeroDivisionError('division by zero')"
+    assert "ZeroDivisionError" in record(JOBS[0])[1]["details"]
+    monkeypatch.undo()
+    os.chdir(place)
+    assert run_here(monkeypatch)[1] == JOBS[:2]  # a failure is tried again
+
+
+def test_the_output_has_the_suffix_of_its_kind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof finds the file under the name that the merge gave it."""
+    (place / "base" / "model.safetensors").rename(place / "base.safetensors")
+    (place / "fleet.toml").write_text(FLEET.replace('"base"', '"base.safetensors"'))
+    status, ran = run_here(monkeypatch)
+    assert status.counts == {"done": 2, "same": 2} and len(ran) == 4
+    assert sorted(path.name for path in Path("release").iterdir()) == ["de.safetensors", "fr.safetensors"]
+    assert run_here(monkeypatch)[1] == []
+
+
+def test_a_fleet_has_one_run_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.records").mkdir()
+    with output_lock(place / "fleet.records" / ".lock", place), pytest.raises(OutputFailed, match="another run"):
+        run_here(monkeypatch)
+    assert sorted(path.name for path in place.iterdir()) == ["adapters", "base", "fleet.records", "fleet.toml"]
+
+
+def test_processes_are_as_many_as_the_memory_allows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.fleet.description import read_fleet
+    from lora_export.fleet.needs import NeedsOfJobs
+    from lora_export.fleet.run import _at_once
+    from lora_export.options.fleet import FleetOptions
+    from lora_export.runtime.memory import AVAILABLE
+
+    told: list[str] = []
+    options = FleetOptions("run", "fleet.toml", jobs=8, on_message=told.append)
+    fleet = read_fleet(Path("fleet.toml"))
+    for available, expected in ((700 << 20, 2), (1, 1), (99 << 30, 8)):
+        monkeypatch.setenv(AVAILABLE, str(available))
+        assert _at_once(fleet, NeedsOfJobs(), options) == expected
+    assert len(told) == 2 and told[0].startswith("note: jobs at the same time: 2, not 8. A job needs 0.3 GiB")
