@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeO
 from lora_export.options.common import Output
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
-from lora_export.storage import atomic_output
+from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import hub_name, locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.weights.checkpoint import CONFIG, open_checkpoint
@@ -84,7 +83,7 @@ def copy_head_config(adapters: Sequence[Path], stage: Path) -> None:
     """Copy the config.json beside an adapter, which has the classes and labels of its head."""
     for path in adapters:
         if (path / CONFIG).is_file():
-            shutil.copyfile(path / CONFIG, stage / CONFIG)
+            input_files.copy_file(path / CONFIG, stage / CONFIG)
 
 
 def _notes(adapters: Sequence[Adapter], shared: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
 from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_path import place
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
 KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph", ArtifactKind.GGUF: "gguf"}
@@ -95,7 +96,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         base=base,
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
-        output=Path(options.output) if suffix is None else with_suffix(options.output, suffix),
+        output=place(options.output) if suffix is None else with_suffix(options.output, suffix),
         reading=reading,
         layout=dict(options.layout or {}),
         dtype_of=dict(options.dtype_of or {}),

@@ -27,7 +27,7 @@ from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
-from lora_export.options.common import ModelSource
+from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
@@ -40,6 +40,7 @@ from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.signature import refuse_unsigned
+from lora_export.storage.store_path import newly_opened, place
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.weights.pipeline import is_pipeline
 
@@ -127,7 +128,7 @@ def _verified(options: VerifyOptions) -> Verification:
     begun = time.perf_counter()
     request = _request(options)
     with stated_memory(options.memory):
-        proof = _judge(open_artifact(options.candidate), request)
+        proof = _judge(_candidate(options), request)
     if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
@@ -142,6 +143,10 @@ def _verified(options: VerifyOptions) -> Verification:
     for path in options.reports:
         result.write_report(path)
     return result
+
+
+def _candidate(options: VerifyOptions) -> Artifact:
+    return open_artifact(options.candidate if is_address(options.candidate) else newly_opened(options.candidate))
 
 
 def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
@@ -185,7 +190,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         layout=dict(options.layout or {}),
     )
     paths = [*model_paths(request.model or ""), *adapter_paths(request.adapters)]
-    sources = [Path(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
+    sources = [place(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
         check_report_path(Path(path), [source for source in sources if source is not None])
         try_report_place(Path(path))

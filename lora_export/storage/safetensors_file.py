@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_HEADER
 from lora_export.storage import input_files, json_files
+from lora_export.storage.store_path import StorePath
+from lora_export.storage.system_calls import file_status
 
 MAX_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
@@ -97,8 +98,9 @@ class TensorFile:
         entry = self.entries[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
-            data = np.fromfile(file, np.uint8, entry.nbytes)
-        if len(data) != entry.nbytes:
+            data = np.empty(entry.nbytes, np.uint8)
+            count = file.readinto(data.data)
+        if count != entry.nbytes:
             raise InputRefused(f"{self.path}: the file became shorter while {name} was read")
         return data.view(entry.dtype).reshape(entry.shape)
 
@@ -114,10 +116,12 @@ class TensorFile:
 def open_file(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file. Raises InputRefused for another file, and for a damaged one."""
     with input_files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
+        status = file_status(file.fileno())
         prefix = file.read(8)
         text = file.read(_header_size(path, prefix, status.st_size))
     found = _described(path, text, status.st_size, status.st_mtime_ns)
+    if isinstance(path, StorePath):  # the library opens files of the disk alone
+        return found
     from safetensors import SafetensorError, safe_open  # here: a header that is stored elsewhere needs no library
 
     try:  # the library may refuse what the checks above do not
