@@ -19,6 +19,7 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import place
 
 if TYPE_CHECKING:
@@ -47,8 +48,13 @@ def _located(source: str | Path, on_message: OnMessage, download: bool) -> str |
 
 
 def locate_model(source: ModelSource, on_message: OnMessage, download: bool = False) -> ModelSource:
-    """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`)."""
-    return str(locate(source, on_message, download)) if isinstance(source, str | Path) else source
+    """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`).
+
+    An address in a store is a copy on the disk: PyTorch and onnxruntime open no others.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    return str(on_disk(locate(source, on_message, download), on_message))
 
 
 def load_adapters(

@@ -53,10 +53,10 @@ def stage_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
-    `required_bytes` is how much the block will write. A target in a store is `store_output.staged`, for which `streamed`
-    is whether the block needs no disk. `on_message` receives a line for each leftover of a run that
-    was killed. `sign` is the key of a signature of the output (`signature.signer`). An existing target is replaced in
-    one step: only with `overwrite`, and only if it is an output of this program with nothing else in it. Raises
+    `required_bytes` is how much the block will write. `streamed`: it needs no disk where the target is in a store (see
+    `store_output`). `on_message` receives a line for each leftover of a run that was killed. `sign` is the key of a
+    signature of the output (`signature.signer`). An existing target is replaced in one step: only with `overwrite`,
+    and only if it is an output of this program with nothing else in it. Raises
     OutputFailed before anything is written, or when writing fails.
     """
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from lora_export.errors import InputRefused
 from lora_export.storage.store_path import StorePath
 
+COPIED_AT_ONCE = 1 << 20  # bytes
+
 
 def must_exist(path: Path, what: str) -> None:
     """Raise InputRefused where an input's path does not exist, or cannot be looked up. `what` names the input."""
@@ -75,7 +77,7 @@ def read_text(path: Path, most: int) -> str:
 def copy_file(source: Path, target: Path) -> None:
     """Copy the contents of a file, on the disk or in a store, to a file that does not exist."""
     with source.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer)
+        shutil.copyfileobj(reader, writer, COPIED_AT_ONCE)
 
 
 def regular_files(folder: Path) -> list[Path]:

@@ -123,7 +123,9 @@ class Bucket:
                 for page in self._store.list(key or None):
                     self._known |= {each["path"]: _info(each) for each in page}
                     if len(self._known) > MOST_OBJECTS:
-                        raise InputRefused(f"{self._of(key)} has more than {MOST_OBJECTS:,} objects. Name a model in it")
+                        raise InputRefused(
+                            f"{self._of(key)} has more than {MOST_OBJECTS:,} objects. Name a model in it"
+                        )
             self._listed.add(key)
         prefix = f"{key}/" if key else ""
         return {
@@ -200,9 +202,6 @@ class Bucket:
         with _errors(self._of(key), OutputFailed):
             self._known[key] = _info(self._store.head(key))
 
-    def writer(self, key: str) -> Upload:
-        return Upload(self, key)
-
 
 class Upload:
     """An object that is written from its first byte to its last, and is there when it is closed."""
@@ -211,9 +210,7 @@ class Upload:
         import obstore
 
         self._bucket, self._key, self._address = bucket, key, f"{bucket.address}/{key}"
-        self._file: Any = obstore.open_writer(
-            bucket._store, key, buffer_size=PART, max_concurrency=PARTS_AT_ONCE
-        )
+        self._file: Any = obstore.open_writer(bucket._store, key, buffer_size=PART, max_concurrency=PARTS_AT_ONCE)
 
     def write(self, content: memoryview) -> None:
         with _errors(self._address, OutputFailed):
@@ -247,7 +244,9 @@ def bucket_of(address: str) -> Bucket:
 
 
 def _info(meta: Any) -> ObjectInfo:
-    return ObjectInfo(meta["size"], meta["last_modified"], {key: meta[key] for key in ("e_tag", "version") if meta[key]})
+    return ObjectInfo(
+        meta["size"], meta["last_modified"], {key: meta[key] for key in ("e_tag", "version") if meta[key]}
+    )
 
 
 def _is_below(key: str, folder: str) -> bool:

@@ -24,7 +24,7 @@ from lora_export.errors import EnvironmentLacking, OutputFailed
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.storage.object_store import ObjectChanged
+from lora_export.storage.object_store import ObjectChanged, ObjectInfo
 from lora_export.storage.store_path import StorePath, marker_of
 from lora_export.storage.system_calls import deferred_signals
 
@@ -34,14 +34,17 @@ RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how 
 class Begun:
     """The object beside an output that is being written. It belongs to this process until it is deleted."""
 
-    def __init__(self, target: StorePath, on_message: OnMessage):
+    def __init__(self, target: StorePath, home: StorePath, on_message: OnMessage, *, streamed: bool):
         self.target, self._object = target, marker_of(target).newly()
+        self.home = home
         self.used: set[str] = set()  # the whole files that belong to this output
+        self.streamed, self.uploaded = streamed, list[StorePath]()
         self._lock, self._ended, self._lost = threading.Lock(), threading.Event(), False
-        info = self._object.bucket.info(self._object.key)
+        info = _info(self._object)
         stated = json_files.read_json(self._object) if info else {}
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
+        self._version: dict[str, str] = {}
         self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
         self._write("create" if info is None else info.version)
         if info:
@@ -63,7 +66,7 @@ class Begun:
             except ObjectChanged:
                 self._lost = True
                 raise self._taken({}) from None
-            info = bucket.info(key)
+            info = _info(self._object)
             assert info is not None
             self._version = info.version
 
@@ -75,7 +78,7 @@ class Begun:
     def whole(self, name: str, recipe: str) -> Any | None:
         """The facts of a file that an earlier run made by the same recipe; None where there is none as it was made."""
         found = self.finished.get(name)
-        info = (self.target / name).bucket.info((self.target / name).key)
+        info = _info(self.home / name)
         if not isinstance(found, dict) or info is None or [recipe, info.e_tag] != [found["recipe"], found["e_tag"]]:
             return None
         self.used.add(name)
@@ -83,12 +86,23 @@ class Begun:
 
     def add(self, name: str, recipe: str, facts: Any) -> None:
         """Record that a file is whole, and what is known of it."""
-        path = self.target / name
-        info = path.bucket.info(path.key)
+        info = _info(self.home / name)
         assert info is not None
         self.finished[name] = {"recipe": recipe, "e_tag": info.e_tag, "facts": facts}
         self.used.add(name)
         self._write()
+
+    def _written(self) -> list[StorePath]:
+        """The objects of this output that are there."""
+        if not self.streamed:
+            return self.uploaded
+        return [path for path in (self.target.newly(), *self.target.rglob("*")) if path.is_file()]
+
+    def remove_unfinished(self) -> None:
+        """Remove objects of a run that was killed, of which it did not record that they are whole."""
+        for path in self._written():
+            if path.relative_to(self.home).as_posix() not in self.finished:
+                path.unlink()
 
     def refuse_lost(self) -> None:
         """Raise OutputFailed where another run has taken this output over."""
@@ -99,18 +113,16 @@ class Begun:
         self._ended.set()
         if self._lost:
             return
-        kept = self.finished.keys() if is_stopped else {}
-        for name in self.target.bucket.below(self.target.newly().key):
-            if name not in kept:
-                (self.target / name).unlink()
-        if self.target.is_file():
-            self.target.unlink()
+        kept = {self.home / name for name in self.finished} if is_stopped else set()
+        for path in self._written():
+            if path not in kept:
+                path.unlink()
         self._write(is_stopped=True) if kept else self._object.unlink()
 
     def end(self) -> None:
         """The output is whole."""
         for name in self.finished.keys() - self.used:
-            (self.target / name).unlink(missing_ok=True)
+            (self.home / name).unlink(missing_ok=True)
         self._ended.set()
         self._object.unlink()
 
@@ -146,7 +158,7 @@ def staged(
     """
     if not target.key:
         raise OutputFailed(f"{target} is a bucket. Name a folder in it")
-    if overwrite:
+    if overwrite and (is_folder or streamed):
         raise OutputFailed(
             f"{target}: a store replaces no output in one step. Leave {named('overwrite', True)} out and name another "
             "address, or delete what is there"
@@ -154,13 +166,14 @@ def staged(
     begun = None
     try:
         target.newly()
-        if target.exists() and not marker_of(target).newly().is_file():
+        if not overwrite and target.exists() and not marker_of(target).newly().is_file():
             raise OutputFailed(f"{target} exists already. Name another address, or delete what is there")
-        begun = Begun(target, on_message)
-        target.newly()
+        home = target if is_folder else target.parent
+        begun = Begun(target, home, on_message, streamed=streamed)
+        begun.remove_unfinished()
         with contextlib.ExitStack() as stack:
             if streamed:
-                stage: Path = target if is_folder else target.parent
+                stage: Path = home
                 if is_folder:
                     target.bucket.held[(target / MANIFEST).key] = None
                     stack.callback(target.bucket.held.pop, (target / MANIFEST).key, None)
@@ -171,7 +184,7 @@ def staged(
             yield stage
             begun.refuse_lost()
             if not streamed:
-                _upload(stage, target, is_folder)
+                _upload(stage, begun, MANIFEST if is_folder else target.name, overwrite=overwrite)
             with deferred_signals():
                 target.bucket.release((target / MANIFEST).key)
                 begun.end()
@@ -185,13 +198,16 @@ def staged(
         raise
 
 
-def _upload(stage: Path, target: StorePath, is_folder: bool) -> None:
+def _upload(stage: Path, begun: Begun, last: str, *, overwrite: bool) -> None:
     """Upload the files of a stage. The one that makes the output whole is the last."""
-    last = MANIFEST if is_folder else target.name
-    home = target if is_folder else target.parent
     files = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
     for path in files:
-        goal = home.joinpath(*path.relative_to(stage).parts)
-        if not is_folder and goal.exists():
+        goal = begun.home.joinpath(*path.relative_to(stage).parts)
+        if not overwrite and goal.newly().exists():
             raise OutputFailed(f"{goal} exists already, and may belong to another output. Name another address")
-        target.bucket.upload(goal.key, path)
+        goal.bucket.upload(goal.key, path)
+        begun.uploaded.append(goal)
+
+
+def _info(path: StorePath) -> ObjectInfo | None:
+    return path.bucket.info(path.key)

@@ -103,7 +103,9 @@ def merge_checkpoint(
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe)
+            written[name] = _write_shard(
+                path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe
+            )
     results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
     base.refuse_changed_files("merged")
