@@ -130,7 +130,10 @@ def train(options: TrainOptions) -> TrainResult:
     settings = narrowed(options, TrainingSettings, **rows)
     folder = _place_of_checkpoint(options)
     given = [place(path) for path in (options.data, options.continue_from) if path is not None]
-    inputs = [*(path for path in given if path.exists()), *(path for path in model_paths(options.model) if path.is_dir())]
+    inputs = [
+        *(path for path in given if path.exists()),
+        *(path for path in model_paths(options.model) if path.is_dir()),
+    ]
     with staged_output(output, inputs, overwrite=options.overwrite, on_message=on_message) as stage:
         torch.manual_seed(options.seed)  # the first values of a new head depend on it
         model, quantised = _load_base(options, learnt)

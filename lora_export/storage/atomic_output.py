@@ -144,7 +144,7 @@ def _in_store(
     """A stage for an output in a store."""
     if sign is not None:
         raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
-    with store_output.staged(
+    with store_output.staged_in_store(
         target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
     ) as stage:
         if not streamed:

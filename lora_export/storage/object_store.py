@@ -20,7 +20,7 @@ from lora_export.extras import pip_install
 
 ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", re.DOTALL)
 SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
-PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
+UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
 PARTS_AT_ONCE = 4
 RETRIES, DEADLINE = 5, timedelta(seconds=60)  # of one request, and of all its repetitions
 MOST_OBJECTS = 100_000  # below an address; more is no model
@@ -51,13 +51,13 @@ def _errors(address: str, failure: type[LoraExportError]) -> Iterator[None]:
 
     try:
         yield
-    except (FileNotFoundError, known.NotFoundError):
-        raise InputRefused(f"there is no object {address}, or no such bucket") from None
     except (known.PreconditionError, known.AlreadyExistsError):
         raise ObjectChanged from None
     except (known.BaseError, OSError) as error:
         if "NoSuchBucket" in str(error):
-            raise InputRefused(f"there is no bucket {address}") from None
+            raise InputRefused(f"there is no bucket for {address}") from None
+        if isinstance(error, FileNotFoundError | known.NotFoundError):
+            raise InputRefused(f"there is no object {address}") from None
         verb = "written" if failure is OutputFailed else "read"
         raise failure(f"{address} could not be {verb}: {_reason(error)}") from None
 
@@ -68,7 +68,7 @@ def _reason(error: Exception) -> str:
     stated = " ".join(found[1] for found in (status, code) if found)
     if "169.254." in text or "metadata.google" in text:
         return "no credentials were found. Set those of the store in the environment (guide stores)"
-    if "Permission" in type(error).__name__ or "Unauthenticated" in type(error).__name__ or "Token" in stated:
+    if stated.startswith(("401", "403")) or "Token" in stated:
         return f"the store refused the credentials, or they expired ({stated or 'no status'})"
     if "BadScheme" in text:
         return "its endpoint is no https address. AWS_ALLOW_HTTP=true allows http"
@@ -165,7 +165,7 @@ class Bucket:
     def upload(self, key: str, path: Any) -> None:
         """Put a local file."""
         with _errors(self._of(key), OutputFailed):
-            self._store.put(key, path, chunk_size=PART, max_concurrency=PARTS_AT_ONCE)
+            self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
         self._ask_again(key)
 
     def release(self, key: str) -> None:
@@ -210,7 +210,9 @@ class Upload:
         import obstore
 
         self._bucket, self._key, self._address = bucket, key, f"{bucket.address}/{key}"
-        self._file: Any = obstore.open_writer(bucket._store, key, buffer_size=PART, max_concurrency=PARTS_AT_ONCE)
+        self._file: Any = obstore.open_writer(
+            bucket._store, key, buffer_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE
+        )
 
     def write(self, content: memoryview) -> None:
         with _errors(self._address, OutputFailed):

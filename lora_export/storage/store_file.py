@@ -16,8 +16,8 @@ from lora_export.storage.object_store import Bucket, ObjectInfo, Upload
 from lora_export.storage.system_calls import descriptor_of, forget_descriptor
 
 CHUNK = 4 << 20  # bytes of one request
-AHEAD = 4  # chunks that are requested before they are needed, once an object is read in its order
-KEPT = AHEAD + 6  # chunks in memory: threads of a transfer are up to 10 blocks of 2 MiB apart
+CHUNKS_AHEAD = 4  # chunks that are requested before they are needed, once an object is read in its order
+KEPT = CHUNKS_AHEAD + 6  # chunks in memory: threads of a transfer are up to 10 blocks of 2 MiB apart
 SMALL_READ = 1 << 16  # bytes; most headers are shorter
 
 
@@ -61,7 +61,7 @@ class _NumberedFile(io.RawIOBase):
         super().close()
 
 
-_pool = ThreadPoolExecutor(AHEAD, "store")  # threads are started when they are needed
+_pool = ThreadPoolExecutor(CHUNKS_AHEAD, "store")  # threads are started when they are needed
 
 
 class StoredFile(_NumberedFile):
@@ -109,7 +109,7 @@ class StoredFile(_NumberedFile):
 
     def _chunk(self, number: int) -> Future[memoryview]:
         with self._lock:
-            ahead = AHEAD if number - 1 in self._chunks or number in self._chunks else 0
+            ahead = CHUNKS_AHEAD if number - 1 in self._chunks or number in self._chunks else 0
             for each in range(number, min(number + ahead, (self._size - 1) // CHUNK) + 1):
                 if each not in self._chunks:
                     self._chunks[each] = _pool.submit(self._bucket.read, self._key, each * CHUNK, (each + 1) * CHUNK)

@@ -76,10 +76,15 @@ class Begun:
                 self._write()
 
     def whole(self, name: str, recipe: str) -> Any | None:
-        """The facts of a file that an earlier run made by the same recipe; None where there is none as it was made."""
+        """The facts of a file that an earlier run made by the same recipe, and nothing changed since.
+
+        None where there is none. What is in its place is removed then.
+        """
         found = self.finished.get(name)
         info = _info(self.home / name)
         if not isinstance(found, dict) or info is None or [recipe, info.e_tag] != [found["recipe"], found["e_tag"]]:
+            self.finished.pop(name, None)
+            (self.home / name).unlink()
             return None
         self.used.add(name)
         return found["facts"]
@@ -147,7 +152,7 @@ def begun_at(stage: Path) -> Begun | None:
 
 
 @contextlib.contextmanager
-def staged(
+def staged_in_store(
     target: StorePath, *, is_folder: bool, streamed: bool, overwrite: bool, on_message: OnMessage
 ) -> Iterator[Path]:
     """Yield the folder that an output in a store is written into.
