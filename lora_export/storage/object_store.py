@@ -1,8 +1,8 @@
 """Objects in S3, Google Cloud Storage and Azure: what is there, ranges of it, and uploads, through obstore.
 
-A bucket remembers the sizes and ETags of the objects that it was asked for, until `forget`. Each read requests the
-remembered ETag (If-Match): what is read is what was planned. Credentials come from the usual places of obstore (the
-environment, the machine's role). The text of its errors is never shown, because a store's answer may quote a key.
+A bucket caches the sizes and ETags of objects, until `forget`. Each read requests the cached ETag (If-Match): what is
+read is what was planned. Credentials come from the usual places of obstore (the environment, the machine's role). The
+text of its errors is never shown, because a store's answer may quote a key.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import atexit
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from lora_export.callbacks import OnMessage
@@ -35,6 +34,8 @@ def on_disk(path: Path, on_message: OnMessage) -> Path:
     size = sum(size for *_, size in states)
     digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()
     if digest not in _copies:
+        import tempfile  # most models are on the disk
+
         folder = Path(tempfile.mkdtemp(prefix="lora-export-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         refuse_lack_of_space(folder, size)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import tempfile
+import platform
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -57,7 +56,7 @@ class Begun:
 
     def _write(self, mode: Any = None, *, is_stopped: bool = False) -> None:
         """Put the object, where it is still the one that this process put. Raises OutputFailed where it is not."""
-        owner = {} if is_stopped else {"process": os.getpid(), "host": socket.gethostname()}
+        owner = {} if is_stopped else {"process": os.getpid(), "host": platform.node()}
         with self._lock:
             bucket, key = self._object.bucket, self._object.key
             try:
@@ -135,7 +134,7 @@ class Begun:
 def _is_alive(stated: dict[str, Any], age: timedelta) -> bool:
     if "process" not in stated or age > LEASE:
         return False
-    if stated.get("host") != socket.gethostname() or not hasattr(os, "kill") or os.name == "nt":
+    if stated.get("host") != platform.node() or not hasattr(os, "kill") or os.name == "nt":
         return True
     with contextlib.suppress(ProcessLookupError, TypeError):
         os.kill(stated["process"], 0)
@@ -185,6 +184,8 @@ def staged_in_store(
                 _streamed[stage] = begun
                 stack.callback(_streamed.pop, stage, None)
             else:
+                import tempfile  # most outputs are on the disk, beside their stage
+
                 stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
             yield stage
             begun.refuse_lost()

@@ -44,7 +44,7 @@ def place(path: str | Path) -> Path:
 
 
 def newly_opened(path: str | Path) -> Path:
-    """As `place`; of an object, what a command before this one was told is forgotten.
+    """As `place`, without what the store stated of an object to a command before this one.
 
     Raises InputRefused for what is being written, or was not finished (`store_output`).
     """

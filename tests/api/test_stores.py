@@ -42,9 +42,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_merge_from_store_to_store_has_the_same_bytes_and_no_local_file(
-    local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_in_a_store_has_the_same_bytes(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[str] = []
     copy = Bucket.copy
     monkeypatch.setattr(Bucket, "copy", lambda own, key, target: copied.append(target) or copy(own, key, target))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import platform
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +61,7 @@ def test_a_second_writer_is_refused(stored: Stored) -> None:
         fill(stage)
         with pytest.raises(OutputFailed) as refused, stage_folder(stored / "out/m", inputs=[], streamed=True):
             pass
-        assert str(refused.value).startswith(
-            f"another run (process {os.getpid()} on {socket.gethostname()}) is writing"
-        )
+        assert str(refused.value).startswith(f"another run (process {os.getpid()} on {platform.node()}) is writing")
     assert len(stored.objects()) == 3
 
 
@@ -76,7 +74,7 @@ def test_of_two_that_begin_at_once_one_is_refused(stored: Stored, monkeypatch: p
 
 
 def begun(**facts: Any) -> bytes:
-    return json.dumps({"host": socket.gethostname(), "finished": {}, **facts}).encode()
+    return json.dumps({"host": platform.node(), "finished": {}, **facts}).encode()
 
 
 def test_what_a_killed_run_left_is_removed_and_written_again(stored: Stored) -> None:
