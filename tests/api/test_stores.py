@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -208,3 +209,10 @@ def test_sigterm_aborts_the_upload(local: Path, stored: Stored) -> None:
     ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 143, ended.stderr
     assert stored.objects("out/") == {} and stored.uploads() == []
+
+
+def test_no_option_is_a_path_of_the_disk_alone() -> None:
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in Path(le.__file__).parent.joinpath("api").glob("*.py")
+    }
+    assert len(texts) > 30 and [name for name, text in texts.items() if re.search(r"\bPath\(options\.", text)] == []
