@@ -48,7 +48,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "any")
     ports = [f"{name}={number}" for name, number in PORTS.items()]
-    options = ["-filer", "-s3", "-ip=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=1024", f"-dir={data}"]
+    options = [
+        "-filer",
+        "-s3",
+        "-master.telemetry=false",
+        "-ip=127.0.0.1",
+        "-volume.max=100",
+        "-master.volumeSizeLimitMB=1024",
+        f"-dir={data}",
+    ]
     with (tmp_path / "weed.log").open("wb") as log:
         server = subprocess.Popen([weed, "server", *options, *ports], stdout=log, stderr=log)
         try:
@@ -58,7 +66,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             boto3.client("s3", endpoint_url=address).create_bucket(Bucket="bench")
             yield data
         finally:
-            server.terminate()
+            server.kill()  # its end on SIGTERM takes long, and its data are thrown away
             server.wait()
 
 
