@@ -18,6 +18,7 @@ from lora_export.runtime.environment_probes import CUDA
 
 if TYPE_CHECKING:
     from support.programs import ProgramFiles
+    from support.stores import Stored
 
 
 @functools.cache
@@ -79,6 +80,17 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     inputs = {"ids": ids(2, 5) % 10, "mask": padded(2, 5)}
     return export(Worded(), inputs, tmp_path_factory.mktemp("good") / "good.pt2", dynamic=2)
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """An empty bucket of a store with the interface of S3."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    pytest.importorskip("moto.server", reason="moto is not installed")
+    from support import stores
+
+    stores.use(monkeypatch, stores.endpoint())
+    return stores.Stored()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeO
 from lora_export.options.common import Output
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
-from lora_export.storage import atomic_output
+from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import hub_name, locate
 from lora_export.storage.manifest import write_manifest
+from lora_export.storage.store_path import place
 from lora_export.weights.checkpoint import CONFIG, open_checkpoint
 from lora_export.weights.extract import extract_adapter
 
@@ -51,7 +51,7 @@ def combine(options: CombineOptions) -> CombineResult:
     as loading does; WrongUsage for options that do not go together; OutputFailed where the output cannot be written.
     Nothing is left behind then.
     """
-    output, weights, combination = Path(options.output), options.weights, options.combined
+    output, weights, combination = place(options.output), options.weights, options.combined
     adapters = locate_adapters(options.adapters, options.on_message, options.download)
     loaded = load_adapters(adapters, options.prefixes, reading=options.reading)
     combined = combine_adapters(loaded, weights, combination, output.name)
@@ -84,7 +84,7 @@ def copy_head_config(adapters: Sequence[Path], stage: Path) -> None:
     """Copy the config.json beside an adapter, which has the classes and labels of its head."""
     for path in adapters:
         if (path / CONFIG).is_file():
-            shutil.copyfile(path / CONFIG, stage / CONFIG)
+            input_files.copy_file(path / CONFIG, stage / CONFIG)
 
 
 def _notes(adapters: Sequence[Adapter], shared: Sequence[str]) -> list[str]:
@@ -120,7 +120,7 @@ def resize(options: ResizeOptions) -> ResizeResult:
     without `rank` and `energy`, and for values out of range; OutputFailed where the output cannot be written. Nothing
     is left behind then.
     """
-    output, truncation = Path(options.output), Truncation(options.rank, options.energy)
+    output, truncation = place(options.output), Truncation(options.rank, options.energy)
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     (loaded,) = load_adapters(adapter, reading=options.reading)
     resized, layers = resize_adapter(loaded, truncation, lambda module: name_in_patterns(loaded, module))
@@ -174,7 +174,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
     written. Nothing is left behind then.
     """
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
-    output, truncation = Path(options.output), Truncation(options.rank, options.energy)
+    output, truncation = place(options.output), Truncation(options.rank, options.energy)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
     with staged(options, output, [base, tuned]) as stage:
         found = extract_adapter(

@@ -39,6 +39,7 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_path import place
 from lora_export.weights.changes_of_base import with_changes_of_base
 
 
@@ -80,7 +81,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     EnvironmentLacking without the package gguf; OutputFailed where the output cannot be written. Nothing is left
     behind then.
     """
-    to, names, weight, output = options.to, options.names, options.weight, Path(options.output)
+    to, names, weight, output = options.to, options.names, options.weight, place(options.output)
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     base = None if options.base is None else locate(options.base, options.on_message, options.download)
     reading = _with_config_beside(options.reading.for_base(base), adapter)
@@ -94,7 +95,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)
         )
     if options.graph is not None:
-        return replace(_for_graph(options, adapter, loaded, Path(options.graph)), layers=layers)
+        return replace(_for_graph(options, adapter, loaded, place(options.graph)), layers=layers)
     loaded = _scaled(loaded, weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
@@ -156,7 +157,7 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
 
 
 def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, graph: Path) -> ConvertResult:
-    output = Path(options.output)
+    output = place(options.output)
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
     input_files.must_exist(graph, "graph")

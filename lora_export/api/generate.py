@@ -26,6 +26,7 @@ from lora_export.provenance import refuse_larger
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
 from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_from_encoder, generate_tokens
 from lora_export.storage import input_files
+from lora_export.storage.store_path import place
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def generate(options: GenerateOptions) -> list[Generation]:
     if not prompts:
         raise WrongUsage("there is no prompt")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    graph = _graph_in(Path(options.source))
+    graph = _graph_in(place(options.source))
     settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
     if settings.not_done:
         on_message(f"note: not done: {', '.join(settings.not_done)}, which the generation config asks for")

@@ -19,6 +19,8 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_copy import on_disk
+from lora_export.storage.store_path import place
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
@@ -28,8 +30,8 @@ def split_name(argument: str | Path) -> tuple[str | None, Path]:
     """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path."""
     name, separator, path = str(argument).partition("=")
     if isinstance(argument, Path) or not separator or Path(argument).exists() or "/" in name:
-        return None, Path(argument)
-    return name, Path(path)
+        return None, place(argument)
+    return name, place(path)
 
 
 def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bool = False) -> list[AdapterSource]:
@@ -46,8 +48,13 @@ def _located(source: str | Path, on_message: OnMessage, download: bool) -> str |
 
 
 def locate_model(source: ModelSource, on_message: OnMessage, download: bool = False) -> ModelSource:
-    """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`)."""
-    return str(locate(source, on_message, download)) if isinstance(source, str | Path) else source
+    """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`).
+
+    An address in a store is a copy on the disk: PyTorch and onnxruntime open no others.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    return str(on_disk(locate(source, on_message, download), on_message))
 
 
 def load_adapters(
@@ -80,7 +87,7 @@ def no_adapter_as_model(model: ModelSource | None, adapters: AdapterSources) -> 
     try:
         yield
     except InputRefused as error:
-        path = Path(model) if isinstance(model, str | Path) else None
+        path = place(model) if isinstance(model, str | Path) else None
         if path is None or not formats.is_only_adapter(path):
             raise
         models = [str(other) for other in adapter_paths(adapters) if formats.is_model(other)]

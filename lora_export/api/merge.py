@@ -17,6 +17,8 @@ from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import named
 from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_copy import on_disk
+from lora_export.storage.store_path import place
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
 KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph", ArtifactKind.GGUF: "gguf"}
@@ -39,6 +41,8 @@ def merge(options: MergeOptions) -> MergeResult:
     """
     base = locate(options.base, options.on_message, options.download)
     kind = artifact_kind(base)
+    if kind is ArtifactKind.GRAPH:
+        base = on_disk(base, options.on_message)  # ONNX's libraries open files of the disk alone
     options.check_usage(base=KINDS_OF_BASE.get(kind, "checkpoint"))
     if options.rounding == "calibrated" and options.calibration is None:
         raise WrongUsage(f"{named('rounding', 'calibrated')} needs {named('calibration', 'TEXTS')}")
@@ -79,14 +83,16 @@ def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
 
 def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequest:
     """The options with everything found and loaded that they name."""
-    sources = locate_adapters(options.adapters, options.on_message, options.download)
-    reading = options.reading.for_base(options.checkpoint or base)
-    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
-
-    suffixes = {ArtifactKind.GGUF: SUFFIX, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
 
     def found(path: str | Path | None) -> Path | None:
         return None if path is None else locate(path, options.on_message, options.download)
+
+    checkpoint = found(options.checkpoint)
+    sources = locate_adapters(options.adapters, options.on_message, options.download)
+    reading = options.reading.for_base(checkpoint or base)
+    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
+
+    suffixes = {ArtifactKind.GGUF: SUFFIX, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
 
     return extended(
         options,
@@ -94,13 +100,13 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         base=base,
         adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
         sources=adapter_paths(sources),
-        output=with_suffix(options.output, suffixes[kind]) if kind in suffixes else Path(options.output),
+        output=with_suffix(options.output, suffixes[kind]) if kind in suffixes else place(options.output),
         reading=reading,
         layout=dict(options.layout or {}),
         dtype_of=dict(options.dtype_of or {}),
-        checkpoint=found(options.checkpoint),
+        checkpoint=checkpoint,
         float_base=found(options.float_base),
         hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are
-        keep_residual=None if options.keep_residual is None else Path(options.keep_residual),
-        calibration=None if options.calibration is None else Path(options.calibration),
+        keep_residual=None if options.keep_residual is None else place(options.keep_residual),
+        calibration=None if options.calibration is None else place(options.calibration),
     )

@@ -85,7 +85,7 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
         )
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
-    with request.backend() as backend, request.staged(stage, size + companions) as folder:
+    with request.backend() as backend, request.staged(stage, size + companions, streamed=True) as folder:
         report = merge_checkpoint(
             steps,
             checkpoint,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.plan.build import checked_strengths
 from lora_export.plan.diffusion import components_of, of_component
-from lora_export.storage import atomic_output
+from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -163,7 +162,7 @@ def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerg
         refuse_no_change(report)
         for relative in others:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(pipeline.path / relative, stage / relative)
+            input_files.copy_file(pipeline.path / relative, stage / relative)
         record = provenance.record(request.adapters, request.strengths, {}, (), {"models": sorted(reports), **settings})
         write_manifest(stage, record, _known_hashes(stage, reports))
     return report

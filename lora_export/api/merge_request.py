@@ -83,7 +83,7 @@ class MergeRequest(MergeOptions):
 
         return cuda.cuda()
 
-    def staged(self, stage: Any, size: int) -> AbstractContextManager[Path]:
+    def staged(self, stage: Any, size: int, *, streamed: bool = False) -> AbstractContextManager[Path]:
         """The output on its way, by a function of `atomic_output`."""
         staged: AbstractContextManager[Path] = stage(
             self.output,
@@ -92,6 +92,7 @@ class MergeRequest(MergeOptions):
             required_bytes=size,
             on_message=self.on_message,
             sign=self.sign,
+            streamed=streamed,
         )
         return staged
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lora_export.api.generation_task import first_file, task_of
 from lora_export.api.load import (
     adapter_paths,
@@ -27,6 +25,7 @@ from lora_export.options.declaring import extended, takes
 from lora_export.options.export import OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_path import place
 
 
 @takes(OnnxOptions)
@@ -85,13 +84,13 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         options,
         OnnxRequest,
         model=model,
-        output=first_file(Path(options.output), task) if task else with_suffix(options.output, ".onnx"),
+        output=first_file(place(options.output), task) if task else with_suffix(options.output, ".onnx"),
         adapters=load_adapters(sources, options.prefixes, reading=reading),
         sources=adapter_paths(sources),
         task=task,
         checkpoint=None if options.checkpoint is None else locate(options.checkpoint, on_message, download),
         reference=None if options.reference is None else locate_model(options.reference, on_message, download),
-        inputs=None if options.inputs is None else Path(options.inputs),
+        inputs=None if options.inputs is None else place(options.inputs),
     )
 
 

@@ -34,6 +34,7 @@ from lora_export.plan.spelling import respelled
 from lora_export.runtime.measured_shapes import set_measured_shapes
 from lora_export.storage import input_files
 from lora_export.storage.hashes import FAST, file_hash
+from lora_export.storage.store_path import place
 from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.inputs.graph_inputs import NoGeneratedInputs
 from lora_export.verification.references import References
@@ -46,7 +47,7 @@ SHOWN_LAYERS = 10  # layers that an error lists
 
 def export_from_graph(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
-    path = Path(str(options.model))
+    path = place(str(options.model))
     with options.staged([path] if path.exists() else []) as folder:
         options.stage("reading the graph")
         report: MergeReport | None = None

@@ -32,6 +32,7 @@ from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import atomic_output
+from lora_export.storage.store_path import place
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
 
@@ -71,7 +72,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     load.refuse_no_source(model)
     adapters = load.locate_adapters(options.adapters, on_message, options.download)
     is_program = options.format == PT2 or (
-        options.format is None and artifact_kind(Path(options.output)) is ArtifactKind.PROGRAM
+        options.format is None and artifact_kind(place(options.output)) is ArtifactKind.PROGRAM
     )
     suffixes = (".pt2",) if is_program else (".pt", ".ts", ".pth")
     output, stage = with_suffix(options.output, *suffixes), in_stages(options.on_progress)
@@ -99,7 +100,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         record = record_of_model(base, loaded, weights, {"lora": options.lora, **options.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
-        further = None if options.inputs is None else Path(options.inputs)
+        further = None if options.inputs is None else place(options.inputs)
         references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
 
         def prove_file() -> Proof:

@@ -41,6 +41,7 @@ from lora_export.options.spelling import named
 from lora_export.options.train import TrainingSettings, TrainOptions
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
+from lora_export.storage.store_path import place
 from lora_export.training.batches import ReadyBatches
 from lora_export.training.checkpoint import (
     TRAINING_STATE,
@@ -123,13 +124,16 @@ def train(options: TrainOptions) -> TrainResult:
     nothing new is left behind but the checkpoint, where there is one.
     """
     options = _prepared(options)
-    output, on_message = Path(options.output), options.on_message
+    output, on_message = place(options.output), options.on_message
     learnt = _read_data(options)
     rows = {"batch_size": 1} if isinstance(learnt.content, ReadyBatches) else {}
     settings = narrowed(options, TrainingSettings, **rows)
     folder = _place_of_checkpoint(options)
-    given = [Path(path) for path in (options.data, options.continue_from) if path is not None]
-    inputs = [*filter(Path.exists, given), *(path for path in model_paths(options.model) if path.is_dir())]
+    given = [place(path) for path in (options.data, options.continue_from) if path is not None]
+    inputs = [
+        *(path for path in given if path.exists()),
+        *(path for path in model_paths(options.model) if path.is_dir()),
+    ]
     with staged_output(output, inputs, overwrite=options.overwrite, on_message=on_message) as stage:
         torch.manual_seed(options.seed)  # the first values of a new head depend on it
         model, quantised = _load_base(options, learnt)
@@ -146,8 +150,8 @@ def train(options: TrainOptions) -> TrainResult:
             with noted_checkpoint(folder):
                 run = trainer.adapter(adapter, rank, checkpoints)
             runs.append(run)
-            place = stage / f"rank-{rank}" if len(new) > 1 else stage
-            _write_run(options, base, learnt, run, adapter, place)
+            own = stage / f"rank-{rank}" if len(new) > 1 else stage
+            _write_run(options, base, learnt, run, adapter, own)
         runs += trainer.compared(options.compare)
         if options.is_comparison:
             table = {"model": str(options.model), "data": f"{options.data}: {learnt}", "settings": settings.recorded}
@@ -203,7 +207,7 @@ def _read_data(options: TrainOptions) -> TrainingData:
 
 def _place_of_checkpoint(options: TrainOptions) -> Path:
     """The folder of the checkpoint. Raises OutputFailed for one that is to be neither continued nor replaced."""
-    folder = checkpoint_folder(Path(options.output))
+    folder = checkpoint_folder(place(options.output))
     if process_rank() == 0 and folder.exists() and not (options.resume or options.overwrite):
         raise OutputFailed(
             f"{folder} has the checkpoint of a training that did not end: add {named('resume', True)}, or "
@@ -271,7 +275,7 @@ def _identity(
 
 
 def _write_run(
-    options: TrainOptions, base: _Base, learnt: TrainingData, run: TrainingRun, new: Adapter, place: Path
+    options: TrainOptions, base: _Base, learnt: TrainingData, run: TrainingRun, new: Adapter, folder: Path
 ) -> None:
     """Write a trained adapter, with messages on what its training measured."""
     on_message, settings = options.on_message, run.settings
@@ -282,7 +286,7 @@ def _write_run(
     if note := note_on_untrained(run):
         on_message(note)
     facts = facts_for_card(base.model, learnt, run, base.sha256, base.quantised, options)
-    write_trained_adapter(place, base.model, learnt, run, new, facts)
+    write_trained_adapter(folder, base.model, learnt, run, new, facts)
     if not facts["plot"]:
         on_message(f"note: the losses are not drawn: matplotlib is missing ({pip_install('plot')})")
 

@@ -22,6 +22,7 @@ from lora_export.options.spelling import named
 from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
+from lora_export.storage.store_path import place
 from lora_export.training import encoders
 from lora_export.training.batches import (
     ArrayData,
@@ -131,7 +132,7 @@ def read_training_data(
 
     Raises InputRefused with the files, lines and columns that are wrong.
     """
-    path = Path(source)
+    path = place(source)
     location, separator, name = str(source).rpartition(":")
     if separator and location and not path.exists() and (location.endswith(".py") or not path.suffix):
         batches = read_own_batches(str(source), find_function(location, name))

@@ -27,7 +27,7 @@ from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
 from lora_export.errors import LoraExportError, WrongUsage, brief
 from lora_export.isolation.limits import stated_memory
-from lora_export.options.common import ModelSource
+from lora_export.options.common import ModelSource, is_address
 from lora_export.options.declaring import extended, takes
 from lora_export.options.reading import DEFAULTS
 from lora_export.options.spelling import named
@@ -40,6 +40,8 @@ from lora_export.runtime.expectations import recorded_base, refuse_unexpected
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.signature import refuse_unsigned
+from lora_export.storage.store_copy import on_disk
+from lora_export.storage.store_path import newly_opened, place
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.weights.pipeline import is_pipeline
 
@@ -95,7 +97,7 @@ class Verification:
 
     def write_report(self, path: str | Path) -> None:
         """Write a report: .json (every figure), .xml (JUnit) or .html (to read). An existing file is replaced."""
-        write_report(Path(path), self.proof)
+        write_report(place(path), self.proof)
 
 
 @takes(VerifyOptions)
@@ -127,7 +129,7 @@ def _verified(options: VerifyOptions) -> Verification:
     begun = time.perf_counter()
     request = _request(options)
     with stated_memory(options.memory):
-        proof = _judge(open_artifact(options.candidate), request)
+        proof = _judge(_candidate(options), request)
     if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
@@ -142,6 +144,14 @@ def _verified(options: VerifyOptions) -> Verification:
     for path in options.reports:
         result.write_report(path)
     return result
+
+
+def _candidate(options: VerifyOptions) -> Artifact:
+    """The candidate; one in a store that is run is a copy on the disk."""
+    if is_address(options.candidate):
+        return open_artifact(options.candidate)
+    path = newly_opened(options.candidate)
+    return open_artifact(path if options.model is None else on_disk(path, options.on_message))
 
 
 def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
@@ -176,19 +186,19 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         model=None if options.model is None else locate_model(options.model, on_message, download),
         base=None if options.base is None else locate(options.base, on_message, download),
         adapters=locate_adapters(options.adapters, on_message, download),
-        onnx_adapter=None if options.onnx_adapter is None else Path(options.onnx_adapter),
+        onnx_adapter=None if options.onnx_adapter is None else place(options.onnx_adapter),
         other=locate_adapters(options.other, on_message, download),
-        inputs=None if options.inputs is None else Path(options.inputs),
-        cache=None if options.cache is None else Path(options.cache),
-        calibration=None if options.calibration is None else Path(options.calibration),
+        inputs=None if options.inputs is None else place(options.inputs),
+        cache=None if options.cache is None else place(options.cache),
+        calibration=None if options.calibration is None else place(options.calibration),
         fixed=dict(options.fixed or {}),
         layout=dict(options.layout or {}),
     )
     paths = [*model_paths(request.model or ""), *adapter_paths(request.adapters)]
-    sources = [Path(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
+    sources = [place(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
-        check_report_path(Path(path), [source for source in sources if source is not None])
-        try_report_place(Path(path))
+        check_report_path(place(path), [source for source in sources if source is not None])
+        try_report_place(place(path))
     return request
 
 
@@ -236,7 +246,7 @@ def _refuse_other_composition(
 
 def _weight_hashes(base: ModelSource | None) -> list[str | None]:
     """The SHA-256 of each file with weights of a base, or of the model's file."""
-    if not isinstance(base, str | Path) or not Path(base).exists():
+    if not isinstance(base, str | Path) or not place(base).exists():
         raise WrongUsage(f"{named('expect_base_sha256')} is for a base that is a folder or a file")
     artifact = open_artifact(base)
     if not artifact.path.is_dir() and artifact.kind is not ArtifactKind.WEIGHTS:

@@ -34,6 +34,7 @@ from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.storage.store_path import place
 from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
 from lora_export.weights.gguf.base import open_base
 from lora_export.weights.pipeline import is_pipeline
@@ -293,7 +294,7 @@ def open_artifact(path: str | Path) -> Artifact:
     """
     if is_address(path):
         return Artifact(Path(path), ArtifactKind.ENDPOINT, str(path).rstrip("/"))
-    path = Path(path)
+    path = place(path)
     if (path / SINGLE_GRAPH).is_file() and not any(path.glob("*.safetensors")):
         path /= SINGLE_GRAPH
     return Artifact(path, artifact_kind(path))

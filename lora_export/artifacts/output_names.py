@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lora_export.errors import OutputFailed, WrongUsage
+from lora_export.storage.store_path import place
 
 # Suffixes of other files: such a name is a mistake, and no name with a dot in it
 KINDS = frozenset(
@@ -23,7 +23,7 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
 
     Raises WrongUsage for the suffix of another kind of file, and OutputFailed for a path that its library cannot open.
     """
-    path = Path(output)
+    path = place(output)
     if library := LIBRARIES.get(suffix):
         try:
             str(path.absolute()).encode()
@@ -33,4 +33,4 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
         return path
     if path.suffix in KINDS:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")
-    return path if os.path.lexists(path) else path.with_name(path.name + suffix)
+    return path if path.is_symlink() or path.exists() else path.with_name(path.name + suffix)

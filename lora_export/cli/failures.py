@@ -51,6 +51,7 @@ FAILURE_KINDS = {
 # Packages that commands import. A missing one ends with a message, not with a traceback.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
+_PASSWORD = re.compile(r"://[^/\s]*@")  # of an address, which is refused, and would be shown by its refusal
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
@@ -97,7 +98,7 @@ class Invocation:
             "error": failure.message,
             "exit": failure.exit_code,
             "kind": FAILURE_KINDS.get(failure.exit_code, "usage"),
-            "command": ["lora-export", *self.arguments],
+            "command": ["lora-export", *(_PASSWORD.sub("://***@", word) for word in self.arguments)],
             **failure.facts,
         }
 

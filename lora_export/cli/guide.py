@@ -47,6 +47,7 @@ GROUPS = {
         "judged": "Every rule of a verdict, and what it does not judge.",
         "runners": "Prove what OpenVINO, or a function of yours, runs.",
         "endpoints": "Prove what a server answers: vLLM, llama.cpp, mlx-lm.",
+        "stores": "Bases, adapters and outputs in S3, Google Cloud or Azure.",
         "ci": "Verify in CI: exit codes, reports, pytest.",
         "python": "All commands as Python functions.",
         "configuration": "Defaults in pyproject.toml and the environment; shell completion.",

@@ -29,6 +29,7 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import hub_source
+from lora_export.storage.store_path import place
 
 SHOWN_KEYS = 8
 OF_A_MODEL = re.compile(r"(pytorch_|diffusion_pytorch_)?model[.-]")  # files of weights
@@ -130,7 +131,7 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
     several recognise the adapter. Raises InputRefused for an adapter that is missing, damaged, unknown or not
     supported.
     """
-    outer, path = Path(path), located(Path(path))
+    outer, path = place(path), located(place(path))
     input_files.must_exist(path, "adapter")
     candidates = known_formats()
     if options.format:

@@ -84,7 +84,7 @@ class ReadOptions(AllowPickle):
         """The same, with the base that a command has, where it is a path and none is stated."""
         if self.base_config is not None or not isinstance(base, str | Path):
             return self
-        return replace(self, base_config=Path(base))
+        return replace(self, base_config=base if isinstance(base, Path) else Path(base))
 
     @property
     def recorded(self) -> dict[str, Any]:

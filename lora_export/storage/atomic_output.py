@@ -22,9 +22,11 @@ from pathlib import Path
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.options.spelling import named
+from lora_export.storage import store_output
 from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, read_manifest
 from lora_export.storage.output_lock import output_lock
 from lora_export.storage.signature import SUFFIX, signer
+from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import c_function, deferred_signals
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
@@ -47,14 +49,21 @@ def stage_folder(
     required_bytes: int = 0,
     on_message: OnMessage = ignore,
     sign: str | Path | None = None,
+    streamed: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
-    `required_bytes` is how much the block will write. `on_message` receives a line for each leftover of a run that
-    was killed. `sign` is the key of a signature of the output (`signature.signer`). An existing target is replaced in
-    one step: only with `overwrite`, and only if it is an output of this program with nothing else in it. Raises
+    `required_bytes` is how much the block will write. `streamed`: it needs no disk where the target is in a store (see
+    `store_output`). `on_message` receives a line for each leftover of a run that was killed. `sign` is the key of a
+    signature of the output (`signature.signer`). An existing target is replaced in one step: only with `overwrite`,
+    and only if it is an output of this program with nothing else in it. Raises
     OutputFailed before anything is written, or when writing fails.
     """
+
+    if isinstance(target, StorePath):
+        with _in_store(target, True, streamed, required_bytes, overwrite, on_message, sign) as stage:
+            yield stage
+        return
 
     def publish(stage: Path, target: Path) -> None:
         _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
@@ -78,6 +87,7 @@ def stage_file(
     required_bytes: int = 0,
     on_message: OnMessage = ignore,
     sign: str | Path | None = None,
+    streamed: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 
@@ -86,6 +96,11 @@ def stage_file(
     content has: `data_name`. Killed between the renames, the run leaves the old target with its old data. Data files
     of former contents are removed after the target is in place. Otherwise as `stage_folder`.
     """
+
+    if isinstance(target, StorePath):
+        with _in_store(target, False, streamed, required_bytes, overwrite, on_message, sign) as stage:
+            yield stage
+        return
 
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
@@ -114,6 +129,28 @@ def stage_file(
         yield stage
         if sign_files is not None:
             sign_files(stage, stage / f"{target.name}{SUFFIX}")
+
+
+@contextlib.contextmanager
+def _in_store(
+    target: StorePath,
+    is_folder: bool,
+    streamed: bool,
+    required_bytes: int,
+    overwrite: bool,
+    on_message: OnMessage,
+    sign: str | Path | None,
+) -> Iterator[Path]:
+    """A stage for an output in a store."""
+    if sign is not None:
+        raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
+    with store_output.staged_in_store(
+        target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
+    ) as stage:
+        if not streamed:
+            refuse_lack_of_space(stage, required_bytes)
+        yield stage
+    published.append(target)
 
 
 def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[str]:
@@ -228,7 +265,8 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
     if not above.is_dir():
         raise OutputFailed(f"{above} is not a folder, so nothing can be written into it")
     for path in inputs:
-        _refuse_overlap(target, Path(os.path.realpath(path)))
+        if not isinstance(path, StorePath):
+            _refuse_overlap(target, Path(os.path.realpath(path)))
     refuse_lack_of_space(above, required_bytes)
 
 

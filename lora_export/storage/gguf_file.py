@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_GGUF_ENTRIES, MAX_GGUF_HEADER, MAX_JSON
 from lora_export.storage import input_files
+from lora_export.storage.system_calls import file_status
 
 MAGIC, _VERSIONS = b"GGUF", (2, 3)
 SUFFIX = ".gguf"
@@ -121,7 +122,7 @@ def open_gguf(path: Path) -> GgufFile:
     Raises InputRefused for another file, a damaged one, and one part of several.
     """
     with input_files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
+        status = file_status(file.fileno())
         return _HeaderReader(path, file, status.st_size).read(status.st_mtime_ns)
 
 

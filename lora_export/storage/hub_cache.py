@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
+from lora_export.storage.store_path import newly_opened
 
 # The files that are downloaded, without which a snapshot is not complete. Pickles and Python files can run code, and
 # are not among them. Ignored are the same weights again, in another layout or at another step of the training.
@@ -112,10 +113,10 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
     `on_message` receives a line that names the snapshot. With `download`, a snapshot that the cache lacks is
     downloaded into it (see `download_snapshot`). Else InputRefused is raised, with the command that downloads it.
     """
-    text = str(source)
+    text, path = str(source), newly_opened(source)
     match = WITH_REVISION.fullmatch(text)
     if match is None or os.path.lexists(text) or Path(text).suffix in FILES:
-        return Path(source)
+        return path
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
     if snapshot is None and download:

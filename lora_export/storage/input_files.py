@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
 from lora_export.errors import InputRefused
+from lora_export.storage.store_path import StorePath
+
+COPIED_AT_ONCE = 1 << 20  # bytes
 
 
 def must_exist(path: Path, what: str) -> None:
@@ -36,6 +40,8 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputRefused(f"{path} is not a regular file")
+        if isinstance(path, StorePath):
+            return path.open_object()
         descriptor = os.open(path, flags)
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
@@ -66,6 +72,12 @@ def read_bytes(path: Path, most: int) -> bytes:
 def read_text(path: Path, most: int) -> str:
     """The text of a file in UTF-8, with a mark for each byte that is none. Raises InputRefused beyond `most` bytes."""
     return read_bytes(path, most).decode("utf-8", errors="replace")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the contents of a file, on the disk or in a store, to a file that does not exist."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, COPIED_AT_ONCE)
 
 
 def regular_files(folder: Path) -> list[Path]:

@@ -8,9 +8,9 @@ name a tensor twice; the library takes the last one.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_HEADER
 from lora_export.storage import input_files, json_files
+from lora_export.storage.store_path import StorePath
+from lora_export.storage.system_calls import file_status
 
 MAX_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
 PAGE = 4096  # bytes
+CACHED_HEADERS = 256  # of objects in stores: each costs a request
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -97,8 +100,9 @@ class TensorFile:
         entry = self.entries[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
-            data = np.fromfile(file, np.uint8, entry.nbytes)
-        if len(data) != entry.nbytes:
+            data = np.empty(entry.nbytes, np.uint8)
+            count = file.readinto(data.data)
+        if count != entry.nbytes:
             raise InputRefused(f"{self.path}: the file became shorter while {name} was read")
         return data.view(entry.dtype).reshape(entry.shape)
 
@@ -113,11 +117,9 @@ class TensorFile:
 
 def open_file(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file. Raises InputRefused for another file, and for a damaged one."""
-    with input_files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        prefix = file.read(8)
-        text = file.read(_header_size(path, prefix, status.st_size))
-    found = _described(path, text, status.st_size, status.st_mtime_ns)
+    if isinstance(path, StorePath) and path.is_file():
+        return _open_object(path, path.stat().st_ino)
+    found = _open(path)
     from safetensors import SafetensorError, safe_open  # here: a header that is stored elsewhere needs no library
 
     try:  # the library may refuse what the checks above do not
@@ -125,6 +127,20 @@ def open_file(path: Path) -> TensorFile:
             return found
     except (SafetensorError, OSError) as error:
         raise InputRefused(f"{path}: {error}") from error
+
+
+def _open(path: Path) -> TensorFile:
+    with input_files.open_regular(path) as file:
+        status = file_status(file.fileno())
+        prefix = file.read(8)
+        text = file.read(_header_size(path, prefix, status.st_size))
+    return _described(path, text, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(CACHED_HEADERS)
+def _open_object(path: StorePath, _version: int) -> TensorFile:
+    """The header of an object, read once. The library, which opens files of the disk alone, does not see it."""
+    return _open(path)
 
 
 def file_of_header(path: Path, header: bytes, size: int) -> TensorFile:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 _locks: dict[int, threading.Lock] = {}  # by descriptor
 
@@ -31,8 +32,38 @@ def c_function(name: str) -> Any | None:
 # --- Reading and writing at a position of an open file, from several threads at once ---
 
 
+class Opened(Protocol):
+    """What is read or written at positions as a file is, and is none of the operating system's."""
+
+    def read_at(self, buffer: memoryview, position: int) -> int: ...
+    def write_at(self, data: memoryview, position: int) -> int: ...
+    def status(self) -> os.stat_result: ...
+
+
+_opened: dict[int, Opened] = {}  # by descriptors that no file has: the system's calls refuse numbers below 0
+_numbers = itertools.count(-1000, -1)
+
+
+def descriptor_of(opened: Opened) -> int:
+    """A descriptor for `read_at`, `write_at` and `file_status`, until `forget_descriptor`."""
+    descriptor = next(_numbers)
+    _opened[descriptor] = opened
+    return descriptor
+
+
+def forget_descriptor(descriptor: int) -> None:
+    _opened.pop(descriptor, None)
+
+
+def file_status(descriptor: int) -> os.stat_result:
+    """What `os.fstat` returns."""
+    return _opened[descriptor].status() if descriptor in _opened else os.fstat(descriptor)
+
+
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
     """Fill the first bytes of `buffer` from a position of the file. Returns how many; 0 at the file's end."""
+    if descriptor in _opened:
+        return _opened[descriptor].read_at(buffer, position)
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], position)
     with _moved_to(descriptor, position), io.FileIO(descriptor, closefd=False) as file:
@@ -41,6 +72,8 @@ def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
 
 def write_at(descriptor: int, data: memoryview, position: int) -> int:
     """Write the first bytes of `data` at a position of the file. Returns how many."""
+    if descriptor in _opened:
+        return _opened[descriptor].write_at(data, position)
     if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, data, position)
     with _moved_to(descriptor, position):

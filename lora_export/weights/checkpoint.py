@@ -21,6 +21,7 @@ from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import OF_THE_OUTPUT, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.storage.store_path import place
 from lora_export.weights.own_adapters import without_adapters
 from lora_export.weights.quantised import (
     QUANTIZATION,
@@ -173,7 +174,7 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str 
     InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, pickled weights,
     and quantised weights that are not to be dequantised, or whose scheme is not known.
     """
-    path = Path(path)
+    path = place(path)
     input_files.must_exist(path, "base model")
     if path.is_dir():
         return _open_folder(path, dequantise, variant)

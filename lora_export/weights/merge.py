@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Tied
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.block_copy import Block
-from lora_export.storage.hashes import FAST
+from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
@@ -40,7 +40,6 @@ from lora_export.weights.merge_report import (
     MergeReport,
     OnBytesWritten,
     Statistics,
-    StepResult,
     refuse_below_rounding,
 )
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
@@ -48,6 +47,7 @@ from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
+from lora_export.weights.written_file import WrittenFile, copied_whole, made_before, recipe_of, record_made
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -97,12 +97,15 @@ def merge_checkpoint(
         return {"format": "pt", **_header_metadata(plan, base, base.shards[name]), **own}
 
     tensors = _output_tensors(plan, base, dtype, calibration)
+    recipe = recipe_of(plan, settings, hashing)
     written = {}
     with threadpool_limits(1, user_api="blas"):  # the transfer already has a thread for each core
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(path, source, tensors[name], own, progress, backend, hashing=hashing)
+            written[name] = _write_shard(
+                path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe
+            )
     results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
     base.refuse_changed_files("merged")
@@ -271,16 +274,6 @@ def _output_tensor(
     return OutputTensor(cut, None, name, dtype, tuple(patches), quantised, shape)
 
 
-@dataclass(frozen=True)
-class _WrittenFile:
-    """One file of the output."""
-
-    file: TensorFile
-    results: tuple[StepResult, ...]
-    source_hash: str
-    target_hash: str
-
-
 def _write_shard(
     path: Path,
     source: TensorFile,
@@ -290,17 +283,26 @@ def _write_shard(
     backend: Backend,
     *,
     hashing: str,
-) -> _WrittenFile:
+    recipe: str,
+) -> WrittenFile:
     """Write one file of the output. `metadata` makes its part of the header from the hash of the source."""
     hashes = block_copy.RunningHashes(hashing)
 
-    def layout() -> tuple[bytes, list[Entry]]:
+    def layout(source_hash: str) -> tuple[bytes, list[Entry]]:
         described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in tensors]
-        return safetensors_file.layout(described, metadata(hashes.source.hexdigest()), beside=source.data_start)
+        return safetensors_file.layout(described, metadata(source_hash), beside=source.data_start)
 
-    header, entries = layout()
-    hashes.target.update(header)
+    header, entries = layout(hashes.source.hexdigest())
+    digest, found = made_before(path, source, header, recipe)
+    found = found or copied_whole(path, source, tensors, metadata(""), hashing)
+    if found is not None:
+        progress(found.file.size)
+        return record_made(path, digest, found)
     with source.path.open("rb") as reader, path.open("xb") as writer:
+        if not writer.seekable():  # the header goes first. Where it has the source's hash, the source is read twice
+            header, _ = layout(file_hash(source.path, hashing)) if provenance.KEY in metadata("") else (header, entries)
+            block_copy.write(writer.fileno(), memoryview(header), 0)
+        hashes.target.update(header)
         hashes.source.update(reader.read(source.data_start))
         blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
         by_weight: dict[str, Statistics] = {}
@@ -309,11 +311,13 @@ def _write_shard(
             for statistics in found or ():
                 by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
             progress(block.target_stop - block.target_start)
-        final, _ = layout()  # as long as the first one: all hashes have one length
-        block_copy.write(writer.fileno(), memoryview(final), 0)
-    progress(len(final))
+        if writer.seekable():
+            header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
+            block_copy.write(writer.fileno(), memoryview(header), 0)
+    progress(len(header))
     results = tuple(statistics.result() for statistics in by_weight.values())
-    return _WrittenFile(safetensors_file.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
+    own_hashes = hashes.source.hexdigest(), hashes.target.hexdigest()
+    return record_made(path, digest, WrittenFile(safetensors_file.open_file(path), results, *own_hashes))
 
 
 def _blocks(

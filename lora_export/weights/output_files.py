@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from lora_export.formats.task_adapters import FIELDS
 from lora_export.plan import Plan, Step, are_same_change
-from lora_export.storage import json_files
+from lora_export.storage import input_files, json_files
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 from lora_export.weights.quantised import QUANTIZATION_FILES, file_with_floats, with_floats, without_quantisation
@@ -26,7 +25,7 @@ def write_other_files(
     """Copy the files that are not weights; write the config and the index of the output."""
     for relative in base.other_files():
         (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.path / relative, stage / relative)
+        input_files.copy_file(base.path / relative, stage / relative)
     config = output_config(plan, base, dtype)
     if config != base.config:
         json_files.write_json(stage / CONFIG, config)

@@ -50,13 +50,14 @@ NEEDS = {
     "judged": (),
     "runners": ("base", "adapter", "fr", "model.onnx"),
     "endpoints": (),
+    "stores": (),
     "ci": ("base", "adapter", "model.onnx", "merged"),
     "python": ("base", "adapter", "fr", "base.onnx"),
     "configuration": (),
     "limits": (),
 }
 # The others have several exports or trainings
-QUICK = ("README", "install", "judged", "endpoints", "python", "configuration", "limits")
+QUICK = ("README", "install", "judged", "endpoints", "stores", "python", "configuration", "limits")
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))

@@ -1,0 +1,259 @@
+"""Objects in S3, Google Cloud Storage and Azure: what is there, ranges of it, and uploads, through obstore.
+
+A bucket caches the sizes and ETags of objects, until `forget`. Each read requests the cached ETag (If-Match): what is
+read is what was planned. Credentials come from the usual places of obstore (the environment, the machine's role). The
+text of its errors is never shown, because a store's answer may quote a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
+from lora_export.extras import pip_install
+
+ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", re.DOTALL)
+SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
+UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
+PARTS_AT_ONCE = 4
+RETRIES, DEADLINE = 5, timedelta(seconds=60)  # of one request, and of all its repetitions
+MOST_OBJECTS = 100_000  # below an address; more is no model
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+_STATUS = re.compile(r"status code: (\d{3})")
+
+
+class ObjectInfo(NamedTuple):
+    """What a store states of an object."""
+
+    size: int  # bytes
+    modified: datetime
+    version: dict[str, str]  # its ETag, and in some stores a number
+
+    @property
+    def e_tag(self) -> str | None:
+        return self.version.get("e_tag")
+
+
+class ObjectChanged(Exception):
+    """A condition of a request does not hold: the object is another one, or is there already."""
+
+
+@contextlib.contextmanager
+def _errors(address: str, failure: type[LoraExportError]) -> Iterator[None]:
+    """Turn an error of obstore into one line that names the object, without the store's own text."""
+    from obstore import exceptions as known
+
+    try:
+        yield
+    except (known.PreconditionError, known.AlreadyExistsError):
+        raise ObjectChanged from None
+    except (known.BaseError, OSError) as error:
+        if "NoSuchBucket" in str(error):
+            raise InputRefused(f"there is no bucket for {address}") from None
+        if isinstance(error, FileNotFoundError | known.NotFoundError):
+            raise InputRefused(f"there is no object {address}") from None
+        verb = "written" if failure is OutputFailed else "read"
+        raise failure(f"{address} could not be {verb}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    stated = " ".join(found[1] for found in (status, code) if found)
+    if "169.254." in text or "metadata.google" in text:
+        return "no credentials were found. Set those of the store in the environment (guide stores)"
+    if stated.startswith(("401", "403")) or "Token" in stated:
+        return f"the store refused the credentials, or they expired ({stated or 'no status'})"
+    if "BadScheme" in text:
+        return "its endpoint is no https address. AWS_ALLOW_HTTP=true allows http"
+    if stated:
+        return f"the store answered {stated}, after {RETRIES} retries where it may recover"
+    return f"the store did not answer within {DEADLINE.seconds} seconds, or the connection broke"
+
+
+class Bucket:
+    """A bucket, and what is known of its objects."""
+
+    def __init__(self, address: str, store: Any):
+        self.address, self._store = address, store
+        self._known: dict[str, ObjectInfo | None] = {}
+        self._listed: set[str] = set()
+        self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
+
+    def _of(self, key: str) -> str:
+        return f"{self.address}/{key}"
+
+    def forget(self, key: str) -> None:
+        """Forget what is known of an object, and of those below it."""
+        for known in [known for known in self._known if f"{known}/".startswith(f"{key}/")]:
+            del self._known[known]
+        self._listed = {listed for listed in self._listed if not _overlap(listed, key)}
+
+    def info(self, key: str) -> ObjectInfo | None:
+        """What the store states of an object; None where there is none."""
+        if (held := self.held.get(key)) is not None:
+            return ObjectInfo(len(held), datetime.now(UTC), {})
+        if key not in self._known and not any(_is_below(key, listed) for listed in self._listed):
+            try:
+                with _errors(self._of(key), EnvironmentLacking):
+                    self._known[key] = _info(self._store.head(key)) if key else None
+            except InputRefused:
+                self._known[key] = None
+        return self._known.get(key)
+
+    def has_below(self, key: str) -> bool:
+        """Whether there are objects below a key."""
+        if any(info is not None and _is_below(name, key) and name != key for name, info in self._known.items()):
+            return True
+        if any(_is_below(key, listed) or listed == key for listed in self._listed):
+            return False
+        with _errors(self._of(key), EnvironmentLacking):
+            return any(len(page) for page in self._store.list(key or None, chunk_size=1))
+
+    def below(self, key: str) -> dict[str, ObjectInfo]:
+        """The objects below a key, by their names from there on."""
+        if not any(_is_below(key, listed) or listed == key for listed in self._listed):
+            with _errors(self._of(key), EnvironmentLacking):
+                for page in self._store.list(key or None):
+                    self._known |= {each["path"]: _info(each) for each in page}
+                    if len(self._known) > MOST_OBJECTS:
+                        raise InputRefused(
+                            f"{self._of(key)} has more than {MOST_OBJECTS:,} objects. Name a model in it"
+                        )
+            self._listed.add(key)
+        prefix = f"{key}/" if key else ""
+        return {
+            name.removeprefix(prefix): info
+            for name, info in sorted(self._known.items())
+            if info is not None and name.startswith(prefix)
+        }
+
+    def read(self, key: str, start: int, stop: int) -> memoryview:
+        """The bytes [start, stop) of the object that was planned. Raises InputRefused where it changed or is short."""
+        if (held := self.held.get(key)) is not None:
+            return memoryview(held)[start:stop]
+        info = self.info(key)
+        if info is None:
+            raise InputRefused(f"there is no object {self._of(key)}")
+        if start >= (stop := min(stop, info.size)):
+            return memoryview(b"")
+        options: dict[str, Any] = {"range": (start, stop)} | ({"if_match": info.e_tag} if info.e_tag else {})
+        try:
+            with _errors(self._of(key), EnvironmentLacking):
+                content = memoryview(self._store.get(key, options=options).bytes())
+        except ObjectChanged:
+            raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written") from None
+        if len(content) != stop - start:
+            raise InputRefused(f"{self._of(key)}: the store returned {len(content)} of {stop - start} bytes")
+        return content
+
+    def put(self, key: str, content: bytes, mode: Any = "overwrite") -> None:
+        """Put a small object. With `mode` "create" or a version, raises ObjectChanged where that does not hold."""
+        if key in self.held:
+            self.held[key] = content
+            return
+        with _errors(self._of(key), OutputFailed):
+            self._store.put(key, content, mode=mode)
+        self._ask_again(key)
+
+    def upload(self, key: str, path: Any) -> None:
+        """Put a local file."""
+        with _errors(self._of(key), OutputFailed):
+            self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
+        self._ask_again(key)
+
+    def release(self, key: str) -> None:
+        """Put an object that was held. Raises ObjectChanged where there is one by now."""
+        content = self.held.pop(key, None)
+        if content is not None:
+            self.put(key, content, "create")
+
+    def copy(self, key: str, target: str) -> bool:
+        """Copy an object on the server. False where the store copies no object of this size in one request."""
+        from obstore.exceptions import GenericError
+
+        try:
+            self._store.copy(key, target)
+        except GenericError:
+            return False
+        self._ask_again(target)
+        return True
+
+    def delete(self, key: str) -> None:
+        with _errors(self._of(key), OutputFailed), contextlib.suppress(FileNotFoundError):
+            self._store.delete(key)
+        self._known[key] = None
+
+    def refuse_changed(self, key: str) -> None:
+        """Raise InputRefused where an object is no longer the one that is known."""
+        before = self.info(key)
+        with _errors(self._of(key), EnvironmentLacking):
+            now = _info(self._store.head(key))
+        if before is None or (now.size, now.e_tag) != (before.size, before.e_tag):
+            raise InputRefused(f"{self._of(key)} changed while it was being read. Nothing was written")
+
+    def _ask_again(self, key: str) -> None:
+        with _errors(self._of(key), OutputFailed):
+            self._known[key] = _info(self._store.head(key))
+
+
+class Upload:
+    """An object that is written from its first byte to its last, and is there when it is closed."""
+
+    def __init__(self, bucket: Bucket, key: str):
+        import obstore
+
+        self._bucket, self._key, self._address = bucket, key, f"{bucket.address}/{key}"
+        self._file: Any = obstore.open_writer(
+            bucket._store, key, buffer_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE
+        )
+
+    def write(self, content: memoryview) -> None:
+        with _errors(self._address, OutputFailed):
+            self._file.write(content)
+
+    def close(self) -> None:
+        with _errors(self._address, OutputFailed):
+            self._file.close()
+        self._bucket._ask_again(self._key)
+
+    def abort(self) -> None:
+        """Remove what was uploaded."""
+        with contextlib.suppress(Exception):  # the error that led here is the one to report
+            self._file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+@functools.cache
+def bucket_of(address: str) -> Bucket:
+    """The bucket with an address such as s3://name. Raises EnvironmentLacking without obstore."""
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise EnvironmentLacking(f"{address} needs obstore ({error}): {pip_install('stores')}") from error
+    insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    store = from_url(
+        address,
+        client_options={"timeout": DEADLINE, "connect_timeout": timedelta(seconds=10), "allow_http": insecure},
+        retry_config={"max_retries": RETRIES, "retry_timeout": DEADLINE},
+    )
+    return Bucket(address, store)
+
+
+def _info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(
+        meta["size"], meta["last_modified"], {key: meta[key] for key in ("e_tag", "version") if meta[key]}
+    )
+
+
+def _is_below(key: str, folder: str) -> bool:
+    return not folder or key.startswith(f"{folder}/")
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or _is_below(one, other) or _is_below(other, one)

@@ -1,0 +1,219 @@
+"""Outputs in a store, which has no rename: an object beside the output exists until all of it is there.
+
+That object, `.NAME.begun`, is put only where there is none, so it is the lock too. It names the owner, which renews it,
+and the files that are whole. Readers refuse an output beside which it is (`store_path.newly_opened`). The manifest is
+the last object that is put, and only where there is none. After an error everything is removed; a run that was
+stopped, or whose store failed, leaves its whole files, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from lora_export.callbacks import OnMessage
+from lora_export.errors import EnvironmentLacking, OutputFailed
+from lora_export.options.spelling import named
+from lora_export.storage import json_files
+from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.object_store import ObjectChanged, ObjectInfo
+from lora_export.storage.store_path import StorePath, marker_of
+from lora_export.storage.system_calls import deferred_signals
+
+RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
+
+
+class Begun:
+    """The object beside an output that is being written. It belongs to this process until it is deleted."""
+
+    def __init__(self, target: StorePath, home: StorePath, on_message: OnMessage, *, streamed: bool):
+        self.target, self._object = target, marker_of(target).newly()
+        self.home = home
+        self.used: set[str] = set()  # the whole files that belong to this output
+        self.streamed, self.uploaded = streamed, list[StorePath]()
+        self._lock, self._ended, self._lost = threading.Lock(), threading.Event(), False
+        info = _info(self._object)
+        stated = json_files.read_json(self._object) if info else {}
+        if info and _is_alive(stated, datetime.now(UTC) - info.modified):
+            raise self._taken(stated)
+        self._version: dict[str, str] = {}
+        self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
+        self._write("create" if info is None else info.version)
+        if info:
+            on_message(f"{target}: {len(self.finished)} files are whole, from a run that was stopped")
+        threading.Thread(target=self._renew, daemon=True).start()
+
+    def _taken(self, stated: dict[str, Any]) -> OutputFailed:
+        owner = f" (process {stated['process']} on {stated['host']})" if {"process", "host"} <= stated.keys() else ""
+        return OutputFailed(f"another run{owner} is writing {self.target}")
+
+    def _write(self, mode: Any = None, *, is_stopped: bool = False) -> None:
+        """Put the object, where it is still the one that this process put. Raises OutputFailed where it is not."""
+        owner = {} if is_stopped else {"process": os.getpid(), "host": platform.node()}
+        with self._lock:
+            bucket, key = self._object.bucket, self._object.key
+            try:
+                content = json.dumps({**owner, "finished": self.finished}).encode()
+                bucket.put(key, content, self._version if mode is None else mode)
+            except ObjectChanged:
+                self._lost = True
+                raise self._taken({}) from None
+            info = _info(self._object)
+            assert info is not None
+            self._version = info.version
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEWED):
+            with contextlib.suppress(OutputFailed, EnvironmentLacking):  # the next write of the main thread reports it
+                self._write()
+
+    def whole(self, name: str, recipe: str) -> Any | None:
+        """The facts of a file that an earlier run made by the same recipe, and nothing changed since.
+
+        None where there is none. What is in its place is removed then.
+        """
+        found = self.finished.get(name)
+        info = _info(self.home / name)
+        if not isinstance(found, dict) or info is None or [recipe, info.e_tag] != [found["recipe"], found["e_tag"]]:
+            self.finished.pop(name, None)
+            (self.home / name).unlink()
+            return None
+        self.used.add(name)
+        return found["facts"]
+
+    def add(self, name: str, recipe: str, facts: Any) -> None:
+        """Record that a file is whole, and what is known of it."""
+        info = _info(self.home / name)
+        assert info is not None
+        self.finished[name] = {"recipe": recipe, "e_tag": info.e_tag, "facts": facts}
+        self.used.add(name)
+        self._write()
+
+    def _written(self) -> list[StorePath]:
+        """The objects of this output that are there."""
+        if not self.streamed:
+            return self.uploaded
+        return [path for path in (self.target.newly(), *self.target.rglob("*")) if path.is_file()]
+
+    def remove_unfinished(self) -> None:
+        """Remove objects of a run that was killed, of which it did not record that they are whole."""
+        for path in self._written():
+            if path.relative_to(self.home).as_posix() not in self.finished:
+                path.unlink()
+
+    def refuse_lost(self) -> None:
+        """Raise OutputFailed where another run has taken this output over."""
+        self._write()
+
+    def discard(self, *, is_stopped: bool) -> None:
+        """Remove what is not whole; where no run is to go on with it, everything."""
+        self._ended.set()
+        if self._lost:
+            return
+        kept = {self.home / name for name in self.finished} if is_stopped else set()
+        for path in self._written():
+            if path not in kept:
+                path.unlink()
+        self._write(is_stopped=True) if kept else self._object.unlink()
+
+    def end(self) -> None:
+        """The output is whole."""
+        for name in self.finished.keys() - self.used:
+            (self.home / name).unlink(missing_ok=True)
+        self._ended.set()
+        self._object.unlink()
+
+
+def _is_alive(stated: dict[str, Any], age: timedelta) -> bool:
+    if "process" not in stated or age > LEASE:
+        return False
+    if stated.get("host") != platform.node() or not hasattr(os, "kill") or os.name == "nt":
+        return True
+    with contextlib.suppress(ProcessLookupError, TypeError):
+        os.kill(stated["process"], 0)
+        return True
+    return False
+
+
+_streamed: dict[Path, Begun] = {}  # by stage
+
+
+def begun_at(stage: Path) -> Begun | None:
+    """What was written before into a stage in a store; None for a stage on the disk."""
+    return _streamed.get(stage)
+
+
+@contextlib.contextmanager
+def staged_in_store(
+    target: StorePath, *, is_folder: bool, streamed: bool, overwrite: bool, on_message: OnMessage
+) -> Iterator[Path]:
+    """Yield the folder that an output in a store is written into.
+
+    `streamed`: that is the output's own place in the store, and nothing is on the disk. Else it is a folder on the disk
+    that is uploaded when the block succeeds. Raises OutputFailed before anything is written where the output exists, or
+    another run writes it.
+    """
+    if not target.key:
+        raise OutputFailed(f"{target} is a bucket. Name a folder in it")
+    if overwrite and (is_folder or streamed):
+        raise OutputFailed(
+            f"{target}: a store replaces no output in one step. Leave {named('overwrite', True)} out and name another "
+            "address, or delete what is there"
+        )
+    begun = None
+    try:
+        target.newly()
+        if not overwrite and target.exists() and not marker_of(target).newly().is_file():
+            raise OutputFailed(f"{target} exists already. Name another address, or delete what is there")
+        home = target if is_folder else target.parent
+        begun = Begun(target, home, on_message, streamed=streamed)
+        begun.remove_unfinished()
+        with contextlib.ExitStack() as stack:
+            if streamed:
+                stage: Path = home
+                if is_folder:
+                    target.bucket.held[(target / MANIFEST).key] = None
+                    stack.callback(target.bucket.held.pop, (target / MANIFEST).key, None)
+                _streamed[stage] = begun
+                stack.callback(_streamed.pop, stage, None)
+            else:
+                import tempfile  # most outputs are on the disk, beside their stage
+
+                stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
+            yield stage
+            begun.refuse_lost()
+            if not streamed:
+                _upload(stage, begun, MANIFEST if is_folder else target.name, overwrite=overwrite)
+            with deferred_signals():
+                target.bucket.release((target / MANIFEST).key)
+                begun.end()
+    except BaseException as error:
+        if begun is not None:
+            is_stopped = not isinstance(error, Exception) or isinstance(error, OutputFailed | EnvironmentLacking)
+            with deferred_signals(), contextlib.suppress(OutputFailed, EnvironmentLacking):
+                begun.discard(is_stopped=is_stopped)
+        if isinstance(error, ObjectChanged):
+            raise OutputFailed(f"{target}: another run has put its {MANIFEST} meanwhile") from None
+        raise
+
+
+def _upload(stage: Path, begun: Begun, last: str, *, overwrite: bool) -> None:
+    """Upload the files of a stage. The one that makes the output whole is the last."""
+    files = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
+    for path in files:
+        goal = begun.home.joinpath(*path.relative_to(stage).parts)
+        if not overwrite and goal.newly().exists():
+            raise OutputFailed(f"{goal} exists already, and may belong to another output. Name another address")
+        goal.bucket.upload(goal.key, path)
+        begun.uploaded.append(goal)
+
+
+def _info(path: StorePath) -> ObjectInfo | None:
+    return path.bucket.info(path.key)

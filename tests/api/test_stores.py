@@ -1,0 +1,218 @@
+"""Commands whose inputs and outputs are in a store give what they give on the disk."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused, LoraExportError
+from lora_export.storage import object_store
+from lora_export.storage.object_store import Bucket
+from support import stores
+from support.cli import call
+
+if TYPE_CHECKING:
+    from support.stores import Stored
+
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+@pytest.fixture
+def local(stored: Stored, tmp_path: Path) -> Path:
+    """A base, an adapter and their merge on the disk; base and adapter are in the store too."""
+    base, adapter = stores.model(tmp_path)
+    stored.put("base", base)
+    stored.put("adapter", adapter)
+    le.merge(base, adapter, tmp_path / "merged")
+    return tmp_path
+
+
+def merge(stored: Stored, **options: Any) -> Any:
+    return le.merge(str(stored / "base"), str(stored / "adapter"), str(stored / "out/m"), **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_merge_in_a_store_has_the_same_bytes(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    copy = Bucket.copy
+    monkeypatch.setattr(Bucket, "copy", lambda own, key, target: copied.append(target) or copy(own, key, target))
+    monkeypatch.setattr(tempfile, "tempdir", str(local / "nowhere"))
+    monkeypatch.chdir(local / "merged")
+    before = sorted(local.rglob("*"))
+    report = merge(stored).report
+    assert stored.files("out/m") == files(local / "merged") and sorted(local.rglob("*")) == before
+    assert copied == [f"out/m/{SHARDS[2]}"] and {result.weight for result in report.results} == {
+        "up.weight",
+        "down.weight",
+    }
+
+
+@pytest.mark.parametrize("ends", ["base", "output"])
+def test_one_end_may_be_on_the_disk(local: Path, stored: Stored, ends: str) -> None:
+    base, output = str(stored / "base"), str(local / "out")
+    if ends == "base":
+        base, output = str(local / "base"), str(stored / "out/m")
+    le.merge(base, str(stored / "adapter"), output)
+    assert (files(local / "out") if ends == "output" else stored.files("out/m")) == files(local / "merged")
+
+
+def test_one_file_has_the_hash_of_its_base_in_its_header(local: Path, stored: Stored) -> None:
+    file = local / "base" / SHARDS[0]
+    stores.peft_adapter(local / "one", {"up": (stores.np.ones((1, 40)), stores.np.ones((96, 1)))})
+    le.merge(file, local / "one", local / "one.safetensors")
+    le.merge(str(stored / f"base/{SHARDS[0]}"), local / "one", str(stored / "out/one.safetensors"))
+    assert stored.get("out/one.safetensors") == (local / "one.safetensors").read_bytes()
+    assert list(stored.objects("out/")) == ["out/one.safetensors"]
+
+
+def stop_after_one(stored: Stored) -> Callable[..., None]:
+    def stop(*_: Any) -> None:
+        if SHARDS[0].encode() in stored.get("out/.m.begun"):
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_stopped_merge_goes_on_with_its_whole_shards(local: Path, stored: Stored) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        merge(stored, on_progress=stop_after_one(stored))
+    first = stored.objects("out/m/")
+    assert list(first) == [f"out/m/{SHARDS[0]}"] and stored.uploads() == []
+    with pytest.raises(InputRefused, match="is not whole"):
+        le.verify(str(stored / "out/m"), base=str(stored / "base"), adapters=str(stored / "adapter"))
+    lines: list[str] = []
+    report = merge(stored, on_message=lines.append).report
+    assert f"{stored / 'out/m'}: 1 files are whole, from a run that was stopped" in lines
+    assert stored.files("out/m") == files(local / "merged") and len(report.results) == 2
+    assert stored.objects("out/m/")[f"out/m/{SHARDS[0]}"]["LastModified"] == first[f"out/m/{SHARDS[0]}"]["LastModified"]
+
+
+def test_a_stopped_merge_of_another_strength_is_made_anew(local: Path, stored: Stored) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        merge(stored, on_progress=stop_after_one(stored), weights=[2.0])
+    merge(stored)
+    assert stored.files("out/m") == files(local / "merged")
+
+
+def test_a_base_that_changes_during_the_merge_is_refused(local: Path, stored: Stored) -> None:
+    def change(*_: Any) -> None:
+        stored.put(f"base/{SHARDS[1]}", (local / "base" / SHARDS[2]).read_bytes())
+
+    with pytest.raises(InputRefused, match=rf"base/{SHARDS[1]} changed while it was being read"):
+        merge(stored, on_progress=change)
+    assert stored.objects("out/") == {} and stored.uploads() == []
+
+
+def test_a_merge_that_is_refused_at_its_end_leaves_nothing(local: Path, stored: Stored) -> None:
+    stores.peft_adapter(local / "none", {"up": (stores.np.full((1, 40), 1e-9), stores.np.ones((96, 1)))})
+    with pytest.raises(LoraExportError):
+        le.merge(str(stored / "base"), local / "none", str(stored / "out/m"))
+    assert stored.objects("out/") == {}
+
+
+def test_verify_reads_both_from_the_store_and_finds_a_wrong_number(local: Path, stored: Stored) -> None:
+    merge(stored)
+    base, adapter = str(stored / "base"), str(stored / "adapter")
+    assert le.verify(str(stored / "out/m"), base=base, adapters=adapter)
+    wrong = bytearray(stored.get(f"out/m/{SHARDS[1]}"))
+    wrong[-2] ^= 64
+    stored.put(f"out/m/{SHARDS[1]}", bytes(wrong))
+    found = le.verify(str(stored / "out/m"), base=base, adapters=adapter)
+    assert not found and "down.weight" in str(found)
+    with pytest.raises(InputRefused, match=rf"{SHARDS[1]} contains other bytes than were written"):
+        le.inspect(str(stored / "out/m"), check=True)
+
+
+def test_inspect_reads_headers_alone(local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(stored)
+    read, amount = Bucket.read, 0
+
+    def counted(bucket: Bucket, key: str, start: int, stop: int) -> memoryview:
+        nonlocal amount
+        found = read(bucket, key, start, stop)
+        amount += len(found) if key.endswith(".safetensors") else 0
+        return found
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    monkeypatch.setattr("lora_export.storage.store_path.SMALL_READ", 256)
+    found = le.inspect(str(stored / "out/m"))
+    assert found.checkpoint is not None and len(found.checkpoint.specs) == 3 and found.adapters[0].name == "adapter"
+    assert amount < 3 * 1024 < found.checkpoint.nbytes
+
+
+CONVERSIONS: dict[str, Any] = {
+    "convert": lambda at: le.convert(at("adapter"), at("out/a.safetensors"), to="kohya"),
+    "resize": lambda at: le.resize(at("adapter"), at("out/a"), rank=1),
+    "combine": lambda at: le.combine([at("adapter")], at("out/a")),
+    "extract": lambda at: le.extract(at("base"), at("merged"), at("out/a"), rank=2, layout={"*": "out_in"}),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_an_adapter_is_written_to_a_store(local: Path, stored: Stored, name: str) -> None:
+    stored.put("merged", local / "merged")
+    CONVERSIONS[name](lambda key: local / key)
+    CONVERSIONS[name](lambda key: str(stored / key))
+    on_disk = {
+        path.relative_to(local / "out").as_posix(): path for path in (local / "out").rglob("*") if path.is_file()
+    }
+    written = stored.files("out")
+    tensors = {name: path.read_bytes() for name, path in on_disk.items() if path.suffix == ".safetensors"}
+    assert written.keys() == on_disk.keys() and written == {**written, **tensors} and len(tensors) == 1
+
+
+def test_no_secret_leaves_the_environment(
+    local: Path, stored: Stored, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = (str(stored / key) for key in ("base", "adapter", "out/m"))
+    codes = [
+        call("merge", base, adapter, "-o", out, "-v"),
+        call("verify", out, "--base", base, "-a", adapter, "--report", local / "report.json", "-v"),
+        call("merge", base.replace("//", f"//KEY:{stores.SECRET}@"), adapter, "-o", out, "--json"),
+        call("merge", base, adapter.replace("//", f"//KEY:{stores.SECRET}@"), "-o", out, "--json"),
+    ]
+    denied = b"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>AKIAEXAMPLE</AWSAccessKeyId></Error>"
+    with stores.answering(403, denied) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        object_store.bucket_of.cache_clear()
+        codes.append(call("merge", base, adapter, "-o", out, "-v"))
+    told = "".join(capsys.readouterr()) + (local / "report.json").read_text()
+    written = b"".join(stored.files("out/m").values())
+    assert codes == [0, 0, 3, 3, 6] and "refused the credentials" in told
+    assert all(secret not in told and secret.encode() not in written for secret in (stores.SECRET, "AKIAEXAMPLE"))
+
+
+def test_sigterm_aborts_the_upload(local: Path, stored: Stored) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from lora_export import cli\n"
+        "from lora_export.storage.store_file import UploadedFile\n"
+        "send = UploadedFile._send\n"
+        "def stopped(own, data):\n"
+        "    send(own, bytes(13 << 20))\n"  # more than a part: there is an upload to abort
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "UploadedFile._send = stopped\n"
+        "cli.main()\n"
+    )
+    arguments = ["merge", str(stored / "base"), str(stored / "adapter"), "-o", str(stored / "out/m")]
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 143, ended.stderr
+    assert stored.objects("out/") == {} and stored.uploads() == []
+
+
+def test_no_option_is_a_path_of_the_disk_alone() -> None:
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in Path(le.__file__).parent.joinpath("api").glob("*.py")
+    }
+    assert len(texts) > 30 and [name for name, text in texts.items() if re.search(r"\bPath\(options\.", text)] == []

@@ -1,0 +1,90 @@
+"""Each failure of a store ends as one line with the object, and without what the store answered."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
+from lora_export.storage import object_store
+from lora_export.storage.store_path import StorePath, place
+
+pytest.importorskip("obstore", reason="obstore is not installed")
+from support import stores
+
+QUOTED = b"<Error><Code>%s</Code><Message>the key wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY</Message></Error>"
+# status, body -> what a read ends as, the error of a write, and a part of both messages
+FAILURES = {
+    "denied": (403, QUOTED % b"AccessDenied", EnvironmentLacking, "refused the credentials, or they expired"),
+    "signature": (403, QUOTED % b"SignatureDoesNotMatch", EnvironmentLacking, "refused the credentials"),
+    "expired": (400, QUOTED % b"ExpiredToken", EnvironmentLacking, "they expired (400 ExpiredToken)"),
+    "missing bucket": (404, QUOTED % b"NoSuchBucket", InputRefused, "there is no bucket for"),
+    "busy": (503, QUOTED % b"SlowDown", EnvironmentLacking, "the store answered 503 SlowDown, after 1 retries"),
+    "full": (507, QUOTED % b"InsufficientStorage", EnvironmentLacking, "the store answered 507 InsufficientStorage"),
+}
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up early."""
+    monkeypatch.setattr(object_store, "RETRIES", 1)
+    monkeypatch.setattr(object_store, "DEADLINE", timedelta(seconds=1))
+    object_store.bucket_of.cache_clear()
+
+
+def failure(path: StorePath, *, writing: bool) -> LoraExportError:
+    with pytest.raises(LoraExportError) as failed:
+        path.write_text("x") if writing else list(path.iterdir())
+    shown = "".join(map(str, failed.traceback[-1].frame.f_locals.values()))
+    assert stores.SECRET not in str(failed.value) and failed.value.__suppress_context__ and "s3://bucket/a" in shown
+    return failed.value
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_names_the_object_and_no_secret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    status, body, kind, reason = FAILURES[name]
+    with stores.answering(status, body) as address:
+        stores.use(monkeypatch, address)
+        read, written = failure(stored_path(), writing=False), failure(stored_path(), writing=True)
+    assert type(read) is kind and type(written) is (OutputFailed if kind is EnvironmentLacking else kind)
+    assert all(reason in str(error) and "s3://bucket/a" in str(error) for error in (read, written))
+
+
+def stored_path() -> StorePath:
+    found = place("s3://bucket/a")
+    assert isinstance(found, StorePath)
+    return found
+
+
+def test_a_slow_store_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.answering(200, wait=20) as address:
+        stores.use(monkeypatch, address)
+        assert "did not answer within 1 seconds" in str(failure(stored_path(), writing=False))
+
+
+def test_a_range_that_is_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    when = {"Last-Modified": "Sat, 28 Nov 2026 10:00:00 GMT", "ETag": '"e"', "Content-Range": "bytes 0-3/4"}
+    with stores.answering(206, b"abcd", headers=when) as address:
+        stores.use(monkeypatch, address)
+        path = stored_path()
+        assert bytes(path.bucket.read(path.key, 0, 4)) == b"abcd"
+        path.bucket._known["a"] = path.bucket._known["a"]._replace(size=9)  # type: ignore[union-attr]
+        with pytest.raises(LoraExportError, match="s3://bucket/a"):
+            path.bucket.read(path.key, 0, 9)
+
+
+def test_without_credentials_the_message_tells_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.answering(404) as address:
+        stores.use(monkeypatch, address)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://169.254.169.254.invalid")
+        with pytest.raises(EnvironmentLacking, match="no credentials were found"):
+            stored_path().exists()
+
+
+def test_without_obstore_the_message_is_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    with pytest.raises(EnvironmentLacking, match=r"s3://bucket needs obstore .* pip install"):
+        stored_path().exists()

@@ -1,0 +1,164 @@
+"""An output in a store is whole, or is refused: one writer, the manifest last, what was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lora_export.errors import InputRefused, OutputFailed
+from lora_export.storage import store_output
+from lora_export.storage.atomic_output import stage_file, stage_folder
+from lora_export.storage.manifest import MANIFEST, write_manifest
+from lora_export.storage.store_output import begun_at
+from lora_export.storage.store_path import newly_opened
+
+if TYPE_CHECKING:
+    from support.stores import Stored
+
+MARK = "out/.m.begun"
+
+
+def fill(stage: Path) -> None:
+    """Two files and a manifest."""
+    for name in ("b", "sub/a"):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_bytes(name.encode())
+    write_manifest(stage, {})
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_folder_is_there_when_its_manifest_is(stored: Stored, streamed: bool) -> None:
+    with stage_folder(stored / "out/m", inputs=[], streamed=streamed) as stage:
+        fill(stage)
+        assert f"out/m/{MANIFEST}" not in stored.objects() and MARK in stored.objects()
+        with pytest.raises(InputRefused, match="is not whole: a run is writing it, or was stopped"):
+            newly_opened(str(stored / "out/m"))
+        with pytest.raises(InputRefused, match="is not whole"):
+            newly_opened(str(stored / "out/m/b"))
+    assert list(stored.objects()) == ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
+    assert json.loads(stored.get(f"out/m/{MANIFEST}"))["files"].keys() == {"b", "sub/a"}
+    assert newly_opened(str(stored / "out/m")).is_dir()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_after_an_error_nothing_is_left(stored: Stored, streamed: bool, is_folder: bool) -> None:
+    stage_output = stage_folder if is_folder else stage_file
+    with pytest.raises(InputRefused), stage_output(stored / "out/m", inputs=[], streamed=streamed) as stage:
+        fill(stage) if is_folder else (stage / "m").write_bytes(b"1")
+        raise InputRefused("too little is left")
+    assert stored.objects() == {} and stored.uploads() == []
+
+
+def test_a_second_writer_is_refused(stored: Stored) -> None:
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+        with pytest.raises(OutputFailed) as refused, stage_folder(stored / "out/m", inputs=[], streamed=True):
+            pass
+        assert str(refused.value).startswith(f"another run (process {os.getpid()} on {platform.node()}) is writing")
+    assert len(stored.objects()) == 3
+
+
+def test_of_two_that_begin_at_once_one_is_refused(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_output, "_info", lambda _: None)  # the other's object is not there yet when it is asked
+    stored.put(MARK, b"{}")
+    with pytest.raises(OutputFailed, match="another run is writing"), stage_folder(stored / "out/m", inputs=[]):
+        pass
+    assert stored.objects().keys() == {MARK}
+
+
+def begun(**facts: Any) -> bytes:
+    return json.dumps({"host": platform.node(), "finished": {}, **facts}).encode()
+
+
+def test_what_a_killed_run_left_is_removed_and_written_again(stored: Stored) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    stored.put(MARK, begun(process=gone.pid))
+    stored.put("out/m/half", b"of a shard")
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+    assert list(stored.objects()) == ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
+
+
+def test_a_run_on_another_machine_is_alive_until_its_lease_ends(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored.put(MARK, begun(process=1, host="elsewhere"))
+    with pytest.raises(OutputFailed, match="process 1 on elsewhere"), stage_folder(stored / "out/m", inputs=[]):
+        pass
+    monkeypatch.setattr(store_output, "LEASE", -store_output.LEASE)
+    with stage_folder(stored / "out/m", inputs=[]) as stage:
+        fill(stage)
+    assert MARK not in stored.objects()
+
+
+def test_a_run_that_lost_its_output_publishes_nothing(stored: Stored) -> None:
+    refused = pytest.raises(OutputFailed, match="another run is writing")
+    with refused, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+        stored.put(MARK, begun(process=1, host="elsewhere"))
+    assert MARK in stored.objects() and f"out/m/{MANIFEST}" not in stored.objects()
+
+
+def test_the_manifest_is_put_where_there_is_none(stored: Stored) -> None:
+    refused = pytest.raises(OutputFailed, match=r"another run has put its lora_export\.json")
+    with refused, stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+        stored.put(f"out/m/{MANIFEST}", b"{}")
+    assert stored.objects() == {}
+
+
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_whole_files_stay_after_a_stop_and_are_used_once(stored: Stored, is_changed: bool) -> None:
+    for round_number in range(2):
+        with pytest.raises(KeyboardInterrupt), stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+            own = begun_at(stage)
+            assert own is not None and own.whole("b", "recipe") == (None if round_number == 0 else [1])
+            if round_number == 0:
+                fill(stage)
+                own.add("b", "recipe", [1])
+            raise KeyboardInterrupt
+        assert list(stored.objects()) == [MARK, "out/m/b"]
+    if is_changed:
+        stored.put("out/m/b", b"changed since")
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        own = begun_at(stage)
+        assert own is not None and own.whole("b", "recipe" if is_changed else "another recipe") is None
+        (stage / "c").write_bytes(b"c")
+        write_manifest(stage, {})
+    assert begun_at(stage) is None and list(stored.objects()) == ["out/m/c", f"out/m/{MANIFEST}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "reason"),
+    [
+        ("there", {}, "exists already. Name another address"),
+        ("there/file", {}, "exists already"),
+        ("", {}, "is a bucket. Name a folder in it"),
+        ("new", {"overwrite": True}, "a store replaces no output in one step"),
+        ("new", {"sign": "key.pem"}, "signs files on the disk"),
+    ],
+)
+def test_an_output_is_refused_before_the_work(stored: Stored, key: str, options: Any, reason: str) -> None:
+    stored.put("there/file", b"1")
+    with pytest.raises(OutputFailed, match=reason), stage_folder(stored / key, inputs=[], **options):
+        raise AssertionError("the work began")
+    assert stored.objects().keys() == {"there/file"}
+
+
+def test_one_file_is_replaced_with_overwrite_alone(stored: Stored) -> None:
+    stored.put("report.json", b"old")
+    for overwrite in (False, True):
+        try:
+            with stage_file(stored / "report.json", inputs=[], overwrite=overwrite) as stage:
+                (stage / "report.json").write_bytes(b"new")
+        except OutputFailed as error:
+            assert "exists already" in str(error) and not overwrite
+    assert stored.get("report.json") == b"new" and stored.objects().keys() == {"report.json"}

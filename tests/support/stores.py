@@ -1,0 +1,131 @@
+"""A store with the interface of S3 (moto) in this process, a server with one answer, and a model in three shards."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.storage.store_path import StorePath, place
+from support.handmade import base_file, peft_adapter
+
+SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
+_numbers = itertools.count()
+
+
+@functools.cache
+def endpoint() -> str:
+    """The address of moto's server, which is started once in a process."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    return "http://127.0.0.1:{1}".format(*server.get_host_and_port())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Let obstore find this server, with credentials that are none."""
+    values = {"ENDPOINT_URL": address, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+    for name, value in {**values, "ACCESS_KEY_ID": "AKIAEXAMPLE", "SECRET_ACCESS_KEY": SECRET}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+
+class Stored:
+    """A bucket of its own, and another client that reads and writes it."""
+
+    def __init__(self) -> None:
+        import boto3
+
+        self.name = f"bucket-{next(_numbers)}"
+        self.client: Any = boto3.client("s3", endpoint_url=endpoint(), region_name="us-east-1")
+        self.client.create_bucket(Bucket=self.name)
+
+    def __truediv__(self, key: str) -> StorePath:
+        found = place(f"s3://{self.name}/{key}")
+        assert isinstance(found, StorePath)
+        return found
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Put an object, or all files of a folder below a key."""
+        files = {"": content} if isinstance(content, bytes) else _files(content)
+        for name, each in files.items():
+            self.client.put_object(Bucket=self.name, Key=f"{key}/{name}".rstrip("/"), Body=each)
+
+    def get(self, key: str) -> bytes:
+        body: bytes = self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return body
+
+    def objects(self, prefix: str = "") -> dict[str, Any]:
+        """The keys below a prefix, with what the store states of each."""
+        found = self.client.list_objects_v2(Bucket=self.name, Prefix=prefix).get("Contents", [])
+        return {each["Key"]: each for each in found}
+
+    def uploads(self) -> list[Any]:
+        """The multipart uploads that were neither completed nor aborted."""
+        return list(self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
+
+    def files(self, key: str) -> dict[str, bytes]:
+        return {name.removeprefix(f"{key}/"): self.get(name) for name in self.objects(f"{key}/")}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def model(folder: Path) -> tuple[Path, Path]:
+    """A base of three shards, the first two of which an adapter changes, and the adapter."""
+    base = folder / "base"
+    base.mkdir(parents=True)
+    rng, weight_map = np.random.default_rng(0), {}
+    for number in range(3):
+        name = f"model-{number + 1:05}-of-00003.safetensors"
+        module = ("up", "down", "norm")[number]
+        base_file(base / name, {f"{module}.weight": rng.integers(-8, 8, (96, 40))}, metadata={"format": "pt"})
+        weight_map[f"{module}.weight"] = name
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (base / "config.json").write_text("{}")
+    pairs = {one: (rng.integers(1, 4, (2, 40)), rng.integers(1, 4, (96, 2))) for one in ("up", "down")}
+    return base, peft_adapter(folder / "adapter", pairs)
+
+
+@contextmanager
+def answering(
+    status: int, body: bytes = b"", *, headers: dict[str, str] | None = None, wait: float = 0
+) -> Iterator[str]:
+    """A server that gives each request one answer, after some seconds; its address."""
+    released = threading.Event()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            released.wait(wait)
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body if self.command != "HEAD" else b"")
+
+        do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815 - the names of http.server
+
+        def log_message(self, *_: Any) -> None:
+            """Be silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        released.set()
+        server.shutdown()
+        server.server_close()
