@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from support.programs import ProgramFiles
 
 
+# Folders of tests, in which each TorchScript file is run in a fresh interpreter, as the package does it.
+OF_PROCESSES = {"hostile", "isolation", "torchscript"}
+
+
 @functools.cache
 def why_no_cuda() -> str:
     return environment.try_provider(CUDA).fault
@@ -36,11 +40,27 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    if "onnxruntime" in sys.modules:
+        one_thread_a_session()
+
+
+def one_thread_a_session() -> None:
+    """Each session of onnxruntime would have a thread for every core, that spins while it waits: 4 times the time."""
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = Options
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
+    if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:
+        use_warm_children(item)
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
 
@@ -50,6 +70,13 @@ def keep_exports(item: pytest.Item) -> None:
 
     kept_exports.install()
     kept_exports.use.folder = None if item.get_closest_marker("exports") else kept_exports.folder(item.config)
+
+
+def use_warm_children(item: pytest.Item) -> None:
+    from support import warm_children
+
+    warm_children.install()
+    warm_children.use.warm = not OF_PROCESSES & set(item.path.parts)
 
 
 @pytest.fixture(scope="session")
