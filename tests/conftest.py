@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from support.programs import ProgramFiles
 
 
-# Folders of tests, in which each TorchScript file is run in a fresh interpreter, as the package does it.
-OF_PROCESSES = {"hostile", "isolation", "torchscript"}
-
-
 @functools.cache
 def why_no_cuda() -> str:
     return environment.try_provider(CUDA).fault
@@ -76,7 +72,7 @@ def use_warm_children(item: pytest.Item) -> None:
     from support import warm_children
 
     warm_children.install()
-    warm_children.use.warm = not OF_PROCESSES & set(item.path.parts)
+    warm_children.use.warm = item.get_closest_marker("processes") is None
 
 
 @pytest.fixture(scope="session")
