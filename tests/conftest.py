@@ -29,6 +29,7 @@ def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # until all is imported: hardly any of it is garbage
 
 
 def pytest_collection_finish() -> None:
@@ -36,6 +37,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    gc.enable()
     if "onnxruntime" in sys.modules:
         one_thread_a_session()
 
