@@ -30,6 +30,7 @@ def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # until all is imported: hardly any of it is garbage
 
 
 def pytest_collection_finish() -> None:
@@ -37,11 +38,28 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    gc.enable()
+    if "onnxruntime" in sys.modules:
+        one_thread_a_session()
+
+
+def one_thread_a_session() -> None:
+    """Each session of onnxruntime would have a thread for every core, that spins while it waits: 4 times the time."""
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = Options
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "lora_export.models.export" in sys.modules:
         keep_exports(item)
+    if sys.platform == "linux" and "lora_export.runtime.torchscript.runner" in sys.modules:
+        use_warm_children(item)
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
 
@@ -59,6 +77,13 @@ def by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.weights import compiled
 
     monkeypatch.setattr(compiled, "kernel", lambda: None)
+
+
+def use_warm_children(item: pytest.Item) -> None:
+    from support import warm_children
+
+    warm_children.install()
+    warm_children.use.warm = item.get_closest_marker("processes") is None
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, facts: environment.Facts) -> None:
 
 @pytest.mark.slow
 def test_doctor_without_problems_exits_0_with_one_json_document(monkeypatch, capsys):
-    pretend(monkeypatch, this_machine())
+    pretend(monkeypatch, this_machine(imported=True))
     assert run(["doctor", "--provider", "cpu", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is True and document["problems"] == []
@@ -34,9 +34,10 @@ def test_doctor_without_problems_exits_0_with_one_json_document(monkeypatch, cap
 @pytest.mark.slow
 @pytest.mark.fault(43)
 def test_doctor_for_cuda_exits_0_only_where_cuda_runs(monkeypatch, capsys):
-    pretend(monkeypatch, this_machine())
+    pretend(monkeypatch, this_machine(imported=True))
     code = run(["doctor", "--provider", "cuda"])
-    runs = environment.Provider(CUDA) in this_machine().providers and bool(this_machine().torch_devices)
+    facts = this_machine(imported=True)
+    runs = environment.Provider(CUDA) in facts.providers and bool(facts.torch_devices)
     assert code == (0 if runs else 6)
     assert runs or "CUDA" in capsys.readouterr().err
 

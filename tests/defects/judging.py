@@ -14,6 +14,7 @@ from lora_export.lora import Adapter
 from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.inputs import Inputs
 from lora_export.verification.proof import Proof, prove
 
 
@@ -24,10 +25,19 @@ class Judged:
     proof: Proof | None = field(default=None, repr=False)
 
 
+class Undiagnosed(PyTorchReferences):
+    """Where a difference comes from takes as long to find as the verdict, and other tests read it."""
+
+    def prepare(self, candidate: Runner, inputs: Inputs) -> Any:
+        prepared: Any = super().prepare(candidate, inputs)
+        object.__setattr__(prepared, "diagnose", lambda *_, **__: (None, []))
+        return prepared
+
+
 def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
     """Our verdict on a candidate, and those of other tools on the same outputs."""
     try:
-        result = prove(runner, PyTorchReferences(column.base, [adapter], seed=seed))
+        result = prove(runner, Undiagnosed(column.base, [adapter], seed=seed))
     except EnvironmentLacking as refusal:
         others: Any = runner
         others.placement = dataclasses.replace(others.placement, requested_provider="CPUExecutionProvider")

@@ -126,6 +126,7 @@ def test_inspecting_a_pickle_does_not_run_it(place: Path, name: str, zipped: boo
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.processes
 def test_verifying_a_pickle_does_not_run_it(tmp_path: Path, zipped: bool) -> None:
     (tmp_path / "model.pt").write_bytes(pickled(tmp_path))
     if zipped:

@@ -12,6 +12,7 @@ import functools
 import io
 import multiprocessing
 import os
+import pkgutil
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -19,27 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export import formats
+
 MOMENTS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "truncate")  # of os
-LOADED = [
-    *(
-        "lora_export.cli.merge",
-        "lora_export.weights.merge",
-        "lora_export.report.screens",
-        "lora_export.cli.verbosity",
-    ),
-    *(
-        "lora_export.graph.onnx_file.reading",
-        "lora_export.graph.onnx_file.writing",
-        "lora_export.graph.merge.merge_graph",
-        "lora_export.formats.peft",
-        "lora_export.formats.peft_config",
-        "lora_export.formats.peft_keys",
-        "safetensors",
-        "onnx",
-        "onnx_ir",
-        "support.fault_injector",
-    ),
+# What commands import, some of it late. Whatever is missing each of hundreds of children imports by itself.
+LOADED = ["onnx", "onnx_ir", "safetensors.numpy", "filelock", "support.fault_injector"]
+LOADED += [f"lora_export.cli.{name}" for name in ("adapters", "export", "merge", "verbosity", "verdicts")]
+LOADED += [f"lora_export.api.{name}" for name in ("adapters", "convert", "load", "merge", "merge_checkpoint")]
+LOADED += [
+    f"lora_export.api.{name}" for name in ("merge_graph", "merge_pipeline", "onnx", "onnx_from_graph", "unmerge")
 ]
+LOADED += [f"lora_export.{name}" for name in ("options.commands", "report.screens", "weights.residuals.writing")]
+LOADED += [f"lora_export.formats.{each.name}" for each in pkgutil.iter_modules(formats.__path__)]
 
 
 @dataclass(frozen=True)

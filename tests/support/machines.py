@@ -8,8 +8,11 @@ from dataclasses import replace
 from importlib.metadata import Distribution
 from pathlib import Path
 
-from lora_export.runtime.environment import Driver, Facts, Package, Provider, examine
-from lora_export.runtime.environment_probes import CPU, CUDA
+import pytest
+
+from lora_export.runtime import environment
+from lora_export.runtime.environment import Driver, Facts, Package, Provider
+from lora_export.runtime.environment_probes import CPU, CUDA, ProbeResult
 
 NO_DRIVER = Driver(fault="there is no NVIDIA driver (libcuda.so.1: cannot open shared object file)")
 ONE_GPU = Driver(cuda="13.0", gpus=1)
@@ -43,9 +46,16 @@ WITHOUT_CUDA = replace(
 
 
 @functools.cache
-def this_machine() -> Facts:
-    """This machine, examined once."""
-    return examine()
+def this_machine(*, imported: bool = False) -> Facts:
+    """This machine, examined once. Of its packages only onnxruntime and PyTorch are tried, or all where `imported`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not imported:
+            tried = environment.import_package
+            needed = ("onnxruntime", "torch")
+            patch.setattr(
+                environment, "import_package", lambda each: tried(each) if each.module in needed else ProbeResult({})
+            )
+        return environment.examine()
 
 
 def install(site: Path, name: str, version: str, *files: str) -> None:

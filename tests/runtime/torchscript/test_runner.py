@@ -123,6 +123,7 @@ def test_file_that_writes_files_while_it_loads_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_child_cannot_write_files_even_without_the_check(tmp_path: Path, unchecked: None) -> None:
     target = tmp_path / "planted"
     saved(Loading(str(target)), tmp_path / "l.pt")
@@ -137,6 +138,7 @@ def test_print_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_child_prints_nothing_even_without_the_check(
     tmp_path: Path, unchecked: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +149,7 @@ def test_child_prints_nothing_even_without_the_check(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process")
+@pytest.mark.processes
 def test_memory_of_a_script_is_bounded(tmp_path: Path) -> None:
     class Greedy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,6 +160,7 @@ def test_memory_of_a_script_is_bounded(tmp_path: Path) -> None:
         runner.run(X)
 
 
+@pytest.mark.processes
 def test_script_without_end_is_stopped(tmp_path: Path) -> None:
     class Endless(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,6 +187,7 @@ def test_error_of_a_script_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_child_ends_with_its_runner(tmp_path: Path) -> None:
     runner = ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"])
     process = runner._process._process
@@ -198,6 +203,7 @@ def test_child_that_dies_is_explained(tmp_path: Path) -> None:
         runner.run(X)
 
 
+@pytest.mark.processes
 def test_child_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeRefused, match="exit code 1"):
@@ -221,6 +227,7 @@ def test_record_without_inputs_leaves_the_models_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_standard_library_streams_are_untouched(tmp_path: Path) -> None:
     before = (sys.stdin, sys.stdout, io.TextIOWrapper)
     ScriptRunner(saved(nn.Identity(), tmp_path / "i.pt"), ["x"]).close()
