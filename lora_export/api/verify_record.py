@@ -126,6 +126,8 @@ def active_adapters(record: WrittenRecord, given: ComparedWith) -> Sequence[Reco
         own = own[-len(record.by_row) :] if record.by_row else []
         ids = given.adapter_id
         return own if ids is None else own[ids - 1 : ids] if ids else []
+    if record.mode == "slots":  # whatever was put into them
+        return given.records
     if record.mode != "inputs":
         return own
     if given.adapter_file is None:

@@ -56,7 +56,7 @@ class WrittenRecord:
 
     @property
     def mode(self) -> str:
-        """`merged`, `nodes`, `inputs` or `rows`."""
+        """`merged`, `nodes`, `inputs`, `rows` or `slots`."""
         return str(self.settings.get("lora", "merged"))
 
     @property

@@ -27,6 +27,7 @@ from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
 from lora_export.runtime.ort_session import open_session, raising_refusals
+from lora_export.runtime.session import ADAPTER_DTYPES
 from lora_export.storage.hashes import FAST, file_hash
 
 AdaptersOfRow = str | None | Sequence[str | None]  # the adapter of a row, or several; None is the base
@@ -75,8 +76,12 @@ class AdapterSlots:
         self.contract, self.longest = read_contract(metadata, self.model), read_longest(metadata, self.model)
         if not self.contract.slots:
             raise InputRefused(f"{self.model} has no slots: it was made with {named('lora', 'inputs')}")
-        own = {*self.contract.inputs, *ROW_INPUTS}
-        self._shapes = {value.name: value.shape for value in session.get_inputs() if value.name not in own}
+        inputs = {value.name: value for value in session.get_inputs()}
+        for name, place in self.contract.inputs.items():
+            shape, found = list(self.contract.input_shapes[name]), inputs.pop(name, None)
+            if found is None or found.shape != shape or ADAPTER_DTYPES.get(found.type) != place.dtype:
+                raise InputRefused(f"{self.model} has no input {name} of {place.dtype} {shape}, as its metadata has it")
+        self._shapes = {name: value.shape for name, value in inputs.items() if name not in ROW_INPUTS}
         self._outputs = [value.name for value in session.get_outputs()]
         self._stacks = _Stacks(self.contract, provider)
         self._threads = threading.local()

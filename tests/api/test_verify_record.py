@@ -149,6 +149,8 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
             given(adapter("fr", FR), adapter_file=Path("x.y"), adapter_version=version_of(DE)),
             ("You gave `fr`; this file contains `de`.",),
         ),
+        # in slots
+        (record(entry("fr", FR), mode="slots"), given(adapter("x", FR)), ()),
         # the base, by the hash of the model's weights
         (record(base={"sha256": "ab" * 32}), given(fingerprint="ab" * 32), ()),
         (record(base={"sha256": "ab" * 32}), given(fingerprint="cd" * 32), ("This file was made from another base: ",)),

@@ -21,6 +21,7 @@ import lora_export as le
 from lora_export import formats, plan
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.contract import SLOTS_KEY
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_slots import insert_slots
@@ -214,6 +215,15 @@ def test_a_graph_without_slots_is_refused(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "inputs.onnx")
     with pytest.raises(InputRefused, match="has no slots"):
         AdapterSlots(tmp_path / "inputs.onnx", tmp_path)
+
+
+@pytest.mark.parametrize("old", ['"slots": 3', '"dtype": "float32"'])
+def test_a_graph_that_its_record_does_not_fit_is_refused(fleet: Fleet, old: str) -> None:
+    record = fleet.model.metadata_props[SLOTS_KEY]
+    fleet.model.metadata_props[SLOTS_KEY] = record.replace(old, old.replace("32", "16").replace("3", "2"))
+    ir.save(fleet.model, fleet.graph)
+    with pytest.raises(InputRefused, match=r"has no input up\.lora_A\.weight of float"):
+        AdapterSlots(fleet.graph, fleet.adapters)
 
 
 def test_a_session_of_one_adapter_refuses_a_graph_of_slots(fleet: Fleet) -> None:

@@ -13,8 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.formats.contract import Contract, read_contract
 from lora_export.formats.row_adapters import ABSENT_LABEL, ROW_ADAPTERS_KEY
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.adapter_slots import head_values, insert_slots
 from lora_export.lora import Adapter, LoraPair
 from support.graphs import a_graph, an_adapter, planned, run
 from support.insertion import W, X, row_ids
@@ -201,3 +204,59 @@ def test_an_overflow_in_half_precision_is_refused() -> None:
     with_heads(model, [{"head.weight": SMALL["head.weight"]}, {}], *one_and_two())
     logits = run(model, x=ROWS[:, None].astype(np.float16), adapter_ids=row_ids(1, 0, 2))["logits"]
     assert logits.dtype == np.float16 and logits[0, 0, 2] == ABSENT_LABEL and logits[1, 0].min() > 0
+
+
+# --- In slots: the layers are inputs, and later adapters bring their own ---
+
+
+def in_slots(body: str, head: Mapping[str, NDArray[Any]]) -> tuple[ir.Model, Contract]:
+    """A graph of two slots that was made with an adapter that has this head."""
+    model = a_graph(body)
+    sites, steps = planned(model, one_and_two()[0])
+    contract = insert_slots(model, sites, ["a.weight"], steps, slots=2, max_rank=1, heads=[head], batch="N")
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert read_contract(model.metadata_props, "") == contract
+    return model, contract
+
+
+@pytest.mark.parametrize("bias", ["its own", "the base's"])
+def test_a_slot_has_the_head_of_its_adapter(bias: str) -> None:
+    model, contract = in_slots(CLASSIFIER, LARGE)
+    own = HEAD.T + 1
+    later = {"head.weight": own} | ({"head.bias": BIAS * 2} if bias == "its own" else {})
+    stacks, sites = contract.stacks(), find_sites(model)
+    for slot, head in enumerate((SMALL, later), 1):
+        contract.fill(stacks, slot, head_values(contract, sites, "x", head))
+    logits = run(model, x=ROWS, adapter_ids=row_ids(2, 0, 1), **stacks)["logits"]
+    expected = ROWS[0] @ A @ own.T + (BIAS * 2 if bias == "its own" else BIAS)
+    assert np.array_equal(logits[0], [*expected, ABSENT_LABEL])
+    assert np.array_equal(logits[1], [*(ROWS[1] @ A @ HEAD + BIAS), ABSENT_LABEL])
+    assert np.array_equal(logits[2], [*(ROWS[2] @ A @ SMALL["head.weight"].T + [1, 2]), *[ABSENT_LABEL] * 2])
+    values = [head_values(contract, sites, "x", head) for head in (SMALL, later, {})]
+    assert contract.labels(values) == {"logits": [3, 2, 3, 3]}
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (
+            {"head.weight": np.zeros((5, 2)), "head.bias": np.zeros(5)},
+            "x, head.weight: 5 labels, the graph takes at most 4",
+        ),
+        ({"other.weight": np.zeros((2, 2))}, "x, other.weight: the graph takes no such layer"),
+        ({"head.weight": np.full((2, 2), 1e39), "head.bias": np.zeros(2)}, "would not be finite"),
+    ],
+)
+def test_a_head_that_does_not_fit_a_slot_is_refused(head: Mapping[str, NDArray[Any]], message: str) -> None:
+    model, contract = in_slots(CLASSIFIER, LARGE)
+    with pytest.raises(InputRefused, match=message):
+        head_values(contract, find_sites(model), "x", head)
+
+
+def test_a_head_behind_another_operator_has_all_labels() -> None:
+    body = CLASSIFIER.replace("logits = Add(y, head.bias)", "z = Add(y, head.bias) logits = Softmax(z)")
+    equal = {"head.weight": HEAD.T + 1, "head.bias": BIAS}
+    model, contract = in_slots(body, equal)
+    assert head_values(contract, find_sites(model), "x", equal)
+    with pytest.raises(InputRefused, match=r"x, head\.weight: 2 labels, the graph takes 3"):
+        head_values(contract, find_sites(model), "x", SMALL)

@@ -115,7 +115,14 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize(
     ("lora", "kind"),
-    [("merged", "int4"), slow("merged", "int8"), ("nodes", "int4"), slow("inputs", "int4"), slow("rows", "int8")],
+    [
+        ("merged", "int4"),
+        slow("merged", "int8"),
+        ("nodes", "int4"),
+        slow("inputs", "int4"),
+        slow("rows", "int8"),
+        slow("slots", "int4"),
+    ],
 )
 def test_every_mode_is_proven_with_quantised_weights(adapted, tmp_path, lora, kind):
     model, adapter = adapted
