@@ -5,9 +5,9 @@ in half precision the rounding of a whole model is larger than what most pairs o
 pair is switched off by itself, in fp64, and the gates are applied to the outputs as if they were a candidate's. Where
 they detect nothing, all errors of the candidate together show whether it lacks this pair (parity/missing_part.py).
 
-Pairs are off in the rows of a batch, each in its own: a layer's weight is then read, and the module's code run, once for
-all of them. Nothing is estimated. A batch is used where a row of it agrees with a run by itself, and a row with all pairs
-with the reference. Modules whose code reads values, such as routers of experts, run once for each pair.
+Pairs are off in the rows of a batch, each in its own row: a weight is read, and the module's code run, once for all of
+them. Nothing is estimated. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs
+with the reference. Modules whose code reads values, such as the routers of experts, run once for each pair.
 
 A block of a list of layers, such as `model.layers.3`, that runs before any pair is missing has the inputs of the run
 with all pairs, and so its outputs. They are recorded once. That the rest of the module depends on a block through
@@ -216,9 +216,8 @@ def _in_batches(
             *found, with_all = blocks.run_together([*batch.values(), []])
         except (RuntimeRefused, RuntimeError, MemoryError):
             return
-        if not _distance(with_all, on) <= LARGEST_DEVIATION or (
-            tested and not _distance(found[0], known) <= LARGEST_DEVIATION
-        ):
+        checked = [(with_all, on), *([(found[0], known)] if tested else [])]
+        if not all(_distance(row, single) <= LARGEST_DEVIATION for row, single in checked):
             return
         for name, outputs in zip(batch, found, strict=True):
             if name and same_bits(outputs, with_all):

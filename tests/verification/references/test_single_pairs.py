@@ -387,7 +387,7 @@ ALONE: dict[str, tuple[Callable[[], nn.Module], Arrays]] = {
 class Counted(Fp64Runner):
     """Counts runs of one group of pairs, and of a batch; these may be wrong in one row, or end for lack of memory."""
 
-    single, together, wrong, failure = 0, 0, -1, ""
+    single, together, wrong, failure = 0, 0, "", ""
 
     def run(self, inputs: Arrays) -> Arrays:
         Counted.single += 1
@@ -398,15 +398,16 @@ class Counted(Fp64Runner):
         if self.failure:
             raise MemoryError(self.failure)
         found = super().run_each(inputs, rows, use)
-        if self.wrong >= 0:
-            found[self.wrong] = {name: value + 1e-3 for name, value in found[self.wrong].items()}
+        if self.wrong:
+            row = {"first": 0, "last": -1}[self.wrong]
+            found[row] = {name: value + 1e-3 for name, value in found[row].items()}
         return found
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     monkeypatch.setattr(single_pairs, "Fp64Runner", Counted)
-    for name, value in (("single", 0), ("together", 0), ("wrong", -1), ("failure", "")):
+    for name, value in (("single", 0), ("together", 0), ("wrong", ""), ("failure", "")):
         monkeypatch.setattr(Counted, name, value)
     return Counted
 
@@ -446,8 +447,8 @@ def test_module_that_no_batch_can_have_is_run_for_each_pair(name: str, counted: 
     assert compared(make(), inputs) <= counted.single and counted.together == 1
 
 
-@pytest.mark.parametrize(("wrong", "failure"), [(0, ""), (-1, "no memory")])
-def test_batch_that_is_wrong_or_fails_is_not_used(wrong: int, failure: str, counted: type[Counted]) -> None:
+@pytest.mark.parametrize(("wrong", "failure"), [("first", ""), ("last", ""), ("", "no memory")])
+def test_batch_that_is_wrong_or_fails_is_not_used(wrong: str, failure: str, counted: type[Counted]) -> None:
     counted.wrong, counted.failure = wrong, failure
     make, inputs = MADE["layers"]
     assert compared(make(), inputs) <= counted.single and counted.together == 1
