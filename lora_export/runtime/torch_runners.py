@@ -7,7 +7,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
 from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
+
+NamedTensors = dict[str, torch.Tensor]
+UseRow = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
 
 
 @dataclass
@@ -60,7 +64,7 @@ class ModuleRunner(PlainRunner):
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:
             outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
-        return {name: to_numpy(value) for name, value in outputs.items()}
+        return _as_arrays(outputs)
 
 
 class _TimeLimit(TorchFunctionMode):
@@ -86,16 +90,39 @@ class Fp64Runner:
 
     module: nn.Module
     narrow_operators: set[str] = field(default_factory=set)
+    largest_result: int = 0  # bytes of the largest result of an operator in all runs
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass with every float in fp64."""
+        return _as_arrays(self._outputs(inputs, lambda forward: forward()))
+
+    def run_each(self, inputs: Arrays, rows: torch.Tensor, use: UseRow) -> list[Arrays]:
+        """One forward pass for each of the rows, in the context that `use` makes of it: all of them in one batch.
+
+        The numbers are those of single runs, but for the order of sums in fp64. Raises RuntimeRefused where the module
+        computes what a batch cannot have: a number of its rows that Python reads.
+        """
+
+        def each(forward: Callable[[], NamedTensors]) -> NamedTensors:
+            def with_row(row: torch.Tensor) -> NamedTensors:
+                with use(row):
+                    return forward()
+
+            return torch.func.vmap(with_row)(rows)
+
+        with warnings.catch_warnings(action="ignore"):  # of operators that a batch computes one by one
+            outputs = self._outputs(inputs, each)
+        return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
+
+    def _outputs(self, inputs: Arrays, call: Callable[[Callable[[], NamedTensors]], NamedTensors]) -> NamedTensors:
+        """What `call` returns for the module's forward pass."""
         wide = {name: _tensor(value) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
         module = self.module  # before the modes are active: a lazy reference makes it now, from one in fp32
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
+        narrow = NarrowOperators(self.narrow_operators)
         try:
-            narrow = NarrowOperators(self.narrow_operators)
             with (
                 torch.no_grad(),
                 narrow,
@@ -103,10 +130,10 @@ class Fp64Runner:
                 named_failures(module, wide),
                 same_state(module),
             ):
-                outputs = named_outputs(module(**wide))
+                return call(lambda: named_outputs(module(**wide)))
         finally:
             torch.set_default_dtype(default)
-        return {name: to_numpy(value) for name, value in outputs.items()}
+            self.largest_result = max(self.largest_result, narrow.largest_result)
 
 
 @contextlib.contextmanager
@@ -132,6 +159,10 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _as_arrays(outputs: NamedTensors) -> Arrays:
+    return {name: to_numpy(value) for name, value in outputs.items()}
 
 
 def describe_environment() -> dict[str, Any]:
@@ -193,7 +224,7 @@ class Fp64Operators(TorchFunctionMode):
             return _grouped_products(*args, **kwargs)
         args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
         kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
-        if self._stored:
+        if self._stored and _has_narrow((args, tuple(kwargs.values()))):
             return self._with_widened_weights(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -226,9 +257,10 @@ class Fp64Operators(TorchFunctionMode):
 
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
         """The values in fp64, until the next call."""
-        if self._scratch.numel() < values.numel() or self._scratch.device != values.device:
-            self._scratch = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
-        return self._scratch[: values.numel()].view(values.shape).copy_(values)
+        with self._narrow.paused():
+            if self._scratch.numel() < values.numel() or self._scratch.device != values.device:
+                self._scratch = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
+            return self._scratch[: values.numel()].view(values.shape).copy_(values)
 
     def _is_stored(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and _memory(value) in self._stored
@@ -241,7 +273,10 @@ class Fp64Operators(TorchFunctionMode):
             return value.stored()
 
     def _widened(self, value: Any) -> Any:
-        return self._as_stored(value).double() if self._is_stored(value) else value
+        if not self._is_stored(value):
+            return value
+        with self._narrow.paused():
+            return self._as_stored(value).double()
 
     def _widened_copy(self, value: Any) -> Any:
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""
@@ -255,6 +290,7 @@ class NarrowOperators(TorchDispatchMode):
     def __init__(self, seen: set[str]):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = seen
+        self.largest_result = 0  # bytes
         self._is_paused = False
 
     @contextlib.contextmanager
@@ -269,13 +305,24 @@ class NarrowOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if not self._is_paused and isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
-                self.seen.add(str(func))
+            if not self._is_paused and isinstance(value, torch.Tensor):
+                self.largest_result = max(self.largest_result, 0 if func.is_view else value.nbytes)
+                if value.dtype in NARROW_DTYPES:
+                    self.seen.add(str(func))
         return result
 
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value in NARROW_DTYPES
+
+
+def _has_narrow(values: Any) -> bool:
+    """Whether a tensor among arguments, or in a list of them, is of a dtype that weights are stored in."""
+    return any(
+        value.dtype in NARROW_DTYPES if isinstance(value, torch.Tensor) else _has_narrow(value)
+        for value in values
+        if isinstance(value, torch.Tensor | list | tuple)
+    )
 
 
 def _memory(tensor: torch.Tensor) -> int:
