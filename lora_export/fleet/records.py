@@ -120,13 +120,14 @@ class FleetRecords:
         known = keys_of(job.kind.record)
         made = {os.path.normpath(one.facts["options"]["output"]): one.record["written"] for one in before}
         read = {path for paths in job.inputs().values() for path in paths if os.path.normpath(path) not in made}
-        contents = {path: self._contents_of_input(path) for path in {job.base_path, job.adapter_path, *read}}
+        base = [job.base_path] if job.kind.base else []
+        contents = {path: self._contents_of_input(path) for path in {*base, job.adapter_path, *read}}
         if None in contents.values():
             return None
         facts = {
             "step": job.step,
             "options": {key: one for key, one in job.values.items() if known[key][1].name not in OF_THE_RUN},
-            "base": contents[job.base_path],
+            "base": [contents[path] for path in base],
             "adapter": contents[job.adapter_path],
             "inputs": {path: contents[path] for path in sorted(read)},
             "made": made,

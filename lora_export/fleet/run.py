@@ -88,6 +88,7 @@ class _Run:
                 finished, _ = concurrent.futures.wait(self.running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in finished:
                     self._finish(future)
+        self.records.write_hashes()
 
     def _start(self, left: list[FleetJob]) -> list[FleetJob]:
         """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
@@ -150,6 +151,9 @@ class _Run:
         self.done += 1
         if record["outcome"] in GOOD:
             self.needs.learn(job, record["seconds"])
+            for path, one in record.get("written", {}).items():
+                if "record" not in one:  # its hash is known to the worker alone, and a plan reads no file
+                    self.records.identity_of(path)
         else:
             self.on_message(problem_line({**record, "adapter": job.adapter, "step": job.step}))
 

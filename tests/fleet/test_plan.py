@@ -48,13 +48,14 @@ def test_all_misfits_of_all_adapters_are_told_at_once(text: str, place: Path) ->
 
 
 def test_what_is_done_is_not_planned_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "fleet.toml").write_text(FLEET + '[[steps]]\nstep = "convert"\nto = "kohya"\noutput = "kohya/{adapter}"\n')
     run_here(monkeypatch)
     peft_adapter(place / "adapters" / "it", {"up": ([[1, 1, 1]], [[1], [1]])})
     plan = planned()
-    assert [(step.jobs, step.done) for step in plan.steps] == [(3, 2), (3, 2)] and plan.exit_code == 0
+    assert [(step.jobs, step.done) for step in plan.steps] == [(3, 2), (3, 2), (3, 2)] and plan.exit_code == 0
     assert plan.unread == 2  # the files of the new adapter
     os.utime(place / "base" / "model.safetensors")
-    assert planned().unread == 3 and [step.done for step in planned().steps] == [0, 0]
+    assert planned().unread == 3 and [step.done for step in planned().steps] == [0, 0, 2]
 
 
 def test_large_tensors_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
