@@ -170,11 +170,11 @@ def test_a_thousand_adapters_in_slots(tmp_path):
             for number in range(1, ADAPTERS + 1):
                 rotated.write_slot(number, served.contract)
         rates, loads = traffic(served, merged, PeftCache(rotated) if slots == CACHED else None)
-        load = f"{time_to_load(served):.1f} ms"
+        costs = f"{loads:.1f} | {time_to_load(served):.1f} ms | {stacks:.1f} MiB"
         ratios = {what: rate / rates["merged"] for what, rate in rates.items()}
         lines += [
             f"| merged, beside {slots} slots | {rates['merged']:.0f} | 1 | | | |",
-            f"| {slots} slots | {rates['slots']:.0f} | {ratios['slots']:.2f} | {loads:.1f} | {load} | {stacks:.1f} MiB |",
+            f"| {slots} slots | {rates['slots']:.0f} | {ratios['slots']:.2f} | {costs} |",
         ]
         if "PEFT" in rates:
             lines.append(f"| PEFT, {CACHED} cached | {rates['PEFT']:.1f} | {ratios['PEFT']:.3f} | | | |")
