@@ -61,8 +61,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
 
     `to` is "peft" or "mlx" (a folder), "kohya", "comfyui", "diffusers" or "openvino" (a .safetensors file), "gguf" (a
     file for llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without
-    another export. `graph` is then that .onnx, made with `lora="inputs"`. Values keep the smallest type that holds them
-    exactly, and what a format cannot express is refused by name.
+    another export. `graph` is then that .onnx, made with `lora="inputs"` or "slots". Values keep the smallest type that
+    holds them exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
     a projection in one tensor ("sglang"), or the names of the model that transformers 5 loads ("transformers5").
