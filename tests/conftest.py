@@ -30,6 +30,9 @@ def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collectstart() -> None:
     gc.disable()  # until all is imported: hardly any of it is garbage
 
 
