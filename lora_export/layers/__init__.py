@@ -1,6 +1,6 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
 
-from lora_export.layers.attaching import attach, detach, scale_adapters, without_branches
+from lora_export.layers.attaching import attach, detach, scale_adapters, switched_branches, without_branches
 from lora_export.layers.attachments import MatrixWeight, find_matrix_weights, recorded_branches
 from lora_export.layers.folding import fold, has_changed_ties, refuse_tied, untie, with_shared_ties
 from lora_export.layers.frozen_linear import compute_in_input_dtype, four_bit_layers
@@ -38,6 +38,7 @@ __all__ = [
     "respelled_for",
     "scale_adapters",
     "specs",
+    "switched_branches",
     "tensors_of",
     "untie",
     "widen_trained",

@@ -30,6 +30,7 @@ from lora_export.layers.attachments import (
     record_branch,
     trained_rows,
     weight_sum,
+    where_on,
 )
 from lora_export.layers.frozen_linear import (
     FourBitLayer,
@@ -61,14 +62,16 @@ def _forward_with_branches(
     if not attachment.factor or not attachment.branches:
         return layer(x, bias)
     if any(branch.dora for branch in attachment.branches):
-        return _forward_with_dora(owner, x, layer, pair, bias, output_axis)
+        changed = _forward_with_dora(owner, x, layer, pair, bias, output_axis)
+        return where_on(owner, attachment.branches[0], changed, layer(x, bias)) if attachment.is_on else changed
     y = layer(x, bias)
     total = y
     for branch in attachment.branches:
         if x.numel():
             record_branch(branch)
         a, b = low_rank_factors(owner, branch)
-        total = total + pair(_pair_input(owner, x, a, branch), a, b) * (attachment.factor * branch.scale)
+        changed = total + pair(_pair_input(owner, x, a, branch), a, b) * (attachment.factor * branch.scale)
+        total = where_on(owner, branch, changed, total)
     return total.to(y.dtype)
 
 
@@ -105,7 +108,7 @@ def _output_in_training(owner: nn.Module, x: Tensor, weight: Tensor, bias: Tenso
     """The output of a linear layer W (out, in) of which one pair is trained; None where more than this is computed."""
     attachment = attachment_of(owner)
     trained = [branch for branch in attachment.branches if not branch.frozen]
-    if len(trained) != 1 or not attachment.factor or is_recording():
+    if len(trained) != 1 or not attachment.factor or attachment.is_on or is_recording():
         return None
     a, b = low_rank_factors(owner, trained[0])
     if trained[0].dora or not is_plain(x, weight, a):

@@ -350,6 +350,24 @@ def without_branches(module: nn.Module, off: Collection[Branch]) -> Iterator[Non
             attachment.branches = branches
 
 
+@contextlib.contextmanager
+def switched_branches(module: nn.Module, is_on: Mapping[Branch, Tensor]) -> Iterator[None]:
+    """Compute each of these branches only where its bool is true, while the context is active.
+
+    A bool may be one of many that `torch.vmap` maps: a layer then computes with its branch in some rows of a batch.
+    Only pairs that are branches beside W x can be switched (`has_own_branches`).
+    Raises InputRefused where nothing is attached.
+    """
+    attachments = [attachment_of(owner) for owner in attached_modules(module)]
+    for attachment in attachments:
+        attachment.is_on = {branch: is_on[branch] for branch in attachment.branches if branch in is_on}
+    try:
+        yield
+    finally:
+        for attachment in attachments:
+            attachment.is_on = {}
+
+
 def scaled_replacement(replaced: ReplacedTensor, current: Tensor, factor: float) -> Tensor:
     """The base's tensor plus `factor` times the difference of the `current` one from it."""
     base = _converted(replaced.base, current)

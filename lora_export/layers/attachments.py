@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -74,6 +74,7 @@ class Attachment:
     rows: TrainedRows | None = None
     factor: float = 1.0  # `scale_adapters` changes it
     dropout: float = 0.0  # of what A gets, in train mode
+    is_on: Mapping[Branch, Tensor] = field(default_factory=dict)  # bools that `switched_branches` gives
 
 
 # The functions below read the owner's dictionaries. An AttributeError inside a property would make
@@ -119,7 +120,8 @@ def branch_tensors(module: nn.Module) -> list[Tensor]:
 def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once.
 
-    Of a W in shares, the share: PyTorch reads it here, and nothing computes with it.
+    Of a W in shares, the share: PyTorch reads it here, and nothing computes with it. Where a branch of it is switched
+    by a tensor, a tensor of the same shape and dtype without values, with which PyTorch refuses to compute.
     """
     weight = own_parameters(owner)[attribute]
     if weight is not None and is_in_shares(weight):
@@ -131,6 +133,8 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
+    if not attachment.is_on.keys().isdisjoint(branches):
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")  # there would be a W for each row
     if branches[0].transform is not None:
         return _transformed(owner, weight, branches[0], branches[0].transform)
     if branches[0].region is not None:
@@ -185,6 +189,12 @@ def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> 
     change = sum(changes[1:], start=changes[0])
     total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
     return total
+
+
+def where_on(owner: nn.Module, branch: Branch, changed: Tensor, unchanged: Tensor) -> Tensor:
+    """What a layer computes with a branch; what it computes without it where the branch is switched off."""
+    is_on = attachment_of(owner).is_on.get(branch)
+    return changed if is_on is None else torch.where(is_on, changed, unchanged)
 
 
 def dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:

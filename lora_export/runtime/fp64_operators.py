@@ -59,7 +59,7 @@ class Fp64Operators(TorchFunctionMode):
             return _grouped_products(*args, **kwargs)
         args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
         kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
-        if self._stored:
+        if self._stored and _has_narrow((args, tuple(kwargs.values()))):
             return self._with_widened_weights(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -92,9 +92,10 @@ class Fp64Operators(TorchFunctionMode):
 
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
         """The values in fp64, until the next call."""
-        if self._scratch.numel() < values.numel() or self._scratch.device != values.device:
-            self._scratch = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
-        return self._scratch[: values.numel()].view(values.shape).copy_(values)
+        with self._narrow.paused():
+            if self._scratch.numel() < values.numel() or self._scratch.device != values.device:
+                self._scratch = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
+            return self._scratch[: values.numel()].view(values.shape).copy_(values)
 
     def _is_stored(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and _memory(value) in self._stored
@@ -107,7 +108,10 @@ class Fp64Operators(TorchFunctionMode):
             return value.stored()
 
     def _widened(self, value: Any) -> Any:
-        return self._as_stored(value).double() if self._is_stored(value) else value
+        if not self._is_stored(value):
+            return value
+        with self._narrow.paused():
+            return self._as_stored(value).double()
 
     def _widened_copy(self, value: Any) -> Any:
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""
@@ -121,6 +125,7 @@ class NarrowOperators(TorchDispatchMode):
     def __init__(self, seen: set[str]):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = seen
+        self.largest_result = 0  # bytes
         self._is_paused = False
 
     @contextlib.contextmanager
@@ -135,13 +140,24 @@ class NarrowOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if not self._is_paused and isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
-                self.seen.add(str(func))
+            if not self._is_paused and isinstance(value, torch.Tensor):
+                self.largest_result = max(self.largest_result, 0 if func.is_view else value.nbytes)
+                if value.dtype in NARROW_DTYPES:
+                    self.seen.add(str(func))
         return result
 
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value in NARROW_DTYPES
+
+
+def _has_narrow(values: Any) -> bool:
+    """Whether a tensor among arguments, or in a list of them, is of a dtype that weights are stored in."""
+    return any(
+        value.dtype in NARROW_DTYPES if isinstance(value, torch.Tensor) else _has_narrow(value)
+        for value in values
+        if isinstance(value, torch.Tensor | list | tuple)
+    )
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -6,7 +6,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from lora_export.models.tracing import have_names, named_failures, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
+
+NamedTensors = dict[str, torch.Tensor]
+UseRow = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
 
 
 @dataclass
@@ -57,7 +61,7 @@ class ModuleRunner(PlainRunner):
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:
             outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
-        return {name: to_numpy(value) for name, value in outputs.items()}
+        return _as_arrays(outputs)
 
 
 class _TimeLimit(TorchFunctionMode):
@@ -83,16 +87,39 @@ class Fp64Runner:
 
     module: nn.Module
     narrow_operators: set[str] = field(default_factory=set)
+    largest_result: int = 0  # bytes of the largest result of an operator in all runs
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass with every float in fp64."""
+        return _as_arrays(self._outputs(inputs, lambda forward: forward()))
+
+    def run_each(self, inputs: Arrays, rows: torch.Tensor, use: UseRow) -> list[Arrays]:
+        """One forward pass for each of the rows, in the context that `use` makes of it: all of them in one batch.
+
+        The numbers are those of single runs, but for the order of sums in fp64. Raises RuntimeRefused where the module
+        computes what a batch cannot have: a number of its rows that Python reads.
+        """
+
+        def each(forward: Callable[[], NamedTensors]) -> NamedTensors:
+            def with_row(row: torch.Tensor) -> NamedTensors:
+                with use(row):
+                    return forward()
+
+            return torch.func.vmap(with_row)(rows)
+
+        with warnings.catch_warnings(action="ignore"):  # of operators that a batch computes one by one
+            outputs = self._outputs(inputs, each)
+        return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
+
+    def _outputs(self, inputs: Arrays, call: Callable[[Callable[[], NamedTensors]], NamedTensors]) -> NamedTensors:
+        """What `call` returns for the module's forward pass."""
         wide = {name: _tensor(value) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
         module = self.module  # before the modes are active: a lazy reference makes it now, from one in fp32
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
+        narrow = NarrowOperators(self.narrow_operators)
         try:
-            narrow = NarrowOperators(self.narrow_operators)
             with (
                 torch.no_grad(),
                 narrow,
@@ -100,10 +127,10 @@ class Fp64Runner:
                 named_failures(module, wide),
                 same_state(module),
             ):
-                outputs = named_outputs(module(**wide))
+                return call(lambda: named_outputs(module(**wide)))
         finally:
             torch.set_default_dtype(default)
-        return {name: to_numpy(value) for name, value in outputs.items()}
+            self.largest_result = max(self.largest_result, narrow.largest_result)
 
 
 @contextlib.contextmanager
@@ -129,6 +156,10 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _as_arrays(outputs: NamedTensors) -> Arrays:
+    return {name: to_numpy(value) for name, value in outputs.items()}
 
 
 def describe_environment() -> dict[str, Any]:

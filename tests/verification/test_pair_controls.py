@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -47,9 +47,10 @@ def a_case(name: str) -> Case:
 def test_a_later_case_has_the_pairs_that_were_not_detected() -> None:
     runs: list[tuple[str, str]] = []
 
-    def run_without(off: Sequence[str], case: Case) -> Arrays:
-        runs.append((case.name, *off))
-        return {"y": np.array([{"large": 2.0, "small": 1.0, "none": 0.0}[off[0]]])}
+    def run_without(groups: Mapping[str, Sequence[str]], case: Case) -> Iterator[tuple[str, Arrays]]:
+        for name, off in groups.items():
+            runs.append((case.name, *off))
+            yield name, {"y": np.array([{"large": 2.0, "small": 1.0, "none": 0.0}[off[0]]])}
 
     def judge(case: Case, outputs: Outputs) -> MissingPart:
         return MissingPart(bool(outputs["y"]), bool(outputs["y"] > 1), EffectShare())

@@ -6,7 +6,7 @@ session runs with and without each pair. What is judged then is in pair_controls
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,13 +67,12 @@ def control_graph_pairs(
         _make_input(model, constant.value)
     everything = {str(constant.value.name): np.ascontiguousarray(constant.array) for constant in constants}
     runner, _ = open_in_fp64(model, parts=[constant.value for constant in constants], timeout=timeout)
-    with_all: dict[str, Arrays] = {}
 
-    def run_without(off: Sequence[GraphPair], case: parity.Case) -> Arrays:
+    def run_without(groups: Mapping[str, Sequence[GraphPair]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
         given = {**inputs[case.name], **everything}
-        if case.name not in with_all:
-            with_all[case.name] = runner.run(given)
-        return with_difference(case, runner.run(given | _changed(off, constants, norms)), with_all[case.name])
+        with_all = runner.run(given)
+        for name, off in groups.items():
+            yield name, with_difference(case, runner.run(given | _changed(off, constants, norms)), with_all)
 
     ordered = sorted(cases, key=lambda case: sum(array.size for array in inputs[case.name].values()))
     return switch_off(grouped(pairs, by_layer=by_layer), ordered, run_without, judge, by_layer=by_layer)

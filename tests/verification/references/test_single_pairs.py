@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from lora_export import layers, plan
 from lora_export.layers.attachments import Branch, attached_modules, attachment_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.runner import Arrays
+from lora_export.runtime.torch_runners import Fp64Runner, UseRow
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
@@ -86,18 +98,20 @@ def attached(module: Stack) -> list[Branch]:
     return [branch for owner in attached_modules(module) for branch in attachment_of(owner).branches]
 
 
+ONES = {"x": np.ones((1, 2))}
+
+
 def run(module: nn.Module) -> Arrays:
-    with torch.no_grad():
-        return {"y": module(torch.ones(1, 2)).numpy()}
+    return Fp64Runner(module.double()).run(ONES)
 
 
 def without(module: nn.Module, off: list[Branch]) -> list[list[float]]:
     with layers.without_branches(module, off):
-        return run(module)["y"].tolist()
+        return run(module)["output_0"].tolist()
 
 
 def recorded(module: nn.Module) -> RecordedBlocks:
-    return RecordedBlocks(module, lambda: run(module))
+    return RecordedBlocks(module, Fp64Runner(module.double()), ONES, runs=100)
 
 
 def test_blocks_before_the_pair_are_not_computed() -> None:
@@ -106,12 +120,12 @@ def test_blocks_before_the_pair_are_not_computed() -> None:
     blocks = recorded(module)
     module.runs()
     for number, branch in enumerate(branches[:COUNT]):
-        found = blocks.run_without([branch])["y"].tolist()
+        found = blocks.run_without([branch])["output_0"].tolist()
         assert module.runs() == [int(block >= number) for block in range(COUNT)]
-        assert found == without(module, [branch]) != run(module)["y"].tolist()
+        assert found == without(module, [branch]) != run(module)["output_0"].tolist()
         module.runs()
     pair = [branches[3], branches[1]]
-    assert blocks.run_without(pair)["y"].tolist() == without(module, pair)
+    assert blocks.run_without(pair)["output_0"].tolist() == without(module, pair)
     assert "forward" not in module.layers[0].__dict__
 
 
@@ -120,7 +134,7 @@ def test_pair_outside_of_all_blocks_needs_a_whole_run() -> None:
     branches = attached(module)
     blocks = recorded(module)
     module.runs()
-    assert blocks.run_without([branches[-1]])["y"].tolist() == without(module, [branches[-1]])
+    assert blocks.run_without([branches[-1]])["output_0"].tolist() == without(module, [branches[-1]])
     assert module.runs() == [2] * COUNT
 
 
@@ -130,7 +144,7 @@ def test_block_that_runs_twice_is_computed_from_its_first_run_on() -> None:
     blocks = recorded(module)
     module.runs()
     for number, runs in ((0, [2, 1, 1, 0]), (1, [1, 1, 1, 0]), (2, [0, 0, 1, 0])):
-        found = blocks.run_without([branches[number]])["y"].tolist()
+        found = blocks.run_without([branches[number]])["output_0"].tolist()
         assert module.runs() == runs
         assert found == without(module, [branches[number]])
         module.runs()
@@ -142,7 +156,7 @@ def test_blocks_that_share_more_than_their_outputs_are_computed(kind: type[Block
     branches = attached(module)
     blocks = recorded(module)
     module.runs()
-    assert blocks.run_without([branches[3]])["y"].tolist() == without(module, [branches[3]])
+    assert blocks.run_without([branches[3]])["output_0"].tolist() == without(module, [branches[3]])
     assert module.runs() == [2] * COUNT
 
 
@@ -310,3 +324,150 @@ def test_rounded_reference_without_a_pair_differs_by_the_effect_alone() -> None:
     ]
     control_pairs(module, INPUTS, rounded, judge)
     assert judge.calls == [("short", 1.0)]
+
+
+# --- batches ---
+
+
+class Reading(nn.Module):
+    """A stack of layers. Python reads a number of its rows, a weight is read whole, or neither."""
+
+    def __init__(self, what: str = "") -> None:
+        super().__init__()
+        self.layers, self.what = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            if self.what == "number" and float(x.sum()) > 1e9:
+                return x
+        return x @ self.layers[0].weight if self.what == "weight" else x
+
+
+def with_pairs(module: nn.Module, *, names: Sequence[str] = "a", dora: bool = False) -> nn.Module:
+    """The module with a pair on every linear layer and convolution, of each adapter."""
+    rng, specs, adapters = np.random.default_rng(0), layers.specs(module.double().eval()), []
+    kinds = (nn.Linear, nn.Conv2d, transformers.pytorch_utils.Conv1D)
+    owners = {path: owner for path, owner in module.named_modules() if isinstance(owner, kinds) and path != "lm_head"}
+    for name in names:
+        pairs = {}
+        for path, owner in owners.items():
+            out, *inner = owner.weight.T.shape if isinstance(owner, kinds[2]) else owner.weight.shape
+            a, b = rng.normal(size=(2, *inner)), rng.normal(size=(out, 2, *[1] * (len(inner) - 1)))
+            length = np.abs(rng.normal(size=out)) + 0.5 if dora else None
+            pairs[path] = LoraPair(a.astype(np.float32), b.astype(np.float32) / 8, 0.5, length)
+        adapters.append(Adapter(name=name, format="test", pairs=pairs))
+    layers.attach(module, plan.make(adapters, specs))
+    return module
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = {"input_ids": np.arange(14).reshape(2, 7), "attention_mask": np.ones((2, 7), np.int64)}
+IMAGES = {"pixel_values": np.random.default_rng(1).normal(size=(2, 3, 8, 8))}
+NUMBERS = {"x": np.random.default_rng(1).normal(size=(3, 4))}
+MADE: dict[str, tuple[Callable[[], nn.Module], Arrays]] = {
+    "layers": (lambda: with_pairs(Reading()), NUMBERS),
+    "DoRA": (lambda: with_pairs(Reading(), dora=True), NUMBERS),
+    "two adapters": (lambda: with_pairs(Reading(), names="ab"), NUMBERS),
+    "convolutions": (
+        lambda: with_pairs(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)))),
+        {"input": IMAGES["pixel_values"]},
+    ),
+    "Llama": (lambda: with_pairs(LlamaForCausalLM(LlamaConfig(**SIZES))), TOKENS),
+    "BERT": (lambda: with_pairs(BertForSequenceClassification(BertConfig(**SIZES))), TOKENS),
+    "GPT-2": (lambda: with_pairs(GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))), TOKENS),
+    "ViT": (lambda: with_pairs(ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4))), IMAGES),
+}
+ALONE: dict[str, tuple[Callable[[], nn.Module], Arrays]] = {
+    "a number of a row": (lambda: with_pairs(Reading("number")), NUMBERS),
+    "a weight": (lambda: with_pairs(Reading("weight")), NUMBERS),
+}
+
+
+class Counted(Fp64Runner):
+    """Counts runs of one group of pairs, and of a batch; these may be wrong in one row, or end for lack of memory."""
+
+    single, together, wrong, failure = 0, 0, "", ""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        Counted.single += 1
+        return super().run(inputs)
+
+    def run_each(self, inputs: Arrays, rows: torch.Tensor, use: UseRow) -> list[Arrays]:
+        Counted.together += 1
+        if self.failure:
+            raise MemoryError(self.failure)
+        found = super().run_each(inputs, rows, use)
+        if self.wrong:
+            row = {"first": 0, "last": -1}[self.wrong]
+            found[row] = {name: value + 1e-3 for name, value in found[row].items()}
+        return found
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
+    monkeypatch.setattr(single_pairs, "Fp64Runner", Counted)
+    for name, value in (("single", 0), ("together", 0), ("wrong", ""), ("failure", "")):
+        monkeypatch.setattr(Counted, name, value)
+    return Counted
+
+
+def off_by_name(module: nn.Module) -> dict[str, list[Branch]]:
+    branches = [branch for owner in attached_modules(module) for branch in attachment_of(owner).branches]
+    return {f"{branch.module} of {branch.adapter}": [branch] for branch in branches}
+
+
+def compared(module: nn.Module, inputs: Arrays) -> int:
+    """Compare all that batches give with runs of their own; return how many groups of pairs there are."""
+    runner, groups = Fp64Runner(module), off_by_name(module)
+    on = runner.run(inputs)
+    found = dict(single_pairs.outputs_without(module, inputs, groups, on))
+    assert found.keys() == groups.keys()
+    for name, off in groups.items():
+        with layers.without_branches(module, off):
+            expected = runner.run(inputs)
+        for output, value in expected.items():
+            assert np.abs(value - on[output]).max() > 1e-6, (name, "the pair has an effect")
+            np.testing.assert_allclose(found[name][output], value, rtol=0, atol=1e-13 * np.abs(value).max())
+    return len(groups)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_batch_gives_what_single_runs_give(name: str, counted: type[Counted]) -> None:
+    make, inputs = MADE[name]
+    count = compared(make(), inputs)
+    assert counted.together == 1 and count > 2
+    assert counted.single <= 6, "one for the test of the batch, the others where blocks are recorded"
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_module_that_no_batch_can_have_is_run_for_each_pair(name: str, counted: type[Counted]) -> None:
+    make, inputs = ALONE[name]
+    assert counted.single == 0
+    assert compared(make(), inputs) <= counted.single and counted.together == 1
+
+
+@pytest.mark.parametrize(("wrong", "failure"), [("first", ""), ("last", ""), ("", "no memory")])
+def test_batch_that_is_wrong_or_fails_is_not_used(wrong: str, failure: str, counted: type[Counted]) -> None:
+    counted.wrong, counted.failure = wrong, failure
+    make, inputs = MADE["layers"]
+    assert compared(make(), inputs) <= counted.single and counted.together == 1
+
+
+def test_pair_near_the_rounding_of_fp64_is_run_by_itself(counted: type[Counted]) -> None:
+    module = with_pairs(Reading())
+    on, groups = Fp64Runner(module).run(NUMBERS), off_by_name(module)
+    (faint,) = groups["layers.2 of a"]
+    owner = module.get_submodule("layers.2")
+    with torch.no_grad():
+        owner.lora_B[faint.parameter].mul_(1e-14)  # type: ignore[index, operator, union-attr]
+    on = Fp64Runner(module).run(NUMBERS)
+    assert list(single_pairs.outputs_without(module, NUMBERS, groups, on))[-1][0] == "layers.2 of a"
+
+
+def test_results_of_operators_limit_the_batches(counted: type[Counted], monkeypatch: pytest.MonkeyPatch) -> None:
+    make, inputs = MADE["layers"]
+    monkeypatch.setattr(single_pairs, "MOST_BATCHED", 2 * inputs["x"].nbytes)
+    assert compared(make(), inputs) == 4 and counted.together == 2
+    monkeypatch.setattr(single_pairs, "MOST_BATCHED", inputs["x"].nbytes)
+    assert compared(make(), inputs) == 4 and counted.together == 2
