@@ -232,8 +232,9 @@ def _distance(one: parity.Outputs, other: parity.Outputs) -> float:
     found = [0.0]
     for name, values in other.items():
         with np.errstate(invalid="ignore"):  # inf - inf
-            difference = np.max(np.abs(one[name].astype(np.float64) - values), initial=0)
-        size = np.max(np.abs(values), initial=0)
+            difference = np.abs(one[name].astype(np.float64) - values)
+        difference = np.max(np.where(one[name] == values, 0, difference), initial=0)  # a mask may have an infinity
+        size = np.max(np.abs(values), where=np.isfinite(values), initial=0)
         found.append(float(difference / size if size else difference))
     return float(np.max(found))
 
