@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner, UseRow
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
+from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs, judge_missing_part
 from lora_export.verification.references import single_pairs
 from lora_export.verification.references.single_pairs import RecordedBlocks, control_pairs
 
@@ -334,6 +335,7 @@ class Reading(nn.Module):
 
     def __init__(self, what: str = "") -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.layers, self.what = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), what
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -471,3 +473,52 @@ def test_results_of_operators_limit_the_batches(counted: type[Counted], monkeypa
     assert compared(make(), inputs) == 4 and counted.together == 2
     monkeypatch.setattr(single_pairs, "MOST_BATCHED", inputs["x"].nbytes)
     assert compared(make(), inputs) == 4 and counted.together == 2
+
+
+# --- faults of candidates, below rounding ---
+
+ROWS = {"x": np.random.default_rng(1).normal(size=(4000, 4))}
+NOISE = 2.0  # of PyTorch and the candidate, in effects of the pair that the fault is about
+
+
+def with_fault(fault: str) -> Arrays:
+    """Outputs in fp64 of the layers, with a fault in the pair of layer 1."""
+    module = with_pairs(Reading())
+    (own,), (other,) = (off_by_name(module)[f"layers.{number} of a"] for number in (1, 2))
+    b, b_of_other = (module.get_submodule(f"layers.{n}").lora_B[own.parameter].data for n in (1, 2))  # type: ignore[index, union-attr]
+    if fault == "missing":
+        b.zero_()
+    if fault == "twice":
+        b.mul_(2)
+    if fault == "in another layer":
+        b_of_other.copy_(b_of_other + b)
+        b.zero_()
+    if fault == "swapped":
+        b_of_other.copy_(torch.stack([b.clone(), b.copy_(b_of_other)])[0])
+    assert own.parameter == other.parameter
+    return Fp64Runner(module).run(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [("", ""), ("missing", "lacks"), ("twice", "has 2 times"), ("in another layer", "lacks"), ("swapped", "lacks")],
+)
+def test_batches_find_the_faults_that_single_runs_find(
+    fault: str, found: str, counted: type[Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, rng = with_pairs(Reading()), np.random.default_rng(2)
+    (right,), (wrong,) = Fp64Runner(module).run(ROWS).values(), with_fault(fault).values()
+    (without,) = with_fault("missing").values()
+    noise = NOISE * np.sqrt(np.mean(np.square(without - right)))
+    deployed, own = ((y + noise * rng.normal(size=y.shape)).astype(np.float16) for y in (right, wrong))
+    case = Case("rows", "", {"output_0": right}, {"output_0": deployed}, {"output_0": own})
+    judge = functools.partial(judge_missing_part, [case], dtype="float16")
+    together = control_pairs(module, {"rows": ROWS}, [case], judge)
+    assert counted.together == 1
+    monkeypatch.setattr(single_pairs, "LARGEST_BATCH", 1)
+    alone = control_pairs(module, {"rows": ROWS}, [case], judge)
+    assert counted.together == 1 and alone.faults == together.faults
+    assert (alone.names, alone.missed, alone.without_effect) == (together.names, together.missed, ())
+    assert together.shares == pytest.approx(alone.shares, rel=1e-9)
+    of_layer = [text for text in together.faults if text.startswith("layers.1: ")]
+    assert [found in text for text in of_layer] == [True] * bool(found)
