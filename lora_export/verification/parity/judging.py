@@ -54,12 +54,13 @@ from lora_export.verification.parity.gates import (
     ratio_limit,
     small_feature_reasons,
 )
-from lora_export.verification.parity.measurements import PYTORCH, Figures
+from lora_export.verification.parity.measurements import PYTORCH, Figures, Histogram
 from lora_export.verification.parity.reasons import input_reasons, notes_on_scope, power_reasons, reasons_of
 from lora_export.verification.parity.special_values import without_fill, without_ties
 from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, Verdict, outcome_of
 
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
+NOT_COUNTED = Histogram(0, (), 0)
 DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
 
 
@@ -74,6 +75,7 @@ def judge(
     not_judged: Sequence[str] = (),
     doubts: Sequence[str] = (),
     faults: Sequence[str] = (),
+    gates_only: bool = False,
 ) -> Verdict:
     """Apply every gate and control to every output of every case.
 
@@ -81,6 +83,7 @@ def judge(
     `atol` and `rtol` are an additional requirement and never relax a gate. `notes` and `not_judged` become the
     verdict's. `doubts` are parts of the model that the inputs do not exercise; each makes the verdict undecided.
     `faults` are errors in the candidate's weights; each makes it different, however little of it reaches an output.
+    With `gates_only`, figures that no gate needs are left out, and so are the controls.
 
     Raises InputRefused for a dtype that is not in DEPLOYED_DTYPES, and for a tolerance that is negative or not finite.
     """
@@ -95,7 +98,7 @@ def judge(
     peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.scaled is not None for case in cases)
     comparisons = tuple(
-        _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance)
+        _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance, gates_only=gates_only)
         for case in cases
         for output in case.outputs
     )
@@ -126,7 +129,14 @@ def judge(
 
 
 def _compare(
-    case: Case, output: str, cases: Sequence[Case], *, dtype: str, adapted: bool, tolerance: Tolerance | None
+    case: Case,
+    output: str,
+    cases: Sequence[Case],
+    *,
+    dtype: str,
+    adapted: bool,
+    tolerance: Tolerance | None,
+    gates_only: bool,
 ) -> Comparison:
     faults = structure_reasons(case, output, adapted=adapted)
     if faults or case.reference[output].size == 0:
@@ -139,18 +149,22 @@ def _compare(
             if output in other.outputs and not structure_reasons(other, output, adapted=adapted)
         ]
     peer_errors = [difference(each.deployed[output], each.reference[output]).ravel() for each in measured]
-    figures = _measure(case, output, np.concatenate(peer_errors), dtype=dtype, tolerance=tolerance)
+    errors = np.concatenate(peer_errors)
+    figures = _measure(case, output, errors, dtype=dtype, tolerance=tolerance, gates_only=gates_only)
     return Comparison(case.name, output, figures, tuple(reasons_of(case.name, output, figures)))
 
 
-def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, tolerance: Tolerance | None) -> Figures:
+def _measure(
+    case: Case, output: str, peer_errors: Wide, *, dtype: str, tolerance: Tolerance | None, gates_only: bool
+) -> Figures:
     """Every figure, gate and control of one output. All runs have it, finite and in one shape."""
     o, r, p = case.candidate[output], case.reference[output], case.deployed[output]
     base, scaled = (None if run is None else run[output] for run in (case.base, case.scaled))
     effect = None if base is None else effect_of(r, base)
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
     error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
-    has_classes = is_class_scores(output, o) and output not in case.filled
+    has_classes = not gates_only and is_class_scores(output, o) and output not in case.filled
+    counted = (lambda _: NOT_COUNTED) if gates_only else histogram
     finest, worst = coarser(o, dtype), worst_element(o, r)
     allowed = None
     if is_float(o):
@@ -164,20 +178,20 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         ratio=ratio(error, deployed_error),
         max_error=peak(difference(o, r)),
         deployed_max_error=peak(difference(p, r)),
-        max_relative_error=max_relative(wide(o), wide(r)),
+        max_relative_error=None if gates_only else max_relative(wide(o), wide(r)),
         worst=replace(worst, index=case.index(output, worst.index)),
         effect=effect,
         relative_to_effect=ratio(error, effect),
-        cosine=cosine(wide(o), wide(r)),
+        cosine=None if gates_only else cosine(wide(o), wide(r)),
         top1=top1_agreement(o, r, p) if has_classes else None,
         kl=kl_divergence(o, r) if has_classes else None,
         merge_loss=ratio(loss, effect),
-        errors=histogram(difference(o, r)),
-        deployed_errors=histogram(difference(p, r)),
-        effects=None if base is None else histogram(difference(r, base)),
+        errors=counted(difference(o, r)),
+        deployed_errors=counted(difference(p, r)),
+        effects=None if base is None else counted(difference(r, base)),
         gates=tuple(gates_of(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
-        controls=tuple(
-            controls_of(o, r, base, scaled, dtype=finest, allowed=allowed, effect=effect, tolerance=tolerance)
-        ),
+        controls=()
+        if gates_only
+        else tuple(controls_of(o, r, base, scaled, dtype=finest, allowed=allowed, effect=effect, tolerance=tolerance)),
         peer=case.peer,
     )

@@ -61,7 +61,7 @@ class MissingPart(NamedTuple):
 
     changes_outputs: bool  # by more than rounding in fp64
     is_detected: bool  # the gates call outputs without it `different`
-    share: EffectShare
+    share: EffectShare  # nothing where the gates detect it
 
 
 def judge_missing_part(cases: Sequence[Case], case: Case, without: Outputs, *, dtype: str) -> MissingPart:
@@ -74,10 +74,10 @@ def judge_missing_part(cases: Sequence[Case], case: Case, without: Outputs, *, d
     probes = [
         _as_candidate(each, without if each is case else each.reference) for each in (cases if has_few else [case])
     ]
-    verdict = judge(probes, dtype=dtype)
+    verdict = judge(probes, dtype=dtype, gates_only=True)
     changes = any(figures.effect for comparison, figures in verdict.measured if comparison.case == case.name)
     is_detected = any(reason.outcome is Outcome.DIFFERENT for reason in verdict.reasons)
-    return MissingPart(changes, is_detected, _share(case, without, dtype))
+    return MissingPart(changes, is_detected, EffectShare() if is_detected else _share(case, without, dtype))
 
 
 def _as_candidate(case: Case, outputs: Outputs) -> Case:

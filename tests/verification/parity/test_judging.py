@@ -127,3 +127,14 @@ def test_candidate_with_missing_or_scaled_adapter_is_never_same(
     own = 10**log_own * rng.normal(size=size)
     case = make(own=own, error=factor * effect, effect=effect, truth=truth, dtype=dtype)
     assert judge([case], dtype=dtype).outcome is not Outcome.SAME
+
+
+@pytest.mark.parametrize("error", [1e-6, 3e-6, 0.5, 1.0])
+def test_gates_alone_find_what_the_whole_verdict_finds(error: float) -> None:
+    case = make(error=error * ERROR)
+    whole, gates = judge([case]), judge([case], gates_only=True)
+    ((_, one),), ((_, other),) = whole.measured, gates.measured
+    assert one.gates == other.gates and one.effect == other.effect
+    found = [[each.gate for each in one.reasons if each.outcome is Outcome.DIFFERENT] for one in (whole, gates)]
+    assert found[0] == found[1] and bool(found[0]) is (error > 2e-6)
+    assert one.controls and one.cosine and not other.controls and other.cosine is None
