@@ -236,7 +236,7 @@ class PreparedGraphReferences(PreparedReferences):
         peer = open_graph_session(model, PEER, references.base.provider, timeout=references.base.timeout)
         del model  # the session has its weights
         deployed = {name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}
-        return deployed, sensitivity_of(outputs, peer, self.inputs), notes
+        return deployed, sensitivity_of(outputs, peer, self.inputs, deployed), notes
 
     def _form_of_peer(self) -> tuple[Form, str]:
         """Another form than the candidate's, the most exact one in the graph's types, and its description."""

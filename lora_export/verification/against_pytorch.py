@@ -232,7 +232,7 @@ class PreparedPyTorch(PreparedReferences):
         own = found.outputs
         sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
         doubts = [*found.doubts, *self.weights.doubts, *sizes, *self.inputs.doubts, *found.quantisation.doubts]
-        sensitivity = sensitivity_of(outputs, self.deployed, self.inputs)
+        sensitivity = sensitivity_of(outputs, self.deployed, self.inputs, own)
         names_known = self.candidate.names_known and self.deployed.names_known
         self._cache = self._cache_entry(own)
         if is_large_model:  # its weights are made again where they are needed

@@ -60,7 +60,7 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     if refusals:
         return CandidateOutputs(by_case, tuple(refusals))
     step("inputs, one by one")
-    changed = changed_outputs(candidate, inputs)
+    changed = changed_outputs(candidate, inputs, by_case)
     first, arrays = next(iter(inputs.cases.items()))
     repeated = candidate.run(arrays)
     if same_bits(by_case[first], repeated):
@@ -69,23 +69,31 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
 
 
-def changed_outputs(runner: Runner, inputs: Inputs, returned: Collection[str] = ()) -> dict[str, bool]:
+def changed_outputs(
+    runner: Runner, inputs: Inputs, known: OutputsByCase, returned: Collection[str] = ()
+) -> dict[str, bool]:
     """Input -> whether another draw of it, with the other inputs held, changes an output.
 
-    Outputs that are not among the `returned` do not count, if any are.
+    `known` are the runner's outputs by case. Outputs that are not among the `returned` do not count, if any are.
     """
     if not inputs.perturbed:
         return {}
-    before = runner.run(inputs.varied)
+    case = next((name for name, arrays in inputs.cases.items() if arrays is inputs.varied), "")
+    before = known[case] if case in known else runner.run(inputs.varied)
     before = {name: value for name, value in before.items() if name in returned} or before
     return {name: differ(before, runner.run(arrays)) for name, arrays in inputs.perturbed.items()}
 
 
-def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> tuple[parity.Sensitivity, ...]:
-    """Whether each input changes the outputs of the peer and of the candidate, of those that the candidate returns."""
+def sensitivity_of(
+    outputs: CandidateOutputs, peer: Runner, inputs: Inputs, known: OutputsByCase
+) -> tuple[parity.Sensitivity, ...]:
+    """Whether each input changes the outputs of the peer and of the candidate, of those that the candidate returns.
+
+    `known` are the peer's outputs by case.
+    """
     if not outputs.changed:
         return ()
-    expected = changed_outputs(peer, inputs, next(iter(outputs.by_case.values())))
+    expected = changed_outputs(peer, inputs, known, next(iter(outputs.by_case.values())))
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 

@@ -65,9 +65,9 @@ def without_z() -> FakeRunner:
 def test_an_output_that_the_candidate_lacks_shows_no_input() -> None:
     peer = FakeRunner(lambda inputs, _: {"y": inputs["x"], "more": inputs["z"]})
     found = run_candidate(without_z(), INPUTS, ignore)
-    assert sensitivity_of(found, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", False, False))
+    assert sensitivity_of(found, peer, INPUTS, {}) == (Sensitivity("x", True, True), Sensitivity("z", False, False))
     renamed = run_candidate(FakeRunner(lambda inputs, _: {"0": inputs["x"]}), INPUTS, ignore)
-    assert sensitivity_of(renamed, peer, INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
+    assert sensitivity_of(renamed, peer, INPUTS, {}) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
 
 
 def test_every_case_is_run_and_every_step_named() -> None:
@@ -82,13 +82,23 @@ def test_every_case_is_run_and_every_step_named() -> None:
 def test_an_input_that_changes_nothing_is_found() -> None:
     found = run_candidate(without_z(), INPUTS, ignore)
     assert found.changed == {"x": True, "z": False}
-    assert sensitivity_of(found, sums(), INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
+    assert sensitivity_of(found, sums(), INPUTS, {}) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
+
+
+def test_case_whose_inputs_are_drawn_again_is_run_once() -> None:
+    cases = {"one": {"x": X, "z": Z}}
+    inputs = Inputs(cases, varied=cases["one"], perturbed={"z": {"x": X, "z": OTHER}})
+    candidate, peer = without_z(), sums()
+    found = run_candidate(candidate, inputs, ignore)
+    assert candidate.runs == 3, "the case, another z, and the case again at the end"
+    assert sensitivity_of(found, peer, inputs, {"one": {"y": X + Z}}) == (Sensitivity("z", True, False),)
+    assert peer.runs == 1
 
 
 def test_without_other_draws_no_input_is_judged() -> None:
     alone = Inputs(INPUTS.cases)
-    assert changed_outputs(sums(), alone) == {}
-    assert sensitivity_of(run_candidate(sums(), alone, ignore), sums(), alone) == ()
+    assert changed_outputs(sums(), alone, {}) == {}
+    assert sensitivity_of(run_candidate(sums(), alone, ignore), sums(), alone, {}) == ()
 
 
 def test_refused_cases_end_the_run_with_their_names() -> None:
