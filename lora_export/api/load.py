@@ -20,7 +20,7 @@ from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk
-from lora_export.storage.store_path import place
+from lora_export.storage.store_path import StorePath, place
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
@@ -151,7 +151,9 @@ def model_paths(source: ModelSource) -> list[Path]:
     """The paths from which a model is read; an output must not be inside one of them."""
     if not isinstance(source, str | Path):
         return []
-    paths = [Path(source), Path(str(source).rpartition(":")[0])]  # a folder or file, or the file of a factory
+    path = place(source)
+    file = path if isinstance(path, StorePath) else Path(str(source).rpartition(":")[0])  # of a factory
+    paths = dict.fromkeys([path, file])
     return [path for path in paths if path.exists() and path != Path()]
 
 

@@ -19,6 +19,8 @@ from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
 from lora_export.options.tables import keys_of, options_from_table, unknown_key
 from lora_export.storage.input_files import read_bytes
+from lora_export.storage.store_path import StorePath
+from lora_export.storage.store_path import place as stored_place
 
 NAME_IN_TEXT = re.compile(r"\{(\w*)\}")
 NAMES_IN_BRACES = ("adapter", "adapter_path", "base", "base_path")
@@ -75,13 +77,22 @@ def _jobs_of_base(
     patterns = _of_type(table, "adapters", list, place)
     found: dict[str, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it may be absolute
-        if not matches:
+        if not (matches := _matching(pattern)):
             raise InputRefused(f"{place}: {pattern!r} matches no adapter")
         found |= dict.fromkeys(matches)
     for path in found:
         names = {"adapter": default_name(Path(path)), "adapter_path": path, "base": name, "base_path": base}
         yield from _jobs_of_adapter(names, steps)
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files and folders that a glob matches, on the disk or in a store."""
+    path = stored_place(pattern)
+    if not isinstance(path, StorePath):
+        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it may be absolute
+    folder = next(each for each in (path, *path.parents) if not glob.has_magic(str(each)))
+    found = [path] if folder == path else folder.newly().glob(path.relative_to(folder).as_posix())
+    return sorted(str(each) for each in found if each.exists())
 
 
 def _jobs_of_adapter(names: Mapping[str, Any], steps: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[FleetJob]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lora_export
@@ -22,6 +21,7 @@ from lora_export.options.declaring import options_of
 from lora_export.options.merge import MergeOptions
 from lora_export.options.tables import options_from_table
 from lora_export.report.json_document import as_dict
+from lora_export.storage.store_path import place
 
 MERGED_INTO = (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.PIPELINE, ArtifactKind.WEIGHTS,
                ArtifactKind.GGUF, ArtifactKind.GRAPH)  # fmt: skip
@@ -116,7 +116,7 @@ def _misfit(job: FleetJob) -> str:
         with by_headers():
             if job.step == "merge":
                 lora_export.merge(**vars(options) | {"dry_run": True})
-            elif isinstance(options, Applied) and artifact_kind(Path(job.base_path)) in MERGED_INTO:
+            elif isinstance(options, Applied) and artifact_kind(place(job.base_path)) in MERGED_INTO:
                 _plan_alone(job, options)
             else:
                 lora_export.load_adapter(job.adapter_path, options=options.reading)

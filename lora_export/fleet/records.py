@@ -23,6 +23,7 @@ from lora_export.options.tables import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.store_path import newly_opened
 from lora_export.version import __version__
 
 RECORD_SCHEMA = "lora-export/fleet-record/1"
@@ -103,8 +104,8 @@ class FleetRecords:
         None where it does not exist, cannot be read, or has no hash yet.
         """
         try:
-            artifact = open_artifact(path)
-            if content := artifact.record.content if Path(path).exists() else {}:
+            artifact = open_artifact(newly_opened(path))
+            if content := artifact.record.content if artifact.path.exists() else {}:
                 text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
                 sizes = {name: file.stat().st_size for name, file in artifact.files.items()}
                 return {"sizes": sizes, "record": hashlib.sha256(text).hexdigest()}
@@ -146,8 +147,8 @@ class FleetRecords:
         Empty for what is no file, such as a factory of a package, and for what cannot be read: the job will refuse it.
         """
         try:
-            found = model_paths(str(locate(path, ignore)))  # of FILE.py:FACTORY, the file
-            files = open_artifact(found[0]).files if found else {}
+            found = model_paths(locate(path, ignore))  # of FILE.py:FACTORY, the file
+            files = open_artifact(newly_opened(found[0])).files if found else {}
             hashes = {name: self._hash_of(file) for name, file in files.items()}
         except (InputRefused, OSError):
             return {}

@@ -59,9 +59,10 @@ def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, An
     from lora_export.options.tables import options_from_table
 
     job = request.job
-    replaced = {"overwrite": True} if request.replaces and job.output is not None else {}
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
     try:
+        is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
+        replaced = {"overwrite": True} if is_replaced else {}
         options = options_from_table(
             job.kind.record, values, job.place, **job.fixed(), **replaced, on_message=notes.append
         )
@@ -104,5 +105,24 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
 def output_exists(output: str) -> bool:
     """Whether something has the name of an output, or this name with the suffix of a kind."""
     from lora_export.artifacts.output_names import KINDS
+    from lora_export.storage.store_path import StorePath, place
 
-    return any(os.path.lexists(f"{output}{suffix}") for suffix in ("", *KINDS))
+    path = place(output)
+    if isinstance(path, StorePath):
+        path.newly()
+    names = (path.with_name(path.name + suffix) for suffix in ("", *KINDS))
+    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in names)
+
+
+def _removed_from_store(output: str) -> bool:
+    """Whether an output is in a store, which replaces none; if it is whole, it is deleted."""
+    from lora_export.storage.manifest import MANIFEST
+    from lora_export.storage.store_path import StorePath, place
+
+    path = place(output)
+    if not isinstance(path, StorePath):
+        return False
+    whole = path.newly().is_file() or (path / MANIFEST).is_file()
+    for each in [path, *path.rglob("*")] if whole else []:
+        each.unlink(missing_ok=True)
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,12 +17,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.errors import OutputFailed
+from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run
 from lora_export.fleet.worker import perform
 from lora_export.storage.output_lock import output_lock
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
+from support.stores import Stored
 
 FR = JOBS[2:]
 
@@ -196,3 +198,29 @@ def test_processes_are_as_many_as_the_memory_allows(place: Path, monkeypatch: py
         monkeypatch.setenv(AVAILABLE, str(available))
         assert _at_once(fleet, NeedsOfJobs(), options) == expected
     assert len(told) == 2 and told[0].startswith("note: jobs at the same time: 2, not 8. A job needs 0.3 GiB")
+
+
+def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored) -> None:
+    for name in ("base", "adapters"):
+        stored.put(name, place / name)
+        shutil.rmtree(place / name)
+    bucket = f"s3://{stored.name}"
+    text = FLEET.replace('"base"', f'"{bucket}/base"').replace('"adapters/', f'"{bucket}/adapters/')
+    (place / "fleet.toml").write_text(text.replace('"release/', f'"{bucket}/release/'))
+    status, ran = run_here(monkeypatch)
+    assert ran == JOBS and status.counts == {"done": 2, "same": 2}
+    assert run_here(monkeypatch)[1] == [] and not Path("release").exists()
+    first = stored.files("release/fr")
+    peft_adapter(place / "fr", {"up": ([[3, 2, 1]], [[1], [10]])})
+    stored.put("adapters/fr", place / "fr")
+    assert run_here(monkeypatch)[1] == FR and stored.files("release/fr").keys() == first.keys()
+    assert stored.files("release/fr") != first
+    assert run_here(monkeypatch)[1] == []
+
+
+def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: Stored) -> None:
+    stored.put("adapters", place / "adapters")
+    pattern = f"s3://{stored.name}/adapters/x*"
+    (place / "fleet.toml").write_text(FLEET.replace("adapters/*", pattern))
+    with pytest.raises(InputRefused, match=f"{re.escape(repr(pattern))} matches no adapter"):
+        le.run_fleet("plan", "fleet.toml")
