@@ -13,7 +13,7 @@ import lora_export as le
 from lora_export.api.memory_needs import PROGRAM
 from lora_export.fleet.plan import FleetPlan
 from lora_export.formats import adapter_files
-from lora_export.storage import safetensors_file
+from lora_export.storage.safetensors_file import TensorFile
 from support.fleets import BASES, FLEET, MERGE, run_here, small_fleet
 from support.handmade import base_file, peft_adapter
 
@@ -66,11 +66,11 @@ def test_large_tensors_are_not_read(place: Path, monkeypatch: pytest.MonkeyPatch
         peft_adapter(place / "adapters" / name, {"up": (np.ones((1, inner)), [[1], [10]])})
     read: list[int] = []
 
-    def counting(file: Any, dtype: Any, number: int, real: Any = np.fromfile) -> Any:
-        read.append(number)
-        return real(file, dtype, number)
+    def counting(file: TensorFile, name: str, real: Any = TensorFile.read) -> Any:
+        read.append(file.entries[name].nbytes)
+        return real(file, name)
 
-    monkeypatch.setattr(safetensors_file.np, "fromfile", counting)
+    monkeypatch.setattr(TensorFile, "read", counting)
     plan = planned()
     assert [problem.adapter for problem in plan.problems] == ["fr"] and sum(read) < 100
     assert le.load_adapter("adapters/de").pairs["up"].rank == 1 and sum(read) > 4 * size  # as ever
