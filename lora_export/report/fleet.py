@@ -131,11 +131,12 @@ FLEET_REPORTS: Mapping[str, Callable[[FleetDocument], str]] = {".json": _as_json
 
 def check_fleet_report(path: Path) -> None:
     """Raise InputRefused for a path that no such report may have, and EnvironmentLacking without jinja2 for HTML."""
-    if path.suffix not in FLEET_REPORTS:
+    make = FLEET_REPORTS.get(path.suffix)
+    if make is None:
         raise InputRefused(f"{path}: unknown report of a fleet. Name it {', '.join(FLEET_REPORTS)}")
     if path.is_file() and path.stat().st_size and not is_report(path):
         raise InputRefused(f"{path} exists and is no report")
-    if path.suffix == ".html":
+    if make is _as_page:
         require_jinja2()
 
 

@@ -21,7 +21,7 @@ KEPT = CHUNKS_AHEAD + 6  # chunks in memory: threads of a transfer are up to 10 
 SMALL_READ = 1 << 16  # bytes; most headers are shorter
 
 
-def status_of(info: ObjectInfo | None) -> os.stat_result:
+def stat_of(info: ObjectInfo | None) -> os.stat_result:
     """Size and times; the ETag as the number of the inode, so that another object is another file."""
     if info is None:
         return os.stat_result((stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, 0, 0, 0, 0))

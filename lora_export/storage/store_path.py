@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.storage.object_store import ADDRESS, SCHEME, Bucket, ObjectInfo, bucket_of
-from lora_export.storage.store_file import SMALL_READ, SmallObject, StoredFile, UploadedFile, status_of
+from lora_export.storage.store_file import SMALL_READ, SmallObject, StoredFile, UploadedFile, stat_of
 
 _PATTERN = "s3:/", "gs:/", "az:/"
 
@@ -102,7 +102,7 @@ class StorePath(Path, PurePosixPath):
         info = self._info()
         if info is None and not self.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return status_of(info)
+        return stat_of(info)
 
     def exists(self, **_: Any) -> bool:
         return self._info() is not None or self.is_dir()

@@ -239,6 +239,19 @@ def _style(seed: int) -> Callable[..., None]:
     return make
 
 
+def _fleet(inputs: PageInputs, path: Path) -> None:
+    """A fleet of one adapter that is done. Its paths are those of these files, wherever it is copied to."""
+    base, adapter = inputs.path("base"), inputs.path("fr")
+    lines = [
+        f'records = "{path.with_name("fleet.records")}"',
+        f'[[bases]]\npath = "{base}"\nadapters = ["{adapter}"]',
+        f'[[steps]]\nstep = "merge"\noutput = "{path.with_name("released")}/{{adapter}}"',
+        '[[steps]]\nstep = "verify --base"',
+    ]
+    path.write_text("\n".join(lines))
+    assert call("fleet", "run", path) == 0
+
+
 MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "base": _base,
     "texts.jsonl": _texts,
@@ -262,6 +275,7 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "my-lora": lambda inputs, path: shutil.copytree(inputs.path("pirate"), path),
     "classifier": _classifier,
     "customers": _customers,
+    "fleet.toml": _fleet,
     "sdxl": _sdxl,
     "ink.safetensors": _style(1),
     "oil.safetensors": _style(2),
