@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ def test_commands_end_with_6_before_the_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
+    for module in ("api.train", "runtime.open_artifact"):  # imported now, they would keep `never` under its name
+        importlib.import_module(f"lora_export.{module}")
     monkeypatch.setattr(load, "load_model", never)
     monkeypatch.setenv(AVAILABLE, str(3 << 30))
     assert call("verify", large, "--model", large, "--report", tmp_path / "verdict.json") == 6
