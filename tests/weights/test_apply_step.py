@@ -84,6 +84,7 @@ def test_column_norms_are_needed_for_dora_on_in_out_weights_only():
         assert squared_column_norms(step, pieces, lambda rows: pytest.fail("no rows are needed")) is None
 
 
+@pytest.mark.usefixtures("by_numpy")
 def test_a_backend_records_its_device_only():
     assert Backend().settings == {}
     assert Backend(device="cuda (a GPU)").settings == {"device": "cuda (a GPU)"}
