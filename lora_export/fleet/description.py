@@ -22,6 +22,7 @@ from lora_export.storage.input_files import read_bytes
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.store_path import place as stored_place
 
+OF_A_GLOB = frozenset("*?[")
 NAME_IN_TEXT = re.compile(r"\{(\w*)\}")
 NAMES_IN_BRACES = ("adapter", "adapter_path", "base", "base_path")
 KEYS_OF_FILE, KEYS_OF_BASE = ("records", "bases", "steps"), ("path", "name", "adapters")
@@ -90,7 +91,7 @@ def _matching(pattern: str) -> list[str]:
     path = stored_place(pattern)
     if not isinstance(path, StorePath):
         return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it may be absolute
-    folder = next(each for each in (path, *path.parents) if not glob.has_magic(str(each)))
+    folder = next(each for each in (path, *path.parents) if OF_A_GLOB.isdisjoint(str(each)))
     found = [path] if folder == path else folder.newly().glob(path.relative_to(folder).as_posix())
     return sorted(str(each) for each in found if each.exists())
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -16,15 +15,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from lora_export.extras import optional_package
 from lora_export.fleet.worker import JobRequest, perform
 
 JobRecord = dict[str, Any]
 TRIES_OF_JOB = 3  # of a job whose worker dies
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-class WorkerDied(Exception):
-    """A worker ended before its job, by a signal or for lack of memory. The text is the reason."""
 
 
 class Engine(Protocol):
@@ -89,23 +85,12 @@ def _begin(threads: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def require_ray() -> Any:
-    """The package ray. Raises EnvironmentLacking where it is missing."""
-    from lora_export.errors import EnvironmentLacking
-    from lora_export.extras import pip_install
-
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise EnvironmentLacking(f"a fleet on Ray needs the package ray ({error}): {pip_install('fleet')}") from error
-
-
 @contextlib.contextmanager
 def on_ray(address: str, number: int) -> Iterator[Engine]:
     """A cluster of Ray by its address, `auto` or `local`. `number` is that of CPUs of a local one, if above 1."""
     from lora_export.errors import EnvironmentLacking
 
-    ray = require_ray()
+    ray = optional_package("ray", "a fleet on Ray needs the package", "fleet")
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "WARNING"}
     if address == "local":
         settings |= {"include_dashboard": False, **({"num_cpus": number} if number > 1 else {})}

@@ -104,25 +104,30 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
 
 def output_exists(output: str) -> bool:
     """Whether something has the name of an output, or this name with the suffix of a kind."""
+    from lora_export.storage.store_path import StorePath
+
+    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in _names_of(output))
+
+
+def _names_of(output: str) -> list[Path]:
+    """The name of an output, and with the suffix of each kind of file: a command adds the one that is missing."""
     from lora_export.artifacts.output_names import KINDS
     from lora_export.storage.store_path import StorePath, place
 
     path = place(output)
     if isinstance(path, StorePath):
         path.newly()
-    names = (path.with_name(path.name + suffix) for suffix in ("", *KINDS))
-    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in names)
+    return [path.with_name(path.name + suffix) for suffix in ("", *KINDS)]
 
 
 def _removed_from_store(output: str) -> bool:
-    """Whether an output is in a store, which replaces none; if it is whole, it is deleted."""
+    """Whether an output is in a store, which replaces none; what is whole of it is deleted."""
     from lora_export.storage.manifest import MANIFEST
-    from lora_export.storage.store_path import StorePath, place
+    from lora_export.storage.store_path import StorePath
 
-    path = place(output)
-    if not isinstance(path, StorePath):
-        return False
-    whole = path.newly().is_file() or (path / MANIFEST).is_file()
-    for each in [path, *path.rglob("*")] if whole else []:
-        each.unlink(missing_ok=True)
-    return True
+    names = [each for each in _names_of(output) if isinstance(each, StorePath)]
+    for name in names:
+        if name.is_file() or (name / MANIFEST).is_file():
+            for each in [name, *name.rglob("*")]:
+                each.unlink(missing_ok=True)
+    return bool(names)

@@ -57,7 +57,7 @@ def apply_on_processor(part: StepRows) -> Statistics | None:
     if part.column_norms is None and part.known_change is None and part.inputs is None:
         weight = sums.starting_rows(part.step, part.rows, part.stored)
         found = compiled.merged_rows(part.step, part.rows, weight, part.output, measured=part.measured)
-        if found is not None and (not part.measured or is_in_range(found)):
+        if found is not None and (not part.measured or is_in_range(found[:2])):
             statistics = Statistics(part.name)
             if part.measured:
                 statistics.add_sums(found, part.output.size)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
+from lora_export.weights.merge_report import is_in_range
 
 
 @functools.cache
@@ -43,10 +44,9 @@ def name() -> str:
 def merged_rows(
     step: Step, rows: slice, weight: NDArray[Any], output: NDArray[Any], *, measured: bool
 ) -> NDArray[np.float64] | None:
-    """Fill `output` with W + ΔW of these stored rows; None where this module does not do it, or a sum is not finite.
+    """Fill `output` with W + ΔW of these stored rows; None where this module does not do it, or a sum leaves fp32.
 
-    Returns the sums of `merge_report.Statistics`, zeros where they are not measured. Raises InputRefused as
-    `sums.dora_factors` does.
+    Returns the sums of `merge_report.Statistics`, zeros where they are not measured.
     """
     found = kernel()
     if found is None or not all(type(term.pair) is LoraPair for term in step.terms) or not step.terms:
@@ -57,7 +57,10 @@ def merged_rows(
     a, b = _joined_a(step), np.concatenate([_scaled_b(term, rows) for term in step.stored_terms], axis=1)
     factors = None
     if step.magnitude is not None:
-        factors = sums.dora_factors(step, found.squared_norms(before, b, a), rows).astype(np.float32)
+        squares = found.squared_norms(before, b, a)
+        if not is_in_range(squares):  # also where it is zero, which NumPy's path refuses
+            return None
+        factors = sums.dora_factors(step, squares, rows).astype(np.float32)
     figures = np.zeros(5)
     is_finite = found.merge_rows(before, after, b, a, factors=factors, figures=figures if measured else None)
     return figures if is_finite else None

@@ -177,7 +177,7 @@ class Statistics:
         if scratch is None:
             scratch = np.empty(weight.shape, sum_dtype(weight.dtype))
         sums = _sums(weight, change, merged, scratch)
-        if not is_in_range(sums):
+        if not is_in_range(sums[:2]):
             sums = _sums(weight, change, merged, np.empty(weight.shape))
         self.add_sums(sums, weight.size)
 
@@ -216,9 +216,9 @@ def results_of(found: Iterable[Statistics]) -> list[StepResult]:
     return [statistics.result() for statistics in by_weight.values()]
 
 
-def is_in_range(sums: NDArray[np.float64]) -> bool:
+def is_in_range(squares: NDArray[np.float64]) -> bool:
     """Whether sums of squares in fp32 neither under- nor overflow."""
-    return bool(np.all((sums[:2] > SMALLEST_SUM) & (sums[:2] < 1 / SMALLEST_SUM)))
+    return bool(np.all((squares > SMALLEST_SUM) & (squares < 1 / SMALLEST_SUM)))
 
 
 def _sums(

@@ -22,7 +22,8 @@ from lora_export.verification import parity
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
 from lora_export.verification.row_proofs import judge_mixed, mixed_rows, several_on_row
-from support.graphs import a_graph, an_adapter
+from support.graphs import an_adapter
+from support.insertion import with_other_ids
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -61,25 +62,6 @@ def with_reversed_rows(graph: Path, name: str, target: Path) -> Path:
     return target
 
 
-def with_other_ids(graph: Path, text: str, target: Path) -> Path:
-    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
-    model, part = load_graph(graph), a_graph(f"ids (int64[a, b] adapter_ids) => (int64[a, b] other) {{ {text} }}")
-    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
-    (own,), (other,) = part.graph.inputs, part.graph.outputs
-    for node, index in list(given.uses()):
-        node.replace_input_with(index, other)
-    for node, index in list(own.uses()):
-        node.replace_input_with(index, given)
-    nodes = list(part.graph)
-    part.graph.outputs.clear()
-    part.graph.remove(nodes)
-    for number, node in enumerate(nodes):
-        node.outputs[0].name = f"other.{number}"
-    model.graph.insert_before(model.graph[0], nodes)
-    ir.save(model, target)
-    return target
-
-
 FIRST, SECOND = (
     f"at_{name} = Constant <value = int64[1] {{{place}}}> () {name} = Gather <axis = 1> (adapter_ids, at_{name})"
     for name, place in (("first", 0), ("second", 1))
@@ -113,7 +95,7 @@ def test_exchanged_rows_are_different(exported: Path, name: str, tmp_path: Path)
 def test_graph_that_is_wrong_for_some_places_of_adapters_is_different(
     exported: Path, wrong: str, tmp_path: Path
 ) -> None:
-    path = with_other_ids(exported, OTHER_IDS[wrong], tmp_path / "wrong.onnx")
+    path = with_other_ids(exported, "a, b", OTHER_IDS[wrong], tmp_path / "wrong.onnx")
     result = le.verify(path, (net(), INPUTS), adapters=adapters())
     assert result.proof is not None and result.proof.verdict.outcome is Outcome.DIFFERENT
 

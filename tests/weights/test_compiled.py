@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,19 @@ def test_sums_that_are_not_finite_are_refused(value, dtype, message):
     stored[4, 69] = value
     with pytest.raises(InputRefused, match=message), np.errstate(over="ignore"):
         apply_on_processor(part_of(step, stored, np.empty_like(stored)))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+@pytest.mark.usefixtures("kernel")
+def test_rows_of_dora_whose_squares_leave_fp32(size, measured):
+    step = step_on((6, 40), magnitude=np.linspace(0.5, 2, 6))
+    stored = (np.random.default_rng(1).normal(size=(6, 40)) * size).astype(np.float32)
+    pair = LoraPair(step.terms[0].pair.a * size, step.terms[0].pair.b, 0.7, magnitude=step.magnitude)
+    step = Step(step.spec, (Term("mine", "fc", pair),))
+    output = np.empty_like(stored)
+    apply_on_processor(replace(part_of(step, stored, output), measured=measured))
+    np.testing.assert_allclose(output, exact(step, stored), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("kernel")
