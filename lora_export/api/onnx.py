@@ -43,6 +43,9 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     "slots", the adapters are inputs too (slots + 1, ...), which `AdapterSlots` fills while the graph is in use; those
     that are given become files, and without any the proof generates two.
 
+    With `strength_input`, "nodes" and "inputs" get the input `adapter_strengths` (float32 [adapters], by default 1; of
+    "inputs" [1]): a factor of each adapter's change, which every run may choose. The proof runs others than 1, too.
+
     The task "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for
     a prompt and for every token after it. The other tasks make three graphs of a model with an encoder:
     `encoder_model.onnx`, `decoder_model.onnx` for the first tokens, and `decoder_with_past_model.onnx`. The tokenizer,
@@ -122,6 +125,10 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"{named('lora', lora)} is not for {options.task}, whose adapters are in several graphs")
     if options.dora and options.per_row > 1:
         raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
+    if options.has_encoder and options.strength_input:
+        raise WrongUsage(f"{named('strength_input')} is not for {options.task}, whose adapters are in several graphs")
+    if options.strength_input and not adapters and target is None:
+        raise WrongUsage(f"{named('strength_input')} needs an adapter ({named('adapters')})")
     if options.has_encoder and options.fuse:
         raise WrongUsage(f"{named('fuse')} is for decoders alone, not for {options.task}")
     if options.quantize and options.dtype == "bfloat16" and options.provider == "cpu":

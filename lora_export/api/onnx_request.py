@@ -122,6 +122,7 @@ class OnnxProofs:
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
     several: Proof | None = None  # batches in which each row has several adapters
     moved: Proof | None = None  # batches after the adapter of each slot was replaced
+    strengths: Mapping[str, Proof] = field(default_factory=dict)  # at other strengths: of each adapter, or of all
 
     def parts(self, form: Callable[[Proof], Any]) -> dict[str, Any]:
         """What was proven besides the whole, by name; each proof in a form of it."""
@@ -129,6 +130,8 @@ class OnnxProofs:
         if self.unlike_base is not None:
             found["bits_of_base"] = not self.unlike_base
             found["adapters"] = {name: form(proof) for name, proof in self.adapters.items()}
+        if self.strengths:
+            found["strengths"] = {name: form(proof) for name, proof in self.strengths.items()}
         batches = {"mixed": self.mixed, "several": self.several, "moved": self.moved}
         return found | {name: form(proof) for name, proof in batches.items() if proof}
 

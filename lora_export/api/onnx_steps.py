@@ -37,7 +37,17 @@ from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove, prove_by_origin
 from lora_export.verification.references import References
-from lora_export.verification.row_proofs import BASE, MIXED, MOVED, SEVERAL, prove_mixed, prove_moved, prove_several
+from lora_export.verification.row_proofs import (
+    BASE,
+    MIXED,
+    MOVED,
+    SEVERAL,
+    STRENGTHS,
+    prove_mixed,
+    prove_moved,
+    prove_several,
+    prove_strengths,
+)
 from lora_export.weights.checkpoint import Checkpoint
 
 
@@ -105,7 +115,7 @@ def insert_and_save(
             per_row=options.per_row,
         )
     else:
-        insert_nodes(program, located.sites, located.plan)
+        insert_nodes(program, located.sites, located.plan, strength_input=options.strength_input)
     return write_graph(program, options, folder)
 
 
@@ -132,7 +142,8 @@ def _with_inputs(
         taken: dict[str, Any] = {"slots": options.slots, "heads": located.heads, "per_row": options.per_row}
         contract = insert_slots(program, sites, weights, steps, **common, **taken)
     else:
-        contract = insert_inputs(program, sites, weights, **common, required=options.required_inputs)
+        more: dict[str, Any] = {"required": options.required_inputs, "strength_input": options.strength_input}
+        contract = insert_inputs(program, sites, weights, **common, **more)
     names = []
     for number, adapter in enumerate(options.adapters):
         assert steps is not None
@@ -193,7 +204,8 @@ def prove_all(
         options, runner = _with_slots(options, runner)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
-        return OnnxProofs(require_same(_prove(runner, own, options, "")))
+        whole = require_same(_prove(runner, own, options, ""))
+        return OnnxProofs(whole, strengths=_prove_strengths(runner, own, options, "all"))
     without, *runners = _by_adapter(runner, options)
     whole = _prove_base(without, references.with_adapters(()), options, existing)
     unlike = bits_that_differ(before, _outputs(without, references))
@@ -202,10 +214,11 @@ def prove_all(
             "note: without an adapter the graph is the base, but not to the last bit: onnxruntime computes it in "
             f"another order ({unlike[0]})"
         )
-    adapters = {}
+    adapters, strengths = {}, dict[str, Proof]()
     for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
         own = references.with_adapters([adapter], [strength])
         adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
+        strengths |= _prove_strengths(own_runner, own, options, adapter.name)
     several = mixed = moved = None
     if options.per_row > 1:
         own = references.with_adapters(options.adapters, options.strengths)
@@ -216,7 +229,7 @@ def prove_all(
         mixed = require_same(prove_mixed(runner, references, alone, several), MIXED)
         moved = prove_moved(runner, references, alone)
         moved = moved and require_same(moved, MOVED)
-    return OnnxProofs(whole, adapters, mixed, unlike, several, moved)
+    return OnnxProofs(whole, adapters, mixed, unlike, several, moved, strengths)
 
 
 def _with_slots(options: OnnxRequest, runner: OnnxRunner) -> tuple[OnnxRequest, OnnxRunner]:
@@ -230,6 +243,14 @@ def _with_slots(options: OnnxRequest, runner: OnnxRunner) -> tuple[OnnxRequest, 
 
 def _prove(runner: Graphs, references: References, options: OnnxRequest, what: str) -> Proof:
     return prove(references.as_run(runner), references, step=stage_of_proof(options.stage, what))
+
+
+def _prove_strengths(runner: Graphs, references: References, options: OnnxRequest, name: str) -> dict[str, Proof]:
+    """The proof at other strengths than the default, by this name; none for a graph without such an input."""
+    if not options.strength_input or not isinstance(runner, OnnxRunner):
+        return {}
+    proof = prove_strengths(runner, references, step=stage_of_proof(options.stage, f"{name}, {STRENGTHS}"))
+    return {} if proof is None else {name: require_same(proof, f"{name}, {STRENGTHS}")}
 
 
 def _prove_base(runner: Graphs, references: References, options: OnnxRequest, existing: Path | None) -> Proof:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
+from lora_export.formats.contract import ADAPTER_STRENGTHS
 from lora_export.graph.interface import Port
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
@@ -242,8 +243,10 @@ def _interface_lines(found: Inspection, graph: Sites) -> Iterator[str]:
     yield f"{found.path.name}: ONNX, {opsets}, {layers}"
     yield from _record_lines(found)
     yield from _port_lines("input", [port for port in interface.inputs if not port.optional])
-    if optional := [port for port in interface.inputs if port.optional]:
-        yield f"  and {len(optional)} optional inputs, as {optional[0].name} (--json lists them)"
+    strengths = [port for port in interface.inputs if port.optional and port.name == ADAPTER_STRENGTHS]
+    yield from (f"{line}, by default 1" for line in _port_lines("input", strengths))
+    if optional := [port for port in interface.inputs if port.optional and port not in strengths]:
+        yield f"  and {count(len(optional), 'optional input')}, as {optional[0].name} (--json lists them)"
         yield "  onnxruntime warns of each of them. SessionOptions.log_severity_level = 3 leaves the warnings out"
     yield from _port_lines("output", interface.outputs)
     if past := next((port for port in interface.inputs if any(map(_is_past, port.shape or ()))), None):

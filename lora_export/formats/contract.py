@@ -21,6 +21,8 @@ from lora_export.storage import json_files
 
 CONTRACT_KEY = "lora_export.inputs"
 SLOTS_KEY = "lora_export.slots"  # in place of it, where each row of a batch chooses a slot
+STRENGTHS_KEY = "lora_export.strengths"  # of the adapters whose strengths are an input
+ADAPTER_STRENGTHS = "adapter_strengths"  # that input, (adapters,): a factor of each adapter's change, by default 1
 
 AdapterArrays = Mapping[str, NDArray[Any]]  # input -> its value
 NO_ARRAYS: AdapterArrays = MappingProxyType({})
@@ -257,3 +259,17 @@ def _place(entry: Mapping[str, Any]) -> AdapterPlace:
 def version_of(fingerprint: str) -> int:
     """The first 31 bits of a hash: an adapter's file holds no more."""
     return int(fingerprint[:8], 16) & 0x7FFFFFFF
+
+
+def read_strengths(metadata: Mapping[str, str], source: Path | str) -> list[str]:
+    """The adapters whose strengths are an input of the graph, in its order; none without such an input.
+
+    Of a graph with inputs for adapters it is the name of the input: one adapter is active at a time. Raises
+    InputRefused where the record is damaged.
+    """
+    if STRENGTHS_KEY not in metadata:
+        return []
+    names = json_files.parse_json(metadata[STRENGTHS_KEY].encode(), f"{source}, {STRENGTHS_KEY}").get("adapters")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputRefused(f"{source}: its record of strengths ({STRENGTHS_KEY}) is damaged: it names no adapters")
+    return names

@@ -119,6 +119,12 @@ class OnnxOptions(GivenAdapters, Running, Published):
         at_least=1,
         only=(Only("lora", ("rows", "slots")),),
     )
+    strength_input: bool = option(
+        False,
+        "With {lora=nodes} and inputs: add the input adapter_strengths, a factor of each adapter's change that every "
+        "run may choose. Default: 1.",
+        only=(Only("lora", ("nodes", "inputs"), "rows and slots have {per_row}, and in a merge nothing is left"),),
+    )
     ignore_head: bool = option(
         False,
         "With {lora=inputs}, rows and slots: leave out the task head that the adapters save whole. MODEL has to "

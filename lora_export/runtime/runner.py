@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused, count
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, AdapterArrays, Contract, read_contract
+from lora_export.formats.contract import (
+    ADAPTER_STRENGTHS,
+    CONTRACT_KEY,
+    SLOTS_KEY,
+    AdapterArrays,
+    Contract,
+    read_contract,
+    read_strengths,
+)
 from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, RowAdapters, read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
@@ -80,6 +88,18 @@ class RowsRunner(CandidateRunner, Protocol):
     ) -> RowsRunner: ...  # the adapters of the rows of every batch, and their factors
 
 
+@runtime_checkable
+class StrengthsRunner(CandidateRunner, Protocol):
+    """A runner of graphs whose runs may choose the strengths of adapters."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def adapters_with_strength(self) -> Sequence[str]: ...  # their names; none where it has no such input
+
+    def with_strengths(self, strengths: Sequence[float]) -> StrengthsRunner: ...  # of these adapters, in every run
+
+
 class PlainRunner:
     """What a runner reports where it has nothing to report."""
 
@@ -118,6 +138,24 @@ class AdaptersByInput(PlainRunner):
     @property
     def adapters_per_row(self) -> int:
         return 1 if self.row_adapters is None else self.row_adapters.per_row
+
+    @functools.cached_property
+    def adapters_with_strength(self) -> list[str]:
+        """The adapters whose strengths are an input of the graph. Raises InputRefused where the record is damaged."""
+        return read_strengths(self.metadata, self.path)
+
+    def strength_of(self, adapter: str) -> float:
+        """The strength of an adapter by its name; of the only one, whatever its name is. 1 without such an input."""
+        names, values = self.adapters_with_strength, self._adapter_values.get(ADAPTER_STRENGTHS)
+        if values is None or (len(names) > 1 and adapter not in names):
+            return 1.0
+        return float(values[names.index(adapter) if len(names) > 1 else 0])
+
+    def with_strengths(self, strengths: Sequence[float]) -> Self:
+        """The same session with these strengths of `adapters_with_strength` in every run."""
+        runner = copy.copy(self)
+        runner._adapter_values = {**self._adapter_values, ADAPTER_STRENGTHS: np.array(strengths, np.float32)}
+        return runner
 
     @functools.cached_property
     def contract_of_slots(self) -> Contract | None:
@@ -198,6 +236,8 @@ class AdaptersByInput(PlainRunner):
             is_required, values = contract.required, contract.without_adapter() if contract.required else {}
             if adapter is not None:
                 onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)
+        if is_required and self.adapters_with_strength:
+            values = {**values, ADAPTER_STRENGTHS: np.ones(len(self.adapters_with_strength), np.float32)}
         self._adapter_values = values if adapter is None else {**values, **onnx_adapter.arrays_of(adapter)}
         self.axes = {name: sizes for name, sizes in self.axes.items() if name not in self._adapter_values}
         return is_required

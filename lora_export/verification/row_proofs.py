@@ -1,4 +1,7 @@
-"""Proofs of a graph whose rows choose their adapters: each adapter alone, several on one row, and all in one batch."""
+"""Proofs of a graph whose runs choose their adapters: each adapter alone, several on one row, and all in one batch.
+
+Or their strengths: as they are by default, and others.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.row_adapters import without_absent
 from lora_export.options.spelling import named
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, RowsRunner, Runner
+from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.compare_outputs import named_as
@@ -28,7 +31,9 @@ BASE = "the base"
 MIXED = "mixed batches"
 SEVERAL = "several adapters on a row"
 MOVED = "replaced adapters"
+DEFAULT_STRENGTHS, STRENGTHS = "default strengths", "other strengths"
 MOST_SLOTS = 64  # slots whose adapters are judged after they were replaced
+OTHER_STRENGTHS = (0.5, -0.25, -2.0)  # powers of two: B times them has the bits of B
 SCALES_OF_SEVERAL = (0.75, -0.5, 0.375)  # of the adapters on one row, over and over
 
 Prove = Callable[..., Proof]  # `prove`, perhaps with some of its options
@@ -51,10 +56,41 @@ def several_on_row(adapters: int, per_row: int) -> SeveralOnRow:
 def prove_candidate(
     candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
 ) -> Proof:
-    """The proof of a candidate; of a graph whose rows choose their adapters, with every adapter and mixed batches."""
+    """The proof of a candidate; where its rows choose adapters or its runs strengths, of all that they may choose."""
     if isinstance(candidate, RowsRunner) and candidate.takes_rows:
         return prove_rows(candidate, references, prove=prove, step=step)
-    return prove(candidate, references.with_adapters(references.adapters, references.strengths), step=step)
+    proof = prove(candidate, references.with_adapters(references.adapters, references.strengths), step=step)
+    others = prove_strengths(candidate, references, prove=prove, step=functools.partial(_step_of, STRENGTHS, step))
+    if others is None:
+        return proof
+    verdict = parity.joint_verdict({DEFAULT_STRENGTHS: proof.verdict, STRENGTHS: others.verdict})
+    return replace(proof, verdict=verdict, diagnosis=proof.diagnosis or others.diagnosis)
+
+
+def prove_strengths(
+    candidate: Runner, references: References, *, prove: Prove = prove, step: OnProofStep = ignore
+) -> Proof | None:
+    """Judge a graph whose runs choose the strengths of its adapters, at other ones than the default.
+
+    No two of up to three adapters have the same, so that exchanged ones are found. None where the graph has no such
+    input, or no adapter is active. Raises InputRefused where the graph has strengths of other adapters.
+    """
+    adapters = references.adapters
+    if not isinstance(candidate, StrengthsRunner) or not (names := candidate.adapters_with_strength) or not adapters:
+        return None
+    if isinstance(candidate, OnnxRunner) and candidate.lacks_adapter:
+        return None
+    if len(names) > 1 and {adapter.name for adapter in adapters} != set(names):
+        raise InputRefused(
+            f"{candidate.path} has the strengths of {', '.join(names)}. Give these adapters by these names: "
+            f"{named('adapters', 'NAME=ADAPTER')}"
+        )
+    chosen = dict(zip(names, itertools.cycle(OTHER_STRENGTHS), strict=False))
+    given = references.strengths or (1.0,) * len(adapters)
+    factors = [chosen[adapter.name if len(names) > 1 else names[0]] for adapter in adapters]
+    scaled = [strength * factor for strength, factor in zip(given, factors, strict=True)]
+    runner = references.as_run(candidate.with_strengths(list(chosen.values())))
+    return prove(runner, references.with_adapters(adapters, scaled), step=step)
 
 
 def prove_several(

@@ -67,10 +67,10 @@ def row_ids(*numbers: int) -> NDArray[np.int64]:
     return np.array(numbers, np.int64)
 
 
-def with_nodes(model: ir.Model, *adapters: Adapter, **options: Any) -> list[StepResult]:
+def with_nodes(model: ir.Model, *adapters: Adapter, strength_input: bool = False, **options: Any) -> list[StepResult]:
     """Insert adapters as nodes, and check the graph."""
     sites, steps = planned(model, *adapters, **options)
-    results = insert_nodes(model, sites, steps)
+    results = insert_nodes(model, sites, steps, strength_input=strength_input)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return results
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import lora_export as le
+from lora_export.errors import InputRefused
 from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
@@ -174,3 +175,68 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(
     absent = 0.0  # such a label is no longer absent
     verdict = judge_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
     assert verdict.outcome is (parity.Outcome.DIFFERENT if len(set(labels)) > 1 else outcome)
+
+
+# --- strengths that a run chooses ---
+
+
+def with_strength_of(graph: Path, place: int | None, target: Path) -> Path:
+    """The graph whose adapters all have the strength at this place, or the default one."""
+    model = load_graph(graph)
+    value = ir.tensor(np.ones(2, np.float32)) if place is None else ir.tensor([place], ir.DataType.INT64)
+    constant = ir.node("Constant", [], {"value": value})
+    for node in model.graph:
+        if node.op_type == "Gather" and any(one is not None and one.name == "adapter_strengths" for one in node.inputs):
+            node.replace_input_with(0 if place is None else 1, constant.outputs[0])
+    model.graph.insert_before(model.graph[0], constant)
+    ir.save(model, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def with_strengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("strengths") / "nodes.onnx"
+    result = le.export_onnx((net(), INPUTS), path, adapters=adapters(), lora="nodes", strength_input=True)
+    assert result.proofs is not None and list(result.proofs.strengths) == ["all"]
+    return path
+
+
+def test_other_strengths_are_proven_too(with_strengths: Path) -> None:
+    result = le.verify(with_strengths, (net(), INPUTS), adapters=adapters()[::-1])
+    assert result.verdict.outcome == "same"
+    assert {comparison.case.split(",")[0] for comparison in result.verdict.comparisons} == {
+        "default strengths",
+        "other strengths",
+    }
+
+
+@pytest.mark.parametrize("place", [0, 1, None])
+def test_a_graph_of_wrong_strengths_is_different(with_strengths: Path, place: int | None, tmp_path: Path) -> None:
+    wrong = with_strength_of(with_strengths, place, tmp_path / "wrong.onnx")
+    result = le.verify(wrong, (net(), INPUTS), adapters=adapters())
+    assert result.verdict.outcome == "different"
+    assert all(reason.case is None or "other strengths" in reason.case for reason in result.verdict.reasons)
+
+
+def test_other_adapters_than_those_with_strengths_are_refused(with_strengths: Path) -> None:
+    with pytest.raises(InputRefused, match=r"has the strengths of one, two\. Give these adapters by these names"):
+        le.verify(with_strengths, (net(), INPUTS), adapters=adapters()[:1])
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_the_strength_of_an_adapter_that_is_given_is_proven(tmp_path: Path, required: bool) -> None:
+    result = le.export_onnx(
+        (net(), INPUTS),
+        tmp_path / "g.onnx",
+        adapters=adapters(),
+        lora="inputs",
+        strength_input=True,
+        required_inputs=required,
+    )
+    assert result.proofs is not None and list(result.proofs.strengths) == ["one", "two"]
+    proven = le.verify(
+        tmp_path / "g.onnx", (net(), INPUTS), adapters=adapters()[:1], onnx_adapter=tmp_path / "one.onnx_adapter"
+    )
+    assert proven.verdict.outcome == "same" and len(proven.verdict.comparisons) > len(result.proofs.whole.cases)
+    without = le.verify(tmp_path / "g.onnx", (net(), INPUTS))
+    assert without.verdict.outcome == "same"

@@ -15,7 +15,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.contract import CONTRACT_KEY, AdapterPlace, Contract, HeadPlace, read_contract
+from lora_export.formats.contract import (
+    ADAPTER_STRENGTHS,
+    CONTRACT_KEY,
+    AdapterPlace,
+    Contract,
+    HeadPlace,
+    read_contract,
+)
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_names import (
     CONVENTIONS,
@@ -27,6 +34,7 @@ from lora_export.graph.insert.adapter_names import (
     dotted,
     module_of,
 )
+from lora_export.graph.insert.adapter_strengths import StrengthInput, refused_strength
 from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.insert.structured_branches import scaled_input
@@ -36,6 +44,7 @@ from lora_export.options.export import OnnxOptions
 from lora_export.plan import Layout, Plan
 from lora_export.storage.hashes import ALGORITHMS, FAST
 
+ACTIVE_ADAPTER = "adapter"  # whose strength a graph has that takes one adapter at a time
 MIN_IR_VERSION = 4  # before it, every initializer had to be an input, and no input was optional
 
 
@@ -49,6 +58,7 @@ def insert_inputs(
     scaled: Iterable[str] = (),
     max_rank: int = 0,
     required: bool = False,
+    strength_input: bool = False,
 ) -> Contract:
     """Give the layers of these weights A and B as optional inputs, in memory. See `AdapterPlace` for the shapes.
 
@@ -57,7 +67,8 @@ def insert_inputs(
     layer has a symbol of its own, so that an adapter's ranks may differ. With `max_rank` every rank is this one, and
     the default is zeros: no shape of an adapter is dynamic. With `required` there is no default. The weights in `dora`
     also get an input for the factor of each output, by default ones, which multiplies the sum before the bias is added;
-    those in `scaled` one for the factor of each of the layer's inputs.
+    those in `scaled` one for the factor of each of the layer's inputs. With `strength_input`, B is multiplied by one
+    more input (see `StrengthInput`), and neither of these is there.
     `names` is one of CONVENTIONS. The returned contract lists the inputs, their positions and the base's fingerprint.
     It is stored in the graph's metadata too. `sites` is invalid afterwards.
 
@@ -74,6 +85,9 @@ def insert_inputs(
         raise InputRefused("the graph has inputs for adapters already: start from the graph without them")
     digests, with_dora, with_scale = weight_digests(sites), set(dora), set(scaled)
     inserter, places = Inserter(model), []
+    if strength_input and (factors_of := sorted(with_dora | with_scale)):
+        raise refused_strength("DoRA and IA3 have factors that no strength multiplies", factors_of)
+    strengths = StrengthInput(model, inserter.factory, [ACTIVE_ADAPTER]) if strength_input else None
     for weight in weights:
         readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
         is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
@@ -83,16 +97,17 @@ def insert_inputs(
         scale = name_of(module_of(weight), SCALE, is_embedding) if weight in with_scale else ""
         place = replace(place, max_rank=max_rank, scale=scale)
         factors = _add_inputs(inserter.factory, place)
+        b = strengths.times(factors[LORA_B], ACTIVE_ADAPTER) if strengths else factors[LORA_B]
         for site in own_sites:
             if place.scale:
                 inserter.scale_input(site, *scaled_input(inserter.factory, site, factors[SCALE]))
             factor = factors.get(DORA_FACTOR)
             rescaling = common_rescaling(inserter.factory, site, factor) if factor else None
-            inserter.insert(site, [(factors[LORA_A], factors[LORA_B])], rescaling)
+            inserter.insert(site, [(factors[LORA_A], b)], rescaling)
         places.append(place)
     inserter.finish()
     contract = Contract(fingerprint(digests), names_digest(sites), tuple(places), required)
-    for name in contract.inputs if required else ():
+    for name in [*contract.inputs, *([ADAPTER_STRENGTHS] if strengths else [])] if required else ():
         model.graph.initializers.pop(name).const_value = None
     model.metadata_props[CONTRACT_KEY] = str(contract)
     return contract

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LOKR_W1, LOKR_W2, LORA_A, LORA_B, SCALE, module_of
+from lora_export.graph.insert.adapter_strengths import StrengthInput, refuse_steps_without_strength
 from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
 from lora_export.graph.insert.structured_branches import kronecker_branch, scaled_input
@@ -22,7 +23,7 @@ from lora_export.plan import Plan, Step, Term
 from lora_export.weights.merge_report import StepResult
 
 
-def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
+def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: bool = False) -> list[StepResult]:
     """Insert every pair of the plan beside its layer, in memory. Returns statistics of the biases that changed.
 
     A linear layer gains a MatMul by A (in, r), a MatMul by B (r, out) and an Add to its product, before any other node
@@ -42,31 +43,37 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     - LoKr's kron(w1, w2) is a product by w2ᵀ and one by w1, where these cost less than the weight: `X.lokr_w1.weight`
       (a, b) and `X.lokr_w2.weight` (d, c).
     - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
+    - With `strength_input`, each change is multiplied by the strength of its adapter, which is an input of the graph
+      (see `StrengthInput`).
 
     `sites` is invalid afterwards. Raises InputRefused where a weight has a reader beside which no branch can be
     inserted, where the graph contains such branches already, where DoRA or a packed weight needs opset 11, and as
     `fold_graph` does. The graph is then partly changed and must not be used.
     """
     refuse_steps_without_branch(plan)
+    if strength_input:
+        refuse_steps_without_strength(plan)
     # First, because the insertion of branches moves biases.
     merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms or step.is_vector]
     for step in plan.low_rank:
         if step.replace is not None:
             change_weight(model, sites, replace(step, terms=()))
     inserter = Inserter(model)
+    names = [adapter.name for adapter in plan.adapters]
+    strengths = StrengthInput(model, inserter.factory, names) if strength_input else None
     labels = {adapter.name: f".{adapter.name}" if len(plan.adapters) > 1 else "" for adapter in plan.adapters}
     for step in (step for step in plan.low_rank if not step.is_vector):
         if step.scaling is not None:
-            _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter])
+            _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter], strengths)
             continue
         is_embedding, products = step.terms[0].pair.embedding, [term for term in step.terms if _is_kronecker(term)]
         own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products)
         for term in products:
-            _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter])
+            _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter], strengths)
         if products and len(products) == len(step.terms):
             continue
         terms = [term for term in step.terms if term not in products]
-        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter]) for term in terms]
+        pairs = [_pair(inserter.factory, step, term, own_sites, labels[term.adapter], strengths) for term in terms]
         factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), labels[step.terms[0].adapter])
         for site in own_sites:
             inserter.insert(site, pairs, factors.rescaling(site))
@@ -74,12 +81,15 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     return [result for result in merged if result is not None]
 
 
-def _scale(inserter: Inserter, step: Step, scaling: Scaling, sites: Sites, label: str) -> None:
+def _scale(
+    inserter: Inserter, step: Step, scaling: Scaling, sites: Sites, label: str, strengths: StrengthInput | None
+) -> None:
     """Multiply the inputs or the products of a layer by factors."""
     own_sites = inserter.sites_of(step.weight, sites)
     kernel = [1] * (len(own_sites[0].shape) - 2)
     array = scaling.factors.reshape(-1, *kernel).astype(common_dtype(own_sites))
     factor = inserter.factory.factor(module_of(step.weight), f"{SCALE}{label}", array)
+    factor = strengths.blended(factor, step.terms[0].adapter) if strengths else factor
     for site in own_sites:
         if scaling.of_inputs:
             inserter.scale_input(site, *scaled_input(inserter.factory, site, factor))
@@ -91,7 +101,9 @@ def _is_kronecker(term: Term) -> bool:
     return isinstance(term.pair, KroneckerPair) and term.pair.is_cheap
 
 
-def _insert_kronecker(inserter: Inserter, step: Step, term: Term, sites: Sequence[Site], label: str) -> None:
+def _insert_kronecker(
+    inserter: Inserter, step: Step, term: Term, sites: Sequence[Site], label: str, strengths: StrengthInput | None
+) -> None:
     """Insert the two factors of LoKr, the scale in the second one, which is stored transposed."""
     pair, dtype = term.pair, np.dtype(common_dtype(sites))
     assert isinstance(pair, KroneckerPair)
@@ -99,17 +111,21 @@ def _insert_kronecker(inserter: Inserter, step: Step, term: Term, sites: Sequenc
         arrays = {LOKR_W1: pair.w1.astype(dtype), LOKR_W2: (pair.w2.T * np.float32(term.scale)).astype(dtype)}
     module = module_of(step.weight)
     w1, w2 = (inserter.factory.factor(module, f"{name}{label}", array) for name, array in arrays.items())
+    w2 = strengths.times(w2, term.adapter) if strengths else w2
     for site in sites:
         branch = kronecker_branch(inserter.factory, site, w1, w2)
         inserter.insert_beside(site, lambda _, branch=branch: branch)  # type: ignore[misc]
 
 
-def _pair(factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str) -> tuple[Factor, Factor]:
-    """A and s·B as initializers, in the common dtype of the weight's readers."""
+def _pair(
+    factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str, strengths: StrengthInput | None
+) -> tuple[Factor, Factor]:
+    """A and s·B as initializers, in the common dtype of the weight's readers; B times its strength, if it has one."""
     module, dtype = module_of(step.weight), np.dtype(common_dtype(sites))
     with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
         a, b = (factor.astype(dtype) for factor in term.factors)
-    return factory.factor(module, f"{LORA_A}{label}", a), factory.factor(module, f"{LORA_B}{label}", b)
+    pair = factory.factor(module, f"{LORA_A}{label}", a), factory.factor(module, f"{LORA_B}{label}", b)
+    return (pair[0], strengths.times(pair[1], term.adapter)) if strengths else pair
 
 
 class _DoraFactors:

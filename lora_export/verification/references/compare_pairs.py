@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,12 +100,19 @@ def _pairs_of(
         return
     tensors = [tensor for tensor in tensors_in(part) if tensor.name not in own]
     scaled = set(_not_multiplied(part)) if isinstance(part, OnnxRunner) else set()
-    for module, labels, is_named_alike in _by_module(tensors, spellings, several=several):
-        whole = [StoredPair(a.load(), b.load()) for a, b in labels]
+    for module, by_label, is_named_alike in _by_module(tensors, spellings, several=several):
+        whole = [StoredPair(a.load(), _as_run(part, label, b.load())) for label, (a, b) in by_label.items()]
         if names is None:
-            yield StoredPairs(module, whole, is_named_alike and scaled.issuperset(b.name for _, b in labels))
+            is_ours = is_named_alike and scaled.issuperset(b.name for _, b in by_label.values())
+            yield StoredPairs(module, whole, is_ours)
         elif ids and (chosen := _row(whole[0], ids[0], len(names) + 1)):
             yield StoredPairs(module, [chosen], is_ours=True)
+
+
+def _as_run(part: Runner, adapter: str, b: Array) -> Array:
+    """B times the strength with which a run multiplies it."""
+    strength = part.strength_of(adapter) if isinstance(part, OnnxRunner) else 1.0
+    return b if strength == 1 else b * b.dtype.type(strength)
 
 
 def _not_multiplied(graph: OnnxRunner) -> Iterator[str]:
@@ -125,13 +132,14 @@ def _of_contract(graph: OnnxRunner, spellings: Spellings) -> Iterator[StoredPair
     for place in contract.places:
         module = module_of(spellings.of(dotted(module_of(place.weight), "weight")))
         if place.a in values and place.b in values:
-            yield StoredPairs(module, [StoredPair(values[place.a], values[place.b])], is_ours=True)
+            pair = StoredPair(values[place.a], _as_run(graph, "", values[place.b]))
+            yield StoredPairs(module, [pair], is_ours=True)
 
 
 def _by_module(
     tensors: Iterable[CandidateTensor], spellings: Spellings, *, several: bool
-) -> Iterator[tuple[str, Sequence[tuple[CandidateTensor, CandidateTensor]], bool]]:
-    """Module -> its A and B, and whether they are named as lora-export names them."""
+) -> Iterator[tuple[str, Mapping[str, tuple[CandidateTensor, CandidateTensor]], bool]]:
+    """Module -> its A and B by their adapter, and whether they are named as lora-export names them."""
     found: dict[str, dict[tuple[str, str], CandidateTensor]] = {}
     named_alike: dict[str, bool] = {}
     for tensor in tensors:
@@ -144,7 +152,7 @@ def _by_module(
     for module, by_part in found.items():
         labels = sorted({label for label, _ in by_part})
         if all((label, part) in by_part for label in labels for part in "AB"):
-            yield module, [(by_part[label, "A"], by_part[label, "B"]) for label in labels], named_alike[module]
+            yield module, {label: (by_part[label, "A"], by_part[label, "B"]) for label in labels}, named_alike[module]
 
 
 def _row(pair: StoredPair, number: int, count: int) -> StoredPair | None:

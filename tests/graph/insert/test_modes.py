@@ -331,6 +331,36 @@ def test_adapter_equals_numpy_and_base_is_unchanged(tmp_path: Path, name: str, m
         np.testing.assert_allclose(output, by_rows(layer, expected, number), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["nodes", "inputs"])
+@LAYERS
+def test_each_run_chooses_strengths(tmp_path: Path, name: str, mode: str) -> None:
+    layer = dataclasses.replace(layers()[name], graph=layers()[name].graph.clone())
+    found, adapters = layer.found(tmp_path), two_adapters(layer, dora=False)
+    adapters = adapters[0], dataclasses.replace(adapters[1], pairs=undirected(adapters[1].pairs))
+    base = run(layer.graph, **layer.feeds)["y"]
+    changes = [expected_output(layer, found, adapter, base) - base for adapter in adapters]
+    feeds = dict(layer.feeds)
+    if mode == "nodes":
+        insert_nodes(layer.graph, found, plan.make(adapters, found.specs), strength_input=True)
+    else:
+        steps = plan.make(adapters[:1], found.specs)
+        contract = insert_inputs(layer.graph, found, [step.weight for step in steps.steps], strength_input=True)
+        feeds |= onnx_adapter.input_values(contract, steps, adapters[0].name, {})
+        changes = changes[:1]
+    onnx.checker.check_model(ir.to_proto(layer.graph), full_check=layer.standard)
+    assert min(np.abs(change).max() for change in changes) > 0.5
+    ones = [1.0] * len(changes)
+    for strengths in (None, ones, [0.5, -2.0], [0.0, 0.7], [0.0, 0.0]):
+        given = {} if strengths is None else {"adapter_strengths": np.float32(strengths[: len(changes)])}
+        expected = base + sum(each * change for each, change in zip(strengths or ones, changes, strict=False))
+        np.testing.assert_allclose(run(layer.graph, **feeds, **given)["y"], expected, rtol=1e-4, atol=2e-4)
+
+
+def undirected(pairs: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """The pairs without DoRA."""
+    return {module: dataclasses.replace(pair, magnitude=None) for module, pair in pairs.items()}
+
+
 @MODES
 @pytest.mark.parametrize("name", [name for name, layer in layers().items() if layer.standard])
 def test_adapter_equals_numpy_under_reference_evaluator(tmp_path: Path, name: str, mode: str) -> None:

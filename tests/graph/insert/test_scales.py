@@ -41,19 +41,21 @@ OUTPUTS, INPUTS = scaled(2, -1, of_inputs=False), scaled(2, 0, 3, of_inputs=True
 
 
 @pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("at_run_time", [False, True])
 @pytest.mark.parametrize(("change", "strength"), [(OUTPUTS, 1.0), (INPUTS, 1.0), (OUTPUTS, 0.5), (INPUTS, -1.0)])
-def test_nodes_scale_a_layer(name, change, strength):
+def test_nodes_scale_a_layer(name, change, strength, at_run_time):
     read, body = BODIES[name]
     shape = "float[3,N] t" if read == "t" else "float[N,3] x"
     model = a_graph(f"""
         g ({shape}) => (float[N,2] y)
         <float[2,3] m.weight = {{1,2,3,4,5,6}}, float[2] m.bias = {{10,20}}>
         {{ {body} }}""")
-    with_nodes(model, an_adapter({"m": change}), strengths=[strength])
+    given = {"adapter_strengths": np.float32([strength])} if at_run_time else {}
+    with_nodes(model, an_adapter({"m": change}), strengths=[1 if given else strength], strength_input=at_run_time)
     factors = 1 + strength * (np.float32([2, 0, 3]) - 1), 1 + strength * (np.float32([2, -1]) - 1)
     product = (X * factors[0]) @ W.T if change is INPUTS else X @ W.T * factors[1]
     bias = np.float32([10, 20]) * (0.5 if "transposed" in name else 1)
-    assert np.array_equal(run(model, **{read: X.T if read == "t" else X})["y"], product + bias)
+    assert np.array_equal(run(model, **given, **{read: X.T if read == "t" else X})["y"], product + bias)
 
 
 @pytest.mark.parametrize("of_inputs", [False, True])

@@ -41,6 +41,14 @@ def test_nodes_multiply_by_both_factors(name, others):
     assert np.array_equal(stored(model, f"m.lokr_w2{label}.weight"), W2.T / 2)
 
 
+@pytest.mark.parametrize("strength", [1, -2, 0])
+def test_each_run_chooses_the_strength(strength):
+    model = a_graph(graph_of("float[N,6] x", "[n] y = MatMul(x, m.weight)").replace("float[N,M] y", "float[N,6] y"))
+    with_nodes(model, an_adapter({"m": LOKR}), strength_input=True)
+    output = run(model, x=X[0], adapter_strengths=np.float32([strength]))["y"]
+    assert np.array_equal(output, X[0] @ (WEIGHT + strength * DELTA).T)
+
+
 def test_a_transposed_input_is_refused():
     body = "[n] y = Gemm <transA = 1> (x, m.weight, m.bias)"
     with pytest.raises(InputRefused, match=r"LoKr's factors cannot be beside Gemm: its input .* is transposed"):
