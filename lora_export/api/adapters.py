@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from lora_export.errors import count
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeOptions
-from lora_export.options.common import Output
 from lora_export.options.declaring import takes
 from lora_export.options.spelling import named
 from lora_export.storage import atomic_output, input_files
@@ -60,19 +58,11 @@ def combine(options: CombineOptions) -> CombineResult:
     for note in notes:
         options.on_message(f"note: {note}")
     origin = provenance.record(loaded, weights or (1.0,) * len(loaded), {}, (), combination.settings)
-    with staged(options, output, adapter_paths(adapters), 4 * combined.parameters) as stage:
+    with atomic_output.staged(options, output, adapter_paths(adapters), 4 * combined.parameters) as stage:
         write_any_ranks(combined, stage, metadata={provenance.KEY: json.dumps(origin)})
         write_origin(stage, origin)
     ranks = [pair.rank for pair in combined.pairs.values()]
     return CombineResult(output, len(combined.pairs), len(shared), max(ranks), notes)
-
-
-def staged(
-    options: Output, target: Path, inputs: Sequence[Path], size: int = 0, *, is_file: bool = False
-) -> AbstractContextManager[Path]:
-    """A folder for an output of so many bytes, as `storage.atomic_output` makes it of a folder, or of a file."""
-    stage = atomic_output.stage_file if is_file else atomic_output.stage_folder
-    return stage(target, inputs=inputs, overwrite=options.overwrite, required_bytes=size, on_message=options.on_message)
 
 
 def write_origin(stage: Path, origin: Mapping[str, Any]) -> None:
@@ -128,7 +118,7 @@ def resize(options: ResizeOptions) -> ResizeResult:
         options.on_message(f"note: {note}")
     origin = provenance.record([loaded], [1.0], {}, (), {"resize": _limits(truncation)})
     inputs = adapter_paths(adapter)
-    with staged(options, output, inputs, 4 * resized.parameters) as stage:
+    with atomic_output.staged(options, output, inputs, 4 * resized.parameters) as stage:
         write_any_ranks(resized, stage, metadata={provenance.KEY: json.dumps(origin)})
         copy_head_config(inputs, stage)
         write_origin(stage, origin)
@@ -176,7 +166,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
     base, tuned = (locate(path, options.on_message, options.download) for path in (options.base, options.tuned))
     output, truncation = place(options.output), Truncation(options.rank, options.energy)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
-    with staged(options, output, [base, tuned]) as stage:
+    with atomic_output.staged(options, output, [base, tuned]) as stage:
         found = extract_adapter(
             one,
             other,

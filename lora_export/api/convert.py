@@ -19,7 +19,7 @@ from lora_export.api.adapter_names import (
     without_repeated_tables,
 )
 from lora_export.api.adapter_values import adapter_values
-from lora_export.api.adapters import copy_head_config, staged, write_origin
+from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.output_names import with_suffix
@@ -37,7 +37,7 @@ from lora_export.options.declaring import takes
 from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family, family_of_names
-from lora_export.storage import input_files
+from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_path import place
 from lora_export.weights.changes_of_base import with_changes_of_base
@@ -112,7 +112,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         family = family_of_names(loaded.names) if base is None else family_of_base(base)
     how = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
-    with staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
+    with atomic_output.staged(options, target, inputs, 4 * loaded.parameters, is_file=bool(writer.SUFFIX)) as folder:
         notes = (
             *loaded.notes,
             *writer.write(with_positive_scales(loaded), folder / target.name if writer.SUFFIX else folder, how),
@@ -170,7 +170,8 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         options.on_message(f"note: {note}")
-    with staged(options, output, [graph, *adapter_paths(adapter)], is_file=True) as folder:
+    inputs = [graph, *adapter_paths(adapter)]
+    with atomic_output.staged(options, output, inputs, is_file=True, streamed=False) as folder:
         onnx_adapter.write(folder / output.name, arrays, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in arrays}
     return ConvertResult(output, len(changed), len(contract.every_place), contract.base, notes)

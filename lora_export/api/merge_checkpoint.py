@@ -83,9 +83,9 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
             progress_of=measuring,
             calibration=calibration,
         )
-    stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
-    with request.backend() as backend, request.staged(stage, size + companions, streamed=True) as folder:
+    is_file = not checkpoint.is_folder
+    with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
         report = merge_checkpoint(
             steps,
             checkpoint,
@@ -114,12 +114,8 @@ def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged:
     """Write the residual of a merge that is not published yet. Returns its size in bytes."""
     assert request.keep_residual is not None
     size = sum(step.spec.nbytes for step in steps.steps)
-    with atomic_output.stage_file(
-        request.keep_residual,
-        inputs=[request.base, *request.sources],
-        overwrite=request.overwrite,
-        on_message=request.on_message,
-    ) as folder:
+    inputs = [request.base, *request.sources]
+    with atomic_output.staged(request, request.keep_residual, inputs, is_file=True) as folder:
         path = folder / request.keep_residual.name
         write_residual(
             path,

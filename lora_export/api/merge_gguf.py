@@ -7,7 +7,6 @@ from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.callbacks import in_bytes
 from lora_export.options.spelling import named
-from lora_export.storage import atomic_output
 from lora_export.weights.gguf.base import open_base
 from lora_export.weights.gguf.merge import merge_gguf
 from lora_export.weights.merge import refuse_before_merge
@@ -31,7 +30,7 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
     notes = request.report_notes(steps, [])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
-    with request.staged(atomic_output.stage_file, base.file.size) as folder:
+    with request.staged(base.file.size) as folder:
         report = merge_gguf(
             steps,
             base,

@@ -17,7 +17,7 @@ from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 from lora_export.graph.refusals import base_as_remedy
 from lora_export.plan.spelling import respelled
-from lora_export.storage import atomic_output, input_files
+from lora_export.storage import input_files
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge_report import refuse_no_change
@@ -41,7 +41,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         return MergeResult(request.output, steps, None, notes)
     with (
         request.backend() as backend,
-        request.staged(atomic_output.stage_file, graph.nbytes + size_of_generation_files(request.base)) as folder,
+        request.staged(graph.nbytes + size_of_generation_files(request.base), streamed=False) as folder,
     ):
         run = MergeRun(
             file_name=request.output.name,

@@ -16,7 +16,7 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.plan.build import checked_strengths
 from lora_export.plan.diffusion import components_of, of_component
-from lora_export.storage import atomic_output, input_files
+from lora_export.storage import input_files
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -145,7 +145,7 @@ def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerg
     progress = in_bytes(request.on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
     settings = request.combined.settings
     reports = {}
-    with request.staged(atomic_output.stage_folder, size) as stage:
+    with request.staged(size, is_file=False) as stage:
         for each in merges:
             (stage / each.folder).mkdir()
             reports[each.folder] = merge_checkpoint(

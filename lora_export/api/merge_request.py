@@ -13,6 +13,7 @@ from lora_export.lora import Adapter
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
+from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import MergeReport
 
@@ -83,18 +84,10 @@ class MergeRequest(MergeOptions):
 
         return cuda.cuda()
 
-    def staged(self, stage: Any, size: int, *, streamed: bool = False) -> AbstractContextManager[Path]:
-        """The output on its way, by a function of `atomic_output`."""
-        staged: AbstractContextManager[Path] = stage(
-            self.output,
-            inputs=[self.base, *self.sources],
-            overwrite=self.overwrite,
-            required_bytes=size,
-            on_message=self.on_message,
-            sign=self.sign,
-            streamed=streamed,
-        )
-        return staged
+    def staged(self, size: int, *, is_file: bool = True, streamed: bool = True) -> AbstractContextManager[Path]:
+        """The stage of the output, of so many bytes (see `atomic_output.staged`)."""
+        inputs = [self.base, *self.sources]
+        return atomic_output.staged(self, self.output, inputs, size, is_file=is_file, sign=self.sign, streamed=streamed)
 
     def report_notes(self, steps: Plan, more: Sequence[str]) -> tuple[str, ...]:
         """Show the notes on adapters, plan and base, and return them."""

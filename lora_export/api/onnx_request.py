@@ -103,13 +103,8 @@ class OnnxRequest(OnnxOptions):
 
     def staged(self, inputs: Iterable[Path]) -> AbstractContextManager[Path]:
         """A folder whose files are published together when the block succeeds."""
-        return atomic_output.stage_file(
-            self.output,
-            inputs=[*inputs, *self.sources],
-            overwrite=self.overwrite,
-            on_message=self.on_message,
-            sign=self.sign,
-        )
+        paths = [*inputs, *self.sources]
+        return atomic_output.staged(self, self.output, paths, is_file=True, sign=self.sign, streamed=False)
 
 
 @dataclass(frozen=True, eq=False)

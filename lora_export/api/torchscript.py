@@ -79,9 +79,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
     with load.no_adapter_as_model(model, adapters):
         loaded = load.load_adapters(adapters, options.prefixes, reading=options.reading.for_base(model))
     sources = [*load.model_paths(model), *load.adapter_paths(adapters)]
-    with atomic_output.stage_file(
-        output, inputs=sources, overwrite=options.overwrite, on_message=on_message, sign=options.sign
-    ) as folder:
+    with atomic_output.staged(options, output, sources, is_file=True, sign=options.sign, streamed=False) as folder:
         stage("loading the model")
         base = load.resolve_model(model, loaded, inputs=options.inputs, export=True)
         adapted = adapted_model(base, loaded, weights, options, on_message)

@@ -74,15 +74,8 @@ def unmerge(options: UnmergeOptions) -> UnmergeResult:
         )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
-        stage = atomic_output.stage_folder if merged.is_dir() else atomic_output.stage_file
-        inputs = [merged, base_from, *adapter_paths(adapters)]
-        with stage(
-            target,
-            inputs=inputs,
-            overwrite=options.overwrite,
-            required_bytes=size,
-            on_message=options.on_message,
-        ) as folder:
+        inputs, is_file = [merged, base_from, *adapter_paths(adapters)], not merged.is_dir()
+        with atomic_output.staged(options, target, inputs, size, is_file=is_file) as folder:
             progress = in_bytes(options.on_progress, "restoring", size)
             restore_base(residual, steps, base, merged, folder, file_name=target.name, progress=progress)
         restored = sum(len(facts["changed"]) for facts in residual.facts["shards"].values())

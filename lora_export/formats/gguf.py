@@ -1,7 +1,7 @@
-"""Adapters for llama.cpp: one `.gguf` file, written by the `gguf` package.
+"""Adapters for llama.cpp: one `.gguf` file.
 
 A file has one alpha, and llama.cpp multiplies B A by alpha / rank; without an alpha it multiplies by nothing. The names
-are those of the package's own map for the base's architecture, so that the base's config is needed. For Llama's
+are those of the `gguf` package's own map for the base's architecture, so that the base's config is needed. For Llama's
 architecture llama.cpp stores the rows of q and k in Meta's order, and so those of B. Architectures whose weights
 llama.cpp rearranges in other ways are refused.
 """
@@ -37,8 +37,16 @@ from lora_export.names.families import EXPERT, FamilyNames, LlamaCppNames, colum
 from lora_export.names.row_orders import Heads
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
-from lora_export.storage.gguf_blocks import as_tensor_file
-from lora_export.storage.gguf_file import is_gguf, open_gguf
+from lora_export.storage.gguf_blocks import FLAT, as_tensor_file
+from lora_export.storage.gguf_file import (
+    DEFAULT_ALIGNMENT,
+    float_field,
+    header_of,
+    is_gguf,
+    next_aligned,
+    open_gguf,
+    text_field,
+)
 
 DESCRIPTION = "a .gguf file for llama.cpp"
 SUFFIX = ".gguf"
@@ -49,7 +57,7 @@ SHOWN_ALPHAS = 5
 
 
 _KEY = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<side>[ab])")
-ALORA = "adapter.alora.invocation_tokens"
+ALPHA, ALORA = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 WORDS = "token_embd"
 
 
@@ -64,11 +72,11 @@ def recognises(path: Path) -> bool:
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter of llama.cpp. Raises InputRefused with everything that is wrong with it."""
     file = open_gguf(path)
-    kind, alpha = file.value("adapter.type"), file.value("adapter.lora.alpha", 0.0)
+    kind, alpha = file.value("adapter.type"), file.value(ALPHA, 0.0)
     if kind != "lora" or ALORA in file.fields:
         raise InputRefused(f"{path} is an adapter of the kind {'aLoRA' if ALORA in file.fields else kind!r}, no LoRA")
     if type(alpha) is not float or not 0 <= alpha <= LARGEST_NUMBER:
-        raise InputRefused(f"{path}: adapter.lora.alpha is {alpha!r}; it must be a number")
+        raise InputRefused(f"{path}: {ALPHA} is {alpha!r}; it must be a number")
     options.refuse_rank_and_alpha("the header of a GGUF file")
     names = names_of(file)
     config = base_config(None, options) or {}
@@ -124,22 +132,17 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     file.add_pairs()
     alpha = file.only_alpha()
     refuse_inexpressible(adapter, "gguf", file.problems)
-    writer = gguf.GGUFWriter(str(path), file.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(adapter.name)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    texts = {"general.architecture": file.architecture, "general.type": "adapter", "general.name": adapter.name}
+    fields = [text_field(key, text) for key, text in {**texts, "adapter.type": "lora"}.items()]
     dtype = smallest_dtype(file.tensors.values())
-    for name, array in sorted(file.tensors.items()):
-        stored = np.ascontiguousarray(array.astype(dtype))
-        if dtype in (np.float32, np.float16):
-            writer.add_tensor(name, stored)
-        else:  # GGUF's writer takes other types as bytes
-            writer.add_tensor(name, stored.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kind = next(kind for kind, own in FLAT.items() if own == dtype)
+    tensors = sorted(file.tensors.items())
+    header, _ = header_of([*fields, float_field(ALPHA, alpha)], [(name, kind, array.shape) for name, array in tensors])
+    with path.open("xb") as writer:
+        writer.write(header)
+        for _, array in tensors:
+            stored = array.astype(dtype).tobytes()
+            writer.write(stored + bytes(next_aligned(len(stored), DEFAULT_ALIGNMENT) - len(stored)))
     return ()
 
 

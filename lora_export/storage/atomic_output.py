@@ -17,7 +17,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
@@ -29,6 +31,9 @@ from lora_export.storage.signature import SUFFIX, signer
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import c_function, deferred_signals
 
+if TYPE_CHECKING:
+    from lora_export.options.common import Output
+
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_hidden_name` and `data_name` add
 DIGITS = 16  # of a content's hash, in the name of a data file
@@ -38,6 +43,31 @@ _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or 
 
 
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
+
+
+def staged(
+    options: Output,
+    target: Path,
+    inputs: Iterable[Path],
+    size: int = 0,
+    *,
+    is_file: bool = False,
+    sign: str | Path | None = None,
+    streamed: bool = True,
+) -> AbstractContextManager[Path]:
+    """The stage of what a command writes, `size` bytes, as `stage_file` or `stage_folder` yield it.
+
+    Not `streamed` is what a library writes, or reads before it is published, by the name of a file on the disk.
+    """
+    return (stage_file if is_file else stage_folder)(
+        target,
+        inputs=inputs,
+        overwrite=options.overwrite,
+        required_bytes=size,
+        on_message=options.on_message,
+        sign=sign,
+        streamed=streamed,
+    )
 
 
 @contextlib.contextmanager
@@ -54,9 +84,9 @@ def stage_folder(
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
     `required_bytes` is how much the block will write. `streamed`: it needs no disk where the target is in a store (see
-    `store_output`). `on_message` receives a line for each leftover of a run that was killed. `sign` is the key of a
-    signature of the output (`signature.signer`). An existing target is replaced in one step: only with `overwrite`,
-    and only if it is an output of this program with nothing else in it. Raises
+    `store_output`), unless it replaces a file there. `on_message` receives a line for each leftover of a run that was
+    killed. `sign` is the key of a signature of the output (`signature.signer`). An existing target is replaced in one
+    step: only with `overwrite`, and only if it is an output of this program with nothing else in it. Raises
     OutputFailed before anything is written, or when writing fails.
     """
 
@@ -144,6 +174,9 @@ def _in_store(
     """A stage for an output in a store."""
     if sign is not None:
         raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
+    if streamed and overwrite and target.newly().is_file():  # which stays until the new one is whole
+        on_message(f"{target}: made in TMPDIR and then uploaded, because it replaces a file")
+        streamed = False
     with store_output.staged_in_store(
         target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
     ) as stage:
@@ -272,6 +305,8 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
 
 def refuse_lack_of_space(folder: Path, required_bytes: int) -> None:
     """Raise OutputFailed where the disk of a folder has less space."""
+    if isinstance(folder, StorePath):
+        return
     free = shutil.disk_usage(folder).free
     if required_bytes > free:
         raise OutputFailed(f"{folder} has {byte_size(free)} free, {byte_size(required_bytes)} needed")

@@ -27,7 +27,7 @@ SUFFIX = ".gguf"
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAX_ALIGNMENT = "general.alignment", 32, 1 << 20
 MOST_SIZES = 4  # of ggml
 MAX_NAME = 1 << 16  # bytes of a key or of a tensor's name
-STRING, ARRAY = 8, 9
+FLOAT32, STRING, ARRAY = 6, 8, 9
 # The types of values whose size is known: their number, as `struct` reads them
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
@@ -272,6 +272,12 @@ def text_field(key: str, text: str) -> bytes:
     return struct.pack("<Q", len(name)) + name + struct.pack("<IQ", STRING, len(value)) + value
 
 
+def float_field(key: str, value: float) -> bytes:
+    """A field with a number in fp32."""
+    name = key.encode()
+    return struct.pack("<Q", len(name)) + name + struct.pack("<If", FLOAT32, value)
+
+
 def gguf_layout(
     base: GgufFile, tensors: Iterable[tuple[str, BlockType, tuple[int, ...]]], texts: Mapping[str, str]
 ) -> tuple[bytes, list[GgufTensor]]:
@@ -279,20 +285,32 @@ def gguf_layout(
 
     A text takes the place of a field of this key. Raises InputRefused where the base became shorter.
     """
-    kept = [field for key, field in base.fields.items() if key not in texts]
-    parts = [text_field(key, text) for key, text in texts.items()]
+    fields = []
     with base.path.open("rb") as file:
-        for number, field in enumerate(kept):
+        for field in (field for key, field in base.fields.items() if key not in texts):
             file.seek(field.start)
-            parts.insert(number, file.read(field.stop - field.start))
+            fields.append(file.read(field.stop - field.start))
+    fields += [text_field(key, text) for key, text in texts.items()]
+    return header_of(fields, tensors, version=base.version, alignment=base.alignment)
+
+
+def header_of(
+    fields: Sequence[bytes],
+    tensors: Iterable[tuple[str, BlockType, tuple[int, ...]]],
+    *,
+    version: int = _VERSIONS[-1],
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> tuple[bytes, list[GgufTensor]]:
+    """Return the header of a file with these fields and tensors, and where its tensors are."""
     described, position = [], 0
     for name, kind, shape in tensors:
         described.append(GgufTensor(name, kind, shape, position, position + stored_bytes(kind, shape)))
-        position = next_aligned(described[-1].stop, base.alignment)
+        position = next_aligned(described[-1].stop, alignment)
+    parts = list(fields)
     for one in described:
         own = one.name.encode()
         dimensions = struct.pack(f"<I{len(one.shape)}Q", len(one.shape), *one.shape[::-1])
         parts.append(struct.pack("<Q", len(own)) + own + dimensions + struct.pack("<IQ", one.type.number, one.start))
-    header = MAGIC + struct.pack("<IQQ", base.version, len(described), len(kept) + len(texts)) + b"".join(parts)
-    header += bytes(next_aligned(len(header), base.alignment) - len(header))
+    header = MAGIC + struct.pack("<IQQ", version, len(described), len(fields)) + b"".join(parts)
+    header += bytes(next_aligned(len(header), alignment) - len(header))
     return header, [one._replace(start=one.start + len(header), stop=one.stop + len(header)) for one in described]

@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from lora_export.errors import InputRefused
-from lora_export.storage.store_path import StorePath
+from lora_export.storage.store_path import StorePath, copy_in_store
 
 COPIED_AT_ONCE = 1 << 20  # bytes
 
@@ -76,6 +76,8 @@ def read_text(path: Path, most: int) -> str:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the contents of a file, on the disk or in a store, to a file that does not exist."""
+    if copy_in_store(source, target):
+        return
     with source.open("rb") as reader, target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, COPIED_AT_ONCE)
 

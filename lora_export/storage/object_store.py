@@ -175,13 +175,14 @@ class Bucket:
             self.put(key, content, "create")
 
     def copy(self, key: str, target: str) -> bool:
-        """Copy an object on the server. False where the store copies no object of this size in one request."""
-        from obstore.exceptions import GenericError
+        """Copy an object on the server. False where it is gone, or the store copies none of its size in one request."""
+        from obstore.exceptions import GenericError, NotFoundError
 
-        try:
-            self._store.copy(key, target)
-        except GenericError:
-            return False
+        with _errors(self._of(target), OutputFailed):
+            try:
+                self._store.copy(key, target)
+            except (GenericError, NotFoundError, FileNotFoundError):
+                return False
         self._ask_again(target)
         return True
 
@@ -216,7 +217,7 @@ class Upload:
 
     def write(self, content: memoryview) -> None:
         with _errors(self._address, OutputFailed):
-            self._file.write(content)
+            self._file.write(bytes(content))  # a copy: obstore sends the memory itself, later, and its owner reuses it
 
     def close(self) -> None:
         with _errors(self._address, OutputFailed):

@@ -162,7 +162,7 @@ def staged_in_store(
     """
     if not target.key:
         raise OutputFailed(f"{target} is a bucket. Name a folder in it")
-    if overwrite and (is_folder or streamed):
+    if overwrite and is_folder:
         raise OutputFailed(
             f"{target}: a store replaces no output in one step. Leave {named('overwrite', True)} out and name another "
             "address, or delete what is there"

@@ -50,7 +50,7 @@ def newly_opened(path: str | Path) -> Path:
     """
     found = place(path)
     if isinstance(found, StorePath):
-        found.newly()
+        found.newly().is_file()  # the first request, so that the message on a store's failure names this object
         for each in (found, found.parent):
             if each.key and (begun := marker_of(each)).newly().is_file():
                 raise InputRefused(
@@ -194,7 +194,7 @@ class StorePath(Path, PurePosixPath):
 def copy_in_store(source: Path, target: Path) -> bool:
     """Copy an object without reading it. False where both are not in one bucket, or the store cannot.
 
-    Raises InputRefused where it is no longer the object that was planned.
+    Raises InputRefused where it is no longer the object that was planned, and OutputFailed where the store refuses.
     """
     if not (isinstance(source, StorePath) and isinstance(target, StorePath)) or source.bucket is not target.bucket:
         return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,14 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.storage import object_store
 from lora_export.storage.object_store import Bucket
-from support import stores
+from support import gguf_files, quantised_weights, stores
 from support.cli import call
+from support.folder_contents import folder_contents
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -52,7 +57,7 @@ def test_a_merge_in_a_store_has_the_same_bytes(local: Path, stored: Stored, monk
     before = sorted(local.rglob("*"))
     report = merge(stored).report
     assert stored.files("out/m") == files(local / "merged") and sorted(local.rglob("*")) == before
-    assert copied == [f"out/m/{SHARDS[2]}"] and {result.weight for result in report.results} == {
+    assert copied == [f"out/m/{SHARDS[2]}", "out/m/config.json"] and {result.weight for result in report.results} == {
         "up.weight",
         "down.weight",
     }
@@ -69,7 +74,7 @@ def test_one_end_may_be_on_the_disk(local: Path, stored: Stored, ends: str) -> N
 
 def test_one_file_has_the_hash_of_its_base_in_its_header(local: Path, stored: Stored) -> None:
     file = local / "base" / SHARDS[0]
-    stores.peft_adapter(local / "one", {"up": (stores.np.ones((1, 40)), stores.np.ones((96, 1)))})
+    stores.peft_adapter(local / "one", {"up": (np.ones((1, 40)), np.ones((96, 1)))})
     le.merge(file, local / "one", local / "one.safetensors")
     le.merge(str(stored / f"base/{SHARDS[0]}"), local / "one", str(stored / "out/one.safetensors"))
     assert stored.get("out/one.safetensors") == (local / "one.safetensors").read_bytes()
@@ -115,7 +120,7 @@ def test_a_base_that_changes_during_the_merge_is_refused(local: Path, stored: St
 
 
 def test_a_merge_that_is_refused_at_its_end_leaves_nothing(local: Path, stored: Stored) -> None:
-    stores.peft_adapter(local / "none", {"up": (stores.np.full((1, 40), 1e-9), stores.np.ones((96, 1)))})
+    stores.peft_adapter(local / "none", {"up": (np.full((1, 40), 1e-9), np.ones((96, 1)))})
     with pytest.raises(LoraExportError):
         le.merge(str(stored / "base"), local / "none", str(stored / "out/m"))
     assert stored.objects("out/") == {}
@@ -151,25 +156,90 @@ def test_inspect_reads_headers_alone(local: Path, stored: Stored, monkeypatch: p
     assert amount < 3 * 1024 < found.checkpoint.nbytes
 
 
-CONVERSIONS: dict[str, Any] = {
-    "convert": lambda at: le.convert(at("adapter"), at("out/a.safetensors"), to="kohya"),
-    "resize": lambda at: le.resize(at("adapter"), at("out/a"), rank=1),
-    "combine": lambda at: le.combine([at("adapter")], at("out/a")),
-    "extract": lambda at: le.extract(at("base"), at("merged"), at("out/a"), rank=2, layout={"*": "out_in"}),
+At = Callable[[str], Any]  # a key -> where it is, on the disk or in the store
+
+
+def nothing_more(_: Path) -> None:
+    """Base, adapter and merge are enough."""
+
+
+def for_llama_cpp(folder: Path) -> None:
+    """A model of llama.cpp, the model that it was made of, and an adapter for both."""
+    gguf_files.llama().save_pretrained(folder / "llama")
+    numbers = np.ones((2, 256)), np.ones((256, 2))
+    stores.peft_adapter(folder / "on-llama", {"model.layers.0.mlp.up_proj": numbers})
+    gguf_files.write_llama(folder / "base.gguf", gguf_files.Kind.Q4_0)
+
+
+def in_float8(folder: Path) -> None:
+    """A base with quantised weights, and an adapter for it."""
+    tensors, config = quantised_weights.quantised("fp8, ragged blocks")
+    folder.joinpath("fp8").mkdir()
+    save_file(tensors, folder / "fp8/model.safetensors", {"format": "pt"})
+    (folder / "fp8/config.json").write_text(json.dumps({"quantization_config": config}))
+    rows, columns = tensors["x.weight"].shape
+    stores.peft_adapter(folder / "on-fp8", {"x": (np.ones((1, columns)), np.ones((rows, 1)))})
+
+
+def of_two_models(folder: Path) -> None:
+    """A pipeline, of which the adapter changes one model."""
+    shutil.copytree(folder / "base", folder / "pipeline/unet")
+    shutil.copytree(folder / "base", folder / "pipeline/vae")
+    index = {name: ["diffusers", "Model"] for name in ("unet", "vae")}
+    (folder / "pipeline/model_index.json").write_text(json.dumps(index))
+
+
+def with_residual(folder: Path) -> None:
+    le.merge(folder / "base", folder / "adapter", folder / "kept", keep_residual=folder / "residual")
+
+
+# What is written -> what it needs besides, and how it is made
+WRITTEN: dict[str, tuple[Callable[[Path], None], Callable[[At], Any]]] = {
+    "convert": (nothing_more, lambda at: le.convert(at("adapter"), at("out/a.safetensors"), to="kohya")),
+    "convert to a folder": (nothing_more, lambda at: le.convert(at("adapter"), at("out/a"), to="mlx")),
+    "convert to GGUF": (
+        for_llama_cpp,
+        lambda at: le.convert(at("on-llama"), at("out/a.gguf"), to="gguf", base=at("llama")),
+    ),
+    "resize": (nothing_more, lambda at: le.resize(at("adapter"), at("out/a"), rank=1)),
+    "combine": (nothing_more, lambda at: le.combine([at("adapter")], at("out/a"))),
+    "extract": (
+        nothing_more,
+        lambda at: le.extract(at("base"), at("merged"), at("out/a"), rank=2, layout={"*": "out_in"}),
+    ),
+    "unmerge": (
+        with_residual,
+        lambda at: le.unmerge(at("kept"), at("adapter"), at("out/a"), base_from=at("residual")),
+    ),
+    "merge with a residual": (
+        nothing_more,
+        lambda at: le.merge(at("base"), at("adapter"), at("out/a"), keep_residual=at("out/residual")),
+    ),
+    "merge, quantised": (
+        in_float8,
+        lambda at: le.merge(at("fp8"), at("on-fp8"), at("out/a"), keep_quantised=True),
+    ),
+    "merge into GGUF": (for_llama_cpp, lambda at: le.merge(at("base.gguf"), at("on-llama"), at("out/a.gguf"))),
+    "merge into a pipeline": (of_two_models, lambda at: le.merge(at("pipeline"), at("adapter"), at("out/a"))),
 }
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_an_adapter_is_written_to_a_store(local: Path, stored: Stored, name: str) -> None:
-    stored.put("merged", local / "merged")
-    CONVERSIONS[name](lambda key: local / key)
-    CONVERSIONS[name](lambda key: str(stored / key))
-    on_disk = {
-        path.relative_to(local / "out").as_posix(): path for path in (local / "out").rglob("*") if path.is_file()
-    }
-    written = stored.files("out")
-    tensors = {name: path.read_bytes() for name, path in on_disk.items() if path.suffix == ".safetensors"}
-    assert written.keys() == on_disk.keys() and written == {**written, **tensors} and len(tensors) == 1
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_output_in_a_store_has_the_same_bytes_and_none_is_on_the_disk(
+    local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    prepare, make = WRITTEN[name]
+    prepare(local)
+    stored.put("", local)
+    make(lambda key: local / key)
+    monkeypatch.setattr(tempfile, "tempdir", str(local / "nowhere"))
+    monkeypatch.chdir(local / "merged")
+    before = folder_contents(local)
+    make(lambda key: str(stored / key))
+    expected = folder_contents(local / "out")
+    if name == "extract":  # its config names its base, and its manifest has the config's hash
+        expected |= {f"a/{each}": stored.get(f"out/a/{each}") for each in ("adapter_config.json", "lora_export.json")}
+    assert stored.files("out") == expected and folder_contents(local) == before
 
 
 def test_no_secret_leaves_the_environment(

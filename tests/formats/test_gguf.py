@@ -50,6 +50,18 @@ def tensors_of(reader: gguf.GGUFReader) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+def by_gguf(path: Path, reader: gguf.GGUFReader, alpha: float) -> bytes:
+    """The same adapter, written by the package gguf."""
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(reader.fields["general.name"].contents())
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    return gguf_files.written(writer, path).read_bytes()
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 6), st.sampled_from(sorted(DTYPES)), st.integers(1, 64))
 def test_factors_and_alpha_come_back(rank: int, dtype: str, alpha: int) -> None:
@@ -58,7 +70,8 @@ def test_factors_and_alpha_come_back(rank: int, dtype: str, alpha: int) -> None:
         reader = written(adapter_of({UP: pair}), Path(folder))
         tensors = tensors_of(reader)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_a"], pair.a)
+        ours, theirs = Path(folder, "out.gguf").read_bytes(), by_gguf(Path(folder, "theirs.gguf"), reader, alpha)
+    assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_a"], pair.a) and ours == theirs
     assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_b"], pair.b)
     assert len(tensors) == 2
     assert fields["adapter.lora.alpha"] == alpha

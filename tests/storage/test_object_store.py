@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed
 from lora_export.storage import object_store
-from lora_export.storage.store_path import StorePath, place
+from lora_export.storage.store_path import StorePath, newly_opened, place
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 from support import stores
@@ -49,6 +49,24 @@ def test_a_failure_names_the_object_and_no_secret(monkeypatch: pytest.MonkeyPatc
         read, written = failure(stored_path(), writing=False), failure(stored_path(), writing=True)
     assert type(read) is kind and type(written) is (OutputFailed if kind is EnvironmentLacking else kind)
     assert all(reason in str(error) and "s3://bucket/a" in str(error) for error in (read, written))
+
+
+def test_a_refused_copy_names_the_new_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.answering(403, QUOTED % b"AccessDenied") as address, pytest.raises(OutputFailed) as failed:
+        stores.use(monkeypatch, address)
+        stored_path().bucket.copy("a", "out/b")
+    assert str(failed.value) == (
+        "s3://bucket/out/b could not be written: the store refused the credentials, or they expired (403 AccessDenied)"
+    )
+
+
+def test_what_cannot_be_opened_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        stores.answering(403) as address,
+        pytest.raises(EnvironmentLacking, match=r"^s3://bucket/out/m could not be read"),
+    ):
+        stores.use(monkeypatch, address)
+        newly_opened("s3://bucket/out/m")
 
 
 def stored_path() -> StorePath:

@@ -153,12 +153,18 @@ def test_an_output_is_refused_before_the_work(stored: Stored, key: str, options:
     assert stored.objects().keys() == {"there/file"}
 
 
-def test_one_file_is_replaced_with_overwrite_alone(stored: Stored) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+def test_one_file_is_replaced_with_overwrite_alone(stored: Stored, streamed: bool) -> None:
     stored.put("report.json", b"old")
-    for overwrite in (False, True):
-        try:
-            with stage_file(stored / "report.json", inputs=[], overwrite=overwrite) as stage:
-                (stage / "report.json").write_bytes(b"new")
-        except OutputFailed as error:
-            assert "exists already" in str(error) and not overwrite
-    assert stored.get("report.json") == b"new" and stored.objects().keys() == {"report.json"}
+    target, lines = stored / "report.json", list[str]()
+    with pytest.raises(OutputFailed, match="exists already"), stage_file(target, inputs=[], streamed=streamed):
+        pass
+    replaced: dict[str, Any] = {"overwrite": True, "streamed": streamed, "on_message": lines.append}
+    with pytest.raises(ZeroDivisionError), stage_file(target, inputs=[], **replaced) as stage:
+        (stage / "report.json").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert stored.get("report.json") == b"old"
+    with stage_file(target, inputs=[], **replaced) as stage:
+        (stage / "report.json").write_bytes(b"new")
+    assert stored.get("report.json") == b"new"
+    assert stored.objects().keys() == {"report.json"} and any("made in TMPDIR" in line for line in lines) is streamed

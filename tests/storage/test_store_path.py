@@ -141,6 +141,16 @@ def test_blocks_in_any_order_become_the_object(stored: Stored) -> None:
     assert stored.get("big") == content.tobytes() and (stored / "big").stat().st_size == len(content)
 
 
+def test_memory_that_is_used_again_does_not_change_what_was_written(stored: Stored) -> None:
+    block = np.empty(7 << 20, np.uint8)
+    with (stored / "big").open("xb") as file:
+        for number in range(2):
+            block[:] = number
+            block_copy.write(file.fileno(), block.data, number * block.size)
+        block[:] = 9
+    assert stored.get("big") == bytes(block.size) + bytes([1]) * block.size
+
+
 def test_an_error_leaves_neither_object_nor_upload(stored: Stored) -> None:
     with pytest.raises(ZeroDivisionError), (stored / "big").open("xb") as file:
         file.write(bytes(13 << 20))

@@ -60,7 +60,7 @@ class Stored:
         """Put an object, or all files of a folder below a key."""
         files = {"": content} if isinstance(content, bytes) else _files(content)
         for name, each in files.items():
-            self.client.put_object(Bucket=self.name, Key=f"{key}/{name}".rstrip("/"), Body=each)
+            self.client.put_object(Bucket=self.name, Key=f"{key}/{name}".strip("/"), Body=each)
 
     def get(self, key: str) -> bytes:
         body: bytes = self.client.get_object(Bucket=self.name, Key=key)["Body"].read()

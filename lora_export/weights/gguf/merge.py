@@ -29,7 +29,7 @@ from lora_export.storage import block_copy, gguf_file
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.gguf_blocks import FLAT, Floats, codec_of, decoded, new_q8_0
 from lora_export.storage.gguf_file import BY_NAME, BlockType, GgufTensor
-from lora_export.storage.hashes import FAST
+from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
@@ -239,22 +239,26 @@ def _write(
     """Write the file. `record` makes its record of provenance from the hash of the base."""
     hashes = block_copy.RunningHashes(hashing)
 
-    def layout() -> tuple[bytes, list[GgufTensor]]:
+    def layout(source_hash: str) -> tuple[bytes, list[GgufTensor]]:
         described = [(one.tensor.name, one.type, one.tensor.shape) for one in stored]
-        return gguf_file.gguf_layout(base.file, described, record(hashes.source.hexdigest()))
+        return gguf_file.gguf_layout(base.file, described, record(source_hash))
 
-    _, targets = layout()
+    header, targets = layout(hashes.source.hexdigest())
     total: dict[str, Statistics] = {}
     with base.file.path.open("rb") as reader, path.open("xb") as writer:
+        if not writer.seekable():  # the header goes first, and has the source's hash: the source is read twice
+            header, _ = layout(file_hash(base.file.path, hashing))
+            block_copy.write(writer.fileno(), memoryview(header), 0)
         blocks = _blocks(base, stored, targets, reader.fileno(), writer.fileno(), backend)
         size = tensor_blocks.block_size(one.change for one in stored if one.change is not None)
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
             for statistics in found or ():
                 total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
             progress(_bytes_of(block))
-        final, _ = layout()  # as long as the first one: all hashes have one length
-        block_copy.write(writer.fileno(), memoryview(final), 0)
-    progress(len(final))
+        if writer.seekable():
+            header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
+            block_copy.write(writer.fileno(), memoryview(header), 0)
+    progress(len(header))
     return tuple(statistics.result() for statistics in total.values())
 
 

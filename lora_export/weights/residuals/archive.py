@@ -27,17 +27,28 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, Runtim
 FACT_KINDS = {"format": int, "hashing": str, "adapters": list, "settings": dict, "shards": dict, "files": dict}
 
 
+class _InOrder:
+    """What zipfile needs to write without going back, as in a store: one residual has the same bytes everywhere."""
+
+    def __init__(self, file: IO[bytes]):
+        self.write, self.flush, self.close = file.write, file.flush, file.close
+
+
 class ResidualWriter:
-    """Writes the members of a new archive, one after another."""
+    """Writes the members of a new archive, one after another, from its first byte to its last."""
 
     def __init__(self, path: Path):
-        self._zip = zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED, compresslevel=LEVEL)
+        self._files = contextlib.ExitStack()
+        file = self._files.enter_context(path.open("xb"))
+        self._zip = self._files.enter_context(
+            zipfile.ZipFile(_InOrder(file), "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL)
+        )
 
     def __enter__(self) -> ResidualWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._zip.close()
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
     @contextlib.contextmanager
     def member(self, name: str) -> Iterator[Callable[[bytes], object]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export.errors import InputRefused
 from lora_export.plan import Plan
-from lora_export.storage import block_copy, json_files, safetensors_file
+from lora_export.storage import block_copy, input_files, json_files, safetensors_file
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.hashes import ALGORITHMS, file_hash
 from lora_export.storage.safetensors_file import TensorFile
@@ -68,7 +67,7 @@ def restore_base(
         if facts.get("stored"):
             (stage / name).write_bytes(residual.read(f"file/{name}"))
         elif (merged / name).is_file():
-            shutil.copyfile(merged / name, stage / name)
+            input_files.copy_file(merged / name, stage / name)
         else:
             raise InputRefused(f"{merged} has no {name}, which the base had: it is not as the merge wrote it")
         if file_hash(stage / name, hashing) != facts.get("hash"):
