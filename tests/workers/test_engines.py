@@ -13,7 +13,6 @@ import pytest
 
 import lora_export as le
 from lora_export.errors import EnvironmentLacking
-from lora_export.fleet.engines import require_ray
 from support.fleets import faults_in, small_fleet
 
 ENGINES = [
@@ -83,9 +82,7 @@ def test_what_is_interrupted_leaves_whole_outputs_and_goes_on(
 
 def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EnvironmentLacking, match=r"a fleet on Ray needs the package ray .*pip install"):
-        require_ray()
-    with pytest.raises(EnvironmentLacking):
+    with pytest.raises(EnvironmentLacking, match=r'ray="local" needs the package ray .*pip install'):
         le.run_fleet("run", "fleet.toml", ray="local")
     assert not (place / "release").exists()
 
@@ -115,11 +112,11 @@ def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, 
     """A cluster may grow. A local one may not: the job itself then refuses what is missing."""
     from types import SimpleNamespace
 
-    from lora_export.fleet.engines import _Ray
+    from lora_export.workers.engines import _Ray
 
     ray = OfRay()
-    engine = _Ray(ray, most)
-    request = SimpleNamespace(job=SimpleNamespace(id="base/fr/1-onnx"))
+    engine = _Ray(ray, print, most)
+    request = SimpleNamespace(name="base/fr/1-onnx")
     engine.submit(request, 9 << 30, on_gpu=True)
     assert ray.settings == {"max_retries": 2, "retry_exceptions": False}
     assert ray.asked == [{"memory": memory, "num_gpus": gpus, "name": "base/fr/1-onnx"}]
