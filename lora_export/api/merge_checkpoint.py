@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions, streamed=True) as folder:
+        begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if request.is_shared else {}
         report = merge_checkpoint(
             steps,
@@ -90,7 +92,8 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
             made=made,
         )
         refuse_no_change(report)
-        report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0)
+        seconds = time.perf_counter() - begun
+        report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0, seconds=seconds)
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)

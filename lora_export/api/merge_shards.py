@@ -22,7 +22,7 @@ from lora_export.api.memory_needs import jobs_that_fit, memory_to_merge
 from lora_export.api.merge_plan import opened_base, plan_over, read_adapters
 from lora_export.api.merge_request import MergeRequest
 from lora_export.callbacks import ignore, in_bytes
-from lora_export.errors import InputRefused, LoraExportError, MatchError, WrongUsage
+from lora_export.errors import InputRefused, LoraExportError, MatchError, OutputFailed, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.options.commands import declared_flags
 from lora_export.options.spelling import as_command_line, is_command_line, named
@@ -51,7 +51,7 @@ class ShardRequest:
 
     @property
     def name(self) -> str:
-        return f"{self.stage.name}/{self.shard}"
+        return self.shard
 
 
 # --- In this process ---
@@ -76,8 +76,8 @@ def make_shards(
     """Let workers write the shards of a merge into its stage. Returns what `merge_checkpoint` takes as `made`.
 
     `size` is what the whole writes, in bytes, for the progress. Shards that a stopped run has made in a store are not
-    made again. A shard whose worker dies is tried again. Raises what a worker raises, and EnvironmentLacking where
-    workers die again and again, or write into a folder that this process does not see.
+    made again. A shard whose worker dies is tried again. Raises what a worker raises, EnvironmentLacking where one dies
+    again and again, and OutputFailed where a shard changes or a worker does not see the stage.
     """
     maker = _maker(request, steps, base, settings)
     progress = in_bytes(request.on_progress, "merging", size)
@@ -93,7 +93,9 @@ def make_shards(
             raise outcome
         made[one.shard] = _seen(stage / one.shard, one.digest, outcome)
         progress(made[one.shard].file.size)
-    if not isinstance(stage, StorePath):
+    if isinstance(stage, StorePath):
+        _refuse_changed(stage, left)
+    else:
         shutil.rmtree(stage / UNFINISHED)  # with what workers that died have left
     return made
 
@@ -124,24 +126,25 @@ def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:
     """The shard that a worker has written, as this process sees it."""
     if isinstance(path, StorePath):
         path.newly()
-    try:
-        written = written_with(path, facts)
-        is_whole = written.file.size == facts["bytes"]
-    except (InputRefused, OSError):
-        is_whole = False
-    if not is_whole:
-        raise InputRefused(
-            f"a worker has written {path.name}, and it is not at {path.parent} here. All machines need the same "
-            "folder, or an output in a store"
-        )
-    return record_made(path, digest, written)
+    return record_made(path, digest, written_with(path, facts))
+
+
+def _refuse_changed(stage: StorePath, shards: Sequence[ShardRequest]) -> None:
+    """Raise OutputFailed where a shard is another object than its worker has put.
+
+    A worker that a cluster takes for dead may go on, and write its shard a second time.
+    """
+    for one in shards:
+        path = stage / one.shard
+        if made_before(path.newly(), one.digest) is None:
+            raise OutputFailed(f"{path} was replaced while the others were written. Merge again: the others are whole")
 
 
 # --- In a worker ---
 
 
 def write_shard(request: ShardRequest) -> dict[str, Any] | Exception:
-    """Write one shard. Returns the facts of `WrittenFile` and the size in bytes, or the error that ends the merge."""
+    """Write one shard. Returns the facts of `WrittenFile`, or the error that ends the merge."""
     with contextlib.suppress(OSError):  # on another machine, where all paths are addresses
         os.chdir(request.folder)
     spelling = as_command_line(declared_flags) if request.as_command_line else contextlib.nullcontext()
@@ -163,14 +166,16 @@ def _written(request: ShardRequest) -> dict[str, Any]:
         )
     if isinstance(path, StorePath):
         path.newly().unlink(missing_ok=True)  # of a worker that died after its upload
-        written = maker.write(path, request.shard)
-        return {**written.facts, "bytes": written.file.size}
+        return maker.write(path, request.shard).facts
+    if not request.stage.is_dir():
+        raise OutputFailed(
+            f"a worker does not see the folder {request.stage.parent}. All machines need it, or an output in a store"
+        )
     part = request.stage / UNFINISHED / uuid.uuid4().hex / request.shard  # a worker that died may have left its own
     part.parent.mkdir(parents=True)
-    written = maker.write(part, request.shard)
+    facts = maker.write(part, request.shard).facts
     part.replace(path)
-    part.parent.rmdir()
-    return {**written.facts, "bytes": written.file.size}
+    return facts
 
 
 @functools.lru_cache(1)

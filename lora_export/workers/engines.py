@@ -124,7 +124,7 @@ def on_ray(perform: Perform, address: str, number: int) -> Iterator[Engine]:
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices, and stdout has the result alone
         try:
             ray.init(**settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # on a busy machine, Ray itself raises a plain Exception
             raise EnvironmentLacking(f"Ray does not start or answer at {address}: {error}") from error
         with contextlib.suppress(ValueError):  # Ray sets its own handlers, unless this is no main thread
             for number, handler in handlers.items():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import lora_export as le
 from lora_export.api import merge_shards
 from lora_export.api.merge_shards import ShardRequest, write_shard
-from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, WrongUsage
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, WrongUsage
 from support import stores
 from support.fleets import faults_in
 from support.handmade import base_file
@@ -193,13 +194,41 @@ def test_a_worker_that_sees_something_else_writes_nothing(place: Path, monkeypat
     assert not (place / "out").exists()
 
 
-def test_a_folder_that_only_the_worker_has_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = place / "elsewhere"
-    elsewhere.mkdir()
-    in_this_process(monkeypatch, lambda one: replace(one, stage=elsewhere))
-    with pytest.raises(InputRefused, match=r"has written model-00001.* and it is not at .* All machines need the same"):
+def test_a_worker_that_does_not_see_the_folder_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: replace(one, stage=place / "elsewhere" / "stage"))
+    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere\. All machines need it"):
         le.merge("base", "adapter", "out", jobs=2)
-    assert (elsewhere / SHARDS[0]).is_file() and not (place / "out").exists()
+    assert not (place / "elsewhere").exists() and not (place / "out").exists()
+
+
+def test_a_shard_that_is_replaced_before_the_manifest_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    def replaced(one: ShardRequest) -> ShardRequest:
+        if one.shard == SHARDS[2]:
+            stored.put(f"out/m/{SHARDS[0]}", b"by a worker that was taken for dead")
+        return one
+
+    in_this_process(monkeypatch, replaced)
+    with pytest.raises(OutputFailed, match=f"{SHARDS[0]} was replaced while the others were written"):
+        le.merge("base", "adapter", str(stored / "out/m"), jobs=2)
+    assert sorted(stored.objects("out/m/")) == [f"out/m/{name}" for name in SHARDS[1:]]
+
+
+def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: one)
+    clock = iter([10.0, 17.0])  # before the first shard, after the manifest
+    monkeypatch.setattr("lora_export.api.merge_checkpoint.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    report = le.merge("base", "adapter", "out", jobs=2).report
+    assert report is not None and report.seconds == 7
+
+
+def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: one)
+    le.merge("base", "adapter", "out", jobs=2, keep_residual="out.residual")
+    le.unmerge("out", "adapter", "again", base_from="out.residual")
+    restored = files(place / "again")
+    assert all(restored[name] == content for name, content in files(place / "base").items() if name in SHARDS)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError], str]] = {

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lora_export as le
 from lora_export.errors import EnvironmentLacking
+from lora_export.workers.engines import _Ray, on_ray
 from support.fleets import faults_in, small_fleet
 
 ENGINES = [
@@ -87,6 +90,19 @@ def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyP
     assert not (place / "release").exists()
 
 
+@pytest.mark.parametrize("error", [ConnectionError("no"), Exception("the node timed out"), ValueError("no address")])
+def test_a_cluster_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with (
+        pytest.raises(EnvironmentLacking, match=f"Ray does not start or answer at auto: {error}"),
+        on_ray(print, "auto", 1),
+    ):
+        pass
+
+
 class OfRay:
     """What an engine uses of Ray, and the resources that jobs ask for."""
 
@@ -99,9 +115,6 @@ class OfRay:
 
     def options(self, **settings: object) -> object:
         self.asked.append(settings)
-        from concurrent.futures import Future
-        from types import SimpleNamespace
-
         return SimpleNamespace(remote=lambda request: SimpleNamespace(future=Future))
 
 
@@ -110,10 +123,6 @@ class OfRay:
 )
 def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, memory: int, gpus: int) -> None:
     """A cluster may grow. A local one may not: the job itself then refuses what is missing."""
-    from types import SimpleNamespace
-
-    from lora_export.workers.engines import _Ray
-
     ray = OfRay()
     engine = _Ray(ray, print, most)
     request = SimpleNamespace(name="base/fr/1-onnx")
