@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_export.artifacts.artifact import Artifact, open_artifact
+from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused
+from lora_export.isolation.limits import GIB
 from lora_export.options.common import ModelSource, Running
 from lora_export.options.spelling import command
-from lora_export.runtime.memory import require_memory
+from lora_export.runtime.memory import available_memory, require_memory
+from lora_export.storage.input_files import files_of
 
 PROGRAM = 700 << 20  # bytes: Python, PyTorch and onnxruntime
+STREAMED = 300 << 20  # bytes: of what reads weights in blocks
 # Bytes for each parameter of the model:
 WIDENED = 32  # of a model that is widened to fp64 as a whole
 MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
@@ -57,6 +62,25 @@ def memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> int:
     """Bytes that an export with its proof takes; 0 where they are unknown. Reads headers."""
     is_read = dtype == "float32" and _is_streamable(model)
     return _needed(count_floats(model), EXPORT_READ if is_read else EXPORT)
+
+
+def memory_to_merge(adapters: Iterable[Path]) -> int:
+    """Bytes that a merge in blocks takes: the adapters are in memory. Reads no file."""
+    files = (file for path in adapters for file in files_of(path))
+    return STREAMED + sum(file.stat().st_size for file in files)
+
+
+def jobs_that_fit(jobs: int, memory: int, on_message: OnMessage) -> int:
+    """How many processes work at the same time: those of `jobs` for which there is memory. `memory` is that of one."""
+    available = available_memory()
+    if available is None or memory * jobs <= available or jobs == 1:
+        return jobs
+    fitting = max(1, available // memory)
+    on_message(
+        f"note: jobs at the same time: {fitting}, not {jobs}. A job needs {memory / GIB:.1f} GiB of memory, and "
+        f"{available / GIB:.1f} GiB are available"
+    )
+    return fitting
 
 
 def is_large_folder(model: ModelSource) -> bool:

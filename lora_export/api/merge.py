@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_export.api.load import adapter_paths, load_adapters, locate_adapters, no_adapter_as_model
+from lora_export.api.load import adapter_paths, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merge_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
+from lora_export.api.merge_plan import read_adapters
 from lora_export.api.merge_request import MergeRequest, MergeResult
-from lora_export.api.shared_head import head_alone
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, claimed_kind
 from lora_export.artifacts.output_names import with_suffix
 from lora_export.errors import WrongUsage
@@ -90,7 +90,7 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
     checkpoint = found(options.checkpoint)
     sources = locate_adapters(options.adapters, options.on_message, options.download)
     reading = options.reading.for_base(checkpoint or base)
-    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=kind is not ArtifactKind.GRAPH)
+    loaded = read_adapters(options, sources, reading, of_models=kind is not ArtifactKind.GRAPH)
 
     suffixes = {ArtifactKind.GGUF: SUFFIX, ArtifactKind.GRAPH: base.suffix, ArtifactKind.WEIGHTS: base.suffix}
 
@@ -98,8 +98,9 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         options,
         MergeRequest,
         base=base,
-        adapters=[head_alone(adapter) for adapter in loaded] if options.only_head else loaded,
+        adapters=loaded,
         sources=adapter_paths(sources),
+        located=sources,
         output=with_suffix(options.output, suffixes[kind]) if kind in suffixes else place(options.output),
         reading=reading,
         layout=dict(options.layout or {}),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.merge_plan import opened_base, plan_over
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
 from lora_export.callbacks import in_bytes
-from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
@@ -32,31 +31,21 @@ from lora_export.weights.quantisation_loss import (
 )
 from lora_export.weights.quantised import caution_for
 from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
-    quantised_as = "dequantize" if request.dequantize else "keep_quantised" if request.keep_quantised else ""
-    checkpoint = open_checkpoint(request.base, dequantise=bool(quantised_as), variant=request.variant)
-    if quantised_as and not checkpoint.quantised:
-        raise InputRefused(f"{request.base} is not quantised. Leave {named(quantised_as)} out")
+    checkpoint = opened_base(request)
+    if request.is_shared:
+        from lora_export.api.merge_shards import make_shards, refuse_unshared  # few merges start processes
+
+        refuse_unshared(request, checkpoint)
     floats = None if request.float_base is None else open_checkpoint(request.float_base)
     if floats is not None:
         refuse_other_shapes(checkpoint, floats)
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
-    with tied_as_remedy(checkpoint, request.tied):
-        steps = plan.make(
-            request.adapters,
-            checkpoint.specs,
-            strengths=request.weights,
-            may_add=True,
-            layout=request.layout or {},
-            rules=checkpoint.rules,
-            ties=ties_of(checkpoint, request.tied),
-        )
-    steps = combine_in_plan(steps, request.combined)
+    steps = plan_over(checkpoint, request)
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
         refuse_without_hash(steps)
@@ -86,6 +75,8 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     size = output_size(steps, checkpoint, request.stored)
     is_file = not checkpoint.is_folder
     with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
+        begun = time.perf_counter()
+        made = make_shards(request, steps, checkpoint, folder, settings, size) if request.is_shared else {}
         report = merge_checkpoint(
             steps,
             checkpoint,
@@ -98,9 +89,11 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
             backend=backend,
             more_settings=settings,
             calibration=calibration,
+            made=made,
         )
         refuse_no_change(report)
-        report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0)
+        seconds = time.perf_counter() - begun
+        report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0, seconds=seconds)
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.lora import Adapter
+from lora_export.options.combining import AdapterSource
 from lora_export.options.merge import MergeOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
@@ -50,6 +51,7 @@ class MergeRequest(MergeOptions):
     adapters: Sequence[Adapter] = field(kw_only=False)
     output: Path = field(kw_only=False)
     sources: Sequence[Path]  # the paths of the adapters
+    located: Sequence[AdapterSource]  # the same with their names, as they are read
     checkpoint: Path | None = None
     float_base: Path | None = None
     keep_residual: Path | None = None
@@ -59,6 +61,11 @@ class MergeRequest(MergeOptions):
     def strengths(self) -> Sequence[float]:
         """One factor for each adapter."""
         return self.weights or (1.0,) * len(self.adapters)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether workers write the files of the output."""
+        return self.jobs > 1 or self.ray is not None
 
     @property
     def stored(self) -> str | None:

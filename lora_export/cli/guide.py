@@ -40,6 +40,7 @@ GROUPS = {
         "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
         "slots": "A thousand adapters: loaded and replaced while a graph runs.",
         "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
+        "cost": "What 10,000 adapters on a large base cost, and when not to merge.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
         "quantised": "Quantised graphs, checkpoints and GGUF files.",

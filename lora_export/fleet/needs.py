@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.api.memory_needs import PROGRAM, count_floats, memory_to_export, memory_to_verify
+from lora_export.api.memory_needs import PROGRAM, STREAMED, count_floats, memory_to_export, memory_to_verify
 from lora_export.artifacts.artifact import claimed_kind, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
@@ -18,7 +18,6 @@ from lora_export.fleet.steps import FleetJob
 from lora_export.options.fleet import VERIFY_WEIGHTS
 from lora_export.storage.hub_cache import locate
 
-STREAMED = 300 << 20  # bytes of memory of what reads weights in blocks
 START_SECONDS = {
     "merge": 0.3,
     "convert": 0.5,

@@ -9,22 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.api.memory_needs import jobs_that_fit
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import EnvironmentLacking
 from lora_export.fleet.description import FleetFile
-from lora_export.fleet.engines import TRIES_OF_JOB, Engine, on_ray, processes
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
 from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
 from lora_export.fleet.steps import FleetJob
-from lora_export.fleet.worker import JobRequest
-from lora_export.isolation.limits import GIB
+from lora_export.fleet.worker import JobRequest, perform
 from lora_export.options.fleet import FleetOptions
 from lora_export.options.spelling import is_command_line
 from lora_export.report.fleet import problem_line
-from lora_export.runtime.memory import available_memory
 from lora_export.storage import atomic_output
 from lora_export.storage.output_lock import output_lock
+from lora_export.workers.engines import TRIES_OF_JOB, Engine, on_ray, processes
 
 
 def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
@@ -37,7 +36,9 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
     with output_lock(fleet.records / ".lock", fleet.records):
         records, needs = FleetRecords(fleet.records, reads=True), NeedsOfJobs()
         engine = (
-            processes(_at_once(fleet, needs, options)) if options.ray is None else on_ray(options.ray, options.jobs)
+            processes(perform, _at_once(fleet, needs, options))
+            if options.ray is None
+            else on_ray(perform, options.ray, options.jobs)
         )
         try:
             with engine as opened:
@@ -52,15 +53,7 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
 
 def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int:
     """How many processes work at the same time: those of `jobs` for which there is memory."""
-    most, available = JobNeeds.together(map(needs.of, fleet.jobs)).memory, available_memory()
-    if available is None or most * options.jobs <= available or options.jobs == 1:
-        return options.jobs
-    fitting = max(1, available // most)
-    options.on_message(
-        f"note: jobs at the same time: {fitting}, not {options.jobs}. A job needs {most / GIB:.1f} GiB of "
-        f"memory, and {available / GIB:.1f} GiB are available"
-    )
-    return fitting
+    return jobs_that_fit(options.jobs, JobNeeds.together(map(needs.of, fleet.jobs)).memory, options.on_message)
 
 
 @dataclass

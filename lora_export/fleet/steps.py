@@ -34,8 +34,8 @@ FLEET_STEPS: Mapping[str, StepKind] = {
     "verify": StepKind(VerifyOptions, "verify", "model", "adapters"),
     VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify", "base", "adapters"),
 }
-# Fields that have no meaning in a fleet, which has its own plan, and names the adapters itself
-NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch"}
+# Fields that have no meaning in a fleet, which has its own plan and workers, and names the adapters itself
+NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch", "jobs", "ray"}
 # Fields that say where something is written, and those that change no result
 WRITTEN = {"output", "reports", "keep_residual", "cache", "sign"}
 OF_THE_RUN = {"overwrite", "download", "timeout", "memory"}

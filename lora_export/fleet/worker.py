@@ -28,6 +28,10 @@ class JobRequest:
     replaces: bool
     as_command_line: bool  # how messages spell options
 
+    @property
+    def name(self) -> str:
+        return self.job.id
+
 
 def perform(request: JobRequest) -> dict[str, Any]:
     """Do a job, and write and return its record. A refusal and a verdict are results; only Ctrl-C is raised."""

@@ -50,6 +50,14 @@ LEAST_RETENTION = Option(
     at_most=1,
 )
 
+JOBS_AT_ONCE = Option(
+    "Processes on this machine that work at the same time.", flags=("-j", "--jobs"), metavar="N", at_least=1
+)
+RAY_ADDRESS = Option(
+    "Run on Ray: the address of a cluster, auto for the one that this machine belongs to, or local.",
+    metavar="ADDRESS|local",
+)
+
 
 def written(text: str, metavar: str = "") -> Mapping[str, Any]:
     """The option that names the output, as the metadata of a field. `text` is its help."""

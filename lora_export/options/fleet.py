@@ -1,12 +1,12 @@
 """The options of `fleet`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_export.options.common import Reported
-from lora_export.options.declaring import Only, Positional, Section, declares, option
+from lora_export.options.common import JOBS_AT_ONCE, RAY_ADDRESS, Reported
+from lora_export.options.declaring import Only, Positional, Section, declares, means, option
 
 VERIFY_WEIGHTS = "verify --base"  # the step that proves merged weights, as the file of a fleet names it
 RUN = Only("action", ("run",), words="`fleet run`")
@@ -20,16 +20,8 @@ class FleetOptions(Reported):
         kw_only=False, metadata=declares(Positional(metavar="plan|run|status"))
     )
     fleet: str | Path = field(kw_only=False, metadata=declares(Positional(metavar="FLEET.toml", kind="path")))
-    jobs: int = option(
-        1, "Processes on this machine that work at the same time.", flags=("-j", "--jobs"), metavar="N", at_least=1,
-        only=(RUN,),
-    )  # fmt: skip
-    ray: str | None = option(
-        None,
-        "Run on Ray: the address of a cluster, auto for the one that this machine belongs to, or local.",
-        metavar="ADDRESS|local",
-        only=(RUN,),
-    )
+    jobs: int = means(1, replace(JOBS_AT_ONCE, only=(RUN,)))
+    ray: str | None = means(None, replace(RAY_ADDRESS, only=(RUN,)))
     reports: Sequence[str | Path] = option(
         (),
         "Write the status as JSON, JUnit XML (a case for each adapter and step) or HTML. May be repeated.",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export.options.combining import TIED_OPTION, AdapterSources, Applied, TiedEmbeddings
-from lora_export.options.common import LAYOUT, LEAST_RETENTION, Output, Signed, written
+from lora_export.options.common import JOBS_AT_ONCE, LAYOUT, LEAST_RETENTION, RAY_ADDRESS, Output, Signed, written
 from lora_export.options.declaring import Only, Option, Positional, Section, declares, means, option, table_of
 from lora_export.options.reading import AllowPickle
 
@@ -26,6 +26,18 @@ def checkpoints(because: str, *more: str) -> tuple[Only, ...]:
 def without(other: str, default: object, because: str) -> Only:
     """For an option that goes only with the default of another."""
     return Only(other, (default,), because, verb="does not go together with", words=f"{{{other}}}")
+
+
+def shared_shards() -> tuple[Only, ...]:
+    """For options that give the files of a checkpoint to several workers."""
+    one_file = {"gguf": "is not for a GGUF file, which one process writes"}
+    several = "the files of its weights are shared among workers"
+    return (
+        Only("base", ("checkpoint",), several, words="checkpoints", instead=OF_ONE_MODEL | one_file),
+        without("keep_quantised", False, "it measures every layer before the first file is written"),
+        without("calibration", None, "the inputs of all layers are in one process"),
+        without("device", "cpu", "workers compute on the processor"),
+    )
 
 
 def graphs(because: str) -> tuple[Only, ...]:
@@ -183,6 +195,23 @@ class MergeOptions(Applied, Signed):
         Applied.tied,
         replace(
             TIED_OPTION, only=checkpoints("in a graph each layer gets a weight of its own where it changes", "gguf")
+        ),
+    )
+    jobs: int = means(
+        1,
+        replace(
+            JOBS_AT_ONCE,
+            help="Processes on this machine that write the files of a sharded BASE at the same time.",
+            only=shared_shards(),
+        ),
+    )
+    ray: str | None = means(
+        None,
+        replace(
+            RAY_ADDRESS,
+            help="Write the files of a sharded BASE on Ray: the address of a cluster, auto for the one that this "
+            "machine belongs to, or local.",
+            only=shared_shards(),
         ),
     )
     dry_run: bool = option(False, "Print which weights would change, and write nothing.", often=True)

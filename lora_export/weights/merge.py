@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,7 +47,7 @@ from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
-from lora_export.weights.written_file import WrittenFile, copied_whole, made_before, recipe_of, record_made
+from lora_export.weights.written_file import WrittenFile, copied_whole, digest_of, made_before, recipe_of, record_made
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -66,6 +66,7 @@ def merge_checkpoint(
     backend: Backend | None = None,
     more_settings: Mapping[str, Any] = MappingProxyType({}),
     calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
+    made: Mapping[str, WrittenFile] = MappingProxyType({}),
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
 
@@ -73,8 +74,9 @@ def merge_checkpoint(
     called `file_name`, with its provenance in the header. `dtype` converts every float tensor. `hashing` names the
     hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy.
     `more_settings` are recorded beside those of this function. `calibration` has the inputs of layers, by the names of
-    their weights in the output: these are rounded with feedback, and the record names them. Peak memory is a few blocks
-    and the matrices of two layers' inputs, whatever the size of the model.
+    their weights in the output: these are rounded with feedback, and the record names them. `made` has files of the
+    base whose output is in `stage` already (`ShardMaker`). Peak memory is a few blocks and the matrices of two layers'
+    inputs, whatever the size of the model.
 
     Raises InputRefused when an adapter is already merged in the base, the merge would break tied embeddings, a value
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
@@ -83,10 +85,7 @@ def merge_checkpoint(
     begun = time.perf_counter()
     refuse_before_merge(plan, base)
     backend = backend or Backend()
-    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
-    settings |= more_settings
-    settings |= {} if plan.tied == Tied.ERROR else {"tied": str(plan.tied)}
-    settings |= _stated_quantisation(plan, base)
+    settings = _settings(plan, base, dtype, min_retention, backend, more_settings)
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         by_file = {name: {hashing: value} for name, value in hashes.items()}
@@ -103,7 +102,7 @@ def merge_checkpoint(
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(
+            written[name] = made.get(name) or _write_shard(
                 path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe
             )
     results = tuple(result for shard in written.values() for result in shard.results)
@@ -127,6 +126,69 @@ def merge_checkpoint(
         seconds=time.perf_counter() - begun,
         spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
     )
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """Writes each file of a folder's merge by itself: several workers together then write what `merge_checkpoint` does.
+
+    The arguments are those of `merge_checkpoint`, whose other parts go on with the files as `made`.
+    """
+
+    plan: Plan
+    base: Checkpoint
+    dtype: str | None
+    min_retention: float
+    hashing: str
+    more_settings: Mapping[str, Any]
+    backend: Backend = field(default_factory=Backend)
+
+    def digest(self, name: str) -> str:
+        """The hash of all that determines the file; see `digest_of`."""
+        source, metadata = self.base.shards[name], self._metadata(name)
+        return digest_of(source, _layout(source, self._tensors[name], metadata)[0], self._recipe)
+
+    def write(self, path: Path, name: str) -> WrittenFile:
+        """Write the file. Raises InputRefused as `merge_checkpoint` does."""
+        source, tensors = self.base.shards[name], self._tensors[name]
+        with threadpool_limits(1, user_api="blas"):
+            return _write_shard(
+                path,
+                source,
+                tensors,
+                lambda _: self._metadata(name),
+                lambda _: None,
+                self.backend,
+                hashing=self.hashing,
+                recipe=self._recipe,
+            )
+
+    def _metadata(self, name: str) -> Mapping[str, str]:
+        return {"format": "pt", **_header_metadata(self.plan, self.base, self.base.shards[name])}
+
+    @functools.cached_property
+    def _tensors(self) -> Mapping[str, list[OutputTensor]]:
+        return _output_tensors(self.plan, self.base, self.dtype)
+
+    @functools.cached_property
+    def _recipe(self) -> str:
+        settings = _settings(self.plan, self.base, self.dtype, self.min_retention, self.backend, self.more_settings)
+        return recipe_of(self.plan, settings, self.hashing)
+
+
+def _settings(
+    plan: Plan,
+    base: Checkpoint,
+    dtype: str | None,
+    min_retention: float,
+    backend: Backend,
+    more_settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The settings of a merge, for the record of provenance."""
+    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
+    settings |= more_settings
+    settings |= {} if plan.tied == Tied.ERROR else {"tied": str(plan.tied)}
+    return settings | _stated_quantisation(plan, base)
 
 
 def _stated_layouts(plan: Plan) -> dict[str, Any]:
@@ -289,12 +351,11 @@ def _write_shard(
     hashes = block_copy.RunningHashes(hashing)
 
     def layout(source_hash: str) -> tuple[bytes, list[Entry]]:
-        described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in tensors]
-        return safetensors_file.layout(described, metadata(source_hash), beside=source.data_start)
+        return _layout(source, tensors, metadata(source_hash))
 
     header, entries = layout(hashes.source.hexdigest())
-    digest, found = made_before(path, source, header, recipe)
-    found = found or copied_whole(path, source, tensors, metadata(""), hashing)
+    digest = digest_of(source, header, recipe)
+    found = made_before(path, digest) or copied_whole(path, source, tensors, metadata(""), hashing)
     if found is not None:
         progress(found.file.size)
         return record_made(path, digest, found)
@@ -318,6 +379,14 @@ def _write_shard(
     results = tuple(statistics.result() for statistics in by_weight.values())
     own_hashes = hashes.source.hexdigest(), hashes.target.hexdigest()
     return record_made(path, digest, WrittenFile(safetensors_file.open_file(path), results, *own_hashes))
+
+
+def _layout(
+    source: TensorFile, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Entry]]:
+    """The header of a file of the output, and where its tensors will be."""
+    described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in tensors]
+    return safetensors_file.layout(described, metadata, beside=source.data_start)
 
 
 def _blocks(

@@ -44,22 +44,25 @@ def recipe_of(plan: Plan, settings: Mapping[str, Any], hashing: str) -> str:
     return json.dumps([__version__, hashing, dict(settings), adapter_records(plan.adapters, plan.strengths), terms])
 
 
-def made_before(path: Path, source: TensorFile, header: bytes, recipe: str) -> tuple[str, WrittenFile | None]:
-    """The hash of all that determines a file of the output; and the file, where a stopped run has made it in a store.
-
-    The hash is empty where no later run could use the file.
-    """
-    begun, state = begun_at(path.parent), source.path.stat()
-    if begun is None or not recipe:
-        return "", None
+def digest_of(source: TensorFile, header: bytes, recipe: str) -> str:
+    """The hash of all that determines a file of the output; empty where no later run could use the file."""
+    state = source.path.stat()
     identity = [recipe, str(source.path), state.st_ino, state.st_size, state.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps(identity).encode() + header).hexdigest()
-    facts = begun.whole(path.name, digest)
-    if facts is None:
-        return digest, None
+    return hashlib.sha256(json.dumps(identity).encode() + header).hexdigest() if recipe else ""
+
+
+def made_before(path: Path, digest: str) -> WrittenFile | None:
+    """The file with this digest, where a stopped run has made it in a store."""
+    begun = begun_at(path.parent)
+    facts = None if begun is None or not digest else begun.whole(path.name, digest)
+    return None if facts is None else written_with(path, facts)
+
+
+def written_with(path: Path, facts: Mapping[str, Any]) -> WrittenFile:
+    """A file that is there, with the facts that were recorded of it."""
     results = (one | {"outputs": one["outputs"] and OutputResult(**one["outputs"])} for one in facts["results"])
     found = tuple(StepResult(**one) for one in results)
-    return digest, WrittenFile(safetensors_file.open_file(path), found, *facts["hashes"])
+    return WrittenFile(safetensors_file.open_file(path), found, *facts["hashes"])
 
 
 def record_made(path: Path, digest: str, written: WrittenFile) -> WrittenFile:

@@ -90,7 +90,7 @@ def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pyte
 def test_a_job_whose_process_dies_is_tried_alone_and_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs beside it go on, and a result that a dead process has recorded is not made again."""
     engine = Dying(at_once=2)
-    monkeypatch.setattr(run, "processes", lambda number: contextlib.nullcontext(engine))
+    monkeypatch.setattr(run, "processes", lambda *_: contextlib.nullcontext(engine))
     status = le.run_fleet("run", "fleet.toml")
     assert [job.outcome for job in status.jobs] == ["failed", "not run", "done", "same"] and status.exit_code == 6
     assert engine.ran == [JOBS[0], JOBS[2], JOBS[0], JOBS[0], JOBS[3]]

@@ -43,6 +43,7 @@ NEEDS = {
     "many-adapters": ("base", "adapter", "fr", "de", "base.onnx"),
     "slots": ("base", "fr", "de"),
     "fleet": ("base", "fr", "de"),
+    "cost": (),
     "generation": ("decoder", "pirate"),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
@@ -57,7 +58,7 @@ NEEDS = {
     "limits": (),
 }
 # The others have several exports or trainings
-QUICK = ("README", "install", "judged", "endpoints", "stores", "python", "configuration", "limits")
+QUICK = ("README", "install", "judged", "endpoints", "cost", "stores", "python", "configuration", "limits")
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))

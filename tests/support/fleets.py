@@ -85,7 +85,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> tuple[FleetStatus, list[str]]:
     engine = Here()
 
     @contextlib.contextmanager
-    def here(number: int) -> Iterator[Here]:
+    def here(_: object, number: int) -> Iterator[Here]:
         yield engine
 
     monkeypatch.setattr(run, "processes", here)
@@ -94,11 +94,11 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> tuple[FleetStatus, list[str]]:
     return status, engine.ran
 
 
-def faults_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **kinds: str) -> Path:
+def faults_in(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str = HOOK, **kinds: str) -> Path:
     """Let processes that are started from now on have these faults: adapter -> kill, kill once or sleep."""
     (folder / "hook").mkdir()
     (folder / "faults").mkdir()
-    (folder / "hook" / "sitecustomize.py").write_text(HOOK)
+    (folder / "hook" / "sitecustomize.py").write_text(hook)
     for name, kind in kinds.items():
         (folder / "faults" / name).write_text(kind)
     paths = [str(folder / "hook"), str(Path(le.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -6,8 +6,9 @@ import functools
 import itertools
 import json
 import logging
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,20 +84,60 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def model(folder: Path) -> tuple[Path, Path]:
-    """A base of three shards, the first two of which an adapter changes, and the adapter."""
+def model(folder: Path, shards: int = 3, rows: int = 96) -> tuple[Path, Path]:
+    """A base of three shards or more, all but the third of which an adapter changes, and the adapter."""
     base = folder / "base"
     base.mkdir(parents=True)
     rng, weight_map = np.random.default_rng(0), {}
-    for number in range(3):
-        name = f"model-{number + 1:05}-of-00003.safetensors"
-        module = ("up", "down", "norm")[number]
-        base_file(base / name, {f"{module}.weight": rng.integers(-8, 8, (96, 40))}, metadata={"format": "pt"})
+    modules = ("up", "down", "norm", *(f"up{number}" for number in range(3, shards)))
+    for number, module in enumerate(modules):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        base_file(base / name, {f"{module}.weight": rng.integers(-8, 8, (rows, 40))}, metadata={"format": "pt"})
         weight_map[f"{module}.weight"] = name
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (base / "config.json").write_text("{}")
-    pairs = {one: (rng.integers(1, 4, (2, 40)), rng.integers(1, 4, (96, 2))) for one in ("up", "down")}
+    changed = [module for module in modules if module != "norm"]
+    pairs = {one: (rng.integers(1, 4, (2, 40)), rng.integers(1, 4, (rows, 2))) for one in changed}
     return base, peft_adapter(folder / "adapter", pairs)
+
+
+class Failing:
+    """Lets the store refuse a share of all requests, and records the changes of objects that it made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float, seed: int):
+        from moto.server import DomainDispatcherApplication
+
+        self.requests, self.refused, self.changes = 0, 0, list[tuple[str, str]]()
+        self._share, self._random, self._answer = share, random.Random(seed), DomainDispatcherApplication.__call__
+
+        def call(app: Any, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+            return self._call(app, environ, start)
+
+        monkeypatch.setattr(DomainDispatcherApplication, "__call__", call)
+
+    def _call(self, app: Any, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests += 1
+        if self._random.random() < self._share:
+            self.refused += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"" if method == "HEAD" else b"<Error><Code>SlowDown</Code></Error>"]
+
+        def started(status: str, *rest: Any) -> Any:
+            if method in ("PUT", "POST", "DELETE") and status.startswith("2") and not environ.get("QUERY_STRING"):
+                self.changes.append((method, path))
+            return start(status, *rest)
+
+        return self._answer(app, environ, started)
+
+    def put_twice(self, name: str) -> list[str]:
+        """The objects of this name that were put while they were there."""
+        there, found = set[str](), []
+        for method, path in (change for change in self.changes if change[1].endswith(f"/{name}")):
+            found += [path] if method == "PUT" and path in there else []
+            (there.discard if method == "DELETE" else there.add)(path)
+        return found
 
 
 @contextmanager

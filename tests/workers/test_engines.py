@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lora_export as le
 from lora_export.errors import EnvironmentLacking
+from lora_export.workers.engines import _Ray, on_ray
 from support.fleets import faults_in, small_fleet
 
 ENGINES = [
@@ -82,9 +85,22 @@ def test_what_is_interrupted_leaves_whole_outputs_and_goes_on(
 
 def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EnvironmentLacking, match=r"a fleet on Ray needs the package ray .*pip install"):
+    with pytest.raises(EnvironmentLacking, match=r'ray="local" needs the package ray .*pip install'):
         le.run_fleet("run", "fleet.toml", ray="local")
     assert not (place / "release").exists()
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no"), Exception("the node timed out"), ValueError("no address")])
+def test_a_cluster_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with (
+        pytest.raises(EnvironmentLacking, match=f"Ray does not start or answer at auto: {error}"),
+        on_ray(print, "auto", 1),
+    ):
+        pass
 
 
 class OfRay:
@@ -99,9 +115,6 @@ class OfRay:
 
     def options(self, **settings: object) -> object:
         self.asked.append(settings)
-        from concurrent.futures import Future
-        from types import SimpleNamespace
-
         return SimpleNamespace(remote=lambda request: SimpleNamespace(future=Future))
 
 
@@ -110,13 +123,9 @@ class OfRay:
 )
 def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, memory: int, gpus: int) -> None:
     """A cluster may grow. A local one may not: the job itself then refuses what is missing."""
-    from types import SimpleNamespace
-
-    from lora_export.fleet.engines import _Ray
-
     ray = OfRay()
-    engine = _Ray(ray, most)
-    request = SimpleNamespace(job=SimpleNamespace(id="base/fr/1-onnx"))
+    engine = _Ray(ray, print, most)
+    request = SimpleNamespace(name="base/fr/1-onnx")
     engine.submit(request, 9 << 30, on_gpu=True)
     assert ray.settings == {"max_retries": 2, "retry_exceptions": False}
     assert ray.asked == [{"memory": memory, "num_gpus": gpus, "name": "base/fr/1-onnx"}]

@@ -1,6 +1,8 @@
 """Where jobs run: processes of this machine, or Ray. Both schedule by themselves, and give a future for each job.
 
-Imports nothing heavy: a process of the pool imports this file before it knows how many threads it may use.
+An engine is made for a function, which it calls with a request in another process. Both are pickled: the function by
+its name, and the request has no weights, which are in files. Imports nothing heavy: a process of the pool imports this
+file before it knows how many threads it may use.
 """
 
 from __future__ import annotations
@@ -11,16 +13,27 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from lora_export.extras import optional_package
-from lora_export.fleet.worker import JobRequest, perform
 
-JobRecord = dict[str, Any]
 TRIES_OF_JOB = 3  # of a job whose worker dies
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class Request(Protocol):
+    """What a worker needs of a job. It is pickled."""
+
+    @property
+    def name(self) -> str:
+        """What a cluster shows of it."""
+
+
+Perform = Callable[[Any], Any]  # what a worker does with a request, and returns
 
 
 class Engine(Protocol):
@@ -29,7 +42,7 @@ class Engine(Protocol):
     at_once: int  # jobs that are given to it at the same time
     is_tried_again: bool  # a job whose worker died has to be given to it again
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
+    def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:
         """Start a job, or let it wait for a free worker. `memory` is in bytes."""
 
     def died(self, error: BaseException) -> str:
@@ -37,9 +50,9 @@ class Engine(Protocol):
 
 
 @contextlib.contextmanager
-def processes(number: int) -> Iterator[Engine]:
-    """Processes of this machine. Their jobs are ended where the block ends with an exception."""
-    engine = _Processes(number)
+def processes(perform: Perform, number: int) -> Iterator[Engine]:
+    """Processes of this machine. Their jobs are ended where the block ends with an exception, and with this process."""
+    engine = _Processes(perform, number)
     before = multiprocessing.active_children()
     try:
         yield engine
@@ -55,8 +68,8 @@ def processes(number: int) -> Iterator[Engine]:
 class _Processes:
     is_tried_again = True
 
-    def __init__(self, number: int):
-        self.at_once = number
+    def __init__(self, perform: Perform, number: int):
+        self._perform, self.at_once = perform, number
         self.pool = self._new_pool()
 
     def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
@@ -66,12 +79,12 @@ class _Processes:
         )  # a copy of this process would have its locks, without its threads
         return concurrent.futures.ProcessPoolExecutor(self.at_once, context, _begin, (threads,))
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:  # noqa: ARG002
+    def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:  # noqa: ARG002
         try:
-            return self.pool.submit(perform, request)
+            return self.pool.submit(self._perform, request)
         except BrokenProcessPool:
             self.pool = self._new_pool()
-            return self.pool.submit(perform, request)
+            return self.pool.submit(self._perform, request)
 
     def died(self, error: BaseException) -> str:
         return "its process ended, by a signal or for lack of memory" if isinstance(error, BrokenProcessPool) else ""
@@ -83,14 +96,27 @@ def _begin(threads: int) -> None:
         os.environ.setdefault(name, str(threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process ends the others
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process where the first one was killed: the next run writes the same files."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextlib.contextmanager
-def on_ray(address: str, number: int) -> Iterator[Engine]:
-    """A cluster of Ray by its address, `auto` or `local`. `number` is that of CPUs of a local one, if above 1."""
-    from lora_export.errors import EnvironmentLacking
+def on_ray(perform: Perform, address: str, number: int) -> Iterator[Engine]:
+    """A cluster of Ray by its address, `auto` or `local`. `number` is that of CPUs of a local one, if above 1.
 
-    ray = optional_package("ray", "a fleet on Ray needs the package", "fleet")
+    Raises EnvironmentLacking where Ray is not installed, does not start or does not answer.
+    """
+    from lora_export.errors import EnvironmentLacking
+    from lora_export.options.spelling import named
+
+    ray = optional_package("ray", f"{named('ray', address)} needs the package", "fleet")
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "WARNING"}
     if address == "local":
         settings |= {"include_dashboard": False, **({"num_cpus": number} if number > 1 else {})}
@@ -98,12 +124,12 @@ def on_ray(address: str, number: int) -> Iterator[Engine]:
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices, and stdout has the result alone
         try:
             ray.init(**settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # on a busy machine, Ray itself raises a plain Exception
             raise EnvironmentLacking(f"Ray does not start or answer at {address}: {error}") from error
         with contextlib.suppress(ValueError):  # Ray sets its own handlers, unless this is no main thread
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        engine = _Ray(ray, ray.cluster_resources() if address == "local" else None)
+        engine = _Ray(ray, perform, ray.cluster_resources() if address == "local" else None)
         try:
             yield engine
         except BaseException:
@@ -117,23 +143,25 @@ class _Ray:
     at_once = 1000
     is_tried_again = False  # Ray does it itself, on another worker
 
-    def __init__(self, ray: Any, most: Mapping[str, float] | None):
-        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[JobRecord], Any]()
+    def __init__(self, ray: Any, perform: Perform, most: Mapping[str, float] | None):
+        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[Any], Any]()
         self._perform = ray.remote(max_retries=TRIES_OF_JOB - 1, retry_exceptions=False)(perform)
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
+    def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:
         requested = {"memory": memory, "GPU": int(on_gpu)}
         if self._most is not None:  # a cluster may grow; here the job itself tells what is missing
             requested = {name: min(number, int(self._most.get(name, 0))) for name, number in requested.items()}
         memory, gpus = requested["memory"], requested["GPU"]
-        reference = self._perform.options(memory=memory, num_gpus=gpus, name=request.job.id).remote(request)
-        future: concurrent.futures.Future[JobRecord] = reference.future()
+        reference = self._perform.options(memory=memory, num_gpus=gpus, name=request.name).remote(request)
+        future: concurrent.futures.Future[Any] = reference.future()
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))
         return future
 
     def died(self, error: BaseException) -> str:
-        return "" if not isinstance(error, self._ray.exceptions.RayError) else str(error).splitlines()[0]
+        known = self._ray.exceptions
+        is_death = isinstance(error, known.RayError) and not isinstance(error, known.RayTaskError)  # which a job raised
+        return str(error).splitlines()[0] if is_death else ""
 
     def cancel(self) -> None:
         """End the jobs that run, as Ctrl-C does, and wait for that: nothing unfinished is left."""

@@ -1,0 +1,187 @@
+"""The files of one merge as jobs: workers write the shards, and this process the index and the manifest.
+
+Each worker reads the adapters and the headers of the base again, and makes the plan again: no weights pass between
+processes. It writes nothing unless the hash of all that determines a shard is the one that this process has computed.
+This process alone holds the lock of the output, and records in a store which shards are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.api.memory_needs import jobs_that_fit, memory_to_merge
+from lora_export.api.merge_plan import opened_base, plan_over, read_adapters
+from lora_export.api.merge_request import MergeRequest
+from lora_export.callbacks import ignore, in_bytes
+from lora_export.errors import InputRefused, LoraExportError, MatchError, OutputFailed, WrongUsage
+from lora_export.lora import Adapter
+from lora_export.options.commands import declared_flags
+from lora_export.options.spelling import as_command_line, is_command_line, named
+from lora_export.plan import Plan
+from lora_export.storage.store_path import StorePath
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.merge import ShardMaker
+from lora_export.weights.written_file import WrittenFile, made_before, record_made, written_with
+from lora_export.workers.engines import THREADS, on_ray, processes
+from lora_export.workers.tasks import each_result
+
+UNFINISHED = ".unfinished"  # a folder of the stage, for shards on the disk that are not whole
+
+
+@dataclass(frozen=True)
+class ShardRequest:
+    """What a worker needs to write one shard. It has no weights."""
+
+    merge: bytes = field(repr=False)  # the request of the whole, pickled; its adapters are the paths
+    folder: str  # the current folder, to which paths are relative
+    stage: Path
+    shard: str
+    digest: str  # see `ShardMaker.digest`
+    as_command_line: bool  # how messages spell options
+
+    @property
+    def name(self) -> str:
+        return self.shard
+
+
+# --- In this process ---
+
+
+def refuse_unshared(request: MergeRequest, base: Checkpoint) -> None:
+    """Raise WrongUsage where the files of a merge cannot be written by several workers."""
+    shared = named("ray", request.ray) if request.ray is not None else named("jobs", request.jobs)
+    if len(base.shards) < 2:
+        raise WrongUsage(
+            f"{base.path} has its weights in one file, which one process writes. Leave {shared} out, or split the base"
+        )
+    if any(isinstance(each, Adapter) for each in request.located):
+        raise WrongUsage(f"{shared}: each worker reads the adapters. Give their paths, and not adapters in memory")
+    if any(not adapter.sha256 for adapter in request.adapters):
+        raise WrongUsage(f"{shared}: an adapter has no hash by which workers could know it. Convert it first")
+
+
+def make_shards(
+    request: MergeRequest, steps: Plan, base: Checkpoint, stage: Path, settings: Mapping[str, Any], size: int
+) -> dict[str, WrittenFile]:
+    """Let workers write the shards of a merge into its stage. Returns what `merge_checkpoint` takes as `made`.
+
+    `size` is what the whole writes, in bytes, for the progress. Shards that a stopped run has made in a store are not
+    made again. A shard whose worker dies is tried again. Raises what a worker raises, EnvironmentLacking where one dies
+    again and again, and OutputFailed where a shard changes or a worker does not see the stage.
+    """
+    maker = _maker(request, steps, base, settings)
+    progress = in_bytes(request.on_progress, "merging", size)
+    merge = pickle.dumps(replace(request, adapters=(), on_message=ignore, on_progress=ignore))
+    folder, spelling = str(Path.cwd()), is_command_line()
+    requests = [ShardRequest(merge, folder, stage, name, maker.digest(name), spelling) for name in base.shards]
+    made = {one.shard: found for one in requests if (found := made_before(stage / one.shard, one.digest))}
+    for found in made.values():
+        progress(found.file.size)
+    left = [one for one in requests if one.shard not in made]
+    for one, outcome in _outcomes(request, left):
+        if isinstance(outcome, Exception):
+            raise outcome
+        made[one.shard] = _seen(stage / one.shard, one.digest, outcome)
+        progress(made[one.shard].file.size)
+    if isinstance(stage, StorePath):
+        _refuse_changed(stage, left)
+    else:
+        shutil.rmtree(stage / UNFINISHED)  # with what workers that died have left
+    return made
+
+
+def _outcomes(
+    request: MergeRequest, shards: Sequence[ShardRequest]
+) -> Iterator[tuple[ShardRequest, dict[str, Any] | Exception]]:
+    """What `write_shard` returns of each, in the order in which they end."""
+    if not shards:
+        return
+    memory = memory_to_merge(request.sources)
+    if request.ray is not None:
+        engine = on_ray(write_shard, request.ray, request.jobs)
+    else:
+        most = min(request.jobs, len(shards))
+        engine = processes(write_shard, jobs_that_fit(most, memory, request.on_message))
+    with engine as opened:
+        yield from each_result(opened, shards, memory)
+
+
+def _maker(request: MergeRequest, steps: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> ShardMaker:
+    threads = os.environ.get(THREADS[0], "")  # of a worker: its share of the cores
+    backend = Backend(threads=int(threads) if threads.isdecimal() and int(threads) else None)
+    return ShardMaker(steps, base, request.stored, request.min_retention, request.hashing, settings, backend)
+
+
+def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:
+    """The shard that a worker has written, as this process sees it."""
+    if isinstance(path, StorePath):
+        path.newly()
+    return record_made(path, digest, written_with(path, facts))
+
+
+def _refuse_changed(stage: StorePath, shards: Sequence[ShardRequest]) -> None:
+    """Raise OutputFailed where a shard is another object than its worker has put.
+
+    A worker that a cluster takes for dead may go on, and write its shard a second time.
+    """
+    for one in shards:
+        path = stage / one.shard
+        if made_before(path.newly(), one.digest) is None:
+            raise OutputFailed(f"{path} was replaced while the others were written. Merge again: the others are whole")
+
+
+# --- In a worker ---
+
+
+def write_shard(request: ShardRequest) -> dict[str, Any] | Exception:
+    """Write one shard. Returns the facts of `WrittenFile`, or the error that ends the merge."""
+    with contextlib.suppress(OSError):  # on another machine, where all paths are addresses
+        os.chdir(request.folder)
+    spelling = as_command_line(declared_flags) if request.as_command_line else contextlib.nullcontext()
+    try:
+        with spelling:
+            return _written(request)
+    except MatchError as error:
+        return InputRefused(error.lines)  # which can be pickled
+    except (LoraExportError, OSError, MemoryError) as error:
+        return error
+
+
+def _written(request: ShardRequest) -> dict[str, Any]:
+    maker, path = _planned(request.merge, request.folder), request.stage / request.shard
+    if maker.digest(request.shard) != request.digest:
+        raise InputRefused(
+            f"{request.shard}: a worker sees another base, adapter or version of lora-export than the process that "
+            "began the merge. Nothing was written"
+        )
+    if isinstance(path, StorePath):
+        path.newly().unlink(missing_ok=True)  # of a worker that died after its upload
+        return maker.write(path, request.shard).facts
+    if not request.stage.is_dir():
+        raise OutputFailed(
+            f"a worker does not see the folder {request.stage.parent}. All machines need it, or an output in a store"
+        )
+    part = request.stage / UNFINISHED / uuid.uuid4().hex / request.shard  # a worker that died may have left its own
+    part.parent.mkdir(parents=True)
+    facts = maker.write(part, request.shard).facts
+    part.replace(path)
+    return facts
+
+
+@functools.lru_cache(1)
+def _planned(merge: bytes, _folder: str) -> ShardMaker:
+    """The plan of a merge that began in a folder, made once for all shards that this process writes."""
+    request: MergeRequest = pickle.loads(merge)  # noqa: S301 - of the process that started this one
+    request = replace(request, adapters=read_adapters(request, request.located, request.reading))
+    base = opened_base(request)
+    return _maker(request, plan_over(base, request), base, request.combined.settings)

@@ -1,0 +1,263 @@
+"""The shards of one merge as jobs: the same bytes and figures as alone, whatever dies, stops or disagrees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.api import merge_shards
+from lora_export.api.merge_shards import ShardRequest, write_shard
+from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, WrongUsage
+from support import stores
+from support.fleets import faults_in
+from support.handmade import base_file
+
+if TYPE_CHECKING:
+    from support.stores import Stored
+
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+RAY = pytest.param({"ray": "local", "jobs": 2}, id="ray", marks=pytest.mark.slow)
+ENGINES = [pytest.param({"jobs": 2}, id="processes"), RAY]
+# In a worker: the file of weights that `faults/NAME` names is followed by a death or by sleep
+HOOK = """
+import os, pathlib, signal, sys, time
+class Hook:
+    def find_spec(self, name, path, target=None):
+        if name == "lora_export.api.merge_shards":
+            sys.meta_path.remove(self)
+            import lora_export.weights.merge as module
+            write, faults = module._write_shard, pathlib.Path(os.environ["FAULTS"])
+            def faulty(path, *arguments, **options):
+                written, fault = write(path, *arguments, **options), faults / path.name
+                kind = fault.read_text() if fault.exists() else ""
+                if kind == "kill once":
+                    fault.unlink()
+                if kind.startswith("kill"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if kind == "sleep":
+                    (faults / "asleep").write_text(str(os.getpid()))
+                    [time.sleep(0.1) for _ in range(900)]
+                return written
+            module._write_shard = faulty
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base of three shards, an adapter, and their merge by one process."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # with it, Ray writes a token into the home folder
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.chdir(tmp_path)
+    stores.model(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def alone(place: Path, **options: Any) -> tuple[dict[str, bytes], Any]:
+    report = le.merge(place / "base", place / "adapter", place / "alone", **options).report
+    assert report is not None
+    return files(place / "alone"), replace(report, seconds=0)
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_files_and_figures_are_those_of_one_process(place: Path, engine: dict[str, Any]) -> None:
+    told: list[Any] = []
+    options: dict[str, Any] = {"weights": [0.5], "dtype": "float32", "hashing": "sha256"}
+    report = le.merge("base", "fr=adapter", "out", **options, **engine, on_progress=told.append).report
+    expected, figures = alone(place, **options)
+    assert report is not None and replace(report, seconds=0, spellings={}) == replace(figures, spellings={})
+    written = files(place / "out")
+    assert written.keys() == expected.keys() and all(written[name] == expected[name] for name in SHARDS)
+    assert b'"fr"' in written["lora_export.json"] and hidden(place) == []
+    assert told[-1].done == told[-1].total > 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_in_a_store_by_its_own_copy(place: Path, stored: Stored, engine: dict[str, Any]) -> None:
+    for name in ("base", "adapter"):
+        stored.put(name, place / name)
+    report = le.merge(str(stored / "base"), str(stored / "adapter"), str(stored / "out/m"), **engine).report
+    expected, figures = alone(place)
+    assert stored.files("out/m") == expected and report is not None and replace(report, seconds=0) == figures
+    assert not [key for key in stored.objects("out/") if key.endswith(".begun")]
+
+
+def test_what_a_stopped_run_made_is_not_made_again(place: Path, stored: Stored) -> None:
+    address = str(stored / "out/m")
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        le.merge(place / "base", place / "adapter", address, jobs=2, on_progress=stop)
+    (first,) = stored.objects("out/m/").values()
+    le.merge(place / "base", place / "adapter", address, jobs=2)
+    assert stored.files("out/m") == alone(place)[0]
+    assert stored.objects("out/m/")[first["Key"]]["LastModified"] == first["LastModified"]
+
+
+def command(*more: str) -> list[str]:
+    return [sys.executable, "-m", "lora_export", "merge", "base", "adapter", "-o", "out", *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [("-j", "2"), ("--ray", "local", "-j", "2")], ids=["processes", "ray"])
+@pytest.mark.parametrize(("fault", "code"), [("kill once", 0), ("kill", 6)])
+def test_the_shard_of_a_dead_worker_is_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], fault: str, code: int
+) -> None:
+    faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: fault})
+    ran = subprocess.run(command(*engine), capture_output=True, text=True, check=False)
+    assert ran.returncode == code, ran.stderr
+    assert (files(place / "out") == alone(place)[0]) if code == 0 else "(3 times)" in ran.stderr
+    assert (place / "out").exists() == (code == 0) and hidden(place) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_process_that_began(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    faults = faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: "sleep"})
+    process = subprocess.Popen(command("-j", "2"), stderr=subprocess.PIPE, text=True)
+    while not (faults / "asleep").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    worker, until = int((faults / "asleep").read_text()), time.monotonic() + 20
+    while _is_alive(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _is_alive(worker) and not (place / "out").exists()
+    assert bool(hidden(place)) == (number is signal.SIGKILL)
+    (faults / SHARDS[1]).unlink()
+    le.merge("base", "adapter", "out", jobs=2)
+    assert files(place / "out") == alone(place)[0] and hidden(place) == []
+
+
+def _is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_an_error_of_a_worker_is_that_of_one_process(place: Path) -> None:
+    weights = np.full((96, 40), 3, np.float32)
+    weights[5] = np.inf
+    base_file(place / "base" / SHARDS[1], {"down.weight": weights}, metadata={"format": "pt"})
+    with pytest.raises(InputRefused) as expected:
+        alone(place)
+    with pytest.raises(InputRefused) as refused:
+        le.merge("base", "adapter", "out", jobs=2)
+    assert str(refused.value) == str(expected.value) and "not finite" in str(refused.value)
+    assert not (place / "out").exists() and hidden(place) == []
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[ShardRequest], ShardRequest]) -> None:
+    """Let requests reach the worker's function changed, without a process."""
+    monkeypatch.setattr(
+        merge_shards,
+        "_outcomes",
+        lambda _, shards: ((one, write_shard(change(one))) for one in shards),
+    )
+
+
+def test_a_worker_that_sees_something_else_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_shards._planned.cache_clear()
+    in_this_process(monkeypatch, lambda one: one)
+    read = merge_shards.read_adapters
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        return [replace(adapter, sha256="0" * 64) for adapter in read(*arguments, **options)]
+
+    monkeypatch.setattr(merge_shards, "read_adapters", other)
+    with pytest.raises(InputRefused, match=rf"{SHARDS[0]}: a worker sees another base, adapter or version"):
+        le.merge("base", "adapter", "out", jobs=2)
+    assert not (place / "out").exists()
+
+
+def test_a_worker_that_does_not_see_the_folder_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: replace(one, stage=place / "elsewhere" / "stage"))
+    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere\. All machines need it"):
+        le.merge("base", "adapter", "out", jobs=2)
+    assert not (place / "elsewhere").exists() and not (place / "out").exists()
+
+
+def test_a_shard_that_is_replaced_before_the_manifest_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    def replaced(one: ShardRequest) -> ShardRequest:
+        if one.shard == SHARDS[2]:
+            stored.put(f"out/m/{SHARDS[0]}", b"by a worker that was taken for dead")
+        return one
+
+    in_this_process(monkeypatch, replaced)
+    with pytest.raises(OutputFailed, match=f"{SHARDS[0]} was replaced while the others were written"):
+        le.merge("base", "adapter", str(stored / "out/m"), jobs=2)
+    assert sorted(stored.objects("out/m/")) == [f"out/m/{name}" for name in SHARDS[1:]]
+
+
+def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: one)
+    clock = iter([10.0, 17.0])  # before the first shard, after the manifest
+    monkeypatch.setattr("lora_export.api.merge_checkpoint.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    report = le.merge("base", "adapter", "out", jobs=2).report
+    assert report is not None and report.seconds == 7
+
+
+def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch, lambda one: one)
+    le.merge("base", "adapter", "out", jobs=2, keep_residual="out.residual")
+    le.unmerge("out", "adapter", "again", base_from="out.residual")
+    restored = files(place / "again")
+    assert all(restored[name] == content for name, content in files(place / "base").items() if name in SHARDS)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError], str]] = {
+    "one file": (lambda place: {"base": place / "base" / SHARDS[0]}, WrongUsage, "has its weights in one file"),
+    "keep_quantised": (lambda _: {"keep_quantised": True}, WrongUsage, "jobs= does not go together with keep_quan"),
+    "cuda": (lambda _: {"device": "cuda"}, WrongUsage, "workers compute on the processor"),
+    "calibration": (lambda _: {"calibration": "x.txt", "ray": "local"}, WrongUsage, "ray= does not go together with"),
+    "memory": (lambda place: {"adapters": le.load_adapter(place / "adapter")}, WrongUsage, "Give their paths"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shared_is_refused(place: Path, name: str) -> None:
+    more, kind, reason = REFUSED[name]
+    options = {"base": "base", "adapters": "adapter", "output": "out", "jobs": 2} | more(place)
+    with pytest.raises(kind, match=reason):
+        le.merge(**options)
+    assert not os.path.lexists(place / "out")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".gguf"])
+def test_a_graph_and_a_gguf_file_are_written_by_one_process(place: Path, suffix: str) -> None:
+    (place / f"base{suffix}").write_bytes(b"GGUF")
+    with pytest.raises(WrongUsage, match=r"jobs= is (for checkpoints|not for a GGUF file)"):
+        le.merge(f"base{suffix}", "adapter", f"out{suffix}", jobs=2)
+
+
+def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EnvironmentLacking, match=r'ray="local" needs the package ray .*pip install'):
+        le.merge("base", "adapter", "out", ray="local")
+    assert not (place / "out").exists() and hidden(place) == []
