@@ -104,7 +104,7 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
 
 def output_exists(output: str) -> bool:
     """Whether something has the name of an output, or this name with the suffix of a kind."""
-    from lora_export.artifacts.output_names import KINDS
+    from lora_export.artifacts.files import KINDS
     from lora_export.storage.store_path import StorePath, place
 
     path = place(output)

@@ -1,6 +1,7 @@
 """A process of its own for a file of a stranger: it answers messages, within memory and time, and is ended otherwise.
 
 It is a fresh interpreter (`start`), or a copy of this process that has loaded all that is needed (`copy_of`, on Linux).
+Calls of this process end after a time too, or at Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 import os
 import signal
 import subprocess
@@ -15,15 +17,55 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from numpy.typing import NDArray
 
 from lora_export.isolation.bounds import bound_child, bound_processor_time
-from lora_export.isolation.deadline import deadline
 from lora_export.isolation.messages import read_message, write_message
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
+
+    `stop` is never called after the context, and nothing refers to it then.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        stop()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def call_within(seconds: float, call: Callable[[], Result], stop: Callable[[], None]) -> Result:
+    """The result of a call in another thread, which `stop` ends after so many seconds, or at Ctrl-C.
+
+    Python sees Ctrl-C when a call of a library returns, and an endless one does not. Raises TimeoutError once a call
+    that took too long has ended.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
+        try:
+            return future.result(None if math.isinf(seconds) else seconds)
+        finally:
+            if not future.done():
+                stop()
+
 
 Arrays = dict[str, NDArray[Any]]
 Streams = tuple[io.BufferedIOBase, io.BufferedIOBase]  # requests, answers

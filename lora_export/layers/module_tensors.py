@@ -20,7 +20,7 @@ from lora_export.lora import Adapter
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import Layout, TensorSpec
-from lora_export.plan.name_prefixes import with_prefixes
+from lora_export.plan.match_names import with_prefixes
 from lora_export.plan.spelling import respelled
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -34,11 +34,10 @@ from lora_export.verification.against_checkpoint.judge_changed import judge_unkn
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Wide
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.kept_weights import patch_in_file
+from lora_export.weights.kept_weights import NeededScales, patch_in_file
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read_numbers
 from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
-from lora_export.weights.rescaled import NeededScales
 from lora_export.weights.tensor_blocks import Patch
 
 NUMBERS_AT_ONCE = 1 << 17
