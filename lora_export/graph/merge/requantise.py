@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import FOLDED_FROM, PROMOTED_FROM, name_before_quantisation
@@ -33,7 +33,7 @@ from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight
 from lora_export.graph.values import new_initializer, unused_name, value_names
 from lora_export.options.spelling import command
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block, Bytes, Work
+from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import DTYPES, Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend, refuse_overflow
@@ -42,75 +42,7 @@ from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepRes
 from lora_export.weights.quantised import QuantisedTensor
 from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
-from lora_export.weights.tensor_blocks import OutputTensor, Patch, run_in_memory
-
-
-@dataclass(frozen=True, eq=False)
-class NewScales(OutputTensor):
-    """The integers of a weight (out, in) in blocks of its rows, or their scales. `source` has the old integers."""
-
-    bits: int = field(kw_only=True)
-    block_size: int = field(kw_only=True)
-    scale_dtype: np.dtype[Any] = field(kw_only=True)
-    is_scales: bool = field(kw_only=True)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in the output."""
-        blocks = -(-self.source.shape[1] // self.block_size)
-        return blocks * (self.scale_dtype.itemsize if self.is_scales else self.block_size * self.bits // 8)
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.rows * self.row_bytes
-
-    @property
-    def largest_row_bytes(self) -> int:
-        return max(super().largest_row_bytes, self.row_bytes)
-
-    def blocks(self, source: Path, read_fd: int, start: int, backend: Backend) -> Iterator[tuple[Block, bool]]:
-        """The blocks of the tensor, which begins there in the output, and whether the statistics count each."""
-        floats = Entry(self.name, self.dtype, self.source.shape, 0, math.prod(self.source.shape) * self.dtype.itemsize)
-        found = list(tensor_blocks.changed_blocks(source, read_fd, self, floats, backend))
-        rows = [slice(each.target_start // floats.row_bytes, each.target_stop // floats.row_bytes) for each in found]
-        step = self.patches[0].step if len(self.patches) == 1 else None
-        for block, own, measured in zip(found, rows, tensor_blocks.blocks_to_measure(step, rows), strict=True):
-            assert block.work is not None
-            work = functools.partial(self._encode, block.work, own, measured and not self.is_scales)
-            first, last = (start + row * self.row_bytes for row in (own.start, own.stop))
-            yield replace(block, target_start=first, target_stop=last, work=work), measured
-
-    def _encode(
-        self, change: Work, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
-    ) -> list[Statistics]:
-        """Store what `change` makes of some rows, in fp32. Returns the statistics of what was stored."""
-        count, columns = rows.stop - rows.start, self.source.shape[1]
-        total = np.empty((count, columns), np.float32)
-        change(source, total.reshape(-1).view(np.uint8), scratch)
-        padded = np.pad(total, [(0, 0), (0, -columns % self.block_size)]).reshape(count, -1, self.block_size)
-        low, high, half = padded.min(-1), padded.max(-1), 1 << (self.bits - 1)
-        stored = (np.where(high > -low, high, low) / -half).astype(self.scale_dtype)
-        refuse_overflow(self.name, total, stored)
-        scales = stored.astype(np.float32)[..., None]
-        padded /= np.where(scales, scales, 1)
-        levels = np.clip(np.rint(padded, out=padded), -half, half - 1, out=padded)
-        if self.is_scales:
-            target[:] = stored.reshape(-1).view(np.uint8)
-        else:
-            pack((levels + half).astype(np.uint8).reshape(count, -1), self.bits, target.reshape(count, -1))
-        if not measured:
-            return []
-        assert self.quantised is not None
-        before, after = self.quantised.decode(rows, source), (levels * scales).reshape(count, -1)[:, :columns]
-        found = []
-        for patch in self.patches:
-            inside, first = patch.within(rows), patch.rows.start - rows.start
-            if inside is not None:
-                here = slice(inside.start + first, inside.stop + first), patch.columns
-                found.append(Statistics(patch.step.weight))
-                found[-1].add_block(before[here], total[here] - before[here], after[here])
-        return found
-
+from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, run_in_memory
 
 PACKED_BYTE = DTYPES["U8"]
 WIDEST = 8  # the most that MatMulNBits has
@@ -187,11 +119,13 @@ class QuantisedChange:
         """The sum in the dtype in which the graph computes with the weight."""
         return OutputTensor(self._source, None, self.name, self._scale_dtype, self.patches, self.tensor)
 
-    def rescaled(self, bits: int, *, scales: bool = False) -> NewScales:
+    def rescaled(self, bits: int, *, scales: bool = False) -> EncodedTensor:
         """The sum as integers of so many bits in the weight's blocks, with new scales; or these scales."""
         own = self._source, None, self.name, self._source.dtype, self.patches, self.tensor
-        size = self.stored.block_size
-        return NewScales(*own, bits=bits, block_size=size, scale_dtype=self._scale_dtype, is_scales=scales)
+        size, dtype = self.stored.block_size, self._scale_dtype
+        row_bytes = -(-self.stored.shape[1] // size) * (dtype.itemsize if scales else size * bits // 8)
+        encode = functools.partial(_encode, self.name, bits, size, dtype, scales)
+        return EncodedTensor(*own, encode=encode, place=lambda row: row * row_bytes)
 
     @property
     def _scale_dtype(self) -> np.dtype[Any]:
@@ -216,6 +150,33 @@ class QuantisedChange:
             file.write(self.integers.tobytes())
             file.flush()
             yield Path(self.name), file.fileno()
+
+
+def _encode(
+    name: str,
+    bits: int,
+    block_size: int,
+    dtype: np.dtype[Any],
+    is_scales: bool,
+    _: Bytes,
+    total: NDArray[np.float32],
+    target: Bytes,
+    measured: bool,
+) -> NDArray[np.float32] | None:
+    """Store the integers of some rows (rows, in), in blocks of these, or their scales."""
+    count, columns = total.shape
+    padded = np.pad(total, [(0, 0), (0, -columns % block_size)]).reshape(count, -1, block_size)
+    low, high, half = padded.min(-1), padded.max(-1), 1 << (bits - 1)
+    stored = (np.where(high > -low, high, low) / -half).astype(dtype)
+    refuse_overflow(name, total, stored)
+    if is_scales:
+        target[:] = stored.reshape(-1).view(np.uint8)
+        return None
+    scales = stored.astype(np.float32)[..., None]
+    padded /= np.where(scales, scales, 1)
+    levels = np.clip(np.rint(padded, out=padded), -half, half - 1, out=padded)
+    pack((levels + half).astype(np.uint8).reshape(count, -1), bits, target.reshape(count, -1))
+    return (levels * scales).reshape(count, -1)[:, :columns] if measured else None
 
 
 ChangeNodes = Callable[[ir.Model, QuantisedChange], list[NewTensor]]  # changes the nodes
@@ -291,7 +252,7 @@ def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) 
 
 def _trial(tensor: OutputTensor, path: Path, fd: int, backend: Backend) -> list[StepResult]:
     """What is left of a change in another form."""
-    if isinstance(tensor, NewScales):
+    if isinstance(tensor, EncodedTensor):
         blocks = [block for block, is_measured in tensor.blocks(path, fd, 0, backend) if is_measured]
     else:
         blocks = list(blocks_of(path, fd, tensor, 0, backend))
@@ -303,7 +264,7 @@ def blocks_of(source: Path, read_fd: int, tensor: OutputTensor, start: int, back
     target = Entry(tensor.name, tensor.dtype, tensor.source.shape, start, start + tensor.nbytes)
     if isinstance(tensor, KeptTensor):
         yield from kept_blocks(source, read_fd, tensor, target)
-    elif isinstance(tensor, NewScales):
+    elif isinstance(tensor, EncodedTensor):
         yield from (block for block, _ in tensor.blocks(source, read_fd, start, backend))
     else:
         yield from tensor_blocks.changed_blocks(source, read_fd, tensor, target, backend)
