@@ -240,9 +240,8 @@ def with_prefixes(adapters: Sequence[Adapter], prefixes: Mapping[str, str]) -> l
 
 
 def _renamed(adapter: Adapter, renamed: Callable[[str], str]) -> Adapter:
-    names = [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
     new = adapter.renamed(renamed)
-    if len([*new.pairs, *new.replaced, *new.biases, *new.added, *new.token_rows]) < len(names):
+    if len(new.every_name) < len(adapter.every_name):
         raise InputRefused(f"{named('prefixes')} gives two tensors of adapter {adapter.name} the same name")
     return new
 

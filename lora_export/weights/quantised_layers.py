@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from lora_export.errors import InputRefused, listed
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.options.spelling import command, named
-from lora_export.plan import Plan, Step, TensorSpec
+from lora_export.plan import Plan, TensorSpec
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.calibrated_rounding import LayerInputs
@@ -154,7 +154,7 @@ def keep_quantised(
             f"({named('dequantize', True)})"
         )
     changed = [name for name in base.quantised if name in plan.by_weight or name in plan.by_part]
-    replaced = [name for name in changed if name in plan.by_weight and _has_own_values(plan.by_weight[name])]
+    replaced = [name for name in changed if name in plan.by_weight and plan.by_weight[name].has_own_values]
     added_to = [name for name in changed if name not in replaced]
     new = {name: grid for name in added_to if (grid := _rescaled(plan, base, name))} if rescale else {}
     measured = functools.partial(_measured, plan, base, calibration=calibration)
@@ -215,10 +215,6 @@ def _judged(
     decided = {name: worst_result(results, min_retention) for name, results in measured.items()}
     worst = {name: result for name, (result, _) in decided.items()}
     return worst, {name: why for name, (_, why) in decided.items() if why}
-
-
-def _has_own_values(step: Step) -> bool:
-    return step.replace is not None or step.token_rows is not None
 
 
 def _measured(

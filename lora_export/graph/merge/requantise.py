@@ -101,10 +101,6 @@ class QuantisedChange:
     is_turned: bool  # whether the model's parameter is the transpose of what is stored
 
     @property
-    def has_own_values(self) -> bool:
-        return any(patch.step.replace is not None or patch.step.token_rows is not None for patch in self.patches)
-
-    @property
     def _start(self) -> int:
         return (self.integers.offset or 0) if isinstance(self.integers, ir.ExternalTensor) else 0
 
@@ -225,7 +221,7 @@ def requantise(
 def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) -> tuple[QuantisedLayer, ChangeNodes]:
     """What becomes of a layer: kept, or promoted to the narrowest form that holds its change."""
     stored, floats = change.stored, str(change.floats().dtype)
-    if change.has_own_values:
+    if any(patch.step.has_own_values for patch in change.patches):
         return QuantisedLayer(change.name, stored.kind, floats, OWN_VALUES, None, None), _to_floats
     bits = stored.bits if isinstance(stored, NBitsWeight) else WIDEST
     forms: list[tuple[str, OutputTensor, ChangeNodes]] = [(floats, change.floats(), _to_floats)]
