@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, one_line
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import CHAT_MEMORY, CHAT_SECONDS, MAX_CHAT, MAX_PIXELS, MAX_SAMPLES
-from lora_export.isolation.messages import write_message
-from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request
+from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request, write_message
 from lora_export.storage import input_files
 
 PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
