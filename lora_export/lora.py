@@ -413,6 +413,11 @@ class Adapter:
         """The names of all modules and vectors that get a change; not those of tensors that are replaced."""
         return [*self.pairs, *self.biases, *self.added]
 
+    @property
+    def every_name(self) -> list[str]:
+        """The names of all modules and tensors that the adapter changes or replaces."""
+        return [*self.pairs, *self.replaced, *self.biases, *self.added, *self.token_rows]
+
     def spelled(self, name: str) -> str:
         """The key that a module or tensor has in the file of the adapter. All experts of a parameter have one key."""
         return self.spelling.get(name, self.spelling.get(split_part(name)[0], name))
@@ -423,14 +428,13 @@ class Adapter:
         def table(old: Mapping[str, PerName]) -> dict[str, PerName]:
             return {new: value for name, value in old.items() if (new := new_name(name)) is not None}
 
-        names = (*self.pairs, *self.replaced, *self.biases, *self.added, *self.token_rows)
         tied = {new_name(head): new_name(module) for head, module in self.tied.items()}
         kinds = ("pairs", "replaced", "biases", "added", "token_rows", "layouts", "experts")
         fields |= {kind: table(getattr(self, kind)) for kind in kinds}
         return replace(
             self,
             tied={head: module for head, module in tied.items() if head is not None and module is not None},
-            spelling=table(self.spelling) | table({name: self.spelled(name) for name in names}),
+            spelling=table(self.spelling) | table({name: self.spelled(name) for name in self.every_name}),
             **fields,
         )
 

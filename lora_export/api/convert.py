@@ -22,7 +22,7 @@ from lora_export.api.adapter_values import adapter_values
 from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns

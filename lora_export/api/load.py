@@ -17,7 +17,7 @@ from lora_export.options.common import ModelSource, Running
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
-from lora_export.plan.name_prefixes import with_prefixes
+from lora_export.plan.match_names import with_prefixes
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import StorePath, place

@@ -10,7 +10,7 @@ from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_plan import read_adapters
 from lora_export.api.merge_request import MergeRequest, MergeResult
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, claimed_kind
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.errors import WrongUsage
 from lora_export.options.declaring import extended, takes
 from lora_export.options.merge import MergeOptions

@@ -20,7 +20,6 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
-from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.quantisation_loss import (
@@ -30,7 +29,8 @@ from lora_export.weights.quantisation_loss import (
     refuse_other_shapes,
 )
 from lora_export.weights.quantised import caution_for
-from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
+from lora_export.weights.quantised_layers import keep_quantised
+from lora_export.weights.residuals.archive import refuse_without_hash, write_residual
 
 
 def merge_into_checkpoint(request: MergeRequest) -> MergeResult:

@@ -17,7 +17,7 @@ from lora_export.api.load import (
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import ArtifactKind
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.errors import WrongUsage
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource

@@ -19,7 +19,7 @@ from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused, listed
-from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
+from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import unclear_inputs

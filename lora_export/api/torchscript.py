@@ -18,7 +18,7 @@ from lora_export.api.adapted_model import adapted_model
 from lora_export.api.proof_of_trace import prove_trace
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import OnMessage, in_stages
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.refusals import refuse_transforms

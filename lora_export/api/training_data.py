@@ -33,11 +33,11 @@ from lora_export.training.batches import (
     batches_sha256,
     read_own_batches,
 )
+from lora_export.training.encoders import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.order import RowNumbers, split_rows
 from lora_export.training.records.opening import LabelledArrays, open_records, read_labelled_arrays
 from lora_export.training.records.rows import Records, sha256_with_sounds
 from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, refuse_rows, survey
-from lora_export.training.speech import FrameEncoder, SoundReader, SpeechEncoder, TranscriptEncoder
 from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
 from lora_export.user_code import find_function
 from lora_export.weights.checkpoint import CONFIG

@@ -10,7 +10,7 @@ from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter

@@ -26,8 +26,7 @@ from lora_export.artifacts.files import (
     is_encoder_decoder_folder,
 )
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import SLOTS_KEY, read_contract
-from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY, read_row_adapters
+from lora_export.formats.contract import ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
 from lora_export.provenance import History

@@ -115,7 +115,7 @@ def output_exists(output: str) -> bool:
 
 def _names_of(output: str) -> list[Path]:
     """The name of an output, and with the suffix of each kind of file: a command adds the one that is missing."""
-    from lora_export.artifacts.output_names import KINDS
+    from lora_export.artifacts.files import KINDS
     from lora_export.storage.store_path import StorePath, place
 
     path = place(output)

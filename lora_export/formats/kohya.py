@@ -31,11 +31,9 @@ _COMPONENTS = {
 WITH_ONE_TEXT_ENCODER = frozenset({Family.SD, Family.UNKNOWN})  # sd-scripts does not number it there
 
 
-def _module_of(name: str) -> str | None:
-    return None if "." in name else module_by_prefix(name, _COMPONENTS)
-
-
-_FORMAT = OneFileFormat("kohya", _module_of, flattened=True)
+_FORMAT = OneFileFormat(
+    "kohya", lambda name: None if "." in name else module_by_prefix(name, _COMPONENTS), flattened=True
+)
 recognises, foreign_keys, read = _FORMAT.recognises, _FORMAT.foreign_keys, _FORMAT.read
 
 

@@ -224,7 +224,9 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
     rslora = bool(adapter.metadata.get("use_rslora"))
     alphas = {name: alpha_of(pair.scale, math.sqrt(pair.rank) if rslora else pair.rank) for name, pair in pairs.items()}
     rank, rank_pattern = usual_and_patterns({name: pair.rank for name, pair in pairs.items()})
-    alpha, alpha_pattern = usual_and_patterns({name: _integer(alpha) for name, alpha in alphas.items()})
+    alpha, alpha_pattern = usual_and_patterns(
+        {name: int(alpha) if alpha == int(alpha) and alpha < 1 << 53 else alpha for name, alpha in alphas.items()}
+    )
     modules = sorted(name for name in pairs if name not in parameters and name not in adapter.tied)
     known = modules and all(any(f".{name}".endswith(f".{ending}") for ending in adapter.targets) for name in modules)
     ends = [target for target in adapter.targets if any(f".{name}".endswith(f".{target}") for name in modules)]
@@ -247,10 +249,6 @@ def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[st
         "init_lora_weights": True,
         **{key: adapter.metadata[key] for key in KEPT_FACTS if isinstance(adapter.metadata.get(key), str)},
     }
-
-
-def _integer(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) and alpha < 1 << 53 else alpha
 
 
 def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArray[Any]]:

@@ -1,6 +1,7 @@
 """A process of its own for a file of a stranger: it answers messages, within memory and time, and is ended otherwise.
 
 It is a fresh interpreter (`start`), or a copy of this process that has loaded all that is needed (`copy_of`, on Linux).
+Calls of this process end after a time too, or at Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
+import math
 import os
 import signal
 import subprocess
@@ -15,15 +18,57 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
+import ml_dtypes
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.isolation.bounds import bound_child, bound_processor_time
-from lora_export.isolation.deadline import deadline
-from lora_export.isolation.messages import read_message, write_message
+from lora_export.isolation.limits import MAX_ANSWER
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
+
+    `stop` is never called after the context, and nothing refers to it then.
+    """
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        stop()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def call_within(seconds: float, call: Callable[[], Result], stop: Callable[[], None]) -> Result:
+    """The result of a call in another thread, which `stop` ends after so many seconds, or at Ctrl-C.
+
+    Python sees Ctrl-C when a call of a library returns, and an endless one does not. Raises TimeoutError once a call
+    that took too long has ended.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
+        try:
+            return future.result(None if math.isinf(seconds) else seconds)
+        finally:
+            if not future.done():
+                stop()
+
 
 Arrays = dict[str, NDArray[Any]]
 Streams = tuple[io.BufferedIOBase, io.BufferedIOBase]  # requests, answers
@@ -193,3 +238,59 @@ def _reason(code: int, memory: int | None) -> str:
         allowed = "" if memory is None else f". It may take {memory / 2**30:.3g} GiB of memory"
         return f"{signal.Signals(-code).name}{allowed}"
     return f"exit code {code}"
+
+
+# --- Messages between a process and its child: a JSON header and arrays, in plain bytes. Nothing is pickled ---
+
+
+MESSAGE_DTYPES = {
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64", "bfloat16", "complex64", "complex128"),
+    )
+}
+
+
+def write_message(stream: io.BufferedIOBase, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a header and arrays, of the dtypes above. Raises TypeError for another dtype."""
+    for name, array in arrays.items():
+        if array.dtype.name not in MESSAGE_DTYPES:
+            raise TypeError(f"{name} is {array.dtype}")
+    described = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
+    content = json.dumps({**header, "arrays": described}).encode()
+    stream.write(len(content).to_bytes(8, "little") + content)
+    for array in arrays.values():
+        stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    stream.flush()
+
+
+def read_message(stream: io.BufferedIOBase, *, most: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Read a header and arrays. The sender is not trusted.
+
+    Raises EOFError where the sender has ended, and ValueError for another message, or one with more than `most` bytes
+    of arrays.
+    """
+    size = int.from_bytes(_exactly(stream, 8), "little")
+    if size > MAX_ANSWER:
+        raise ValueError(f"a header of {size:,} bytes")
+    header = json.loads(_exactly(stream, size))
+    described = header.pop("arrays")
+    sizes = [math.prod(shape) * MESSAGE_DTYPES[dtype].itemsize for _, dtype, shape in described]
+    if sum(sizes) > most or any(length < 0 for _, _, shape in described for length in shape):
+        raise ValueError(f"arrays of {sum(sizes):,} bytes")
+    arrays = {}
+    for (name, dtype, shape), nbytes in zip(described, sizes, strict=True):
+        arrays[str(name)] = np.frombuffer(_exactly(stream, nbytes), MESSAGE_DTYPES[dtype]).reshape(shape)
+    return header, arrays
+
+
+def _exactly(stream: io.BufferedIOBase, size: int) -> bytearray:
+    content = bytearray(size)
+    view, done = memoryview(content), 0
+    while done < size:
+        count = stream.readinto(view[done:])
+        if not count:
+            raise EOFError("the other process has ended")
+        done += count
+    return content

@@ -4,16 +4,17 @@ from lora_export.layers.attaching import attach, detach, scale_adapters, switche
 from lora_export.layers.attachments import MatrixWeight, find_matrix_weights, recorded_branches
 from lora_export.layers.folding import fold, has_changed_ties, refuse_tied, untie, with_shared_ties
 from lora_export.layers.frozen_linear import compute_in_input_dtype, four_bit_layers
-from lora_export.layers.materialising import Rounding, materialise
-from lora_export.layers.module_tensors import CONVOLUTION_TYPES, respelled_for, specs, with_loaded_names
-from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
-from lora_export.layers.trained_adapter import (
+from lora_export.layers.materialising import (
     ParameterCount,
+    Rounding,
     count_parameters,
+    materialise,
     read_back,
     refuse_trainable_base,
     widen_trained,
 )
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, respelled_for, specs, with_loaded_names
+from lora_export.layers.new_adapter import create_adapter, full_rank_layers, tensors_of
 
 __all__ = [
     "CONVOLUTION_TYPES",

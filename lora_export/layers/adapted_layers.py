@@ -264,12 +264,8 @@ def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
 
 def adapted_experts_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of the class of experts. `attributes` are its stacked parameters."""
-    properties = {name: property(functools.partial(_read, name)) for name in attributes}
+    properties = {name: property(functools.partial(adapted_weight, attribute=name)) for name in attributes}
     return subclass(f"Lora{original.__name__}", (_AdaptedExperts, original), properties)
-
-
-def _read(attribute: str, owner: nn.Module) -> Tensor | None:
-    return adapted_weight(owner, attribute)
 
 
 class _AdaptedExperts(nn.Module):

@@ -78,9 +78,7 @@ def attach(
     if dropout:
         _refuse_dropout(module, plan, targets)
     replacements = {
-        step.weight: replacement_tensor(step, targets[step.weight].tensor)
-        for step in plan.steps
-        if step.replace is not None or step.token_rows is not None
+        step.weight: replacement_tensor(step, targets[step.weight].tensor) for step in plan.steps if step.has_own_values
     }
     if trainable:
         module.requires_grad_(False)
@@ -105,7 +103,7 @@ def attach(
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     owner = target.owner
-    if is_4bit(target.tensor) and (step.replace is not None or step.token_rows is not None):
+    if is_4bit(target.tensor) and step.has_own_values:
         raise InputRefused(f"{step.weight} is in 4 bits: a pair can be trained beside it, but not its values")
     if isinstance(owner, four_bit_linear()) and target.attribute == "weight" and not is_4bit(target.tensor):
         raise InputRefused(f"{step.weight} is not quantised yet: move the Linear4bit to its device first")

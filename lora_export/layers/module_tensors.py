@@ -20,7 +20,7 @@ from lora_export.lora import Adapter
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.loaded_names import LoadedNames
 from lora_export.plan import Layout, TensorSpec
-from lora_export.plan.name_prefixes import with_prefixes
+from lora_export.plan.match_names import with_prefixes
 from lora_export.plan.spelling import respelled
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -154,22 +154,18 @@ def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapte
 
 def _without_outer_names(module: nn.Module, adapter: Adapter) -> Adapter:
     outer: tuple[str, ...] = getattr(module, "outer_names", ())
-    used = {prefix: "" for prefix in outer if any(name.startswith(prefix) for name in _names(adapter))}
+    used = {prefix: "" for prefix in outer if any(name.startswith(prefix) for name in adapter.every_name)}
     return with_prefixes([adapter], used)[0]
 
 
 def _without_unread(module: nn.Module, adapter: Adapter) -> Adapter:
     unread: tuple[str, ...] = getattr(module, "unread", ())
-    dropped = [name for name in _names(adapter) if name.startswith(unread)] if unread else []
+    dropped = [name for name in adapter.every_name if name.startswith(unread)] if unread else []
     if not dropped:
         return adapter
     note = f"{adapter.name} changes {', '.join(dropped)}, which no output of the model reads: left out"
     kept = adapter.renamed(lambda name: None if name.startswith(unread) else name)
     return replace(kept, notes=(*adapter.notes, note))
-
-
-def _names(adapter: Adapter) -> list[str]:
-    return [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
 
 
 def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str, str]:

@@ -14,8 +14,17 @@ from typing import Any
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.images import IMAGES, draw_pixels, image_shape, pixel_range, refuse_huge
-from lora_export.models.images_in_text import LEAST_TEXT, PROBED, ImagesInText, images_in_text
+from lora_export.models.images import (
+    IMAGES,
+    LEAST_TEXT,
+    PROBED,
+    ImagesInText,
+    draw_pixels,
+    image_shape,
+    images_in_text,
+    pixel_range,
+    refuse_huge,
+)
 from lora_export.models.model import CHECKED_SIZES, TRACED_SIZES, Model, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.text_inputs import ONE_TOKEN, Part, decoder_part, placeholders, text_lengths, text_part
 from lora_export.models.tracing import failure_on

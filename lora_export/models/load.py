@@ -28,7 +28,7 @@ from lora_export.models.diffusion import from_diffusers, is_diffusion_model
 from lora_export.models.four_bit_base import TrainedBase
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes, in_dtype, in_dtype_of
-from lora_export.models.pt2.program_model import from_program
+from lora_export.models.pt2.program import from_program
 from lora_export.models.stored_parameter import is_streamed, load_streamed
 from lora_export.models.tracing import failure_on, named_failures, same_state, with_dictionaries
 from lora_export.options.spelling import named

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, one_line
 from lora_export.extras import optional_package
 from lora_export.isolation.limits import CHAT_MEMORY, CHAT_SECONDS, MAX_CHAT, MAX_PIXELS, MAX_SAMPLES
-from lora_export.isolation.messages import write_message
-from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request
+from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request, write_message
 from lora_export.storage import input_files
 
 PROCESSOR = "preprocessor_config.json"  # of images, or of sounds
@@ -243,7 +242,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Any], **options: Any) -> Any:
     template = chat_template_of(tokenizer)
     if sys.platform != "linux":
         return _made(_rendered(tokenizer, messages, options))
-    request = {"messages": json.loads(json.dumps(messages, default=_placeholder)), "options": options}
+    plain = json.loads(json.dumps(messages, default=lambda value: f"<{type(value).__name__}>"))  # as in transformers
+    request = {"messages": plain, "options": options}
     try:
         answer, _ = _process_of(tokenizer, template).ask(request, {}, CHAT_SECONDS)
     except ProcessEnded as ended:
@@ -291,8 +291,3 @@ def _rendered(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any
     if max(map(len, made.values() if isinstance(made, dict) else [made])) > MAX_CHAT:
         return {"failed": f"it makes more than {MAX_CHAT:,} characters or tokens"}
     return {"made": made}
-
-
-def _placeholder(value: Any) -> str:
-    """What a template sees of a value that JSON does not have, as in transformers."""
-    return f"<{type(value).__name__}>"

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_export.models.images import PATCHES
-from lora_export.models.images_in_text import ImagesInText, is_token
+from lora_export.models.images import PATCHES, ImagesInText, is_token
 from lora_export.models.model import CHECKED_SIZES, TOKEN_TYPES, Axes, Limits, MakeInputs, ModelInputs, Sizes
 from lora_export.options.spelling import named
 from lora_export.storage import json_files

@@ -30,7 +30,7 @@ class Stage:
 
     def change(self, weight: _Array, rows: slice) -> _Array:
         """T(W) - W of these rows of the matrix, in the dtype of `weight`, which has them alone."""
-        return self._along_columns(weight) if self.turned else self._along_rows(weight, rows)
+        return self._along_rows(weight.T, EVERY_ROW).T if self.turned else self._along_rows(weight, rows)
 
     @property
     def transposed(self) -> Stage:
@@ -54,9 +54,6 @@ class Stage:
     @property
     def _together(self) -> int:
         return TOGETHER
-
-    def _along_columns(self, weight: _Array) -> _Array:
-        return self._along_rows(weight.T, EVERY_ROW).T
 
     def _along_rows(self, weight: _Array, rows: slice) -> _Array:
         raise NotImplementedError

@@ -5,9 +5,8 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
 
     types.py          Layout, LayoutSource, TensorSpec, Term, Step, Plan
     build.py          make: adapters and specs in, a Plan out, or one error with every misfit
-    spelling.py       in which generation of names an adapter is spelled: those of the files, or of the loaded model
+    spelling.py       in which generation of names an adapter is spelled, and its tensors under the names of the base
     attempts.py       the ways to read its names
-    respelling.py     its tensors under the names of the base
     placing.py        where the entries of its tensors are in the base
     experts.py        the pairs of experts, as the base has these
     stored_region.py  a part of a stored tensor

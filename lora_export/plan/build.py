@@ -25,7 +25,7 @@ from lora_export.plan.diffusion import (
     tensors_of_model,
 )
 from lora_export.plan.layouts import check_stated, layout_notes, refuse_unknown, settle_layouts
-from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
+from lora_export.plan.match_names import BaseTensors, Prefix, fitting_prefixes, prefix_remedy, weight_of
 from lora_export.plan.match_tensors import (
     Match,
     broken_ties,
@@ -35,7 +35,6 @@ from lora_export.plan.match_tensors import (
     resizing_remedy,
     resolved,
 )
-from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
 from lora_export.plan.spelling import layouts_within, spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, untied_by_added, with_copies
 from lora_export.plan.types import Layout, Plan, Step, TensorSpec

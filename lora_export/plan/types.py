@@ -173,7 +173,12 @@ class Step:
     @property
     def is_replacement(self) -> bool:
         """Whether other values take the place of the stored ones, and nothing is added."""
-        return not self.terms and (self.replace is not None or self.token_rows is not None)
+        return not self.terms and self.has_own_values
+
+    @property
+    def has_own_values(self) -> bool:
+        """Whether a whole tensor or rows take the place of stored values."""
+        return self.replace is not None or self.token_rows is not None
 
     @property
     def replaces_only_rows(self) -> bool:

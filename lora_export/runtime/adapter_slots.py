@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, count
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import AdapterArrays, Contract, read_contract
+from lora_export.formats.contract import ROW_INPUTS, AdapterArrays, Contract, read_contract, row_inputs
 from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
-from lora_export.formats.row_adapters import ROW_INPUTS, row_inputs
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
 from lora_export.provenance import read_longest, refuse_larger
@@ -149,7 +148,7 @@ class AdapterSlots:
 
         It is [batch], or [batch, adapters of a row] where a row has several.
         """
-        rows = [_adapters_of(row) for row in adapters]
+        rows = [[row] if row is None or isinstance(row, str) else row for row in adapters]
         most = max(map(len, rows), default=1)
         if most > self.contract.per_row:
             raise InputRefused(f"{self.model} takes {count(self.contract.per_row, 'adapter')} on a row, not {most}")
@@ -322,10 +321,6 @@ class _Stacks:
         with self.lock:
             for name in self.copied:
                 self.values[name].update_inplace(self.host[name])
-
-
-def _adapters_of(row: AdaptersOfRow) -> Sequence[str | None]:
-    return [row] if row is None or isinstance(row, str) else row
 
 
 def _factors(scales: Sequence[Sequence[float]] | None, ids: NDArray[np.int64]) -> NDArray[np.float32] | None:

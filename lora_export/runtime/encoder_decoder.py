@@ -24,7 +24,7 @@ from lora_export.artifacts.files import (
 )
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
-from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS
+from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS
 from lora_export.graph.cache_names import (
     DECODER_IDS,
     ENCODER_MASK,

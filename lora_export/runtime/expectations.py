@@ -72,12 +72,11 @@ def _are_expected(adapters: Sequence[Mapping[str, Any]], hashes: Sequence[str]) 
 
 
 def _both(what: str, values: Iterable[Any], wanted: Iterable[Any]) -> str:
-    found, right = (", ".join(map(_text, each)) or "none" for each in (values, wanted))
+    found, right = (
+        ", ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in each) or "none"
+        for each in (values, wanted)
+    )
     return f"{what} is {found}, expected: {right}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def recorded_base(base: Mapping[str, Any]) -> list[str | None]:

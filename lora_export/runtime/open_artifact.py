@@ -95,17 +95,9 @@ def _folder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     return _module(candidate, load_model(str(candidate.path), streamed=True).module, how)
 
 
-def _weights(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    return _module(candidate, module_with_weights(how.base, candidate.path), how)
-
-
 def _module(candidate: Artifact, module: nn.Module, how: HowToOpen) -> CandidateRunner:
     dtypes = layers.with_loaded_names(module, {spec.name: spec.dtype for spec in candidate.checkpoint.specs})
     return ModuleRunner(module, stored_dtypes=dtypes, path=candidate.path, timeout=how.timeout)
-
-
-def _script(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    return ScriptRunner(candidate.path, how.base.input_names, timeout=how.timeout)
 
 
 def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
@@ -141,8 +133,8 @@ RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]]
     ArtifactKind.CHECKPOINT: _folder,
     ArtifactKind.EMBEDDER: _folder,
     ArtifactKind.PIPELINE: _folder,
-    ArtifactKind.WEIGHTS: _weights,
-    ArtifactKind.SCRIPT: _script,
+    ArtifactKind.WEIGHTS: lambda one, how: _module(one, module_with_weights(how.base, one.path), how),
+    ArtifactKind.SCRIPT: lambda one, how: ScriptRunner(one.path, how.base.input_names, timeout=how.timeout),
     ArtifactKind.PROGRAM: _program,
     ArtifactKind.OPENVINO: _registered,
     ArtifactKind.ENDPOINT: _endpoint,

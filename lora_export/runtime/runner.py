@@ -16,15 +16,19 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused, count
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import (
+    ADAPTER_IDS,
     ADAPTER_STRENGTHS,
     CONTRACT_KEY,
+    ROW_INPUTS,
     SLOTS_KEY,
     AdapterArrays,
     Contract,
+    RowAdapters,
     read_contract,
+    read_row_adapters,
     read_strengths,
+    row_inputs,
 )
-from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, RowAdapters, read_row_adapters, row_inputs
 from lora_export.graph.cache_names import IDS, PAST, POSITION_IDS
 from lora_export.isolation.bounds import bounded_memory, is_out_of_memory
 from lora_export.isolation.limits import TIMEOUT as TIMEOUT

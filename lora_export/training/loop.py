@@ -149,7 +149,7 @@ class _Run:
     def steps(self, on_step: OnStep | None) -> None:
         """All steps that are left, with evaluations and checkpoints between them."""
         for step in range(len(self.history.steps), self.total):
-            if self._is_enough():
+            if 0 < self.settings.patience <= self.history.without_improvement():
                 break
             begun = time.perf_counter()
             loss, tokens, rate = self._gradients_of(step)
@@ -265,9 +265,6 @@ class _Run:
             self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
             if self.checkpoints is not None and rank() == 0:
                 self.checkpoints.save_best(self.best, step)
-
-    def _is_enough(self) -> bool:
-        return bool(self.settings.patience) and self.history.without_improvement() >= self.settings.patience
 
 
 def accelerator_for(device: Device, precision: Precision) -> Any:

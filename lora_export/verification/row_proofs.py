@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
-from lora_export.formats.row_adapters import without_absent
+from lora_export.formats.contract import without_absent
 from lora_export.options.spelling import named
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner

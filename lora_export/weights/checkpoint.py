@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ import numpy as np
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, brief, count, listed, refuse_unprintable
+from lora_export.formats.task_adapters import (
+    STACKED_ADAPTER,
+    plain_name,
+    refuse_other_parametrizations,
+    task_names,
+    tasks_of,
+)
 from lora_export.names.architecture import ArchitectureRules, rules_of
 from lora_export.names.table import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 from lora_export.options.spelling import named
@@ -22,7 +29,6 @@ from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import OF_THE_OUTPUT, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.storage.store_path import place
-from lora_export.weights.own_adapters import without_adapters
 from lora_export.weights.quantised import (
     QUANTIZATION,
     QUANTIZATION_FILES,
@@ -387,3 +393,24 @@ def is_streamable(checkpoint: Checkpoint) -> bool:
     converters = checkpoint.rules.converters if checkpoint.rules else ()
     kinds = {entry.dtype for shard in checkpoint.shards.values() for entry in shard.entries.values()}
     return not checkpoint.quantised and not converters and kinds <= READ_AS_STORED
+
+
+def without_adapters(
+    shards: Mapping[str, TensorFile], config: Mapping[str, Any]
+) -> tuple[dict[str, TensorFile], tuple[str, ...]]:
+    """The shards without the adapters of their own, under plain names, and the tasks of these. Most have none.
+
+    Raises InputRefused where a weight is stored with and without them, and for other parametrizations.
+    """
+    entries = (entry for shard in shards.values() for entry in shard.entries.values())
+    stacked = [entry for entry in entries if STACKED_ADAPTER.fullmatch(entry.name)]
+    if not stacked:
+        return dict(shards), ()
+    plain: dict[str, TensorFile] = {}
+    for name, shard in shards.items():
+        refuse_other_parametrizations(shard.entries, shard.path)
+        kept = {each: new for each in shard.entries if (new := plain_name(each)) is not None}
+        if len(set(kept.values())) < len(kept):
+            raise InputRefused(f"{shard.path} contains a weight as itself, and as that of a parametrization")
+        plain[name] = replace(shard, entries={new: replace(shard.entries[old], name=new) for old, new in kept.items()})
+    return plain, task_names(config, tasks_of(stacked[0].shape))

@@ -167,7 +167,8 @@ class Arithmetic:
             rounded = total.to(TORCH_DTYPES[str(output.dtype)])
             figures = [torch.isfinite(rounded).all(), *(_sums(weight, change, rounded) if part.measured else ())]
             found = torch.stack([figure.double() for figure in figures])
-            _as_integers(output).copy_(_bits(rounded), non_blocking=output.flags.c_contiguous)
+            bits = rounded.view({2: torch.int16, 4: torch.int32}[rounded.itemsize])
+            _as_integers(output).copy_(bits, non_blocking=output.flags.c_contiguous)
             self.stream.synchronize()
             is_finite, *block_sums = found.tolist()
         if not is_finite:
@@ -221,7 +222,3 @@ def _sums(weight: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> l
 def _as_integers(array: NDArray[Any]) -> torch.Tensor:
     """The memory of the array as a tensor of integers of the same size."""
     return torch.from_numpy(array.view(f"i{array.itemsize}"))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.artifacts.output_names import with_suffix
+from lora_export.artifacts.files import with_suffix
 from lora_export.errors import OutputFailed, WrongUsage
 
 

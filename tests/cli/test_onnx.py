@@ -23,7 +23,7 @@ from lora_export.api import onnx_steps
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import Contract, read_contract
 from lora_export.graph.insert import row_branches
-from lora_export.graph.insert.row_scales import RowScales
+from lora_export.graph.insert.row_branches import RowScales
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays

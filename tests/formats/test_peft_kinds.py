@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds import reading, subspaces
-from lora_export.formats.peft_kinds.peanut import PEANUT_FUNCTIONS
+from lora_export.formats.peft_kinds.low_rank import PEANUT_FUNCTIONS
 from lora_export.formats.peft_kinds.reading import kinds
 from lora_export.pairs import exact_transforms
 from support import ROOT, tables

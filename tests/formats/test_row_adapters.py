@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.formats.row_adapters import (
+from lora_export.formats.contract import (
     ABSENT_LABEL,
     ROW_ADAPTERS_KEY,
     RowAdapters,

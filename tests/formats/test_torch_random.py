@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.formats.peft_kinds.torch_random import WIDE_FROM, Generator
+from lora_export.formats.peft_kinds.random_matrices import WIDE_FROM, Generator
 
 SEEDS = (0, 1, 777, 2**31, 2**32 + 5, 2**63 + 11, -3, *range(40, 60))
 

@@ -45,7 +45,7 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.pt2 import program, reader
-from lora_export.models.pt2.program_model import ProgramInputs
+from lora_export.models.pt2.program import ProgramInputs
 from lora_export.runtime.session import Session
 from lora_export.storage import hashes
 from lora_export.storage.npz import read_arrays

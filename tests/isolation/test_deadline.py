@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from lora_export.isolation.deadline import call_within, deadline
+from lora_export.isolation.process import call_within, deadline
 
 
 def test_run_that_is_too_long_is_stopped_and_known_as_such() -> None:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.isolation.messages import MESSAGE_DTYPES, read_message, write_message
+from lora_export.isolation.process import MESSAGE_DTYPES, read_message, write_message
 
 
 def sent(header: dict[str, Any], arrays: dict[str, Any]) -> io.BytesIO:

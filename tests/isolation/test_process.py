@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export.isolation.messages import write_message
-from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request
+from lora_export.isolation.process import IsolatedProcess, ProcessEnded, read_request, write_message
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process that has threads")
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.models.images import ImageForm
-from lora_export.models.images_in_text import ImagesInText, images_in_text
+from lora_export.models.images import ImageForm, ImagesInText, images_in_text
 from lora_export.models.load import load_model
 from support.small_models import small_model
 

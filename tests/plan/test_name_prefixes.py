@@ -8,7 +8,7 @@ import pytest
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import TokenRows
-from lora_export.plan.name_prefixes import with_prefixes
+from lora_export.plan.match_names import with_prefixes
 from support.plans import adapter, holding, matrix, pair, vector
 
 TEXT = "model.layers.0.self_attn.q_proj"

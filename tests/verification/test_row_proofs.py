@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_export as le
 from lora_export.errors import InputRefused
-from lora_export.formats.row_adapters import ABSENT_LABEL
+from lora_export.formats.contract import ABSENT_LABEL
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
 from lora_export.runtime import torch_runners

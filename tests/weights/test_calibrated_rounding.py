@@ -18,10 +18,9 @@ from lora_export.plan import Plan
 from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit
 from lora_export.weights.calibrated_rounding import LayerInputs, StoredInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.merge import merge_checkpoint
 from lora_export.weights.merge_report import OutputResult, StepResult, refuse_below_rounding
-from lora_export.weights.quantised_layers import why_promoted
+from lora_export.weights.quantised_layers import keep_quantised, why_promoted
 from support.handmade import peft_adapter
 from support.quantised_weights import WEIGHTS, quantised, weights_in
 

@@ -11,8 +11,8 @@ import pytest
 from lora_export.adapters.singular_values import Truncation
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
-from lora_export.weights import difference
-from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
+from lora_export.weights import extract
+from lora_export.weights.extract import Difference, TensorInFile, have_equal_bits
 
 RNG = np.random.default_rng(4)
 
@@ -33,8 +33,8 @@ def matrix(rows: int, columns: int, rank: int, noise: float, fall: float = 0.8) 
 @pytest.fixture(params=[True, False], ids=["kept", "read again"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks; differences are kept or read from the files each time."""
-    monkeypatch.setattr(difference, "BLOCK_ENTRIES", 5000)
-    monkeypatch.setattr(difference, "CACHED_ENTRIES", 1 << 25 if request.param else 0)
+    monkeypatch.setattr(extract, "BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(extract, "CACHED_ENTRIES", 1 << 25 if request.param else 0)
 
 
 @pytest.mark.usefixtures("_blocks")

@@ -22,9 +22,9 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.verification.against_checkpoint import audit
 from lora_export.weights import tensor_blocks
 from lora_export.weights.checkpoint import open_checkpoint
-from lora_export.weights.keep_quantised import keep_quantised
 from lora_export.weights.kept_weights import patch_in_file
 from lora_export.weights.merge import merge_checkpoint
+from lora_export.weights.quantised_layers import keep_quantised
 from support.cli import answer, call
 from support.handmade import add_tensors, peft_adapter
 from support.quantised_weights import WEIGHTS, quantised, weights_in

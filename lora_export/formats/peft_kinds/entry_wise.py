@@ -1,8 +1,9 @@
-"""PEFT's kinds that multiply the entries of a weight, or add to them."""
+"""PEFT's kinds that change entries, rows or whole parameters: that multiply or add to them, or train a few of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.patterns import Patterns
-from lora_export.formats.peft_kinds.kind import Stored
-from lora_export.lora import LoraPair
+from lora_export.formats.peft_kinds.kind import ModuleChange, Stored
+from lora_export.lora import LoraPair, TokenRows
+from lora_export.pairs.computed import SparsePair
+from lora_export.pairs.open_shape import MatrixShape, OpenPair
 from lora_export.pairs.stages import EntryWise, Stage, scales
 from lora_export.pairs.transforms import WeightTransform
 
@@ -127,3 +130,88 @@ def _pair(transform: WeightTransform, path: str, shape: tuple[int, int]) -> Lora
         return LoraPair(a=own["Xu"], b=own["Xd"], scale=1.0)
     values = np.broadcast_to(own["X"].reshape(-1, 1), (shape[0], 1))
     return LoraPair(a=np.ones((1, shape[1]), np.float32), b=values, scale=1.0)
+
+
+def beft(stored: Stored) -> ModuleChange:
+    """BEFT: a trained vector is added to the bias of a layer."""
+    return ModuleChange(bias=stored.parts["beft_bias"].reshape(-1))
+
+
+LAYER = "ln_tuning_layers."
+
+
+def ln_tuning(stored: Stored) -> ModuleChange:
+    """Tuning of normalisation layers: the adapter has these layers as wholes (Zhao et al. 2023)."""
+    return ModuleChange(replaced={part.removeprefix(LAYER): tensor for part, tensor in stored.parts.items()})
+
+
+_DELTA = "trainable_tokens_delta"
+
+
+def trainable_tokens(stored: Stored) -> ModuleChange:
+    """Trained rows of a table of embeddings. They replace the base's rows, which the config records."""
+    indices = stored.config.get("token_indices")
+    if not isinstance(indices, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in indices):
+        raise InputRefused("token_indices of the config is no list of integers")
+    return ModuleChange(rows=TokenRows(np.array(indices, np.int64), stored.parts[_DELTA]))
+
+
+def shira(stored: Stored) -> OpenPair:
+    """SHiRA: few entries of the weight are trained (Bhardwaj et al. 2024). Their places are in the file."""
+    values, indices = stored.part("shira_weight", 1), stored.parts["shira_indices"]  # floats where Windows saved them
+    places = indices.astype(np.int64) if np.isfinite(indices.astype(np.float64)).all() else np.full(indices.shape, -1)
+    if places.shape != (2, values.size) or (places != indices).any():
+        raise InputRefused(f"shira_indices {indices.shape} {indices.dtype} are not the places of {values.size} entries")
+
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
+        return SparsePair({"v": values}, 1.0, settings={"places": places, "shape": shape})
+
+    return OpenPair(pair, [values])
+
+
+_FACTORS = ("supertuning_lora_A.weight", "supertuning_lora_B.weight")
+
+
+def supertuning(stored: Stored) -> OpenPair:
+    """SuperTuning: few entries of the weight are trained, those of the largest values, perhaps beside a LoRA (Supra).
+
+    Their places are in the file unless `save_precomputed_indices` is false: which of equal values were taken is then
+    known to PyTorch alone.
+    """
+    values = stored.part("supertuning_values", 1)
+    if "supertuning_indices" not in stored.parts:
+        raise InputRefused(
+            "it has no supertuning_indices: PEFT chooses the entries by the base's values, and which of equal ones it "
+            "takes is not known. Save the adapter with save_precomputed_indices=True"
+        )
+    indices = stored.parts["supertuning_indices"]
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise InputRefused(f"supertuning_indices are {indices.dtype}; integers are needed")
+    indices = indices.astype(np.int64)
+    if indices.shape != values.shape or (indices < 0).any() or len(np.unique(indices)) < len(indices):
+        raise InputRefused(f"supertuning_indices {indices.shape} are not the places of {values.size} entries")
+    rank, alpha = stored.config.get("r"), stored.config.get("lora_alpha")
+    if rank and not (type(rank) is int and isinstance(alpha, int | float) and math.isfinite(alpha)):
+        raise InputRefused(f"r is {rank!r}, and lora_alpha {alpha!r}")
+    if bool(rank) is not all(name in stored.parts for name in _FACTORS):
+        raise InputRefused(f"the config's r is {rank}, and it has {', '.join(stored.parts)}")
+
+    def pair(shape: MatrixShape, _: Sequence[MatrixShape]) -> LoraPair:
+        places = np.stack(np.divmod(indices, shape[1]))
+        sparse = SparsePair({"v": values}, 1.0, settings={"places": places, "shape": shape})
+        if not rank:
+            return sparse
+        a, b = (stored.part(name, 2) for name in _FACTORS)
+        if (len(a), b.shape[1:]) != (rank, (rank,)):
+            raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
+        low_rank = LoraPair(a=a, b=b, scale=float(alpha or 0) / rank)
+
+        def lower(transform: WeightTransform, shape: tuple[int, int]) -> tuple[Stage, ...]:
+            del transform, shape
+            return EntryWise(addend=sparse), EntryWise(addend=low_rank)
+
+        tensors = {"values": values, "a": a, "b": b}
+        settings = {"indices": indices, "scale": low_rank.scale}
+        return WeightTransform(stored.title, tensors, lower, shape, settings=settings, rank=rank)
+
+    return OpenPair(pair, [values])

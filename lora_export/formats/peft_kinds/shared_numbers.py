@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.peft_kinds.kind import Stored
-from lora_export.formats.peft_kinds.torch_random import LANES, Generator
+from lora_export.formats.peft_kinds.random_matrices import LANES, Generator
 from lora_export.lora import LoraPair
 
 THETA = "unilora_theta_d"

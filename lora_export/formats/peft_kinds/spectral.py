@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import positive_number
 from lora_export.formats.peft_kinds.kind import Stored
-from lora_export.formats.peft_kinds.torch_random import Generator
+from lora_export.formats.peft_kinds.random_matrices import Generator
 from lora_export.lora import LoraPair
 from lora_export.pairs.computed import CirculantPair, FourierPair, sparse_pair
 from lora_export.pairs.open_shape import MatrixShape, OpenPair

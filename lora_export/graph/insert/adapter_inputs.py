@@ -34,10 +34,10 @@ from lora_export.graph.insert.adapter_names import (
     dotted,
     module_of,
 )
+from lora_export.graph.insert.adapter_nodes import scaled_input
 from lora_export.graph.insert.adapter_strengths import StrengthInput, refused_strength
 from lora_export.graph.insert.branches import Inserter, common_rescaling, dora_factors_by_weight
 from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.insert.structured_branches import scaled_input
 from lora_export.graph.site import Site, common_dtype, find_readers
 from lora_export.graph.values import initializers
 from lora_export.options.export import OnnxOptions

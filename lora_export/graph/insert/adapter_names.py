@@ -24,10 +24,6 @@ def dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _olive_name(module: str, part: str, _: bool) -> str:
-    return dotted(module, part, "weight")
-
-
 def _genai_name(module: str, part: str, _: bool) -> str:
     module = re.sub(r"\bself_attn\b", "attn", module)
     return dotted(module, part, "weight") if part == DORA_FACTOR else dotted(module, part, "MatMul", "weight")
@@ -42,7 +38,8 @@ def _peft_name(module: str, part: str, is_embedding: bool) -> str:
 # Whose convention the names of adapter inputs follow.
 CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
     {
-        "olive": _olive_name,  # Olive's `convert-adapters`: the module's own name
+        # The module's own name, as Olive's `convert-adapters`
+        "olive": lambda module, part, _: dotted(module, part, "weight"),
         "genai": _genai_name,  # onnxruntime-genai's model builder, and Olive's `extract-adapters`
         "peft": _peft_name,  # the key in a PEFT adapter's file
     }

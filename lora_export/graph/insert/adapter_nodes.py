@@ -1,4 +1,7 @@
-"""Mode `nodes`: the adapters as nodes of the graph. x·Aᵀ·(s·B)ᵀ is added to the product of the layer."""
+"""Mode `nodes`: the adapters as nodes of the graph. x·Aᵀ·(s·B)ᵀ is added to the product of the layer.
+
+LoKr's two factors, and factors of a layer's inputs, are branches of their own forms.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,19 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LOKR_W1, LOKR_W2, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.adapter_strengths import StrengthInput, refuse_steps_without_strength
-from lora_export.graph.insert.branches import Inserter, Rescaling, common_rescaling, site_dora_factors
-from lora_export.graph.insert.node_factory import Factor, NodeFactory
-from lora_export.graph.insert.structured_branches import kronecker_branch, scaled_input
+from lora_export.graph.insert.branches import (
+    BranchNodes,
+    Inserter,
+    Rescaling,
+    common_rescaling,
+    gemm_attributes,
+    site_dora_factors,
+)
+from lora_export.graph.insert.node_factory import Factor, NodeFactory, NodeList, fixed_sizes, layer_input, sizes_of
 from lora_export.graph.merge.fold import change_weight
 from lora_export.graph.refusals import refuse_steps_without_branch
 from lora_export.graph.site import Site, common_dtype
@@ -21,6 +31,46 @@ from lora_export.lora import Scaling
 from lora_export.pairs.structured import KroneckerPair
 from lora_export.plan import Plan, Step, Term
 from lora_export.weights.merge_report import StepResult
+
+
+def kronecker_branch(factory: NodeFactory, site: Site, w1: Factor, w2: Factor) -> BranchNodes:
+    """x·kron(w1, w2)ᵀ, for w1 (a, b) and the transpose of w2 (d, c): x (..., b d) as (..., b, d) by both.
+
+    Raises InputRefused where x is transposed, or where its number of dimensions is unknown.
+    """
+    nodes, x = NodeList(factory, w2.path), layer_input(site)
+    w1, w2 = (nodes.cast_to_site(site, each) for each in (w1, w2))
+    (a, b), (d, c) = (fixed_sizes(each.value, 0, 1) for each in (w1, w2))
+    if x.shape is None or site.block is not None or gemm_attributes(site.node)[0]:
+        raise InputRefused(
+            f"{site.name}: LoKr's factors cannot be beside {site.node.op_type}: its input has an unknown shape, or is "
+            "transposed, or the weight is stored beside others. Merge the adapter into the weights instead"
+        )
+    others = sizes_of(x)[:-1]
+    kept = [0] * len(others)  # for Reshape: as in x
+
+    def shape(name: str, *last: int) -> ir.Value:
+        return factory.constant(nodes.path, name, np.array([*kept, *last], np.int64))
+
+    split = nodes.add("Reshape", [x, shape("split", b, d)], [*others, b, d])
+    half = nodes.add("MatMul", [split, w2.value], [*others, b, c])
+    nodes.path = w1.path
+    whole = nodes.add("MatMul", [w1.value, half], [*others, a, c])
+    joined = nodes.add("Reshape", [whole, shape("joined", -1)], [*others, site.node_outputs])
+    for_b = gemm_attributes(site.node)[1]
+    if for_b:
+        alpha = factory.constant(w1.path, "alpha", np.array(for_b["alpha"], np.dtype(site.dtype)))
+        joined = nodes.add("Mul", [joined, alpha], joined.shape)
+    return BranchNodes(nodes.nodes, joined, w1.path)
+
+
+def scaled_input(factory: NodeFactory, site: Site, factor: Factor) -> tuple[NodeList, ir.Value]:
+    """x times one factor (in,) of all rows; of a convolution, (in, 1...)."""
+    nodes = NodeList(factory, factor.path)
+    value, x = nodes.cast_to_site(site, factor).value, layer_input(site)
+    if gemm_attributes(site.node)[0]:  # x is transposed
+        value = nodes.add("Unsqueeze", [value, factory.constant(factor.path, "axis", np.array([1]))], None)
+    return nodes, nodes.add("Mul", [x, value], x.shape)
 
 
 def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: bool = False) -> list[StepResult]:
@@ -66,7 +116,8 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan, *, strength_input: b
         if step.scaling is not None:
             _scale(inserter, step, step.scaling, sites, labels[step.terms[0].adapter], strengths)
             continue
-        is_embedding, products = step.terms[0].pair.embedding, [term for term in step.terms if _is_kronecker(term)]
+        is_embedding = step.terms[0].pair.embedding
+        products = [term for term in step.terms if isinstance(term.pair, KroneckerPair) and term.pair.is_cheap]
         own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=not products)
         for term in products:
             _insert_kronecker(inserter, step, term, own_sites, labels[term.adapter], strengths)
@@ -95,10 +146,6 @@ def _scale(
             inserter.scale_input(site, *scaled_input(inserter.factory, site, factor))
         else:
             inserter.insert_beside(site, None, common_rescaling(inserter.factory, site, factor))
-
-
-def _is_kronecker(term: Term) -> bool:
-    return isinstance(term.pair, KroneckerPair) and term.pair.is_cheap
 
 
 def _insert_kronecker(

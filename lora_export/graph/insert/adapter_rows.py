@@ -25,8 +25,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
+from lora_export.formats.contract import ADAPTER_IDS, ADAPTER_SCALES, ROW_ADAPTERS_KEY, RowAdapters
 from lora_export.formats.onnx_adapter import cast_factor, refuse_beyond_low_rank, refuse_larger_ranks, refuse_new_tables
-from lora_export.formats.row_adapters import ADAPTER_IDS, ADAPTER_SCALES, ROW_ADAPTERS_KEY, RowAdapters
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, SCALE, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed
+from lora_export.formats.contract import ABSENT_LABEL
 from lora_export.formats.onnx_adapter import cast_factor
-from lora_export.formats.row_adapters import ABSENT_LABEL
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import dotted, module_of
 from lora_export.graph.insert.batch_axis import BatchAxis, infer_shapes

@@ -4,6 +4,9 @@ A weight is kept where its scheme can hold the change (`weights.quantised_layers
 gets new scales where these have less noise. Otherwise a MatMulNBits of fewer bits gets 8, where those hold the change.
 Else the weight becomes floats, W + ΔW rounded once: a Transpose and a MatMul in place of a MatMulNBits, an initializer
 in place of a DequantizeLinear. That is decided before anything is written, on the rows that the statistics count.
+
+New scales of a MatMulNBits are those of onnxruntime's quantiser: an entry is (integer - half) * scale, and the entry of
+largest magnitude of a block becomes the lowest integer, 0, whatever its sign. So half of the scales are negative.
 """
 
 from __future__ import annotations
@@ -20,25 +23,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_names import FOLDED_FROM, PROMOTED_FROM, name_before_quantisation
 from lora_export.graph.merge.fold import InitializerChange
-from lora_export.graph.merge.new_scales import NewScales
 from lora_export.graph.quantised.scheme_of_weight import quantised_tensor, stored_weight
 from lora_export.graph.quantised_weights import NBitsWeight, QuantisedWeight
 from lora_export.graph.values import new_initializer, unused_name, value_names
 from lora_export.options.spelling import command
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block
+from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import DTYPES, Entry
 from lora_export.weights import tensor_blocks
-from lora_export.weights.apply_step import Backend
+from lora_export.weights.apply_step import Backend, refuse_overflow
 from lora_export.weights.kept_weights import KeptTensor, kept_blocks, measured_results
 from lora_export.weights.merge_report import QuantisedLayer, Statistics, StepResult, results_of
 from lora_export.weights.quantised import QuantisedTensor
+from lora_export.weights.quantised.packed_numbers import pack
 from lora_export.weights.quantised_layers import OWN_VALUES, refuse_promotion, worst_result
-from lora_export.weights.tensor_blocks import OutputTensor, Patch, run_in_memory
+from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch, run_in_memory
 
 PACKED_BYTE = DTYPES["U8"]
 WIDEST = 8  # the most that MatMulNBits has
@@ -97,10 +101,6 @@ class QuantisedChange:
     is_turned: bool  # whether the model's parameter is the transpose of what is stored
 
     @property
-    def has_own_values(self) -> bool:
-        return any(patch.step.replace is not None or patch.step.token_rows is not None for patch in self.patches)
-
-    @property
     def _start(self) -> int:
         return (self.integers.offset or 0) if isinstance(self.integers, ir.ExternalTensor) else 0
 
@@ -115,11 +115,13 @@ class QuantisedChange:
         """The sum in the dtype in which the graph computes with the weight."""
         return OutputTensor(self._source, None, self.name, self._scale_dtype, self.patches, self.tensor)
 
-    def rescaled(self, bits: int, *, scales: bool = False) -> NewScales:
+    def rescaled(self, bits: int, *, scales: bool = False) -> EncodedTensor:
         """The sum as integers of so many bits in the weight's blocks, with new scales; or these scales."""
         own = self._source, None, self.name, self._source.dtype, self.patches, self.tensor
-        size = self.stored.block_size
-        return NewScales(*own, bits=bits, block_size=size, scale_dtype=self._scale_dtype, is_scales=scales)
+        size, dtype = self.stored.block_size, self._scale_dtype
+        row_bytes = -(-self.stored.shape[1] // size) * (dtype.itemsize if scales else size * bits // 8)
+        encode = functools.partial(_encode, self.name, bits, size, dtype, scales)
+        return EncodedTensor(*own, encode=encode, place=lambda row: row * row_bytes)
 
     @property
     def _scale_dtype(self) -> np.dtype[Any]:
@@ -144,6 +146,33 @@ class QuantisedChange:
             file.write(self.integers.tobytes())
             file.flush()
             yield Path(self.name), file.fileno()
+
+
+def _encode(
+    name: str,
+    bits: int,
+    block_size: int,
+    dtype: np.dtype[Any],
+    is_scales: bool,
+    _: Bytes,
+    total: NDArray[np.float32],
+    target: Bytes,
+    measured: bool,
+) -> NDArray[np.float32] | None:
+    """Store the integers of some rows (rows, in), in blocks of these, or their scales."""
+    count, columns = total.shape
+    padded = np.pad(total, [(0, 0), (0, -columns % block_size)]).reshape(count, -1, block_size)
+    low, high, half = padded.min(-1), padded.max(-1), 1 << (bits - 1)
+    stored = (np.where(high > -low, high, low) / -half).astype(dtype)
+    refuse_overflow(name, total, stored)
+    if is_scales:
+        target[:] = stored.reshape(-1).view(np.uint8)
+        return None
+    scales = stored.astype(np.float32)[..., None]
+    padded /= np.where(scales, scales, 1)
+    levels = np.clip(np.rint(padded, out=padded), -half, half - 1, out=padded)
+    pack((levels + half).astype(np.uint8).reshape(count, -1), bits, target.reshape(count, -1))
+    return (levels * scales).reshape(count, -1)[:, :columns] if measured else None
 
 
 ChangeNodes = Callable[[ir.Model, QuantisedChange], list[NewTensor]]  # changes the nodes
@@ -192,7 +221,7 @@ def requantise(
 def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) -> tuple[QuantisedLayer, ChangeNodes]:
     """What becomes of a layer: kept, or promoted to the narrowest form that holds its change."""
     stored, floats = change.stored, str(change.floats().dtype)
-    if change.has_own_values:
+    if any(patch.step.has_own_values for patch in change.patches):
         return QuantisedLayer(change.name, stored.kind, floats, OWN_VALUES, None, None), _to_floats
     bits = stored.bits if isinstance(stored, NBitsWeight) else WIDEST
     forms: list[tuple[str, OutputTensor, ChangeNodes]] = [(floats, change.floats(), _to_floats)]
@@ -219,7 +248,7 @@ def _decide(change: QuantisedChange, *, min_retention: float, backend: Backend) 
 
 def _trial(tensor: OutputTensor, path: Path, fd: int, backend: Backend) -> list[StepResult]:
     """What is left of a change in another form."""
-    if isinstance(tensor, NewScales):
+    if isinstance(tensor, EncodedTensor):
         blocks = [block for block, is_measured in tensor.blocks(path, fd, 0, backend) if is_measured]
     else:
         blocks = list(blocks_of(path, fd, tensor, 0, backend))
@@ -231,7 +260,7 @@ def blocks_of(source: Path, read_fd: int, tensor: OutputTensor, start: int, back
     target = Entry(tensor.name, tensor.dtype, tensor.source.shape, start, start + tensor.nbytes)
     if isinstance(tensor, KeptTensor):
         yield from kept_blocks(source, read_fd, tensor, target)
-    elif isinstance(tensor, NewScales):
+    elif isinstance(tensor, EncodedTensor):
         yield from (block for block, _ in tensor.blocks(source, read_fd, start, backend))
     else:
         yield from tensor_blocks.changed_blocks(source, read_fd, tensor, target, backend)

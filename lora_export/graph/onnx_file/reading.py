@@ -23,8 +23,7 @@ from onnx import defs
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, OutputFailed, count, listed
-from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY
-from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
+from lora_export.formats.contract import CONTRACT_KEY, ROW_ADAPTERS_KEY, SLOTS_KEY
 from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_export.errors import InputRefused
 from lora_export.layers.torch_internals import schema_of
-from lora_export.models.pt2.program_types import PROGRAMS, Graph, Node
+from lora_export.models.pt2.graph_json import PROGRAMS, Graph, Node
 from lora_export.models.pt2.recover_layers import argument_of, operator_of, readable, values_in
 
 Function = Callable[..., Any]

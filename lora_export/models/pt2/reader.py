@@ -14,17 +14,19 @@ from typing import Any
 from lora_export.artifacts import archive
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.isolation.limits import MAX_JSON
-from lora_export.models.pt2.graph_json import count_leaves, read_graph, read_structure
-from lora_export.models.pt2.program_types import (
+from lora_export.models.pt2.graph_json import (
     ITEM_BYTES,
     Graph,
     ProgramDescription,
     ProgramTensor,
     StoredArray,
     TensorType,
+    count_leaves,
     integer,
     json_list,
     json_object,
+    read_graph,
+    read_structure,
     single_field,
     size_of,
     string,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.torch_internals import own_modules, own_parameters
-from lora_export.models.pt2.program_types import Graph, Node, ProgramDescription, ProgramTensor, StoredArray, Value
+from lora_export.models.pt2.graph_json import Graph, Node, ProgramDescription, ProgramTensor, StoredArray, Value
 from lora_export.plan import Layout
 
 ATEN = "torch.ops.aten."

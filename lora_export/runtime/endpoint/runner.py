@@ -16,8 +16,7 @@ from lora_export.graph.cache_names import IDS
 from lora_export.models.token_scores import SCORES
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
-from lora_export.runtime.endpoint.texts import Texts
-from lora_export.runtime.endpoint.ways import Completions, LogProbability, Way, find_way
+from lora_export.runtime.endpoint.ways import Completions, LogProbability, Texts, Way, find_way
 from lora_export.runtime.runner import Arrays, PlainRunner
 
 OTHERS_SHOWN = 8  # models of a server that a message names

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import CONTRACT_KEY
+from lora_export.formats.contract import ADAPTER_IDS, CONTRACT_KEY, ROW_INPUTS, row_inputs
 from lora_export.formats.onnx_adapter import array_of_ort_value, import_onnxruntime, ort_value_of_array
-from lora_export.formats.row_adapters import ADAPTER_IDS, ROW_INPUTS, row_inputs
 from lora_export.graph.cache_names import (
     BRANCH,
     CACHE_POSITION,

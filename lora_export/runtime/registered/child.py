@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, LoraExportError
-from lora_export.isolation.messages import write_message
-from lora_export.isolation.process import private_streams, read_request
+from lora_export.isolation.process import private_streams, read_request, write_message
 from lora_export.runtime.registered import open_with
 from lora_export.user_code import failures_of_user_code
 

@@ -16,8 +16,7 @@ import torch
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.isolation.bounds import bound_child
 from lora_export.isolation.limits import MAX_CODE
-from lora_export.isolation.messages import write_message
-from lora_export.isolation.process import private_streams, read_request
+from lora_export.isolation.process import private_streams, read_request, write_message
 from lora_export.layers.torch_internals import script_archive, script_operators
 from lora_export.models.tracing import have_names, named_outputs
 from lora_export.runtime.torch_runners import to_numpy

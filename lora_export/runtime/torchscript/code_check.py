@@ -26,12 +26,9 @@ from lora_export.models.pt2.prepared_graph import OPERATOR_NAMES, OPERATORS
 PRIMITIVES, BUILTINS = OPERATOR_NAMES["primitives_of_scripts"], OPERATOR_NAMES["builtins_of_scripts"]
 
 
-def _with_in_place(names: frozenset[str]) -> frozenset[str]:
-    return names | {f"{name}_" for name in names if not name.endswith("_")}
-
-
 ON_TENSORS, ON_VALUES = OPERATOR_NAMES["tensors_of_scripts"], OPERATOR_NAMES["values_of_scripts"]
-SCRIPT_OPERATORS = _with_in_place(OPERATORS | ON_TENSORS) | ON_VALUES
+_TENSORS = OPERATORS | ON_TENSORS
+SCRIPT_OPERATORS = _TENSORS | {f"{name}_" for name in _TENSORS if not name.endswith("_")} | ON_VALUES
 
 
 # --- the check ---

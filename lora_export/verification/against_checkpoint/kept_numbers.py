@@ -2,7 +2,7 @@
 
     scales     Scales, zero points and all other parts have the bytes of the base.
     finer      In 8 bits a step is exactly 2^(bits - 8) of the base's, and a zero point 2^(8 - bits) times the base's.
-    rescaled   Where the record has new scales, each is what the rule of the scheme makes of V (`weights/rescaled.py`),
+    rescaled   Where the record has new scales, each is what the rule of the scheme makes of V (`kept_weights`),
                within the rounding of its dtype and the error of a sum in fp32; one without a change stays.
     changed    M is the nearest to V = W + Σ s·BA among the values that the scale allows: |M - V| <= half the distance
                from M to its neighbour on the side of V + the error bound of a sum in fp32. W, V and M are computed
@@ -34,11 +34,10 @@ from lora_export.verification.against_checkpoint.judge_changed import judge_unkn
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome, Wide
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.kept_weights import patch_in_file
+from lora_export.weights.kept_weights import NeededScales, patch_in_file
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes, read_numbers
 from lora_export.weights.quantised.new_grid import NewGrid
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
-from lora_export.weights.rescaled import NeededScales
 from lora_export.weights.tensor_blocks import Patch
 
 NUMBERS_AT_ONCE = 1 << 17

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.adapter_files import size_in_config
-from lora_export.formats.row_adapters import ROW_INPUTS
+from lora_export.formats.contract import ROW_INPUTS
 from lora_export.graph.cache_names import present_by_past
 from lora_export.graph.operators import cache_heads
 from lora_export.options.spelling import named

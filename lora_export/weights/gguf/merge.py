@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.quantised_layers import why_promoted
-from lora_export.weights.tensor_blocks import OutputTensor, Patch
+from lora_export.weights.tensor_blocks import EncodedTensor, OutputTensor, Patch
 
 FLOAT = np.dtype(np.float32)
 Q8_0, F16, F32 = BY_NAME["Q8_0"], BY_NAME["F16"], BY_NAME["F32"]
@@ -220,10 +221,6 @@ def _trial(base: GgufBase, stored: _Stored, backend: Backend) -> StepResult | No
     return total.result()
 
 
-def _bytes_of(block: Block) -> int:
-    return block.target_stop - block.target_start
-
-
 # --- Writing ---
 
 
@@ -254,7 +251,7 @@ def _write(
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
             for statistics in found or ():
                 total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
-            progress(_bytes_of(block))
+            progress(block.target_stop - block.target_start)
         if writer.seekable():
             header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
             block_copy.write(writer.fileno(), memoryview(header), 0)
@@ -296,46 +293,27 @@ def _changed_blocks(
     Their work returns statistics.
     """
     assert stored.change is not None
-    kind = stored.type
-    change = replace(stored.change, dtype=FLAT.get(kind, FLOAT))
-    target = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
-    blocks = list(tensor_blocks.changed_blocks(base.file.path, read_fd, change, target, backend))
-    rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
-    for block, measured in zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True):
-        if kind in FLAT:
-            yield block, measured
-            continue
-        first, last = (
-            start + (edge - start) // FLOAT.itemsize // kind.elements * kind.nbytes
-            for edge in (block.target_start, block.target_stop)
+    path, change, kind = base.file.path, stored.change, stored.type
+    if kind not in FLAT:
+        per_row, encode = math.prod(change.source.shape[1:]), functools.partial(_encode, stored)
+        own = change.source, change.step, change.name, FLOAT, change.patches, change.quantised
+        made = EncodedTensor(
+            *own, encode=encode, place=lambda row: row * per_row // kind.elements * kind.nbytes, is_one=True
         )
-        assert block.work is not None
-        work = functools.partial(_encode, stored, block.work, measured)
-        yield replace(block, target_start=first, target_stop=last, work=work), measured
+        yield from made.blocks(path, read_fd, start, backend)
+        return
+    change = replace(change, dtype=FLAT[kind])
+    target = Entry(change.name, change.dtype, change.source.shape, start, start + change.nbytes)
+    blocks = list(tensor_blocks.changed_blocks(path, read_fd, change, target, backend))
+    rows = [slice(*((edge - start) // target.row_bytes for edge in (b.target_start, b.target_stop))) for b in blocks]
+    yield from zip(blocks, tensor_blocks.blocks_to_measure(change.step, rows), strict=True)
 
 
-def _encode(
-    stored: _Stored, change: block_copy.Work, measured: bool, source: Bytes, target: Bytes, scratch: Bytes
-) -> list[Statistics]:
-    """Store what `change` makes of some rows, in fp32, as blocks. Returns the statistics of what was stored.
-
-    Raises InputRefused where a value is beyond what the type can hold.
-    """
+def _encode(stored: _Stored, source: Bytes, total: Floats, target: Bytes, measured: bool) -> Floats | None:
+    """Store sums as blocks. Raises InputRefused where a value is beyond what the type can hold."""
     name, own, kind = stored.tensor.name, stored.tensor.type, stored.type
-    codec = codec_of(name, kind)
-    total: Floats = np.empty((target.size // kind.nbytes, kind.elements), np.float32)
-    change(source, total.reshape(-1).view(np.uint8), scratch)
-    blocks = codec.encode(source.reshape(-1, own.nbytes), total) if kind == own else new_q8_0(total)
+    codec, values = codec_of(name, kind), total.reshape(-1, kind.elements)
+    blocks = codec.encode(source.reshape(-1, own.nbytes), values) if kind == own else new_q8_0(values)
     target[:] = blocks.reshape(-1)
-    if kind == own and not measured:
-        return []
-    after = decoded(name, codec, blocks)  # refuses new scales that are too large
-    if not measured:
-        return []
-    if own in FLAT:
-        before = source.view(FLAT[own]).astype(np.float32).reshape(total.shape)
-    else:
-        before = decoded(name, codec_of(name, own), source.reshape(-1, own.nbytes)).reshape(total.shape)
-    statistics = Statistics(stored.change.name if stored.change else name)
-    statistics.add_block(before, total - before, after)
-    return [statistics]
+    # `decoded` refuses new scales that are too large
+    return None if kind == own and not measured else decoded(name, codec, blocks)

@@ -24,8 +24,8 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, Numbers, StoredCodes
+from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.packed_numbers import WORD_BYTES, pack, unpack
-from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import (
     FLOAT_SCALES,
     Decode,

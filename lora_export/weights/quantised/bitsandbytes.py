@@ -22,8 +22,8 @@ from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import INT8_VALUES, Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.packed_numbers import pairs_of_bytes
-from lora_export.weights.quantised.scaling import ScaleRule
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import FLOAT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.scaling import ScaleRule, to_larger_exponents
+from lora_export.weights.quantised.new_grid import ScaleRule, to_larger_exponents
 from lora_export.weights.quantised.stored_parts import (
     Decode,
     QuantisedTensor,

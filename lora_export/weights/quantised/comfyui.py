@@ -26,7 +26,7 @@ from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import FLOAT8_KINDS, INT8_VALUES, Grid, PackedRows, StoredCodes
-from lora_export.weights.quantised.scaling import ScaleRule
+from lora_export.weights.quantised.new_grid import ScaleRule
 from lora_export.weights.quantised.stored_parts import FLOAT_SCALES, Decode, QuantisedTensor, StoredParts
 
 COMFYUI = "comfyui"

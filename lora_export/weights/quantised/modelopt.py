@@ -22,8 +22,8 @@ from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import Grid, PackedRows, StoredCodes
+from lora_export.weights.quantised.new_grid import ScaleRule, to_floats8
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.scaling import ScaleRule, to_floats8
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, scaled
 
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.codes import PackedRows, StoredCodes
+from lora_export.weights.quantised.new_grid import ScaleRule, to_exponents
 from lora_export.weights.quantised.packed_numbers import FLOAT4_VALUES, unpack_floats
-from lora_export.weights.quantised.scaling import ScaleRule, to_exponents
 from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,

@@ -21,8 +21,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.quantised.codes import StoredCodes
-from lora_export.weights.quantised.new_grid import NewGrid, NewPart
-from lora_export.weights.quantised.scaling import ScaleRule
+from lora_export.weights.quantised.new_grid import NewGrid, NewPart, ScaleRule
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]

@@ -20,10 +20,8 @@ from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, checkpoint_of_headers
 from lora_export.weights.merge_report import OnBytesWritten
-from lora_export.weights.residuals.archive import Residual
-from lora_export.weights.residuals.bit_differences import add_differences, unpacked_differences
-from lora_export.weights.residuals.prediction import ChangedTensor, Predictor
-from lora_export.weights.residuals.writing import changed_tensors
+from lora_export.weights.residuals.archive import Residual, changed_tensors
+from lora_export.weights.residuals.prediction import ChangedTensor, Predictor, add_differences, unpacked_differences
 
 
 def base_of(residual: Residual, merged: Path) -> Checkpoint:

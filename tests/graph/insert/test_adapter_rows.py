@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.row_adapters import ROW_ADAPTERS_KEY
+from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import AdapterStacks
 from lora_export.graph.insert.node_factory import Factor, NodeFactory

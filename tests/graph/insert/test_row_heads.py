@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.contract import Contract, read_contract
-from lora_export.formats.row_adapters import ABSENT_LABEL, ROW_ADAPTERS_KEY
+from lora_export.formats.contract import ABSENT_LABEL, ROW_ADAPTERS_KEY, Contract, read_contract
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.adapter_slots import head_values, insert_slots

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_export.graph.quantised.scheme import Groups, IntegerCodes, PackedTensor
+from lora_export.graph.quantised.scheme_of_weight import Groups, IntegerCodes, PackedTensor
 
 SHAPE = (4, 6)
 TENSOR, ROWS, COLUMNS = Groups(SHAPE, None, 0), Groups(SHAPE, 0, 0), Groups(SHAPE, 1, 0)

@@ -14,7 +14,7 @@ from torch._export.serde.schema import ScalarType
 from fuzz.targets import run
 from lora_export.errors import InputRefused
 from lora_export.models.pt2 import program, reader
-from lora_export.models.pt2.program_types import DTYPES_BY_NUMBER, ITEM_BYTES
+from lora_export.models.pt2.graph_json import DTYPES_BY_NUMBER, ITEM_BYTES
 from support.hostile_programs import changed, refused
 from support.programs import ids, padded, rewritten
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lora_export.models.pt2 import program, reader
-from lora_export.models.pt2.program_types import Symbol
+from lora_export.models.pt2.graph_json import Symbol
 from support.factories import Wide, Worded
 from support.handmade import Payload
 from support.hostile_programs import Change, changed, nodes, payload, refused, spoiled

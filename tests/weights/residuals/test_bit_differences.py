@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.weights.residuals.bit_differences import add_differences, packed_differences, unpacked_differences
+from lora_export.weights.residuals.prediction import add_differences, packed_differences, unpacked_differences
 
 RNG = np.random.default_rng(9)
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.uint8, np.int64, np.bool_]

@@ -16,8 +16,7 @@ from lora_export.lora import Adapter
 from lora_export.storage.hashes import file_hash
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
-from lora_export.weights.residuals.archive import open_residual
-from lora_export.weights.residuals.writing import needs_adapters, refuse_without_hash, write_residual
+from lora_export.weights.residuals.archive import needs_adapters, open_residual, refuse_without_hash, write_residual
 from support.handmade import base_file, peft_adapter
 
 W = np.arange(6).reshape(2, 3)
