@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.api.load import (
     adapter_paths,
+    calibration_file,
     load_adapters,
     locate_adapters,
     locate_model,
@@ -190,7 +191,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         other=locate_adapters(options.other, on_message, download),
         inputs=None if options.inputs is None else place(options.inputs),
         cache=None if options.cache is None else place(options.cache),
-        calibration=None if options.calibration is None else place(options.calibration),
+        calibration=calibration_file(options.calibration),
         fixed=dict(options.fixed or {}),
         layout=dict(options.layout or {}),
     )

@@ -250,12 +250,22 @@ class Artifact:
         names = json_files.parse_json(rows.encode(errors="surrogatepass"), path).get("adapters", [])
         return WrittenRecord(content, adapters, [str(name) for name in names])
 
-    @cached_property
+    @property
     def metadata(self) -> Mapping[str, str]:
         """What a graph's own metadata contain. Raises InputRefused where the graph is damaged."""
+        return self._metadata_and_shapes[0]
+
+    @property
+    def input_shapes(self) -> Mapping[str, tuple[Any, ...]]:
+        """The shape of each input of a graph, by name; a size that varies is no int."""
+        return self._metadata_and_shapes[1]
+
+    @cached_property
+    def _metadata_and_shapes(self) -> tuple[Mapping[str, str], Mapping[str, tuple[Any, ...]]]:
         from lora_export.graph.onnx_file.reading import load_graph  # onnx is not needed for a checkpoint
 
-        return load_graph(self.path).metadata_props
+        model = load_graph(self.path)  # which is not held: it maps its files
+        return model.metadata_props, {str(value.name): tuple(value.shape or ()) for value in model.graph.inputs}
 
     @property
     def has_own_heads(self) -> bool:

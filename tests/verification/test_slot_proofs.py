@@ -180,3 +180,15 @@ def test_a_damaged_record_is_refused(exported: Path, damage: str) -> None:
     assert read_contract(metadata, "g").slots == 4 and old in metadata[SLOTS_KEY]
     with pytest.raises(InputRefused, match="is damaged"):
         read_contract({SLOTS_KEY: metadata[SLOTS_KEY].replace(old, new)}, "g")
+
+
+@pytest.mark.parametrize("runner", [None, "onnx-reference"])
+@pytest.mark.parametrize("slots", [5, 10**12])
+def test_a_record_of_other_slots_than_the_graph_takes_is_refused(
+    exported: Path, slots: int, runner: str | None, tmp_path: Path
+) -> None:
+    model = load_graph(exported)
+    model.metadata_props[SLOTS_KEY] = model.metadata_props[SLOTS_KEY].replace('"slots": 4', f'"slots": {slots}')
+    ir.save(model, tmp_path / "claims.onnx")
+    with pytest.raises(InputRefused, match=rf"has no input .* of float32 \[{slots + 1}, "):
+        le.verify(tmp_path / "claims.onnx", (net(), INPUTS), adapters=[adapter("x")], runner=runner)
