@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
+from lora_export.api.planned import planned
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
@@ -32,7 +31,6 @@ from lora_export.weights.quantisation_loss import (
 )
 from lora_export.weights.quantised import caution_for
 from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
@@ -46,17 +44,7 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
         refuse_other_shapes(checkpoint, floats)
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
-    with tied_as_remedy(checkpoint, request.tied):
-        steps = plan.make(
-            request.adapters,
-            checkpoint.specs,
-            strengths=request.weights,
-            may_add=True,
-            layout=request.layout or {},
-            rules=checkpoint.rules,
-            ties=ties_of(checkpoint, request.tied),
-        )
-    steps = combine_in_plan(steps, request.combined)
+    steps = planned(checkpoint, request.adapters, request, may_add=True, layout=request.layout or {})
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
         refuse_without_hash(steps)

@@ -120,10 +120,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
         fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
-        weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
-        recorded = recorded_explanation(
-            proof.verdict, candidate, request, loaded, weights_from, fingerprint=fingerprint
-        )
+        recorded = recorded_explanation(proof.verdict, candidate, request, loaded, fingerprint=fingerprint)
         diagnosis = proof.diagnosis
         if recorded and diagnosis is not None:
             diagnosis = replace(diagnosis, why=without_guesses(diagnosis.why))

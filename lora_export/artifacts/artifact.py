@@ -35,10 +35,12 @@ from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.store_path import place
-from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
-from lora_export.weights.gguf.base import open_base
+from lora_export.weights.checkpoint import CONFIG, Checkpoint, is_streamable, open_checkpoint
+from lora_export.weights.gguf.base import GgufBase, open_base
 from lora_export.weights.pipeline import is_pipeline
+from lora_export.weights.quantised import QUANTIZATION
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
+from lora_export.weights.weight_files import variant_like
 
 MAX_RECORD = 10_000_000  # bytes of the record in a TorchScript archive
 
@@ -171,6 +173,7 @@ class Artifact:
     path: Path
     kind: ArtifactKind
     address: str = ""  # of an endpoint, whose path names nothing
+    like: Artifact | None = None  # of several sets of weights in a folder, the one with the names of these is meant
 
     def __str__(self) -> str:
         return self.address or str(self.path)
@@ -278,7 +281,24 @@ class Artifact:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint` or `open_base`."""
-        return open_base(self.path).checkpoint if self.kind is ArtifactKind.GGUF else open_checkpoint(self.path)
+        return self.gguf.checkpoint if self.kind is ArtifactKind.GGUF else open_checkpoint(self.path)
+
+    @cached_property
+    def dequantised(self) -> Checkpoint:
+        """The same, where quantised weights are read as floats."""
+        variant = None if self.like is None else variant_like(self.path, self.like.dequantised.shards)
+        return open_checkpoint(self.path, dequantise=True, variant=variant)
+
+    @cached_property
+    def gguf(self) -> GgufBase:
+        """The headers of a GGUF file. Raises InputRefused as `open_base`."""
+        return open_base(self.path)
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether a folder states in its config that its weights are quantised."""
+        config = self.path / CONFIG
+        return config.is_file() and bool(json_files.read_json(config).get(QUANTIZATION))
 
     @property
     def is_streamable(self) -> bool:
