@@ -148,8 +148,11 @@ def _verified(options: VerifyOptions) -> Verification:
 
 
 def _candidate(options: VerifyOptions) -> Artifact:
-    """The candidate; one in a store that is run is a copy on the disk."""
+    """The candidate; one in a store that is run is a copy on the disk. Raises WrongUsage for an address that is none."""
     if is_address(options.candidate):
+        from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
+
+        refuse_address(str(options.candidate).rstrip("/"))
         return open_artifact(options.candidate)
     path = newly_opened(options.candidate)
     return open_artifact(path if options.model is None else on_disk(path, options.on_message))
@@ -315,10 +318,8 @@ def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:
         given: dict[str, object] = {"served_name": request.served_name, "other": request.other}
         why = "CANDIDATE is an address such as https://host/v1"
     else:
-        from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
-        from lora_export.runtime.endpoint.tensors import is_of_tensors
+        from lora_export.runtime.endpoint.tensors import is_of_tensors  # Python's HTTP takes time to import
 
-        refuse_address(candidate.address)
         given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory, "runner": request.runner}
         given |= {"expect_signature": request.expected.signature}
         why = "an endpoint shows its answers alone, and is no file"

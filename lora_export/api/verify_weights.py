@@ -14,7 +14,7 @@ from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
 from lora_export.api.planned import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
-from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
+from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
@@ -201,9 +201,9 @@ def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequen
     names = [adapter.name for adapter in adapters]
     audits = {}
     for folder, own in parts.items():
-        part = open_artifact(candidate.path / folder)
+        part = Artifact(candidate.path / folder, ArtifactKind.CHECKPOINT)
         input_files.must_exist(part.path, "candidate")
-        origin = replace(open_artifact(base / folder), like=part)
+        origin = Artifact(base / folder, ArtifactKind.CHECKPOINT, like=part)
         one = replace(request, origin=origin, adapters=own.adapters, weights=own.strengths)
         audits[folder] = judge_weights(part, one, names)
     other = tuple(_other_differences(pipeline, candidate.path, parts))
