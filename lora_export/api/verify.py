@@ -148,7 +148,7 @@ def _verified(options: VerifyOptions) -> Verification:
 
 
 def _candidate(options: VerifyOptions) -> Artifact:
-    """The candidate; one in a store that is run is a copy on the disk. Raises WrongUsage for an address that is none."""
+    """The candidate; one in a store that is run is a copy on the disk. Raises WrongUsage as `refuse_address`."""
     if is_address(options.candidate):
         from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
 
