@@ -69,17 +69,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        how = HowToOpen(
-            base,
-            request.provider,
-            request.onnx_adapter,
-            request.adapter_id,
-            request.served_name,
-            [adapter.name for adapter in loaded],
-            _seconds(request, base, candidate),
-            request.runner,
-        )
-        runner = open_candidate(candidate, how)
+        names, seconds = [adapter.name for adapter in loaded], _seconds(request, base, candidate)
+        runner = open_candidate(candidate, HowToOpen(base, request, names, seconds))
         if isinstance(runner, OnnxRunner) and runner.contract_of_slots is not None:
             stage("filling the slots")
             if not loaded:
