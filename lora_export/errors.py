@@ -44,6 +44,11 @@ def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str =
     return escaped_lines(*(f"{indent}{problem}" for problem in problems[:most]), *more)
 
 
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first names, and the number of the others: `a, b and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def count(number: SupportsIndex, what: str) -> str:
     """`1 case`, `2 cases`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -98,17 +98,25 @@ def without_repeated_tables(adapter: Adapter, base: Path) -> Adapter:
 
     PEFT saves the tables of embeddings beside their pairs, in the type that the loaded model had.
     """
-    checkpoint = open_checkpoint(base)
-    files = {spec.name: spec.file for spec in checkpoint.specs}
-    repeated = []
-    for name, table in adapter.replaced.items():
-        own = checkpoint.shards[files[name]].read(name) if name in files else None
-        with np.errstate(over="ignore"):  # an infinity is no equal value
-            if own is not None and np.array_equal(own.astype(table.dtype), table):
-                repeated.append(name)
+    repeated = repeated_tables(adapter, open_checkpoint(base), {})
     replaced = {name: table for name, table in adapter.replaced.items() if name not in repeated}
     notes = [f"{name} is saved whole, and is the base's own: it is left out" for name in repeated]
     return replace(adapter, replaced=replaced, notes=(*adapter.notes, *notes))
+
+
+def repeated_tables(adapter: Adapter, base: Checkpoint, copies: Mapping[str, str]) -> list[str]:
+    """The tensors that an adapter saves whole, and that are the base's own, of the names of the base.
+
+    `copies` are tensors that the base ties, each with the one that is stored.
+    """
+    files = {spec.name: spec.file for spec in base.specs}
+    repeated = []
+    for name, table in adapter.replaced.items():
+        stored = copies.get(name, name)
+        with np.errstate(over="ignore"):  # an infinity is no equal value
+            if stored in files and np.array_equal(base.shards[files[stored]].read(stored).astype(table.dtype), table):
+                repeated.append(name)
+    return repeated
 
 
 def _placed(name: str, pair: LoraPair, base: BaseTensors, views: Mapping[str, TensorSpec]) -> tuple[str, LoraPair]:

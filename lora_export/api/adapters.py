@@ -14,7 +14,7 @@ from lora_export.adapters.low_rank import LayerShare, resize_adapter, total_shar
 from lora_export.adapters.singular_values import Truncation
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.callbacks import in_bytes
-from lora_export.errors import count
+from lora_export.errors import count, first_of
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
 from lora_export.lora import Adapter
 from lora_export.options.adapters import CombineOptions, ExtractOptions, ResizeOptions
@@ -188,7 +188,7 @@ def extract(options: ExtractOptions) -> ExtractResult:
             checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})
     if found.excluded:
-        names = ", ".join(found.excluded[:3]) + (f" and {len(found.excluded) - 3} more" if found.excluded[3:] else "")
+        names = first_of(found.excluded, 3)
         number = count(len(found.excluded), "tensor")
         options.on_message(f"note: left out, though other than the base's: {number} ({named('exclude')}): {names}")
     return ExtractResult(output, found.layers, total_share(found.layers), found.whole, found.excluded)

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lora_export import plan
-from lora_export.api.adapter_names import with_shapes_of_base
+from lora_export.api.adapter_names import repeated_tables, with_shapes_of_base
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.artifacts.artifact import ArtifactKind, open_artifact
 from lora_export.callbacks import ignore
@@ -95,21 +92,9 @@ def _opened(path: Path, adapter: Adapter) -> tuple[Adapter, Base]:
     how: dict[str, Any] = {"may_add": True, "identity_ok": True, "unknown_layout_ok": True}
     plan.make([adapter], checkpoint.specs, rules=checkpoint.rules, ties=ties, **how)
     copies = {} if ties is None else ties.tensors
-    files = {spec.name: spec.file for spec in checkpoint.specs}
-    own = {name: copies.get(name, name) for name in adapter.replaced}
-    repeated = {
-        name
-        for name, stored in own.items()
-        if stored in files and _equal(adapter.replaced[name], checkpoint.shards[files[stored]].read(stored))
-    }
     return adapter, Base(
         config=checkpoint.config,
-        tensors=frozenset([*files, *copies]),
+        tensors=frozenset([*(spec.name for spec in checkpoint.specs), *copies]),
         tied=None if ties is None else bool(copies),
-        repeated=frozenset(repeated),
+        repeated=frozenset(repeated_tables(adapter, checkpoint, copies)),
     )
-
-
-def _equal(table: NDArray[Any], own: NDArray[Any]) -> bool:
-    with np.errstate(over="ignore"):  # an infinity is no equal value
-        return np.array_equal(own.astype(table.dtype), table)

@@ -110,6 +110,17 @@ def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:
     return [sources] if isinstance(sources, str | Path | Adapter) else sources
 
 
+def calibration_file(given: str | Path | None) -> Path | None:
+    """The file of `calibration`. Raises InputRefused where there is none, before anything else is read."""
+    if given is None or place(given).is_file():
+        return None if given is None else place(given)
+    what = "is a folder" if place(given).is_dir() else "does not exist"
+    raise InputRefused(
+        f"{named('calibration', given)}: {given} {what}. Give a file of texts, one a line (or .jsonl with `text`), or "
+        "of arrays of the model's inputs (.npz)"
+    )
+
+
 def resolve_model(
     source: ModelSource,
     adapters: Sequence[Adapter] = (),

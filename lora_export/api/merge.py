@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_export.api.load import adapter_paths, locate_adapters, no_adapter_as_model
+from lora_export.api.load import adapter_paths, calibration_file, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merge_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_plan import read_adapters
@@ -109,5 +109,5 @@ def _request(options: MergeOptions, base: Path, kind: ArtifactKind) -> MergeRequ
         float_base=found(options.float_base),
         hashing=options.hashing if options.sign is None else "sha256",  # a signature is worth what its hashes are
         keep_residual=None if options.keep_residual is None else place(options.keep_residual),
-        calibration=None if options.calibration is None else place(options.calibration),
+        calibration=calibration_file(options.calibration),
     )

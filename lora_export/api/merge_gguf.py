@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.merge_request import MergeRequest, MergeResult
+from lora_export.api.planned import planned
 from lora_export.callbacks import in_bytes
 from lora_export.options.spelling import named
 from lora_export.weights.gguf.base import open_base
 from lora_export.weights.gguf.merge import merge_gguf
 from lora_export.weights.merge import refuse_before_merge
 from lora_export.weights.merge_report import refuse_no_change
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def merge_into_gguf(request: MergeRequest) -> MergeResult:
     """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
     base = open_base(request.base)
-    with tied_as_remedy(base.checkpoint, request.tied):
-        steps = plan.make(
-            request.adapters,
-            base.checkpoint.specs,
-            strengths=request.weights,
-            rules=base.checkpoint.rules,
-            ties=ties_of(base.checkpoint, request.tied),
-        )
-    steps = combine_in_plan(steps, request.combined)
+    steps = planned(base.checkpoint, request.adapters, request)
     refuse_before_merge(steps, base.checkpoint)
     notes = request.report_notes(steps, [])
     if request.dry_run:

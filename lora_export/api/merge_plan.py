@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
 from lora_export.api.merge_request import MergeRequest
+from lora_export.api.planned import planned
 from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
@@ -17,7 +16,6 @@ from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def read_adapters(
@@ -39,14 +37,4 @@ def opened_base(request: MergeRequest) -> Checkpoint:
 
 def plan_over(checkpoint: Checkpoint, request: MergeRequest) -> Plan:
     """Which pair of the adapters lands on which weight. Raises MatchError with every misfit."""
-    with tied_as_remedy(checkpoint, request.tied):
-        steps = plan.make(
-            request.adapters,
-            checkpoint.specs,
-            strengths=request.weights,
-            may_add=True,
-            layout=request.layout or {},
-            rules=checkpoint.rules,
-            ties=ties_of(checkpoint, request.tied),
-        )
-    return combine_in_plan(steps, request.combined)
+    return planned(checkpoint, request.adapters, request, may_add=True, layout=request.layout or {})

@@ -18,7 +18,7 @@ from lora_export.api.load import resolve_model
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import Located, base_outputs, insert_and_save, locate_steps, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
-from lora_export.errors import InputRefused, listed
+from lora_export.errors import InputRefused, first_of, listed
 from lora_export.formats.contract import ROW_ADAPTERS_KEY
 from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import dotted, module_of
@@ -188,9 +188,8 @@ def _targets(sites: Sites, options: OnnxRequest) -> list[str]:
     if isinstance(targets, str):
         unknown = [site.location for site in sites.unnamed if not site.equal_tensors and not is_output_head(site)]
         if unknown:
-            more = f" and {len(unknown) - SHOWN_LAYERS} more" if len(unknown) > SHOWN_LAYERS else ""
             raise InputRefused(
-                f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN_LAYERS])}{more}). "
+                f"{len(unknown)} linear layers have no certain name ({first_of(unknown, SHOWN_LAYERS)}). "
                 f"{named('checkpoint', 'CHECKPOINT')}, from which the graph was exported, names them by content"
             )
         return [name for name, site in linear.items() if not is_output_head(site)]

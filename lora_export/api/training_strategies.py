@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_export import layers, plan
 from lora_export.callbacks import OnMessage, OnProgress, Progress
-from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, listed
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, MatchError, first_of, listed
 from lora_export.layers.attachments import branch_tensors
 from lora_export.layers.new_adapter import as_plain_lora, frozen_start, started_from_weights
 from lora_export.lora import Adapter
@@ -239,6 +239,8 @@ def note_on_untrained(run: TrainingRun) -> str:
     """A note on the layers that the loss does not depend on; empty where there are none."""
     assert run.adapter is not None
     names = [f"`{name}`" for name, pair in run.adapter.pairs.items() if not (pair.a.any() and pair.b.any())]
-    more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
-    listing = ", ".join(names[:SHOWN_PROBLEMS])
-    return f"note: {listing}{more} got no gradient, so that the adapter does not change them" if names else ""
+    return (
+        f"note: {first_of(names, SHOWN_PROBLEMS)} got no gradient, so that the adapter does not change them"
+        if names
+        else ""
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.api.load import (
     adapter_paths,
+    calibration_file,
     load_adapters,
     locate_adapters,
     locate_model,
@@ -19,9 +20,8 @@ from lora_export.api.load import (
     no_adapter_as_model,
     refuse_weights_alone,
 )
-from lora_export.api.verify_gguf import judge_gguf
 from lora_export.api.verify_outputs import judge_outputs
-from lora_export.api.verify_quantised import is_quantised_folder, judge_quantised
+from lora_export.api.verify_quantised import judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact
@@ -129,7 +129,8 @@ def _verified(options: VerifyOptions) -> Verification:
     begun = time.perf_counter()
     request = _request(options)
     with stated_memory(options.memory):
-        proof = _judge(_candidate(options), request)
+        candidate = _candidate(options)
+        proof = _judge(candidate, replace(request, origin=_origin(request, candidate)))
     if request.strict:
         proof = proof.strictly()
     seconds = time.perf_counter() - begun
@@ -147,32 +148,43 @@ def _verified(options: VerifyOptions) -> Verification:
 
 
 def _candidate(options: VerifyOptions) -> Artifact:
-    """The candidate; one in a store that is run is a copy on the disk."""
+    """The candidate; one in a store that is run is a copy on the disk. Raises WrongUsage as `refuse_address`."""
     if is_address(options.candidate):
+        from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
+
+        refuse_address(str(options.candidate).rstrip("/"))
         return open_artifact(options.candidate)
     path = newly_opened(options.candidate)
     return open_artifact(path if options.model is None else on_disk(path, options.on_message))
 
 
+def _origin(request: VerifyRequest, candidate: Artifact) -> Artifact | None:
+    """What the candidate's weights are compared with: the base, or the model's folder. None for a model in memory."""
+    given = request.base or request.model
+    if not isinstance(given, str | Path):
+        return None
+    path = place(given)
+    return Artifact(path, artifact_kind(path), like=candidate)
+
+
 def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     """The verdict on what the candidate computes; without a model, on its weights.
 
-    Raises WrongUsage for options that do not go together, Different or Undecided where the adapters or the base are not
-    those that were expected, and InputRefused where there is no candidate, or its files change meanwhile.
+    Raises WrongUsage for options that do not go together, Different or Undecided where the signature, the adapters or
+    the base are not those that were expected, and InputRefused where there is no candidate, or its files change
+    meanwhile.
     """
     _check_usage(candidate, request)
+    _refuse_unsigned(candidate, request)
     request = _read(request)
-    if request.expected:
-        request = _as_expected(candidate, request)
+    _refuse_unexpected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
         if request.model is not None:
-            quantised = candidate.path.is_dir() and is_quantised_folder(request.model)
-            judge = judge_quantised if quantised and is_quantised_folder(candidate.path) else judge_outputs
+            is_quantised = candidate.is_quantised and request.origin is not None and request.origin.is_quantised
+            judge = judge_quantised if is_quantised else judge_outputs
             return judge(candidate, request)
-        if is_pipeline(request.checkpoint):
+        if is_pipeline(request.checkpoint.path):
             return audit_pipeline(candidate, request, load_adapters(request.adapters, of_models=True))
-        if ArtifactKind.GGUF in (candidate.kind, artifact_kind(request.checkpoint)):
-            return judge_gguf(candidate, request)
         return judge_weights(candidate, request)
 
 
@@ -190,7 +202,7 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         other=locate_adapters(options.other, on_message, download),
         inputs=None if options.inputs is None else place(options.inputs),
         cache=None if options.cache is None else place(options.cache),
-        calibration=None if options.calibration is None else place(options.calibration),
+        calibration=calibration_file(options.calibration),
         fixed=dict(options.fixed or {}),
         layout=dict(options.layout or {}),
     )
@@ -203,28 +215,33 @@ def _request(options: VerifyOptions) -> VerifyRequest:
 
 
 def _read(request: VerifyRequest) -> VerifyRequest:
-    """The request with its adapters loaded, where their reading depends on the options or on a pipeline."""
+    """The request with its adapters loaded, where they are compared, or their reading depends on what else is given."""
     reading = request.reading.for_base(request.base if request.model is None else request.model)
     of_pipeline = request.model is None and request.base is not None and is_pipeline(request.base)
-    if not (request.prefixes or reading != DEFAULTS or of_pipeline):
+    if not (request.prefixes or request.expected or reading != DEFAULTS or of_pipeline):
         return request
     loaded = load_adapters(request.adapters, request.prefixes, reading=reading, of_models=request.model is None)
     return replace(request, adapters=loaded)
 
 
-def _as_expected(candidate: Artifact, request: VerifyRequest) -> VerifyRequest:
-    """The request with its adapters loaded. Raises Different or Undecided where they, or the base, are unexpected."""
+def _refuse_unsigned(candidate: Artifact, request: VerifyRequest) -> None:
+    """Raise Different where the candidate should be signed, and is not, or changed since."""
     if request.expected.signature is not None:
         refuse_unsigned(candidate.path, request.expected.signature)
         request.on_message(f"{candidate.path} is signed by {request.expected.signature}, and unchanged since")
+
+
+def _refuse_unexpected(candidate: Artifact, request: VerifyRequest) -> None:
+    """Raise Different or Undecided where the adapters, which are loaded, or the base are not those expected."""
+    if not request.expected:
+        return
     base = request.base if request.model is None else request.model
     base_hashes = _weight_hashes(base) if request.expected.base_sha256 else []
-    adapters = load_adapters(request.adapters, of_models=request.model is None)
+    adapters = load_adapters(request.adapters, of_models=request.model is None)  # as they were read
     records = adapter_records(adapters, request.weights or [1.0] * len(adapters))
     refuse_unexpected(candidate.path, request.expected, records, base_hashes)
     if request.expected.signature is not None:
         _refuse_other_composition(candidate, records, base)
-    return replace(request, adapters=adapters)
 
 
 def _refuse_other_composition(
@@ -256,9 +273,9 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 
 def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
     """Raise WrongUsage for options that do not go together, and InputRefused for a folder that lacks a graph."""
-    model, origin, is_graph = request.model, request.base, candidate.kind.is_graph
+    model, is_graph = request.model, candidate.kind.is_graph
     candidate.refuse_missing_graph()
-    if model is None and origin is None:
+    if model is None and request.base is None:
         raise WrongUsage(
             f"give {named('model')}, to judge what CANDIDATE computes, or {named('base')}, to judge its weights"
         )
@@ -277,8 +294,8 @@ def _check_usage(candidate: Artifact, request: VerifyRequest) -> None:
         raise WrongUsage(
             f"{named('base')} needs the adapters that were merged ({named('adapters')}){_contained(candidate)}"
         )
-    kinds = {candidate.kind, *([] if origin is None else [artifact_kind(origin)])}
-    if model is not None and origin is not None and kinds != {ArtifactKind.GRAPH}:
+    kinds = {candidate.kind, *([] if request.origin is None else [request.origin.kind])}
+    if model is not None and request.base is not None and kinds != {ArtifactKind.GRAPH}:
         raise WrongUsage(f"{named('base')} beside {named('model')} is the quantised .onnx that an .onnx was made from")
     if request.provider != "cpu" and (not is_graph or request.runner is not None):
         whose = "PyTorch files are judged on the CPU" if request.runner is None else "a runner chooses its own"
@@ -301,10 +318,8 @@ def _check_endpoint(candidate: Artifact, request: VerifyRequest) -> None:
         given: dict[str, object] = {"served_name": request.served_name, "other": request.other}
         why = "CANDIDATE is an address such as https://host/v1"
     else:
-        from lora_export.runtime.endpoint.client import refuse_address  # Python's HTTP takes time to import
-        from lora_export.runtime.endpoint.tensors import is_of_tensors
+        from lora_export.runtime.endpoint.tensors import is_of_tensors  # Python's HTTP takes time to import
 
-        refuse_address(candidate.address)
         given = {"trace": request.trace, "fixed": request.fixed, "memory": request.memory, "runner": request.runner}
         given |= {"expect_signature": request.expected.signature}
         why = "an endpoint shows its answers alone, and is no file"

@@ -69,17 +69,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             on_message(f"note: {note}")
         base = adapted.model
         stage("loading the candidate")
-        how = HowToOpen(
-            base,
-            request.provider,
-            request.onnx_adapter,
-            request.adapter_id,
-            request.served_name,
-            [adapter.name for adapter in loaded],
-            _seconds(request, base, candidate),
-            request.runner,
-        )
-        runner = open_candidate(candidate, how)
+        names, seconds = [adapter.name for adapter in loaded], _seconds(request, base, candidate)
+        runner = open_candidate(candidate, HowToOpen(base, request, names, seconds))
         if isinstance(runner, OnnxRunner) and runner.contract_of_slots is not None:
             stage("filling the slots")
             if not loaded:
@@ -120,10 +111,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
     else:
         fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
-        weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
-        recorded = recorded_explanation(
-            proof.verdict, candidate, request, loaded, weights_from, fingerprint=fingerprint
-        )
+        recorded = recorded_explanation(proof.verdict, candidate, request, loaded, fingerprint=fingerprint)
         diagnosis = proof.diagnosis
         if recorded and diagnosis is not None:
             diagnosis = replace(diagnosis, why=without_guesses(diagnosis.why))

@@ -24,14 +24,11 @@ from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import judge_weights
 from lora_export.artifacts.artifact import Artifact
 from lora_export.lora import Adapter
-from lora_export.options.common import ModelSource
 from lora_export.plan import FLOATS, Plan
-from lora_export.storage import json_files
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Outcome
-from lora_export.weights.checkpoint import CONFIG, open_checkpoint
+from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
-from lora_export.weights.quantised import QUANTIZATION
 
 if TYPE_CHECKING:
     from lora_export.runtime.runner import Arrays
@@ -50,20 +47,13 @@ class RunOutputs(NamedTuple):
     refusal: str
 
 
-def is_quantised_folder(path: ModelSource) -> bool:
-    """Whether a folder states in its config that its weights are quantised."""
-    config = Path(path) / CONFIG if isinstance(path, str | Path) else None
-    return config is not None and config.is_file() and bool(json_files.read_json(config).get(QUANTIZATION))
-
-
 def judge_quantised(candidate: Artifact, request: VerifyRequest) -> Audit:
     """The verdict on the weights; and where they are right, what quantisation costs, as notes and in `about`.
 
     It is undecided where the rounding costs more than the adapters change. Raises as `judge_weights`.
     """
-    assert isinstance(request.model, str | Path)
-    base = Path(request.model)
-    audit = judge_weights(candidate, replace(request, base=base, model=None))
+    base = request.checkpoint.path
+    audit = judge_weights(candidate, request)
     if audit.outcome is not Outcome.SAME:
         return audit
     loaded = load_adapters(request.adapters)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind, open_artifact
+from lora_export.artifacts.artifact import Artifact, WrittenRecord, claimed_kind
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import version_of
@@ -36,6 +36,7 @@ class VerifyRequest(VerifyOptions):
     """The options of `verify`, with everything found that they name. Only the candidate is opened: it is passed on."""
 
     base: Path | None = None
+    origin: Artifact | None = None  # the base, or the model's folder, with whose weights those of the candidate compare
     onnx_adapter: Path | None = None
     inputs: Path | None = None
     other: Sequence[AdapterSource] = ()
@@ -45,10 +46,10 @@ class VerifyRequest(VerifyOptions):
     layout: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def checkpoint(self) -> Path:
-        """The base, where nothing is run."""
-        assert self.base is not None
-        return self.base
+    def checkpoint(self) -> Artifact:
+        """What the candidate's weights were merged into."""
+        assert self.origin is not None
+        return self.origin
 
 
 def recorded_explanation(
@@ -56,7 +57,6 @@ def recorded_explanation(
     candidate: Artifact,
     request: VerifyRequest,
     adapters: Sequence[Adapter],
-    base: Path | None,
     *,
     fingerprint: str = "",
 ) -> tuple[str, ...]:
@@ -66,16 +66,17 @@ def recorded_explanation(
     """
     if verdict:
         return ()
+    origin = request.origin
     try:
         record = candidate.record
-        base_record = open_artifact(base).record if base is not None and base.exists() else WrittenRecord()
+        base_record = WrittenRecord() if origin is None or not origin.path.exists() else origin.record
     except InputRefused:
         return ()
     file = None if request.onnx_adapter is None else onnx_adapter.read(request.onnx_adapter)
     given = ComparedWith(
         adapters=adapters,
         weights=request.weights or (1.0,) * len(adapters),
-        base=base,
+        base=None if origin is None else origin.path,
         base_record=base_record,
         fingerprint=fingerprint,
         dtype=request.dtype,

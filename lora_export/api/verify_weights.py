@@ -1,4 +1,4 @@
-"""The weights of a merged checkpoint or pipeline, compared with W + s·BA. Nothing is run, and PyTorch is not needed."""
+"""The weights of a merged checkpoint, GGUF file or pipeline, compared with W + s·BA. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_export import plan
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
+from lora_export.api.planned import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
-from lora_export.artifacts.artifact import Artifact, open_artifact
+from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.callbacks import in_bytes
 from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
@@ -26,51 +25,82 @@ from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification import against_checkpoint
-from lora_export.verification.against_checkpoint import Audit, CalibratedLayer
+from lora_export.verification.against_checkpoint import Audit, CalibratedLayer, audit_gguf
 from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.judged_files import loaded_files
 from lora_export.verification.parity import Outcome
 from lora_export.version import __version__
 from lora_export.weights.calibrated_rounding import LayerInputs
-from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 from lora_export.weights.quantised import LAYERS_IN_HEADER, without_layers, without_shared_parts
 from lora_export.weights.quantised.stored_parts import with_new_scales
 from lora_export.weights.quantised_layers import float_modules
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
-from lora_export.weights.weight_files import variant_like
 
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
-def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequence[str] = ()) -> Audit:
-    """A merged checkpoint against W + s·BA, weight by weight. Needs no PyTorch.
+class Judged(NamedTuple):
+    """The plan that was made again, what was found of the tensors, and the names of the files that were judged."""
 
-    Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
+    plan: Plan
+    audit: Audit
+    files: Sequence[str]
+
+
+def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequence[str] = ()) -> Audit:
+    """A merged checkpoint or GGUF file against W + s·BA, weight by weight. Needs no PyTorch.
+
+    Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`). Raises InputRefused
+    where candidate and base are the same, or of different kinds.
     """
-    path, base, layout = candidate.path, request.checkpoint, request.layout
+    if request.checkpoint.path.resolve() == candidate.path.resolve():
+        raise InputRefused(f"{candidate.path} is the base itself")
     loaded = load_adapters(request.adapters, of_models=True)
-    merged = open_checkpoint(path, dequantise=True)
-    origin = open_checkpoint(base, dequantise=True, variant=variant_like(base, merged.shards))
-    if merged.quantised:
-        origin, merged = (replace(each, quantised=without_shared_parts(each.quantised)) for each in (origin, merged))
-    progress = in_bytes(request.on_progress, "judging", merged.nbytes)
-    if origin.path.resolve() == merged.path.resolve():
-        raise InputRefused(f"{path} is the base itself")
-    with tied_as_remedy(origin, request.tied):
-        steps = plan.make(
-            loaded,
-            origin.specs,
-            strengths=request.weights,
-            may_add=True,
-            layout=layout,
-            unknown_layout_ok=True,
-            rules=origin.rules,
-            ties=ties_of(origin, request.tied),
-        )
-    steps = combine_in_plan(steps, request.combined, together)
-    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+    is_gguf = ArtifactKind.GGUF in (candidate.kind, request.checkpoint.kind)
+    judged = _judged_gguf(candidate, request, loaded) if is_gguf else _judged(candidate, request, loaded, together)
+    about = {
+        "candidate": str(candidate.path),
+        "judged_files": sorted(judged.files),
+        "base": str(request.checkpoint.path),
+        **({"layout": dict(request.layout)} if request.layout else {}),
+        **request.settings,
+        "adapters": adapter_records(loaded, request.weights or (1.0,) * len(loaded)),
+        "spellings": {adapter.name: one for adapter, one in zip(loaded, judged.plan.spellings, strict=True)},
+        "lora_export": __version__,
+        "numpy": np.__version__,
+    }
+    return replace(judged.audit, recorded=recorded_explanation(judged.audit, candidate, request, loaded), about=about)
+
+
+def _report_notes(request: VerifyRequest, adapters: Sequence[Adapter], steps: Plan) -> None:
+    for note in [*(note for adapter in adapters for note in adapter.notes), *steps.notes]:
         request.on_message(f"note: {note}")
+
+
+def _judged_gguf(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Judged:
+    """A merged GGUF file, tensor by tensor, on the scales of the base. The package gguf is not needed."""
+    origin = request.checkpoint.gguf
+    merged = candidate.gguf
+    steps = planned(origin.checkpoint, adapters, request)
+    _report_notes(request, adapters, steps)
+    stated = candidate.record.settings.get("types")
+    types = stated if isinstance(stated, Mapping) else {}
+    progress = in_bytes(request.on_progress, "judging", merged.file.size)
+    return Judged(steps, audit_gguf(steps, origin, merged, types, progress=progress), [candidate.path.name])
+
+
+def _judged(
+    candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter], together: Sequence[str]
+) -> Judged:
+    """A merged folder or .safetensors file, and the files beside its weights."""
+    layout, origin = request.layout, request.checkpoint.dequantised
+    merged = candidate.dequantised
+    if merged.quantised:
+        origin = replace(origin, quantised=without_shared_parts(origin.quantised))
+        merged = replace(merged, quantised=without_shared_parts(merged.quantised))
+    steps = planned(origin, adapters, request, together, may_add=True, layout=layout, unknown_layout_ok=True)
+    _report_notes(request, adapters, steps)
     files = loaded_files(candidate, merged)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}
@@ -88,25 +118,14 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     record = _other_record(candidate, steps, promoted, finer)
     header = _other_header(origin, merged, promoted if kept else None)
     calibrated, not_judged = _calibrated_layers(candidate, request, steps, origin)
+    progress = in_bytes(request.on_progress, "judging", merged.nbytes)
     audit = against_checkpoint.audit(
         steps, replace(origin, grids=grids), merged, layout=layout, progress=progress, calibrated=calibrated
     ).with_files(not_judged)
-    beside = compare_files(base, path, loaded, dtypes, floats if kept and any(floats[::2]) else ())
+    beside = compare_files(origin.path, candidate.path, adapters, dtypes, floats if kept and any(floats[::2]) else ())
     for found in (beside, files.others, record, header):
         audit = audit.with_files(found)
-    recorded = recorded_explanation(audit, candidate, request, loaded, base)
-    about = {
-        "candidate": str(path),
-        "judged_files": sorted(files.judged),
-        "base": str(base),
-        **({"layout": dict(layout)} if layout else {}),
-        **request.settings,
-        "adapters": adapter_records(loaded, request.weights or (1.0,) * len(loaded)),
-        "spellings": {adapter.name: one for adapter, one in zip(loaded, steps.spellings, strict=True)},
-        "lora_export": __version__,
-        "numpy": np.__version__,
-    }
-    return replace(audit, recorded=recorded, about=about)
+    return Judged(steps, audit, list(files.judged))
 
 
 def _calibrated_layers(
@@ -176,15 +195,16 @@ def audit_pipeline(candidate: Artifact, request: VerifyRequest, adapters: Sequen
     Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge_weights`,
     and for a component that the pipeline lacks.
     """
-    base, strengths = request.checkpoint, request.weights
+    base, strengths = request.checkpoint.path, request.weights
     pipeline = open_pipeline(base)
     parts, notes = parts_by_model(pipeline, adapters, strengths)
     names = [adapter.name for adapter in adapters]
     audits = {}
     for folder, own in parts.items():
-        one = replace(request, base=base / folder, adapters=own.adapters, weights=own.strengths)
-        part = open_artifact(candidate.path / folder)
+        part = Artifact(candidate.path / folder, ArtifactKind.CHECKPOINT)
         input_files.must_exist(part.path, "candidate")
+        origin = Artifact(base / folder, ArtifactKind.CHECKPOINT, like=part)
+        one = replace(request, origin=origin, adapters=own.adapters, weights=own.strengths)
         audits[folder] = judge_weights(part, one, names)
     other = tuple(_other_differences(pipeline, candidate.path, parts))
     whole = _joined(audits)

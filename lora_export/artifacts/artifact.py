@@ -34,10 +34,12 @@ from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.gguf_file import is_gguf, open_gguf
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.store_path import place
-from lora_export.weights.checkpoint import Checkpoint, is_streamable, open_checkpoint
-from lora_export.weights.gguf.base import open_base
+from lora_export.weights.checkpoint import CONFIG, Checkpoint, is_streamable, open_checkpoint
+from lora_export.weights.gguf.base import GgufBase, open_base
 from lora_export.weights.pipeline import is_pipeline
+from lora_export.weights.quantised import QUANTIZATION
 from lora_export.weights.sentence_modules import MODULES_FILE, TRANSFORMER_CONFIG, module_folders
+from lora_export.weights.weight_files import variant_like
 
 MAX_RECORD = 10_000_000  # bytes of the record in a TorchScript archive
 
@@ -170,6 +172,7 @@ class Artifact:
     path: Path
     kind: ArtifactKind
     address: str = ""  # of an endpoint, whose path names nothing
+    like: Artifact | None = None  # of several sets of weights in a folder, the one with the names of these is meant
 
     def __str__(self) -> str:
         return self.address or str(self.path)
@@ -249,12 +252,22 @@ class Artifact:
         names = json_files.parse_json(rows.encode(errors="surrogatepass"), path).get("adapters", [])
         return WrittenRecord(content, adapters, [str(name) for name in names])
 
-    @cached_property
+    @property
     def metadata(self) -> Mapping[str, str]:
         """What a graph's own metadata contain. Raises InputRefused where the graph is damaged."""
+        return self._metadata_and_shapes[0]
+
+    @property
+    def input_shapes(self) -> Mapping[str, tuple[Any, ...]]:
+        """The shape of each input of a graph, by name; a size that varies is no int."""
+        return self._metadata_and_shapes[1]
+
+    @cached_property
+    def _metadata_and_shapes(self) -> tuple[Mapping[str, str], Mapping[str, tuple[Any, ...]]]:
         from lora_export.graph.onnx_file.reading import load_graph  # onnx is not needed for a checkpoint
 
-        return load_graph(self.path).metadata_props
+        model = load_graph(self.path)  # which is not held: it maps its files
+        return model.metadata_props, {str(value.name): tuple(value.shape or ()) for value in model.graph.inputs}
 
     @property
     def has_own_heads(self) -> bool:
@@ -267,7 +280,24 @@ class Artifact:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The headers of a folder or file of weights. Raises InputRefused as `open_checkpoint` or `open_base`."""
-        return open_base(self.path).checkpoint if self.kind is ArtifactKind.GGUF else open_checkpoint(self.path)
+        return self.gguf.checkpoint if self.kind is ArtifactKind.GGUF else open_checkpoint(self.path)
+
+    @cached_property
+    def dequantised(self) -> Checkpoint:
+        """The same, where quantised weights are read as floats."""
+        variant = None if self.like is None else variant_like(self.path, self.like.dequantised.shards)
+        return open_checkpoint(self.path, dequantise=True, variant=variant)
+
+    @cached_property
+    def gguf(self) -> GgufBase:
+        """The headers of a GGUF file. Raises InputRefused as `open_base`."""
+        return open_base(self.path)
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether a folder states in its config that its weights are quantised."""
+        config = self.path / CONFIG
+        return config.is_file() and bool(json_files.read_json(config).get(QUANTIZATION))
 
     @property
     def is_streamable(self) -> bool:

@@ -248,6 +248,15 @@ class Contract:
         stacked = (self.slots + 1,) if self.slots else ()
         return {name: (*stacked, *place.input_shapes[name]) for name, place in self.inputs.items()}
 
+    def refuse_other_inputs(self, found: Mapping[str, Sequence[Any]], graph: Path) -> None:
+        """Raise InputRefused unless a graph's inputs (name -> sizes) have these shapes: a record may claim any size."""
+        for (name, shape), place in zip(self.input_shapes.items(), self.inputs.values(), strict=True):
+            own = tuple(size if isinstance(size, int) else None for size in found[name]) if name in found else None
+            if own != shape:
+                raise InputRefused(
+                    f"{graph} has no input {name} of {place.dtype} {list(shape)}, as its metadata has it"
+                )
+
     def without_adapter(self) -> dict[str, NDArray[Any]]:
         """Return the values of all inputs when there is no adapter; in a graph of slots, of one entry of each."""
         return {name: value for place in self.every_place for name, value in place.without_adapter().items()}

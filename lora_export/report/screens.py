@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from lora_export.adapters.low_rank import LayerShare, total_share
-from lora_export.errors import count, one_line
+from lora_export.errors import count, first_of, one_line
 from lora_export.lora import Adapter, LoraPair
 from lora_export.options.spelling import named
 from lora_export.pairs.open_shape import OpenPair, known_shape
@@ -186,9 +186,8 @@ def print_shares(
     total = total_share(layers)
     to.print(f"wrote {one_line(str(output))}: {count(len(layers), 'pair')} of {rank}, {_percent(total)} of ‖ΔW‖²")
     if tensors:
-        names = ", ".join(tensors if whole else tensors[:LISTED_LAYERS])
-        more = "" if whole or len(tensors) <= LISTED_LAYERS else f" and {len(tensors) - LISTED_LAYERS} more"
-        to.print(one_line(f"{count(len(tensors), 'tensor')} saved whole: {names}{more}"))
+        names = first_of(tensors, len(tensors) if whole else LISTED_LAYERS)
+        to.print(one_line(f"{count(len(tensors), 'tensor')} saved whole: {names}"))
     least = sorted(layers, key=lambda layer: layer.share)[: None if whole else LISTED_LAYERS]
     if not whole and all(layer.share > 0.9995 for layer in least):
         return
@@ -314,8 +313,7 @@ def _print_quantisation(to: Console, losses: Sequence[QuantisationLoss]) -> None
 def _merge_summary(report: MergeReport, output: Path | None) -> str:
     merged = f"{count(len(report.results), 'weight')} merged"
     if names := report.replaced_weights:
-        more = f" and {len(names) - SHOWN_RESULTS} more" if len(names) > SHOWN_RESULTS else ""
-        merged += f", {count(len(names), 'tensor')} replaced ({', '.join(names[:SHOWN_RESULTS])}{more})"
+        merged += f", {count(len(names), 'tensor')} replaced ({first_of(names, SHOWN_RESULTS)})"
     speed = f" ({decimal(int(report.bytes / report.seconds))}/s)" if report.seconds > 0 else ""
     where = f" to {one_line(str(output))}" if output else ""
     return (

@@ -76,10 +76,10 @@ class AdapterSlots:
         if not self.contract.slots:
             raise InputRefused(f"{self.model} has no slots: it was made with {named('lora', 'inputs')}")
         inputs = {value.name: value for value in session.get_inputs()}
+        self.contract.refuse_other_inputs({name: value.shape for name, value in inputs.items()}, self.model)
         for name, place in self.contract.inputs.items():
-            shape, found = list(self.contract.input_shapes[name]), inputs.pop(name, None)
-            if found is None or found.shape != shape or ADAPTER_DTYPES.get(found.type) != place.dtype:
-                raise InputRefused(f"{self.model} has no input {name} of {place.dtype} {shape}, as its metadata has it")
+            if ADAPTER_DTYPES.get(inputs.pop(name).type) != place.dtype:
+                raise InputRefused(f"{self.model} has no input {name} of {place.dtype}, as its metadata has it")
         self._shapes = {name: value.shape for name, value in inputs.items() if name not in ROW_INPUTS}
         self._outputs = [value.name for value in session.get_outputs()]
         self._stacks = _Stacks(self.contract, provider)

@@ -83,7 +83,7 @@ class OnnxRunner(AdaptersByInput):
         }
         self.names_known = True
         self.timeout = timeout
-        self._has_required_inputs = self._set_adapter_inputs()
+        self._has_required_inputs = self._set_adapter_inputs(self.axes)
         self.adapter_file: Path | None = None
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()

@@ -7,7 +7,7 @@ test.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from lora_export.isolation.limits import memory_for
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
-from lora_export.options.common import Running
 from lora_export.options.spelling import named
+from lora_export.options.verify import Judging
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.endpoint.runner import open_endpoint
 from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
@@ -40,15 +40,15 @@ class HowToOpen:
     """What a runner is opened with, beside the artifact. Each kind takes what it needs of it."""
 
     base: Model  # whose weights a .safetensors file has
-    provider: str = Running.provider
-    onnx_adapter: Path | None = None  # run with a graph that takes it
-    adapter_id: int | None = None  # of every row of a graph with adapters by row; None: the caller sets the ids
-    served_name: str | None = None  # the model of an endpoint that is meant
-    adapters: Sequence[str] = ()  # names, of which one may be that model's
-    timeout: float = (
-        TIMEOUT  # seconds of a run, or of a request; that of a folder or a .pt2 ends once its operator has ended
-    )
-    runner: str | None = None  # in place of ours: a name, or file.py:function
+    options: Judging = field(default_factory=Judging)
+    adapters: Sequence[str] = ()  # names, of which one may be that of an endpoint's model
+    # Seconds of a run, or of a request; that of a folder or a .pt2 ends once its operator has ended
+    timeout: float = TIMEOUT
+
+    @property
+    def onnx_adapter(self) -> Path | None:
+        """Run with a graph that takes it."""
+        return None if self.options.onnx_adapter is None else Path(self.options.onnx_adapter)
 
 
 def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
@@ -57,7 +57,7 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
     Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
     """
-    opener = RUNNERS.get(candidate.kind) if how.runner is None else _registered
+    opener = RUNNERS.get(candidate.kind) if how.options.runner is None else _registered
     if opener is None:
         if candidate.kind is ArtifactKind.GGUF:
             way = named("base", "BASE.gguf")
@@ -68,20 +68,20 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 
 def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    runner = OnnxRunner(candidate.path, how.provider, timeout=how.timeout)
+    runner = OnnxRunner(candidate.path, how.options.provider, timeout=how.timeout)
     runner = runner if how.onnx_adapter is None else runner.with_adapter(how.onnx_adapter)
-    if runner.contract_of_slots is not None and how.adapter_id is not None:
+    if runner.contract_of_slots is not None and how.options.adapter_id is not None:
         raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
-    if how.adapter_id is None and runner.takes_rows:
+    if how.options.adapter_id is None and runner.takes_rows:
         return runner
-    return with_cache(runner if how.adapter_id is None else runner.with_rows([how.adapter_id]))
+    return with_cache(runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id]))
 
 
 def _graphs_of_encoder_decoder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     path, adapter = candidate.path, how.onnx_adapter
-    runner = EncoderDecoderRunner.open(path, how.provider, timeout=how.timeout)
+    runner = EncoderDecoderRunner.open(path, how.options.provider, timeout=how.timeout)
     if adapter is None:
-        return runner if how.adapter_id is None else runner.with_rows([how.adapter_id])
+        return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
     name = adapter_of_file(adapter)
     if not name or not adapter.is_file() or not adapter.parent.samefile(path):
         raise InputRefused(
@@ -114,17 +114,17 @@ def _program(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 
 def _registered(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    runner = RegisteredRunner(how.runner or OPENVINO, candidate, adapter=how.onnx_adapter, timeout=how.timeout)
-    return runner if how.adapter_id is None else runner.with_rows([how.adapter_id])
+    runner = RegisteredRunner(how.options.runner or OPENVINO, candidate, adapter=how.onnx_adapter, timeout=how.timeout)
+    return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
 
 
 def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     if is_of_tensors(candidate.address):
-        return open_tensors_of(candidate.address, how.served_name, how.timeout)
+        return open_tensors_of(candidate.address, how.options.served_name, how.timeout)
     module: Any = how.base.module
     vocabulary = module.config.get_text_config().vocab_size if how.base.is_huggingface else 1
     folder = Path(how.base.source)
-    return open_endpoint(candidate.address, how.served_name, how.adapters, folder, vocabulary, how.timeout)
+    return open_endpoint(candidate.address, how.options.served_name, how.adapters, folder, vocabulary, how.timeout)
 
 
 RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,18 +226,22 @@ class AdaptersByInput(PlainRunner):
             inputs = {**inputs, **row_inputs(self._adapter_ids[rows], scales, self.adapters_per_row)}
         return {**inputs, **self._adapter_values}
 
-    def _set_adapter_inputs(self, adapter: Path | None = None) -> bool:
+    def _set_adapter_inputs(self, shapes: Mapping[str, Sequence[Any]], adapter: Path | None = None) -> bool:
         """Take the inputs of the graph's metadata, which are adapters, out of `axes`; whether each run has to have
-        them. Raises InputRefused where a file of an adapter does not fit them.
+        them. `shapes` are those of the graph's inputs. Raises InputRefused where these, or a file of an adapter, do not
+        fit the metadata.
         """
         is_required, values = False, {}
         self.row_adapters = read_row_adapters(self.metadata, str(self.path))
         if self.contract_of_slots is not None:
+            self.contract_of_slots.refuse_other_inputs(shapes, self.path)
             values = self.contract_of_slots.stacks()
             self.row_adapters = RowAdapters([], per_row=self.contract_of_slots.per_row)
         elif CONTRACT_KEY in self.metadata:
             contract = read_contract(self.metadata, self.path)
-            is_required, values = contract.required, contract.without_adapter() if contract.required else {}
+            if is_required := contract.required:
+                contract.refuse_other_inputs(shapes, self.path)
+                values = contract.without_adapter()
             if adapter is not None:
                 onnx_adapter.refuse_misfits(onnx_adapter.read(adapter), contract, source=adapter, graph=self.path)
         if is_required and self.adapters_with_strength:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import EnvironmentLacking, InputRefused, one_line
+from lora_export.errors import EnvironmentLacking, InputRefused, first_of, one_line
 from lora_export.isolation.limits import MAX_JSON
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files, safetensors_file
@@ -119,7 +119,7 @@ class _Found:
             self.differences.append(f"{name}: and {len(differing) - SHOWN_DIFFERENCES} more values")
         only = sorted(value for differs, value in compared if not differs)
         if only and (differing or not are_defaults()):
-            self.not_judged.append(f"values in {name} that only one folder has: {shown_names(only)}")
+            self.not_judged.append(f"values in {name} that only one folder has: {first_of(only, SHOWN_FILES)}")
 
 
 def _wrong_dtype(before: Values, after: Values, stored: Collection[str]) -> Iterator[str]:
@@ -212,7 +212,7 @@ def _compare_other_files(base: Path, merged: Path, found: _Found, floats: Sequen
         else:
             found.differences.append(f"{name} is not the base's")
     if only := sorted(before ^ after):
-        found.not_judged.append(f"files that only one folder has: {shown_names(only)}")
+        found.not_judged.append(f"files that only one folder has: {first_of(only, SHOWN_FILES)}")
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -289,12 +289,6 @@ def _compared(expected: Values, found: Values, prefix: str = "") -> Iterator[tup
         elif not (key == "tie_word_embeddings" and one and not other):
             # A merge that adds a head of its own unties it; that this head is right, the weights show.
             yield True, f"{name} is {_shown(other)}, the base has {_shown(one)}"
-
-
-def shown_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_FILES]) + (
-        f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
-    )
 
 
 def _shown(value: Any) -> str:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.artifacts.files import hashes_of
-from lora_export.errors import one_line
+from lora_export.errors import first_of, one_line
 from lora_export.storage.manifest import OF_THE_OUTPUT
 from lora_export.verification.companion_files import (
     CHAT_TEMPLATE,
     CONFIGS,
+    SHOWN_FILES,
     TOKENIZER_READERS,
     VOCABULARIES,
     WEIGHT_ENDINGS,
     ComparedFiles,
-    shown_names,
 )
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 
@@ -82,9 +82,9 @@ def loaded_files(candidate: Artifact, opened: Checkpoint | None = None) -> Loade
     differences = [f"{name} is not what was judged, and {why}. Remove it" for name in leftovers] + differences
     others = [name for name in others if name not in leftovers]
     weights = [name for name in others if name.endswith(WEIGHT_ENDINGS) and not OF_TRAINERS.fullmatch(name)]
-    not_judged = [f"other weights in the folder: {shown_names(weights)}"] if weights else []
+    not_judged = [f"other weights in the folder: {first_of(weights, SHOWN_FILES)}"] if weights else []
     texts = [name for name in others if name.endswith((*WEIGHT_ENDINGS, *TEXTS)) and name not in weights]
-    notes = [f"not compared: {shown_names(texts)}"] if texts else []
+    notes = [f"not compared: {first_of(texts, SHOWN_FILES)}"] if texts else []
     return LoadedFiles(
         judged, ComparedFiles(*(tuple(map(one_line, lines)) for lines in (differences, not_judged, notes)))
     )

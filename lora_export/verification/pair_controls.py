@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lora_export.errors import count
+from lora_export.errors import count, first_of
 from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
@@ -38,8 +38,8 @@ class PairControls:
         if not self.without_effect:
             return []
         return [
-            f"no output depends on {self._counted(self.without_effect)}: {first_names(self.without_effect)}. A fault "
-            f"in them could not show. Give inputs on which one does ({named('inputs')})"
+            f"no output depends on {self._counted(self.without_effect)}: {first_of(self.without_effect, SHOWN_PAIRS)}. "
+            f"A fault in them could not show. Give inputs on which one does ({named('inputs')})"
         ]
 
     @property
@@ -60,8 +60,8 @@ class PairControls:
             return []
         one = "those of one layer" if self.by_layer else "one of them"
         return [
-            f"{self._counted(self.missed)}, whose effect is much smaller than rounding: {first_names(self.missed)}. A "
-            f"candidate without {one} would pass"
+            f"{self._counted(self.missed)}, whose effect is much smaller than rounding: "
+            f"{first_of(self.missed, SHOWN_PAIRS)}. A candidate without {one} would pass"
         ]
 
     @property
@@ -73,12 +73,6 @@ class PairControls:
         if self.by_layer:
             return f"the pairs of {len(found)} of the {len(self.names)} layers"
         return f"{len(found)} of the {count(len(self.names), 'pair')} of the adapters"
-
-
-def first_names(names: Sequence[str]) -> str:
-    """The first names of a list, and how many follow."""
-    more = f" and {len(names) - SHOWN_PAIRS} more" if len(names) > SHOWN_PAIRS else ""
-    return ", ".join(names[:SHOWN_PAIRS]) + more
 
 
 # Pairs × parameters up to which each pair is switched off by itself: some minutes. Beyond, the pairs of a layer are.

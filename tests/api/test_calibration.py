@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def test_what_cannot_calibrate_is_refused(folder: Path, tmp_path: Path) -> None:
     base, adapters, out = folder / "base", [folder / "adapter"], tmp_path / "out"
     with pytest.raises(WrongUsage, match="needs"):
         lora_export.merge(base, adapters, out, rounding="calibrated")
+    for missing, what in ((tmp_path / "nowhere.txt", "does not exist"), (tmp_path, "is a folder")):
+        message = f"calibration.*{re.escape(str(missing))} {what}. Give a file of texts"
+        with pytest.raises(InputRefused, match=message):
+            lora_export.merge(base, adapters, out, calibration=missing)
+        with pytest.raises(InputRefused, match=message):
+            lora_export.verify(base, base=base, adapters=adapters, calibration=missing)
     file = shutil.copy(base / "model.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(InputRefused, match="merge into its Hugging Face folder"):
         lora_export.merge(file, adapters, tmp_path / "out.safetensors", calibration=folder / "texts.txt")

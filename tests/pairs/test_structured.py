@@ -16,7 +16,7 @@ from lora_export.pairs.computed import (
     sparse_pair,
 )
 from lora_export.pairs.structured import HadamardPair, KroneckerPair, WholePair
-from lora_export.verification.against_checkpoint.fp64_changes import change_in_fp64
+from lora_export.verification.against_checkpoint.fp64_sums import change_in_fp64
 
 RNG = np.random.default_rng(0)
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lora_export.errors import first_of
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import (
+    SHOWN_PAIRS,
     PairControls,
-    first_names,
     grouped,
     switch_off,
     too_many,
@@ -36,8 +37,8 @@ def test_layers_are_named_where_their_pairs_were_off_together() -> None:
 
 
 def test_long_lists_of_names_are_cut() -> None:
-    assert first_names(list("abcde")) == "a, b, c, d, e"
-    assert first_names(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert first_of(list("abcde"), SHOWN_PAIRS) == "a, b, c, d, e"
+    assert first_of(list("abcdefg"), SHOWN_PAIRS) == "a, b, c, d, e and 2 more"
 
 
 def a_case(name: str) -> Case:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ import lora_export as le
 from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.graphs import an_adapter
@@ -161,3 +163,15 @@ def test_a_damaged_record_is_refused(exported: Path, damage: str) -> None:
     assert read_contract(metadata, "g").slots == 4 and old in metadata[SLOTS_KEY]
     with pytest.raises(InputRefused, match="is damaged"):
         read_contract({SLOTS_KEY: metadata[SLOTS_KEY].replace(old, new)}, "g")
+
+
+@pytest.mark.parametrize("runner", [None, "onnx-reference"])
+@pytest.mark.parametrize("slots", [5, 10**12])
+def test_a_record_of_other_slots_than_the_graph_takes_is_refused(
+    exported: Path, slots: int, runner: str | None, tmp_path: Path
+) -> None:
+    model = load_graph(exported)
+    model.metadata_props[SLOTS_KEY] = model.metadata_props[SLOTS_KEY].replace('"slots": 4', f'"slots": {slots}')
+    ir.save(model, tmp_path / "claims.onnx")
+    with pytest.raises(InputRefused, match=rf"has no input .* of float32 \[{slots + 1}, "):
+        le.verify(tmp_path / "claims.onnx", (net(), INPUTS), adapters=[adapter("x")], runner=runner)

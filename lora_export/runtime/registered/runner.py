@@ -36,8 +36,9 @@ class RegisteredRunner(AdaptersByInput):
         self.axes: Mapping[str, tuple[int | None, ...]] = {name: tuple(sizes) for name, sizes in header["axes"].items()}
         self.notes: Sequence[str] = header["notes"] or [f"run by the runner {name}"]
         self.cannot_give: Sequence[str] = header["cannot_give"]
-        self._metadata = candidate.metadata if candidate.kind is ArtifactKind.GRAPH else {}
-        self._set_adapter_inputs(adapter)
+        is_graph = candidate.kind is ArtifactKind.GRAPH
+        self._metadata = candidate.metadata if is_graph else {}
+        self._set_adapter_inputs(candidate.input_shapes if is_graph else {}, adapter)
 
     def run(self, inputs: Arrays) -> Arrays:
         inputs = completed_inputs(inputs, self.axes) if self.axes else inputs

@@ -26,7 +26,6 @@ from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.names.row_orders import RowOrder
 from lora_export.plan import Layout, Plan, Step
-from lora_export.storage import block_copy
 from lora_export.storage.gguf_blocks import CODECS, FLAT
 from lora_export.storage.gguf_file import GgufTensor
 from lora_export.verification.against_checkpoint.audit_checkpoint import (
@@ -44,7 +43,7 @@ from lora_export.verification.against_checkpoint.judge_changed import (
 )
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
-from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor, have_equal_bytes
 from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.parity import Outcome
 from lora_export.weights.gguf.base import GgufBase
@@ -97,24 +96,17 @@ def _other_fields(base: GgufBase, merged: GgufBase) -> Iterator[str]:
     yield from (f"the field {key} is new" for key in sorted(others - own))
     for key in sorted(own & others):
         one, other = base.file.fields[key], merged.file.fields[key]
-        if not _equal_bytes(base, merged, (one.start, one.stop), (other.start, other.stop)):
+        if not _equal_bytes(base, merged, one, other):
             yield f"the field {key} is not the base's"
     if [tensor.name for tensor in base.file.tensors] != [tensor.name for tensor in merged.file.tensors]:
         yield "the sequence of the tensors is not the base's"
 
 
-def _equal_bytes(base: GgufBase, merged: GgufBase, one: tuple[int, int], other: tuple[int, int]) -> bool:
-    if one[1] - one[0] != other[1] - other[0]:
-        return False
-    with base.file.path.open("rb") as first, merged.file.path.open("rb") as second:
-        for start in range(0, one[1] - one[0], PIECE):
-            size = min(PIECE, one[1] - one[0] - start)
-            found = np.empty((2, size), np.uint8)
-            block_copy.read(base.file.path, first.fileno(), found[0], one[0] + start)
-            block_copy.read(merged.file.path, second.fileno(), found[1], other[0] + start)
-            if not np.array_equal(*found):
-                return False
-    return True
+def _equal_bytes(base: GgufBase, merged: GgufBase, one: Any, other: Any) -> bool:
+    """Whether a field or a tensor of both has the same bytes."""
+    size = one.stop - one.start
+    its = merged.file.path, other.start
+    return size == other.stop - other.start and have_equal_bytes(base.file.path, one.start, *its, size)
 
 
 def _in_rows_of_llama(step: Step, base: GgufBase) -> Step:
@@ -150,9 +142,7 @@ class _Pair:
     def judge_kept(self) -> AuditedWeight:
         one, other = self.base, self.candidate
         why = self._wrong_form(one.type.name)
-        if not why and not _equal_bytes(
-            self.of_base, self.of_candidate, (one.start, one.stop), (other.start, other.stop)
-        ):
+        if not why and not _equal_bytes(self.of_base, self.of_candidate, one, other):
             why = "has other bytes than the base's"
         return AuditedWeight(self.name, Fate.KEPT, Outcome.DIFFERENT if why else Outcome.SAME, why)
 

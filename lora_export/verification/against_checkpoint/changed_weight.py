@@ -20,12 +20,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.pairs.exact_transforms import OF_OUTPUTS, exact_change, independent_axis
+from lora_export.pairs.transforms import WeightTransform
 from lora_export.plan import Layout, Step
-from lora_export.verification.against_checkpoint.changes_of_weight import changes_of_weight
+from lora_export.storage.matrix_on_disk import MatrixOnDisk
 from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     EVERY_ENTRY,
     FP32_ROUNDOFF,
+    ChangesOf,
     Entries,
     Fp64Sum,
     allowed_error,
@@ -195,6 +198,48 @@ class ChangedWeight:
             squares += [np.square(part).sum(axis=0) for part in plain.rows(rows, self.before(rows))]
         norms, bounds = np.sqrt(squares)
         return replace(one, column_norms=(norms, bounds))
+
+
+def changes_of_weight(weight: ChangedWeight) -> ChangesOf:
+    """T(W) - W and its size, of rows that are in one of the pieces.
+
+    Where the rows change one by one, those of a piece are computed when they are needed. Otherwise the columns do: all
+    are computed at once, by way of temporary files of 24 bytes for each entry.
+    """
+    (pair, is_transposed) = weight.step.terms[0].pair, weight.step.spec.layout.is_transposed
+    assert isinstance(pair, WeightTransform)
+    transform: WeightTransform = pair
+
+    def changes(own: slice, stored: Wide) -> tuple[Wide, Wide]:
+        change, size = exact_change(transform, stored.T if is_transposed else stored, own)
+        return (change.T, size.T) if is_transposed else (change, size)
+
+    axis = independent_axis(transform)
+    if axis is not None and (axis == OF_OUTPUTS) is not is_transposed:
+        last: list[tuple[slice, tuple[Wide, Wide]]] = []
+
+        def of_rows(rows: slice) -> tuple[Wide, Wide]:
+            if not last or not last[0][0].start <= rows.start < last[0][0].stop:
+                piece = next(each for each in weight.pieces if each.start <= rows.start < each.stop)
+                last[:] = [(piece, changes(piece, weight.before(piece)))]
+            (piece, (change, size)) = last[0]
+            here = slice(rows.start - piece.start, rows.stop - piece.start)
+            return change[here], size[here]
+
+        return of_rows
+
+    shape = weight.pieces[-1].stop, math.prod(weight.step.spec.shape) // weight.pieces[-1].stop
+    before, change, size = (MatrixOnDisk(shape, np.float64) for _ in range(3))
+    for piece in weight.pieces:
+        before.write_rows(piece, weight.before(piece).reshape(-1, shape[1]))
+    every = slice(0, shape[0])
+    for columns in before.column_blocks if axis is not None else ():
+        for matrix, values in zip((change, size), changes(columns, before.columns(columns)), strict=True):
+            matrix.write_columns(columns, values)
+    if axis is None:
+        for matrix, values in zip((change, size), changes(every, before[every]), strict=True):
+            matrix.write_rows(every, values)
+    return lambda rows: (change[rows], size[rows])
 
 
 def half_gaps(stored: NDArray[Any]) -> tuple[Wide, Wide]:

@@ -32,6 +32,7 @@ from lora_export.verification.against_checkpoint.changed_weight import Calibrate
 from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
 from lora_export.verification.against_checkpoint.judge_changed import judge_unknown_layout, judge_weight
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
+from lora_export.verification.against_checkpoint.stored_tensor import have_equal_bytes
 from lora_export.verification.parity import Outcome, Wide
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.kept_weights import NeededScales, patch_in_file
@@ -115,15 +116,7 @@ def _are_equal_bytes(one: tuple[TensorFile, str], other: tuple[TensorFile, str])
     first, second = (file.entries[name] for file, name in (one, other))
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with one[0].path.open("rb") as mine, other[0].path.open("rb") as its:
-        for start in range(0, first.nbytes, block_copy.BLOCK):
-            size = min(block_copy.BLOCK, first.nbytes - start)
-            own, old = np.empty(size, np.uint8), np.empty(size, np.uint8)
-            block_copy.read(one[0].path, mine.fileno(), own, first.start + start)
-            block_copy.read(other[0].path, its.fileno(), old, second.start + start)
-            if not np.array_equal(own, old):
-                return False
-    return True
+    return have_equal_bytes(one[0].path, first.start, other[0].path, second.start, first.nbytes)
 
 
 Judge = Callable[[], AuditedWeight | None]

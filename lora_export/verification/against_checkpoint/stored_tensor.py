@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,18 @@ class Scratch:
             held = self._bytes[name] = np.empty(size, np.uint8)
         found: NDArray[Any] = held[:size].view(kind).reshape(shape)
         return found
+
+
+def have_equal_bytes(one: Path, first: int, other: Path, second: int, size: int) -> bool:
+    """Whether so many bytes of two files are equal, from these positions on."""
+    with one.open("rb") as own, other.open("rb") as its:
+        for start in range(0, size, block_copy.BLOCK):
+            found = np.empty((2, min(block_copy.BLOCK, size - start)), np.uint8)
+            block_copy.read(one, own.fileno(), found[0], first + start)
+            block_copy.read(other, its.fileno(), found[1], second + start)
+            if not np.array_equal(*found):
+                return False
+    return True
 
 
 PIECE_BYTES = 1 << 22  # of a tensor in fp64 that is compared at once

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_export import layers, plan
+from lora_export.errors import first_of
 from lora_export.layers.attachments import Branch, attachment_of, is_attached
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.options.spelling import named
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.pair_controls import first_names
+from lora_export.verification.pair_controls import SHOWN_PAIRS
 
 MOST_DRAWS = 32  # that are tried for pairs which no case reaches
 
@@ -41,8 +42,8 @@ def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed
         computed = found
     unreached = tuple(branch.module for branch in every if branch not in computed)
     doubt = (
-        f"no input reaches {first_names(unreached)}: {len(unreached)} of the {len(every)} pairs of the adapters were "
-        f"not computed. Give inputs that reach them ({named('inputs')})"
+        f"no input reaches {first_of(unreached, SHOWN_PAIRS)}: {len(unreached)} of the {len(every)} pairs of the "
+        f"adapters were not computed. Give inputs that reach them ({named('inputs')})"
     )
     return PairCoverage(unreached, [doubt] if unreached else [])
 
