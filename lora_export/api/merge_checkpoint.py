@@ -22,8 +22,9 @@ from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.keep_quantised import keep_quantised
-from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge import merging_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
+from lora_export.weights.one_pass import Merging
 from lora_export.weights.quantisation_loss import (
     bytes_to_measure,
     measure_quantisation,
@@ -35,8 +36,8 @@ from lora_export.weights.residuals.writing import refuse_without_hash, write_res
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
-def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
-    """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
+def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
+    """Plan and write the merge (see `one_pass`). Raises as `merge`; nothing is left behind then."""
     quantised_as = "dequantize" if request.dequantize else "keep_quantised" if request.keep_quantised else ""
     checkpoint = open_checkpoint(request.base, dequantise=bool(quantised_as), variant=request.variant)
     if quantised_as and not checkpoint.quantised:
@@ -86,7 +87,7 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, request.stored)
     with request.backend() as backend, request.staged(stage, size + companions, streamed=True) as folder:
-        report = merge_checkpoint(
+        report = yield from merging_checkpoint(
             steps,
             checkpoint,
             folder,

@@ -216,7 +216,7 @@ class Upload:
 
     def write(self, content: memoryview) -> None:
         with _errors(self._address, OutputFailed):
-            self._file.write(content)
+            self._file.write(bytes(content))  # a copy: obstore sends the memory itself, later, and its owner reuses it
 
     def close(self) -> None:
         with _errors(self._address, OutputFailed):
