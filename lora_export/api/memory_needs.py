@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_export.artifacts.artifact import Artifact, open_artifact
@@ -24,6 +25,7 @@ MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
 # Where weights are read when something computes with them:
 VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ, EXPORT_READ = 2.7, 6.0, 7.5
+OF_OUTPUT = 8 << 20  # bytes: names, plans and headers of a further output that is written in the same pass
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
@@ -57,6 +59,14 @@ def memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> int:
     """Bytes that an export with its proof takes; 0 where they are unknown. Reads headers."""
     is_read = dtype == "float32" and _is_streamable(model)
     return _needed(count_floats(model), EXPORT_READ if is_read else EXPORT)
+
+
+def memory_beside(adapters: Iterable[int]) -> int:
+    """Bytes that further adapters of these sizes, in bytes, take where one pass over a base merges them too.
+
+    A stored number of 16 bits becomes one of 32.
+    """
+    return sum(OF_OUTPUT + 2 * size for size in adapters)
 
 
 def is_large_folder(model: ModelSource) -> bool:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
-from lora_export.fleet.worker import JobRequest, perform
+from lora_export.fleet.worker import JobBatch, perform
 
-JobRecord = dict[str, Any]
+JobRecords = list[dict[str, Any]]
 TRIES_OF_JOB = 3  # of a job whose worker dies
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -30,11 +30,12 @@ class WorkerDied(Exception):
 class Engine(Protocol):
     """Something that runs jobs."""
 
-    at_once: int  # jobs that are given to it at the same time
+    at_once: int  # batches that are given to it at the same time
+    workers: int  # that work at the same time
     is_tried_again: bool  # a job whose worker died has to be given to it again
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
-        """Start a job, or let it wait for a free worker. `memory` is in bytes."""
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecords]:
+        """Start jobs, or let them wait for a free worker. `memory` is in bytes."""
 
     def died(self, error: BaseException) -> str:
         """Why the worker of a job died, if that is what the error of a future means; else empty."""
@@ -60,7 +61,7 @@ class _Processes:
     is_tried_again = True
 
     def __init__(self, number: int):
-        self.at_once = number
+        self.at_once = self.workers = number
         self.pool = self._new_pool()
 
     def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
@@ -70,12 +71,12 @@ class _Processes:
         )  # a copy of this process would have its locks, without its threads
         return concurrent.futures.ProcessPoolExecutor(self.at_once, context, _begin, (threads,))
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:  # noqa: ARG002
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecords]:  # noqa: ARG002
         try:
-            return self.pool.submit(perform, request)
+            return self.pool.submit(perform, batch)
         except BrokenProcessPool:
             self.pool = self._new_pool()
-            return self.pool.submit(perform, request)
+            return self.pool.submit(perform, batch)
 
     def died(self, error: BaseException) -> str:
         return "its process ended, by a signal or for lack of memory" if isinstance(error, BrokenProcessPool) else ""
@@ -133,16 +134,17 @@ class _Ray:
     is_tried_again = False  # Ray does it itself, on another worker
 
     def __init__(self, ray: Any, most: Mapping[str, float] | None):
-        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[JobRecord], Any]()
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[JobRecords], Any]()
         self._perform = ray.remote(max_retries=TRIES_OF_JOB - 1, retry_exceptions=False)(perform)
 
-    def submit(self, request: JobRequest, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecord]:
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[JobRecords]:
         requested = {"memory": memory, "GPU": int(on_gpu)}
         if self._most is not None:  # a cluster may grow; here the job itself tells what is missing
             requested = {name: min(number, int(self._most.get(name, 0))) for name, number in requested.items()}
         memory, gpus = requested["memory"], requested["GPU"]
-        reference = self._perform.options(memory=memory, num_gpus=gpus, name=request.job.id).remote(request)
-        future: concurrent.futures.Future[JobRecord] = reference.future()
+        reference = self._perform.options(memory=memory, num_gpus=gpus, name=batch.name).remote(batch)
+        future: concurrent.futures.Future[JobRecords] = reference.future()
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))
         return future

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import lora_export as le
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run
-from lora_export.fleet.worker import perform
+from lora_export.fleet.worker import JobBatch, perform
 from lora_export.storage.output_lock import output_lock
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
@@ -102,14 +102,15 @@ class Dying(Here):
     """An engine of which each process that merges `de` dies, and the one beside it too, after its record."""
 
     def __init__(self, at_once: int) -> None:
-        super().__init__()
+        super().__init__(at_once)
         self.at_once = at_once
 
-    def submit(self, request: Any, memory: int, *, on_gpu: bool) -> Future[dict[str, Any]]:
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> Future[list[dict[str, Any]]]:
         is_beside = self.ran == [JOBS[0]]
-        self.ran.append(request.job.id)
-        future: Future[dict[str, Any]] = Future()
-        result = None if request.job.id == JOBS[0] else perform(request)
+        own = [request.job.id for request in batch.requests]
+        self.ran += own
+        future: Future[list[dict[str, Any]]] = Future()
+        result = None if JOBS[0] in own else perform(batch)
         if result is None or is_beside:
             future.set_exception(BrokenPipeError())
         else:
