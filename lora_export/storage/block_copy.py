@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.hashes import ALGORITHMS, Hash
-from lora_export.storage.shared_source import Piece, SharedSource, joined
+from lora_export.storage.shared_source import SharedSource, SourcePiece, joined_pieces
 from lora_export.storage.system_calls import c_function, read_at, write_at
 
 BLOCK = 2 << 20  # bytes
@@ -163,7 +163,7 @@ class _Pending(NamedTuple):
 
     copy: Copy
     block: Block
-    pieces: Sequence[Piece]
+    pieces: Sequence[SourcePiece]
     target: Bytes
     future: Future[tuple[Any, Bytes]]
 
@@ -257,14 +257,14 @@ def _copy(
     read_source: Callable[[Bytes, int], None],
     target_fd: int,
     block: Block,
-    pieces: Sequence[Piece],
+    pieces: Sequence[SourcePiece],
     target: Bytes,
     scratches: list[Bytes],
 ) -> tuple[Any, Bytes]:
     """What the work of a block returned, and the block's bytes of the target."""
     for piece in pieces:
         piece.read(read_source)
-    found, before = None, joined(pieces, block.start, block.stop)
+    found, before = None, joined_pieces(pieces, block.start, block.stop)
     after = before if block.work is None else target[: block.target_stop - block.target_start]
     if block.work is not None:
         scratch = scratches.pop()

@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 
 from lora_export.storage.hashes import Hash
 
-Bytes = NDArray[np.uint8]
+_Bytes = NDArray[np.uint8]
 
 
-class Piece:
-    """Bytes [start, stop) of the source, read by the first thread that needs them."""
+class SourcePiece:
+    """_Bytes [start, stop) of the source, read by the first thread that needs them."""
 
-    def __init__(self, start: int, stop: int, buffer: Bytes, *, is_hashed: bool):
+    def __init__(self, start: int, stop: int, buffer: _Bytes, *, is_hashed: bool):
         self.start, self.stop, self.buffer = start, stop, buffer
         self.users = 0  # blocks that are not in their targets yet
         self._has_hash = not is_hashed
         self._lock, self._is_read, self._error = threading.Lock(), False, list[Exception]()
 
-    def bytes(self, start: int, stop: int) -> Bytes:
+    def bytes(self, start: int, stop: int) -> _Bytes:
         """Those of its bytes that are in [start, stop) of the source."""
         return self.buffer[max(start, self.start) - self.start : min(stop, self.stop) - self.start]
 
-    def read(self, read: Callable[[Bytes, int], None]) -> None:
+    def read(self, read: Callable[[_Bytes, int], None]) -> None:
         """Read the bytes, unless they are there. What fails fails for all: the hash of the source needs every byte."""
         with self._lock:
             if self._error:
@@ -55,19 +55,19 @@ class Piece:
 class SharedSource:
     """The pieces that copies may still need."""
 
-    def __init__(self, buffers: list[Bytes], new_buffer: Callable[[], Bytes], *, is_shared: bool):
+    def __init__(self, buffers: list[_Bytes], new_buffer: Callable[[], _Bytes], *, is_shared: bool):
         self._free, self._new_buffer, self._is_shared = buffers, new_buffer, is_shared
-        self._pieces: list[Piece] = []  # in the order of the source
+        self._pieces: list[SourcePiece] = []  # in the order of the source
         self._read_to = 0
 
-    def pieces_of(self, start: int, stop: int, *, repeated: bool) -> list[Piece]:
+    def pieces_of(self, start: int, stop: int, *, repeated: bool) -> list[SourcePiece]:
         """The pieces with these bytes. `repeated` ones were passed already: they are read again, and not hashed."""
         is_apart = repeated or not self._is_shared
         found = [] if is_apart else [one for one in self._pieces if one.start < stop and start < one.stop]
         first = start if is_apart else max(start, self._read_to)
         if first < stop:
             buffer = self._free.pop() if self._free else self._new_buffer()
-            found.append(Piece(first, stop, buffer, is_hashed=not repeated))
+            found.append(SourcePiece(first, stop, buffer, is_hashed=not repeated))
             if not is_apart:
                 self._pieces.append(found[-1])
                 self._read_to = stop
@@ -81,17 +81,17 @@ class SharedSource:
         self._pieces = self._pieces[len(past) :]
         self._reuse(past)
 
-    def release(self, pieces: Sequence[Piece]) -> None:
+    def release(self, pieces: Sequence[SourcePiece]) -> None:
         """A block of these pieces is in its target."""
         for one in pieces:
             one.users -= 1
         self._reuse(one for one in pieces if one not in self._pieces)
 
-    def _reuse(self, pieces: Iterable[Piece]) -> None:
+    def _reuse(self, pieces: Iterable[SourcePiece]) -> None:
         self._free += [one.buffer for one in pieces if not one.users]
 
 
-def joined(pieces: Sequence[Piece], start: int, stop: int) -> Bytes:
-    """Bytes [start, stop) of the source: where one piece has all of them, they are not copied."""
+def joined_pieces(pieces: Sequence[SourcePiece], start: int, stop: int) -> _Bytes:
+    """_Bytes [start, stop) of the source: where one piece has all of them, they are not copied."""
     parts: list[Any] = [one.bytes(start, stop) for one in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])

@@ -83,7 +83,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def test_each_merge_is_what_it_is_alone_and_the_base_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_merge_is_what_it_is_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {name: le.merge(**vars(options(name, "alone/{}"))) for name in KINDS}
     read = read_bytes(monkeypatch)
     made = dict(zip(KINDS, merge_together([options(name) for name in KINDS]), strict=True))
