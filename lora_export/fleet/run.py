@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
 from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
 from lora_export.fleet.steps import FleetJob
-from lora_export.fleet.worker import JobBatch, JobRequest
+from lora_export.fleet.worker import GRAPHS, JobBatch, JobRequest
 from lora_export.isolation.limits import GIB
 from lora_export.options.fleet import FleetOptions
 from lora_export.options.spelling import is_command_line
@@ -47,6 +48,7 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
                 most = None if memory is None else memory // opened.workers
                 run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress, most)
                 run.whole()
+            shutil.rmtree(fleet.records / GRAPHS, ignore_errors=True)
         except KeyboardInterrupt:
             atomic_output.published.append(fleet.records)  # what is done stays: the next run goes on
             raise
@@ -67,7 +69,7 @@ def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int
     return fitting
 
 
-class Running(NamedTuple):
+class RunningJobs(NamedTuple):
     """Jobs that a worker does together."""
 
     jobs: Mapping[str, FleetJob]  # by id
@@ -85,7 +87,7 @@ class _Run:
     on_progress: OnProgress
     most_memory: int | None  # of a worker, where that is known
     standings: dict[str, Standing] = field(default_factory=dict)
-    running: dict[concurrent.futures.Future[Any], Running] = field(default_factory=dict)
+    running: dict[concurrent.futures.Future[Any], RunningJobs] = field(default_factory=dict)
     suspects: list[tuple[FleetJob, int]] = field(default_factory=list)  # that ran when a process died, and the next try
     done: int = 0  # jobs of this run
     begun: float = field(default_factory=time.monotonic)
@@ -135,7 +137,7 @@ class _Run:
         batch = JobBatch(tuple(self._request(job, standings[job.id]) for job in left.values()))
         on_gpu = any("cuda" in (job.values.get("provider"), job.values.get("device")) for job in left.values())
         future = self.engine.submit(batch, self.needs.memory_of(list(left.values())), on_gpu=on_gpu)
-        self.running[future] = Running(left, standings, tries)
+        self.running[future] = RunningJobs(left, standings, tries)
 
     def _request(self, job: FleetJob, standing: Standing) -> JobRequest:
         last = standing.record if standing.replaces else {}

@@ -14,6 +14,8 @@ from typing import Any
 
 from lora_export.fleet.steps import FleetJob
 
+GRAPHS = ".graphs"  # a folder beside the records: bases that were exported in this run
+
 
 @dataclass(frozen=True)
 class JobRequest:
@@ -107,8 +109,10 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     job = request.job
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
     is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
-    replaced = {"overwrite": True} if is_replaced else {}
-    return options_from_table(job.kind.record, values, job.place, **job.fixed(), **replaced, on_message=notes.append)
+    more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
+    if job.step == "onnx":
+        more["graphs"] = Path(request.records) / GRAPHS
+    return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 
 
 def _record_of(request: JobRequest, result: Any, records: Any) -> dict[str, Any]:
