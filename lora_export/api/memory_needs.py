@@ -29,6 +29,7 @@ MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
 # Where weights are read when something computes with them:
 VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ, EXPORT_READ = 2.7, 6.0, 7.5
+OF_OUTPUT = 8 << 20  # bytes: names, plans and headers of a further output that is written in the same pass
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
@@ -68,6 +69,14 @@ def memory_to_merge(adapters: Iterable[Path]) -> int:
     """Bytes that a merge in blocks takes: the adapters are in memory. Reads no file."""
     files = (file for path in adapters for file in files_of(path))
     return STREAMED + sum(file.stat().st_size for file in files)
+
+
+def memory_beside(adapters: Iterable[int]) -> int:
+    """Bytes that further adapters of these sizes, in bytes, take where one pass over a base merges them too.
+
+    A stored number of 16 bits becomes one of 32.
+    """
+    return sum(OF_OUTPUT + 2 * size for size in adapters)
 
 
 def jobs_that_fit(jobs: int, memory: int, on_message: OnMessage) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.api.load import adapter_paths, calibration_file, locate_adapters, no_adapter_as_model
-from lora_export.api.merge_checkpoint import merge_into_checkpoint
+from lora_export.api.merge_checkpoint import merging_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
 from lora_export.api.merge_plan import read_adapters
 from lora_export.api.merge_request import MergeRequest, MergeResult
@@ -19,6 +20,7 @@ from lora_export.storage.gguf_file import SUFFIX
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import place
+from lora_export.weights.one_pass import Merging, alone, together
 
 # Kinds of BASE as the usage of options names them; everything else is a checkpoint
 KINDS_OF_BASE = {ArtifactKind.PIPELINE: "pipeline", ArtifactKind.GRAPH: "graph", ArtifactKind.GGUF: "gguf"}
@@ -39,6 +41,19 @@ def merge(options: MergeOptions) -> MergeResult:
     OutputFailed where the output cannot be written; EnvironmentLacking where CUDA is missing; WrongUsage for options
     that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
     """
+    return alone(_merging(options))
+
+
+def merge_together(every: Sequence[MergeOptions]) -> list[MergeResult | Exception]:
+    """Merges as by `merge`, those into one checkpoint in one pass over it. The result of each, or what it raised.
+
+    Peak memory is that of one merge, the adapters of all, and a few MiB for each. Each has two open files.
+    """
+    return together([_merging(options) for options in every])
+
+
+def _merging(options: MergeOptions) -> Merging[MergeResult]:
+    """One merge (see `one_pass`)."""
     base = locate(options.base, options.on_message, options.download)
     kind = artifact_kind(base)
     if kind is ArtifactKind.GRAPH:
@@ -56,10 +71,10 @@ def merge(options: MergeOptions) -> MergeResult:
             "folder, or merge into the file of weights in the base"
         )
     with no_adapter_as_model(base, options.adapters):
-        return _merge(_request(options, base, kind), kind)
+        return (yield from _merging_into(kind, _request(options, base, kind)))
 
 
-def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
+def _merging_into(kind: ArtifactKind, request: MergeRequest) -> Merging[MergeResult]:
     """Merge into a base of this kind."""
     if request.keep_residual is not None:
         residual, output = request.keep_residual.absolute(), request.output.absolute()
@@ -75,7 +90,7 @@ def _merge(request: MergeRequest, kind: ArtifactKind) -> MergeResult:
 
         return merge_into_gguf(request)
     if kind is not ArtifactKind.GRAPH:
-        return merge_into_checkpoint(request)
+        return (yield from merging_into_checkpoint(request))
     from lora_export.api.merge_graph import merge_into_graph
 
     return merge_into_graph(request)

@@ -20,8 +20,9 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
-from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge import merging_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
+from lora_export.weights.one_pass import Merging
 from lora_export.weights.quantisation_loss import (
     bytes_to_measure,
     measure_quantisation,
@@ -33,8 +34,8 @@ from lora_export.weights.quantised_layers import keep_quantised
 from lora_export.weights.residuals.archive import refuse_without_hash, write_residual
 
 
-def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
-    """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
+def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
+    """Plan and write the merge (see `one_pass`). Raises as `merge`; nothing is left behind then."""
     checkpoint = opened_base(request)
     if request.is_shared:
         from lora_export.api.merge_shards import make_shards, refuse_unshared  # few merges start processes
@@ -77,7 +78,7 @@ def merge_into_checkpoint(request: MergeRequest) -> MergeResult:
     with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
         begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if request.is_shared else {}
-        report = merge_checkpoint(
+        report = yield from merging_checkpoint(
             steps,
             checkpoint,
             folder,

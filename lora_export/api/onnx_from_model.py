@@ -17,6 +17,7 @@ from lora_export.api.adapted_model import adapted_model
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, shorten_genai_config, write_generation_files
 from lora_export.api.generation_task import generating_model
+from lora_export.api.kept_graph import exported_once
 from lora_export.api.load import model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
@@ -145,14 +146,23 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
     if options.task:
         return base, {name: export_decoder(base.module, opset=options.opset)}, ""
     try:
-        return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)}, ""
+        return base, {name: _graph_of(base, options)}, ""
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
         base = base.without_images(why)
         options.on_message(f"note: the graph takes texts without images. With images, {why}")
-    return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)}, why
+    return base, {name: _graph_of(base, options)}, why
+
+
+def _graph_of(base: Model, options: OnnxRequest) -> ir.Model:
+    """The graph of a model: exported, or kept from an export of the same one."""
+
+    def exported() -> ir.Model:
+        return export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)
+
+    return exported() if options.graphs is None else exported_once(options.graphs, base, options.opset, exported)
 
 
 def _write_generation_files(base: Model, written: ir.Model, options: OnnxRequest, folder: Path) -> list[str]:

@@ -6,11 +6,18 @@ Measured on a Llama of 1.1 billion parameters (2.2 GB) with two cores: a merge t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.api.memory_needs import PROGRAM, STREAMED, count_floats, memory_to_export, memory_to_verify
+from lora_export.api.memory_needs import (
+    PROGRAM,
+    STREAMED,
+    count_floats,
+    memory_beside,
+    memory_to_export,
+    memory_to_verify,
+)
 from lora_export.artifacts.artifact import claimed_kind, open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
@@ -77,6 +84,11 @@ class NeedsOfJobs:
         return JobNeeds(
             self._memory_of(job), read, written.get(job.step, 0), sum(taken) / len(taken) if taken else seconds
         )
+
+    def memory_of(self, jobs: Sequence[FleetJob]) -> int:
+        """The bytes of memory that a worker needs for these jobs together."""
+        first, *others = jobs
+        return self.of(first).memory + memory_beside(self._size(job.adapter_path)[0] for job in others)
 
     def _memory_of(self, job: FleetJob) -> int:
         if job.step not in SECONDS_FOR_PARAMETER:

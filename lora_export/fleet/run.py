@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_export.api.memory_needs import jobs_that_fit
 from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import EnvironmentLacking
+from lora_export.fleet.batches import batches
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
 from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
 from lora_export.fleet.steps import FleetJob
-from lora_export.fleet.worker import JobRequest, perform
+from lora_export.fleet.worker import GRAPHS, JobBatch, JobRequest, perform
 from lora_export.options.fleet import FleetOptions
 from lora_export.options.spelling import is_command_line
 from lora_export.report.fleet import problem_line
+from lora_export.runtime.memory import available_memory
 from lora_export.storage import atomic_output
 from lora_export.storage.output_lock import output_lock
 from lora_export.workers.engines import TRIES_OF_JOB, Engine, on_ray, processes
@@ -42,8 +46,11 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
         )
         try:
             with engine as opened:
-                run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress)
+                memory = available_memory() if options.ray is None else None
+                most = None if memory is None else memory // opened.workers
+                run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress, most)
                 run.whole()
+            shutil.rmtree(fleet.records / GRAPHS, ignore_errors=True)
         except KeyboardInterrupt:
             atomic_output.published.append(fleet.records)  # what is done stays: the next run goes on
             raise
@@ -56,6 +63,14 @@ def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int
     return jobs_that_fit(options.jobs, JobNeeds.together(map(needs.of, fleet.jobs)).memory, options.on_message)
 
 
+class RunningJobs(NamedTuple):
+    """Jobs that a worker does together."""
+
+    jobs: Mapping[str, FleetJob]  # by id
+    standings: Mapping[str, Standing]
+    tries: int
+
+
 @dataclass
 class _Run:
     fleet: FleetFile
@@ -64,11 +79,15 @@ class _Run:
     needs: NeedsOfJobs
     on_message: OnMessage
     on_progress: OnProgress
+    most_memory: int | None  # of a worker, where that is known
     standings: dict[str, Standing] = field(default_factory=dict)
-    running: dict[concurrent.futures.Future[Any], tuple[FleetJob, Standing, int]] = field(default_factory=dict)
+    running: dict[concurrent.futures.Future[Any], RunningJobs] = field(default_factory=dict)
     suspects: list[tuple[FleetJob, int]] = field(default_factory=list)  # that ran when a process died, and the next try
     done: int = 0  # jobs of this run
     begun: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.order = {job.id: number for number, job in enumerate(self.fleet.jobs)}
 
     def whole(self) -> None:
         """Run until nothing is left. The hashes of inputs are written before the work: it may be interrupted."""
@@ -87,31 +106,39 @@ class _Run:
         """Give the engine what it has place for. Returns the jobs that wait for it or for others."""
         if self.suspects:  # one at a time, so that a job that ends its process ends no other job
             if not self.running:
-                self._submit(*self.suspects.pop())
+                job, tries = self.suspects.pop()
+                self._submit([job], tries)
             return left
-        if any(tries > 1 for _, _, tries in self.running.values()):
+        if any(one.tries > 1 for one in self.running.values()):
             return left
-        waiting = list[FleetJob]()
-        for number, job in enumerate(left):
-            if len(self.running) >= self.engine.at_once:
-                return [*waiting, *left[number:]]
-            if any(name not in self.standings for name in job.after):
-                waiting.append(job)
-                continue
-            self._submit(job, 1)
-        return waiting
+        waiting, ready = list[FleetJob](), list[FleetJob]()
+        for job in left:
+            (waiting if any(name not in self.standings for name in job.after) else ready).append(job)
+        for jobs in batches(ready, self.needs, self.engine.workers, self.most_memory):
+            if len(self.running) < self.engine.at_once:
+                self._submit(jobs, 1)
+            else:
+                waiting += jobs
+        return sorted(waiting, key=lambda job: self.order[job.id])
 
-    def _submit(self, job: FleetJob, tries: int) -> None:
-        """Give a job to the engine, unless its result is known: also a process that died may have left it."""
-        standing = self.records.standing(job, self.standings)
-        if standing.is_settled:
-            self.standings[job.id] = standing
+    def _submit(self, jobs: Sequence[FleetJob], tries: int) -> None:
+        """Give jobs to the engine, but for those whose result is known: also a process that died may have left it."""
+        standings = {job.id: self.records.standing(job, self.standings) for job in jobs}
+        self.standings |= {name: one for name, one in standings.items() if one.is_settled}
+        left = {job.id: job for job in jobs if not standings[job.id].is_settled}
+        if not left:
             return
+        batch = JobBatch(tuple(self._request(job, standings[job.id]) for job in left.values()))
+        on_gpu = any("cuda" in (job.values.get("provider"), job.values.get("device")) for job in left.values())
+        future = self.engine.submit(batch, self.needs.memory_of(list(left.values())), on_gpu=on_gpu)
+        self.running[future] = RunningJobs(left, standings, tries)
+
+    def _request(self, job: FleetJob, standing: Standing) -> JobRequest:
         last = standing.record if standing.replaces else {}
         made = {
             one.facts["options"]["output"]: one.record["output"] for one in map(self.standings.get, job.after) if one
         }
-        request = JobRequest(
+        return JobRequest(
             job=job,
             folder=str(Path.cwd()),
             records=str(self.fleet.records),
@@ -121,25 +148,33 @@ class _Run:
             replaces=standing.replaces,
             as_command_line=is_command_line(),
         )
-        on_gpu = "cuda" in (job.values.get("provider"), job.values.get("device"))
-        future = self.engine.submit(request, self.needs.of(job).memory, on_gpu=on_gpu)
-        self.running[future] = job, standing, tries
 
     def _finish(self, future: concurrent.futures.Future[Any]) -> None:
-        job, standing, tries = self.running.pop(future)
+        jobs, standings, tries = self.running.pop(future)
         try:
-            record = future.result()
+            records = future.result()
         except Exception as error:
             reason = self.engine.died(error)
             if not reason:
                 raise
             if self.engine.is_tried_again and tries < TRIES_OF_JOB:
-                self.suspects.append((job, tries + 1))
+                self.suspects += [(job, tries + 1) for job in jobs.values()]
+                return
+            if len(jobs) > 1:  # one of them may have ended it
+                for job in jobs.values():
+                    self._submit([job], tries)
                 return
             message, lacking = f"{reason} ({TRIES_OF_JOB} times)", EnvironmentLacking.exit_code
-            record = {**self.records.read(job.id), "outcome": "failed", "exit": lacking, "message": message}
-            record["facts"] = dict(standing.facts)
-            self.records.write(job.id, record)
+            records = [self.records.read(name) for name in jobs]
+            for name, record in zip(jobs, records, strict=True):
+                record |= {"outcome": "failed", "exit": lacking, "message": message}
+                record["facts"] = dict(standings[name].facts)
+                self.records.write(name, record)
+        for job, record in zip(jobs.values(), records, strict=True):
+            self._take_in(job, record, standings[job.id])
+
+    def _take_in(self, job: FleetJob, record: Mapping[str, Any], standing: Standing) -> None:
+        """Know the result of a job."""
         self.standings[job.id] = Standing(record["outcome"], str(record.get("message", "")), record, standing.facts)
         self.done += 1
         if record["outcome"] in GOOD:
@@ -154,6 +189,7 @@ class _Run:
         """Report how many jobs are known, and the rate of this run."""
         rate = 3600 * self.done / max(time.monotonic() - self.begun, 1e-3)
         total = len(self.fleet.jobs)
-        known = total - left - len(self.running) - len(self.suspects)
+        running = sum(len(one.jobs) for one in self.running.values())
+        known = total - left - running - len(self.suspects)
         detail = f"{rate:,.0f} an hour" if self.done else ""
         self.on_progress(Progress("running", known, total, "jobs", detail))

@@ -1,4 +1,4 @@
-"""One job, in the process that does it: the function of its command, and the record of what came of it."""
+"""Jobs in the process that does them: the functions of their commands, and the records of what came of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lora_export.fleet.steps import FleetJob
+
+GRAPHS = ".graphs"  # a folder beside the records: bases that were exported in this run
 
 
 @dataclass(frozen=True)
@@ -33,52 +35,104 @@ class JobRequest:
         return self.job.id
 
 
-def perform(request: JobRequest) -> dict[str, Any]:
-    """Do a job, and write and return its record. A refusal and a verdict are results; only Ctrl-C is raised."""
+@dataclass(frozen=True)
+class JobBatch:
+    """What one worker does: one job, or merges into one base in one pass over it."""
+
+    requests: tuple[JobRequest, ...]
+
+    @property
+    def name(self) -> str:
+        """What a cluster shows of it."""
+        first, *others = (request.job.id for request in self.requests)
+        return f"{first} and {len(others)} more" if others else first
+
+
+def perform(batch: JobBatch) -> list[dict[str, Any]]:
+    """Do jobs, and write and return their records. Refusals and verdicts are results; only Ctrl-C is raised."""
     with contextlib.suppress(OSError):  # on another machine, where all paths are addresses
-        os.chdir(request.folder)
-    from lora_export.fleet.records import STARTED, FleetRecords
+        os.chdir(batch.requests[0].folder)
+    from lora_export.fleet.records import FleetRecords
     from lora_export.options.commands import declared_flags
     from lora_export.options.spelling import as_command_line
 
-    records, job = FleetRecords(Path(request.records), reads=True), request.job
-    begun, notes = time.perf_counter(), list[str]()
+    records = FleetRecords(Path(batch.requests[0].records), reads=True)
+    begun, notes = time.perf_counter(), [list[str]() for _ in batch.requests]
+    requests = [_started(request, records) for request in batch.requests]
+    with as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext():
+        results = _results(requests, notes)
+        found = [_record_of(*each, records) for each in zip(requests, results, strict=True)]
+    seconds = round((time.perf_counter() - begun) / len(requests), 3)
+    when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    for request, record, own in zip(requests, found, notes, strict=True):
+        record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
+        records.write(request.job.id, record)
+    return found
+
+
+def _started(request: JobRequest, records: Any) -> JobRequest:
+    """The request, after the record that its job has begun."""
+    from lora_export.fleet.records import STARTED
+
+    job = request.job
     last = records.read(job.id)  # of a worker that died at this job, where Ray gives it to another one
     is_own = request.replaces or (last.get("outcome") == STARTED and bool(last.get("replaces")))
-    request = replace(request, replaces=is_own)
     replaces = is_own or (job.output is not None and not output_exists(job.output))
     records.write(job.id, {"outcome": STARTED, "facts": request.facts, "replaces": replaces})
-    with as_command_line(declared_flags) if request.as_command_line else contextlib.nullcontext():
-        record = _result(request, notes, records)
-    seconds = round(time.perf_counter() - begun, 3)
-    when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    record = {**record, "seconds": seconds, "created": when, "notes": notes, "facts": dict(request.facts)}
-    records.write(job.id, record)
-    return record
+    return replace(request, replaces=is_own)
 
 
-def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, Any]:
+def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list[Any]:
+    """What the functions of the jobs return, or the errors that they raise."""
     import lora_export
-    from lora_export.errors import LoraExportError, OutputFailed
+
+    options = [_attempted(_options, *each) for each in zip(requests, notes, strict=True)]
+    good = [one for one in options if not isinstance(one, Exception)]
+    if len(requests) == 1:
+        function = getattr(lora_export, requests[0].job.kind.function)
+        return [_attempted(function, **vars(one)) for one in good] or options
+    from lora_export.api.merge import merge_together
+
+    made = _attempted(merge_together, good)
+    results = iter([made] * len(good) if isinstance(made, Exception) else made)
+    return [one if isinstance(one, Exception) else next(results) for one in options]
+
+
+def _attempted(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What a function returns, or the error that it raises: a bug in one job ends no other."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def _options(request: JobRequest, notes: list[str]) -> Any:
+    """The record of options of a job. What is in a store where it is to be written is removed."""
     from lora_export.options.tables import options_from_table
 
     job = request.job
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
-    try:
-        is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
-        replaced = {"overwrite": True} if is_replaced else {}
-        options = options_from_table(
-            job.kind.record, values, job.place, **job.fixed(), **replaced, on_message=notes.append
-        )
-        result = getattr(lora_export, job.kind.function)(**vars(options))
-    except LoraExportError as error:
-        return _failed(error.exit_code, str(error), request)
-    except MemoryError as error:
-        return _failed(6, f"there is not enough memory: {error}".rstrip(": "), request)
-    except OSError as error:
-        return _failed(OutputFailed.exit_code, f"{error.filename or 'a file'}: {error.strerror or error}", request)
-    except Exception as error:  # noqa: BLE001 - a bug in one job ends no other
-        return {**_failed(1, f"a bug in lora-export: {error!r}", request), "details": traceback.format_exc()}
+    is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
+    more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
+    if job.step == "onnx":
+        more["graphs"] = Path(request.records) / GRAPHS
+    return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
+
+
+def _record_of(request: JobRequest, result: Any, records: Any) -> dict[str, Any]:
+    """The record of what a job returned or raised."""
+    from lora_export.errors import LoraExportError, OutputFailed
+
+    if isinstance(result, LoraExportError):
+        return _failed(result.exit_code, str(result), request)
+    if isinstance(result, MemoryError):
+        return _failed(6, f"there is not enough memory: {result}".rstrip(": "), request)
+    if isinstance(result, OSError):
+        why = f"{result.filename or 'a file'}: {result.strerror or result}"
+        return _failed(OutputFailed.exit_code, why, request)
+    if isinstance(result, Exception):
+        details = "".join(traceback.format_exception(result))
+        return {**_failed(1, f"a bug in lora-export: {result!r}", request), "details": details}
     proof = getattr(result, "proof", None)
     message = "" if proof is None else proof.verdict.headline
     code = getattr(result, "exit_code", 0)

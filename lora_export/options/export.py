@@ -160,6 +160,8 @@ class OnnxOptions(GivenAdapters, Running, Published):
         often=True,
     )
     opset: int | None = option(None, "ONNX operator set (default: the exporter's).", at_least=18, only=(EXPORTED,))
+    # A folder where graphs of exported bases are kept for further adapters; no option of the command line
+    graphs: Path | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

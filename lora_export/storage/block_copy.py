@@ -1,4 +1,4 @@
-"""Copy one file into another in blocks. Several threads read, change and write; one hashes, in order.
+"""Copy one file into others in blocks. Several threads read, change and write; one hashes, in order.
 
 A block is small enough to stay in a core's cache while it is read, changed, written and hashed. So memory sees every
 byte once on its way in and once on its way out. What was measured (2 cores of an AMD EPYC with AVX2, ext4, 2.2 GB of
@@ -19,22 +19,25 @@ bf16, every linear layer changed at rank 16; by hand, with sketches of this modu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import functools
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.hashes import ALGORITHMS, Hash
+from lora_export.storage.shared_source import SharedSource, SourcePiece, joined_pieces
 from lora_export.storage.system_calls import c_function, read_at, write_at
 
 BLOCK = 2 << 20  # bytes
@@ -77,21 +80,21 @@ class RunningHashes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Buffers:
-    """The memory of one block, from when it is read until it is hashed."""
+class Copy:
+    """One of several targets of a source: its blocks, in the order of the source but for the repeated ones."""
 
-    source: Bytes
-    target: Bytes
+    target_fd: int
+    blocks: Iterator[Block]
+    hashes: RunningHashes  # all copies of a source have the same `source`
 
-    def before(self, block: Block) -> Bytes:
-        """The block's bytes of the source."""
-        return self.source[: block.stop - block.start]
 
-    def after(self, block: Block) -> Bytes:
-        """The block's bytes of the target."""
-        if block.work is None:
-            return self.before(block)
-        return self.target[: block.target_stop - block.target_start]
+class Passed(NamedTuple):
+    """A block that is in its target, with what its work returned; or the error that ended its copy."""
+
+    copy: Copy
+    block: Block | None
+    found: Any = None
+    error: Exception | None = None
 
 
 def memory(count: int) -> Bytes:
@@ -121,44 +124,148 @@ def transfer(
     its work needs. `memory` allocates the blocks' buffers. The hashes take in the blocks' bytes in order. Raises
     InputRefused where the source ends too early, and whatever a block's work raises.
     """
+    copies = [Copy(target_fd, iter(blocks), hashes)]
+    every = transfer_together(source, copies, buffer_bytes=buffer_bytes, threads=threads, memory=memory)
+    with contextlib.closing(every) as passed:
+        for _, block, found, error in passed:
+            if block is None:
+                assert error is not None
+                raise error
+            yield block, found
+
+
+def transfer_together(
+    source: Path,
+    copies: Sequence[Copy],
+    *,
+    buffer_bytes: int = BLOCK,
+    threads: int | None = None,
+    memory: Memory = memory,
+) -> Generator[Passed, None, None]:
+    """As `transfer`, into several targets in one pass: a byte of the source is read and hashed once.
+
+    Yields the blocks of all copies; those of one in its order. An error ends one copy, and the others go on. Memory is
+    that of one copy and a few blocks of the source.
+    """
     threads = threads or default_threads()
-    # One allocation for both: from 4 MiB on, NumPy asks for huge pages.
-    free = [_Buffers(*np.split(memory(2 * buffer_bytes), 2)) for _ in range(threads + AHEAD)]
-    scratches = [np.empty(2 * buffer_bytes, np.uint8) for _ in range(threads)]  # the last one returned is in the cache
-    pending: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
-    started = 0  # bytes of the target that the kernel was requested to write
     with source.open("rb") as reader, ThreadPoolExecutor(threads) as pool:
-
-        def finish_first() -> tuple[Block, Any]:
-            block, buffers, future = pending.popleft()
-            found = future.result()
-            if not block.repeated:
-                hashes.source.update(buffers.before(block))
-            hashes.target.update(buffers.after(block))
-            free.append(buffers)
-            return block, found
-
+        run = _Transfer(functools.partial(read, source, reader.fileno()), copies, pool, threads, buffer_bytes, memory)
         try:
-            for block in blocks:
-                if not free:
-                    done, found = finish_first()
-                    if done.target_stop - started >= START_WRITING:
-                        pool.submit(_start_writing, target_fd, started, done.target_stop - started)
-                        started = done.target_stop
-                    yield done, found
-                buffers = free.pop()
-                future = pool.submit(_copy, source, reader.fileno(), target_fd, block, buffers, scratches)
-                pending.append((block, buffers, future))
-            while pending:
-                yield finish_first()
+            yield from run.whole()
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, or when the caller stops early
-    _start_writing(target_fd, started, 0)
+    for copy in run.started.keys() - run.failed:
+        _start_writing(copy.target_fd, run.started[copy], 0)
 
 
-def _copy(source: Path, read_fd: int, target_fd: int, block: Block, buffers: _Buffers, scratches: list[Bytes]) -> Any:
-    found, before, after = None, buffers.before(block), buffers.after(block)
-    read(source, read_fd, before, block.start)
+class _Pending(NamedTuple):
+    """A block that a thread works on, or that waits for it."""
+
+    copy: Copy
+    block: Block
+    pieces: Sequence[SourcePiece]
+    target: Bytes
+    future: Future[tuple[Any, Bytes]]
+
+
+class _Transfer:
+    """Copies of one source on their way, and the memory that they share."""
+
+    def __init__(
+        self,
+        read_source: Callable[[Bytes, int], None],
+        copies: Sequence[Copy],
+        pool: ThreadPoolExecutor,
+        threads: int,
+        buffer_bytes: int,
+        memory: Memory,
+    ):
+        # One allocation for both: from 4 MiB on, NumPy asks for huge pages.
+        buffers = [np.split(memory(2 * buffer_bytes), 2) for _ in range(threads + AHEAD)]
+        self.source = SharedSource([one for one, _ in buffers], lambda: memory(buffer_bytes), is_shared=len(copies) > 1)
+        self.free = [other for _, other in buffers]
+        self.scratches = [np.empty(2 * buffer_bytes, np.uint8) for _ in range(threads)]  # the last one is in the cache
+        self.read_source, self.copies, self.pool = read_source, copies, pool
+        self.coming: dict[Copy, Block] = {}  # the next block of each copy
+        self.pending: deque[_Pending] = deque()
+        self.started = dict.fromkeys(copies, 0)  # bytes of each target that the kernel was requested to write
+        self.failed: set[Copy] = set()
+
+    def whole(self) -> Iterator[Passed]:
+        """All blocks: the next one is that which begins first in the source."""
+        for copy in self.copies:
+            yield from self.take_next(copy)
+        while self.coming:
+            copy = min(self.coming, key=lambda one: (self.coming[one].start, -self.coming[one].stop))
+            if not self.free:
+                yield from self.finish_first()
+            if copy not in self.failed:
+                self.submit(copy, self.coming[copy])
+            yield from self.take_next(copy)
+            self.source.forget_before(min((block.start for block in self.coming.values()), default=0))
+        while self.pending:
+            yield from self.finish_first()
+
+    def take_next(self, copy: Copy) -> Iterator[Passed]:
+        """Find the next block of a copy."""
+        self.coming.pop(copy, None)
+        try:
+            if copy not in self.failed and (block := next(copy.blocks, None)) is not None:
+                self.coming[copy] = block
+        except Exception as error:  # noqa: BLE001 - it ends this copy alone
+            yield from self.end(copy, error)
+
+    def submit(self, copy: Copy, block: Block) -> None:
+        """Give a block to a thread."""
+        pieces, target = self.source.pieces_of(block.start, block.stop, repeated=block.repeated), self.free.pop()
+        future = self.pool.submit(_copy, self.read_source, copy.target_fd, block, pieces, target, self.scratches)
+        self.pending.append(_Pending(copy, block, pieces, target, future))
+
+    def finish_first(self) -> Iterator[Passed]:
+        """Wait for the first block, and take its bytes into the hashes."""
+        copy, block, pieces, target, future = self.pending.popleft()
+        try:
+            found, after = future.result()
+        except Exception as error:  # noqa: BLE001 - it ends this copy alone
+            yield from self.end(copy, error)
+        for piece in pieces:
+            piece.add_to(copy.hashes.source)
+        is_whole = copy not in self.failed
+        if is_whole:
+            copy.hashes.target.update(after)
+            self.start_writing(copy, block.target_stop)
+        self.source.release(pieces)
+        self.free.append(target)
+        if is_whole:
+            yield Passed(copy, block, found)
+
+    def start_writing(self, copy: Copy, position: int) -> None:
+        """Ask the kernel to begin with what was written of a target."""
+        count = position - self.started[copy]
+        if self.coming and count >= START_WRITING:  # at the end, `transfer_together` does it for all
+            self.pool.submit(_start_writing, copy.target_fd, self.started[copy], count)
+            self.started[copy] = position
+
+    def end(self, copy: Copy, error: Exception) -> Iterator[Passed]:
+        """Leave a copy out from now on. Blocks of it may still be pending."""
+        if copy not in self.failed:
+            self.failed.add(copy)
+            yield Passed(copy, None, error=error)
+
+
+def _copy(
+    read_source: Callable[[Bytes, int], None],
+    target_fd: int,
+    block: Block,
+    pieces: Sequence[SourcePiece],
+    target: Bytes,
+    scratches: list[Bytes],
+) -> tuple[Any, Bytes]:
+    """What the work of a block returned, and the block's bytes of the target."""
+    for piece in pieces:
+        piece.read(read_source)
+    found, before = None, joined_pieces(pieces, block.start, block.stop)
+    after = before if block.work is None else target[: block.target_stop - block.target_start]
     if block.work is not None:
         scratch = scratches.pop()
         try:
@@ -167,7 +274,7 @@ def _copy(source: Path, read_fd: int, target_fd: int, block: Block, buffers: _Bu
             scratches.append(scratch)
     if not block.shared:
         write(target_fd, after.data, block.target_start)
-    return found
+    return found, after
 
 
 def read(source: Path, fd: int, buffer: Bytes, position: int) -> None:

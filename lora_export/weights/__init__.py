@@ -2,6 +2,7 @@
 
 checkpoint.py     open_checkpoint: headers, config and index of a base
 merge.py          merge_checkpoint: every file of the base into a file of the output
+one_pass.py       merges of one base in one pass over it
 kept_weights.py   quantised weights that change and stay quantised
 output_files.py   config, index and the other files of the output
 tensor_blocks.py  the tensors of an output, as blocks that are copied or changed

@@ -73,7 +73,7 @@ def _matrix(array: NDArray[Any]) -> NDArray[Any] | None:
     return array.reshape(len(array), -1) if array.ndim > 2 and array.flags.c_contiguous else None
 
 
-@functools.lru_cache(4)  # of the weights that are changed at present
+@functools.lru_cache(16)  # of the weights that are changed at present, by one merge or by several at once
 def _joined_a(step: Step) -> NDArray[np.float32]:
     """The A of all terms, (all ranks, columns)."""
     return np.concatenate([term.pair.a.reshape(term.pair.rank, -1) for term in step.stored_terms])

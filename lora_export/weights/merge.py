@@ -18,14 +18,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed
 from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Tied
 from lora_export.storage import block_copy, safetensors_file
-from lora_export.storage.block_copy import Block
+from lora_export.storage.block_copy import Block, Copy
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
@@ -41,6 +40,7 @@ from lora_export.weights.merge_report import (
     Statistics,
     refuse_below_rounding,
 )
+from lora_export.weights.one_pass import FileCopy, Merging, alone
 from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
 from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
@@ -65,7 +65,6 @@ def merge_checkpoint(
     backend: Backend | None = None,
     more_settings: Mapping[str, Any] = MappingProxyType({}),
     calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
-    made: Mapping[str, WrittenFile] = MappingProxyType({}),
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
 
@@ -73,13 +72,48 @@ def merge_checkpoint(
     called `file_name`, with its provenance in the header. `dtype` converts every float tensor. `hashing` names the
     hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy.
     `more_settings` are recorded beside those of this function. `calibration` has the inputs of layers, by the names of
-    their weights in the output: these are rounded with feedback, and the record names them. `made` has files of the
-    base whose output is in `stage` already (`ShardMaker`). Peak memory is a few blocks and the matrices of two layers'
-    inputs, whatever the size of the model.
+    their weights in the output: these are rounded with feedback, and the record names them. Peak memory is a few blocks
+    and the matrices of two layers' inputs, whatever the size of the model.
 
     Raises InputRefused when an adapter is already merged in the base, the merge would break tied embeddings, a value
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
     are already in `stage` then stay there: the caller discards them.
+    """
+    return alone(
+        merging_checkpoint(
+            plan,
+            base,
+            stage,
+            file_name=file_name,
+            dtype=dtype,
+            min_retention=min_retention,
+            hashing=hashing,
+            progress=progress,
+            backend=backend,
+            more_settings=more_settings,
+            calibration=calibration,
+        )
+    )
+
+
+def merging_checkpoint(
+    plan: Plan,
+    base: Checkpoint,
+    stage: Path,
+    *,
+    file_name: str = "model.safetensors",
+    dtype: str | None = None,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = FAST,
+    progress: OnBytesWritten = lambda _: None,
+    backend: Backend | None = None,
+    more_settings: Mapping[str, Any] = MappingProxyType({}),
+    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
+    made: Mapping[str, WrittenFile] = MappingProxyType({}),
+) -> Merging[MergeReport]:
+    """The same merge, which yields each file that it is about to write (see `one_pass`).
+
+    `made` has files of the base whose output is in `stage` already (see `ShardMaker`).
     """
     begun = time.perf_counter()
     refuse_before_merge(plan, base)
@@ -97,13 +131,14 @@ def merge_checkpoint(
     tensors = _output_tensors(plan, base, dtype, calibration)
     recipe = recipe_of(plan, settings, hashing)
     written = {}
-    with threadpool_limits(1, user_api="blas"):  # the transfer already has a thread for each core
-        for name, source in base.shards.items():
-            path = stage / (name if base.is_folder else file_name)
-            own = functools.partial(metadata, name)
-            written[name] = made.get(name) or _write_shard(
-                path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe
+    for number, (name, source) in enumerate(base.shards.items()):
+        path = stage / (name if base.is_folder else file_name)
+        own = functools.partial(metadata, name)
+        written[name] = made.get(name) or (
+            yield from _write_shard(
+                path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe, number=number
             )
+        )
     results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
     base.refuse_changed_files("merged")
@@ -150,8 +185,8 @@ class ShardMaker:
     def write(self, path: Path, name: str) -> WrittenFile:
         """Write the file. Raises InputRefused as `merge_checkpoint` does."""
         source, tensors = self.base.shards[name], self._tensors[name]
-        with threadpool_limits(1, user_api="blas"):
-            return _write_shard(
+        return alone(
+            _write_shard(
                 path,
                 source,
                 tensors,
@@ -160,7 +195,9 @@ class ShardMaker:
                 self.backend,
                 hashing=self.hashing,
                 recipe=self._recipe,
+                number=0,
             )
+        )
 
     def _metadata(self, name: str) -> Mapping[str, str]:
         return {"format": "pt", **_header_metadata(self.plan, self.base, self.base.shards[name])}
@@ -345,8 +382,12 @@ def _write_shard(
     *,
     hashing: str,
     recipe: str,
-) -> WrittenFile:
-    """Write one file of the output. `metadata` makes its part of the header from the hash of the source."""
+    number: int,
+) -> Merging[WrittenFile]:
+    """Write one file of the output. `metadata` makes its part of the header from the hash of the source.
+
+    `number` is that of the source among the files of the base.
+    """
     hashes = block_copy.RunningHashes(hashing)
 
     def layout(source_hash: str) -> tuple[bytes, list[Entry]]:
@@ -366,11 +407,14 @@ def _write_shard(
         hashes.source.update(reader.read(source.data_start))
         blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
         by_weight: dict[str, Statistics] = {}
-        size = tensor_blocks.block_size(tensors)
-        for block, found in backend.transfer(source.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
+
+        def add(block: Block, found: list[Statistics] | None) -> None:
             for statistics in found or ():
                 by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
             progress(block.target_stop - block.target_start)
+
+        size = tensor_blocks.block_size(tensors)
+        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add)
         if writer.seekable():
             header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
             block_copy.write(writer.fileno(), memoryview(header), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -87,5 +88,12 @@ def copied_whole(
     )
     if not is_same or dict(metadata) != dict(source.metadata) or not copy_in_store(source.path, path):
         return None
-    digest = file_hash(source.path, hashing)
+    state = source.path.stat()
+    digest = _hash_of_object(source.path, hashing, (state.st_ino, state.st_size, state.st_mtime_ns))
     return WrittenFile(safetensors_file.open_file(path), (), digest, digest)
+
+
+@functools.lru_cache(64)
+def _hash_of_object(path: Path, hashing: str, _version: tuple[int, int, int]) -> str:
+    """The hash of an object in a store. Several merges in one pass need it."""
+    return file_hash(path, hashing)

@@ -40,6 +40,7 @@ class Engine(Protocol):
     """Something that runs jobs."""
 
     at_once: int  # jobs that are given to it at the same time
+    workers: int  # that work at the same time
     is_tried_again: bool  # a job whose worker died has to be given to it again
 
     def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:
@@ -69,7 +70,7 @@ class _Processes:
     is_tried_again = True
 
     def __init__(self, perform: Perform, number: int):
-        self._perform, self.at_once = perform, number
+        self._perform, self.at_once, self.workers = perform, number, number
         self.pool = self._new_pool()
 
     def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
@@ -144,6 +145,7 @@ class _Ray:
     is_tried_again = False  # Ray does it itself, on another worker
 
     def __init__(self, ray: Any, perform: Perform, most: Mapping[str, float] | None):
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[Any], Any]()
         self._perform = ray.remote(max_retries=TRIES_OF_JOB - 1, retry_exceptions=False)(perform)
 

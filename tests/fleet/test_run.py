@@ -19,13 +19,14 @@ from safetensors.numpy import load_file
 import lora_export as le
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run
-from lora_export.fleet.worker import perform
+from lora_export.fleet.worker import JobBatch, perform
 from lora_export.storage.output_lock import output_lock
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
 from support.stores import Stored
 
 FR = JOBS[2:]
+ONNX = '[[steps]]\nstep = "onnx"\noutput = "graphs/{adapter}.onnx"\n'
 
 
 @pytest.fixture
@@ -102,14 +103,15 @@ class Dying(Here):
     """An engine of which each process that merges `de` dies, and the one beside it too, after its record."""
 
     def __init__(self, at_once: int) -> None:
-        super().__init__()
+        super().__init__(at_once)
         self.at_once = at_once
 
-    def submit(self, request: Any, memory: int, *, on_gpu: bool) -> Future[dict[str, Any]]:
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> Future[list[dict[str, Any]]]:
         is_beside = self.ran == [JOBS[0]]
-        self.ran.append(request.job.id)
-        future: Future[dict[str, Any]] = Future()
-        result = None if request.job.id == JOBS[0] else perform(request)
+        own = [request.job.id for request in batch.requests]
+        self.ran += own
+        future: Future[list[dict[str, Any]]] = Future()
+        result = None if JOBS[0] in own else perform(batch)
         if result is None or is_beside:
             future.set_exception(BrokenPipeError())
         else:
@@ -227,3 +229,22 @@ def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: 
     (place / "fleet.toml").write_text(FLEET.replace("adapters/*", pattern))
     with pytest.raises(InputRefused, match=f"{re.escape(repr(pattern))} matches no adapter"):
         le.run_fleet("plan", "fleet.toml")
+
+
+def test_a_base_is_exported_once_for_all_adapters(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.models import export
+
+    exported: list[Any] = []
+    to_onnx = export.to_onnx
+    monkeypatch.setattr(export, "to_onnx", lambda *one, **more: (exported.append(one), to_onnx(*one, **more))[1])
+    (place / "model.py").write_text(
+        "import torch\n\ndef make():\n    torch.manual_seed(0)\n    module = torch.nn.Sequential()\n"
+        '    module.add_module("up", torch.nn.Linear(3, 2))\n    return module, torch.ones(2, 3)\n'
+    )
+    text = BASES.replace('"base"', '"model.py:make"\nname = "base"') + ONNX
+    (place / "fleet.toml").write_text(text)
+    status, ran = run_here(monkeypatch)
+    assert ran == ["base/de/1-onnx", "base/fr/1-onnx"] and status.counts == {"same": 2} and len(exported) == 1
+    assert not any(path.name.startswith(".") for path in (place / "fleet.records").iterdir())
+    alone = le.export_onnx("model.py:make", "alone/fr.onnx", adapters="adapters/fr")
+    assert alone.output.read_bytes() == Path("graphs/fr.onnx").read_bytes() and len(exported) == 2

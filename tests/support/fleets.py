@@ -15,7 +15,7 @@ import pytest
 import lora_export as le
 from lora_export.fleet import run
 from lora_export.fleet.status import FleetStatus
-from lora_export.fleet.worker import perform
+from lora_export.fleet.worker import JobBatch, perform
 from support.handmade import base_file, peft_adapter
 
 PAIRS = {"de": ([[1, 0, 3]], [[2], [10]]), "fr": ([[1, 2, 3]], [[1], [10]])}
@@ -32,9 +32,10 @@ class Hook:
         if name == "lora_export.api.merge_checkpoint":
             sys.meta_path.remove(self)
             import lora_export.weights.merge as module
-            merge, faults = module.merge_checkpoint, pathlib.Path(os.environ["FAULTS"])
+            merge, faults = module.merging_checkpoint, pathlib.Path(os.environ["FAULTS"])
             def faulty(plan, *arguments, **options):
-                report, fault = merge(plan, *arguments, **options), faults / plan.adapters[0].name
+                report = yield from merge(plan, *arguments, **options)
+                fault = faults / plan.adapters[0].name
                 kind = fault.read_text() if fault.exists() else ""
                 if kind == "kill once":
                     fault.unlink()
@@ -44,7 +45,7 @@ class Hook:
                     (faults / "asleep").touch()
                     [time.sleep(0.1) for _ in range(900)]
                 return report
-            module.merge_checkpoint = faulty
+            module.merging_checkpoint = faulty
 sys.meta_path.insert(0, Hook())
 """
 
@@ -63,26 +64,29 @@ def small_fleet(folder: Path, text: str = FLEET) -> Path:
 
 
 class Here:
-    """An engine that does a job at once, in this process."""
+    """An engine that does a job at once, in this process. It says that it has so many workers."""
 
     at_once, is_tried_again = 1, True
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 2) -> None:
         self.ran: list[str] = []
+        self.sizes: list[int] = []  # of batches
+        self.workers = workers
 
-    def submit(self, request: Any, memory: int, *, on_gpu: bool) -> Future[dict[str, Any]]:
-        self.ran.append(request.job.id)
-        future: Future[dict[str, Any]] = Future()
-        future.set_result(perform(request))
+    def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> Future[list[dict[str, Any]]]:
+        self.ran += [request.job.id for request in batch.requests]
+        self.sizes.append(len(batch.requests))
+        future: Future[list[dict[str, Any]]] = Future()
+        future.set_result(perform(batch))
         return future
 
     def died(self, error: BaseException) -> str:
         return ""
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch) -> tuple[FleetStatus, list[str]]:
+def run_here(monkeypatch: pytest.MonkeyPatch, engine: Here | None = None) -> tuple[FleetStatus, list[str]]:
     """Run fleet.toml of the current folder in this process: its status, and the jobs that ran."""
-    engine = Here()
+    engine = engine or Here()
 
     @contextlib.contextmanager
     def here(_: object, number: int) -> Iterator[Here]:

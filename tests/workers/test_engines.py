@@ -109,6 +109,9 @@ class OfRay:
     def __init__(self) -> None:
         self.asked: list[dict[str, object]] = []
 
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 3.0}
+
     def remote(self, **settings: object) -> object:
         self.settings = settings
         return lambda function: self
@@ -127,5 +130,6 @@ def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, 
     engine = _Ray(ray, print, most)
     request = SimpleNamespace(name="base/fr/1-onnx")
     engine.submit(request, 9 << 30, on_gpu=True)
+    assert engine.workers == 3
     assert ray.settings == {"max_retries": 2, "retry_exceptions": False}
     assert ray.asked == [{"memory": memory, "num_gpus": gpus, "name": "base/fr/1-onnx"}]

@@ -136,10 +136,7 @@ def cache_key(
     """
     if not all(adapter.sha256 for adapter in adapters):
         return None
-    digest = hashlib.sha256()
-    digest.update(model.fingerprint().encode())
-    for name, buffer in sorted(model.module.named_buffers()):  # those that no state_dict holds, too
-        _update(digest, name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest = hashlib.sha256(hash_of_state(model).encode())
     chosen = [
         [adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths or [1.0] * len(adapters), strict=True)
     ]
@@ -152,7 +149,16 @@ def cache_key(
         for case, arrays in runs.items():
             for name, array in arrays.items():
                 _update(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
-    return CacheKey(digest.hexdigest(), _made_with(model.module))
+    return CacheKey(digest.hexdigest(), code_of(model.module))
+
+
+def hash_of_state(model: Model) -> str:
+    """The SHA-256 of all weights and buffers of a model, those that no state_dict holds among them."""
+    digest = hashlib.sha256()
+    digest.update(model.fingerprint().encode())
+    for name, buffer in sorted(model.module.named_buffers()):
+        _update(digest, name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _update(digest: Any, name: str, array: NDArray[Any]) -> None:
@@ -160,7 +166,7 @@ def _update(digest: Any, name: str, array: NDArray[Any]) -> None:
     digest.update(np.ascontiguousarray(array).tobytes())
 
 
-def _made_with(module: nn.Module) -> dict[str, str]:
+def code_of(module: nn.Module) -> dict[str, str]:
     """The versions and hashes of the code that computes the outputs, the model's own included."""
     code = {"lora_export": __version__, "torch": torch.__version__}
     if transformers := sys.modules.get("transformers"):
