@@ -145,8 +145,8 @@ def resolve_model(
         loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype), streamed=streamed)
         if inputs is None or not loaded.is_huggingface:
             return loaded
-        loaded = with_inputs_from(Path(inputs), loaded)
-        return loaded.taking(read_arrays(Path(inputs))) if export else loaded
+        loaded = with_inputs_from(place(inputs), loaded)
+        return loaded.taking(read_arrays(place(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     if isinstance(source, tuple):
