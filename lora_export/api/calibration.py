@@ -16,6 +16,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import Plan
 from lora_export.storage.input_files import read_text
 from lora_export.storage.npz import read_arrays
+from lora_export.storage.store_copy import on_disk
 from lora_export.training.records.opening import ROW_READERS, open_records
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -
     if not (base.is_folder and base.config):
         raise InputRefused(f"{option} runs the model, and {base.path} has none: merge into its Hugging Face folder")
     arrays = read_arrays(path) if is_arrays(path) else None
-    texts = _texts(path) if arrays is None else []
+    texts = _texts(path, on_message) if arrays is None else []
     try:
         from lora_export.models import layer_inputs
         from lora_export.models.load import load_model
@@ -53,9 +54,9 @@ def calibrate(plan: Plan, base: Checkpoint, path: Path, on_message: OnMessage) -
     return found
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path, on_message: OnMessage) -> list[str]:
     """The lines of a text file that are not empty, or the column `text` of a file of rows."""
     if path.suffix.lower() in ROW_READERS:
-        records = open_records(path)
+        records = open_records(on_disk(path, on_message, "file", is_alone=True))
         return [str(records[row]["text"]) for row in range(len(records)) if "text" in records[row]]
     return [line for line in read_text(path, MAX_ROW).splitlines() if line.strip()]

@@ -39,7 +39,8 @@ from lora_export.options.spelling import named
 from lora_export.plan.diffusion import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_path import place
+from lora_export.storage.store_copy import on_disk
+from lora_export.storage.store_path import newly_opened, place
 from lora_export.weights.changes_of_base import with_changes_of_base
 
 
@@ -95,7 +96,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
             loaded, options.rank, options.min_kept, lambda module: name_in_patterns(of_adapter, module)
         )
     if options.graph is not None:
-        return replace(_for_graph(options, adapter, loaded, place(options.graph)), layers=layers)
+        return replace(_for_graph(options, adapter, loaded, options.graph), layers=layers)
     loaded = _scaled(loaded, weight)
     if base is not None and holds_pipelines(to):
         loaded = named_for_pipeline(loaded, base, to)
@@ -156,8 +157,8 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
     )
 
 
-def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, graph: Path) -> ConvertResult:
-    output = place(options.output)
+def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, source: str | Path) -> ConvertResult:
+    output, graph = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
     input_files.must_exist(graph, "graph")

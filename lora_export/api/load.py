@@ -18,20 +18,23 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.match_names import with_prefixes
-from lora_export.storage.hub_cache import locate
+from lora_export.storage.hub_cache import SNAPSHOTS, locate
 from lora_export.storage.store_copy import on_disk
-from lora_export.storage.store_path import StorePath, place
+from lora_export.storage.store_path import StorePath, is_hub_address, place
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
 
 
-def split_name(argument: str | Path) -> tuple[str | None, Path]:
-    """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path."""
+def split_name(argument: str | Path) -> tuple[str | None, str | Path]:
+    """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path.
+
+    An address of the Hub stays a text.
+    """
     name, separator, path = str(argument).partition("=")
     if isinstance(argument, Path) or not separator or Path(argument).exists() or "/" in name:
-        return None, place(argument)
-    return name, place(path)
+        return None, argument if is_hub_address(argument) else place(argument)
+    return name, path if is_hub_address(path) else place(path)
 
 
 def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bool = False) -> list[AdapterSource]:
@@ -43,8 +46,12 @@ def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bo
 def _located(source: str | Path, on_message: OnMessage, download: bool) -> str | Path:
     name, path = split_name(source)
     located = locate(path, on_message, download)
+    if located == path:
+        return source
+    if name is None and located.parent.name != SNAPSHOTS:
+        return located
     # A snapshot's folder is named after its commit, which is no name for an adapter.
-    return source if located == path else f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
+    return f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
 
 
 def locate_model(source: ModelSource, on_message: OnMessage, download: bool = False) -> ModelSource:
@@ -97,7 +104,8 @@ def no_adapter_as_model(model: ModelSource | None, adapters: AdapterSources) -> 
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:
     """The paths from which adapters are read; an output must not be inside one of them."""
-    return [formats.located(split_name(each)[1]) for each in _as_list(sources) if not isinstance(each, Adapter)]
+    paths = (split_name(each)[1] for each in _as_list(sources) if not isinstance(each, Adapter))
+    return [formats.located(path) for path in paths if isinstance(path, Path)]
 
 
 def refuse_weights_alone(sources: AdapterSources, weights: Sequence[float]) -> None:
@@ -148,8 +156,8 @@ def resolve_model(
         loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype), streamed=streamed)
         if inputs is None or not loaded.is_huggingface:
             return loaded
-        loaded = with_inputs_from(Path(inputs), loaded)
-        return loaded.taking(read_arrays(Path(inputs))) if export else loaded
+        loaded = with_inputs_from(place(inputs), loaded)
+        return loaded.taking(read_arrays(place(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     if isinstance(source, tuple):

@@ -197,7 +197,8 @@ def _prepared(options: TrainOptions) -> TrainOptions:
 
 def _read_data(options: TrainOptions) -> TrainingData:
     """Read and check the data, for the base. Messages tell what is learnt."""
-    learnt = read_training_data(options.data, columns=options.columns, task=options.task)
+    columns, task, on_message = options.columns, options.task, options.on_message
+    learnt = read_training_data(options.data, columns=columns, task=task, on_message=on_message)
     options.on_message(f"{options.data}: {learnt}")
     learnt, note = learnt.for_base(options.model)
     if note:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export.artifacts.artifact import is_arrays
+from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
 from lora_export.models.model import Model
@@ -22,7 +23,8 @@ from lora_export.options.spelling import named
 from lora_export.options.train import TrainOptions
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.json_files import read_json
-from lora_export.storage.store_path import place
+from lora_export.storage.store_copy import on_disk
+from lora_export.storage.store_path import newly_opened
 from lora_export.training import encoders
 from lora_export.training.batches import (
     ArrayData,
@@ -126,13 +128,17 @@ class TrainingData:
 
 
 def read_training_data(
-    source: str | Path, *, columns: Mapping[str, str] | None = None, task: str | None = None
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    task: str | None = None,
+    on_message: OnMessage = ignore,
 ) -> TrainingData:
-    """Read data: a file, a folder, or `file.py:factory`, which is run.
+    """Read data: a file, a folder, or `file.py:factory`, which is run. Data in a store are copied to the disk.
 
     Raises InputRefused with the files, lines and columns that are wrong.
     """
-    path = place(source)
+    path = on_disk(newly_opened(source), on_message, "data", is_alone=True)
     location, separator, name = str(source).rpartition(":")
     if separator and location and not path.exists() and (location.endswith(".py") or not path.suffix):
         batches = read_own_batches(str(source), find_function(location, name))

@@ -41,7 +41,7 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.signature import refuse_unsigned
 from lora_export.storage.store_copy import on_disk
-from lora_export.storage.store_path import newly_opened, place
+from lora_export.storage.store_path import is_hub_address, newly_opened, place
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.weights.pipeline import is_pipeline
 
@@ -154,7 +154,8 @@ def _candidate(options: VerifyOptions) -> Artifact:
 
         refuse_address(str(options.candidate).rstrip("/"))
         return open_artifact(options.candidate)
-    path = newly_opened(options.candidate)
+    named_path = options.candidate
+    path = locate(named_path, options.on_message) if is_hub_address(named_path) else newly_opened(named_path)
     return open_artifact(path if options.model is None else on_disk(path, options.on_message))
 
 
@@ -207,7 +208,8 @@ def _request(options: VerifyOptions) -> VerifyRequest:
         layout=dict(options.layout or {}),
     )
     paths = [*model_paths(request.model or ""), *adapter_paths(request.adapters)]
-    sources = [place(options.candidate), request.base, request.onnx_adapter, request.inputs, *paths]
+    candidate = None if is_hub_address(options.candidate) else place(options.candidate)
+    sources = [candidate, request.base, request.onnx_adapter, request.inputs, *paths]
     for path in options.reports:
         check_report_path(place(path), [source for source in sources if source is not None])
         try_report_place(place(path))

@@ -27,9 +27,9 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click does, in the home folder where the path begins with `~`; or the address of an object in a store."""
         if isinstance(value, str) and "://" in value:
-            from lora_export.storage.store_path import place  # few commands have an address
+            from lora_export.storage.store_path import is_hub_address, place  # few commands have an address
 
-            return place(value)
+            return value if is_hub_address(value) else place(value)
         return super().convert(_expanded(value) if isinstance(value, str) else value, param, ctx)
 
 

@@ -1,6 +1,7 @@
-"""Models and adapters of the Hugging Face Hub by their names, in the local cache, or downloaded into it.
+"""Models and adapters of the Hugging Face Hub by names or addresses, in the local cache, or downloaded into it.
 
-`owner/name` or `owner/name@revision` is looked up by huggingface_hub itself, which follows HF_HOME and HF_HUB_CACHE.
+`owner/name[@revision]` is looked up by huggingface_hub itself, which follows HF_HOME and HF_HUB_CACHE. The address
+`hf://owner/name[@revision][/path]` is that of the Hub: what the cache lacks of it is downloaded.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
-from lora_export.storage.store_path import newly_opened
+from lora_export.storage.store_path import is_hub_address, newly_opened
 
 # The files that are downloaded, without which a snapshot is not complete. Pickles and Python files can run code, and
 # are not among them. Ignored are the same weights again, in another layout or at another step of the training.
@@ -24,17 +25,22 @@ PATTERNS: dict[str, Any] = {
 }
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
+ADDRESS = re.compile(
+    rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|[\w.-]+))?(/(?P<path>.*))?", re.ASCII
+)
 # A missing file of these kinds is a missing file.
 FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
 
 
-def download_snapshot(name: str, revision: str | None, on_message: Callable[[str], None]) -> Path:
+def download_snapshot(
+    name: str, revision: str | None, on_message: Callable[[str], None], patterns: Mapping[str, Any] = PATTERNS
+) -> Path:
     """Download what the cache lacks of a repository, and return the folder of the snapshot.
 
     `on_message` receives a line with the address. Raises InputRefused for a repository or revision that is missing or
-    not open to this user, and for one without a .safetensors file; EnvironmentLacking without huggingface_hub or a
+    not open to this user; EnvironmentLacking without huggingface_hub or a
     connection; OutputFailed where the cache cannot be written.
     """
     try:
@@ -42,25 +48,35 @@ def download_snapshot(name: str, revision: str | None, on_message: Callable[[str
         from huggingface_hub import constants
     except ImportError as error:
         raise EnvironmentLacking(
-            f"{named('download', True)} needs huggingface_hub ({error}): pip install huggingface_hub"
+            f"{one_line(name)} needs huggingface_hub ({error}): pip install huggingface_hub"
         ) from error
-    shown = one_line(name if revision is None else f"{name}@{revision}")
+    shown = _shown(name, revision)
     if constants.HF_HUB_OFFLINE:
+        if (cached := _snapshot(name, revision, patterns)) is not None:
+            return cached
         raise EnvironmentLacking(
             f"{shown} is not in the Hugging Face cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download "
             "it, unset the variable"
         )
     on_message(f"{shown}: downloading from {constants.ENDPOINT}")
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, tqdm_class=_bars(), **PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, tqdm_class=_bars(), **patterns))
     except Exception as error:  # the HTTP client's exceptions depend on the version of huggingface_hub
         raise _failure(name, shown, constants.ENDPOINT, error) from error
+
+
+def _with_weights(folder: Path, name: str, revision: str | None) -> Path:
+    """The folder. Raises InputRefused for one without a .safetensors file."""
     if not any(folder.rglob("*.safetensors")):
         raise InputRefused(
-            f"{shown} has no .safetensors file, and {named('download', True)} gets no other weights: a pickle can "
-            f"run code. To get every file: {full_download(name, revision)}"
+            f"{_shown(name, revision)} has no .safetensors file, and {named('download', True)} gets no other weights: "
+            f"a pickle can run code. To get every file: {full_download(name, revision)}"
         )
     return folder
+
+
+def _shown(name: str, revision: str | None) -> str:
+    return one_line(name if revision is None else f"{name}@{revision}")
 
 
 def full_download(name: str, revision: str | None) -> str:
@@ -110,17 +126,20 @@ def _failure(name: str, shown: str, endpoint: str, error: Exception) -> LoraExpo
 def locate(source: str | Path, on_message: Callable[[str], None], download: bool = False) -> Path:
     """The path itself; or, where nothing is there and it is a name of the Hub, its snapshot in the cache.
 
-    `on_message` receives a line that names the snapshot. With `download`, a snapshot that the cache lacks is
-    downloaded into it (see `download_snapshot`). Else InputRefused is raised, with the command that downloads it.
+    `on_message` receives a line that names the snapshot. With `download`, and for an address of the Hub, what the cache
+    lacks is downloaded into it (see `download_snapshot`). Else InputRefused is raised, with the command that does it.
     """
-    text, path = str(source), newly_opened(source)
+    text = str(source)
+    if is_hub_address(source):
+        return _at_address(text, on_message)
+    path = newly_opened(source)
     match = WITH_REVISION.fullmatch(text)
     if match is None or os.path.lexists(text) or Path(text).suffix in FILES:
         return path
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
     if snapshot is None and download:
-        snapshot = download_snapshot(name, revision, on_message)
+        snapshot = _with_weights(download_snapshot(name, revision, on_message), name, revision)
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot
@@ -128,6 +147,27 @@ def locate(source: str | Path, on_message: Callable[[str], None], download: bool
         f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
         f"To download it, add {named('download', True)}, or use: {full_download(name, revision)}"
     )
+
+
+def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
+    """What an address names, in its snapshot: at the commit that the Hub has now; offline, that of the cache.
+
+    Raises InputRefused where there is no such file or folder, and as `download_snapshot`.
+    """
+    match = ADDRESS.fullmatch(text)
+    if match is None or ".." in text.split("/"):
+        raise InputRefused(f"{one_line(text)} is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]")
+    name, revision, below = match["name"], match["revision"], (match["path"] or "").strip("/")
+    patterns = PATTERNS
+    if below:
+        patterns = {kind: [f"{below}/{each}" for each in each_kind] for kind, each_kind in PATTERNS.items()}
+        patterns["allow_patterns"].append(below)
+    snapshot = download_snapshot(name, revision, on_message, patterns)
+    found = snapshot / below if below else _with_weights(snapshot, name, revision)
+    if not found.exists():
+        raise InputRefused(f"the repository {_shown(name, revision)} has no {one_line(below)}")
+    on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
+    return found
 
 
 def hub_name(path: Path) -> str | None:
@@ -146,7 +186,7 @@ def hub_source(path: Path) -> dict[str, str]:
     return {}
 
 
-def _snapshot(name: str, revision: str | None) -> Path | None:
+def _snapshot(name: str, revision: str | None, patterns: Mapping[str, Any] = PATTERNS) -> Path | None:
     """The folder of a snapshot; None where there is none, or no huggingface_hub, which makes the cache."""
     try:
         import huggingface_hub
@@ -154,6 +194,6 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     except ImportError:
         return None
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, **PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, **patterns))
     except (LocalEntryNotFoundError, ValueError):  # ValueError: no name of the Hub
         return None

@@ -1,4 +1,4 @@
-"""Copies on the disk of objects in a store, for PyTorch and onnxruntime, which open files of the disk alone."""
+"""Copies on the disk of objects in a store, for libraries that open files of the disk alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from lora_export.storage.store_path import StorePath
 _copies: dict[str, Path] = {}  # by the hash of names, sizes and ETags; removed when the process ends
 
 
-def on_disk(path: Path, on_message: OnMessage) -> Path:
+def on_disk(path: Path, on_message: OnMessage, what: str = "model", *, is_alone: bool = False) -> Path:
     """The path itself; of an address, a copy that is removed when this process ends.
 
-    A file brings those beside it whose names begin with its stem: the external data of a graph. `on_message` receives
-    a line. Raises InputRefused where nothing is there, and OutputFailed where the disk has too little space.
+    Unless it is alone, a file brings those beside it whose names begin with its stem: the external data of a graph.
+    `on_message` receives a line. Raises InputRefused where there is no such `what`, and OutputFailed where the disk has
+    too little space.
     """
     if not isinstance(path, StorePath):
         return path
-    must_exist(path, "model")
+    must_exist(path, what)
     home = path if path.is_dir() else path.parent
     files = [each for each in home.rglob("*") if each.is_file()]
     if path is not home:
-        files = [each for each in files if each.parent == home and each.name.startswith(path.stem)]
+        beside = [each for each in files if each.parent == home and each.name.startswith(path.stem)]
+        files = [path] if is_alone else beside
     states = [(str(each), each.stat().st_ino, each.stat().st_size) for each in files]
     size = sum(size for *_, size in states)
     digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()

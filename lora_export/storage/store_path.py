@@ -30,6 +30,8 @@ def place(path: str | Path) -> Path:
     """
     if isinstance(path, Path):
         return path
+    if is_hub_address(path):
+        raise InputRefused(f"{path}: hf:// is read where a model or an adapter is named, and nowhere else")
     if not SCHEME.match(path):
         return Path(path)
     if "@" in path.split("//", 1)[1].split("/")[0]:
@@ -41,6 +43,11 @@ def place(path: str | Path) -> Path:
     if match is None or any(part in (".", "..") for part in path.split("/")):
         raise InputRefused(f"{path} is no address of an object: s3://BUCKET/KEY, gs://BUCKET/KEY or az://CONTAINER/KEY")
     return StorePath(path)
+
+
+def is_hub_address(path: str | Path) -> bool:
+    """Whether this is an address of the Hugging Face Hub (see `hub_cache.locate`)."""
+    return isinstance(path, str) and path[:5].lower() == "hf://"
 
 
 def newly_opened(path: str | Path) -> Path:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 import lora_export
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import InputRefused, WrongUsage
 from support.cli import answer, call
+from support.folder_contents import folder_contents
 from support.small_models import WORDS, small_adapter, small_model, words_tokenizer
+
+if TYPE_CHECKING:
+    from support.stores import Stored
 
 WEIGHT = 2e-2  # so small that bf16 swallows most of the adapter
 
@@ -62,6 +69,18 @@ def test_small_adapter_keeps_its_effect_in_bf16(folder: Path, capsys: pytest.Cap
     assert call("verify", broken, *judged[2:], "--calibration", texts) == 4
     with pytest.raises(InputRefused, match="names another file"):
         lora_export.verify(out, base=base, adapters=[adapter], calibration=texts_in(folder / "others.txt", 7))
+
+
+@pytest.mark.parametrize("kind", ["texts.txt", "rows.parquet", "arrays.npz"])
+def test_what_calibrates_may_be_in_a_store(folder: Path, tmp_path: Path, stored: Stored, kind: str) -> None:
+    lines = texts_in(tmp_path / "texts.txt").read_text().splitlines()
+    parquet.write_table(pyarrow.table({"text": lines}), tmp_path / "rows.parquet")
+    np.savez(tmp_path / "arrays.npz", input_ids=np.random.default_rng(0).integers(3, 9, (40, 12)))
+    stored.put(kind, (tmp_path / kind).read_bytes())
+    options: dict[str, Any] = {"weights": [WEIGHT], "min_retention": 0.0}
+    for out, calibration in (("disk", tmp_path / kind), ("store", str(stored / kind))):
+        lora_export.merge(folder / "base", folder / "adapter", tmp_path / out, calibration=calibration, **options)
+    assert folder_contents(tmp_path / "store") == folder_contents(tmp_path / "disk")
 
 
 def test_arrays_calibrate_and_nearest_measures(folder: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ from lora_export.errors import InputRefused, WrongUsage
 from support import FACTORIES
 from support.api import MODEL, an_adapter
 from support.small_layers import a_model
+from support.small_models import small_model
+
+if TYPE_CHECKING:
+    from support.stores import Stored
 
 
 @pytest.mark.parametrize(
@@ -88,3 +93,13 @@ def test_a_program_is_no_model_to_export(model: str | Path) -> None:
     with pytest.raises(InputRefused, match=r"m\.pt2 is an exported program already"):
         load.refuse_pt2(model)
     load.refuse_pt2("base")
+
+
+def test_inputs_of_a_model_may_be_in_a_store(tmp_path: Path, stored: Stored) -> None:
+    np.savez(tmp_path / "x.npz", input_ids=np.full((2, 5), 3))
+    stored.put("x.npz", (tmp_path / "x.npz").read_bytes())
+    folder = small_model("bert", tmp_path / "base")
+    on_disk, in_store = (
+        load.resolve_model(folder, inputs=inputs, export=True) for inputs in (tmp_path / "x.npz", str(stored / "x.npz"))
+    )
+    assert in_store.input_names == on_disk.input_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,9 @@ from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
 from lora_export.training.token_rows import CausalRows, MaskedRows
 from support.api import MODEL
 from support.small_models import small_model, words_tokenizer
+
+if TYPE_CHECKING:
+    from support.stores import Stored
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,21 @@ def encoded(base: Path | str, path: Path, **options: Any) -> Any:
 
 
 TEXTS = [{"text": "a very good film"}, {"text": "a bad film"}]
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "texts", "arrays.npz"])
+def test_data_in_a_store_are_copied_to_the_disk(tmp_path: Path, stored: Stored, kind: str) -> None:
+    path = rows(tmp_path, *TEXTS).with_name(kind)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/one.txt").write_text("a very good film")
+    np.savez(tmp_path / "arrays.npz", x=np.ones((2, 3), np.float32), labels=np.arange(2))
+    stored.put("", tmp_path)
+    lines: list[str] = []
+    read, expected = read_training_data(str(stored / kind), on_message=lines.append), read_training_data(path)
+    assert (read.sha256, str(read)) == (expected.sha256, str(expected))
+    assert [line.partition(",")[0] for line in lines] == [f"{stored / kind}: 1 file"]
+    with pytest.raises(InputRefused, match=f"there is no data at s3://{stored.name}/none"):
+        read_training_data(str(stored / "none"))
 
 
 def test_texts_are_continued_by_a_causal_model(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -89,28 +90,64 @@ def test_a_name_that_is_not_in_the_cache_leads_to_the_download(
     assert list(work.iterdir()) == []
 
 
+def addresses(words: tuple[str, ...]) -> list[str]:
+    """The words with addresses in place of names of the Hub."""
+    return [re.sub(r"(^|=)(?=org/|someone/)", r"\1hf://", word) for word in words]
+
+
+@pytest.mark.parametrize("is_address", [False, True])
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_asks_the_hub_with_download(
-    work: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], hub: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_command_asks_the_hub_with_download_and_by_address(
+    work: Path,
+    words: tuple[str, ...],
+    is_address: bool,
+    capsys: pytest.CaptureFixture[str],
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    arguments = addresses(words) if is_address else [*words, "--download"]
     with hub_server({}) as server:
         ask(server, hub, monkeypatch)
-        assert call(*words, "--download") == 3
-    assert f"{server.endpoint} has no repository org/other, or it is private" in capsys.readouterr().err
+        assert call(*arguments) == 3
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert call(*arguments) == 6
+    told = capsys.readouterr().err
+    assert f"{server.endpoint} has no repository org/other, or it is private" in told
+    assert "org/other is not in the Hugging Face cache, and HF_HUB_OFFLINE" in told
     assert list(work.iterdir()) == []
 
 
+def test_an_address_of_the_hub_is_no_output(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("merge", "org/small", "someone/fr", "-o", "hf://org/out") == 3
+    assert "hf://org/out: hf:// is read where a model or an adapter is named" in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more"), [("fr=someone/fr", ["--download"]), ("fr=hf://someone/fr@main", []), ("hf://org/all/fr", [])]
+)
 def test_a_merge_of_downloads_is_that_of_the_files(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    adapter: str,
+    more: list[str],
 ) -> None:
     folders = {"org/small": hub.parent / "base", "someone/fr": hub.parent / "adapter"}
     files = {name: {file.name: file.read_bytes() for file in at.iterdir()} for name, at in folders.items()}
+    assert call("merge", folders["org/small"], folders["someone/fr"], "-o", tmp_path / "expected") == 0
+    merged = {file.name: file.read_bytes() for file in (tmp_path / "expected").iterdir()}
+    files |= {"org/all": {f"fr/{name}": content for name, content in files["someone/fr"].items()}, "org/fr": merged}
+    base_name = "org/small" if more else f"hf://org/small@{COMMIT}"
     monkeypatch.chdir(tmp_path)
     with hub_server(files) as server:
         ask(server, tmp_path / "cache", monkeypatch)
-        code, _ = answer(capsys, "merge", "org/small", "fr=someone/fr", "-o", "merged", "--download")
-    assert code == 0
-    assert call("merge", folders["org/small"], folders["someone/fr"], "-o", "expected") == 0
+        code, _ = answer(capsys, "merge", base_name, adapter, "-o", "merged", *more)
+        assert call("verify", "hf://org/fr", "--base", base_name, "-a", adapter, *more) == 0
+    manifest = json.loads(Path("merged/lora_export.json").read_text())
+    (own,) = manifest["adapters"]
+    assert (code, own["name"]) == (0, "fr") and manifest["base_hub"]["revision"] == own["hub"]["revision"] == COMMIT
 
     base = load_file(folders["org/small"] / "model.safetensors")
     tensors, expected = load_file("merged/model.safetensors"), load_file("expected/model.safetensors")

@@ -248,3 +248,63 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, monkeypatch: pytest.Monk
     error = refused("org/small")
     assert isinstance(error, OutputFailed)
     assert "org/small cannot be written into the Hugging Face cache: [Errno 28] No space left on device" in str(error)
+
+
+# An address -> what it names in the snapshot, and the files that are downloaded
+ADDRESSES: dict[str, tuple[str, set[str]]] = {
+    "hf://org/small": ("", set(WANTED)),
+    "hf://org/small/": ("", set(WANTED)),
+    "hf://org/small@main": ("", set(WANTED)),
+    f"hf://org/small@{COMMIT}": ("", set(WANTED)),
+    "hf://org/small/checkpoint-5": ("checkpoint-5", {"adapter_model.safetensors"}),
+    "hf://org/small@main/original/consolidated.00.safetensors": (
+        "original/consolidated.00.safetensors",
+        {"consolidated.00.safetensors"},
+    ),
+    "hf://org/small/README.md": ("README.md", {"README.md"}),
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_downloaded_as_far_as_the_cache_lacks_it(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    below, files = ADDRESSES[address]
+    messages: list[str] = []
+    found = locate(address, messages.append)
+    assert found == tmp_path / "hub/models--org--small/snapshots" / COMMIT / below and hub.files_sent == files
+    assert messages[-1] == f"{address}: the snapshot {COMMIT} in the Hugging Face cache" and found.exists()
+    assert hub_source(found) == {"repository": "org/small", "revision": COMMIT}
+    for name, value in {"HF_HUB_OFFLINE": True, "ENDPOINT": "http://127.0.0.1:9"}.items():  # then with no connection
+        monkeypatch.setattr(constants, name, value)
+        hub.requests.clear()
+        assert locate(address, print) == found and hub.requests == []
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("hf://org", InputRefused, "hf://org is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]"),
+        ("hf://org/small/../other", InputRefused, "is no address of a model"),
+        ("hf://org/small/nothing", InputRefused, "the repository org/small has no nothing"),
+        ("hf://org/small@v9/config.json", InputRefused, "the repository org/small at {0} has no revision v9"),
+        ("hf://org/other", InputRefused, "{0} has no repository org/other, or it is private"),
+        ("hf://org/closed", InputRefused, "org/closed is gated"),
+        ("hf://org/pickles", InputRefused, "org/pickles has no .safetensors file"),
+    ],
+)
+def test_an_address_of_nothing_is_refused(
+    hub: HubServer, address: str, kind: type[LoraExportError], message: str
+) -> None:
+    with pytest.raises(LoraExportError) as failed:
+        locate(address, print)
+    assert type(failed.value) is kind and message.format(hub.endpoint) in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
+def test_an_address_that_is_not_cached_is_refused_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentLacking, match="org/small is not in the Hugging Face cache, and HF_HUB_OFFLINE"):
+        locate("hf://org/small", print)
+    assert hub.requests == []
