@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from lora_export.errors import EnvironmentLacking
@@ -19,17 +19,12 @@ def each_result(engine: Engine, requests: Iterable[_R], memory: int) -> Iterator
     memory ends no other. Raises EnvironmentLacking where one ended its worker TRIES_OF_JOB times, and what the
     function of the engine raises.
     """
-    waiting, suspects = [(request, 1) for request in reversed(list(requests))], list[tuple[_R, int]]()
+    waiting = [(request, 1) for request in reversed(list(requests))]  # with the number of the try; the last is next
     running: dict[concurrent.futures.Future[Any], tuple[_R, int]] = {}
-
-    def submit(request: _R, tries: int) -> None:
-        running[engine.submit(request, memory, on_gpu=False)] = request, tries
-
-    while waiting or suspects or running:
-        if suspects and not running:
-            submit(*suspects.pop())
-        while waiting and not suspects and len(running) < _most(engine, running.values()):
-            submit(*waiting.pop())
+    while waiting or running:
+        while waiting and _has_place(waiting[-1][1], [tries for _, tries in running.values()], engine.at_once):
+            request, tries = waiting.pop()
+            running[engine.submit(request, memory, on_gpu=False)] = request, tries
         for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
             request, tries = running.pop(future)
             error = future.exception()
@@ -38,11 +33,11 @@ def each_result(engine: Engine, requests: Iterable[_R], memory: int) -> Iterator
             elif not (reason := engine.died(error)):
                 raise error
             elif engine.is_tried_again and tries < TRIES_OF_JOB:
-                suspects.append((request, tries + 1))
+                waiting.append((request, tries + 1))
             else:
                 raise EnvironmentLacking(f"{request.name}: {reason} ({TRIES_OF_JOB} times)")
 
 
-def _most(engine: Engine, running: Iterable[tuple[Any, int]]) -> int:
-    """How many may run beside these: a second try runs alone."""
-    return 1 if any(tries > 1 for _, tries in running) else engine.at_once
+def _has_place(tries: int, running: Sequence[int], at_once: int) -> bool:
+    """Whether a request may run beside others, by the number of its try and of theirs: a second try runs alone."""
+    return not running or (max(tries, *running) == 1 and len(running) < at_once)

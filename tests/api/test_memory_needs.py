@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_export.api.memory_needs import require_memory_to_export, require_memory_to_verify
+from lora_export.api.memory_needs import (
+    STREAMED,
+    jobs_that_fit,
+    memory_to_merge,
+    require_memory_to_export,
+    require_memory_to_verify,
+)
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.errors import EnvironmentLacking
 from lora_export.models import load
@@ -83,3 +89,20 @@ def test_commands_end_with_6_before_the_model_is_loaded(
     assert call("onnx", large, "-o", tmp_path / "model.onnx") == 6
     assert "needs about 8.4 GiB" in capsys.readouterr().err
     assert not list(tmp_path.glob("model*"))
+
+
+def test_the_adapters_of_a_merge_are_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for path, size in ((tmp_path / "adapter" / "a", 3 << 20), (tmp_path / "b", 1 << 20)):
+        path.write_bytes(bytes(size))
+    assert memory_to_merge([]) == STREAMED
+    assert memory_to_merge([tmp_path / "adapter", tmp_path / "b"]) == STREAMED + (4 << 20)
+
+
+def test_processes_are_as_many_as_have_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for available, expected in ((2 << 30, 2), (1, 1), (99 << 30, 8)):
+        monkeypatch.setenv(AVAILABLE, str(available))
+        assert jobs_that_fit(8, 1 << 30, told.append) == expected
+    assert told[0] == "note: jobs at the same time: 2, not 8. A job needs 1.0 GiB of memory, and 2.0 GiB are available"
+    assert len(told) == 2 and jobs_that_fit(1, 1 << 50, told.append) == 1

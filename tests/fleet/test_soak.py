@@ -6,10 +6,12 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,45 +28,9 @@ ADAPTERS, ROWS, SHARDS = 6, 20_000, 8
 REFUSED = 0.02  # of all requests
 MOST_RUNS = 30  # of one round, until everything is done
 ENDED = {0, 6, 7, -9}  # done; a worker died too often; the store or a lock; killed itself
+NO_JOBS = "ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"  # titles of Ray's own processes
+PORT = 26379  # of the cluster of Ray
 PROGRAM = [sys.executable, "-m", "lora_export"]
-
-
-class Killer:
-    """Kills workers of a command at random times. Every `whole`th time it kills the command itself."""
-
-    def __init__(self, kills: int, seed: int, whole: int = 0):
-        self.left, self.done, self._whole, self._random = kills, 0, whole, random.Random(seed)
-
-    def run(self, line: list[str]) -> tuple[int, str]:
-        """Run a command. Returns its exit code, and its messages."""
-        psutil = pytest.importorskip("psutil")
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        due = time.monotonic() + self._random.uniform(0.5, 6)
-        while process.poll() is None:
-            time.sleep(0.02)
-            found = _workers(psutil.Process(process.pid)) if self.left and time.monotonic() >= due else []
-            if found:
-                is_whole = self._whole > 0 and (self.done + 1) % self._whole == 0
-                process.kill() if is_whole else self._random.choice(found).kill()
-                self.left, self.done = self.left - 1, self.done + 1
-                due = time.monotonic() + self._random.uniform(0.5, 6)
-        return process.returncode, process.communicate()[1]
-
-
-def _workers(process: Any) -> list[Any]:
-    """The processes below a command that do a job: of its pool, or of Ray."""
-    import psutil
-
-    found = []
-    for child in process.children(recursive=True):
-        try:
-            words = child.cmdline()
-        except psutil.Error:
-            continue
-        title = " ".join(words)
-        if "spawn_main" in title or (title.startswith("ray::") and not title.startswith("ray::IDLE")):
-            found.append(child)
-    return found
 
 
 @pytest.fixture
@@ -72,21 +38,97 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # A cluster on a busy machine: otherwise it gives itself up.
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "100")
     return tmp_path
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Where a command's jobs run: its options, and the process below which their processes are."""
+
+    options: tuple[str, ...]
+    above: int | None = None  # None: the command itself
+
+    def of(self, command: int) -> list[Any]:
+        """The processes that do a job at present."""
+        import psutil
+
+        found = []
+        for child in psutil.Process(self.above or command).children(recursive=True):
+            try:
+                title = " ".join(child.cmdline())
+            except psutil.Error:
+                continue
+            if "spawn_main" in title or (title.startswith("ray::") and not title.startswith(NO_JOBS)):
+                found.append(child)
+        return found
+
+
 @pytest.fixture(params=["processes", "ray"])
-def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
+def workers(request: pytest.FixtureRequest, place: Path, stored: Stored) -> Iterator[Workers]:
+    """Two processes of a pool, or two workers of a cluster of Ray, which finds the store in its environment."""
+    pytest.importorskip("psutil", reason="psutil is not installed")
     if request.param == "processes":
-        return "-j", "2"
+        yield Workers(("-j", "2"))
+        return
     pytest.importorskip("ray", reason="Ray is not installed")
-    return "--ray", "local", "-j", "2"
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, (place / "ray.log").open("wb") as log:
+        cluster = _cluster(folder, log)
+        try:
+            yield Workers(("--ray", f"127.0.0.1:{PORT}"), cluster.pid)
+        finally:
+            cluster.terminate()
+            cluster.wait(60)
+
+
+def _cluster(folder: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A cluster of Ray that is up. Where others use the machine, it may take several tries."""
+    settings = {
+        "--node-ip-address": "127.0.0.1",
+        "--port": PORT,
+        "--num-cpus": 2,
+        "--include-dashboard": "false",
+        "--temp-dir": folder,
+    }
+    line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    line += [f"{name}={value}" for name, value in settings.items()]
+    for _ in range(10):
+        cluster = subprocess.Popen(line, stdout=log, stderr=log)
+        while cluster.poll() is None:
+            if b"Ray runtime started" in Path(log.name).read_bytes():
+                return cluster
+            time.sleep(0.2)
+    raise AssertionError(Path(log.name).read_text())
 
 
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     number: int = request.config.getoption("--kills")
     return number
+
+
+class Killer:
+    """Kills workers of a command at random times. Every `whole`th time it kills the command itself."""
+
+    def __init__(self, workers: Workers, kills: int, seed: int, whole: int = 0):
+        self.left, self.done, self._workers, self._whole = kills, 0, workers, whole
+        self._random = random.Random(seed)
+
+    def run(self, line: list[str]) -> tuple[int, str]:
+        """Run a command. Returns its exit code, and its messages."""
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        due = time.monotonic() + self._random.uniform(0.5, 6)
+        while process.poll() is None:
+            time.sleep(0.02)
+            found = self._workers.of(process.pid) if self.left and time.monotonic() >= due else []
+            if found:
+                is_whole = self._whole > 0 and (self.done + 1) % self._whole == 0
+                process.kill() if is_whole else self._random.choice(found).kill()
+                self.left, self.done = self.left - 1, self.done + 1
+                due = time.monotonic() + self._random.uniform(0.5, 6)
+        return process.returncode, process.communicate()[1]
 
 
 def soaked(killer: Killer, one_round: Callable[[int], list[str]], check: Callable[[int], None]) -> None:
@@ -121,7 +163,7 @@ def local(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.soak
 def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
-    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], kills: int
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, workers: Workers, kills: int
 ) -> None:
     base, _ = stores.model(place, rows=ROWS)
     stored.put("base", base)
@@ -138,7 +180,7 @@ def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
         text = f'records = "records-{number}"\n[[bases]]\npath = "{bucket}/base"\nadapters = ["{bucket}/adapters/*"]\n'
         text += f'[[steps]]\nstep = "merge"\noutput = "{bucket}/release-{number}/{{adapter}}"\n'
         (place / "fleet.toml").write_text(text + '[[steps]]\nstep = "verify --base"\n')
-        return [*PROGRAM, "fleet", "run", "fleet.toml", *engine, "--json"]
+        return [*PROGRAM, "fleet", "run", "fleet.toml", *workers.options, "--json"]
 
     def check(number: int) -> None:
         for name, files in expected.items():
@@ -148,13 +190,13 @@ def test_a_fleet_whose_workers_are_killed_publishes_each_output_once(
         assert [one["outcome"] for one in records] == ["same"] * ADAPTERS
         assert failing.put_twice(MANIFEST) == []
 
-    soaked(Killer(kills, seed=4), one_round, check)
+    soaked(Killer(workers, kills, seed=4), one_round, check)
     print(f"{failing.refused} of {failing.requests} requests refused")
 
 
 @pytest.mark.soak
 def test_a_merge_whose_workers_and_caller_are_killed_is_whole(
-    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], kills: int
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, workers: Workers, kills: int
 ) -> None:
     base, adapter = stores.model(place, SHARDS, ROWS)
     le.merge(base, adapter, place / "alone")
@@ -162,12 +204,20 @@ def test_a_merge_whose_workers_and_caller_are_killed_is_whole(
     failing, expected = stores.Failing(monkeypatch, REFUSED, seed=5), local(place / "alone")
 
     def one_round(number: int) -> list[str]:
-        return [*PROGRAM, "merge", str(stored / "base"), "adapter", "-o", str(stored / f"merged/{number}"), *engine]
+        return [
+            *PROGRAM,
+            "merge",
+            str(stored / "base"),
+            "adapter",
+            "-o",
+            str(stored / f"merged/{number}"),
+            *workers.options,
+        ]
 
     def check(number: int) -> None:
         is_whole(stored, f"merged/{number}", expected)
         assert not [key for key in stored.objects("merged/") if key.endswith(".begun")]
         assert failing.put_twice(MANIFEST) == []
 
-    soaked(Killer(kills, seed=6, whole=4), one_round, check)
+    soaked(Killer(workers, kills, seed=6, whole=4), one_round, check)
     print(f"{failing.refused} of {failing.requests} requests refused")
