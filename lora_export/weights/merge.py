@@ -34,6 +34,7 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 from lora_export.weights.kept_weights import KeptTensor, ScalesOfGrid, kept_blocks, kept_tensor, new_scales
+from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
@@ -41,20 +42,12 @@ from lora_export.weights.merge_report import (
     Statistics,
     refuse_below_rounding,
 )
-from lora_export.weights.output_files import (
-    WrittenFile,
-    changed_word_tables,
-    copied_whole,
-    made_before,
-    output_config,
-    recipe_of,
-    record_made,
-    write_other_files,
-)
+from lora_export.weights.output_files import changed_word_tables, output_config, write_other_files
 from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED, lost_names
+from lora_export.weights.tied_tensors import TIED
+from lora_export.weights.written_file import WrittenFile, copied_whole, made_before, recipe_of, record_made
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")

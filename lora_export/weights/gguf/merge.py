@@ -221,6 +221,10 @@ def _trial(base: GgufBase, stored: _Stored, backend: Backend) -> StepResult | No
     return total.result()
 
 
+def _bytes_of(block: Block) -> int:
+    return block.target_stop - block.target_start
+
+
 # --- Writing ---
 
 
@@ -248,7 +252,7 @@ def _write(
         for block, found in backend.transfer(base.file.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
             for statistics in found or ():
                 total.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
-            progress(block.target_stop - block.target_start)
+            progress(_bytes_of(block))
         final, _ = layout()  # as long as the first one: all hashes have one length
         block_copy.write(writer.fileno(), memoryview(final), 0)
     progress(len(final))

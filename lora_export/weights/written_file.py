@@ -1,0 +1,88 @@
+"""One file of a merge's output, and whether an earlier run has made it already or a store can copy it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.plan import Plan
+from lora_export.provenance import adapter_records
+from lora_export.storage import safetensors_file
+from lora_export.storage.hashes import file_hash
+from lora_export.storage.safetensors_file import TensorFile
+from lora_export.storage.store_output import begun_at
+from lora_export.storage.store_path import copy_in_store
+from lora_export.version import __version__
+from lora_export.weights.merge_report import OutputResult, StepResult
+from lora_export.weights.tensor_blocks import OutputTensor
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One file of the output."""
+
+    file: TensorFile
+    results: tuple[StepResult, ...]
+    source_hash: str
+    target_hash: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the file, as JSON has it."""
+        return {"results": [asdict(one) for one in self.results], "hashes": [self.source_hash, self.target_hash]}
+
+
+def recipe_of(plan: Plan, settings: Mapping[str, Any], hashing: str) -> str:
+    """What determines the bytes of an output besides the base, as a text; empty for adapters without a hash."""
+    if not all(adapter.sha256 for adapter in plan.adapters):
+        return ""
+    terms = [[step.weight, [[term.module, term.scale] for term in step.terms]] for step in plan.steps]
+    return json.dumps([__version__, hashing, dict(settings), adapter_records(plan.adapters, plan.strengths), terms])
+
+
+def made_before(path: Path, source: TensorFile, header: bytes, recipe: str) -> tuple[str, WrittenFile | None]:
+    """The hash of all that determines a file of the output; and the file, where a stopped run has made it in a store.
+
+    The hash is empty where no later run could use the file.
+    """
+    begun, state = begun_at(path.parent), source.path.stat()
+    if begun is None or not recipe:
+        return "", None
+    identity = [recipe, str(source.path), state.st_ino, state.st_size, state.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(identity).encode() + header).hexdigest()
+    facts = begun.whole(path.name, digest)
+    if facts is None:
+        return digest, None
+    results = (one | {"outputs": one["outputs"] and OutputResult(**one["outputs"])} for one in facts["results"])
+    found = tuple(StepResult(**one) for one in results)
+    return digest, WrittenFile(safetensors_file.open_file(path), found, *facts["hashes"])
+
+
+def record_made(path: Path, digest: str, written: WrittenFile) -> WrittenFile:
+    """Record in a store that a file is whole."""
+    begun = begun_at(path.parent)
+    if begun is not None and digest:
+        begun.add(path.name, digest, written.facts)
+    return written
+
+
+def copied_whole(
+    path: Path, source: TensorFile, tensors: Sequence[OutputTensor], metadata: Mapping[str, str], hashing: str
+) -> WrittenFile | None:
+    """A file of which nothing changes, copied by the store that has it; None where that cannot be.
+
+    It is read for its hash, and not uploaded.
+    """
+    own = list(source.entries.values())
+    is_same = [tensor.source for tensor in tensors] == own and all(
+        tensor.is_copy and tensor.name == tensor.source.name and tensor.output_shape == tensor.source.shape
+        for tensor in tensors
+    )
+    if not is_same or dict(metadata) != dict(source.metadata) or not copy_in_store(source.path, path):
+        return None
+    digest = file_hash(source.path, hashing)
+    return WrittenFile(safetensors_file.open_file(path), (), digest, digest)
