@@ -102,7 +102,7 @@ def same_state(module: nn.Module) -> Iterator[None]:
     of a long one, too.
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
-    before = [{key: dict(own) if key in REGISTRIES else own for key, own in vars(part).items()} for part in parts]
+    before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
     disabled = logging.root.manager.disable
     if parts:
         logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
@@ -121,6 +121,10 @@ def same_state(module: nn.Module) -> Iterator[None]:
                 if list(map(id, now.values())) != list(map(id, value.values())):
                     now.clear()
                     now.update(value)
+
+
+def _held(name: str, value: Any) -> Any:
+    return dict(value) if name in REGISTRIES else value
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
 from lora_export.weights.kept_weights import KeptTensor, ScalesOfGrid, kept_blocks, kept_tensor, new_scales
+from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
@@ -45,7 +46,7 @@ from lora_export.weights.output_files import changed_word_tables, output_config,
 from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
-from lora_export.weights.tied_tensors import TIED, lost_names
+from lora_export.weights.tied_tensors import TIED
 from lora_export.weights.written_file import WrittenFile, copied_whole, digest_of, made_before, recipe_of, record_made
 
 # Classes of transformers whose output embeddings predict words

@@ -25,8 +25,8 @@ from lora_export.verification.against_checkpoint.stored_layout import StoredLayo
 from lora_export.verification.against_checkpoint.stored_tensor import Scratch, StoredTensor
 from lora_export.verification.parity import Outcome
 from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.lost_names import lost_names
 from lora_export.weights.merge import added_names
-from lora_export.weights.tied_tensors import lost_names
 
 
 def audit(
