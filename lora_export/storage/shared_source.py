@@ -19,7 +19,7 @@ _Bytes = NDArray[np.uint8]
 
 
 class SourcePiece:
-    """_Bytes [start, stop) of the source, read by the first thread that needs them."""
+    """Bytes [start, stop) of the source, read by the first thread that needs them."""
 
     def __init__(self, start: int, stop: int, buffer: _Bytes, *, is_hashed: bool):
         self.start, self.stop, self.buffer = start, stop, buffer
@@ -92,6 +92,6 @@ class SharedSource:
 
 
 def joined_pieces(pieces: Sequence[SourcePiece], start: int, stop: int) -> _Bytes:
-    """_Bytes [start, stop) of the source: where one piece has all of them, they are not copied."""
+    """Bytes [start, stop) of the source: where one piece has all of them, they are not copied."""
     parts: list[Any] = [one.bytes(start, stop) for one in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -30,6 +31,11 @@ class FileCopy:
     buffer_bytes: int
     backend: Backend
     on_block: Callable[[Block, Any], None]  # receives each block that is written, with what its work returned
+
+    @property
+    def pass_over(self) -> tuple[Path, str]:
+        """What files have in common that one pass writes: the source, and how it is hashed."""
+        return self.source.path, self.copy.hashes.algorithm
 
 
 Merging = Generator[FileCopy, None, _T]
@@ -61,7 +67,7 @@ def together(merges: Sequence[Merging[_T]]) -> list[_T | Exception]:
             go_on(number)
         while waiting:
             first = min(waiting.values(), key=lambda one: one.number)
-            own = [number for number, one in waiting.items() if one.source.path == first.source.path]
+            own = [number for number, one in waiting.items() if one.pass_over == first.pass_over]
             errors = _write([waiting[number] for number in own])
             for number in own:
                 go_on(number, errors.get(waiting.pop(number)))

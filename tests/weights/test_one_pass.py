@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all weights": ({"pairs": pairs("abc", 4)}, {"weights": [0.5]}),
     "wider numbers": ({"pairs": pairs("b", 2)}, {"dtype": "float32"}),
     "whole tensors": ({"pairs": pairs("c", 2), "whole": {"model.embed.weight": numbers(WORDS, COLUMNS)}}, {}),
-    "all weights again": ({"pairs": pairs("abc", 1)}, {"hashing": "xxh3_128"}),
+    "all weights again": ({"pairs": pairs("abc", 1)}, {}),
 }
 
 
@@ -97,6 +97,14 @@ def test_each_merge_is_what_it_is_alone(place: Path, monkeypatch: pytest.MonkeyP
     proofs = [le.verify(f"together/{name}", base="base", adapters=f"adapters/{name}",
                         weights=KINDS[name][1].get("weights", ())) for name in KINDS]  # fmt: skip
     assert all(proofs)
+
+
+def test_each_merge_has_the_hash_that_it_asks_for(place: Path) -> None:
+    every = {"one weight": "sha256", "all weights": "xxh3_128"}
+    for name, hashing in every.items():
+        le.merge(**vars(options(name, "alone/{}", hashing=hashing)))
+    assert all(merge_together([options(name, hashing=hashing) for name, hashing in every.items()]))
+    assert folder_contents(place / "together") == folder_contents(place / "alone")
 
 
 def test_what_ends_one_merge_ends_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
