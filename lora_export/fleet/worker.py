@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import traceback
@@ -10,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.fleet.steps import FleetJob
+
+if TYPE_CHECKING:
+    from lora_export.verification.proof_session import ProofSession
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,14 @@ class JobRequest:
     before: Mapping[str, Any]  # what the last record has of an output that is this fleet's own
     replaces: bool
     as_command_line: bool  # how messages spell options
+
+
+@functools.cache
+def session_of_process() -> ProofSession:
+    """What the proofs of this process have in common: it does many jobs, and most are of one base."""
+    from lora_export.verification.proof_session import ProofSession
+
+    return ProofSession()
 
 
 def perform(request: JobRequest) -> dict[str, Any]:
@@ -62,9 +74,11 @@ def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, An
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
     try:
         is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
-        replaced = {"overwrite": True} if is_replaced else {}
+        further: dict[str, Any] = {"overwrite": True} if is_replaced else {}
+        if job.step == "verify":
+            further["session"] = session_of_process()
         options = options_from_table(
-            job.kind.record, values, job.place, **job.fixed(), **replaced, on_message=notes.append
+            job.kind.record, values, job.place, **job.fixed(), **further, on_message=notes.append
         )
         result = getattr(lora_export, job.kind.function)(**vars(options))
     except LoraExportError as error:

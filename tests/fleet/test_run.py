@@ -17,10 +17,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
+from lora_export.api import verify_outputs
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run
-from lora_export.fleet.worker import perform
+from lora_export.fleet.worker import perform, session_of_process
 from lora_export.storage.output_lock import output_lock
+from support.endpoints import save_adapter, save_base
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
 from support.stores import Stored
@@ -224,3 +226,21 @@ def test_a_glob_in_a_store_that_matches_nothing_is_refused(place: Path, stored: 
     (place / "fleet.toml").write_text(FLEET.replace("adapters/*", pattern))
     with pytest.raises(InputRefused, match=f"{re.escape(repr(pattern))} matches no adapter"):
         le.run_fleet("plan", "fleet.toml")
+
+
+def test_proofs_of_one_base_share_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "base")
+    for seed in (1, 2):
+        save_adapter(base, tmp_path / "adapters" / f"a{seed}", seed=seed)
+    step = '[[steps]]\nstep = "verify"\ncandidate = "release/{adapter}"\n'
+    (tmp_path / "fleet.toml").write_text(BASES + MERGE + step)
+    loads = []
+    load = verify_outputs.resolve_model
+    monkeypatch.setattr(
+        verify_outputs, "resolve_model", lambda *given, **more: loads.append(given) or load(*given, **more)
+    )
+    session_of_process.cache_clear()
+    status, _ = run_here(monkeypatch)
+    session_of_process.cache_clear()
+    assert status.counts == {"done": 2, "same": 2} and len(loads) == 1
