@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lora_export.verification.against_graph import GraphReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.proof import prove
+    from lora_export.verification.proof_session import ProofSession
     from lora_export.weights.checkpoint import open_checkpoint
     from lora_export.weights.merge import merge_checkpoint
 
@@ -55,6 +56,7 @@ _HOMES = {
     "ModuleRunner": "runtime.torch_runners:ModuleRunner",
     "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
+    "ProofSession": "verification.proof_session:ProofSession",
     "PyTorchReferences": "verification.against_pytorch:PyTorchReferences",
     "ReadOptions": "options.reading:ReadOptions",
     "ScriptRunner": "runtime.torchscript.runner:ScriptRunner",
@@ -99,6 +101,7 @@ __all__ = [
     "ModuleRunner",
     "OnnxRunner",
     "Plan",
+    "ProofSession",
     "PyTorchReferences",
     "ReadOptions",
     "ScriptRunner",

@@ -24,6 +24,7 @@ from lora_export.verification.against_checkpoint import Audit
 
 if TYPE_CHECKING:
     from lora_export.verification.parity import Verdict
+    from lora_export.verification.proof_session import ProofSession
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHOWN_ADAPTERS = 8  # adapters that a sentence names
@@ -44,6 +45,7 @@ class VerifyRequest(VerifyOptions):
     calibration: Path | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
+    session: ProofSession | None = None
 
     @property
     def checkpoint(self) -> Artifact:

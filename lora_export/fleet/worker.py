@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import traceback
@@ -10,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.fleet.steps import FleetJob
+
+if TYPE_CHECKING:
+    from lora_export.verification.proof_session import ProofSession
 
 GRAPHS = ".graphs"  # a folder beside the records: bases that were exported in this run
 
@@ -46,6 +50,14 @@ class JobBatch:
         """What a cluster shows of it."""
         first, *others = (request.job.id for request in self.requests)
         return f"{first} and {len(others)} more" if others else first
+
+
+@functools.cache
+def session_of_process() -> ProofSession:
+    """What the proofs of this process have in common: it does many jobs, and most are of one base."""
+    from lora_export.verification.proof_session import ProofSession
+
+    return ProofSession()
 
 
 def perform(batch: JobBatch) -> list[dict[str, Any]]:
@@ -116,6 +128,8 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
     if job.step == "onnx":
         more["graphs"] = Path(request.records) / GRAPHS
+    if job.step == "verify":
+        more["session"] = session_of_process()
     return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 
 

@@ -49,10 +49,17 @@ class StoredParameter(nn.Parameter):
     """
 
     _make: Callable[[], Tensor]
+    stored_dtype: torch.dtype | None  # of the values as they are stored, where that is known before they are read
 
-    def __new__(cls, shape: Sequence[int], make: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        make: Callable[[], Tensor],
+        dtype: torch.dtype = torch.float32,
+        stored_dtype: torch.dtype | None = None,
+    ) -> Any:
         made: Any = torch.full((), math.nan, dtype=dtype).expand(*shape).as_subclass(cls)
-        made._make = make
+        made._make, made.stored_dtype = make, stored_dtype
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -64,7 +71,7 @@ class StoredParameter(nn.Parameter):
         return values if values.dtype in NARROW_DTYPES else values.to(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredParameter:
-        made = StoredParameter(self.shape, self._make, self.dtype)
+        made = StoredParameter(self.shape, self._make, self.dtype, self.stored_dtype)
         memo[id(self)] = made
         return made
 
@@ -165,7 +172,8 @@ class StreamedFolder:
         if not is_parameter:
             return read().to(like.dtype)
         if like.numel() >= SMALLEST_STREAMED:
-            return StoredParameter(like.shape, read, like.dtype)
+            stored = getattr(torch, self._files[name].entries[name].dtype.name, None)
+            return StoredParameter(like.shape, read, like.dtype, stored)
         return nn.Parameter(read().to(like.dtype), requires_grad=False)
 
 

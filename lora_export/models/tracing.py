@@ -102,7 +102,7 @@ def same_state(module: nn.Module) -> Iterator[None]:
     of a long one, too.
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
-    before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
+    before = _attributes(parts)
     disabled = logging.root.manager.disable
     if parts:
         logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
@@ -123,8 +123,31 @@ def same_state(module: nn.Module) -> Iterator[None]:
                     now.update(value)
 
 
+def _attributes(parts: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    return [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
+
+
 def _held(name: str, value: Any) -> Any:
     return dict(value) if name in REGISTRIES else value
+
+
+def state_reader(module: nn.Module) -> Callable[[], bool]:
+    """A function that returns whether all parts of a module still have the attributes and children of now."""
+    parts = list(module.modules())
+    before = _attributes(parts)
+
+    def is_as_before() -> bool:
+        now = _attributes(parts)
+        return all(map(_are_identical, before, now))
+
+    return is_as_before
+
+
+def _are_identical(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        _are_identical(value, other[name]) if name in REGISTRIES else value is other[name]
+        for name, value in one.items()
+    )
 
 
 @contextlib.contextmanager

@@ -218,6 +218,7 @@ class VerifyOptions(GivenAdapters, Judging, Download, Reported):
         often=True,
         command_line_default=runs_in_ci,
     )
+    session: object = field(default=None, repr=False, compare=False)  # a ProofSession; no option of the command line
     about: Mapping[str, Any] | None = option(
         None, "Further facts for the reports.", python_only=True, kind="text", multiple=False
     )

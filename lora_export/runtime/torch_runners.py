@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import TorchDispatchMode, grouped_products, tree_map
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
-from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state
+from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state, state_reader
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
+from lora_export.runtime.runs_in_step import Meet, by_itself, run_in_step
 
 NamedTensors = dict[str, torch.Tensor]
 UseRow = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
@@ -114,26 +117,57 @@ class Fp64Runner:
             outputs = self._outputs(inputs, each)
         return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
 
-    def _outputs(self, inputs: Arrays, call: Callable[[Callable[[], NamedTensors]], NamedTensors]) -> NamedTensors:
-        """What `call` returns for the module's forward pass."""
+    def _outputs(
+        self,
+        inputs: Arrays,
+        call: Callable[[Callable[[], NamedTensors]], NamedTensors],
+        meet: Meet | None = None,
+    ) -> NamedTensors:
+        """What `call` returns for the module's forward pass. With `meet`, other runs have its state in common."""
         wide = {name: _tensor(value) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
         module = self.module  # before the modes are active: a lazy reference makes it now, from one in fp32
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
         narrow = NarrowOperators(self.narrow_operators)
+        state = _in_fp64(module) if meet is None else contextlib.nullcontext()
+        operators = Fp64Operators(module, narrow, meet or by_itself)
         try:
-            with (
-                torch.no_grad(),
-                narrow,
-                Fp64Operators(module, narrow),
-                named_failures(module, wide),
-                same_state(module),
-            ):
+            with state, torch.no_grad(), narrow, operators, named_failures(module, wide):
                 return call(lambda: named_outputs(module(**wide)))
         finally:
-            torch.set_default_dtype(default)
             self.largest_result = max(self.largest_result, narrow.largest_result)
+
+
+@contextlib.contextmanager
+def _in_fp64(*modules: nn.Module) -> Iterator[None]:
+    """PyTorch makes new floats in fp64. The modules have their own state again afterwards."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with contextlib.ExitStack() as states:
+            for module in modules:
+                states.enter_context(same_state(module))
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def run_all_in_step(runs: Sequence[tuple[Fp64Runner, Arrays]], kept: Callable[[Arrays], Arrays]) -> list[Arrays] | None:
+    """What `kept` returns for the outputs of each run, which have the bits of `run`. A weight is read once for all.
+
+    None where a run changed an attribute of a module, which another one may have read, and where one failed.
+    """
+
+    def call(runner: Fp64Runner, inputs: Arrays, meet: Meet) -> Arrays:
+        return kept(_as_arrays(runner._outputs(inputs, lambda forward: forward(), meet)))
+
+    modules = {id(runner.module): runner.module for runner, _ in runs}.values()
+    are_as_before = [state_reader(module) for module in modules]
+    with _in_fp64(*modules), torch.no_grad():
+        try:
+            outputs = run_in_step([functools.partial(call, *run) for run in runs])
+        except (RuntimeRefused, RuntimeError, MemoryError):
+            return None
+        return outputs if all(is_as_before() for is_as_before in are_as_before) else None
 
 
 @contextlib.contextmanager
@@ -209,10 +243,14 @@ class Fp64Operators(TorchFunctionMode):
     PyTorch has no fp64 kernel for products of experts, so these are computed one expert after the other.
     """
 
-    def __init__(self, module: nn.Module, narrow: NarrowOperators):
+    def __init__(self, module: nn.Module, narrow: NarrowOperators, meet: Meet = by_itself):
         super().__init__()
+        self._meet = meet
         tensors = itertools.chain(module.parameters(), module.buffers())
         self._stored = {_memory(tensor) for tensor in tensors if tensor.dtype in NARROW_DTYPES and tensor.numel()}
+        # What an nn.ParameterDict holds: A and B of adapters, which other runs may be without.
+        dictionaries = (part for part in module.modules() if isinstance(part, nn.ParameterDict))
+        self._apart = {_memory(parameter) for part in dictionaries for parameter in part.parameters()}
         self._narrow = narrow
         self._scratch = torch.empty(0, dtype=torch.float64)
 
@@ -232,27 +270,39 @@ class Fp64Operators(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is READ_DTYPE:
             return torch.float64 if self._is_stored(args[0]) else func(*args)
+        if func is F.embedding and not kwargs and isinstance(args[1], StoredParameter):
+            return self._meet(self._rows, args[1], (args[0], *args[2:]))
         if name in MOVES_NUMBERS or func is F.embedding:
             with self._narrow.paused():
                 return tree_map(self._widened_copy, func(*args, **kwargs))
         if func is F.linear and not kwargs and self._is_stored(args[1]):
-            return self._linear(args[0], self._as_stored(args[1]), *args[2:])
+            meet = by_itself if _memory(args[1]) in self._apart else self._meet
+            return meet(self._products, args[1], (args[0], *args[2:]))
         changed = 1 if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")) else 0
         rest, kwargs = tree_map(self._widened, (args[changed:], kwargs))
         return func(*args[:changed], *rest, **kwargs)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """A linear layer in fp64, so many outputs at a time that few of its weights are there in fp64."""
-        bias = None if bias is None else bias.double()
+    def _rows(self, table: StoredParameter, lookups: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+        """Rows of a table in fp64, for some ids and the other arguments of `F.embedding`."""
+        with self._narrow.paused():
+            stored = table.stored()
+            return [F.embedding(ids, stored, *others).to(table.dtype).double() for ids, *others in lookups]
+
+    def _products(self, weight: torch.Tensor, inputs: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+        """Linear layers in fp64, for some x and bias, so many outputs at a time that few of W are there in fp64."""
+        weight = self._as_stored(weight)
         rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
         with self._narrow.paused():
             parts = weight.split(rows)
+        layers = [(x, bias[0].double() if bias and bias[0] is not None else None) for x, *bias in inputs]
         if len(parts) == 1:
-            return F.linear(x, self._in_scratch(weight), bias)
-        products = x.new_empty(*x.shape[:-1], len(weight))
+            wide = self._in_scratch(weight)
+            return [F.linear(x, wide, bias) for x, bias in layers]
+        products = [x.new_empty(*x.shape[:-1], len(weight)) for x, _ in layers]
         for number, part in enumerate(parts):
-            own = slice(number * rows, number * rows + len(part))
-            products[..., own] = F.linear(x, self._in_scratch(part), None if bias is None else bias[own])
+            own, wide = slice(number * rows, number * rows + len(part)), self._in_scratch(part)
+            for made, (x, bias) in zip(products, layers, strict=True):
+                made[..., own] = F.linear(x, wide, None if bias is None else bias[own])
         return products
 
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:

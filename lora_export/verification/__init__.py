@@ -3,6 +3,7 @@
     proof.py              what a proof is, and the flow of every proof: run, judge, diagnose
     against_pytorch.py    references: a PyTorch model with its adapters attached
     against_graph.py      references: the graph that the candidate was made from
+    proof_session.py      what proofs of several adapters on one base share
     row_proofs.py         proofs of graphs whose rows choose their adapters
     pair_controls.py      single pairs of the adapters, switched off
     candidate_outputs.py  runs of the candidate

@@ -39,7 +39,7 @@ from lora_export.verification.compare_outputs import (
 )
 from lora_export.verification.diagnose.localize import diagnose_module
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.inputs.coverage import seeds_that_reach
+from lora_export.verification.inputs.coverage import coverage_of_pairs, seeds_that_reach
 from lora_export.verification.inputs.model_inputs import (
     doubts_on_sizes,
     further_draw,
@@ -48,6 +48,7 @@ from lora_export.verification.inputs.model_inputs import (
 )
 from lora_export.verification.module_copies import is_large, limit_outputs, shared_copy, widened
 from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.proof_session import ProofSession
 from lora_export.verification.references import (
     STEPS,
     Diagnosed,
@@ -58,7 +59,12 @@ from lora_export.verification.references import (
     note_on_fp64,
     quantised_weights,
 )
-from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
+from lora_export.verification.references.attached_module import (
+    AttachedModule,
+    RoleOutputs,
+    attach_adapters,
+    with_labels,
+)
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
 from lora_export.verification.references.candidate_weights import (
     explain_half,
@@ -108,6 +114,8 @@ class PyTorchReferences(References):
 
     `origin` is the quantised graph that an ONNX candidate was made from. Adapters may have been merged into its
     weights. Its bits decide about a candidate without an adapter where fp64 cannot.
+
+    `session` has what earlier proofs of the same base computed.
     """
 
     model: Model
@@ -122,6 +130,7 @@ class PyTorchReferences(References):
     further_seeds: Sequence[int] = ()
     has_own_heads: bool = False
     say: Callable[[str], None] = ignore
+    session: ProofSession | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
@@ -181,7 +190,8 @@ class PyTorchReferences(References):
         return explain_half(refusal)
 
     def about(self) -> dict[str, Any]:
-        model = {"source": self.model.source, "sha256": self.model.fingerprint()}
+        sha256 = self.model.fingerprint() if self.session is None else self.session.fingerprint(self.model)
+        model = {"source": self.model.source, "sha256": sha256}
         return {**torch_runners.describe_environment(), "model": model}
 
 
@@ -226,12 +236,9 @@ class PreparedPyTorch(PreparedReferences):
             release_memory()
         step("PyTorch")
         model, cases = self.references.model, self.inputs.cases
-        found = run_observed(
-            self.deployed, self.attached.module, cases, model, self.references.adapters, self.quantised
-        )
+        found = run_observed(self.deployed, cases, model, self.references.adapters, self.quantised)
         own = found.outputs
         sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
-        doubts = [*found.doubts, *self.weights.doubts, *sizes, *self.inputs.doubts, *found.quantisation.doubts]
         sensitivity = sensitivity_of(outputs, self.deployed, self.inputs, own)
         names_known = self.candidate.names_known and self.deployed.names_known
         self._cache = self._cache_entry(own)
@@ -239,6 +246,9 @@ class PreparedPyTorch(PreparedReferences):
             del self.deployed
         by_role, narrow_operators, _ = self._in_fp64(step, self._cache)
         self.attached.ready = None
+        pairs = coverage_of_pairs(self.attached.module, cases, found.computed or self.attached.computed)
+        doubts = [*found.doubts, *pairs.doubts, *self.weights.doubts, *sizes, *self.inputs.doubts]
+        doubts += found.quantisation.doubts
         unjudged: UnjudgedPositions = {}
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
             reference, dtype = by_role["reference"], dtype_name(self.dtype)
@@ -268,7 +278,7 @@ class PreparedPyTorch(PreparedReferences):
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
             not_judged=(*outputs.not_judged, *model.not_judged, *found.not_judged, *found.quantisation.not_judged),
-            unreached=found.unreached,
+            unreached=pairs.unreached,
             doubts=tuple(doubts),
             faults=(*self.weights.faults, *quantised_weights.merge_faults(self.quantised), *found.quantisation.faults),
             unjudged=unjudged,
@@ -278,17 +288,34 @@ class PreparedPyTorch(PreparedReferences):
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
         if cached := cache.read():
             return cached
-        narrow_operators: set[str] = set()
-        by_role = {}
+        found: dict[str, RoleOutputs] = {}
         with widened(self.attached.module):
-            for role in self.attached.roles if self.references.adapters else ("reference",):
-                step(STEPS[role])
-                by_role[role] = self.attached.run(role, self.inputs.cases, narrow_operators)
-                if is_large(self.attached.module):
+            for roles in self.attached.groups if self.references.adapters else (("reference",),):
+                for role in roles:
+                    step(STEPS[role])
+                found |= self._run(roles)
+                if self.attached.rounding and is_large(self.attached.module):
                     release_memory()  # of rounded weights
-        outputs = CachedOutputs(by_role, frozenset(narrow_operators))
+        by_role = {role: own.by_case for role, own in found.items()}
+        outputs = CachedOutputs(by_role, frozenset().union(*(own.narrow_operators for own in found.values())))
         cache.write(outputs)
         return outputs
+
+    def _run(self, roles: Sequence[str]) -> dict[str, RoleOutputs]:
+        """The outputs in these roles; those of the base without adapters are the session's, where it has them."""
+        session, rounding, cases = self.references.session, self.attached.rounding, self.inputs.cases
+        if session is None or "base" not in roles or any(map(callable, rounding.values())):
+            return self.attached.run(roles, cases)
+        settings = {
+            "rounding": dict(rounding),
+            "has_pairs": self.attached.has_pairs,
+            "candidate": type(self.candidate).__name__,  # the outputs of an encoder-decoder are limited
+        }
+        result = session.without_adapters(self.attached.module, settings, cases)
+        found = self.attached.run([role for role in roles if role != "base" or result.value is None], cases)
+        result.value = found.get("base", result.value)
+        assert result.value is not None
+        return {**found, "base": result.value}
 
     def _cache_entry(self, deployed: Mapping[str, Arrays]) -> CacheEntry:
         """The entry for all that the references depend on; without a key where they cannot be cached."""

@@ -114,6 +114,21 @@ def same_bits(one: Arrays, other: Arrays) -> bool:
     return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
 
 
+LARGEST_DEVIATION = 1e-10  # relative to an output: how far runs that are computed together may be from single ones
+
+
+def distance(one: parity.Outputs, other: parity.Outputs) -> float:
+    """The largest difference, relative to the largest value of its output; NaN where a value is not finite."""
+    found = [0.0]
+    for name, values in other.items():
+        with np.errstate(invalid="ignore"):  # inf - inf
+            difference = np.abs(one[name].astype(np.float64) - values)
+        difference = np.max(np.where(one[name] == values, 0, difference), initial=0)  # a mask may have an infinity
+        size = np.max(np.abs(values), where=np.isfinite(values), initial=0)
+        found.append(float(difference / size if size else difference))
+    return float(np.max(found))
+
+
 def differ(one: Arrays, other: Arrays) -> bool:
     return any(not np.array_equal(value, other[name]) for name, value in one.items())
 

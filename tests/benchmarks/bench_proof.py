@@ -1,11 +1,14 @@
-"""Processor time of the control of single pairs: in batches beside one by one, on a Llama whose weights are streamed.
+"""Processor time of proofs on a Llama whose weights are streamed, with an adapter on every linear layer.
 
-`--loaded-sizes` are the sizes in billions of parameters. Both find the same.
+The control of single pairs in batches beside one by one, both of which find the same; and a proof as a whole process
+beside a further one of another adapter, which has a session. `--loaded-sizes` are in billions of parameters.
 """
 
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from benchmarks.bench_scale import SHAPES, sizes_of
 from benchmarks.checkpoints import adapter, llama
 from benchmarks.measure import keep, machine
+from lora_export import merge
 from lora_export.api.load import load_adapters
 from lora_export.models.load import load_model
 from lora_export.runtime.runner import Arrays
@@ -40,6 +44,37 @@ def case_of(arrays: Arrays) -> parity.Case:
         }
 
     return parity.Case("tokens", "", arrays, rounded(), rounded())
+
+
+PROOFS = """
+import sys, time
+import lora_export as le
+base, *rest = sys.argv[1:]
+session, used = le.ProofSession(), [0.0]
+for merged, adapter in zip(rest[::2], rest[1::2]):
+    assert le.verify(merged, base, adapters=[adapter], session=session)
+    used.append(time.process_time())
+print(*(after - before for before, after in zip(used, used[1:])))
+"""
+
+
+def test_a_further_proof_on_the_same_base(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    rows = []
+    for size in sizes_of(request.config.getoption("--loaded-sizes")):
+        base = llama(tmp_path / f"base {size}", SHAPES[size])
+        words: list[Path] = []
+        for number in (1, 2):
+            merged, made = (tmp_path / f"{name} {number} {size}" for name in ("merged", "adapter"))
+            adapter(made, shape=SHAPES[size], seed=number)
+            merge(base, [made], output=merged)
+            words += [merged, made]
+        command = [sys.executable, "-c", PROOFS, *map(str, (base, *words))]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        lone, further = map(float, printed.split())
+        rows.append(f"| {size} | {lone:.1f} s | {further:.1f} s | {further / lone:.2f} |")
+        print(rows[-1], flush=True)
+    head = "| billions of parameters | a proof | a further one | of the first |\n|---|---|---|---|"
+    keep("further proofs", "\n".join([head, *rows, "", f"All linear layers, rank 16, merged in bf16. {machine()}"]))
 
 
 def test_pairs_in_batches(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,9 @@ def llama(folder: Path, shape: LlamaShape | None = None, shards: int = 4) -> Pat
     return _checkpoint(folder, ({str(name): shape.tensors[name] for name in part} for part in parts), shape.config)
 
 
-def adapter(folder: Path, targets: Iterable[str] | None = None, shape: LlamaShape | None = None) -> Path:
+def adapter(folder: Path, targets: Iterable[str] | None = None, shape: LlamaShape | None = None, seed: int = 1) -> Path:
     """An adapter of rank 16 on these linear layers of every block; None: on all of them."""
-    shape, rng = shape or LlamaShape(), np.random.default_rng(1)
+    shape, rng = shape or LlamaShape(), np.random.default_rng(seed)
     chosen = list(shape.linear) if targets is None else list(targets)
     tensors = {}
     for layer in range(shape.layers):

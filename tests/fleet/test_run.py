@@ -17,10 +17,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
+from lora_export.api import verify_outputs
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run
-from lora_export.fleet.worker import JobBatch, perform
+from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.storage.output_lock import output_lock
+from support.endpoints import save_adapter, save_base
 from support.fleets import BASES, FLEET, JOBS, MERGE, PAIRS, VERIFY, Here, run_here, small_fleet
 from support.handmade import peft_adapter
 from support.stores import Stored
@@ -248,3 +250,21 @@ def test_a_base_is_exported_once_for_all_adapters(place: Path, monkeypatch: pyte
     assert not any(path.name.startswith(".") for path in (place / "fleet.records").iterdir())
     alone = le.export_onnx("model.py:make", "alone/fr.onnx", adapters="adapters/fr")
     assert alone.output.read_bytes() == Path("graphs/fr.onnx").read_bytes() and len(exported) == 2
+
+
+def test_proofs_of_one_base_share_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "base")
+    for seed in (1, 2):
+        save_adapter(base, tmp_path / "adapters" / f"a{seed}", seed=seed)
+    step = '[[steps]]\nstep = "verify"\ncandidate = "release/{adapter}"\n'
+    (tmp_path / "fleet.toml").write_text(BASES + MERGE + step)
+    loads = []
+    load = verify_outputs.resolve_model
+    monkeypatch.setattr(
+        verify_outputs, "resolve_model", lambda *given, **more: loads.append(given) or load(*given, **more)
+    )
+    session_of_process.cache_clear()
+    status, _ = run_here(monkeypatch)
+    session_of_process.cache_clear()
+    assert status.counts == {"done": 2, "same": 2} and len(loads) == 1

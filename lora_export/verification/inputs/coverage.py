@@ -32,7 +32,7 @@ def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed
     """Which pairs the inputs reach.
 
     `attached` is the module with its adapters. `computed` are the branches that a run of it computed. Where it is
-    empty (PyTorch ran with merged weights), `attached` itself runs all cases.
+    empty (its outputs are cached), `attached` itself runs all cases.
     """
     every = [branch for owner in attached.modules() if is_attached(owner) for branch in attachment_of(owner).branches]
     if every and not computed:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused, Undecided
+from lora_export.layers.attachments import Branch
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
@@ -23,7 +24,7 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import kept
-from lora_export.verification.inputs.coverage import RowCoverage, coverage_of_pairs
+from lora_export.verification.inputs.coverage import RowCoverage
 from lora_export.verification.module_copies import (
     converted_copy,
     is_large,
@@ -188,29 +189,24 @@ class ObservedRun(NamedTuple):
     """The outputs of PyTorch, and what these inputs could not show."""
 
     outputs: dict[str, Arrays]  # by case
-    doubts: tuple[str, ...]  # pairs and rows that no input reaches
+    doubts: tuple[str, ...]  # rows that no input reaches
     not_judged: tuple[str, ...]
-    unreached: tuple[str, ...]  # the pairs among them, by the adapter's names of their modules
+    computed: frozenset[Branch]  # the pairs that were computed; none where PyTorch ran with merged weights
     quantisation: quantisation_error.Findings  # what the quantised weights cost in these runs
 
 
 def run_observed(
     deployed: ModuleRunner,
-    attached: nn.Module,
     cases: Mapping[str, Arrays],
     model: Model,
     adapters: Sequence[Adapter],
     quantised: Mapping[str, DequantisedWeight],
 ) -> ObservedRun:
-    """Run all cases, and observe which pairs and rows of the adapters they reach, and what the quantisation costs.
-
-    `attached` is the module with the adapters attached, whose branches show what is reached.
-    """
+    """Run all cases, and observe which pairs and rows of the adapters they reach, and what the quantisation costs."""
     rows = RowCoverage(deployed.module, model, adapters)
     errors = {name: weight.error for name, weight in quantised.items() if weight.error is not None}
     with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
         outputs = {name: kept(deployed.run(arrays)) for name, arrays in cases.items()}
     doubts, not_judged = rows.doubts, rows.not_judged  # read here: runs on other inputs would add to them
-    pairs = coverage_of_pairs(attached, cases, computed)
     found = quantisation_error.findings_on(errors, layer)
-    return ObservedRun(outputs, (*doubts, *pairs.doubts), tuple(not_judged), pairs.unreached, found)
+    return ObservedRun(outputs, tuple(doubts), tuple(not_judged), frozenset(computed), found)

@@ -22,7 +22,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -34,7 +33,7 @@ from lora_export.layers.attachments import Branch, attachment_of, branch_paramet
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import same_bits
+from lora_export.verification.compare_outputs import LARGEST_DEVIATION, distance, same_bits
 from lora_export.verification.pair_controls import (
     JudgeWithout,
     PairControls,
@@ -171,7 +170,6 @@ def _copied(value: Any) -> Any:
 
 LARGEST_BATCH = 32  # groups of pairs that are switched off in one batch
 MOST_BATCHED = 1 << 27  # bytes of the largest result of one operator, for a whole batch
-LARGEST_DEVIATION = 1e-10  # relative to an output: how far a batch may be from single runs
 CLEAR_EFFECT = 10 * LARGEST_DEVIATION  # what pairs that change less are computed by themselves
 
 
@@ -217,26 +215,14 @@ def _in_batches(
         except (RuntimeRefused, RuntimeError, MemoryError):
             return
         checked = [(with_all, on), *([(found[0], known)] if tested else [])]
-        if not all(_distance(row, single) <= LARGEST_DEVIATION for row, single in checked):
+        if not all(distance(row, single) <= LARGEST_DEVIATION for row, single in checked):
             return
         for name, outputs in zip(batch, found, strict=True):
             if name and same_bits(outputs, with_all):
                 yield name, dict(on)
-            elif name and _distance(outputs, on) > CLEAR_EFFECT:
+            elif name and distance(outputs, on) > CLEAR_EFFECT:
                 yield name, outputs
         tested = {}
-
-
-def _distance(one: parity.Outputs, other: parity.Outputs) -> float:
-    """The largest difference, relative to the largest value of its output; NaN where a value is not finite."""
-    found = [0.0]
-    for name, values in other.items():
-        with np.errstate(invalid="ignore"):  # inf - inf
-            difference = np.abs(one[name].astype(np.float64) - values)
-        difference = np.max(np.where(one[name] == values, 0, difference), initial=0)  # a mask may have an infinity
-        size = np.max(np.abs(values), where=np.isfinite(values), initial=0)
-        found.append(float(difference / size if size else difference))
-    return float(np.max(found))
 
 
 def control_pairs(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import LoraPair
 from lora_export.models import stored_parameter
 from lora_export.models.load import from_module
+from lora_export.runtime import torch_runners
 from lora_export.verification.module_copies import widened
+from lora_export.verification.references import attached_module
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters, with_labels
 from support import graphs
 from support.small_layers import PAIR, a_linear, an_adapter
@@ -28,7 +32,7 @@ def most_widened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def ran(attached: AttachedModule, role: str) -> list[float]:
     with widened(attached.module):
-        (outputs,) = attached.run(role, CASES, set()).values()
+        (outputs,) = attached.run([role], CASES)[role].by_case.values()
     (value,) = outputs.values()
     assert value.dtype == np.float64
     return [round(float(number), 9) for number in value[0]]
@@ -40,7 +44,7 @@ def with_pair(**fields: object) -> AttachedModule:
 
 def test_each_role_has_the_adapter_at_its_strength() -> None:
     attached = with_pair()
-    assert attached.roles == ("reference", "base", "scaled")
+    assert attached.groups == (("reference", "base", "scaled"),)
     for _ in range(2):  # a role leaves nothing behind
         assert ran(attached, "reference") == [8, 16]
         assert ran(attached, "base") == [10, 20]
@@ -73,7 +77,7 @@ def test_beside_pairs_a_replaced_tensor_stays_in_every_control() -> None:
 def test_rounded_weights_are_used_in_every_role_but_one() -> None:
     tens = {"weight": lambda sums: 10 * np.round(sums / 10)}
     attached = with_pair(rounding=tens)
-    assert attached.roles == ("reference", "base", "scaled", "attached")
+    assert attached.groups == (("reference",), ("scaled",), ("base", "attached"))
     # W + ΔW = [[3, 2, 1], [8, 5, 2]] -> [[0, 0, 0], [10, 0, 0]]; W -> [[0, 0, 0], [0, 0, 10]]
     assert ran(attached, "reference") == [1, 9]
     assert ran(attached, "base") == [1, 19]
@@ -85,6 +89,76 @@ def test_the_rounded_module_shares_what_is_not_rounded() -> None:
     made = attached.rounded_module()
     assert made.bias.data_ptr() == attached.module.bias.data_ptr()
     assert torch.equal(made.weight, torch.tensor([[3.0, 2, 1], [8, 5, 2]]))
+
+
+class Chooses(nn.Module):
+    """A module that keeps what it was given between its layers, and fails where that is another run's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(3, 3, bias=False) for _ in range(2))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.length = len(input)
+        outputs = self.second(self.first(input))
+        if len(input) != self.length:
+            raise ValueError(f"{self.length} rows became {len(input)}")
+        return outputs
+
+
+LENGTHS = {f"{length} rows": {"input": np.ones((length, 3), np.float32)} for length in (2, 1, 5)}
+PAIR_OF_THREE = LoraPair(a=[[1, 2, 3]], b=[[1], [2], [3]], scale=1.0)
+
+
+@pytest.fixture
+def widenings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the weights that were widened, in order."""
+    sizes: list[int] = []
+    original = torch_runners.Fp64Operators._in_scratch
+
+    def in_scratch(self: torch_runners.Fp64Operators, values: torch.Tensor) -> torch.Tensor:
+        sizes.append(values.numel())
+        return original(self, values)
+
+    monkeypatch.setattr(torch_runners.Fp64Operators, "_in_scratch", in_scratch)
+    return sizes
+
+
+@pytest.mark.parametrize("most", [1 << 29, 100, 0])
+@pytest.mark.parametrize("rounding", [{}, {"first.weight": "bfloat16", "second.weight": "bfloat16"}])
+@pytest.mark.parametrize("chooses", [False, True])
+def test_runs_in_step_have_the_bits_of_runs_by_themselves(
+    chooses: bool, rounding: dict[str, str], most: int, widenings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attached_module, "MOST_IN_STEP", most)
+    torch.manual_seed(0)
+    module = Chooses() if chooses else nn.Sequential(OrderedDict(first=nn.Linear(3, 3), second=nn.Linear(3, 3)))
+    for parameter in module.parameters():  # as a file in bf16 stores them
+        parameter.data = parameter.data.bfloat16().float()
+    module = attach_adapters(module, [an_adapter({"first": PAIR_OF_THREE})], None)
+    found = []
+    for growth in (0.0, None):
+        attached = AttachedModule(module, rounding, growth=growth)
+        del widenings[:]
+        with widened(module):
+            found.append([attached.run(roles, LENGTHS) for roles in attached.groups])
+        counted = widenings.count(9)
+    assert found[0] and str(found[0]) == str(found[1])
+    if rounding:
+        rounded = torch_runners.Fp64Runner(AttachedModule(module, rounding).rounded_module(0.0))
+        by_case = found[1][2]["base"].by_case
+        assert str(by_case) == str({name: rounded.run(arrays) for name, arrays in LENGTHS.items()})
+    runs = 2 * len(LENGTHS) * (4 if rounding else 3)
+    together = 2 * (len(attached.groups) + 2)  # a run by itself and two in step were a test
+    is_large = stored_parameter.MOST_WIDENED_WEIGHTS == 0
+    if is_large and most > 100:
+        assert counted == (runs + 4 if chooses else together)
+
+
+def test_runs_that_fail_in_step_run_by_themselves() -> None:
+    module = attach_adapters(Chooses(), [an_adapter({"first": PAIR_OF_THREE})], None)
+    found = [AttachedModule(module, growth=growth).run(("reference",), LENGTHS) for growth in (0.0, 1.0)]
+    assert found[0]["reference"].by_case and str(found[0]) == str(found[1])
 
 
 OF_BODY = LoraPair(a=[[1, 2, 3]], b=[[1], [2], [3]], scale=1.0)

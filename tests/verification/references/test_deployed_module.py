@@ -82,7 +82,7 @@ def test_rounded_weights_of_a_large_module_are_in_memory_once(
     assert all((found[name] == value).all() for name, value in expected.items())
     again = AttachedModule(module, rounding)
     for runs in (attached, again):
-        assert runs.run("reference", {"case": inputs}, set())
+        assert runs.run(["reference"], {"case": inputs})
         assert runs.ready is None
 
 

@@ -1,0 +1,121 @@
+"""Runs that need the same weights one after the other: each weight is read and converted once for all of them.
+
+Every run is a thread, and one thread runs at a time. A run that comes to a weight waits until all others wait, too.
+Then each weight that some of them wait for is used for all of these. What a run computes does not depend on the others:
+it has the bits of a run by itself. Runs that come to other weights wait for their own.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+Compute = Callable[[Any, Sequence[Any]], Sequence[Any]]  # of a weight, and of the arguments of each run
+Meet = Callable[[Compute, Any, Any], Any]  # compute, the weight, and this run's arguments: the result of this run
+
+
+def by_itself(compute: Compute, weight: Any, arguments: Any) -> Any:
+    """The `Meet` of a run without others."""
+    return compute(weight, [arguments])[0]
+
+
+class _Request(NamedTuple):
+    compute: Compute
+    weight: Any
+    arguments: Any
+
+
+class _Abandoned(BaseException):
+    """Ends a run whose result nobody waits for."""
+
+
+class _Run(Generic[T]):
+    """A run in a thread of its own, which works while `advance` waits for it."""
+
+    def __init__(self, call: Callable[[Meet], T]) -> None:
+        self.request: _Request | None = None
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._go_on, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        work = contextvars.copy_context().run
+        self._thread = threading.Thread(target=work, args=(self._work, call), daemon=True)
+
+    def advance(self, answer: Any = None) -> None:
+        """Let the run go on to its next weight, or to its end. An answer that is an error is raised in it."""
+        self.request, self._answer = None, answer
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go_on.release()
+        self._waits.acquire()
+
+    def abandon(self) -> None:
+        """End the run where it waits, or comes to wait."""
+        self._answer = _Abandoned()
+        self._go_on.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def result(self) -> T:
+        """What the run returned. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _work(self, call: Callable[[Meet], T]) -> None:
+        try:
+            self._result = call(self._meet)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
+            self._error = error
+        self._waits.release()
+
+    def _meet(self, compute: Compute, weight: Any, arguments: Any) -> Any:
+        self.request = _Request(compute, weight, arguments)
+        self._waits.release()
+        self._go_on.acquire()
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        return self._answer
+
+
+def run_in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
+    """The results of the calls, which get their weights by the function that they are given.
+
+    Raises what the first of them raises that fails; all others are run to their end.
+    """
+    runs = [_Run(call) for call in calls]
+    try:
+        for run in runs:
+            run.advance()
+        while waiting := [(run, run.request) for run in runs if run.request is not None]:
+            answers = _answers([request for _, request in waiting])
+            for (run, request), answer in zip(waiting, answers, strict=True):
+                del request
+                run.advance(answer)
+    except BaseException:
+        for run in runs:
+            run.abandon()
+        raise
+    return [run.result for run in runs]
+
+
+def _answers(requests: Sequence[_Request]) -> list[Any]:
+    """The result of each request, or the error that ended its weight."""
+    answers: list[Any] = [None] * len(requests)
+    groups: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(id(request.weight), []).append(number)
+    for numbers in groups.values():
+        first = requests[numbers[0]]
+        try:
+            found = first.compute(first.weight, [requests[number].arguments for number in numbers])
+        except Exception as error:  # noqa: BLE001 - each run describes it as its own
+            found = [error] * len(numbers)
+        for number, one in zip(numbers, found, strict=True):
+            answers[number] = one
+    return answers
