@@ -17,6 +17,7 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge_report import StepResult
@@ -122,3 +123,23 @@ def packed_graph(
         model = quantised(model, bits=bits, block=block, as_pairs=as_pairs)
     tensors = {"q.weight": packed[:8], "k.weight": packed[8:], "o.weight": WEIGHTS["o"]}
     return model, find_sites(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
+
+
+def with_other_ids(graph: Path, text: str, target: Path) -> Path:
+    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
+    model = load_graph(graph)
+    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
+    kind = f"int64[{', '.join('ab'[: len(given.shape or ())])}]"
+    part = a_graph(f"ids ({kind} adapter_ids) => ({kind} other) {{ {text} }}")
+    (own,), (other,) = part.graph.inputs, part.graph.outputs
+    for old, new in ((given, other), (own, given)):
+        for node, index in list(old.uses()):
+            node.replace_input_with(index, new)
+    nodes = list(part.graph)
+    part.graph.outputs.clear()
+    part.graph.remove(nodes)
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"other.{number}"
+    model.graph.insert_before(model.graph[0], nodes)
+    ir.save(model, target)
+    return target

@@ -22,7 +22,8 @@ from lora_export.verification import parity
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
 from lora_export.verification.row_proofs import judge_mixed, mixed_rows, several_on_row
-from support.graphs import a_graph, an_adapter
+from support.graphs import an_adapter
+from support.insertion import with_other_ids
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -57,25 +58,6 @@ def with_reversed_rows(graph: Path, name: str, target: Path) -> Path:
         reader.replace_input_with(index, reverse.outputs[0])
     reverse.replace_input_with(0, value)
     model.graph.insert_before(model.graph[0], [*constants, reverse])
-    ir.save(model, target)
-    return target
-
-
-def with_other_ids(graph: Path, text: str, target: Path) -> Path:
-    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
-    model, part = load_graph(graph), a_graph(f"ids (int64[a, b] adapter_ids) => (int64[a, b] other) {{ {text} }}")
-    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
-    (own,), (other,) = part.graph.inputs, part.graph.outputs
-    for node, index in list(given.uses()):
-        node.replace_input_with(index, other)
-    for node, index in list(own.uses()):
-        node.replace_input_with(index, given)
-    nodes = list(part.graph)
-    part.graph.outputs.clear()
-    part.graph.remove(nodes)
-    for number, node in enumerate(nodes):
-        node.outputs[0].name = f"other.{number}"
-    model.graph.insert_before(model.graph[0], nodes)
     ir.save(model, target)
     return target
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -16,10 +15,10 @@ import lora_export as le
 from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
-from support.graphs import a_graph, an_adapter
+from support.graphs import an_adapter
+from support.insertion import with_other_ids
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -47,24 +46,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert list(result.proofs.adapters) == ["generated 1", "generated 2"] and result.proofs.moved.verdict
     assert [file.name for file in result.files] == ["slots.onnx"]
     return path
-
-
-def with_other_ids(graph: Path, text: str, target: Path) -> Path:
-    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
-    model, part = load_graph(graph), a_graph(f"ids (int64[a] adapter_ids) => (int64[a] other) {{ {text} }}")
-    given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
-    (own,), (other,) = part.graph.inputs, part.graph.outputs
-    for old, new in ((given, other), (own, given)):
-        for node, index in list(old.uses()):
-            node.replace_input_with(index, new)
-    nodes = list(part.graph)
-    part.graph.outputs.clear()
-    part.graph.remove(nodes)
-    for number, node in enumerate(nodes):
-        node.outputs[0].name = f"other.{number}"
-    model.graph.insert_before(model.graph[0], nodes)
-    ir.save(model, target)
-    return target
 
 
 OTHER_IDS = {
