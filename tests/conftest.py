@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ def why_no_cuda() -> str:
 def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
+    # In a small model, few operators run twice with equal shapes: to keep their outputs takes more than it saves.
+    os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+    tomllib.loads = functools.lru_cache(maxsize=4)(tomllib.loads)  # each command reads this folder's pyproject.toml
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -6,6 +6,7 @@ weights; `{}` is a number. Modules that no row names have one name in both. The 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,16 @@ class NameTable:
     model: str
     diffusers_classes: tuple[str, ...]  # the classes of such models in diffusers, if any
     rows: tuple[TableRow, ...]
+
+    @functools.cached_property
+    def numbered(self) -> Mapping[bool, re.Pattern[str] | None]:
+        """Tensors of modules that rows with a number name: of the original model (True), and of diffusers (False)."""
+        return {is_original: self._numbered(of_original=is_original) for is_original in (True, False)}
+
+    def _numbered(self, *, of_original: bool) -> re.Pattern[str] | None:
+        patterns = [pattern for row in self.rows for pattern in row.patterns(of_original=of_original)]
+        found = "|".join(pattern for pattern in patterns if r"(\d+)" in pattern)
+        return re.compile(rf"(?P<prefix>(?:.+\.)?)(?:{found})(?:\.(?:weight|bias)|\.in_proj_\w+)") if found else None
 
 
 def _rows(model: Mapping[str, Any]) -> Iterator[TableRow]:
@@ -105,12 +116,10 @@ def other_layouts(names: Iterable[str]) -> list[OtherLayout]:
 
 def _prefix(table: NameTable, names: Sequence[str], *, of_original: bool) -> str | None:
     """What precedes the names of the table in the base, where one of its numbered rows is found there."""
-    patterns = [pattern for row in table.rows for pattern in row.patterns(of_original=of_original)]
-    numbered = [pattern for pattern in patterns if r"(\d+)" in pattern]
-    if not numbered:
+    pattern = table.numbered[of_original]
+    if pattern is None:
         return None
-    anywhere = re.compile(rf"(?P<prefix>(?:.+\.)?)(?:{'|'.join(numbered)})(?:\.(?:weight|bias)|\.in_proj_\w+)")
-    return next((found["prefix"] for found in map(anywhere.fullmatch, names) if found), None)
+    return next((found["prefix"] for found in map(pattern.fullmatch, names) if found), None)
 
 
 def _tensors(

@@ -44,6 +44,12 @@ class ConversionTable:
     # Model type -> class -> modules that not all classes of the type have, such as heads and poolers. `#` is a number.
     modules: Mapping[str, Mapping[str, list[str]]]
 
+    @functools.cached_property
+    def tied_modules(self) -> frozenset[str]:
+        """The names of modules, without those around them, of which a class ties a tensor."""
+        names = {name for tied in self.ties.values() for name in (*tied, *tied.values())}
+        return frozenset(name.split(".")[-2] for name in names if "." in name)
+
 
 @functools.cache
 def read_table() -> ConversionTable:

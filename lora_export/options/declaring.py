@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from lora_export.errors import WrongUsage
 from lora_export.options.spelling import named
@@ -276,6 +276,12 @@ def narrowed(options: Options, record: Callable[..., _R], **others: Any) -> _R:
     return record(**{name: getattr(options, name) for name in own} | others)
 
 
+def _once(function: Callable[[type[Options]], _T]) -> Callable[[type[Options]], _T]:
+    """A function that finds once for each class what it declares: records are made often."""
+    return cast("Callable[[type[Options]], _T]", functools.cache(function))
+
+
+@_once
 def options_of(record: type[Options]) -> tuple[Declared, ...]:
     """The options of a record, without those of nested records: arguments first, then its own, then inherited ones."""
     classes = reversed(list(enumerate(record.__mro__)))
@@ -284,6 +290,7 @@ def options_of(record: type[Options]) -> tuple[Declared, ...]:
     return tuple(sorted(found, key=lambda one: (not isinstance(one.option, Positional), order[one.name])))
 
 
+@_once
 def nested_in(record: type[Options]) -> Mapping[str, Nested]:
     """The fields of a record that are records."""
     return {one.name: meaning for one, _, meaning, _ in _fields(record) if isinstance(meaning, Nested)}

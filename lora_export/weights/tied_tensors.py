@@ -67,11 +67,10 @@ def word_tables(base: Checkpoint, specs: Iterable[TensorSpec]) -> list[str]:
         matrices = _outside_of_layers(spec.name for spec in specs if len(spec.shape) == 2)
         loaded = LoadedNames(rules, matrices)
         return [name for name in matrices if names.intersection(_loaded(name, loaded))]
-    parts = {name.split(".")[-2] for each in table.ties.values() for name in (*each, *each.values()) if "." in name}
     found = [
         spec.name
         for spec in specs
-        if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in parts
+        if len(spec.shape) == 2 and spec.shape[0] == base.word_count and _last_part(spec.name) in table.tied_modules
     ]
     return found if any(map(is_embedding, map(_last_part, found))) else []  # a head alone is tied to nothing
 

@@ -125,11 +125,12 @@ def packed_graph(
     return model, find_sites(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
 
 
-def with_other_ids(graph: Path, dimensions: str, text: str, target: Path) -> Path:
-    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids` of these dimensions."""
+def with_other_ids(graph: Path, text: str, target: Path) -> Path:
+    """The graph whose rows have the ids that this text computes, as `other`, from `adapter_ids`."""
     model = load_graph(graph)
-    part = a_graph(f"ids (int64[{dimensions}] adapter_ids) => (int64[{dimensions}] other) {{ {text} }}")
     given = next(value for value in model.graph.inputs if value.name == "adapter_ids")
+    kind = f"int64[{', '.join('ab'[: len(given.shape or ())])}]"
+    part = a_graph(f"ids ({kind} adapter_ids) => ({kind} other) {{ {text} }}")
     (own,), (other,) = part.graph.inputs, part.graph.outputs
     for old, new in ((given, other), (own, given)):
         for node, index in list(old.uses()):

@@ -96,7 +96,7 @@ def test_exchanged_rows_are_different(exported: Path, name: str, tmp_path: Path)
 def test_graph_that_is_wrong_for_some_places_of_adapters_is_different(
     exported: Path, wrong: str, tmp_path: Path
 ) -> None:
-    path = with_other_ids(exported, "a, b", OTHER_IDS[wrong], tmp_path / "wrong.onnx")
+    path = with_other_ids(exported, OTHER_IDS[wrong], tmp_path / "wrong.onnx")
     result = le.verify(path, (net(), INPUTS), adapters=adapters())
     assert result.proof is not None and result.proof.verdict.outcome is Outcome.DIFFERENT
 

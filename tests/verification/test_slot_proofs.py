@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ import lora_export as le
 from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.graphs import an_adapter
@@ -67,7 +65,7 @@ def test_a_right_graph_is_same_with_adapters_that_it_has_not_seen(exported: Path
 
 @pytest.mark.parametrize("wrong", OTHER_IDS)
 def test_a_graph_that_reads_another_slot_is_different(exported: Path, wrong: str, tmp_path: Path) -> None:
-    path = with_other_ids(exported, "a", OTHER_IDS[wrong], tmp_path / "wrong.onnx")
+    path = with_other_ids(exported, OTHER_IDS[wrong], tmp_path / "wrong.onnx")
     result = le.verify(path, (net(), INPUTS), adapters=[adapter("x"), adapter("y", -2.0)])
     assert result.verdict.outcome == "different"
 

@@ -92,14 +92,15 @@ ADAPTERS = [
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
 
 
-@pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
+PIECES = (1 << 22, 1000)  # in place of those of the fixture: several rows at once, and fewer at the end
+
+
+@pytest.mark.parametrize("piece_bytes", PIECES, ids=["whole", "in pieces"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", ADAPTERS)
 def test_a_merge_is_the_same(
-    make: Callable[[Path], Path], dtype: str, piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece)
+    make: Callable[[Path], Path], dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter, out = (
         the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
         make(tmp_path / "ad"),
@@ -315,11 +316,10 @@ def test_controls_without_effect_are_not_required(tmp_path: Path, capsys: pytest
     )
 
 
-@pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("piece_bytes", PIECES, ids=["whole", "in pieces"], indirect=True)
 def test_a_changed_weight_has_the_figures_of_the_merge_report(
-    piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece)
     base, adapter = the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16), plain(tmp_path / "ad")
     out = tmp_path / "m.safetensors"
     assert run("merge", base, adapter, "-o", out, "--json") == 0
