@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ import lora_export as le
 from lora_export.errors import Different, InputRefused, MatchError, Undecided, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.graphs import an_adapter
