@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from lora_export.lora import Adapter
 from lora_export.pairs.structured import KroneckerPair
 from support.api import MODEL, Recorder, an_adapter
 from support.handmade import peft_adapter
+
+if TYPE_CHECKING:
+    from support.stores import Stored
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,15 @@ def test_a_converted_adapter_runs_in_the_graph(graph: Path, tmp_path: Path) -> N
     assert (result.weights, result.of) == (1, 1) and result.output.is_file()
     verdict = le.verify(graph, MODEL, adapters=adapter, onnx_adapter=result.output)
     assert verdict.verdict.same
+
+
+def test_the_graph_and_the_adapter_for_it_may_be_in_a_store(graph: Path, tmp_path: Path, stored: Stored) -> None:
+    for path in graph.parent.iterdir():
+        stored.put(f"g/{path.name}", path.read_bytes())
+    adapter, name = an_adapter(tmp_path / "next"), "next.onnx_adapter"
+    le.convert(adapter, tmp_path / name, graph=graph)
+    le.convert(adapter, str(stored / f"out/{name}"), graph=str(stored / "g" / graph.name))
+    assert stored.files("out") == {name: (tmp_path / name).read_bytes()}
 
 
 def test_a_lokr_runs_in_the_graph_as_lora(graph: Path, tmp_path: Path) -> None:
