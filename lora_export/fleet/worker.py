@@ -54,7 +54,6 @@ def perform(request: JobRequest) -> dict[str, Any]:
 
 
 def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, Any]:
-    import lora_export
     from lora_export.errors import LoraExportError, OutputFailed
     from lora_export.options.tables import options_from_table
 
@@ -66,7 +65,7 @@ def _result(request: JobRequest, notes: list[str], records: Any) -> dict[str, An
         options = options_from_table(
             job.kind.record, values, job.place, **job.fixed(), **replaced, on_message=notes.append
         )
-        result = getattr(lora_export, job.kind.function)(**vars(options))
+        result = job.kind.function(**vars(options))
     except LoraExportError as error:
         return _failed(error.exit_code, str(error), request)
     except MemoryError as error:
