@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import lora_export
+from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.errors import InputRefused, LoraExportError, MatchError
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
 from lora_export.fleet.records import FleetRecords, Standing
-from lora_export.fleet.steps import FleetJob
+from lora_export.fleet.steps import FLEET_STEPS, FleetJob
 from lora_export.fleet.worker import output_exists
 from lora_export.formats.adapter_files import by_headers
 from lora_export.options.combining import Applied
@@ -115,11 +115,11 @@ def _misfit(job: FleetJob) -> str:
         options: Any = options_from_table(job.kind.record, job.values, job.place, **job.fixed())
         with by_headers():
             if job.step == "merge":
-                lora_export.merge(**vars(options) | {"dry_run": True})
+                FLEET_STEPS["merge"].function(**vars(options) | {"dry_run": True})
             elif isinstance(options, Applied) and artifact_kind(place(job.base_path)) in MERGED_INTO:
                 _plan_alone(job, options)
             else:
-                lora_export.load_adapter(job.adapter_path, options=options.reading)
+                formats.load(job.adapter_path, options=options.reading)
     except LoraExportError as error:
         return str(error)
     except OSError as error:
@@ -129,12 +129,12 @@ def _misfit(job: FleetJob) -> str:
 
 def _plan_alone(job: FleetJob, options: Applied) -> None:
     """Plan the adapter on the base for a step that does not merge. Only misfits count."""
-    lora_export.load_adapter(job.adapter_path, options=options.reading)
+    formats.load(job.adapter_path, options=options.reading)
     same = {one.name: getattr(options, one.name) for one in options_of(Applied)}
     same |= {"combination": options.combination, "reading": options.reading, "dry_run": True}
     merged = MergeOptions(job.base_path, job.adapter_path, os.devnull, **same)
     try:
-        lora_export.merge(**vars(merged))
+        FLEET_STEPS["merge"].function(**vars(merged))
     except MatchError:
         raise
     except LoraExportError:  # a merge has conditions of its own

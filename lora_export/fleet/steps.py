@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,27 @@ class StepKind:
     """A command as a step: its record, its public function, and the fields that the fleet fills."""
 
     record: type[Options]
-    function: str
+    home: str  # of the function
     base: str  # the field that takes the base; empty where the step has none
     adapter: str  # the field that takes the adapter
     writes_model: bool = False  # what a later proof judges
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function, imported when it is first needed."""
+        function: Callable[..., Any] = pkgutil.resolve_name(f"lora_export.api.{self.home}")
+        return function
+
 
 FLEET_STEPS: Mapping[str, StepKind] = {
-    "merge": StepKind(MergeOptions, "merge", "base", "adapters", writes_model=True),
-    "onnx": StepKind(OnnxOptions, "export_onnx", "model", "adapters", writes_model=True),
-    "torchscript": StepKind(TorchScriptOptions, "export_torchscript", "model", "adapters", writes_model=True),
-    "convert": StepKind(ConvertOptions, "convert", "", "adapter"),
-    "verify": StepKind(VerifyOptions, "verify", "model", "adapters"),
-    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify", "base", "adapters"),
+    "merge": StepKind(MergeOptions, "merge:merge", "base", "adapters", writes_model=True),
+    "onnx": StepKind(OnnxOptions, "onnx:export_onnx", "model", "adapters", writes_model=True),
+    "torchscript": StepKind(
+        TorchScriptOptions, "torchscript:export_torchscript", "model", "adapters", writes_model=True
+    ),
+    "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter"),
+    "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters"),
+    VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify:verify", "base", "adapters"),
 }
 # Fields that have no meaning in a fleet, which has its own plan and workers, and names the adapters itself
 NOT_IN_STEPS = {"adapters", "adapter", "dry_run", "watch", "jobs", "ray"}

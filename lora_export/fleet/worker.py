@@ -96,12 +96,10 @@ def _started(request: JobRequest, records: Any) -> JobRequest:
 
 def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list[Any]:
     """What the functions of the jobs return, or the errors that they raise."""
-    import lora_export
-
     options = [_attempted(_options, *each) for each in zip(requests, notes, strict=True)]
     good = [one for one in options if not isinstance(one, Exception)]
     if len(requests) == 1:
-        function = getattr(lora_export, requests[0].job.kind.function)
+        function = requests[0].job.kind.function
         return [_attempted(function, **vars(one)) for one in good] or options
     from lora_export.api.merge import merge_together
 
