@@ -98,9 +98,9 @@ def test_other_weights_miss_the_cache(scaled, runs, tmp_path):
 @pytest.mark.parametrize("name", ["torch", "structure", "code of factories.py"])
 def test_outputs_of_other_code_are_stale(scaled, runs, tmp_path, monkeypatch, name):
     proven(scaled, tmp_path)
-    made_with = cached_outputs._made_with
+    made_with = cached_outputs.code_of
     assert name in made_with(scaled.module)
-    monkeypatch.setattr(cached_outputs, "_made_with", lambda module: {**made_with(module), name: "another"})
+    monkeypatch.setattr(cached_outputs, "code_of", lambda module: {**made_with(module), name: "another"})
     result, warnings = proven(scaled, tmp_path)
     assert result.verdict.same and len(runs) == 2 * PROOF
     assert f"is stale ({name} " in warnings[0] and "another now" in warnings[0]
@@ -180,7 +180,7 @@ def test_rounding_of_a_merge_is_part_of_the_key(scaled, tmp_path):
 
 
 def test_layers_outside_torch_are_identified_by_their_code(scaled):
-    code = cached_outputs._made_with(scaled.module)
+    code = cached_outputs.code_of(scaled.module)
     assert {"torch", "lora_export", "structure", "code of factories.py"} <= set(code)
     assert np.all([len(value) > 2 for value in code.values()])
 
