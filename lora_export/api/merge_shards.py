@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,12 @@ def make_shards(
     for found in made.values():
         progress(found.file.size)
     left = [one for one in requests if one.shard not in made]
-    for one, outcome in _outcomes(request, left):
-        if isinstance(outcome, Exception):
-            raise outcome
-        made[one.shard] = _seen(stage / one.shard, one.digest, outcome)
-        progress(made[one.shard].file.size)
+    with contextlib.closing(_outcomes(request, left)) as outcomes:  # no worker is left when the stage is removed
+        for one, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+            made[one.shard] = _seen(stage / one.shard, one.digest, outcome)
+            progress(made[one.shard].file.size)
     if isinstance(stage, StorePath):
         _refuse_changed(stage, left)
     else:
@@ -102,7 +103,7 @@ def make_shards(
 
 def _outcomes(
     request: MergeRequest, shards: Sequence[ShardRequest]
-) -> Iterator[tuple[ShardRequest, dict[str, Any] | Exception]]:
+) -> Generator[tuple[ShardRequest, dict[str, Any] | Exception], None, None]:
     """What `write_shard` returns of each, in the order in which they end."""
     if not shards:
         return
