@@ -25,7 +25,7 @@ PATTERNS: dict[str, Any] = {
 }
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
-ADDRESS = re.compile(
+HUB_ADDRESS = re.compile(
     rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|[\w.-]+))?(/(?P<path>.*))?", re.ASCII
 )
 # A missing file of these kinds is a missing file.
@@ -154,7 +154,7 @@ def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
 
     Raises InputRefused where there is no such file or folder, and as `download_snapshot`.
     """
-    match = ADDRESS.fullmatch(text)
+    match = HUB_ADDRESS.fullmatch(text)
     if match is None or ".." in text.split("/"):
         raise InputRefused(f"{one_line(text)} is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]")
     name, revision, below = match["name"], match["revision"], (match["path"] or "").strip("/")
