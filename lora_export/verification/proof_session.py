@@ -20,7 +20,7 @@ MOST_RESULTS = 4  # of one base: those for other inputs are dropped
 
 
 @dataclass(eq=False)
-class Result:
+class SharedResult:
     """What the proofs of a base have in common, once it is computed."""
 
     value: Any = None
@@ -32,7 +32,7 @@ class _Base:
 
     key: Hashable
     model: Model
-    results: dict[str, Result] = field(default_factory=dict)
+    results: dict[str, SharedResult] = field(default_factory=dict)
 
 
 class ProofSession:
@@ -59,7 +59,9 @@ class ProofSession:
         known.value = known.value or model.fingerprint()
         return str(known.value)
 
-    def without_adapters(self, module: nn.Module, settings: Mapping[str, Any], cases: Mapping[str, Arrays]) -> Result:
+    def without_adapters(
+        self, module: nn.Module, settings: Mapping[str, Any], cases: Mapping[str, Arrays]
+    ) -> SharedResult:
         """What the base computes for these cases; its value is None until somebody sets it.
 
         `module` is the base with adapters attached. Where a tensor of it is not the base's, nothing is shared.
@@ -67,13 +69,13 @@ class ProofSession:
         """
         return self._result(_digest(settings, cases), module)
 
-    def _result(self, key: str, module: nn.Module) -> Result:
+    def _result(self, key: str, module: nn.Module) -> SharedResult:
         if self._base is None or not self._has_all(module):
-            return Result()
+            return SharedResult()
         results = self._base.results
         if key not in results and len(results) == MOST_RESULTS:
             del results[next(iter(results))]
-        return results.setdefault(key, Result())
+        return results.setdefault(key, SharedResult())
 
     def _has_all(self, module: nn.Module) -> bool:
         """Whether a module has every tensor of the base under its name, and not a copy of it."""

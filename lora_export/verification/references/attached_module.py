@@ -31,7 +31,7 @@ from lora_export.verification.compare_outputs import LARGEST_DEVIATION, distance
 from lora_export.verification.module_copies import is_large, shared_copy
 
 MOST_IN_STEP = 1 << 28  # bytes of the outputs of runs that are computed together
-Runs = Mapping[tuple[str, str], Fp64Runner]  # by role and case
+RolesAndCases = Mapping[tuple[str, str], Fp64Runner]  # by role and case
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
 
 
@@ -101,7 +101,7 @@ class AttachedModule:
             role: RoleOutputs({case: found[role, case] for case in cases}, frozenset(narrow[role])) for role in roles
         }
 
-    def _run_all(self, runs: Runs, cases: Mapping[str, Arrays]) -> dict[tuple[str, str], Arrays]:
+    def _run_all(self, runs: RolesAndCases, cases: Mapping[str, Arrays]) -> dict[tuple[str, str], Arrays]:
         """The outputs of all runs. The weights of a large module are read once for many runs, where they allow it."""
         ordered = sorted(runs, key=lambda run: _size(cases[run[1]]))
         is_together = is_large(self.module) and len(runs) > 1
