@@ -142,12 +142,12 @@ def _is_alive(stated: dict[str, Any], age: timedelta) -> bool:
     return False
 
 
-_streamed: dict[Path, Begun] = {}  # by stage
+_streamed: dict[Path, Begun] = {}  # by output
 
 
-def begun_at(stage: Path) -> Begun | None:
-    """What was written before into a stage in a store; None for a stage on the disk."""
-    return _streamed.get(stage)
+def begun_at(path: Path) -> Begun | None:
+    """The output in a store to which a file belongs that is being written; None on the disk."""
+    return _streamed.get(path) or _streamed.get(path.parent)
 
 
 @contextlib.contextmanager
@@ -181,8 +181,8 @@ def staged_in_store(
                 if is_folder:
                     target.bucket.held[(target / MANIFEST).key] = None
                     stack.callback(target.bucket.held.pop, (target / MANIFEST).key, None)
-                _streamed[stage] = begun
-                stack.callback(_streamed.pop, stage, None)
+                _streamed[target] = begun
+                stack.callback(_streamed.pop, target, None)
             else:
                 import tempfile  # most outputs are on the disk, beside their stage
 

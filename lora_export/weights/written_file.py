@@ -54,7 +54,7 @@ def digest_of(source: TensorFile, header: bytes, recipe: str) -> str:
 
 def made_before(path: Path, digest: str) -> WrittenFile | None:
     """The file with this digest, where a stopped run has made it in a store."""
-    begun = begun_at(path.parent)
+    begun = begun_at(path)
     facts = None if begun is None or not digest else begun.whole(path.name, digest)
     return None if facts is None else written_with(path, facts)
 
@@ -68,7 +68,7 @@ def written_with(path: Path, facts: Mapping[str, Any]) -> WrittenFile:
 
 def record_made(path: Path, digest: str, written: WrittenFile) -> WrittenFile:
     """Record in a store that a file is whole."""
-    begun = begun_at(path.parent)
+    begun = begun_at(path)
     if begun is not None and digest:
         begun.add(path.name, digest, written.facts)
     return written

@@ -168,3 +168,13 @@ def test_one_file_is_replaced_with_overwrite_alone(stored: Stored, streamed: boo
         (stage / "report.json").write_bytes(b"new")
     assert stored.get("report.json") == b"new"
     assert stored.objects().keys() == {"report.json"} and any("made in TMPDIR" in line for line in lines) is streamed
+
+
+def test_files_beside_each_other_have_their_own_records(stored: Stored) -> None:
+    one, other = (stored / f"out/{name}.safetensors" for name in ("one", "other"))
+    with stage_file(one, inputs=[], streamed=True), stage_file(other, inputs=[], streamed=True):
+        for path in (one, other):
+            found = begun_at(path)
+            assert found is not None and found.target == path
+            path.write_bytes(b"x")
+    assert begun_at(one) is None and begun_at(other) is None
