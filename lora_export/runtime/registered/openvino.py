@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,20 @@ DEVICE = "CPU"
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
+def import_openvino() -> Any:
+    """The package, without its telemetry: from the import on, that sends events to Google Analytics.
+
+    Raises EnvironmentLacking where OpenVINO is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
+    return optional_package("openvino", "the runner openvino needs", "openvino")
+
+
 class OpenVINOModel:
     """A model that is compiled for the CPU. Called with inputs by name, it returns outputs by name."""
 
     def __init__(self, path: str):
-        openvino = optional_package("openvino", "the runner openvino needs", "openvino")
+        openvino = import_openvino()
         self._compiled = openvino.Core().compile_model(path, DEVICE, PRECISION)
         self.axes: Mapping[str, list[int | None]] = {port.any_name: _sizes(port) for port in self._compiled.inputs}
         settings = ", ".join(f"{key}={value}" for key, value in PRECISION.items())
