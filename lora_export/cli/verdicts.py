@@ -11,6 +11,7 @@ import click
 
 from lora_export.cli.arguments import print_message, wrote
 from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.errors import count
 from lora_export.report import github, json_document
 from lora_export.report.console import console
 from lora_export.report.verdict_screen import print_headline, print_summary, print_verdict
@@ -83,7 +84,7 @@ def show_files(paths: Sequence[Path]) -> None:
     for path in shown:
         wrote(path)
     if more := len(paths) - len(shown):
-        click.echo(f"and {more} files more beside it (-v)")
+        click.echo(f"and {count(more, 'more file')} beside it (-v)")
 
 
 def annotate_github(result: Verification, title: str) -> None:

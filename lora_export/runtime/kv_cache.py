@@ -110,6 +110,17 @@ class CacheRunner:
             notes.append(f"its {GROUP_QUERY} takes no padding within a sequence: none was tried")
         return notes
 
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    @property
+    def adapters_with_strength(self) -> Sequence[str]:
+        return self.inner.adapters_with_strength
+
+    def with_strengths(self, strengths: Sequence[float]) -> CacheRunner:
+        return replace(self, inner=self.inner.with_strengths(strengths))
+
     def with_provider_defaults(self) -> CacheRunner:
         return replace(self, inner=self.inner.with_provider_defaults())
 

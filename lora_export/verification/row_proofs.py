@@ -18,6 +18,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.contract import without_absent
 from lora_export.options.spelling import named
+from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner
 from lora_export.verification import parity
@@ -78,7 +79,7 @@ def prove_strengths(
     adapters = references.adapters
     if not isinstance(candidate, StrengthsRunner) or not (names := candidate.adapters_with_strength) or not adapters:
         return None
-    if isinstance(candidate, OnnxRunner) and candidate.lacks_adapter:
+    if (graph := graph_of(candidate)) is not None and graph.lacks_adapter:
         return None
     if len(names) > 1 and {adapter.name for adapter in adapters} != set(names):
         raise InputRefused(

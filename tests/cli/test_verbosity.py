@@ -104,7 +104,7 @@ def test_many_adapters_are_summed_up(place: Path, tmp_path: Path, capsys: pytest
     assert len(out) + len(err) <= SHORT
     assert out[0].startswith("the base: same: ") and out[1].startswith("a") and ": same: " in out[1]
     assert out[5] == "and 2 adapters more, each the same and farther from its limits (-v)"
-    assert out[-1] == "and 4 files more beside it (-v)"
+    assert out[-1] == "and 4 more files beside it (-v)"
     full, _ = printed(
         capsys, "onnx", MODEL, *adapters, "--lora", "inputs", "-o", tmp_path / "n.onnx", "-v", "--overwrite"
     )

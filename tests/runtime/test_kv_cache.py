@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
@@ -23,8 +27,11 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
+from lora_export.verification.row_proofs import prove_candidate
+from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
 from support.decoders import FEATURES, WORDS, a_graph, a_graph_with_a_state, export_with_cache
+from support.handmade import base_file
 
 
 def an_adapter() -> Adapter:
@@ -102,6 +109,18 @@ def test_graph_with_a_broken_cache_is_different(change: tuple[str, str], sums: m
     path = a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter())
     verdict = proven(path, sums).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+
+
+def test_strengths_are_chosen_behind_the_cache(sums: model.Model, tmp_path: Path) -> None:
+    graph = load_graph(a_graph(tmp_path / "m.onnx", sums))
+    named = {name: value.detach().numpy() for name, value in sums.module.named_parameters()}
+    found = find_sites(graph, open_checkpoint(base_file(tmp_path / "base.safetensors", named)))
+    insert_nodes(graph, found, plan.make([an_adapter()], found.specs), strength_input=True)
+    ir.save(graph, tmp_path / "nodes.onnx")
+    runner = with_cache(OnnxRunner(tmp_path / "nodes.onnx"))
+    assert isinstance(runner, CacheRunner) and runner.adapters_with_strength == ["a"]
+    verdict = prove_candidate(runner, PyTorchReferences(sums, [an_adapter()])).verdict
+    assert verdict.same and any("other strengths" in one.case for one in verdict.comparisons)
 
 
 def test_graph_without_the_adapter_is_different(sums: model.Model, tmp_path: Path) -> None:
