@@ -151,7 +151,9 @@ def test_without_verification_there_is_no_proof(tmp_path: Path) -> None:
 
 def test_a_wrong_graph_raises_with_its_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = onnx_steps.insert_nodes
-    monkeypatch.setattr(onnx_steps, "insert_nodes", lambda program, sites, plan: right(program, sites, doubled(plan)))
+    monkeypatch.setattr(
+        onnx_steps, "insert_nodes", lambda program, sites, plan, **more: right(program, sites, doubled(plan), **more)
+    )
     with pytest.raises(Different, match="different") as refused:
         le.export_onnx(MODEL, tmp_path / "m.onnx", adapters=an_adapter(tmp_path / "adapter"), lora="nodes")
     assert refused.value.proof.verdict.outcome == "different"

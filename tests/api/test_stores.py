@@ -225,7 +225,7 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], Callable[[At], Any]]] = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_an_output_in_a_store_has_the_same_bytes_and_none_is_on_the_disk(
+def test_outputs_in_a_store_have_the_bytes_of_local_ones(
     local: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     prepare, make = WRITTEN[name]

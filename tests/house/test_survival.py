@@ -475,7 +475,7 @@ def crowded(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "fault", "told"),
     [
-        ("lora_export.api.merge_checkpoint.merge_checkpoint", too_large, ": Unable to allocate"),
+        ("lora_export.api.merge_checkpoint.merging_checkpoint", too_large, ": Unable to allocate"),
         ("threading._start_new_thread", crowded, " for one more thread"),
     ],
 )
@@ -790,7 +790,7 @@ def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, o
 @pytest.mark.parametrize("base", ["base", "bare.safetensors"])
 def test_a_link_swapped_in_for_the_output_is_not_followed(place, monkeypatch, capsys, base, goal):
     (place / "elsewhere").mkdir()
-    working = merge.merge_checkpoint
+    working = merge.merging_checkpoint
 
     target = place / f"out{Path(base).suffix}"
 
@@ -798,7 +798,7 @@ def test_a_link_swapped_in_for_the_output_is_not_followed(place, monkeypatch, ca
         target.symlink_to(place / goal)
         return working(*arguments, **options)
 
-    monkeypatch.setattr("lora_export.api.merge_checkpoint.merge_checkpoint", slow)
+    monkeypatch.setattr("lora_export.api.merge_checkpoint.merging_checkpoint", slow)
     assert cli.run(merge_line(place, base, target.name, 0)) == 7
     assert f"{target} is a symbolic link; name the file or folder that it refers to" in capsys.readouterr().err
     assert target.is_symlink() and not any((place / "elsewhere").iterdir())
