@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_export.options.merge import MergeOptions
 from lora_export.storage import block_copy
 from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_file import SMALL_READ
+from lora_export.weights import one_pass
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
 from support.stores import Stored
@@ -130,6 +132,29 @@ def test_what_ends_one_merge_ends_no_other(place: Path, monkeypatch: pytest.Monk
         assert type(error) is expected and text in str(error)
     assert isinstance(first, MergeResult) and isinstance(last, MergeResult)
     assert sorted(path.name for path in Path("together").iterdir()) == ["all weights", "whole tensors"]
+
+
+def test_a_base_that_cannot_be_opened_ends_its_merges_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone between the plan and the copy. Another base is merged by the same call."""
+    shutil.copytree("base", "other")
+    transfer = one_pass.transfer_together
+
+    def without_base(source: Path, *arguments: Any, **more: Any) -> Any:
+        (place / "base" / "model-1.safetensors").unlink(missing_ok=True)
+        return transfer(source, *arguments, **more)
+
+    monkeypatch.setattr(one_pass, "transfer_together", without_base)
+    merges = [options("all weights"), options("one weight"), options("whole tensors", base="other")]
+    *gone, last = merge_together(merges)
+    for each in gone:
+        assert isinstance(each, OutputFailed) and "No such file" in str(each)
+    assert isinstance(last, MergeResult) and [path.name for path in Path("together").iterdir()] == ["whole tensors"]
+
+
+def test_an_error_of_a_callback_ends_its_merge_alone(place: Path) -> None:
+    first, last = merge_together([options("all weights", on_progress=lambda _: 1 / 0), options("one weight")])
+    assert isinstance(first, ZeroDivisionError) and isinstance(last, MergeResult)
+    assert [path.name for path in Path("together").iterdir()] == ["one weight"]
 
 
 def test_an_interrupt_leaves_nothing_unfinished(place: Path) -> None:
