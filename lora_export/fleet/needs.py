@@ -6,6 +6,7 @@ Measured on a Llama of 1.1 billion parameters (2.2 GB) with two cores: a merge t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,18 @@ class NeedsOfJobs:
     """The needs of jobs. The headers of a base are read once."""
 
     def __init__(self) -> None:
+        self._located: dict[str, Path | None] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # path -> bytes, parameters
         self._memory: dict[tuple[str, ...], int] = {}
         self._taken: dict[tuple[str, str], list[float]] = {}  # base, step -> seconds of jobs that are done
+
+    def located(self, path: str) -> Path | None:
+        """Where a model or an adapter is, looked up once; None where it is nowhere: the job itself is refused."""
+        if path not in self._located:
+            self._located[path] = None
+            with contextlib.suppress(InputRefused):
+                self._located[path] = locate(path, ignore)
+        return self._located[path]
 
     def learn(self, job: FleetJob, seconds: float) -> None:
         """Take in how long a job took: the next ones of this base and step take as long."""
@@ -100,7 +110,7 @@ class NeedsOfJobs:
         if key not in self._memory:
             kind = claimed_kind(candidate)
             of_checkpoint = kind is None or kind.is_checkpoint
-            model = str(locate(named, ignore))
+            model = str(self.located(named) or named)
             needed = (
                 memory_to_verify(model, dtype, of_checkpoint, of_checkpoint)
                 if job.step == "verify"
@@ -111,10 +121,9 @@ class NeedsOfJobs:
 
     def _size(self, path: str) -> tuple[int, int]:
         if path not in self._sizes:
-            located = locate(path, ignore)
-            try:
-                files = open_artifact(located).files if located.exists() else {}
-                self._sizes[path] = sum(file.stat().st_size for file in files.values()), count_floats(located)
-            except (InputRefused, OSError):
-                self._sizes[path] = 0, 0
+            located, self._sizes[path] = self.located(path), (0, 0)
+            with contextlib.suppress(InputRefused, OSError):
+                if located is not None and located.exists():
+                    files = open_artifact(located).files.values()
+                    self._sizes[path] = sum(file.stat().st_size for file in files), count_floats(located)
         return self._sizes[path]
