@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +22,7 @@ from lora_export.api.merge import merge_together
 from lora_export.api.merge_request import MergeResult
 from lora_export.errors import InputRefused, MatchError, OutputFailed
 from lora_export.options.merge import MergeOptions
-from lora_export.storage import block_copy
+from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_file import SMALL_READ
 from lora_export.weights import one_pass
@@ -155,6 +157,17 @@ def test_an_error_of_a_callback_ends_its_merge_alone(place: Path) -> None:
     first, last = merge_together([options("all weights", on_progress=lambda _: 1 / 0), options("one weight")])
     assert isinstance(first, ZeroDivisionError) and isinstance(last, MergeResult)
     assert [path.name for path in Path("together").iterdir()] == ["one weight"]
+
+
+def test_a_disk_that_holds_some_of_the_outputs_gets_these(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together would fill it, and none would be whole."""
+    size = sum(file.stat().st_size for file in Path("base").iterdir())
+    monkeypatch.setattr(atomic_output.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(2.5 * size)))
+    names = ["one weight", "all weights", "whole tensors"]
+    *made, refused = merge_together([options(name) for name in names])
+    assert all(isinstance(each, MergeResult) for each in made) and isinstance(refused, OutputFailed)
+    assert re.search(r"needed beside 3\.\d+ MB of other outputs that are being written", str(refused)), refused
+    assert isinstance(merge_together([options(names[2])])[0], MergeResult)  # then these are written
 
 
 def test_an_interrupt_leaves_nothing_unfinished(place: Path) -> None:
