@@ -25,6 +25,7 @@ from lora_export.options.merge import MergeOptions
 from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_file import SMALL_READ
+from lora_export.storage.store_path import StorePath
 from lora_export.weights import one_pass
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
@@ -202,3 +203,35 @@ def test_from_store_to_store_the_base_is_read_once(
         size = Path(f"base/model-{number}.safetensors").stat().st_size
         headers = (1 + len(names)) * SMALL_READ
         assert size <= found[f"base/model-{number}.safetensors"] <= size + headers < 2 * size
+
+
+def test_single_files_in_a_store_are_hashed_once_for_their_headers(
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store takes the header, which has the hash of the source, before the rest."""
+    base = "base/model-1.safetensors"
+    every = "fourth", "fifth"
+    for number, name in enumerate(every, 1):
+        peft_adapter(Path("adapters") / name, {"model.a": (numbers(2, COLUMNS), numbers(ROWS, 2) * number)})
+    stored.put(base, (place / base).read_bytes())
+
+    def merges(source: Path | StorePath, output: Any) -> list[MergeOptions]:
+        return [
+            MergeOptions(source, f"adapters/{name}", output / f"{name}.safetensors", min_retention=0) for name in every
+        ]
+
+    alone = [le.merge(**vars(one)) for one in merges(stored / base, place / "alone")]
+    read, found = Bucket.read, Counter[str]()
+
+    def counted(own: Bucket, key: str, start: int, stop: int) -> Any:
+        content = read(own, key, start, stop)
+        found[key] += len(content)
+        return content
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    made = merge_together(merges(stored / base, stored / "out"))
+    assert all(isinstance(one, MergeResult) for one in made), made
+    for one in alone:
+        assert stored.get(f"out/{one.output.name}") == one.output.read_bytes()
+    size = Path(base).stat().st_size
+    assert 2 * size <= found[base] < 2 * size + 6 * SMALL_READ, found[base] / size
