@@ -425,7 +425,8 @@ def _write_shard(
             progress(block.target_stop - block.target_start)
 
         size = tensor_blocks.block_size(tensors)
-        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add)
+        is_apart = any(tensor.needs_whole for tensor in tensors)
+        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add, is_apart)
         if writer.seekable():
             header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
             block_copy.write(writer.fileno(), memoryview(header), 0)

@@ -32,11 +32,12 @@ class FileCopy:
     buffer_bytes: int
     backend: Backend
     on_block: Callable[[Block, Any], None]  # receives each block that is written, with what its work returned
+    is_apart: bool = False  # its changes take what is made of a whole weight, and memory has that of few weights
 
     @property
-    def pass_over(self) -> tuple[Path, str]:
+    def pass_over(self) -> tuple[Path, str, Copy | None]:
         """What files have in common that one pass writes: the source, and how it is hashed."""
-        return self.source.path, self.copy.hashes.algorithm
+        return self.source.path, self.copy.hashes.algorithm, self.copy if self.is_apart else None
 
 
 Merging = Generator[FileCopy, None, _T]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import lora_export as le
 from lora_export.api.merge import merge_together
 from lora_export.api.merge_request import MergeResult
 from lora_export.errors import InputRefused, MatchError, OutputFailed
 from lora_export.options.merge import MergeOptions
+from lora_export.pairs import computed
 from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_file import SMALL_READ
@@ -135,6 +138,22 @@ def test_what_ends_one_merge_ends_no_other(place: Path, monkeypatch: pytest.Monk
         assert type(error) is expected and text in str(error)
     assert isinstance(first, MergeResult) and isinstance(last, MergeResult)
     assert sorted(path.name for path in Path("together").iterdir()) == ["all weights", "whole tensors"]
+
+
+def test_what_is_made_of_a_whole_weight_is_made_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has the Fourier transform of one weight: merges that need one do not take turns at each block."""
+    for number in range(3):
+        folder = Path("adapters") / f"fourier {number}"
+        folder.mkdir()
+        save_file({"base_model.model.model.a.fourierft_spectrum": numbers(64)}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "FOURIERFT", "n_frequency": 64, "scaling": 100, "random_loc_seed": number}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["a"]}))
+    transform, made = computed._inverse_transform.__wrapped__, list[Any]()
+    counted = functools.lru_cache(1)(lambda pair: (made.append(pair), transform(pair))[1])
+    monkeypatch.setattr(computed, "_inverse_transform", counted)
+    more: dict[str, Any] = {"min_retention": 0, "layout": {"model.a.weight": "out_in"}}
+    merges = [MergeOptions("base", f"adapters/fourier {number}", f"together/{number}", **more) for number in range(3)]
+    assert all(isinstance(one, MergeResult) for one in merge_together(merges)) and len(made) == 3
 
 
 def test_a_base_that_cannot_be_opened_ends_its_merges_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
