@@ -25,6 +25,8 @@ from lora_export.errors import InputRefused
 from lora_export.fleet.steps import FleetJob
 from lora_export.options.fleet import VERIFY_WEIGHTS
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.object_store import OF_UPLOAD
+from lora_export.storage.store_path import StorePath, place
 
 START_SECONDS = {
     "merge": 0.3,
@@ -98,7 +100,9 @@ class NeedsOfJobs:
     def memory_of(self, jobs: Sequence[FleetJob]) -> int:
         """The bytes of memory that a worker needs for these jobs together."""
         first, *others = jobs
-        return self.of(first).memory + memory_beside(self._size(job.adapter_path)[0] for job in others)
+        uploads = sum(isinstance(place(job.output), StorePath) for job in others if job.output is not None)
+        beside = memory_beside(self._size(job.adapter_path)[0] for job in others)
+        return self.of(first).memory + beside + uploads * OF_UPLOAD
 
     def _memory_of(self, job: FleetJob) -> int:
         if job.step not in SECONDS_FOR_PARAMETER:

@@ -39,6 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (BASES + MERGE, 5, 9, None, [1] * 5),
         (BASES + MERGE, 5, 1, 1, [1] * 5),  # bytes of memory
         (BASES + MERGE, 5, 1, 320 << 20, [3, 2]),
+        (BASES + MERGE.replace('"release', '"s3://bucket/release'), 5, 1, 320 << 20, [1] * 5),  # parts of each upload
         (BASES + MERGE + 'calibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + MERGE + 'device = "cuda"\n', 5, 1, None, [1] * 5),
         (BASES + CONVERT, 5, 1, None, [1] * 5),
