@@ -51,7 +51,7 @@ def _located(source: str | Path, on_message: OnMessage, download: bool) -> str |
     if name is None and located.parent.name != SNAPSHOTS:
         return located
     # A snapshot's folder is named after its commit, which is no name for an adapter.
-    return f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
+    return f"{name or str(path).partition('@')[0].rstrip('/').rpartition('/')[2]}={located}"
 
 
 def locate_model(source: ModelSource, on_message: OnMessage, download: bool = False) -> ModelSource:

@@ -47,7 +47,8 @@ def merge(options: MergeOptions) -> MergeResult:
 def merge_together(every: Sequence[MergeOptions]) -> list[MergeResult | Exception]:
     """Merges as by `merge`, those into one checkpoint in one pass over it. The result of each, or what it raised.
 
-    Peak memory is that of one merge, the adapters of all, and a few MiB for each. Each has two open files.
+    Peak memory is that of one merge, the adapters of all, and a few MiB for each, or 60 MiB for an upload to a store.
+    Each has two open files.
     """
     return together([_merging(options) for options in every])
 

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
-from lora_export.callbacks import ignore
 from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.steps import FleetJob
-from lora_export.storage.hub_cache import locate
 
 MOST_TOGETHER = 16  # with three open files for each; more would save less than 1/16 of the base's bytes
 READ_IN_BLOCKS = (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.WEIGHTS)
@@ -27,7 +25,7 @@ def batches(
         groups.setdefault((job.base_path, job.number) if _may_share(job) else job.id, []).append(job)
     found = []
     for own in groups.values():
-        size = 1 if len(own) == 1 or not _is_read_in_blocks(own[0]) else _size(own, needs, workers, most_memory)
+        size = 1 if len(own) == 1 or not _is_read_in_blocks(own[0], needs) else _size(own, needs, workers, most_memory)
         found += [own[first : first + size] for first in range(0, len(own), size)]
     order = {job.id: number for number, job in enumerate(jobs)}
     return sorted(found, key=lambda own: order[own[0].id])
@@ -38,8 +36,9 @@ def _may_share(job: FleetJob) -> bool:
     return job.step == "merge" and job.values.get("device", "cpu") == "cpu" and "calibration" not in job.values
 
 
-def _is_read_in_blocks(job: FleetJob) -> bool:
-    return artifact_kind(locate(job.base_path, ignore)) in READ_IN_BLOCKS
+def _is_read_in_blocks(job: FleetJob, needs: NeedsOfJobs) -> bool:
+    base = needs.located(job.base_path)
+    return base is not None and artifact_kind(base) in READ_IN_BLOCKS
 
 
 def _size(jobs: Sequence[FleetJob], needs: NeedsOfJobs, workers: int, most_memory: int | None) -> int:

@@ -6,6 +6,7 @@ Measured on a Llama of 1.1 billion parameters (2.2 GB) with two cores: a merge t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from lora_export.errors import InputRefused
 from lora_export.fleet.steps import FleetJob
 from lora_export.options.fleet import VERIFY_WEIGHTS
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.object_store import OF_UPLOAD
+from lora_export.storage.store_path import StorePath, place
 
 START_SECONDS = {
     "merge": 0.3,
@@ -62,9 +65,18 @@ class NeedsOfJobs:
     """The needs of jobs. The headers of a base are read once."""
 
     def __init__(self) -> None:
+        self._located: dict[str, Path | None] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # path -> bytes, parameters
         self._memory: dict[tuple[str, ...], int] = {}
         self._taken: dict[tuple[str, str], list[float]] = {}  # base, step -> seconds of jobs that are done
+
+    def located(self, path: str) -> Path | None:
+        """Where a model or an adapter is, looked up once; None where it is nowhere: the job itself is refused."""
+        if path not in self._located:
+            self._located[path] = None
+            with contextlib.suppress(InputRefused):
+                self._located[path] = locate(path, ignore)
+        return self._located[path]
 
     def learn(self, job: FleetJob, seconds: float) -> None:
         """Take in how long a job took: the next ones of this base and step take as long."""
@@ -88,7 +100,9 @@ class NeedsOfJobs:
     def memory_of(self, jobs: Sequence[FleetJob]) -> int:
         """The bytes of memory that a worker needs for these jobs together."""
         first, *others = jobs
-        return self.of(first).memory + memory_beside(self._size(job.adapter_path)[0] for job in others)
+        uploads = sum(isinstance(place(job.output), StorePath) for job in others if job.output is not None)
+        beside = memory_beside(self._size(job.adapter_path)[0] for job in others)
+        return self.of(first).memory + beside + uploads * OF_UPLOAD
 
     def _memory_of(self, job: FleetJob) -> int:
         if job.step not in SECONDS_FOR_PARAMETER:
@@ -100,7 +114,7 @@ class NeedsOfJobs:
         if key not in self._memory:
             kind = claimed_kind(candidate)
             of_checkpoint = kind is None or kind.is_checkpoint
-            model = str(locate(named, ignore))
+            model = str(self.located(named) or named)
             needed = (
                 memory_to_verify(model, dtype, of_checkpoint, of_checkpoint)
                 if job.step == "verify"
@@ -111,10 +125,9 @@ class NeedsOfJobs:
 
     def _size(self, path: str) -> tuple[int, int]:
         if path not in self._sizes:
-            located = locate(path, ignore)
-            try:
-                files = open_artifact(located).files if located.exists() else {}
-                self._sizes[path] = sum(file.stat().st_size for file in files.values()), count_floats(located)
-            except (InputRefused, OSError):
-                self._sizes[path] = 0, 0
+            located, self._sizes[path] = self.located(path), (0, 0)
+            with contextlib.suppress(InputRefused, OSError):
+                if located is not None and located.exists():
+                    files = open_artifact(located).files.values()
+                    self._sizes[path] = sum(file.stat().st_size for file in files), count_floats(located)
         return self._sizes[path]

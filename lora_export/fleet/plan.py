@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, LoraExportError, MatchError
 from lora_export.fleet.description import FleetFile
 from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
@@ -21,7 +22,7 @@ from lora_export.options.declaring import options_of
 from lora_export.options.merge import MergeOptions
 from lora_export.options.tables import options_from_table
 from lora_export.report.json_document import as_dict
-from lora_export.storage.store_path import place
+from lora_export.storage.hub_cache import locate
 
 MERGED_INTO = (ArtifactKind.CHECKPOINT, ArtifactKind.EMBEDDER, ArtifactKind.PIPELINE, ArtifactKind.WEIGHTS,
                ArtifactKind.GGUF, ArtifactKind.GRAPH)  # fmt: skip
@@ -116,7 +117,7 @@ def _misfit(job: FleetJob) -> str:
         with by_headers():
             if job.step == "merge":
                 FLEET_STEPS["merge"].function(**vars(options) | {"dry_run": True})
-            elif isinstance(options, Applied) and artifact_kind(place(job.base_path)) in MERGED_INTO:
+            elif isinstance(options, Applied) and artifact_kind(locate(job.base_path, ignore)) in MERGED_INTO:
                 _plan_alone(job, options)
             else:
                 formats.load(job.adapter_path, options=options.reading)

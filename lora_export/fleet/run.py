@@ -47,7 +47,7 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
         try:
             with engine as opened:
                 memory = available_memory() if options.ray is None else None
-                most = None if memory is None else memory // opened.workers
+                most = opened.memory_of_worker if memory is None else memory // opened.workers
                 run = _Run(fleet, records, opened, needs, options.on_message, options.on_progress, most)
                 run.whole()
             shutil.rmtree(fleet.records / GRAPHS, ignore_errors=True)

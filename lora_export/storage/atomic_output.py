@@ -42,6 +42,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or nothing that was opened for reading
 
 
+_expected: dict[Path, int] = {}  # the stages that this process fills, and how many bytes each will have
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
 
 
@@ -239,12 +240,14 @@ def _staged(
             stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
             try:
                 stage.mkdir()
+                _expected[stage] = required_bytes
                 yield stage
                 _flush(stage)
                 to_the_end.enter_context(deferred_signals())
                 publish(stage, target)
                 published.append(target)
             finally:
+                _expected.pop(stage, None)
                 with deferred_signals():
                     shutil.rmtree(stage, ignore_errors=True)
 
@@ -300,16 +303,28 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
     for path in inputs:
         if not isinstance(path, StorePath):
             _refuse_overlap(target, Path(os.path.realpath(path)))
-    refuse_lack_of_space(above, required_bytes)
+    refuse_lack_of_space(above, required_bytes, beside=_still_to_come(above) if required_bytes else 0)
 
 
-def refuse_lack_of_space(folder: Path, required_bytes: int) -> None:
-    """Raise OutputFailed where the disk of a folder has less space."""
+def refuse_lack_of_space(folder: Path, required_bytes: int, *, beside: int = 0) -> None:
+    """Raise OutputFailed where the disk of a folder has less space. Other outputs will take the bytes `beside`."""
     if isinstance(folder, StorePath):
         return
     free = shutil.disk_usage(folder).free
-    if required_bytes > free:
-        raise OutputFailed(f"{folder} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
+    if required_bytes + beside > free:
+        others = f" beside {byte_size(beside)} of other outputs that are being written" if beside else ""
+        raise OutputFailed(f"{folder} has {byte_size(free)} free, {byte_size(required_bytes)} needed{others}")
+
+
+def _still_to_come(folder: Path) -> int:
+    """The bytes that other outputs of this process will have on the disk of a folder, and have not yet."""
+    found, device = 0, folder.stat().st_dev
+    for stage, expected in list(_expected.items()):
+        with contextlib.suppress(OSError):  # it was published meanwhile
+            if stage.stat().st_dev == device:
+                written = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+                found += max(0, expected - written)
+    return found
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import sys
@@ -155,13 +156,14 @@ def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
     Raises InputRefused where there is no such file or folder, and as `download_snapshot`.
     """
     match = HUB_ADDRESS.fullmatch(text)
-    if match is None or ".." in text.split("/"):
+    if match is None or not {".", ".."}.isdisjoint(text.split("/")):
         raise InputRefused(f"{one_line(text)} is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]")
     name, revision, below = match["name"], match["revision"], (match["path"] or "").strip("/")
     patterns = PATTERNS
     if below:
-        patterns = {kind: [f"{below}/{each}" for each in each_kind] for kind, each_kind in PATTERNS.items()}
-        patterns["allow_patterns"].append(below)
+        itself = glob.escape(below)  # it is no pattern
+        patterns = {kind: [f"{itself}/{each}" for each in each_kind] for kind, each_kind in PATTERNS.items()}
+        patterns["allow_patterns"].append(itself)
     snapshot = download_snapshot(name, revision, on_message, patterns)
     found = snapshot / below if below else _with_weights(snapshot, name, revision)
     if not found.exists():

@@ -22,6 +22,7 @@ ADDRESS = re.compile(r"(?P<bucket>(?:s3|gs|az)://[^/@:\s]+)(?:/(?P<key>.*))?", r
 SCHEME = re.compile(r"(?:s3|gs|az)://", re.IGNORECASE)
 UPLOADED_PART = 12 << 20  # bytes; a store takes at most 10,000 parts of an object
 PARTS_AT_ONCE = 4
+OF_UPLOAD = (PARTS_AT_ONCE + 1) * UPLOADED_PART  # bytes of memory: parts on their way, and the one that is filled
 RETRIES, DEADLINE = 5, timedelta(minutes=3)  # of one request: a store joins the parts of a large object in minutes
 MOST_OBJECTS = 100_000  # below an address; more is no model
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")

@@ -25,7 +25,7 @@ from lora_export.options.spelling import named
 from lora_export.plan import FLOATS, Plan, Tied
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.block_copy import Block, Copy
-from lora_export.storage.hashes import FAST, file_hash
+from lora_export.storage.hashes import FAST
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
@@ -47,7 +47,15 @@ from lora_export.weights.quantised import QuantisedTensor, without_layers
 from lora_export.weights.quantised_layers import ways_out_beside_kept
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 from lora_export.weights.tied_tensors import TIED
-from lora_export.weights.written_file import WrittenFile, copied_whole, digest_of, made_before, recipe_of, record_made
+from lora_export.weights.written_file import (
+    WrittenFile,
+    copied_whole,
+    digest_of,
+    hash_of_source,
+    made_before,
+    recipe_of,
+    record_made,
+)
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -402,7 +410,9 @@ def _write_shard(
         return record_made(path, digest, found)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         if not writer.seekable():  # the header goes first. Where it has the source's hash, the source is read twice
-            header, _ = layout(file_hash(source.path, hashing)) if provenance.KEY in metadata("") else (header, entries)
+            header, _ = (
+                layout(hash_of_source(source.path, hashing)) if provenance.KEY in metadata("") else (header, entries)
+            )
             block_copy.write(writer.fileno(), memoryview(header), 0)
         hashes.target.update(header)
         hashes.source.update(reader.read(source.data_start))
@@ -415,7 +425,8 @@ def _write_shard(
             progress(block.target_stop - block.target_start)
 
         size = tensor_blocks.block_size(tensors)
-        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add)
+        is_apart = any(tensor.needs_whole for tensor in tensors)
+        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add, is_apart)
         if writer.seekable():
             header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
             block_copy.write(writer.fileno(), memoryview(header), 0)

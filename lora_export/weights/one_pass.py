@@ -7,6 +7,7 @@ one merge is raised there, and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,12 @@ class FileCopy:
     buffer_bytes: int
     backend: Backend
     on_block: Callable[[Block, Any], None]  # receives each block that is written, with what its work returned
+    is_apart: bool = False  # its changes take what is made of a whole weight, and memory has that of few weights
 
     @property
-    def pass_over(self) -> tuple[Path, str]:
+    def pass_over(self) -> tuple[Path, str, Copy | None]:
         """What files have in common that one pass writes: the source, and how it is hashed."""
-        return self.source.path, self.copy.hashes.algorithm
+        return self.source.path, self.copy.hashes.algorithm, self.copy if self.is_apart else None
 
 
 Merging = Generator[FileCopy, None, _T]
@@ -83,13 +85,27 @@ def _write(files: Sequence[FileCopy]) -> dict[FileCopy, Exception]:
     for one in files[1:]:
         one.copy.hashes.source = files[0].copy.hashes.source
     backend, size = files[0].backend, max(one.buffer_bytes for one in files)
-    path, every = files[0].source.path, list(by_copy)
-    with threadpool_limits(1, user_api="blas"):  # the transfer already has a thread for each core
-        for copy, block, found, error in transfer_together(
-            path, every, buffer_bytes=size, threads=backend.threads, memory=backend.memory
-        ):
-            if block is not None:
-                by_copy[copy].on_block(block, found)
-            elif error is not None:
-                errors[by_copy[copy]] = error
+    passing = transfer_together(
+        files[0].source.path, list(by_copy), buffer_bytes=size, threads=backend.threads, memory=backend.memory
+    )
+    try:
+        with threadpool_limits(1, user_api="blas"), contextlib.closing(passing):  # it has a thread for each core
+            for copy, block, found, error in passing:
+                ending = error or _error_of_callback(by_copy[copy], block, found)
+                if ending is not None:
+                    errors.setdefault(by_copy[copy], ending)
+                if len(errors) == len(files):
+                    break
+    except Exception as error:  # noqa: BLE001 - of the source, which all of them need
+        return dict.fromkeys(files, error) | errors
     return errors
+
+
+def _error_of_callback(file: FileCopy, block: Block | None, found: Any) -> Exception | None:
+    """Report a block that is written. Returns what that raises: it ends one merge alone."""
+    try:
+        if block is not None:
+            file.on_block(block, found)
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None

@@ -125,6 +125,12 @@ class OutputTensor:
             return self.patches
         return (Patch(self.step, slice(0, self.source.rows), EVERY_ROW),)
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether rows are made from what is made once of the whole weight: its scales, or a Fourier transform."""
+        terms = (term for patch in self.all_patches for term in patch.step.terms)
+        return self.quantised is not None or any(isinstance(term.pair, FourierPair) for term in terms)
+
     def shape_of(self, rows: slice) -> tuple[int, ...]:
         return (rows.stop - rows.start, *self.source.shape[1:]) if self.source.shape else ()
 

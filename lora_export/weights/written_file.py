@@ -14,6 +14,7 @@ from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
 from lora_export.storage import safetensors_file
 from lora_export.storage.hashes import file_hash
+from lora_export.storage.input_files import file_states
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.storage.store_output import begun_at
 from lora_export.storage.store_path import copy_in_store
@@ -88,12 +89,15 @@ def copied_whole(
     )
     if not is_same or dict(metadata) != dict(source.metadata) or not copy_in_store(source.path, path):
         return None
-    state = source.path.stat()
-    digest = _hash_of_object(source.path, hashing, (state.st_ino, state.st_size, state.st_mtime_ns))
+    digest = hash_of_source(source.path, hashing)
     return WrittenFile(safetensors_file.open_file(path), (), digest, digest)
 
 
+def hash_of_source(path: Path, hashing: str) -> str:
+    """The hash of a file that is read for it alone, once: several merges in one pass need it."""
+    return _hash_of(path, hashing, *file_states([path]))
+
+
 @functools.lru_cache(64)
-def _hash_of_object(path: Path, hashing: str, _version: tuple[int, int, int]) -> str:
-    """The hash of an object in a store. Several merges in one pass need it."""
+def _hash_of(path: Path, hashing: str, _state: tuple[int, ...]) -> str:
     return file_hash(path, hashing)

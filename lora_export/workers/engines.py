@@ -41,6 +41,7 @@ class Engine(Protocol):
 
     at_once: int  # jobs that are given to it at the same time
     workers: int  # that work at the same time
+    memory_of_worker: int | None  # bytes that each may take without others waiting for it, where the engine knows it
     is_tried_again: bool  # a job whose worker died has to be given to it again
 
     def submit(self, request: Request, memory: int, *, on_gpu: bool) -> concurrent.futures.Future[Any]:
@@ -68,6 +69,7 @@ def processes(perform: Perform, number: int) -> Iterator[Engine]:
 
 class _Processes:
     is_tried_again = True
+    memory_of_worker: int | None = None
 
     def __init__(self, perform: Perform, number: int):
         self._perform, self.at_once, self.workers = perform, number, number
@@ -146,6 +148,10 @@ class _Ray:
 
     def __init__(self, ray: Any, perform: Perform, most: Mapping[str, float] | None):
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # A task that asks for more than the largest node has would wait for ever.
+        shares = (int(one["memory"] // one["CPU"]) for one in nodes if one.get("CPU") and "memory" in one)
+        self.memory_of_worker = max(shares, default=None)
         self._ray, self._most, self._references = ray, most, dict[concurrent.futures.Future[Any], Any]()
         self._perform = ray.remote(max_retries=TRIES_OF_JOB - 1, retry_exceptions=False)(perform)
 

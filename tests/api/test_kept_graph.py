@@ -89,7 +89,26 @@ def another_buffer(model: Model) -> Model:
     return model
 
 
-@pytest.mark.parametrize("changed", [other_weights, other_code, other_axes, another_buffer])
+def another_function(model: Model) -> Model:
+    """As by another argument of a factory: no class, no weight and no name is another one."""
+    model.module[1].forward = lambda x: 2 * torch.tanh(x)  # type: ignore[operator, union-attr]
+    return model
+
+
+def another_attribute(model: Model) -> Model:
+    """That has no effect on the example inputs: the length of a window, for instance."""
+    model.module[1].window = 3  # type: ignore[operator, union-attr]
+    return model
+
+
+def other_values_of_inputs(model: Model) -> Model:
+    return replace(model, make_inputs=lambda *_: {"input": torch.zeros(2, 3)})
+
+
+OTHERS = [other_weights, other_code, other_axes, another_buffer, another_function, another_attribute]
+
+
+@pytest.mark.parametrize("changed", [*OTHERS, other_values_of_inputs])
 def test_another_model_has_another_graph(changed: Callable[[Model], Model], tmp_path: Path) -> None:
     made: list[str] = []
 

@@ -124,7 +124,13 @@ def test_an_address_of_the_hub_is_no_output(work: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("adapter", "more"), [("fr=someone/fr", ["--download"]), ("fr=hf://someone/fr@main", []), ("hf://org/all/fr", [])]
+    ("adapter", "more"),
+    [
+        ("fr=someone/fr", ["--download"]),
+        ("fr=hf://someone/fr@main", []),
+        ("hf://org/all/fr", []),
+        ("hf://someone/fr/", []),
+    ],
 )
 def test_a_merge_of_downloads_is_that_of_the_files(
     hub: Path,

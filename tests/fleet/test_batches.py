@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import lora_export as le
+from lora_export.fleet import run
 from lora_export.fleet.batches import MOST_TOGETHER, batches
 from lora_export.fleet.description import read_fleet
 from lora_export.fleet.needs import NeedsOfJobs
@@ -37,6 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (BASES + MERGE, 5, 9, None, [1] * 5),
         (BASES + MERGE, 5, 1, 1, [1] * 5),  # bytes of memory
         (BASES + MERGE, 5, 1, 320 << 20, [3, 2]),
+        (BASES + MERGE.replace('"release', '"s3://bucket/release'), 5, 1, 320 << 20, [1] * 5),  # parts of each upload
         (BASES + MERGE + 'calibration = "texts.txt"\n', 5, 1, None, [1] * 5),
         (BASES + MERGE + 'device = "cuda"\n', 5, 1, None, [1] * 5),
         (BASES + CONVERT, 5, 1, None, [1] * 5),
@@ -81,6 +84,15 @@ def test_one_of_a_batch_that_is_refused_ends_no_other(place: Path, monkeypatch: 
     assert ran == ["base/dd/1-merge", *MERGES, *PROOFS] and engine.sizes == [3, 1, 1] and status.exit_code == 3
     assert [job.outcome for job in status.jobs] == ["refused", "not run", "done", "same", "done", "same"]
     assert "(2, 3), the adapter was trained on (2, 4)" in status.jobs[0].message
+
+
+def test_a_batch_on_a_cluster_fits_its_machines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine would ever take a larger one."""
+    engine = Here(workers=1)
+    engine.memory_of_worker = 1 << 20  # type: ignore[attr-defined]
+    monkeypatch.setattr(run, "on_ray", lambda *_: contextlib.nullcontext(engine))
+    assert le.run_fleet("run", "fleet.toml", ray="auto").exit_code == 0
+    assert engine.sizes == [1] * 4
 
 
 def test_a_bug_in_one_of_a_batch_ends_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from lora_export.api.memory_needs import PROGRAM
 from lora_export.fleet.plan import FleetPlan
 from lora_export.formats import adapter_files
 from lora_export.storage.safetensors_file import TensorFile
-from support.fleets import BASES, FLEET, MERGE, run_here, small_fleet
+from support.fleets import BASES, FLEET, MERGE, VERIFY, Here, run_here, small_fleet
 from support.handmade import base_file, peft_adapter
+from support.hub_server import ask, hub_server
 
 ONNX = '[[steps]]\nstep = "onnx"\noutput = "graphs/{adapter}.onnx"\n[[steps]]\nstep = "verify"\n'
 
@@ -45,6 +46,30 @@ def test_all_misfits_of_all_adapters_are_told_at_once(text: str, place: Path) ->
     assert "(2, 3), the adapter was trained on (2, 4)" in plan.problems[2].text
     assert (plan.adapters, [step.jobs for step in plan.steps]) == (5, [5, 5])
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", [MERGE + VERIFY, ONNX])
+def test_a_base_that_is_nowhere_is_a_problem_of_its_jobs(text: str, place: Path) -> None:
+    """It has the form of a name on the Hub."""
+    there = BASES.replace("path", 'name = "there"\npath')
+    (place / "fleet.toml").write_text(
+        BASES.replace('"base"', '"org/missing"') + there + text.replace("/{", "/{base}-{")
+    )
+    plan = planned()
+    assert [(one.base, one.adapter) for one in plan.problems] == [("missing", "de"), ("missing", "fr")]
+    assert all("no file or folder org/missing" in one.text for one in plan.problems)
+
+
+def test_a_base_is_an_address_of_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repositories = {
+        "org/base": {name: (place / "base" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    }
+    (place / "fleet.toml").write_text(FLEET.replace('"base"', '"hf://org/base"'))
+    with hub_server(repositories) as server:
+        ask(server, place / "hub", monkeypatch)
+        assert planned().problems == ()
+        status, ran = run_here(monkeypatch, Here(workers=1))
+    assert status.counts == {"done": 2, "same": 2} and len(ran) == 4
 
 
 def test_what_is_done_is_not_planned_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,16 @@ def test_what_changed_is_done_again(changed: str, place: Path, monkeypatch: pyte
         assert np.array_equal(merged, weight + np.array(b) @ np.array(a))
 
 
+def test_a_base_that_is_nowhere_ends_its_jobs_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = BASES.replace("path", 'name = "there"\npath')
+    (place / "fleet.toml").write_text(
+        BASES.replace('"base"', '"org/missing"') + there + (MERGE + VERIFY).replace("/{", "/{base}-{")
+    )
+    status, _ = run_here(monkeypatch)
+    assert [job.outcome for job in status.jobs] == ["refused", "not run"] * 2 + ["done", "same"] * 2
+    assert status.exit_code == 3 and "no file or folder org/missing" in status.jobs[0].message
+
+
 def test_a_job_whose_process_dies_is_tried_alone_and_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs beside it go on, and a result that a dead process has recorded is not made again."""
     engine = Dying(at_once=2)

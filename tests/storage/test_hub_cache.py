@@ -287,6 +287,8 @@ def test_an_address_is_downloaded_as_far_as_the_cache_lacks_it(
     [
         ("hf://org", InputRefused, "hf://org is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]"),
         ("hf://org/small/../other", InputRefused, "is no address of a model"),
+        ("hf://org/small/.", InputRefused, "is no address of a model"),
+        ("hf://org/small/*", InputRefused, "the repository org/small has no *"),
         ("hf://org/small/nothing", InputRefused, "the repository org/small has no nothing"),
         ("hf://org/small@v9/config.json", InputRefused, "the repository org/small at {0} has no revision v9"),
         ("hf://org/other", InputRefused, "{0} has no repository org/other, or it is private"),
@@ -300,7 +302,7 @@ def test_an_address_of_nothing_is_refused(
     with pytest.raises(LoraExportError) as failed:
         locate(address, print)
     assert type(failed.value) is kind and message.format(hub.endpoint) in str(failed.value)
-    assert "\n" not in str(failed.value)
+    assert "\n" not in str(failed.value) and hub.files_sent <= {"config.json"}
 
 
 def test_an_address_that_is_not_cached_is_refused_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

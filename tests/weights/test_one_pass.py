@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import lora_export as le
 from lora_export.api.merge import merge_together
 from lora_export.api.merge_request import MergeResult
 from lora_export.errors import InputRefused, MatchError, OutputFailed
 from lora_export.options.merge import MergeOptions
-from lora_export.storage import block_copy
+from lora_export.pairs import computed
+from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_file import SMALL_READ
+from lora_export.storage.store_path import StorePath
+from lora_export.weights import one_pass
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
 from support.stores import Stored
@@ -132,6 +140,56 @@ def test_what_ends_one_merge_ends_no_other(place: Path, monkeypatch: pytest.Monk
     assert sorted(path.name for path in Path("together").iterdir()) == ["all weights", "whole tensors"]
 
 
+def test_what_is_made_of_a_whole_weight_is_made_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has the Fourier transform of one weight: merges that need one do not take turns at each block."""
+    for number in range(3):
+        folder = Path("adapters") / f"fourier {number}"
+        folder.mkdir()
+        save_file({"base_model.model.model.a.fourierft_spectrum": numbers(64)}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "FOURIERFT", "n_frequency": 64, "scaling": 100, "random_loc_seed": number}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["a"]}))
+    transform, made = computed._inverse_transform.__wrapped__, list[Any]()
+    counted = functools.lru_cache(1)(lambda pair: (made.append(pair), transform(pair))[1])
+    monkeypatch.setattr(computed, "_inverse_transform", counted)
+    more: dict[str, Any] = {"min_retention": 0, "layout": {"model.a.weight": "out_in"}}
+    merges = [MergeOptions("base", f"adapters/fourier {number}", f"together/{number}", **more) for number in range(3)]
+    assert all(isinstance(one, MergeResult) for one in merge_together(merges)) and len(made) == 3
+
+
+def test_a_base_that_cannot_be_opened_ends_its_merges_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone between the plan and the copy. Another base is merged by the same call."""
+    shutil.copytree("base", "other")
+    transfer = one_pass.transfer_together
+
+    def without_base(source: Path, *arguments: Any, **more: Any) -> Any:
+        (place / "base" / "model-1.safetensors").unlink(missing_ok=True)
+        return transfer(source, *arguments, **more)
+
+    monkeypatch.setattr(one_pass, "transfer_together", without_base)
+    merges = [options("all weights"), options("one weight"), options("whole tensors", base="other")]
+    *gone, last = merge_together(merges)
+    for each in gone:
+        assert isinstance(each, OutputFailed) and "No such file" in str(each)
+    assert isinstance(last, MergeResult) and [path.name for path in Path("together").iterdir()] == ["whole tensors"]
+
+
+def test_an_error_of_a_callback_ends_its_merge_alone(place: Path) -> None:
+    first, last = merge_together([options("all weights", on_progress=lambda _: 1 / 0), options("one weight")])
+    assert isinstance(first, ZeroDivisionError) and isinstance(last, MergeResult)
+    assert [path.name for path in Path("together").iterdir()] == ["one weight"]
+
+
+def test_a_disk_that_holds_some_of_the_outputs_gets_these(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together would fill it, and none would be whole."""
+    size = sum(file.stat().st_size for file in Path("base").iterdir())
+    monkeypatch.setattr(atomic_output.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(2.5 * size)))
+    names = ["one weight", "all weights", "whole tensors"]
+    *made, refused = merge_together([options(name) for name in names])
+    assert all(isinstance(each, MergeResult) for each in made) and isinstance(refused, OutputFailed)
+    assert re.search(r"needed beside 3\.\d+ MB of other outputs that are being written", str(refused)), refused
+    assert isinstance(merge_together([options(names[2])])[0], MergeResult)  # then these are written
+
+
 def test_an_interrupt_leaves_nothing_unfinished(place: Path) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -164,3 +222,35 @@ def test_from_store_to_store_the_base_is_read_once(
         size = Path(f"base/model-{number}.safetensors").stat().st_size
         headers = (1 + len(names)) * SMALL_READ
         assert size <= found[f"base/model-{number}.safetensors"] <= size + headers < 2 * size
+
+
+def test_single_files_in_a_store_are_hashed_once_for_their_headers(
+    place: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store takes the header, which has the hash of the source, before the rest."""
+    base = "base/model-1.safetensors"
+    every = "fourth", "fifth"
+    for number, name in enumerate(every, 1):
+        peft_adapter(Path("adapters") / name, {"model.a": (numbers(2, COLUMNS), numbers(ROWS, 2) * number)})
+    stored.put(base, (place / base).read_bytes())
+
+    def merges(source: Path | StorePath, output: Any) -> list[MergeOptions]:
+        return [
+            MergeOptions(source, f"adapters/{name}", output / f"{name}.safetensors", min_retention=0) for name in every
+        ]
+
+    alone = [le.merge(**vars(one)) for one in merges(stored / base, place / "alone")]
+    read, found = Bucket.read, Counter[str]()
+
+    def counted(own: Bucket, key: str, start: int, stop: int) -> Any:
+        content = read(own, key, start, stop)
+        found[key] += len(content)
+        return content
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    made = merge_together(merges(stored / base, stored / "out"))
+    assert all(isinstance(one, MergeResult) for one in made), made
+    for one in alone:
+        assert stored.get(f"out/{one.output.name}") == one.output.read_bytes()
+    size = Path(base).stat().st_size
+    assert 2 * size <= found[base] < 2 * size + 6 * SMALL_READ, found[base] / size

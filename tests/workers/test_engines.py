@@ -112,6 +112,11 @@ class OfRay:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 3.0}
 
+    def nodes(self) -> list[dict[str, object]]:
+        """One that ended, one that runs no tasks, and two that do."""
+        memory = ((64, 1.0, False), (64, 0.0, True), (8, 4.0, True), (6, 2.0, True))
+        return [{"Alive": alive, "Resources": {"memory": float(gib << 30), "CPU": n}} for gib, n, alive in memory]
+
     def remote(self, **settings: object) -> object:
         self.settings = settings
         return lambda function: self
@@ -130,6 +135,6 @@ def test_a_job_asks_ray_for_its_memory_and_a_gpu(most: dict[str, float] | None, 
     engine = _Ray(ray, print, most)
     request = SimpleNamespace(name="base/fr/1-onnx")
     engine.submit(request, 9 << 30, on_gpu=True)
-    assert engine.workers == 3
+    assert engine.workers == 3 and engine.memory_of_worker == 3 << 30
     assert ray.settings == {"max_retries": 2, "retry_exceptions": False}
     assert ray.asked == [{"memory": memory, "num_gpus": gpus, "name": "base/fr/1-onnx"}]

@@ -147,8 +147,7 @@ def cache_key(
         _update(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
     for runs in (inputs, deployed):
         for case, arrays in runs.items():
-            for name, array in arrays.items():
-                _update(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
+            add_arrays(digest, arrays, f"{case}\0")
     return CacheKey(digest.hexdigest(), code_of(model.module))
 
 
@@ -159,6 +158,12 @@ def hash_of_state(model: Model) -> str:
     for name, buffer in sorted(model.module.named_buffers()):
         _update(digest, name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def add_arrays(digest: Any, arrays: Arrays, case: str = "") -> None:
+    """Take arrays into a hash, with their names, dtypes and shapes."""
+    for name, array in arrays.items():
+        _update(digest, f"{case}{name}\0{array.dtype}\0{array.shape}", array)
 
 
 def _update(digest: Any, name: str, array: NDArray[Any]) -> None:
