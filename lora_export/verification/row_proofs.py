@@ -18,6 +18,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.contract import without_absent
 from lora_export.options.spelling import named
+from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner
 from lora_export.verification import parity
@@ -101,7 +102,8 @@ def _factors(candidate: Runner, chosen: Mapping[str, float], adapters: Sequence[
     """
     if len(chosen) == 1:
         ((name, factor),) = chosen.items()
-        file = candidate.adapter_file if isinstance(candidate, OnnxRunner) else None
+        graph = graph_of(candidate)
+        file = None if graph is None else graph.adapter_file
         names = {name, "" if file is None else file.stem}
         chosen = {one: factor for one in adapters if one in names} or dict.fromkeys(adapters, factor)
     return [chosen.get(one, 1.0) for one in adapters]
