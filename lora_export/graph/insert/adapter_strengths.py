@@ -77,7 +77,7 @@ class StrengthInput:
 
 
 def refuse_steps_without_strength(plan: Plan) -> None:
-    """Raise InputRefused for changes that no factor at run time scales."""
+    """Raise InputRefused for changes that no factor at run time scales, and where no change has one."""
     for reason, weights in (
         ("DoRA's lengths are computed for one strength", [step.weight for step in plan.steps if step.has_dora]),
         (
@@ -87,6 +87,11 @@ def refuse_steps_without_strength(plan: Plan) -> None:
     ):
         if weights:
             raise refused_strength(reason, weights)
+    if plan.steps and not plan.low_rank:
+        raise InputRefused(
+            f"{plan.steps[0].weight}: every change is a tensor that is replaced whole, which has no strength. "
+            f"Leave out {named('strength_input')}"
+        )
 
 
 def refused_strength(reason: str, weights: Sequence[str]) -> InputRefused:
