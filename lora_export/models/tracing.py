@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.isolation.bounds import is_out_of_memory
 from lora_export.layers.torch_internals import exchange_forward
 from lora_export.models.model import ModelInputs
+from lora_export.models.stored_parameter import StoredParameter
 
 USE_CACHE = "use_cache"
 
@@ -102,7 +104,7 @@ def same_state(module: nn.Module) -> Iterator[None]:
     of a long one, too.
     """
     parts = list(module.modules()) if is_hugging_face(module) else []
-    before = _attributes(parts)
+    before = [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
     disabled = logging.root.manager.disable
     if parts:
         logging.disable(max(disabled, logging.WARNING))  # they tell of such a choice, now in each run
@@ -123,31 +125,40 @@ def same_state(module: nn.Module) -> Iterator[None]:
                     now.update(value)
 
 
-def _attributes(parts: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    return [{name: _held(name, value) for name, value in vars(part).items()} for part in parts]
-
-
 def _held(name: str, value: Any) -> Any:
     return dict(value) if name in REGISTRIES else value
 
 
 def state_reader(module: nn.Module) -> Callable[[], bool]:
-    """A function that returns whether all parts of a module still have the attributes and children of now."""
+    """A function that returns whether all parts of a module still have the attributes, children and values of now.
+
+    Seen are also other entries of a dictionary, list or set of theirs, and tensors that were changed in place.
+    """
     parts = list(module.modules())
-    before = _attributes(parts)
+    before = _state(parts)
 
     def is_as_before() -> bool:
-        now = _attributes(parts)
-        return all(map(_are_identical, before, now))
+        now = _state(parts)
+        return len(now) == len(before) and all(map(_is_same, before, now))
 
     return is_as_before
 
 
-def _are_identical(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        _are_identical(value, other[name]) if name in REGISTRIES else value is other[name]
-        for name, value in one.items()
-    )
+def _state(parts: Iterable[nn.Module]) -> list[Any]:
+    return [each for part in parts for name, value in vars(part).items() for each in (name, value, *_inside(value))]
+
+
+def _inside(value: Any) -> list[Any]:
+    """The entries of a container, and how often its tensors, or the tensor, were changed in place."""
+    entries: list[Any] = [*value.keys(), *value.values()] if isinstance(value, dict) else []
+    entries += value if isinstance(value, list | set | deque) else ()
+    tensors = (one for one in (value, *entries) if isinstance(one, torch.Tensor))
+    counted = (one for one in tensors if not isinstance(one, StoredParameter) and not one.is_inference())
+    return [*entries, *(one._version for one in counted)]  # a stored parameter cannot be changed, and is not read here
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, int) and one == other)
 
 
 @contextlib.contextmanager

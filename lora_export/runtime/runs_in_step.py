@@ -107,9 +107,9 @@ def run_in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
 def _answers(requests: Sequence[_Request]) -> list[Any]:
     """The result of each request, or the error that ended its weight."""
     answers: list[Any] = [None] * len(requests)
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, str], list[int]] = {}  # a tied weight may be a table in one run and a layer in another
     for number, request in enumerate(requests):
-        groups.setdefault(id(request.weight), []).append(number)
+        groups.setdefault((id(request.weight), getattr(request.compute, "__name__", "")), []).append(number)
     for numbers in groups.values():
         first = requests[numbers[0]]
         try:

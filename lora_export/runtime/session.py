@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import AdapterArrays, AdapterPlace, Contract, read_contract
+from lora_export.formats.contract import (
+    ADAPTER_STRENGTHS,
+    AdapterArrays,
+    AdapterPlace,
+    Contract,
+    read_contract,
+    read_strengths,
+)
 from lora_export.formats.onnx_adapter import ONNX_TYPES, array_of_ort_value, import_onnxruntime
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
@@ -67,11 +74,15 @@ class Session:
         if session is None:
             session = open_session(self.model, provider, _default_options() if options is None else options)
         self.session = session
-        contract = read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        contract = read_contract(metadata, self.model)
         if contract.slots:
             raise InputRefused(f"{self.model} has slots, which lora_export.AdapterSlots fills")
         self.contract = _checked(contract, self.session, self.model)
-        self.longest = read_longest(self.session.get_modelmeta().custom_metadata_map, self.model)
+        self.longest = read_longest(metadata, self.model)
+        ones = np.ones(len(read_strengths(metadata, self.model)), np.float32)
+        # Where the graph has no defaults. A run or a binding may have other strengths
+        self._defaults = {ADAPTER_STRENGTHS: _owned_copy(ones)} if contract.required and ones.size else {}
         self._base_values = {name: _owned_copy(array) for name, array in self.contract.without_adapter().items()}
         self._loaded: dict[str, OrtValues] = {}
         for name, path in adapters.items():
@@ -139,7 +150,7 @@ class Session:
             sizes = {str(symbol): size for symbol, size in zip(symbols, values[name].shape(), strict=False)}
             refuse_larger(sizes, self.longest, self.model, "Give shorter inputs")
         names = list(outputs) if outputs is not None else [output.name for output in self.session.get_outputs()]
-        values |= self._base_values if self.contract.required else {}
+        values = {**self._defaults, **values, **(self._base_values if self.contract.required else {})}
         values.update({} if adapter is None else self._values_of(adapter))
         with raising_refusals(self.model):
             results = self.session.run_with_ort_values(names, values, options)
@@ -154,7 +165,7 @@ class Session:
     def bind(self, binding: Any, *, adapter: str | None) -> None:
         """Bind this adapter, or none, to a binding of this session. Its later runs use it."""
         values = {} if adapter is None else self._values_of(adapter)
-        for name, value in {**self._base_values, **values}.items():
+        for name, value in {**self._defaults, **self._base_values, **values}.items():
             binding.bind_ortvalue_input(name, value)
 
     def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
@@ -168,7 +179,7 @@ class Session:
             raise InputRefused(
                 f"{', '.join(adapters_own)} are inputs of an adapter: load the adapter, and pass its name"
             )
-        known = {*feeds, *self._base_values}
+        known = {*feeds, *self._defaults, *self._base_values}
         missing = [value.name for value in self.session.get_inputs() if value.name not in known]
         if missing:
             raise InputRefused(f"{self.model} also needs {', '.join(missing)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ SEVERAL = "several adapters on a row"
 MOVED = "replaced adapters"
 DEFAULT_STRENGTHS, STRENGTHS = "default strengths", "other strengths"
 MOST_SLOTS = 64  # slots whose adapters are judged after they were replaced
-OTHER_STRENGTHS = (0.5, -0.25, -2.0)  # powers of two: B times them has the bits of B
+# Powers of two, so that B times them has the bits of B, and no two alike
+OTHER_STRENGTHS = (0.5, -0.25, -2.0, -0.5, 0.25, 2.0, -1.0, -4.0, 0.125, 4.0, -0.125, 0.0625)
 SCALES_OF_SEVERAL = (0.75, -0.5, 0.375)  # of the adapters on one row, over and over
 
 Prove = Callable[..., Proof]  # `prove`, perhaps with some of its options
@@ -73,7 +74,7 @@ def prove_strengths(
 ) -> Proof | None:
     """Judge a graph whose runs choose the strengths of its adapters, at other ones than the default.
 
-    No two of up to three adapters have the same, so that exchanged ones are found. None where the graph has no such
+    No two of up to twelve adapters have the same, so that exchanged ones are found. None where the graph has no such
     input, or no adapter is active. Raises InputRefused where the graph has strengths of other adapters.
     """
     adapters = references.adapters
@@ -81,17 +82,31 @@ def prove_strengths(
         return None
     if (graph := graph_of(candidate)) is not None and graph.lacks_adapter:
         return None
-    if len(names) > 1 and {adapter.name for adapter in adapters} != set(names):
+    if len(names) > 1 and not {adapter.name for adapter in adapters} >= set(names):
         raise InputRefused(
             f"{candidate.path} has the strengths of {', '.join(names)}. Give these adapters by these names: "
             f"{named('adapters', 'NAME=ADAPTER')}"
         )
     chosen = dict(zip(names, itertools.cycle(OTHER_STRENGTHS), strict=False))
     given = references.strengths or (1.0,) * len(adapters)
-    factors = [chosen[adapter.name if len(names) > 1 else names[0]] for adapter in adapters]
+    factors = _factors(candidate, chosen, [adapter.name for adapter in adapters])
     scaled = [strength * factor for strength, factor in zip(given, factors, strict=True)]
     runner = references.as_run(candidate.with_strengths(list(chosen.values())))
     return prove(runner, references.with_adapters(adapters, scaled), step=step)
+
+
+def _factors(candidate: Runner, chosen: Mapping[str, float], adapters: Sequence[str]) -> list[float]:
+    """The factor of each adapter; 1 of those that were merged into the weights beside it.
+
+    The only factor belongs to the adapter of this name, or of the file that is active; without such a one to all.
+    """
+    if len(chosen) == 1:
+        ((name, factor),) = chosen.items()
+        graph = graph_of(candidate)
+        file = None if graph is None else graph.adapter_file
+        names = {name, "" if file is None else file.stem}
+        chosen = {one: factor for one in adapters if one in names} or dict.fromkeys(adapters, factor)
+    return [chosen.get(one, 1.0) for one in adapters]
 
 
 def prove_several(

@@ -51,6 +51,18 @@ def test_runs_with_other_weights_get_their_own(used: list[tuple[float, int]]) ->
     assert run_in_step([]) == []
 
 
+def test_a_weight_that_two_runs_use_otherwise_is_used_for_each(used: list[tuple[float, int]]) -> None:
+    def plus(weight: Sequence[float], values: Sequence[float]) -> list[float]:
+        return [weight[0] + value for value in values]
+
+    def run(meet: Meet) -> float:
+        result: float = meet(plus, WEIGHTS[1], 5)
+        return result
+
+    assert run_in_step([through(WEIGHTS[1:2], 5), run]) == [50, 15]
+    assert used == [(10, 1)]
+
+
 def test_an_error_is_raised_when_the_others_have_ended(used: list[tuple[float, int]]) -> None:
     ended = []
 

@@ -528,9 +528,12 @@ def test_an_adapter_of_another_rank_than_the_fixed_one_is_refused(tmp_path: Path
         Session(tmp_path / "model.onnx", {"one": tmp_path / "one"})
 
 
-def test_a_graph_of_required_inputs_runs_its_base_and_its_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_strengths", [False, True])
+def test_a_graph_of_required_inputs_runs_its_base_and_its_adapters(tmp_path: Path, has_strengths: bool) -> None:
     model = a_graph(BODY.format(dtype="float"))
-    contract = insert_inputs(model, find_sites(model), ["m.weight", "n.weight"], required=True)
+    contract = insert_inputs(
+        model, find_sites(model), ["m.weight", "n.weight"], required=True, strength_input=has_strengths
+    )
     save_graph(model, tmp_path, "model.onnx")
     for name, adapter in (("one", ONE), ("two", TWO)):
         onnx_adapter.write(tmp_path / name, adapter, contract, sha256="1")
@@ -538,6 +541,9 @@ def test_a_graph_of_required_inputs_runs_its_base_and_its_adapters(tmp_path: Pat
     assert np.array_equal(session.run({"x": X})["y"], X @ M @ N)
     assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))  # the other layer has none
     assert np.array_equal(session.run({"x": X}, adapter="two")["y"], expected(TWO))
+    if has_strengths:
+        off = {"adapter_strengths": np.zeros(1, np.float32)}
+        assert np.array_equal(session.run({"x": X, **off}, adapter="two")["y"], X @ M @ N)
     binding = session.io_binding(adapter="one")
     binding.bind_cpu_input("x", X)
     binding.bind_output("y")

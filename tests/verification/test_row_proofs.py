@@ -16,7 +16,7 @@ import lora_export as le
 from lora_export.errors import InputRefused
 from lora_export.formats.contract import ABSENT_LABEL
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
@@ -221,6 +221,33 @@ def test_a_graph_of_wrong_strengths_is_different(with_strengths: Path, place: in
 def test_other_adapters_than_those_with_strengths_are_refused(with_strengths: Path) -> None:
     with pytest.raises(InputRefused, match=r"has the strengths of one, two\. Give these adapters by these names"):
         le.verify(with_strengths, (net(), INPUTS), adapters=adapters()[:1])
+
+
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "all nodes"])
+def test_an_adapter_that_was_merged_beside_those_with_strengths_has_none(mode: str, tmp_path: Path) -> None:
+    model = nn.Sequential(net(), nn.Linear(2, 2)), INPUTS
+    one, two = (replace(adapter, pairs={"0.0": adapter.pairs["0"]}) for adapter in adapters())
+    merged = an_adapter({"1": LoraPair(a=[[1, 2]], b=[[3], [1]], scale=1.0)}, name="merged")
+    own, lora = [one, two] if mode == "all nodes" else [one], "inputs" if mode == "inputs" else "nodes"
+    le.export_onnx(model, tmp_path / "base.onnx", adapters=[merged], verify=False)
+    graph, file = tmp_path / "g.onnx", {} if lora == "nodes" else {"onnx_adapter": tmp_path / "one.onnx_adapter"}
+    le.export_onnx(tmp_path / "base.onnx", graph, adapters=own, lora=lora, strength_input=True, verify=False)
+    result = le.verify(graph, model, adapters=[merged, *own], **file)
+    assert result.verdict.outcome == "same" and any("other" in each.case for each in result.verdict.comparisons)
+
+
+def test_exchanged_strengths_of_many_adapters_are_different(tmp_path: Path) -> None:
+    four = [an_adapter({"0": replace(PAIR, b=factor * PAIR.b)}, name=f"a{factor}") for factor in (1, 2, 3, 4)]
+    graph = tmp_path / "g.onnx"
+    le.export_onnx((net(), INPUTS), graph, adapters=four, lora="nodes", strength_input=True, verify=False)
+    model = load_graph(graph)
+    places = [one for name, one in model.graph.initializers.items() if name.startswith("adapter_strengths.place")]
+    assert len(places) == 4
+    for place, other in ((places[0], [3]), (places[3], [0])):
+        place.const_value = ir.tensor(other, ir.DataType.INT64)
+    ir.save(model, tmp_path / "exchanged.onnx")
+    assert le.verify(graph, (net(), INPUTS), adapters=four).verdict.outcome == "same"
+    assert le.verify(tmp_path / "exchanged.onnx", (net(), INPUTS), adapters=four).verdict.outcome == "different"
 
 
 @pytest.mark.parametrize("required", [False, True])

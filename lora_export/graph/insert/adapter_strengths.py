@@ -42,12 +42,15 @@ class StrengthInput:
         return self._inserted(nodes, factor, value)
 
     def blended(self, factor: Factor, adapter: str) -> Factor:
-        """1 + strength * (factor - 1): a factor that multiplies a layer, of which the change is the difference to 1."""
+        """1 + strength * (factor - 1): a factor that multiplies a layer, of which the change is the difference to 1.
+
+        As strength * factor + (1 - strength), which has the bits of the factor at strength 1.
+        """
         nodes = NodeList(self.factory, factor.path)
-        shape, one = factor.value.shape, self._one(factor)
-        change = nodes.add("Sub", [factor.value, one], shape)
-        scaled = nodes.add("Mul", [change, self._of(adapter, factor)], shape)
-        return self._inserted(nodes, factor, nodes.add("Add", [scaled, one], shape))
+        shape, strength = factor.value.shape, self._of(adapter, factor)
+        scaled = nodes.add("Mul", [factor.value, strength], shape)
+        rest = nodes.add("Sub", [self._one(factor), strength], [1])
+        return self._inserted(nodes, factor, nodes.add("Add", [scaled, rest], shape))
 
     def _of(self, adapter: str, factor: Factor) -> ir.Value:
         """The strength of an adapter in the factor's dtype, (1,)."""
@@ -74,7 +77,7 @@ class StrengthInput:
 
 
 def refuse_steps_without_strength(plan: Plan) -> None:
-    """Raise InputRefused for changes that no factor at run time scales."""
+    """Raise InputRefused for changes that no factor at run time scales, and where no change has one."""
     for reason, weights in (
         ("DoRA's lengths are computed for one strength", [step.weight for step in plan.steps if step.has_dora]),
         (
@@ -84,6 +87,11 @@ def refuse_steps_without_strength(plan: Plan) -> None:
     ):
         if weights:
             raise refused_strength(reason, weights)
+    if plan.steps and not plan.low_rank:
+        raise InputRefused(
+            f"{plan.steps[0].weight}: every change is a tensor that is replaced whole, which has no strength. "
+            f"Leave out {named('strength_input')}"
+        )
 
 
 def refused_strength(reason: str, weights: Sequence[str]) -> InputRefused:

@@ -28,6 +28,10 @@ DORA = dataclasses.replace(PAIR, magnitude=[5.0, 0.5])
             an_adapter({"m": PAIR}, biases={"m": np.float32([1, 2])}),
             r"the change of a bias or a vector is merged: m\.bias\. .*a graph for each strength \(weights=\)",
         ),
+        (
+            an_adapter({}, replaced={"m.weight": np.ones((3, 2), np.float32)}),
+            r"m\.weight: every change is a tensor that is replaced whole, .* Leave out strength_input",
+        ),
     ],
 )
 def test_nodes_refuse_what_a_run_cannot_scale(adapter: Any, message: str) -> None:

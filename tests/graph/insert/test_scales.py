@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from lora_export import plan
 from lora_export.errors import InputRefused
@@ -56,6 +58,17 @@ def test_nodes_scale_a_layer(name, change, strength, at_run_time):
     product = (X * factors[0]) @ W.T if change is INPUTS else X @ W.T * factors[1]
     bias = np.float32([10, 20]) * (0.5 if "transposed" in name else 1)
     assert np.array_equal(run(model, **given, **{read: X.T if read == "t" else X})["y"], product + bias)
+
+
+def test_a_factor_has_its_bits_at_the_default_strength():
+    model = a_graph("""
+        g (float16[N,2] x) => (float16[N,2] y)
+        <float16[2,2] m.weight = {15360,0,0,15360}>
+        { y = MatMul(x, m.weight) }""")
+    factors = np.float32([1 / 1024, 3 / 4096])
+    with_nodes(model, an_adapter({"m": scaled(*factors, of_inputs=False)}), strength_input=True)
+    (y,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": np.ones((1, 2), np.float16)})  # all in float16
+    assert np.array_equal(y, [factors])
 
 
 @pytest.mark.parametrize("of_inputs", [False, True])

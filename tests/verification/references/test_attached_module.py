@@ -94,16 +94,56 @@ def test_the_rounded_module_shares_what_is_not_rounded() -> None:
 class Chooses(nn.Module):
     """A module that keeps what it was given between its layers, and fails where that is another run's."""
 
+    fails = True
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = (nn.Linear(3, 3, bias=False) for _ in range(2))
 
+    def keep(self, length: int) -> None:
+        self.length = length
+
+    def kept(self) -> int:
+        return self.length
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.length = len(input)
+        self.keep(len(input))
         outputs = self.second(self.first(input))
-        if len(input) != self.length:
-            raise ValueError(f"{self.length} rows became {len(input)}")
-        return outputs
+        if self.fails and len(input) != self.kept():
+            raise ValueError(f"{self.kept()} rows became {len(input)}")
+        return outputs * self.kept()
+
+
+class ChoosesInDictionary(Chooses):
+    """One that keeps it in a dictionary, and computes with what is there."""
+
+    fails = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = {"length": 0}
+
+    def keep(self, length: int) -> None:
+        self.known["length"] = 1000 + length
+
+    def kept(self) -> int:
+        return self.known["length"]
+
+
+class ChoosesInBuffer(Chooses):
+    """One that keeps it in a tensor, and computes with what is there."""
+
+    fails = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.zeros((), dtype=torch.int64))
+
+    def keep(self, length: int) -> None:
+        self.known.fill_(length)
+
+    def kept(self) -> int:
+        return int(self.known)
 
 
 LENGTHS = {f"{length} rows": {"input": np.ones((length, 3), np.float32)} for length in (2, 1, 5)}
@@ -126,13 +166,17 @@ def widenings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("most", [1 << 29, 100, 0])
 @pytest.mark.parametrize("rounding", [{}, {"first.weight": "bfloat16", "second.weight": "bfloat16"}])
-@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("chooses", [None, Chooses, ChoosesInDictionary, ChoosesInBuffer])
 def test_runs_in_step_have_the_bits_of_runs_by_themselves(
-    chooses: bool, rounding: dict[str, str], most: int, widenings: list[int], monkeypatch: pytest.MonkeyPatch
+    chooses: type[Chooses] | None,
+    rounding: dict[str, str],
+    most: int,
+    widenings: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attached_module, "MOST_IN_STEP", most)
     torch.manual_seed(0)
-    module = Chooses() if chooses else nn.Sequential(OrderedDict(first=nn.Linear(3, 3), second=nn.Linear(3, 3)))
+    module = chooses() if chooses else nn.Sequential(OrderedDict(first=nn.Linear(3, 3), second=nn.Linear(3, 3)))
     for parameter in module.parameters():  # as a file in bf16 stores them
         parameter.data = parameter.data.bfloat16().float()
     module = attach_adapters(module, [an_adapter({"first": PAIR_OF_THREE})], None)
