@@ -232,9 +232,6 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     base = {path.name: hashes.get(path.name) or {FAST: file_hash(path, FAST)} for path in graph.sources}
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
-    settings = {"lora": options.lora, **options.settings}
+    settings = {**options.form_settings, **options.settings}
     settings |= {"requantize": True, "min_retention": options.min_retention} if options.requantize else {}
-    settings |= {"max_rank": options.rank} if options.rank else {}
-    settings |= {"slots": options.slots} if options.lora == "slots" else {}
-    settings |= {"per_row": options.per_row} if options.per_row > 1 else {}
     return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

@@ -106,11 +106,9 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
         prove = functools.partial(prove_all, path, references, options, before) if options.verify else None
         proofs = prove_trace(references.model, prove, state, options.on_message)
         dtype = str(ModuleRunner(base.module).dtype).removeprefix("torch.")
-        settings = {"lora": options.lora, "opset": options.opset, "dtype": dtype, **options.settings}
+        settings = {**options.form_settings, "opset": options.opset, "dtype": dtype, **options.settings}
         settings |= {"stored": precision.stored, "computed": precision.computed} if precision else {}
         chosen: dict[str, Any] = {"task": options.task, "fuse": options.fuse, "quantize": options.quantize}
-        chosen |= {"max_rank": options.rank, "slots": options.slots if options.lora == "slots" else None}
-        chosen |= {"per_row": options.per_row if options.per_row > 1 else None}
         settings |= {name: value for name, value in chosen.items() if value}
         record = record_of_model(base, given.adapters, given.weights, settings)
         for name in names:

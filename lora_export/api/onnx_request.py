@@ -73,6 +73,17 @@ class OnnxRequest(OnnxOptions):
         """The rank to which those of adapters are padded; 0: each has its own."""
         return self.max_rank or (SLOT_RANK if self.lora == "slots" else 0)
 
+    @property
+    def form_settings(self) -> dict[str, Any]:
+        """How adapters are in the graph, for the record of provenance: what is not the default."""
+        chosen = {
+            "max_rank": self.rank,
+            "slots": self.slots if self.lora == "slots" else 0,
+            "per_row": self.per_row if self.per_row > 1 else 0,
+            "strength_input": self.strength_input,
+        }
+        return {"lora": self.lora, **{name: value for name, value in chosen.items() if value}}
+
     def without_head(self, specs: Iterable[plan.TensorSpec], stored: BaseTensor) -> OnnxRequest:
         """The same options, without the head that all adapters share with the base (`ignore_head`).
 

@@ -59,11 +59,12 @@ def download_snapshot(
             f"{shown} is not in the Hugging Face cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download "
             "it, unset the variable"
         )
-    on_message(f"{shown}: downloading from {constants.ENDPOINT}")
+    endpoint = _without_credentials(constants.ENDPOINT)
+    on_message(f"{shown}: downloading from {endpoint}")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, tqdm_class=_bars(), **patterns))
     except Exception as error:  # the HTTP client's exceptions depend on the version of huggingface_hub
-        raise _failure(name, shown, constants.ENDPOINT, error) from error
+        raise _failure(name, shown, endpoint, error) from error
 
 
 def _with_weights(folder: Path, name: str, revision: str | None) -> Path:
@@ -78,6 +79,11 @@ def _with_weights(folder: Path, name: str, revision: str | None) -> Path:
 
 def _shown(name: str, revision: str | None) -> str:
     return one_line(name if revision is None else f"{name}@{revision}")
+
+
+def _without_credentials(text: str) -> str:
+    """A text without the user and password that addresses in it have."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def full_download(name: str, revision: str | None) -> str:
@@ -117,7 +123,7 @@ def _failure(name: str, shown: str, endpoint: str, error: Exception) -> LoraExpo
     if isinstance(error, OSError) and error.errno is not None and not known and not isinstance(error, ConnectionError):
         return OutputFailed(f"{shown} cannot be written into the Hugging Face cache: {error}")
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    reason = str(cause).strip().partition("\n")[0]
+    reason = _without_credentials(str(cause).strip().partition("\n")[0])
     return EnvironmentLacking(
         f"the download of {shown} from {endpoint} failed ({type(cause).__name__}: {reason}). Check the connection. "
         "The same command downloads the files that are missing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping
@@ -86,8 +87,13 @@ class ProofSession:
 
 def _files(folder: Path) -> Hashable:
     """The files of a folder, with what changes when one of them does."""
-    found = ((path.relative_to(folder), path.stat()) for path in folder.rglob("*") if path.is_file())
-    return frozenset((path, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns) for path, it in found)
+    found = set()
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it has gone since it was listed
+            if path.is_file():
+                it = path.stat()
+                found.add((path.relative_to(folder), it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns))
+    return frozenset(found)
 
 
 def _digest(settings: Mapping[str, Any], cases: Mapping[str, Arrays]) -> str:

@@ -217,10 +217,17 @@ def test_what_cannot_be_downloaded_is_refused(
 def test_a_hub_that_is_down_or_not_reached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.down = True
     assert "503" in str(refused("org/small"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:secret@127.0.0.1:9")
     error = refused("org/small")
     assert isinstance(error, EnvironmentLacking)
     assert "the download of org/small from http://127.0.0.1:9 failed (ConnectError: " in str(error)
+
+
+def test_an_error_of_the_hub_shows_no_password(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.down = True
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("//", "//me:secret@"))
+    error = str(refused("org/small"))
+    assert "503" in error and "secret" not in error
 
 
 def test_offline_mode_forbids_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

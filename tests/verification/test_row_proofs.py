@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import lora_export as le
+from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.formats.contract import ABSENT_LABEL
 from lora_export.graph.onnx_file.reading import load_graph
@@ -198,6 +200,7 @@ def with_strengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("strengths") / "nodes.onnx"
     result = le.export_onnx((net(), INPUTS), path, adapters=adapters(), lora="nodes", strength_input=True)
     assert result.proofs is not None and list(result.proofs.strengths) == ["all"]
+    assert json.loads(load_graph(path).metadata_props[provenance.KEY])["settings"]["strength_input"] is True
     return path
 
 
