@@ -9,7 +9,7 @@ from typing import Any
 from lora_export.artifacts.artifact import ArtifactKind, open_artifact
 from lora_export.errors import InputRefused
 from lora_export.extras import optional_package
-from lora_export.formats.contract import CONTRACT_KEY, read_contract
+from lora_export.formats.contract import CONTRACT_KEY, STRENGTHS_KEY, read_contract
 from lora_export.options.spelling import command
 from lora_export.runtime.runner import Arrays
 
@@ -45,16 +45,21 @@ class OpenVINOModel:
 def open_compiled(path: str) -> OpenVINOModel:
     """The runner `openvino`.
 
-    Raises EnvironmentLacking where OpenVINO is not installed, and InputRefused for a graph whose adapters are optional
-    inputs: OpenVINO makes constants of them.
+    Raises EnvironmentLacking where OpenVINO is not installed, and InputRefused for a graph whose adapters or their
+    strengths are optional inputs: OpenVINO makes constants of them.
     """
     artifact = open_artifact(path)
     metadata = artifact.metadata if artifact.kind is ArtifactKind.GRAPH else {}
-    if CONTRACT_KEY in metadata and not read_contract(metadata, path).required:
-        raise InputRefused(
-            f"{path} has its adapter as optional inputs, of which OpenVINO makes constants. It takes a graph with "
-            f"required ones, or with the adapter as nodes or merged (see `{command('guide', 'runners')}`)"
-        )
+    is_required = CONTRACT_KEY in metadata and read_contract(metadata, path).required
+    for key, what, other in (
+        (CONTRACT_KEY, "its adapter as optional inputs", "with the adapter as nodes or merged"),
+        (STRENGTHS_KEY, "the strengths of its adapters as an optional input", "without strengths"),
+    ):
+        if key in metadata and not is_required:
+            raise InputRefused(
+                f"{path} has {what}, of which OpenVINO makes constants. It takes a graph with required inputs, or "
+                f"{other} (see `{command('guide', 'runners')}`)"
+            )
     return OpenVINOModel(path)
 
 

@@ -100,6 +100,24 @@ def test_openvino_reads_its_own_files_with_their_weights(graph: Path, tmp_path: 
             runner.run({"x": INPUTS["x"], "z": INPUTS["x"]})
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "lora_export.inputs",
+            "has its adapter as optional inputs, of which .* or with the adapter as nodes or merged",
+        ),
+        ("lora_export.strengths", "has the strengths of its adapters as an optional input, .* or without strengths"),
+    ],
+)
+def test_openvino_takes_no_optional_inputs(graph: Path, key: str, message: str, tmp_path: Path) -> None:
+    model = onnx.load(graph)
+    model.metadata_props.add(key=key, value='{"base": "00000000", "names": "", "places": [], "adapters": ["fr"]}')
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputRefused, match=message):
+        openvino.open_compiled(str(tmp_path / "m.onnx"))
+
+
 def test_openvino_is_named_where_it_is_not_installed(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", lambda name: exec("raise ImportError"))
     with pytest.raises(EnvironmentLacking, match=r"the runner openvino needs openvino .*pip install "):
