@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -139,13 +140,16 @@ def is_stateful(module: object) -> bool:
 def fusions_for(provider: str) -> Iterator[tuple[Callable[[Any], Any], bool]]:
     """The rewrites into onnxruntime's operators for a provider, in order, and whether each makes GroupQueryAttention.
 
-    transformers has one function for all of them, and takes a graph of one row alone for this operator.
+    transformers has one function for all of them, and takes a graph of one row alone for this operator. On the CPU
+    (onnxruntime 1.31), the operator ignores the position_ids of a prompt and rotates all rows as the first one: rows
+    that are padded by other lengths would be wrong. Its queries and keys are therefore rotated by RotaryEmbedding.
     """
     module = "transformers.exporters.onnxruntime_fusions"
     attention = private(module, "_fuse_group_query_attention")
     for step, providers in private(module, "_STEPS"):
         if providers is None or provider in providers:
-            yield step, getattr(step, "func", step) is attention
+            is_attention = getattr(step, "func", step) is attention
+            yield (partial(step, rotary=False) if is_attention and provider == "cpu" else step), is_attention
 
 
 _MADE: dict[tuple[Any, ...], type[nn.Module]] = {}

@@ -22,8 +22,7 @@ def operators(graph: ir.Model) -> set[str]:
     return {node.op_type for node in graph.graph}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_fused_graph_computes_the_same_in_batches_with_padding(provider: str, tmp_path: Path) -> None:
     module, graph = exported_decoder("llama")
     declared = [value.shape for value in (*graph.graph.inputs, *graph.graph.outputs)]

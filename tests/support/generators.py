@@ -50,7 +50,7 @@ def around_attention(kind: str) -> list[str]:
 
 
 DECODERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_LIKE)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_LIKE, head_dim=16)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA_LIKE, head_dim=8)),
     # Every other layer reads the last 8 tokens only.
     "gemma3": lambda: hf.Gemma3ForCausalLM(
