@@ -37,9 +37,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.adapter_values import generated_adapters, with_filled_slots
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
-    from lora_export.models.token_scores import with_token_scores
     from lora_export.runtime.endpoint.runner import EndpointRunner
-    from lora_export.runtime.endpoint.ways import NextToken
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.open_artifact import HowToOpen, open_candidate
     from lora_export.verification.against_endpoint import EndpointReferences
@@ -82,8 +80,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
             runner = with_filled_slots(runner, adapted.adapters, adapted.strengths)
         make_references: Callable[..., PyTorchReferences] = PyTorchReferences
         if isinstance(runner, EndpointRunner):
-            is_costly = isinstance(runner.way, NextToken)
-            base = with_token_scores(base, runner.way.first, runner.draw, runner.longest, is_costly=is_costly)
+            base = runner.judged(base)
             make_references = functools.partial(EndpointReferences, others=load_adapters(request.other))
         takes: Collection[str] = runner.axes or getattr(runner, "input_names", ())
         base = base.taking(takes).without_token_types(takes)

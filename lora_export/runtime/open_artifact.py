@@ -21,6 +21,7 @@ from lora_export.isolation.limits import memory_for
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
+from lora_export.models.served_values import vector_of
 from lora_export.options.spelling import named
 from lora_export.options.verify import Judging
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
@@ -123,8 +124,10 @@ def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
         return open_tensors_of(candidate.address, how.options.served_name, how.timeout)
     module: Any = how.base.module
     vocabulary = module.config.get_text_config().vocab_size if how.base.is_huggingface else 1
-    folder = Path(how.base.source)
-    return open_endpoint(candidate.address, how.options.served_name, how.adapters, folder, vocabulary, how.timeout)
+    folder, vector = Path(how.base.source), vector_of(how.base)
+    return open_endpoint(
+        candidate.address, how.options.served_name, how.adapters, folder, vocabulary, how.timeout, vector
+    )
 
 
 RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {

@@ -17,7 +17,7 @@ import torch
 from lora_export import layers
 from lora_export.graph.cache_names import IDS
 from lora_export.lora import Adapter
-from lora_export.models.token_scores import HALF_CACHE, cache_argument
+from lora_export.models.served_values import HALF_CACHE, cache_argument
 from lora_export.plan import Term
 from lora_export.provenance import adapter_records
 from lora_export.runtime.endpoint.runner import IN_BINARY, EndpointRunner
@@ -39,6 +39,7 @@ TITLE = "what the server answers as"
 AS_BASE = "the server answers as the base model: the adapter's name is accepted, and its weights are not used"
 WITH_BEGINNING = "the server puts the token of a beginning (BOS) before tokens that it was sent without one"
 SAME_ANSWER = "the server gives the same answer to different prompts, such as from a cache"
+OTHER_SHAPE = "the server gives vectors of another size: a layer after the model is left out, or they are cut off"
 NOTHING_FITS = (
     "neither the base, nor another strength of the adapter{tenants} explains the answers. Other known causes are "
     "another version of the adapter or the base, quantised weights, and tokens that the server adds or drops"
@@ -52,7 +53,7 @@ STEPS_TO_FIT = 8  # of a search for the strength that fits
 
 @dataclass(frozen=True, eq=False)
 class EndpointReferences(PyTorchReferences):
-    """A model whose outputs are the log-probabilities of its tokens. `others` are adapters of other tenants."""
+    """A model whose outputs are what a server gives. `others` are adapters of other tenants."""
 
     others: Sequence[Adapter] = ()
 
@@ -137,6 +138,8 @@ class PreparedEndpoint(PreparedPyTorch):
         """What the server answers as, in words."""
         if not self.changed.get(IDS, True):
             return SAME_ANSWER
+        if any(array.shape != case.reference[name].shape for name, array in case.candidate.items()):
+            return OTHER_SHAPE
         others: dict[str, Mapping[str, parity.Outputs]] = (
             {AS_BASE: {case.name: case.base}} if case.base is not None else {}
         )
@@ -156,7 +159,9 @@ class PreparedEndpoint(PreparedPyTorch):
             begun = np.concatenate([np.full_like(ids[:, :1], token), ids], axis=1)
             with widened(self.attached.module):
                 outputs = Fp64Runner(self.attached.module).run({IDS: begun})
-            yield WITH_BEGINNING, {case.name: {name: array[:, 1:] for name, array in outputs.items()}}
+            # Log-probabilities have one more for the token; a vector is one of the text as a whole.
+            own = {name: array[:, array.shape[1] - case.reference[name].shape[1] :] for name, array in outputs.items()}
+            yield WITH_BEGINNING, {case.name: own}
 
     def _other_strengths(self, case: parity.Case) -> Iterator[tuple[str, Mapping[str, parity.Outputs]]]:
         """The strength of the adapter that comes closest to the server's answers, and what PyTorch computes with it."""

@@ -250,7 +250,7 @@ def test_an_answer_of_wrong_types_is_refused(content: Any, message: str, folders
             return dict(content)
 
     right = served(folders.base, folders.adapter)
-    with pytest.raises(RuntimeRefused, match=f"JSON that is no completion: {message}"):
+    with pytest.raises(RuntimeRefused, match=f"JSON of another form: {message}"):
         verified(folders, Wrong(right.logits, right.tokenizer))
 
 

@@ -1,1 +1,1 @@
-"""A served model as a runner: token ids in, log-probabilities of these tokens out, by OpenAI's completions protocol."""
+"""A served model as a runner: token ids in, and log-probabilities or a vector out, by the protocol of OpenAI."""

@@ -18,7 +18,7 @@ from email.message import Message
 from http.client import HTTPException
 from typing import Any, NamedTuple, NoReturn
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused, WrongUsage
@@ -91,7 +91,7 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path. Errors are those of `post`."""
-        return self._json(Request(f"{self.address}/{path}"))
+        return self._json(Request(self._url(path)))
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that answers this one; its fractions are Decimal, as many digits as the server gives.
@@ -99,9 +99,12 @@ class Client:
         Raises EnvironmentLacking where the server cannot be reached or wants another key, and RuntimeRefused where it
         refuses, takes too long, or answers with what is no JSON object of numbers that are finite.
         """
-        request = Request(f"{self.address}/{path}", data=json.dumps(body).encode())
+        request = Request(self._url(path), data=json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         return self._json(request)
+
+    def _url(self, path: str) -> str:
+        return urljoin(f"{self.address}/", path)
 
     def _json(self, request: Request) -> dict[str, Any]:
         request.add_header("User-Agent", f"lora-export/{__version__}")

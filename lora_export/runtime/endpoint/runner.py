@@ -13,10 +13,14 @@ import numpy as np
 
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import IDS
-from lora_export.models.token_scores import SCORES
+from lora_export.models.model import Model
+from lora_export.models.served_values import TextVector
 from lora_export.options.spelling import named
 from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
-from lora_export.runtime.endpoint.ways import Completions, LogProbability, Texts, Way, find_way
+from lora_export.runtime.endpoint.served_model import Number, ServedModel, Way
+from lora_export.runtime.endpoint.texts import Texts
+from lora_export.runtime.endpoint.vectors import find_vectors
+from lora_export.runtime.endpoint.ways import Completions, find_way
 from lora_export.runtime.runner import Arrays, PlainRunner
 
 OTHERS_SHOWN = 8  # models of a server that a message names
@@ -26,10 +30,10 @@ IN_BINARY = 12  # decimals from which a number is one in binary, and not rounded
 
 @dataclass(eq=False)
 class EndpointRunner(PlainRunner):
-    """A model of a server. Runs `input_ids`, and gives the log-probability of each token from `way.first` on."""
+    """A model of a server. Runs `input_ids`, and gives the values of its way."""
 
     way: Way
-    server: Completions
+    server: ServedModel
     entry: Mapping[str, Any]  # the model in the server's list; empty where it is not there
     others: Sequence[str]  # the other models there
     longest: int | None = None  # tokens of a text, beside one that follows; None where the server does not state it
@@ -38,10 +42,14 @@ class EndpointRunner(PlainRunner):
     decimals: int = 0  # the most that a number of the server has had
 
     def run(self, inputs: Arrays) -> Arrays:
-        """One request for each row, or one for each token. Errors are those of the way."""
-        rows = [self.way.values(row) for row in inputs[IDS].tolist()]
+        """Errors are those of the way."""
+        rows = self.way.rows(inputs[IDS].tolist())
         self.decimals = max([self.decimals, *(_decimals(value) for row in rows for value in row)])
-        return {SCORES: np.array([[float(value) for value in row] for row in rows], np.float32)}
+        return {self.way.output: np.array([[float(value) for value in row] for row in rows], np.float32)}
+
+    def judged(self, model: Model) -> Model:
+        """The model with the outputs that the server gives. Errors are those of the way."""
+        return self.way.judged(model, self.draw, self.longest)
 
     def draw(self, batch: int, length: int, seed: int) -> list[list[int]] | None:
         """The tokens of an input; None where any will do."""
@@ -75,24 +83,36 @@ class EndpointRunner(PlainRunner):
         return {**facts, "requests": client.requests, "decimals": min(self.decimals, IN_BINARY)}
 
 
-def _decimals(value: LogProbability) -> int:
+def _decimals(value: Number) -> int:
     exponent = value.normalize().as_tuple().exponent if isinstance(value, Decimal) else 0
     return max(0, -int(exponent))
 
 
 def open_endpoint(
-    address: str, served_name: str | None, adapters: Sequence[str], folder: Path, vocabulary: int, seconds: float
+    address: str,
+    served_name: str | None,
+    adapters: Sequence[str],
+    folder: Path,
+    vocabulary: int,
+    seconds: float,
+    vector: TextVector | None = None,
 ) -> EndpointRunner:
     """A runner of the model that is meant: the one of this name, or of the only adapter's, or the only one there.
 
-    `folder` has the base's tokenizer, `vocabulary` is its number of tokens. Raises InputRefused where it is not clear
-    which model is meant, Undecided where the server gives no log-probabilities, and as `Client.post`.
+    `folder` has the base's tokenizer, `vocabulary` is its number of tokens. `vector` is what the model has for a text;
+    without it, log-probabilities of tokens are compared. Raises InputRefused where it is not clear which model is
+    meant, Undecided where the server does not give what is compared, and as `Client.post`.
     """
     client = Client(address, seconds, key_of(address))
     models = _models(client, is_needed=served_name is None)
     model = served_name or _only(models, adapters, address)
-    server = Completions(client, model)
-    way = find_way(server, vocabulary, lambda: Texts.of(folder))
+    way: Way
+    if vector is None:
+        server: ServedModel = (completions := Completions(client, model))
+        way = find_way(completions, vocabulary, lambda: Texts.of(folder))
+    else:
+        server = ServedModel(client, model)
+        way = find_vectors(server, vector, vocabulary, lambda: Texts.of(folder))
     by_id = {entry["id"]: entry for entry in models}
     entry = by_id.pop(model, {})
     lengths = [each.get("max_model_len") for each in (entry, by_id.get(str(entry.get("parent")), {}))]

@@ -9,82 +9,18 @@ from __future__ import annotations
 import functools
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from lora_export.errors import Different, InputRefused, RuntimeRefused, Undecided
-from lora_export.models.processors import open_tokenizer, refusing_failures
-from lora_export.runtime.endpoint.client import Client, RequestRefused
-
-TRIES = 2000  # draws of a token, or of a text
-MORE = 8  # tokens that are drawn beyond those needed: the tokenizer joins some
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """The texts of a tokenizer of transformers."""
-
-    tokenizer: Any
-    vocabulary: int
-
-    @classmethod
-    def of(cls, folder: Path) -> Texts:
-        """Those of a model's folder. Raises InputRefused where it has no tokenizer."""
-        tokenizer = open_tokenizer(folder, needed=True)
-        return cls(tokenizer, len(tokenizer))
-
-    @cached_property
-    def begin(self) -> list[int]:
-        """The tokens that the tokenizer puts before each text, such as that of its beginning."""
-        empty = self.ids("")
-        return [token for token in empty[:1] if token == self.tokenizer.bos_token_id]
-
-    def ids(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer adds at its beginning."""
-        with refusing_failures("the tokenizer fails on a text"):
-            return list(map(int, self.tokenizer(text, verbose=False)["input_ids"]))
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without those that the tokenizer adds."""
-        with refusing_failures("the tokenizer fails on its tokens"):
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def is_exact(self, ids: Sequence[int]) -> bool:
-        """Whether the tokens are those of their text."""
-        return self.ids(self.text(ids)) == list(ids)
-
-    def after(self, ids: Sequence[int], piece: str) -> int | None:
-        """The one token that a piece of text adds to tokens, which it must leave as they are; None for any other."""
-        if not piece or not piece.isprintable() or "\ufffd" in piece:
-            return None
-        longer = self.ids(self.text(ids) + piece)
-        return longer[-1] if longer[:-1] == list(ids) and self.text(longer) == self.text(ids) + piece else None
-
-    def draw(self, length: int, choose: random.Random) -> list[int]:
-        """So many tokens of a text, at random. Raises InputRefused where the tokenizer's texts lose some."""
-        for _ in range(TRIES):
-            drawn = [self._word(choose) for _ in range(length + MORE)]
-            ids = self.ids(self.text([*self.begin, *drawn]))[:length]
-            if len(ids) == length and self.is_exact(ids):
-                return ids
-        raise InputRefused(
-            f"the tokenizer makes no text of {length} tokens that it reads as the same tokens again, so that a server "
-            "that takes texts alone cannot be compared"
-        )
-
-    def _word(self, choose: random.Random) -> int:
-        """A token whose text is printable: the bytes of a letter in several tokens have none by themselves."""
-        for _ in range(TRIES):
-            token = choose.randrange(self.vocabulary)
-            text = self.text([token])
-            if text and text.isprintable() and "\ufffd" not in text:
-                return token
-        raise InputRefused("the tokenizer has hardly a token that is text by itself")
-
+from lora_export.errors import Different, RuntimeRefused, Undecided
+from lora_export.models.model import Model
+from lora_export.models.served_values import SCORES, DrawTexts, with_token_scores
+from lora_export.runtime.endpoint.client import RequestRefused
+from lora_export.runtime.endpoint.served_model import WEIGHTS_NOT_JUDGED, Number, ServedModel
+from lora_export.runtime.endpoint.texts import Texts
 
 LIKELIEST = 5  # tokens that are requested: OpenAI's most
 BEGINNING = 4  # tokens of a text before the first whose value is requested, where each takes a request
@@ -95,55 +31,51 @@ FORMS_OF_REQUEST: tuple[Mapping[str, Any], ...] = (
     {"logprobs": LIKELIEST},
     {"logprobs": True, "top_logprobs": LIKELIEST},
 )
-WEIGHTS_NOT_JUDGED = "Its weights were not judged"
 NEAR_VALUE = 0.02  # of a log-probability, plus as much of its size: farther apart, two values are not of one position
 
-LogProbability = Decimal | int
 Texted = Callable[[], Texts]
 Found = TypeVar("Found")
 
 
-class Way(Protocol):
+class TokenWay(ABC):
     """One way. `first` is the first position of a text that has a value."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def note(self) -> str: ...  # what was sent, and what was not compared
+    name: ClassVar[str]
+    output: ClassVar[str] = SCORES
+    is_costly: ClassVar[bool] = False  # a request for each token
+    note: str
 
-    def values(self, ids: Sequence[int]) -> list[LogProbability]:
+    @property
+    @abstractmethod
+    def first(self) -> int: ...
+
+    @abstractmethod
+    def values(self, ids: Sequence[int]) -> list[Number]:
         """The log-probability of each token from `first` on, given those before it."""
 
-    def draw(self, length: int, choose: random.Random) -> list[int] | None:
-        """The tokens of an input; None where any will do."""
+    @abstractmethod
+    def draw(self, length: int, choose: random.Random) -> list[int] | None: ...
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> list[list[Number]]:
+        return [self.values(ids) for ids in texts]
+
+    def judged(self, model: Model, draw: DrawTexts, longest: int | None) -> Model:
+        return with_token_scores(model, self.first, draw, longest, is_costly=self.is_costly)
 
 
-@dataclass(eq=False)
-class Completions:
-    """The path /completions of a server, and the model that is requested."""
-
-    client: Client
-    model: str
-    answered_as: set[str] = field(default_factory=set)  # the models that answered, as the server states
+class Completions(ServedModel):
+    """The path /completions of a model."""
 
     def ask(self, prompt: Any, **more: Any) -> dict[str, Any]:
         """The first choice of the answer, with its `usage`. Raises RuntimeRefused where there is none."""
-        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False, **more}
-        answer = self.client.post("completions", body)
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False, **more}
+        answer = self.post("completions", body)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self.wrong("`choices` is no list of one object")
-        if isinstance(model := answer.get("model"), str):
-            self.answered_as.add(model)
         return {**choices[0], "usage": answer.get("usage")}
 
-    def wrong(self, what: str) -> RuntimeRefused:
-        """The error for an answer that is not what the protocol allows."""
-        return RuntimeRefused(f"{self.client.address} answered with JSON that is no completion: {what}")
-
-    def number(self, value: Any) -> LogProbability:
+    def number(self, value: Any) -> Number:
         """A log-probability. Raises RuntimeRefused for what is none."""
         if isinstance(value, bool) or not isinstance(value, Decimal | int) or not math.isfinite(value):
             raise self.wrong(f"a log-probability is {value!r:.40}")
@@ -156,26 +88,15 @@ class Completions:
             raise self.wrong(f"{what} is no object")
         return value
 
-    def refuse_other_tokens(self, choice: dict[str, Any], ids: Sequence[int]) -> None:
-        """Raise Different where the server counts other tokens in a text than the base's tokenizer makes of it."""
-        usage = choice["usage"]
-        found = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if isinstance(found, int) and found != len(ids):
-            how = "adds tokens, such as that of a beginning (BOS) or of a chat" if found > len(ids) else "drops tokens"
-            raise Different(
-                f"the server counts {found} tokens in a text of which the base's tokenizer makes {len(ids)}: it {how}, "
-                f"or has another tokenizer. {WEIGHTS_NOT_JUDGED}"
-            )
-
 
 @dataclass(eq=False)
-class PromptLogprobs:
+class PromptLogprobs(TokenWay):
     """vLLM's `prompt_logprobs`: token ids in, one request a text."""
 
     server: Completions
     name: ClassVar[str] = "prompt_logprobs"
     note: str = "token ids were sent, and each token's own log-probability was given"
-    first: int = 1
+    first: ClassVar[int] = 1
 
     @classmethod
     def found(cls, server: Completions, ids: Sequence[int]) -> PromptLogprobs | None:
@@ -186,12 +107,12 @@ class PromptLogprobs:
         way.read(choice, ids)
         return way
 
-    def values(self, ids: Sequence[int]) -> list[LogProbability]:
+    def values(self, ids: Sequence[int]) -> list[Number]:
         return self.read(self.server.ask(list(ids), prompt_logprobs=1), ids)
 
-    def read(self, choice: dict[str, Any], ids: Sequence[int]) -> list[LogProbability]:
+    def read(self, choice: dict[str, Any], ids: Sequence[int]) -> list[Number]:
         """The values in a choice. Raises Different where it has other tokens than were sent."""
-        self.server.refuse_other_tokens(choice, ids)
+        self.server.refuse_other_tokens(choice["usage"], len(ids))
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list):
             raise self.server.wrong("`prompt_logprobs` is no list")
@@ -207,7 +128,7 @@ class PromptLogprobs:
 
 
 @dataclass(eq=False)
-class Echo:
+class Echo(TokenWay):
     """`echo` with `logprobs`: the text repeated, with the values of its tokens."""
 
     server: Completions
@@ -227,14 +148,14 @@ class Echo:
         values = _token_logprobs(choice)
         if values is None or len(values) < len(ids) - 1:
             return None
-        server.refuse_other_tokens(choice, ids)
+        server.refuse_other_tokens(choice["usage"], len(ids))
         generated = _generated(choice)
         hidden = 0 if len(values) - generated >= len(ids) else 1
         return cls(server, texts, hidden) if hidden <= len(texts.begin) else None
 
-    def values(self, ids: Sequence[int]) -> list[LogProbability]:
+    def values(self, ids: Sequence[int]) -> list[Number]:
         choice = self.server.ask(self.texts.text(ids), echo=True, logprobs=1)
-        self.server.refuse_other_tokens(choice, ids)
+        self.server.refuse_other_tokens(choice["usage"], len(ids))
         values = _token_logprobs(choice)
         count = len(ids) - self.hidden
         if values is None or len(values) - count not in (0, 1):
@@ -248,7 +169,7 @@ class Echo:
 
 
 @dataclass(eq=False)
-class NextToken:
+class NextToken(TokenWay):
     """The likeliest next tokens, a request for each position. The tokens of a text are among them."""
 
     server: Completions
@@ -259,7 +180,8 @@ class NextToken:
         f"texts were sent, one for each token, and a token's log-probability was read among the {LIKELIEST} likeliest: "
         "less likely ones were not compared"
     )
-    first: int = BEGINNING
+    first: ClassVar[int] = BEGINNING
+    is_costly: ClassVar[bool] = True
 
     @classmethod
     def found(cls, server: Completions, texts: Texts, ids: Sequence[int], form: Mapping[str, Any]) -> NextToken | None:
@@ -267,10 +189,10 @@ class NextToken:
         way = cls(server, texts, form)
         return way if way._likeliest(ids) else None
 
-    def values(self, ids: Sequence[int]) -> list[LogProbability]:
+    def values(self, ids: Sequence[int]) -> list[Number]:
         return [self.value_after(ids[:place], ids[place]) for place in range(self.first, len(ids))]
 
-    def value_after(self, ids: Sequence[int], token: int) -> LogProbability:
+    def value_after(self, ids: Sequence[int], token: int) -> Number:
         """The log-probability of a token. Raises RuntimeRefused where it is not among the likeliest."""
         for likely, value in self._likeliest(ids):
             if likely == token:
@@ -293,7 +215,7 @@ class NextToken:
             ids.append(choose.choice(following)[0])
         return ids
 
-    def following(self, ids: Sequence[int]) -> Iterator[tuple[int, LogProbability]]:
+    def following(self, ids: Sequence[int]) -> Iterator[tuple[int, Number]]:
         """The likeliest tokens that a text can end with, and their values."""
         for token, value in self._likeliest(ids):
             if token is not None and self.texts.is_exact([*ids, token]):
@@ -302,7 +224,7 @@ class NextToken:
     def _likeliest(self, ids: Sequence[int]) -> list[tuple[int | None, Any]]:
         """Tokens, None for one that is unknown, and their values. By their ids where the server gives these."""
         choice = self.server.ask(self.texts.text(ids), **self.form)
-        self.server.refuse_other_tokens(choice, ids)
+        self.server.refuse_other_tokens(choice["usage"], len(ids))
         entries = _top_logprobs(choice)
         return [
             (token if isinstance(token, int) else self.texts.after(ids, str(piece)), value)
@@ -310,7 +232,7 @@ class NextToken:
         ]
 
 
-def find_way(server: Completions, vocabulary: int, texts: Texted) -> Way:
+def find_way(server: Completions, vocabulary: int, texts: Texted) -> TokenWay:
     """The first way that a server has. Raises Undecided where it gives no log-probabilities."""
     choose, refusals = random.Random(0), []
 
