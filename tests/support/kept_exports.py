@@ -2,8 +2,10 @@
 
 The exporters are PyTorch's and transformers' own, and take most of the time of the tests that need a graph. The package
 runs as always: it gives them the module and its inputs, and simplifies, names and checks what comes back. An export is
-known by all that goes in: the module with its weights, settings and code, the inputs, the options. Whatever cannot be
-pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
+known by all that goes in: the module with its settings and code, the inputs, the options. Of its parameters, an export
+that is not optimised depends on shapes, kinds and which are equal: a kept graph gets the numbers of the module. Whatever
+cannot be pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept
+graph.
 
 Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
 """
@@ -17,7 +19,7 @@ import importlib
 import io
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
@@ -50,11 +52,15 @@ TOLD = repr  # stands before what is told of a class or function: nobody reads w
 
 
 class Contents(pickle.Pickler):
-    """Writes what objects contain: tensors by numbers and what they share, classes and functions by their code."""
+    """Writes what objects contain: tensors by numbers and what they share, classes and functions by their code.
 
-    def __init__(self, file: io.BytesIO) -> None:
+    Of the tensors in `weights`, the numbers are left out: only which tensors have equal numbers is written.
+    """
+
+    def __init__(self, file: io.BytesIO, weights: Iterable[Tensor] = ()) -> None:
         super().__init__(file, protocol=5)
         self.fast = True  # which objects are the same one differs between processes
+        self.weights, self.equal = set(map(id, weights)), dict[str, int]()
         self.storages: dict[int, int] = {}
         self.told: dict[int, object] = {}
 
@@ -69,8 +75,10 @@ class Contents(pickle.Pickler):
             raise NotKeptError
         storage = self.storages.setdefault(obj.untyped_storage().data_ptr(), len(self.storages))
         numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = hashlib.sha256(numbers).hexdigest()
+        told = self.equal.setdefault(content, len(self.equal)) if id(obj) in self.weights else content
         kind = (type(obj).__name__, str(obj.dtype), str(obj.device), tuple(obj.shape), obj.requires_grad)
-        return (*kind, storage, obj.storage_offset(), obj.stride(), hashlib.sha256(numbers).hexdigest())
+        return (*kind, storage, obj.storage_offset(), obj.stride(), told)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.export.ExportedProgram):  # one export inside another, which is kept
@@ -107,25 +115,44 @@ def repr_of(value: object) -> object:
     return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
-def key(*given: object) -> str | None:
+def key(attribute: str, args: tuple[Any, ...], options: object) -> str | None:
     """What tells an export from all others, or None."""
     content = io.BytesIO()
+    module = module_of(args)
+    weights = () if module is None else module.parameters()
     modes = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled())
     try:
-        Contents(content).dump((given, modes))
+        Contents(content, weights).dump((attribute, args, options, modes))
     except Exception:  # noqa: BLE001  whatever objects raise that nobody meant to pickle
         return None
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
+def module_of(args: tuple[Any, ...]) -> nn.Module | None:
+    return next((each for each in args if isinstance(each, nn.Module)), None)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+
+
+def save(graph: ir.Model, path: Path, module: nn.Module) -> None:
+    """Keep a graph in which each weight is the module's tensor of its name: another module's can take its place."""
+    tensors = tensors_of(module)
+    for name in graph.graph.initializers.keys() & tensors:
+        kept = graph.graph.initializers[name].const_value
+        assert kept is not None and kept.tobytes() == ir.tensor(tensors[name].detach()).tobytes(), name
+    ir.save(graph, path.with_suffix(".part"), format="protobuf")
+    path.with_suffix(".part").replace(path)
+
+
 def load(path: Path, module: nn.Module) -> ir.Model:
     """A kept graph. Its weights are the module's own tensors, and its constants arrays, as in an export."""
-    model = ir.load(path)
-    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    model, tensors = ir.load(path), tensors_of(module)
     for name, value in model.graph.initializers.items():
         kept = value.const_value
         assert kept is not None
-        if name in tensors and tuple(tensors[name].shape) == tuple(kept.shape):
+        if name in tensors:
             value.const_value = ir.tensor(tensors[name].detach(), name=name)
         else:
             value.const_value = ir.Tensor(kept.numpy().copy(), dtype=kept.dtype, name=name)
@@ -140,7 +167,7 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
 
     @functools.wraps(export)
     def exported(*args: Any, **options: Any) -> Any:
-        module = next((each for each in args if isinstance(each, nn.Module)), None)
+        module = module_of(args)
         name = None
         if use.folder is not None and module is not None and len(args) == arguments and "f" not in options:
             small = sum(each.numel() for each in module.parameters()) < MOST_NUMBERS
@@ -151,9 +178,7 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
         path = use.folder / f"{name}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                graph = getattr(export(*args, **options), attribute)
-                ir.save(graph, path.with_suffix(".part"), format="protobuf")
-                path.with_suffix(".part").replace(path)
+                save(getattr(export(*args, **options), attribute), path, module)
         return SimpleNamespace(**{attribute: load(path, module)})
 
     return exported
