@@ -2,10 +2,9 @@
 
 The exporters are PyTorch's and transformers' own, and take most of the time of the tests that need a graph. The package
 runs as always: it gives them the module and its inputs, and simplifies, names and checks what comes back. An export is
-known by all that goes in: the module with its settings and code, the inputs, the options. Of its parameters, an export
-that is not optimised depends on shapes, kinds and which are equal: a kept graph gets the numbers of the module. Whatever
-cannot be pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept
-graph.
+known by all that goes in: the module with its settings and code, the inputs, the options. It is not optimised: of the
+parameters, it depends on shapes and kinds, not on numbers. A kept graph gets those of the module. Whatever cannot be
+pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
 Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
 """
