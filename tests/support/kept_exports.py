@@ -6,7 +6,8 @@ known by all that goes in: the module with its settings and code, the inputs, th
 parameters, it depends on shapes and kinds, not on numbers. A kept graph gets those of the module. Whatever cannot be
 pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
-Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
+What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either. Each
+export of torch.onnx would parse its 500 operators again. They are parsed once a process.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from lora_export.graph.exporter_names import FOLDED_FROM
+from lora_export.models import export as package_export
+
 MOST_NUMBERS = 2_000_000  # of a model that is kept
 LIBRARIES = ("site-packages", sys.base_prefix)
 OF_LOADING = ("model_type", "_original_object_hash")  # in a config: from its class, and a number of this process
@@ -47,6 +51,7 @@ def of_library(obj: Any) -> bool:
     return found is obj and any(place in file for place in LIBRARIES)
 
 
+KEPT = "kept export"  # in the metadata of a graph: where it is kept, and the module whose weights it has
 TOLD = repr  # stands before what is told of a class or function: nobody reads what is pickled
 
 
@@ -135,24 +140,32 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
+def weight(value: ir.Value, tensor: Tensor) -> ir.TensorProtocol:
+    """The module's tensor as a graph has it: `simplify` stores some transposed, and marks these."""
+    own = ir.tensor(tensor.detach(), name=value.name)
+    return ir.Tensor(own.numpy().T, dtype=own.dtype, name=own.name) if FOLDED_FROM in value.metadata_props else own
+
+
 def save(graph: ir.Model, path: Path, module: nn.Module) -> None:
     """Keep a graph in which each weight is the module's tensor of its name: another module's can take its place."""
     tensors = tensors_of(module)
-    for name in graph.graph.initializers.keys() & tensors:
-        kept = graph.graph.initializers[name].const_value
-        assert kept is not None and kept.tobytes() == ir.tensor(tensors[name].detach()).tobytes(), name
+    for name, value in graph.graph.initializers.items():
+        kept = value.const_value
+        assert kept is not None
+        assert name not in tensors or kept.tobytes() == weight(value, tensors[name]).tobytes(), name
     ir.save(graph, path.with_suffix(".part"), format="protobuf")
     path.with_suffix(".part").replace(path)
 
 
 def load(path: Path, module: nn.Module) -> ir.Model:
     """A kept graph. Its weights are the module's own tensors, and its constants arrays, as in an export."""
-    model, tensors = ir.load(path), tensors_of(module)
+    model, tensors = ir.load(path, format="protobuf"), tensors_of(module)
+    model.meta[KEPT] = path, module
     for name, value in model.graph.initializers.items():
         kept = value.const_value
         assert kept is not None
         if name in tensors:
-            value.const_value = ir.tensor(tensors[name].detach(), name=name)
+            value.const_value = weight(value, tensors[name])
         else:
             value.const_value = ir.Tensor(kept.numpy().copy(), dtype=kept.dtype, name=name)
     return model
@@ -183,6 +196,25 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
     return exported
 
 
+def keeping_simplified(simplify: Callable[[ir.Model], None]) -> Callable[[ir.Model], None]:
+    """`simplify`, which looks first among what was kept."""
+
+    @functools.wraps(simplify)
+    def simplified(model: ir.Model) -> None:
+        if KEPT not in model.meta:
+            return simplify(model)
+        path, module = model.meta.pop(KEPT)
+        place = path.with_suffix(".simplified")
+        with FileLock(path.with_suffix(".lock")):
+            if not place.exists():
+                simplify(model)
+                return save(model, place, module)
+        model.graph = load(place, module).graph
+        return model.functions.clear()
+
+    return simplified
+
+
 @functools.cache
 def folder(config: pytest.Config) -> Path:
     """The folder of this run, for all workers."""
@@ -198,6 +230,7 @@ def install() -> None:
     registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
     registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
     torch.onnx.export = keeping(torch.onnx.export, "model", 1)
+    package_export.simplify = keeping_simplified(package_export.simplify)
     with contextlib.suppress(ImportError):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)
