@@ -64,7 +64,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False)
     programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
-    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet")
+    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--no-compile")
     run_well(*pip, "--no-deps", wheel)
     run_well(
         *pip, *(line for line in PROJECT["dependencies"] if Requirement(line).name in ("click", "packaging", "rich"))

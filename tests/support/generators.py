@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_export.models.cached_decoder import export_decoder
+from lora_export.models.load import load_model
 from lora_export.runtime.runner import Runner
 
 VOCABULARY = 60
@@ -199,8 +200,8 @@ def exported_decoder(name: str) -> tuple[Any, ir.Model]:
 
 @functools.cache
 def _exported_decoder(name: str) -> tuple[Any, ir.Model]:
-    with tempfile.TemporaryDirectory() as folder:  # as other tests have it, which export it too
-        module = hf.AutoModelForCausalLM.from_pretrained(small_decoder(name, Path(folder))).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:  # loaded as by commands: tests of these have the same graph
+        module: Any = load_model(str(small_decoder(name, Path(folder)))).module
     if name == "opt":
         module.config.use_cache = False  # which an export with a cache overrides while it runs
     return module, export_decoder(module)

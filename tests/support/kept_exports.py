@@ -2,10 +2,12 @@
 
 The exporters are PyTorch's and transformers' own, and take most of the time of the tests that need a graph. The package
 runs as always: it gives them the module and its inputs, and simplifies, names and checks what comes back. An export is
-known by all that goes in: the module with its weights, settings and code, the inputs, the options. Whatever cannot be
+known by all that goes in: the module with its settings and code, the inputs, the options. It is not optimised: of the
+parameters, it depends on shapes and kinds, not on numbers. A kept graph gets those of the module. Whatever cannot be
 pickled is exported anew. A test that is about the exporters themselves is marked `exports`, and gets no kept graph.
 
-Besides, each export of torch.onnx would parse its 500 operators again. They are parsed once a process.
+What the package's `simplify` makes of a kept graph is kept beside it: that depends on no weight's numbers either. Each
+export of torch.onnx would parse its 500 operators again. They are parsed once a process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import importlib
 import io
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
@@ -27,6 +29,9 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+
+from lora_export.graph.exporter_names import FOLDED_FROM
+from lora_export.models import export as package_export
 
 MOST_NUMBERS = 2_000_000  # of a model that is kept
 LIBRARIES = ("site-packages", sys.base_prefix)
@@ -46,15 +51,20 @@ def of_library(obj: Any) -> bool:
     return found is obj and any(place in file for place in LIBRARIES)
 
 
+KEPT = "kept export"  # in the metadata of a graph: where it is kept, and the module whose weights it has
 TOLD = repr  # stands before what is told of a class or function: nobody reads what is pickled
 
 
 class Contents(pickle.Pickler):
-    """Writes what objects contain: tensors by numbers and what they share, classes and functions by their code."""
+    """Writes what objects contain: tensors by numbers and what they share, classes and functions by their code.
 
-    def __init__(self, file: io.BytesIO) -> None:
+    Of the tensors in `weights`, the numbers are left out: only which tensors have equal numbers is written.
+    """
+
+    def __init__(self, file: io.BytesIO, weights: Iterable[Tensor] = ()) -> None:
         super().__init__(file, protocol=5)
         self.fast = True  # which objects are the same one differs between processes
+        self.weights, self.equal = set(map(id, weights)), dict[str, int]()
         self.storages: dict[int, int] = {}
         self.told: dict[int, object] = {}
 
@@ -69,8 +79,10 @@ class Contents(pickle.Pickler):
             raise NotKeptError
         storage = self.storages.setdefault(obj.untyped_storage().data_ptr(), len(self.storages))
         numbers = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = hashlib.sha256(numbers).hexdigest()
+        told = self.equal.setdefault(content, len(self.equal)) if id(obj) in self.weights else content
         kind = (type(obj).__name__, str(obj.dtype), str(obj.device), tuple(obj.shape), obj.requires_grad)
-        return (*kind, storage, obj.storage_offset(), obj.stride(), hashlib.sha256(numbers).hexdigest())
+        return (*kind, storage, obj.storage_offset(), obj.stride(), told)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.export.ExportedProgram):  # one export inside another, which is kept
@@ -107,26 +119,53 @@ def repr_of(value: object) -> object:
     return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
-def key(*given: object) -> str | None:
+def key(attribute: str, args: tuple[Any, ...], options: object) -> str | None:
     """What tells an export from all others, or None."""
     content = io.BytesIO()
+    module = module_of(args)
+    weights = () if module is None else module.parameters()
     modes = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled())
     try:
-        Contents(content).dump((given, modes))
+        Contents(content, weights).dump((attribute, args, options, modes))
     except Exception:  # noqa: BLE001  whatever objects raise that nobody meant to pickle
         return None
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
+def module_of(args: tuple[Any, ...]) -> nn.Module | None:
+    return next((each for each in args if isinstance(each, nn.Module)), None)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+
+
+def weight(value: ir.Value, tensor: Tensor) -> ir.TensorProtocol:
+    """The module's tensor as a graph has it: `simplify` stores some transposed, and marks these."""
+    own = ir.tensor(tensor.detach(), name=value.name)
+    return ir.Tensor(own.numpy().T, dtype=own.dtype, name=own.name) if FOLDED_FROM in value.metadata_props else own
+
+
+def save(graph: ir.Model, path: Path, module: nn.Module) -> None:
+    """Keep a graph in which each weight is the module's tensor of its name: another module's can take its place."""
+    tensors = tensors_of(module)
+    for name, value in graph.graph.initializers.items():
+        kept = value.const_value
+        assert kept is not None
+        assert name not in tensors or kept.tobytes() == weight(value, tensors[name]).tobytes(), name
+    ir.save(graph, path.with_suffix(".part"), format="protobuf")
+    path.with_suffix(".part").replace(path)
+
+
 def load(path: Path, module: nn.Module) -> ir.Model:
     """A kept graph. Its weights are the module's own tensors, and its constants arrays, as in an export."""
-    model = ir.load(path)
-    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    model, tensors = ir.load(path, format="protobuf"), tensors_of(module)
+    model.meta[KEPT] = path, module
     for name, value in model.graph.initializers.items():
         kept = value.const_value
         assert kept is not None
-        if name in tensors and tuple(tensors[name].shape) == tuple(kept.shape):
-            value.const_value = ir.tensor(tensors[name].detach(), name=name)
+        if name in tensors:
+            value.const_value = weight(value, tensors[name])
         else:
             value.const_value = ir.Tensor(kept.numpy().copy(), dtype=kept.dtype, name=name)
     return model
@@ -140,7 +179,7 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
 
     @functools.wraps(export)
     def exported(*args: Any, **options: Any) -> Any:
-        module = next((each for each in args if isinstance(each, nn.Module)), None)
+        module = module_of(args)
         name = None
         if use.folder is not None and module is not None and len(args) == arguments and "f" not in options:
             small = sum(each.numel() for each in module.parameters()) < MOST_NUMBERS
@@ -151,12 +190,29 @@ def keeping(export: Callable[..., Any], attribute: str, arguments: int) -> Calla
         path = use.folder / f"{name}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                graph = getattr(export(*args, **options), attribute)
-                ir.save(graph, path.with_suffix(".part"), format="protobuf")
-                path.with_suffix(".part").replace(path)
+                save(getattr(export(*args, **options), attribute), path, module)
         return SimpleNamespace(**{attribute: load(path, module)})
 
     return exported
+
+
+def keeping_simplified(simplify: Callable[[ir.Model], None]) -> Callable[[ir.Model], None]:
+    """`simplify`, which looks first among what was kept."""
+
+    @functools.wraps(simplify)
+    def simplified(model: ir.Model) -> None:
+        if KEPT not in model.meta:
+            return simplify(model)
+        path, module = model.meta.pop(KEPT)
+        place = path.with_suffix(".simplified")
+        with FileLock(path.with_suffix(".lock")):
+            if not place.exists():
+                simplify(model)
+                return save(model, place, module)
+        model.graph = load(place, module).graph
+        return model.functions.clear()
+
+    return simplified
 
 
 @functools.cache
@@ -174,6 +230,7 @@ def install() -> None:
     registration: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
     registration.onnxscript_apis.get_torchlib_ops = functools.cache(registration.onnxscript_apis.get_torchlib_ops)
     torch.onnx.export = keeping(torch.onnx.export, "model", 1)
+    package_export.simplify = keeping_simplified(package_export.simplify)
     with contextlib.suppress(ImportError):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         transformers.OnnxExporter.export = keeping(transformers.OnnxExporter.export, "program", 3)

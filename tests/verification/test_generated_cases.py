@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from defects import subjects
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.cached_decoder import export_decoder
 from lora_export.models.export import to_onnx
@@ -23,6 +24,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from support.generators import small_decoder
 from support.graphs import a_graph
 from support.slow import slow
 from support.small_models import small_model
@@ -41,6 +43,8 @@ def exported(model: Model) -> ir.Model:
 @functools.cache
 def subject(name: str) -> tuple[Model, ir.Model]:
     """A model and its export, which no test changes."""
+    if name == "llama":
+        return subjects.loaded(name), subjects._exported(name)  # which other tests need, too
     model = load_model(str(small_model(name, Path(tempfile.mkdtemp()) / "base")))
     return model, exported(model)
 
@@ -154,7 +158,7 @@ def test_graph_that_is_wrong_for_some_inputs_is_different(name: str, what: str, 
 @functools.cache
 def cached_subject(name: str) -> tuple[Model, ir.Model]:
     """A model and its export with a cache, which no test changes."""
-    model = load_model(str(small_model(name, Path(tempfile.mkdtemp()) / "base")))
+    model = load_model(str(small_decoder(name, Path(tempfile.mkdtemp()) / "base")))
     return model, export_decoder(model.module)
 
 

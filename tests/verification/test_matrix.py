@@ -19,15 +19,9 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lora_export import formats, layers, plan
 from lora_export.api import onnx_from_model
@@ -51,6 +45,7 @@ from lora_export.verification.row_proofs import judge_mixed
 from support import FACTORIES
 from support.exported_models import eager
 from support.exporters import VOCABULARY_SIZE, a_bert, a_gpt2, a_llama
+from support.small_models import MODELS
 
 SPREAD = 0.15  # of A and B
 slow = pytest.mark.slow
@@ -60,11 +55,8 @@ slow = pytest.mark.slow
 
 
 def a_vit() -> nn.Module:
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4,
-        num_labels=5,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
+    architecture, config = MODELS["vit"]  # whose graph other tests need, too
+    return getattr(transformers, architecture)(config())
 
 
 def a_t5() -> nn.Module:
