@@ -174,5 +174,7 @@ class UploadedFile(_NumberedFile):
             self._upload.abort()
             super().close()
             raise OutputFailed(f"{self._name}: bytes from {self._written} on were never written")
-        self._upload.close()
-        super().close()
+        try:
+            self._upload.close()
+        finally:
+            super().close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +22,10 @@ import lora_export as le
 from lora_export.api import merge_shards
 from lora_export.api.merge_shards import ShardRequest, write_shard
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, WrongUsage
+from lora_export.storage import store_path
+from lora_export.storage.object_store import Bucket, Upload
+from lora_export.storage.store_path import StorePath
+from lora_export.weights.merge import ShardMaker
 from support import stores
 from support.fleets import faults_in
 from support.handmade import base_file
@@ -196,7 +202,7 @@ def test_a_worker_that_sees_something_else_writes_nothing(place: Path, monkeypat
 
 def test_a_worker_that_does_not_see_the_folder_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch, lambda one: replace(one, stage=place / "elsewhere" / "stage"))
-    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere\. All machines need it"):
+    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere, or was taken for dead"):
         le.merge("base", "adapter", "out", jobs=2)
     assert not (place / "elsewhere").exists() and not (place / "out").exists()
 
@@ -213,6 +219,75 @@ def test_a_shard_that_is_replaced_before_the_manifest_is_refused(
     with pytest.raises(OutputFailed, match=f"{SHARDS[0]} was replaced while the others were written"):
         le.merge("base", "adapter", str(stored / "out/m"), jobs=2)
     assert sorted(stored.objects("out/m/")) == [f"out/m/{name}" for name in SHARDS[1:]]
+
+
+class Late:
+    """A worker of the first shard that sleeps at a call, in a thread, and whose shard has other bytes in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str):
+        self.answer: Any = None
+        self._asleep, self._woken, called = threading.Event(), threading.Event(), getattr(owner, name)
+        self._thread = threading.Thread(target=self._work)
+
+        def asleep(itself: Any, *arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is not self._thread:
+                return called(itself, *arguments, **options)
+            self._asleep.set()
+            assert self._woken.wait(60)
+            if name == "close":
+                itself.write(memoryview(b"late"))
+            found = called(itself, *arguments, **options)
+            if name == "write":
+                with arguments[0].open("r+b") as file:
+                    file.write(b"late")
+            return found
+
+        monkeypatch.setattr(owner, name, asleep)
+        of_all, of_late = store_path.bucket_of, functools.cache(store_path.bucket_of.__wrapped__)
+
+        def bucket_of(address: str) -> Bucket:  # a worker is another process
+            return (of_late if threading.current_thread() is self._thread else of_all)(address)
+
+        monkeypatch.setattr(store_path, "bucket_of", bucket_of)
+
+    def _work(self) -> None:
+        self.answer = write_shard(self.request)
+
+    def begin(self, request: ShardRequest) -> None:
+        self.request = request
+        self._thread.start()
+        assert self._asleep.wait(60)
+
+    def wake(self) -> Any:
+        self._woken.set()
+        self._thread.join(60)
+        return self.answer
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+@pytest.mark.parametrize(("owner", "call"), [(StorePath, "unlink"), (Upload, "close"), (ShardMaker, "write")])
+def test_a_worker_that_was_taken_for_dead_changes_nothing_when_it_wakes_up(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, is_published: bool, owner: type, call: str
+) -> None:
+    late, answers = Late(monkeypatch, owner, call), list[Any]()
+
+    def change(one: ShardRequest) -> ShardRequest:
+        if one.shard == SHARDS[0]:
+            late.begin(one)
+        if one.shard == SHARDS[2] and not is_published:
+            answers.append(late.wake())
+        return one
+
+    in_this_process(monkeypatch, change)
+    is_on_disk = owner is ShardMaker
+    le.merge("base", "adapter", "out" if is_on_disk else str(stored / "out/m"), jobs=2)
+    answers += [late.wake()] if is_published else []
+    assert (files(place / "out") if is_on_disk else stored.files("out/m")) == alone(place)[0]
+    if is_on_disk:
+        assert hidden(place) == [] and (is_published == isinstance(answers[0], OSError))
+    else:
+        assert "was taken for dead, and another one has made the file" in str(answers[0])
+        assert stored.objects().keys() == {f"out/m/{name}" for name in files(place / "alone")}
 
 
 def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
