@@ -60,17 +60,22 @@ class ShardRequest:
 # --- In this process ---
 
 
-def refuse_unshared(request: MergeRequest, base: Checkpoint) -> None:
-    """Raise WrongUsage where the files of a merge cannot be written by several workers."""
+def note_on_one_file(request: MergeRequest, base: Checkpoint) -> str:
+    """Why this process writes the merge by itself, whatever the number of processes; else empty.
+
+    Raises WrongUsage where the files of the merge cannot be written by several workers.
+    """
     shared = named("ray", request.ray) if request.ray is not None else named("jobs", request.jobs)
     if len(base.shards) < 2:
-        raise WrongUsage(
-            f"{base.path} has its weights in one file, which one process writes. Leave {shared} out, or split the base"
-        )
+        one_file = f"{base.path} has its weights in one file, which one process writes"
+        if request.ray is None:
+            return f"{one_file}: {shared} changes nothing"
+        raise WrongUsage(f"{one_file}. Leave {shared} out, or split the base")
     if any(isinstance(each, Adapter) for each in request.located):
         raise WrongUsage(f"{shared}: each worker reads the adapters. Give their paths, and not adapters in memory")
     if any(not adapter.sha256 for adapter in request.adapters):
         raise WrongUsage(f"{shared}: an adapter has no hash by which workers could know it. Convert it first")
+    return ""
 
 
 def make_shards(

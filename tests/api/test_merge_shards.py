@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from lora_export.storage.store_path import StorePath
 from lora_export.weights.merge import ShardMaker
 from support import stores
 from support.fleets import faults_in
-from support.handmade import base_file
+from support.folder_contents import folder_contents
+from support.handmade import base_file, peft_adapter
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -266,7 +268,7 @@ class Late:
 
 @pytest.mark.parametrize("is_published", [False, True])
 @pytest.mark.parametrize(("owner", "call"), [(StorePath, "unlink"), (Upload, "close"), (ShardMaker, "write")])
-def test_a_worker_that_was_taken_for_dead_changes_nothing_when_it_wakes_up(
+def test_a_worker_that_was_taken_for_dead_changes_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, is_published: bool, owner: type, call: str
 ) -> None:
     late, answers = Late(monkeypatch, owner, call), list[Any]()
@@ -307,7 +309,11 @@ def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.M
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError], str]] = {
-    "one file": (lambda place: {"base": place / "base" / SHARDS[0]}, WrongUsage, "has its weights in one file"),
+    "one file": (
+        lambda place: {"base": place / "base" / SHARDS[0], "ray": "local"},
+        WrongUsage,
+        'in one file, which one process writes. Leave ray="local" out',
+    ),
     "keep_quantised": (lambda _: {"keep_quantised": True}, WrongUsage, "jobs= does not go together with keep_quan"),
     "cuda": (lambda _: {"device": "cuda"}, WrongUsage, "workers compute on the processor"),
     "calibration": (lambda _: {"calibration": "x.txt", "ray": "local"}, WrongUsage, "ray= does not go together with"),
@@ -322,6 +328,24 @@ def test_what_cannot_be_shared_is_refused(place: Path, name: str) -> None:
     with pytest.raises(kind, match=reason):
         le.merge(**options)
     assert not os.path.lexists(place / "out")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_base_in_one_file_is_merged_by_one_process(place: Path, kind: str) -> None:
+    (place / "one").mkdir()
+    shutil.copy(place / "base" / SHARDS[0], place / "one/model.safetensors")
+    peft_adapter(place / "own", {"up": (np.ones((1, 40)), np.ones((96, 1)))})
+    base, suffix = ("one", "") if kind == "folder" else ("one/model.safetensors", ".safetensors")
+    lines: list[str] = []
+    found = le.merge(base, "own", f"out{suffix}", jobs=8, on_message=lines.append)
+    le.merge(base, "own", f"alone{suffix}")
+    note = f"{base} has its weights in one file, which one process writes: jobs=8 changes nothing"
+    assert found.notes == (note,) and lines == [f"note: {note}"]
+    written, expected = (
+        folder_contents(place / name) if kind == "folder" else (place / f"{name}{suffix}").read_bytes()
+        for name in ("out", "alone")
+    )
+    assert written == expected
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".gguf"])

@@ -103,7 +103,7 @@ def test_a_stopped_merge_goes_on_with_its_whole_shards(local: Path, stored: Stor
     assert stored.objects("out/m/")[f"out/m/{SHARDS[0]}"]["LastModified"] == first[f"out/m/{SHARDS[0]}"]["LastModified"]
 
 
-def test_a_stopped_merge_into_a_pipeline_goes_on_with_its_whole_shards(local: Path, stored: Stored) -> None:
+def test_a_stopped_merge_into_a_pipeline_goes_on(local: Path, stored: Stored) -> None:
     of_two_models(local)
     stored.put("pipeline", local / "pipeline")
     le.merge(local / "pipeline", local / "adapter", local / "whole")

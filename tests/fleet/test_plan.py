@@ -60,16 +60,17 @@ def test_a_base_that_is_nowhere_is_a_problem_of_its_jobs(text: str, place: Path)
     assert all("no file or folder org/missing" in one.text for one in plan.problems)
 
 
-def test_a_base_is_an_address_of_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repositories = {
-        "org/base": {name: (place / "base" / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    }
-    (place / "fleet.toml").write_text(FLEET.replace('"base"', '"hf://org/base"'))
+def test_base_and_adapters_are_addresses_of_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"org/base": place / "base", "org/fr": place / "adapters/fr", "org/de": place / "adapters/de"}
+    repositories = {name: {file.name: file.read_bytes() for file in at.iterdir()} for name, at in folders.items()}
+    text = FLEET.replace('"base"', '"hf://org/base"').replace('"adapters/*"', '"hf://org/de", "hf://org/fr"')
+    (place / "fleet.toml").write_text(text + '[[steps]]\nstep = "convert"\nto = "mlx"\noutput = "mlx/{adapter}"\n')
     with hub_server(repositories) as server:
         ask(server, place / "hub", monkeypatch)
         assert planned().problems == ()
         status, ran = run_here(monkeypatch, Here(workers=1))
-    assert status.counts == {"done": 2, "same": 2} and len(ran) == 4
+        assert run_here(monkeypatch)[1] == []
+    assert status.counts == {"done": 4, "same": 2} and len(ran) == 6
 
 
 def test_what_is_done_is_not_planned_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,7 @@ def test_a_run_that_lost_its_output_publishes_nothing(stored: Stored) -> None:
     assert MARK in stored.objects() and f"out/m/{MANIFEST}" not in stored.objects()
 
 
-def test_a_run_that_slept_changes_nothing_of_the_run_that_took_over(
-    stored: Stored, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_slept_changes_nothing(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(change: Callable[[], Any]) -> None:
         with pytest.raises(OutputFailed, match="another run is writing"):
             change()
