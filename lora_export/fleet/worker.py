@@ -130,7 +130,7 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
     if job.step == "onnx":
         more["graphs"] = Path(request.records) / GRAPHS
-    if job.step == "verify":
+    if job.kind.has_session:
         more["session"] = session_of_process()
     return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 

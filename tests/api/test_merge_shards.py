@@ -28,7 +28,7 @@ from lora_export.storage.object_store import Bucket, Upload
 from lora_export.storage.store_path import StorePath
 from lora_export.weights.merge import ShardMaker
 from support import stores
-from support.fleets import faults_in
+from support.fleets import OF_SHARDS, faults_in
 from support.folder_contents import folder_contents
 from support.handmade import base_file, peft_adapter
 
@@ -38,29 +38,6 @@ if TYPE_CHECKING:
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 RAY = pytest.param({"ray": "local", "jobs": 2}, id="ray", marks=pytest.mark.slow)
 ENGINES = [pytest.param({"jobs": 2}, id="processes"), RAY]
-# In a worker: the file of weights that `faults/NAME` names is followed by a death or by sleep
-HOOK = """
-import os, pathlib, signal, sys, time
-class Hook:
-    def find_spec(self, name, path, target=None):
-        if name == "lora_export.api.merge_shards":
-            sys.meta_path.remove(self)
-            import lora_export.weights.merge as module
-            write, faults = module._write_shard, pathlib.Path(os.environ["FAULTS"])
-            def faulty(path, *arguments, **options):
-                written, fault = write(path, *arguments, **options), faults / path.name
-                kind = fault.read_text() if fault.exists() else ""
-                if kind == "kill once":
-                    fault.unlink()
-                if kind.startswith("kill"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if kind == "sleep":
-                    (faults / "asleep").write_text(str(os.getpid()))
-                    [time.sleep(0.1) for _ in range(900)]
-                return written
-            module._write_shard = faulty
-sys.meta_path.insert(0, Hook())
-"""
 
 
 @pytest.fixture
@@ -134,7 +111,7 @@ def command(*more: str) -> list[str]:
 def test_the_shard_of_a_dead_worker_is_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], fault: str, code: int
 ) -> None:
-    faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: fault})
+    faults_in(place, monkeypatch, OF_SHARDS, **{SHARDS[1]: fault})
     ran = subprocess.run(command(*engine), capture_output=True, text=True, check=False)
     assert ran.returncode == code, ran.stderr
     assert (files(place / "out") == alone(place)[0]) if code == 0 else "(3 times)" in ran.stderr
@@ -146,7 +123,7 @@ def test_the_shard_of_a_dead_worker_is_made_again(
 def test_no_worker_outlives_the_process_that_began(
     place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    faults = faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: "sleep"})
+    faults = faults_in(place, monkeypatch, OF_SHARDS, **{SHARDS[1]: "sleep"})
     process = subprocess.Popen(command("-j", "2"), stderr=subprocess.PIPE, text=True)
     while not (faults / "asleep").exists() and process.poll() is None:
         time.sleep(0.1)

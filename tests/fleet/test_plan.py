@@ -11,6 +11,8 @@ import pytest
 
 import lora_export as le
 from lora_export.api.memory_needs import PROGRAM
+from lora_export.fleet.description import read_fleet
+from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.plan import FleetPlan
 from lora_export.formats import adapter_files
 from lora_export.storage.safetensors_file import TensorFile
@@ -115,6 +117,17 @@ def test_needs_follow_from_headers(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert merge.needs.memory == audit.needs.memory == 300 << 20
     assert PROGRAM < onnx.needs.memory == verify.needs.memory < PROGRAM + 6 * 32 + 1 and onnx.needs.written == 2 * 4 * 6
     assert 0 < merge.needs.seconds < onnx.needs.seconds
+
+
+def test_a_job_after_a_proof_has_the_memory_of_its_model_too(place: Path) -> None:
+    (place / "fleet.toml").write_text(FLEET + ONNX)
+    jobs = {job.step: job for job in read_fleet(place / "fleet.toml").jobs}
+    merge, onnx = jobs["merge"], jobs["onnx"]
+    alone = NeedsOfJobs([merge])
+    both = NeedsOfJobs([merge, onnx])
+    assert alone.memory_of([merge]) == alone.of(merge).memory
+    assert both.memory_of([merge]) == alone.of(merge).memory + PROGRAM + 6 * 4  # of six numbers in fp32
+    assert both.memory_of([onnx]) == both.of(onnx).memory
 
 
 def test_times_are_those_of_earlier_jobs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.api import verify_outputs
+from lora_export.api import load
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.fleet import records, run, worker
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
@@ -291,10 +291,8 @@ def test_proofs_of_one_base_share_the_model(tmp_path: Path, monkeypatch: pytest.
     step = '[[steps]]\nstep = "verify"\ncandidate = "release/{adapter}"\n'
     (tmp_path / "fleet.toml").write_text(BASES + MERGE + step)
     loads = []
-    load = verify_outputs.resolve_model
-    monkeypatch.setattr(
-        verify_outputs, "resolve_model", lambda *given, **more: loads.append(given) or load(*given, **more)
-    )
+    resolve = load.resolve_model
+    monkeypatch.setattr(load, "resolve_model", lambda *given, **more: loads.append(given) or resolve(*given, **more))
     session_of_process.cache_clear()
     status, _ = run_here(monkeypatch)
     session_of_process.cache_clear()
