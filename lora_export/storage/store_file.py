@@ -38,9 +38,11 @@ class SmallObject(io.BytesIO):
         self._bucket, self._key = bucket, key
 
     def close(self) -> None:
-        if not self.closed:
-            self._bucket.put(self._key, self.getvalue())
-        super().close()
+        try:
+            if not self.closed:
+                self._bucket.put(self._key, self.getvalue())
+        finally:  # what was refused is not put later, when the object is freed
+            super().close()
 
 
 class _NumberedFile(io.RawIOBase):

@@ -125,6 +125,7 @@ def test_a_run_that_slept_changes_nothing(stored: Stored, monkeypatch: pytest.Mo
             stored.put("out/m/b", b"of the other")
             for change in (file.close, (stage / "b").newly().unlink, lambda: (stage / "b").write_bytes(b"late")):
                 refuse(change)
+            refuse(lambda: (stage / "b").write_text("late"))
             refuse(lambda: copy_in_store(stored / MARK, stored / "out/m/b"))
 
     refuse(whole)
