@@ -1,9 +1,10 @@
-"""The graph of a base that is exported once for many adapters: the first export is kept in a folder, by hash.
+"""The graphs of a base that is exported once for many adapters: the first export is kept in a folder, by hash.
 
-The hash is of all that the graph depends on: the weights, the code of the model and of the exporter, the inputs, the
-opset. What no list would be sure to name, such as the arguments of a user's factory, is in what the model computes from
-its example inputs, and in the attributes of its modules. An adapter that changes the model itself, by a head of its own
-for instance, has another graph.
+A base has one graph; with a key/value cache, one with an encoder has three. The hash is of all that these depend on:
+the weights, the code of the model and of the exporter, the inputs, the opset and the task. What no list would be sure
+to name, such as the arguments of a user's factory, is in what the model computes from its example inputs, and in the
+attributes of its modules. An adapter that changes the model itself, by a head of its own for instance, has other
+graphs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,32 +27,39 @@ from lora_export.storage import atomic_output
 from lora_export.storage.output_lock import output_lock
 from lora_export.verification.references.cached_outputs import add_arrays, code_of, hash_of_state
 
-KEPT_GRAPH, KEPT_WEIGHTS = "graph.onnx", "graph.data"
+KEPT_GRAPH = "graph{}.onnx"
 SECONDS_BETWEEN = 0.2  # seconds between attempts, where another process exports the same base
 EXPORTERS = ("onnx", "onnx_ir", "onnxscript", "torch")
 
 
-def exported_once(folder: Path, base: Model, opset: int | None, export: Callable[[], ir.Model]) -> ir.Model:
-    """The graph of a base: that in the folder, or the one that `export` makes, which is then kept there.
+def exported_once(
+    folder: Path, base: Model, options: Sequence[str | int | None], export: Callable[[], Sequence[ir.Model]]
+) -> list[ir.Model]:
+    """The graphs of a base: those in the folder, or those that `export` makes, which are then kept there.
 
-    Several processes export a base once: the others wait. Raises what `export` raises.
+    `options` are what `export` depends on besides the base. Several processes export a base once: the others wait.
+    Raises what `export` raises.
     """
-    own = folder / _key(base, opset)
+    own = folder / _key(base, options)
     folder.mkdir(parents=True, exist_ok=True)
     with _waiting_lock(folder / f".{own.name}.export", own):
-        if (own / KEPT_GRAPH).is_file():
-            return ir.load(own / KEPT_GRAPH)
-        program = export()
+        if own.is_dir():
+            return [ir.load(path) for path in sorted(own.glob(KEPT_GRAPH.format("*")))]
+        programs = export()
         with atomic_output.stage_folder(own, inputs=[]) as stage:
-            ir.save(program, stage / KEPT_GRAPH, external_data=KEPT_WEIGHTS)
-        return program
+            for number, program in enumerate(programs):
+                path = stage / KEPT_GRAPH.format(number)
+                ir.save(program, path, external_data=f"{path.stem}.data")
+        return list(programs)
 
 
-def _key(base: Model, opset: int | None) -> str:
-    """The hash of all that the graph depends on. Runs the model once."""
+def _key(base: Model, options: Sequence[str | int | None]) -> str:
+    """The hash of all that the graphs depend on. Runs the model once."""
     inputs = {name: to_numpy(value) for name, value in base.example_inputs().items()}
     versions = {name: version(name) for name in EXPORTERS}
-    facts = [base.axes, opset, code_of(base.module), versions, list(_attributes(base.module))]
+    to_dict = getattr(getattr(base.module, "config", None), "to_dict", None)
+    settings = to_dict() if callable(to_dict) else None
+    facts = [base.axes, *options, code_of(base.module), versions, settings, list(_attributes(base.module))]
     digest = hashlib.sha256(json.dumps(facts, default=str).encode())
     digest.update(hash_of_state(base).encode())
     for run in (inputs, ModuleRunner(base.module).run(inputs)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, refuse_no_model
@@ -18,6 +18,7 @@ from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.options.spelling import named
 from lora_export.plan.diffusion import chosen_component, only_component
 from lora_export.plan.match_names import with_prefixes
+from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import SNAPSHOTS, locate
 from lora_export.storage.store_copy import on_disk
 from lora_export.storage.store_path import StorePath, is_hub_address, place
@@ -164,6 +165,29 @@ def resolve_model(
         return from_module(*source)
     assert isinstance(source, Model)
     return source
+
+
+def shared_model(
+    session: Any,
+    source: ModelSource,
+    adapters: Sequence[Adapter] = (),
+    *,
+    dtype: str,
+    inputs: Path | None,
+    export: bool = False,
+    streamed: bool = False,
+) -> Model:
+    """As `resolve_model`; a folder's is that of the ProofSession, where there is one, unless an adapter has a head."""
+
+    def load() -> Model:
+        return resolve_model(source, adapters, dtype=dtype, inputs=inputs, export=export, streamed=streamed)
+
+    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
+    if session is None or not is_folder or any(adapter.replaced for adapter in adapters):
+        return load()
+    given = None if inputs is None else (str(inputs), file_sha256(inputs), export)
+    model: Model = session.model(Path(str(source)), (dtype, given), load)
+    return model
 
 
 def model_paths(source: ModelSource) -> list[Path]:

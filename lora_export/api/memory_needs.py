@@ -47,7 +47,7 @@ def require_memory_to_verify(model: ModelSource, candidate: Artifact, dtype: str
 
 def memory_to_verify(model: ModelSource, dtype: str, of_checkpoint: bool, is_streamable: bool) -> int:
     """Bytes that a proof takes, of a merged checkpoint or of another file; 0 where they are unknown. Reads headers."""
-    is_read = dtype == "float32" and _is_streamable(model)
+    is_read = is_read_when_needed(model, dtype)
     if of_checkpoint:
         return _needed(count_floats(model), VERIFY_CHECKPOINT_READ if is_read and is_streamable else VERIFY_CHECKPOINT)
     return _needed(count_floats(model), VERIFY_FILE_READ if is_read else VERIFY_FILE)
@@ -61,8 +61,15 @@ def require_memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> 
 
 def memory_to_export(model: ModelSource, dtype: str = Running.dtype) -> int:
     """Bytes that an export with its proof takes; 0 where they are unknown. Reads headers."""
-    is_read = dtype == "float32" and _is_streamable(model)
+    is_read = is_read_when_needed(model, dtype)
     return _needed(count_floats(model), EXPORT_READ if is_read else EXPORT)
+
+
+def memory_of_model(model: ModelSource, dtype: str) -> int:
+    """Bytes of a model that stays in memory for further proofs; 0 where its weights do not. Reads headers."""
+    if is_large_folder(model) and is_read_when_needed(model, dtype):
+        return 0
+    return count_floats(model) * (4 if dtype == "float32" else 2)
 
 
 def memory_to_merge(adapters: Iterable[Path]) -> int:
@@ -115,5 +122,6 @@ def count_floats(model: ModelSource) -> int:
     return 0
 
 
-def _is_streamable(model: ModelSource) -> bool:
-    return isinstance(model, str | Path) and open_artifact(model).is_streamable
+def is_read_when_needed(model: ModelSource, dtype: str) -> bool:
+    """Whether a proof against a large folder has no weight of it in memory longer than it computes with it."""
+    return dtype == "float32" and isinstance(model, str | Path) and open_artifact(model).is_streamable

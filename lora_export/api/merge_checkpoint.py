@@ -37,10 +37,12 @@ from lora_export.weights.residuals.archive import refuse_without_hash, write_res
 def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     """Plan and write the merge (see `one_pass`). Raises as `merge`; nothing is left behind then."""
     checkpoint = opened_base(request)
+    why_alone = ""
     if request.is_shared:
-        from lora_export.api.merge_shards import make_shards, refuse_unshared  # few merges start processes
+        from lora_export.api.merge_shards import make_shards, note_on_one_file  # few merges start processes
 
-        refuse_unshared(request, checkpoint)
+        why_alone = note_on_one_file(request, checkpoint)
+    is_shared = request.is_shared and not why_alone
     floats = None if request.float_base is None else open_checkpoint(request.float_base)
     if floats is not None:
         refuse_other_shapes(checkpoint, floats)
@@ -50,7 +52,8 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     refuse_before_merge(steps, checkpoint)
     if request.keep_residual is not None:
         refuse_without_hash(steps)
-    notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised))
+    more = notes_on_checkpoint(checkpoint, request.adapters, kept=request.keep_quantised)
+    notes = request.report_notes(steps, [*([why_alone] if why_alone else ()), *more])
     if request.dry_run:
         return MergeResult(request.output, steps, None, notes)
     calibration: Mapping[str, LayerInputs] = {}
@@ -77,7 +80,7 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     is_file = not checkpoint.is_folder
     with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
         begun = time.perf_counter()
-        made = make_shards(request, steps, checkpoint, folder, settings, size) if request.is_shared else {}
+        made = make_shards(request, steps, checkpoint, folder, settings, size) if is_shared else {}
         report = yield from merging_checkpoint(
             steps,
             checkpoint,

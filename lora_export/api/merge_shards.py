@@ -2,7 +2,8 @@
 
 Each worker reads the adapters and the headers of the base again, and makes the plan again: no weights pass between
 processes. It writes nothing unless the hash of all that determines a shard is the one that this process has computed.
-This process alone holds the lock of the output, and records in a store which shards are whole.
+This process alone holds the lock of the output, records in a store which shards are whole, and on the disk gives them
+their names. A worker that was taken for dead, and goes on while another one does its job, changes nothing any more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lora_export.lora import Adapter
 from lora_export.options.commands import declared_flags
 from lora_export.options.spelling import as_command_line, is_command_line, named
 from lora_export.plan import Plan
+from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import StorePath
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint
@@ -47,6 +49,7 @@ class ShardRequest:
     stage: Path
     shard: str
     digest: str  # see `ShardMaker.digest`
+    run: str  # that of the output in a store (see `written_by_worker`)
     as_command_line: bool  # how messages spell options
 
     @property
@@ -57,17 +60,22 @@ class ShardRequest:
 # --- In this process ---
 
 
-def refuse_unshared(request: MergeRequest, base: Checkpoint) -> None:
-    """Raise WrongUsage where the files of a merge cannot be written by several workers."""
+def note_on_one_file(request: MergeRequest, base: Checkpoint) -> str:
+    """Why this process writes the merge by itself, whatever the number of processes; else empty.
+
+    Raises WrongUsage where the files of the merge cannot be written by several workers.
+    """
     shared = named("ray", request.ray) if request.ray is not None else named("jobs", request.jobs)
     if len(base.shards) < 2:
-        raise WrongUsage(
-            f"{base.path} has its weights in one file, which one process writes. Leave {shared} out, or split the base"
-        )
+        one_file = f"{base.path} has its weights in one file, which one process writes"
+        if request.ray is None:
+            return f"{one_file}: {shared} changes nothing"
+        raise WrongUsage(f"{one_file}. Leave {shared} out, or split the base")
     if any(isinstance(each, Adapter) for each in request.located):
         raise WrongUsage(f"{shared}: each worker reads the adapters. Give their paths, and not adapters in memory")
     if any(not adapter.sha256 for adapter in request.adapters):
         raise WrongUsage(f"{shared}: an adapter has no hash by which workers could know it. Convert it first")
+    return ""
 
 
 def make_shards(
@@ -83,11 +91,14 @@ def make_shards(
     progress = in_bytes(request.on_progress, "merging", size)
     merge = pickle.dumps(replace(request, adapters=(), on_message=ignore, on_progress=ignore))
     folder, spelling = str(Path.cwd()), is_command_line()
-    requests = [ShardRequest(merge, folder, stage, name, maker.digest(name), spelling) for name in base.shards]
+    begun = begun_at(stage)
+    run = "" if begun is None else begun.run
+    requests = [ShardRequest(merge, folder, stage, name, maker.digest(name), run, spelling) for name in base.shards]
     made = {one.shard: found for one in requests if (found := made_before(stage / one.shard, one.digest))}
     for found in made.values():
         progress(found.file.size)
     left = [one for one in requests if one.shard not in made]
+    (stage / UNFINISHED).mkdir()
     with contextlib.closing(_outcomes(request, left)) as outcomes:  # no worker is left when the stage is removed
         for one, outcome in outcomes:
             if isinstance(outcome, Exception):
@@ -97,7 +108,8 @@ def make_shards(
     if isinstance(stage, StorePath):
         _refuse_changed(stage, left)
     else:
-        shutil.rmtree(stage / UNFINISHED)  # with what workers that died have left
+        ended = (stage / UNFINISHED).replace(stage / f"{UNFINISHED}.ended")  # no worker finds it any more
+        shutil.rmtree(ended)  # with what workers that died have left
     return made
 
 
@@ -127,13 +139,15 @@ def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:
     """The shard that a worker has written, as this process sees it."""
     if isinstance(path, StorePath):
         path.newly()
+    else:
+        (path.parent / UNFINISHED / facts["part"] / path.name).replace(path)
     return record_made(path, digest, written_with(path, facts))
 
 
 def _refuse_changed(stage: StorePath, shards: Sequence[ShardRequest]) -> None:
     """Raise OutputFailed where a shard is another object than its worker has put.
 
-    A worker that a cluster takes for dead may go on, and write its shard a second time.
+    A worker that was taken for dead may have put it before the other one was known to be done.
     """
     for one in shards:
         path = stage / one.shard
@@ -159,24 +173,24 @@ def write_shard(request: ShardRequest) -> dict[str, Any] | Exception:
 
 
 def _written(request: ShardRequest) -> dict[str, Any]:
-    maker, path = _planned(request.merge, request.folder), request.stage / request.shard
+    maker, stage = _planned(request.merge, request.folder), request.stage
     if maker.digest(request.shard) != request.digest:
         raise InputRefused(
             f"{request.shard}: a worker sees another base, adapter or version of lora-export than the process that "
             "began the merge. Nothing was written"
         )
-    if isinstance(path, StorePath):
-        path.newly().unlink(missing_ok=True)  # of a worker that died after its upload
-        return maker.write(path, request.shard).facts
-    if not request.stage.is_dir():
+    if isinstance(stage, StorePath):
+        with written_by_worker(stage, request.shard, request.run) as path:
+            path.unlink(missing_ok=True)  # of a worker that died after its upload
+            return maker.write(path, request.shard).facts
+    if not (stage / UNFINISHED).is_dir():
         raise OutputFailed(
-            f"a worker does not see the folder {request.stage.parent}. All machines need it, or an output in a store"
+            f"a worker does not see the folder {stage.parent}, or was taken for dead. All machines need the folder, or "
+            "an output in a store"
         )
-    part = request.stage / UNFINISHED / uuid.uuid4().hex / request.shard  # a worker that died may have left its own
-    part.parent.mkdir(parents=True)
-    facts = maker.write(part, request.shard).facts
-    part.replace(path)
-    return facts
+    part = stage / UNFINISHED / uuid.uuid4().hex  # a worker that died may have left its own
+    part.mkdir()
+    return maker.write(part / request.shard, request.shard).facts | {"part": part.name}
 
 
 @functools.lru_cache(1)

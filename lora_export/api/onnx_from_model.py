@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, shorten_genai_config, write_generation_files
 from lora_export.api.generation_task import generating_model
 from lora_export.api.kept_graph import exported_once
-from lora_export.api.load import model_paths, resolve_model
-from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
+from lora_export.api.load import model_paths, shared_model
+from lora_export.api.memory_needs import is_large_folder, is_read_when_needed, require_memory_to_export
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult
 from lora_export.api.onnx_steps import (
     Located,
@@ -55,6 +55,7 @@ from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.module_copies import fp64_bytes
+from lora_export.verification.proof_session import ProofSession
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
@@ -64,7 +65,8 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
     with options.staged(model_paths(source)) as folder:
         require_memory_to_export(source, options.dtype)
         options.stage("loading the model")
-        base = resolve_model(source, options.without_own_heads, dtype=options.dtype, inputs=options.inputs, export=True)
+        # The exported weights of a large folder are freed before the proof, which reads them.
+        base = _model(None if is_large_folder(source) else options.session, options)
         if options.task:
             base = generating_model(base, options.task, options.on_message)
         given = options
@@ -83,7 +85,11 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
                 quantise(program, options)
             del program
         references = PyTorchReferences(
-            base, user_inputs=options.inputs, device=options.provider, has_own_heads=options.has_own_heads
+            base,
+            user_inputs=options.inputs,
+            device=options.provider,
+            has_own_heads=options.has_own_heads,
+            session=options.session,
         )
         before = base_outputs(list(graphs.values()), references, options)
         if read := _read_when_needed(given, why_text_only):
@@ -117,6 +123,12 @@ def export_from_model(options: OnnxRequest) -> OnnxResult:
     return OnnxResult(options.output, files, plan, proofs, precision)
 
 
+def _model(session: ProofSession | None, options: OnnxRequest, *, streamed: bool = False) -> Model:
+    """The model to export, or to prove against; that of the session, where there is one."""
+    taken, dtype, inputs = options.without_own_heads, options.dtype, options.inputs
+    return shared_model(session, options.model, taken, dtype=dtype, inputs=inputs, export=True, streamed=streamed)
+
+
 def _read_when_needed(options: OnnxRequest, why_text_only: str) -> Model | None:
     """The model of a large folder for the proof, which only reads its weights; None for any other model.
 
@@ -124,8 +136,8 @@ def _read_when_needed(options: OnnxRequest, why_text_only: str) -> Model | None:
     """
     if not options.verify or not is_large_folder(options.model):
         return None
-    taken = options.without_own_heads
-    base = resolve_model(options.model, taken, dtype=options.dtype, inputs=options.inputs, export=True, streamed=True)
+    session = options.session if is_read_when_needed(options.model, options.dtype) else None
+    base = _model(session, options, streamed=True)
     if not is_streamed(base.module):
         return None
     base = adapted_model(base, options.adapters, options.weights, options, ignore).model
@@ -139,10 +151,11 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
     """
     name = options.output.name
     if options.has_encoder:
-        graphs = export_encoder_decoder(base, opset=options.opset)
+        graphs = _kept(base, options, lambda: export_encoder_decoder(base, opset=options.opset))
         return base, dict(zip(GRAPH_FILES, graphs, strict=True)), ""
     if options.task:
-        return base, {name: export_decoder(base.module, opset=options.opset)}, ""
+        (graph,) = _kept(base, options, lambda: [export_decoder(base.module, opset=options.opset)])
+        return base, {name: graph}, ""
     try:
         return base, {name: _graph_of(base, options)}, ""
     except RuntimeRefused as error:
@@ -155,12 +168,18 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
 
 
 def _graph_of(base: Model, options: OnnxRequest) -> ir.Model:
-    """The graph of a model: exported, or kept from an export of the same one."""
+    def exported() -> list[ir.Model]:
+        return [export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)]
 
-    def exported() -> ir.Model:
-        return export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=options.opset)
+    (graph,) = _kept(base, options, exported)
+    return graph
 
-    return exported() if options.graphs is None else exported_once(options.graphs, base, options.opset, exported)
+
+def _kept(base: Model, options: OnnxRequest, exported: Callable[[], Sequence[ir.Model]]) -> Sequence[ir.Model]:
+    """The graphs of a model: exported, or kept from an export of the same one."""
+    if options.graphs is None:
+        return exported()
+    return exported_once(options.graphs, base, [options.task, options.opset], exported)
 
 
 def _write_generation_files(base: Model, written: ir.Model, options: OnnxRequest, folder: Path) -> list[str]:

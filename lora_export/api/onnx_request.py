@@ -30,6 +30,7 @@ SLOT_RANK = 16  # of a graph of slots, where no other is stated
 
 if TYPE_CHECKING:
     from lora_export.graph.interface import WeightPrecision
+    from lora_export.verification.proof_session import ProofSession
     from lora_export.weights.merge_report import MergeReport
 
 
@@ -42,6 +43,7 @@ class OnnxRequest(OnnxOptions):
     sources: Sequence[Path] = ()  # the paths of the adapters
     checkpoint: Path | None = None
     inputs: Path | None = None
+    session: ProofSession | None = None
 
     @property
     def strengths(self) -> Sequence[float]:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.api.load import load_adapters, resolve_model
+from lora_export.api.load import load_adapters, shared_model
 from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
 from lora_export.callbacks import in_stages
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
-from lora_export.lora import Adapter
-from lora_export.options.common import ModelSource
 from lora_export.plan.own_heads import head_names, without_own_head
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
-from lora_export.storage.hashes import file_sha256
 from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.root_cause import without_guesses
 from lora_export.verification.judged_files import LoadedFiles, loaded_files
@@ -65,7 +62,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         stage("loading the model")
         has_heads = any(map(head_names, loaded)) and candidate.has_own_heads
         taken = [without_own_head(adapter) for adapter in loaded] if has_heads else loaded
-        base = _model(model, taken, request)
+        dtype, inputs = request.dtype, request.inputs
+        base = shared_model(request.session, model, taken, dtype=dtype, inputs=inputs, streamed=True)
         adapted = adapted_model(base, loaded, request.weights, request, on_message)
         for note in (note for adapter in adapted.adapters for note in adapter.notes if note not in printed):
             on_message(f"note: {note}")
@@ -122,19 +120,6 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         facts["endpoint"] = getattr(runner, "facts", {})
     about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **request.settings, **proof.about}
     return replace(proof, about=about)
-
-
-def _model(model: ModelSource, adapters: Sequence[Adapter], request: VerifyRequest) -> Model:
-    """The PyTorch model; that of the session, unless an adapter brings a head or the model is no folder."""
-
-    def load() -> Model:
-        return resolve_model(model, adapters, dtype=request.dtype, inputs=request.inputs, streamed=True)
-
-    is_folder = isinstance(model, str | Path) and Path(model).is_dir()
-    if request.session is None or not is_folder or any(adapter.replaced for adapter in adapters):
-        return load()
-    inputs = None if request.inputs is None else (str(request.inputs), file_sha256(request.inputs))
-    return request.session.model(Path(str(model)), (request.dtype, inputs), load)
 
 
 def _seconds(request: VerifyRequest, base: Model, candidate: Artifact) -> float:

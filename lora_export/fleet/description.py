@@ -19,7 +19,7 @@ from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
 from lora_export.options.tables import keys_of, options_from_table, unknown_key
 from lora_export.storage.input_files import read_bytes
-from lora_export.storage.store_path import StorePath
+from lora_export.storage.store_path import StorePath, is_hub_address
 from lora_export.storage.store_path import place as stored_place
 
 OF_A_GLOB = frozenset("*?[")
@@ -87,7 +87,11 @@ def _jobs_of_base(
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files and folders that a glob matches, on the disk or in a store."""
+    """The files and folders that a glob matches, on the disk or in a store; an address of the Hub is what it names."""
+    if is_hub_address(pattern):
+        if not OF_A_GLOB.isdisjoint(pattern):
+            raise InputRefused(f"{pattern}: globs are for the disk and for stores. List the addresses of the Hub")
+        return [pattern]
     path = stored_place(pattern)
     if not isinstance(path, StorePath):
         return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it may be absolute

@@ -7,6 +7,7 @@ Measured on a Llama of 1.1 billion parameters (2.2 GB) with two cores: a merge t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lora_export.api.memory_needs import (
     STREAMED,
     count_floats,
     memory_beside,
+    memory_of_model,
     memory_to_export,
     memory_to_verify,
 )
@@ -62,9 +64,13 @@ class JobNeeds:
 
 
 class NeedsOfJobs:
-    """The needs of jobs. The headers of a base are read once."""
+    """The needs of jobs. The headers of a base are read once.
 
-    def __init__(self) -> None:
+    `jobs` are all that one worker may do, one after the other.
+    """
+
+    def __init__(self, jobs: Iterable[FleetJob] = ()) -> None:
+        self._jobs = tuple(jobs)
         self._located: dict[str, Path | None] = {}
         self._sizes: dict[str, tuple[int, int]] = {}  # path -> bytes, parameters
         self._memory: dict[tuple[str, ...], int] = {}
@@ -102,14 +108,23 @@ class NeedsOfJobs:
         first, *others = jobs
         uploads = sum(isinstance(place(job.output), StorePath) for job in others if job.output is not None)
         beside = memory_beside(self._size(job.adapter_path)[0] for job in others)
-        return self.of(first).memory + beside + uploads * OF_UPLOAD
+        kept = 0 if first.kind.has_session else self._kept  # its own proof replaces what is kept
+        return self.of(first).memory + kept + beside + uploads * OF_UPLOAD
+
+    @functools.cached_property
+    def _kept(self) -> int:
+        """The bytes that a worker has after a proof: the program, and the model for further ones."""
+        return max((PROGRAM + self._of_model(job) for job in self._jobs if job.kind.has_session), default=0)
+
+    def _of_model(self, job: FleetJob) -> int:
+        named = _model_of(job)
+        return memory_of_model(str(self.located(named) or named), _dtype_of(job))
 
     def _memory_of(self, job: FleetJob) -> int:
         if job.step not in SECONDS_FOR_PARAMETER:
             return STREAMED
-        dtype = str(job.values.get("dtype", "float32"))
+        dtype, named = _dtype_of(job), _model_of(job)
         candidate = str(job.values.get("candidate", ""))
-        named = str(job.values.get("model", job.base_path))  # a proof may name another model
         key = (named, job.step, dtype, Path(candidate).suffix)
         if key not in self._memory:
             kind = claimed_kind(candidate)
@@ -131,3 +146,11 @@ class NeedsOfJobs:
                     files = open_artifact(located).files.values()
                     self._sizes[path] = sum(file.stat().st_size for file in files), count_floats(located)
         return self._sizes[path]
+
+
+def _model_of(job: FleetJob) -> str:
+    return str(job.values.get("model", job.base_path))  # a proof may name another model
+
+
+def _dtype_of(job: FleetJob) -> str:
+    return str(job.values.get("dtype", "float32"))

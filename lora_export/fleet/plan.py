@@ -120,7 +120,7 @@ def _misfit(job: FleetJob) -> str:
             elif isinstance(options, Applied) and artifact_kind(locate(job.base_path, ignore)) in MERGED_INTO:
                 _plan_alone(job, options)
             else:
-                formats.load(job.adapter_path, options=options.reading)
+                formats.load(locate(job.adapter_path, ignore), options=options.reading)
     except LoraExportError as error:
         return str(error)
     except OSError as error:
@@ -130,7 +130,7 @@ def _misfit(job: FleetJob) -> str:
 
 def _plan_alone(job: FleetJob, options: Applied) -> None:
     """Plan the adapter on the base for a step that does not merge. Only misfits count."""
-    formats.load(job.adapter_path, options=options.reading)
+    formats.load(locate(job.adapter_path, ignore), options=options.reading)
     same = {one.name: getattr(options, one.name) for one in options_of(Applied)}
     same |= {"combination": options.combination, "reading": options.reading, "dry_run": True}
     merged = MergeOptions(job.base_path, job.adapter_path, os.devnull, **same)

@@ -16,7 +16,7 @@ from lora_export.callbacks import OnMessage, OnProgress, Progress
 from lora_export.errors import EnvironmentLacking
 from lora_export.fleet.batches import batches
 from lora_export.fleet.description import FleetFile
-from lora_export.fleet.needs import JobNeeds, NeedsOfJobs
+from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.records import GOOD, FleetRecords, Standing
 from lora_export.fleet.status import FleetStatus, job_status
 from lora_export.fleet.steps import FleetJob
@@ -38,7 +38,7 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
     begun = time.perf_counter()
     fleet.records.mkdir(parents=True, exist_ok=True)
     with output_lock(fleet.records / ".lock", fleet.records):
-        records, needs = FleetRecords(fleet.records, reads=True), NeedsOfJobs()
+        records, needs = FleetRecords(fleet.records, reads=True), NeedsOfJobs(fleet.jobs)
         engine = (
             processes(perform, _at_once(fleet, needs, options))
             if options.ray is None
@@ -60,7 +60,7 @@ def run_jobs(fleet: FleetFile, options: FleetOptions) -> FleetStatus:
 
 def _at_once(fleet: FleetFile, needs: NeedsOfJobs, options: FleetOptions) -> int:
     """How many processes work at the same time: those of `jobs` for which there is memory."""
-    return jobs_that_fit(options.jobs, JobNeeds.together(map(needs.of, fleet.jobs)).memory, options.on_message)
+    return jobs_that_fit(options.jobs, max(needs.memory_of([job]) for job in fleet.jobs), options.on_message)
 
 
 class RunningJobs(NamedTuple):

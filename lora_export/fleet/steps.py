@@ -25,6 +25,7 @@ class StepKind:
     base: str  # the field that takes the base; empty where the step has none
     adapter: str  # the field that takes the adapter
     writes_model: bool = False  # what a later proof judges
+    has_session: bool = False  # what its proofs of one base have in common stays in the worker
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -35,12 +36,12 @@ class StepKind:
 
 FLEET_STEPS: Mapping[str, StepKind] = {
     "merge": StepKind(MergeOptions, "merge:merge", "base", "adapters", writes_model=True),
-    "onnx": StepKind(OnnxOptions, "onnx:export_onnx", "model", "adapters", writes_model=True),
+    "onnx": StepKind(OnnxOptions, "onnx:export_onnx", "model", "adapters", writes_model=True, has_session=True),
     "torchscript": StepKind(
         TorchScriptOptions, "torchscript:export_torchscript", "model", "adapters", writes_model=True
     ),
     "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter"),
-    "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters"),
+    "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters", has_session=True),
     VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify:verify", "base", "adapters"),
 }
 # Fields that have no meaning in a fleet, which has its own plan and workers, and names the adapters itself

@@ -7,6 +7,7 @@ import functools
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -70,7 +71,8 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
 
     records = FleetRecords(Path(batch.requests[0].records), reads=True)
     begun, notes = time.perf_counter(), [list[str]() for _ in batch.requests]
-    requests = [_started(request, records) for request in batch.requests]
+    attempt = uuid.uuid4().hex
+    requests = [_started(request, records, attempt) for request in batch.requests]
     with as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext():
         results = _results(requests, notes)
         found = [_record_of(*each, records) for each in zip(requests, results, strict=True)]
@@ -78,11 +80,12 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
     when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     for request, record, own in zip(requests, found, notes, strict=True):
         record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
-        records.write(request.job.id, record)
+        if records.read(request.job.id).get("attempt") == attempt:  # this worker was not taken for dead meanwhile
+            records.write(request.job.id, record)
     return found
 
 
-def _started(request: JobRequest, records: Any) -> JobRequest:
+def _started(request: JobRequest, records: Any, attempt: str) -> JobRequest:
     """The request, after the record that its job has begun."""
     from lora_export.fleet.records import STARTED
 
@@ -90,7 +93,8 @@ def _started(request: JobRequest, records: Any) -> JobRequest:
     last = records.read(job.id)  # of a worker that died at this job, where Ray gives it to another one
     is_own = request.replaces or (last.get("outcome") == STARTED and bool(last.get("replaces")))
     replaces = is_own or (job.output is not None and not output_exists(job.output))
-    records.write(job.id, {"outcome": STARTED, "facts": request.facts, "replaces": replaces})
+    started = {"outcome": STARTED, "facts": request.facts, "replaces": replaces, "attempt": attempt}
+    records.write(job.id, started)
     return replace(request, replaces=is_own)
 
 
@@ -126,7 +130,7 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
     if job.step == "onnx":
         more["graphs"] = Path(request.records) / GRAPHS
-    if job.step == "verify":
+    if job.kind.has_session:
         more["session"] = session_of_process()
     return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 

@@ -162,6 +162,7 @@ class OnnxOptions(GivenAdapters, Running, Published):
     opset: int | None = option(None, "ONNX operator set (default: the exporter's).", at_least=18, only=(EXPORTED,))
     # A folder where graphs of exported bases are kept for further adapters; no option of the command line
     graphs: Path | None = field(default=None, repr=False, compare=False)
+    session: object = field(default=None, repr=False, compare=False)  # a ProofSession; no option of the command line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Models and adapters of the Hugging Face Hub by names or addresses, in the local cache, or downloaded into it.
 
 `owner/name[@revision]` is looked up by huggingface_hub itself, which follows HF_HOME and HF_HUB_CACHE. The address
-`hf://owner/name[@revision][/path]` is that of the Hub: what the cache lacks of it is downloaded.
+`hf://owner/name[@revision][/path]` is that of the Hub: what the cache lacks of it is downloaded. A slash in the name of
+a branch is `%2F` there, as in huggingface_hub; those of `refs/pr/1` may stay.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import glob
 import os
 import re
 import sys
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ PATTERNS: dict[str, Any] = {
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
 HUB_ADDRESS = re.compile(
-    rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|[\w.-]+))?(/(?P<path>.*))?", re.ASCII
+    rf"hf://(?P<name>{HUB_NAME.pattern})(@(?P<revision>refs/[\w-]+/[\w.-]+|(?:[\w.-]|%2F)+))?(/(?P<path>.*))?", re.ASCII
 )
 # A missing file of these kinds is a missing file.
 FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
@@ -116,7 +118,10 @@ def _failure(name: str, shown: str, endpoint: str, error: Exception) -> LoraExpo
                 f"{endpoint} has no repository {name}, or it is private. Check the name, or log in: hf auth login"
             )
         case errors.RevisionNotFoundError():
-            return InputRefused(f"the repository {name} at {endpoint} has no revision {shown.partition('@')[2]}")
+            return InputRefused(
+                f"the repository {name} at {endpoint} has no revision {shown.partition('@')[2]}. In an hf:// address, "
+                "%2F is a slash in its name"
+            )
         case errors.HFValidationError():
             return InputRefused(f"{shown} is no name of a repository: {error}")
     known = isinstance(error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError)
@@ -164,7 +169,8 @@ def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
     match = HUB_ADDRESS.fullmatch(text)
     if match is None or not {".", ".."}.isdisjoint(text.split("/")):
         raise InputRefused(f"{one_line(text)} is no address of a model: hf://OWNER/NAME[@REVISION][/PATH]")
-    name, revision, below = match["name"], match["revision"], (match["path"] or "").strip("/")
+    name, below = match["name"], (match["path"] or "").strip("/")
+    revision = None if match["revision"] is None else urllib.parse.unquote(match["revision"])
     patterns = PATTERNS
     if below:
         itself = glob.escape(below)  # it is no pattern

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -86,6 +86,8 @@ class Bucket:
         self._known: dict[str, ObjectInfo | None] = {}
         self._listed: set[str] = set()
         self.held: dict[str, bytes | None] = {}  # objects that are put when their output is whole
+        # Keys of outputs -> what raises OutputFailed where this process may no longer write there
+        self.fences: dict[str, Callable[[], None]] = {}
 
     def _of(self, key: str) -> str:
         return f"{self.address}/{key}"
@@ -159,12 +161,14 @@ class Bucket:
         if key in self.held:
             self.held[key] = content
             return
+        self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
             self._store.put(key, content, mode=mode)
         self._ask_again(key)
 
     def upload(self, key: str, path: Any) -> None:
         """Put a local file."""
+        self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed):
             self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
         self._ask_again(key)
@@ -179,6 +183,7 @@ class Bucket:
         """Copy an object on the server. False where it is gone, or the store copies none of its size in one request."""
         from obstore.exceptions import GenericError, NotFoundError
 
+        self.refuse_fenced(target)
         with _errors(self._of(target), OutputFailed):
             try:
                 self._store.copy(key, target)
@@ -188,9 +193,17 @@ class Bucket:
         return True
 
     def delete(self, key: str) -> None:
+        self.refuse_fenced(key)
         with _errors(self._of(key), OutputFailed), contextlib.suppress(FileNotFoundError):
             self._store.delete(key)
         self._known[key] = None
+
+    def refuse_fenced(self, key: str) -> None:
+        """Raise OutputFailed where the fence of an object, or of the output that it is in, does not let it change."""
+        while key not in self.fences and key:
+            key = key.rpartition("/")[0]
+        if key:
+            self.fences[key]()
 
     def refuse_changed(self, key: str) -> None:
         """Raise InputRefused where an object is no longer the one that is known."""
@@ -221,6 +234,12 @@ class Upload:
             self._file.write(bytes(content))  # a copy: obstore sends the memory itself, later, and its owner reuses it
 
     def close(self) -> None:
+        """Put the object. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
+        try:
+            self._bucket.refuse_fenced(self._key)
+        except BaseException:
+            self.abort()
+            raise
         with _errors(self._address, OutputFailed):
             self._file.close()
         self._bucket._ask_again(self._key)

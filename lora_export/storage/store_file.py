@@ -38,9 +38,11 @@ class SmallObject(io.BytesIO):
         self._bucket, self._key = bucket, key
 
     def close(self) -> None:
-        if not self.closed:
-            self._bucket.put(self._key, self.getvalue())
-        super().close()
+        try:
+            if not self.closed:
+                self._bucket.put(self._key, self.getvalue())
+        finally:  # what was refused is not put later, when the object is freed
+            super().close()
 
 
 class _NumberedFile(io.RawIOBase):
@@ -174,5 +176,7 @@ class UploadedFile(_NumberedFile):
             self._upload.abort()
             super().close()
             raise OutputFailed(f"{self._name}: bytes from {self._written} on were never written")
-        self._upload.close()
-        super().close()
+        try:
+            self._upload.close()
+        finally:
+            super().close()

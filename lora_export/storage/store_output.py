@@ -2,8 +2,9 @@
 
 That object, `.NAME.begun`, is put only where there is none, so it is the lock too. It names the owner, which renews it,
 and the files that are whole. Readers refuse an output beside which it is (`store_path.newly_opened`). The manifest is
-the last object that is put, and only where there is none. After an error everything is removed; a run that was
-stopped, or whose store failed, leaves its whole files, and the next one goes on.
+the last object that is put, and only where there is none. A run that slept for longer than its lease may have lost the
+output: it renews the lease before it changes an object. After an error everything is removed; a run that was stopped,
+or whose store failed, leaves its whole files, and the next one goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,14 @@ from lora_export.errors import EnvironmentLacking, OutputFailed
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.storage.object_store import ObjectChanged, ObjectInfo
+from lora_export.storage.object_store import DEADLINE, ObjectChanged, ObjectInfo
 from lora_export.storage.store_path import StorePath, marker_of
 from lora_export.storage.system_calls import deferred_signals
 
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
+# Seconds for which the last one is proof enough: a request that begins then ends, by its deadline, within the lease
+TRUSTED = 2 * RENEWED
+assert timedelta(seconds=TRUSTED) + DEADLINE < LEASE
 
 
 class Begun:
@@ -36,9 +42,10 @@ class Begun:
     def __init__(self, target: StorePath, home: StorePath, on_message: OnMessage, *, streamed: bool):
         self.target, self._object = target, marker_of(target).newly()
         self.home = home
+        self.run = uuid.uuid4().hex  # names this run for its workers
         self.used: set[str] = set()  # the whole files that belong to this output
         self.streamed, self.uploaded = streamed, list[StorePath]()
-        self._lock, self._ended, self._lost = threading.Lock(), threading.Event(), False
+        self._lock, self._ended, self._lost, self._renewed = threading.Lock(), threading.Event(), False, 0.0
         info = _info(self._object)
         stated = json_files.read_json(self._object) if info else {}
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
@@ -56,9 +63,9 @@ class Begun:
 
     def _write(self, mode: Any = None, *, is_stopped: bool = False) -> None:
         """Put the object, where it is still the one that this process put. Raises OutputFailed where it is not."""
-        owner = {} if is_stopped else {"process": os.getpid(), "host": platform.node()}
+        owner = {} if is_stopped else {"process": os.getpid(), "host": platform.node(), "run": self.run}
         with self._lock:
-            bucket, key = self._object.bucket, self._object.key
+            now, bucket, key = time.time(), self._object.bucket, self._object.key
             try:
                 content = json.dumps({**owner, "finished": self.finished}).encode()
                 bucket.put(key, content, self._version if mode is None else mode)
@@ -67,12 +74,16 @@ class Begun:
                 raise self._taken({}) from None
             info = _info(self._object)
             assert info is not None
-            self._version = info.version
+            self._version, self._renewed = info.version, now  # by the clock that goes on in a machine that sleeps
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED):
             with contextlib.suppress(OutputFailed, EnvironmentLacking):  # the next write of the main thread reports it
                 self._write()
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file of this output, in its home."""
+        return path.relative_to(self.home).as_posix()
 
     def whole(self, name: str, recipe: str) -> Any | None:
         """The facts of a file that an earlier run made by the same recipe, and nothing changed since.
@@ -105,12 +116,17 @@ class Begun:
     def remove_unfinished(self) -> None:
         """Remove objects of a run that was killed, of which it did not record that they are whole."""
         for path in self._written():
-            if path.relative_to(self.home).as_posix() not in self.finished:
+            if self.name_of(path) not in self.finished:
                 path.unlink()
 
     def refuse_lost(self) -> None:
         """Raise OutputFailed where another run has taken this output over."""
         self._write()
+
+    def refuse_overdue(self) -> None:
+        """The same, where the last renewal is so old that another run may have done that."""
+        if self._lost or not 0 <= time.time() - self._renewed < TRUSTED:
+            self._write()
 
     def discard(self, *, is_stopped: bool) -> None:
         """Remove what is not whole; where no run is to go on with it, everything."""
@@ -147,7 +163,7 @@ _streamed: dict[Path, Begun] = {}  # by output
 
 def begun_at(path: Path) -> Begun | None:
     """The output in a store to which a file belongs that is being written; None on the disk."""
-    return _streamed.get(path) or _streamed.get(path.parent)
+    return next((_streamed[each] for each in (path, *path.parents) if each in _streamed), None)
 
 
 @contextlib.contextmanager
@@ -183,6 +199,7 @@ def staged_in_store(
                     stack.callback(target.bucket.held.pop, (target / MANIFEST).key, None)
                 _streamed[target] = begun
                 stack.callback(_streamed.pop, target, None)
+                stack.enter_context(_fenced(target, begun.refuse_overdue))
             else:
                 import tempfile  # most outputs are on the disk, beside their stage
 
@@ -204,6 +221,35 @@ def staged_in_store(
         raise
 
 
+@contextlib.contextmanager
+def _fenced(path: StorePath, fence: Callable[[], None]) -> Iterator[None]:
+    """Let a fence precede each change of an object, and of those below it."""
+    path.bucket.fences[path.key] = fence
+    try:
+        yield
+    finally:
+        path.bucket.fences.pop(path.key, None)
+
+
+@contextlib.contextmanager
+def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StorePath]:
+    """Yield the path of a file of the output that another process has begun, whose `Begun.run` is given.
+
+    The file changes only while that run has the output, and has no such file from another worker: a worker that was
+    taken for dead changes nothing when it wakes up. Raises OutputFailed then.
+    """
+    path = target / name
+
+    def refuse_late() -> None:
+        mark = marker_of(target).newly()
+        stated = json_files.read_json(mark) if mark.is_file() else {}
+        if stated.get("run") != run or name in stated.get("finished", {}):
+            raise OutputFailed(f"{path}: this worker was taken for dead, and another one has made the file")
+
+    with _fenced(path, refuse_late):
+        yield path.newly()
+
+
 def _upload(stage: Path, begun: Begun, last: str, *, overwrite: bool) -> None:
     """Upload the files of a stage. The one that makes the output whole is the last."""
     files = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
@@ -211,6 +257,7 @@ def _upload(stage: Path, begun: Begun, last: str, *, overwrite: bool) -> None:
         goal = begun.home.joinpath(*path.relative_to(stage).parts)
         if not overwrite and goal.newly().exists():
             raise OutputFailed(f"{goal} exists already, and may belong to another output. Name another address")
+        begun.refuse_overdue()
         goal.bucket.upload(goal.key, path)
         begun.uploaded.append(goal)
 

@@ -56,7 +56,7 @@ def digest_of(source: TensorFile, header: bytes, recipe: str) -> str:
 def made_before(path: Path, digest: str) -> WrittenFile | None:
     """The file with this digest, where a stopped run has made it in a store."""
     begun = begun_at(path)
-    facts = None if begun is None or not digest else begun.whole(path.name, digest)
+    facts = None if begun is None or not digest else begun.whole(begun.name_of(path), digest)
     return None if facts is None else written_with(path, facts)
 
 
@@ -71,7 +71,7 @@ def record_made(path: Path, digest: str, written: WrittenFile) -> WrittenFile:
     """Record in a store that a file is whole."""
     begun = begun_at(path)
     if begun is not None and digest:
-        begun.add(path.name, digest, written.facts)
+        begun.add(begun.name_of(path), digest, written.facts)
     return written
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,21 +106,28 @@ def other_values_of_inputs(model: Model) -> Model:
     return replace(model, make_inputs=lambda *_: {"input": torch.zeros(2, 3)})
 
 
-OTHERS = [other_weights, other_code, other_axes, another_buffer, another_function, another_attribute]
+def another_config(model: Model) -> Model:
+    """That has no effect on the example inputs, and is no plain data."""
+    model.module.config = SimpleNamespace(to_dict=lambda: {"window": 3})  # type: ignore[assignment]
+    return model
+
+
+OTHERS = [another_config, other_weights, other_code, other_axes, another_buffer, another_function, another_attribute]
 
 
 @pytest.mark.parametrize("changed", [*OTHERS, other_values_of_inputs])
 def test_another_model_has_another_graph(changed: Callable[[Model], Model], tmp_path: Path) -> None:
     made: list[str] = []
 
-    def export_as(name: str) -> Callable[[], ir.Model]:
-        return lambda: (made.append(name), export.to_onnx(a_model().module, a_model().example_inputs(), axes={}))[1]
+    def export_as(name: str) -> Callable[[], list[ir.Model]]:
+        return lambda: (made.append(name), [export.to_onnx(a_model().module, a_model().example_inputs(), axes={})])[1]
 
-    exported_once(tmp_path, a_model(), None, export_as("first"))
-    exported_once(tmp_path, a_model(), None, export_as("same"))
-    exported_once(tmp_path, changed(a_model()), None, export_as("other"))
-    exported_once(tmp_path, a_model(), 20, export_as("opset"))
-    assert made == ["first", "other", "opset"]
+    exported_once(tmp_path, a_model(), [None, None], export_as("first"))
+    exported_once(tmp_path, a_model(), [None, None], export_as("same"))
+    exported_once(tmp_path, changed(a_model()), [None, None], export_as("other"))
+    exported_once(tmp_path, a_model(), [None, 20], export_as("opset"))
+    exported_once(tmp_path, a_model(), ["text-generation", None], export_as("task"))
+    assert made == ["first", "other", "opset", "task"]
 
 
 def test_others_wait_for_the_one_that_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +135,12 @@ def test_others_wait_for_the_one_that_exports(tmp_path: Path, monkeypatch: pytes
     asked = threading.Event()
     monkeypatch.setattr(time, "sleep", lambda _: asked.set())
     base = a_model()
-    own = tmp_path / kept_graph._key(base, None)
+    own = tmp_path / kept_graph._key(base, [None])
     with output_lock(tmp_path / f".{own.name}.export", own):
-        export_it = lambda: export.to_onnx(base.module, base.example_inputs(), axes=base.axes)  # noqa: E731
-        waiting = threading.Thread(target=exported_once, args=(tmp_path, base, None, export_it))
+        export_it = lambda: [export.to_onnx(base.module, base.example_inputs(), axes=base.axes)] * 2  # noqa: E731
+        waiting = threading.Thread(target=exported_once, args=(tmp_path, base, [None], export_it))
         waiting.start()
         assert asked.wait(20) and not own.exists()
     waiting.join(60)
-    assert sorted(path.name for path in own.iterdir()) == ["graph.data", "graph.onnx"]
+    assert sorted(path.name for path in own.iterdir()) == ["graph0.data", "graph0.onnx", "graph1.data", "graph1.onnx"]
     assert [path.name for path in tmp_path.iterdir()] == [own.name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +23,14 @@ import lora_export as le
 from lora_export.api import merge_shards
 from lora_export.api.merge_shards import ShardRequest, write_shard
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, WrongUsage
+from lora_export.storage import store_path
+from lora_export.storage.object_store import Bucket, Upload
+from lora_export.storage.store_path import StorePath
+from lora_export.weights.merge import ShardMaker
 from support import stores
-from support.fleets import faults_in
-from support.handmade import base_file
+from support.fleets import OF_SHARDS, faults_in
+from support.folder_contents import folder_contents
+from support.handmade import base_file, peft_adapter
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -30,29 +38,6 @@ if TYPE_CHECKING:
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 RAY = pytest.param({"ray": "local", "jobs": 2}, id="ray", marks=pytest.mark.slow)
 ENGINES = [pytest.param({"jobs": 2}, id="processes"), RAY]
-# In a worker: the file of weights that `faults/NAME` names is followed by a death or by sleep
-HOOK = """
-import os, pathlib, signal, sys, time
-class Hook:
-    def find_spec(self, name, path, target=None):
-        if name == "lora_export.api.merge_shards":
-            sys.meta_path.remove(self)
-            import lora_export.weights.merge as module
-            write, faults = module._write_shard, pathlib.Path(os.environ["FAULTS"])
-            def faulty(path, *arguments, **options):
-                written, fault = write(path, *arguments, **options), faults / path.name
-                kind = fault.read_text() if fault.exists() else ""
-                if kind == "kill once":
-                    fault.unlink()
-                if kind.startswith("kill"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if kind == "sleep":
-                    (faults / "asleep").write_text(str(os.getpid()))
-                    [time.sleep(0.1) for _ in range(900)]
-                return written
-            module._write_shard = faulty
-sys.meta_path.insert(0, Hook())
-"""
 
 
 @pytest.fixture
@@ -126,7 +111,7 @@ def command(*more: str) -> list[str]:
 def test_the_shard_of_a_dead_worker_is_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], fault: str, code: int
 ) -> None:
-    faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: fault})
+    faults_in(place, monkeypatch, OF_SHARDS, **{SHARDS[1]: fault})
     ran = subprocess.run(command(*engine), capture_output=True, text=True, check=False)
     assert ran.returncode == code, ran.stderr
     assert (files(place / "out") == alone(place)[0]) if code == 0 else "(3 times)" in ran.stderr
@@ -138,7 +123,7 @@ def test_the_shard_of_a_dead_worker_is_made_again(
 def test_no_worker_outlives_the_process_that_began(
     place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    faults = faults_in(place, monkeypatch, HOOK, **{SHARDS[1]: "sleep"})
+    faults = faults_in(place, monkeypatch, OF_SHARDS, **{SHARDS[1]: "sleep"})
     process = subprocess.Popen(command("-j", "2"), stderr=subprocess.PIPE, text=True)
     while not (faults / "asleep").exists() and process.poll() is None:
         time.sleep(0.1)
@@ -196,7 +181,7 @@ def test_a_worker_that_sees_something_else_writes_nothing(place: Path, monkeypat
 
 def test_a_worker_that_does_not_see_the_folder_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch, lambda one: replace(one, stage=place / "elsewhere" / "stage"))
-    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere\. All machines need it"):
+    with pytest.raises(OutputFailed, match=r"a worker does not see the folder .*elsewhere, or was taken for dead"):
         le.merge("base", "adapter", "out", jobs=2)
     assert not (place / "elsewhere").exists() and not (place / "out").exists()
 
@@ -213,6 +198,75 @@ def test_a_shard_that_is_replaced_before_the_manifest_is_refused(
     with pytest.raises(OutputFailed, match=f"{SHARDS[0]} was replaced while the others were written"):
         le.merge("base", "adapter", str(stored / "out/m"), jobs=2)
     assert sorted(stored.objects("out/m/")) == [f"out/m/{name}" for name in SHARDS[1:]]
+
+
+class Late:
+    """A worker of the first shard that sleeps at a call, in a thread, and whose shard has other bytes in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str):
+        self.answer: Any = None
+        self._asleep, self._woken, called = threading.Event(), threading.Event(), getattr(owner, name)
+        self._thread = threading.Thread(target=self._work)
+
+        def asleep(itself: Any, *arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is not self._thread:
+                return called(itself, *arguments, **options)
+            self._asleep.set()
+            assert self._woken.wait(60)
+            if name == "close":
+                itself.write(memoryview(b"late"))
+            found = called(itself, *arguments, **options)
+            if name == "write":
+                with arguments[0].open("r+b") as file:
+                    file.write(b"late")
+            return found
+
+        monkeypatch.setattr(owner, name, asleep)
+        of_all, of_late = store_path.bucket_of, functools.cache(store_path.bucket_of.__wrapped__)
+
+        def bucket_of(address: str) -> Bucket:  # a worker is another process
+            return (of_late if threading.current_thread() is self._thread else of_all)(address)
+
+        monkeypatch.setattr(store_path, "bucket_of", bucket_of)
+
+    def _work(self) -> None:
+        self.answer = write_shard(self.request)
+
+    def begin(self, request: ShardRequest) -> None:
+        self.request = request
+        self._thread.start()
+        assert self._asleep.wait(60)
+
+    def wake(self) -> Any:
+        self._woken.set()
+        self._thread.join(60)
+        return self.answer
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+@pytest.mark.parametrize(("owner", "call"), [(StorePath, "unlink"), (Upload, "close"), (ShardMaker, "write")])
+def test_a_worker_that_was_taken_for_dead_changes_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, is_published: bool, owner: type, call: str
+) -> None:
+    late, answers = Late(monkeypatch, owner, call), list[Any]()
+
+    def change(one: ShardRequest) -> ShardRequest:
+        if one.shard == SHARDS[0]:
+            late.begin(one)
+        if one.shard == SHARDS[2] and not is_published:
+            answers.append(late.wake())
+        return one
+
+    in_this_process(monkeypatch, change)
+    is_on_disk = owner is ShardMaker
+    le.merge("base", "adapter", "out" if is_on_disk else str(stored / "out/m"), jobs=2)
+    answers += [late.wake()] if is_published else []
+    assert (files(place / "out") if is_on_disk else stored.files("out/m")) == alone(place)[0]
+    if is_on_disk:
+        assert hidden(place) == [] and (is_published == isinstance(answers[0], OSError))
+    else:
+        assert "was taken for dead, and another one has made the file" in str(answers[0])
+        assert stored.objects().keys() == {f"out/m/{name}" for name in files(place / "alone")}
 
 
 def test_the_time_is_that_of_the_workers_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +286,11 @@ def test_a_residual_is_kept_of_a_shared_merge(place: Path, monkeypatch: pytest.M
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[LoraExportError], str]] = {
-    "one file": (lambda place: {"base": place / "base" / SHARDS[0]}, WrongUsage, "has its weights in one file"),
+    "one file": (
+        lambda place: {"base": place / "base" / SHARDS[0], "ray": "local"},
+        WrongUsage,
+        'in one file, which one process writes. Leave ray="local" out',
+    ),
     "keep_quantised": (lambda _: {"keep_quantised": True}, WrongUsage, "jobs= does not go together with keep_quan"),
     "cuda": (lambda _: {"device": "cuda"}, WrongUsage, "workers compute on the processor"),
     "calibration": (lambda _: {"calibration": "x.txt", "ray": "local"}, WrongUsage, "ray= does not go together with"),
@@ -247,6 +305,24 @@ def test_what_cannot_be_shared_is_refused(place: Path, name: str) -> None:
     with pytest.raises(kind, match=reason):
         le.merge(**options)
     assert not os.path.lexists(place / "out")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_base_in_one_file_is_merged_by_one_process(place: Path, kind: str) -> None:
+    (place / "one").mkdir()
+    shutil.copy(place / "base" / SHARDS[0], place / "one/model.safetensors")
+    peft_adapter(place / "own", {"up": (np.ones((1, 40)), np.ones((96, 1)))})
+    base, suffix = ("one", "") if kind == "folder" else ("one/model.safetensors", ".safetensors")
+    lines: list[str] = []
+    found = le.merge(base, "own", f"out{suffix}", jobs=8, on_message=lines.append)
+    le.merge(base, "own", f"alone{suffix}")
+    note = f"{base} has its weights in one file, which one process writes: jobs=8 changes nothing"
+    assert found.notes == (note,) and lines == [f"note: {note}"]
+    written, expected = (
+        folder_contents(place / name) if kind == "folder" else (place / f"{name}{suffix}").read_bytes()
+        for name in ("out", "alone")
+    )
+    assert written == expected
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".gguf"])

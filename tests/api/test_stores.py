@@ -103,6 +103,22 @@ def test_a_stopped_merge_goes_on_with_its_whole_shards(local: Path, stored: Stor
     assert stored.objects("out/m/")[f"out/m/{SHARDS[0]}"]["LastModified"] == first[f"out/m/{SHARDS[0]}"]["LastModified"]
 
 
+def test_a_stopped_merge_into_a_pipeline_goes_on(local: Path, stored: Stored) -> None:
+    of_two_models(local)
+    stored.put("pipeline", local / "pipeline")
+    le.merge(local / "pipeline", local / "adapter", local / "whole")
+    into = (str(stored / "pipeline"), str(stored / "adapter"), str(stored / "out/m"))
+    with pytest.raises(KeyboardInterrupt):
+        le.merge(*into, on_progress=stop_after_one(stored))
+    (first,) = stored.objects("out/m/").values()
+    lines: list[str] = []
+    le.merge(*into, on_message=lines.append)
+    assert first["Key"] == f"out/m/unet/{SHARDS[0]}" and any("1 files are whole" in line for line in lines)
+    assert stored.files("out/m") == folder_contents(local / "whole")
+    assert stored.objects("out/m/")[first["Key"]]["LastModified"] == first["LastModified"]
+    assert "out/.m.begun" not in stored.objects()
+
+
 def test_a_stopped_merge_of_another_strength_is_made_anew(local: Path, stored: Stored) -> None:
     with pytest.raises(KeyboardInterrupt):
         merge(stored, on_progress=stop_after_one(stored), weights=[2.0])

@@ -11,6 +11,8 @@ import pytest
 
 import lora_export as le
 from lora_export.api.memory_needs import PROGRAM
+from lora_export.fleet.description import read_fleet
+from lora_export.fleet.needs import NeedsOfJobs
 from lora_export.fleet.plan import FleetPlan
 from lora_export.formats import adapter_files
 from lora_export.storage.safetensors_file import TensorFile
@@ -60,16 +62,17 @@ def test_a_base_that_is_nowhere_is_a_problem_of_its_jobs(text: str, place: Path)
     assert all("no file or folder org/missing" in one.text for one in plan.problems)
 
 
-def test_a_base_is_an_address_of_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repositories = {
-        "org/base": {name: (place / "base" / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    }
-    (place / "fleet.toml").write_text(FLEET.replace('"base"', '"hf://org/base"'))
+def test_base_and_adapters_are_addresses_of_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"org/base": place / "base", "org/fr": place / "adapters/fr", "org/de": place / "adapters/de"}
+    repositories = {name: {file.name: file.read_bytes() for file in at.iterdir()} for name, at in folders.items()}
+    text = FLEET.replace('"base"', '"hf://org/base"').replace('"adapters/*"', '"hf://org/de", "hf://org/fr"')
+    (place / "fleet.toml").write_text(text + '[[steps]]\nstep = "convert"\nto = "mlx"\noutput = "mlx/{adapter}"\n')
     with hub_server(repositories) as server:
         ask(server, place / "hub", monkeypatch)
         assert planned().problems == ()
         status, ran = run_here(monkeypatch, Here(workers=1))
-    assert status.counts == {"done": 2, "same": 2} and len(ran) == 4
+        assert run_here(monkeypatch)[1] == []
+    assert status.counts == {"done": 4, "same": 2} and len(ran) == 6
 
 
 def test_what_is_done_is_not_planned_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +117,17 @@ def test_needs_follow_from_headers(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert merge.needs.memory == audit.needs.memory == 300 << 20
     assert PROGRAM < onnx.needs.memory == verify.needs.memory < PROGRAM + 6 * 32 + 1 and onnx.needs.written == 2 * 4 * 6
     assert 0 < merge.needs.seconds < onnx.needs.seconds
+
+
+def test_a_job_after_a_proof_has_the_memory_of_its_model_too(place: Path) -> None:
+    (place / "fleet.toml").write_text(FLEET + ONNX)
+    jobs = {job.step: job for job in read_fleet(place / "fleet.toml").jobs}
+    merge, onnx = jobs["merge"], jobs["onnx"]
+    alone = NeedsOfJobs([merge])
+    both = NeedsOfJobs([merge, onnx])
+    assert alone.memory_of([merge]) == alone.of(merge).memory
+    assert both.memory_of([merge]) == alone.of(merge).memory + PROGRAM + 6 * 4  # of six numbers in fp32
+    assert both.memory_of([onnx]) == both.of(onnx).memory
 
 
 def test_times_are_those_of_earlier_jobs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

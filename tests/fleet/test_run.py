@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export as le
-from lora_export.api import verify_outputs
+from lora_export.api import load
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.fleet import records, run
+from lora_export.fleet import records, run, worker
 from lora_export.fleet.worker import JobBatch, perform, session_of_process
 from lora_export.storage.output_lock import output_lock
 from support.endpoints import save_adapter, save_base
@@ -132,6 +132,26 @@ class Dying(Here):
 
     def died(self, error: BaseException) -> str:
         return "killed" if isinstance(error, BrokenPipeError) else ""
+
+
+def test_a_worker_that_was_taken_for_dead_replaces_no_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(Here):
+        """Gives the first job to two workers, of which the first one sleeps while the second one works."""
+
+        def submit(self, batch: JobBatch, memory: int, *, on_gpu: bool) -> Future[list[dict[str, Any]]]:
+            work, submit, found = worker._results, super().submit, list[Future[list[dict[str, Any]]]]()
+
+            def late(*_: Any) -> list[Any]:
+                monkeypatch.setattr(worker, "_results", work)
+                found.append(submit(batch, memory, on_gpu=on_gpu))
+                return [OutputFailed("another run has it")]
+
+            if not self.ran:
+                monkeypatch.setattr(worker, "_results", late)
+                assert perform(batch)[0]["outcome"] == "failed"
+            return found[0] if found else submit(batch, memory, on_gpu=on_gpu)
+
+    assert run_here(monkeypatch, Twice())[0].exit_code == le.run_fleet("status", "fleet.toml").exit_code == 0
 
 
 def test_another_version_does_all_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,10 +291,8 @@ def test_proofs_of_one_base_share_the_model(tmp_path: Path, monkeypatch: pytest.
     step = '[[steps]]\nstep = "verify"\ncandidate = "release/{adapter}"\n'
     (tmp_path / "fleet.toml").write_text(BASES + MERGE + step)
     loads = []
-    load = verify_outputs.resolve_model
-    monkeypatch.setattr(
-        verify_outputs, "resolve_model", lambda *given, **more: loads.append(given) or load(*given, **more)
-    )
+    resolve = load.resolve_model
+    monkeypatch.setattr(load, "resolve_model", lambda *given, **more: loads.append(given) or resolve(*given, **more))
     session_of_process.cache_clear()
     status, _ = run_here(monkeypatch)
     session_of_process.cache_clear()

@@ -263,6 +263,9 @@ ADDRESSES: dict[str, tuple[str, set[str]]] = {
     "hf://org/small/": ("", set(WANTED)),
     "hf://org/small@main": ("", set(WANTED)),
     f"hf://org/small@{COMMIT}": ("", set(WANTED)),
+    "hf://org/small@feature%2Fx": ("", set(WANTED)),
+    "hf://org/small@refs/pr/1/README.md": ("README.md", {"README.md"}),
+    "hf://org/small@refs%2Fpr%2F1/README.md": ("README.md", {"README.md"}),
     "hf://org/small/checkpoint-5": ("checkpoint-5", {"adapter_model.safetensors"}),
     "hf://org/small@main/original/consolidated.00.safetensors": (
         "original/consolidated.00.safetensors",
@@ -298,6 +301,7 @@ def test_an_address_is_downloaded_as_far_as_the_cache_lacks_it(
         ("hf://org/small/*", InputRefused, "the repository org/small has no *"),
         ("hf://org/small/nothing", InputRefused, "the repository org/small has no nothing"),
         ("hf://org/small@v9/config.json", InputRefused, "the repository org/small at {0} has no revision v9"),
+        ("hf://org/small@feature/y", InputRefused, "no revision feature. In an hf:// address, %2F is a slash"),
         ("hf://org/other", InputRefused, "{0} has no repository org/other, or it is private"),
         ("hf://org/closed", InputRefused, "org/closed is gated"),
         ("hf://org/pickles", InputRefused, "org/pickles has no .safetensors file"),

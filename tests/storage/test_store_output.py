@@ -6,7 +6,10 @@ import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +19,7 @@ from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import MANIFEST, write_manifest
 from lora_export.storage.store_output import begun_at
-from lora_export.storage.store_path import newly_opened
+from lora_export.storage.store_path import copy_in_store, newly_opened
 
 if TYPE_CHECKING:
     from support.stores import Stored
@@ -105,6 +108,29 @@ def test_a_run_that_lost_its_output_publishes_nothing(stored: Stored) -> None:
         fill(stage)
         stored.put(MARK, begun(process=1, host="elsewhere"))
     assert MARK in stored.objects() and f"out/m/{MANIFEST}" not in stored.objects()
+
+
+def test_a_run_that_slept_changes_nothing(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(change: Callable[[], Any]) -> None:
+        with pytest.raises(OutputFailed, match="another run is writing"):
+            change()
+
+    def whole() -> None:
+        with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+            file = (stage / "b").open("xb")
+            file.write(b"late")
+            awake = time.time() + store_output.TRUSTED
+            monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+            stored.put(MARK, begun(process=1, host="elsewhere"))
+            stored.put("out/m/b", b"of the other")
+            for change in (file.close, (stage / "b").newly().unlink, lambda: (stage / "b").write_bytes(b"late")):
+                refuse(change)
+            refuse(lambda: (stage / "b").write_text("late"))
+            refuse(lambda: copy_in_store(stored / MARK, stored / "out/m/b"))
+
+    refuse(whole)
+    assert stored.objects().keys() == {MARK, "out/m/b"} and stored.uploads() == []
+    assert stored.get("out/m/b") == b"of the other"
 
 
 def test_the_manifest_is_put_where_there_is_none(stored: Stored) -> None:

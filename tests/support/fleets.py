@@ -24,30 +24,33 @@ MERGE = '[[steps]]\nstep = "merge"\noutput = "release/{adapter}"\n'
 VERIFY = '[[steps]]\nstep = "verify --base"\n'
 FLEET = BASES + MERGE + VERIFY
 JOBS = ["base/de/1-merge", "base/de/2-verify-base", "base/fr/1-merge", "base/fr/2-verify-base"]
-# In a process: a merge that `faults/ADAPTER` names is killed or sleeps when all is written but the output's name
+# In a process that imports a module: a merge that `faults/NAME` names is killed or sleeps when it has written all but
+# the output's name, and a shard when it is written.
 HOOK = """
 import os, pathlib, signal, sys, time
 class Hook:
     def find_spec(self, name, path, target=None):
-        if name == "lora_export.api.merge_checkpoint":
+        if name == "lora_export.api.{module}":
             sys.meta_path.remove(self)
             import lora_export.weights.merge as module
-            merge, faults = module.merging_checkpoint, pathlib.Path(os.environ["FAULTS"])
-            def faulty(plan, *arguments, **options):
-                report = yield from merge(plan, *arguments, **options)
-                fault = faults / plan.adapters[0].name
+            merge, faults = module.{function}, pathlib.Path(os.environ["FAULTS"])
+            def faulty(first, *arguments, **options):
+                found = yield from merge(first, *arguments, **options)
+                fault = faults / first.{name}
                 kind = fault.read_text() if fault.exists() else ""
                 if kind == "kill once":
                     fault.unlink()
                 if kind.startswith("kill"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if kind == "sleep":
-                    (faults / "asleep").touch()
+                    (faults / "asleep").write_text(str(os.getpid()))
                     [time.sleep(0.1) for _ in range(900)]
-                return report
-            module.merging_checkpoint = faulty
+                return found
+            module.{function} = faulty
 sys.meta_path.insert(0, Hook())
 """
+OF_MERGES = HOOK.format(module="merge_checkpoint", function="merging_checkpoint", name="adapters[0].name")
+OF_SHARDS = HOOK.format(module="merge_shards", function="_write_shard", name="name")
 
 
 def small_fleet(folder: Path, text: str = FLEET) -> Path:
@@ -98,7 +101,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, engine: Here | None = None) -> tup
     return status, engine.ran
 
 
-def faults_in(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str = HOOK, **kinds: str) -> Path:
+def faults_in(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str = OF_MERGES, **kinds: str) -> Path:
     """Let processes that are started from now on have these faults: adapter -> kill, kill once or sleep."""
     (folder / "hook").mkdir()
     (folder / "faults").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from huggingface_hub import constants
 
 from support.hub import COMMIT
 
+BRANCHES = ("main", "feature/x", "refs/pr/1")
+
 
 @dataclass
 class HubServer:
-    """Repositories with one commit, "main". `requests` lists what was asked for, as "METHOD path"."""
+    """Repositories with one commit, that of BRANCHES. `requests` lists what was asked for, as "METHOD path"."""
 
     repositories: Mapping[str, Mapping[str, bytes]]
     gated: frozenset[str] = frozenset()  # their files are not listed as missing, but refused
@@ -90,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"")
         elif files is None:
             self._refuse(404, "RepoNotFound")
-        elif revision not in ("main", COMMIT):
+        elif urllib.parse.unquote(revision) not in (*BRANCHES, COMMIT):
             self._refuse(404, "RevisionNotFound")
         elif action == "revision":
             self._send(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())

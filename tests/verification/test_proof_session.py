@@ -11,11 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_export as le
-from lora_export.api import verify_outputs
-from lora_export.models import stored_parameter
+from lora_export.api import load
+from lora_export.models import cached_decoder, export, stored_parameter
 from lora_export.models.model import Model
+from lora_export.report.json_document import as_dict
 from lora_export.verification.references.attached_module import AttachedModule
 from support.endpoints import save_adapter, save_base
+from support.folder_contents import folder_contents
 
 OF_THE_RUN = ("seconds", "created")
 DTYPES = ["float32", "bfloat16"]  # of the merged weights: the references round theirs to it
@@ -48,7 +50,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counted(AttachedModule, "_in_role", lambda arguments: [arguments[1]])
     counted(Model, "fingerprint", lambda arguments: ["hash"])
-    counted(verify_outputs, "resolve_model", lambda arguments: ["load"])
+    counted(load, "resolve_model", lambda arguments: ["load"])
+    counted(export, "to_onnx", lambda arguments: ["export"])
+    counted(cached_decoder, "exported_with_cache", lambda arguments: ["export"])
     return counts
 
 
@@ -76,6 +80,34 @@ def test_every_figure_is_that_of_a_lone_proof(
     assert [proven(place, number, dtype, session=session) for number in (1, 2, 1)] == [*alone, alone[0]]
     assert ran["load"] == ran["hash"] == ran["base"] == 1
     assert ran["reference"] == ran["scaled"] == 3
+
+
+COMMON = ("load", "export", "base")  # what exports of one base do once
+EXPORTS: dict[str, dict[str, Any]] = {"inputs": {"lora": "inputs"}, "with a cache": {"with_cache": True}}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_and_their_proofs_are_those_of_lone_ones(
+    name: str, place: Path, ran: Counter[str], tmp_path: Path
+) -> None:
+    def exported(folder: Path, number: int, **shared: Any) -> dict[str, Any]:
+        file = folder / str(number) / "model.onnx"
+        file.parent.mkdir(parents=True)
+        found = le.export_onnx(place / "base", file, adapters=[place / f"adapter{number}"], **EXPORTS[name], **shared)
+        proofs = found.proofs
+        assert proofs is not None
+        every = [proofs.whole, *proofs.adapters.values()]
+        assert all(proof.verdict.same for proof in every)
+        return {"verdicts": [as_dict(proof.verdict) for proof in every], "files": folder_contents(file.parent)}
+
+    alone = [exported(tmp_path / "alone", number) for number in (1, 2)]
+    assert alone[0] != alone[1] and [ran[one] for one in COMMON] == [2, 2, 2]
+    ran.clear()
+    shared = {"session": le.ProofSession(), "graphs": tmp_path / "graphs"}
+    assert [exported(tmp_path / "shared", number, **shared) for number in (1, 2)] == alone
+    assert [ran[one] for one in COMMON] == [1, 1, 1]
+    proven(place, 1, session=shared["session"])
+    assert ran["load"] == 1  # a proof of weights has the same model
 
 
 @pytest.mark.parametrize("changed", ["inputs", "base"])

@@ -91,6 +91,19 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
+def read_of_store(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many bytes of each object are requested from now on."""
+    read, found = Bucket.read, Counter[str]()
+
+    def counted(own: Bucket, key: str, start: int, stop: int) -> Any:
+        content = read(own, key, start, stop)
+        found[key] += len(content)
+        return content
+
+    monkeypatch.setattr(Bucket, "read", counted)
+    return found
+
+
 def test_each_merge_is_what_it_is_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {name: le.merge(**vars(options(name, "alone/{}"))) for name in KINDS}
     read = read_bytes(monkeypatch)
@@ -206,14 +219,7 @@ def test_from_store_to_store_the_base_is_read_once(
     for name in names:
         le.merge(**vars(options(name, "alone/{}")))
     stored.put("base", place / "base")
-    read, found = Bucket.read, Counter[str]()
-
-    def counted(own: Bucket, key: str, start: int, stop: int) -> Any:
-        content = read(own, key, start, stop)
-        found[key] += len(content)
-        return content
-
-    monkeypatch.setattr(Bucket, "read", counted)
+    found = read_of_store(monkeypatch)
     made = merge_together([options(name, str(stored / "out/{}"), str(stored / "base")) for name in names])
     assert all(isinstance(one, MergeResult) for one in made), made
     for name in names:
@@ -240,14 +246,7 @@ def test_single_files_in_a_store_are_hashed_once_for_their_headers(
         ]
 
     alone = [le.merge(**vars(one)) for one in merges(stored / base, place / "alone")]
-    read, found = Bucket.read, Counter[str]()
-
-    def counted(own: Bucket, key: str, start: int, stop: int) -> Any:
-        content = read(own, key, start, stop)
-        found[key] += len(content)
-        return content
-
-    monkeypatch.setattr(Bucket, "read", counted)
+    found = read_of_store(monkeypatch)
     made = merge_together(merges(stored / base, stored / "out"))
     assert all(isinstance(one, MergeResult) for one in made), made
     for one in alone:
