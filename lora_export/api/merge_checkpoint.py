@@ -102,9 +102,12 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
             report, more = _with_quantisation(report, checkpoint, floats, steps, request)
             notes = (*notes, *more)
         residual_bytes = None if request.keep_residual is None else _keep_residual(request, steps, checkpoint, folder)
-    stricter = f"{named('min_retention', 0.9)} makes them floats"
-    request.warn_of_rounding(report, stricter if request.keep_quantised else float32_remedy())
+    request.warn_of_rounding(report, _stricter_retention if request.keep_quantised else float32_remedy)
     return MergeResult(request.output, steps, report, notes, residual_bytes)
+
+
+def _stricter_retention() -> str:
+    return f"{named('min_retention', 0.9)} makes them floats"
 
 
 def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:

@@ -32,5 +32,5 @@ def merge_into_gguf(request: MergeRequest) -> MergeResult:
             more_settings=request.combined.settings,
         )
         refuse_no_change(report)
-    request.warn_of_rounding(report, f"{named('dtype_of', {'*': 'F16'})} keeps it")
+    request.warn_of_rounding(report, lambda: f"{named('dtype_of', {'*': 'F16'})} keeps it")
     return MergeResult(request.output, steps, report, notes)

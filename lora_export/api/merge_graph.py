@@ -54,5 +54,5 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
         report = merge_graph(steps, graph, sites, folder, run, request.combined.settings)
         refuse_no_change(report)
         copy_generation_files(request.base, request.output, folder, request.on_message)
-    request.warn_of_rounding(report, nodes_remedy())
+    request.warn_of_rounding(report, nodes_remedy)
     return MergeResult(request.output, steps, report, notes)

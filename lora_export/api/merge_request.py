@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,11 +104,11 @@ class MergeRequest(MergeOptions):
             self.on_message(f"note: {note}")
         return notes
 
-    def warn_of_rounding(self, report: MergeReport, remedy: str) -> None:
-        """Warn where rounding took much of the change of some weights."""
+    def warn_of_rounding(self, report: MergeReport, remedy: Callable[[], str]) -> None:
+        """Warn where rounding took much of the change of some weights. `remedy` says what keeps it."""
         if report.below_rounding:
             worst = min(report.below_rounding, key=lambda result: result.retention)
             self.on_message(
                 f"warning: rounding took more than a tenth of the change of {len(report.below_rounding)} of "
-                f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy}"
+                f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy()}"
             )

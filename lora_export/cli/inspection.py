@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_export.errors import count
 from lora_export.formats.contract import ADAPTER_STRENGTHS
-from lora_export.graph.interface import Port
 from lora_export.pairs.open_shape import OpenPair, known_shape
 from lora_export.report.json_document import as_dict, plain
 from lora_export.report.screens import (
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from lora_export.api.inspect import Inspection
     from lora_export.formats.onnx_adapter import OnnxAdapter
     from lora_export.graph.find_sites import Sites
+    from lora_export.graph.interface import Port
     from lora_export.graph.site import Site
     from lora_export.lora import Adapter
     from lora_export.weights.checkpoint import Checkpoint

@@ -151,8 +151,16 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
 
 
 def _open_file(path: Path) -> TensorFile:
-    file = safetensors_file.open_file(path)
+    try:
+        file = _checked_header(path, _stamp(path))
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
     return HeaderAlone(**vars(file)) if _by_headers.get() else file
+
+
+@functools.lru_cache(maxsize=8)  # each format looks at the names in an adapter's file before one of them reads it
+def _checked_header(path: Path, _stamp: tuple[int, int, int]) -> TensorFile:
+    return safetensors_file.open_file(path)
 
 
 def names_in(path: Path) -> frozenset[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -46,6 +46,14 @@ class TableRow:
         """Regular expressions for its modules in one of the layouts."""
         names = (self.original,) if of_original else self.parts
         return [re.escape(name).replace(r"\{\}", r"(\d+)") for name in names]
+
+    def numbers_in(self, modules: Collection[str], *, of_original: bool) -> list[tuple[str, ...]]:
+        """The numbers of its module, or of the first of them, wherever that is among the modules of a layout."""
+        first = self.original if of_original else self.parts[0]
+        if "{}" not in first:  # a UNet's table has hundreds of such rows, whose expressions would take most of the time
+            return [()] if first in modules else []
+        found = map(re.compile(self.patterns(of_original=of_original)[0]).fullmatch, modules)
+        return list(dict.fromkeys(match.groups() for match in found if match))
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,7 @@ def _tensors(
         by_module.setdefault(module, []).append((suffix, name))
     used: set[str] = set()
     for row in table.rows:
-        found = map(re.compile(row.patterns(of_original=of_original)[0]).fullmatch, list(by_module))
-        for numbers in dict.fromkeys(match.groups() for match in found if match):
+        for numbers in row.numbers_in(by_module, of_original=of_original):
             one, *many = (name.format(*numbers) for name in (row.original, *row.parts))
             owned = [one] if of_original else many
             if not all(module in by_module for module in owned):

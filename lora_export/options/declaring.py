@@ -28,7 +28,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from lora_export.errors import WrongUsage
-from lora_export.options.spelling import named
+from lora_export.options.spelling import as_python, named
 
 
 class Section(StrEnum):
@@ -315,8 +315,9 @@ def takes(record: Callable[_P, _R]) -> Callable[[Callable[[_R], _T]], Callable[_
 
 
 def documentation(record: type[Options]) -> str:
-    """The options of a record, one a line, with the records that are nested in it."""
-    lines = [f"    {one.name}: {one.option.help_text()}" for one in options_of(record) if one.option.help]
+    """The options of a record as Python spells them, one a line, with the records that are nested in it."""
+    with as_python():  # also where the command line imports the function, which needs no flags of other commands
+        lines = [f"    {one.name}: {one.option.help_text()}" for one in options_of(record) if one.option.help]
     lines += [f"    {name}: a {nested.record.__name__}." for name, nested in nested_in(record).items()]
     return "\n".join(["Options:", *lines])
 

@@ -31,10 +31,10 @@ _UNSET = object()
 
 
 @contextlib.contextmanager
-def as_command_line(flags: Flags = dict) -> Iterator[None]:
+def as_command_line(flags: Flags | None = dict) -> Iterator[None]:
     """Spell options as flags within the block. It holds for all threads of the process.
 
-    `flags` is called when an option is spelled.
+    `flags` is called when an option is spelled. None: as keywords.
     """
     global _flags  # noqa: PLW0603 - a process has one interface to its user at a time
     before, _flags = _flags, flags
@@ -42,6 +42,11 @@ def as_command_line(flags: Flags = dict) -> Iterator[None]:
         yield
     finally:
         _flags = before
+
+
+def as_python() -> contextlib.AbstractContextManager[None]:
+    """Spell options as keywords within the block, also while the command line runs."""
+    return as_command_line(None)
 
 
 def is_command_line() -> bool:

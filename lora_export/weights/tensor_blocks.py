@@ -204,18 +204,30 @@ def changed_blocks(
     count = max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes) // least) * least
     cuts = [*range(0, target.rows, count), target.rows]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
-    before = [_of_all_rows(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
-    change = _RowChange(tensor, target, backend.apply, before, source, read_fd)
+    change = _RowChange(tensor, target, backend.apply, source, read_fd)
+    parts: list[list[_Part]] = [[] for _ in pieces]  # by piece: a stack of experts has many patches
+    for patch in tensor.all_patches:
+        own = pieces[patch.rows.start // count : -(-patch.rows.stop // count)]
+        part = _Part(patch, _of_all_rows(source, read_fd, tensor, patch, own))
+        for here in parts[patch.rows.start // count :][: len(own)]:
+            here.append(part)
     if change.reads_itself:  # the packed bytes of some rows are in many places
         yield from skipped_blocks(old.start, target.start, old.nbytes)
-    for rows, measured in zip(pieces, blocks_to_measure(tensor.step, pieces), strict=True):
+    for rows, own_parts, measured in zip(pieces, parts, blocks_to_measure(tensor.step, pieces), strict=True):
         yield Block(
             old.stop if change.reads_itself else old.start + rows.start * old.row_bytes,
             old.stop if change.reads_itself else old.start + rows.stop * old.row_bytes,
             target.start + rows.start * target.row_bytes,
             target.start + rows.stop * target.row_bytes,
-            work=functools.partial(change.make, rows, measured),
+            work=functools.partial(change.make, rows, own_parts, measured),
         )
+
+
+class _Part(NamedTuple):
+    """A patch, and what was made of all of its rows."""
+
+    patch: Patch
+    of_all_rows: _OfAllRows
 
 
 def _of_all_rows(source: Path, read_fd: int, tensor: OutputTensor, patch: Patch, pieces: Sequence[slice]) -> _OfAllRows:
@@ -254,6 +266,20 @@ def _columns(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
     return stored if patch.columns == EVERY_ROW else stored[:, patch.columns]
 
 
+def _rows_beside(rows: slice, parts: Iterable[_Part]) -> Iterator[Any]:
+    """Indices of the rows of a block that no part has whole, counted from the first row."""
+    whole = [patch.rows for patch, _ in parts if patch.columns == EVERY_ROW]
+    position = rows.start
+    for own in sorted(whole, key=lambda own: own.start):
+        if position < own.start:
+            yield slice(position - rows.start, own.start - rows.start)
+        position = max(position, own.stop)
+    if not whole:
+        yield ...  # a scalar has no rows
+    elif position < rows.stop:
+        yield slice(position - rows.start, None)
+
+
 @dataclass(frozen=True, eq=False)
 class _RowChange:
     """How rows of a tensor are changed between two files."""
@@ -261,7 +287,6 @@ class _RowChange:
     tensor: OutputTensor
     target: Entry
     apply: ApplyStep
-    before: Sequence[_OfAllRows]  # of each patch
     source: Path
     read_fd: int  # of the source
 
@@ -270,17 +295,19 @@ class _RowChange:
         """Whether the packed bytes of some rows are not one range, so that a block cannot have them."""
         return self.tensor.quantised is not None and self.tensor.quantised.pieces is not None
 
-    def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
-        """Fill `target`, some rows of the output, from `source`. Returns the statistics of each change."""
+    def make(
+        self, rows: slice, parts: Sequence[_Part], measured: bool, source: Bytes, target: Bytes, scratch: Bytes
+    ) -> list[Statistics]:
+        """Fill `target`, some rows of the output with these parts, from `source`. Returns the statistics of each."""
         shape, old = self.tensor.shape_of(rows), self.tensor.source
         output = target.view(self.target.dtype).reshape(shape)
         stored = self._stored(rows, source) if old.nbytes else output  # an added tensor has no stored rows
         statistics = []
         with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
-            if self.tensor.step is None:
-                np.copyto(output, stored, casting="unsafe")
-                refuse_overflow(self.target.name, stored, output)
-            for patch, of_all_rows in zip(self.tensor.all_patches, self.before, strict=True):
+            for others in () if self.tensor.step is not None else _rows_beside(rows, parts):
+                np.copyto(output[others], stored[others], casting="unsafe")
+                refuse_overflow(self.target.name, stored[others], output[others])
+            for patch, of_all_rows in parts:
                 own = patch.within(rows)
                 if own is None:
                     continue

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora_export as le
+from benchmarks.goals import MEASURED, Goal
 from benchmarks.llama_graph import MAKE
 from benchmarks.measure import keep, machine, run
 from lora_export.runtime.generation.decoder import Decoder
@@ -121,4 +122,8 @@ def test_tokens_per_second(tmp_path: Path) -> None:
         TORCH: pytorch(tmp_path / "merged"),
     }
     times = timed(rivals)
+    for batch in BATCHES:
+        own, other = times[BUILT, batch], times[GENAI_BUILT, batch]
+        share = median(a / b for a, b in zip(own, other, strict=True))
+        MEASURED.append(Goal(f"{BUILT}, batch {batch}", median(own), GENAI_BUILT, median(other), share, 1 / 1.5))
     keep("generate", f"{table(times)}\n\nA prompt of {PROMPT} tokens and {NEW} new ones; {ROUNDS} rounds. {machine()}")

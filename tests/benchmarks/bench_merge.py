@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from benchmarks.checkpoints import QUERY_VALUE, adapter, llama
-from benchmarks.measure import Run, keep, machine, ratio, run, settle, side_by_side, table
+from benchmarks.goals import goal
+from benchmarks.measure import COMPILED, Run, keep, machine, ratio, run, settle, side_by_side, table
 
 RUNS, RUNS_OF_PEERS = 5, 3
-KERNEL = Path(sys.prefix) / "kernel"  # where `make` puts the compiled arithmetic
 TARGETS = {"all linear": None, "q and v": QUERY_VALUE}
 PEFT_NAME = "PEFT merge_and_unload and save_pretrained"
 PEFT = """
@@ -57,7 +57,7 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
     rivals = {
         copy: lambda: run(["cp", "-r", base, out], ["sync"]),
         "lora-export merge": ours,
-        "lora-export merge, compiled": lambda: ours(PYTHONPATH=str(KERNEL)),
+        "lora-export merge, compiled": lambda: ours(**COMPILED),
         "lora-export merge --hash sha256": lambda: ours("--hash", "sha256"),
     }
     if torch.cuda.is_available():
@@ -80,6 +80,8 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
     name = f"merge, {which}"
     told = f"{RUNS} rounds beside the copy, {RUNS_OF_PEERS} beside the peers. {machine()}"
     keep(name, f"{table(results, copy)}\n\n{table(beside, 'lora-export merge')}\n\n{told}")
+    goal(f"merge, {which}, compiled", results, "lora-export merge, compiled", copy, 1.25)
+    goal(f"merge, {which}, beside PEFT's", beside, "lora-export merge", PEFT_NAME, 1 / 7)
     ours_peak = max(run.peak for run in beside["lora-export merge"])
     assert ours_peak <= 160
     if which == "all linear":

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from benchmarks import checkpoints
-from benchmarks.measure import keep, machine, ratio, run, settle, side_by_side, table
+from benchmarks.goals import goal
+from benchmarks.measure import COMPILED, keep, machine, ratio, run, settle, side_by_side, table
 
 SHAPE = checkpoints.LlamaShape(layers=8)  # 0.5 billion parameters
 RUNS = 3
@@ -57,10 +58,13 @@ def test_experts_beside_the_copy(tmp_path: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         settle(tmp_path, 1 << 30)
 
+    merge = functools.partial(run, [*COMMAND, "merge", base, adapter, "-o", out])
     rivals = {
         COPY: functools.partial(run, ["cp", "-r", base, out], ["sync"]),
-        EXPERTS: functools.partial(run, [*COMMAND, "merge", base, adapter, "-o", out]),
+        EXPERTS: merge,
+        f"{EXPERTS}, compiled": functools.partial(merge, **COMPILED),
     }
     results = side_by_side(rivals, settled, RUNS)
     keep("merge, experts", f"{table(results, COPY)}\n\n{RUNS} rounds. {machine()}")
+    goal("merge, every expert, compiled", results, f"{EXPERTS}, compiled", COPY, 1.6)
     assert ratio(results, EXPERTS, COPY) < 20

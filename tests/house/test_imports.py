@@ -229,6 +229,19 @@ def test_help_loads_nothing_but_click():
     assert "click" in loaded and loaded - sys.stdlib_module_names <= {"lora_export", "click"}
 
 
+def test_the_command_merge_does_not_wait_for_the_options_of_other_commands():
+    loaded_by(
+        "import sys\nfrom lora_export.cli.parameters import command_line_spelling\n"
+        "with command_line_spelling():\n    import lora_export.cli.merge, lora_export.api.merge\n"
+        "assert 'lora_export.options.train' not in sys.modules"
+    )
+
+
+def test_inspecting_an_adapter_does_not_wait_for_what_reads_graphs():
+    loaded = loaded_by("import lora_export.api.inspect, lora_export.cli.inspection")
+    assert "numpy" in loaded and loaded & {"onnx", "onnx_ir", "sympy"} == set()
+
+
 def test_a_merge_does_not_wait_for_what_it_does_not_use():
     loaded = loaded_by("import lora_export.api.merge")
     assert "numpy" in loaded and loaded & (HEAVY | {"email", "html", "random", "socket"}) == set()

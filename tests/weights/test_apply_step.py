@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair, TokenRows
 from lora_export.plan import Layout, Step, TensorSpec, Term
-from lora_export.weights.apply_step import Backend, StepRows, apply_by_numpy, squared_column_norms
+from lora_export.weights.apply_step import Backend, StepRows, apply_by_numpy, refuse_overflow, squared_column_norms
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PAIR = LoraPair(a=np.array([[1, 2, 3]]), b=np.array([[1], [10]]), scale=1.0)  # BA = [[1, 2, 3], [10, 20, 30]]
@@ -71,6 +71,16 @@ def test_values_that_are_not_finite_are_refused(stored, message):
     with np.errstate(over="ignore"), pytest.raises(InputRefused) as refused:
         applied(step, weight, np.float16)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_each_value_of_16_bits_is_refused_where_it_is_not_finite(dtype):
+    values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    finite = np.isfinite(values.astype(np.float64))
+    refuse_overflow("name", values, values[finite])
+    for value in values[~finite]:
+        with pytest.raises(InputRefused, match="name: the base holds"):
+            refuse_overflow("name", values, np.append(values[:3], value))
 
 
 def test_column_norms_are_needed_for_dora_on_in_out_weights_only():

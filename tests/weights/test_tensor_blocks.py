@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_export.errors import InputRefused
 from lora_export.lora import LoraPair
 from lora_export.pairs.structured import KroneckerPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
@@ -63,6 +64,25 @@ def test_a_patch_changes_its_block_of_a_matrix_only(tmp_path, monkeypatch):
     after = changed(path, OutputTensor(entry, None, "packed", FLOAT32, (patch,)), entry).reshape(6, 4)
     assert after[2:5, 1:3].tolist() == [[1, 1], [2, 2], [3, 3]]
     assert after.sum() == 12
+
+
+@pytest.mark.parametrize("block", [32, 48, 1000])
+def test_rows_beside_the_patches_are_copied_and_checked(tmp_path, monkeypatch, block):
+    """Two patches of whole rows, with a row before, between and after them: these are rounded to another dtype."""
+    monkeypatch.setattr(block_copy, "BLOCK", block)
+    weight, half = np.arange(28, dtype=np.float32).reshape(7, 4), np.dtype(np.float16)
+    source, target = Entry("packed", FLOAT32, (7, 4), 0, 112), Entry("packed", half, (7, 4), 0, 56)
+    patches = tuple(Patch(step(2, 4), slice(first, first + 2), slice(None)) for first in (1, 4))
+    tensor, path = OutputTensor(source, None, "packed", half, patches), tmp_path / "weights"
+    path.write_bytes(weight.tobytes())
+    after = changed(path, tensor, target).view(np.float16).reshape(7, 4)
+    assert (after - weight).tolist() == [[float(row in (1, 2, 4, 5))] * 4 for row in range(7)]
+    for row in range(7):
+        wrong = weight.copy()
+        wrong[row, 2] = 1e9
+        path.write_bytes(wrong.tobytes())
+        with pytest.raises(InputRefused, match="1 value would exceed 65504"):
+            changed(path, tensor, target)
 
 
 def transposed(rows: int, columns: int) -> QuantisedTensor:
