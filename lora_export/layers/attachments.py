@@ -185,9 +185,9 @@ def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> 
         record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
-        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (factor * branch.scale))
+        changes.append(product.mul_(factor * branch.scale).reshape(b.shape[0], *a.shape[1:]))
     change = sum(changes[1:], start=changes[0])
-    total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
+    total: Tensor = change.add_(oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype))
     return total
 
 
