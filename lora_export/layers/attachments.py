@@ -185,16 +185,20 @@ def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> 
         record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
-        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (factor * branch.scale))
+        changes.append(product.mul_(factor * branch.scale).reshape(b.shape[0], *a.shape[1:]))
     change = sum(changes[1:], start=changes[0])
-    total: Tensor = oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype) + change
+    total: Tensor = change.add_(oriented(float_weight(weight, change.dtype), branches[0].layout).to(change.dtype))
     return total
 
 
 def where_on(owner: nn.Module, branch: Branch, changed: Tensor, unchanged: Tensor) -> Tensor:
     """What a layer computes with a branch; what it computes without it where the branch is switched off."""
     is_on = attachment_of(owner).is_on.get(branch)
-    return changed if is_on is None else torch.where(is_on, changed, unchanged)
+    if is_on is None:
+        return changed
+    if is_on.is_floating_point():
+        return unchanged + is_on * (changed - unchanged)
+    return torch.where(is_on, changed, unchanged)
 
 
 def dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:

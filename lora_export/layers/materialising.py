@@ -129,7 +129,7 @@ def _rounded_sum(
         block = slice(start, start + ROUNDED_AT_ONCE)
         rounded[block] = _with_preferred(
             exact[block],
-            _rounded(exact[block], rounding),
+            exact[block].to(getattr(torch, rounding)),
             None if wanted is None else wanted[block],
             lambda at, block=block: exact[block][at].abs() + base_values()[block][at].abs(),  # type: ignore[misc]
         )
@@ -145,11 +145,11 @@ def _with_preferred(
     """
     if preferred is None:
         return nearest
-    other = preferred.to(nearest.dtype)
-    at = torch.nonzero(other != nearest, as_tuple=True)
+    at = torch.nonzero(preferred.to(nearest.dtype) != nearest, as_tuple=True)
     if len(at[0]):
-        errors = (other[at] - exact[at]).abs(), (nearest[at] - exact[at]).abs()
-        chosen = torch.where(errors[0] <= errors[1] + FP32_SUM_ERROR * sizes(at), other[at], nearest[at])
+        value, other, near = (each[at].to(exact.dtype) for each in (exact, preferred, nearest))
+        is_as_near = (other - value).abs() <= (near - value).abs() + FP32_SUM_ERROR * sizes(at)
+        chosen = torch.where(is_as_near, other, near).to(nearest.dtype)
         return nearest.index_put(at, chosen)  # `nearest` may be the weight itself
     return nearest
 
@@ -158,7 +158,7 @@ def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
     """Round the tensors that `rounding` names. A tied tensor stays one tensor."""
     rounded: dict[int, Tensor] = {}  # by the id of the tensor that it replaces
     for entry in named_tensors(module):
-        if entry.name in rounding:
+        if entry.name in rounding and not _is_stored_as(entry.tensor, rounding[entry.name]):
             value = _rounded(entry.tensor.detach(), rounding[entry.name])
             if not torch.equal(value, entry.tensor):  # a sum that is rounded already stays as it is
                 is_parameter = isinstance(entry.tensor, nn.Parameter)
@@ -166,6 +166,12 @@ def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
     for entry in list(named_tensors(module)):
         if id(entry.tensor) in rounded:
             tensor_registry(entry.owner, entry.attribute)[entry.attribute] = rounded[id(entry.tensor)]
+
+
+def _is_stored_as(tensor: Tensor, rounding: Rounding) -> bool:
+    """Whether the file of a parameter that is read when it is needed has it in this dtype: it need not be read."""
+    stored = getattr(tensor, "stored_dtype", None)
+    return isinstance(rounding, str) and stored is not None and stored is getattr(torch, rounding)
 
 
 def _rounded(value: Tensor, rounding: Rounding) -> Tensor:

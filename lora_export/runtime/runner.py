@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -72,6 +72,13 @@ class CandidateRunner(Runner, Protocol):
     def cannot_give(self) -> Sequence[str]: ...  # such as "scores of all tokens: log-probabilities of the best alone"
 
     def close(self) -> None: ...  # gives memory or processes back
+
+
+@runtime_checkable
+class RunsTogether(Protocol):
+    """A runner that may compute several inputs at once, with the bits of single runs."""
+
+    def run_together(self, cases: Sequence[Arrays], kept: Callable[[Arrays], Arrays]) -> list[Arrays] | None: ...
 
 
 @runtime_checkable

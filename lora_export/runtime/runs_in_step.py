@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+MOST_IN_STEP = 1 << 28  # bytes of the outputs of runs that are computed together
 
 Compute = Callable[[Any, Sequence[Any]], Sequence[Any]]  # of a weight, and of the arguments of each run
 Meet = Callable[[Compute, Any, Any], Any]  # compute, the weight, and this run's arguments: the result of this run

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import TorchDispatchMode, grouped_products, tree_map
-from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
+from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, is_streamed
 from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state, state_reader
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
-from lora_export.runtime.runs_in_step import Meet, by_itself, run_in_step
+from lora_export.runtime.runs_in_step import MOST_IN_STEP, Meet, by_itself, run_in_step
 
 NamedTensors = dict[str, torch.Tensor]
+Called = tuple[Any, tuple[Any, ...], Mapping[str, Any]]  # the first argument, those behind the second, and named ones
 UseRow = Callable[[torch.Tensor], contextlib.AbstractContextManager[None]]
 
 
@@ -56,18 +57,70 @@ class ModuleRunner(PlainRunner):
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass, with floats in the module's own dtype."""
+        with within_memory(self.memory, self.path), _tf32_off(), same_state(self.module):
+            return self._run(inputs, by_itself, self.timeout)
+
+    def run_together(self, cases: Sequence[Arrays], kept: Callable[[Arrays], Arrays]) -> list[Arrays] | None:
+        """What `kept` returns for the outputs of each case. Weights that are read from a file are read once for all.
+
+        None where outputs are large, a run together fails, or the first case is not what it is by itself. Raises
+        RuntimeRefused where that fails by itself.
+        """
+        if len(cases) < 3 or not is_streamed(self.module):
+            return None
+        first = self.run(cases[0])
+        sizes = [sum(array.size for array in arrays.values()) for arrays in cases]
+        if sum(array.nbytes for array in first.values()) / max(1, sizes[0]) * sum(sizes) > MOST_IN_STEP:
+            return None
+
+        def call(arrays: Arrays, meet: Meet) -> Arrays:
+            return kept(self._run(arrays, meet, self.timeout * len(cases)))
+
+        with within_memory(self.memory, self.path), _tf32_off(), same_state(self.module):
+            outputs = _in_step([self.module], [functools.partial(call, arrays) for arrays in cases])
+        is_same = outputs is not None and all(
+            outputs[0][name].tobytes() == own.tobytes() for name, own in first.items()
+        )
+        return outputs if is_same else None
+
+    def _run(self, inputs: Arrays, meet: Meet, timeout: float) -> Arrays:
         dtype = self.dtype
         tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        limit = contextlib.nullcontext() if math.isinf(self.timeout) else _TimeLimit(self.path, self.timeout)
-        bound = within_memory(self.memory, self.path)
-        named = named_failures(self.module, inputs)
-        with bound, torch.no_grad(), _tf32_off(), named, same_state(self.module), limit:
+        limit = contextlib.nullcontext() if math.isinf(timeout) else _TimeLimit(self.path, timeout)
+        shared = contextlib.nullcontext() if meet is by_itself else _SharedWeights(meet)
+        with torch.no_grad(), named_failures(self.module, inputs), limit, shared:
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:
             outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
         return _as_arrays(outputs)
+
+
+class _SharedWeights(TorchFunctionMode):
+    """Layers and tables whose weight is read from a file get it together with other runs."""
+
+    def __init__(self, meet: Meet):
+        super().__init__()
+        self._meet = meet
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.embedding) and len(args) > 1 and isinstance(args[1], StoredParameter):
+            return self._meet(
+                _products_of if func is F.linear else _rows_of, args[1], (args[0], args[2:], kwargs or {})
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _products_of(weight: StoredParameter, inputs: Sequence[Called]) -> list[torch.Tensor]:
+    values = weight.stored().to(weight.dtype)
+    return [F.linear(x, values, *bias, **named) for x, bias, named in inputs]
+
+
+def _rows_of(table: StoredParameter, lookups: Sequence[Called]) -> list[torch.Tensor]:
+    """Rows of a table in its own dtype, for some ids and the other arguments of `F.embedding`."""
+    values = table.stored()
+    return [F.embedding(ids, values, *others, **named).to(table.dtype) for ids, others, named in lookups]
 
 
 class _TimeLimit(TorchFunctionMode):
@@ -117,6 +170,27 @@ class Fp64Runner:
             outputs = self._outputs(inputs, each)
         return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
 
+    def derivatives(
+        self, inputs: Arrays, point: torch.Tensor, use: UseRow, weights: Sequence[Arrays]
+    ) -> NDArray[np.float64]:
+        """(sets of weights, *point): Σ weights · outputs of each set, derived by the numbers in `point`.
+
+        The module runs once, in the context that `use` makes of the point. Raises RuntimeRefused or RuntimeError where
+        PyTorch cannot derive the outputs, or needs more than MOST_SAVED for it.
+        """
+        point = point.double().requires_grad_()
+
+        def with_point(forward: Callable[[], NamedTensors]) -> NamedTensors:
+            with torch.enable_grad(), use(point):
+                return forward()
+
+        with torch.autograd.graph.saved_tensors_hooks(_up_to(MOST_SAVED), lambda tensor: tensor):
+            outputs = self._outputs(inputs, with_point)
+        names = list(weights[0])
+        batches = [torch.stack([_tensor(each[name]) for each in weights]) for name in names]
+        (found,) = torch.autograd.grad([outputs[name] for name in names], point, batches, is_grads_batched=True)
+        return to_numpy(found)
+
     def _outputs(
         self,
         inputs: Arrays,
@@ -161,10 +235,16 @@ def run_all_in_step(runs: Sequence[tuple[Fp64Runner, Arrays]], kept: Callable[[A
         return kept(_as_arrays(runner._outputs(inputs, lambda forward: forward(), meet)))
 
     modules = {id(runner.module): runner.module for runner, _ in runs}.values()
+    with _in_fp64(*modules):
+        return _in_step(modules, [functools.partial(call, *run) for run in runs])
+
+
+def _in_step(modules: Iterable[nn.Module], calls: Sequence[Callable[[Meet], Arrays]]) -> list[Arrays] | None:
+    """What the calls return; None where one fails, or changes an attribute of a module, which others may have read."""
     are_as_before = [state_reader(module) for module in modules]
-    with _in_fp64(*modules), torch.no_grad():
+    with torch.no_grad():
         try:
-            outputs = run_in_step([functools.partial(call, *run) for run in runs])
+            outputs = run_in_step(calls)
         except (RuntimeRefused, RuntimeError, MemoryError):
             return None
         return outputs if all(is_as_before() for is_as_before in are_as_before) else None
@@ -235,6 +315,7 @@ IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__set
 # Bytes in fp64 of a linear layer's weight that are there at once. A core's cache holds most of them, and the memory is
 # used again: with new memory for each weight, the kernel takes longer to provide it than the layer to compute.
 MOST_WIDENED = 16 << 20
+MOST_SAVED = 1 << 29  # bytes that a run saves for its backward pass
 
 
 class Fp64Operators(TorchFunctionMode):
@@ -270,11 +351,13 @@ class Fp64Operators(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is READ_DTYPE:
             return torch.float64 if self._is_stored(args[0]) else func(*args)
-        if func is F.embedding and not kwargs and isinstance(args[1], StoredParameter):
-            return self._meet(self._rows, args[1], (args[0], *args[2:]))
+        if func is F.embedding and isinstance(args[1], StoredParameter):
+            return self._meet(self._rows, args[1], (args[0], args[2:], kwargs))
         if name in MOVES_NUMBERS or func is F.embedding:
             with self._narrow.paused():
                 return tree_map(self._widened_copy, func(*args, **kwargs))
+        if func is F.linear and not kwargs and self._is_stored(args[1]) and torch.is_grad_enabled():
+            return _DerivedProduct.apply(args[0], self, *args[1:])  # type: ignore[no-untyped-call]
         if func is F.linear and not kwargs and self._is_stored(args[1]):
             meet = by_itself if _memory(args[1]) in self._apart else self._meet
             return meet(self._products, args[1], (args[0], *args[2:]))
@@ -282,11 +365,10 @@ class Fp64Operators(TorchFunctionMode):
         rest, kwargs = tree_map(self._widened, (args[changed:], kwargs))
         return func(*args[:changed], *rest, **kwargs)
 
-    def _rows(self, table: StoredParameter, lookups: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+    def _rows(self, table: StoredParameter, lookups: Sequence[Called]) -> list[torch.Tensor]:
         """Rows of a table in fp64, for some ids and the other arguments of `F.embedding`."""
         with self._narrow.paused():
-            stored = table.stored()
-            return [F.embedding(ids, stored, *others).to(table.dtype).double() for ids, *others in lookups]
+            return [rows.double() for rows in _rows_of(table, lookups)]
 
     def _products(self, weight: torch.Tensor, inputs: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
         """Linear layers in fp64, for some x and bias, so many outputs at a time that few of W are there in fp64."""
@@ -304,6 +386,13 @@ class Fp64Operators(TorchFunctionMode):
             for made, (x, bias) in zip(products, layers, strict=True):
                 made[..., own] = F.linear(x, wide, None if bias is None else bias[own])
         return products
+
+    def derived_product(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a linear layer's x, from that of its output."""
+        weight = self._as_stored(weight)
+        rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
+        blocks = zip(gradient.split(rows, -1), weight.split(rows), strict=True)
+        return torch.stack([own @ self._in_scratch(part) for own, part in blocks]).sum(0)
 
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
         """The values in fp64, until the next call."""
@@ -332,6 +421,35 @@ class Fp64Operators(TorchFunctionMode):
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""
         is_copy = isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and not self._is_stored(value)
         return value.double() if is_copy else value
+
+
+class _DerivedProduct(torch.autograd.Function):
+    """A linear layer of a weight that is widened during the product alone, and again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, operators: Fp64Operators, weight: torch.Tensor, *bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.operators, ctx.weight, ctx.others = operators, weight, len(bias) + 2
+        return operators._products(weight, [(x, *bias)])[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.operators.derived_product(ctx.weight, gradient), *[None] * ctx.others
+
+
+def _up_to(most: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What autograd saves a tensor with, up to so many bytes besides weights. Then it raises RuntimeError."""
+    saved = 0
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal saved
+        saved += 0 if tensor.is_leaf else tensor.nbytes
+        if saved > most:
+            raise RuntimeError(f"the backward pass needs more than {most} bytes")
+        return tensor
+
+    return save
 
 
 class NarrowOperators(TorchDispatchMode):

@@ -6,6 +6,7 @@ Outputs are kept until they are judged, large ones on the disk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import LoraExportError, RuntimeRefused
-from lora_export.runtime.runner import Arrays, Placement, Runner
+from lora_export.runtime.runner import Arrays, Placement, Runner, RunsTogether
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, candidate_errors, differ, same_bits
 from lora_export.verification.inputs import Inputs
@@ -51,16 +52,17 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     """
     by_case: dict[str, Arrays] = {}
     refusals = []
+    run = run_ahead(candidate, [*inputs.cases.values(), *inputs.perturbed.values()])
     for name, arrays in inputs.cases.items():
         step(f"case {name}")
         try:
-            by_case[name] = kept(candidate.run(arrays))
+            by_case[name] = run(arrays)
         except RuntimeRefused as refusal:
             refusals.append(f"case {name}, which the candidate refused: {refusal}")
     if refusals:
         return CandidateOutputs(by_case, tuple(refusals))
     step("inputs, one by one")
-    changed = changed_outputs(candidate, inputs, by_case)
+    changed = changed_outputs(run, inputs, by_case)
     first, arrays = next(iter(inputs.cases.items()))
     repeated = candidate.run(arrays)
     if same_bits(by_case[first], repeated):
@@ -69,19 +71,40 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
 
 
+def run_ahead(runner: Runner, inputs: Sequence[Arrays]) -> Callable[[Arrays], Arrays]:
+    """A function that runs some inputs, and keeps the outputs.
+
+    The first call computes these `inputs` together, where the runner reads its weights once for all of them.
+    """
+
+    @functools.cache
+    def together() -> dict[int, Arrays]:
+        known: list[Arrays] | None = None
+        if isinstance(runner, RunsTogether):
+            with contextlib.suppress(RuntimeRefused):  # the run of its case raises it again
+                known = runner.run_together(inputs, kept)
+        return {id(arrays): own for arrays, own in zip(inputs, known or [], strict=False)}
+
+    def run(arrays: Arrays) -> Arrays:
+        found = together().get(id(arrays))
+        return kept(runner.run(arrays)) if found is None else found
+
+    return run
+
+
 def changed_outputs(
-    runner: Runner, inputs: Inputs, known: OutputsByCase, returned: Collection[str] = ()
+    run: Callable[[Arrays], Arrays], inputs: Inputs, known: OutputsByCase, returned: Collection[str] = ()
 ) -> dict[str, bool]:
     """Input -> whether another draw of it, with the other inputs held, changes an output.
 
-    `known` are the runner's outputs by case. Outputs that are not among the `returned` do not count, if any are.
+    `known` are the outputs of `run` by case. Outputs that are not among the `returned` do not count, if any are.
     """
     if not inputs.perturbed:
         return {}
     case = next((name for name, arrays in inputs.cases.items() if arrays is inputs.varied), "")
-    before = known[case] if case in known else runner.run(inputs.varied)
+    before = known[case] if case in known else run(inputs.varied)
     before = {name: value for name, value in before.items() if name in returned} or before
-    return {name: differ(before, runner.run(arrays)) for name, arrays in inputs.perturbed.items()}
+    return {name: differ(before, run(arrays)) for name, arrays in inputs.perturbed.items()}
 
 
 def sensitivity_of(
@@ -93,7 +116,7 @@ def sensitivity_of(
     """
     if not outputs.changed:
         return ()
-    expected = changed_outputs(peer, inputs, known, next(iter(outputs.by_case.values())))
+    expected = changed_outputs(peer.run, inputs, known, next(iter(outputs.by_case.values())))
     return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 

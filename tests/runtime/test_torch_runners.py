@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 
 from lora_export.errors import RuntimeRefused
+from lora_export.models.stored_parameter import StoredParameter
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import TooSlow
+from lora_export.runtime.torch_runners import ModuleRunner
 
 
 class Casting(nn.Module):
@@ -125,3 +130,63 @@ def test_a_run_ends_at_the_first_operator_after_its_time_limit() -> None:
     right = torch_runners.ModuleRunner(Parts(), path=Path("parts"), timeout=30)
     for _ in range(2):
         assert right.run({"x": np.ones(1)}).keys() == torch_runners.ModuleRunner(Parts()).run({"x": np.ones(1)}).keys()
+
+
+# --- runs that read each weight once ---
+
+
+READS: list[torch.Tensor] = []
+
+
+class Streamed(nn.Module):
+    """A table and two layers that are read from a file, one of them tied."""
+
+    def __init__(self, change: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.change, self.runs = change, 0
+        values = [torch.randn(7, 5).bfloat16(), torch.randn(7, 5).bfloat16()]
+        self.table, self.first = (StoredParameter(each.shape, functools.partial(self.read, each)) for each in values)
+
+    def read(self, values: torch.Tensor) -> torch.Tensor:
+        READS.append(values)
+        return values
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(F.linear(F.embedding(ids, self.table), self.first))
+        if self.change == "state":
+            self.runs += 1
+        if self.change == "fails" and ids.numel() == 3:
+            raise ValueError("three")
+        if self.change == "random":
+            x = x + torch.rand(())
+        return F.linear(x[..., :5], self.table, torch.ones(7))
+
+
+IDS: list[dict[str, Any]] = [{"ids": np.arange(count)[None]} for count in (2, 3, 5)]
+
+
+def together(module: Streamed, **options: Any) -> list[Any] | None:
+    found = ModuleRunner(module, **options).run_together(IDS, dict)
+    return None if found is None else [outputs["output_0"].tolist() for outputs in found]
+
+
+def test_runs_together_have_the_bits_of_single_runs_and_read_each_weight_once() -> None:
+    module = Streamed()
+    expected = [ModuleRunner(module).run(inputs)["output_0"].tolist() for inputs in IDS]
+    READS.clear()
+    assert together(module, timeout=60.0) == expected
+    assert len(READS) == 6, "three by the first run alone, and three by all"
+
+
+@pytest.mark.parametrize("change", ["state", "fails", "random"])
+def test_runs_that_depend_on_others_or_fail_are_not_together(change: str) -> None:
+    assert together(Streamed(change)) is None
+
+
+def test_few_runs_large_outputs_and_modules_in_memory_are_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModuleRunner(Streamed())
+    assert runner.run_together(IDS[:2], dict) is None and runner.run_together(IDS, dict)
+    monkeypatch.setattr(torch_runners, "MOST_IN_STEP", 8)
+    assert runner.run_together(IDS, dict) is None
+    assert ModuleRunner(nn.Linear(2, 2)).run_together([{"input": np.ones((1, 2), np.float32)}] * 3, dict) is None

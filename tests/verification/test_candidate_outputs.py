@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,27 @@ class FakeRunner:
         return self.shipped
 
 
+class Together(FakeRunner):
+    """Runs all inputs at once, or refuses to."""
+
+    refuses = False
+
+    def run_together(self, cases: Sequence[Arrays], kept: Callable[[Arrays], Arrays]) -> list[Arrays] | None:
+        if self.refuses:
+            raise RuntimeRefused("one of them")
+        return [kept(self.compute(arrays, 1)) for arrays in cases]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_cases_are_run_together_where_the_runner_does_so_and_the_first_again(refuses: bool) -> None:
+    runner = Together(lambda inputs, _: {"y": inputs["x"] + inputs["z"]})
+    runner.refuses = refuses
+    found = run_candidate(runner, INPUTS, ignore)
+    assert [outputs["y"].tolist() for outputs in found.by_case.values()] == [[4, 6], [4, 6]]
+    assert found.changed == {"x": True, "z": True} and found.repeated is None
+    assert runner.runs == (6 if refuses else 2), "what is varied is no case here, and the first case runs again"
+
+
 def sums() -> FakeRunner:
     return FakeRunner(lambda inputs, _: {"y": inputs["x"] + inputs["z"]})
 
@@ -97,7 +118,7 @@ def test_case_whose_inputs_are_drawn_again_is_run_once() -> None:
 
 def test_without_other_draws_no_input_is_judged() -> None:
     alone = Inputs(INPUTS.cases)
-    assert changed_outputs(sums(), alone, {}) == {}
+    assert changed_outputs(sums().run, alone, {}) == {}
     assert sensitivity_of(run_candidate(sums(), alone, ignore), sums(), alone, {}) == ()
 
 

@@ -24,13 +24,13 @@ from lora_export.models.model import Model
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.plan.own_heads import with_labels_of
 from lora_export.runtime.runner import Arrays
+from lora_export.runtime.runs_in_step import MOST_IN_STEP
 from lora_export.runtime.torch_runners import Fp64Runner, run_all_in_step
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import kept
 from lora_export.verification.compare_outputs import LARGEST_DEVIATION, distance
 from lora_export.verification.module_copies import is_large, shared_copy
 
-MOST_IN_STEP = 1 << 28  # bytes of the outputs of runs that are computed together
 RolesAndCases = Mapping[tuple[str, str], Fp64Runner]  # by role and case
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
 

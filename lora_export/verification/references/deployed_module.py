@@ -23,7 +23,7 @@ from lora_export.plan import Layout, Plan
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import kept
+from lora_export.verification.candidate_outputs import run_ahead
 from lora_export.verification.inputs.coverage import RowCoverage
 from lora_export.verification.module_copies import (
     converted_copy,
@@ -206,7 +206,8 @@ def run_observed(
     rows = RowCoverage(deployed.module, model, adapters)
     errors = {name: weight.error for name, weight in quantised.items() if weight.error is not None}
     with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
-        outputs = {name: kept(deployed.run(arrays)) for name, arrays in cases.items()}
+        run = run_ahead(deployed, list(cases.values()))
+        outputs = {name: run(arrays) for name, arrays in cases.items()}
     doubts, not_judged = rows.doubts, rows.not_judged  # read here: runs on other inputs would add to them
     found = quantisation_error.findings_on(errors, layer)
     return ObservedRun(outputs, tuple(doubts), tuple(not_judged), frozenset(computed), found)
