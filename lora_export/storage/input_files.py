@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from lora_export.errors import InputRefused
+from lora_export.storage.hashes import HASH_BLOCK
 from lora_export.storage.store_path import StorePath, copy_in_store
 
 COPIED_AT_ONCE = 1 << 20  # bytes
@@ -80,6 +81,17 @@ def copy_file(source: Path, target: Path) -> None:
         return
     with source.open("rb") as reader, target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, COPIED_AT_ONCE)
+
+
+def contains(path: Path, text: bytes) -> bool:
+    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
+    end = b""
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            if text in (both := end + block):
+                return True
+            end = both[-len(text) :]
+    return False
 
 
 def regular_files(folder: Path) -> list[Path]:
