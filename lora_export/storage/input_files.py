@@ -11,7 +11,6 @@ from io import BufferedReader
 from pathlib import Path
 
 from lora_export.errors import InputRefused
-from lora_export.storage.hashes import HASH_BLOCK
 from lora_export.storage.store_path import StorePath, copy_in_store
 
 COPIED_AT_ONCE = 1 << 20  # bytes
@@ -87,7 +86,7 @@ def contains(path: Path, text: bytes) -> bool:
     """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
     end = b""
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
+        while block := file.read(COPIED_AT_ONCE):
             if text in (both := end + block):
                 return True
             end = both[-len(text) :]
