@@ -9,11 +9,14 @@ from typing import Any
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.storage import json_files
+from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.hub_cache import hub_source
 from lora_export.version import __version__
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 LONGEST_KEY = "lora_export.longest"  # of the greatest sizes for which a graph was made, in its properties
+# In a graph's properties: name -> {algorithm: hash} of each file whose weights it shares with another graph
+SHARED_KEY = "lora_export.shared_weights"
 
 MOST_IN_RECORD = 1 << 40
 History = Sequence[Mapping[str, Any]]  # the adapters of earlier merges, as `adapter_records` describes them
@@ -103,6 +106,25 @@ def read_longest(properties: Mapping[str, Any], source: Path) -> dict[str, int]:
     if not all(type(size) is int and 0 < size < MOST_IN_RECORD for size in record.values()):
         raise InputRefused(f"{source}: {LONGEST_KEY} is damaged: its sizes are no numbers above 0")
     return dict(record)
+
+
+def read_shared(properties: Mapping[str, str], source: Path) -> dict[str, tuple[str, str]]:
+    """Name -> algorithm and hash of each file whose weights a graph shares with another, below its folder.
+
+    Raises InputRefused where the record is damaged.
+    """
+    if SHARED_KEY not in properties:
+        return {}
+    what = f"{SHARED_KEY} in {source}"
+    record = json_files.parse_json(properties[SHARED_KEY].encode(errors="surrogatepass"), what)
+    found = {}
+    for name, hashes in record.items():
+        parts = Path(name).parts
+        known = list(ALGORITHMS.keys() & hashes.keys()) if isinstance(hashes, dict) else []
+        if not known or not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+            raise InputRefused(f"{what} is damaged: {name!r} is no file below the graph with its hash")
+        found[name] = (known[0], str(hashes[known[0]]))
+    return found
 
 
 def refuse_larger(sizes: Mapping[str, int], longest: Mapping[str, int], source: Path, remedy: str) -> None:

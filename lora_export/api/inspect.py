@@ -136,6 +136,7 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
+        artifact.refuse_changed_weights()
         names = None
         if options.checkpoint is not None:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))

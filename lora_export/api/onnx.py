@@ -46,6 +46,9 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
     With `strength_input`, "nodes" and "inputs" get the input `adapter_strengths` (float32 [adapters], by default 1; of
     "inputs" [1]): a factor of each adapter's change, which every run may choose. The proof runs others than 1, too.
 
+    With `share_with`, an existing graph in the output's folder, the output refers to weights of that graph's data file
+    that are equal to its own, and its own file has the others alone.
+
     The task "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for
     a prompt and for every token after it. The other tasks make three graphs of a model with an encoder:
     `encoder_model.onnx`, `decoder_model.onnx` for the first tokens, and `decoder_with_past_model.onnx`. The tokenizer,
@@ -94,6 +97,7 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         checkpoint=None if options.checkpoint is None else locate(options.checkpoint, on_message, download),
         reference=None if options.reference is None else locate_model(options.reference, on_message, download),
         inputs=None if options.inputs is None else place(options.inputs),
+        share_with=None if options.share_with is None else place(options.share_with),
     )
 
 

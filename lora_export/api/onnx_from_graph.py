@@ -48,14 +48,13 @@ SHOWN_LAYERS = 10  # layers that an error lists
 def export_from_graph(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
     path = place(str(options.model))
-    with options.staged([path] if path.exists() else []) as folder:
+    with options.staged([path] if path.exists() else []) as folder, options.sharing(folder) as given:
         options.stage("reading the graph")
         report: MergeReport | None = None
         graph, names = _open(path, options.checkpoint)
         program = graph.model.clone()  # its large weights stay in their files
         program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
-        given = options
-        options = _respelled(options, program, names)
+        options = _respelled(given, program, names)
         base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.seconds)
         references = _references(base, options) if options.verify else None
         if options.ignore_head:
@@ -221,10 +220,11 @@ def _merge(
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     name, begun = options.output.name, time.perf_counter()
-    run = MergeRun(file_name=name, min_retention=options.min_retention, requantise=options.requantize)
+    settings: dict[str, Any] = {"min_retention": options.min_retention, "requantise": options.requantize}
+    run = MergeRun(file_name=name, shared=options.shared, external_data=options.external_data, **settings)
     write_merged(located.plan, replace(graph, model=program), located.sites, folder, run)
     report = merge_report(located.plan, graph, folder, run, time.perf_counter() - begun) if run.layers else None
-    return run, [path.name for path in folder.iterdir() if path.name != name], report
+    return run, [path.name for path in run.written(folder) if path.name != name], report
 
 
 def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxRequest) -> dict[str, Any]:

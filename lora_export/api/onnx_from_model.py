@@ -62,17 +62,16 @@ from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_roundin
 def export_from_model(options: OnnxRequest) -> OnnxResult:
     """See `export_onnx`."""
     source = options.model
-    with options.staged(model_paths(source)) as folder:
+    with options.staged(model_paths(source)) as folder, options.sharing(folder) as given:
         require_memory_to_export(source, options.dtype)
         options.stage("loading the model")
         # The exported weights of a large folder are freed before the proof, which reads them.
         base = _model(None if is_large_folder(source) else options.session, options)
         if options.task:
             base = generating_model(base, options.task, options.on_message)
-        given = options
         adapted = adapted_model(base, given.adapters, given.weights, given, given.on_message)
         base = adapted.model
-        options = replace(options, adapters=adapted.adapters, weights=adapted.strengths)
+        options = replace(given, adapters=adapted.adapters, weights=adapted.strengths)
         del adapted  # it holds the weights
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)

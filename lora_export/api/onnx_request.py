@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora_export.callbacks import Progress
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
+from lora_export.graph.onnx_file.shared_weights import SharedWeights, shared_weights
 from lora_export.graph.refusals import beside_the_weight
 from lora_export.lora import Adapter
 from lora_export.notebook import html_table
@@ -44,6 +46,8 @@ class OnnxRequest(OnnxOptions):
     checkpoint: Path | None = None
     inputs: Path | None = None
     session: ProofSession | None = None
+    share_with: Path | None = None
+    shared: SharedWeights | None = None  # of that graph
 
     @property
     def strengths(self) -> Sequence[float]:
@@ -116,8 +120,18 @@ class OnnxRequest(OnnxOptions):
 
     def staged(self, inputs: Iterable[Path]) -> AbstractContextManager[Path]:
         """A folder whose files are published together when the block succeeds."""
-        paths = [*inputs, *self.sources]
+        paths = [*inputs, *self.sources, *([self.share_with] if self.share_with else [])]
         return atomic_output.staged(self, self.output, paths, is_file=True, sign=self.sign, streamed=False)
+
+    @contextlib.contextmanager
+    def sharing(self, stage: Path) -> Iterator[OnnxRequest]:
+        """The same options, with the weights that the output may share. Raises InputRefused as `shared_weights`."""
+        if self.share_with is None:
+            yield self
+            return
+        self.stage("reading the weights to share")
+        with shared_weights(self.share_with, self.output, stage) as shared:
+            yield replace(self, shared=shared)
 
 
 @dataclass(frozen=True, eq=False)

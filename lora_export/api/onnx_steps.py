@@ -166,7 +166,8 @@ def write_graph(program: ir.Model, options: OnnxRequest, folder: Path) -> list[s
         options.stage(f"fusing operators for {options.fuse}")
         fuse_operators(program, options.fuse)
     options.stage("writing")
-    *beside, _ = save_graph(program, folder, options.output.name)
+    own: dict[str, Any] = {"shared": options.shared, "external_data": options.external_data}
+    *beside, _ = save_graph(program, folder, options.output.name, **own)
     return [path.name for path in beside]
 
 

@@ -180,6 +180,7 @@ def _judge(candidate: Artifact, request: VerifyRequest) -> Proof | Audit:
     request = _read(request)
     _refuse_unexpected(candidate, request)
     with candidate.unchanged(), no_adapter_as_model(request.model or request.base, request.adapters):
+        candidate.refuse_changed_weights()
         if request.model is not None:
             is_quantised = candidate.is_quantised and request.origin is not None and request.origin.is_quantised
             judge = judge_quantised if is_quantised else judge_outputs

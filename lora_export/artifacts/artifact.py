@@ -29,9 +29,10 @@ from lora_export.errors import InputRefused
 from lora_export.formats.contract import ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
 from lora_export.options.common import is_address
 from lora_export.options.spelling import command
-from lora_export.provenance import History
+from lora_export.provenance import History, read_shared
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.gguf_file import is_gguf, open_gguf
+from lora_export.storage.hashes import SHORT_HASH, file_hash
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.store_path import place
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, is_streamable, open_checkpoint
@@ -207,6 +208,18 @@ class Artifact:
                 f"{self.path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its "
                 f"cache, by all three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
             )
+
+    def refuse_changed_weights(self) -> None:
+        """Raise InputRefused where weights that a graph shares with another are not what they were at its export."""
+        if self.kind is ArtifactKind.GRAPH:
+            for name, (algorithm, expected) in read_shared(self.metadata, self.path).items():
+                found = file_hash(self.path.parent / name, algorithm)
+                if found != expected:
+                    raise InputRefused(
+                        f"{self.path} shares the weights in {name} with another graph, and this file has changed: its "
+                        f"{algorithm} is {found[:SHORT_HASH]}, not {expected[:SHORT_HASH]}. Put that file back, or "
+                        "export again"
+                    )
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from lora_export.errors import OutputFailed, WrongUsage
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.storage import input_files
-from lora_export.storage.hashes import HASH_BLOCK, file_sha256
+from lora_export.storage.hashes import file_sha256
 from lora_export.storage.store_path import place
 
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
@@ -54,23 +54,12 @@ def _external_data(path: Path) -> list[Path]:
     if not path.stat().st_size:
         return []
     refuse_no_message(path)
-    if not _contains(path, LOCATION):  # and onnx need not be imported
+    if not input_files.contains(path, LOCATION):  # and onnx need not be imported
         return []
     from lora_export.graph.onnx_file.reading import open_graph
 
     graph = open_graph(path)
     return [source for source in graph.sources if not source.samefile(path)]
-
-
-def _contains(path: Path, text: bytes) -> bool:
-    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
-    end = b""
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            if text in (both := end + block):
-                return True
-            end = both[-len(text) :]
-    return False
 
 
 # Suffixes of other files: such a name is a mistake, and no name with a dot in it

@@ -26,9 +26,10 @@ from lora_export.weights.checkpoint import CONFIG, OF_DIFFUSERS, open_checkpoint
 
 CLASS = "_class_name"
 OUT_SAMPLE = "out_sample"
-NESTED = "added_cond_kwargs"  # the argument of a UNet that has SDXL's further inputs
+NESTED = "added_cond_kwargs"  # the argument with further inputs: of SDXL's UNet, of PixArt
 NOISE_STEPS = 1000  # of a schedule of noise
 POSITIONS_OF_IDS = 64  # of a patch in an image, or of a token in a text, in drawn inputs
+SAMPLE_OF_PIXART_WITH_SIZES = 128  # where its config does not say whether it reads the size of the image
 TRACED = {"batch": 2, "sequence": 7, "patches": 12}
 SIDES = ("height", "width")
 
@@ -195,6 +196,19 @@ def _flux(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
     return (*inputs, *([Wanted("guidance", ("batch",), torch.rand)] if config["guidance_embeds"] else []))
 
 
+def _pixart(config: Mapping[str, Any]) -> tuple[Wanted, ...]:
+    inputs = (
+        Wanted("hidden_states", _image(config)),
+        Wanted("encoder_hidden_states", ("batch", "sequence", config["caption_channels"])),
+        NOISE_STEP,
+    )
+    with_sizes = config["use_additional_conditions"]
+    if not (config["sample_size"] == SAMPLE_OF_PIXART_WITH_SIZES if with_sizes is None else with_sizes):
+        return inputs
+    sizes = (("resolution", 2), ("aspect_ratio", 1))  # of the image, in pixels
+    return (*inputs, *(Wanted(name, ("batch", count), _positions, is_nested=True) for name, count in sizes))
+
+
 def _positions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, POSITIONS_OF_IDS, shape, generator=generator).float()
 
@@ -204,4 +218,5 @@ INPUTS: dict[str, Callable[[Mapping[str, Any]], tuple[Wanted, ...]]] = {
     "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "PixArtTransformer2DModel": _pixart,
 }

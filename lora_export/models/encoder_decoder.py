@@ -10,6 +10,7 @@ optimum has the same three graphs with the same names.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from collections.abc import MutableSequence
@@ -80,12 +81,11 @@ def export_encoder_decoder(model: Model, *, opset: int | None = None) -> Encoder
             f"{type(module).__name__}: its decoder may read {', '.join(more)} of its encoder, too. Graphs with a cache "
             f"are made of models whose decoder reads {LAST_HIDDEN} alone"
         )
-    hidden = outputs.last_hidden_state
     graph = to_onnx(encoder, inputs, axes=axes, opset=opset)
     _keep_outputs(graph, {LAST_HIDDEN: LAST_HIDDEN})
     _name_by_model(graph, module, encoder)
     varies = any(symbol != BATCH_SYMBOL for own in axes.values() for symbol in own.values())
-    exporter = _DecoderExporter(module, hidden, inputs.get(MASK), varies, opset)
+    exporter = _DecoderExporter(module, _hidden_states_alone(outputs), inputs.get(MASK), varies, opset)
     cache = exporter.cache()  # runs the model: what it refuses is named before the exporter refuses it
     return EncoderDecoderGraphs(graph, exporter.graph(None), exporter.graph(cache))
 
@@ -93,11 +93,10 @@ def export_encoder_decoder(model: Model, *, opset: int | None = None) -> Encoder
 class _DecoderExporter:
     """Exports the decoder of a model, given what its encoder returned."""
 
-    def __init__(self, module: Any, hidden: torch.Tensor, mask: torch.Tensor | None, varies: bool, opset: int | None):
+    def __init__(self, module: Any, outputs: Any, mask: torch.Tensor | None, varies: bool, opset: int | None):
         self.module, self.opset = module, opset
-        self.batch = len(hidden)
-        outputs: Any = importlib.import_module("transformers.modeling_outputs")
-        self.given = {ENCODER_OUTPUTS: outputs.BaseModelOutput(last_hidden_state=hidden)}
+        self.batch = len(outputs.last_hidden_state)
+        self.given = {ENCODER_OUTPUTS: outputs}
         self.axes: dict[str, dict[int, str]] = {
             HIDDEN: {0: BATCH_SYMBOL, 1: ENCODER_SYMBOL} if varies else {0: BATCH_SYMBOL},
             IDS: {0: BATCH_SYMBOL, 1: SEQUENCE_SYMBOL},
@@ -169,6 +168,13 @@ class _DecoderExporter:
         _order_by_layer(program.graph.inputs)
         _order_by_layer(program.graph.outputs)
         name_axes(program, axes)
+
+
+def _hidden_states_alone(outputs: Any) -> Any:
+    """What an encoder returned, without all else. Some decoders look for fields that theirs alone has (Moonshine)."""
+    common: Any = importlib.import_module("transformers.modeling_outputs").BaseModelOutput
+    has_others = {each.name for each in dataclasses.fields(outputs)} - ENCODER_RETURNS
+    return (type(outputs) if has_others else common)(last_hidden_state=outputs.last_hidden_state)
 
 
 def _cache_name(begin: str, found: re.Match[str]) -> str:

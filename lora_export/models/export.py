@@ -52,6 +52,7 @@ def simplify(model: ir.Model) -> None:
     """
     graph = model.graph
     InlinePass()(model)  # so that the numbers in functions are seen
+    _remove_idle_squeezes(graph)
     weights = [(value, value.const_value) for value in graph.initializers.values()]
     hidden = weights + _hidden_numbers(graph)
     count = len(graph.inputs)
@@ -68,6 +69,18 @@ def simplify(model: ir.Model) -> None:
     for value, _ in weights:
         if value.is_initializer():
             _store_transposed(value)
+
+
+def _remove_idle_squeezes(graph: ir.Graph) -> None:
+    """Make an Identity of each Squeeze of an axis whose size is not 1. PyTorch leaves this axis; ONNX refuses it."""
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        axes, shape = ir.convenience.get_const_tensor(node.inputs[1]), node.inputs[0].shape
+        sizes = [] if axes is None else [shape[axis] for axis in axes.numpy().reshape(-1).tolist()]
+        if len(sizes) == 1 and isinstance(sizes[0], int) and sizes[0] != 1:
+            node.op_type = "Identity"
+            node.resize_inputs(1)
 
 
 def _hidden_numbers(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtocol | None]]:

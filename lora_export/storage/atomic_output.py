@@ -25,6 +25,7 @@ from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
 from lora_export.options.spelling import named
 from lora_export.storage import store_output
+from lora_export.storage.input_files import contains
 from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, read_manifest
 from lora_export.storage.output_lock import output_lock
 from lora_export.storage.signature import SUFFIX, signer
@@ -125,7 +126,8 @@ def stage_file(
     One of them must have the target's name. It is moved last, so that its companions exist where it exists. No
     two files are renamed in one step. So a companion that the target cannot do without needs a name that no other
     content has: `data_name`. Killed between the renames, the run leaves the old target with its old data. Data files
-    of former contents are removed after the target is in place. Otherwise as `stage_folder`.
+    of former contents are removed after the target is in place, but for those that another graph of the folder names.
+    Otherwise as `stage_folder`.
     """
 
     if isinstance(target, StorePath):
@@ -150,8 +152,12 @@ def stage_file(
         (stage / target.name).replace(target)
         _flush_folder(target.parent)
         for path in sorted(former - {target.parent / name for name in companions}):
+            what = f"{one_line(path.name)}: weights that {one_line(target.name)} does not use"
+            if other := _graph_that_names(path):
+                on_message(f"left {what}, and {one_line(other.name)} does")
+                continue
             path.unlink()
-            on_message(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
+            on_message(f"removed {what}")
 
     with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
         if _absolute(target).is_dir():
@@ -160,6 +166,12 @@ def stage_file(
         yield stage
         if sign_files is not None:
             sign_files(stage, stage / f"{target.name}{SUFFIX}")
+
+
+def _graph_that_names(data: Path) -> Path | None:
+    """A graph beside a file of weights that shares it with the graph for which it was written (`share_with`)."""
+    graphs = (path for path in sorted(data.parent.glob("*.onnx")) if path.is_file())
+    return next((path for path in graphs if contains(path, os.fsencode(data.name))), None)
 
 
 @contextlib.contextmanager

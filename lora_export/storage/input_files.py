@@ -82,6 +82,17 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(reader, writer, COPIED_AT_ONCE)
 
 
+def contains(path: Path, text: bytes) -> bool:
+    """Whether a file contains these bytes. Not by mmap: the pages that are read would count as the process's memory."""
+    end = b""
+    with path.open("rb") as file:
+        while block := file.read(COPIED_AT_ONCE):
+            if text in (both := end + block):
+                return True
+            end = both[-len(text) :]
+    return False
+
+
 def regular_files(folder: Path) -> list[Path]:
     """List every regular file below a folder, and every link to one, as in a Hugging Face cache; sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())

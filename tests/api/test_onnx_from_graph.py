@@ -700,6 +700,74 @@ def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, 
     assert_is_pytorchs(OnnxRunner(proven / "out.onnx"), place / "fr")
 
 
+# --- weights that are shared ---
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows", "slots"])
+def test_further_graph_refers_to_all_that_it_does_not_change(place: Path, tmp_path: Path, mode: str) -> None:
+    first, out, alone = tmp_path / "de.onnx", tmp_path / "fr.onnx", tmp_path / "alone" / "fr.onnx"
+    alone.parent.mkdir()
+    words: list[str | Path] = ["onnx", place / "base.onnx", "-a", place / "fr", "--lora", mode]
+    assert call("onnx", place / "base.onnx", "-a", place / "de", "-o", first, "--lora", "nodes", "--external-data") == 0
+    (data,) = tmp_path.glob("*.data")
+    assert call(*words, "-o", out, "--share-with", first) == 0
+    assert call(*words, "-o", alone) == 0
+    changed = {f"{name}.weight" for name in TARGETS} if mode == "merged" else set()
+    names = {site.value.name: site.name for site in find_sites(load_graph(place / "base.onnx")).linear}
+    base = {
+        name: value.const_value.nbytes
+        for name, value in load_graph(place / "base.onnx").graph.initializers.items()
+        if value.const_value.nbytes > MIN_EXTERNAL_BYTES and names.get(name) not in changed
+    }
+    tensors = {name: value.const_value for name, value in load_graph(out).graph.initializers.items()}
+    shared = {name for name, one in tensors.items() if isinstance(one, ir.ExternalTensor) and Path(one.path) == data}
+    assert shared == base.keys() and len(shared) >= 3
+    saved = alone.stat().st_size - out.stat().st_size
+    assert 0 < sum(base.values()) - saved < 200 * len(shared) + 200  # but for the names of their places
+    assert not list(tmp_path.glob("fr*.data"))
+    if mode in ("merged", "nodes"):
+        assert_is_pytorchs(OnnxRunner(out), place / "fr")
+
+
+def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Path, tmp_path: Path) -> None:
+    """A merge writes what changes into a file of its own, and the outputs are those of a merge by itself."""
+    base, out = tmp_path / "base.onnx", tmp_path / "fr.onnx"
+    ir.save(ir.load(place / "base.onnx"), base, external_data="w.data", size_threshold_bytes=0)
+    assert call("onnx", base, "-a", place / "fr", "-o", out, "--share-with", base) == 0
+    (own,) = tmp_path.glob("fr.onnx.*.data")
+    changed = sum(4 * rows * columns for rows, columns in TARGETS.values() if rows * columns >= 256)
+    assert changed <= own.stat().st_size < changed + 4096 * len(TARGETS)  # each keeps its place in a page
+    assert record(out)["base"]["w.data"] == {"xxh3_128": hash_of(tmp_path / "w.data")}
+    assert_is_pytorchs(OnnxRunner(out), place / "fr")
+    assert call("onnx", out, "-a", place / "de", "-o", tmp_path / "both.onnx") == 0  # and is a base itself
+    assert "lora_export.shared_weights" not in load_graph(tmp_path / "both.onnx").metadata_props
+
+
+def test_shared_file_that_moves_or_changes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `verify` and by `inspect`, in one line; and a new base leaves the weights that a product needs."""
+    base, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    rng = np.random.default_rng(0)
+    pair = (rng.standard_normal((3, 16)), rng.standard_normal((32, 3)))
+    adapter = peft_adapter(tmp_path / "ad", {"encoder.layers.0.linear1": pair})
+    assert call("onnx", SPOTTER, "-o", base, "--external-data") == 0
+    assert call("onnx", SPOTTER, "-a", adapter, "-o", out, "--share-with", base) == 0
+    verify = ("verify", out, "--model", SPOTTER, "-a", adapter)
+    assert (call(*verify), call("inspect", out)) == (0, 0)
+    (data,) = tmp_path.glob("base.onnx.*.data")
+    assert call("onnx", SPOTTER, "-a", adapter, "-o", base, "--external-data", "--overwrite") == 0
+    assert f"left {data.name}: weights that base.onnx does not use, and out.onnx does" in capsys.readouterr().err
+    damaged = data.read_bytes()[:-1] + b"\1"
+    for change, message in (
+        (lambda: data.write_bytes(damaged), "with another graph, and this file has changed: its xxh3_128 is"),
+        (data.unlink, "with another graph, and this file is not beside it. Put it back"),
+    ):
+        change()
+        for words in (verify, ("inspect", out)):
+            assert call(*words) == 3
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert f"shares the weights in {data.name} {message}" in line
+
+
 # --- of every maker ---
 
 

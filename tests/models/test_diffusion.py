@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def flux(*, has_guidance: bool = True) -> nn.Module:
     ).eval()  # fmt: skip
 
 
+def pixart(*, has_sizes: bool = False) -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, cross_attention_dim=24, caption_channels=12, norm_num_groups=1,
+        use_additional_conditions=has_sizes,
+    ).eval()  # fmt: skip
+
+
 MODELS = {
     "flux": flux,
     "schnell": lambda: flux(has_guidance=False),
@@ -56,8 +68,10 @@ MODELS = {
     "sdxl": lambda: unet(like_sdxl=True),
     "dit": dit,
     "sd3": sd3,
+    "pixart": pixart,
+    "pixart of sizes": lambda: pixart(has_sizes=True),
 }
-NESTED = ("text_embeds", "time_ids")
+NESTED = {"sdxl": ("text_embeds", "time_ids"), "pixart of sizes": ("resolution", "aspect_ratio")}
 OF_POSITIONS = ("img_ids", "txt_ids")  # without a batch
 
 
@@ -67,9 +81,10 @@ def test_a_model_computes_what_diffusers_computes(name: str, tmp_path: Path) -> 
     theirs.save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     inputs = model.inputs(model.checked_sizes({})[1], seed=1)
-    given: dict[str, Any] = {key: value for key, value in inputs.items() if key not in NESTED}
-    if name == "sdxl":
-        given["added_cond_kwargs"] = {key: inputs[key] for key in NESTED}
+    nested = NESTED.get(name, ())
+    given: dict[str, Any] = {key: value for key, value in inputs.items() if key not in nested}
+    if nested:
+        given["added_cond_kwargs"] = {key: inputs[key] for key in nested}
     with torch.no_grad():
         found, wanted = model.module(**inputs), theirs(**given).sample
     assert list(found) == ["out_sample"] and torch.equal(found["out_sample"], wanted)
@@ -83,15 +98,24 @@ def test_the_sides_of_an_image_can_be_halved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_graph_with_an_adapter_is_proven_and_has_optimums_names(tmp_path: Path) -> None:
-    module = dit()
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (dit, ["hidden_states", "timestep", "class_labels"]),
+        (pixart, ["hidden_states", "encoder_hidden_states", "timestep"]),
+    ],
+)
+def test_a_graph_with_an_adapter_is_proven_and_has_optimums_names(
+    make: Callable[[], nn.Module], names: list[str], tmp_path: Path
+) -> None:
+    module = make()
     module.save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     options = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
     peft.get_peft_model(module, options).save_pretrained(tmp_path / "adapter")
     result = le.export_onnx(tmp_path / "base", tmp_path / "m", adapters=tmp_path / "adapter", lora="nodes")
     session = ort.InferenceSession(result.output)
-    assert [value.name for value in session.get_inputs()] == ["hidden_states", "timestep", "class_labels"]
+    assert [value.name for value in session.get_inputs()] == names
     assert [value.name for value in session.get_outputs()] == ["out_sample"]
 
 

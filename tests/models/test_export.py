@@ -422,3 +422,24 @@ def test_the_optimiser_still_drops_what_is_hidden_from_it() -> None:
     model = ir.from_onnx_text(text)
     onnxscript.optimizer.optimize_ir(model)
     assert "Add" not in [node.op_type for node in model.graph]
+
+
+class Squeezed(nn.Module):
+    """Squeezes an axis of one element, and one that has more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(x.squeeze(1)).squeeze(1).squeeze(-2)
+
+
+def test_axis_that_pytorch_does_not_squeeze_stays() -> None:
+    module, x = Squeezed().eval(), torch.randn(2, 1, 3, 4)
+    graph = export.to_onnx(module, {"x": x}, axes=axes_of("x"))
+    other = torch.randn(5, 1, 3, 4)
+    with torch.no_grad():
+        expected = module(other)
+    assert expected.shape == (5, 3, 4)
+    np.testing.assert_allclose(run(graph, x=other.numpy())["output_0"], expected, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.merge.requantise import blocks_of
 from lora_export.graph.onnx_file import protobuf_wire
-from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
+from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES, MAX_MESSAGE_BYTES
+from lora_export.graph.onnx_file.shared_weights import SharedWeights
 from lora_export.graph.onnx_file.writing import message_of
 from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
@@ -119,6 +120,8 @@ class MergeRun:
     requantise: bool = False  # quantised weights, on their own scales or promoted; otherwise they are refused
     layers: tuple[QuantisedLayer, ...] = ()  # what became of the quantised weights that change
     backend: Backend = field(default_factory=Backend)  # changes float weights in files
+    shared: SharedWeights | None = None  # of another graph, which are not written
+    external_data: bool = False  # weights inside the old graph are written beside the new one
     statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
     sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files
     copied: int = 0  # bytes
@@ -127,6 +130,15 @@ class MergeRun:
         """Add statistics to those of their weights."""
         for statistics in found:
             self.statistics.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+
+    def takes_out(self, tensor: MovedTensor) -> bool:
+        """Whether a tensor inside the old graph is written beside the new one."""
+        return self.external_data and tensor.output.nbytes >= LARGE_TENSOR_BYTES
+
+    def written(self, stage: Path) -> list[Path]:
+        """The files of the new graph in its stage, without those of weights that it shares."""
+        copies = self.shared.files if self.shared else ()
+        return [path for path in stage.iterdir() if path.is_file() and path.name not in copies]
 
     @property
     def results(self) -> tuple[StepResult, ...]:

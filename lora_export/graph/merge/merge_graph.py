@@ -28,6 +28,7 @@ from lora_export.graph.merge.copy_parts import MergeRun, MovedTensor, copy_parts
 from lora_export.graph.merge.fold import InitializerChange, change_in_memory, isolate_changes
 from lora_export.graph.merge.requantise import graph_remedy, quantised_change, requantise
 from lora_export.graph.onnx_file.reading import GraphFile
+from lora_export.graph.onnx_file.shared_weights import SharedTensor, share_weights
 from lora_export.graph.onnx_file.writing import append_metadata
 from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
 from lora_export.graph.refusals import refuse_lost_biases, refuse_quantised, refuse_unsupported_steps
@@ -76,7 +77,7 @@ def merge_report(plan: Plan, graph: GraphFile, stage: Path, run: MergeRun, secon
     return MergeReport(
         results=run.results,
         copied=run.copied,
-        bytes=sum(path.stat().st_size for path in stage.iterdir()),
+        bytes=sum(path.stat().st_size for path in run.written(stage)),
         replaced=len(replaced),
         replaced_weights=replaced,
         seconds=seconds,
@@ -92,13 +93,14 @@ def write_merged(plan: Plan, graph: GraphFile, sites: Sites, stage: Path, run: M
         changes = _change_or_defer(plan, graph.model, sites, run)
     remove_exporter_notes(graph.model)
     graph.model.metadata_props.pop(provenance.KEY, None)  # the new record includes its adapters
+    share_weights(graph.model, run.shared, but=changes.values)
     tensors = list(_moved_tensors(graph.model, changes))
     own_file = Path(os.path.realpath(graph.path))
     with threadpool_limits(1, user_api="blas"):  # the transfer itself runs one thread per core
-        beside = [tensor for tensor in tensors if tensor.source != own_file]
+        beside = [tensor for tensor in tensors if tensor.source != own_file or run.takes_out(tensor)]
         if beside:
             write_data_file(stage, beside, run)
-        parts = graph_file_parts(graph.model, [tensor for tensor in tensors if tensor.source == own_file])
+        parts = graph_file_parts(graph.model, [tensor for tensor in tensors if tensor not in beside])
         with (stage / run.file_name).open("xb") as target:
             run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(run.hashing), run)
     run.copied = sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy)
@@ -135,6 +137,11 @@ class _DeferredChanges:
     floats: dict[ir.Value, list[InitializerChange]] = field(default_factory=dict)
     quantised: dict[ir.Value, OutputTensor] = field(default_factory=dict)
 
+    @property
+    def values(self) -> set[ir.Value]:
+        """The initializers that change."""
+        return self.floats.keys() | self.quantised.keys()
+
 
 def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -> _DeferredChanges:
     """Change the weights that are in memory. Returns the changes of those in files."""
@@ -164,7 +171,7 @@ def _moved_tensors(model: ir.Model, changes: _DeferredChanges) -> Iterator[Moved
     """The tensors in files, in the order of the initializers."""
     for value in initializers(model):
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, SharedTensor):
             source = Path(os.path.realpath(tensor.path))
             output = changes.quantised.get(value) or _output_tensor(tensor, changes.floats.get(value, []))
             yield MovedTensor(value, source, output)

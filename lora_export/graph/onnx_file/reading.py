@@ -28,7 +28,7 @@ from lora_export.graph.exporter_names import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import without_large_tensors
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
-from lora_export.provenance import History
+from lora_export.provenance import History, read_shared
 
 SHOWN_BYTES = 10  # of a text that is not UTF-8
 
@@ -75,6 +75,12 @@ def open_graph(path: Path) -> GraphFile:
     for text in texts(model):
         if isinstance(text, bytes):  # protobuf returns bytes for text that is not UTF-8
             raise InputRefused(f"{path} is a damaged ONNX file: {text[:SHOWN_BYTES]!r} is not UTF-8 text")
+    for name in read_shared(model.metadata_props, path):
+        if not (path.parent / name).exists():
+            raise InputRefused(
+                f"{path} shares the weights in {name} with another graph, and this file is not beside it. Put it "
+                "back, or export again"
+            )
     refuse_misplaced_data(model, path, _read_inline_data(model, location, own_file))
     try:
         check_message(message)  # onnx_ir accepts any node with any inputs and attributes

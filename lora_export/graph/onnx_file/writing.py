@@ -17,6 +17,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.graph.exporter_names import remove_exporter_notes
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES, split_at_tensors
 from lora_export.graph.onnx_file.reading import check_file, check_message, innermost_error, moved_to
+from lora_export.graph.onnx_file.shared_weights import SharedTensor, SharedWeights, share_weights
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.hashes import file_sha256
@@ -27,16 +28,26 @@ MAX_INLINE_BYTES = 1 << 29
 MIN_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
-def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
+def save_graph(
+    model: ir.Model,
+    folder: Path,
+    name: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    shared: SharedWeights | None = None,
+    external_data: bool = False,
+) -> list[Path]:
     """Write a graph into a folder that the caller publishes. Returns the files, the graph last.
 
     `metadata` is added to the model's properties. Weights of 512 MiB and more go into a file beside the graph that is
-    named by its content (`atomic_output.data_name`), so that an old graph never reads new weights. Removes exporter
-    notes from `model`. Takes memory for the graph without its weights, and for one of them. Raises RuntimeRefused where
-    the graph without its weights is too long, or where ONNX's checker rejects it.
+    named by its content (`atomic_output.data_name`), so that an old graph never reads new weights; with `external_data`
+    all that are not small do. Those that are `shared` are not written: `model` refers to them from then on. Removes
+    exporter notes from `model`. Takes memory for the graph without its weights, and for one of them. Raises
+    RuntimeRefused where the graph without its weights is too long, or where ONNX's checker rejects it.
     """
     remove_exporter_notes(model)
     model.metadata_props.update(metadata or {})
+    share_weights(model, shared)
     path = folder.absolute() / name
     written = [path]
     constants = sum(tensor.nbytes for tensor in attribute_tensors(model))
@@ -45,7 +56,9 @@ def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[st
             f"the nodes of the graph hold {constants:,} bytes of constants, which ONNX stores in the graph; a graph "
             f"must have less than {MAX_MESSAGE_BYTES:,} bytes"
         )
-    if constants + sum(tensor.nbytes for tensor in initializer_tensors(model)) < MAX_INLINE_BYTES:
+    own = [tensor.nbytes for tensor in initializer_tensors(model) if not isinstance(tensor, SharedTensor)]
+    is_apart = external_data and max(own, default=0) > MIN_EXTERNAL_BYTES
+    if constants + sum(own) < MAX_INLINE_BYTES and not is_apart:
         _save_in_one_file(model, path)
     else:
         written.insert(0, _save_with_external_data(model, path))
@@ -101,18 +114,19 @@ def _weights_apart(model: ir.Model) -> Iterator[tuple[str, list[ir.TensorProtoco
 
 
 def _is_apart(tensor: ir.TensorProtocol | None) -> bool:
-    if tensor is None or tensor.dtype.is_string():
+    if tensor is None or tensor.dtype.is_string() or isinstance(tensor, SharedTensor):
         return False
     return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= MIN_EXTERNAL_BYTES
 
 
 def _save_with_external_data(model: ir.Model, path: Path) -> Path:
     """Write the weights beside the graph. Returns their file. Restores the tensors of `model` afterwards."""
-    values = list(initializers(model))
+    values = [value for value in initializers(model) if not isinstance(value.const_value, SharedTensor)]
     before = [value.const_value for value in values]
     data = path.with_name("weights.data")
     try:
-        ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=MIN_EXTERNAL_BYTES)
+        with _without_shared_tensors(model):
+            ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=MIN_EXTERNAL_BYTES)
         data = data.replace(path.with_name(data_name(path.name, file_sha256(data))))
         for value, tensor in zip(values, before, strict=True):
             if isinstance(value.const_value, ir.ExternalTensor) and value.const_value is not tensor:
@@ -122,6 +136,19 @@ def _save_with_external_data(model: ir.Model, path: Path) -> Path:
         for value, tensor in zip(values, before, strict=True):
             value.const_value = tensor
     return data
+
+
+@contextlib.contextmanager
+def _without_shared_tensors(model: ir.Model) -> Iterator[None]:
+    """Hide them meanwhile: onnx_ir would copy what they refer to."""
+    hidden = {value: one for value in initializers(model) if isinstance(one := value.const_value, SharedTensor)}
+    for value in hidden:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in hidden.items():
+            value.const_value = tensor
 
 
 def message_of(model: ir.Model, *, check: bool = True) -> bytes:
