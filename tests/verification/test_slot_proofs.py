@@ -18,6 +18,7 @@ from lora_export.errors import Different, InputRefused, MatchError, Undecided, W
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support.generators import encoder_decoder_adapter, small_encoder_decoder
@@ -223,5 +224,5 @@ def test_a_layer_that_reads_the_slots_of_other_rows_is_different(
     stack = next(value for value in model.graph.inputs if value.name == f"{module}.lora_A.weight")
     gather = next(node for node, _ in stack.uses())
     with_reversed_rows(model, gather.inputs[1], [(gather, 1)])
-    ir.save(model, wrong / f"{graph}.onnx")
+    save_graph(model, wrong, f"{graph}.onnx")
     assert verdict_of(wrong, t5).outcome == "different"
