@@ -81,7 +81,7 @@ def insert_rows(
     refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
     refuse_without_rows(plan, heads, per_row)
     sites_by_weight = {
-        step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding)
+        step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding, apart=True)
         for step in plan.low_rank
     }
     names = [adapter.name for adapter in plan.adapters]

@@ -93,7 +93,7 @@ def head_layers(inserter: Inserter, sites: Sites, heads: Sequence[Head]) -> list
         if why := _obstacle(weight, sites):
             problems.append(f"{weight}: {why}")
             continue
-        own_sites = inserter.sites_of(weight, sites)
+        own_sites = inserter.sites_of(weight, sites, apart=True)
         base_bias = sites.by_name[bias][0].array if bias in sites.by_name else None
         matrix = own_sites[0].matrix
         weights, biases = [], []
@@ -215,7 +215,7 @@ class RowHeads:
         nodes.insert_behind(output)
         for node, index in uses:
             node.replace_input_with(index, chosen)
-        self.inserter.replace_graph_outputs(output, chosen)
+        self.factory.replace_graph_outputs(output, chosen)
         return chosen
 
     def _own(

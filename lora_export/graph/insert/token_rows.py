@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from lora_export.graph.insert.node_factory import Dim, NodeList, fixed_sizes, sizes_of
 from lora_export.graph.operators import MATRIX_PRODUCTS, ONNX, operator_id
-from lora_export.graph.values import is_stored
+from lora_export.graph.values import is_stored, tensor_of
 
 MOST_NODES = 64  # between a layer and where its tokens are flattened
 # Each row of their result is computed of the same rows of what they read.
@@ -113,13 +113,21 @@ def _of_same_rows(node: ir.Node) -> Iterable[ir.Value]:
         return [] if node.attributes.get_int("transA", 0) or node.inputs[0] not in given else given[:1]
     if (domain, operator) in ((ONNX, "Split"), (ONNX, "Concat")):
         return [] if _is_of_rows(node) else given[: 1 if operator == "Split" else None]
-    return [value for value in given if not _is_broadcast(value)] if operator in ROW_BY_ROW else []
+    if (domain, operator) == (ONNX, "Slice"):
+        return given[:1] if _slices_features(node) else []
+    return [value for value in given if not _is_constant_of_row(value)] if operator in ROW_BY_ROW else []
 
 
-def _is_broadcast(value: ir.Value) -> bool:
-    """Whether a factor has one number for each row, or for each feature: it moves no row."""
-    shape = value.shape
-    return shape is not None and (len(shape) < 2 or 1 in (shape[0], shape[-1]))
+def _slices_features(node: ir.Node) -> bool:
+    axes = tensor_of(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    return axes is not None and axes.numpy().ravel().tolist() in ([1], [-1])
+
+
+def _is_constant_of_row(value: ir.Value) -> bool:
+    """Whether an operand has one number for each row or each feature, or is looked up in a table: it moves no row."""
+    shape, node = value.shape, value.producer()
+    is_looked_up = node is not None and node.op_type in ("Gather", "GatherND") and is_stored(node.inputs[0])
+    return is_looked_up or (shape is not None and (len(shape) < 2 or 1 in (shape[0], shape[-1])))
 
 
 # --- What rows of the batch have, for each token ---

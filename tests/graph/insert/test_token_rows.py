@@ -44,11 +44,16 @@ INNER = {
     "as it is": "act = Identity(h)",
     "gated": """wide = Concat <axis = 1> (h, h) left, right = Split <axis = -1, num_outputs = 2> (wide)
         act = Mul(left, right)""",
+    "sliced": """table = Constant <value = float[2,3] {1,0,2,0,1,0}> () zero = Constant <value = int64 {0}> ()
+        kind = Mul(order, zero) bias = Gather <axis = 0> (table, kind) more = Add(h, bias)
+        features = Constant <value = int64[1] {1}> () back = Constant <value = int64[1] {-1}> ()
+        last = Constant <value = int64[1] {-9}> () act = Slice(more, back, last, features, back)""",
     "scaled": "half = Constant <value = float[1,1] {0.5}> () s = Mul(h, half) again = Add(s, s) act = Relu(again)",
 }
 INNER_VALUES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "as it is": lambda h: h,
     "gated": lambda h: h * h,
+    "sliced": lambda h: (h + np.array([1, 0, 2]))[..., ::-1],
     "scaled": lambda h: np.maximum(h, 0),
 }
 W = {
@@ -111,6 +116,7 @@ def one_hot(*ids: int) -> NDArray[np.float64]:
         ("S,N,3", "Gather", "gated"),
         ("N,S,3", "GatherND", "gated"),
         ("N,S,3", "twice", "scaled"),
+        ("S,N,3", "twice", "sliced"),
     ],
 )
 def test_each_token_has_the_adapter_of_its_row(sizes: str, taken: str, inner: str) -> None:
@@ -155,7 +161,10 @@ def test_slots_serve_the_tokens_of_experts() -> None:
 
 def test_what_is_flattened_without_a_known_batch_is_to_be_measured() -> None:
     body = EXPERTS.replace("rows = Reshape(x, flat)", "hidden = Relu(x) rows = Reshape(hidden, flat)")
-    model = a_graph(body.format(sizes="N,S,3", taken=TAKEN["Gather"], inner=INNER["as it is"]))
+    text = body.format(sizes="N,S,3", taken=TAKEN["Gather"], inner=INNER["as it is"])
+    for symbol, size in (("K", 9), ("A", 5), ("B", 4)):  # else these could be the batch
+        text = text.replace(f"[{symbol}", f"[{size}")
+    model = a_graph(text)
     sites = [site for own in find_sites(model).by_name.values() for site in own]
     assert unclear_inputs(model, sites) == []
     hidden = next(value for node in model.graph for value in node.outputs if value.name == "hidden")
