@@ -18,18 +18,15 @@ from lora_export.api.adapter_names import (
     with_shapes_of_base,
     without_repeated_tables,
 )
-from lora_export.api.adapter_values import adapter_values
+from lora_export.api.adapter_values import adapter_values, taking_graphs
 from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
-from lora_export.artifacts.files import with_suffix
+from lora_export.artifacts.files import file_for_graph, with_suffix
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns
 from lora_export.formats.writing import with_positive_scales
-from lora_export.graph.find_sites import find_sites
-from lora_export.graph.insert.adapter_inputs import checked_contract
-from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import Adapter
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.combining import AdapterSource
@@ -62,7 +59,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
 
     `to` is "peft" or "mlx" (a folder), "kohya", "comfyui", "diffusers" or "openvino" (a .safetensors file), "gguf" (a
     file for llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without
-    another export. `graph` is then that .onnx, made with `lora="inputs"` or "slots". Values keep the smallest type that
+    another export. `graph` is then that .onnx, made with `lora="inputs"` or "slots"; of an encoder-decoder its folder,
+    for which a file is written for each of its graphs, OUTPUT.GRAPH.onnx_adapter. Values keep the smallest type that
     holds them exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
@@ -158,21 +156,30 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
 
 
 def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter, source: str | Path) -> ConvertResult:
-    output, graph = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
+    output, model = place(options.output), on_disk(newly_opened(source), options.on_message)  # ONNX opens files alone
     if options.ignore_head:
         onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={})])
-    input_files.must_exist(graph, "graph")
-    model = load_graph(graph)
-    sites = find_sites(model)
+    input_files.must_exist(model, "graph")
+    graphs = taking_graphs(model)
     if options.ignore_head:
-        (loaded,) = without_shared_head([loaded], sites.specs, stored_in_graph(sites))
-    contract = checked_contract(model, graph)
-    arrays, steps = adapter_values(loaded, options.weight, model, contract, sites, graph)
-    notes = (*loaded.notes, *steps.notes)
+        specs = [spec for graph in graphs for spec in graph.sites.specs]
+        (loaded,) = without_shared_head([loaded], specs, stored_in_graph(*(graph.sites for graph in graphs)))
+    found = adapter_values(loaded, options.weight, graphs)
+    notes = tuple(dict.fromkeys([*loaded.notes, *(note for own in found for note in own.plan.notes)]))
     for note in notes:
         options.on_message(f"note: {note}")
-    inputs = [graph, *adapter_paths(adapter)]
+    inputs = [*(graph.path for graph in graphs), *adapter_paths(adapter)]
+    names = [output.name]
+    if model.is_dir():
+        names = [file_for_graph(output.name.removesuffix(onnx_adapter.SUFFIX), graph.path.name) for graph in graphs]
+    output = output.with_name(names[0])
     with atomic_output.staged(options, output, inputs, is_file=True, streamed=False) as folder:
-        onnx_adapter.write(folder / output.name, arrays, contract, sha256=loaded.sha256)
-    changed = {contract.inputs[name].weight for name in arrays}
-    return ConvertResult(output, len(changed), len(contract.every_place), contract.base, notes)
+        for name, graph, own in zip(names, graphs, found, strict=True):
+            # A graph may have nothing of this adapter. Its file then has a pair of zeros.
+            arrays = own.arrays or graph.contract.places[0].zeros()
+            onnx_adapter.write(folder / name, arrays, graph.contract, sha256=loaded.sha256)
+    changed = {
+        graph.contract.inputs[name].weight for graph, own in zip(graphs, found, strict=True) for name in own.arrays
+    }
+    taken = {one.weight for graph in graphs for one in graph.contract.every_place}
+    return ConvertResult(output, len(changed), len(taken), graphs[0].contract.base, notes)

@@ -49,7 +49,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
     template. All prompts run as one batch.
 
     `adapters` is the name of one adapter for all prompts, or one name, or None for the base, for each prompt: then the
-    graph has to be made with `lora="rows"`. With `lora="inputs"`, NAME.onnx_adapter is beside the graph.
+    graph has to be made with `lora="rows"` or "slots". With `lora="inputs"` and "slots", NAME.onnx_adapter is beside
+    the graph.
 
     A text ends with a token of the model's `eos_token_id`, or after `max_new_tokens`. A `temperature` of 0 takes the
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
@@ -223,6 +224,8 @@ def _chosen_adapters(
     names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
     if len(names) != count:
         raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
+    if model.has_slots:
+        model.fill(dict.fromkeys(name for name in names if name is not None))
     if rows := model.rows:
         unknown = sorted({name for name in names if name is not None} - set(rows))
         if unknown:
@@ -230,7 +233,7 @@ def _chosen_adapters(
         return None, [0 if name is None else 1 + rows.index(name) for name in names]
     if len(set(names)) > 1:
         raise InputRefused(
-            f"{source} runs one adapter at a time: a graph of {named('lora', 'rows')} mixes them in a batch"
+            f"{source} runs one adapter at a time: a graph of {named('lora', 'rows')} or slots mixes them in a batch"
         )
     if names[0] is not None:
         model.load(names[0])

@@ -121,12 +121,6 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"{named('lora', lora)} needs the adapters that rows may choose from ({named('adapters')})")
     if is_graph and not adapters and target is None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
-    if options.has_encoder and target is not None:
-        raise WrongUsage(
-            f"{named('target')} is not for {options.task}: inputs are where the adapters of {named('adapters')} are"
-        )
-    if options.has_encoder and lora == "slots":
-        raise WrongUsage(f"{named('lora', lora)} is not for {options.task}, whose adapters are in several graphs")
     if options.dora and options.per_row > 1:
         raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
     if options.has_encoder and options.strength_input:

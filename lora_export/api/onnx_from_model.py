@@ -28,6 +28,7 @@ from lora_export.api.onnx_steps import (
     locate_steps,
     prove_all,
     record_in,
+    weights_elsewhere,
     write_graph,
 )
 from lora_export.api.proof_of_trace import prove_trace
@@ -256,23 +257,40 @@ def write_graphs(
     """
     whole = layers.specs(base.module) if len(graphs) > 1 else []
     options = replace(options, on_message=each_once(options.on_message))
-    plans, beside = [], []
+    plans, beside, found = [], [], set[str]()
     for name in list(graphs):
         own = replace(options, output=options.output.with_name(name))
         program = graphs.pop(name)
         located, files = write_with_adapters(program, own, future, folder, whole=whole)
         plans.append(located.plan if located else None)
+        found.update(_changed(located) if located else ())
         beside += [*files, *([] if own.output == options.output else [name])]
         drop_tensors(program)
         del program, located  # the sites refer to the graph
         release_memory(of=fp64_bytes(base.module))
-    if not whole or not options.adapters:
+    if not whole:
         return plans[0], beside
-    plan = options.plan(whole)
-    found = {step.weight for own in plans for step in (own.steps if own else ())}
-    if lost := [step.weight for step in plan.steps if found.isdisjoint((step.weight, *step.spec.aliases))]:
+    whole_plan = options.plan(whole) if options.adapters else None
+    steps = [
+        *(whole_plan.steps if whole_plan else ()),
+        *(plan.make(future, whole, identity_ok=True).steps if future else ()),
+    ]
+    if lost := [step.weight for step in steps if found.isdisjoint((step.weight, *step.spec.aliases))]:
         raise RuntimeRefused(f"none of the graphs has {', '.join(lost)}, which the adapters change")
-    return plan, beside
+    return whole_plan, beside
+
+
+def _changed(located: Located) -> list[str]:
+    """The weights of a graph that adapters change, or future ones may."""
+    return [*(step.weight for step in (located.plan.steps if located.plan else ())), *located.targets]
+
+
+def _with_targets(located: Located, future: list[Adapter], whole: Sequence[TensorSpec]) -> Located:
+    """The same, with those weights beside which the graph takes future adapters."""
+    specs = [*located.sites.specs, *weights_elsewhere(located.sites, whole)]
+    steps = plan.make(future, specs, identity_ok=True).steps if future else ()
+    own = [step.weight for step in steps if step.spec.stored_name in located.sites.by_name]
+    return located._replace(targets=own)
 
 
 def write_with_adapters(
@@ -288,12 +306,11 @@ def write_with_adapters(
     `whole` are the weights of the model where the graph has some of them only.
     """
     located = locate_steps(program, options, None, whole=whole) if options.adapters or future else None
-    # Without steps, all that the adapters change is in other graphs.
-    is_changed = located is not None and (located.plan is None or bool(located.plan.steps))
+    located = located and _with_targets(located, future, whole)
+    # Otherwise all that the adapters change is in other graphs.
+    is_changed = located is not None and bool(_changed(located))
     if located is not None and is_changed and options.lora != "merged":
-        specs = located.sites.specs
-        targets = [step.weight for step in plan.make(future, specs, identity_ok=True).steps] if future else []
-        return located, insert_and_save(program, located, options, targets, folder)
+        return located, insert_and_save(program, located, options, located.targets, folder)
     if options.lora == "merged":
         if located is not None and located.plan is not None and is_changed:
             options.stage("folding the adapters in")

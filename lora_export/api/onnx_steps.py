@@ -19,6 +19,7 @@ from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_inputs import contract_dora_factors, insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -57,6 +58,7 @@ class Located(NamedTuple):
     sites: Sites
     plan: Plan | None
     heads: Sequence[Head] = ()  # the layers that each adapter brings whole, where rows choose them
+    targets: Sequence[str] = ()  # the weights beside which future adapters may be
 
 
 def locate_steps(
@@ -75,7 +77,7 @@ def locate_steps(
     options.stage("finding its weights")
     sites = find_sites(program, checkpoint)
     with base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext():
-        elsewhere = [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
+        elsewhere = weights_elsewhere(sites, whole)
         steps = options.plan([*sites.specs, *elsewhere]) if options.adapters else None
     if steps and elsewhere:
         others = {spec.name for spec in elsewhere}
@@ -92,6 +94,11 @@ def locate_steps(
         options.on_message(f"note: {note}")
     heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
     return Located(sites, steps, heads)
+
+
+def weights_elsewhere(sites: Sites, whole: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Those weights of a model that a graph of it does not have."""
+    return [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
 
 
 def insert_and_save(
@@ -201,7 +208,6 @@ def prove_all(
     else:
         runner = OnnxRunner(path, options.provider, timeout=options.seconds)
     if options.lora == "slots":
-        assert isinstance(runner, OnnxRunner)
         options, runner = _with_slots(options, runner)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
@@ -233,13 +239,16 @@ def prove_all(
     return OnnxProofs(whole, adapters, mixed, unlike, several, moved, strengths)
 
 
-def _with_slots(options: OnnxRequest, runner: OnnxRunner) -> tuple[OnnxRequest, OnnxRunner]:
+def _with_slots(options: OnnxRequest, runner: Graphs) -> tuple[OnnxRequest, Graphs]:
     """The adapters of the request in slots, by their files; without any, generated ones."""
     if not options.adapters:
         options = replace(options, adapters=generated_adapters(runner.path))
         return options, with_filled_slots(runner, options.adapters, None)
-    files = {one.name: runner.path.with_name(adapter_file(one, options)) for one in options.adapters}
-    return options, runner.with_slots({name: onnx_adapter.arrays_of(file) for name, file in files.items()})
+
+    names = [adapter.name for adapter in options.adapters]
+    if isinstance(runner, EncoderDecoderRunner):
+        return options, runner.with_slot_files(names)
+    return options, runner.with_slot_files({name: runner.path.with_name(name + SUFFIX) for name in names})
 
 
 def _prove(runner: Graphs, references: References, options: OnnxRequest, what: str) -> Proof:

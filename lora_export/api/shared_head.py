@@ -57,12 +57,12 @@ def stored_in_module(module: nn.Module) -> BaseTensor:
     return lambda name: np.asarray(tensors[name].detach().cpu().float().numpy())
 
 
-def stored_in_graph(sites: Sites) -> BaseTensor:
-    """The tensors of a graph, by name. Quantised ones are dequantised."""
+def stored_in_graph(*graphs: Sites) -> BaseTensor:
+    """The tensors of a model's graphs, by name. Quantised ones are dequantised."""
     from lora_export.graph.exporter_names import is_stored_transposed
 
     def read(name: str) -> NDArray[Any]:
-        site = sites.by_name[name][0]
+        site = next(sites.by_name[name][0] for sites in graphs if name in sites.by_name)
         return site.array.T if is_stored_transposed(site) else site.array
 
     return read

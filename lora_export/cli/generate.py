@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "chosen",
     multiple=True,
     metavar="NAME",
-    help="Adapter to use: once for all prompts, or in a graph of --lora rows once for each. `base` is none.",
+    help="Adapter to use: once for all prompts, or in a graph of --lora rows or slots once for each. `base` is none.",
 )
 def generate_command(
     texts: tuple[str, ...],

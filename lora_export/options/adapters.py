@@ -30,7 +30,8 @@ class ConvertOptions(Output):
     to: WrittenFormat = option("onnx_adapter", "Format to write.", often=True)
     graph: str | Path | None = option(
         None,
-        "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}` or slots.",
+        "With {to=onnx_adapter}: graph that will run the adapter, made by `onnx {lora=inputs}` or slots; of an "
+        "encoder-decoder, the folder.",
         flags=("--for",),
         metavar="MODEL.onnx",
         often=True,

@@ -24,7 +24,7 @@ from lora_export.artifacts.files import (
 )
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.formats import onnx_adapter
-from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS
+from lora_export.formats.contract import ADAPTER_IDS, ROW_INPUTS, AdapterArrays
 from lora_export.graph.cache_names import (
     DECODER_IDS,
     ENCODER_MASK,
@@ -163,6 +163,32 @@ class EncoderDecoderRunner:
                 f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with {named('lora', 'rows')}"
             )
         return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids, scales))
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether adapters are put into slots of the graphs."""
+        return any(graph.has_slots for graph in self.graphs)
+
+    def with_slots(self, values: Callable[[OnnxRunner], Mapping[str, AdapterArrays]]) -> EncoderDecoderRunner:
+        """The same sessions with these adapters in the slots of each graph (see `OnnxRunner.with_slots`)."""
+        return self._each(lambda graph: graph.with_slots(values(graph)) if graph.has_slots else graph)
+
+    def with_slot_files(self, names: Iterable[str]) -> EncoderDecoderRunner:
+        """The same sessions with the files of these adapters in their slots (see `OnnxRunner.with_slot_files`)."""
+        found = list(names)
+
+        def filled(graph: OnnxRunner) -> OnnxRunner:
+            return graph.with_slot_files({name: self.adapter_file(name, graph) for name in found})
+
+        return self._each(lambda graph: filled(graph) if graph.has_slots else graph)
+
+    def with_moved_adapters(self) -> tuple[EncoderDecoderRunner, list[int]] | None:
+        """The same sessions after another adapter took the place of that of each slot (`OnnxRunner`'s)."""
+        moved = {graph: found for graph in self.graphs if (found := graph.with_moved_adapters()) is not None}
+        if not moved:
+            return None
+        now = min((slots for _, slots in moved.values()), key=len)  # those that all graphs have
+        return self._each(lambda graph: moved[graph][0] if graph in moved else graph), now
 
     def with_adapter(self, name: str) -> EncoderDecoderRunner:
         """The same sessions with an adapter's files in every run (see `OnnxRunner.with_adapter`).

@@ -71,16 +71,21 @@ def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 def _graph(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     runner = OnnxRunner(candidate.path, how.options.provider, timeout=how.timeout)
     runner = runner if how.onnx_adapter is None else runner.with_adapter(how.onnx_adapter)
-    if runner.contract_of_slots is not None and how.options.adapter_id is not None:
-        raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
+    _refuse_id_of_slot(candidate, how, has_slots=runner.has_slots)
     if how.options.adapter_id is None and runner.takes_rows:
         return runner
     return with_cache(runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id]))
 
 
+def _refuse_id_of_slot(candidate: Artifact, how: HowToOpen, *, has_slots: bool) -> None:
+    if has_slots and how.options.adapter_id is not None:
+        raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
+
+
 def _graphs_of_encoder_decoder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     path, adapter = candidate.path, how.onnx_adapter
     runner = EncoderDecoderRunner.open(path, how.options.provider, timeout=how.timeout)
+    _refuse_id_of_slot(candidate, how, has_slots=runner.has_slots)
     if adapter is None:
         return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
     name = adapter_of_file(adapter)

@@ -155,6 +155,11 @@ class AdaptersByInput(PlainRunner):
         """The adapters whose strengths are an input of the graph. Raises InputRefused where the record is damaged."""
         return read_strengths(self.metadata, self.path)
 
+    @property
+    def slot_values(self) -> AdapterArrays:
+        """The inputs that have the adapters of all slots, by name; nothing for a graph without slots."""
+        return self._adapter_values if self.has_slots else {}
+
     def strength_of(self, adapter: str) -> float:
         """The strength of an adapter by its name; of the only one, whatever its name is. 1 without such an input."""
         names, values = self.adapters_with_strength, self._adapter_values.get(ADAPTER_STRENGTHS)
@@ -173,6 +178,11 @@ class AdaptersByInput(PlainRunner):
         """What a slot takes; None for a graph without slots. Raises InputRefused where the record is damaged."""
         return read_contract(self.metadata, self.path) if SLOTS_KEY in self.metadata else None
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether adapters are put into slots of the graph."""
+        return self.contract_of_slots is not None
+
     def with_slots(self, adapters: Mapping[str, AdapterArrays]) -> Self:
         """The same session with these adapters in its slots, from slot 1 on: the values of each by its name.
 
@@ -189,6 +199,17 @@ class AdaptersByInput(PlainRunner):
         labels = contract.labels(list(adapters.values()))
         runner.row_adapters = RowAdapters(list(adapters), labels, contract.per_row)
         return runner
+
+    def with_slot_files(self, files: Mapping[str, Path]) -> Self:
+        """The same session with the adapters of these files in its slots, from slot 1 on, by their names.
+
+        Raises InputRefused where a file does not fit the graph, and as `with_slots` does.
+        """
+        contract, values = read_contract(self.metadata, self.path), dict[str, AdapterArrays]()
+        for name, path in files.items():
+            onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
+            values[name] = onnx_adapter.arrays_of(path)
+        return self.with_slots(values)
 
     def with_moved_adapters(self) -> tuple[Self, list[int]] | None:
         """The same session after another adapter, or none, took the place of that of each slot.

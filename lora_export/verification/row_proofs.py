@@ -18,6 +18,7 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.contract import without_absent
 from lora_export.options.spelling import named
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner
@@ -153,7 +154,7 @@ def prove_moved(candidate: RowsRunner, references: References, proofs: Sequence[
     and the last among them. As a control, each adapter is compared with the one in the slot beside it: the verdict is
     `undecided` where it cannot distinguish them.
     """
-    moved = candidate.with_moved_adapters() if isinstance(candidate, OnnxRunner) else None
+    moved = candidate.with_moved_adapters() if isinstance(candidate, OnnxRunner | EncoderDecoderRunner) else None
     if moved is None:
         return None
     runner, now = moved

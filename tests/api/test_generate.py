@@ -148,6 +148,25 @@ def test_short_convolutions_run_in_onnxruntime_genai(tmp_path: Path) -> None:
     assert by_genai(tmp_path / "served") == expected_tokens(base, PROMPTS[:1], count=32)[0]
 
 
+def test_slots_are_filled_with_the_adapters_of_the_rows(llama: Path) -> None:
+    shape = {"target": "all-linear", "slots": 2, "max_rank": 9}
+    le.export_onnx(llama / "base", llama / "slots", lora="slots", with_cache=True, verify=False, **shape)  # type: ignore[arg-type]
+    for name in ("fr", "de"):
+        le.convert(llama / name, llama / "slots" / f"{name}.onnx_adapter", graph=llama / "slots" / "model.onnx")
+    for chosen in (["de", None, "fr"], [None, "fr", "fr"], "de", None):
+        each = chosen if isinstance(chosen, list) else [chosen] * 3
+        expected = [
+            expected_tokens(llama / "base", PROMPTS, llama / own if own else None, count=16)[row]
+            for row, own in enumerate(each)
+        ]
+        assert tokens(llama / "slots", adapters=chosen, count=16) == expected
+    with pytest.raises(InputRefused, match=r"there is no es\.onnx_adapter beside .*; the adapters there: de, fr"):
+        tokens(llama / "slots", adapters="es")
+    shutil.copy(llama / "slots" / "de.onnx_adapter", llama / "slots" / "it.onnx_adapter")
+    with pytest.raises(InputRefused, match="has 2 slots, for 3 adapters"):
+        tokens(llama / "slots", adapters=["de", "fr", "it"])
+
+
 @pytest.mark.slow
 def test_rows_of_a_batch_have_adapters_of_their_own(llama: Path) -> None:
     adapters = [f"{name}={llama / name}" for name in ("fr", "de")]
@@ -239,7 +258,7 @@ def test_folder_runs_in_optimum_as_it_is(llama: Path, tmp_path: Path, fuse: str 
 def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder for each encoder-decoder: its `base`, its adapters `fr` and `de`, and `served` with both.
 
-    Whisper takes them as inputs, the others by row. `de` changes the decoder alone.
+    Whisper takes them as inputs, BART in slots, the others by row. `de` changes the decoder alone.
     """
 
     @functools.cache
@@ -249,7 +268,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         fr = encoder_decoder_adapter(base, folder / "fr")
         targets = r".*decoder\..*\.(q|v|q_proj|v_proj|fc1)"
         de = encoder_decoder_adapter(base, folder / "de", seed=2, targets=targets)
-        lora = "inputs" if name == "whisper" else "rows"
+        lora = {"whisper": "inputs", "bart": "slots"}.get(name, "rows")
         le.export_onnx(base, folder / "served", adapters=[fr, de], lora=lora, with_cache=True, verify=False)
         return folder
 
@@ -306,7 +325,7 @@ def test_encoder_decoder_gives_the_tokens_of_transformers(name: str, served: Cal
         return
     mixed = le.generate(graph, prompts, adapters=chosen, max_new_tokens=64)
     assert [list(result.tokens) for result in mixed] == [expected[own][row] for row, own in enumerate(chosen)]
-    with pytest.raises(InputRefused, match="has no adapter es; it has fr, de"):
+    with pytest.raises(InputRefused, match=r"has no adapter es; it has fr, de|there is no es\..* there: de, fr"):
         le.generate(graph, prompts, adapters="es")
 
 
@@ -382,7 +401,7 @@ def test_encoder_decoder_is_verified_as_a_folder(served: Callable[[str], Path], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora": "inputs", "target": "q"}, "target= is not for text2text-generation"),
+        ({"lora": "inputs", "target": "q", "strength_input": True}, "strength_input= is not for text2text-generation"),
         ({"fuse": "cpu"}, "fuse= is for decoders alone, not for text2text-generation"),
     ],
 )

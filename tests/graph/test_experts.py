@@ -19,12 +19,14 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair, expert_name
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
 from support import experts
 from support.graphs import Arrays, a_graph, an_adapter, planned, run, stored
 from support.handmade import peft_adapter
+from support.insertion import with_reversed_rows
 from support.peft_folders import A_KEY, B_KEY, with_tensors
 
 UP = "m.experts.up_proj"
@@ -210,11 +212,38 @@ def test_experts_that_are_stored_transposed_are_proven(transposed, tmp_path, mod
     assert found.proof.verdict.outcome == "same"
 
 
+def of_flattened_batch(model: ir.Model, reader: ir.Node) -> None:
+    """The ids of one expert as they are before the tokens are sorted: the first ones, in the order of the batch."""
+    flat = reader.inputs[1]
+    while (node := flat.producer()).op_type in ("Gather", "GatherND", "Concat"):
+        flat = node.inputs[0]
+    length = ir.node("Shape", [reader.inputs[1]])
+    zero = ir.node("Constant", [], {"value": ir.tensor([0], ir.DataType.INT64)})
+    first = ir.node("Slice", [flat, zero.outputs[0], length.outputs[0]])
+    model.graph.insert_after(reader.inputs[1].producer(), [length, zero, first])
+    reader.replace_input_with(1, first.outputs[0])
+
+
+def of_other_rows(model: ir.Model, reader: ir.Node) -> None:
+    with_reversed_rows(model, reader.inputs[1], [(reader, 1)])
+
+
 @pytest.mark.slow
-def test_experts_take_no_adapter_for_each_row(exported, tmp_path):
-    with pytest.raises(InputRefused, match=r"experts\.gate_up_proj\[0\] .* no single dimension is the batch"):
-        lora_export.export_onnx(exported.graph, tmp_path / "m.onnx", adapters=[exported.paths["adapter"]], lora="rows")
-    assert not list(tmp_path.iterdir())
+def test_tokens_of_experts_have_the_adapters_of_their_rows(exported, tmp_path):
+    graph, adapter, reference = tmp_path / "m.onnx", exported.paths["adapter"], exported.paths["old"]
+    found = lora_export.export_onnx(
+        exported.graph, graph, adapters=[f"x={adapter}"], lora="slots", slots=2, max_rank=2, reference=reference
+    )
+    proofs = [*found.proofs.adapters.values(), found.proofs.mixed, found.proofs.moved]
+    assert [proof.verdict.outcome for proof in proofs] == ["same"] * 3 and found.proofs.unlike_base == []
+    for number, fault in enumerate((of_flattened_batch, of_other_rows)):
+        model, wrong = load_graph(graph), tmp_path / f"{number}"
+        stack = next(value for value in model.graph.inputs if value.name.endswith("experts.down_proj[1].lora_B.weight"))
+        fault(model, next(node for node, _ in stack.uses()))
+        wrong.mkdir()
+        save_graph(model, wrong, "m.onnx")
+        verdict = lora_export.verify(wrong / "m.onnx", reference, adapters=[f"x={adapter}"]).verdict
+        assert verdict.outcome == "different", fault
 
 
 @pytest.mark.parametrize("origin", [None, "old", "new"])

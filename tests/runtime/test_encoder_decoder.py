@@ -30,13 +30,17 @@ class PlainGraph:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 `base`, an adapter `all`, one of the `decoder` alone, and `served` with both by row."""
+    """A T5 `base`, an adapter `all`, one of the `decoder` alone, and `served` with both by row, and in `slots`."""
     folder = tmp_path_factory.mktemp("t5")
     base = small_encoder_decoder("t5", folder / "base")
     encoder_decoder_adapter(base, folder / "all")
     encoder_decoder_adapter(base, folder / "decoder", seed=2, targets=r"decoder\..*\.(q|v)")
     adapters = [folder / "all", folder / "decoder"]
     le.export_onnx(base, folder / "served", adapters=adapters, lora="rows", with_cache=True, verify=False)
+    shape = {"target": "all-linear", "slots": 3, "max_rank": 4}
+    le.export_onnx(base, folder / "slots", lora="slots", with_cache=True, verify=False, **shape)  # type: ignore[arg-type]
+    for adapter in adapters:
+        le.convert(adapter, folder / "slots" / adapter.name, graph=folder / "slots")
     return folder
 
 
@@ -86,6 +90,27 @@ def test_each_row_of_a_batch_has_its_adapter(folder: Path, runner: EncoderDecode
     for row, adapter in enumerate(("decoder", None, "all")):
         right = expected(folder, adapter)["logits"]
         np.testing.assert_allclose(mixed[row], right[row], rtol=0, atol=2e-4 * np.abs(right).max())
+
+
+def test_each_row_of_a_batch_has_the_adapter_of_its_slot(folder: Path) -> None:
+    empty = EncoderDecoderRunner.open(folder / "slots")
+    assert empty.has_slots and empty.adapters_by_row == []
+    filled = empty.with_slot_files(["all", "decoder"])
+    moved, now = filled.with_moved_adapters() or (filled, [])
+    assert filled.adapters_by_row == ["all", "decoder"] and now == [2, 0, 1]
+    right = {name: expected(folder, name)["logits"] for name in (None, "all", "decoder")}
+    for own, ids, names in (
+        (filled, [2, 0, 1], ("decoder", None, "all")),
+        (filled, [3, 1, 0], (None, "all", None)),
+        (moved, [1, 2, 3], ("decoder", None, "all")),
+    ):
+        mixed = own.with_rows(ids).run(arrays())["logits"]
+        for row, name in enumerate(names):
+            np.testing.assert_allclose(mixed[row], right[name][row], rtol=0, atol=2e-4 * np.abs(right[name]).max())
+    base = EncoderDecoderRunner.open(folder / "served").with_rows([0]).run(arrays())["logits"]
+    assert filled.with_rows([0]).run(arrays())["logits"].tobytes() == base.tobytes()
+    with pytest.raises(InputRefused, match=r"there is no other\.encoder_model\.onnx_adapter in .*: all, decoder"):
+        filled.with_slot_files(["other"])
 
 
 def test_graphs_tell_what_they_take(runner: EncoderDecoderRunner) -> None:

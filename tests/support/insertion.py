@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,20 @@ def packed_graph(
         model = quantised(model, bits=bits, block=block, as_pairs=as_pairs)
     tensors = {"q.weight": packed[:8], "k.weight": packed[8:], "o.weight": WEIGHTS["o"]}
     return model, find_sites(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
+
+
+def with_reversed_rows(model: ir.Model, value: ir.Value, readers: Iterable[tuple[ir.Node, int]]) -> None:
+    """Let readers of a value of rows take what it has for the rows at the other end of the batch."""
+    bounds = [ir.tensor([number], ir.DataType.INT64) for number in (-1, -(2**31), 0, -1)]
+    constants = [ir.node("Constant", [], {"value": bound}) for bound in bounds]
+    reverse = ir.node("Slice", [value, *(node.outputs[0] for node in constants)])
+    for reader, index in readers:
+        reader.replace_input_with(index, reverse.outputs[0])
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], [*constants, reverse])
+    else:
+        model.graph.insert_after(producer, [*constants, reverse])
 
 
 def with_other_ids(graph: Path, text: str, target: Path) -> Path:

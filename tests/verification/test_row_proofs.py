@@ -26,7 +26,7 @@ from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof
 from lora_export.verification.row_proofs import judge_mixed, mixed_rows, several_on_row
 from support.graphs import an_adapter
-from support.insertion import with_other_ids
+from support.insertion import with_other_ids, with_reversed_rows
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -48,21 +48,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.proofs is not None and result.proofs.mixed is not None
     assert any("1+2" in case.name for case in result.proofs.mixed.cases)
     return path
-
-
-def with_reversed_rows(graph: Path, name: str, target: Path) -> Path:
-    """The graph whose rows take what the input has for the rows at the other end of the batch."""
-    model = load_graph(graph)
-    value = next(given for given in model.graph.inputs if given.name == name)
-    bounds = [ir.tensor([number], ir.DataType.INT64) for number in (-1, -(2**31), 0, -1)]
-    constants = [ir.node("Constant", [], {"value": bound}) for bound in bounds]
-    reverse = ir.node("Slice", [value, *(node.outputs[0] for node in constants)])
-    for reader, index in list(value.uses()):
-        reader.replace_input_with(index, reverse.outputs[0])
-    reverse.replace_input_with(0, value)
-    model.graph.insert_before(model.graph[0], [*constants, reverse])
-    ir.save(model, target)
-    return target
 
 
 FIRST, SECOND = (
@@ -88,7 +73,10 @@ def test_a_right_graph_is_same(exported: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adapter_ids", "adapter_scales"])
 def test_exchanged_rows_are_different(exported: Path, name: str, tmp_path: Path) -> None:
-    wrong = with_reversed_rows(exported, name, tmp_path / "wrong.onnx")
+    model = load_graph(exported)
+    value = next(given for given in model.graph.inputs if given.name == name)
+    with_reversed_rows(model, value, list(value.uses()))
+    ir.save(model, wrong := tmp_path / "wrong.onnx")
     result = le.verify(wrong, (net(), INPUTS), adapters=adapters())
     assert result.proof is not None and result.proof.verdict.outcome is Outcome.DIFFERENT
     assert {reason.case.split(",")[0] for reason in result.proof.verdict.reasons} == {"mixed batches"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from lora_export.errors import Different, InputRefused, MatchError, Undecided, W
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import SLOTS_KEY, read_contract
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
+from support.generators import encoder_decoder_adapter, small_encoder_decoder
 from support.graphs import an_adapter
-from support.insertion import with_other_ids
+from support.insertion import with_other_ids, with_reversed_rows
 from support.small_graphs import PAIR
 
 INPUTS = {"input": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}
@@ -175,3 +178,51 @@ def test_a_record_of_other_slots_than_the_graph_takes_is_refused(
     ir.save(model, tmp_path / "claims.onnx")
     with pytest.raises(InputRefused, match=rf"has no input .* of float32 \[{slots + 1}, "):
         le.verify(tmp_path / "claims.onnx", (net(), INPUTS), adapters=[adapter("x")], runner=runner)
+
+
+# --- The graphs of an encoder-decoder, whose slots each have their part of an adapter ---
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 `base`, its adapters `fr` and `de`, and `served`, made without them."""
+    folder = tmp_path_factory.mktemp("t5")
+    base = small_encoder_decoder("t5", folder / "base")
+    encoder_decoder_adapter(base, folder / "fr")
+    encoder_decoder_adapter(base, folder / "de", seed=2, targets=r"decoder\..*\.(q|k|v)")
+    shape = {"target": "all-linear", "slots": 3, "max_rank": 4}
+    le.export_onnx(base, folder / "served", lora="slots", with_cache=True, verify=False, **shape)  # type: ignore[arg-type]
+    return folder
+
+
+def verdict_of(graphs: Path, folder: Path, *names: str) -> Any:
+    return le.verify(graphs, folder / "base", adapters=[folder / name for name in names or ("fr", "de")]).verdict
+
+
+@pytest.mark.slow
+def test_graphs_of_an_encoder_decoder_take_adapters_that_they_have_not_seen(t5: Path) -> None:
+    assert verdict_of(t5 / "served", t5)
+    assert verdict_of(t5 / "served", t5, "de")
+    with pytest.raises(InputRefused, match="holds no adapters: leave"):
+        le.verify(t5 / "served", t5 / "base", adapters=[t5 / "fr"], adapter_id=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("graph", "module"),
+    [
+        ("decoder_model", "decoder.block.1.layer.1.EncDecAttention.k"),  # the cache of the cross attention
+        ("decoder_with_past_model", "decoder.block.0.layer.0.SelfAttention.v"),
+        ("encoder_model", "encoder.block.0.layer.0.SelfAttention.q"),
+    ],
+)
+def test_a_layer_that_reads_the_slots_of_other_rows_is_different(
+    t5: Path, graph: str, module: str, tmp_path: Path
+) -> None:
+    wrong = shutil.copytree(t5 / "served", tmp_path / "wrong")
+    model = load_graph(t5 / "served" / f"{graph}.onnx")
+    stack = next(value for value in model.graph.inputs if value.name == f"{module}.lora_A.weight")
+    gather = next(node for node, _ in stack.uses())
+    with_reversed_rows(model, gather.inputs[1], [(gather, 1)])
+    save_graph(model, wrong, f"{graph}.onnx")
+    assert verdict_of(wrong, t5).outcome == "different"

@@ -81,7 +81,7 @@ def insert_rows(
     refuse_larger_ranks(plan, {step.weight: max_rank for step in plan.low_rank})
     refuse_without_rows(plan, heads, per_row)
     sites_by_weight = {
-        step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding)
+        step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding, apart=True)
         for step in plan.low_rank
     }
     names = [adapter.name for adapter in plan.adapters]
@@ -206,16 +206,17 @@ def _insert_stacks(
     factor, scale = stacks.of_outputs(), stacks.of_inputs()
     for site in sites:
         axis = axes[site.node_input]
+        own = branches.of_layer(axis)
         if scale is not None:
-            inserter.scale_input(site, *branches.scaled_input(site, axis, scale))
-        rescaling = None if factor is None else branches.rescaling(site, axis, factor)
+            inserter.scale_input(site, *own.scaled_input(site, axis, scale))
+        rescaling = None if factor is None else own.rescaling(site, axis, factor)
         if pair is None:
             inserter.insert_beside(site, None, rescaling)
             continue
         if site.is_convolution:
-            branch = partial(branches.convolution_branch, site, *pair, stacks.rank_mask())
+            branch = partial(own.convolution_branch, site, *pair, stacks.rank_mask())
         else:
-            branch = partial(branches.branch, site, axis, *pair)
+            branch = partial(own.branch, site, axis, *pair)
         inserter.insert_beside(site, branch, rescaling)
 
 

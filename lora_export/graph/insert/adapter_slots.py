@@ -65,7 +65,7 @@ def insert_slots(
     for weight in weights:
         readers = sites.by_name.get(weight, ())
         embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
-        own_sites = sites_by_weight[weight] = inserter.sites_of(weight, sites, is_embedding=embedding)
+        own_sites = sites_by_weight[weight] = inserter.sites_of(weight, sites, is_embedding=embedding, apart=True)
         has_dora = weight in with_dora
         place = place_of(weight, own_sites, name_of, digests[weight], embedding=embedding, dora=has_dora)
         scale = name_of(module_of(weight), SCALE, embedding) if weight in with_scale else ""

@@ -13,6 +13,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_export.errors import InputRefused, count, listed
 from lora_export.graph import quantised_weights
 from lora_export.graph.insert.node_factory import Dim, layer_input
+from lora_export.graph.insert.token_rows import TokenPaths, TokenRows, is_symbol
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named
@@ -29,6 +30,7 @@ class BatchAxis:
     # Of rows that were flattened: their number outside and inside of the batch; UNKNOWN where only a run knows it.
     outer: int = 0
     inner: int = 0
+    tokens: TokenRows | None = None  # where the rows are tokens in an order of their own, which take the batch's place
 
     @property
     def is_flat(self) -> bool:
@@ -47,7 +49,7 @@ def batch_input(model: ir.Model, batch: str, layers: Sequence[Site]) -> tuple[ir
         names = {size.value for size in symbols.values() if isinstance(size, ir.SymbolicDim) and size.value}
         # Without names from the user, exporters give the inputs of one batch different symbols.
         if len(set(symbols.values())) > 1:
-            names = {name for name in names if all(_enters(site, name) for site in layers)}
+            names = {name for name in names if all(_enters(site, own) for own in [TokenPaths(name)] for site in layers)}
         batch = names.pop() if len(names) == 1 else batch
     for value, size in symbols.items():
         if is_symbol(size, batch):
@@ -65,9 +67,11 @@ def unclear_inputs(model: ir.Model, layers: Sequence[Site]) -> list[ir.Value]:
         infer_shapes(model)
     firsts = [value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)]
     batches = {size.value for size in firsts if isinstance(size, ir.SymbolicDim) and size.value}
-    unclear = [site for site in layers if not any(_enters(site, name) for name in batches)]
+    paths = [TokenPaths(name) for name in batches]
+    unclear = [site for site in layers if not any(_enters(site, own) for own in paths)]
     inputs = [layer_input(site) for site in unclear if site.node.graph is model.graph]
-    values = dict.fromkeys(value for x in inputs for value in (x, _before_reshape(x)))
+    flattened = [value for own in paths for value in own.unclear] if unclear else []
+    values = dict.fromkeys([*(value for x in inputs for value in (x, _before_reshape(x))), *flattened])
     return [value for value in values if value is not None and value.producer() is not None and not is_stored(value)]
 
 
@@ -78,8 +82,9 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
     """
     axes: dict[tuple[ir.Node, int], BatchAxis] = {}
     problems = []
+    paths = TokenPaths(batch)
     for name, site in layers:
-        axis = _batch_axis(site, batch)
+        axis = _batch_axis(site, paths)
         if isinstance(axis, str):
             problems.append(f"{name} ({site.node.op_type} `{site.node.name}`): {axis}")
         else:
@@ -119,23 +124,18 @@ def infer_shapes(model: ir.Model) -> None:
         value.type = known.type if value.type is None else value.type
 
 
-def is_symbol(size: Dim, symbol: str) -> bool:
-    """Whether a dimension has this symbol."""
-    return isinstance(size, ir.SymbolicDim) and size.value == symbol
-
-
 def _node_outputs(model: ir.Model) -> Iterator[ir.Value]:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         yield from node.outputs
 
 
-def _enters(site: Site, symbol: str) -> bool:
-    return isinstance(_batch_axis(site, symbol), BatchAxis)
+def _enters(site: Site, paths: TokenPaths) -> bool:
+    return isinstance(_batch_axis(site, paths), BatchAxis)
 
 
-def _batch_axis(site: Site, batch: str) -> BatchAxis | str:
+def _batch_axis(site: Site, paths: TokenPaths) -> BatchAxis | str:
     """The batch axis of a layer's input, or the reason why it is not certain."""
-    x = layer_input(site)
+    x, batch = layer_input(site), paths.batch
     attributes = site.node.attributes
     changes_input = attributes.get_int("transA", 0) == 1 or attributes.get_float("alpha", 1.0) != 1
     if site.node.op_type == "Gemm" and changes_input:
@@ -152,6 +152,8 @@ def _batch_axis(site: Site, batch: str) -> BatchAxis | str:
     if len(axes) == 1 and axes[0] < len(x.shape) - 1 and isinstance(x.shape[-1], int):
         return BatchAxis(len(x.shape), axes[0])
     flat = None if axes or site.is_lookup else _axis_before_reshape(x, batch)
+    rows = None if axes or site.is_lookup or flat else paths.rows_of(x)
+    flat = flat if rows is None else BatchAxis(2, tokens=rows)
     return flat or f"its input has the shape {x.shape}, in which no single dimension is the batch for certain"
 
 

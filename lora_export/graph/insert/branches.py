@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.fused_operators import take_apart
 from lora_export.graph.insert.node_factory import (
     MIN_OPSET,
     NO_ATTRIBUTES,
@@ -190,15 +191,23 @@ class Inserter:
         self.insertions: dict[ir.Node, list[Insertion]] = {}
 
     def sites_of(
-        self, weight: str, sites: Sites, *, is_embedding: bool = False, allow_changed_weight: bool = False
+        self,
+        weight: str,
+        sites: Sites,
+        *,
+        is_embedding: bool = False,
+        allow_changed_weight: bool = False,
+        apart: bool = False,
     ) -> tuple[Site, ...]:
         """The sites of a weight. Raises InputRefused where no branch can be inserted beside one of its readers.
 
-        `allow_changed_weight` accepts fused operators, which read W + A·B instead.
+        `allow_changed_weight` accepts fused operators, which read W + A·B instead; `apart` takes them apart.
         """
         if weight not in sites.by_name:
             raise InputRefused(_unsplit(weight, sites))
         own_sites = sites.by_name[weight]
+        for site in own_sites if apart else ():
+            take_apart(self.factory, site)
         beside = [site for site in own_sites if not (allow_changed_weight and site.accepts_changed_weight)]
         obstacles = sorted({branch_obstacle(site, is_embedding=is_embedding) for site in beside} - {""})
         if obstacles:
@@ -265,15 +274,7 @@ class Inserter:
         site.node.graph.insert_after(site.node, nodes)
         for node, index in uses:
             node.replace_input_with(index, total)
-        self.replace_graph_outputs(product, total)
-
-    def replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
-        """Make `new` the graph's output in place of `old`, under the same name."""
-        for graph in self.factory.model.graphs():
-            for index, output in enumerate(graph.outputs):
-                if output is old:
-                    new.name, old.name = old.name, new.name
-                    graph.outputs[index] = new
+        self.factory.replace_graph_outputs(product, total)
 
     def _branches(self, insertions: Sequence[Insertion]) -> list[BranchNodes]:
         """The branches of a node, as wide as its product. Branches of several blocks are concatenated to one.

@@ -75,6 +75,14 @@ class NodeFactory:
         value = new_initializer(self.model, name, ir.Tensor(np.ascontiguousarray(array)))
         return Factor(value, "/".join(["", *parts]))
 
+    def replace_graph_outputs(self, old: ir.Value, new: ir.Value) -> None:
+        """Make `new` the graph's output in place of `old`, under the same name."""
+        for graph in self.model.graphs():
+            for index, output in enumerate(graph.outputs):
+                if output is old:
+                    new.name, old.name = old.name, new.name
+                    graph.outputs[index] = new
+
     def require_opset(self, opset: int, feature: str) -> None:
         """Raise InputRefused for a graph of an older opset."""
         graph_opset = self.model.opset_imports.get("", 0)

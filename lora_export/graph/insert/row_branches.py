@@ -5,6 +5,7 @@ A row may have several adapters, each times a factor of the input `adapter_scale
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
+from lora_export.graph.insert.token_rows import TokenRows, of_tokens
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 
@@ -138,6 +140,9 @@ class RowBranches:
         self.rank_masks: dict[int, ir.Value] = {}  # by rank
         self.scales: RowScales | None = None  # None: each row has one adapter
         self.conditions: dict[ir.Value, ir.Value] = {}  # by layer input
+        self.of_sorted: dict[TokenRows, RowBranches] = {}
+        self.ids_of_tokens: dict[TokenRows, ir.Value] = {}
+        self.scales_of_tokens: dict[TokenRows, ir.Value] = {}
         graph = factory.model.graph
         sizes = [self.batch] if per_row == 1 else [self.batch, per_row]
         ids = ir.Value(name=ADAPTER_IDS, shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.INT64))
@@ -158,6 +163,26 @@ class RowBranches:
             scales = nodes.add("Reshape", [factors, shape], sizes)
             self.scales = RowScales(nodes, self.ids, scales, adapters, self.constant)
         graph.insert_before(graph[0], nodes.nodes)
+
+    def of_layer(self, batch: BatchAxis) -> RowBranches:
+        """The branches for a layer's input: these, or those whose rows are its tokens, each with its row's adapter."""
+        tokens = batch.tokens
+        if tokens is None:
+            return self
+        if tokens not in self.of_sorted:
+            made = self.of_sorted[tokens] = copy.copy(self)
+            nodes = NodeList(self.factory, f"/{ADAPTER_IDS}")
+            made.ids = of_tokens(nodes, tokens, self.ids, self.ids_of_tokens)
+            made.batch = sizes_of(made.ids)[0]
+            made.rank_masks, made.conditions = {}, {}
+            made.row_count = nodes.add("Shape", [made.ids], [1], start=0, end=1)
+            nodes.insert_behind(made.ids)
+            if self.scales is not None:
+                nodes = NodeList(self.factory, f"/{ADAPTER_SCALES}")
+                scales = of_tokens(nodes, tokens, self.scales.scales, self.scales_of_tokens)
+                made.scales = RowScales(nodes, made.ids, scales, self.adapters, self.constant)
+                nodes.insert_behind(made.ids)  # which are behind the scales
+        return self.of_sorted[tokens]
 
     def branch(self, site: Site, batch: BatchAxis, a: Factor, b: Factor, outputs: range) -> BranchNodes:
         """x·A·B with A and B by row, in the shape of these outputs of the site's node."""

@@ -93,7 +93,7 @@ def head_layers(inserter: Inserter, sites: Sites, heads: Sequence[Head]) -> list
         if why := _obstacle(weight, sites):
             problems.append(f"{weight}: {why}")
             continue
-        own_sites = inserter.sites_of(weight, sites)
+        own_sites = inserter.sites_of(weight, sites, apart=True)
         base_bias = sites.by_name[bias][0].array if bias in sites.by_name else None
         matrix = own_sites[0].matrix
         weights, biases = [], []
@@ -204,28 +204,37 @@ class RowHeads:
         """Insert the choice behind a layer; returns the layer's output as it is then."""
         output = _layer_output(site, layer)
         uses, axis, width = output.uses(), self.axes[site.node_input], layer.width
+        branches = self.branches.of_layer(axis)
         nodes = NodeList(self.factory, "/" + dotted(layer.module, SAVED_WHOLE))
-        own = self._own(nodes, site, axis, weights, biases)
-        base = self.branches.separate_batch(nodes, self._widened(nodes, output, axis, layer), axis, width)
-        owns = self.branches.of_rows(nodes, mask, len(sizes_of(own)), batch_axis=axis.axis)
+        own = self._own(branches, nodes, site, axis, weights, biases)
+        base = branches.separate_batch(nodes, self._widened(nodes, output, axis, layer), axis, width)
+        owns = branches.of_rows(nodes, mask, len(sizes_of(own)), batch_axis=axis.axis)
         chosen = nodes.add("Where", [owns, own, base], own.shape, own.dtype)
         shape = None if output.shape is None else [*output.shape[:-1], width]
-        chosen = self.branches.as_layer(nodes, chosen, axis, shape)
+        chosen = branches.as_layer(nodes, chosen, axis, shape)
         nodes.insert_behind(output)
         for node, index in uses:
             node.replace_input_with(index, chosen)
-        self.inserter.replace_graph_outputs(output, chosen)
+        self.factory.replace_graph_outputs(output, chosen)
         return chosen
 
-    def _own(self, nodes: NodeList, site: Site, axis: BatchAxis, weights: Factor, biases: Factor | None) -> ir.Value:
+    def _own(
+        self,
+        branches: RowBranches,
+        nodes: NodeList,
+        site: Site,
+        axis: BatchAxis,
+        weights: Factor,
+        biases: Factor | None,
+    ) -> ir.Value:
         """x·W + b by each row's own W and b, with a dimension for the batch."""
         weights = nodes.cast_to_site(site, weights)
         x = layer_input(site)
-        x, back = self.branches.batch_first(nodes, self.branches.separate_batch(nodes, x, axis, last_size(x)), axis)
-        own = self.branches.product_by_row(nodes, x, weights.value)
+        x, back = branches.batch_first(nodes, branches.separate_batch(nodes, x, axis, last_size(x)), axis)
+        own = branches.product_by_row(nodes, x, weights.value)
         if biases is not None:
             biases = nodes.cast_to_site(site, biases)
-            bias = self.branches.of_rows(nodes, biases.value, len(sizes_of(own)), batch_axis=0)
+            bias = branches.of_rows(nodes, biases.value, len(sizes_of(own)), batch_axis=0)
             own = nodes.add("Add", [own, bias], own.shape)
         return transposed(nodes, own, back)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,13 +58,11 @@ class Decoder:
         unknown -= {tensor.past for tensor in self.cache}
         self.takes_padding = runner.takes_padding
         self.tokens_at_once = runner.tokens_at_once
-        self.rows: list[str] = runner.inner.adapters_by_row or []
+        self.inner, self.has_slots = runner.inner, runner.inner.has_slots
         self.longest = runner.inner.longest
         self.adapters_per_row = runner.inner.adapters_per_row
         self.session = runner.inner.session
         self.adapters: Session | None = None
-        if runner.inner.contract_of_slots is not None:
-            raise InputRefused(f"{graph} has slots, which nothing fills here: generate with {named('lora', 'rows')}")
         if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
             self.adapters = Session(graph, provider=provider, session=self.session)
             unknown -= {name for place in self.adapters.contract.places for name in place.input_shapes}
@@ -72,17 +71,29 @@ class Decoder:
             lacking = f"also takes {', '.join(sorted(unknown))}" if unknown else f"has no output {LOGITS}"
             raise InputRefused(f"{graph} {lacking}: it is no decoder of texts alone")
 
+    @property
+    def rows(self) -> list[str]:
+        """The adapters that rows may choose from, from id 1 on: those in the graph, or in its slots."""
+        return self.inner.adapters_by_row or []
+
     def load(self, name: str) -> None:
         """Load the adapter NAME.onnx_adapter beside the graph. Raises InputRefused where there is none that fits."""
         if self.adapters is None:
             raise InputRefused(f"{self.graph} takes no adapter: it was not made with {named('lora', 'inputs')} or rows")
+        self.adapters.load(name, self._file(name))
+
+    def fill(self, names: Iterable[str]) -> None:
+        """Put the adapters NAME.onnx_adapter beside the graph into its slots. Raises InputRefused as `load` does."""
+        self.inner = self.inner.with_slot_files({name: self._file(name) for name in names})
+
+    def _file(self, name: str) -> Path:
         found = {path.stem: path for path in self.graph.parent.glob(f"*{onnx_adapter.SUFFIX}")}
         if name not in found:
             others = ", ".join(sorted(found)) or "none"
             raise InputRefused(
                 f"there is no {name}{onnx_adapter.SUFFIX} beside {self.graph}; the adapters there: {others}"
             )
-        self.adapters.load(name, found[name])
+        return found[name]
 
     def start(self, batch: int, adapter: str | None = None, adapter_ids: Sequence[int] | None = None) -> DecoderRun:
         """A new run with an empty cache: of a loaded adapter, or with the adapter of each row by its id."""
@@ -98,6 +109,8 @@ class DecoderRun:
         self.binding = decoder.session.io_binding()
         if decoder.adapters is not None:
             decoder.adapters.bind(self.binding, adapter=adapter)
+        for name, value in _slot_inputs(decoder.inner).items():
+            self.binding.bind_ortvalue_input(name, value)
         if ADAPTER_IDS in decoder.takes:
             ids = np.array(adapter_ids or [0] * batch, np.int64)
             for name, value in row_inputs(ids, None, decoder.adapters_per_row).items():
@@ -147,6 +160,17 @@ class DecoderRun:
         return last
 
 
+def _slot_inputs(graph: OnnxRunner) -> dict[str, Any]:
+    """The inputs that have the adapters of all slots, as values of onnxruntime on the graph's device."""
+    ort = import_onnxruntime()
+    return {
+        name: ort_value_of_array(ort, array)
+        if graph.provider == "cpu" or array.dtype == ml_dtypes.bfloat16
+        else ort.OrtValue.ortvalue_from_numpy(array, graph.provider, 0)
+        for name, array in graph.slot_values.items()
+    }
+
+
 # --- the graphs of an encoder-decoder ---
 
 
@@ -161,7 +185,9 @@ class EncoderDecoder:
     def __init__(self, folder: Path, provider: str = "cpu"):
         self.path, self.provider = folder, provider
         self.graphs = EncoderDecoderRunner.open(folder, provider)
-        self.rows: list[str] = self.graphs.adapters_by_row or []
+        self.has_slots = self.graphs.has_slots
+        # Graph -> its inputs that have the adapters of all slots
+        self.slots = {graph: _slot_inputs(graph) for graph in self.graphs.graphs}
         self.longest = self.graphs.longest
         inputs = self.graphs.axes.items()
         # The sizes of what the encoder reads: token ids, sounds or pixels. None where they vary
@@ -173,6 +199,16 @@ class EncoderDecoder:
             for graph in self.graphs.graphs
             if graph.lacks_adapter
         }
+
+    @property
+    def rows(self) -> list[str]:
+        """The adapters that rows may choose from, from id 1 on: those in the graphs, or in their slots."""
+        return self.graphs.adapters_by_row or []
+
+    def fill(self, names: Iterable[str]) -> None:
+        """Put the files of these adapters into slots. Raises InputRefused as `load` does."""
+        self.graphs = self.graphs.with_slot_files(names)
+        self.slots = {graph: _slot_inputs(graph) for graph in self.graphs.graphs}
 
     def load(self, name: str) -> None:
         """Load an adapter's files in the folder. Raises InputRefused where they are missing or do not fit."""
@@ -242,6 +278,8 @@ class EncoderDecoderRun:
         binding = graph.session.io_binding()
         if graph in self.model.sessions:
             self.model.sessions[graph].bind(binding, adapter=self.adapter)
+        for name, value in self.model.slots[graph].items():
+            binding.bind_ortvalue_input(name, value)
         if graph.takes_rows:
             feeds = {**feeds, **row_inputs(self.ids, None, graph.adapters_per_row)}
         for name, value in feeds.items():

@@ -116,12 +116,39 @@ def test_attention_takes_adapters_as_inputs_one_after_another(packed: Any, tmp_p
         checked_contract(other, path)
 
 
+def in_rows(model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "B") -> None:
+    insert_rows(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch=batch)
+
+
 def test_rows_of_attention_are_refused_with_advice(packed: Any) -> None:
     model, checkpoint, _ = packed
-    found = find_sites(model, checkpoint)
-    steps = plan.make([an_adapter(PAIRS)], found.specs, one_at_a_time=True)
     with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
-        insert_rows(model, found, steps, batch="B")
+        in_rows(model, find_sites(model, checkpoint), an_adapter(PAIRS))
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ('"Tanh"', np.tanh),
+        ('"Relu"', lambda y: np.maximum(y, 0)),
+        ('"LeakyRelu", activation_alpha = 0.25', lambda y: np.where(y < 0, y / 4, y)),
+    ],
+)
+def test_rows_of_a_fused_product_have_their_own_adapter(activation: str, function: Any) -> None:
+    body = f"y = com.microsoft.FusedGemm <transB = 1, activation = {activation}> (x, W)"
+    model, found = planned_on(body, Layout.OUT_IN)
+    base, other = run(model, x=-X)["y"], LoraPair(a=PAIR.a, b=-PAIR.b, scale=3.0)
+    in_rows(model, found, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": other}, name="two"), batch="N")
+    output = run(model, x=-X, adapter_ids=np.array([2, 1]))["y"]
+    changed = np.stack([-X[0] @ (WEIGHT + other.delta()).T, -X[1] @ (WEIGHT + DELTA).T])
+    np.testing.assert_allclose(output, function(changed), rtol=1e-5)
+    assert run(model, x=-X, adapter_ids=np.array([0, 0]))["y"].tobytes() == base.tobytes()
+
+
+def test_an_unknown_activation_is_refused_with_advice() -> None:
+    model, found = planned_on('y = com.microsoft.FusedGemm <transB = 1, activation = "Swishy"> (x, W)', Layout.OUT_IN)
+    with pytest.raises(InputRefused, match=r"read by FusedGemm, .*Merge the adapter"):
+        in_rows(model, found, an_adapter({"m": PAIR}), batch="N")
 
 
 @pytest.mark.parametrize("mode", ["nodes", "inputs"])
