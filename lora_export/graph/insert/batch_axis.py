@@ -13,7 +13,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_export.errors import InputRefused, count, listed
 from lora_export.graph import quantised_weights
 from lora_export.graph.insert.node_factory import Dim, layer_input
-from lora_export.graph.insert.token_rows import TokenPaths, TokenRows, is_symbol
+from lora_export.graph.insert.token_rows import SortedTokens, TokenPaths, is_symbol
 from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored
 from lora_export.options.spelling import named
@@ -30,7 +30,9 @@ class BatchAxis:
     # Of rows that were flattened: their number outside and inside of the batch; UNKNOWN where only a run knows it.
     outer: int = 0
     inner: int = 0
-    tokens: TokenRows | None = None  # where the rows are tokens in an order of their own, which take the batch's place
+    tokens: SortedTokens | None = (
+        None  # where the rows are tokens in an order of their own, which take the batch's place
+    )
 
     @property
     def is_flat(self) -> bool:

@@ -12,7 +12,7 @@ from lora_export.graph.operators import MICROSOFT, operator_id
 from lora_export.graph.site import Site
 
 # Activation -> the attributes of ONNX's operator of that name, by their names in FusedGemm
-ACTIVATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+ACTIVATION_ATTRIBUTES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         **{name: {} for name in ("Relu", "Tanh", "Sigmoid", "Softplus", "Softsign")},
         **{name: {"alpha": "activation_alpha"} for name in ("LeakyRelu", "Elu", "ThresholdedRelu")},
@@ -27,9 +27,9 @@ def take_apart(factory: NodeFactory, site: Site) -> None:
     if not site.accepts_changed_weight or operator_id(node) != (MICROSOFT, "FusedGemm"):
         return
     name, product = node.attributes.get_string("activation", ""), node.outputs[0]
-    if name not in ACTIVATIONS:
+    if name not in ACTIVATION_ATTRIBUTES:
         return
-    given = {own: node.attributes.get(fused) for own, fused in ACTIVATIONS[name].items()}
+    given = {own: node.attributes.get(fused) for own, fused in ACTIVATION_ATTRIBUTES[name].items()}
     attributes = {own: ir.AttrFloat32(own, each.as_float()) for own, each in given.items() if each is not None}
     node.domain, node.op_type = "", "Gemm"
     for each in [each for each in node.attributes if each.startswith("activation")]:

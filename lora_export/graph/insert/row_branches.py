@@ -25,7 +25,7 @@ from lora_export.graph.insert.node_factory import (
     layer_input,
     sizes_of,
 )
-from lora_export.graph.insert.token_rows import TokenRows, of_tokens
+from lora_export.graph.insert.token_rows import SortedTokens, of_tokens
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 
@@ -140,9 +140,9 @@ class RowBranches:
         self.rank_masks: dict[int, ir.Value] = {}  # by rank
         self.scales: RowScales | None = None  # None: each row has one adapter
         self.conditions: dict[ir.Value, ir.Value] = {}  # by layer input
-        self.of_sorted: dict[TokenRows, RowBranches] = {}
-        self.ids_of_tokens: dict[TokenRows, ir.Value] = {}
-        self.scales_of_tokens: dict[TokenRows, ir.Value] = {}
+        self.of_sorted: dict[SortedTokens, RowBranches] = {}
+        self.ids_of_tokens: dict[SortedTokens, ir.Value] = {}
+        self.scales_of_tokens: dict[SortedTokens, ir.Value] = {}
         graph = factory.model.graph
         sizes = [self.batch] if per_row == 1 else [self.batch, per_row]
         ids = ir.Value(name=ADAPTER_IDS, shape=ir.Shape(sizes), type=ir.TensorType(ir.DataType.INT64))

@@ -27,7 +27,7 @@ ROW_BY_ROW = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class SortedTokens:
     """The rows of a value [tokens, features].
 
     `of` are those from which the value's node takes them. Without any, the node flattens a batch, which is the
@@ -35,7 +35,7 @@ class TokenRows:
     """
 
     value: ir.Value
-    of: tuple[TokenRows, ...] = ()
+    of: tuple[SortedTokens, ...] = ()
     axis: int = 0
 
 
@@ -44,10 +44,10 @@ class TokenPaths:
     """Finds the rows of values, each once. `batch` is the symbol of the batch."""
 
     batch: str
-    known: dict[ir.Value, TokenRows | None] = field(default_factory=dict)
+    known: dict[ir.Value, SortedTokens | None] = field(default_factory=dict)
     unclear: dict[ir.Value, None] = field(default_factory=dict)  # what is flattened and shows no batch
 
-    def rows_of(self, value: ir.Value, nodes_left: int = MOST_NODES) -> TokenRows | None:
+    def rows_of(self, value: ir.Value, nodes_left: int = MOST_NODES) -> SortedTokens | None:
         """The rows of a value; None where it is not certain which they are."""
         if value not in self.known:
             self.known[value] = None  # a graph has no cycles, and a damaged one ends here
@@ -55,7 +55,7 @@ class TokenPaths:
             self.known[value] = self._found(value, nodes_left - 1) if nodes_left and is_matrix else None
         return self.known[value]
 
-    def _found(self, value: ir.Value, nodes_left: int) -> TokenRows | None:
+    def _found(self, value: ir.Value, nodes_left: int) -> SortedTokens | None:
         node = value.producer()
         if node is None or not node.inputs or node.inputs[0] is None:
             return None
@@ -64,15 +64,15 @@ class TokenPaths:
             return self._reshaped(value, first, nodes_left)
         if domain == ONNX and _takes_rows(node):
             rows = self.rows_of(first, nodes_left)
-            return None if rows is None else TokenRows(value, (rows,))
+            return None if rows is None else SortedTokens(value, (rows,))
         if (domain, operator) == (ONNX, "Concat") and _is_of_rows(node):
             parts = [None if part is None else self.rows_of(part, nodes_left) for part in node.inputs]
             found = tuple(rows for rows in parts if rows is not None)
-            return TokenRows(value, found) if len(found) == len(parts) else None
+            return SortedTokens(value, found) if len(found) == len(parts) else None
         found_rows = {self.rows_of(each, nodes_left) for each in _of_same_rows(node)}
         return found_rows.pop() if len(found_rows) == 1 else None
 
-    def _reshaped(self, value: ir.Value, before: ir.Value, nodes_left: int) -> TokenRows | None:
+    def _reshaped(self, value: ir.Value, before: ir.Value, nodes_left: int) -> SortedTokens | None:
         """The rows of [..., features] that a Reshape flattens to [tokens, features]."""
         sizes: list[Dim] = [] if before.shape is None else list(before.shape)
         if not sizes or sizes[-1] != sizes_of(value)[-1] or not isinstance(sizes[-1], int):
@@ -81,7 +81,7 @@ class TokenPaths:
             return self.rows_of(before, nodes_left)
         axes = [axis for axis, size in enumerate(sizes) if is_symbol(size, self.batch)]
         if len(axes) == 1:
-            return TokenRows(value, axis=axes[0])
+            return SortedTokens(value, axis=axes[0])
         self.unclear[before] = None
         return None
 
@@ -133,7 +133,7 @@ def _is_constant_of_row(value: ir.Value) -> bool:
 # --- What rows of the batch have, for each token ---
 
 
-def of_tokens(branch: NodeList, rows: TokenRows, by_row: ir.Value, made: dict[TokenRows, ir.Value]) -> ir.Value:
+def of_tokens(branch: NodeList, rows: SortedTokens, by_row: ir.Value, made: dict[SortedTokens, ir.Value]) -> ir.Value:
     """What the batch has by row (batch, ...), for each of these tokens (tokens, ...).
 
     Inserts nodes, one for each in `made`, behind those that move the tokens; `branch` has the path of their names.
@@ -146,7 +146,7 @@ def of_tokens(branch: NodeList, rows: TokenRows, by_row: ir.Value, made: dict[To
     return made[rows]
 
 
-def _moved(nodes: NodeList, rows: TokenRows, parts: Sequence[ir.Value]) -> ir.Value:
+def _moved(nodes: NodeList, rows: SortedTokens, parts: Sequence[ir.Value]) -> ir.Value:
     """What the node of the rows does to their tokens, done to what these have."""
     node = rows.value.producer()
     assert node is not None
@@ -156,7 +156,7 @@ def _moved(nodes: NodeList, rows: TokenRows, parts: Sequence[ir.Value]) -> ir.Va
     return nodes.add(node.op_type, [*parts, *others], shape, None, attributes)
 
 
-def _flattened(nodes: NodeList, rows: TokenRows, by_row: ir.Value) -> ir.Value:
+def _flattened(nodes: NodeList, rows: SortedTokens, by_row: ir.Value) -> ir.Value:
     """What each token's row of the batch has, in the order in which a Reshape flattens the tokens."""
     node = rows.value.producer()
     assert node is not None and node.inputs[0] is not None

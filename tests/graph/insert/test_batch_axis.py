@@ -40,7 +40,7 @@ def whole_numbers(sizes: str) -> NDArray[np.float32]:
     return np.random.default_rng(0).integers(-3, 4, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("before", ["N,S,3", "S,N,3", "2,N,S,3", "S,N,2,3", "N,S,T,3", "N,S,1,3", "S,N,3,1"])
+@pytest.mark.parametrize("before", ["N,S,3", "S,N,3", "2,N,S,3", "S,N,2,3", "N,S,T,3", "S,N,T,3", "N,S,1,3", "S,N,3,1"])
 def test_batch_of_flattened_rows_is_found(before: str) -> None:
     model = a_graph(f"""
         g (float[{before}] t, float[N] other_input) => (float[M,2] y)
@@ -68,8 +68,7 @@ def test_batch_of_flattened_rows_is_found(before: str) -> None:
         ("N,N,3", "y = MatMul(t, m.weight)", r"its input has the shape \[N,N,3\]"),
         ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "transposes or scales"),
         ("N,3", "y = Gemm <alpha = 2.0> (t, m.weight)", "transposes or scales"),
-        ("S,N,T,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t with flattened rows
-        ("S,K,3", "y = MatMul(r, m.weight)", "its input has the shape"),
+        ("S,K,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t with flattened rows
         ("N,S,N,3", "y = MatMul(r, m.weight)", "its input has the shape"),
     ],
 )

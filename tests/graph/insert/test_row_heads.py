@@ -68,6 +68,23 @@ def test_each_row_has_its_own_head_and_its_own_labels() -> None:
     assert [(value.name, str(value.shape)) for value in model.graph.outputs] == [("logits", "[N,4]")]
 
 
+def test_tokens_that_were_sorted_have_the_head_of_their_row() -> None:
+    model = a_graph("""
+        g (float[N,S,2] x, int64[K] order) => (float[K,3] logits)
+        <float[2,2] a.weight = {1,2,3,4}, float[2,3] head.weight = {1,0,2,1,1,0}, float[3] head.bias = {5,6,7},
+         int64[2] flat = {-1,2}>
+        { [a] h = MatMul(x, a.weight)
+          rows = Reshape(h, flat) sorted = Gather <axis = 0> (rows, order)
+          [head] y = MatMul(sorted, head.weight)
+          [plus] logits = Add(y, head.bias) }""")
+    own = {"head.weight": np.float32([[1, -1], [2, 0], [0, 3]]), "head.bias": np.float32([1, 2, 3])}
+    with_heads(model, [own], one_and_two()[0])
+    order = np.array([3, 1, 0])
+    logits = run(model, x=ROWS[None, :2].repeat(2, 0), order=order, adapter_ids=row_ids(0, 1))["logits"]
+    assert np.array_equal(logits[0], ROWS[1] @ (A + CHANGE) @ own["head.weight"].T + own["head.bias"])
+    assert np.array_equal(logits[1:], ROWS[[1, 0]] @ A @ HEAD + BIAS)
+
+
 def test_an_adapter_without_a_head_uses_the_base_s() -> None:
     model = a_graph(CLASSIFIER)
     with_heads(model, [{}, SMALL], *one_and_two())
