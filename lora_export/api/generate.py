@@ -12,15 +12,16 @@ import numpy as np
 from lora_export.api.generation_files import GenerationSettings, genai_model
 from lora_export.api.generation_prompts import encoder_inputs, first_tokens, refuse_other_kinds, token_ids
 from lora_export.api.publish import require_provider
+from lora_export.api.text_stream import TextStream
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS
 from lora_export.models.cached_decoder import SEQUENCE_SYMBOL
-from lora_export.models.processors import PIXELS, open_tokenizer, refusing_failures
+from lora_export.models.processors import PIXELS, open_tokenizer
 from lora_export.options.declaring import takes
-from lora_export.options.export import GenerateOptions, OnText, Prompt
+from lora_export.options.export import GenerateOptions, Prompt
 from lora_export.options.spelling import command, named
 from lora_export.provenance import refuse_larger
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
@@ -81,7 +82,7 @@ def generate(options: GenerateOptions) -> list[Generation]:
     texts_in = any(isinstance(given, str) for given in (*prompts, starts, *starts))
     tokenizer = _tokenizer(settings.folder, needed=texts_in)
     limits = TextLimits(settings.end_tokens, options.max_new_tokens, settings.padding, settings.rules)
-    streams = [_TextStream(number, tokenizer, options.on_text) for number in range(len(prompts))]
+    streams = [TextStream(number, tokenizer, options.on_text) for number in range(len(prompts))]
 
     def on_token(number: int, token: int) -> None:
         streams[number].add(token)
@@ -144,40 +145,6 @@ def _start_tokens(
         known = np.array(sorted(languages.values()))
         chosen = known[logits[:, known].argmax(axis=1)].tolist()
     return [[start, token, *settings.speech_tokens(translate=translate)] for token in chosen]
-
-
-class _TextStream:
-    """The text of tokens that come one by one: a character may be made of several of them."""
-
-    def __init__(self, number: int, tokenizer: Any, on_text: OnText):
-        self.number, self.tokenizer, self.on_text = number, tokenizer, on_text
-        self.tokens: list[int] = []
-        self.shown = 0
-
-    def add(self, token: int) -> None:
-        """Pass on what is certain now. A character that is not complete yet is decoded as U+FFFD."""
-        self.tokens.append(token)
-        text = self._text()
-        if text is not None and not text.endswith("\ufffd"):
-            self._show(text)
-
-    def end(self) -> str | None:
-        """Pass on what is left, and return the whole text; None without a tokenizer."""
-        text = self._text()
-        if text is not None:
-            self._show(text)
-        return text
-
-    def _text(self) -> str | None:
-        if self.tokenizer is None:
-            return None
-        with refusing_failures("the tokenizer fails on the model's tokens"):
-            return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-
-    def _show(self, text: str) -> None:
-        if len(text) > self.shown:
-            self.on_text(self.number, text[self.shown :])
-            self.shown = len(text)
 
 
 def _tokenizer(folder: Path, *, needed: bool) -> Any:

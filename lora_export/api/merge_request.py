@@ -105,7 +105,7 @@ class MergeRequest(MergeOptions):
         return notes
 
     def warn_of_rounding(self, report: MergeReport, remedy: Callable[[], str]) -> None:
-        """Warn where rounding took much of the change of some weights. `remedy` says what keeps it."""
+        """Warn where rounding took much of the change of some weights. `remedy` makes the end of the message."""
         if report.below_rounding:
             worst = min(report.below_rounding, key=lambda result: result.retention)
             self.on_message(
