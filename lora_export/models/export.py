@@ -74,10 +74,11 @@ def simplify(model: ir.Model) -> None:
 def _remove_idle_squeezes(graph: ir.Graph) -> None:
     """Make an Identity of each Squeeze of an axis whose size is not 1. PyTorch leaves this axis; ONNX refuses it."""
     for node in ir.traversal.RecursiveGraphIterator(graph):
-        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[0].shape is None:
+        value, axis = [*node.inputs, None, None][:2]
+        if node.op_type != "Squeeze" or value is None or value.shape is None or axis is None:
             continue
-        axes, shape = ir.convenience.get_const_tensor(node.inputs[1]), node.inputs[0].shape
-        sizes = [] if axes is None else [shape[axis] for axis in axes.numpy().reshape(-1).tolist()]
+        found = ir.convenience.get_const_tensor(axis)
+        sizes = [] if found is None else [value.shape[each] for each in found.numpy().reshape(-1).tolist()]
         if len(sizes) == 1 and isinstance(sizes[0], int) and sizes[0] != 1:
             node.op_type = "Identity"
             node.resize_inputs(1)

@@ -743,6 +743,16 @@ def test_changed_weights_are_beside_a_graph_whose_base_has_them_there(place: Pat
     assert "lora_export.shared_weights" not in load_graph(tmp_path / "both.onnx").metadata_props
 
 
+def test_merge_takes_weights_out_of_the_graph(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fr.onnx"
+    assert call("onnx", place / "base.onnx", "-a", place / "fr", "-o", out, "--external-data") == 0
+    (data,) = tmp_path.glob("fr.onnx.*.data")
+    tensors = [value.const_value for value in load_graph(out).graph.initializers.values()]
+    large = [tensor for tensor in tensors if tensor.nbytes >= MIN_EXTERNAL_BYTES]
+    assert large and {Path(tensor.path) for tensor in large} == {data}
+    assert_is_pytorchs(OnnxRunner(out), place / "fr")
+
+
 def test_shared_file_that_moves_or_changes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By `verify` and by `inspect`, in one line; and a new base leaves the weights that a product needs."""
     base, out = tmp_path / "base.onnx", tmp_path / "out.onnx"

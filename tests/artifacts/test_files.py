@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from lora_export import cli
-from lora_export.artifacts import files as artifact_files
 from lora_export.artifacts.artifact import open_artifact
 from lora_export.artifacts.files import (
     GRAPH_FILES,
@@ -19,7 +18,7 @@ from lora_export.artifacts.files import (
     is_encoder_decoder_folder,
 )
 from lora_export.errors import InputRefused
-from lora_export.storage.hashes import HASH_BLOCK
+from lora_export.storage import input_files
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -77,11 +76,11 @@ def test_commands_name_the_graph_that_is_missing(line: str, tmp_path: Path, caps
     assert f"and no {GRAPH_FILES[0]}. " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("block", [HASH_BLOCK, 3])
+@pytest.mark.parametrize("block", [input_files.COPIED_AT_ONCE, 3])
 def test_hashes_include_external_data_and_all_files_of_a_folder(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_files, "HASH_BLOCK", block)  # the name that is looked for is split into several
+    monkeypatch.setattr(input_files, "COPIED_AT_ONCE", block)  # the name that is looked for is split into several
     model = onnx.parser.parse_model(TEXT)
     (weight,) = model.graph.initializer
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), "w"))

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import peft
 import pytest
 import torch
+import transformers as hf
 
+import lora_export as le
 from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import find_sites
+from lora_export.models import encoder_decoder
 from lora_export.models.encoder_decoder import EncoderDecoderGraphs, export_encoder_decoder, is_encoder_decoder
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.plan import Layout
 from support.generators import DECODERS, ENCODER_DECODERS, FRAMES, MELS, small_encoder_decoder
+from support.more_models import MORE_MODELS
 from support.slow import slow
 
 KINDS = [slow(name) for name in ("t5", "whisper", "bart")]
@@ -135,3 +140,30 @@ def test_cache_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(model.module, "forward", without_cache)
     with pytest.raises(InputRefused, match="BartForConditionalGeneration has a cache of dict: graphs with a cache"):
         export_encoder_decoder(model)
+
+
+def moonshine() -> Any:
+    architecture, config = MORE_MODELS["moonshine"]
+    torch.manual_seed(0)
+    return getattr(hf, architecture)(config()).eval()
+
+
+def test_decoder_may_look_for_fields_that_its_encoder_alone_returns() -> None:
+    """Moonshine's decoder reads the mask that its encoder returns, which is None here."""
+    module = moonshine()
+    with torch.no_grad():
+        outputs = module.get_encoder()(torch.randn(2, 2000))
+    alone = encoder_decoder._hidden_states_alone(outputs)
+    assert dict(alone) == {"last_hidden_state": alone.last_hidden_state} and alone.attention_mask is None
+    cache = encoder_decoder._DecoderExporter(module, alone, None, True, None).cache()
+    assert len(cache.cross_attention_cache.layers) == 2
+
+
+@pytest.mark.slow
+def test_moonshine_with_an_adapter_is_proven(tmp_path: Path) -> None:
+    module = moonshine()
+    module.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)
+    peft.get_peft_model(module, options).save_pretrained(tmp_path / "adapter")
+    result = le.export_onnx(tmp_path / "base", tmp_path / "out", adapters=tmp_path / "adapter", with_cache=True)
+    assert result.proof is not None and result.proof.verdict.same
