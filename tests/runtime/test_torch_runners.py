@@ -171,7 +171,7 @@ def together(module: Streamed, **options: Any) -> list[Any] | None:
     return None if found is None else [outputs["output_0"].tolist() for outputs in found]
 
 
-def test_runs_together_have_the_bits_of_single_runs_and_read_each_weight_once() -> None:
+def test_runs_together_have_the_bits_of_single_runs() -> None:
     module = Streamed()
     expected = [ModuleRunner(module).run(inputs)["output_0"].tolist() for inputs in IDS]
     READS.clear()

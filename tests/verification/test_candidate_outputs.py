@@ -66,7 +66,7 @@ class Together(FakeRunner):
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_cases_are_run_together_where_the_runner_does_so_and_the_first_again(refuses: bool) -> None:
+def test_cases_are_run_together_and_the_first_again(refuses: bool) -> None:
     runner = Together(lambda inputs, _: {"y": inputs["x"] + inputs["z"]})
     runner.refuses = refuses
     found = run_candidate(runner, INPUTS, ignore)

@@ -4,10 +4,10 @@ What a pair changes is, to first order, a derivative: that of the outputs by a f
 pass gives the derivative of a weighted sum of the outputs for all pairs at once. With random weights such a sum is a
 normal number, and its spread is the size of what the pair changes. So a few sums bound that size from below.
 
-A pair is clear where this bound is MARGIN times what the gates allow: they would detect that it is missing. Some of
-the clear pairs are switched off all the same. Where one of these does not change what its derivative says, or is not
-detected, no pair is clear. On a Llama of 98 pairs, of effects from 9e-7 to 0.05 of the outputs, what pairs changed was
-within 5 % of their derivatives.
+A pair is clear where this bound is EFFECT_MARGIN times what the gates allow: they would detect that it is missing.
+Some of the clear pairs are switched off all the same. Where one of these changes the outputs in another way than its
+derivative, or is not detected, no pair is clear. On a Llama of 98 pairs, of effects from 9e-7 to 0.05 of the outputs,
+what pairs changed was within 5 % of their derivatives.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from lora_export.verification.parity import Outputs, Wide
 SUMS = 8  # random sums of the outputs
 # The root of the sum of squares of eight normal numbers of spread 1 is larger than this once in 1e15.
 LARGEST_LENGTH = 9.5
-MARGIN = 32.0  # a derivative describes small changes alone
+EFFECT_MARGIN = 32.0  # a derivative describes small changes alone
 TRIED = 4  # clear groups that are switched off
 LARGEST_CURVATURE = 0.5  # of what a group changes, relative to its derivative
 
-Groups = Mapping[str, Sequence[Branch]]
-Limits = Mapping[str, float]  # of each output that counts: the rms of a change from which the gates detect it
+PairGroups = Mapping[str, Sequence[Branch]]
+ErrorLimits = Mapping[str, float]  # of each output that counts: the rms of a change from which the gates detect it
 
 
 @dataclass(frozen=True, eq=False)
 class ClearEffects:
-    """Groups of pairs that are clearly detected, if those of them that are `tried` agree with their derivatives."""
+    """PairGroups of pairs that are clearly detected, if those of them that are `tried` agree with their derivatives."""
 
     on: Outputs  # with all pairs
     sums: Sequence[Arrays]  # the weights of each
@@ -62,7 +62,9 @@ class ClearEffects:
         return is_detected and bool(curvature <= LARGEST_CURVATURE * np.linalg.norm(self.derivatives[name]))
 
 
-def clear_effects(module: nn.Module, inputs: Arrays, groups: Groups, on: Outputs, limits: Limits) -> ClearEffects:
+def clear_effects(
+    module: nn.Module, inputs: Arrays, groups: PairGroups, on: Outputs, limits: ErrorLimits
+) -> ClearEffects:
     """The groups of pairs whose absence the gates detect by a margin; none where PyTorch derives no outputs.
 
     `on` are the outputs with all pairs. The pairs are branches beside W x.
@@ -73,13 +75,13 @@ def clear_effects(module: nn.Module, inputs: Arrays, groups: Groups, on: Outputs
     except (RuntimeRefused, RuntimeError, MemoryError):
         derivatives = {}
     lengths = {name: float(np.linalg.norm(own)) for name, own in derivatives.items()}
-    least = MARGIN * LARGEST_LENGTH * np.sqrt(len(limits))
+    least = EFFECT_MARGIN * LARGEST_LENGTH * np.sqrt(len(limits))
     clear = sorted((name for name, length in lengths.items() if length > least), key=lengths.__getitem__)
     tried = clear[:: max(1, len(clear) // TRIED)]
     return ClearEffects(on, sums, {name: derivatives[name] for name in clear}, frozenset(tried))
 
 
-def _weights(on: Outputs, limits: Limits, seed: int) -> Arrays:
+def _weights(on: Outputs, limits: ErrorLimits, seed: int) -> Arrays:
     """Random weights. A change as large as the limit of an output has a sum of spread 1."""
     rng = np.random.default_rng(seed)
     return {
@@ -87,7 +89,7 @@ def _weights(on: Outputs, limits: Limits, seed: int) -> Arrays:
     }
 
 
-def _derivatives(module: nn.Module, inputs: Arrays, groups: Groups, sums: Sequence[Arrays]) -> dict[str, Wide]:
+def _derivatives(module: nn.Module, inputs: Arrays, groups: PairGroups, sums: Sequence[Arrays]) -> dict[str, Wide]:
     """Group -> the derivative of each sum by a factor on its pairs."""
     branches = list(dict.fromkeys(itertools.chain.from_iterable(groups.values())))
     places = {branch: place for place, branch in enumerate(branches)}

@@ -42,7 +42,7 @@ from lora_export.verification.pair_controls import (
     too_many,
     with_difference,
 )
-from lora_export.verification.references.first_order import Limits, clear_effects
+from lora_export.verification.references.first_order import ErrorLimits, clear_effects
 
 LEAST_RECORDED = 8  # runs for which it pays to record the outputs of blocks
 MOST_RECORDED = 1 << 28  # bytes of all outputs of blocks
@@ -233,7 +233,7 @@ def control_pairs(
     cases: Sequence[parity.Case],
     judge: JudgeWithout,
     *,
-    limits: Callable[[parity.Case], Limits] | None = None,
+    limits: Callable[[parity.Case], ErrorLimits] | None = None,
     skip: Collection[str] = (),
     detected: Collection[str] = (),
 ) -> PairControls:

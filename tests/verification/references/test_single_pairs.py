@@ -601,9 +601,7 @@ def test_clear_pairs_are_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("wrong", ["derivatives", "gates"])
-def test_every_pair_is_switched_off_where_one_is_not_as_its_derivative_says(
-    wrong: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_pair_is_switched_off_where_a_derivative_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     monkeypatch.setattr(single_pairs, "outputs_without", counting(runs))
     right = first_order._derivatives
@@ -612,7 +610,7 @@ def test_every_pair_is_switched_off_where_one_is_not_as_its_derivative_says(
             first_order, "_derivatives", lambda *args: {name: 3 * own for name, own in right(*args).items()}
         )
     else:
-        monkeypatch.setattr(first_order, "MARGIN", 1e-12)
+        monkeypatch.setattr(first_order, "EFFECT_MARGIN", 1e-12)
     found, expected = derived("Llama", monkeypatch, by=0.1)
     assert found == expected
     assert len(runs) == 3 and runs[0] + runs[1] == runs[2] == len(found.names)
