@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.artifacts.files import graphs_in
 from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.contract import CONTRACT_KEY, SLOTS_KEY, AdapterArrays, AdapterPlace, Contract
@@ -28,8 +28,8 @@ from lora_export.options.spelling import command
 from lora_export.plan import Plan
 from lora_export.plan.match_tensors import NO_WEIGHT
 from lora_export.plan.own_heads import Head, own_heads, without_own_head
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.several_graphs import SeveralGraphs
 
 UNKNOWN_LENGTH = 0.02  # of a weight's numbers, where the weight has lost its name
 
@@ -51,13 +51,14 @@ class TakingGraph(NamedTuple):
 
 
 def taking_graphs(path: Path) -> list[TakingGraph]:
-    """The graph of this path; of an encoder-decoder's folder, those of its graphs that take adapters.
+    """The graph of this path; of a folder of several graphs, those that take adapters.
 
     Raises InputRefused where there is none, and as `checked_contract` does.
     """
-    if not is_encoder_decoder_folder(path):
+    files = graphs_in(path)
+    if not files:
         return [_taking(path, load_graph(path))]
-    models = {path / name: load_graph(path / name) for name in GRAPH_FILES}
+    models = {path / name: load_graph(path / name) for name in files}
     taking = {
         one: model for one, model in models.items() if not {CONTRACT_KEY, SLOTS_KEY}.isdisjoint(model.metadata_props)
     }
@@ -106,8 +107,8 @@ def _values_in(graph: TakingGraph, adapter: str, steps: Plan, heads: Sequence[He
 
 
 def with_filled_slots(
-    runner: OnnxRunner | EncoderDecoderRunner, adapters: Sequence[Adapter], strengths: Sequence[float] | None
-) -> OnnxRunner | EncoderDecoderRunner:
+    runner: OnnxRunner | SeveralGraphs, adapters: Sequence[Adapter], strengths: Sequence[float] | None
+) -> OnnxRunner | SeveralGraphs:
     """The runner with these adapters in its slots, from slot 1 on. Raises as `adapter_values` does."""
     graphs = taking_graphs(runner.path)
     values: dict[str, dict[str, AdapterArrays]] = {graph.path.name: {} for graph in graphs}

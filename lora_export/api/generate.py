@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 
 from lora_export.api.generation_files import GenerationSettings, genai_model
-from lora_export.api.generation_prompts import encoder_inputs, first_tokens, refuse_other_kinds, token_ids
+from lora_export.api.generation_prompts import (
+    encoder_inputs,
+    first_tokens,
+    image_inputs,
+    refuse_other_kinds,
+    token_ids,
+    tokens_with_images,
+)
 from lora_export.api.publish import require_provider
 from lora_export.api.text_stream import TextStream
 from lora_export.artifacts.artifact import open_artifact
-from lora_export.artifacts.files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.artifacts.files import FOLDER_LAYOUTS, IMAGE_TEXT_FILES, graphs_in
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.graph.cache_names import IDS
@@ -25,7 +32,14 @@ from lora_export.options.export import GenerateOptions, Prompt
 from lora_export.options.spelling import command, named
 from lora_export.provenance import refuse_larger
 from lora_export.runtime.generation.decoder import Decoder, EncoderDecoder, EncoderDecoderRun
-from lora_export.runtime.generation.loop import Sampling, TextLimits, generate_from_encoder, generate_tokens
+from lora_export.runtime.generation.image_text import ImageText
+from lora_export.runtime.generation.loop import (
+    Sampling,
+    TextLimits,
+    generate_from_encoder,
+    generate_in_run,
+    generate_tokens,
+)
 from lora_export.storage import input_files
 from lora_export.storage.store_path import place
 
@@ -46,8 +60,9 @@ def generate(options: GenerateOptions) -> list[Generation]:
     `source` is the folder of the graphs, or a decoder's .onnx, with the tokenizer and the configs beside it. Prompts
     are texts, or lists of token ids, which need no tokenizer. Those of a speech model are the paths of sounds, or
     arrays: samples (samples,) or features (features, frames). Those of a model that reads images are the paths of image
-    files, or arrays (channels, height, width). With `chat`, each text is the message of a user, in the tokenizer's
-    template. All prompts run as one batch.
+    files, or arrays (channels, height, width). `images` are the paths of images among the tokens of texts, in order:
+    where the model's image token ("<image>") is in a text, or with `chat` also before it. With `chat`, each text is the
+    message of a user, in the tokenizer's template. All prompts run as one batch.
 
     `adapters` is the name of one adapter for all prompts, or one name, or None for the base, for each prompt: then the
     graph has to be made with `lora="rows"` or "slots". With `lora="inputs"` and "slots", NAME.onnx_adapter is beside
@@ -66,7 +81,7 @@ def generate(options: GenerateOptions) -> list[Generation]:
     out of range, EnvironmentLacking where the provider does not run, RuntimeRefused where onnxruntime refuses a run.
     """
     prompts, starts, chat, on_message = options.prompts, options.starts, options.chat, options.on_message
-    if not prompts:
+    if not prompts and not options.images:
         raise WrongUsage("there is no prompt")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     graph = _graph_in(place(options.source))
@@ -74,7 +89,13 @@ def generate(options: GenerateOptions) -> list[Generation]:
     if settings.not_done:
         on_message(f"note: not done: {', '.join(settings.not_done)}, which the generation config asks for")
     require_provider(options.provider)
-    model = EncoderDecoder(graph, options.provider) if graph.is_dir() else Decoder(graph, options.provider)
+    model = _opened(graph, options.provider)
+    if options.images and isinstance(model, EncoderDecoder):
+        prompts, starts = options.images, options.prompts  # type: ignore[assignment]
+    elif options.images and isinstance(model, Decoder):
+        raise InputRefused(f"{graph} takes texts alone, and no images")
+    if not prompts:
+        raise WrongUsage("there is no prompt")
     if isinstance(model, EncoderDecoder):
         refuse_other_kinds(prompts, model)
     if starts:
@@ -99,16 +120,30 @@ def generate(options: GenerateOptions) -> list[Generation]:
     else:
         if options.language is not None or options.translate:
             raise WrongUsage("a language and translating are for speech models")
-        tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+        if isinstance(model, ImageText):
+            adapter, _ = _chosen_adapters(model, graph, options.adapters, len(prompts))
+            images = model.start(image_inputs(options.images, model, settings.folder), adapter)
+            tokens = tokens_with_images(prompts, images.counts, model.token, tokenizer, settings, chat=chat)
+        else:
+            tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
         reached = max(map(len, tokens)) + limits.new_tokens - 1  # the last new token is not run
         _refuse_longer(model, {SEQUENCE_SYMBOL: reached}, graph, on_message)
-        name, ids = _chosen_adapters(model, graph, options.adapters, len(prompts))
-        generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
+        if isinstance(model, ImageText):
+            generated = generate_in_run(images, tokens, limits, sampling, on_token)
+        else:
+            name, ids = _chosen_adapters(model, graph, options.adapters, len(prompts))
+            generated = generate_tokens(model, tokens, limits, sampling, on_token, adapter=name, adapter_ids=ids)
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
 
 
-def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
+def _opened(graph: Path, provider: str) -> Decoder | EncoderDecoder | ImageText:
+    if not graph.is_dir():
+        return Decoder(graph, provider)
+    return ImageText(graph, provider) if graphs_in(graph) == IMAGE_TEXT_FILES else EncoderDecoder(graph, provider)
+
+
+def _refuse_starts(model: Decoder | EncoderDecoder | ImageText, *, chat: bool) -> None:
     """Raise WrongUsage where a text has no first tokens of its own."""
     if not isinstance(model, EncoderDecoder) or PIXELS not in model.takes:
         raise WrongUsage(
@@ -119,7 +154,7 @@ def _refuse_starts(model: Decoder | EncoderDecoder, *, chat: bool) -> None:
 
 
 def _refuse_longer(
-    model: Decoder | EncoderDecoder, sizes: Mapping[str, int], source: Path, on_message: OnMessage
+    model: Decoder | EncoderDecoder | ImageText, sizes: Mapping[str, int], source: Path, on_message: OnMessage
 ) -> None:
     """Raise InputRefused for texts beyond the sizes that the file states; a message on stated sizes not known here."""
     remedy = f"Shorten the prompts, or ask for fewer new tokens ({named('max_new_tokens')})"
@@ -159,8 +194,9 @@ def _graph_in(source: Path) -> Path:
 
     That of an encoder-decoder is the folder.
     """
-    folder = source.parent if source.name in GRAPH_FILES else source
-    if is_encoder_decoder_folder(folder):
+    files = {name for layout in FOLDER_LAYOUTS for name in layout}
+    folder = source.parent if source.name in files else source
+    if graphs_in(folder):
         return folder
     open_artifact(folder).refuse_missing_graph()
     if not source.is_dir():
@@ -182,7 +218,7 @@ def _graph_in(source: Path) -> Path:
 
 
 def _chosen_adapters(
-    model: Decoder | EncoderDecoder, source: Path, adapters: str | Sequence[str | None] | None, count: int
+    model: Decoder | EncoderDecoder | ImageText, source: Path, adapters: str | Sequence[str | None] | None, count: int
 ) -> tuple[str | None, list[int] | None]:
     """The adapter that is loaded, or the ids of the rows' adapters.
 
@@ -191,7 +227,7 @@ def _chosen_adapters(
     names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
     if len(names) != count:
         raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
-    if model.has_slots:
+    if not isinstance(model, ImageText) and model.has_slots:
         model.fill(dict.fromkeys(name for name in names if name is not None))
     if rows := model.rows:
         unknown = sorted({name for name in names if name is not None} - set(rows))

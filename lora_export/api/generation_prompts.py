@@ -15,14 +15,19 @@ from lora_export.models.processors import (
     PIXELS,
     features_of,
     open_extractor,
+    open_image_processor,
     pixels_of,
+    read_image,
     read_sound,
+    refusing_failures,
     render_chat,
     tokenised,
 )
 from lora_export.options.export import Prompt, Starts
 from lora_export.runtime.generation.decoder import EncoderDecoder
+from lora_export.runtime.generation.image_text import ImageText
 from lora_export.runtime.runner import Arrays
+from lora_export.storage import input_files
 
 # A text, token ids, the path of a sound or an image, or an array: samples (samples,), features (features, frames) or
 # pixels (channels, height, width)
@@ -30,9 +35,17 @@ SOUNDS = ("input_features", "input_values")  # what the encoder of a speech mode
 
 
 def token_ids(
-    prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool, special: bool = True
+    prompt: Prompt,
+    tokenizer: Any,
+    settings: GenerationSettings,
+    *,
+    chat: bool,
+    special: bool = True,
+    messages: Sequence[Any] | None = None,
 ) -> list[int]:
     """A text or token ids as token ids. With `special`, the tokenizer adds its tokens around a text.
+
+    `messages` are those of a chat, where they are not the text alone.
 
     Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound or an image.
     """
@@ -40,7 +53,7 @@ def token_ids(
         raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
     if isinstance(prompt, str):
         if chat:
-            messages = [{"role": "user", "content": prompt}]
+            messages = messages or [{"role": "user", "content": prompt}]
             ids = render_chat(tokenizer, messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenised(tokenizer, prompt, **({} if special else {"add_special_tokens": False}))["input_ids"]
@@ -53,6 +66,66 @@ def token_ids(
     if size is not None and unknown:
         raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
     return list(ids)
+
+
+def image_inputs(images: Sequence[Path], model: ImageText, folder: Path) -> Arrays:
+    """What the image processor in a folder makes of image files: the inputs of the vision encoder; none of no files.
+
+    Raises InputRefused for what is no image, for a processor that is missing, and for images of another size than the
+    graph takes.
+    """
+    if not images:
+        return {}
+    processor = open_image_processor(folder)
+    for path in images:
+        input_files.must_be_regular(path)
+    with refusing_failures("the image processor fails on the images"):
+        made = processor([read_image(path) for path in images], return_tensors="np")
+    if lacking := [name for name in model.image_inputs if name not in made]:
+        raise InputRefused(f"the image processor in {folder} makes no {', '.join(lacking)}, which the graph takes")
+    for name, sizes in model.image_inputs.items():
+        _refuse_other_shape(made[name].shape[1:], sizes[1:], name)
+    return {name: made[name].astype(np.float32 if name == PIXELS else np.int64) for name in model.image_inputs}
+
+
+def tokens_with_images(
+    prompts: Sequence[Prompt],
+    counts: Sequence[int],
+    image: int,
+    tokenizer: Any,
+    settings: GenerationSettings,
+    *,
+    chat: bool,
+) -> list[list[int]]:
+    """The tokens of each text; the token `image` stands as often for each image as `counts` has it.
+
+    In a chat template, a text without this token has all images before it. Raises InputRefused where the texts have the
+    token more or less often than there are images, and as `token_ids`.
+    """
+    name = tokenizer.convert_ids_to_tokens(image) if tokenizer is not None else f"the token {image}"
+    left = list(counts)
+    found = []
+    for prompt in prompts:
+        given = _messages(prompt, name, len(counts)) if chat and isinstance(prompt, str) else None
+        ids = token_ids(prompt, tokenizer, settings, chat=chat, messages=given)
+        if ids.count(image) > len(left):
+            left = []
+            break
+        found.append([token for each in ids for token in ([image] * left.pop(0) if each == image else [each])])
+    if left or len(found) < len(prompts):
+        raise InputRefused(f"{len(counts)} images: the texts need {name} as often, once where each image is read")
+    return found
+
+
+def _messages(text: str, image: str, images: int) -> list[dict[str, Any]]:
+    """A user's message with images where their token is in the text, or else all of them before it."""
+    parts = text.split(image) if image in text else [*[""] * images, text]
+    content = [
+        part
+        for number, words in enumerate(parts)
+        for part in ([{"type": "image"}] if number else []) + ([{"type": "text", "text": words}] if words else [])
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def first_tokens(starts: Starts, count: int, tokenizer: Any, settings: GenerationSettings) -> list[list[int]]:

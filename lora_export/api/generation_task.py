@@ -6,11 +6,17 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.files import ENCODER_FILE, SINGLE_GRAPH
+from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, SINGLE_GRAPH
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
-from lora_export.options.export import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
+from lora_export.options.export import (
+    IMAGE_TEXT_TO_TEXT,
+    IMAGE_TO_TEXT,
+    SPEECH_TO_TEXT,
+    TEXT_GENERATION,
+    TEXT_TO_TEXT,
+)
 from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG
@@ -29,22 +35,36 @@ TASK_BY_INPUT = {
 }
 
 
-def task_of(source: ModelSource) -> str:
+def task_of(source: ModelSource, *, takes_images: bool = True) -> str:
     """The task of a model that is not loaded yet: that of a decoder, unless the model is known to have an encoder.
 
-    A factory is not called. Raises InputRefused for a config that cannot be read.
+    A factory is not called. Without `takes_images`, a decoder reads no images. Raises InputRefused for a config that
+    cannot be read.
     """
     if not isinstance(source, str | Path):
         return _own_task(source[0] if isinstance(source, tuple) else source.module)
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):
-        return TEXT_GENERATION
+        return IMAGE_TEXT_TO_TEXT if takes_images and _has_image_graphs(config.get("model_type")) else TEXT_GENERATION
     transformers: Any = importlib.import_module("transformers")
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     return TASK_BY_INPUT.get(getattr(model_class, "main_input_name", ""), TEXT_TO_TEXT)
+
+
+def _has_image_graphs(model_type: Any) -> bool:
+    from lora_export.models.image_text import FEATURES_OF  # torch
+
+    return isinstance(model_type, str) and model_type in FEATURES_OF
+
+
+def graph_files(task: str | None) -> tuple[str, ...]:
+    """The files of the three graphs of a task; none where there is one graph."""
+    if task in (None, TEXT_GENERATION):
+        return ()
+    return IMAGE_TEXT_FILES if task == IMAGE_TEXT_TO_TEXT else GRAPH_FILES
 
 
 def first_file(output: Path, task: str) -> Path:
@@ -56,7 +76,7 @@ def first_file(output: Path, task: str) -> Path:
         return output if output.suffix else output / SINGLE_GRAPH
     if output.suffix:
         raise WrongUsage(f"a model with an encoder becomes three graphs: -o {output} has to name a folder")
-    return output / ENCODER_FILE
+    return output / graph_files(task)[0]
 
 
 def generating_model(base: Model, task: str, on_message: OnMessage) -> Model:
@@ -67,10 +87,26 @@ def generating_model(base: Model, task: str, on_message: OnMessage) -> Model:
     name = type(base.module).__name__
     if not is_encoder_decoder(base.module):
         refuse_other_than_decoder(base.module, base.source)
-    if task != (own := _own_task(base.module)):
+    if task == IMAGE_TEXT_TO_TEXT:
+        _refuse_without_images(base)
+    elif task != (own := _own_task(base.module)):
         raise InputRefused(f"{base.source}: {name} does {own}, not {task}: {named('task', own)}")
     on_message(f"task: {task}, {name} with its key/value cache")
-    return base if base.text_only is None else base.without_images("a graph with a cache takes texts alone")
+    if task == IMAGE_TEXT_TO_TEXT or base.text_only is None:
+        return base
+    return base.without_images(f"a graph of {TEXT_GENERATION} takes texts alone")
+
+
+def _refuse_without_images(base: Model) -> None:
+    """Raise InputRefused for a model whose images cannot be exported, or are not known."""
+    config = getattr(base.module, "config", None)
+    if not _has_image_graphs(getattr(config, "model_type", None)):
+        why = f"{type(base.module).__name__} is no model whose images are exported"
+    elif base.text_only is None:
+        why = next(iter(base.not_judged), "its inputs have no images")
+    else:
+        return
+    raise InputRefused(f"{base.source}: {why}", f"Its texts alone: {named('task', TEXT_GENERATION)}")
 
 
 def _own_task(module: nn.Module) -> str:

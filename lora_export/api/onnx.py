@@ -19,12 +19,14 @@ from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import ArtifactKind
 from lora_export.artifacts.files import with_suffix
 from lora_export.errors import WrongUsage
+from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
 from lora_export.options.common import ModelSource
 from lora_export.options.declaring import extended, takes
-from lora_export.options.export import OnnxOptions
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT, OnnxOptions
 from lora_export.options.spelling import named
 from lora_export.storage.hub_cache import locate
+from lora_export.storage.npz import read_arrays
 from lora_export.storage.store_path import place
 
 
@@ -51,7 +53,9 @@ def export_onnx(options: OnnxOptions) -> OnnxResult:
 
     The task "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for
     a prompt and for every token after it. The other tasks make three graphs of a model with an encoder:
-    `encoder_model.onnx`, `decoder_model.onnx` for the first tokens, and `decoder_with_past_model.onnx`. The tokenizer,
+    `encoder_model.onnx`, `decoder_model.onnx` for the first tokens, and `decoder_with_past_model.onnx`. That of a model
+    that reads images among its tokens, "image-text-to-text", makes `vision_encoder.onnx`, `embed_tokens.onnx` and
+    `decoder_model_merged.onnx`. The tokenizer,
     the model's configs and, for a decoder, `genai_config.json` are written beside them.
 
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
@@ -85,7 +89,7 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
     on_message, download = options.on_message, options.download
     sources = locate_adapters(options.adapters, on_message, download)
     reading = options.reading.for_base(options.checkpoint or options.reference or model)
-    task = options.task or (task_of(model) if options.with_cache else None)
+    task = options.task or (task_of(model, takes_images=_takes_images(options)) if options.with_cache else None)
     return extended(
         options,
         OnnxRequest,
@@ -99,6 +103,12 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
         inputs=None if options.inputs is None else place(options.inputs),
         share_with=None if options.share_with is None else place(options.share_with),
     )
+
+
+def _takes_images(options: OnnxOptions) -> bool:
+    """Whether graphs may read images: not where the output is one graph, or the inputs are texts alone."""
+    has_images = options.inputs is None or IMAGE_INPUTS[0] in read_arrays(place(options.inputs))
+    return not place(options.output).suffix and has_images
 
 
 def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
@@ -121,13 +131,21 @@ def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:
         raise WrongUsage(f"{named('lora', lora)} needs the adapters that rows may choose from ({named('adapters')})")
     if is_graph and not adapters and target is None:
         raise WrongUsage(f"MODEL is a graph already: name the adapters to put into it ({named('adapters')})")
+    if options.task == IMAGE_TEXT_TO_TEXT and target is not None:
+        raise WrongUsage(
+            f"{named('target')} is not for {options.task}: inputs are where the adapters of {named('adapters')} are"
+        )
+    if options.task == IMAGE_TEXT_TO_TEXT and options.by_row:
+        raise WrongUsage(
+            f"{named('lora', lora)} is not for {options.task}: its vision encoder takes images, and no rows"
+        )
     if options.dora and options.per_row > 1:
         raise WrongUsage(f"{named('dora')} and {named('per_row')} exclude each other: DoRA has no sum")
-    if options.has_encoder and options.strength_input:
+    if options.has_parts and options.strength_input:
         raise WrongUsage(f"{named('strength_input')} is not for {options.task}, whose adapters are in several graphs")
     if options.strength_input and not adapters and target is None:
         raise WrongUsage(f"{named('strength_input')} needs an adapter ({named('adapters')})")
-    if options.has_encoder and options.fuse:
+    if options.has_parts and options.fuse:
         raise WrongUsage(f"{named('fuse')} is for decoders alone, not for {options.task}")
     if options.quantize and options.dtype == "bfloat16" and options.provider == "cpu":
         raise WrongUsage(

@@ -16,7 +16,7 @@ from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, shorten_genai_config, write_generation_files
-from lora_export.api.generation_task import generating_model
+from lora_export.api.generation_task import generating_model, graph_files
 from lora_export.api.kept_graph import exported_once
 from lora_export.api.load import model_paths, shared_model
 from lora_export.api.memory_needs import is_large_folder, is_read_when_needed, require_memory_to_export
@@ -34,7 +34,6 @@ from lora_export.api.onnx_steps import (
 from lora_export.api.proof_of_trace import prove_trace
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
-from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.callbacks import each_once, ignore
 from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.find_sites import find_sites
@@ -48,9 +47,11 @@ from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder, takes_one_token
 from lora_export.models.encoder_decoder import export_encoder_decoder
+from lora_export.models.image_text import export_image_text
 from lora_export.models.model import Model
 from lora_export.models.stored_parameter import is_streamed
 from lora_export.models.traced_lengths import OF_TEXTS, longest_traced
+from lora_export.options.export import IMAGE_TEXT_TO_TEXT
 from lora_export.plan import Plan, TensorSpec
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -150,9 +151,10 @@ def _exported(base: Model, options: OnnxRequest) -> tuple[Model, dict[str, ir.Mo
     Where the exporter refuses the images of texts, they have none, and the third value is the reason.
     """
     name = options.output.name
-    if options.has_encoder:
-        graphs = _kept(base, options, lambda: export_encoder_decoder(base, opset=options.opset))
-        return base, dict(zip(GRAPH_FILES, graphs, strict=True)), ""
+    if files := graph_files(options.task):
+        export_parts = export_image_text if options.task == IMAGE_TEXT_TO_TEXT else export_encoder_decoder
+        graphs = _kept(base, options, lambda: export_parts(base, opset=options.opset))
+        return base, dict(zip(files, graphs, strict=True)), ""
     if options.task:
         (graph,) = _kept(base, options, lambda: [export_decoder(base.module, opset=options.opset)])
         return base, {name: graph}, ""
@@ -186,7 +188,7 @@ def _write_generation_files(base: Model, written: ir.Model, options: OnnxRequest
     """Write what is needed to generate with the graphs, of which the first is given; return the names."""
     module: Any = base.module
     genai = None
-    if not options.has_encoder:
+    if not options.has_parts:
         may_share = options.fuse == "cpu"  # the only provider for which a fused graph was run with a shared buffer
         name = options.output.name
         genai = genai_config(written, module.config, module.generation_config, name, may_share=may_share)
@@ -194,7 +196,7 @@ def _write_generation_files(base: Model, written: ir.Model, options: OnnxRequest
             options.on_message(
                 "note: the graph takes one token of each text in a run, also of a prompt: it keeps a state"
             )
-    if genai is None and not options.has_encoder:
+    if genai is None and not options.has_parts:
         options.on_message(
             f"note: no {GENAI_CONFIG} is written: it cannot state such a cache, whose tensors have different sizes"
         )

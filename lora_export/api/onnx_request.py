@@ -60,8 +60,8 @@ class OnnxRequest(OnnxOptions):
         return None if self.target is None else layer_endings(self.target)
 
     @property
-    def has_encoder(self) -> bool:
-        """Whether the model becomes the three graphs of an encoder-decoder."""
+    def has_parts(self) -> bool:
+        """Whether the model becomes three graphs: of an encoder-decoder, or with images."""
         return self.task is not None and self.task != TEXT_GENERATION
 
     @property
@@ -102,7 +102,7 @@ class OnnxRequest(OnnxOptions):
     @property
     def has_own_heads(self) -> bool:
         """Whether each row of a batch has the head that its adapter saves whole."""
-        is_taken = self.by_row and not self.ignore_head and not self.has_encoder
+        is_taken = self.by_row and not self.ignore_head and not self.has_parts
         return is_taken and any(map(head_names, self.adapters))
 
     @property
@@ -179,7 +179,7 @@ class OnnxResult:
 
 
 def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:
-    """The name of an adapter's file beside the output; each graph of an encoder-decoder has its own.
+    """The name of an adapter's file beside the output; each of three graphs has its own.
 
     Raises InputRefused where it would be no file's name.
     """
@@ -188,7 +188,7 @@ def adapter_file(adapter: Adapter, options: OnnxRequest) -> str:
             f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: "
             f"{named('adapters', 'NAME=ADAPTER')}"
         )
-    return file_for_graph(adapter.name, options.output.name) if options.has_encoder else adapter.name + SUFFIX
+    return file_for_graph(adapter.name, options.output.name) if options.has_parts else adapter.name + SUFFIX
 
 
 def check_adapters(options: OnnxRequest) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from lora_export import provenance
 from lora_export.api.adapter_values import generated_adapters, with_filled_slots
+from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.formats import onnx_adapter
@@ -30,9 +31,10 @@ from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.graphs_in_folder import runner_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
@@ -178,7 +180,7 @@ def write_graph(program: ir.Model, options: OnnxRequest, folder: Path) -> list[s
     return [path.name for path in beside]
 
 
-Graphs = OnnxRunner | EncoderDecoderRunner
+Graphs = OnnxRunner | SeveralGraphs
 
 
 def base_outputs(programs: Sequence[ir.Model], references: References, options: OnnxRequest) -> OutputsByCase:
@@ -190,21 +192,22 @@ def base_outputs(programs: Sequence[ir.Model], references: References, options: 
         OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.seconds)
         for program in programs
     ]
-    return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
+    files = graph_files(options.task)
+    return _outputs(runner_of(files).of(Path(BASE), graphs) if files else graphs[0], references)
 
 
 def prove_all(
     path: Path, references: References, options: OnnxRequest, before: OutputsByCase, *, existing: Path | None = None
 ) -> OnnxProofs:
-    """Prove the file; that of an encoder-decoder with the two beside it.
+    """Prove the file; the first of three graphs with the two beside it.
 
     `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
 
     Raises Different or Undecided unless every proof is `same`.
     """
     runner: Graphs
-    if options.has_encoder:
-        runner = EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.seconds)
+    if files := graph_files(options.task):
+        runner = runner_of(files).open(path.parent, options.provider, timeout=options.seconds)
     else:
         runner = OnnxRunner(path, options.provider, timeout=options.seconds)
     if options.lora == "slots":
@@ -246,7 +249,7 @@ def _with_slots(options: OnnxRequest, runner: Graphs) -> tuple[OnnxRequest, Grap
         return options, with_filled_slots(runner, options.adapters, None)
 
     names = [adapter.name for adapter in options.adapters]
-    if isinstance(runner, EncoderDecoderRunner):
+    if isinstance(runner, SeveralGraphs):
         return options, runner.with_slot_files(names)
     return options, runner.with_slot_files({name: runner.path.with_name(name + SUFFIX) for name in names})
 
@@ -276,7 +279,7 @@ def _by_adapter(runner: Graphs, options: OnnxRequest) -> list[Graphs]:
     """The graph without an adapter, and with each."""
     if options.by_row:
         return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
-    if isinstance(runner, EncoderDecoderRunner):
+    if isinstance(runner, SeveralGraphs):
         return [runner, *(runner.with_adapter(adapter.name) for adapter in options.adapters)]
     files = [runner.path.with_name(adapter_file(adapter, options)) for adapter in options.adapters]
     return [runner, *(runner.with_adapter(file) for file in files)]

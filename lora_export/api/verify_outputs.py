@@ -34,10 +34,10 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
     from lora_export.api.adapted_model import adapted_model
     from lora_export.api.adapter_values import generated_adapters, with_filled_slots
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
-    from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
     from lora_export.runtime.endpoint.runner import EndpointRunner
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.open_artifact import HowToOpen, open_candidate
+    from lora_export.runtime.several_graphs import SeveralGraphs
     from lora_export.verification.against_endpoint import EndpointReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.module_copies import fp64_bytes
@@ -72,7 +72,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         stage("loading the candidate")
         names, seconds = [adapter.name for adapter in loaded], _seconds(request, base, candidate)
         runner = open_candidate(candidate, HowToOpen(base, request, names, seconds))
-        if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.has_slots:
+        if isinstance(runner, OnnxRunner | SeveralGraphs) and runner.has_slots:
             stage("filling the slots")
             if not loaded:
                 adapted = replace(adapted, adapters=generated_adapters(runner.path), strengths=(1.0, 1.0))

@@ -19,11 +19,13 @@ from typing import Any
 from lora_export import provenance
 from lora_export.artifacts import archive
 from lora_export.artifacts.files import (
-    GRAPH_FILES,
+    FOLDER_LAYOUTS,
+    IMAGE_TEXT_FILES,
     SINGLE_GRAPH,
+    VISION_FILE,
     files_of_artifact,
+    graphs_in,
     hashes_of,
-    is_encoder_decoder_folder,
 )
 from lora_export.errors import InputRefused
 from lora_export.formats.contract import ROW_ADAPTERS_KEY, SLOTS_KEY, read_contract, read_row_adapters
@@ -98,7 +100,7 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint folder"
     EMBEDDER = "embedding model"
     PIPELINE = "diffusion pipeline"
-    GENERATION = "graphs of an encoder-decoder"
+    GENERATION = "graphs of one model"
     WEIGHTS = "weights"
     GGUF = "GGUF file"
     GRAPH = "graph"
@@ -138,7 +140,7 @@ MEMBERS = {"archive_format": ArtifactKind.PROGRAM, "constants.pkl": ArtifactKind
 def artifact_kind(path: Path) -> ArtifactKind:
     """The kind of a path, which need not exist. Reads no weights."""
     if path.is_dir():
-        if is_encoder_decoder_folder(path):
+        if graphs_in(path):
             return ArtifactKind.GENERATION
         if is_pipeline(path):
             return ArtifactKind.PIPELINE
@@ -190,8 +192,8 @@ class Artifact:
 
     @property
     def graph_files(self) -> Mapping[str, Path]:
-        """Name -> path of the three graphs of an encoder-decoder, and of their external data."""
-        graphs = (Artifact(self.path / name, ArtifactKind.GRAPH) for name in GRAPH_FILES)
+        """Name -> path of the three graphs of one model, and of their external data."""
+        graphs = (Artifact(self.path / name, ArtifactKind.GRAPH) for name in graphs_in(self.path))
         return {name: path for graph in graphs for name, path in graph.files.items()}
 
     def refuse_missing_graph(self) -> None:
@@ -201,13 +203,15 @@ class Artifact:
         """
         if not self.path.is_dir() or any(self.path.glob("*.safetensors")):
             return
-        missing = [name for name in GRAPH_FILES if not (self.path / name).is_file()]
-        if 0 < len(missing) < len(GRAPH_FILES):
-            found = ", ".join(name for name in GRAPH_FILES if name not in missing)
-            raise InputRefused(
-                f"{self.path} has {found}, and no {' and no '.join(missing)}. An encoder-decoder is run with its "
-                f"cache, by all three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
-            )
+        for files, model in zip(FOLDER_LAYOUTS, ("An encoder-decoder", "A model that reads images"), strict=True):
+            missing = [name for name in files if not (self.path / name).is_file()]
+            is_alone = files is IMAGE_TEXT_FILES and VISION_FILE in missing  # optimum's decoders of texts are named so
+            if 0 < len(missing) < len(files) and not is_alone:
+                found = ", ".join(name for name in files if name not in missing)
+                raise InputRefused(
+                    f"{self.path} has {found}, and no {' and no '.join(missing)}. {model} is run with its "
+                    f"cache, by all three graphs: {command('onnx', 'MODEL', with_cache=True, output='FOLDER')}"
+                )
 
     def refuse_changed_weights(self) -> None:
         """Raise InputRefused where weights that a graph shares with another are not what they were at its export."""

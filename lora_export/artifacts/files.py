@@ -1,4 +1,4 @@
-"""The files of an artifact and their hashes, the names of output files, and the graphs of an encoder-decoder."""
+"""The files of an artifact and their hashes, the names of output files, and the graphs of models that have several."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from lora_export.storage.store_path import place
 ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 SINGLE_GRAPH = "model.onnx"  # the name under which other programs look for a decoder's graph
 GRAPH_FILES = (ENCODER_FILE, DECODER_FILE, WITH_PAST_FILE)
+# Of a model that reads images among its tokens; transformers.js has the same names.
+VISION_FILE, EMBEDDING_FILE, MERGED_FILE = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
+IMAGE_TEXT_FILES = (VISION_FILE, EMBEDDING_FILE, MERGED_FILE)
+FOLDER_LAYOUTS = (GRAPH_FILES, IMAGE_TEXT_FILES)
 LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
 
 
@@ -25,13 +29,15 @@ def file_for_graph(adapter: str, graph: str) -> str:
 
 def adapter_of_file(path: Path) -> str:
     """The name of the adapter of such a file; empty where the file has another name."""
-    names = (path.name.removesuffix(file_for_graph("", graph)) for graph in GRAPH_FILES)
+    graphs = (graph for files in FOLDER_LAYOUTS for graph in files)
+    names = (path.name.removesuffix(file_for_graph("", graph)) for graph in graphs)
     return next((name for name in names if name != path.name), "")
 
 
-def is_encoder_decoder_folder(path: Path) -> bool:
-    """Whether a folder has the three graphs of an encoder-decoder."""
-    return path.is_dir() and all((path / name).is_file() for name in GRAPH_FILES)
+def graphs_in(path: Path) -> tuple[str, ...]:
+    """The files of the three graphs in a folder, of an encoder-decoder or with images; none where it lacks one."""
+    found = (files for files in FOLDER_LAYOUTS if path.is_dir() and all((path / name).is_file() for name in files))
+    return next(found, ())
 
 
 # --- files and their hashes ---

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     "--prompt",
     "texts",
     multiple=True,
-    help="Text to go on from, or to translate or sum up. Several run as one batch. With --image: the first tokens of "
-    "the text, such as the token of a Donut's task, once for all images or once for each.",
+    help="Text to go on from, or to translate or sum up. Several run as one batch. With an --image that is read "
+    "alone: the first tokens of the text, such as the token of a Donut's task, once for all images or once for each.",
 )
 @click.option(
     "--audio",
@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     help="Sound for a speech model: .wav, .flac, .ogg, .mp3.",
 )
 @click.option(
-    "--image", "images", multiple=True, type=FilePath(), metavar="FILE", help="Image that an image-to-text model reads."
+    "--image",
+    "images",
+    multiple=True,
+    type=FilePath(),
+    metavar="FILE",
+    help="Image to read: to write a text of it, or among the words of --prompt.",
 )
 @click.option(
     "--adapter",
@@ -66,12 +71,11 @@ def generate_command(
             "give --prompt TEXT, --audio FILE for a speech model, or --image FILE for a model that reads images, "
             "with or without --prompt"
         )
-    prompts: tuple[str | Path, ...] = images or sounds or texts
-    streams = len(prompts) == 1 and not as_json
+    streams = len(images or sounds or texts) == 1 and len(texts) < 2 and not as_json
     results = generate(
-        prompts=prompts,
+        prompts=sounds or texts,
+        images=images,
         adapters=_by_prompt(chosen),
-        starts=texts if images else (),
         on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else no_text,
         **options,
     )

@@ -42,6 +42,7 @@ GROUPS = {
         "fleet": "Hundreds of adapters by one file, on processes or on Ray.",
         "cost": "What 10,000 adapters on a large base cost, and when not to merge.",
         "generation": "Models with a key/value cache: export, generate, fuse.",
+        "images": "LLaVA and Qwen2-VL with their images, as three graphs.",
         "genai": "Adapters in graphs of onnxruntime-genai.",
         "quantised": "Quantised graphs, checkpoints and GGUF files.",
         "verdict": "What `verify` runs, and how it decides.",

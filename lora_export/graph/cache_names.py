@@ -8,6 +8,10 @@ from collections.abc import Iterable
 IDS, MASK = "input_ids", "attention_mask"
 POSITION_IDS, CACHE_POSITION = "position_ids", "cache_position"  # [batch, tokens] and [tokens]
 BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
+EMBEDS, FEATURES = "inputs_embeds", "image_features"  # of a decoder that reads images, and of its vision encoder
+IMAGE_FEATURES = "image_outputs.pooler_output"  # of the model in PyTorch
+GRIDS, TOKEN_TYPE_INPUTS = "image_grid_thw", ("mm_token_type_ids", "token_type_ids")  # of images, and of tokens
+IMAGE_INPUTS = ("pixel_values", GRIDS)  # of a vision encoder
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")

@@ -27,6 +27,7 @@ from torch.export import Dim
 
 from lora_export.errors import InputRefused
 from lora_export.graph.cache_names import (
+    EMBEDS,
     IDS,
     MASK,
     PAST,
@@ -39,7 +40,7 @@ from lora_export.graph.cache_names import (
 )
 from lora_export.models.export import exported_with_cache, name_axes
 from lora_export.models.model import Axes, ModelInputs
-from lora_export.models.tracing import USE_CACHE, is_hugging_face, named_failures, tracing
+from lora_export.models.tracing import USE_CACHE, cache_setting, is_hugging_face, named_failures, tracing
 
 # The keyword of forward that takes the cache, in the order of transformers' generations.
 CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -142,6 +143,7 @@ def _name(found: re.Match[str], *, is_past: bool) -> str:
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
 # Sizes to trace with: none is 1, which an exporter takes for a constant, and no two are equal.
 TRACED_BATCH, TRACED_PAST, TRACED_SEQUENCE = 2, 5, 3
+GRID_AXES = 3  # time, row and column of a position
 
 
 def refuse_other_than_decoder(module: nn.Module, source: str) -> None:
@@ -159,17 +161,22 @@ def refuse_other_than_decoder(module: nn.Module, source: str) -> None:
         )
 
 
-def export_decoder(module: nn.Module, *, opset: int | None = None) -> ir.Model:
+def export_decoder(module: nn.Module, *, opset: int | None = None, takes_embeds: bool = False) -> ir.Model:
     """Export a causal language model, in eval mode, with its cache. Writes no file.
+
+    With `takes_embeds`, its input is `inputs_embeds` [batch, sequence, features] in place of `input_ids`, and
+    `position_ids` has each axis of the model's positions, [3, batch, sequence] for those of an image's grid.
 
     Weights are as `to_onnx` leaves them. Raises InputRefused for a model whose cache has other parts than a key and a
     value for each layer, and RuntimeRefused where the exporter refuses the model.
     """
     past = cache_after_prompt(module, TRACED_BATCH, TRACED_PAST)
     inputs, axes = _inputs(module, past)
+    if takes_embeds:
+        inputs, axes = _with_embeds(module, inputs, axes)
     dynamic: dict[str, Any] = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
     dynamic[past.keyword] = [dict.fromkeys(own, Dim.DYNAMIC) for own in past.varying_axes]
-    with tracing(module):
+    with tracing(module), cache_setting(module, to=True):  # InternVL reads the setting of its config
         program = exported_with_cache(module, {**inputs, past.keyword: past.cache, USE_CACHE: True}, dynamic, opset)
     for value in list(program.graph.inputs):  # a model may take positions and not read them
         if value.name == POSITION_IDS and not value.uses():
@@ -200,6 +207,22 @@ def _inputs(module: nn.Module, past: DecoderCache) -> tuple[ModelInputs, Axes]:
         inputs[POSITION_IDS] = torch.arange(TRACED_PAST, total).expand(TRACED_BATCH, -1)
         axes[POSITION_IDS] = tokens
     return inputs, axes
+
+
+def _with_embeds(module: Any, inputs: ModelInputs, axes: Axes) -> tuple[ModelInputs, Axes]:
+    """The inputs with embeddings in place of token ids, and with positions on each axis of a grid."""
+    features = module.get_input_embeddings()(inputs[IDS])
+    inputs = {EMBEDS: features.detach(), **{name: value for name, value in inputs.items() if name != IDS}}
+    axes = {EMBEDS: axes[IDS], **{name: own for name, own in axes.items() if name != IDS}}
+    if POSITION_IDS in inputs and has_grid_positions(module):
+        inputs[POSITION_IDS] = inputs[POSITION_IDS].expand(GRID_AXES, -1, -1).contiguous()
+        axes[POSITION_IDS] = {axis + 1: symbol for axis, symbol in axes[POSITION_IDS].items()}
+    return inputs, axes
+
+
+def has_grid_positions(module: Any) -> bool:
+    """Whether a token has a position in time, a row and a column (Qwen2-VL)."""
+    return hasattr(module.base_model, "get_rope_index")
 
 
 def takes_positions(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import GRIDS
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 from lora_export.models.processors import PIXELS, PROCESSOR
 from lora_export.models.tracing import first_line
@@ -157,7 +158,7 @@ def _is_number(value: Any) -> bool:
 # --- Forms in which language models take images ---
 
 IMAGES, PATCHES = "images", "patches"  # symbols of the number of images, and of the patches of all of them
-GRIDS, IMAGE_SIZES = "image_grid_thw", "image_sizes"  # inputs
+IMAGE_SIZES = "image_sizes"  # an input
 PATCHES_ACROSS = (2, 3)  # of the first image and the second, after the merge of neighbours; both are 2 high
 HIGH = 2
 

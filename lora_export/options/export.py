@@ -22,10 +22,12 @@ from lora_export.options.declaring import Only, Option, Options, Positional, Sec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CachedTask = Literal["text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"]
+CachedTask = Literal[
+    "text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text", "image-text-to-text"
+]
 # What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
 CACHED_TASKS: tuple[str, ...] = get_args(CachedTask)
-TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = CACHED_TASKS
+TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT, IMAGE_TEXT_TO_TEXT = CACHED_TASKS
 SWAPPED = ("inputs", "rows", "slots")  # modes whose graph is the base until a call chooses an adapter
 
 OF_ADAPTERS = "other graphs contain the adapters that are given, and no others"
@@ -218,6 +220,13 @@ class GenerateOptions(Options):
                 multiple=True,
             )
         ),
+    )
+    images: Sequence[Path] = option(
+        (),
+        "The images that the model reads: among the tokens of the prompts, or to write a text of each.",
+        python_only=True,
+        kind="path",
+        multiple=True,
     )
     adapters: str | Sequence[str | None] | None = option(
         None,

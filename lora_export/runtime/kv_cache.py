@@ -62,19 +62,23 @@ class CacheTensor(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CacheRunner:
-    """A graph with a cache, run as if it had none. Takes token ids [batch, sequence], and a mask of them."""
+    """A graph with a cache, run as if it had none. Takes token ids [batch, sequence], and a mask of them.
+
+    Or their embeddings [batch, sequence, features]. Positions may be [axes, batch, sequence].
+    """
 
     inner: OnnxRunner
     cache: tuple[CacheTensor, ...]
     counts_mask: bool = False  # an operator reads the number of ones in the mask, and not their places
+    tokens: str = IDS  # the input of ids or embeddings
     names_known: bool = True
     cannot_give: Sequence[str] = ()
 
     @property
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:
         """The sizes of ids and mask. Any sequence length is taken, also by a graph that takes one token at a time."""
-        batch = self.inner.axes[IDS][0]
-        return dict.fromkeys((IDS, MASK), (batch, None))
+        batch = self.inner.axes[self.tokens][0]
+        return dict.fromkeys((self.tokens, MASK), (batch, None))
 
     def close(self) -> None:
         self.inner.close()
@@ -135,9 +139,9 @@ class CacheRunner:
         Raises RuntimeRefused where the model has no token ids, or the graph returns outputs for fewer positions than
         it was given.
         """
-        if IDS not in inputs:
-            raise RuntimeRefused(f"the graph takes {IDS}; the model takes {', '.join(inputs)}")
-        rows, length = inputs[IDS].shape
+        if self.tokens not in inputs:
+            raise RuntimeRefused(f"the graph takes {self.tokens}; the model takes {', '.join(inputs)}")
+        rows, length = inputs[self.tokens].shape[:2]
         outputs = self._run(inputs, self._steps(length))
         if length > TURN and self._takes_turns(rows):
             for name, value in self._run(inputs, turns(length)).items():
@@ -149,7 +153,7 @@ class CacheRunner:
         return self.tokens_at_once is None and (rows == 1 or GROUP_QUERY not in self.inner.placement.operators)
 
     def _run(self, inputs: Arrays, steps: Iterable[tuple[int, int]]) -> Arrays:
-        cache = self._empty_cache(len(inputs[IDS]))
+        cache = self._empty_cache(len(inputs[self.tokens]))
         parts: dict[str, list[NDArray[Any]]] = {}
         for start, stop in steps:
             outputs = self.inner.run({**self._step_inputs(inputs, start, stop), **cache})
@@ -165,14 +169,14 @@ class CacheRunner:
 
     def prompt(self, inputs: Arrays) -> Arrays:
         """The positions of the first run, and only the rows whose first position is a token."""
-        _, stop = next(self._steps(inputs[IDS].shape[1]))
-        mask = inputs.get(MASK, np.ones_like(inputs[IDS]))
+        _, stop = next(self._steps(inputs[self.tokens].shape[1]))
+        mask = inputs.get(MASK, np.ones_like(inputs[self.tokens]))
         return {name: value[mask[:, 0] == 1, :stop] for name, value in inputs.items()}
 
     def prompt_feeds(self, inputs: Arrays) -> Arrays:
         """The graph's own inputs for a prompt: the prompt's, and an empty cache."""
-        length = inputs[IDS].shape[1]
-        return {**self._step_inputs(inputs, 0, length), **self._empty_cache(len(inputs[IDS]))}
+        length = inputs[self.tokens].shape[1]
+        return {**self._step_inputs(inputs, 0, length), **self._empty_cache(len(inputs[self.tokens]))}
 
     def run_prompt(self, inputs: Arrays) -> Arrays:
         """The outputs for a prompt, without the cache."""
@@ -183,7 +187,7 @@ class CacheRunner:
     @property
     def tokens_at_once(self) -> int | None:
         """How many tokens of each row a run takes; None for any number."""
-        return self.inner.axes[IDS][1]
+        return self.inner.axes[self.tokens][1]
 
     def _steps(self, length: int) -> Iterator[tuple[int, int]]:
         """[start, stop) of each run."""
@@ -194,13 +198,14 @@ class CacheRunner:
             yield start, start + (most or 1)
 
     def _step_inputs(self, inputs: Arrays, start: int, stop: int) -> Arrays:
-        ids = inputs[IDS]
-        mask = inputs.get(MASK, np.ones_like(ids))
-        positions = inputs.get(POSITION_IDS, np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
+        tokens = inputs[self.tokens]
+        shape = tokens.shape[:2]
+        mask = inputs.get(MASK, np.ones(shape, np.int64))
+        positions = inputs.get(POSITION_IDS, np.broadcast_to(np.arange(shape[1]), shape))
         derived = {
-            IDS: ids[:, start:stop],
+            self.tokens: tokens[:, start:stop],
             MASK: mask[:, :stop],
-            POSITION_IDS: positions[:, start:stop],
+            POSITION_IDS: positions[..., start:stop],
             CACHE_POSITION: np.arange(start, stop),
             BRANCH: np.array([start > 0]),
         }
@@ -221,8 +226,10 @@ def turns(length: int, least: int = TURN) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(sorted(ends | {0, length}))
 
 
-def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
+def with_cache(runner: OnnxRunner, tokens: str = IDS) -> OnnxRunner | CacheRunner:
     """The graph as a model without a cache, where it has one; else the runner itself.
+
+    `tokens` is the input that has an entry for each token.
 
     A cache tensor is an input and an output with the same name but for its first part: `past_key_values.0.key` and
     `present.0.key`.
@@ -235,7 +242,7 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
         shapes = zip(inputs[past].shape, outputs[present].shape, strict=False)
         sizes = tuple(_size(size) or _size(other) for size, other in shapes)
         cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[inputs[past].type]))
-    if not cache or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
+    if not cache or len(runner.axes.get(tokens, ())) != (2 if tokens == IDS else 3):
         return runner
     counts_mask = False
     if any(tensor.sizes[-1] is None for tensor in cache) or GROUP_QUERY in runner.placement.operators:
@@ -246,7 +253,7 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
             tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache
         ]
         counts_mask = any(node.op_type == GROUP_QUERY and not _has_bias(node) for node in graph)
-    return CacheRunner(runner, tuple(cache), counts_mask)
+    return CacheRunner(runner, tuple(cache), counts_mask, tokens)
 
 
 def graph_of(candidate: Runner) -> OnnxRunner | None:

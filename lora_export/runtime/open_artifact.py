@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
-from lora_export.artifacts.files import ENCODER_FILE, adapter_of_file, file_for_graph
+from lora_export.artifacts.files import adapter_of_file, file_for_graph, graphs_in
 from lora_export.errors import InputRefused
 from lora_export.isolation.limits import memory_for
 from lora_export.models.load import load_model, module_with_weights
@@ -24,9 +24,9 @@ from lora_export.models.pt2 import program
 from lora_export.models.served_values import vector_of
 from lora_export.options.spelling import named
 from lora_export.options.verify import Judging
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.endpoint.runner import open_endpoint
 from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
+from lora_export.runtime.graphs_in_folder import runner_of
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
@@ -53,7 +53,7 @@ class HowToOpen:
 
 
 def open_candidate(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
-    """A runner of a candidate: an .onnx, a folder with the three graphs of an encoder-decoder, a .pt or .pt2, a Hugging
+    """A runner of a candidate: an .onnx, a folder with the three graphs of a model, a .pt or .pt2, a Hugging
     Face folder, or weights (.safetensors) of the base.
 
     Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
@@ -82,9 +82,10 @@ def _refuse_id_of_slot(candidate: Artifact, how: HowToOpen, *, has_slots: bool) 
         raise InputRefused(f"{candidate.path} holds no adapters: leave {named('adapter_id')} out, all are proven")
 
 
-def _graphs_of_encoder_decoder(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
+def _several_graphs(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
     path, adapter = candidate.path, how.onnx_adapter
-    runner = EncoderDecoderRunner.open(path, how.options.provider, timeout=how.timeout)
+    files = graphs_in(path)
+    runner = runner_of(files).open(path, how.options.provider, timeout=how.timeout)
     _refuse_id_of_slot(candidate, how, has_slots=runner.has_slots)
     if adapter is None:
         return runner if how.options.adapter_id is None else runner.with_rows([how.options.adapter_id])
@@ -92,7 +93,7 @@ def _graphs_of_encoder_decoder(candidate: Artifact, how: HowToOpen) -> Candidate
     if not name or not adapter.is_file() or not adapter.parent.samefile(path):
         raise InputRefused(
             f"{adapter} is no adapter of the graphs in {path}: name one of its files there, such as "
-            f"{file_for_graph('NAME', ENCODER_FILE)}"
+            f"{file_for_graph('NAME', files[0])}"
         )
     return runner.with_adapter(name)
 
@@ -137,7 +138,7 @@ def _endpoint(candidate: Artifact, how: HowToOpen) -> CandidateRunner:
 
 RUNNERS: Mapping[ArtifactKind, Callable[[Artifact, HowToOpen], CandidateRunner]] = {
     ArtifactKind.GRAPH: _graph,
-    ArtifactKind.GENERATION: _graphs_of_encoder_decoder,
+    ArtifactKind.GENERATION: _several_graphs,
     ArtifactKind.CHECKPOINT: _folder,
     ArtifactKind.EMBEDDER: _folder,
     ArtifactKind.PIPELINE: _folder,

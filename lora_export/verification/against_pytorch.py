@@ -19,15 +19,17 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.callbacks import ignore
 from lora_export.lora import Adapter
+from lora_export.models.image_text import return_image_features
 from lora_export.models.model import Model
 from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
-from lora_export.runtime.encoder_decoder import OUTPUTS, EncoderDecoderRunner
+from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
@@ -179,8 +181,10 @@ class PyTorchReferences(References):
         weights = replace(weights, faults=[*weights.faults, *faults], notes=[*weights.notes, *notes])
         judged = quantised_weights.with_dequantised_weights(model, quantised)
         module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
-        if isinstance(candidate, EncoderDecoderRunner):
-            limit_outputs(module, OUTPUTS)  # T5Gemma returns its decoder's last hidden states, too
+        if isinstance(candidate, ImageTextRunner):
+            return_image_features(module)
+        elif isinstance(candidate, SeveralGraphs):
+            limit_outputs(module, candidate.OUTPUTS)  # T5Gemma returns its decoder's last hidden states, too
         rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})
         has_pairs = any(adapter.pairs for adapter in adapters)
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
@@ -230,7 +234,7 @@ class PreparedPyTorch(PreparedReferences):
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         is_large_model = is_large(self.attached.module)
-        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | EncoderDecoderRunner):
+        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | SeveralGraphs):
             _ = self.is_half_inside  # reads the session
             self.candidate.close()
             release_memory()
@@ -309,7 +313,7 @@ class PreparedPyTorch(PreparedReferences):
         settings = {
             "rounding": dict(rounding),
             "has_pairs": self.attached.has_pairs,
-            "candidate": type(self.candidate).__name__,  # the outputs of an encoder-decoder are limited
+            "candidate": type(self.candidate).__name__,  # the outputs of three graphs are limited
         }
         result = session.without_adapters(self.attached.module, settings, cases)
         found = self.attached.run([role for role in roles if role != "base" or result.value is None], cases)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lora_export.api.generation_task import first_file, generating_model, task_of
+from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.load import load_model
-from lora_export.options.export import IMAGE_TO_TEXT, SPEECH_TO_TEXT, TEXT_GENERATION, TEXT_TO_TEXT
+from lora_export.options.export import (
+    IMAGE_TEXT_TO_TEXT,
+    IMAGE_TO_TEXT,
+    SPEECH_TO_TEXT,
+    TEXT_GENERATION,
+    TEXT_TO_TEXT,
+)
 from support.generators import DECODERS, ENCODER_DECODERS, small_decoder, small_encoder_decoder
+from support.small_models import small_model
 
 
 @pytest.mark.parametrize(
@@ -22,6 +31,9 @@ from support.generators import DECODERS, ENCODER_DECODERS, small_decoder, small_
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, TEXT_TO_TEXT),
         ({"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True}, SPEECH_TO_TEXT),
         ({"architectures": ["VisionEncoderDecoderModel"], "is_encoder_decoder": True}, IMAGE_TO_TEXT),
+        ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}, IMAGE_TEXT_TO_TEXT),
+        ({"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}, TEXT_GENERATION),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": ["llava"]}, TEXT_GENERATION),
         ({"architectures": ["NoSuchModel"], "is_encoder_decoder": True}, TEXT_TO_TEXT),
         ({"architectures": [7], "is_encoder_decoder": True}, TEXT_TO_TEXT),
         ({"architectures": "T5", "is_encoder_decoder": True}, TEXT_TO_TEXT),
@@ -39,9 +51,25 @@ def test_module_tells_its_task() -> None:
     assert task_of("model.py:factory") == TEXT_GENERATION, "a factory is not called"
 
 
+def test_images_of_a_model_are_left_out_where_they_are_not_taken(tmp_path: Path) -> None:
+    folder = small_model("llava", tmp_path)
+    assert task_of(folder, takes_images=False) == TEXT_GENERATION
+    llava = load_model(str(folder))
+    assert generating_model(llava, IMAGE_TEXT_TO_TEXT, ignore) is llava
+    texts = generating_model(llava, TEXT_GENERATION, ignore)
+    assert texts.input_names == ("input_ids", "attention_mask")
+    assert "a graph of text-generation takes texts alone" in texts.not_judged[0]
+    with pytest.raises(InputRefused, match='its inputs have no images\nIts texts alone: task="text-generation"'):
+        generating_model(replace(llava, text_only=None), IMAGE_TEXT_TO_TEXT, ignore)
+    other = load_model(str(small_decoder("llama", tmp_path / "llama")))
+    with pytest.raises(InputRefused, match="LlamaForCausalLM is no model whose images are exported"):
+        generating_model(other, IMAGE_TEXT_TO_TEXT, ignore)
+
+
 def test_first_file_is_in_the_folder(tmp_path: Path) -> None:
     assert first_file(tmp_path / "out", TEXT_GENERATION) == tmp_path / "out" / "model.onnx"
     assert first_file(tmp_path / "out.onnx", TEXT_GENERATION) == tmp_path / "out.onnx"
+    assert first_file(tmp_path / "out", IMAGE_TEXT_TO_TEXT) == tmp_path / "out" / "vision_encoder.onnx"
     assert first_file(tmp_path / "out", TEXT_TO_TEXT) == tmp_path / "out" / "encoder_model.onnx"
     with pytest.raises(WrongUsage, match=r"becomes three graphs: -o .*out\.onnx has to name a folder"):
         first_file(tmp_path / "out.onnx", TEXT_TO_TEXT)

@@ -15,7 +15,7 @@ from lora_export.artifacts.files import (
     GRAPH_FILES,
     adapter_of_file,
     file_for_graph,
-    is_encoder_decoder_folder,
+    graphs_in,
 )
 from lora_export.errors import InputRefused
 from lora_export.storage import input_files
@@ -33,10 +33,10 @@ def sha256(path: Path) -> str:
 
 def test_folder_with_all_three_graphs_is_one(tmp_path: Path) -> None:
     for name in GRAPH_FILES:
-        assert not is_encoder_decoder_folder(tmp_path)
+        assert not graphs_in(tmp_path)
         (tmp_path / name).touch()
-    assert is_encoder_decoder_folder(tmp_path)
-    assert not is_encoder_decoder_folder(tmp_path / GRAPH_FILES[0])
+    assert graphs_in(tmp_path)
+    assert not graphs_in(tmp_path / GRAPH_FILES[0])
 
 
 def test_each_graph_has_a_file_of_an_adapter() -> None:
@@ -52,7 +52,7 @@ def test_folder_that_lacks_one_is_none(tmp_path: Path, name: str) -> None:
     for other in GRAPH_FILES:
         (tmp_path / other).touch()
     (tmp_path / name).unlink()
-    assert not is_encoder_decoder_folder(tmp_path)
+    assert not graphs_in(tmp_path)
 
 
 def test_folder_with_some_of_the_graphs_is_refused_by_what_it_lacks(tmp_path: Path) -> None:

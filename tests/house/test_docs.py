@@ -45,6 +45,7 @@ NEEDS = {
     "fleet": ("base", "fr", "de"),
     "cost": (),
     "generation": ("decoder", "pirate"),
+    "images": (),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),

@@ -191,7 +191,7 @@ def test_graphs_with_other_adapters_are_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_graphs_without_adapters_by_row_take_no_ids(runner: EncoderDecoderRunner) -> None:
-    merged = replace(runner, **{name: PlainGraph() for name in ("encoder", "decoder", "with_past")})
+    merged = replace(runner, graphs=(PlainGraph(), PlainGraph(), PlainGraph()))
     assert not merged.takes_rows
     with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
         merged.with_rows([1])

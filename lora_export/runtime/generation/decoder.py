@@ -41,20 +41,21 @@ from lora_export.runtime.session import Session
 class Decoder:
     """A graph that `export_onnx` made with `with_cache`, or another one with the same inputs and outputs.
 
-    `provider` is `cpu` or `cuda`; on `cuda` the cache stays on the GPU. Raises InputRefused for a graph without a
-    cache, EnvironmentLacking where the provider does not run, and RuntimeRefused where onnxruntime refuses the graph.
+    `provider` is `cpu` or `cuda`; on `cuda` the cache stays on the GPU. `tokens` is the input of token ids, or of their
+    embeddings. `opened` is a runner of the graph, where there is one. Raises InputRefused for a graph without a cache,
+    EnvironmentLacking where the provider does not run, and RuntimeRefused where onnxruntime refuses the graph.
     """
 
-    def __init__(self, graph: Path, provider: str = "cpu"):
-        runner = with_cache(OnnxRunner(graph, provider))
+    def __init__(self, graph: Path, provider: str = "cpu", tokens: str = IDS, opened: OnnxRunner | None = None):
+        runner = with_cache(opened or OnnxRunner(graph, provider), tokens)
         if not isinstance(runner, CacheRunner):
             raise InputRefused(
                 f"{graph} has no key/value cache as inputs and outputs. "
                 f"`{command('onnx', with_cache=True)}` makes such a graph of a decoder"
             )
-        self.graph, self.provider, self.cache = graph, provider, runner.cache
+        self.graph, self.provider, self.tokens, self.cache = graph, provider, tokens, runner.cache
         self.takes = frozenset(runner.inner.axes)
-        unknown = self.takes - {IDS, MASK, POSITION_IDS, CACHE_POSITION, BRANCH, *ROW_INPUTS}
+        unknown = self.takes - {tokens, MASK, POSITION_IDS, CACHE_POSITION, BRANCH, *ROW_INPUTS}
         unknown -= {tensor.past for tensor in self.cache}
         self.takes_padding = runner.takes_padding
         self.tokens_at_once = runner.tokens_at_once
@@ -123,27 +124,30 @@ class DecoderRun:
                 empty = ort_value_of_array(ort, np.zeros(sizes, tensor.dtype))
             self.binding.bind_ortvalue_input(tensor.past, empty)
 
-    def step(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> NDArray[np.floating]:
+    def step(self, ids: NDArray[Any], mask: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.floating]:
         """Run the next tokens; return the logits of the last one, [batch, vocabulary].
 
-        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far]. A graph that takes so many
-        tokens at once runs as often as needed.
+        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far]. Embeddings in place of ids are
+        [batch, tokens, features], and positions may be [axes, batch, tokens]. A graph that takes so many tokens at once
+        runs as often as needed.
         """
         count, past = ids.shape[1], mask.shape[1] - ids.shape[1]
         most = self.decoder.tokens_at_once or count
         for start in range(0, count, most):
             now = slice(start, start + most)
-            last = self._run(ids[:, now], mask[:, : past + start + most], positions[:, now])
+            last = self._run(ids[:, now], mask[:, : past + start + most], positions[..., now])
         return last
 
-    def _run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> NDArray[np.floating]:
+    def _run(self, ids: NDArray[Any], mask: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.floating]:
         decoder, binding = self.decoder, self.binding
         has_past = np.array([mask.shape[1] > ids.shape[1]])
-        feeds = {IDS: ids, MASK: mask, POSITION_IDS: positions, CACHE_POSITION: positions[0], BRANCH: has_past}
+        feeds = {
+            decoder.tokens: ids,
+            MASK: mask,
+            POSITION_IDS: positions,
+            CACHE_POSITION: positions[0],
+            BRANCH: has_past,
+        }
         for name, value in feeds.items():
             if name in decoder.takes:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))

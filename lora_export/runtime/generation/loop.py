@@ -195,6 +195,13 @@ def generate_from_encoder(
     )
 
 
+def generate_in_run(
+    run: Run, prompts: Sequence[Sequence[int]], limits: TextLimits, sampling: Sampling, on_token: OnToken
+) -> list[list[int]]:
+    """The new tokens of each prompt, all of which run as one batch, padded on the left."""
+    return _in_batches([(range(len(prompts)), run)], prompts, limits, sampling, on_token)
+
+
 def _in_batches(
     runs: Iterable[tuple[Sequence[int], Run]],
     given: Sequence[Sequence[int]],

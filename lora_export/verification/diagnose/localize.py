@@ -20,10 +20,10 @@ from lora_export.graph.cache_names import IDS, LOGITS
 from lora_export.isolation.limits import GIB
 from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.memory import available_memory
 from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.diagnosis import Diagnosis
@@ -51,10 +51,10 @@ def diagnose(case: DiagnosisCase, *, every: bool = False) -> Diagnosis:
     with a cache is traced at the case's prompt, with an empty cache. Raises InputRefused and RuntimeRefused where
     nothing can be compared.
     """
-    if isinstance(case.candidate, EncoderDecoderRunner):
+    if isinstance(case.candidate, SeveralGraphs):
         graph = first_wrong_graph(case.outputs, case.candidate)
         first = f"The first graph whose outputs differ: {graph}" if graph else "No graph's outputs differ"
-        raise InputRefused(f"those of an encoder-decoder's graphs are not traced. {first}")
+        raise InputRefused(f"those of a model's three graphs are not traced. {first}")
     if not isinstance(case.candidate, CacheRunner):
         return _diagnose(case, every=every)
     at_prompt = _at_prompt(case, case.candidate)
@@ -83,8 +83,8 @@ def _at_prompt(case: DiagnosisCase, candidate: CacheRunner) -> DiagnosisCase:
     return replace(case, inputs=inputs, outputs=outputs)
 
 
-def first_wrong_graph(case: parity.Case, candidate: EncoderDecoderRunner) -> str:
-    """The file of the first graph of an encoder-decoder whose outputs differ in a case; empty where none does."""
+def first_wrong_graph(case: parity.Case, candidate: SeveralGraphs) -> str:
+    """The file of the first graph of a model whose outputs differ in a case; empty where none does."""
     for file, (output, positions) in candidate.outputs_by_graph(case.reference[LOGITS].shape[1]).items():
         own: dict[str, Any] = {
             role: {output: values[output][:, positions]} for role, values in case.by_role.items() if output in values

@@ -17,9 +17,11 @@ from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dty
 from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
 from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import token_positions
 from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage.npz import read_arrays
@@ -139,7 +141,7 @@ def _with_positions(arrays: Arrays, model: Model, candidate: Runner) -> Arrays:
     PyTorch would count padding, too. Programs that generate count the ones of the mask: only these positions show
     whether a graph reads them.
     """
-    graph = graph_of(candidate)
+    graph = candidate.decoder if isinstance(candidate, ImageTextRunner) else graph_of(candidate)
     is_taken = graph is not None and len(graph.axes.get(POSITION_IDS, ())) == 2 and model.is_huggingface
     if not is_taken or IDS not in arrays or POSITION_IDS in arrays or not takes_positions(model.module):
         return arrays
@@ -195,7 +197,7 @@ def _limits(candidate: Runner, model: Model) -> Limits:
         for axis, symbol in axes.items():
             if symbol != "batch" and axis < len(declared.get(name, ())):
                 limits[symbol] = declared[name][axis]
-    traced = candidate if isinstance(candidate, ScriptRunner | EncoderDecoderRunner) else graph_of(candidate)
+    traced = candidate if isinstance(candidate, ScriptRunner | SeveralGraphs) else graph_of(candidate)
     limits |= {symbol: (0, size) for symbol, size in (traced.longest if traced else {}).items() if symbol != "batch"}
     return limits
 

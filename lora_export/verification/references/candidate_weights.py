@@ -26,10 +26,10 @@ from lora_export.models.model import Model
 from lora_export.models.stored_parameter import state_of
 from lora_export.options.spelling import named
 from lora_export.plan import Plan
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import aligned
@@ -47,7 +47,7 @@ def quantised_weights_of(
     *,
     has_own_heads: bool = False,
 ) -> dict[str, DequantisedWeight]:
-    """The quantised weights of an ONNX candidate, of all graphs of an encoder-decoder; none of any other candidate.
+    """The quantised weights of an ONNX candidate, of all graphs of a model; none of any other candidate.
 
     With `has_own_heads`, the whole tensors of adapters are not in the candidate's own weights, which are then left out.
 
@@ -61,7 +61,7 @@ def quantised_weights_of(
     if isinstance(runner, OnnxRunner):
         executed = functools.partial(_executed_nodes, candidate, runner, next(iter(inputs.values())))
         quantised = quantised_weights.find(runner.path, model, changes, origin, executed, skip=heads)
-    if isinstance(runner, EncoderDecoderRunner):
+    if isinstance(runner, SeveralGraphs):
         for graph in runner.graphs:
             own = quantised_weights.find(graph.path, model, changes)
             _refuse_other_numbers(quantised, own, graph.path)

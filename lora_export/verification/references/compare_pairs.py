@@ -24,10 +24,10 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.site import NameSource
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan, Step, TensorSpec
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.verification.parity import Array, Wide
 from lora_export.verification.references.compare_tensors import AGREES, CandidateTensor
 from lora_export.verification.references.expected_weight import rounded_to
@@ -81,7 +81,7 @@ def compare_pairs(
 
 
 def _parts(candidate: Runner) -> Sequence[Runner]:
-    return candidate.graphs if isinstance(candidate, EncoderDecoderRunner) else (graph_of(candidate) or candidate,)
+    return candidate.graphs if isinstance(candidate, SeveralGraphs) else (graph_of(candidate) or candidate,)
 
 
 # --- the pairs of a candidate --------------------------------------------------------------------

@@ -18,9 +18,9 @@ from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.models.stored_parameter import StoredParameter, state_of
 from lora_export.plan import FLOATS, Plan
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.runner import Runner
+from lora_export.runtime.several_graphs import SeveralGraphs
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.parity import Array
@@ -69,7 +69,7 @@ def candidate_tensors(candidate: Runner) -> Iterator[CandidateTensor]:
                 yield CandidateTensor(name.replace(UNMERGED, "."), NameSource.INITIALIZER, array.shape, load)
         return
     own = graph_of(candidate)
-    graphs = candidate.graphs if isinstance(candidate, EncoderDecoderRunner) else () if own is None else (own,)
+    graphs = candidate.graphs if isinstance(candidate, SeveralGraphs) else () if own is None else (own,)
     for graph in graphs:
         if isinstance(graph.source, Path):
             yield from tensors_of_graph(load_graph(graph.source))

@@ -148,11 +148,11 @@ def test_the_graphs_of_an_encoder_decoder_have_the_same_numbers(tmp_path: Path) 
     model = from_module(module, torch.ones(2, 32))
     first, again = a_quantised_graph(tmp_path), a_quantised_graph(tmp_path, name="again.onnx")
     runners = [OnnxRunner(path) for path in (float_graph, first, again)]
-    found = quantised_weights_of(EncoderDecoderRunner(tmp_path, *runners), model, None, None, {})
+    found = quantised_weights_of(EncoderDecoderRunner(tmp_path, tuple(runners)), model, None, None, {})
     assert found.keys() == {"fc.weight"} and found["fc.weight"].error is not None
     runners[2] = OnnxRunner(a_quantised_graph(tmp_path, name="other.onnx", shift=0.01))
     with pytest.raises(Different, match=r"other\.onnx has other numbers in fc\.weight than the graphs beside it"):
-        quantised_weights_of(EncoderDecoderRunner(tmp_path, *runners), model, None, None, {})
+        quantised_weights_of(EncoderDecoderRunner(tmp_path, tuple(runners)), model, None, None, {})
 
 
 # --- half precision ---
