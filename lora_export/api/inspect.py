@@ -120,6 +120,7 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     artifact = open_artifact(path)
+    artifact.refuse_changed_weights()
     if options.checkpoint is not None and artifact.kind is not ArtifactKind.GRAPH:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
     if options.check and (damaged := damage(path)):
@@ -136,7 +137,6 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
-        artifact.refuse_changed_weights()
         names = None
         if options.checkpoint is not None:
             names = open_checkpoint(locate(options.checkpoint, ignore, options.download))

@@ -132,6 +132,10 @@ class OnnxRequest(OnnxOptions):
         self.stage("reading the weights to share")
         with shared_weights(self.share_with, self.output, stage) as shared:
             yield replace(self, shared=shared)
+        if shared.shared:
+            self.on_message(f"{shared.shared / 2**20:,.1f} MiB of the weights are shared with {self.share_with.name}")
+        else:
+            self.on_message(f"note: no large weight equals one of {self.share_with.name}: none are shared")
 
 
 @dataclass(frozen=True, eq=False)

@@ -215,15 +215,18 @@ class Artifact:
 
     def refuse_changed_weights(self) -> None:
         """Raise InputRefused where weights that a graph shares with another are not what they were at its export."""
-        if self.kind is ArtifactKind.GRAPH:
-            for name, (algorithm, expected) in read_shared(self.metadata, self.path).items():
-                found = file_hash(self.path.parent / name, algorithm)
-                if found != expected:
-                    raise InputRefused(
-                        f"{self.path} shares the weights in {name} with another graph, and this file has changed: its "
-                        f"{algorithm} is {found[:SHORT_HASH]}, not {expected[:SHORT_HASH]}. Put that file back, or "
-                        "export again"
-                    )
+        for name in graphs_in(self.path):
+            Artifact(self.path / name, ArtifactKind.GRAPH).refuse_changed_weights()
+        if self.kind is not ArtifactKind.GRAPH:
+            return
+        for name, (algorithm, expected) in read_shared(self.metadata, self.path).items():
+            found = file_hash(self.path.parent / name, algorithm)
+            if found != expected:
+                raise InputRefused(
+                    f"{self.path} shares the weights in {name} with another graph, and this file has changed: its "
+                    f"{algorithm} is {found[:SHORT_HASH]}, not {expected[:SHORT_HASH]}. Put that file back, or export "
+                    "again"
+                )
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputRefused, WrongUsage, listed
-from lora_export.fleet.steps import FLEET_STEPS, NOT_IN_STEPS, FleetJob
+from lora_export.fleet.steps import FLEET_STEPS, NOT_IN_STEPS, PATHS, FleetJob
 from lora_export.formats import default_name
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
@@ -110,6 +110,7 @@ def _jobs_of_adapter(names: Mapping[str, Any], steps: Sequence[tuple[str, Mappin
         set_by_fleet = NOT_IN_STEPS | ({FLEET_STEPS[step].base} if FLEET_STEPS[step].writes_model else set())
         known = {key for key, (_, one) in keys_of(FLEET_STEPS[step].record).items() if one.name not in set_by_fleet}
         _check_keys(values, known, f"{place} ({step})")
+        _check_paths(values, step, f"{place} ({step})")
         if "candidate" in known and "candidate" not in values:
             made = next((job.output for job in reversed(before) if job.kind.writes_model), None)
             if made is None:
@@ -145,6 +146,15 @@ def _check_keys(table: Mapping[str, Any], known: Sequence[str] | set[str], place
     for key in table:
         if key.replace("_", "-") not in known:
             raise unknown_key(place, key, sorted(known))
+
+
+def _check_paths(values: Mapping[str, Any], step: str, place: str) -> None:
+    """Raise WrongUsage for a path that is no text: the jobs of a file are put in order by their paths."""
+    known = keys_of(FLEET_STEPS[step].record)
+    for key, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        if known[key][1].kind in PATHS and not all(isinstance(one, str) for one in texts):
+            raise WrongUsage(f"{place}: `{key}` is {value!r}; it must be text")
 
 
 def _of_type(table: Mapping[str, Any], key: str, type_: type, place: str, default: Any = None) -> Any:

@@ -100,7 +100,7 @@ def _problems(jobs: list[FleetJob], standings: dict[str, Standing]) -> Iterator[
             if standings[job.id].outcome == "refused":
                 yield JobProblem(job.base, job.adapter, job.step, standings[job.id].message)
             continue
-        is_taken = job.output is not None and output_exists(job.output) and not job.values.get("overwrite")
+        is_taken = job.output is not None and output_exists(job) and not job.values.get("overwrite")
         if is_taken and not standings[job.id].replaces and not standings[job.id].record.get("replaces"):
             text = f"{job.output} exists, and this fleet did not write it. Remove it, or state `overwrite = true`"
             yield JobProblem(job.base, job.adapter, job.step, text)

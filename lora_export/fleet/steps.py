@@ -24,6 +24,7 @@ class StepKind:
     home: str  # of the function
     base: str  # the field that takes the base; empty where the step has none
     adapter: str  # the field that takes the adapter
+    endings: tuple[str, ...] = ()  # that the command may add to the name of its output
     writes_model: bool = False  # what a later proof judges
     has_session: bool = False  # what its proofs of one base have in common stays in the worker
 
@@ -34,13 +35,16 @@ class StepKind:
         return function
 
 
+GRAPHS_AND_WEIGHTS = (".safetensors", ".gguf", ".onnx")
 FLEET_STEPS: Mapping[str, StepKind] = {
-    "merge": StepKind(MergeOptions, "merge:merge", "base", "adapters", writes_model=True),
-    "onnx": StepKind(OnnxOptions, "onnx:export_onnx", "model", "adapters", writes_model=True, has_session=True),
-    "torchscript": StepKind(
-        TorchScriptOptions, "torchscript:export_torchscript", "model", "adapters", writes_model=True
+    "merge": StepKind(MergeOptions, "merge:merge", "base", "adapters", GRAPHS_AND_WEIGHTS, writes_model=True),
+    "onnx": StepKind(
+        OnnxOptions, "onnx:export_onnx", "model", "adapters", (".onnx",), writes_model=True, has_session=True
     ),
-    "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter"),
+    "torchscript": StepKind(
+        TorchScriptOptions, "torchscript:export_torchscript", "model", "adapters", (".pt", ".pt2"), writes_model=True
+    ),
+    "convert": StepKind(ConvertOptions, "convert:convert", "", "adapter", (".safetensors", ".gguf", ".onnx_adapter")),
     "verify": StepKind(VerifyOptions, "verify:verify", "model", "adapters", has_session=True),
     VERIFY_WEIGHTS: StepKind(VerifyOptions, "verify:verify", "base", "adapters"),
 }

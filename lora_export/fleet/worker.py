@@ -92,7 +92,7 @@ def _started(request: JobRequest, records: Any, attempt: str) -> JobRequest:
     job = request.job
     last = records.read(job.id)  # of a worker that died at this job, where Ray gives it to another one
     is_own = request.replaces or (last.get("outcome") == STARTED and bool(last.get("replaces")))
-    replaces = is_own or (job.output is not None and not output_exists(job.output))
+    replaces = is_own or (job.output is not None and not output_exists(job))
     started = {"outcome": STARTED, "facts": request.facts, "replaces": replaces, "attempt": attempt}
     records.write(job.id, started)
     return replace(request, replaces=is_own)
@@ -126,7 +126,7 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
 
     job = request.job
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
-    is_replaced = request.replaces and job.output is not None and not _removed_from_store(job.output)
+    is_replaced = request.replaces and job.output is not None and not _removed_from_store(request)
     more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
     if job.step == "onnx":
         more["graphs"] = Path(request.records) / GRAPHS
@@ -176,31 +176,37 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
     return made.get(os.path.normpath(value), value) if isinstance(value, str) else value
 
 
-def output_exists(output: str) -> bool:
-    """Whether something has the name of an output, or this name with the suffix of a kind."""
+def output_exists(job: FleetJob) -> bool:
+    """Whether something has the name of a job's output, or this name with a suffix that its command may add."""
     from lora_export.storage.store_path import StorePath
 
-    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in _names_of(output))
+    return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in _names_of(job))
 
 
-def _names_of(output: str) -> list[Path]:
-    """The name of an output, and with the suffix of each kind of file: a command adds the one that is missing."""
-    from lora_export.artifacts.files import KINDS
+def _names_of(job: FleetJob) -> list[Path]:
+    """The names that the output of a job may have."""
     from lora_export.storage.store_path import StorePath, place
 
-    path = place(output)
+    assert job.output is not None
+    path = place(job.output)
     if isinstance(path, StorePath):
         path.newly()
-    return [path.with_name(path.name + suffix) for suffix in ("", *KINDS)]
+    return [path.with_name(path.name + suffix) for suffix in ("", *job.kind.endings)]
 
 
-def _removed_from_store(output: str) -> bool:
-    """Whether an output is in a store, which replaces none; what is whole of it is deleted."""
+def _removed_from_store(request: JobRequest) -> bool:
+    """Whether an output is in a store, which replaces none; what is whole of it is deleted.
+
+    Where the last record says what was written, nothing else is.
+    """
     from lora_export.storage.manifest import MANIFEST
     from lora_export.storage.store_path import StorePath
 
-    names = [each for each in _names_of(output) if isinstance(each, StorePath)]
+    written = request.before.get("written") or {}
+    names = [each for each in _names_of(request.job) if isinstance(each, StorePath)]
     for name in names:
+        if written and str(name) not in written:
+            continue
         if name.is_file() or (name / MANIFEST).is_file():
             for each in [name, *name.rglob("*")]:
                 each.unlink(missing_ok=True)

@@ -152,14 +152,14 @@ def _open_safetensors(path: Path) -> TensorFile | ShardedTensors:
 
 def _open_file(path: Path) -> TensorFile:
     try:
-        file = _checked_header(path, _stamp(path))
+        file = _checked_header(path, _state_of(path))
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
     return HeaderAlone(**vars(file)) if _by_headers.get() else file
 
 
 @functools.lru_cache(maxsize=8)  # each format looks at the names in an adapter's file before one of them reads it
-def _checked_header(path: Path, _stamp: tuple[int, int, int]) -> TensorFile:
+def _checked_header(path: Path, _state: tuple[int, ...]) -> TensorFile:
     return safetensors_file.open_file(path)
 
 
@@ -201,7 +201,7 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
         return ""
     shards = file.files.values() if isinstance(file, ShardedTensors) else ()
     tensors = list(dict.fromkeys(shard.path for shard in shards)) or [file.path]
-    hashes = [(_sha256(path, _stamp(path)), path.name) for path in (*beside, *tensors)]
+    hashes = [(_sha256(path, _state_of(path)), path.name) for path in (*beside, *tensors)]
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
     if len(hashes) == 1:
@@ -212,16 +212,16 @@ def hash_of_unchanged(file: TensorSource, *beside: Path) -> str:
 
 def hash_of_tensors(file: TensorSource) -> str:
     """The SHA-256 of the file of tensors alone; empty where they are in several. `hash_of_unchanged` has read it."""
-    return "" if isinstance(file, ShardedTensors) or _by_headers.get() else _sha256(file.path, _stamp(file.path))
+    return "" if isinstance(file, ShardedTensors) or _by_headers.get() else _sha256(file.path, _state_of(file.path))
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _state_of(path: Path) -> tuple[int, ...]:
+    (state,) = input_files.file_states([path])
+    return state
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(path: Path, _stamp: tuple[int, int, int]) -> str:
+def _sha256(path: Path, _state: tuple[int, ...]) -> str:
     with input_files.open_regular(path) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

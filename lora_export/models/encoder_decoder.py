@@ -173,8 +173,8 @@ class _DecoderExporter:
 def _hidden_states_alone(outputs: Any) -> Any:
     """What an encoder returned, without all else. Some decoders look for fields that theirs alone has (Moonshine)."""
     common: Any = importlib.import_module("transformers.modeling_outputs").BaseModelOutput
-    has_others = {each.name for each in dataclasses.fields(outputs)} - ENCODER_RETURNS
-    return (type(outputs) if has_others else common)(last_hidden_state=outputs.last_hidden_state)
+    others = {each.name for each in dataclasses.fields(outputs)} - ENCODER_RETURNS
+    return (type(outputs) if others else common)(last_hidden_state=outputs.last_hidden_state)
 
 
 def _cache_name(begin: str, found: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import filecmp
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -137,7 +138,8 @@ def stage_file(
 
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-        data = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
+        stems = "|".join(re.escape(_stem(name)) for name in (target.name, *companions))
+        data = re.compile(rf"({stems})\.[0-9a-f]{{{DIGITS}}}\.data")
         beside = [path for path in target.parent.iterdir() if data.fullmatch(path.name)]
         former = {path for path in beside if not path.is_symlink()}  # one of the same name has the same content
         _refuse_taken(target, overwrite=overwrite)
@@ -169,8 +171,12 @@ def stage_file(
 
 
 def _graph_that_names(data: Path) -> Path | None:
-    """A graph beside a file of weights that shares it with the graph for which it was written (`share_with`)."""
-    graphs = (path for path in sorted(data.parent.glob("*.onnx")) if path.is_file())
+    """A graph that shares a file of weights beside it with the graph for which it was written (`share_with`).
+
+    It may be in the stage of another run, which will publish it.
+    """
+    found = (sorted(data.parent.glob(pattern)) for pattern in ("*.onnx", ".*.partial/*.onnx"))
+    graphs = (path for path in itertools.chain.from_iterable(found) if path.is_file())
     return next((path for path in graphs if contains(path, os.fsencode(data.name))), None)
 
 

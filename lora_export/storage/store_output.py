@@ -45,7 +45,7 @@ class Begun:
         self.run = uuid.uuid4().hex  # names this run for its workers
         self.used: set[str] = set()  # the whole files that belong to this output
         self.streamed, self.uploaded = streamed, list[StorePath]()
-        self._lock, self._ended, self._lost, self._renewed = threading.Lock(), threading.Event(), False, 0.0
+        self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
         info = _info(self._object)
         stated = json_files.read_json(self._object) if info else {}
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
@@ -78,8 +78,10 @@ class Begun:
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED):
-            with contextlib.suppress(OutputFailed, EnvironmentLacking):  # the next write of the main thread reports it
-                self._write()
+            # The next write of the main thread reports an error.
+            with self._lock, contextlib.suppress(OutputFailed, EnvironmentLacking):
+                if not self._ended.is_set():
+                    self._write()
 
     def name_of(self, path: Path) -> str:
         """The name of a file of this output, in its home."""
@@ -129,10 +131,12 @@ class Begun:
             self._write()
 
     def discard(self, *, is_stopped: bool) -> None:
-        """Remove what is not whole; where no run is to go on with it, everything."""
-        self._ended.set()
-        if self._lost:
-            return
+        """Remove what is not whole; where no run is to go on with it, everything.
+
+        Raises OutputFailed, and removes nothing, where another run has taken this output over.
+        """
+        self._end_renewals()
+        self.refuse_overdue()
         kept = {self.home / name for name in self.finished} if is_stopped else set()
         for path in self._written():
             if path not in kept:
@@ -143,8 +147,12 @@ class Begun:
         """The output is whole."""
         for name in self.finished.keys() - self.used:
             (self.home / name).unlink(missing_ok=True)
-        self._ended.set()
+        self._end_renewals()
         self._object.unlink()
+
+    def _end_renewals(self) -> None:
+        with self._lock:  # one that has begun puts the object, and ends before it is deleted
+            self._ended.set()
 
 
 def _is_alive(stated: dict[str, Any], age: timedelta) -> bool:
@@ -152,10 +160,13 @@ def _is_alive(stated: dict[str, Any], age: timedelta) -> bool:
         return False
     if stated.get("host") != platform.node() or not hasattr(os, "kill") or os.name == "nt":
         return True
-    with contextlib.suppress(ProcessLookupError, TypeError):
+    try:
         os.kill(stated["process"], 0)
-        return True
-    return False
+    except PermissionError:
+        return True  # it is another user's
+    except (ProcessLookupError, TypeError, OverflowError):
+        return False
+    return True
 
 
 _streamed: dict[Path, Begun] = {}  # by output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lora_export.formats.adapter_files import (
 from lora_export.lora import LoraPair
 from lora_export.options.reading import DEFAULTS, ReadOptions
 from lora_export.storage import safetensors_file
+from lora_export.storage.hashes import file_hash
 from support.handmade import peft_adapter
 
 
@@ -89,6 +91,17 @@ def test_a_header_is_read_once_until_the_file_changes(tmp_path: Path, monkeypatc
     path.unlink()
     with pytest.raises(InputRefused, match=r"\.safetensors: No such file"):
         open_tensors(path, DEFAULTS)
+
+
+def test_a_file_that_keeps_size_and_time_is_read_again(tmp_path: Path) -> None:
+    folders = [peft_adapter(tmp_path / name, {name: ([[1]], [[1]])}) for name in "xy"]
+    path, other = (folder / "adapter_model.safetensors" for folder in folders)
+    os.utime(path, ns=(0, 0))
+    first = hash_of_unchanged(open_tensors(path, DEFAULTS))
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(0, 0))
+    assert list(formats.load(folders[0]).pairs) == ["y"]
+    assert hash_of_unchanged(open_tensors(path, DEFAULTS)) == file_hash(other, "sha256") != first
 
 
 def test_pairs_have_the_key_of_their_first_tensor(tmp_path: Path) -> None:

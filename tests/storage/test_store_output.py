@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -131,6 +133,51 @@ def test_a_run_that_slept_changes_nothing(stored: Stored, monkeypatch: pytest.Mo
     refuse(whole)
     assert stored.objects().keys() == {MARK, "out/m/b"} and stored.uploads() == []
     assert stored.get("out/m/b") == b"of the other"
+
+
+def test_a_run_that_slept_removes_nothing_of_the_next_one(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
+    with (
+        pytest.raises(InputRefused, match="too little"),
+        stage_folder(stored / "out/m", inputs=[], streamed=True) as late,
+    ):
+        (late / "b").write_bytes(b"late")
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(store_output, "_is_alive", lambda *_: False)
+            meanwhile.setattr(store_output, "_streamed", {})
+            with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+                fill(stage)
+        assert sorted(stored.objects()) == files
+        awake = time.time() + store_output.TRUSTED
+        monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+        raise InputRefused("too little is left")
+    assert sorted(stored.objects()) == files
+
+
+def test_a_renewal_does_not_meet_the_end(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_output, "RENEWED", 0.001)
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    for number in range(20):
+        with stage_folder(stored / f"out/{number}", inputs=[], streamed=True) as stage:
+            fill(stage)
+    assert raised == [] and not [name for name in stored.objects() if name.endswith(".begun")]
+
+
+@pytest.mark.parametrize(("error", "is_alive"), [(PermissionError, True), (ProcessLookupError, False)])
+def test_a_process_of_another_user_is_alive(
+    error: type[Exception], is_alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    stated = {"process": 1, "host": platform.node()}
+    assert store_output._is_alive(stated, timedelta(0)) is is_alive
+
+
+def test_a_number_that_is_no_process_is_not_alive() -> None:
+    assert not store_output._is_alive({"process": 2**70, "host": platform.node()}, timedelta(0))
 
 
 def test_the_manifest_is_put_where_there_is_none(stored: Stored) -> None:

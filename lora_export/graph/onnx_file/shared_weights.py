@@ -32,7 +32,8 @@ class SharedWeights:
     """The weights in the data files of a graph, by their bytes. Copies of the files are in `folder`."""
 
     def __init__(self, tensors: Sequence[ir.ExternalTensor], folder: Path):
-        self.files = {os.fsdecode(tensor.location) for tensor in tensors}
+        self.files = {os.path.normpath(os.fsdecode(tensor.location)) for tensor in tensors}
+        self.shared = 0  # bytes that were referred to
         self._folder = folder
         self._by_size: dict[int, list[ir.ExternalTensor]] = {}
         self._by_hash: dict[int, dict[str, ir.ExternalTensor]] = {}
@@ -44,14 +45,16 @@ class SharedWeights:
         tensor = value.const_value
         if tensor is None or tensor.dtype.is_string() or (stored := self._equal(tensor)) is None:
             return None
+        location = os.path.normpath(os.fsdecode(stored.location))
         value.const_value = SharedTensor(
-            *(stored.location, stored.offset, tensor.nbytes, tensor.dtype),
+            *(location, stored.offset, tensor.nbytes, tensor.dtype),
             shape=ir.Shape(tensor.shape.numpy()),
             name=value.name or "",
             doc_string=tensor.doc_string,
             base_dir=self._folder,
         )
-        return os.fsdecode(stored.location)
+        self.shared += tensor.nbytes
+        return location
 
     def _equal(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
         if tensor.nbytes not in self._by_size:

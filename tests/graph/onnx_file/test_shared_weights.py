@@ -14,6 +14,8 @@ import onnxruntime
 import pytest
 
 from lora_export import provenance
+from lora_export.artifacts.artifact import open_artifact
+from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file import shared_weights as module
 from lora_export.graph.onnx_file.reading import open_graph
@@ -176,6 +178,20 @@ def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=rf"shares the weights in {data.name} with another graph, and this") as found:
         open_graph(path)
     assert "\n" not in str(found.value)
+
+
+def test_change_below_a_folder_of_graphs_is_found(tmp_path: Path) -> None:
+    write_base(tmp_path)
+    for name in GRAPH_FILES:
+        write_shared(tmp_path, graph_of({"a": 1, "b": 7, "c": 3}), name)
+    artifact = open_artifact(tmp_path)
+    artifact.refuse_changed_weights()
+    (data,) = tmp_path.glob("base*.data")
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(InputRefused, match="with another graph, and this file has changed"):
+        artifact.refuse_changed_weights()
 
 
 @pytest.mark.parametrize(
