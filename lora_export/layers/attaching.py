@@ -353,7 +353,6 @@ def switched_branches(module: nn.Module, is_on: Mapping[Branch, Tensor]) -> Iter
     """Compute each of these branches only where its bool is true, while the context is active.
 
     A bool may be one of many that `torch.vmap` maps: a layer then computes with its branch in some rows of a batch.
-    A float in its place is a factor on the branch, by which autograd can derive.
     Only pairs that are branches beside W x can be switched (`has_own_branches`).
     Raises InputRefused where nothing is attached.
     """

@@ -194,11 +194,7 @@ def weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> 
 def where_on(owner: nn.Module, branch: Branch, changed: Tensor, unchanged: Tensor) -> Tensor:
     """What a layer computes with a branch; what it computes without it where the branch is switched off."""
     is_on = attachment_of(owner).is_on.get(branch)
-    if is_on is None:
-        return changed
-    if is_on.is_floating_point():
-        return unchanged + is_on * (changed - unchanged)
-    return torch.where(is_on, changed, unchanged)
+    return changed if is_on is None else torch.where(is_on, changed, unchanged)
 
 
 def dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:

@@ -170,27 +170,6 @@ class Fp64Runner:
             outputs = self._outputs(inputs, each)
         return [_as_arrays({name: value[row] for name, value in outputs.items()}) for row in range(len(rows))]
 
-    def derivatives(
-        self, inputs: Arrays, point: torch.Tensor, use: UseRow, weights: Sequence[Arrays]
-    ) -> NDArray[np.float64]:
-        """(sets of weights, *point): Σ weights · outputs of each set, derived by the numbers in `point`.
-
-        The module runs once, in the context that `use` makes of the point. Raises RuntimeRefused or RuntimeError where
-        PyTorch cannot derive the outputs, or needs more than MOST_SAVED for it.
-        """
-        point = point.double().requires_grad_()
-
-        def with_point(forward: Callable[[], NamedTensors]) -> NamedTensors:
-            with torch.enable_grad(), use(point):
-                return forward()
-
-        with torch.autograd.graph.saved_tensors_hooks(_up_to(MOST_SAVED), lambda tensor: tensor):
-            outputs = self._outputs(inputs, with_point)
-        names = list(weights[0])
-        batches = [torch.stack([_tensor(each[name]) for each in weights]) for name in names]
-        (found,) = torch.autograd.grad([outputs[name] for name in names], point, batches, is_grads_batched=True)
-        return to_numpy(found)
-
     def _outputs(
         self,
         inputs: Arrays,
@@ -315,7 +294,6 @@ IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__set
 # Bytes in fp64 of a linear layer's weight that are there at once. A core's cache holds most of them, and the memory is
 # used again: with new memory for each weight, the kernel takes longer to provide it than the layer to compute.
 MOST_WIDENED = 16 << 20
-MOST_SAVED = 1 << 29  # bytes that a run saves for its backward pass
 
 
 class Fp64Operators(TorchFunctionMode):
@@ -356,8 +334,6 @@ class Fp64Operators(TorchFunctionMode):
         if name in MOVES_NUMBERS or func is F.embedding:
             with self._narrow.paused():
                 return tree_map(self._widened_copy, func(*args, **kwargs))
-        if func is F.linear and not kwargs and self._is_stored(args[1]) and torch.is_grad_enabled():
-            return _DerivedProduct.apply(args[0], self, *args[1:])  # type: ignore[no-untyped-call]
         if func is F.linear and not kwargs and self._is_stored(args[1]):
             meet = by_itself if _memory(args[1]) in self._apart else self._meet
             return meet(self._products, args[1], (args[0], *args[2:]))
@@ -387,13 +363,6 @@ class Fp64Operators(TorchFunctionMode):
                 made[..., own] = F.linear(x, wide, None if bias is None else bias[own])
         return products
 
-    def derived_product(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of a linear layer's x, from that of its output."""
-        weight = self._as_stored(weight)
-        rows = max(1, MOST_WIDENED // (8 * weight.shape[1]))
-        blocks = zip(gradient.split(rows, -1), weight.split(rows), strict=True)
-        return torch.stack([own @ self._in_scratch(part) for own, part in blocks]).sum(0)
-
     def _in_scratch(self, values: torch.Tensor) -> torch.Tensor:
         """The values in fp64, until the next call."""
         with self._narrow.paused():
@@ -421,35 +390,6 @@ class Fp64Operators(TorchFunctionMode):
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""
         is_copy = isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and not self._is_stored(value)
         return value.double() if is_copy else value
-
-
-class _DerivedProduct(torch.autograd.Function):
-    """A linear layer of a weight that is widened during the product alone, and again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, operators: Fp64Operators, weight: torch.Tensor, *bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.operators, ctx.weight, ctx.others = operators, weight, len(bias) + 2
-        return operators._products(weight, [(x, *bias)])[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.operators.derived_product(ctx.weight, gradient), *[None] * ctx.others
-
-
-def _up_to(most: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What autograd saves a tensor with, up to so many bytes besides weights. Then it raises RuntimeError."""
-    saved = 0
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal saved
-        saved += 0 if tensor.is_leaf else tensor.nbytes
-        if saved > most:
-            raise RuntimeError(f"the backward pass needs more than {most} bytes")
-        return tensor
-
-    return save
 
 
 class NarrowOperators(TorchDispatchMode):

@@ -363,13 +363,7 @@ class PreparedPyTorch(PreparedReferences):
         detected = cached.detected if cached else frozenset()
         with widened(self.attached.module):
             controls = control_pairs(
-                self.attached.module,
-                self.inputs.cases,
-                cases,
-                judge,
-                limits=functools.partial(parity.error_limits, dtype=expected.dtype),
-                skip=expected.unreached,
-                detected=detected,
+                self.attached.module, self.inputs.cases, cases, judge, skip=expected.unreached, detected=detected
             )
         if cache and cached and controls.detected - detected:
             cache.write(cached._replace(detected=controls.detected))

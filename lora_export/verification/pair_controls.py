@@ -85,22 +85,24 @@ Pair = TypeVar("Pair")
 def switch_off(
     groups: Mapping[str, Sequence[Pair]],
     cases: Sequence[parity.Case],
-    judge_without: Callable[[Mapping[str, Sequence[Pair]], parity.Case], Iterable[tuple[str, parity.MissingPart]]],
+    run_without: Callable[[Mapping[str, Sequence[Pair]], parity.Case], Iterable[tuple[str, Arrays]]],
+    judge: JudgeWithout,
     *,
     detected: Collection[str] = (),
     by_layer: bool = False,
 ) -> PairControls:
-    """Switch off each group of pairs, case after case.
+    """Judge the outputs without each group of pairs, case after case.
 
     A further case follows only for the groups that were not detected so far: the smallest should be the first.
-    `detected` are the names of groups that are known to be detected. `judge_without` judges what the reference would
+    `detected` are the names of groups that are known to be detected. `run_without` gives what the reference would
     return without each group, in any order.
     """
     undetected = {name: off for name, off in groups.items() if name not in detected}
     silent = set(undetected)
     shares = dict.fromkeys(groups, parity.EffectShare())
     for case in cases:
-        for name, found in judge_without(dict(undetected), case) if undetected else ():
+        for name, outputs in run_without(dict(undetected), case) if undetected else ():
+            found = judge(case, outputs)
             shares[name] += found.share
             if found.changes_outputs:
                 silent.discard(name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import nn
 
-from lora_export.errors import RuntimeRefused
 from lora_export.runtime import torch_runners
 from lora_export.runtime.torch_runners import Fp64Runner
 
@@ -66,51 +64,6 @@ def test_narrow_weights_compute_what_fp64_ones_do(
     np.testing.assert_allclose(own, expected, rtol=1e-13, atol=1e-13)
     assert narrow.narrow_operators == set()
     assert all(tensor.dtype == dtype and tensor.equal(before[name]) for name, tensor in tensors(module).items())
-
-
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("most_widened", [1 << 30, 3 * WIDTH * 8], ids=["whole layers", "three outputs at once"])
-def test_outputs_of_narrow_weights_are_derived_in_fp64(
-    dtype: torch.dtype, most_widened: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_runners, "MOST_WIDENED", most_widened)
-    torch.manual_seed(0)
-    modules = [
-        made := nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))).to(dtype),
-        copy.deepcopy(made).double(),
-    ]
-    inputs, sums = (
-        {"input": np.ones((2, WIDTH))},
-        [{"output_0": np.random.default_rng(n).normal(size=(2, WIDTH))} for n in range(2)],
-    )
-    found = []
-    for module in modules:
-
-        @contextlib.contextmanager
-        def scaled(factors: torch.Tensor, module: nn.Sequential = module) -> Iterator[None]:
-            hooks = [
-                layer.register_forward_hook(lambda _m, _i, y, factor=factor: torch.tanh(y * factor))
-                for layer, factor in zip(module, factors.unbind(), strict=True)
-            ]
-            yield
-            for hook in hooks:
-                hook.remove()
-
-        found.append(Fp64Runner(module).derivatives(inputs, torch.ones(3), scaled, sums))
-    assert found[0].shape == (2, 3) and np.abs(found[0]).min() > 1e-6
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
-
-
-def test_backward_pass_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_runners, "MOST_SAVED", 8 * WIDTH)
-    sums, factors = [{"output_0": np.ones((2, WIDTH))}], torch.ones(1)
-
-    def with_factor(factor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext(layer.register_forward_hook(lambda _m, _i, y: torch.tanh(torch.tanh(y * factor))))
-
-    layer = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(RuntimeRefused, match="needs more than 64 bytes"):
-        Fp64Runner(layer).derivatives({"input": np.ones((2, WIDTH))}, factors, with_factor, sums)  # type: ignore[arg-type]
 
 
 class Local(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lora_export.errors import first_of
+from lora_export.runtime.runner import Arrays
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import (
     SHOWN_PAIRS,
@@ -16,7 +17,7 @@ from lora_export.verification.pair_controls import (
     too_many,
     with_difference,
 )
-from lora_export.verification.parity import Case, EffectShare, MissingPart
+from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
 
 
 def test_each_pair_that_the_candidate_lacks_has_a_fault_of_its_own() -> None:
@@ -47,13 +48,16 @@ def a_case(name: str) -> Case:
 def test_a_later_case_has_the_pairs_that_were_not_detected() -> None:
     runs: list[tuple[str, str]] = []
 
-    def judge_without(groups: Mapping[str, Sequence[str]], case: Case) -> Iterator[tuple[str, MissingPart]]:
+    def run_without(groups: Mapping[str, Sequence[str]], case: Case) -> Iterator[tuple[str, Arrays]]:
         for name, off in groups.items():
             runs.append((case.name, *off))
-            yield name, MissingPart(off[0] != "none", off[0] == "large", EffectShare())
+            yield name, {"y": np.array([{"large": 2.0, "small": 1.0, "none": 0.0}[off[0]]])}
+
+    def judge(case: Case, outputs: Outputs) -> MissingPart:
+        return MissingPart(bool(outputs["y"]), bool(outputs["y"] > 1), EffectShare())
 
     groups = {name: [name] for name in ("large", "small", "none", "known")}
-    found = switch_off(groups, [a_case("one"), a_case("two")], judge_without, detected=["known"])
+    found = switch_off(groups, [a_case("one"), a_case("two")], run_without, judge, detected=["known"])
     assert runs == [("one", "large"), ("one", "small"), ("one", "none"), ("two", "small"), ("two", "none")]
     assert found.detected == {"large", "known"} and found.missed == ("small",) and found.without_effect == ("none",)
 

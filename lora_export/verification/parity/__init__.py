@@ -20,7 +20,6 @@ from lora_export.verification.parity.measurements import WorstElement as WorstEl
 from lora_export.verification.parity.missing_part import LARGEST_SHARE as LARGEST_SHARE
 from lora_export.verification.parity.missing_part import EffectShare as EffectShare
 from lora_export.verification.parity.missing_part import MissingPart as MissingPart
-from lora_export.verification.parity.missing_part import error_limits as error_limits
 from lora_export.verification.parity.missing_part import judge_missing_part as judge_missing_part
 from lora_export.verification.parity.reasons import frozen_input as frozen_input
 from lora_export.verification.parity.special_values import fill_mask as fill_mask

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, Outputs, coarser, difference, is_float, rms, wide
-from lora_export.verification.parity.gates import FEW_ELEMENTS, allowance, ratio_limit
+from lora_export.verification.parity.gates import FEW_ELEMENTS
 from lora_export.verification.parity.judging import judge
 from lora_export.verification.parity.special_values import without_fill
 from lora_export.verification.parity.verdict import Outcome
@@ -78,26 +78,6 @@ def judge_missing_part(cases: Sequence[Case], case: Case, without: Outputs, *, d
     changes = any(figures.effect for comparison, figures in verdict.measured if comparison.case == case.name)
     is_detected = any(reason.outcome is Outcome.DIFFERENT for reason in verdict.reasons)
     return MissingPart(changes, is_detected, EffectShare() if is_detected else _share(case, without, dtype))
-
-
-def error_limits(case: Case, *, dtype: str) -> dict[str, float]:
-    """Output -> the distance from the reference, as rms, beyond which the error gate calls it `different`.
-
-    Only of the outputs that are judged whole, and by PyTorch's error in this case alone.
-    """
-    measured, limits = without_fill(case.judged(), dtype).case, {}
-    for name, reference in measured.reference.items():
-        peer, is_whole = measured.deployed.get(name), name not in measured.filled and name not in measured.positions
-        if peer is None or not is_float(peer) or peer.shape != reference.shape:
-            continue
-        if not is_whole or peer.size <= FEW_ELEMENTS:
-            continue
-        finest = coarser(peer, dtype)
-        ratio = ratio_limit(peer.size, finest)
-        limit = allowance(reference, difference(peer, reference).ravel(), ratio_limit=ratio, eps=EPS[finest]).rmse
-        if 0 < limit < math.inf:
-            limits[name] = limit
-    return limits
 
 
 def _as_candidate(case: Case, outputs: Outputs) -> Case:

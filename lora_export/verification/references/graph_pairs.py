@@ -68,17 +68,14 @@ def control_graph_pairs(
     everything = {str(constant.value.name): np.ascontiguousarray(constant.array) for constant in constants}
     runner, _ = open_in_fp64(model, parts=[constant.value for constant in constants], timeout=timeout)
 
-    def judge_without(
-        groups: Mapping[str, Sequence[GraphPair]], case: parity.Case
-    ) -> Iterator[tuple[str, parity.MissingPart]]:
+    def run_without(groups: Mapping[str, Sequence[GraphPair]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
         given = {**inputs[case.name], **everything}
         with_all = runner.run(given)
         for name, off in groups.items():
-            without = runner.run(given | _changed(off, constants, norms))
-            yield name, judge(case, with_difference(case, without, with_all))
+            yield name, with_difference(case, runner.run(given | _changed(off, constants, norms)), with_all)
 
     ordered = sorted(cases, key=lambda case: sum(array.size for array in inputs[case.name].values()))
-    return switch_off(grouped(pairs, by_layer=by_layer), ordered, judge_without, by_layer=by_layer)
+    return switch_off(grouped(pairs, by_layer=by_layer), ordered, run_without, judge, by_layer=by_layer)
 
 
 def _has_effect(term: Term) -> bool:

@@ -6,7 +6,7 @@ pair is switched off by itself, in fp64, and the gates are applied to the output
 they detect nothing, all errors of the candidate together show whether it lacks this pair (parity/missing_part.py).
 
 Pairs are off in the rows of a batch, each in its own row: a weight is read, and the module's code run, once for all of
-them. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs
+them. Nothing is estimated. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs
 with the reference. Modules whose code reads values, such as the routers of experts, run once for each pair.
 
 A block of a list of layers, such as `model.layers.3`, that runs before any pair is missing has the inputs of the run
@@ -42,7 +42,6 @@ from lora_export.verification.pair_controls import (
     too_many,
     with_difference,
 )
-from lora_export.verification.references.first_order import ErrorLimits, clear_effects
 
 LEAST_RECORDED = 8  # runs for which it pays to record the outputs of blocks
 MOST_RECORDED = 1 << 28  # bytes of all outputs of blocks
@@ -171,8 +170,6 @@ def _copied(value: Any) -> Any:
 
 LARGEST_BATCH = 32  # groups of pairs that are switched off in one batch
 MOST_BATCHED = 1 << 27  # bytes of the largest result of one operator, for a whole batch
-LEAST_DERIVED = 1e9  # groups × parameters from which derivatives cost less than the runs that they save
-CLEARLY_DETECTED = parity.MissingPart(changes_outputs=True, is_detected=True, share=parity.EffectShare())
 CLEAR_EFFECT = 10 * LARGEST_DEVIATION  # what pairs that change less are computed by themselves
 
 
@@ -184,8 +181,9 @@ def outputs_without(
     Groups are switched off in batches, which are used where they agree with single runs. A group whose effect is near
     the rounding of fp64, and those that no batch can have, are switched off by themselves.
     """
-    alone = dict(groups)
-    for name, outputs in _in_batches(module, inputs, _in_batch(module, groups), on):
+    switchable, alone = _switchable(module), dict(groups)
+    together = {name: off for name, off in groups.items() if switchable.issuperset(off)}
+    for name, outputs in _in_batches(module, inputs, together, on):
         del alone[name]
         yield name, outputs
     blocks = RecordedBlocks(module, Fp64Runner(module), inputs, runs=len(alone))
@@ -233,55 +231,36 @@ def control_pairs(
     cases: Sequence[parity.Case],
     judge: JudgeWithout,
     *,
-    limits: Callable[[parity.Case], ErrorLimits] | None = None,
     skip: Collection[str] = (),
     detected: Collection[str] = (),
 ) -> PairControls:
     """Switch off the pairs that are attached to a module, and `judge` the outputs.
 
     The module computes in fp64. `inputs` are by the name of the case. `skip` are modules whose pairs are known to be
-    unreached, `detected` the names of those that are known to be detected. `limits` are the distances of a case's
-    outputs from the reference that `judge` detects: with them, pairs whose effect is clearly larger are not switched
-    off in a large model.
+    unreached, `detected` the names of those that are known to be detected.
     """
-    parameters = sum(parameter.numel() for parameter in module.parameters())
 
-    def judge_without(
-        groups: Mapping[str, Sequence[Branch]], case: parity.Case
-    ) -> Iterator[tuple[str, parity.MissingPart]]:
+    def run_without(groups: Mapping[str, Sequence[Branch]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
         on = case.reference if case.attached is None else case.attached
-        run = functools.partial(outputs_without, module, inputs[case.name], on=on)
-        is_worth_it = case is ordered[0] and len(groups) * parameters >= LEAST_DERIVED
-        clear, holds = None, True
-        if limits is not None and is_worth_it:
-            clear = clear_effects(module, inputs[case.name], _in_batch(module, groups), on, limits(case))
-        untried = clear.untried if clear else frozenset()
-        for names in (groups.keys() - untried, untried):
-            if names is untried and holds:
-                yield from ((name, CLEARLY_DETECTED) for name in names)
-                return
-            for name, outputs in run(groups={name: off for name, off in groups.items() if name in names}):
-                found = judge(case, outputs if case.attached is None else with_difference(case, outputs, on))
-                holds &= clear is None or clear.agrees(name, outputs, is_detected=found.is_detected)
-                yield name, found
+        for name, outputs in outputs_without(module, inputs[case.name], groups, on):
+            yield name, outputs if case.attached is None else with_difference(case, outputs, on)
 
     pairs = [branch for branch in _pairs_with_effect(module) if branch.module not in skip]
-    by_layer = too_many(len(pairs), parameters)
+    by_layer = too_many(len(pairs), sum(parameter.numel() for parameter in module.parameters()))
     groups = grouped([(branch.module, branch.adapter, branch) for branch in pairs], by_layer=by_layer)
     ordered = sorted(cases, key=lambda case: sum(array.size for array in inputs[case.name].values()))
-    return switch_off(groups, ordered, judge_without, detected=detected, by_layer=by_layer)
+    return switch_off(groups, ordered, run_without, judge, detected=detected, by_layer=by_layer)
 
 
-def _in_batch(module: nn.Module, groups: Mapping[str, Sequence[Branch]]) -> dict[str, Sequence[Branch]]:
-    """The groups whose pairs are branches beside W x, and so can be switched for each row of a batch."""
-    switchable = {
+def _switchable(module: nn.Module) -> set[Branch]:
+    """The pairs that are branches beside W x, and so can be switched for each row of a batch."""
+    return {
         branch
         for owner in module.modules()
         if is_attached(owner) and has_own_branches(attachment_of(owner).original)
         for branch in attachment_of(owner).branches
         if branch.transform is None and branch.region is None
     }
-    return {name: off for name, off in groups.items() if switchable.issuperset(off)}
 
 
 def _pairs_with_effect(module: nn.Module) -> Iterator[Branch]:

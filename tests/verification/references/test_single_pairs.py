@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -28,8 +28,8 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner, UseRow
 from lora_export.verification import pair_controls
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs, error_limits, judge_missing_part
-from lora_export.verification.references import first_order, single_pairs
+from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs, judge_missing_part
+from lora_export.verification.references import single_pairs
 from lora_export.verification.references.single_pairs import RecordedBlocks, control_pairs
 
 COUNT = 4
@@ -522,104 +522,3 @@ def test_batches_find_the_faults_that_single_runs_find(
     assert together.shares == pytest.approx(alone.shares, rel=1e-9)
     of_layer = [text for text in together.faults if text.startswith("layers.1: ")]
     assert [found in text for text in of_layer] == [True] * bool(found)
-
-
-# --- effects that are clear without a run ---
-
-FP32 = 1e-7  # of PyTorch's error, relative to the largest output
-
-
-def rounded_case(outputs: Arrays) -> Case:
-    """A case whose deployed outputs and candidate's have an error as of fp32."""
-    rng = np.random.default_rng(3)
-    runs = [
-        {
-            name: (y + FP32 * np.abs(y).max() * rng.normal(size=y.shape)).astype(np.float32)
-            for name, y in outputs.items()
-        }
-        for _ in range(2)
-    ]
-    return Case("case", "", outputs, *runs)
-
-
-@pytest.mark.parametrize("name", MADE)
-def test_derivatives_are_those_of_the_outputs_by_a_factor_on_each_pair(name: str) -> None:
-    make, inputs = MADE[name]
-    module, runner = make(), Fp64Runner
-    groups, step = off_by_name(module), 1e-4
-    on = runner(module).run(inputs)
-    clear = first_order.clear_effects(module, inputs, groups, on, dict.fromkeys(on, 1e-12))
-    assert clear.derivatives.keys() == groups.keys() and len(clear.tried) >= min(4, len(groups))
-    for group, (branch,) in groups.items():
-        ends = []
-        for factor in (1 + step, 1 - step):
-            with layers.switched_branches(module, {branch: torch.tensor(factor, dtype=torch.float64)}):
-                ends.append(runner(module).run(inputs))
-        slope = {output: (ends[0][output] - ends[1][output]) / (2 * step) for output in on}
-        expected = [sum(float(np.sum(own[output] * slope[output])) for output in on) for own in clear.sums]
-        np.testing.assert_allclose(clear.derivatives[group], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-def derived(name: str, monkeypatch: pytest.MonkeyPatch, *, by: float = 1.0) -> tuple[PairControls, PairControls]:
-    """What is found with derivatives, and without them: of pairs times `by`, one of which has no effect in fp32."""
-    make, inputs = MADE[name]
-    module = make()
-    for number, (branch,) in enumerate(off_by_name(module).values()):
-        owner = next(owner for owner in attached_modules(module) if branch in attachment_of(owner).branches)
-        owner.lora_B[branch.parameter].data.mul_(by if number else 1e-7)  # type: ignore[index, union-attr]
-    case = rounded_case(Fp64Runner(module).run(inputs))
-    judge = functools.partial(judge_missing_part, [case], dtype="float32")
-    limits = functools.partial(error_limits, dtype="float32")
-    monkeypatch.setattr(single_pairs, "LEAST_DERIVED", 0)
-    return tuple(control_pairs(module, {"case": inputs}, [case], judge, limits=each) for each in (limits, None))  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("name", MADE)
-def test_clear_effects_are_found_as_by_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    monkeypatch.setattr(single_pairs, "outputs_without", counting(runs))
-    found, expected = derived(name, monkeypatch)
-    assert found == expected and (name == "DoRA" or len(found.detected) < len(found.names))
-    assert sum(runs[:-1]) <= runs[-1] == len(found.names)
-
-
-def counting(runs: list[int]) -> Callable[..., Iterator[tuple[str, Arrays]]]:
-    original = single_pairs.outputs_without
-
-    def counted_without(*args: object, groups: dict[str, Sequence[Branch]], **more: object) -> object:
-        runs.append(len(groups))
-        return original(*args, groups=groups, **more)  # type: ignore[arg-type]
-
-    return counted_without  # type: ignore[return-value]
-
-
-def test_clear_pairs_are_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    monkeypatch.setattr(single_pairs, "outputs_without", counting(runs))
-    found, expected = derived("Llama", monkeypatch, by=0.1)
-    assert found == expected and runs[0] < len(found.names) == runs[1]
-
-
-@pytest.mark.parametrize("wrong", ["derivatives", "gates"])
-def test_every_pair_is_switched_off_where_a_derivative_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    monkeypatch.setattr(single_pairs, "outputs_without", counting(runs))
-    right = first_order._derivatives
-    if wrong == "derivatives":
-        monkeypatch.setattr(
-            first_order, "_derivatives", lambda *args: {name: 3 * own for name, own in right(*args).items()}
-        )
-    else:
-        monkeypatch.setattr(first_order, "EFFECT_MARGIN", 1e-12)
-    found, expected = derived("Llama", monkeypatch, by=0.1)
-    assert found == expected
-    assert len(runs) == 3 and runs[0] + runs[1] == runs[2] == len(found.names)
-
-
-def test_module_that_cannot_be_derived_has_no_clear_effects() -> None:
-    make, inputs = MADE["layers"]
-    module = make()
-    module.register_forward_hook(lambda _module, _inputs, output: output.detach())
-    on = Fp64Runner(module).run(inputs)
-    clear = first_order.clear_effects(module, inputs, off_by_name(module), on, dict.fromkeys(on, 1e-12))
-    assert not clear.derivatives and not clear.untried
