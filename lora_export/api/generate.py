@@ -93,6 +93,8 @@ def generate(options: GenerateOptions) -> list[Generation]:
     if options.images and isinstance(model, EncoderDecoder):
         prompts, starts = options.images, options.prompts  # type: ignore[assignment]
     elif options.images and isinstance(model, Decoder):
+        if options.prompts:
+            _refuse_starts(model, chat=chat)
         raise InputRefused(f"{graph} takes texts alone, and no images")
     if not prompts:
         raise WrongUsage("there is no prompt")

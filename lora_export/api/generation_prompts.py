@@ -77,10 +77,10 @@ def image_inputs(images: Sequence[Path], model: ImageText, folder: Path) -> Arra
     if not images:
         return {}
     processor = open_image_processor(folder)
-    for path in images:
+    for path in map(Path, images):
         input_files.must_be_regular(path)
     with refusing_failures("the image processor fails on the images"):
-        made = processor([read_image(path) for path in images], return_tensors="np")
+        made = processor([read_image(Path(path)) for path in images], return_tensors="np")
     if lacking := [name for name in model.image_inputs if name not in made]:
         raise InputRefused(f"the image processor in {folder} makes no {', '.join(lacking)}, which the graph takes")
     for name, sizes in model.image_inputs.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, SINGLE_GRAPH
+from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, KINDS, SINGLE_GRAPH
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
@@ -46,7 +47,7 @@ def task_of(source: ModelSource, *, takes_images: bool = True) -> str:
     path = Path(source) / CONFIG
     config = json_files.read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):
-        return IMAGE_TEXT_TO_TEXT if takes_images and _has_image_graphs(config.get("model_type")) else TEXT_GENERATION
+        return IMAGE_TEXT_TO_TEXT if takes_images and _has_image_graphs(config) else TEXT_GENERATION
     transformers: Any = importlib.import_module("transformers")
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -54,10 +55,13 @@ def task_of(source: ModelSource, *, takes_images: bool = True) -> str:
     return TASK_BY_INPUT.get(getattr(model_class, "main_input_name", ""), TEXT_TO_TEXT)
 
 
-def _has_image_graphs(model_type: Any) -> bool:
-    from lora_export.models.image_text import FEATURES_OF  # torch
+def _has_image_graphs(config: Mapping[str, Any]) -> bool:
+    """Whether the images of a model are exported. LLaVA's classes have other towers, too, such as that of Pixtral."""
+    from lora_export.models.image_text import FEATURES_OF, TYPES_OF_TOWERS  # torch
 
-    return isinstance(model_type, str) and model_type in FEATURES_OF
+    kind, vision = config.get("model_type"), config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
+    return isinstance(kind, str) and kind in FEATURES_OF and tower in (None, *TYPES_OF_TOWERS.get(kind, (tower,)))
 
 
 def graph_files(task: str | None) -> tuple[str, ...]:
@@ -68,14 +72,14 @@ def graph_files(task: str | None) -> tuple[str, ...]:
 
 
 def first_file(output: Path, task: str) -> Path:
-    """The file of the first graph: in a folder where `output` has no suffix.
+    """The file of the first graph: in a folder where `output` has no suffix of a file.
 
     Raises WrongUsage for a file where there are three graphs.
     """
     if task == TEXT_GENERATION:
-        return output if output.suffix else output / SINGLE_GRAPH
-    if output.suffix:
-        raise WrongUsage(f"a model with an encoder becomes three graphs: -o {output} has to name a folder")
+        return output if output.suffix in KINDS else output / SINGLE_GRAPH
+    if output.suffix in KINDS:
+        raise WrongUsage(f"this model becomes three graphs: -o {output} has to name a folder")
     return output / graph_files(task)[0]
 
 
@@ -100,7 +104,7 @@ def generating_model(base: Model, task: str, on_message: OnMessage) -> Model:
 def _refuse_without_images(base: Model) -> None:
     """Raise InputRefused for a model whose images cannot be exported, or are not known."""
     config = getattr(base.module, "config", None)
-    if not _has_image_graphs(getattr(config, "model_type", None)):
+    if config is None or not _has_image_graphs(config.to_dict()):
         why = f"{type(base.module).__name__} is no model whose images are exported"
     elif base.text_only is None:
         why = next(iter(base.not_judged), "its inputs have no images")

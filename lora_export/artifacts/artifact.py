@@ -219,7 +219,11 @@ class Artifact:
             Artifact(self.path / name, ArtifactKind.GRAPH).refuse_changed_weights()
         if self.kind is not ArtifactKind.GRAPH:
             return
-        for name, (algorithm, expected) in read_shared(self.metadata, self.path).items():
+        try:
+            properties = self.metadata
+        except InputRefused:  # it is no graph: what runs it reports that
+            return
+        for name, (algorithm, expected) in read_shared(properties, self.path).items():
             found = file_hash(self.path.parent / name, algorithm)
             if found != expected:
                 raise InputRefused(

@@ -197,7 +197,7 @@ def _names_of(job: FleetJob) -> list[Path]:
 def _removed_from_store(request: JobRequest) -> bool:
     """Whether an output is in a store, which replaces none; what is whole of it is deleted.
 
-    Where the last record says what was written, nothing else is.
+    Where the last record has what was written, nothing else is removed.
     """
     from lora_export.storage.manifest import MANIFEST
     from lora_export.storage.store_path import StorePath

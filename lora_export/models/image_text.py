@@ -33,6 +33,7 @@ FEATURES_OF: Mapping[str, str] = {
     "qwen2_5_vl": "visual",
 }
 TOWER = "visual"
+TYPES_OF_TOWERS = {"llava": ("clip_vision_model", "siglip_vision_model")}  # those that are exported, where not all are
 
 
 class ImageTextGraphs(NamedTuple):

@@ -30,7 +30,7 @@ FEW_VALUES = 500  # of an output, above which the judge has its narrowest limits
 MOST_TEXTS = 64  # of an input whose outputs are vectors
 SHORTEST = 4  # tokens of such a text
 HALF_CACHE = "rounds_cache"  # attribute of a module whose keys and values are rounded to float16
-LABELS = "probabilities"  # (batch, labels)
+LABEL_VALUES = "probabilities"  # (batch, labels)
 
 DrawTexts = Callable[[int, int, int], list[list[int]] | None]  # batch, length, seed -> token ids, or None for any
 
@@ -43,8 +43,8 @@ class TextVector(NamedTuple):
     finish: Callable[[Tensor], Tensor]  # what a server makes of the model's own values, in fp32
 
 
-EMBEDDING = TextVector(SENTENCE, SENTENCE, lambda values: values)
-UNIT_EMBEDDING = EMBEDDING._replace(finish=lambda values: nn.functional.normalize(values, dim=-1))
+TEXT_EMBEDDING = TextVector(SENTENCE, SENTENCE, lambda values: values)
+UNIT_TEXT_EMBEDDING = TEXT_EMBEDDING._replace(finish=lambda values: nn.functional.normalize(values, dim=-1))
 
 
 def vector_of(model: Model) -> TextVector | None:
@@ -54,12 +54,12 @@ def vector_of(model: Model) -> TextVector | None:
     """
     module: Any = model.module
     if getattr(module, "module_names", ()):
-        return EMBEDDING
+        return TEXT_EMBEDDING
     if not model.is_huggingface or not type(module).__name__.endswith(CLASS_ENDINGS["SEQ_CLS"]):
         return None
     config = module.config
     kind = config.problem_type or ("multi" if config.num_labels == 1 else "single")
-    return TextVector(LABELS, LOGITS, next(made for start, made in OF_PROBLEM.items() if kind.startswith(start)))
+    return TextVector(LABEL_VALUES, LOGITS, next(made for start, made in OF_PROBLEM.items() if kind.startswith(start)))
 
 
 OF_PROBLEM: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -144,6 +144,25 @@ def state_reader(module: nn.Module) -> Callable[[], bool]:
     return is_as_before
 
 
+@contextlib.contextmanager
+def attribute_writes(modules: Iterable[nn.Module]) -> Iterator[list[str]]:
+    """The names of attributes that are set on parts of modules while the context is active, also those put back."""
+    parts = {id(part) for module in modules for part in module.modules()}
+    written: list[str] = []
+    before = nn.Module.__setattr__
+
+    def noted(self: nn.Module, name: str, value: Any) -> None:
+        if id(self) in parts:
+            written.append(name)
+        before(self, name, value)
+
+    nn.Module.__setattr__ = noted  # type: ignore[method-assign]
+    try:
+        yield written
+    finally:
+        nn.Module.__setattr__ = before  # type: ignore[method-assign]
+
+
 def _state(parts: Iterable[nn.Module]) -> list[Any]:
     return [each for part in parts for name, value in vars(part).items() for each in (name, value, *_inside(value))]
 

@@ -25,7 +25,14 @@ from torch.overrides import TorchFunctionMode
 from lora_export.errors import RuntimeRefused
 from lora_export.layers.torch_internals import TorchDispatchMode, grouped_products, tree_map
 from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, is_streamed
-from lora_export.models.tracing import have_names, named_failures, named_outputs, same_state, state_reader
+from lora_export.models.tracing import (
+    attribute_writes,
+    have_names,
+    named_failures,
+    named_outputs,
+    same_state,
+    state_reader,
+)
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays, PlainRunner, TooSlow, within_memory
 from lora_export.runtime.runs_in_step import MOST_IN_STEP, Meet, by_itself, run_in_step
@@ -219,14 +226,19 @@ def run_all_in_step(runs: Sequence[tuple[Fp64Runner, Arrays]], kept: Callable[[A
 
 
 def _in_step(modules: Iterable[nn.Module], calls: Sequence[Callable[[Meet], Arrays]]) -> list[Arrays] | None:
-    """What the calls return; None where one fails, or changes an attribute of a module, which others may have read."""
-    are_as_before = [state_reader(module) for module in modules]
-    with torch.no_grad():
+    """What the calls return; None where one fails, or changes what another may have read.
+
+    That is an attribute of a module, also for a while, and the state of the random generator.
+    """
+    modules = list(modules)
+    are_as_before, generator = [state_reader(module) for module in modules], torch.get_rng_state()
+    with torch.no_grad(), attribute_writes(modules) as written:
         try:
             outputs = run_in_step(calls)
         except (RuntimeRefused, RuntimeError, MemoryError):
             return None
-        return outputs if all(is_as_before() for is_as_before in are_as_before) else None
+    is_same = not written and torch.equal(generator, torch.get_rng_state())
+    return outputs if is_same and all(is_as_before() for is_as_before in are_as_before) else None
 
 
 @contextlib.contextmanager

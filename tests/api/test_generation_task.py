@@ -32,6 +32,8 @@ from support.small_models import small_model
         ({"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True}, SPEECH_TO_TEXT),
         ({"architectures": ["VisionEncoderDecoderModel"], "is_encoder_decoder": True}, IMAGE_TO_TEXT),
         ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}, IMAGE_TEXT_TO_TEXT),
+        ({"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}, IMAGE_TEXT_TO_TEXT),
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, TEXT_GENERATION),
         ({"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma"}, TEXT_GENERATION),
         ({"architectures": ["LlamaForCausalLM"], "model_type": ["llava"]}, TEXT_GENERATION),
         ({"architectures": ["NoSuchModel"], "is_encoder_decoder": True}, TEXT_TO_TEXT),
@@ -69,6 +71,8 @@ def test_images_of_a_model_are_left_out_where_they_are_not_taken(tmp_path: Path)
 def test_first_file_is_in_the_folder(tmp_path: Path) -> None:
     assert first_file(tmp_path / "out", TEXT_GENERATION) == tmp_path / "out" / "model.onnx"
     assert first_file(tmp_path / "out.onnx", TEXT_GENERATION) == tmp_path / "out.onnx"
+    assert first_file(tmp_path / "qwen2.5", TEXT_GENERATION) == tmp_path / "qwen2.5" / "model.onnx"
+    assert first_file(tmp_path / "llava-1.5", IMAGE_TEXT_TO_TEXT) == tmp_path / "llava-1.5" / "vision_encoder.onnx"
     assert first_file(tmp_path / "out", IMAGE_TEXT_TO_TEXT) == tmp_path / "out" / "vision_encoder.onnx"
     assert first_file(tmp_path / "out", TEXT_TO_TEXT) == tmp_path / "out" / "encoder_model.onnx"
     with pytest.raises(WrongUsage, match=r"becomes three graphs: -o .*out\.onnx has to name a folder"):

@@ -370,14 +370,14 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     folder, factory = rounded
     right = onnx_steps.save_graph
 
-    def nudged(program: ir.Model, *where: Any) -> Any:
+    def nudged(program: ir.Model, *where: Any, **how: Any) -> Any:
         """One scale of one block is the next larger number."""
         scales = next(value for name, value in program.graph.initializers.items() if "scales" in name)
         assert scales.const_value is not None
         array = scales.const_value.numpy().copy()
         array.reshape(-1)[3] = np.nextafter(array.reshape(-1)[3], np.float32(np.inf)) * np.float32(1.0001)
         scales.const_value = ir.Tensor(array, name=scales.name)
-        return right(program, *where)
+        return right(program, *where, **how)
 
     monkeypatch.setattr(onnx_steps, "save_graph", nudged)
     words = ("-a", folder / "fr", "--lora", mode, "--model", factory, "-o", tmp_path / "out.onnx")

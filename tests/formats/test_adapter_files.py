@@ -26,7 +26,6 @@ from lora_export.formats.adapter_files import (
 )
 from lora_export.lora import LoraPair
 from lora_export.options.reading import DEFAULTS, ReadOptions
-from lora_export.storage import safetensors_file
 from lora_export.storage.hashes import file_hash
 from support.handmade import peft_adapter
 
@@ -79,18 +78,6 @@ def one_pair(module: str, tensors: Tensors) -> dict[str, LoraPair]:
     if module == "bad":
         raise InputRefused("is bad")
     return {module.removesuffix("_again"): LoraPair(a=tensors["a"], b=tensors["b"], scale=1.0)}
-
-
-def test_a_header_is_read_once_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (one, other), opened = [peft_adapter(tmp_path / name, {name: ([[1]], [[1]])}) for name in "xy"], []
-    path, read = one / "adapter_model.safetensors", safetensors_file.open_file
-    monkeypatch.setattr(safetensors_file, "open_file", lambda path: opened.append(path) or read(path))
-    assert [list(formats.load(one).pairs) for _ in range(2)] == [["x"], ["x"]] and opened == [path]
-    (other / path.name).replace(path)
-    assert list(formats.load(one).pairs) == ["y"] and opened == [path, path]
-    path.unlink()
-    with pytest.raises(InputRefused, match=r"\.safetensors: No such file"):
-        open_tensors(path, DEFAULTS)
 
 
 def test_a_file_that_keeps_size_and_time_is_read_again(tmp_path: Path) -> None:

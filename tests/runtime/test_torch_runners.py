@@ -160,7 +160,16 @@ class Streamed(nn.Module):
             raise ValueError("three")
         if self.change == "random":
             x = x + torch.rand(())
-        return F.linear(x[..., :5], self.table, torch.ones(7))
+        if self.change == "random from a seed":
+            torch.manual_seed(0)
+        if self.change == "state that is put back":
+            self.runs = ids.numel()
+        y = F.linear(x[..., :5], self.table, torch.ones(7))
+        if self.change == "random from a seed":
+            return y + torch.rand_like(y)
+        if self.change == "state that is put back":
+            y, self.runs = y * self.runs, 0
+        return y
 
 
 IDS: list[dict[str, Any]] = [{"ids": np.arange(count)[None]} for count in (2, 3, 5)]
@@ -179,7 +188,7 @@ def test_runs_together_have_the_bits_of_single_runs() -> None:
     assert len(READS) == 6, "three by the first run alone, and three by all"
 
 
-@pytest.mark.parametrize("change", ["state", "fails", "random"])
+@pytest.mark.parametrize("change", ["state", "state that is put back", "fails", "random", "random from a seed"])
 def test_runs_that_depend_on_others_or_fail_are_not_together(change: str) -> None:
     assert together(Streamed(change)) is None
 

@@ -30,6 +30,7 @@ from lora_export.version import __version__
 KEY_VARIABLES = ("LORA_EXPORT_API_KEY", "OPENAI_API_KEY")  # variables of the environment; the first that is set counts
 BUSY = (429, 503)  # answers after which a request is sent again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before that
+LONGEST_INTEGER = 40  # digits
 SHOWN_OF_MESSAGE = 300  # characters of a server's own message
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -120,10 +121,11 @@ class Client:
             content = json.loads(
                 answer.content,
                 parse_float=Decimal,
+                parse_int=_parsed_integer,
                 parse_constant=lambda word: self._refuse(f"answered with {word}, which is no number"),
                 object_pairs_hook=checked_objects("it"),
             )
-        except (ValueError, RecursionError) as error:
+        except (ValueError, ArithmeticError, RecursionError) as error:
             raise RuntimeRefused(self._clean(f"{self.address} answered with what is no JSON ({error})")) from None
         except InputRefused as error:
             raise RuntimeRefused(self._clean(f"{self.address} answered with too much: {error}")) from None
@@ -219,6 +221,12 @@ class Client:
     def _clean(self, text: str) -> str:
         """A server's text, shortened, and without the key, which it may repeat."""
         return (text.replace(self.key, "(the key)") if self.key else text)[:SHOWN_OF_MESSAGE]
+
+
+def _parsed_integer(text: str) -> int:
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
 
 
 def _message(content: bytes) -> str:

@@ -95,8 +95,13 @@ class TensorRunner(PlainRunner):
         numbers = list(_flat(data))
         if len(numbers) != math.prod(shape) or not all(isinstance(each, bool | int | Decimal) for each in numbers):
             raise self._wrong(f"{tensor.name} has {len(numbers)} numbers for the shape {shape}")
-        values = [float(each) if isinstance(each, Decimal) else each for each in numbers]
-        return np.array(values).astype(tensor.dtype).reshape(shape)
+        kinds = (bool,) if tensor.dtype == np.bool_ else (int,) if tensor.dtype.kind in "iu" else (int, Decimal)
+        if not all(type(each) in kinds for each in numbers):
+            raise self._wrong(f"{tensor.name} has numbers that are no {tensor.datatype}")
+        try:
+            return np.array(numbers, tensor.dtype).reshape(shape)
+        except (OverflowError, ValueError):
+            raise self._wrong(f"{tensor.name} has numbers or a shape that {tensor.datatype} cannot hold") from None
 
     def _wrong(self, what: str) -> RuntimeRefused:
         return RuntimeRefused(f"{self.client.address} answered with JSON that is no inference: {what}")

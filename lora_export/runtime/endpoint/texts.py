@@ -13,6 +13,7 @@ from typing import Any
 from lora_export.errors import InputRefused
 from lora_export.models.processors import open_tokenizer, refusing_failures
 
+FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 TRIES = 2000  # draws of a token, or of a text
 MORE = 8  # tokens that are drawn beyond those needed: the tokenizer joins some
 

@@ -15,26 +15,26 @@ from typing import Any
 from lora_export.errors import Undecided
 from lora_export.models.model import Model
 from lora_export.models.served_values import (
-    EMBEDDING,
     SHORTEST,
-    UNIT_EMBEDDING,
+    TEXT_EMBEDDING,
+    UNIT_TEXT_EMBEDDING,
     DrawTexts,
     TextVector,
     with_text_vector,
 )
 from lora_export.runtime.endpoint.client import RequestRefused
 from lora_export.runtime.endpoint.served_model import Number, ServedModel
-from lora_export.runtime.endpoint.texts import Texts
+from lora_export.runtime.endpoint.texts import FEW_TOKENS, Texts
 
-AT_ONCE = 32  # texts of a request: text-embeddings-inference takes no more, by default
-FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
+TEXTS_AT_ONCE = 32  # texts of a request: text-embeddings-inference takes no more, by default
+LARGEST = 3e38  # number of fp32, nearly
 NEAR_LENGTH = 1e-3  # from 1, of a vector that a server divided by its length
 # Of an embedding, the path and its key in an entry; of labels, those of SGLang and of vLLM
-PATHS: Mapping[bool, Sequence[tuple[str, str]]] = {
+VECTOR_PATHS: Mapping[bool, Sequence[tuple[str, str]]] = {
     True: (("embeddings", "embedding"),),
     False: (("classify", "probs"), ("../classify", "probs")),
 }
-MORE: Mapping[str, Mapping[str, Any]] = {
+MORE_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "embedding": {"encoding_format": "float"},
     "probs": {},
 }  # what else a request has
@@ -63,16 +63,16 @@ class Vectors:
     def note(self) -> str:
         what = "token ids were sent" if self.texts is None else "texts were sent, as the base's tokenizer reads them"
         unit = "; each vector has the length 1 there: directions were compared"
-        return f"{what}, up to {AT_ONCE} a request{unit if self.vector is UNIT_EMBEDDING else ''}"
+        return f"{what}, up to {TEXTS_AT_ONCE} a request{unit if self.vector is UNIT_TEXT_EMBEDDING else ''}"
 
     def rows(self, texts: Sequence[Sequence[int]]) -> list[list[Number]]:
         """Raises RuntimeRefused for an answer without a vector of numbers for each text."""
-        parts = (texts[first : first + AT_ONCE] for first in range(0, len(texts), AT_ONCE))
+        parts = (texts[first : first + TEXTS_AT_ONCE] for first in range(0, len(texts), TEXTS_AT_ONCE))
         return [row for some in parts for row in self._answered(some)]
 
     def _answered(self, texts: Sequence[Sequence[int]]) -> list[list[Number]]:
         sent = [list(ids) if self.texts is None else self.texts.text(ids) for ids in texts]
-        answer = self.server.post(self.path, {"input": sent, **MORE[self.key]})
+        answer = self.server.post(self.path, {"input": sent, **MORE_FIELDS[self.key]})
         self.server.refuse_other_tokens(answer.get("usage"), sum(map(len, texts)))
         listed = answer.get("data")
         entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
@@ -89,6 +89,8 @@ class Vectors:
         is_list = isinstance(value, list) and value
         if not is_list or any(isinstance(one, bool) or not isinstance(one, Decimal | int) for one in value):
             raise self.server.wrong(f"`{self.key}` is no list of numbers")
+        if any(abs(one) > LARGEST for one in value):
+            raise self.server.wrong(f"`{self.key}` has a number that fp32 cannot hold")
         return list(value)
 
     def draw(self, length: int, choose: random.Random) -> list[int] | None:
@@ -103,7 +105,7 @@ def find_vectors(server: ServedModel, vector: TextVector, vocabulary: int, texts
     choose, refusals = random.Random(0), []
     few = min(vocabulary, FEW_TOKENS)
     for of_texts in (lambda: None, texts):
-        for path, key in PATHS[vector is EMBEDDING]:
+        for path, key in VECTOR_PATHS[vector is TEXT_EMBEDDING]:
             way = Vectors(server, vector, path, key, texts=of_texts())
             length = SHORTEST + len(way.texts.around) if way.texts else SHORTEST
             ids = way.draw(length, choose) or [choose.randrange(few) for _ in range(length)]
@@ -112,6 +114,6 @@ def find_vectors(server: ServedModel, vector: TextVector, vocabulary: int, texts
             except RequestRefused as refusal:  # it has no such path, or takes no token ids
                 refusals.append(str(refusal))
                 continue
-            is_unit = vector is EMBEDDING and abs(math.hypot(*map(float, row)) - 1) < NEAR_LENGTH
-            return replace(way, width=len(row), vector=UNIT_EMBEDDING if is_unit else vector)
-    raise Undecided(f"{server.client.address} gives no {PATHS[vector is EMBEDDING][0][0]}: {refusals[-1]}")
+            is_unit = vector is TEXT_EMBEDDING and abs(math.hypot(*map(float, row)) - 1) < NEAR_LENGTH
+            return replace(way, width=len(row), vector=UNIT_TEXT_EMBEDDING if is_unit else vector)
+    raise Undecided(f"{server.client.address} gives no {VECTOR_PATHS[vector is TEXT_EMBEDDING][0][0]}: {refusals[-1]}")

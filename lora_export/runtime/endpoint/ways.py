@@ -20,11 +20,10 @@ from lora_export.models.model import Model
 from lora_export.models.served_values import SCORES, DrawTexts, with_token_scores
 from lora_export.runtime.endpoint.client import RequestRefused
 from lora_export.runtime.endpoint.served_model import WEIGHTS_NOT_JUDGED, Number, ServedModel
-from lora_export.runtime.endpoint.texts import Texts
+from lora_export.runtime.endpoint.texts import FEW_TOKENS, Texts
 
 LIKELIEST = 5  # tokens that are requested: OpenAI's most
 BEGINNING = 4  # tokens of a text before the first whose value is requested, where each takes a request
-FEW_TOKENS = 256  # of a vocabulary, of which the first are in every tokenizer
 PROBES = 2  # texts by which `echo` is compared with generated tokens
 # OpenAI's form for completions, and that for chats, which mlx_lm's server wants for both
 FORMS_OF_REQUEST: tuple[Mapping[str, Any], ...] = (

@@ -113,8 +113,9 @@ class RecordedBlocks:
     def _first_call(self, off: Collection[Branch]) -> int:
         """How many calls of blocks come before the first that computes one of these branches."""
         changed = [block for block in self._blocks if not _branches(block).isdisjoint(off)]
-        if not set(off) <= set[Branch]().union(*map(_branches, changed)):
-            return 0  # one is outside of all blocks
+        called = {call.block for call in self._calls}
+        if not called.issuperset(changed) or not set(off) <= set[Branch]().union(*map(_branches, changed)):
+            return 0  # one is outside of all blocks, or in one of which a part is called by itself
         return next((number for number, call in enumerate(self._calls) if call.block in changed), 0)
 
     def _run_from(self, first: int, run: Callable[[], Ran]) -> Ran:

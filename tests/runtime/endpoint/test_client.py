@@ -62,6 +62,8 @@ HOSTILE: dict[str, tuple[Handle, str]] = {
     "a flood": (sent(b"[" * 4_000_000), "answered with too much"),
     "NaN": (sent(b'{"logprob": NaN}'), "answered with NaN, which is no number"),
     "Infinity": (sent(b'{"logprob": -Infinity}'), "answered with -Infinity"),
+    "a huge exponent": (sent(b'{"logprob": 1e99999999999999999999999}'), "answered with what is no JSON"),
+    "a huge integer": (sent(b'{"logprob": 1%s}' % (b"0" * 400)), "no JSON (an integer of 401 digits)"),
     "a key twice": (sent(b'{"a": 1, "a": 2}'), "names a more than once"),
     "an error": (sent({"error": {"message": f"bad\x1b[2J {KEY} {'long ' * 200}"}}, 400), "answered 400: bad\\x1b[2J ("),
     "a proxy's page": (sent(b"<html>502</html>", 502), "answered 502: <html>502</html>"),

@@ -67,6 +67,8 @@ def test_arrays_are_sent_and_read_as_they_are(data: list[Any]) -> None:
         ({**RIGHT, "shape": [-2, 2]}, "y has no FP32"),
         ({**RIGHT, "data": [1, 2, 3]}, r"y has 3 numbers for the shape \[2, 2\]"),
         ({**RIGHT, "data": [1, 2, 3, "4"]}, "y has 4 numbers"),
+        ({**RIGHT, "shape": [0, 10**30], "data": []}, "y has numbers or a shape that FP32 cannot hold"),
+        ({**RIGHT, "data": [True, 2, 3, 4]}, "y has numbers that are no FP32"),
         ("y", "it lacks the output y"),
     ],
 )
