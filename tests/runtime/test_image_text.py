@@ -120,13 +120,11 @@ def test_an_adapter_that_one_part_lacks_is_found(made: Path, inside: str, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("made", ["llava"], indirect=True)
 def test_adapters_are_inputs_too(made: Path, tmp_path: Path) -> None:
-    le.export_onnx(
-        made / "base", tmp_path / "served", adapters={"one": made / "adapter"}, lora="inputs", with_cache=True
-    )
+    le.export_onnx(made / "base", tmp_path / "served", adapters=[made / "adapter"], lora="inputs", with_cache=True)
     paths = image_files(tmp_path / "images", (40, 24))
     prompt = ["what is on <image> ?"]
     expected = le.generate(made / "served", prompt, images=paths, max_new_tokens=8)[0].tokens
-    found = le.generate(tmp_path / "served", prompt, images=paths, adapters="one", max_new_tokens=8)[0].tokens
+    found = le.generate(tmp_path / "served", prompt, images=paths, adapters="adapter", max_new_tokens=8)[0].tokens
     assert found == expected != le.generate(tmp_path / "served", prompt, images=paths, max_new_tokens=8)[0].tokens
 
 

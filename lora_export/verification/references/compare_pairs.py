@@ -71,7 +71,7 @@ def compare_pairs(
     for part in _parts(candidate):
         for found in _pairs_of(part, tensors_in, own, spellings, several=several):
             step = steps.get(found.module)
-            if step is None and not found.is_ours:
+            if step is None and not (found.is_ours and found.module in weights):
                 continue
             what = _compared(found, step)
             compared += what is not None
