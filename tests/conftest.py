@@ -30,6 +30,9 @@ def why_no_cuda() -> str:
 def pytest_configure() -> None:
     # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
     os.environ.pop("CI", None)  # it would make `verify` strict
+    # Each worker would rewrite all test files again, and each command compile the whole package.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # In a small model, few operators run twice with equal shapes: to keep their outputs takes more than it saves.
     os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
     tomllib.loads = functools.lru_cache(maxsize=4)(tomllib.loads)  # each command reads this folder's pyproject.toml
