@@ -112,6 +112,11 @@ def _names_by_key(file: TensorSource, config: Mapping[str, Any], chosen: str) ->
     for key, name in names.items():
         if (saved := SAVED_KEY.fullmatch(name)) and saved["adapter"] in adapters:
             owners[key], names[key] = saved["adapter"], saved["module"] + saved["rest"]
+        elif saved and f"{saved['module']}.original_module{saved['rest']}" in names.values():
+            raise InputRefused(
+                f"{file.path}: {saved['module']} is saved inside of another saved module, and PEFT keeps two copies of "
+                "it. Train with a `modules_to_save` that names one of the two."
+            )
     if adapters and (len(adapters) > 1 or chosen) and chosen not in adapters - {""}:
         shown = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
         choice = f"it has no {chosen}" if chosen else f"choose one: {named('stored_adapter', max(adapters))}"

@@ -70,6 +70,18 @@ def test_two_keys_for_one_tensor_with_equal_values_are_one(tmp_path):
     assert any(note.endswith("are left out: head.original_module.bias") for note in adapter.notes)
 
 
+def test_a_saved_module_inside_of_a_saved_module_is_refused(tmp_path):
+    """PEFT saves `block.head` in two places, where `modules_to_save` names `block` and `head`, or both by one word."""
+    keys = [
+        "block.head.modules_to_save.default.bias",
+        "block.head.original_module.bias",
+        "block.modules_to_save.default.head.bias",
+    ]
+    tensors = {f"base_model.model.{key}": [2, 3] for key in keys}
+    text = refusal(with_tensors(tmp_path, tensors, modules_to_save=["block", "head"]))
+    assert "block.head is saved inside of another saved module, and PEFT keeps two copies of it. Train" in text
+
+
 def test_a_saved_module_may_have_a_name_of_loras(tmp_path):
     tensors = {f"base_model.model.{key}": [[1]] for key in ("lora_head.weight", "my_lora_x.weight")}
     adapter = formats.load(with_tensors(tmp_path, tensors, modules_to_save=["lora_head"]))
