@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from lora_export.api.merge_plan import opened_base, plan_over
-from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
+from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy, opened_base, plan_over
 from lora_export.callbacks import in_bytes
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named

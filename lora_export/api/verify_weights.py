@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
-from lora_export.api.planned import planned
+from lora_export.api.merge_request import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
 from lora_export.callbacks import in_bytes

@@ -47,9 +47,8 @@ from lora_export.verification.references import (
     note_on_fp64,
 )
 from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
-from lora_export.verification.references.compare_initializers import compare_initializers
 from lora_export.verification.references.compare_pairs import compare_pairs
-from lora_export.verification.references.compare_tensors import ComparedWeights, tensors_of_graph
+from lora_export.verification.references.compare_tensors import ComparedWeights, compare_initializers, tensors_of_graph
 from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,

@@ -69,6 +69,8 @@ from lora_export.verification.references.attached_module import (
 )
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
 from lora_export.verification.references.candidate_weights import (
+    candidate_tensors,
+    compare_weights,
     explain_half,
     is_half_inside,
     note_on_half,
@@ -78,7 +80,6 @@ from lora_export.verification.references.candidate_weights import (
 )
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import ComparedWeights
-from lora_export.verification.references.compare_weights import candidate_tensors, compare_weights
 from lora_export.verification.references.deployed_module import (
     DRAWS_OF_ROUNDING,
     MERGED_MODULE,

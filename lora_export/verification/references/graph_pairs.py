@@ -1,7 +1,7 @@
 """The control of every pair of a graph: a candidate that lacks one pair of the adapters must be detected.
 
 The base graph computes W + ΔW at each weight, in fp64. The tensors of the pairs are inputs of this graph, so that one
-session runs with and without each pair. What is judged then is in pair_controls.py and parity/missing_part.py.
+session runs with and without each pair. What is judged then is in pair_controls.py and parity/judging.py.
 """
 
 from __future__ import annotations
