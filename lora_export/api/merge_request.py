@@ -13,6 +13,7 @@ from lora_export import plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.load import load_adapters
 from lora_export.api.shared_head import head_alone
+from lora_export.callbacks import note_each
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.options.combining import AdapterSource, Applied
@@ -108,8 +109,7 @@ class MergeRequest(MergeOptions):
         """Show the notes on adapters, plan and base, and return them."""
         in_plan = () if self.dry_run else steps.notes  # a printed plan contains its notes
         notes = (*(note for adapter in self.adapters for note in adapter.notes), *in_plan, *more)
-        for note in notes:
-            self.on_message(f"note: {note}")
+        note_each(self.on_message, notes)
         return notes
 
     def warn_of_rounding(self, report: MergeReport, remedy: Callable[[], str]) -> None:

@@ -19,6 +19,7 @@ from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
+from lora_export.callbacks import note_each
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.find_sites import Sites, find_sites
@@ -92,8 +93,7 @@ def locate_steps(
     if steps and options.is_swapped:
         onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]
-    for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, [*notes, *(steps.notes if steps else ()), *sites.notes])
     heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
     return Located(sites, steps, heads)
 

@@ -30,7 +30,7 @@ from lora_export.api.training_strategies import (
     refuse_rank_beyond_layers,
     with_new_modules,
 )
-from lora_export.callbacks import ignore
+from lora_export.callbacks import ignore, note_each
 from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.extras import pip_install
 from lora_export.formats.peft_records import as_peft_computes
@@ -244,8 +244,7 @@ def _load_base(options: TrainOptions, learnt: TrainingData) -> tuple[Model, str]
 def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]) -> None:
     """Notes on the adapters before they are trained. Raises InputRefused for a rank that is larger than a layer."""
     first = next(iter(new.values()))
-    for note in first.notes:  # on how an adapter that is continued was read
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, first.notes)  # on how an adapter that is continued was read
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
     if misfit := note_on_other_names(loaded, first):

@@ -29,7 +29,7 @@ from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.api.verify_weights import judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, open_artifact
-from lora_export.callbacks import in_stages
+from lora_export.callbacks import in_stages, note_each
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.isolation.limits import LEAST_TIMEOUT, REQUEST_SECONDS, TIMES_PYTORCH
 from lora_export.lora import Adapter
@@ -79,8 +79,7 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         require_provider(request.provider)
         loaded = load_adapters(request.adapters)
         printed = {note: None for adapter in loaded for note in adapter.notes}
-        for note in printed:
-            on_message(f"note: {note}")
+        note_each(on_message, printed)
         require_memory_to_verify(model, candidate, request.dtype)
         stage("loading the model")
         has_heads = any(map(head_names, loaded)) and candidate.has_own_heads
@@ -88,8 +87,8 @@ def judge_outputs(candidate: Artifact, request: VerifyRequest) -> Proof:
         dtype, inputs = request.dtype, request.inputs
         base = shared_model(request.session, model, taken, dtype=dtype, inputs=inputs, streamed=True)
         adapted = adapted_model(base, loaded, request.weights, request, on_message)
-        for note in (note for adapter in adapted.adapters for note in adapter.notes if note not in printed):
-            on_message(f"note: {note}")
+        more = (note for adapter in adapted.adapters for note in adapter.notes if note not in printed)
+        note_each(on_message, more)
         base = adapted.model
         stage("loading the candidate")
         names, seconds = [adapter.name for adapter in loaded], _seconds(request, base, candidate)
