@@ -146,7 +146,8 @@ class MaskedRows:
     def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
         masked = [self._masked(self.pieces[row], np.random.default_rng((self.seed, epoch, row))) for row in rows]
         ids, labels = zip(*masked, strict=True)
-        inputs = {"input_ids": padded_rows(ids, self.pad_token), "attention_mask": padded_rows(map(np.ones_like, ids), 0)}
+        mask = padded_rows(map(np.ones_like, ids), 0)
+        inputs = {"input_ids": padded_rows(ids, self.pad_token), "attention_mask": mask}
         return Batch(inputs, padded_rows(labels, IGNORED))
 
     def _masked(self, piece: TextPiece, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
