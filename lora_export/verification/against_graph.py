@@ -18,7 +18,7 @@ pair. What is judged then is in pair_controls.py and parity/judging.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,16 +141,6 @@ class GraphReferences(References):
 
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
         return self.base.inputs
-
-    def as_run(self, runner: Runner) -> Runner:
-        """The graph as it is. The generated inputs include a cache, where it takes one."""
-        return runner
-
-    def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
-        """None: which pairs a graph computes is not known."""
-
-    def explain(self, refusal: str) -> str:
-        return refusal
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:
         graph = graph_of(candidate)
