@@ -32,10 +32,10 @@ from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
-from lora_export.runtime.graphs_in_folder import runner_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.three_graphs import runner_of
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome

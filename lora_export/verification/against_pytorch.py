@@ -24,12 +24,12 @@ from lora_export.models.model import Model
 from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
-from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.three_graphs import ImageTextRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of

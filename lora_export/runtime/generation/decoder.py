@@ -33,13 +33,12 @@ from lora_export.graph.cache_names import (
     past_of,
 )
 from lora_export.options.spelling import command, named
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import raising_refusals
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.session import Session
+from lora_export.runtime.three_graphs import EncoderDecoderRunner, ImageTextRunner
 
 
 class Decoder:
