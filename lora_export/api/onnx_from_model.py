@@ -31,8 +31,7 @@ from lora_export.api.onnx_steps import (
     weights_elsewhere,
     write_graph,
 )
-from lora_export.api.proof_of_trace import prove_trace
-from lora_export.api.publish import record_of_model
+from lora_export.api.publish import prove_trace, record_of_model
 from lora_export.api.shared_head import stored_in_module
 from lora_export.callbacks import each_once, ignore, note_each
 from lora_export.errors import MatchError, RuntimeRefused

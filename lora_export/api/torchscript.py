@@ -15,8 +15,7 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.proof_of_trace import prove_trace
-from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
+from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.callbacks import OnMessage, in_stages, note_each
