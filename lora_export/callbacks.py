@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -23,6 +23,12 @@ OnProgress = Callable[[Progress], None]
 
 def ignore(_: object) -> None:
     """The default callback: does nothing."""
+
+
+def note_each(on_message: OnMessage, notes: Iterable[str]) -> None:
+    """Pass on what the user should know."""
+    for note in notes:
+        on_message(f"note: {note}")
 
 
 def in_stages(on_progress: OnProgress) -> Callable[[str], None]:

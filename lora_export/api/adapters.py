@@ -13,7 +13,7 @@ from lora_export.adapters.combine import combine_adapters
 from lora_export.adapters.low_rank import LayerShare, resize_adapter, total_share
 from lora_export.adapters.singular_values import Truncation
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
-from lora_export.callbacks import in_bytes
+from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import count, first_of
 from lora_export.formats.peft_writing import name_in_patterns, write_any_ranks
 from lora_export.lora import Adapter
@@ -55,8 +55,7 @@ def combine(options: CombineOptions) -> CombineResult:
     combined = combine_adapters(loaded, weights, combination, output.name)
     shared = [module for module in combined.pairs if sum(module in adapter.pairs for adapter in loaded) > 1]
     notes = (*(note for adapter in loaded for note in adapter.notes), *_notes(loaded, shared))
-    for note in notes:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, notes)
     origin = provenance.record(loaded, weights or (1.0,) * len(loaded), {}, (), combination.settings)
     with atomic_output.staged(options, output, adapter_paths(adapters), 4 * combined.parameters) as stage:
         write_any_ranks(combined, stage, metadata={provenance.KEY: json.dumps(origin)})
@@ -114,8 +113,7 @@ def resize(options: ResizeOptions) -> ResizeResult:
     (adapter,) = locate_adapters(options.adapter, options.on_message, options.download)
     (loaded,) = load_adapters(adapter, reading=options.reading)
     resized, layers = resize_adapter(loaded, truncation, lambda module: name_in_patterns(loaded, module))
-    for note in loaded.notes:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, loaded.notes)
     origin = provenance.record([loaded], [1.0], {}, (), {"resize": _limits(truncation)})
     inputs = adapter_paths(adapter)
     with atomic_output.staged(options, output, inputs, 4 * resized.parameters) as stage:

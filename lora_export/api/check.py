@@ -15,9 +15,9 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter
+from lora_export.options.adapters import CheckOptions
 from lora_export.options.combining import AdapterSource
 from lora_export.options.declaring import takes
-from lora_export.options.preflight import CheckOptions
 from lora_export.options.spelling import named
 from lora_export.preflight.facts import Base, facts_of_adapter, facts_of_base, facts_of_changes, peft_config
 from lora_export.preflight.rules import RuntimeOutcome, findings_of, runtime_named

@@ -23,6 +23,7 @@ from lora_export.api.adapters import copy_head_config, write_origin
 from lora_export.api.load import adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.artifacts.files import file_for_graph, with_suffix
+from lora_export.callbacks import note_each
 from lora_export.errors import InputRefused
 from lora_export.formats import WriteOptions, holds_pipelines, onnx_adapter, writer_of
 from lora_export.formats.peft_writing import name_in_patterns
@@ -120,8 +121,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
             if to == "peft":
                 copy_head_config(adapter_paths(adapter), folder)
             write_origin(folder, provenance.record([loaded], [weight], {}, (), _settings(options)))
-    for note in notes:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, notes)
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes, layers)
 
 
@@ -166,8 +166,7 @@ def _for_graph(options: ConvertOptions, adapter: AdapterSource, loaded: Adapter,
         (loaded,) = without_shared_head([loaded], specs, stored_in_graph(*(graph.sites for graph in graphs)))
     found = adapter_values(loaded, options.weight, graphs)
     notes = tuple(dict.fromkeys([*loaded.notes, *(note for own in found for note in own.plan.notes)]))
-    for note in notes:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, notes)
     inputs = [*(graph.path for graph in graphs), *adapter_paths(adapter)]
     names = [output.name]
     if model.is_dir():

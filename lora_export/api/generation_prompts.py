@@ -24,8 +24,7 @@ from lora_export.models.processors import (
     tokenised,
 )
 from lora_export.options.export import Prompt, Starts
-from lora_export.runtime.generation.decoder import EncoderDecoder
-from lora_export.runtime.generation.image_text import ImageText
+from lora_export.runtime.generation.decoder import EncoderDecoder, ImageText
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import input_files
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, KINDS, SINGLE_GRAPH
+from lora_export.artifacts.files import GRAPH_FILES, IMAGE_TEXT_FILES, SINGLE_GRAPH, names_file
 from lora_export.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.options.common import ModelSource
@@ -77,8 +77,8 @@ def first_file(output: Path, task: str) -> Path:
     Raises WrongUsage for a file where there are three graphs.
     """
     if task == TEXT_GENERATION:
-        return output if output.suffix in KINDS else output / SINGLE_GRAPH
-    if output.suffix in KINDS:
+        return output if names_file(output) else output / SINGLE_GRAPH
+    if names_file(output):
         raise WrongUsage(f"this model becomes three graphs: -o {output} has to name a folder")
     return output / graph_files(task)[0]
 

@@ -120,7 +120,8 @@ def _inspect(path: Path, options: InspectOptions) -> Inspection:
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     artifact = open_artifact(path)
-    artifact.refuse_changed_weights()
+    if artifact.kind.is_graph:
+        artifact.refuse_changed_weights()
     if options.checkpoint is not None and artifact.kind is not ArtifactKind.GRAPH:
         raise WrongUsage(f"{named('checkpoint')} names the weights of an .onnx file")
     if options.check and (damaged := damage(path)):

@@ -8,8 +8,7 @@ from pathlib import Path
 from lora_export.api.load import adapter_paths, calibration_file, locate_adapters, no_adapter_as_model
 from lora_export.api.merge_checkpoint import merging_into_checkpoint
 from lora_export.api.merge_pipeline import merge_into_pipeline
-from lora_export.api.merge_plan import read_adapters
-from lora_export.api.merge_request import MergeRequest, MergeResult
+from lora_export.api.merge_request import MergeRequest, MergeResult, read_adapters
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind, claimed_kind
 from lora_export.artifacts.files import with_suffix
 from lora_export.errors import WrongUsage

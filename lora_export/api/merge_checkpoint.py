@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from lora_export.api.merge_plan import opened_base, plan_over
-from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy
-from lora_export.callbacks import in_bytes
+from lora_export.api.merge_request import MergeRequest, MergeResult, float32_remedy, opened_base, plan_over
+from lora_export.callbacks import in_bytes, note_each
 from lora_export.lora import Adapter
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
@@ -141,8 +140,7 @@ def _with_quantisation(
     progress = in_bytes(request.on_progress, "measuring the quantisation", bytes_to_measure(base))
     losses = measure_quantisation(base, floats, steps, report.results, progress)
     notes = list(notes_on_quantisation(base, floats, losses))
-    for note in notes:
-        request.on_message(f"note: {note}")
+    note_each(request.on_message, notes)
     return replace(report, quantisation=losses), notes
 
 

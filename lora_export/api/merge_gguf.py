@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora_export.api.merge_request import MergeRequest, MergeResult
-from lora_export.api.planned import planned
+from lora_export.api.merge_request import MergeRequest, MergeResult, planned
 from lora_export.callbacks import in_bytes
 from lora_export.options.spelling import named
 from lora_export.weights.gguf.base import open_base

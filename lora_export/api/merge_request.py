@@ -9,14 +9,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export import plan
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.load import load_adapters
+from lora_export.api.shared_head import head_alone
+from lora_export.callbacks import note_each
+from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.options.combining import AdapterSource
+from lora_export.options.combining import AdapterSource, Applied
 from lora_export.options.merge import MergeOptions
+from lora_export.options.reading import ReadOptions
 from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge_report import MergeReport
+from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 
 def float32_remedy() -> str:
@@ -100,8 +109,7 @@ class MergeRequest(MergeOptions):
         """Show the notes on adapters, plan and base, and return them."""
         in_plan = () if self.dry_run else steps.notes  # a printed plan contains its notes
         notes = (*(note for adapter in self.adapters for note in adapter.notes), *in_plan, *more)
-        for note in notes:
-            self.on_message(f"note: {note}")
+        note_each(self.on_message, notes)
         return notes
 
     def warn_of_rounding(self, report: MergeReport, remedy: Callable[[], str]) -> None:
@@ -112,3 +120,41 @@ class MergeRequest(MergeOptions):
                 f"warning: rounding took more than a tenth of the change of {len(report.below_rounding)} of "
                 f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy()}"
             )
+
+
+# --- what it reads before the weights, and its plan ---
+
+
+def planned(
+    base: Checkpoint, adapters: Sequence[Adapter], options: Applied, together: Sequence[str] = (), **more: Any
+) -> Plan:
+    """Which pair lands on which weight, with what the base ties, and pairs combined. `more` is for `plan.make`.
+
+    Of one model of a pipeline, `together` are the names of all adapters. Raises MatchError for what does not fit.
+    """
+    with tied_as_remedy(base, options.tied):
+        ties = ties_of(base, options.tied)
+        steps = plan.make(adapters, base.specs, strengths=options.weights, rules=base.rules, ties=ties, **more)
+    return combine_in_plan(steps, options.combined, together)
+
+
+def read_adapters(
+    options: MergeOptions, sources: Sequence[AdapterSource], reading: ReadOptions, *, of_models: bool = True
+) -> list[Adapter]:
+    """The adapters of a merge, from sources that were located. Raises InputRefused as `load_adapters`."""
+    loaded = load_adapters(sources, options.prefixes, reading=reading, of_models=of_models)
+    return [head_alone(adapter) for adapter in loaded] if options.only_head else loaded
+
+
+def opened_base(request: MergeRequest) -> Checkpoint:
+    """The base's headers. Raises InputRefused where it is damaged, or not quantised and an option needs that."""
+    quantised_as = "dequantize" if request.dequantize else "keep_quantised" if request.keep_quantised else ""
+    checkpoint = open_checkpoint(request.base, dequantise=bool(quantised_as), variant=request.variant)
+    if quantised_as and not checkpoint.quantised:
+        raise InputRefused(f"{request.base} is not quantised. Leave {named(quantised_as)} out")
+    return checkpoint
+
+
+def plan_over(checkpoint: Checkpoint, request: MergeRequest) -> Plan:
+    """Which pair of the adapters lands on which weight. Raises MatchError with every misfit."""
+    return planned(checkpoint, request.adapters, request, may_add=True, layout=request.layout or {})

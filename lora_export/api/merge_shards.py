@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.api.memory_needs import jobs_that_fit, memory_to_merge
-from lora_export.api.merge_plan import opened_base, plan_over, read_adapters
-from lora_export.api.merge_request import MergeRequest
+from lora_export.api.merge_request import MergeRequest, opened_base, plan_over, read_adapters
 from lora_export.callbacks import ignore, in_bytes
 from lora_export.errors import InputRefused, LoraExportError, MatchError, OutputFailed, WrongUsage
 from lora_export.lora import Adapter

@@ -17,7 +17,7 @@ from lora_export.api.load import (
 from lora_export.api.onnx_request import OnnxRequest, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
 from lora_export.artifacts.artifact import ArtifactKind
-from lora_export.artifacts.files import KINDS, with_suffix
+from lora_export.artifacts.files import names_file, with_suffix
 from lora_export.errors import WrongUsage
 from lora_export.graph.cache_names import IMAGE_INPUTS
 from lora_export.isolation.limits import stated_memory
@@ -108,7 +108,7 @@ def _request(options: OnnxOptions, model: ModelSource) -> OnnxRequest:
 def _takes_images(options: OnnxOptions) -> bool:
     """Whether graphs may read images: not where the output is one graph, or the inputs are texts alone."""
     has_images = options.inputs is None or IMAGE_INPUTS[0] in read_arrays(place(options.inputs))
-    return place(options.output).suffix not in KINDS and has_images
+    return not names_file(place(options.output)) and has_images
 
 
 def _check_usage(options: OnnxRequest, *, is_graph: bool) -> None:

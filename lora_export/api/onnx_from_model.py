@@ -31,10 +31,9 @@ from lora_export.api.onnx_steps import (
     weights_elsewhere,
     write_graph,
 )
-from lora_export.api.proof_of_trace import prove_trace
-from lora_export.api.publish import record_of_model
+from lora_export.api.publish import prove_trace, record_of_model
 from lora_export.api.shared_head import stored_in_module
-from lora_export.callbacks import each_once, ignore
+from lora_export.callbacks import each_once, ignore, note_each
 from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.interface import precision_of
@@ -326,5 +325,4 @@ def quantise(program: ir.Model, options: OnnxRequest) -> None:
     if options.quantize is None:
         return
     options.stage(f"quantising to {options.quantize}")
-    for note in quantise_graph(program, options.quantize):
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, quantise_graph(program, options.quantize))

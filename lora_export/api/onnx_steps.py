@@ -19,6 +19,7 @@ from lora_export.api.adapter_values import generated_adapters, with_filled_slots
 from lora_export.api.generation_task import graph_files
 from lora_export.api.onnx_request import OnnxProofs, OnnxRequest, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
+from lora_export.callbacks import note_each
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import SUFFIX
 from lora_export.graph.find_sites import Sites, find_sites
@@ -31,10 +32,10 @@ from lora_export.graph.onnx_file.writing import append_metadata, in_memory, save
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank, refuse_lost_biases
 from lora_export.plan import Plan, TensorSpec
 from lora_export.plan.own_heads import Head, own_heads
-from lora_export.runtime.graphs_in_folder import runner_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.three_graphs import runner_of
 from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
@@ -92,8 +93,7 @@ def locate_steps(
     if steps and options.is_swapped:
         onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]
-    for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, [*notes, *(steps.notes if steps else ()), *sites.notes])
     heads = own_heads(options.adapters, sites.specs) if options.has_own_heads else ()
     return Located(sites, steps, heads)
 

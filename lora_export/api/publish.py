@@ -1,18 +1,20 @@
-"""What the functions that publish a proven file have in common: its record, its verdict, and a verdict's meaning."""
+"""What the functions that publish a proven file have in common: its record, its proof, and a verdict's meaning."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_export.callbacks import OnMessage
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
 from lora_export.options.common import NO_PROOF
 from lora_export.options.spelling import command, named
-from lora_export.provenance import record
+from lora_export.provenance import LONGEST_KEY, record
 from lora_export.runtime import environment
 from lora_export.runtime.environment_probes import CUDA, VARIABLES
 from lora_export.runtime.runner import Placement
@@ -21,6 +23,8 @@ from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
     from lora_export.models.model import Model
+
+Proofs = TypeVar("Proofs")
 
 
 def record_of_model(
@@ -84,6 +88,36 @@ def require_same(proof: Proof, what: str = "") -> Proof:
         f"Nothing was written. {named('verify', False)} would publish the file without a proof.",
         proof=proof,
     )
+
+
+def prove_trace(
+    model: Model,
+    prove: Callable[[], Proofs] | None,
+    state: Callable[[Mapping[str, str]], None],
+    on_message: OnMessage,
+) -> Proofs | None:
+    """What `prove` returns, of a trace of a model (`with_traced_lengths`); None where no proof was requested.
+
+    A file that follows the model up to a length alone, or whose longer texts take too long to be tried, gets this
+    length as a property, by `state`, and is proven up to it. Raises what `prove` raises.
+    """
+    from lora_export.models import traced_lengths  # a graph alone needs no PyTorch
+
+    longest = traced_lengths.longest_traced(model)
+    if prove and (traced_lengths.passes_traced_lengths(model) or not longest):
+        try:
+            return prove()
+        except Different as error:
+            if not isinstance(error.proof, Proof) or not error.proof.differs_only_beyond(longest, model.axes):
+                raise
+    if longest:
+        state({LONGEST_KEY: json.dumps(longest)})
+        sizes = " and ".join(f"{size:,} in {symbol}" for symbol, size in longest.items())
+        on_message(
+            f"note: the file is for sizes of up to {sizes}: {type(model.module).__name__} computes larger ones in "
+            "another way"
+        )
+    return prove() if prove else None
 
 
 def proof_without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:

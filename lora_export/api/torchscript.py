@@ -15,11 +15,10 @@ from torch import nn
 from lora_export import layers, plan
 from lora_export.api import load
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.proof_of_trace import prove_trace
-from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
+from lora_export.api.publish import prove_trace, record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.artifacts.artifact import ArtifactKind, artifact_kind
 from lora_export.artifacts.files import with_suffix
-from lora_export.callbacks import OnMessage, in_stages
+from lora_export.callbacks import OnMessage, in_stages, note_each
 from lora_export.errors import RuntimeRefused
 from lora_export.graph.refusals import refuse_transforms
 from lora_export.models import export_program
@@ -88,8 +87,7 @@ def export_torchscript(options: TorchScriptOptions) -> TorchScriptResult:
         if loaded:
             steps = plan.make(adapted.adapters, layers.specs(module), strengths=adapted.strengths)
             notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
-            for note in notes:
-                on_message(f"note: {note}")
+            note_each(on_message, notes)
             if options.lora != "merged":
                 refuse_transforms(steps)
             (layers.fold if options.lora == "merged" else layers.attach)(module, steps)

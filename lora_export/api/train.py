@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_export import formats, layers
 from lora_export.api.load import model_paths, refuse_no_source, refuse_pt2
-from lora_export.api.requested_adapter import requested_adapters
 from lora_export.api.training_data import TrainingData, encoded_data, read_training_data
 from lora_export.api.training_output import (
     facts_for_card,
@@ -29,16 +30,17 @@ from lora_export.api.training_strategies import (
     refuse_rank_beyond_layers,
     with_new_modules,
 )
-from lora_export.callbacks import ignore
+from lora_export.callbacks import ignore, note_each
 from lora_export.errors import InputRefused, OutputFailed, WrongUsage
 from lora_export.extras import pip_install
+from lora_export.formats.peft_records import as_peft_computes
 from lora_export.lora import Adapter
 from lora_export.models.four_bit_base import TrainedBase, require_bitsandbytes
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.options.declaring import narrowed, takes
 from lora_export.options.spelling import named
-from lora_export.options.train import TrainingSettings, TrainOptions
+from lora_export.options.train import AdapterChoice, TrainingSettings, TrainOptions
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.store_path import place
@@ -242,8 +244,7 @@ def _load_base(options: TrainOptions, learnt: TrainingData) -> tuple[Model, str]
 def _show_notes(options: TrainOptions, loaded: Model, new: Mapping[int, Adapter]) -> None:
     """Notes on the adapters before they are trained. Raises InputRefused for a rank that is larger than a layer."""
     first = next(iter(new.values()))
-    for note in first.notes:  # on how an adapter that is continued was read
-        options.on_message(f"note: {note}")
+    note_each(options.on_message, first.notes)  # on how an adapter that is continued was read
     for adapter in () if options.continue_from else new.values():
         refuse_rank_beyond_layers(adapter, named=options.names_layers, on_message=options.on_message)
     if misfit := note_on_other_names(loaded, first):
@@ -298,4 +299,80 @@ def _note_on_attention(options: TrainOptions, new: Mapping[int, Adapter]) -> Non
         options.on_message(
             "note: PEFT reads adapters of nn.MultiheadAttention in another way: it ignores the output projection of "
             "this adapter, and adds it twice in its own. lora-export and this adapter agree with each other"
+        )
+
+
+# --- the adapters that it starts from ---
+
+DEFAULT_RANK = 8
+ALPHA_PER_RANK = 2.0
+
+
+def requested_adapters(choice: AdapterChoice, loaded: Model, heads: Sequence[str], *, seed: int) -> dict[int, Adapter]:
+    """The adapters to train, by rank. Raises InputRefused as `create_adapter`, and for one that cannot go on."""
+    if choice.continue_from is not None:
+        adapter = _continued(choice, loaded, heads)
+        return {int(adapter.metadata.get("r") or max(pair.rank for pair in adapter.pairs.values())): adapter}
+    return {
+        rank: layers.create_adapter(
+            loaded.module,
+            targets=choice.targets,
+            rank=rank,
+            alpha=choice.alpha or ALPHA_PER_RANK * rank,
+            rank_pattern=choice.rank_pattern or {},
+            alpha_pattern={**(choice.alpha_pattern or {}), **_alphas_of_ranks(choice)},
+            target_pattern=choice.target_pattern,
+            target_parameters=choice.target_parameters,
+            rslora=choice.rslora,
+            dora=choice.dora,
+            dropout=choice.dropout or 0.0,
+            bias=choice.bias,
+            token_indices=choice.token_indices,
+            modules_to_save=heads,
+            seed=seed,
+        )
+        for rank in choice.ranks or (DEFAULT_RANK,)
+    }
+
+
+def _alphas_of_ranks(choice: AdapterChoice) -> dict[str, float]:
+    """Twice the rank of each pattern that has no alpha of its own, unless an alpha is given."""
+    ranks = {} if choice.alpha else choice.rank_pattern or {}
+    return {name: ALPHA_PER_RANK * rank for name, rank in ranks.items() if name not in (choice.alpha_pattern or {})}
+
+
+def _continued(choice: AdapterChoice, loaded: Model, heads: Sequence[str]) -> Adapter:
+    assert choice.continue_from is not None
+    source = Path(choice.continue_from)
+    stored = formats.load(source)
+    if kind := stored.metadata.get("peft_type"):
+        raise InputRefused(f"{source} is an adapter of the kind {kind}; only LoRA is trained further")
+    (adapter,) = layers.respelled_for(loaded.module, [as_peft_computes(stored)])
+    if adapter.added or adapter.biases:
+        what = ", ".join((*adapter.added, *adapter.biases))
+        raise InputRefused(f"{source} adds to vectors, which is not trained further: {what}")
+    _refuse_other_labels(adapter, loaded, source)
+    dropout = choice.dropout if choice.dropout is not None else float(adapter.metadata.get("lora_dropout", 0.0))
+    new = {
+        name: value
+        for name, value in layers.tensors_of(loaded.module, heads).items()
+        if name not in adapter.replaced and name.removesuffix(".weight") not in adapter.pairs
+    }
+    metadata = {key: value for key, value in adapter.metadata.items() if key != "model_config"}
+    return dataclasses.replace(
+        adapter, replaced={**adapter.replaced, **new}, metadata={**metadata, "lora_dropout": dropout}
+    )
+
+
+def _refuse_other_labels(adapter: Adapter, loaded: Model, source: Path) -> None:
+    """Raise InputRefused where the head of the adapter has other classes, or another order of them, than the data."""
+    trained = (adapter.metadata.get("model_config") or {}).get("id2label")
+    config: Any = getattr(loaded.module, "config", None)
+    if not trained or not adapter.replaced or config is None:
+        return
+    own, data = ({int(key): str(label) for key, label in table.items()} for table in (trained, config.id2label))
+    if own != data:
+        raise InputRefused(
+            f"{source} was trained on the classes {', '.join(own.values())}, and the data has "
+            f"{', '.join(data.values())}: its head means other classes"
         )

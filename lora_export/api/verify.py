@@ -20,8 +20,7 @@ from lora_export.api.load import (
     no_adapter_as_model,
     refuse_weights_alone,
 )
-from lora_export.api.verify_outputs import judge_outputs
-from lora_export.api.verify_quantised import judge_quantised
+from lora_export.api.verify_outputs import judge_outputs, judge_quantised
 from lora_export.api.verify_record import VerifyRequest
 from lora_export.api.verify_weights import audit_pipeline, judge_weights
 from lora_export.artifacts.artifact import Artifact, ArtifactKind, artifact_kind, open_artifact

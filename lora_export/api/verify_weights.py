@@ -12,10 +12,10 @@ import numpy as np
 
 from lora_export.api.load import load_adapters
 from lora_export.api.merge_pipeline import parts_by_model
-from lora_export.api.planned import planned
+from lora_export.api.merge_request import planned
 from lora_export.api.verify_record import VerifyRequest, recorded_explanation
 from lora_export.artifacts.artifact import Artifact, ArtifactKind
-from lora_export.callbacks import in_bytes
+from lora_export.callbacks import in_bytes, note_each
 from lora_export.errors import InputRefused, count
 from lora_export.lora import Adapter
 from lora_export.options.spelling import named
@@ -73,17 +73,12 @@ def judge_weights(candidate: Artifact, request: VerifyRequest, together: Sequenc
     return replace(judged.audit, recorded=recorded_explanation(judged.audit, candidate, request, loaded), about=about)
 
 
-def _report_notes(request: VerifyRequest, adapters: Sequence[Adapter], steps: Plan) -> None:
-    for note in [*(note for adapter in adapters for note in adapter.notes), *steps.notes]:
-        request.on_message(f"note: {note}")
-
-
 def _judged_gguf(candidate: Artifact, request: VerifyRequest, adapters: Sequence[Adapter]) -> Judged:
     """A merged GGUF file, tensor by tensor, on the scales of the base. The package gguf is not needed."""
     origin = request.checkpoint.gguf
     merged = candidate.gguf
     steps = planned(origin.checkpoint, adapters, request)
-    _report_notes(request, adapters, steps)
+    note_each(request.on_message, [*(note for adapter in adapters for note in adapter.notes), *steps.notes])
     stated = candidate.record.settings.get("types")
     types = stated if isinstance(stated, Mapping) else {}
     progress = in_bytes(request.on_progress, "judging", merged.file.size)
@@ -100,7 +95,7 @@ def _judged(
         origin = replace(origin, quantised=without_shared_parts(origin.quantised))
         merged = replace(merged, quantised=without_shared_parts(merged.quantised))
     steps = planned(origin, adapters, request, together, may_add=True, layout=layout, unknown_layout_ok=True)
-    _report_notes(request, adapters, steps)
+    note_each(request.on_message, [*(note for adapter in adapters for note in adapter.notes), *steps.notes])
     files = loaded_files(candidate, merged)
     dtypes = {spec.dtype for spec in merged.specs if spec.is_float}
     promoted = {name: one for name, one in origin.quantised.items() if steps.output_name(name) not in merged.quantised}

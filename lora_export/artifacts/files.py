@@ -73,6 +73,12 @@ KINDS = frozenset(
     {".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".ts", ".safetensors", ".gguf", ".bin", ".json", ".npz"}
 )
 
+
+def names_file(output: Path) -> bool:
+    """Whether the name of an output is that of a file, and of no folder."""
+    return output.suffix in KINDS
+
+
 # Suffix -> what reads and writes such files
 LIBRARIES = {".onnx": "ONNX's libraries", ".pt": "PyTorch's readers"}
 

@@ -56,17 +56,6 @@ JOBS = {
     },
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
-# What other tools call these commands
-NAMES_ELSEWHERE = {
-    **dict.fromkeys(("fuse", "bake", "apply", "merge-lora"), ("merge",)),
-    "export": ("onnx", "torchscript"),
-    **dict.fromkeys(("batch", "multi", "many"), ("fleet",)),
-    **dict.fromkeys(("test", "validate", "compare"), ("verify",)),
-    **dict.fromkeys(("info", "show", "list"), ("inspect",)),
-    **dict.fromkeys(("help", "docs"), ("guide",)),
-    **dict.fromkeys(("env", "version"), ("doctor",)),
-    **dict.fromkeys(("finetune", "fine-tune"), ("train",)),
-}
 # The file of a command, where it is not that of its name: one with a record of options beside its own.
 FILE_OF_COMMAND = {
     **dict.fromkeys(("inspect", "check", "convert", "combine", "extract", "resize"), "adapters"),
@@ -99,7 +88,9 @@ class LazyGroup(click.Group):
         """As click does; an unknown command ends with the commands that may be meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            meant = NAMES_ELSEWHERE.get(name) or difflib.get_close_matches(name, COMMANDS, n=1)
+            from lora_export.cli.arguments import other_tools
+
+            meant = other_tools()["commands"].get(name) or difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             ctx.fail(f"No such command '{name}'.{hint}")
         return super().resolve_command(ctx, args)

@@ -10,8 +10,14 @@ from lora_export.cli.arguments import cli_command, print_document, print_wrote, 
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import InputRefused, count, one_line
-from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
-from lora_export.options.preflight import CheckOptions
+from lora_export.options.adapters import (
+    CheckOptions,
+    CombineOptions,
+    ConvertOptions,
+    ExtractOptions,
+    InspectOptions,
+    ResizeOptions,
+)
 
 
 @cli_command(InspectOptions, "inspect adapter")

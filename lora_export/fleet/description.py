@@ -17,7 +17,7 @@ from lora_export.fleet.steps import FLEET_STEPS, NOT_IN_STEPS, PATHS, FleetJob
 from lora_export.formats import default_name
 from lora_export.isolation.limits import MAX_SETTINGS
 from lora_export.options.common import is_address
-from lora_export.options.tables import keys_of, options_from_table, unknown_key
+from lora_export.options.fleet import keys_of, options_from_table, unknown_key
 from lora_export.storage.input_files import read_bytes
 from lora_export.storage.store_path import StorePath, is_hub_address
 from lora_export.storage.store_path import place as stored_place

@@ -19,8 +19,8 @@ from lora_export.fleet.worker import output_exists
 from lora_export.formats.adapter_files import by_headers
 from lora_export.options.combining import Applied
 from lora_export.options.declaring import options_of
+from lora_export.options.fleet import options_from_table
 from lora_export.options.merge import MergeOptions
-from lora_export.options.tables import options_from_table
 from lora_export.report.json_document import as_dict
 from lora_export.storage.hub_cache import locate
 

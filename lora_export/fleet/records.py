@@ -19,7 +19,7 @@ from lora_export.artifacts.artifact import open_artifact
 from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused
 from lora_export.fleet.steps import OF_THE_RUN, FleetJob
-from lora_export.options.tables import keys_of
+from lora_export.options.fleet import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate

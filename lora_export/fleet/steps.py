@@ -10,9 +10,8 @@ from typing import Any
 from lora_export.options.adapters import ConvertOptions
 from lora_export.options.declaring import Options
 from lora_export.options.export import OnnxOptions, TorchScriptOptions
-from lora_export.options.fleet import VERIFY_WEIGHTS
+from lora_export.options.fleet import VERIFY_WEIGHTS, keys_of
 from lora_export.options.merge import MergeOptions
-from lora_export.options.tables import keys_of
 from lora_export.options.verify import VerifyOptions
 
 

@@ -122,7 +122,7 @@ def _attempted(function: Callable[..., Any], *arguments: Any, **keywords: Any) -
 
 def _options(request: JobRequest, notes: list[str]) -> Any:
     """The record of options of a job. What is in a store where it is to be written is removed."""
-    from lora_export.options.tables import options_from_table
+    from lora_export.options.fleet import options_from_table
 
     job = request.job
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}

@@ -3,12 +3,18 @@
 import functools
 from collections.abc import Mapping
 
-from lora_export.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, InspectOptions, ResizeOptions
+from lora_export.options.adapters import (
+    CheckOptions,
+    CombineOptions,
+    ConvertOptions,
+    ExtractOptions,
+    InspectOptions,
+    ResizeOptions,
+)
 from lora_export.options.declaring import Options, options_of
 from lora_export.options.export import GenerateOptions, OnnxOptions, TorchScriptOptions
 from lora_export.options.fleet import FleetOptions
 from lora_export.options.merge import MergeOptions, UnmergeOptions
-from lora_export.options.preflight import CheckOptions
 from lora_export.options.train import TrainOptions
 from lora_export.options.verify import VerifyOptions
 

@@ -1,12 +1,29 @@
-"""The options of `fleet`."""
+"""The options of `fleet`, and those of other commands read from the tables of its file.
 
-from collections.abc import Sequence
+The keys of a table are the options' long spellings, without dashes.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from lora_export.errors import EscapedLines, WrongUsage, one_line
 from lora_export.options.common import JOBS_AT_ONCE, RAY_ADDRESS, Reported
-from lora_export.options.declaring import Only, Positional, Section, declares, means, option
+from lora_export.options.declaring import (
+    Declared,
+    Only,
+    OptionKind,
+    Options,
+    Positional,
+    Section,
+    declares,
+    means,
+    nested_in,
+    option,
+    options_of,
+)
 
 VERIFY_WEIGHTS = "verify --base"  # the step that proves merged weights, as the file of a fleet names it
 RUN = Only("action", ("run",), words="`fleet run`")
@@ -31,3 +48,78 @@ class FleetOptions(Reported):
         kind="path",
         only=(Only("action", ("run", "status"), words="`fleet run` and `fleet status`"),),
     )
+
+
+# --- options of a command, read from a table of TOML ---
+
+_Record = TypeVar("_Record", bound=Options)
+TYPES: Mapping[OptionKind, tuple[tuple[type, ...], str]] = {
+    "flag": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+}
+
+
+def keys_of(record: type[Options]) -> dict[str, tuple[str, Declared]]:
+    """Key -> the field of the nested record that has the option (empty: the record itself), and the option."""
+    found = {_key(one): ("", one) for one in options_of(record) if not one.option.python_only}
+    for name, nested in nested_in(record).items():
+        own = (one.with_flags(nested.flags.get(one.name, ())) for one in options_of(nested.record))
+        found |= {_key(one): (name, one) for one in own}
+    return found
+
+
+def options_from_table(record: type[_Record], table: Mapping[str, Any], place: str, **fixed: Any) -> _Record:
+    """The record of a table's options. `fixed` are fields that the caller sets.
+
+    Raises WrongUsage, which names the `place` of the table, for an unknown key, for a value of a wrong type, and as the
+    record does.
+    """
+    keywords, inner = dict[str, Any](), dict[str, dict[str, Any]]()
+    known = keys_of(record)
+    for key, value in table.items():
+        if key.replace("_", "-") not in known:
+            raise unknown_key(place, key, known)
+        name, declared = known[key.replace("_", "-")]
+        try:
+            (inner.setdefault(name, {}) if name else keywords)[declared.name] = _value(declared, value)
+        except ValueError as error:
+            raise WrongUsage(f"{place}: `{key}` is {value!r}; {error}") from error
+    try:
+        records = {name: nested_in(record)[name].record(**values) for name, values in inner.items()}
+        return record(**keywords | records | fixed)
+    except WrongUsage as error:
+        raise WrongUsage(EscapedLines(f"{one_line(place)}: {error.lines}")) from error
+
+
+def unknown_key(place: str, key: str, known: Iterable[str]) -> WrongUsage:
+    """The error of a key that a table may not have."""
+    nearest = difflib.get_close_matches(key.replace("_", "-"), list(known), n=1, cutoff=0.3)
+    return WrongUsage(f"{place}: there is no key `{key}`{f'; the nearest is `{nearest[0]}`' if nearest else ''}")
+
+
+def _key(declared: Declared) -> str:
+    return max((flag.partition("/")[0] for flag in declared.flags), key=len).lstrip("-")
+
+
+def _value(declared: Declared, value: Any) -> Any:
+    """A value of TOML as the record takes it. Raises ValueError with what is wrong."""
+    if isinstance(value, Mapping) and declared.option.read is not None:
+        value = [f"{name}={each}" for name, each in value.items()]
+    values = (
+        list(value) if declared.multiple and isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    )
+    types, words = TYPES.get(declared.kind, ((str,), "text"))
+    if declared.choices:
+        words = f"one of {', '.join(declared.choices)}"
+    if declared.option.read is not None:
+        types, words = (str,), declared.option.metavar
+    for each in values:
+        is_other = isinstance(each, bool) is not (declared.kind == "flag") or not isinstance(each, types)
+        if is_other or (declared.choices and each not in declared.choices):
+            raise ValueError(f"it must be {words}")
+    if declared.option.read is not None:
+        return declared.option.read(values)
+    if declared.kind == "flag" and declared.default is True:  # the key is that of the flag which switches it off
+        return not value
+    return values if declared.multiple else value

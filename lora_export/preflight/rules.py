@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_export.errors import count
-from lora_export.options.preflight import RUNTIMES
+from lora_export.options.adapters import RUNTIMES
 from lora_export.options.spelling import command, named
 from lora_export.preflight.facts import NEED_BASE, OF_BASE, OF_CHANGE, Fact, KnownFacts
 

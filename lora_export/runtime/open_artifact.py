@@ -26,12 +26,12 @@ from lora_export.options.spelling import named
 from lora_export.options.verify import Judging
 from lora_export.runtime.endpoint.runner import open_endpoint
 from lora_export.runtime.endpoint.tensors import is_of_tensors, open_tensors_of
-from lora_export.runtime.graphs_in_folder import runner_of
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.registered import OPENVINO
 from lora_export.runtime.registered.runner import RegisteredRunner
 from lora_export.runtime.runner import TIMEOUT, CandidateRunner
+from lora_export.runtime.three_graphs import runner_of
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
 
 
 @dataclass(frozen=True, eq=False)
-class SeveralGraphs:
+class SeveralGraphs(ABC):
     """Graphs that are run one after the other. A subclass states their files, and how they are run."""
 
     FILES: ClassVar[tuple[str, ...]]  # in the order of `graphs`
@@ -41,9 +42,9 @@ class SeveralGraphs:
             raise InputRefused(f"{folder}: {'; '.join(lacking)}")
         return runner
 
+    @abstractmethod
     def lacking(self) -> list[str]:
         """What graphs lack that others need, each in a phrase."""
-        raise NotImplementedError
 
     @staticmethod
     def outputs_of(graph: OnnxRunner) -> list[str]:
@@ -51,18 +52,18 @@ class SeveralGraphs:
         return [output.name for output in graph.session.get_outputs()]
 
     @property
+    @abstractmethod
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:
         """The sizes of the inputs of the graphs as one model; None where they vary."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def notes(self) -> Sequence[str]:
         """How the graphs were run, and what was not tried."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, inputs: Arrays) -> Arrays:
         """OUTPUTS, from the inputs of the model. Raises RuntimeRefused for inputs that the graphs do not take."""
-        raise NotImplementedError
 
     @property
     def longest(self) -> dict[str, int]:
@@ -166,6 +167,6 @@ class SeveralGraphs:
     def _each(self, change: Callable[[OnnxRunner], OnnxRunner]) -> Self:
         return self.of(self.path, [change(graph) for graph in self.graphs])
 
+    @abstractmethod
     def outputs_by_graph(self, length: int) -> dict[str, tuple[str, Any]]:
         """The file of each graph -> the output that it makes in a run over `length` tokens, and which part of it."""
-        raise NotImplementedError

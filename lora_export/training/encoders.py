@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_export.errors import InputRefused
 from lora_export.models.processors import (
@@ -41,6 +42,12 @@ from lora_export.training.batches import (
 from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import AUDIO, Records, Row, sound_in
 from lora_export.training.row_forms import LabelKind, label_value
+
+
+def padded_rows(rows: Iterable[ArrayLike], padding: int, side: str = "right") -> torch.Tensor:
+    """Rows of integers as int64 (rows, longest)."""
+    tensors = [torch.from_numpy(np.asarray(row, np.int64)) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side=side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +131,8 @@ class TagEncoder(_Tokenised):
 
     def collate(self, encoded: Sequence[Any]) -> Batch:
         inputs = self.padded([tokens for tokens, _ in encoded])
-        labels = torch.full(inputs["input_ids"].shape, IGNORED)
-        for row, (_, tags) in enumerate(encoded):
-            at_left = getattr(self.tokenizer, "padding_side", "right") == "left"
-            start = labels.shape[1] - len(tags) if at_left else 0
-            labels[row, start : start + len(tags)] = torch.tensor(tags)
-        return Batch(inputs, labels)
+        side = getattr(self.tokenizer, "padding_side", "right")
+        return Batch(inputs, padded_rows([tags for _, tags in encoded], IGNORED, side))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,12 +260,8 @@ def decoder_tensors(
     rows: Sequence[Sequence[int]], start_token: int, pad_token: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a decoder reads, and what it is to predict: each (rows, longest). A token is predicted from those before."""
-    longest = max(map(len, rows))
-    decoder, labels = torch.full((len(rows), longest), pad_token), torch.full((len(rows), longest), IGNORED)
-    for row, ids in enumerate(rows):
-        labels[row, : len(ids)] = torch.tensor(ids)
-        decoder[row, : len(ids)] = torch.tensor([start_token, *ids[:-1]])
-    return decoder, labels
+    decoder = [[start_token, *ids][: len(ids)] for ids in rows]
+    return padded_rows(decoder, pad_token), padded_rows(rows, IGNORED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +388,5 @@ class FrameEncoder(SpeechEncoder):
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         inputs = self.sounds.inputs([samples for samples, _ in encoded])
-        labels = torch.full((len(encoded), max(len(ids) for _, ids in encoded)), IGNORED)
-        for row, (_, ids) in enumerate(encoded):
-            labels[row, : len(ids)] = torch.tensor(ids)
+        labels = padded_rows([ids for _, ids in encoded], IGNORED)
         return Batch({**inputs, "labels": labels}, labels)

@@ -18,7 +18,7 @@ from torch import nn
 from lora_export.errors import InputRefused
 from lora_export.options.spelling import named
 from lora_export.training.batches import Batch, CrossEntropy, module_outputs, scores_of
-from lora_export.training.encoders import Tokenise
+from lora_export.training.encoders import Tokenise, padded_rows
 from lora_export.training.order import RowNumbers
 from lora_export.training.records.opening import IGNORED
 from lora_export.training.records.rows import Records
@@ -144,23 +144,14 @@ class MaskedRows:
         return len(self.pieces)
 
     def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
-        longest = max(self.pieces[row].stop - self.pieces[row].start for row in rows)
-        ids = np.full((len(rows), longest), self.pad_token, np.int64)
-        labels = np.full((len(rows), longest), IGNORED, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        for number, row in enumerate(rows):
-            piece = self.pieces[row]
-            tokens = np.asarray(self.file.tokens[piece.start : piece.stop], np.int64)
-            part = slice(0, len(tokens))
-            rng = np.random.default_rng((self.seed, epoch, row))
-            ids[number, part], labels[number, part] = self._masked(tokens, rng)
-            mask[number, part] = 1
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        return Batch(inputs, torch.from_numpy(labels))
+        masked = [self._masked(self.pieces[row], np.random.default_rng((self.seed, epoch, row))) for row in rows]
+        ids, labels = zip(*masked, strict=True)
+        mask = padded_rows(map(np.ones_like, ids), 0)
+        inputs = {"input_ids": padded_rows(ids, self.pad_token), "attention_mask": mask}
+        return Batch(inputs, padded_rows(labels, IGNORED))
 
-    def _masked(
-        self, tokens: NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _masked(self, piece: TextPiece, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens = np.asarray(self.file.tokens[piece.start : piece.stop], np.int64)
         allowed = np.flatnonzero(~np.isin(tokens, list(self.special)))
         chosen = rng.permutation(allowed)[: max(1, round(MASKED_PART * len(allowed)))]  # at least one predicts
         labels = np.full(len(tokens), IGNORED, np.int64)

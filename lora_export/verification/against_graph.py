@@ -9,34 +9,48 @@ graph, and what the adapter contains.
 A proof takes several times the weights' memory: the candidate's session, the peer's, and one weight at a time in fp64.
 Measured with 12 fp32 layers of 64 MiB: 3.3 GiB merged and 4.0 GiB with nodes, of which the graph's own file is 0.75
 GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_against_graph_memory.py` measures it.
+
+A candidate that lacks one pair of the adapters must be detected. For this control the base graph computes W + ΔW at
+each weight, in fp64. The tensors of the pairs are inputs of this graph, so that one session runs with and without each
+pair. What is judged then is in pair_controls.py and parity/judging.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_export import plan
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
+from lora_export.graph.site import Site
 from lora_export.graph.values import drop_tensors
 from lora_export.lora import Adapter
 from lora_export.options.common import Running
 from lora_export.options.spelling import named
-from lora_export.plan import Plan
+from lora_export.plan import Layout, Plan, Step, Term
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.kv_cache import graph_of
-from lora_export.runtime.runner import Runner
+from lora_export.runtime.runner import TIMEOUT, Arrays, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.pair_controls import (
+    JudgeWithout,
+    PairControls,
+    grouped,
+    switch_off,
+    too_many,
+    with_difference,
+)
+from lora_export.verification.parity import Wide
 from lora_export.verification.proof import AGAINST, UNCHANGED
 from lora_export.verification.references import (
     STEPS,
@@ -46,12 +60,17 @@ from lora_export.verification.references import (
     References,
     note_on_fp64,
 )
-from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph, open_graph_session, run_in_fp64
-from lora_export.verification.references.compare_initializers import compare_initializers
+from lora_export.verification.references.base_graph import (
+    ONNX_HALVES,
+    BaseGraph,
+    open_graph_session,
+    open_in_fp64,
+    run_in_fp64,
+)
 from lora_export.verification.references.compare_pairs import compare_pairs
-from lora_export.verification.references.compare_tensors import ComparedWeights, tensors_of_graph
-from lora_export.verification.references.graph_pairs import control_graph_pairs
+from lora_export.verification.references.compare_tensors import ComparedWeights, compare_initializers, tensors_of_graph
 from lora_export.verification.references.graph_with_adapter import (
+    RecordedConstant,
     at_strength,
     branches_at_quantised_weights,
     branches_where_possible,
@@ -122,16 +141,6 @@ class GraphReferences(References):
 
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
         return self.base.inputs
-
-    def as_run(self, runner: Runner) -> Runner:
-        """The graph as it is. The generated inputs include a cache, where it takes one."""
-        return runner
-
-    def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
-        """None: which pairs a graph computes is not known."""
-
-    def explain(self, refusal: str) -> str:
-        return refusal
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:
         graph = graph_of(candidate)
@@ -300,3 +309,98 @@ def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:
     """Whether two runs of all cases return the same outputs, bit for bit."""
     same_names = all(own.keys() == others[case].keys() for case, own in outputs.items())
     return same_names and not bits_that_differ(outputs, others)
+
+
+# --- the control of every pair ---
+
+
+class GraphPair(NamedTuple):
+    """One pair at one weight."""
+
+    step: Step
+    number: int  # of its term
+
+
+def control_graph_pairs(
+    model: ir.Model,
+    sites: Sites,
+    plan: Plan,
+    inputs: Mapping[str, Arrays],
+    cases: Sequence[parity.Case],
+    judge: JudgeWithout,
+    *,
+    timeout: float = TIMEOUT,
+) -> PairControls:
+    """Switch off the pairs of a plan in a copy of the base graph, and `judge` the outputs.
+
+    `inputs` are by the name of the case. `model` is changed and of no further use. A run of all cases and pairs takes
+    as long as the reference in fp64, for each pair that the smallest case does not show as often as there are cases.
+    """
+    pairs = [
+        (term.module, term.adapter, GraphPair(step, number))
+        for step in plan.steps
+        for number, term in enumerate(step.terms)
+        if _has_effect(term)
+    ]
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    by_layer = too_many(len(pairs), sum(tensor.size for tensor in tensors if tensor is not None))
+    norms = {site: _norms(site) for step in plan.steps if step.has_dora for site in sites.by_name[step.weight]}
+    constants: list[RecordedConstant] = []
+    sum_at_weights(model, sites, plan, record=constants)
+    for constant in constants:
+        _make_input(model, constant.value)
+    everything = {str(constant.value.name): np.ascontiguousarray(constant.array) for constant in constants}
+    runner, _ = open_in_fp64(model, parts=[constant.value for constant in constants], timeout=timeout)
+
+    def run_without(groups: Mapping[str, Sequence[GraphPair]], case: parity.Case) -> Iterator[tuple[str, Arrays]]:
+        given = {**inputs[case.name], **everything}
+        with_all = runner.run(given)
+        for name, off in groups.items():
+            yield name, with_difference(case, runner.run(given | _changed(off, constants, norms)), with_all)
+
+    ordered = sorted(cases, key=lambda case: sum(array.size for array in inputs[case.name].values()))
+    return switch_off(grouped(pairs, by_layer=by_layer), ordered, run_without, judge, by_layer=by_layer)
+
+
+def _has_effect(term: Term) -> bool:
+    """Whether a pair's product is not zero: whether a pair of zeros is there makes no difference."""
+    pair = term.pair
+    return pair.depends_on_weight or bool(term.scale and pair.a.any() and pair.b.any())
+
+
+def _make_input(model: ir.Model, value: ir.Value) -> None:
+    """Turn an initializer into an input of the graph, of the same type and shape."""
+    del model.graph.initializers[str(value.name)]
+    assert value.const_value is not None
+    value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
+    value.const_value = None
+    model.graph.inputs.append(value)
+
+
+def _changed(off: Sequence[GraphPair], constants: Sequence[RecordedConstant], norms: Mapping[Site, Wide]) -> Arrays:
+    """The tensors of the pairs that are off: B without their ranks, and for DoRA the length of each row of W."""
+    changed: Arrays = {}
+    for constant in constants:
+        numbers = [pair.number for pair in off if pair.step is constant.step]
+        if not numbers or constant.part == "A":
+            continue
+        array = np.ascontiguousarray(constant.array).copy()
+        if constant.base is not None:
+            array = constant.base
+        elif constant.part == "magnitude":
+            block = constant.site.block
+            array.reshape(-1)[slice(None) if block is None else slice(block.start, block.stop)] = norms[constant.site]
+        else:
+            ranks = np.cumsum([0, *(term.pair.rank for term in constant.step.terms)])
+            by_rank = array if constant.is_transposed else array.T  # (ranks, out)
+            for number in numbers:
+                by_rank[ranks[number] : ranks[number + 1]] = 0
+        changed[str(constant.value.name)] = array
+    return changed
+
+
+def _norms(site: Site) -> Wide:
+    """The length of each row of a weight (out, in * kernel), in fp64."""
+    array = site.array.T if site.layout is Layout.EMBEDDING else site.array if site.is_convolution else site.matrix
+    norms: Wide = np.linalg.norm(array.reshape(len(array), -1).astype(np.float64), axis=1)
+    return norms

@@ -24,12 +24,12 @@ from lora_export.models.model import Model
 from lora_export.models.traced_lengths import with_traced_lengths
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
-from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.three_graphs import ImageTextRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
@@ -69,6 +69,8 @@ from lora_export.verification.references.attached_module import (
 )
 from lora_export.verification.references.cached_outputs import CachedOutputs, CacheEntry, cache_key
 from lora_export.verification.references.candidate_weights import (
+    candidate_tensors,
+    compare_weights,
     explain_half,
     is_half_inside,
     note_on_half,
@@ -78,7 +80,6 @@ from lora_export.verification.references.candidate_weights import (
 )
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import ComparedWeights
-from lora_export.verification.references.compare_weights import candidate_tensors, compare_weights
 from lora_export.verification.references.deployed_module import (
     DRAWS_OF_ROUNDING,
     MERGED_MODULE,

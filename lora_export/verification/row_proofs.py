@@ -18,10 +18,10 @@ from lora_export.callbacks import ignore
 from lora_export.errors import InputRefused, Undecided, count
 from lora_export.formats.contract import without_absent
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import graph_of
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, RowsRunner, Runner, StrengthsRunner
+from lora_export.runtime.three_graphs import EncoderDecoderRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import OnProofStep
 from lora_export.verification.compare_outputs import named_as

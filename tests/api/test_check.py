@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.options.preflight import RUNTIMES
+from lora_export.options.adapters import RUNTIMES
 from support import cli
 from support.gguf_files import llama
 from support.preflight_adapters import CASES

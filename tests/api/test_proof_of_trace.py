@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lora_export.api.proof_of_trace import prove_trace
+from lora_export.api.publish import prove_trace
 from lora_export.errors import Different
 from lora_export.models.model import Model
 from lora_export.provenance import LONGEST_KEY

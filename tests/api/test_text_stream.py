@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_export.api.text_stream import CONTEXT, TextStream
+from lora_export.api.generate import CONTEXT, TextStream
 
 TEXT = "The naïve café costs 5 € 😀😀 in 東京, doesn't it? " * 12
 

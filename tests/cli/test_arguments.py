@@ -16,8 +16,8 @@ import click
 import numpy as np
 import pytest
 
-from lora_export.cli import COMMANDS, NAMES_ELSEWHERE, cli, command_named
-from lora_export.cli.arguments import ELSEWHERE, FIRST_ARGUMENT, HERE, Command, command_line, options_by_name, wrote
+from lora_export.cli import COMMANDS, cli, command_named
+from lora_export.cli.arguments import Command, command_line, options_by_name, other_tools, wrote
 from lora_export.errors import WrongUsage
 from lora_export.options.common import LORA_MODES
 from support.cli import call
@@ -359,16 +359,16 @@ def test_the_right_option_is_named(line: str, meant: str, capsys: pytest.Capture
     assert meant in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", other_tools()["options"])
 def test_every_suggestion_is_an_option_of_a_command(name: str) -> None:
-    assert any(name in options for options in OPTIONS.values())
+    assert any(f"--{name}" in options for options in OPTIONS.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_foreign_name_hides_an_option_of_the_command(command: str) -> None:
-    for foreign, names in HERE.items():
-        assert foreign not in OPTIONS[command] or foreign not in names
-    assert all(name.startswith("-") for name in FIRST_ARGUMENT)
+    for name, others in other_tools()["options"].items():
+        assert f"--{name}" not in others and all(other.startswith("-") for other in others)
+    assert all(name.startswith("-") for name in other_tools()["first_argument"])
     assert isinstance(command_named(command), click.Command)
 
 
@@ -386,8 +386,9 @@ def test_the_right_command_is_named(written: str, end: str, capsys: pytest.Captu
 
 
 def test_every_name_elsewhere_is_that_of_no_command_here() -> None:
-    assert not NAMES_ELSEWHERE.keys() & COMMANDS.keys()
-    assert set().union(*NAMES_ELSEWHERE.values()) <= COMMANDS.keys()
+    names = other_tools()["commands"]
+    assert not names.keys() & COMMANDS.keys()
+    assert set().union(*names.values()) <= COMMANDS.keys()
 
 
 # --- --help ---

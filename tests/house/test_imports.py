@@ -89,7 +89,7 @@ NUMPY_CORE = (
         "verification.references.graph_fp64",
         "verification.diagnose.diagnosis",
     ),
-    *("verification.diagnose.layer_observation", "verification.diagnose.root_cause"),
+    "verification.diagnose.root_cause",
 )
 TORCH_BY_REQUEST = {
     "lora_export.storage.torch_pickle",  # reads a pickle, where --allow-pickle is given

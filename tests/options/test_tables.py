@@ -9,8 +9,8 @@ import pytest
 from lora_export.errors import WrongUsage
 from lora_export.options.commands import RECORDS
 from lora_export.options.declaring import Positional
+from lora_export.options.fleet import keys_of, options_from_table
 from lora_export.options.merge import MergeOptions
-from lora_export.options.tables import keys_of, options_from_table
 from lora_export.options.verify import VerifyOptions
 
 FIXED = {"base": "b", "adapters": ["a"], "output": "o"}

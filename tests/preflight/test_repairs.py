@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lora_export
-from lora_export.options.preflight import RUNTIMES
+from lora_export.options.adapters import RUNTIMES
 from lora_export.options.spelling import FUNCTIONS
 from lora_export.preflight.rules import SETTING, Repair, repairs, runtimes
 from support import diffusion, experts

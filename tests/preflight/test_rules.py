@@ -14,7 +14,7 @@ import pytest
 
 import lora_export
 from lora_export.lora import Adapter, LoraPair
-from lora_export.options.preflight import RUNTIMES
+from lora_export.options.adapters import RUNTIMES
 from lora_export.preflight.facts import (
     OF_ADAPTER,
     OF_BASE,

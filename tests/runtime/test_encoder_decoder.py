@@ -17,8 +17,8 @@ import transformers as hf
 import lora_export as le
 from lora_export.artifacts.files import GRAPH_FILES
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.runner import Arrays
+from lora_export.runtime.three_graphs import EncoderDecoderRunner
 from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
 
 

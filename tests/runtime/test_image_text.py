@@ -15,8 +15,8 @@ from lora_export.artifacts.files import IMAGE_TEXT_FILES
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.graph.image_tokens import ImageTokens
 from lora_export.models.load import load_model
-from lora_export.runtime import image_text
-from lora_export.runtime.image_text import ImageTextRunner, grid_positions
+from lora_export.runtime import three_graphs
+from lora_export.runtime.three_graphs import ImageTextRunner, grid_positions
 from lora_export.verification.parity import Outcome
 from support.image_text import generated_by_transformers, image_files, image_text_adapter, image_text_model
 from support.small_models import small_model
@@ -98,7 +98,7 @@ def test_the_proof_finds_planted_faults(made: Path, monkeypatch: pytest.MonkeyPa
         assert wrong.verdict.outcome is Outcome.DIFFERENT
         assert "The first graph whose outputs differ: vision_encoder.onnx" in str(wrong)
     if (made / "name").read_text() != "llava":
-        monkeypatch.setattr(image_text, "grid_positions", _counted)
+        monkeypatch.setattr(three_graphs, "grid_positions", _counted)
         assert le.verify(made / "served", **given).verdict.outcome is Outcome.DIFFERENT
 
 

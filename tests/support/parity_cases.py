@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.verification.parity import Case, Sensitivity, judge
-from lora_export.verification.parity.measurements import Gate
+from lora_export.verification.parity.figures import Gate
 
 COUNT = np.arange(1024)
 # ±1 in three patterns: each has rms 1 and peak 1, and the product of any two has mean 0.

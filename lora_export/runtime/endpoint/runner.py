@@ -16,8 +16,7 @@ from lora_export.graph.cache_names import IDS
 from lora_export.models.model import Model
 from lora_export.models.served_values import TextVector
 from lora_export.options.spelling import named
-from lora_export.runtime.endpoint.client import Client, RequestRefused, key_of
-from lora_export.runtime.endpoint.served_model import Number, ServedModel, Way
+from lora_export.runtime.endpoint.client import Client, Number, RequestRefused, ServedModel, Way, key_of
 from lora_export.runtime.endpoint.texts import Texts
 from lora_export.runtime.endpoint.vectors import find_vectors
 from lora_export.runtime.endpoint.ways import Completions, find_way

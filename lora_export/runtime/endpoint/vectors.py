@@ -22,8 +22,7 @@ from lora_export.models.served_values import (
     TextVector,
     with_text_vector,
 )
-from lora_export.runtime.endpoint.client import RequestRefused
-from lora_export.runtime.endpoint.served_model import Number, ServedModel
+from lora_export.runtime.endpoint.client import Number, RequestRefused, ServedModel
 from lora_export.runtime.endpoint.texts import FEW_TOKENS, Texts
 
 TEXTS_AT_ONCE = 32  # texts of a request: text-embeddings-inference takes no more, by default

@@ -18,8 +18,7 @@ from typing import Any, ClassVar, TypeVar
 from lora_export.errors import Different, RuntimeRefused, Undecided
 from lora_export.models.model import Model
 from lora_export.models.served_values import SCORES, DrawTexts, with_token_scores
-from lora_export.runtime.endpoint.client import RequestRefused
-from lora_export.runtime.endpoint.served_model import WEIGHTS_NOT_JUDGED, Number, ServedModel
+from lora_export.runtime.endpoint.client import WEIGHTS_NOT_JUDGED, Number, RequestRefused, ServedModel
 from lora_export.runtime.endpoint.texts import FEW_TOKENS, Texts
 
 LIKELIEST = 5  # tokens that are requested: OpenAI's most

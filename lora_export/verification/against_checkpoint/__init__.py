@@ -10,7 +10,7 @@ Every tensor of base, adapters and candidate is accounted for:
     calibrated  By its record, a weight has numbers that are not the nearest. Each is one of the two that can be stored
               on either side of V; one without a change is that of the base. With the calibration, almost no other
               choice brings the outputs nearer to those of V, and on held-out inputs they are no further than with the
-              nearest numbers (`chosen_numbers.py`). Without it, a control has to fail by the numbers alone.
+              nearest numbers (`changed_weight.py`). Without it, a control has to fail by the numbers alone.
     quantised A weight that is still stored in the scheme of the base: see `kept_numbers.py`.
     controls  V without one adapter, with its scale x 1.1, and with its BA transposed must fail the same check.
               Otherwise the weight is undecided: the check could not detect such an error.

@@ -14,11 +14,11 @@ from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import (
     CalibratedLayer,
     ChangedWeight,
+    ChosenNumbers,
     ComparedRows,
     WeightRows,
     compare_rows,
 )
-from lora_export.verification.against_checkpoint.chosen_numbers import ChosenNumbers
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,

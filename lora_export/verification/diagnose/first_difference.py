@@ -13,8 +13,7 @@ from lora_export.errors import escaped_lines
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.options.spelling import named
 from lora_export.verification import parity
-from lora_export.verification.diagnose.diagnosis import LayerError
-from lora_export.verification.diagnose.layer_observation import LayerObservation
+from lora_export.verification.diagnose.diagnosis import LayerError, LayerObservation
 from lora_export.verification.diagnose.module_calls import (
     CallValues,
     ModuleCall,

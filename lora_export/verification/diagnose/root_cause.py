@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EscapedLines
 from lora_export.plan import Step, Term
-from lora_export.verification.diagnose.layer_observation import (
+from lora_export.verification.diagnose.diagnosis import (
     LayerObservation,
     apply_matrix,
     expected_dora_factors,

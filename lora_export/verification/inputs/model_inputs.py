@@ -16,12 +16,11 @@ from lora_export.models.cached_decoder import takes_positions
 from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes, in_dtype_of
 from lora_export.models.tracing import failure_on
 from lora_export.options.spelling import named
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
-from lora_export.runtime.image_text import ImageTextRunner
 from lora_export.runtime.kv_cache import CacheRunner, graph_of
 from lora_export.runtime.onnx_runner import token_positions
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.several_graphs import SeveralGraphs
+from lora_export.runtime.three_graphs import EncoderDecoderRunner, ImageTextRunner
 from lora_export.runtime.torch_runners import ModuleRunner, to_numpy
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage.npz import read_arrays

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import count
-from lora_export.verification.parity.figures import Array, Outputs, is_float
-from lora_export.verification.parity.measurements import PYTORCH
+from lora_export.verification.parity.figures import PYTORCH, Array, Outputs, is_float
 from lora_export.verification.parity.verdict import Outcome, Reason
 
 

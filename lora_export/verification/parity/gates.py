@@ -28,6 +28,8 @@ from lora_export.verification.parity.figures import (
     EPS,
     FEW_EPS,
     Array,
+    Control,
+    Gate,
     Wide,
     coarser,
     difference,
@@ -36,7 +38,6 @@ from lora_export.verification.parity.figures import (
     rms,
     wide,
 )
-from lora_export.verification.parity.measurements import Control, Gate
 from lora_export.verification.parity.verdict import Comparison, Outcome, Reason
 
 FEW_ELEMENTS = 10

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from lora_export.errors import count
 from lora_export.options.spelling import command, named
 from lora_export.verification.parity.case import Case
+from lora_export.verification.parity.figures import Control, Figures
 from lora_export.verification.parity.gates import (
     CONTROL_VALUE_FACTOR,
     CONTROL_VALUE_FACTOR_OF,
@@ -16,7 +17,6 @@ from lora_export.verification.parity.gates import (
     LARGEST_ERROR,
     VALUE_CONTROLS,
 )
-from lora_export.verification.parity.measurements import Control, Figures
 from lora_export.verification.parity.verdict import Comparison, Outcome, Reason, Sensitivity, percent
 
 

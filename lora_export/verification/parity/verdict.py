@@ -12,7 +12,7 @@ import numpy as np
 from lora_export.errors import Different, EscapedLines, Undecided, brief, count, escaped_lines, one_line
 from lora_export.notebook import html_table
 from lora_export.options.spelling import named
-from lora_export.verification.parity.measurements import PYTORCH, Figures
+from lora_export.verification.parity.figures import PYTORCH, Figures
 
 DECIDES = "what would decide it"  # introduces a remedy
 NOT_JUDGED = "not judged"  # introduces a part of the candidate in which a fault could be

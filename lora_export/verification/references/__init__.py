@@ -58,19 +58,25 @@ class References(Protocol):
         return  # none would
 
     def as_run(self, runner: Runner) -> Runner:
-        """The runner that runs a graph on the inputs of these references."""
+        """The runner that runs a graph on the inputs of these references: a graph's own include a cache."""
+        return runner
 
     def inputs(self, candidate: Runner) -> Inputs:
         """The inputs for candidate and references. Raises InputRefused where none can be made."""
 
-    def reaching(self, candidate: Runner, unreached: Collection[str]) -> Self | None:
-        """The references with further inputs that reach some of these pairs; None where none is found."""
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> Self | None:  # noqa: ARG002
+        """The references with further inputs that reach some of these pairs.
+
+        None where none is found, and for a graph, of which it is not known what pairs it computes.
+        """
+        return None
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedReferences:
         """The references for one candidate. Raises MatchError where the adapters do not fit the model."""
 
     def explain(self, refusal: str) -> str:
         """The message for a candidate that refuses all inputs; `refusal` is its first error."""
+        return refusal
 
     def about(self) -> dict[str, Any]:
         """Versions, and the source and hash of the model, for the record of the proof."""

@@ -3,7 +3,7 @@
 The controls of a verdict switch the adapters off together. A gate that detects that may still miss one pair of many:
 in half precision the rounding of a whole model is larger than what most pairs of a query and a key change. So each
 pair is switched off by itself, in fp64, and the gates are applied to the outputs as if they were a candidate's. Where
-they detect nothing, all errors of the candidate together show whether it lacks this pair (parity/missing_part.py).
+they detect nothing, all errors of the candidate together show whether it lacks this pair (parity/judging.py).
 
 Pairs are off in the rows of a batch, each in its own row: a weight is read, and the module's code run, once for all of
 them. Nothing is estimated. A batch is used where one of its rows agrees with a run by itself, and a row with all pairs

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
-from lora_export.verification.diagnose.layer_observation import (
+from lora_export.verification.diagnose.diagnosis import (
     LayerObservation,
     apply_matrix,
     expected_dora_factors,

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
-from lora_export.verification.diagnose.layer_observation import LayerObservation
+from lora_export.verification.diagnose.diagnosis import LayerObservation
 from lora_export.verification.diagnose.root_cause import OtherModules, find_root_cause
 
 # W (2, 2), B A = [[1, 2], [0, 0]], and x of three rows

@@ -76,5 +76,5 @@ def test_only_class_scores_have_agreement(output: str, shape: tuple[int, ...], h
 def test_histogram_counts_by_powers_of_two() -> None:
     found = parity.figures.histogram(np.array([0.0, 1.0, 1.99, -2.0, 0.25, 0.0]))
     assert (found.first, found.counts, found.zeros) == (-2, (1, 0, 2, 1), 2)
-    assert parity.figures.histogram(np.zeros(3)) == parity.measurements.Histogram(0, (), 3)
+    assert parity.figures.histogram(np.zeros(3)) == parity.figures.Histogram(0, (), 3)
     assert parity.figures.histogram(np.array([5e-324])).first == -1074

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_export.errors import InputRefused
 from lora_export.verification import parity
 from lora_export.verification.parity import Outcome, judge
-from lora_export.verification.parity.measurements import Gate
+from lora_export.verification.parity.figures import Gate
 from support.parity_cases import EFFECT, ERROR, OWN, TRIED, failed_gates, make, with_output
 
 

@@ -24,8 +24,8 @@ from lora_export.lora import Adapter
 from lora_export.models.export import to_onnx
 from lora_export.models.load import from_module, load_model
 from lora_export.models.model import Model
-from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.three_graphs import EncoderDecoderRunner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences

@@ -33,9 +33,9 @@ from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove
+from lora_export.verification.references.candidate_weights import candidate_tensors
 from lora_export.verification.references.compare_pairs import compare_pairs
 from lora_export.verification.references.compare_tensors import CandidateTensor
-from lora_export.verification.references.compare_weights import candidate_tensors
 
 Arrays = dict[str, NDArray[Any]]
 Defect = Callable[[Arrays, str, str], None]  # changes A and B of these names

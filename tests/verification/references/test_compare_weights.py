@@ -28,8 +28,8 @@ from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import prove
+from lora_export.verification.references.candidate_weights import compare_tensors
 from lora_export.verification.references.compare_tensors import CandidateTensor, ComparedWeights
-from lora_export.verification.references.compare_weights import compare_tensors
 
 Tensors = dict[str, NDArray[Any]]
 Change = Callable[[Tensors], None]

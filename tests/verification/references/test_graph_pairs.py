@@ -14,10 +14,10 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import pair_controls
+from lora_export.verification.against_graph import control_graph_pairs
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
 from lora_export.verification.references.base_graph import run_in_fp64
-from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_with_adapter import sum_at_weights
 from support.graphs import a_graph, an_adapter, planned, quantised
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.runtime.measured_shapes import set_measured_shapes
+from lora_export.api.onnx_from_graph import set_measured_shapes
 from lora_export.runtime.runner import Arrays
 from support.graphs import a_graph, contents
 
