@@ -34,8 +34,7 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.merge import CheckpointMerge
 from lora_export.weights.written_file import WrittenFile, made_before, record_made, written_with
-from lora_export.workers.engines import THREADS, on_ray, processes
-from lora_export.workers.tasks import each_result
+from lora_export.workers.engines import THREADS, each_result, on_ray, processes
 
 UNFINISHED = ".unfinished"  # a folder of the stage, for shards on the disk that are not whole
 

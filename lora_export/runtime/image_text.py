@@ -26,8 +26,9 @@ from lora_export.graph.cache_names import (
     MASK,
     POSITION_IDS,
     TOKEN_TYPE_INPUTS,
+    ImageTokens,
+    image_tokens_of,
 )
-from lora_export.graph.image_tokens import ImageTokens, image_tokens_of
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
