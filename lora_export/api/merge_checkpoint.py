@@ -19,7 +19,7 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import HUB_NAME, hub_name
 from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
-from lora_export.weights.merge import merging_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, QuantisedLayer, refuse_no_change
 from lora_export.weights.one_pass import Merging
 from lora_export.weights.quantisation_loss import (
@@ -80,20 +80,9 @@ def merging_into_checkpoint(request: MergeRequest) -> Merging[MergeResult]:
     with request.backend() as backend, request.staged(size + companions, is_file=is_file) as folder:
         begun = time.perf_counter()
         made = make_shards(request, steps, checkpoint, folder, settings, size) if is_shared else {}
-        report = yield from merging_checkpoint(
-            steps,
-            checkpoint,
-            folder,
-            file_name=request.output.name,
-            dtype=request.stored,
-            min_retention=request.min_retention,
-            hashing=request.hashing,
-            progress=in_bytes(request.on_progress, "merging", size),
-            backend=backend,
-            more_settings=settings,
-            calibration=calibration,
-            made=made,
-        )
+        merge = request.of_checkpoint(steps, checkpoint, backend, settings, calibration)
+        progress = in_bytes(request.on_progress, "merging", size)
+        report = yield from merge.into(folder, file_name=request.output.name, progress=progress, made=made)
         refuse_no_change(report)
         seconds = time.perf_counter() - begun
         report = replace(report, layers=layers, base_bytes=checkpoint.nbytes if layers else 0, seconds=seconds)

@@ -18,7 +18,6 @@ from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 from lora_export.graph.refusals import base_as_remedy
 from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
-from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge_report import refuse_no_change
 
@@ -49,7 +48,7 @@ def merge_into_graph(request: MergeRequest) -> MergeResult:
             hashing=request.hashing,
             progress=in_bytes(request.on_progress, "merging", graph.nbytes),
             requantise=request.requantize,
-            backend=backend or Backend(),
+            backend=backend,
         )
         report = merge_graph(steps, graph, sites, folder, run, request.combined.settings)
         refuse_no_change(report)

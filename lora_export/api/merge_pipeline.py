@@ -19,9 +19,11 @@ from lora_export.plan.diffusion import components_of, of_component
 from lora_export.storage import input_files
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
+from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
-from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge import output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, refuse_no_change
+from lora_export.weights.one_pass import alone
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 
 
@@ -148,16 +150,8 @@ def _write(request: MergeRequest, pipeline: Pipeline, merges: Sequence[ModelMerg
     with request.staged(size, is_file=False) as stage:
         for each in merges:
             (stage / each.folder).mkdir()
-            reports[each.folder] = merge_checkpoint(
-                each.plan,
-                each.checkpoint,
-                stage / each.folder,
-                dtype=request.stored,
-                min_retention=request.min_retention,
-                hashing=request.hashing,
-                progress=progress,
-                more_settings=settings,
-            )
+            merge = request.of_checkpoint(each.plan, each.checkpoint, Backend(), settings)
+            reports[each.folder] = alone(merge.into(stage / each.folder, progress=progress))
         report = _report_of_all(reports)
         refuse_no_change(report)
         for relative in others:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_export import plan
@@ -23,7 +24,9 @@ from lora_export.options.spelling import command, named
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output
 from lora_export.weights.apply_step import Backend
+from lora_export.weights.calibrated_rounding import LayerInputs
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.merge import CheckpointMerge
 from lora_export.weights.merge_report import MergeReport
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
@@ -92,13 +95,26 @@ class MergeRequest(MergeOptions):
             "tied": self.tied,
         }
 
-    def backend(self) -> AbstractContextManager[Backend | None]:
-        """Where weights are changed; None for NumPy."""
+    def backend(self) -> AbstractContextManager[Backend]:
+        """Where weights are changed."""
         if self.device == "cpu":
-            return contextlib.nullcontext()
+            return contextlib.nullcontext(Backend())
         from lora_export.weights import cuda
 
         return cuda.cuda()
+
+    def of_checkpoint(
+        self,
+        plan: Plan,
+        base: Checkpoint,
+        backend: Backend,
+        settings: Mapping[str, Any],
+        calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
+    ) -> CheckpointMerge:
+        """The merge of a checkpoint as this request has it."""
+        return CheckpointMerge(
+            plan, base, self.stored, self.min_retention, self.hashing, backend, settings, calibration
+        )
 
     def staged(self, size: int, *, is_file: bool = True, streamed: bool = True) -> AbstractContextManager[Path]:
         """The stage of the output, of so many bytes (see `atomic_output.staged`)."""

@@ -31,10 +31,9 @@ from lora_export.storage.store_output import begun_at, written_by_worker
 from lora_export.storage.store_path import StorePath
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.merge import ShardMaker
+from lora_export.weights.merge import CheckpointMerge
 from lora_export.weights.written_file import WrittenFile, made_before, record_made, written_with
-from lora_export.workers.engines import THREADS, on_ray, processes
-from lora_export.workers.tasks import each_result
+from lora_export.workers.engines import THREADS, each_result, on_ray, processes
 
 UNFINISHED = ".unfinished"  # a folder of the stage, for shards on the disk that are not whole
 
@@ -80,7 +79,7 @@ def note_on_one_file(request: MergeRequest, base: Checkpoint) -> str:
 def make_shards(
     request: MergeRequest, steps: Plan, base: Checkpoint, stage: Path, settings: Mapping[str, Any], size: int
 ) -> dict[str, WrittenFile]:
-    """Let workers write the shards of a merge into its stage. Returns what `merge_checkpoint` takes as `made`.
+    """Let workers write the shards of a merge into its stage. Returns what `CheckpointMerge.into` takes as `made`.
 
     `size` is what the whole writes, in bytes, for the progress. Shards that a stopped run has made in a store are not
     made again. A shard whose worker dies is tried again. Raises what a worker raises, EnvironmentLacking where one dies
@@ -128,10 +127,10 @@ def _outcomes(
         yield from each_result(opened, shards, memory)
 
 
-def _maker(request: MergeRequest, steps: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> ShardMaker:
+def _maker(request: MergeRequest, steps: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> CheckpointMerge:
     threads = os.environ.get(THREADS[0], "")  # of a worker: its share of the cores
     backend = Backend(threads=int(threads) if threads.isdecimal() and int(threads) else None)
-    return ShardMaker(steps, base, request.stored, request.min_retention, request.hashing, settings, backend)
+    return request.of_checkpoint(steps, base, backend, settings)
 
 
 def _seen(path: Path, digest: str, facts: Mapping[str, Any]) -> WrittenFile:
@@ -181,7 +180,7 @@ def _written(request: ShardRequest) -> dict[str, Any]:
     if isinstance(stage, StorePath):
         with written_by_worker(stage, request.shard, request.run) as path:
             path.unlink(missing_ok=True)  # of a worker that died after its upload
-            return maker.write(path, request.shard).facts
+            return maker.write_file(path, request.shard).facts
     if not (stage / UNFINISHED).is_dir():
         raise OutputFailed(
             f"a worker does not see the folder {stage.parent}, or was taken for dead. All machines need the folder, or "
@@ -189,11 +188,11 @@ def _written(request: ShardRequest) -> dict[str, Any]:
         )
     part = stage / UNFINISHED / uuid.uuid4().hex  # a worker that died may have left its own
     part.mkdir()
-    return maker.write(part / request.shard, request.shard).facts | {"part": part.name}
+    return maker.write_file(part / request.shard, request.shard).facts | {"part": part.name}
 
 
 @functools.lru_cache(1)
-def _planned(merge: bytes, _folder: str) -> ShardMaker:
+def _planned(merge: bytes, _folder: str) -> CheckpointMerge:
     """The plan of a merge that began in a folder, made once for all shards that this process writes."""
     request: MergeRequest = pickle.loads(merge)  # noqa: S301 - of the process that started this one
     request = replace(request, adapters=read_adapters(request, request.located, request.reading))

@@ -47,9 +47,10 @@ from lora_export.graph.cache_names import (
     POSITION_IDS,
     PRESENT,
     TOKEN_TYPE_INPUTS,
+    ImageTokens,
+    image_tokens_of,
     past_of,
 )
-from lora_export.graph.image_tokens import ImageTokens, image_tokens_of
 from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, turns, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays

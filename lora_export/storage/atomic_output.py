@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import filecmp
+import functools
 import hashlib
 import itertools
 import os
@@ -20,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 from lora_export.callbacks import OnMessage, ignore
 from lora_export.errors import OutputFailed, one_line
@@ -48,6 +49,17 @@ _expected: dict[Path, int] = {}  # the stages that this process fills, and how m
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
 
 
+class Staging(TypedDict, total=False):
+    """How an output is made. See `stage_folder` and `stage_file`."""
+
+    inputs: Required[Iterable[Path]]  # an output is none of them, and not inside of one
+    overwrite: bool  # replace an existing target
+    required_bytes: int  # that the block will write
+    on_message: OnMessage  # receives a line for each leftover of a run that was killed
+    sign: str | Path | None  # the key of a signature of the output (`signature.signer`)
+    streamed: bool  # it needs no disk where the target is in a store (see `store_output`), unless it replaces a file
+
+
 def staged(
     options: Output,
     target: Path,
@@ -62,8 +74,9 @@ def staged(
 
     Not `streamed` is what a library writes, or reads before it is published, by the name of a file on the disk.
     """
-    return (stage_file if is_file else stage_folder)(
+    return _stage(
         target,
+        not is_file,
         inputs=inputs,
         overwrite=options.overwrite,
         required_bytes=size,
@@ -73,55 +86,16 @@ def staged(
     )
 
 
-@contextlib.contextmanager
-def stage_folder(
-    target: Path,
-    *,
-    inputs: Iterable[Path],
-    overwrite: bool = False,
-    required_bytes: int = 0,
-    on_message: OnMessage = ignore,
-    sign: str | Path | None = None,
-    streamed: bool = False,
-) -> Iterator[Path]:
+def stage_folder(target: Path, **options: Unpack[Staging]) -> AbstractContextManager[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
-    `required_bytes` is how much the block will write. `streamed`: it needs no disk where the target is in a store (see
-    `store_output`), unless it replaces a file there. `on_message` receives a line for each leftover of a run that was
-    killed. `sign` is the key of a signature of the output (`signature.signer`). An existing target is replaced in one
-    step: only with `overwrite`, and only if it is an output of this program with nothing else in it. Raises
-    OutputFailed before anything is written, or when writing fails.
+    An existing target is replaced in one step: only with `overwrite`, and only if it is an output of this program with
+    nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
     """
-
-    if isinstance(target, StorePath):
-        with _in_store(target, True, streamed, required_bytes, overwrite, on_message, sign) as stage:
-            yield stage
-        return
-
-    def publish(stage: Path, target: Path) -> None:
-        _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
-        _refuse_foreign_files(target)
-        _swap_in(stage, target)
-
-    with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
-        _refuse_foreign_files(_absolute(target))
-        sign_files = None if sign is None else signer(sign, target)
-        yield stage
-        if sign_files is not None:
-            sign_files(stage, stage / SIGNATURE)
+    return _stage(target, True, **options)
 
 
-@contextlib.contextmanager
-def stage_file(
-    target: Path,
-    *,
-    inputs: Iterable[Path],
-    overwrite: bool = False,
-    required_bytes: int = 0,
-    on_message: OnMessage = ignore,
-    sign: str | Path | None = None,
-    streamed: bool = False,
-) -> Iterator[Path]:
+def stage_file(target: Path, **options: Unpack[Staging]) -> AbstractContextManager[Path]:
     """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 
     One of them must have the target's name. It is moved last, so that its companions exist where it exists. No
@@ -130,44 +104,75 @@ def stage_file(
     of former contents are removed after the target is in place, but for those that another graph of the folder names.
     Otherwise as `stage_folder`.
     """
+    return _stage(target, False, **options)
 
+
+@contextlib.contextmanager
+def _stage(
+    target: Path,
+    is_folder: bool,
+    *,
+    inputs: Iterable[Path],
+    overwrite: bool = False,
+    required_bytes: int = 0,
+    on_message: OnMessage = ignore,
+    sign: str | Path | None = None,
+    streamed: bool = False,
+) -> Iterator[Path]:
     if isinstance(target, StorePath):
-        with _in_store(target, False, streamed, required_bytes, overwrite, on_message, sign) as stage:
+        if sign is not None:
+            raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
+        if streamed and overwrite and target.newly().is_file():  # which stays until the new one is whole
+            on_message(f"{target}: made in TMPDIR and then uploaded, because it replaces a file")
+            streamed = False
+        with store_output.staged_in_store(
+            target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
+        ) as stage:
+            if not streamed:
+                refuse_lack_of_space(stage, required_bytes)
             yield stage
+        published.append(target)
         return
-
-    def publish(stage: Path, target: Path) -> None:
-        companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-        stems = "|".join(re.escape(_stem(name)) for name in (target.name, *companions))
-        data = re.compile(rf"({stems})\.[0-9a-f]{{{DIGITS}}}\.data")
-        beside = [path for path in target.parent.iterdir() if data.fullmatch(path.name)]
-        former = {path for path in beside if not path.is_symlink()}  # one of the same name has the same content
-        _refuse_taken(target, overwrite=overwrite)
-        foreign = [name for name in companions if target.parent / name not in former]
-        equal = [] if overwrite else _equal_companions(stage, target.parent, foreign)
-        for name in equal:
-            on_message(f"{one_line(name)} exists already, with the same contents")
-        for name in (name for name in companions if name not in equal):
-            (stage / name).replace(target.parent / name)
-        if companions:
-            _flush_folder(target.parent)  # a disk may keep the second of two renames and lose the first
-        (stage / target.name).replace(target)
-        _flush_folder(target.parent)
-        for path in sorted(former - {target.parent / name for name in companions}):
-            what = f"{one_line(path.name)}: weights that {one_line(target.name)} does not use"
-            if other := _graph_that_names(path):
-                on_message(f"left {what}, and {one_line(other.name)} does")
-                continue
-            path.unlink()
-            on_message(f"removed {what}")
-
+    publish = _publish_folder if is_folder else functools.partial(_publish_files, on_message, overwrite)
     with _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage:
-        if _absolute(target).is_dir():
+        if is_folder:
+            _refuse_foreign_files(_absolute(target))
+        elif _absolute(target).is_dir():
             raise OutputFailed(f"{target} is a folder; name a file")
         sign_files = None if sign is None else signer(sign, target)
         yield stage
         if sign_files is not None:
-            sign_files(stage, stage / f"{target.name}{SUFFIX}")
+            sign_files(stage, stage / (SIGNATURE if is_folder else f"{target.name}{SUFFIX}"))
+
+
+def _publish_folder(stage: Path, target: Path) -> None:
+    _refuse_foreign_files(target)
+    _swap_in(stage, target)
+
+
+def _publish_files(on_message: OnMessage, overwrite: bool, stage: Path, target: Path) -> None:
+    companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
+    stems = "|".join(re.escape(_stem(name)) for name in (target.name, *companions))
+    data = re.compile(rf"({stems})\.[0-9a-f]{{{DIGITS}}}\.data")
+    beside = [path for path in target.parent.iterdir() if data.fullmatch(path.name)]
+    former = {path for path in beside if not path.is_symlink()}  # one of the same name has the same content
+    foreign = [name for name in companions if target.parent / name not in former]
+    equal = [] if overwrite else _equal_companions(stage, target.parent, foreign)
+    for name in equal:
+        on_message(f"{one_line(name)} exists already, with the same contents")
+    for name in (name for name in companions if name not in equal):
+        (stage / name).replace(target.parent / name)
+    if companions:
+        _flush_folder(target.parent)  # a disk may keep the second of two renames and lose the first
+    (stage / target.name).replace(target)
+    _flush_folder(target.parent)
+    for path in sorted(former - {target.parent / name for name in companions}):
+        what = f"{one_line(path.name)}: weights that {one_line(target.name)} does not use"
+        if other := _graph_that_names(path):
+            on_message(f"left {what}, and {one_line(other.name)} does")
+            continue
+        path.unlink()
+        on_message(f"removed {what}")
 
 
 def _graph_that_names(data: Path) -> Path | None:
@@ -178,31 +183,6 @@ def _graph_that_names(data: Path) -> Path | None:
     found = (sorted(data.parent.glob(pattern)) for pattern in ("*.onnx", ".*.partial/*.onnx"))
     graphs = (path for path in itertools.chain.from_iterable(found) if path.is_file())
     return next((path for path in graphs if contains(path, os.fsencode(data.name))), None)
-
-
-@contextlib.contextmanager
-def _in_store(
-    target: StorePath,
-    is_folder: bool,
-    streamed: bool,
-    required_bytes: int,
-    overwrite: bool,
-    on_message: OnMessage,
-    sign: str | Path | None,
-) -> Iterator[Path]:
-    """A stage for an output in a store."""
-    if sign is not None:
-        raise OutputFailed(f"{target}: {named('sign', sign)} signs files on the disk. Write there, sign, and copy")
-    if streamed and overwrite and target.newly().is_file():  # which stays until the new one is whole
-        on_message(f"{target}: made in TMPDIR and then uploaded, because it replaces a file")
-        streamed = False
-    with store_output.staged_in_store(
-        target, is_folder=is_folder, streamed=streamed, overwrite=overwrite, on_message=on_message
-    ) as stage:
-        if not streamed:
-            refuse_lack_of_space(stage, required_bytes)
-        yield stage
-    published.append(target)
 
 
 def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[str]:
@@ -262,6 +242,7 @@ def _staged(
                 yield stage
                 _flush(stage)
                 to_the_end.enter_context(deferred_signals())
+                _refuse_taken(target, overwrite=overwrite)  # again: another process may have created it meanwhile
                 publish(stage, target)
                 published.append(target)
             finally:

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -88,152 +88,142 @@ def merge_checkpoint(
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
     are already in `stage` then stay there: the caller discards them.
     """
-    return alone(
-        merging_checkpoint(
-            plan,
-            base,
-            stage,
-            file_name=file_name,
-            dtype=dtype,
-            min_retention=min_retention,
-            hashing=hashing,
-            progress=progress,
-            backend=backend,
-            more_settings=more_settings,
-            calibration=calibration,
-        )
-    )
+    merge = CheckpointMerge(plan, base, dtype, min_retention, hashing, backend or Backend(), more_settings, calibration)
+    return alone(merge.into(stage, file_name=file_name, progress=progress))
 
 
-def merging_checkpoint(
-    plan: Plan,
-    base: Checkpoint,
-    stage: Path,
-    *,
-    file_name: str = "model.safetensors",
-    dtype: str | None = None,
-    min_retention: float = MIN_RETENTION,
-    hashing: str = FAST,
-    progress: OnBytesWritten = lambda _: None,
-    backend: Backend | None = None,
-    more_settings: Mapping[str, Any] = MappingProxyType({}),
-    calibration: Mapping[str, LayerInputs] = MappingProxyType({}),
-    made: Mapping[str, WrittenFile] = MappingProxyType({}),
-) -> Merging[MergeReport]:
-    """The same merge, which yields each file that it is about to write (see `one_pass`).
-
-    `made` has files of the base whose output is in `stage` already (see `ShardMaker`).
-    """
-    begun = time.perf_counter()
-    refuse_before_merge(plan, base)
-    backend = backend or Backend()
-    settings = _settings(plan, base, dtype, min_retention, backend, more_settings)
-
-    def record(hashes: Mapping[str, str]) -> dict[str, Any]:
-        by_file = {name: {hashing: value} for name, value in hashes.items()}
-        return provenance.record(plan.adapters, plan.strengths, by_file, base.history, settings, base_path=base.path)
-
-    def metadata(name: str, source_hash: str) -> Mapping[str, str]:
-        own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}
-        return {"format": "pt", **_header_metadata(plan, base, base.shards[name]), **own}
-
-    tensors = _output_tensors(plan, base, dtype, calibration)
-    recipe = recipe_of(plan, settings, hashing)
-    written = {}
-    for number, (name, source) in enumerate(base.shards.items()):
-        path = stage / (name if base.is_folder else file_name)
-        own = functools.partial(metadata, name)
-        written[name] = made.get(name) or (
-            yield from _write_shard(
-                path, source, tensors[name], own, progress, backend, hashing=hashing, recipe=recipe, number=number
-            )
-        )
-    results = tuple(result for shard in written.values() for result in shard.results)
-    refuse_below_rounding(results, min_retention, ways_out_beside_kept() if base.kept else "")
-    base.refuse_changed_files("merged")
-    if named_layers := [one.weight for one in results if one.outputs is not None and one.outputs.is_calibrated]:
-        settings |= {"calibrated": sorted(named_layers)}
-    if base.is_folder:
-        origin = record({name: shard.source_hash for name, shard in written.items()})
-        for name in [name for name in written if not tensors[name]]:  # it had only scales of weights in other files
-            written.pop(name).file.path.unlink()
-        write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
-        write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
-    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
-    return MergeReport(
-        results=results,
-        copied=sum(tensor.nbytes for name in tensors for tensor in tensors[name] if tensor.is_copy),
-        bytes=sum(shard.file.size for shard in written.values()),
-        replaced=len(replaced),
-        replaced_weights=replaced,
-        seconds=time.perf_counter() - begun,
-        spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
-    )
-
-
-@dataclass(frozen=True)
-class ShardMaker:
-    """Writes each file of a folder's merge by itself: several workers together then write what `merge_checkpoint` does.
-
-    The arguments are those of `merge_checkpoint`, whose other parts go on with the files as `made`.
-    """
+@dataclass(frozen=True, eq=False)
+class CheckpointMerge:
+    """A plan over a checkpoint, and how its output is written. The fields are the arguments of `merge_checkpoint`."""
 
     plan: Plan
     base: Checkpoint
-    dtype: str | None
-    min_retention: float
-    hashing: str
-    more_settings: Mapping[str, Any]
+    dtype: str | None = None
+    min_retention: float = MIN_RETENTION
+    hashing: str = FAST
     backend: Backend = field(default_factory=Backend)
+    more_settings: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, LayerInputs] = field(default_factory=dict)
 
-    def digest(self, name: str) -> str:
-        """The hash of all that determines the file; see `digest_of`."""
-        source, metadata = self.base.shards[name], self._metadata(name)
-        return digest_of(source, _layout(source, self._tensors[name], metadata)[0], self._recipe)
+    def into(
+        self,
+        stage: Path,
+        *,
+        file_name: str = "model.safetensors",
+        progress: OnBytesWritten = lambda _: None,
+        made: Mapping[str, WrittenFile] = MappingProxyType({}),
+    ) -> Merging[MergeReport]:
+        """Write the output, and yield each file that is written next (see `one_pass`). As `merge_checkpoint`.
 
-    def write(self, path: Path, name: str) -> WrittenFile:
-        """Write the file. Raises InputRefused as `merge_checkpoint` does."""
-        source, tensors = self.base.shards[name], self._tensors[name]
-        return alone(
-            _write_shard(
-                path,
-                source,
-                tensors,
-                lambda _: self._metadata(name),
-                lambda _: None,
-                self.backend,
-                hashing=self.hashing,
-                recipe=self._recipe,
-                number=0,
-            )
+        `made` has files of the base whose output is in `stage` already.
+        """
+        begun, plan, base = time.perf_counter(), self.plan, self.base
+        refuse_before_merge(plan, base)
+        written = {}
+        for name in base.shards:
+            path = stage / (name if base.is_folder else file_name)
+            written[name] = made.get(name) or (yield from self._write_shard(path, name, progress))
+        results = tuple(result for shard in written.values() for result in shard.results)
+        refuse_below_rounding(results, self.min_retention, ways_out_beside_kept() if base.kept else "")
+        base.refuse_changed_files("merged")
+        if base.is_folder:
+            named_layers = [one.weight for one in results if one.outputs is not None and one.outputs.is_calibrated]
+            own = {"calibrated": sorted(named_layers)} if named_layers else {}
+            origin = self._record({name: shard.source_hash for name, shard in written.items()}, own)
+            for name in [name for name in written if not self._tensors[name]]:  # it had only scales of other files
+                written.pop(name).file.path.unlink()
+            write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, self.dtype)
+            hashes = {name: {self.hashing: shard.target_hash} for name, shard in written.items()}
+            write_manifest(stage, origin, hashes)
+        replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
+        return MergeReport(
+            results=results,
+            copied=sum(tensor.nbytes for own in self._tensors.values() for tensor in own if tensor.is_copy),
+            bytes=sum(shard.file.size for shard in written.values()),
+            replaced=len(replaced),
+            replaced_weights=replaced,
+            seconds=time.perf_counter() - begun,
+            spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
         )
 
-    def _metadata(self, name: str) -> Mapping[str, str]:
-        return {"format": "pt", **_header_metadata(self.plan, self.base, self.base.shards[name])}
+    # --- One file: several workers together write what one process does ---
+
+    def digest(self, name: str) -> str:
+        """The hash of all that determines a file of a folder; see `digest_of`."""
+        return digest_of(self.base.shards[name], self._layout(name)[0], self._recipe)
+
+    def write_file(self, path: Path, name: str) -> WrittenFile:
+        """Write a file of a folder. Raises InputRefused as `merge_checkpoint` does."""
+        return alone(self._write_shard(path, name, lambda _: None))
+
+    def _write_shard(self, path: Path, name: str, progress: OnBytesWritten) -> Merging[WrittenFile]:
+        source, tensors, backend = self.base.shards[name], self._tensors[name], self.backend
+        hashes = block_copy.RunningHashes(self.hashing)
+        header, entries = self._layout(name, hashes.source.hexdigest())
+        digest = digest_of(source, header, self._recipe)
+        found = made_before(path, digest) or copied_whole(path, source, tensors, self._metadata(name), self.hashing)
+        if found is not None:
+            progress(found.file.size)
+            return record_made(path, digest, found)
+        with source.path.open("rb") as reader, path.open("xb") as writer:
+            if not writer.seekable():  # the header goes first. Where it has the source's hash, the source is read twice
+                if not self.base.is_folder:
+                    header, _ = self._layout(name, hash_of_source(source.path, self.hashing))
+                block_copy.write(writer.fileno(), memoryview(header), 0)
+            hashes.target.update(header)
+            hashes.source.update(reader.read(source.data_start))
+            blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
+            by_weight: dict[str, Statistics] = {}
+
+            def add(block: Block, found: list[Statistics] | None) -> None:
+                for statistics in found or ():
+                    by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+                progress(block.target_stop - block.target_start)
+
+            size, number = tensor_blocks.block_size(tensors), list(self.base.shards).index(name)
+            is_apart = any(tensor.needs_whole for tensor in tensors)
+            yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add, is_apart)
+            if writer.seekable():
+                header, _ = self._layout(name, hashes.source.hexdigest())  # as long as the first: all hashes are
+                block_copy.write(writer.fileno(), memoryview(header), 0)
+        progress(len(header))
+        results = tuple(statistics.result() for statistics in by_weight.values())
+        own_hashes = hashes.source.hexdigest(), hashes.target.hexdigest()
+        return record_made(path, digest, WrittenFile(safetensors_file.open_file(path), results, *own_hashes))
+
+    def _layout(self, name: str, source_hash: str = "") -> tuple[bytes, list[Entry]]:
+        """The header of a file of the output, and where its tensors will be."""
+        described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in self._tensors[name]]
+        metadata, beside = self._metadata(name, source_hash), self.base.shards[name].data_start
+        return safetensors_file.layout(described, metadata, beside=beside)
+
+    def _metadata(self, name: str, source_hash: str = "") -> Mapping[str, str]:
+        """The metadata of a file's header; of a bare file with its record, which names the hash of the source."""
+        own = {} if self.base.is_folder else {provenance.KEY: json.dumps(self._record({name: source_hash}))}
+        return {"format": "pt", **_header_metadata(self.plan, self.base, self.base.shards[name]), **own}
+
+    def _record(self, hashes: Mapping[str, str], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """The record of provenance, from the hashes of the base's files."""
+        by_file = {name: {self.hashing: value} for name, value in hashes.items()}
+        plan, settings = self.plan, {**self._settings, **more}
+        path, history = self.base.path, self.base.history
+        return provenance.record(plan.adapters, plan.strengths, by_file, history, settings, base_path=path)
 
     @functools.cached_property
     def _tensors(self) -> Mapping[str, list[OutputTensor]]:
-        return _output_tensors(self.plan, self.base, self.dtype)
+        return _output_tensors(self.plan, self.base, self.dtype, self.calibration)
 
     @functools.cached_property
     def _recipe(self) -> str:
-        settings = _settings(self.plan, self.base, self.dtype, self.min_retention, self.backend, self.more_settings)
-        return recipe_of(self.plan, settings, self.hashing)
+        return recipe_of(self.plan, self._settings, self.hashing)
 
-
-def _settings(
-    plan: Plan,
-    base: Checkpoint,
-    dtype: str | None,
-    min_retention: float,
-    backend: Backend,
-    more_settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The settings of a merge, for the record of provenance."""
-    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
-    settings |= more_settings
-    settings |= {} if plan.tied == Tied.ERROR else {"tied": str(plan.tied)}
-    return settings | _stated_quantisation(plan, base)
+    @functools.cached_property
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the merge, for the record of provenance."""
+        settings = {"dtype": self.dtype or "keep", "min_retention": self.min_retention} | _stated_layouts(self.plan)
+        settings |= {**self.backend.settings, **self.more_settings}
+        settings |= {} if self.plan.tied == Tied.ERROR else {"tied": str(self.plan.tied)}
+        return settings | _stated_quantisation(self.plan, self.base)
 
 
 def _stated_layouts(plan: Plan) -> dict[str, Any]:
@@ -379,69 +369,6 @@ def _output_tensor(
         raise InputRefused(f"{entry.name}: a quantised weight of which an adapter changes such a part is not supported")
     cut = replace(entry, shape=regions[0].shape)  # parts that are cut in different shapes are refused
     return OutputTensor(cut, None, name, dtype, tuple(patches), quantised, shape)
-
-
-def _write_shard(
-    path: Path,
-    source: TensorFile,
-    tensors: Sequence[OutputTensor],
-    metadata: Callable[[str], Mapping[str, str]],
-    progress: OnBytesWritten,
-    backend: Backend,
-    *,
-    hashing: str,
-    recipe: str,
-    number: int,
-) -> Merging[WrittenFile]:
-    """Write one file of the output. `metadata` makes its part of the header from the hash of the source.
-
-    `number` is that of the source among the files of the base.
-    """
-    hashes = block_copy.RunningHashes(hashing)
-
-    def layout(source_hash: str) -> tuple[bytes, list[Entry]]:
-        return _layout(source, tensors, metadata(source_hash))
-
-    header, entries = layout(hashes.source.hexdigest())
-    digest = digest_of(source, header, recipe)
-    found = made_before(path, digest) or copied_whole(path, source, tensors, metadata(""), hashing)
-    if found is not None:
-        progress(found.file.size)
-        return record_made(path, digest, found)
-    with source.path.open("rb") as reader, path.open("xb") as writer:
-        if not writer.seekable():  # the header goes first. Where it has the source's hash, the source is read twice
-            header, _ = (
-                layout(hash_of_source(source.path, hashing)) if provenance.KEY in metadata("") else (header, entries)
-            )
-            block_copy.write(writer.fileno(), memoryview(header), 0)
-        hashes.target.update(header)
-        hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
-        by_weight: dict[str, Statistics] = {}
-
-        def add(block: Block, found: list[Statistics] | None) -> None:
-            for statistics in found or ():
-                by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
-            progress(block.target_stop - block.target_start)
-
-        size = tensor_blocks.block_size(tensors)
-        is_apart = any(tensor.needs_whole for tensor in tensors)
-        yield FileCopy(source, number, Copy(writer.fileno(), blocks, hashes), size, backend, add, is_apart)
-        if writer.seekable():
-            header, _ = layout(hashes.source.hexdigest())  # as long as the first one: all hashes have one length
-            block_copy.write(writer.fileno(), memoryview(header), 0)
-    progress(len(header))
-    results = tuple(statistics.result() for statistics in by_weight.values())
-    own_hashes = hashes.source.hexdigest(), hashes.target.hexdigest()
-    return record_made(path, digest, WrittenFile(safetensors_file.open_file(path), results, *own_hashes))
-
-
-def _layout(
-    source: TensorFile, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
-) -> tuple[bytes, list[Entry]]:
-    """The header of a file of the output, and where its tensors will be."""
-    described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in tensors]
-    return safetensors_file.layout(described, metadata, beside=source.data_start)
 
 
 def _blocks(

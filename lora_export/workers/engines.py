@@ -14,11 +14,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from lora_export.errors import EnvironmentLacking
 from lora_export.extras import optional_package
 
 TRIES_OF_JOB = 3  # of a job whose worker dies
@@ -33,6 +34,7 @@ class Request(Protocol):
         """What a cluster shows of it."""
 
 
+_R = TypeVar("_R", bound=Request)
 Perform = Callable[[Any], Any]  # what a worker does with a request, and returns
 
 
@@ -116,7 +118,6 @@ def on_ray(perform: Perform, address: str, number: int) -> Iterator[Engine]:
 
     Raises EnvironmentLacking where Ray is not installed, does not start or does not answer.
     """
-    from lora_export.errors import EnvironmentLacking
     from lora_export.options.spelling import named
 
     ray = optional_package("ray", f"{named('ray', address)} needs the package", "fleet")
@@ -177,3 +178,37 @@ class _Ray:
         for reference in references:
             self._ray.cancel(reference)
         self._ray.wait(references, num_returns=len(references), timeout=30) if references else None
+
+
+# --- Requests that need nothing of each other: all of them are done, also those whose worker dies ---
+
+
+def each_result(engine: Engine, requests: Iterable[_R], memory: int) -> Iterator[tuple[_R, Any]]:
+    """Yield each request with what came of it, in the order in which they end. `memory` is that of one, in bytes.
+
+    The death of a process ends all that run beside it. These are tried again one at a time, so that one that takes all
+    memory ends no other. Raises EnvironmentLacking where one ended its worker TRIES_OF_JOB times, and what the
+    function of the engine raises.
+    """
+    waiting = [(request, 1) for request in reversed(list(requests))]  # with the number of the try; the last is next
+    running: dict[concurrent.futures.Future[Any], tuple[_R, int]] = {}
+    while waiting or running:
+        while waiting and _has_place(waiting[-1][1], [tries for _, tries in running.values()], engine.at_once):
+            request, tries = waiting.pop()
+            running[engine.submit(request, memory, on_gpu=False)] = request, tries
+        for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+            request, tries = running.pop(future)
+            error = future.exception()
+            if error is None:
+                yield request, future.result()
+            elif not (reason := engine.died(error)):
+                raise error
+            elif engine.is_tried_again and tries < TRIES_OF_JOB:
+                waiting.append((request, tries + 1))
+            else:
+                raise EnvironmentLacking(f"{request.name}: {reason} ({TRIES_OF_JOB} times)")
+
+
+def _has_place(tries: int, running: Sequence[int], at_once: int) -> bool:
+    """Whether a request may run beside others, by the number of its try and of theirs: a second try runs alone."""
+    return not running or (max(tries, *running) == 1 and len(running) < at_once)

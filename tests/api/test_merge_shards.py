@@ -26,7 +26,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError
 from lora_export.storage import store_path
 from lora_export.storage.object_store import Bucket, Upload
 from lora_export.storage.store_path import StorePath
-from lora_export.weights.merge import ShardMaker
+from lora_export.weights.merge import CheckpointMerge
 from support import stores
 from support.fleets import OF_SHARDS, faults_in
 from support.folder_contents import folder_contents
@@ -244,7 +244,7 @@ class Late:
 
 
 @pytest.mark.parametrize("is_published", [False, True])
-@pytest.mark.parametrize(("owner", "call"), [(StorePath, "unlink"), (Upload, "close"), (ShardMaker, "write")])
+@pytest.mark.parametrize(("owner", "call"), [(StorePath, "unlink"), (Upload, "close"), (CheckpointMerge, "write_file")])
 def test_a_worker_that_was_taken_for_dead_changes_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored, is_published: bool, owner: type, call: str
 ) -> None:
@@ -258,7 +258,7 @@ def test_a_worker_that_was_taken_for_dead_changes_nothing(
         return one
 
     in_this_process(monkeypatch, change)
-    is_on_disk = owner is ShardMaker
+    is_on_disk = owner is CheckpointMerge
     le.merge("base", "adapter", "out" if is_on_disk else str(stored / "out/m"), jobs=2)
     answers += [late.wake()] if is_published else []
     assert (files(place / "out") if is_on_disk else stored.files("out/m")) == alone(place)[0]

@@ -790,7 +790,7 @@ def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, o
 @pytest.mark.parametrize("base", ["base", "bare.safetensors"])
 def test_a_link_swapped_in_for_the_output_is_not_followed(place, monkeypatch, capsys, base, goal):
     (place / "elsewhere").mkdir()
-    working = merge.merging_checkpoint
+    working = merge.CheckpointMerge.into
 
     target = place / f"out{Path(base).suffix}"
 
@@ -798,7 +798,7 @@ def test_a_link_swapped_in_for_the_output_is_not_followed(place, monkeypatch, ca
         target.symlink_to(place / goal)
         return working(*arguments, **options)
 
-    monkeypatch.setattr("lora_export.api.merge_checkpoint.merging_checkpoint", slow)
+    monkeypatch.setattr(merge.CheckpointMerge, "into", slow)
     assert cli.run(merge_line(place, base, target.name, 0)) == 7
     assert f"{target} is a symbolic link; name the file or folder that it refers to" in capsys.readouterr().err
     assert target.is_symlink() and not any((place / "elsewhere").iterdir())

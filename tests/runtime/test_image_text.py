@@ -13,7 +13,7 @@ import torch
 import lora_export as le
 from lora_export.artifacts.files import IMAGE_TEXT_FILES
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.graph.image_tokens import ImageTokens
+from lora_export.graph.cache_names import ImageTokens
 from lora_export.models.load import load_model
 from lora_export.runtime import three_graphs
 from lora_export.runtime.three_graphs import ImageTextRunner, grid_positions

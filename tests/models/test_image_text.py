@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from lora_export.models.image_text import GridEncoder, attention_in_groups, patch_places, windows
 from lora_export.models.load import load_model
-from lora_export.models.packed_vision import GridEncoder, attention_in_groups, patch_places, windows
 from support.small_models import small_model
 
 GRIDS = [
@@ -35,7 +35,7 @@ def test_places_and_windows_are_those_of_transformers(grids: list[list[int]]) ->
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_features_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     module = load_model(str(small_model(name, tmp_path))).module
-    encoder = GridEncoder(module, "visual")
+    encoder = GridEncoder(module)
     for grids in GRIDS:
         grid = torch.tensor(grids)
         patches = torch.randn(int(grid.prod(1).sum()), 96, generator=torch.Generator().manual_seed(0))
