@@ -33,7 +33,7 @@ from torch import nn
 import lora_export as le
 from lora_export import cli
 from support import ROOT
-from support.browser import needs_chromium, served, shown
+from support.browser import REPORT, needs_chromium, shown
 from support.handmade import peft_adapter
 from support.pages import blocks
 from support.small_models import small_adapter, small_model, words_tokenizer
@@ -688,7 +688,7 @@ def expect_what_peft_computes(printed: dict[str, list[float]], folder: Path) -> 
 
 
 # Chooses each adapter in turn, and reports what the page shows.
-CHOOSES = """<pre id="report"></pre><script type="module">
+CHOOSES = """<script type="module">
 const results = {}, choice = document.querySelector("#adapter");
 while (!choice.onchange) await new Promise((done) => setTimeout(done, 50));
 for (const name of ["", "fr"]) {
@@ -696,7 +696,7 @@ for (const name of ["", "fr"]) {
   await choice.onchange();
   results[name ? "adapter" : "base"] = JSON.parse(document.querySelector("#result").textContent);
 }
-document.querySelector("#report").textContent = JSON.stringify(results);
+await report(results);
 </script>"""
 
 
@@ -705,12 +705,11 @@ document.querySelector("#report").textContent = JSON.stringify(results);
 def test_the_page_of_the_guide_computes_in_a_browser(plain_inputs: Path, tmp_path: Path) -> None:
     (page,) = [block.text for block in blocks("browser") if block.language == "html"]
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "index.html").write_text(page + CHOOSES, encoding="utf-8")
+    (tmp_path / "site" / "index.html").write_text(REPORT + page + CHOOSES, encoding="utf-8")
     (tmp_path / "site" / "node_modules").symlink_to(NODE / "node_modules")
     for path in (SAMPLES / "adapter_inputs.mjs", plain_inputs / "model.onnx", plain_inputs / "fr"):
         (tmp_path / "site" / path.name).symlink_to(path)
-    with served(tmp_path / "site") as address:
-        printed = shown(f"{address}/index.html", tmp_path / "home")
+    printed = shown(tmp_path / "site", "index.html", tmp_path / "home")
     expect_what_peft_computes(printed, plain_inputs)
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -19,7 +20,7 @@ import lora_export
 from lora_export.cli import COMMANDS, command_named
 from lora_export.cli.guide import TOPICS
 from support import ROOT
-from support.browser import needs_chromium, served, shown
+from support.browser import REPORT, needs_chromium, shown
 
 SITE = ROOT / "release" / "site"
 PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -145,29 +146,32 @@ def test_versions_stand_beside_each_other(program: dict[str, Any], found: dict[s
 
 # --- In a browser ---
 
-LOOK = """<iframe id="frame" style="border:0"></iframe><pre id="report"></pre><script type="module">
+LOOK = """<iframe id="frame" style="border:0"></iframe><script type="module">
 const frame = document.querySelector("#frame"), rows = [];
+const wait = (time) => new Promise((done) => setTimeout(done, time));
+const versions = () => [...frame.contentDocument.querySelectorAll(".md-version__link")];
 frame.style.height = "900px";
 for (const page of PAGES) {
   await new Promise((done) => { frame.onload = done; frame.src = page; });
   const shown = frame.contentDocument;
+  for (let turn = 0; turn < 200 && !versions().length; turn++) await wait(50);  // they are read after the page
   for (const width of [400, 1280]) {
     frame.style.width = width + "px";
-    await new Promise((done) => setTimeout(done, 50));
+    await new Promise((done) => frame.contentWindow.requestAnimationFrame(() => setTimeout(done)));
     const heading = shown.querySelector("h1").getBoundingClientRect();
     rows.push({
       page, width, over: shown.documentElement.scrollWidth - width,
       heading: heading.width > 0 && heading.left >= 0 && heading.right <= width && heading.top < 900,
       pictures: [...shown.images].filter((image) => !image.naturalWidth).map((image) => image.src),
       loaded: frame.contentWindow.performance.getEntriesByType("resource").map((one) => one.name),
-      versions: [...shown.querySelectorAll(".md-version__link")].map((one) => one.textContent.trim()),
+      versions: versions().map((one) => one.textContent.trim()),
     });
   }
 }
-document.querySelector("#report").textContent = JSON.stringify(rows);
+await report(rows);
 </script>"""
 
-SEARCHES = """<iframe id="frame" style="width:1280px;height:900px"></iframe><pre id="report"></pre>
+SEARCHES = """<iframe id="frame" style="width:1280px;height:900px"></iframe>
 <script type="module">
 const frame = document.querySelector("#frame"), wait = (time) => new Promise((done) => setTimeout(done, time));
 await new Promise((done) => { frame.onload = done; frame.src = "1.0.0/tasks/"; });
@@ -185,8 +189,19 @@ for (let turn = 0; turn < 1500 && !found.length; turn++) {
   }
   if (root) found = [...root.querySelectorAll("a[href]")].map((one) => one.href);
 }
-document.querySelector("#report").textContent = JSON.stringify(found);
+await report(found);
 </script>"""
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("gone()", "gone is not defined"), ("await Promise.reject('no index')", "no index"), ("", "reported nothing")],
+)
+def test_a_page_that_does_not_run_fails_its_test(script: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(f'{REPORT}<script type="module">{script}</script>')
+    with pytest.raises(AssertionError, match=message):
+        shown(tmp_path, "page.html", tmp_path / "home", limit=60 if script else 2)
 
 
 @pytest.mark.slow
@@ -202,19 +217,19 @@ def test_the_built_site_is_whole_and_readable_at_two_widths(
     assert parts["links"].problems(built) == []
     program["publish"](built, tmp_path / "out", "1.0.0", pages)
     names = [f"1.0.0/{path.removesuffix('.md')}/" if path != "index.md" else "1.0.0/" for path in found]
-    (tmp_path / "out" / "look.html").write_text(LOOK.replace("PAGES", json.dumps(names)))
-    (tmp_path / "out" / "search.html").write_text(SEARCHES)
-    with served(tmp_path / "out") as address:
-        results = shown(f"{address}/search.html", tmp_path / "home")
-        index = tmp_path / "out" / "1.0.0" / "search.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"items": []}))  # reading it takes a second a page
-        rows = shown(f"{address}/look.html", tmp_path / "home")
+    (tmp_path / "out" / "look.html").write_text(REPORT + LOOK.replace("PAGES", json.dumps(names)))
+    (tmp_path / "out" / "search.html").write_text(REPORT + SEARCHES)
+    results = shown(tmp_path / "out", "search.html", tmp_path / "home")
+    index = tmp_path / "out" / "1.0.0" / "search.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"items": []}))  # reading it takes a second a page
+    rows = shown(tmp_path / "out", "look.html", tmp_path / "home")
     assert [result for result in results if "/merging/" in result or "/commands/unmerge/" in result], results
     assert len(rows) == 2 * len(found)
     assert [(row["page"], row["width"], row["over"]) for row in rows if row["over"] > 0 or not row["heading"]] == []
     assert [picture for row in rows for picture in row["pictures"]] == []
-    assert {name for row in rows for name in row["loaded"] if not name.startswith(address)} == set()
-    assert all(row["versions"] == ["1.0.0"] for row in rows)
+    hosts = {urlsplit(name).hostname for row in rows for name in row["loaded"]}
+    assert hosts == {"127.0.0.1"}
+    assert [row["page"] for row in rows if row["versions"] != ["1.0.0"]] == []
 
 
 @pytest.mark.slow
