@@ -27,6 +27,7 @@ from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.object_store import DEADLINE, ObjectChanged, ObjectInfo
+from lora_export.storage.publication import announce, staged_files
 from lora_export.storage.store_path import StorePath, marker_of
 from lora_export.storage.system_calls import deferred_signals
 
@@ -216,6 +217,9 @@ def staged_in_store(
 
                 stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
             yield stage
+            announce(
+                staged_files(stage, home) if not (streamed or is_folder) else {target: target if streamed else stage}
+            )
             begun.refuse_lost()
             if not streamed:
                 _upload(stage, begun, MANIFEST if is_folder else target.name, overwrite=overwrite)
