@@ -23,7 +23,7 @@ from lora_export.options.tables import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_path import newly_opened, place
+from lora_export.storage.store_path import StorePath, newly_opened, place
 from lora_export.version import __version__
 
 RECORD_SCHEMA = "lora-export/fleet-record/1"
@@ -121,7 +121,7 @@ class FleetRecords:
             artifact = open_artifact(path if isinstance(path, Path) else newly_opened(path))
             if content := artifact.record.content if artifact.path.exists() else {}:
                 text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
-                sizes = {name: file.stat().st_size for name, file in artifact.files.items()}
+                sizes = {name: _size_of(file) for name, file in artifact.files.items()}
                 return {"sizes": sizes, "record": hashlib.sha256(text).hexdigest()}
             return self._hashes_of(artifact.files) or None
         except (InputRefused, OSError):
@@ -182,6 +182,12 @@ class FleetRecords:
             digest, self._has_new_hashes = file_hash(file, FAST), True
             self._known[str(file.absolute())] = [*state[1:], digest]
         return str(digest)
+
+
+def _size_of(file: Path) -> int | list[int]:
+    """The bytes of a file; in a store also a number of its ETag: a worker that woke up late may have put it again."""
+    state = file.stat()
+    return [state.st_size, state.st_ino] if isinstance(file, StorePath) else state.st_size
 
 
 def _exists(path: str) -> bool:

@@ -287,6 +287,9 @@ def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatc
     assert ran == jobs and status.counts == {"done": 2, "same": 2}
     assert run_here(monkeypatch)[1] == [] and not Path("release").exists()
     first = stored.files("release")
+    late = next(name for name in first if name.startswith("fr") and name.endswith(".safetensors"))
+    stored.put(f"release/{late}", first[late][:-1] + bytes([first[late][-1] ^ 1]))  # of the same size
+    assert run_here(monkeypatch)[1] == jobs[2:3] and stored.files("release") == first
     stored.put(f"release/{(beside := 'fr.json')}", b"{}")  # of another step or user
     peft_adapter(place / "fr", {"up": ([[3, 2, 1]], [[1], [10]])})
     stored.put("adapters/fr", place / "fr")
