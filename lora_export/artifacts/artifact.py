@@ -215,7 +215,7 @@ class Artifact:
 
     def refuse_changed_weights(self) -> None:
         """Raise InputRefused where weights that a graph shares with another are not what they were at its export."""
-        for name in graphs_in(self.path):
+        for name in graphs_in(self.path) if self.kind is ArtifactKind.GENERATION else ():
             Artifact(self.path / name, ArtifactKind.GRAPH).refuse_changed_weights()
         if self.kind is not ArtifactKind.GRAPH:
             return
