@@ -101,7 +101,7 @@ def _problems(jobs: list[FleetJob], standings: dict[str, Standing]) -> Iterator[
                 yield JobProblem(job.base, job.adapter, job.step, standings[job.id].message)
             continue
         is_taken = job.output is not None and output_exists(job) and not job.values.get("overwrite")
-        if is_taken and not standings[job.id].replaces and not standings[job.id].record.get("replaces"):
+        if is_taken and not standings[job.id].own:
             text = f"{job.output} exists, and this fleet did not write it. Remove it, or state `overwrite = true`"
             yield JobProblem(job.base, job.adapter, job.step, text)
         text = _misfit(job)

@@ -23,11 +23,12 @@ from lora_export.options.fleet import keys_of
 from lora_export.storage import atomic_output, input_files, json_files
 from lora_export.storage.hashes import FAST, file_hash
 from lora_export.storage.hub_cache import locate
-from lora_export.storage.store_path import newly_opened
+from lora_export.storage.store_path import StorePath, newly_opened, place
 from lora_export.version import __version__
 
 RECORD_SCHEMA = "lora-export/fleet-record/1"
 STARTED, JOB_NOT_DONE = "started", "not done"
+PUBLISHED = "published"  # in a record: what the job was about to publish, as in its "written"
 GOOD = ("done", "same")
 # Outcomes that a job has again while nothing changes. `failed` is tried again
 SETTLED = (*GOOD, "different", "undecided", "refused")
@@ -42,7 +43,7 @@ class Standing:
     message: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)  # the last one, also where it does not count any more
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a record has to match
-    replaces: bool = False  # the output that exists is this fleet's own
+    own: Mapping[str, Any] = field(default_factory=dict)  # what exists of its output, where this fleet wrote it
 
     @property
     def is_settled(self) -> bool:
@@ -69,16 +70,29 @@ class FleetRecords:
         record = self.read(job.id)
         if bad := [name for name, one in before.items() if one.outcome not in (*GOOD, JOB_NOT_DONE)]:
             return Standing("not run", f"after {bad[0]}: {before[bad[0]].outcome}", record)
-        is_open = any(one.outcome == JOB_NOT_DONE for one in before.values())
+        is_open, own = any(one.outcome == JOB_NOT_DONE for one in before.values()), self.own(record)
         if (facts := None if is_open else self._facts(job, before.values())) is None:
-            return Standing(JOB_NOT_DONE, record=record)
+            return Standing(JOB_NOT_DONE, record=record, own=own)
         written = record.get("written") or {}
-        found = {path: self.identity_of(path) for path in written}
-        own = [one is None or one == written[path] or _is_like(one, written[path]) for path, one in found.items()]
-        is_own = all(own) if written else bool(record.get("replaces"))
-        if record.get("facts") == facts and found == written and record.get("outcome") in OUTCOMES:
-            return Standing(record["outcome"], str(record.get("message", "")), record, facts, is_own)
-        return Standing(JOB_NOT_DONE, record=record, facts=facts, replaces=is_own)
+        if record.get("facts") == facts and own == written and record.get("outcome") in OUTCOMES:
+            return Standing(record["outcome"], str(record.get("message", "")), record, facts, own)
+        return Standing(JOB_NOT_DONE, record=record, facts=facts, own=own)
+
+    def own(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What exists of the output of a record, by path, where each of it is what this fleet wrote; else nothing.
+
+        Of a worker that died at the job, it may also be what that was about to publish.
+        """
+        known = [record.get(key) or {} for key in (PUBLISHED, "written")]
+        found = {path: self.identity_of(path) for path in {**known[0], **known[1]} if _exists(path)}
+        is_own = all(self._is_known(one, [each[path] for each in known if path in each]) for path, one in found.items())
+        return found if is_own else {}
+
+    def _is_known(self, found: Mapping[str, Any] | None, known: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether an output is one of those that were written. A file of it may be missing or damaged by now."""
+        if found is None:  # it cannot be read, or has no hash yet
+            return not self.reads
+        return any(found == one or ("record" in found and found["record"] == one.get("record")) for one in known)
 
     def read(self, job_id: str) -> dict[str, Any]:
         """The record of a job; empty where it has none. Raises InputRefused for a damaged one."""
@@ -98,20 +112,20 @@ class FleetRecords:
             _write(self._hashes_file, self._known)
             self._has_new_hashes = False
 
-    def identity_of(self, path: str) -> dict[str, Any] | None:
+    def identity_of(self, path: str | Path) -> dict[str, Any] | None:
         """What an output is: the sizes of its files and its own record, or without one the hashes of its files.
 
         None where it does not exist, cannot be read, or has no hash yet.
         """
         try:
-            artifact = open_artifact(newly_opened(path))
+            artifact = open_artifact(path if isinstance(path, Path) else newly_opened(path))
             if content := artifact.record.content if artifact.path.exists() else {}:
                 text = json.dumps(content, sort_keys=True).encode(errors="surrogatepass")
-                sizes = {name: file.stat().st_size for name, file in artifact.files.items()}
+                sizes = {name: _size_of(file) for name, file in artifact.files.items()}
                 return {"sizes": sizes, "record": hashlib.sha256(text).hexdigest()}
+            return self._hashes_of(artifact.files) or None
         except (InputRefused, OSError):
             return None
-        return self._contents_of(path) or None
 
     def _path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.json"
@@ -148,10 +162,13 @@ class FleetRecords:
         """
         try:
             found = model_paths(locate(path, ignore))  # of FILE.py:FACTORY, the file
-            files = open_artifact(newly_opened(found[0])).files if found else {}
-            hashes = {name: self._hash_of(file) for name, file in files.items()}
+            return self._hashes_of(open_artifact(newly_opened(found[0])).files if found else {})
         except (InputRefused, OSError):
             return {}
+
+    def _hashes_of(self, files: Mapping[str, Path]) -> dict[str, str] | None:
+        """The hash of each file, by name; None where one is not known."""
+        hashes = {name: self._hash_of(file) for name, file in files.items()}
         known = {name: digest for name, digest in hashes.items() if digest is not None}
         return known if len(known) == len(hashes) else None
 
@@ -167,9 +184,14 @@ class FleetRecords:
         return str(digest)
 
 
-def _is_like(found: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
-    """Whether an output is the one that was written, of which a file may be missing or damaged."""
-    return "record" in found and found["record"] == written.get("record")
+def _size_of(file: Path) -> int | list[int]:
+    """The bytes of a file; in a store also a number of its ETag: a worker that woke up late may have put it again."""
+    state = file.stat()
+    return [state.st_size, state.st_ino] if isinstance(file, StorePath) else state.st_size
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path) or place(path).exists()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

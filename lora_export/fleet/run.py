@@ -134,7 +134,6 @@ class _Run:
         self.running[future] = RunningJobs(left, standings, tries)
 
     def _request(self, job: FleetJob, standing: Standing) -> JobRequest:
-        last = standing.record if standing.replaces else {}
         made = {
             one.facts["options"]["output"]: one.record["output"] for one in map(self.standings.get, job.after) if one
         }
@@ -144,8 +143,6 @@ class _Run:
             records=str(self.fleet.records),
             made={os.path.normpath(name): path for name, path in made.items()},
             facts=standing.facts,
-            before={name: last[name] for name in ("output", "written") if name in last},
-            replaces=standing.replaces,
             as_command_line=is_command_line(),
         )
 

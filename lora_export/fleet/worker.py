@@ -9,12 +9,17 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.errors import OutputFailed
+from lora_export.fleet.records import PUBLISHED, STARTED, FleetRecords
 from lora_export.fleet.steps import FleetJob
+from lora_export.storage.manifest import MANIFEST
+from lora_export.storage.publication import watched
+from lora_export.storage.store_path import StorePath, place
 
 if TYPE_CHECKING:
     from lora_export.verification.proof_session import ProofSession
@@ -31,9 +36,8 @@ class JobRequest:
     records: str
     made: Mapping[str, str]  # outputs of earlier jobs: as the job names them -> as they were written
     facts: Mapping[str, Any]  # of the record
-    before: Mapping[str, Any]  # what the last record has of an output that is this fleet's own
-    replaces: bool
     as_command_line: bool  # how messages spell options
+    own: Mapping[str, Any] = field(default_factory=dict)  # what exists of its output, and this fleet wrote
 
     @property
     def name(self) -> str:
@@ -65,7 +69,6 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
     """Do jobs, and write and return their records. Refusals and verdicts are results; only Ctrl-C is raised."""
     with contextlib.suppress(OSError):  # on another machine, where all paths are addresses
         os.chdir(batch.requests[0].folder)
-    from lora_export.fleet.records import FleetRecords
     from lora_export.options.commands import declared_flags
     from lora_export.options.spelling import as_command_line
 
@@ -73,29 +76,59 @@ def perform(batch: JobBatch) -> list[dict[str, Any]]:
     begun, notes = time.perf_counter(), [list[str]() for _ in batch.requests]
     attempt = uuid.uuid4().hex
     requests = [_started(request, records, attempt) for request in batch.requests]
-    with as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext():
+    spelling = as_command_line(declared_flags) if requests[0].as_command_line else contextlib.nullcontext()
+    with spelling, watched(functools.partial(_record_published, requests, records, attempt)):
         results = _results(requests, notes)
-        found = [_record_of(*each, records) for each in zip(requests, results, strict=True)]
+        found = [_record_of(result, records) for result in results]
     seconds = round((time.perf_counter() - begun) / len(requests), 3)
     when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     for request, record, own in zip(requests, found, notes, strict=True):
         record |= {"seconds": seconds, "created": when, "notes": own, "facts": dict(request.facts)}
+        if "written" not in record:
+            record.update(_own(request, records))
         if records.read(request.job.id).get("attempt") == attempt:  # this worker was not taken for dead meanwhile
             records.write(request.job.id, record)
     return found
 
 
-def _started(request: JobRequest, records: Any, attempt: str) -> JobRequest:
-    """The request, after the record that its job has begun."""
-    from lora_export.fleet.records import STARTED
+def _started(request: JobRequest, records: FleetRecords, attempt: str) -> JobRequest:
+    """The request, after the record that its job has begun.
 
-    job = request.job
-    last = records.read(job.id)  # of a worker that died at this job, where Ray gives it to another one
-    is_own = request.replaces or (last.get("outcome") == STARTED and bool(last.get("replaces")))
-    replaces = is_own or (job.output is not None and not output_exists(job))
-    started = {"outcome": STARTED, "facts": request.facts, "replaces": replaces, "attempt": attempt}
-    records.write(job.id, started)
-    return replace(request, replaces=is_own)
+    The last record may be of a worker that died at this job, where Ray gives it to another one.
+    """
+    own = _own(request, records)
+    records.write(request.job.id, {"outcome": STARTED, "facts": request.facts, "attempt": attempt, **own})
+    return replace(request, own=own["written"])
+
+
+def _own(request: JobRequest, records: FleetRecords) -> dict[str, Any]:
+    """What a record has of an output that is there and that no job has made again."""
+    last = records.read(request.job.id)
+    own = records.own(last)
+    return {"written": own, **({"output": last["output"]} if own and "output" in last else {})}
+
+
+def _record_published(
+    requests: Sequence[JobRequest], records: FleetRecords, attempt: str, contents: Mapping[Path, Path]
+) -> None:
+    """Record what a job is about to publish: after a kill, nothing else in its place is the fleet's own.
+
+    Raises OutputFailed, which prevents it, where another worker has the job.
+    """
+    for request in requests:
+        names = {} if request.job.output is None else {_absolute(name): name for name in _names_of(request.job)}
+        goal = next((names[path] for path in map(_absolute, contents) if path in names), None)
+        if goal is None:  # a report, or a graph that other jobs of this run share
+            continue
+        record = records.read(request.job.id)
+        if record.get("attempt") != attempt:
+            raise OutputFailed(f"{goal}: this worker was taken for dead, and another one has the job")
+        found = {str(goal.with_name(path.name)): records.identity_of(each) or {} for path, each in contents.items()}
+        records.write(request.job.id, {**record, PUBLISHED: found})
+
+
+def _absolute(path: Path) -> Path:
+    return path if isinstance(path, StorePath) else Path(os.path.realpath(path.parent), path.name)
 
 
 def _results(requests: Sequence[JobRequest], notes: Sequence[list[str]]) -> list[Any]:
@@ -126,8 +159,7 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
 
     job = request.job
     values = {key: _as_written(value, request.made) for key, value in job.values.items()}
-    is_replaced = request.replaces and job.output is not None and not _removed_from_store(request)
-    more: dict[str, Any] = {"overwrite": True} if is_replaced else {}
+    more: dict[str, Any] = {"overwrite": True} if request.own and not _removed_from_store(request) else {}
     if job.step == "onnx":
         more["graphs"] = Path(request.records) / GRAPHS
     if job.kind.has_session:
@@ -135,25 +167,25 @@ def _options(request: JobRequest, notes: list[str]) -> Any:
     return options_from_table(job.kind.record, values, job.place, **job.fixed(), **more, on_message=notes.append)
 
 
-def _record_of(request: JobRequest, result: Any, records: Any) -> dict[str, Any]:
+def _record_of(result: Any, records: FleetRecords) -> dict[str, Any]:
     """The record of what a job returned or raised."""
-    from lora_export.errors import LoraExportError, OutputFailed
+    from lora_export.errors import LoraExportError
 
     if isinstance(result, LoraExportError):
-        return _failed(result.exit_code, str(result), request)
+        return _failed(result.exit_code, str(result))
     if isinstance(result, MemoryError):
-        return _failed(6, f"there is not enough memory: {result}".rstrip(": "), request)
+        return _failed(6, f"there is not enough memory: {result}".rstrip(": "))
     if isinstance(result, OSError):
         why = f"{result.filename or 'a file'}: {result.strerror or result}"
-        return _failed(OutputFailed.exit_code, why, request)
+        return _failed(OutputFailed.exit_code, why)
     if isinstance(result, Exception):
         details = "".join(traceback.format_exception(result))
-        return {**_failed(1, f"a bug in lora-export: {result!r}", request), "details": details}
+        return {**_failed(1, f"a bug in lora-export: {result!r}"), "details": details}
     proof = getattr(result, "proof", None)
     message = "" if proof is None else proof.verdict.headline
     code = getattr(result, "exit_code", 0)
     if code:
-        return _failed(code, message if result.error is None else str(result.error), request)
+        return _failed(code, message if result.error is None else str(result.error))
     output = getattr(result, "output", None)
     paths = [str(path) for path in getattr(result, "files", ()) or (() if output is None else (output,))]
     return {
@@ -165,9 +197,9 @@ def _record_of(request: JobRequest, result: Any, records: Any) -> dict[str, Any]
     }
 
 
-def _failed(code: int, message: str, request: JobRequest) -> dict[str, Any]:
+def _failed(code: int, message: str) -> dict[str, Any]:
     outcome = {2: "refused", 3: "refused", 4: "different", 5: "undecided"}.get(code, "failed")
-    return {"outcome": outcome, "exit": code, "message": message, "replaces": request.replaces, **request.before}
+    return {"outcome": outcome, "exit": code, "message": message}
 
 
 def _as_written(value: Any, made: Mapping[str, str]) -> Any:
@@ -178,15 +210,11 @@ def _as_written(value: Any, made: Mapping[str, str]) -> Any:
 
 def output_exists(job: FleetJob) -> bool:
     """Whether something has the name of a job's output, or this name with a suffix that its command may add."""
-    from lora_export.storage.store_path import StorePath
-
     return any(each.exists() if isinstance(each, StorePath) else os.path.lexists(each) for each in _names_of(job))
 
 
 def _names_of(job: FleetJob) -> list[Path]:
     """The names that the output of a job may have."""
-    from lora_export.storage.store_path import StorePath, place
-
     assert job.output is not None
     path = place(job.output)
     if isinstance(path, StorePath):
@@ -195,19 +223,10 @@ def _names_of(job: FleetJob) -> list[Path]:
 
 
 def _removed_from_store(request: JobRequest) -> bool:
-    """Whether an output is in a store, which replaces none; what is whole of it is deleted.
-
-    Where the last record has what was written, nothing else is removed.
-    """
-    from lora_export.storage.manifest import MANIFEST
-    from lora_export.storage.store_path import StorePath
-
-    written = request.before.get("written") or {}
-    names = [each for each in _names_of(request.job) if isinstance(each, StorePath)]
-    for name in names:
-        if written and str(name) not in written:
-            continue
-        if name.is_file() or (name / MANIFEST).is_file():
-            for each in [name, *name.rglob("*")]:
-                each.unlink(missing_ok=True)
-    return bool(names)
+    """Whether an output is in a store, which replaces none; what the fleet wrote of it is deleted."""
+    own = [path for path in map(place, request.own) if isinstance(path, StorePath)]
+    for path in own:
+        inside = [each for each in path.newly().rglob("*") if each.name != MANIFEST]  # which is deleted last
+        for each in (*inside, path / MANIFEST, path):
+            each.unlink(missing_ok=True)
+    return bool(own)

@@ -30,6 +30,7 @@ from lora_export.storage import store_output
 from lora_export.storage.input_files import contains
 from lora_export.storage.manifest import OF_THE_OUTPUT, SIGNATURE, read_manifest
 from lora_export.storage.output_lock import output_lock
+from lora_export.storage.publication import announce, staged_files
 from lora_export.storage.signature import SUFFIX, signer
 from lora_export.storage.store_path import StorePath
 from lora_export.storage.system_calls import c_function, deferred_signals
@@ -146,11 +147,13 @@ def _stage(
 
 
 def _publish_folder(stage: Path, target: Path) -> None:
+    announce({target: stage})
     _refuse_foreign_files(target)
     _swap_in(stage, target)
 
 
 def _publish_files(on_message: OnMessage, overwrite: bool, stage: Path, target: Path) -> None:
+    announce(staged_files(stage, target.parent))
     companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
     stems = "|".join(re.escape(_stem(name)) for name in (target.name, *companions))
     data = re.compile(rf"({stems})\.[0-9a-f]{{{DIGITS}}}\.data")

@@ -12,12 +12,13 @@ import os
 import re
 import sys
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, InputRefused, LoraExportError, OutputFailed, one_line
 from lora_export.options.spelling import named
+from lora_export.storage import json_files
 from lora_export.storage.store_path import is_hub_address, newly_opened
 
 # The files that are downloaded, without which a snapshot is not complete. Pickles and Python files can run code, and
@@ -33,6 +34,7 @@ HUB_ADDRESS = re.compile(
 )
 # A missing file of these kinds is a missing file.
 FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
+OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
 
@@ -57,10 +59,7 @@ def download_snapshot(
     if constants.HF_HUB_OFFLINE:
         if (cached := _snapshot(name, revision, patterns)) is not None:
             return cached
-        raise EnvironmentLacking(
-            f"{shown} is not in the Hugging Face cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. To download "
-            "it, unset the variable"
-        )
+        raise EnvironmentLacking(f"{shown} is not in the Hugging Face cache, and {OFFLINE}")
     endpoint = _without_credentials(constants.ENDPOINT)
     on_message(f"{shown}: downloading from {endpoint}")
     try:
@@ -177,11 +176,38 @@ def _at_address(text: str, on_message: Callable[[str], None]) -> Path:
         patterns = {kind: [f"{itself}/{each}" for each in each_kind] for kind, each_kind in PATTERNS.items()}
         patterns["allow_patterns"].append(itself)
     snapshot = download_snapshot(name, revision, on_message, patterns)
-    found = snapshot / below if below else _with_weights(snapshot, name, revision)
+    found = snapshot / below
+    _refuse_part(found, _shown(name, revision), below)
+    if not below:
+        _with_weights(snapshot, name, revision)
     if not found.exists():
         raise InputRefused(f"the repository {_shown(name, revision)} has no {one_line(below)}")
     on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
     return found
+
+
+def _refuse_part(found: Path, shown: str, below: str) -> None:
+    """Raise EnvironmentLacking for what the cache has a part of, where the rest may not be downloaded."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return
+    indexes = [path for path in found.rglob("*.safetensors.index.json") if path.is_file()]
+    named = {index.parent / str(name) for index in indexes for name in _shards_of(index)}
+    lacking = sorted(one_line(path.relative_to(found).as_posix()) for path in named if not path.is_file())
+    if not found.exists():
+        lacking = [one_line(below)]
+    elif not below and not lacking and not any(found.rglob("*.safetensors")):
+        lacking = ["a .safetensors file"]
+    if lacking:
+        raise EnvironmentLacking(
+            f"the Hugging Face cache has a part of {shown}, without {' and '.join(lacking)}, and {OFFLINE}"
+        )
+
+
+def _shards_of(index: Path) -> Iterable[Any]:
+    weight_map = json_files.read_json(index).get("weight_map")
+    return weight_map.values() if isinstance(weight_map, dict) else ()
 
 
 def hub_name(path: Path) -> str | None:

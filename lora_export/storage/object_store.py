@@ -173,11 +173,14 @@ class Bucket:
             self._store.put(key, path, chunk_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE)
         self._ask_again(key)
 
-    def release(self, key: str) -> None:
-        """Put an object that was held. Raises ObjectChanged where there is one by now."""
+    def release(self, key: str, *, replaces: bool = False) -> None:
+        """Put an object that was held. Raises ObjectChanged where there is one by now, unless that is replaced."""
         content = self.held.pop(key, None)
-        if content is not None:
-            self.put(key, content, "create")
+        if content is None:
+            return
+        self.forget(key)
+        found = self.info(key) if replaces else None
+        self.put(key, content, "create" if found is None else found.version)
 
     def copy(self, key: str, target: str) -> bool:
         """Copy an object on the server. False where it is gone, or the store copies none of its size in one request."""
@@ -219,22 +222,48 @@ class Bucket:
 
 
 class Upload:
-    """An object that is written from its first byte to its last, and is there when it is closed."""
+    """An object that is written from its first byte to its last, and is there when it is closed.
+
+    One that is no larger than a part, and has a fence of its own, is put only in place of what was there at first. A
+    store joins the parts of a larger one without a condition.
+    """
 
     def __init__(self, bucket: Bucket, key: str):
-        import obstore
-
         self._bucket, self._key, self._address = bucket, key, f"{bucket.address}/{key}"
-        self._file: Any = obstore.open_writer(
-            bucket._store, key, buffer_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE
-        )
+        self._first = bytearray()
+        self._file: Any = None
+        self._mode: Any = "overwrite"
+        if key in bucket.fences:
+            before = bucket.info(key)
+            self._mode = "create" if before is None else before.version
 
     def write(self, content: memoryview) -> None:
+        if self._file is None and len(self._first) + len(content) <= UPLOADED_PART:
+            self._first += content
+            return
         with _errors(self._address, OutputFailed):
-            self._file.write(bytes(content))  # a copy: obstore sends the memory itself, later, and its owner reuses it
+            self._parts().write(bytes(content))  # a copy: obstore sends the memory itself, later
+
+    def _parts(self) -> Any:
+        """The upload in parts, which begins with what was written so far."""
+        import obstore
+
+        if self._file is None:
+            self._file = obstore.open_writer(
+                self._bucket._store, self._key, buffer_size=UPLOADED_PART, max_concurrency=PARTS_AT_ONCE
+            )
+            self._file.write(bytes(self._first))
+            self._first.clear()
+        return self._file
 
     def close(self) -> None:
         """Put the object. Raises OutputFailed, and puts nothing, where its fence does not let it change."""
+        if self._file is None:
+            try:
+                self._bucket.put(self._key, bytes(self._first), self._mode)
+            except ObjectChanged:
+                raise OutputFailed(f"{self._address}: another run has put it meanwhile") from None
+            return
         try:
             self._bucket.refuse_fenced(self._key)
         except BaseException:
@@ -246,8 +275,9 @@ class Upload:
 
     def abort(self) -> None:
         """Remove what was uploaded."""
-        with contextlib.suppress(Exception):  # the error that led here is the one to report
-            self._file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        if self._file is not None:
+            with contextlib.suppress(Exception):  # the error that led here is the one to report
+                self._file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
 @functools.cache

@@ -2,9 +2,11 @@
 
 That object, `.NAME.begun`, is put only where there is none, so it is the lock too. It names the owner, which renews it,
 and the files that are whole. Readers refuse an output beside which it is (`store_path.newly_opened`). The manifest is
-the last object that is put, and only where there is none. A run that slept for longer than its lease may have lost the
-output: it renews the lease before it changes an object. After an error everything is removed; a run that was stopped,
-or whose store failed, leaves its whole files, and the next one goes on.
+the last object that is put, and only where there is none: that of a run that lost the output comes too late, or is
+replaced by the run that has it. A run that slept for longer than its lease may have lost the output: it renews the
+lease before it changes an object, and once more when its manifest is there. After
+an error everything is removed; a run that was stopped, or whose store failed, leaves its whole files, and the next one
+goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from lora_export.options.spelling import named
 from lora_export.storage import json_files
 from lora_export.storage.manifest import MANIFEST
 from lora_export.storage.object_store import DEADLINE, ObjectChanged, ObjectInfo
-from lora_export.storage.store_path import StorePath, marker_of
+from lora_export.storage.publication import announce, staged_files
+from lora_export.storage.store_path import StorePath, is_begun, marker_of
 from lora_export.storage.system_calls import deferred_signals
 
 RENEWED, LEASE = 30, timedelta(minutes=5)  # seconds between signs of life; how long the last one counts
@@ -47,11 +50,12 @@ class Begun:
         self.streamed, self.uploaded = streamed, list[StorePath]()
         self._lock, self._ended, self._lost, self._renewed = threading.RLock(), threading.Event(), False, 0.0
         info = _info(self._object)
-        stated = json_files.read_json(self._object) if info else {}
+        stated = json_files.read_json(self._object) if info and info.size else {}
         if info and _is_alive(stated, datetime.now(UTC) - info.modified):
             raise self._taken(stated)
         self._version: dict[str, str] = {}
         self.finished: dict[str, Any] = stated.get("finished", {}) if info else {}
+        self.is_resumed = info is not None
         self._write("create" if info is None else info.version)
         if info:
             on_message(f"{target}: {len(self.finished)} files are whole, from a run that was stopped")
@@ -61,13 +65,13 @@ class Begun:
         owner = f" (process {stated['process']} on {stated['host']})" if {"process", "host"} <= stated.keys() else ""
         return OutputFailed(f"another run{owner} is writing {self.target}")
 
-    def _write(self, mode: Any = None, *, is_stopped: bool = False) -> None:
+    def _write(self, mode: Any = None, *, is_stopped: bool = False, is_ended: bool = False) -> None:
         """Put the object, where it is still the one that this process put. Raises OutputFailed where it is not."""
         owner = {} if is_stopped else {"process": os.getpid(), "host": platform.node(), "run": self.run}
         with self._lock:
             now, bucket, key = time.time(), self._object.bucket, self._object.key
             try:
-                content = json.dumps({**owner, "finished": self.finished}).encode()
+                content = b"" if is_ended else json.dumps({**owner, "finished": self.finished}).encode()
                 bucket.put(key, content, self._version if mode is None else mode)
             except ObjectChanged:
                 self._lost = True
@@ -144,10 +148,11 @@ class Begun:
         self._write(is_stopped=True) if kept else self._object.unlink()
 
     def end(self) -> None:
-        """The output is whole."""
+        """The output is whole. Raises OutputFailed, and deletes nothing, where another run has taken it over."""
         for name in self.finished.keys() - self.used:
             (self.home / name).unlink(missing_ok=True)
         self._end_renewals()
+        self._write(is_ended=True)
         self._object.unlink()
 
     def _end_renewals(self) -> None:
@@ -197,17 +202,19 @@ def staged_in_store(
     begun = None
     try:
         target.newly()
-        if not overwrite and target.exists() and not marker_of(target).newly().is_file():
+        if not overwrite and target.exists() and not is_begun(target):
+            marker_of(target).unlink()  # of a run that was killed when it had emptied it
             raise OutputFailed(f"{target} exists already. Name another address, or delete what is there")
         home = target if is_folder else target.parent
         begun = Begun(target, home, on_message, streamed=streamed)
         begun.remove_unfinished()
+        manifest = (target / MANIFEST).key
         with contextlib.ExitStack() as stack:
+            stack.callback(target.bucket.held.pop, manifest, None)
             if streamed:
                 stage: Path = home
                 if is_folder:
-                    target.bucket.held[(target / MANIFEST).key] = None
-                    stack.callback(target.bucket.held.pop, (target / MANIFEST).key, None)
+                    target.bucket.held[manifest] = None
                 _streamed[target] = begun
                 stack.callback(_streamed.pop, target, None)
                 stack.enter_context(_fenced(target, begun.refuse_overdue))
@@ -216,11 +223,14 @@ def staged_in_store(
 
                 stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
             yield stage
+            announce(
+                staged_files(stage, home) if not (streamed or is_folder) else {target: target if streamed else stage}
+            )
             begun.refuse_lost()
             if not streamed:
-                _upload(stage, begun, MANIFEST if is_folder else target.name, overwrite=overwrite)
+                _upload(stage, begun, overwrite=overwrite)
             with deferred_signals():
-                target.bucket.release((target / MANIFEST).key)
+                target.bucket.release(manifest, replaces=begun.is_resumed)
                 begun.end()
     except BaseException as error:
         if begun is not None:
@@ -252,8 +262,7 @@ def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StoreP
     path = target / name
 
     def refuse_late() -> None:
-        mark = marker_of(target).newly()
-        stated = json_files.read_json(mark) if mark.is_file() else {}
+        stated = json_files.read_json(marker_of(target)) if is_begun(target) else {}
         if stated.get("run") != run or name in stated.get("finished", {}):
             raise OutputFailed(f"{path}: this worker was taken for dead, and another one has made the file")
 
@@ -261,13 +270,17 @@ def written_by_worker(target: StorePath, name: str, run: str) -> Iterator[StoreP
         yield path.newly()
 
 
-def _upload(stage: Path, begun: Begun, last: str, *, overwrite: bool) -> None:
-    """Upload the files of a stage. The one that makes the output whole is the last."""
+def _upload(stage: Path, begun: Begun, *, overwrite: bool) -> None:
+    """Upload the files of a stage, the output's own file last. A manifest is held until all are there."""
+    last = begun.target.name
     files = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
     for path in files:
         goal = begun.home.joinpath(*path.relative_to(stage).parts)
         if not overwrite and goal.newly().exists():
             raise OutputFailed(f"{goal} exists already, and may belong to another output. Name another address")
+        if goal == begun.target / MANIFEST:
+            goal.bucket.held[goal.key] = path.read_bytes()
+            continue
         begun.refuse_overdue()
         goal.bucket.upload(goal.key, path)
         begun.uploaded.append(goal)

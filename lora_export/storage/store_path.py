@@ -59,12 +59,18 @@ def newly_opened(path: str | Path) -> Path:
     if isinstance(found, StorePath):
         found.newly().is_file()  # the first request, so that the message on a store's failure names this object
         for each in (found, found.parent):
-            if each.key and (begun := marker_of(each)).newly().is_file():
+            if each.key and is_begun(each):
                 raise InputRefused(
                     f"{each} is not whole: a run is writing it, or was stopped. The command that began it goes on with "
-                    f"it; to discard it, delete it and {begun.name} beside it"
+                    f"it; to discard it, delete it and {marker_of(each).name} beside it"
                 )
     return found
+
+
+def is_begun(target: StorePath) -> bool:
+    """Whether an output is being written, or was stopped. Its run empties the object beside it, and then deletes it."""
+    mark = marker_of(target).newly()
+    return mark.is_file() and mark.stat().st_size > 0
 
 
 def marker_of(target: StorePath) -> StorePath:

@@ -54,7 +54,7 @@ def change_byte(place: Path) -> None:
 def interrupt(place: Path) -> None:
     """Leave what a run leaves that is killed between an output and its record."""
     path, content = record(FR[0])
-    path.write_text(json.dumps({"outcome": "started", "facts": content["facts"], "replaces": True}))
+    path.write_text(json.dumps({"outcome": "started", "facts": content["facts"], "published": content["written"]}))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -171,6 +171,45 @@ def test_an_output_of_somebody_else_is_not_replaced(place: Path, monkeypatch: py
     assert problem.text.startswith("release/fr exists, and this fleet did not write it")
 
 
+TO_KOHYA = '[[steps]]\nstep = "convert"\nto = "kohya"\noutput = "release/{adapter}"\n'
+PUBLISHED = {"folder": (MERGE, "de/lora_export.json"), "file": (TO_KOHYA, "de.safetensors")}
+
+
+class KilledBeforeRecordError(BaseException):
+    """The end of a worker between an output and its record."""
+
+
+def kill(*_: object) -> None:
+    raise KilledBeforeRecordError
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+@pytest.mark.parametrize("is_foreign", [False, True])
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_after_a_kill_what_the_worker_published_is_the_fleets_own_and_nothing_else(
+    kind: str, is_foreign: bool, in_store: bool, place: Path, monkeypatch: pytest.MonkeyPatch, stored: Stored
+) -> None:
+    step, name = PUBLISHED[kind]
+    (place / "fleet.toml").write_text(
+        BASES + step.replace("release", str(stored / "release") if in_store else "release")
+    )
+    job = "base/de/1-merge" if step == MERGE else "base/de/1-convert"
+    with monkeypatch.context() as killed, pytest.raises(KilledBeforeRecordError):
+        killed.setattr(worker, "_record_of", kill)
+        run_here(killed)
+    assert record(job)[1]["outcome"] == "started"
+    if is_foreign:
+        foreign = b'{"lora_export": "0"}'
+        stored.put(f"release/{name}", foreign) if in_store else (place / "release" / name).write_bytes(foreign)
+    expected = stored.get(f"release/{name}") if in_store else (place / "release" / name).read_bytes()
+    planned = le.run_fleet("plan", "fleet.toml").problems  # which reads no file that has no record
+    assert [problem.adapter for problem in planned] == ["de"] * (is_foreign and kind == "folder")
+    status, ran = run_here(monkeypatch)
+    assert job in ran and status.counts == ({"failed": 1, "done": 1} if is_foreign else {"done": 2})
+    assert ("exists already" in status.jobs[0].message) is is_foreign
+    assert (stored.get(f"release/{name}") if in_store else (place / "release" / name).read_bytes()) == expected
+
+
 def test_a_refusal_ends_no_other_job_and_is_a_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peft_adapter(place / "adapters" / "dd", {"up": ([[1, 2, 3, 4]], [[1], [10]])})
     status, ran = run_here(monkeypatch)
@@ -248,6 +287,9 @@ def test_a_fleet_from_store_to_store(place: Path, monkeypatch: pytest.MonkeyPatc
     assert ran == jobs and status.counts == {"done": 2, "same": 2}
     assert run_here(monkeypatch)[1] == [] and not Path("release").exists()
     first = stored.files("release")
+    late = next(name for name in first if name.startswith("fr") and name.endswith(".safetensors"))
+    stored.put(f"release/{late}", first[late][:-1] + bytes([first[late][-1] ^ 1]))  # of the same size
+    assert run_here(monkeypatch)[1] == jobs[2:3] and stored.files("release") == first
     stored.put(f"release/{(beside := 'fr.json')}", b"{}")  # of another step or user
     peft_adapter(place / "fr", {"up": ([[3, 2, 1]], [[1], [10]])})
     stored.put("adapters/fr", place / "fr")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -321,3 +322,33 @@ def test_an_address_that_is_not_cached_is_refused_offline(hub: HubServer, monkey
     with pytest.raises(EnvironmentLacking, match="org/small is not in the Hugging Face cache, and HF_HUB_OFFLINE"):
         locate("hf://org/small", print)
     assert hub.requests == []
+
+
+INDEX = json.dumps({"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}})
+PARTS = {
+    "no weights": ({"config.json": "{}"}, "", "a .safetensors file"),
+    "an index alone": (
+        {"model.safetensors.index.json": INDEX},
+        "",
+        "model-1-of-2.safetensors and model-2-of-2.safetensors",
+    ),
+    "one of two shards": (
+        {"model.safetensors.index.json": INDEX, "model-1-of-2.safetensors": "x"},
+        "",
+        "model-2-of-2.safetensors",
+    ),
+    "another folder": ({"config.json": "{}"}, "/unet", "unet"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_snapshot_is_refused_offline(part: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, below, lacking = PARTS[part]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached(cache, "org/part", files)
+    with pytest.raises(EnvironmentLacking) as refused:
+        locate(f"hf://org/part{below}", print)
+    assert str(refused.value) == (
+        f"the Hugging Face cache has a part of org/part, without {lacking}, and HF_HUB_OFFLINE or "
+        "TRANSFORMERS_OFFLINE is set. To download it, unset the variable"
+    )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lora_export.errors import InputRefused, OutputFailed
 from lora_export.storage import store_output
 from lora_export.storage.atomic_output import stage_file, stage_folder
 from lora_export.storage.manifest import MANIFEST, write_manifest
+from lora_export.storage.object_store import Bucket
 from lora_export.storage.store_output import begun_at
 from lora_export.storage.store_path import copy_in_store, newly_opened
 
@@ -92,6 +94,16 @@ def test_what_a_killed_run_left_is_removed_and_written_again(stored: Stored) -> 
     assert list(stored.objects()) == ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
 
 
+def test_what_a_run_left_that_was_killed_at_its_end_is_whole(stored: Stored) -> None:
+    with stage_folder(stored / "out/m", inputs=[], streamed=True) as stage:
+        fill(stage)
+    stored.put(MARK, b"")
+    assert newly_opened(str(stored / "out/m")).is_dir()
+    with pytest.raises(OutputFailed, match="exists already"), stage_folder(stored / "out/m", inputs=[]):
+        pass
+    assert list(stored.objects()) == ["out/m/b", f"out/m/{MANIFEST}", "out/m/sub/a"]
+
+
 def test_a_run_on_another_machine_is_alive_until_its_lease_ends(
     stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +164,67 @@ def test_a_run_that_slept_removes_nothing_of_the_next_one(stored: Stored, monkey
         monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
         raise InputRefused("too little is left")
     assert sorted(stored.objects()) == files
+
+
+OTHER = """
+import sys
+from lora_export.storage import store_output
+from lora_export.storage.atomic_output import stage_file, stage_folder
+from lora_export.storage.manifest import write_manifest
+from lora_export.storage.store_path import place
+store_output._is_alive = lambda *_: False
+kind, target = sys.argv[1], place(sys.argv[2])
+with (stage_folder if kind == "folder" else stage_file)(target, inputs=[], streamed=True) as stage:
+    (stage / "b" if kind == "folder" else target).write_bytes(b"of the other")
+    print(flush=True)
+    sys.stdin.readline()
+    if kind == "folder":
+        write_manifest(stage, {"by": "the other"})
+"""
+FROZEN = {  # where a run sleeps that has seen that it has the output, and before it changes this object
+    "manifest": ("folder", f"out/m/{MANIFEST}"),
+    "end": ("folder", MARK),
+    "file": ("file", "out/m"),
+}
+
+
+@pytest.mark.parametrize("is_awake_before", [True, False], ids=["meanwhile", "afterwards"])
+@pytest.mark.parametrize("where", FROZEN)
+def test_a_run_that_freezes_after_its_last_check_publishes_nothing(
+    where: str, is_awake_before: bool, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, frozen = FROZEN[where]
+    command = [sys.executable, "-c", OTHER, kind, str(stored / "out/m")]
+    check, others = Bucket.refuse_fenced, list[subprocess.Popen[str]]()
+
+    def freeze(bucket: Bucket, key: str) -> None:
+        check(bucket, key)
+        if key != frozen or others or (where == "end" and f"out/m/{MANIFEST}" not in stored.objects()):
+            return
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        others.append(other)
+        assert other.stdout is not None and other.stdout.readline() == "\n"
+        if not is_awake_before:
+            other.communicate("\n")
+        awake = time.time() + store_output.TRUSTED
+        monkeypatch.setattr(store_output, "time", SimpleNamespace(time=lambda: awake))
+
+    monkeypatch.setattr(Bucket, "refuse_fenced", freeze)
+    stage_output = stage_folder if kind == "folder" else stage_file
+    with (
+        pytest.raises(OutputFailed, match="another run"),
+        stage_output(stored / "out/m", inputs=[], streamed=True) as stage,
+    ):
+        fill(stage) if kind == "folder" else (stage / "m").write_bytes(b"late")
+    if is_awake_before:
+        assert MARK in stored.objects()
+        others[0].communicate("\n")
+    assert others[0].returncode == 0
+    files = {"out/m/b": b"of the other"} if kind == "folder" else {"out/m": b"of the other"}
+    found = {key: stored.get(key) for key in stored.objects() if not key.endswith(MANIFEST)}
+    assert found == files
+    if kind == "folder":
+        assert json.loads(stored.get(f"out/m/{MANIFEST}"))["by"] == "the other"
 
 
 def test_a_renewal_does_not_meet_the_end(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
