@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from lora_export.verification.against_checkpoint.audit_checkpoint import (
     replacement_rows,
 )
 from lora_export.verification.against_checkpoint.block_values import ChangedBlocks, StoredBlocks, bytes_at
+from lora_export.verification.against_checkpoint.changed_weight import CalibratedLayer
 from lora_export.verification.against_checkpoint.judge_changed import (
     judge_changed,
     judge_unknown_layout,
@@ -58,10 +60,12 @@ def audit_gguf(
     types: Mapping[str, Any],
     *,
     progress: Callable[[int], None] = lambda _: None,
+    calibrated: Mapping[str, CalibratedLayer] = MappingProxyType({}),
 ) -> Audit:
     """Judge every field and tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
     The plan has the rows of transformers. `types` are those of promoted tensors, as the record of `merged` names them.
+    The weights in `calibrated` need not be rounded to nearest.
     Raises InputRefused where a file becomes shorter meanwhile, and for heads that are not those of the rows.
     """
     layouts = StoredLayouts.of(plan, base.checkpoint, {})
@@ -74,7 +78,7 @@ def audit_gguf(
         if candidate is None:
             missing = AuditedWeight(name, Fate.KEPT, Outcome.DIFFERENT, "is missing")
             return [Judgement(0, lambda: missing)]
-        pair = _Pair(name, tensor, candidate, base, merged)
+        pair = _Pair(name, tensor, candidate, base, merged, calibrated.get(name))
         if name not in steps:
             return [Judgement(candidate.stop - candidate.start, pair.judge_kept)]
         wanted = str(types.get(candidate.name, tensor.type.name))
@@ -138,6 +142,7 @@ class _Pair:
     candidate: GgufTensor
     of_base: GgufBase
     of_candidate: GgufBase
+    calibrated: CalibratedLayer | None = None
 
     def judge_kept(self) -> AuditedWeight:
         one, other = self.base, self.candidate
@@ -178,7 +183,7 @@ class _Pair:
     def _judge_step(
         self, name: str, step: Step, before: StoredTensor, after: StoredTensor, first: int
     ) -> AuditedWeight:
-        blocks = self._blocks(first)
+        blocks, calibrated = self._blocks(first), self.calibrated
         if step.is_replacement:
             if blocks is None:
                 return judge_rounded(name, step, before, after)
@@ -186,8 +191,9 @@ class _Pair:
 
         def judge(one: Step) -> AuditedWeight:
             if blocks is None:
-                return judge_changed(name, one, before, after)
-            return judge_weight(name, ChangedBlocks(one, before, after, list(after.pieces()), stored_blocks=blocks))
+                return judge_changed(name, one, before, after, calibrated)
+            pieces = list(after.pieces())
+            return judge_weight(name, ChangedBlocks(one, before, after, pieces, calibrated, stored_blocks=blocks))
 
         return judge_unknown_layout(step, judge) if step.spec.layout is Layout.UNKNOWN and step.terms else judge(step)
 

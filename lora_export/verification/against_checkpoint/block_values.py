@@ -110,4 +110,4 @@ class ChangedBlocks(ChangedWeight):
             columns = one.after.shape[-1]
             below, above = self.stored_blocks.gaps(one.rows, columns)
             gaps: tuple[Any, Any] = below.reshape(one.after.shape), above.reshape(one.after.shape)
-            yield WeightRows(one.rows, one.before, one.after, one.stored, gaps)
+            yield WeightRows(one.rows, one.before, one.after, one.stored, gaps, one.is_calibrated)
